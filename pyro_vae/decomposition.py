@@ -1,0 +1,86 @@
+r"""Where the nats go: ELBO = -distortion - rate, from the traces of a step.
+
+.. math:: \mathrm{distortion} = -\mathbb{E}_q[\log p(x \mid z)], \qquad
+          \mathrm{rate} = \mathbb{E}_q[\log q(z \mid x) - \log p(z)].
+
+All in nats per datum and at β = 1, whatever scale the objective gave its terms.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.distributions import is_normalized
+from pyro_vae.handlers import latent_sites, observed_sites
+
+__all__ = ["bound_name", "elbo_terms", "log_density"]
+
+_PARTICLES = "num_particles_vectorized"
+
+
+def log_density(site: dict[str, Any]) -> Tensor:
+    """``log_prob`` of a site, masked but not scaled."""
+    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
+
+
+def bound_name(model_trace: Trace) -> str:
+    """``"elbo"``, or ``"surrogate"`` where an observed site has no normalised density and nothing is bounded."""
+    return "elbo" if all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values()) else "surrogate"
+
+
+@torch.no_grad()
+def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str, Tensor] | None:
+    """ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
+
+    Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
+    guide does not have: its nats are neither rate nor distortion.
+    """
+    totals = torch.zeros(2, dtype=torch.float64)
+    for model_trace, guide_trace in traces:
+        guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
+        if not model_sites.keys() <= guide_sites.keys():
+            return None
+        weights = _enumerated(guide_sites)
+        totals[0] -= _expectations(observed_sites(model_trace), weights)
+        totals[1] += _expectations(guide_sites, weights) - _expectations(model_sites, weights)
+    distortion, rate = totals / (len(traces) * num_data)
+    return {bound_name(traces[0][0]): -distortion - rate, "distortion": distortion, "rate": rate}
+
+
+def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
+    """The log-weights of enumerated sites, by the dimension that each has been given."""
+    return {
+        site["infer"]["_enumerate_dim"]: log_density(site)
+        for site in sites.values()
+        if site["infer"].get("_enumerate_dim") is not None
+    }
+
+
+def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
+    return sum((_expectation(site, weights).cpu() for site in sites.values()), torch.zeros(()))
+
+
+def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
+    """A site's expected log-density under the guide, summed over plates and scaled to all data."""
+    term = log_density(site)
+    log_weight, pending = torch.zeros_like(term), [dim for dim in weights if _extent(term, dim) > 1]
+    done: set[int] = set()
+    while pending:
+        dim = pending.pop()
+        done.add(dim)
+        log_weight = log_weight + weights[dim]
+        pending += [other for other in weights if other not in done and _extent(weights[dim], other) > 1]
+    weight = log_weight.exp()
+    frames = site["cond_indep_stack"]
+    scale = prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
+    particles = prod(frame.size for frame in frames if frame.name == _PARTICLES)
+    return torch.where(weight > 0, weight * term, 0.0).double().sum() * (scale / particles)
+
+
+def _extent(tensor: Tensor, dim: int) -> int:
+    return tensor.shape[dim] if tensor.dim() >= -dim else 1

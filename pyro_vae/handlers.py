@@ -1,0 +1,122 @@
+"""Effect handlers: what the package does to a Pyro model or guide from outside, without touching its code."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["Rows", "SubsampleStatements", "WeightKL", "latent_sites", "observed_sites", "parameters_of", "recorded"]
+
+
+class Rows(Messenger):
+    """Restrict a plate to these rows.
+
+    Inside, ``pyro.subsample`` returns the rows, and the plate's sites are scaled by N/B: the ELBO of a mini-batch is
+    an unbiased estimate of that of all data.
+
+    Args:
+        plate: name of the plate.
+        rows: row numbers, ``(B,)``.
+
+    >>> import pyro, torch
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         return pyro.subsample(x, event_dim=0)
+    >>> with Rows("data", torch.tensor([3, 1])):
+    ...     model(torch.arange(5.0))
+    tensor([3., 1.])
+    """
+
+    def __init__(self, plate: str, rows: Tensor):
+        super().__init__()
+        self.plate = plate
+        self.rows = rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and site_is_subsample(msg):
+            msg["value"] = self.rows
+            msg["done"] = True
+
+
+class SubsampleStatements(Messenger):
+    """Count the ``pyro.subsample`` statements that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def _pyro_subsample(self, msg: Any) -> None:
+        self.count += 1
+
+
+class WeightKL(Messenger):
+    r"""Weight the log-densities of the latents by β, in model and guide: the objective
+    :math:`\mathbb{E}_q[\log p(x \mid z)] - \beta\,\mathrm{KL}(q \Vert p(z))` of a β-VAE.
+
+    For β other than 1 that is no ELBO. :func:`pyro_vae.fit` reports the ELBO at β = 1 whatever the weight.
+
+    Args:
+        weight: β, zero or more. At 0 the prior plays no part, and codes drift apart.
+
+    Source: Higgins et al. 2017, "beta-VAE", equation 4.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> guide = WeightKL(0.5)(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+    >>> poutine.trace(guide).get_trace().nodes["z"]["scale"]
+    0.5
+    """
+
+    def __init__(self, weight: float):
+        super().__init__()
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight: got {weight!r}; accepted is a finite number, 0 or more")
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
+
+
+def recorded(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
+    """``function``, appending a trace of each of its runs, with what outer handlers did to it, to ``traces``."""
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        with poutine.trace() as tracer:
+            result = function(*args, **kwargs)
+        traces.append(tracer.trace)
+        return result
+
+    return recording
+
+
+def latent_sites(trace: Trace) -> dict[str, Any]:
+    """The unobserved sample sites, by name."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def parameters_of(trace: Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that a trace has met, by their names in the param store."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {name: site["value"].unconstrained() for name, site in nodes.items() if site["type"] == "param"}
+
+
+def observed_sites(trace: Trace) -> dict[str, Any]:
+    """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and site["mask"] is not False
+        and not site["infer"].get("_deterministic")
+    }

@@ -1,0 +1,232 @@
+"""The joint density log p(x, z) of a Pyro model, and the density log q(z | x) of a guide, at any z.
+
+What :mod:`pyro_vae.exact` sums and integrates: a model or guide of one data plate is run with its latents conditioned
+on many values at once, one more dimension on the left.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.decomposition import bound_name, log_density
+from pyro_vae.distributions import AdditiveLogRatioTransform, LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
+from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.quadrature import Box, QuadratureError, Rule, refined
+from pyro_vae.randomness import seeded
+
+__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "base_distribution"]
+
+MAX_STATES = 2**16
+"""The most states of discrete latents that are summed over."""
+
+_BUDGET = 2**23  # numbers in the largest tensor of one chunk: 64 MiB in float64
+
+Function = Callable[..., Any]
+Values = dict[str, Tensor]
+
+
+class Problem:
+    """A model on its data, with its latents open: log p(x, z) at any z."""
+
+    def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
+        self.model = model
+        self.data = data
+        with poutine.block(), seeded(0):
+            trace = poutine.trace(model).get_trace(*data)
+        self.latents = latent_sites(trace)
+        self.observed = observed_sites(trace)
+        self.num_data = _check_structure(trace, self.latents, self.observed, plate)
+        self.dtype = log_density(next(iter(self.observed.values()))).dtype
+        widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
+        self.chunk = max(1, _BUDGET // (self.num_data * max(64, *widths)))
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether every latent can be enumerated."""
+        return all(site["fn"].has_enumerate_support for site in self.latents.values())
+
+    def single_site(self) -> tuple[str, dict[str, Any]]:
+        """Name and site of the only latent."""
+        if len(self.latents) != 1:
+            raise ValueError(f"model: an exact posterior needs one latent site; this has {list(self.latents)}")
+        return next(iter(self.latents.items()))
+
+    def chart(self) -> "Chart":
+        """Coordinates of the only latent, a continuous one."""
+        name, site = self.single_site()
+        return Chart(name, site["fn"], self.dtype)
+
+    def zeros(self) -> Tensor:
+        """``(N,)`` in float64, where the data are."""
+        return torch.zeros(self.num_data, dtype=torch.float64, device=self.data[0].device)
+
+    def log_joint(self, values: Values) -> Tensor:
+        """log p(x, z) at values ``(C, 1 or N, *event)`` of every latent, as ``(C, N)``."""
+        return _log_joint(poutine.condition(self.model, data=values), self.data)
+
+    def states(self) -> Iterator[Values]:
+        """Chunks of the joint states of all latents, as values ``(C, 1, *event)``."""
+        supports = [
+            site["fn"].enumerate_support(expand=False).reshape(-1, 1, *site["fn"].event_shape)
+            for site in self.latents.values()
+        ]
+        count = math.prod(map(len, supports))
+        if count > MAX_STATES:
+            raise ValueError(
+                f"model: its discrete latents {list(self.latents)} have {count} states; at most {MAX_STATES} are "
+                "summed over exactly"
+            )
+        for first in range(0, count, self.chunk):
+            flat = torch.arange(first, min(first + self.chunk, count), device=supports[0].device)
+            values = {}
+            for name, support in zip(self.latents, supports, strict=True):
+                values[name] = support[flat % len(support)]
+                flat = flat // len(support)
+            yield values
+
+
+def _check_structure(trace: Trace, latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
+    if not latents or not observed:
+        raise ValueError(
+            f"model: needs latent and observed sites; has latents {list(latents)}, observed {list(observed)}"
+        )
+    for name, site in (latents | observed).items():
+        frames = site["cond_indep_stack"]
+        if [frame.name for frame in frames] != [plate] or frames[0].dim != -1:
+            raise ValueError(
+                f"model: site {name!r} is in the plates {[frame.name for frame in frames]}; exact answers need every "
+                f"site in one plate, {plate!r}, as the rightmost batch dimension"
+            )
+        if frames[0].size != (frames[0].full_size or frames[0].size) or site["scale"] != 1:
+            raise ValueError(
+                f"model: site {name!r} is subsampled or scaled (scale {site['scale']}); exact answers need all "
+                "data, and densities as they are"
+            )
+    if bound_name(trace) != "elbo":
+        raise ValueError(
+            "model: its likelihood is not normalised (soft targets), so there is no p(x). Use "
+            "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
+        )
+    return next(iter(observed.values()))["cond_indep_stack"][0].size
+
+
+def _log_joint(conditioned: Function, data: tuple[Tensor, ...]) -> Tensor:
+    with poutine.block():
+        trace = poutine.trace(conditioned).get_trace(*data)
+    return sum((log_density(site) for site in observed_sites(trace).values()), torch.zeros(()))
+
+
+class Guide:
+    """A guide on the data of a problem: log q(z | x) at any z, and expectations under it."""
+
+    def __init__(self, problem: Problem, guide: Function):
+        self.problem = problem
+        self.guide = guide
+        with poutine.block(), seeded(0):
+            self.sites = latent_sites(poutine.trace(guide).get_trace(*problem.data))
+        if self.sites.keys() != problem.latents.keys():
+            raise ValueError(
+                f"guide: its latents {sorted(self.sites)} are not those of the model, {sorted(problem.latents)}"
+            )
+
+    def site(self) -> dict[str, Any]:
+        """The only latent's site."""
+        return self.sites[self.problem.single_site()[0]]
+
+    def log_prob(self, values: Values) -> Tensor:
+        """log q(z | x) at values ``(C, 1 or N, *event)``, as ``(C, N)``."""
+        return _log_joint(poutine.condition(self.guide, data=values), self.problem.data)
+
+    def sum(self, integrand: Callable[[Values], Tensor]) -> Tensor:
+        """The expectation over all states, ``(N,)``."""
+        total = self.problem.zeros()
+        for values in self.problem.states():
+            total = total + _weighted_sum(self.log_prob(values).double(), integrand(values).double())
+        return total
+
+    def integral(self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float) -> Tensor:
+        """The expectation over a box that must hold all of q, ``(N,)``."""
+        chart = self.problem.chart()
+        mass = self.problem.zeros()
+
+        def estimate(panels: int) -> Tensor:
+            total = mass.zero_().clone()
+            for nodes, log_weights, _ in Rule(box, panels).chunks(self.problem.chunk):
+                values = {chart.name: chart.to_site(nodes)}
+                log_mass = self.log_prob(values).double() + log_weights
+                total += _weighted_sum(log_mass, integrand(values).double())
+                mass.add_(log_mass.exp().sum(0))
+            return total
+
+        value, _ = refined(estimate, chart.dims, tolerance)
+        if (mass - 1).abs().max() > 1e-3:
+            raise QuadratureError(f"the quadrature finds {float(mass.min()):.6g} of the mass of q(z | x), and not 1")
+        return value
+
+
+def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
+    weight = log_weight.exp()
+    return torch.where(weight > 0, weight * value, 0.0).sum(0)
+
+
+class Chart:
+    """Coordinates (*, d) with d <= 2 of a continuous latent site."""
+
+    def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
+        self.name = name
+        self.dtype = dtype
+        self.event_shape = fn.event_shape
+        self.on_simplex = isinstance(base_distribution(fn), LogRelaxedOneHotCategorical)
+        *variables, last = self.event_shape if self.event_shape else (1,)
+        self.coordinate_shape = (*variables, last - 1) if self.on_simplex else tuple(self.event_shape)
+        self.dims = math.prod(self.coordinate_shape)
+        if self.dims > 2:
+            raise ValueError(
+                f"model: its latent {name!r} has {self.dims} dimensions; exact answers go by quadrature in 1 or 2, by "
+                "enumeration for discrete latents, or in closed form for a linear Gaussian model, which this is not"
+            )
+
+    def to_site(self, points: Tensor) -> Tensor:
+        """Values of the site at coordinates ``(*, d)``."""
+        shaped = points.reshape(*points.shape[:-1], *self.coordinate_shape)
+        return (AdditiveLogRatioTransform()(shaped) if self.on_simplex else shaped).to(self.dtype)
+
+    def reach(self, fn: dist.TorchDistribution, num_data: int) -> Box:
+        """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard."""
+        base = base_distribution(fn)
+        if isinstance(base, LogRelaxedOneHotCategorical):
+            temperature = base.temperature[..., None]
+            loc, spread = (base.logits[..., :-1] - base.logits[..., -1:]) / temperature, 36 / temperature
+            middle = torch.zeros_like(loc)
+        elif isinstance(base, LogitRelaxedBernoulli):
+            loc, spread = base.logits / base.temperature, 36 / base.temperature
+            middle = torch.zeros_like(loc)
+        else:
+            try:
+                loc, spread = fn.mean, 9 * fn.variance.sqrt()
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"model: site {self.name!r} has a {type(base).__name__}, whose mean and variance are not known, so "
+                    "that quadrature does not know where to look"
+                ) from error
+            middle = loc
+        shape = (num_data, self.dims)
+        loc, spread, middle = (
+            tensor.expand(num_data, *self.coordinate_shape).reshape(shape).double()
+            for tensor in (loc, spread.expand_as(loc), middle)
+        )
+        low, high = loc - spread, loc + spread
+        return Box(low, middle.clamp(low, high), high)
+
+
+def base_distribution(fn: dist.TorchDistribution) -> Any:
+    """The distribution inside all ``Independent``, ``MaskedDistribution`` and the like."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn

@@ -1,0 +1,152 @@
+"""Mini-batches of any Pyro pair: which way of taking rows is right for it, or that none is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae.handlers import Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
+
+__all__ = ["Batcher", "plan"]
+
+Batcher = Callable[[Tensor], Any]
+"""A context manager factory: given row numbers, yields the arguments to call the pair with."""
+
+Function = Callable[..., Any]
+
+
+def plan(model: Function, guide: Function, data: tuple[Tensor, ...], batch_size: int, plate: str) -> Batcher:
+    """The right way to run this pair on some of its rows.
+
+    A model that reads its data with ``pyro.subsample`` is handed all of them, and a handler sets the subsample of the
+    plate: right for global latents, per-datum guides and autoguides alike. A model without may take slices of the
+    data, only if every latent is local to the plate and the guide is amortized, so that a row's q(z | x) depends on
+    that row alone.
+
+    Raises:
+        ValueError: if neither is right, saying why and what to do.
+    """
+    rows = torch.arange(batch_size, device=data[0].device)
+    sliced = tuple(tensor[rows] for tensor in data)
+    with poutine.block(), torch.no_grad(), SubsampleStatements() as statements:
+        model_trace = poutine.trace(model).get_trace(*sliced)
+    _check_plate(model_trace, plate)
+    if statements.count:
+        _check_subsampling(model, guide, data, rows, plate)
+        return lambda rows: _subsampled(data, rows, plate)
+    _check_slicing(model_trace, guide, data, plate)
+    return lambda rows: _sliced(data, rows)
+
+
+@contextmanager
+def _subsampled(data: tuple[Tensor, ...], rows: Tensor, plate: str) -> Iterator[tuple[Tensor, ...]]:
+    with Rows(plate, rows):
+        yield data
+
+
+@contextmanager
+def _sliced(data: tuple[Tensor, ...], rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    with poutine.scale(scale=len(data[0]) / len(rows)):
+        yield tuple(tensor[rows] for tensor in data)
+
+
+def _in_plate(site: dict[str, Any], plate: str) -> bool:
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def _check_plate(model_trace: Trace, plate: str) -> None:
+    outside = [name for name, site in observed_sites(model_trace).items() if not _in_plate(site, plate)]
+    if outside:
+        frames = [frame for site in model_trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
+        raise ValueError(
+            f"batch_size: mini-batches need every observed site in the plate {plate!r}; {outside} are not. Name the data "
+            f"plate with `plate=` (found: {sorted({frame.name for frame in frames})}), or leave batch_size out."
+        )
+
+
+def _check_subsampling(model: Function, guide: Function, data: tuple[Tensor, ...], rows: Tensor, plate: str) -> None:
+    def fail(who: str, reason: str) -> ValueError:
+        return ValueError(
+            f"batch_size: the {who} does not follow the subsample of the plate {plate!r}: {reason}. Read its data "
+            "with `pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full batches."
+        )
+
+    with poutine.block(), torch.no_grad(), Rows(plate, rows):
+        try:
+            guide_trace = poutine.trace(guide).get_trace(*data)
+        except (ValueError, RuntimeError) as error:
+            raise fail("guide", str(error)) from error
+        try:
+            model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
+        except (ValueError, RuntimeError) as error:
+            raise fail("model", str(error)) from error
+    for who, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+            sizes = [frame.size for frame in site["cond_indep_stack"] if frame.name == plate]
+            if sizes and sizes != [len(rows)]:
+                raise fail(who, f"site {name!r} has {sizes[0]} rows where {len(rows)} were asked for")
+
+
+def _check_slicing(model_trace: Trace, guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
+    remedy = (
+        "A slice of the data would train it wrong. Read the data in model and guide with "
+        "`pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full batches."
+    )
+    outside = [name for name, site in latent_sites(model_trace).items() if not _in_plate(site, plate)]
+    if outside:
+        raise ValueError(
+            f"batch_size: the model reads its data without pyro.subsample, and its latents {outside} are global, "
+            f"outside the plate {plate!r}. {remedy}"
+        )
+    if isinstance(guide, AutoGuide) or not _is_amortized(guide, data):
+        raise ValueError(
+            "batch_size: the model reads its data without pyro.subsample, and the guide is not amortized: it has "
+            f"parameters of its own for each datum. {remedy}"
+        )
+
+
+def _is_amortized(guide: Function, data: tuple[Tensor, ...]) -> bool:
+    """Whether q(z | x) of a row depends on that row alone, wherever the row stands.
+
+    Tried with moved parameters, in a param store of its own: on three rows, on four, and on the four reversed.
+    """
+    with pyro.get_param_store().scope(), torch.no_grad():
+        try:
+            run = poutine.trace(guide).get_trace
+            with _moved(run(*(tensor[:3] for tensor in data))):
+                run(*(tensor[:3] for tensor in data))
+                forward = run(*(tensor[:4] for tensor in data))
+                backward = run(*(tensor[:4].flip(0) for tensor in data))
+        except (ValueError, RuntimeError, IndexError):
+            return False
+    return all(
+        torch.allclose(
+            site["fn"].log_prob(site["value"]).flip(-1),
+            latent_sites(backward)[name]["fn"].log_prob(_flip_rows(site)),
+            rtol=1e-3,
+            atol=1e-3,
+        )
+        for name, site in latent_sites(forward).items()
+    )
+
+
+def _flip_rows(site: dict[str, Any]) -> Tensor:
+    return site["value"].flip(-1 - site["fn"].event_dim)
+
+
+@contextmanager
+def _moved(trace: Trace) -> Iterator[None]:
+    """Shift the parameters of a trace by noise, and put them back: ones that start out equal then tell rows apart."""
+    parameters = list(parameters_of(trace).values())
+    values = [parameter.detach().clone() for parameter in parameters]
+    with ExitStack() as stack:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            stack.callback(parameter.copy_, value)
+        yield

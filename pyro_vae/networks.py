@@ -1,0 +1,140 @@
+"""Networks, by factory: a function ``(in_features, out_features) -> nn.Module``.
+
+A part such as :class:`pyro_vae.guides.DiagonalNormal` knows how many features go in and how many raw outputs its
+distribution needs; the factory builds whatever stands between. Any function of two integers will do:
+
+>>> from torch import nn
+>>> def residual(in_features, out_features):
+...     return nn.Sequential(nn.Linear(in_features, 64), nn.Tanh(), nn.Linear(64, out_features))
+
+The module that it returns maps ``(*, in_features)`` to ``(*, out_features)``, with any number of dimensions on the
+left: particles and enumeration put theirs there.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import ceil
+
+from torch import Tensor, nn
+
+__all__ = ["NetworkFactory", "convolutional", "deconvolutional", "linear", "mlp"]
+
+NetworkFactory = Callable[[int, int], nn.Module]
+
+
+def linear(bias: bool = True) -> NetworkFactory:
+    """One affine map.
+
+    >>> linear()(2, 3)
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
+
+
+def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> NetworkFactory:
+    """A multilayer perceptron with these hidden sizes.
+
+    >>> mlp([32], activation=nn.Tanh)(2, 3)
+    Sequential(
+      (0): Linear(in_features=2, out_features=32, bias=True)
+      (1): Tanh()
+      (2): Linear(in_features=32, out_features=3, bias=True)
+    )
+    """
+    if isinstance(hidden, int) or any(size < 1 for size in hidden):
+        raise ValueError(f"hidden: got {hidden!r}; accepted is a list of positive sizes, such as [400] or [512, 256]")
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        *inner, last = pairwise([in_features, *hidden, out_features])
+        layers = [layer for sizes in inner for layer in (nn.Linear(*sizes), activation())]
+        return nn.Sequential(*layers, nn.Linear(*last))
+
+    return build
+
+
+class _OnImages(nn.Module):
+    """Folds all left dimensions into the one that convolutions take, and unfolds them after."""
+
+    def __init__(self, network: nn.Module, in_shape: tuple[int, ...]):
+        super().__init__()
+        self.network = network
+        self.in_shape = in_shape
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.network(inputs.reshape(-1, *self.in_shape))
+        return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
+
+
+def _check_image(image: Sequence[int], features: int, name: str) -> None:
+    if len(image) != 3 or image[0] * image[1] * image[2] != features:
+        raise ValueError(
+            f"image: got {tuple(image)}; accepted is (channels, height, width) with a product of {name} = {features}"
+        )
+
+
+def convolutional(
+    image: tuple[int, int, int], channels: Sequence[int] = (16, 32), activation: Callable[[], nn.Module] = nn.ReLU
+) -> NetworkFactory:
+    """Convolutions of stride 2 from an image to features, for encoders.
+
+    Args:
+        image: ``(channels, height, width)`` of the input, which arrives flattened.
+        channels: output channels of each 3 × 3 convolution; each halves height and width, rounding up.
+        activation: the module after each convolution.
+
+    >>> import torch
+    >>> convolutional((1, 8, 8))(64, 4)(torch.zeros(5, 7, 64)).shape
+    torch.Size([5, 7, 4])
+    """
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        _check_image(image, in_features, "in_features")
+        size = _halved(image, len(channels))
+        layers = [
+            layer
+            for sizes in pairwise([image[0], *channels])
+            for layer in (nn.Conv2d(*sizes, kernel_size=3, stride=2, padding=1), activation())
+        ]
+        head = nn.Linear(channels[-1] * size[0] * size[1], out_features)
+        return _OnImages(nn.Sequential(*layers, nn.Flatten(), head), image)
+
+    return build
+
+
+def deconvolutional(
+    image: tuple[int, int, int], channels: Sequence[int] = (32, 16), activation: Callable[[], nn.Module] = nn.ReLU
+) -> NetworkFactory:
+    """Transposed convolutions of stride 2 from features to an image, for decoders.
+
+    Args:
+        image: ``(channels, height, width)`` of the output, which leaves flattened.
+        channels: input channels of each transposed convolution; each doubles height and width.
+        activation: the module before each transposed convolution.
+
+    The raw outputs per pixel may be more than one (a location and a scale, say): they come as further channels.
+
+    >>> import torch
+    >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
+    torch.Size([3, 5, 784])
+    """
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        repeats = out_features // (image[0] * image[1] * image[2])
+        _check_image(image, out_features // max(repeats, 1), "out_features")
+        sizes = [_halved(image, depth) for depth in range(len(channels), -1, -1)]
+        layers: list[nn.Module] = [
+            nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1]),
+            nn.Unflatten(1, (channels[0], *sizes[0])),
+        ]
+        steps = zip(pairwise([*channels, image[0] * repeats]), pairwise(sizes), strict=True)
+        for (before, after), (small, large) in steps:
+            # A stride of 2 makes 2n - 1 of n; one row or column more where the target is even.
+            extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
+            layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)]
+        return _OnImages(nn.Sequential(*layers), (in_features,))
+
+    return build
+
+
+def _halved(image: tuple[int, int, int], times: int) -> tuple[int, int]:
+    return ceil(image[1] / 2**times), ceil(image[2] / 2**times)

@@ -1,0 +1,166 @@
+"""Priors p(z): parts without a context. The prior also owns what the decoder reads of z."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import families
+from pyro_vae.parts import Unconditional
+
+__all__ = ["Bernoulli", "GumbelSoftmax", "Normal", "OneHotCategorical", "RelaxedBernoulli", "StandardNormal"]
+
+
+class StandardNormal(Unconditional):
+    r""":math:`z \sim N(0, I)`.
+
+    Args:
+        latent: size or shape of z.
+
+    >>> StandardNormal(2)().log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    def __init__(self, latent: int | Sequence[int]):
+        super().__init__(families.Normal(latent))
+
+
+class Normal(Unconditional):
+    r""":math:`z \sim N(\mu, \mathrm{diag}\,\sigma^2)` with learnable location and scale, from :math:`N(0, I)`.
+
+    Args:
+        latent: size or shape of z.
+
+    >>> [parameter.shape for parameter in Normal(2).parameters()]
+    [torch.Size([4])]
+    """
+
+    def __init__(self, latent: int | Sequence[int]):
+        family = families.Normal(latent)
+        super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+
+
+class Bernoulli(Unconditional):
+    r"""Independent :math:`z_j \sim \mathrm{Bernoulli}(\pi_j)`, one site of :math:`2^n` states under enumeration.
+
+    Args:
+        latent: number of variables.
+        probs: :math:`\pi`, a number or a tensor of shape ``(latent,)``, between 0 and 1.
+        learnable: whether the probabilities are trained, starting from ``probs``.
+
+    >>> Bernoulli(3, probs=0.25)().mean
+    tensor([0.2500, 0.2500, 0.2500])
+    """
+
+    def __init__(self, latent: int | Sequence[int], probs: float | Tensor = 0.5, learnable: bool = False):
+        family = families.Bernoulli(latent)
+        super().__init__(family, _logits(family.event_shape, probs, learnable))
+
+
+class OneHotCategorical(Unconditional):
+    r"""Independent one-hot variables, :math:`z_j \sim \mathrm{Categorical}(\pi_j)`, one site of :math:`k^n` states.
+
+    Args:
+        latent: ``(n, k)``, n variables of k classes.
+        probs: tensor that broadcasts to ``(n, k)``, positive, each row summing to one; uniform if left out.
+        learnable: whether the probabilities are trained, starting from ``probs``.
+
+    >>> OneHotCategorical((1, 4))().mean
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+
+    def __init__(self, latent: Sequence[int], probs: Tensor | None = None, learnable: bool = False):
+        family = families.OneHotCategorical(latent)
+        super().__init__(family, _log_probs(family.event_shape, probs, learnable))
+
+
+class _RelaxedPrior(Unconditional):
+    """A relaxed prior: the decoder reads its site's value squashed, softly or straight through."""
+
+    family: families.Relaxed
+
+    def __init__(self, family: families.Relaxed, raw: Tensor, straight_through: bool):
+        super().__init__(family, raw)
+        self.straight_through = straight_through
+
+    def read(self, value: Tensor) -> Tensor:
+        """The relaxed variable, or with ``straight_through`` the hard one with the relaxed one's gradient."""
+        soft = self.family.soft(value)
+        return self.family.hard(value) + (soft - soft.detach()) if self.straight_through else soft
+
+    def extra_repr(self) -> str:
+        return f"straight_through={self.straight_through}"
+
+
+class RelaxedBernoulli(_RelaxedPrior):
+    r"""Independent relaxed Bernoulli variables; the site is the logit, the decoder reads its sigmoid.
+
+    Args:
+        latent: number of variables.
+        temperature: :math:`\lambda > 0`; at 0 the twin, :class:`Bernoulli`.
+        probs: probabilities of the twin.
+        learnable: whether they are trained.
+        straight_through: whether the decoder reads 0s and 1s, with the gradient of the sigmoid. The relaxed ELBO is
+            then a lower bound on the twin's ELBO.
+
+    >>> prior = RelaxedBernoulli(1, temperature=0.5)
+    >>> prior.read(torch.tensor([2.0])), prior.discrete()().mean
+    (tensor([0.8808]), tensor([0.5000]))
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        temperature: float,
+        probs: float | Tensor = 0.5,
+        learnable: bool = False,
+        straight_through: bool = False,
+    ):
+        family = families.RelaxedBernoulli(latent, temperature)
+        super().__init__(family, _logits(family.event_shape, probs, learnable), straight_through)
+
+
+class GumbelSoftmax(_RelaxedPrior):
+    r"""Independent relaxed one-hot variables; the site is on the log-simplex, the decoder reads its exponential.
+
+    Args:
+        latent: ``(n, k)``, n variables of k classes.
+        temperature: :math:`\lambda > 0`; at 0 the twin, :class:`OneHotCategorical`.
+        probs: probabilities of the twin; uniform if left out.
+        learnable: whether they are trained.
+        straight_through: whether the decoder reads one-hot vectors, with the gradient of the soft ones.
+
+    >>> prior = GumbelSoftmax((1, 2), temperature=0.5, straight_through=True)
+    >>> prior.read(torch.tensor([[0.4, 0.6]]).log())
+    tensor([[0., 1.]])
+    """
+
+    def __init__(
+        self,
+        latent: Sequence[int],
+        temperature: float,
+        probs: Tensor | None = None,
+        learnable: bool = False,
+        straight_through: bool = False,
+    ):
+        family = families.RelaxedOneHotCategorical(latent, temperature)
+        super().__init__(family, _log_probs(family.event_shape, probs, learnable), straight_through)
+
+
+def _raw(values: Tensor, learnable: bool) -> Tensor:
+    return nn.Parameter(values) if learnable else values
+
+
+def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor:
+    probs = torch.as_tensor(probs, dtype=torch.get_default_dtype())
+    if not ((probs > 0) & (probs < 1)).all():
+        raise ValueError(f"probs: got {probs.tolist()}; accepted are probabilities strictly between 0 and 1")
+    return _raw(torch.logit(probs).expand(shape).flatten().clone(), learnable)
+
+
+def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tensor:
+    if probs is None:
+        return _raw(torch.zeros(shape.numel()), learnable)
+    if not ((probs > 0).all() and torch.allclose(probs.sum(-1), torch.ones(()))):
+        raise ValueError(f"probs: got {probs.tolist()}; accepted are positive probabilities that sum to one by row")
+    return _raw(probs.log().expand(shape).flatten().clone(), learnable)

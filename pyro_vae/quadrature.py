@@ -1,0 +1,163 @@
+"""Integrals over one or two dimensions that know their own error.
+
+Composite Gauss-Legendre rules on a box, refined by doubling the panels until two resolutions agree. Each axis breaks
+at a point of its own, where an integrand may jump: a relaxed Bernoulli read hard jumps where its logit is 0.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Box", "QuadratureError", "Rule", "log_integral", "refined"]
+
+_ORDER = 8
+_FIRST_PANELS = 8
+_MAX_NODES = 2**20
+
+
+class QuadratureError(ArithmeticError):
+    """The integral did not settle: two resolutions differ by more than the tolerance at the finest that is tried."""
+
+
+@cache
+def _panel() -> tuple[Tensor, Tensor]:
+    nodes, weights = np.polynomial.legendre.leggauss(_ORDER)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+@dataclass(frozen=True)
+class Box:
+    """The corners and break points of boxes, one for each of a batch: ``low <= middle <= high``, each ``(B, d)``."""
+
+    low: Tensor
+    middle: Tensor
+    high: Tensor
+
+    def union(self) -> "Box":
+        """One box around all of the batch, ``(1, d)``, broken at the first one's break point."""
+        low, high = self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True)
+        return Box(low, self.middle[:1].clamp(low, high), high)
+
+    def join(self, other: "Box") -> "Box":
+        """One box around both batches, broken where this one is."""
+        both = Box(
+            torch.cat([self.low, other.low]), torch.cat([self.middle, other.middle]), torch.cat([self.high, other.high])
+        )
+        return both.union()
+
+    def grown(self) -> "Box":
+        """Twice the width on either side of the break."""
+        return Box(2 * self.low - self.middle, self.middle, 2 * self.high - self.middle)
+
+
+class Rule:
+    """Nodes, log-weights and cells of a tensor-product rule with this many panels for each axis of a box."""
+
+    def __init__(self, box: Box, panels: int):
+        position, weight = (tensor.to(box.low.device) for tensor in _panel())
+        half = panels // 2
+        starts = torch.arange(half, dtype=torch.float64, device=box.low.device)
+        position = ((starts[:, None] + position) / half).flatten()
+        weight = (weight / half).repeat(half)
+        start = weight.cumsum(0) - weight
+        # Quadrature cells: those of Gauss-Legendre tile the interval and hold one node each.
+        below, above = box.middle - box.low, box.high - box.middle
+        self.nodes = torch.cat([_span(box.low, below, position), _span(box.middle, above, position)])
+        self.widths = torch.cat([_span(0 * below, below, weight), _span(0 * above, above, weight)])
+        self.starts = torch.cat([_span(box.low, below, start), _span(box.middle, above, start)])
+        self.box = box
+        self.dims = box.low.shape[-1]
+        self.per_axis = len(self.nodes)
+
+    def __len__(self) -> int:
+        return self.per_axis**self.dims
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Nodes ``(C, B, d)``, their log-weights ``(C, B)`` and whether they lie in an outermost panel ``(C, 1)``."""
+        for first in range(0, len(self), size):
+            index = self._index(torch.arange(first, min(first + size, len(self)), device=self.nodes.device))
+            log_weights = self._take(self.widths, index).log().sum(-1)
+            edge = ((index < _ORDER) | (index >= self.per_axis - _ORDER)).any(-1, keepdim=True)
+            yield self._take(self.nodes, index), log_weights, edge
+
+    def draw(self, flat: Tensor) -> Tensor:
+        """A uniform draw from the cell of each node number, ``(*, B)``, as points ``(*, B, d)``."""
+        index = self._index(flat)
+        batch = torch.arange(self.nodes.shape[1], device=flat.device)
+        axes = torch.arange(self.dims, device=flat.device)
+        pick = (index, batch[:, None].expand(index.shape[-2:]) if len(batch) > 1 else torch.zeros_like(index), axes)
+        return self.starts[pick] + torch.rand(index.shape, dtype=torch.float64, device=flat.device) * self.widths[pick]
+
+    def _index(self, flat: Tensor) -> Tensor:
+        return torch.stack([flat // self.per_axis**axis % self.per_axis for axis in range(self.dims)], dim=-1)
+
+    def _take(self, values: Tensor, index: Tensor) -> Tensor:
+        return torch.stack([values[index[:, axis], :, axis] for axis in range(self.dims)], dim=-1)
+
+
+def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
+    return start + position[:, None, None] * length
+
+
+def refined(estimate: Callable[[int], Tensor], dims: int, tolerance: float) -> tuple[Tensor, int]:
+    """The estimate at the first number of panels that agrees with half as many, and that number.
+
+    Raises:
+        QuadratureError: if none within 2^20 nodes does, with the discrepancy.
+    """
+    panels = _FIRST_PANELS
+    previous = estimate(panels)
+    while (2 * panels * _ORDER) ** dims <= _MAX_NODES:
+        panels *= 2
+        current = estimate(panels)
+        # Where both are -inf there is no mass at either resolution.
+        gap = torch.where(current == previous, 0.0, (current - previous).abs())
+        if (gap <= tolerance).all():
+            return current, panels
+        previous = current
+    worst = int(gap.nan_to_num(float("inf")).argmax())
+    raise QuadratureError(
+        f"quadrature did not settle: with {(panels * _ORDER) ** dims} nodes and half as many in each dimension, the "
+        f"integral of datum {worst} differs by {gap[worst]:.3g} nats, and {tolerance:.3g} are asked for"
+    )
+
+
+def log_integral(
+    log_integrand: Callable[[Tensor], Tensor], box: Box, tolerance: float, chunk: int
+) -> tuple[Tensor, Rule]:
+    """The logarithm of an integral over all space, from a box that grows until its edges do not matter.
+
+    Args:
+        log_integrand: from points ``(C, B, d)`` to ``(C, N)``, with B = 1 or N.
+        box: where to start.
+        tolerance: to which two resolutions must agree, in nats.
+        chunk: how many points to evaluate at once.
+
+    Returns:
+        The logarithm, ``(N,)`` in float64, and the rule that gave it.
+    """
+    shares: list[Tensor] = []
+
+    def estimate(panels: int) -> Tensor:
+        totals, edges = [], []
+        for nodes, log_weights, edge in Rule(box, panels).chunks(chunk):
+            terms = log_integrand(nodes).double() + log_weights
+            totals.append(terms.logsumexp(0))
+            edges.append(terms.masked_fill(~edge, -torch.inf).logsumexp(0))
+        total = torch.stack(totals).logsumexp(0)
+        shares[:] = [(torch.stack(edges).logsumexp(0) - total).exp()]
+        return total
+
+    for _ in range(8):
+        value, panels = refined(estimate, box.low.shape[-1], tolerance)
+        if (shares[0] <= tolerance).all():
+            return value, Rule(box, panels)
+        box = box.grown()
+    raise QuadratureError(
+        f"quadrature did not settle: {float(shares[0].max()):.3g} of the mass still lies at the edge of the box from "
+        f"{box.low.tolist()} to {box.high.tolist()}"
+    )

@@ -1,0 +1,202 @@
+"""The variational autoencoder: a prior, a decoder and an encoder, assembled into a Pyro model and guide."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import guides
+from pyro_vae.parts import Part
+from pyro_vae.randomness import seeded
+
+__all__ = ["VAE"]
+
+_numbers = count(1)
+
+
+class VAE(nn.Module):
+    r"""A generative model and its guide.
+
+    .. math:: z_i \sim p(z),\quad x_i \sim p(x \mid z_i)\qquad\text{and}\qquad z_i \sim q(z \mid x_i),
+              \quad i = 1, \dots, N.
+
+    ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``: hand them to
+    ``pyro.infer.SVI``, ``Predictive``, ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and
+    ``code``, what the decoder reads, where that is not ``z`` itself.
+
+    Args:
+        prior: part without a context, such as :class:`pyro_vae.priors.StandardNormal`.
+        encoder: part with the context x, such as :class:`pyro_vae.guides.DiagonalNormal`.
+        decoder: part with what the prior reads of z as context, such as :class:`pyro_vae.likelihoods.Normal`.
+        name: prefix of the parameters in Pyro's param store; unique in the process if left out.
+
+    Raises:
+        ValueError: if the parts do not fit each other: event shapes, density against mass, supports.
+
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32])),
+    ...     decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32])),
+    ... )
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> from pyro.optim import Adam
+    >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
+    >>> loss = svi.step(torch.randn(100, 2))
+    """
+
+    def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
+        super().__init__()
+        self.prior = prior
+        self.encoder = encoder
+        self.decoder = decoder
+        self._named_by_user = name is not None
+        self.name = name if name is not None else f"vae{next(_numbers)}"
+        self.data_shape = self._tell_own_story()
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy has parameters of its own, and so a name of its own."""
+        super().__setstate__(state)
+        if not self._named_by_user:
+            self.name = f"vae{next(_numbers)}"
+
+    def model(self, x: Tensor) -> None:
+        """The generative story, p(x, z)."""
+        self.register()
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=len(self.data_shape))
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.decoder(self._read(z)), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Its approximate inverse, q(z | x)."""
+        self.register()
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=len(self.data_shape))
+            pyro.sample("z", self.encoder(x))
+
+    def register(self) -> None:
+        """Register the parameters with Pyro, as ``pyro.module(self.name, self)`` does, each once.
+
+        Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would
+        leave a second model of the same name untrained without a word, this raises.
+        """
+        for path, parameter in self.named_parameters():
+            if parameter.requires_grad and pyro.param(f"{self.name}$$${path}", parameter) is not parameter:
+                raise ValueError(
+                    f"name: Pyro's param store holds other parameters under {self.name!r} ({path}), and these would "
+                    "not be trained. Give each VAE a name of its own (leave it out and it is), or call "
+                    "pyro.clear_param_store()."
+                )
+
+    def _read(self, z: Tensor) -> Tensor:
+        code = self._code(z)
+        return code if code is z else pyro.deterministic("code", code, event_dim=self.prior().event_dim)
+
+    def _code(self, z: Tensor) -> Tensor:
+        read = getattr(self.prior, "read", None)
+        return z if read is None else read(z)
+
+    def discrete(self) -> "VAE":
+        """The discrete VAE that a relaxed one stands for. It shares the parameters: training one trains the other.
+
+        >>> from pyro_vae import priors, guides, likelihoods, networks
+        >>> relaxed = VAE(
+        ...     prior=priors.RelaxedBernoulli(1, temperature=0.5),
+        ...     encoder=guides.RelaxedBernoulli(2, 1, networks.mlp([32]), temperature=0.66),
+        ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+        ... )
+        >>> relaxed.discrete().prior().has_enumerate_support
+        True
+        """
+        return VAE(_twin("prior", self.prior), _twin("encoder", self.encoder), self.decoder, name=self.name)
+
+    def encode(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z) at values of the site ``z``."""
+        return self.decoder(self._code(z))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """The mean of p(x | z) at one draw z ~ q(z | x) for each row."""
+        return self.decode(self.encode(x).sample()).mean
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, mean: bool = False) -> Tensor:
+        """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
+        p = self.decode(self.prior().sample(torch.Size([num_samples])))
+        return p.mean if mean else p.sample()
+
+    def _tell_own_story(self) -> torch.Size:
+        """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""
+        with torch.no_grad(), seeded(0), _evaluating(self):
+            prior = self.prior()
+            if prior.batch_shape:
+                raise ValueError(
+                    f"prior: {_name(self.prior)} has batch shape {tuple(prior.batch_shape)}; accepted is that of "
+                    "one datum's z, all dimensions in its event shape: `.to_event()`"
+                )
+            z = prior.sample(torch.Size([2]))
+            likelihood = self._feed("decoder", self.decoder, self._code(z), "prior", self.prior)
+            guide = self._feed("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
+            self._check_guide(guide, prior)
+        return likelihood.event_shape
+
+    def _feed(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
+        given = context.shape[1:]
+        accepted = getattr(part, "context_shape", given)
+        complaint = f"{role}: {_name(part)} does not take what the {source} {_name(maker)} gives, shape {tuple(given)}"
+        if accepted != given:
+            size = "latent" if role == "decoder" else "in_features"
+            fitting = given[0] if len(given) == 1 else tuple(given)
+            raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
+        try:
+            return part(context)
+        except RuntimeError as error:
+            raise ValueError(f"{complaint}: {error}") from error
+
+    def _check_guide(self, guide: Any, prior: Any) -> None:
+        if repr(guide.support) == repr(prior.support) and guide.event_shape == prior.event_shape:
+            return
+        kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
+        partner = {"StandardNormal": "DiagonalNormal", "Normal": "DiagonalNormal"}.get(
+            type(self.prior).__name__, type(self.prior).__name__
+        )
+        shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
+        hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""
+        raise ValueError(
+            f"encoder: {_name(self.encoder)} is a {kinds[0]} of shape {tuple(guide.event_shape)} on {guide.support}, "
+            f"the prior {_name(self.prior)} a {kinds[1]} of shape {tuple(prior.event_shape)} on {prior.support}; "
+            f"log p(z) - log q(z | x) needs both to be of one kind, shape and support.{hint}"
+        )
+
+
+def _twin(role: str, part: nn.Module) -> Part:
+    if not isinstance(part, Part):
+        raise TypeError(f"{role}: {type(part).__name__} has no discrete twin; a Part with `discrete()` has one")
+    return part.discrete()
+
+
+def _name(part: nn.Module) -> str:
+    module = type(part).__module__.rpartition(".")[2]
+    return f"{module}.{type(part).__name__}"
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that running statistics stay as they are; then each module's own mode again."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
