@@ -65,8 +65,8 @@ def _check_plate(model_trace: Trace, plate: str) -> None:
     if outside:
         frames = [frame for site in model_trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
         raise ValueError(
-            f"batch_size: mini-batches need every observed site in the plate {plate!r}; {outside} are not. Name the data "
-            f"plate with `plate=` (found: {sorted({frame.name for frame in frames})}), or leave batch_size out."
+            f"batch_size: mini-batches need every observed site in the plate {plate!r}; {outside} are not. Name "
+            f"the data plate with `plate=` (found: {sorted({frame.name for frame in frames})}), or leave batch_size out."
         )
 
 
