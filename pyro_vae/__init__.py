@@ -11,6 +11,7 @@ from pyro_vae import (
     networks,
     priors,
 )
+from pyro_vae.inference_data import to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -30,4 +31,5 @@ __all__ = [
     "likelihoods",
     "networks",
     "priors",
+    "to_datatree",
 ]

@@ -63,10 +63,10 @@ def _in_plate(site: dict[str, Any], plate: str) -> bool:
 def _check_plate(model_trace: Trace, plate: str) -> None:
     outside = [name for name, site in observed_sites(model_trace).items() if not _in_plate(site, plate)]
     if outside:
-        frames = [frame for site in model_trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
+        found = {frame.name for site in model_trace.nodes.values() for frame in site.get("cond_indep_stack", ())}
         raise ValueError(
             f"batch_size: mini-batches need every observed site in the plate {plate!r}; {outside} are not. Name "
-            f"the data plate with `plate=` (found: {sorted({frame.name for frame in frames})}), or leave batch_size out."
+            f"the data plate with `plate=` (found: {sorted(found)}), or leave batch_size out."
         )
 
 

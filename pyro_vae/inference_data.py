@@ -1,0 +1,193 @@
+"""Draws from a model and guide as an ``xarray.DataTree``, the form that ArviZ reads."""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.randomness import seeded
+
+__all__ = ["to_datatree"]
+
+_MAX_BYTES = 4 * 2**30
+_LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
+_OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
+
+
+@torch.no_grad()
+def to_datatree(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *data: Tensor,
+    draws: int = 1000,
+    seed: int = 0,
+    plate: str = "data",
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    parallel: bool = False,
+) -> xr.DataTree:
+    """Draw from a model and guide, and name everything.
+
+    Groups: ``posterior`` (the guide's latents, and what is deterministic given them, such as ``code``), ``prior``,
+    ``posterior_predictive`` and ``prior_predictive`` (data drawn **anew**, not the observed data repeated) and
+    ``observed_data``. Dimensions are ``(chain, draw, obs, ...)`` with one chain: draws from a guide are independent, so
+    ``r_hat`` and ``ess`` say nothing about them; ``az.summary(..., kind="stats")`` is what fits.
+
+    Save with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load with ``xarray.open_datatree("run.nc")``. ArviZ 0.23
+    takes ``arviz.from_datatree(tree)``, ArviZ 1 the tree itself.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        data: what both take.
+        draws: number of draws.
+        seed: of the draws.
+        plate: name of the data plate, whose dimension is called ``obs``.
+        dims: names of a site's event dimensions, by site, such as ``{"x": ["height", "width"]}``.
+        coords: coordinates by dimension, such as ``{"obs": names}``; counted from 0 where left out.
+        parallel: draw all at once, as ``pyro.infer.Predictive(parallel=True)``: faster, for models and guides whose
+            networks take a dimension more on the left.
+
+    Raises:
+        ValueError: if the draws would take more than 4 GiB, with the number of bytes; if ``dims`` or ``coords`` do not
+            fit.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> tree = to_datatree(vae.model, vae.guide, torch.randn(10, 2), draws=50)
+    >>> list(tree.children)
+    ['posterior', 'prior', 'posterior_predictive', 'prior_predictive', 'observed_data']
+    >>> dict(tree["posterior"]["z"].sizes)
+    {'chain': 1, 'draw': 50, 'obs': 10, 'latent': 1}
+    """
+    if draws < 1:
+        raise ValueError(f"draws: got {draws}; accepted is a positive integer")
+    generative = poutine.uncondition(model)
+    with seeded(seed):
+        with poutine.block():
+            guide_trace = poutine.trace(guide).get_trace(*data)
+            model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
+        latents, observed = latent_sites(guide_trace), observed_sites(model_trace)
+        deterministic = _deterministic_sites(model_trace)
+        _check_latents(latent_sites(model_trace), latents)
+        _check_size(latents | deterministic | observed, draws)
+        names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
+        q = Predictive(guide, num_samples=draws, parallel=parallel, return_sites=tuple(latents))(*data)
+        rest = (*deterministic, *observed)
+        given_q = Predictive(generative, q, parallel=parallel, return_sites=rest)(*data)
+        p = Predictive(generative, num_samples=draws, parallel=parallel, return_sites=(*latents, *rest))(*data)
+    attrs = _attributes(draws, seed)
+    groups = {
+        "posterior": names.dataset(q | {name: given_q[name] for name in deterministic}),
+        "prior": names.dataset({name: p[name] for name in (*latents, *deterministic) if name in p}),
+        "posterior_predictive": names.dataset({name: given_q[name] for name in observed}),
+        "prior_predictive": names.dataset({name: p[name] for name in observed}),
+        "observed_data": names.dataset({name: site["value"] for name, site in observed.items()}, drawn=False),
+    }
+    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree.attrs = attrs
+    return tree
+
+
+def _deterministic_sites(trace: Any) -> dict[str, Any]:
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["infer"].get("_deterministic")
+    }
+
+
+def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:
+    missing = sorted(set(of_model) - set(of_guide))
+    if missing:
+        raise ValueError(
+            f"guide: the model's latents {missing} are not in it, so that there are no posterior draws of them"
+        )
+
+
+def _check_size(sites: dict[str, Any], draws: int) -> None:
+    size = 2 * draws * sum(site["value"].numel() * site["value"].element_size() for site in sites.values())
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"draws: {draws} draws of {', '.join(sites)} from posterior and prior take {size} bytes; at most "
+            f"{_MAX_BYTES} are drawn. Ask for fewer draws, or hand over fewer data."
+        )
+
+
+class _Names:
+    """Dimension names and coordinates of sites."""
+
+    def __init__(
+        self,
+        unobserved: dict[str, Any],
+        observed: dict[str, Any],
+        plate: str,
+        dims: Mapping[str, Sequence[str]],
+        coords: Mapping[str, Any],
+        draws: int,
+    ):
+        sites = unobserved | observed
+        unknown = sorted(set(dims) - set(sites))
+        if unknown:
+            raise ValueError(f"dims: names the sites {unknown}; the model has {sorted(sites)}")
+        self.dims: dict[str, tuple[str, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        sizes = {"chain": 1, "draw": draws}
+        for name, site in sites.items():
+            frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda f: f.dim)
+            batch = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}
+            event_shape = site["fn"].event_shape
+            event = dims.get(name) or self._event_dims(name, event_shape, name in observed, sizes)
+            if len(event) != len(event_shape):
+                raise ValueError(f"dims: names {list(event)} for {name}, whose event shape is {tuple(event_shape)}")
+            self.dims[name] = (*batch, *event)
+            self.shapes[name] = (*batch.values(), *event_shape)
+            for dim, size in zip(self.dims[name], self.shapes[name], strict=True):
+                if sizes.setdefault(dim, size) != size:
+                    raise ValueError(f"dims: {dim!r} of {name} has size {size}, and {sizes[dim]} elsewhere")
+        self.coords = {dim: np.asarray(coords.get(dim, np.arange(size))) for dim, size in sizes.items()}
+        for dim, coordinate in coords.items():
+            if len(coordinate) != sizes.get(dim):
+                raise ValueError(f"coords: {dim!r} has {len(coordinate)} entries; accepted are {sizes}")
+
+    @staticmethod
+    def _event_dims(name: str, shape: torch.Size, is_observed: bool, sizes: dict[str, int]) -> tuple[str, ...]:
+        defaults = _OBSERVED_DIMS if is_observed else _LATENT_DIMS
+        dims = defaults.get(len(shape), tuple(f"dim_{axis}" for axis in range(len(shape))))
+        clash = any(sizes.get(dim, size) != size for dim, size in zip(dims, shape, strict=True))
+        return tuple(f"{name}_{dim}" for dim in dims) if clash else dims
+
+    def dataset(self, values: Mapping[str, Tensor], drawn: bool = True) -> xr.Dataset:
+        lead = ("chain", "draw") if drawn else ()
+        arrays = {}
+        for name, value in values.items():
+            shape = (1, -1, *self.shapes[name]) if drawn else self.shapes[name]
+            arrays[name] = ((*lead, *self.dims[name]), value.detach().cpu().reshape(shape).numpy())
+        used = {dim for dims, _ in arrays.values() for dim in dims}
+        return xr.Dataset(arrays, coords={dim: values for dim, values in self.coords.items() if dim in used})
+
+
+def _attributes(draws: int, seed: int) -> dict[str, str | int]:
+    return {
+        "created_at": datetime.now(UTC).isoformat(),
+        "creation_library": "pyro_vae",
+        "creation_library_version": importlib.metadata.version("pyro-vae"),
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "draws": draws,
+        "seed": seed,
+    }
