@@ -9,6 +9,7 @@ from pyro_vae import (
     handlers,
     likelihoods,
     networks,
+    plots,
     priors,
 )
 from pyro_vae.inference_data import to_datatree
@@ -30,6 +31,7 @@ __all__ = [
     "handlers",
     "likelihoods",
     "networks",
+    "plots",
     "priors",
     "to_datatree",
 ]

@@ -193,6 +193,16 @@ class Posterior(dist.TorchDistribution):
                 values = chart.to_site(nodes)
                 yield values, problem.log_joint({self._name: values}).double() + log_weights - self.log_evidence
 
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether the latent is discrete."""
+        return self._rule is None
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """The states of a discrete latent, ``(S, N or 1, *event)``."""
+        states = torch.cat([values[self._name] for values in self._problem.states()])
+        return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
+
     @cached_property
     def mean(self) -> Tensor:
         """The posterior mean, ``(N, *event)``."""
@@ -205,7 +215,7 @@ class Posterior(dist.TorchDistribution):
 
     @cached_property
     def probs(self) -> Tensor:
-        """Of a discrete latent: the probability of each state, ``(S, N)``, in the order of ``enumerate_support``."""
+        """The probability of each state of a discrete latent, ``(S, N)``, in the order of ``enumerate_support``."""
         if self._rule is not None:
             raise AttributeError("a continuous posterior has no `probs`; use log_prob")
         with torch.no_grad():

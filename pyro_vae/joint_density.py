@@ -164,7 +164,7 @@ class Guide:
                 mass.add_(log_mass.exp().sum(0))
             return total
 
-        value, _ = refined(estimate, chart.dims, tolerance)
+        value, _ = refined(estimate, chart.dims, tolerance, rounding=8 * torch.finfo(self.problem.dtype).eps)
         if (mass - 1).abs().max() > 1e-3:
             raise QuadratureError(f"the quadrature finds {float(mass.min()):.6g} of the mass of q(z | x), and not 1")
         return value
@@ -197,6 +197,11 @@ class Chart:
         shaped = points.reshape(*points.shape[:-1], *self.coordinate_shape)
         return (AdditiveLogRatioTransform()(shaped) if self.on_simplex else shaped).to(self.dtype)
 
+    def to_points(self, value: Tensor) -> Tensor:
+        """Coordinates ``(*, d)`` of values of the site ``(*, *event)``."""
+        points = AdditiveLogRatioTransform().inv(value) if self.on_simplex else value
+        return points.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
+
     def reach(self, fn: dist.TorchDistribution, num_data: int) -> Box:
         """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard."""
         base = base_distribution(fn)
@@ -222,7 +227,7 @@ class Chart:
             for tensor in (loc, spread.expand_as(loc), middle)
         )
         low, high = loc - spread, loc + spread
-        return Box(low, middle.clamp(low, high), high)
+        return Box(low, middle.clamp(low, high), high).shared()
 
 
 def base_distribution(fn: dist.TorchDistribution) -> Any:

@@ -16,7 +16,7 @@ from pyro_vae.handlers import Rows, SubsampleStatements, latent_sites, observed_
 __all__ = ["Batcher", "plan"]
 
 Batcher = Callable[[Tensor], Any]
-"""A context manager factory: given row numbers, yields the arguments to call the pair with."""
+"""Given row numbers, a context manager that yields the arguments to call the pair with."""
 
 Function = Callable[..., Any]
 

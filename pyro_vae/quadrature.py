@@ -16,7 +16,7 @@ __all__ = ["Box", "QuadratureError", "Rule", "log_integral", "refined"]
 
 _ORDER = 8
 _FIRST_PANELS = 8
-_MAX_NODES = 2**20
+_MAX_NODES = {1: 2**16, 2: 2**18}
 
 
 class QuadratureError(ArithmeticError):
@@ -36,6 +36,11 @@ class Box:
     low: Tensor
     middle: Tensor
     high: Tensor
+
+    def shared(self) -> "Box":
+        """One box, ``(1, d)``, if all of the batch are equal; else these."""
+        corners = torch.stack([self.low, self.middle, self.high])
+        return self.union() if (corners == corners[:, :1]).all() else self
 
     def union(self) -> "Box":
         """One box around all of the batch, ``(1, d)``, broken at the first one's break point."""
@@ -103,20 +108,25 @@ def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
     return start + position[:, None, None] * length
 
 
-def refined(estimate: Callable[[int], Tensor], dims: int, tolerance: float) -> tuple[Tensor, int]:
+def refined(
+    estimate: Callable[[int], Tensor], dims: int, tolerance: float, rounding: float = 0.0
+) -> tuple[Tensor, int]:
     """The estimate at the first number of panels that agrees with half as many, and that number.
 
+    They agree if they differ by no more than ``tolerance``, plus ``rounding`` times the estimate: an integrand in
+    float32 cannot do better.
+
     Raises:
-        QuadratureError: if none within 2^20 nodes does, with the discrepancy.
+        QuadratureError: if none within 2^16 nodes (2^18 in two dimensions) does, with the discrepancy.
     """
     panels = _FIRST_PANELS
     previous = estimate(panels)
-    while (2 * panels * _ORDER) ** dims <= _MAX_NODES:
+    while (2 * panels * _ORDER) ** dims <= _MAX_NODES[dims]:
         panels *= 2
         current = estimate(panels)
         # Where both are -inf there is no mass at either resolution.
         gap = torch.where(current == previous, 0.0, (current - previous).abs())
-        if (gap <= tolerance).all():
+        if (gap <= tolerance + rounding * current.abs()).all():
             return current, panels
         previous = current
     worst = int(gap.nan_to_num(float("inf")).argmax())

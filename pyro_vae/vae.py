@@ -86,19 +86,25 @@ class VAE(nn.Module):
         Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would
         leave a second model of the same name untrained without a word, this raises.
         """
+        store = pyro.get_param_store()
         for path, parameter in self.named_parameters():
-            if parameter.requires_grad and pyro.param(f"{self.name}$$${path}", parameter) is not parameter:
+            name = f"{self.name}$$${path}"
+            if not parameter.requires_grad:
+                continue
+            if name in store and store[name] is not parameter:
                 raise ValueError(
                     f"name: Pyro's param store holds other parameters under {self.name!r} ({path}), and these would "
                     "not be trained. Give each VAE a name of its own (leave it out and it is), or call "
                     "pyro.clear_param_store()."
                 )
+            pyro.param(name, parameter)
 
     def _read(self, z: Tensor) -> Tensor:
-        code = self._code(z)
+        code = self.code(z)
         return code if code is z else pyro.deterministic("code", code, event_dim=self.prior().event_dim)
 
-    def _code(self, z: Tensor) -> Tensor:
+    def code(self, z: Tensor) -> Tensor:
+        """What the decoder reads of values of the site ``z``: of a relaxed latent, its sigmoid or exponential."""
         read = getattr(self.prior, "read", None)
         return z if read is None else read(z)
 
@@ -122,7 +128,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z) at values of the site ``z``."""
-        return self.decoder(self._code(z))
+        return self.decoder(self.code(z))
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ class VAE(nn.Module):
                     "one datum's z, all dimensions in its event shape: `.to_event()`"
                 )
             z = prior.sample(torch.Size([2]))
-            likelihood = self._feed("decoder", self.decoder, self._code(z), "prior", self.prior)
+            likelihood = self._feed("decoder", self.decoder, self.code(z), "prior", self.prior)
             guide = self._feed("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
             self._check_guide(guide, prior)
         return likelihood.event_shape

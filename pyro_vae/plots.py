@@ -1,0 +1,260 @@
+"""Pictures, each on matplotlib axes, each answering one question.
+
+Functions draw on ``ax`` and return it; none calls ``plt.show()``. Clusters and methods differ in marker or line style
+as well as in colour, so that a picture reads in black and white.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
+from pyro.infer.inspect import get_model_relations
+from torch import Tensor
+
+from pyro_vae import exact
+from pyro_vae.joint_density import Guide, Problem
+
+__all__ = ["image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
+
+_MARKERS = "osv^D<>pP*"
+_LINES = ("-", "--", "-.", ":")
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return plt.subplots(layout="constrained")[1] if ax is None else ax
+
+
+def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+    """Has training converged, and does it overfit? ELBO, -distortion and rate by epoch, validation dashed.
+
+    Args:
+        history: that of :class:`pyro_vae.Fitted`.
+        ax: where to draw.
+
+    >>> training_curves({"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}).get_ylabel()
+    'nats per datum'
+    """
+    ax = _axes(ax)
+    bound = "elbo" if "elbo" in history else "surrogate"
+    labels = {
+        bound: ("ELBO" if bound == "elbo" else "surrogate, no bound", 1.0),
+        "distortion": ("-distortion", -1.0),
+        "rate": ("rate", 1.0),
+    }
+    for (name, (label, sign)), colour in zip(labels.items(), ("black", "tab:blue", "tab:orange"), strict=True):
+        for prefix, style, suffix in (("", "-", ""), ("validation_", "--", ", validation")):
+            if prefix + name in history:
+                values = [sign * value for value in history[prefix + name]]
+                ax.plot(range(1, len(values) + 1), values, style, color=colour, label=label + suffix)
+    ax.set(xlabel="epoch", ylabel="nats per datum")
+    ax.legend()
+    return ax
+
+
+def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
+    """Where in the latent space does each class lie?
+
+    Args:
+        z: ``(N, 2)``, or ``(N, 1)``: then each class has a line of its own, jittered.
+        labels: ``(N,)``.
+        ax: where to draw.
+
+    >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
+    '$z_1$'
+    """
+    ax = _axes(ax)
+    for index, label in enumerate(labels.unique().tolist()):
+        rows = z[labels == label]
+        across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * (torch.rand(len(rows)) - 0.5)
+        ax.scatter(
+            rows[:, 0],
+            across,
+            s=9,
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=f"C{index}",
+            alpha=0.6,
+            linewidths=0,
+            label=str(label),
+        )
+    if z.shape[1] > 1:
+        ax.set(xlabel="$z_1$", ylabel="$z_2$")
+        ax.legend(title="label", markerscale=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        classes = labels.unique().tolist()
+        ax.set(xlabel="$z$", ylabel="label (with jitter)", yticks=range(len(classes)), yticklabels=classes)
+    return ax
+
+
+@torch.no_grad()
+def posterior(model: Callable[..., Any], guide: Callable[..., Any], *datum: Tensor, ax: Axes | None = None) -> Axes:
+    """How close is q(z | x) to the exact p(z | x)? Both, for one datum and a latent of one variable.
+
+    A discrete latent is drawn as bars, one for each state; a continuous one as densities, over the value of its site
+    or, of a Gumbel-softmax of two classes, over the log-ratio of the two.
+
+    Args:
+        model: a Pyro model of one latent site of one variable.
+        guide: its guide.
+        datum: one row of the data, ``(1, *data_shape)``.
+        ax: where to draw.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
+    'density'
+    """
+    ax = _axes(ax)
+    problem = Problem(model, datum, "data")
+    q = Guide(problem, guide)
+    p = exact.posterior(model, *datum)
+    name, _ = problem.single_site()
+    if problem.is_discrete:
+        states = p.enumerate_support()
+        places = torch.arange(len(states))
+        ax.bar(places - 0.2, p.log_prob(states)[:, 0].exp(), 0.4, label="exact $p(z|x)$", color="0.75")
+        ax.bar(
+            places + 0.2,
+            q.log_prob({name: states})[:, 0].exp(),
+            0.4,
+            label="guide $q(z|x)$",
+            color="tab:red",
+            hatch="//",
+        )
+        ax.set(xlabel=f"state of ${name}$", ylabel="probability", xticks=places, ylim=(0, 1.05))
+        return ax
+    chart = problem.chart()
+    if chart.dims != 1:
+        raise ValueError(f"model: its latent {name!r} has {chart.dims} dimensions; accepted is one variable")
+    drawn = [chart.to_points(draws.sample((400,))) for draws in (p, q.site()["fn"])]
+    low, high = torch.cat(drawn).quantile(torch.tensor([0.002, 0.998])).tolist()
+    grid = torch.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), 600)
+    values = chart.to_site(grid[:, None, None])
+    ax.fill_between(grid, p.log_prob(values)[:, 0].exp(), color="0.75", label="exact $p(z|x)$")
+    ax.plot(grid, q.log_prob({name: values})[:, 0].exp(), "--", color="tab:red", label="guide $q(z|x)$")
+    label = f"log-ratio of the classes of ${name}$" if chart.on_simplex else f"${name}$"
+    ax.set(xlabel=label, ylabel="density", ylim=(0, None))
+    return ax
+
+
+def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
+    """Images ``(N, height, width)`` with values in [0, 1], row by row, black on white.
+
+    >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
+    (17, 26)
+    """
+    ax = _axes(ax)
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = image.detach()
+    ax.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    ax.set_axis_off()
+    return ax
+
+
+def manifold(
+    decode: Callable[[Tensor], Tensor], shape: tuple[int, int], size: int = 15, ax: Axes | None = None
+) -> Axes:
+    """What does each place in a latent space of two standard normal dimensions decode to?
+
+    Args:
+        decode: from ``(S, 2)`` to mean images, ``(S, height * width)``.
+        shape: height and width of an image.
+        size: images a side, at the quantiles 1/(2 size), ... of the prior.
+        ax: where to draw.
+
+    >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
+    '$z_1$: quantiles of the prior, left to right'
+    """
+    ax = _axes(ax)
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
+    z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
+    image_grid(decode(z).reshape(-1, *shape), size, ax)
+    ax.set_axis_on()
+    ax.set(xticks=[], yticks=[], xlabel="$z_1$: quantiles of the prior, left to right", ylabel="$z_2$: upwards")
+    return ax
+
+
+def plate_diagram(
+    model: Callable[..., Any], *data: Tensor, guide: Callable[..., Any] | None = None, ax: Axes | None = None
+) -> Axes:
+    """What depends on what? The model as circles (observed ones filled), arrows and plates; a guide dashed.
+
+    A drawing with matplotlib alone of what ``pyro.render_model`` draws with Graphviz.
+
+    Args:
+        model: a Pyro model.
+        data: what it takes.
+        guide: its guide; dashed arrows go from the observed sites to its latents.
+        ax: where to draw.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> sorted(text.get_text() for text in plate_diagram(model, torch.zeros(3)).texts)
+    ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
+    """
+    ax = _axes(ax)
+    relations = get_model_relations(model, data)
+    parents = relations["sample_sample"]
+    places = _layout(parents)
+    for name, (column, row) in places.items():
+        filled = name in relations["observed"]
+        ax.add_patch(Ellipse((column, row), 0.6, 0.6, facecolor="0.8" if filled else "white", edgecolor="black"))
+        ax.text(column, row, name, ha="center", va="center", fontsize=14, style="italic")
+        ax.text(column + 0.38, row, f"{name} ~ {relations['sample_dist'][name]}", va="center", fontsize=9)
+        for parent in parents[name]:
+            _arrow(ax, places[parent], places[name], "-", 0.0)
+    if guide is not None:
+        for latent in get_model_relations(guide, data)["sample_sample"]:
+            for observed in relations["observed"]:
+                _arrow(ax, places[observed], places[latent], "--", -0.5)
+    for plate, members in relations["plate_sample"].items():
+        columns, rows = zip(*(places[name] for name in members), strict=True)
+        left, bottom = min(columns) - 0.6, min(rows) - 0.65
+        width, height = max(columns) + 1.5 - left, max(rows) + 0.45 - bottom
+        ax.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0.05", fill=False))
+        ax.text(left + width, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
+    ax.set_aspect("equal")
+    ax.autoscale_view()
+    ax.set_axis_off()
+    return ax
+
+
+def _layout(parents: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, float]]:
+    """Each site below all of its parents, side by side with the others of its depth."""
+    depth: dict[str, int] = {}
+    for name in parents:
+        depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
+    levels: dict[int, list[str]] = {}
+    for name, level in depth.items():
+        levels.setdefault(level, []).append(name)
+    return {name: (2.0 * levels[level].index(name), -1.3 * level) for name, level in depth.items()}
+
+
+def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], style: str, bend: float) -> None:
+    ax.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=14,
+            linestyle=style,
+            color="black",
+            connectionstyle=f"arc3,rad={bend}",
+            shrinkA=22,
+            shrinkB=22,
+        )
+    )
