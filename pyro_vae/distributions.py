@@ -333,8 +333,9 @@ class ContinuousBernoulli(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         # x l - softplus(l), written so that x near 1 at a large l loses no digits.
-        exponent = (value - (self.logits > 0).to(value.dtype)) * self.logits - softplus(-self.logits.abs())
-        return exponent + self.log_normalizer
+        above = (value - 1) * self.logits - softplus(-self.logits)
+        below = value * self.logits - softplus(self.logits)
+        return torch.where(self.logits > 0, above, below) + self.log_normalizer
 
     def icdf(self, value: Tensor) -> Tensor:
         small = self.logits.abs() < 1e-3

@@ -34,14 +34,14 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     >>> as_shape(3, "latent"), as_shape((20, 10), "latent")
     (torch.Size([3]), torch.Size([20, 10]))
     """
-    shape = (size,) if isinstance(size, int) else tuple(size)
-    if not shape or not all(isinstance(extent, int) and extent > 0 for extent in shape):
+    shape = tuple(size) if isinstance(size, Sequence) else (size,)
+    if not shape or not all(type(extent) is int and extent > 0 for extent in shape):
         raise ValueError(f"{name}: got {size!r}; accepted is a positive integer or a tuple of them")
     return torch.Size(shape)
 
 
 def _positive(value: float, name: str) -> float:
-    if not (isinstance(value, int | float) and 0 < value < math.inf):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"{name}: got {value!r}; accepted is a positive, finite number")
     return float(value)
 

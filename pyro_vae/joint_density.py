@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -25,7 +26,7 @@ __all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "base_distribution"]
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
 
-_BUDGET = 2**23  # numbers in the largest tensor of one chunk: 64 MiB in float64
+_BUDGET = 2**20  # numbers in the largest tensor of one chunk: larger ones only cost page faults
 
 Function = Callable[..., Any]
 Values = dict[str, Tensor]
@@ -37,8 +38,9 @@ class Problem:
     def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
         self.model = model
         self.data = data
-        with poutine.block(), seeded(0):
+        with poutine.block(), seeded(0), pyro.validation_enabled():
             trace = poutine.trace(model).get_trace(*data)
+            trace.compute_log_prob()
         self.latents = latent_sites(trace)
         self.observed = observed_sites(trace)
         self.num_data = _check_structure(trace, self.latents, self.observed, plate)
@@ -188,8 +190,8 @@ class Chart:
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
             raise ValueError(
-                f"model: its latent {name!r} has {self.dims} dimensions; exact answers go by quadrature in 1 or 2, by "
-                "enumeration for discrete latents, or in closed form for a linear Gaussian model, which this is not"
+                f"model: its latent {name!r} has {self.dims} dimensions, and quadrature goes up to 2. Discrete "
+                "latents are enumerated; of a linear Gaussian model, log p(x) and p(z | x) have a closed form"
             )
 
     def to_site(self, points: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ left: particles and enumeration put theirs there.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import ceil
+from math import ceil, prod
 
 from torch import Tensor, nn
 
@@ -65,8 +65,10 @@ class _OnImages(nn.Module):
         return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
 
 
-def _check_image(image: Sequence[int], features: int, name: str) -> None:
-    if len(image) != 3 or image[0] * image[1] * image[2] != features:
+def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> None:
+    if not channels or any(size < 1 for size in channels):
+        raise ValueError(f"channels: got {channels!r}; accepted are one or more positive sizes, such as (16, 32)")
+    if len(image) != 3 or prod(image) != features:
         raise ValueError(
             f"image: got {tuple(image)}; accepted is (channels, height, width) with a product of {name} = {features}"
         )
@@ -88,7 +90,7 @@ def convolutional(
     """
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        _check_image(image, in_features, "in_features")
+        _check_image(image, channels, in_features, "in_features")
         size = _halved(image, len(channels))
         layers = [
             layer
@@ -119,8 +121,8 @@ def deconvolutional(
     """
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        repeats = out_features // (image[0] * image[1] * image[2])
-        _check_image(image, out_features // max(repeats, 1), "out_features")
+        repeats = max(1, out_features // max(1, prod(image)))
+        _check_image((repeats * image[0], *image[1:]), channels, out_features, "out_features")
         sizes = [_halved(image, depth) for depth in range(len(channels), -1, -1)]
         layers: list[nn.Module] = [
             nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1]),

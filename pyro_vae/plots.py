@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_vae import exact
 from pyro_vae.joint_density import Guide, Problem
+from pyro_vae.randomness import seeded
 
 __all__ = ["image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
 
@@ -55,10 +56,10 @@ def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = No
 
 
 def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
-    """Where in the latent space does each class lie?
+    """Where in the latent space does each class lie? Each point is drawn as its label.
 
     Args:
-        z: ``(N, 2)``, or ``(N, 1)``: then each class has a line of its own, jittered.
+        z: ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, jittered.
         labels: ``(N,)``.
         ax: where to draw.
 
@@ -68,20 +69,13 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     for index, label in enumerate(labels.unique().tolist()):
         rows = z[labels == label]
-        across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * (torch.rand(len(rows)) - 0.5)
-        ax.scatter(
-            rows[:, 0],
-            across,
-            s=9,
-            marker=_MARKERS[index % len(_MARKERS)],
-            color=f"C{index}",
-            alpha=0.6,
-            linewidths=0,
-            label=str(label),
-        )
+        marker = f"${label}$" if z.shape[1] > 1 else _MARKERS[index % len(_MARKERS)]
+        jitter = torch.rand(len(rows), generator=torch.Generator().manual_seed(index)) - 0.5
+        across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * jitter
+        size = 30 if z.shape[1] > 1 else 9
+        ax.scatter(rows[:, 0], across, s=size, marker=marker, color=f"C{index}", alpha=0.7, linewidths=0)
     if z.shape[1] > 1:
         ax.set(xlabel="$z_1$", ylabel="$z_2$")
-        ax.legend(title="label", markerscale=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         classes = labels.unique().tolist()
         ax.set(xlabel="$z$", ylabel="label (with jitter)", yticks=range(len(classes)), yticklabels=classes)
@@ -133,13 +127,14 @@ def posterior(model: Callable[..., Any], guide: Callable[..., Any], *datum: Tens
     chart = problem.chart()
     if chart.dims != 1:
         raise ValueError(f"model: its latent {name!r} has {chart.dims} dimensions; accepted is one variable")
-    drawn = [chart.to_points(draws.sample((400,))) for draws in (p, q.site()["fn"])]
+    with seeded(0):
+        drawn = [chart.to_points(draws.sample((400,))) for draws in (p, q.site()["fn"])]
     low, high = torch.cat(drawn).quantile(torch.tensor([0.002, 0.998])).tolist()
     grid = torch.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), 600)
     values = chart.to_site(grid[:, None, None])
     ax.fill_between(grid, p.log_prob(values)[:, 0].exp(), color="0.75", label="exact $p(z|x)$")
     ax.plot(grid, q.log_prob({name: values})[:, 0].exp(), "--", color="tab:red", label="guide $q(z|x)$")
-    label = f"log-ratio of the classes of ${name}$" if chart.on_simplex else f"${name}$"
+    label = f"log-ratio of the classes of ${name}$" if chart.on_simplex else f"value of site ${name}$"
     ax.set(xlabel=label, ylabel="density", ylim=(0, None))
     return ax
 
@@ -188,7 +183,9 @@ def manifold(
 def plate_diagram(
     model: Callable[..., Any], *data: Tensor, guide: Callable[..., Any] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """What depends on what? The model as circles (observed ones filled), arrows and plates; a guide dashed.
+    """What depends on what? The model as circles, arrows and plates; the guide as dashed arrows.
+
+    Observed sites are filled, and what is deterministic given its parents has a dashed outline.
 
     A drawing with matplotlib alone of what ``pyro.render_model`` draws with Graphviz.
 
@@ -207,20 +204,26 @@ def plate_diagram(
     ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
     ax = _axes(ax)
-    relations = get_model_relations(model, data)
-    parents = relations["sample_sample"]
+    with seeded(0):
+        relations = get_model_relations(model, data, include_deterministic=True)
+    parents, kinds = relations["sample_sample"], relations["sample_dist"]
+    observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
     places = _layout(parents)
     for name, (column, row) in places.items():
-        filled = name in relations["observed"]
-        ax.add_patch(Ellipse((column, row), 0.6, 0.6, facecolor="0.8" if filled else "white", edgecolor="black"))
-        ax.text(column, row, name, ha="center", va="center", fontsize=14, style="italic")
-        ax.text(column + 0.38, row, f"{name} ~ {relations['sample_dist'][name]}", va="center", fontsize=9)
+        line = "--" if kinds[name] == "Deterministic" else "-"
+        face = "0.8" if name in observed else "white"
+        ax.add_patch(Ellipse((column, row), 0.6, 0.6, facecolor=face, edgecolor="black", linestyle=line))
+        ax.text(column, row, name, ha="center", va="center", fontsize=11, style="italic")
+        told = f"{name} = f({', '.join(parents[name])})" if line == "--" else f"{name} ~ {kinds[name]}"
+        ax.text(column + 0.38, row, told, va="center", fontsize=9)
         for parent in parents[name]:
             _arrow(ax, places[parent], places[name], "-", 0.0)
     if guide is not None:
-        for latent in get_model_relations(guide, data)["sample_sample"]:
-            for observed in relations["observed"]:
-                _arrow(ax, places[observed], places[latent], "--", -0.5)
+        with seeded(0):
+            latents = get_model_relations(guide, data)["sample_sample"]
+        for latent in latents:
+            for name in observed:
+                _arrow(ax, places[name], places[latent], "--", -0.5)
     for plate, members in relations["plate_sample"].items():
         columns, rows = zip(*(places[name] for name in members), strict=True)
         left, bottom = min(columns) - 0.6, min(rows) - 0.65

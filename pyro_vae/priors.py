@@ -155,12 +155,22 @@ def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor
     probs = torch.as_tensor(probs, dtype=torch.get_default_dtype())
     if not ((probs > 0) & (probs < 1)).all():
         raise ValueError(f"probs: got {probs.tolist()}; accepted are probabilities strictly between 0 and 1")
-    return _raw(torch.logit(probs).expand(shape).flatten().clone(), learnable)
+    return _raw(_expand(torch.logit(probs), shape), learnable)
 
 
 def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tensor:
     if probs is None:
         return _raw(torch.zeros(shape.numel()), learnable)
-    if not ((probs > 0).all() and torch.allclose(probs.sum(-1), torch.ones(()))):
+    probs = torch.as_tensor(probs, dtype=torch.get_default_dtype())
+    if not ((probs > 0).all() and torch.allclose(probs.sum(-1), probs.new_ones(()))):
         raise ValueError(f"probs: got {probs.tolist()}; accepted are positive probabilities that sum to one by row")
-    return _raw(probs.log().expand(shape).flatten().clone(), learnable)
+    return _raw(_expand(probs.log(), shape), learnable)
+
+
+def _expand(values: Tensor, shape: torch.Size) -> Tensor:
+    try:
+        return values.expand(shape).flatten().clone()
+    except RuntimeError as error:
+        raise ValueError(
+            f"probs: got shape {tuple(values.shape)}; accepted is one that expands to {tuple(shape)}"
+        ) from error

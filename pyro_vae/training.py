@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
@@ -173,7 +174,7 @@ def evaluate(
     tensors = _check_data(data, "data")
     _check_positive_int(num_samples, "num_samples")
     step = _Step(model, guide, Trace_ELBO() if elbo is None else elbo, plate)
-    with seeded(seed):
+    with seeded(seed), pyro.validation_enabled():
         return _mean([step.loss(tensors) for _ in range(num_samples)])
 
 
@@ -194,7 +195,9 @@ class _Step:
 
     def __call__(self, take: Batcher, rows: Tensor) -> dict[str, Tensor]:
         self.count += 1
-        with poutine.trace(param_only=True) as tracer, take(rows) as arguments:
+        # The first step is validated even where validation is off: some libraries turn it off on import.
+        validation = pyro.validation_enabled() if self.count == 1 else nullcontext()
+        with validation, poutine.trace(param_only=True) as tracer, take(rows) as arguments:
             terms = self._run(self.elbo.loss_and_grads, arguments)
         parameters = parameters_of(tracer.trace)
         self._check_gradients(parameters)

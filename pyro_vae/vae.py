@@ -55,15 +55,13 @@ class VAE(nn.Module):
         self.prior = prior
         self.encoder = encoder
         self.decoder = decoder
-        self._named_by_user = name is not None
         self.name = name if name is not None else f"vae{next(_numbers)}"
         self.data_shape = self._tell_own_story()
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
         super().__setstate__(state)
-        if not self._named_by_user:
-            self.name = f"vae{next(_numbers)}"
+        self.name = f"{self.name}_copy{next(_numbers)}"
 
     def model(self, x: Tensor) -> None:
         """The generative story, p(x, z)."""
@@ -110,6 +108,8 @@ class VAE(nn.Module):
 
     def discrete(self) -> "VAE":
         """The discrete VAE that a relaxed one stands for. It shares the parameters: training one trains the other.
+
+        Buffers, such as fixed probabilities, are those of now: convert dtype or device first.
 
         >>> from pyro_vae import priors, guides, likelihoods, networks
         >>> relaxed = VAE(
@@ -170,7 +170,7 @@ class VAE(nn.Module):
             raise ValueError(f"{complaint}: {error}") from error
 
     def _check_guide(self, guide: Any, prior: Any) -> None:
-        if repr(guide.support) == repr(prior.support) and guide.event_shape == prior.event_shape:
+        if guide.event_shape == prior.event_shape and _repr_of_support(guide) == _repr_of_support(prior):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
         partner = {"StandardNormal": "DiagonalNormal", "Normal": "DiagonalNormal"}.get(
@@ -183,6 +183,14 @@ class VAE(nn.Module):
             f"the prior {_name(self.prior)} a {kinds[1]} of shape {tuple(prior.event_shape)} on {prior.support}; "
             f"log p(z) - log q(z | x) needs both to be of one kind, shape and support.{hint}"
         )
+
+
+def _repr_of_support(distribution: Any) -> str:
+    """A mixture's support is that of its components, which torch wraps in a constraint of its own."""
+    support = distribution.support
+    if type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint
+    return repr(support)
 
 
 def _twin(role: str, part: nn.Module) -> Part:

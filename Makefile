@@ -1,0 +1,64 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later and make: a virtual environment is built on the way.
+
+VENV ?= .venv
+PYTHON ?= python3
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+SOURCES := pyro_vae examples tests docs/conf.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test slow pytest lint types format docs clean help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  Variables: VENV=$(VENV) (where to install), PYTHON=$(PYTHON) (3.11 or later), JOBS=$(JOBS) (test processes)"
+
+demo: $(BASE)  ## run the examples; tables, pictures and ArviZ files go to results/
+	$(BIN)/python examples/mixture.py --out results/mixture
+	$(BIN)/python examples/digits.py --out results/digits
+
+test: lint types pytest docs  ## lint, types, tests with doctests, and the documentation with warnings as errors
+
+pytest: $(DEV)  ## the tests and doctests alone, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+slow: $(DEV)  ## the heavy statistical tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+
+lint: $(DEV)  ## ruff: rules and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(DEV)  ## mypy
+	$(BIN)/mypy
+
+format: $(DEV)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+docs: $(DEV)  ## the documentation, in docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+clean:  ## remove caches and the built documentation; results/ and the environment stay
+	rm -rf docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find pyro_vae tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installation: a light one for the demo, and one with the tools. Each is renewed when what it is made from changes.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pyro_vae needs Python 3.11 or later, and PYTHON=$(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test,docs]'
+	@touch $(BASE) $@

@@ -1,0 +1,55 @@
+"""Every test starts from an empty param store and a fixed seed, and must leave the process as it found it."""
+
+import os
+import random
+import sys
+
+os.environ["MPLBACKEND"] = "Agg"
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def _global_switches():
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "grad enabled": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch's distribution validation": torch.distributions.Distribution._validate_args,
+        "pyro.settings": pyro.settings.get(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _clean_process():
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    before = _global_switches()
+    yield
+    after = _global_switches()
+    pyro.clear_param_store()
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
+    assert after == before
+
+
+@pytest.fixture
+def random_states():
+    """A function that tells the state of every random stream that a library could touch."""
+
+    def states():
+        numpy_state = np.random.get_state()  # noqa: NPY002
+        return (
+            tuple(torch.get_rng_state().tolist()),
+            random.getstate(),
+            tuple(numpy_state[1].tolist()),
+            numpy_state[2:],
+        )
+
+    return states

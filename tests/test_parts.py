@@ -1,0 +1,357 @@
+"""Every family in every role in which it may stand. A new part joins the suite by being listed here."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy.interpolate import CubicSpline
+from scipy.stats import chisquare, kstest
+from torch import nn
+
+from pyro_vae import families, guides, likelihoods, priors
+from pyro_vae.distributions import AdditiveLogRatioTransform, is_normalized, log_simplex
+from pyro_vae.networks import mlp
+
+NET = mlp([4], nn.Tanh)
+PAIR = torch.tensor([0.3, 0.6])
+TRIPLE = torch.tensor([0.2, 0.5, 0.3])
+
+# (id, constructor): the id is the name in __all__, with a variant after "-". At most two dimensions are integrated.
+PRIORS = [
+    ("StandardNormal", lambda: priors.StandardNormal(2)),
+    ("Normal", lambda: priors.Normal(2)),
+    ("Bernoulli", lambda: priors.Bernoulli(3, probs=0.3)),
+    ("Bernoulli-learnable", lambda: priors.Bernoulli((2, 2), learnable=True)),
+    ("OneHotCategorical", lambda: priors.OneHotCategorical((2, 3), probs=TRIPLE)),
+    ("OneHotCategorical-learnable", lambda: priors.OneHotCategorical((1, 4), learnable=True)),
+    ("RelaxedBernoulli", lambda: priors.RelaxedBernoulli(2, temperature=0.5, probs=PAIR)),
+    ("RelaxedBernoulli-learnable", lambda: priors.RelaxedBernoulli(1, temperature=0.9, learnable=True)),
+    ("RelaxedBernoulli-hard", lambda: priors.RelaxedBernoulli(2, temperature=0.5, straight_through=True)),
+    ("GumbelSoftmax", lambda: priors.GumbelSoftmax((1, 3), temperature=0.5, probs=TRIPLE)),
+    ("GumbelSoftmax-learnable", lambda: priors.GumbelSoftmax((2, 2), temperature=0.8, learnable=True)),
+    ("GumbelSoftmax-hard", lambda: priors.GumbelSoftmax((1, 3), temperature=0.5, straight_through=True)),
+]
+GUIDES = [
+    ("DiagonalNormal", lambda: guides.DiagonalNormal(3, 2, NET)),
+    ("Bernoulli", lambda: guides.Bernoulli((3, 1), 3, NET)),
+    ("OneHotCategorical", lambda: guides.OneHotCategorical(3, (2, 3), NET)),
+    ("RelaxedBernoulli", lambda: guides.RelaxedBernoulli(3, 2, NET, temperature=0.66)),
+    ("GumbelSoftmax", lambda: guides.GumbelSoftmax(3, (1, 3), NET, temperature=0.5)),
+    ("GumbelSoftmax-pair", lambda: guides.GumbelSoftmax(3, (2, 2), NET, temperature=0.66)),
+]
+LIKELIHOODS = [
+    ("Normal-shared", lambda: likelihoods.Normal(3, 2, NET)),
+    ("Normal-per_dimension", lambda: likelihoods.Normal(3, (1, 2), NET, scale="per_dimension")),
+    ("Normal-network", lambda: likelihoods.Normal((1, 3), 2, NET, scale="network")),
+    ("Normal-fixed", lambda: likelihoods.Normal(3, 2, NET, scale=0.5)),
+    ("Bernoulli", lambda: likelihoods.Bernoulli(3, (2, 2), NET)),
+    ("Bernoulli-soft_targets", lambda: likelihoods.Bernoulli(3, 2, NET, soft_targets=True)),
+    ("ContinuousBernoulli", lambda: likelihoods.ContinuousBernoulli(3, 2, NET)),
+]
+ROLES = {"priors": PRIORS, "guides": GUIDES, "likelihoods": LIKELIHOODS}
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+UNLIKELY = 1e-5
+
+
+@dataclass
+class Case:
+    """A part with random parameters, in float64, and what it is fed with."""
+
+    build: object
+
+    def __post_init__(self):
+        self.part = self.fresh().double()
+
+    def fresh(self):
+        part = self.build()
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return part
+
+    def contexts(self, *batch, dtype=torch.float64):
+        """The arguments of a call: none for a prior."""
+        shape = getattr(self.part, "context_shape", None)
+        return () if shape is None else (torch.randn(*batch, *shape, dtype=dtype),)
+
+
+ALL = [pytest.param(build, id=f"{role}.{name}") for role, parts in ROLES.items() for name, build in parts]
+CONDITIONAL = [param for param in ALL if not param.id.startswith("priors.")]
+RELAXED = [param for param in ALL if "Relaxed" in param.id or "Gumbel" in param.id]
+TRAINABLE = [param for param in ALL if list(param.values[0]().parameters())]
+NORMALIZED = [param for param in ALL if "soft_targets" not in param.id]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_public_part_is_listed_here(role):
+    module = {"priors": priors, "guides": guides, "likelihoods": likelihoods}[role]
+    assert {name.partition("-")[0] for name, _ in ROLES[role]} == set(module.__all__)
+
+
+def test_every_concrete_family_is_in_some_part_listed_here():
+    walked = {type(build().family) for parts in ROLES.values() for _, build in parts}
+    concrete = {
+        thing
+        for name, thing in vars(families).items()
+        if isinstance(thing, type)
+        and issubclass(thing, families.Family)
+        and thing not in (families.Family, families.Relaxed)
+        and not name.startswith("_")
+    }
+    assert walked == concrete
+
+
+# --- The density -----------------------------------------------------------------------------------------------------
+
+
+class Chart:
+    """A grid of midpoints on the coordinates of a continuous distribution's own manifold."""
+
+    def __init__(self, q):
+        *variables, last = q.event_shape
+        base = q.base_dist.support if hasattr(q, "base_dist") else q.support
+        self.on_simplex = base is log_simplex
+        self.shape = (*variables, last - 1) if self.on_simplex else tuple(q.event_shape)
+        bounded = base is torch.distributions.constraints.unit_interval
+        self.low, self.high = (0.0, 1.0) if bounded else (-45.0, 45.0)
+        self.dims = torch.Size(self.shape).numel()
+        assert 1 <= self.dims <= 2
+        size = 900
+        self.step = (self.high - self.low) / size
+        axis = self.low + self.step * (torch.arange(size, dtype=torch.float64) + 0.5)
+        points = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, *self.shape)
+        values = AdditiveLogRatioTransform()(points) if self.on_simplex else points
+        self.mass = (q.log_prob(values).exp() * self.step**self.dims).reshape([size] * self.dims).detach()
+
+    def coordinates(self, values):
+        ratios = AdditiveLogRatioTransform().inv(values) if self.on_simplex else values
+        return ratios.reshape(len(values), self.dims)
+
+    def marginal_cdf(self, dim):
+        others = [d for d in range(self.dims) if d != dim]
+        marginal = self.mass.sum(others) if others else self.mass
+        edges = torch.linspace(self.low, self.high, len(marginal) + 1, dtype=torch.float64)
+        spline = CubicSpline(edges.numpy(), torch.cat([marginal.new_zeros(1), marginal.cumsum(0)]).numpy())
+        return lambda x: spline(x.clip(self.low, self.high))
+
+
+@pytest.mark.parametrize("build", NORMALIZED)
+def test_density_or_mass_is_one_on_its_own_manifold(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    assert is_normalized(q)
+    total = q.log_prob(q.enumerate_support()).exp().sum() if q.support.is_discrete else Chart(q).mass.sum()
+    assert total.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("build", NORMALIZED)
+def test_samples_follow_the_log_density(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    n = 20_000
+    samples = q.sample((n,))
+    assert q.support.check(samples).all()
+    if q.support.is_discrete:
+        states = q.enumerate_support().flatten(1)
+        counts = (samples.flatten(1)[:, None] == states).all(-1).sum(0)
+        expected = n * q.log_prob(q.enumerate_support()).exp().detach()
+        assert chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue > UNLIKELY
+    else:
+        chart = Chart(q)
+        for dim, coordinate in enumerate(chart.coordinates(samples).detach().T):
+            assert kstest(coordinate.numpy(), chart.marginal_cdf(dim)).pvalue > UNLIKELY
+
+
+def test_soft_targets_make_no_likelihood():
+    assert not is_normalized(likelihoods.Bernoulli(3, 2, NET, soft_targets=True)(torch.zeros(3)))
+
+
+# --- Parameters and gradients ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", TRAINABLE)
+def test_log_prob_has_a_finite_gradient_in_every_parameter(build):
+    case = Case(build)
+    q = case.part(*case.contexts(5))
+    value = q.sample((7,))
+    q.log_prob(value).sum().backward()
+    for name, parameter in case.part.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("build", [param for param in TRAINABLE if "Normal" in param.id or param in RELAXED])
+def test_reparameterised_draws_carry_a_gradient_to_every_parameter(build):
+    case = Case(build)
+    q = case.part(*case.contexts(5))
+    assert q.has_rsample
+    gradients = torch.autograd.grad((q.rsample() ** 2).sum(), list(case.part.parameters()))
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_state_dict_carries_the_distribution_to_a_fresh_part(build):
+    case = Case(build)
+    other = case.fresh().double()
+    contexts = case.contexts(5)
+    value = case.part(*contexts).sample()
+    other.load_state_dict(case.part.state_dict())
+    assert torch.equal(other(*contexts).log_prob(value), case.part(*contexts).log_prob(value))
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_temperature_is_in_the_state_dict(build):
+    case = Case(build)
+    state = case.part.state_dict()
+    assert state["family.temperature"].shape == ()
+    state["family.temperature"] = torch.tensor(3.0)
+    case.part.load_state_dict(state)
+    assert (case.part(*case.contexts(2)).base_dist.temperature == 3).all()
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_deepcopy_is_equal_and_apart(build):
+    case = Case(build)
+    twin = copy.deepcopy(case.part)
+    contexts = case.contexts(5)
+    value = case.part(*contexts).sample()
+    before = case.part(*contexts).log_prob(value)
+    assert torch.equal(twin(*contexts).log_prob(value), before)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.add_(1.0)
+    assert torch.equal(case.part(*contexts).log_prob(value), before)
+
+
+# --- Dimensions, dtypes, devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", CONDITIONAL)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (4, 1), (2, 1, 3)])
+def test_leading_dimensions_are_rows(build, batch):
+    case = Case(build)
+    (context,) = case.contexts(*batch)
+    q = case.part(context)
+    value = q.sample()
+    assert (q.batch_shape, q.event_shape, value.shape) == (batch, case.part.event_shape, batch + case.part.event_shape)
+    rows = zip(context.reshape(-1, *case.part.context_shape), value.reshape(-1, *q.event_shape), strict=True)
+    rowwise = torch.stack([case.part(one).log_prob(row) for one, row in rows])
+    torch.testing.assert_close(q.log_prob(value).flatten(), rowwise)
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("priors.")])
+def test_prior_is_of_one_datum_and_ignores_a_context(build):
+    case = Case(build)
+    p = case.part()
+    assert (p.batch_shape, p.event_shape) == ((), case.part.event_shape)
+    value = p.sample((3,))
+    assert torch.equal(case.part(torch.randn(3, 2)).log_prob(value), p.log_prob(value))
+
+
+@pytest.mark.parametrize("build", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_kept(build, dtype):
+    case = Case(build)
+    part = case.fresh().to(dtype)
+    q = part(*case.contexts(5, dtype=dtype))
+    assert q.sample().dtype == q.log_prob(q.sample()).dtype == dtype
+    assert {tensor.dtype for tensor in part.state_dict().values()} <= {dtype}
+    if is_relaxed(part):
+        assert part.family.soft(q.sample()).dtype == part.family.hard(q.sample()).dtype == dtype
+    else:
+        assert q.mean.dtype == dtype
+
+
+def is_relaxed(part):
+    return isinstance(part.family, families.Relaxed)
+
+
+@pytest.mark.parametrize("build", ALL)
+@pytest.mark.parametrize("device", DEVICES)
+def test_device_is_kept(build, device):
+    case = Case(build)
+    part = case.fresh().to(device)
+    contexts = [context.to(device) for context in case.contexts(5, dtype=torch.float32)]
+    q = part(*contexts)
+    value = q.sample()
+    assert {value.device.type, q.log_prob(value).device.type} == {device}
+    if q.has_enumerate_support:
+        assert q.enumerate_support().device.type == device
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_repr_names_part_family_and_shape(build):
+    part = build()
+    text = repr(part)
+    assert type(part).__name__ in text
+    assert type(part.family).__name__ in text
+    assert f"event_shape={tuple(part.event_shape)}" in text
+    if is_relaxed(part):
+        assert f"temperature={part.family.temperature.item():.4g}" in text
+    if isinstance(part.family, families.Normal):
+        assert f"scale={part.family.scale!r}" in text
+
+
+# --- Relaxed parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_discrete_twin_has_the_very_same_parameters(build):
+    part = build()
+    twin = part.discrete()
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in part.parameters()]
+    with torch.no_grad():
+        for tensor in (*part.parameters(), *(b for name, b in part.named_buffers() if "raw" in name)):
+            tensor.copy_(torch.randn(tensor.shape))
+    contexts = [] if not hasattr(part, "context_shape") else [torch.randn(4, *part.context_shape)]
+    relaxed = part(*contexts).base_dist.logits
+    discrete = twin(*contexts).base_dist.logits
+    torch.testing.assert_close(discrete, relaxed)
+    assert twin(*contexts).has_enumerate_support
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_soft_reading_lies_in_the_hull_of_the_twins_support_and_hard_reading_on_it(build):
+    case = Case(build)
+    value = case.part(*case.contexts()).sample((1000,))
+    soft, hard = case.part.family.soft(value), case.part.family.hard(value)
+    assert ((soft >= 0) & (soft <= 1)).all()
+    assert case.part.discrete()(*case.contexts()).support.check(hard).all()
+    if hard.dim() == 3:
+        torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:-1], dtype=soft.dtype))
+        assert torch.equal(soft.argmax(-1), hard.argmax(-1))
+    else:
+        assert torch.equal(soft > 0.5, hard.bool())
+
+
+@pytest.mark.parametrize("build", [p for p in RELAXED if p.id.startswith("priors.")])
+def test_prior_reads_soft_or_straight_through(build):
+    prior = Case(build).part
+    value = prior().sample((50,)).requires_grad_()
+    soft = prior.family.soft(value)
+    read = prior.read(value)
+    weight = torch.randn_like(soft)
+    (soft_gradient,) = torch.autograd.grad((weight * soft).sum(), value)
+    (gradient,) = torch.autograd.grad((weight * read).sum(), value)
+    assert torch.equal(read, prior.family.hard(value) if prior.straight_through else soft)
+    assert torch.equal(gradient, soft_gradient)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param not in RELAXED])
+def test_parts_without_a_twin_say_which_have_one(build):
+    with pytest.raises(TypeError, match="no discrete twin; relaxed parts have one"):
+        build().discrete()
+
+
+def test_reading_of_an_ordinary_prior_is_the_value_itself():
+    value = torch.randn(3, 2)
+    assert priors.StandardNormal(2).read(value) is value
+
+
+def test_standard_normal_has_nothing_to_learn_and_normal_starts_there():
+    fixed, learnable = priors.StandardNormal(2), priors.Normal(2)
+    value = torch.randn(9, 2)
+    assert not list(fixed.parameters())
+    assert len(list(learnable.parameters())) == 1
+    assert torch.equal(fixed().log_prob(value), learnable().log_prob(value))

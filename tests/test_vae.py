@@ -1,0 +1,378 @@
+"""The VAE as a Pyro model and guide: names, sharing, handlers, refusals, sugar."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.networks import linear, mlp
+
+NET = mlp([4], nn.Tanh)
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+
+
+def gaussian(**options):
+    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET), **options)
+
+
+def relaxed(straight_through=False):
+    return pv.VAE(
+        priors.GumbelSoftmax((1, 3), temperature=0.5, straight_through=straight_through),
+        guides.GumbelSoftmax(3, (1, 3), NET, temperature=0.66),
+        likelihoods.Normal((1, 3), 3, linear()),
+    )
+
+
+def discrete():
+    return pv.VAE(priors.Bernoulli(2), guides.Bernoulli(3, 2, NET), likelihoods.Normal(2, 3, NET))
+
+
+VAES = {"gaussian": gaussian, "relaxed": relaxed, "discrete": discrete}
+
+
+@pytest.fixture(params=VAES.values(), ids=VAES.keys())
+def vae(request):
+    return request.param()
+
+
+def step(vae, x=X):
+    return SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), Trace_ELBO()).step(x)
+
+
+def stored():
+    return dict(pyro.get_param_store().named_parameters())
+
+
+# --- Parameters and names --------------------------------------------------------------------------------------------
+
+
+def test_param_store_holds_the_very_parameters_of_the_module(vae):
+    step(vae)
+    assert {id(parameter) for parameter in stored().values()} == {id(parameter) for parameter in vae.parameters()}
+
+
+def test_names_are_those_of_pyro_module(vae):
+    vae.register()
+    ours = set(stored())
+    pyro.clear_param_store()
+    pyro.module(vae.name, vae)
+    assert ours == set(stored())
+
+
+def test_two_vaes_in_one_process_train_apart(vae):
+    other = copy.deepcopy(vae)
+    assert other.name != vae.name
+    before = copy.deepcopy(other.state_dict())
+    step(vae)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    step(other)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    assert len(stored()) == 2 * len(list(vae.parameters()))
+
+
+def test_a_second_vae_of_the_same_name_is_refused_instead_of_left_untrained():
+    step(gaussian(name="mine"))
+    with pytest.raises(ValueError, match="Give each VAE a name of its own"):
+        step(gaussian(name="mine"))
+
+
+def test_a_copy_of_a_twin_has_a_name_of_its_own():
+    twin = relaxed().discrete()
+    step(twin)
+    step(copy.deepcopy(twin))
+
+
+def test_frozen_parameters_stay_and_the_rest_trains_without_a_warning(vae):
+    vae.decoder.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
+    step(vae)
+    for name, parameter in vae.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("decoder"), name
+
+
+class PseudoInputPrior(nn.Module):
+    """A mixture of the encoder's answers to learned data: it shares the encoder's parameters."""
+
+    def __init__(self, encoder, num_components=3):
+        super().__init__()
+        self.encoder = encoder
+        self.pseudo_inputs = nn.Parameter(torch.randn(num_components, 3))
+
+    def forward(self, context=None):
+        mixing = dist.Categorical(logits=torch.zeros(len(self.pseudo_inputs)))
+        return dist.MixtureSameFamily(mixing, self.encoder(self.pseudo_inputs))
+
+
+def test_parameters_that_parts_share_are_registered_once():
+    encoder = guides.DiagonalNormal(3, 2, NET)
+    vae = pv.VAE(PseudoInputPrior(encoder), encoder, likelihoods.Normal(2, 3, NET))
+    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
+    step(vae)
+    assert {id(parameter) for parameter in stored().values()} == {id(parameter) for parameter in vae.parameters()}
+    assert len(stored()) == len(list(vae.parameters()))
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())
+
+
+class MeanOfEncoderPrior(nn.Module):
+    """A normal about the encoder's answer to one learned datum: it shares the encoder's parameters."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.pseudo_input = nn.Parameter(torch.zeros(3))
+
+    def forward(self, context=None):
+        return self.encoder(self.pseudo_input)
+
+
+def test_a_module_that_is_no_part_may_be_the_prior():
+    encoder = guides.DiagonalNormal(3, 2, NET)
+    vae = pv.VAE(MeanOfEncoderPrior(encoder), encoder, likelihoods.Normal(2, 3, NET))
+    step(vae)
+    assert len(stored()) == len(list(vae.parameters()))
+    with pytest.raises(TypeError, match="prior: MeanOfEncoderPrior has no discrete twin"):
+        vae.discrete()
+
+
+def test_building_a_vae_touches_neither_random_states_nor_running_statistics_nor_the_param_store(random_states):
+    def normalised(in_features, out_features):
+        return nn.Sequential(nn.Linear(in_features, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, out_features))
+
+    parts = priors.StandardNormal(2), guides.DiagonalNormal(3, 2, normalised), likelihoods.Normal(2, 3, normalised)
+    parts[1].network[2].eval()
+    modes = [module.training for part in parts for module in part.modules()]
+    before, states = [copy.deepcopy(part.state_dict()) for part in parts], random_states()
+    pv.VAE(*parts)
+    assert random_states() == states
+    for part, state in zip(parts, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+    assert [module.training for part in parts for module in part.modules()] == modes
+    assert not stored()
+
+
+def test_double_precision_throughout(vae):
+    vae.double()
+    x = X.double()
+    trace = poutine.trace(vae.model).get_trace(x)
+    trace.compute_log_prob()
+    assert {trace.nodes[name]["log_prob"].dtype for name in ("z", "x")} == {torch.float64}
+    assert poutine.trace(vae.guide).get_trace(x).nodes["z"]["value"].dtype == torch.float64
+
+
+# --- Pyro's tools ----------------------------------------------------------------------------------------------------
+
+
+def test_traces_are_of_the_shape_of_the_story(vae):
+    trace = poutine.trace(vae.model).get_trace(X)
+    trace.compute_log_prob()
+    assert trace.nodes["z"]["log_prob"].shape == trace.nodes["x"]["log_prob"].shape == (6,)
+    assert trace.nodes["x"]["is_observed"]
+    assert ("code" in trace.nodes) == isinstance(vae.prior, priors.GumbelSoftmax)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_decoder_reads_the_recorded_code(straight_through):
+    vae = relaxed(straight_through)
+    nodes = poutine.trace(vae.model).get_trace(X).nodes
+    code = nodes["code"]["value"]
+    torch.testing.assert_close(code.sum(-1), torch.ones(6, 1))
+    assert set(code.flatten().tolist()) == {0.0, 1.0} if straight_through else (code > 0).all()
+    torch.testing.assert_close(nodes["x"]["fn"].mean, vae.decoder(code).mean)
+    torch.testing.assert_close(vae.decode(nodes["z"]["value"]).mean, vae.decoder(code).mean)
+
+
+def test_plate_diagram_shows_latent_and_data_in_the_plate(vae):
+    source = pyro.render_model(vae.model, model_args=(X,)).source
+    assert "z -> x" in source or "z -> code" in source
+    assert "data" in source
+
+
+def test_predictive_draws_from_the_prior(vae):
+    draws = Predictive(vae.model, num_samples=5)(X)
+    assert draws["z"].shape == (5, 6, *vae.prior().event_shape)
+    assert torch.equal(draws["x"], X.expand(5, 6, 3))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive_on_the_unconditioned_model_draws_x_anew(vae, parallel):
+    model = poutine.uncondition(vae.model)
+    x = Predictive(model, guide=vae.guide, num_samples=7, parallel=parallel)(X)["x"]
+    assert x.shape == (7, 6, 3)
+    assert len(x.flatten(1).unique(dim=0)) == 7
+
+
+def test_condition_fixes_the_latent(vae):
+    z = vae.prior().sample((6,))
+    trace = poutine.trace(poutine.condition(vae.model, {"z": z})).get_trace(X)
+    assert trace.log_prob_sum().item() == pytest.approx(
+        (vae.prior().log_prob(z) + vae.decode(z).log_prob(X)).sum().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("build", [gaussian, relaxed])
+def test_nuts_runs_on_the_model(build):
+    vae = build().requires_grad_(False)
+    mcmc = MCMC(NUTS(vae.model, max_tree_depth=4), num_samples=8, warmup_steps=8, disable_progbar=True)
+    mcmc.run(X[:2])
+    z = mcmc.get_samples()["z"]
+    assert z.shape == (8, 2, *vae.prior.event_shape)
+    assert vae.prior().support.check(z).all()
+    assert len(z.flatten(1).unique(dim=0)) > 1
+
+
+def test_subsampled_rows_are_the_ones_that_are_read(vae):
+    rows = torch.tensor([4, 1])
+    with pv.handlers.Rows("data", rows):
+        trace = poutine.trace(vae.model).get_trace(X)
+    assert torch.equal(trace.nodes["x"]["value"], X[rows])
+    assert trace.nodes["x"]["scale"] == 3
+
+
+# --- Parts that do not fit -------------------------------------------------------------------------------------------
+
+
+class OfTwo(nn.Module):
+    def forward(self, context=None):
+        return dist.Normal(torch.zeros(2), 1.0)
+
+
+NORMAL_GUIDE = lambda latent=2: guides.DiagonalNormal(3, latent, NET)  # noqa: E731
+NORMAL_LIKELIHOOD = lambda latent=2: likelihoods.Normal(latent, 3, NET)  # noqa: E731
+MISFITS = {
+    "latent sizes of guide and prior": (
+        lambda: (priors.StandardNormal(2), NORMAL_GUIDE(1), NORMAL_LIKELIHOOD()),
+        ["guides.DiagonalNormal", "priors.StandardNormal", "(1,)", "(2,)", "guides.DiagonalNormal(latent=2"],
+    ),
+    "latent sizes of decoder and prior": (
+        lambda: (priors.StandardNormal(2), NORMAL_GUIDE(2), NORMAL_LIKELIHOOD(3)),
+        ["decoder", "likelihoods.Normal", "priors.StandardNormal", "(3,)", "What would fit: latent=2"],
+    ),
+    "features of encoder and decoder": (
+        lambda: (priors.StandardNormal(2), guides.DiagonalNormal(4, 2, NET), NORMAL_LIKELIHOOD()),
+        ["encoder", "guides.DiagonalNormal", "likelihoods.Normal", "(4,)", "What would fit: in_features=3"],
+    ),
+    "flat encoder for image data": (
+        lambda: (
+            priors.StandardNormal(2),
+            guides.DiagonalNormal(6, 2, NET),
+            likelihoods.Bernoulli(2, (1, 2, 3), NET),
+        ),
+        ["guides.DiagonalNormal", "likelihoods.Bernoulli", "What would fit: in_features=(1, 2, 3)"],
+    ),
+    "density against mass": (
+        lambda: (priors.Bernoulli(2), NORMAL_GUIDE(), NORMAL_LIKELIHOOD()),
+        ["a density", "a mass", "guides.DiagonalNormal", "priors.Bernoulli", "fit: guides.Bernoulli(latent=2"],
+    ),
+    "relaxed guide, discrete prior": (
+        lambda: (priors.Bernoulli(2), guides.RelaxedBernoulli(3, 2, NET, temperature=0.5), NORMAL_LIKELIHOOD()),
+        ["a density", "a mass", "guides.RelaxedBernoulli", "fit: guides.Bernoulli(latent=2"],
+    ),
+    "discrete guide, relaxed prior": (
+        lambda: (
+            priors.GumbelSoftmax((1, 2), temperature=0.5),
+            guides.OneHotCategorical(3, (1, 2), NET),
+            NORMAL_LIKELIHOOD((1, 2)),
+        ),
+        ["a density", "a mass", "priors.GumbelSoftmax", "fit: guides.GumbelSoftmax(latent=(1, 2)"],
+    ),
+    "all of space against the log-simplex": (
+        lambda: (
+            priors.GumbelSoftmax((1, 2), temperature=0.5),
+            guides.DiagonalNormal(3, (1, 2), NET),
+            NORMAL_LIKELIHOOD((1, 2)),
+        ),
+        ["log_simplex", "guides.DiagonalNormal", "priors.GumbelSoftmax", "fit: guides.GumbelSoftmax"],
+    ),
+    "binary against one-hot": (
+        lambda: (
+            priors.OneHotCategorical((1, 2)),
+            guides.Bernoulli(3, (1, 2), NET),
+            NORMAL_LIKELIHOOD((1, 2)),
+        ),
+        ["guides.Bernoulli", "priors.OneHotCategorical", "fit: guides.OneHotCategorical(latent=(1, 2)"],
+    ),
+    "a prior with a batch shape": (
+        lambda: (OfTwo(), NORMAL_GUIDE(), NORMAL_LIKELIHOOD()),
+        ["OfTwo", "batch shape (2,)", ".to_event()"],
+    ),
+    "a network of the wrong width": (
+        lambda: (priors.StandardNormal(2), NORMAL_GUIDE(), likelihoods.Normal(2, 3, lambda i, o: nn.Linear(i + 1, o))),
+        ["decoder", "likelihoods.Normal", "priors.StandardNormal"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "words"), MISFITS.values(), ids=MISFITS.keys())
+def test_parts_that_do_not_fit_are_refused_naming_both_and_what_would(parts, words):
+    parts = parts()
+    with pytest.raises(ValueError, match=r"^(prior|decoder|encoder): ") as caught:
+        pv.VAE(*parts)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_density_on_the_same_space_may_be_another_family():
+    vae = pv.VAE(priors.RelaxedBernoulli(2, temperature=0.5), NORMAL_GUIDE(), NORMAL_LIKELIHOOD())
+    assert vae.data_shape == (3,)
+
+
+def test_data_of_another_shape_are_refused_with_the_accepted_one(vae):
+    with pytest.raises(ValueError, match=r"accepted is \(\*, 3\)"):
+        vae.guide(torch.zeros(6, 4))
+
+
+# --- Sugar -----------------------------------------------------------------------------------------------------------
+
+
+def test_encode_and_decode_are_the_guide_and_the_model(vae):
+    guide = poutine.trace(vae.guide).get_trace(X).nodes["z"]
+    assert torch.equal(vae.encode(X).log_prob(guide["value"]), guide["fn"].log_prob(guide["value"]))
+    model = poutine.trace(poutine.condition(vae.model, {"z": guide["value"]})).get_trace(X).nodes["x"]
+    assert torch.equal(vae.decode(guide["value"]).log_prob(X), model["fn"].log_prob(X))
+
+
+def test_reconstructions_are_decoded_draws_of_the_guide(vae):
+    pyro.set_rng_seed(3)
+    reconstructed = vae.reconstruct(X)
+    pyro.set_rng_seed(3)
+    assert torch.equal(reconstructed, vae.decode(vae.encode(X).sample()).mean)
+    assert reconstructed.shape == X.shape
+    assert not reconstructed.requires_grad
+
+
+def test_generated_data_have_the_mean_and_spread_of_the_model():
+    # x = W z + b + s e, so that E[x] = b and Cov[x] = W W' + s^2 I.
+    vae = pv.VAE(
+        priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, linear(), scale=0.5)
+    )
+    weight, bias = vae.decoder.network.weight.detach(), vae.decoder.network.bias.detach()
+    n = 20_000
+    for mean, noise in ((True, 0.0), (False, 0.25)):
+        x = vae.generate(n, mean=mean)
+        assert x.shape == (n, 3)
+        assert not x.requires_grad
+        covariance = weight @ weight.T + noise * torch.eye(3)
+        assert ((x.mean(0) - bias).abs() < 4.5 * (covariance.diag() / n).sqrt()).all()
+        # The variance of a normal sample variance is 2 sigma^4 / n.
+        assert ((x.var(0) - covariance.diag()).abs() < 4.5 * covariance.diag() * (2 / n) ** 0.5).all()
+
+
+def test_generate_gives_data_and_their_means(vae):
+    assert vae.generate(4).shape == vae.generate(4, mean=True).shape == (4, 3)
+
+
+def test_twin_encodes_with_the_same_logits():
+    vae = relaxed()
+    twin = vae.discrete()
+    torch.testing.assert_close(twin.encode(X).base_dist.logits, vae.encode(X).base_dist.logits)
+    assert twin.name == vae.name
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(twin.model, config_enumerate(twin.guide), X)
+    assert loss == pytest.approx(-pv.exact.elbo(twin.model, twin.guide, X).sum().item(), rel=1e-5)
