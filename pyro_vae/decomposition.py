@@ -72,6 +72,8 @@ def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
     done: set[int] = set()
     while pending:
         dim = pending.pop()
+        if dim in done:
+            continue
         done.add(dim)
         log_weight = log_weight + weights[dim]
         pending += [other for other in weights if other not in done and _extent(weights[dim], other) > 1]

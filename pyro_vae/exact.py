@@ -92,7 +92,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
-    A sum over states, or a quadrature on a box around each q(z | x_i). Arguments, shapes and errors are those of
+    A sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
     :func:`log_evidence`.
 
     >>> import pyro_vae as pv
@@ -123,8 +123,8 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
-    From the normalised exact posterior. For a continuous latent the quadrature is on one grid for all data, where
-    that of :func:`elbo` follows each q: their sum equals :func:`log_evidence` only if all three are right.
+    From the normalised exact posterior. For a continuous latent the quadrature is on boxes around posterior and q,
+    where that of :func:`elbo` is on those around q: their sum equals :func:`log_evidence` only if all three are right.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -208,7 +208,7 @@ class Posterior(dist.TorchDistribution):
         """The posterior mean, ``(N, *event)``."""
         with torch.no_grad():
             parts = [
-                torch.einsum("cn,ce->ne", log_mass.exp(), values.double().flatten(1))
+                torch.einsum("cn,cne->ne", log_mass.exp(), values.double().flatten(2).expand(*log_mass.shape, -1))
                 for values, log_mass in self._weighted()
             ]
         return torch.stack(parts).sum(0).reshape(self.batch_shape + self.event_shape).to(self._problem.dtype)
@@ -223,25 +223,25 @@ class Posterior(dist.TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draws ``(*sample_shape, N, *event)``: the largest of each node's log-mass plus Gumbel noise."""
-        count = math.prod(sample_shape)
-        best = torch.full(
-            (count, self.batch_shape[0]), -torch.inf, dtype=torch.float64, device=self.log_evidence.device
-        )
-        chosen = torch.zeros(best.shape, dtype=torch.long, device=best.device)
+        """Draws ``(*sample_shape, N, *event)``, by the inverse of the cumulated masses of states or nodes."""
+        shape = torch.Size([*self.batch_shape, math.prod(sample_shape)])
+        # The masses sum to one to rounding, for they gave log_evidence; the factor keeps every draw below the sum.
+        uniform = torch.rand(shape, dtype=torch.float64, device=self.log_evidence.device) * (1 - 1e-9)
+        chosen = torch.zeros_like(uniform, dtype=torch.long)
+        reached = self.log_evidence.new_zeros(shape[0])
         first, states = 0, []
         for values, log_mass in self._weighted():
-            for draw in range(count):
-                gumbel = -torch.empty_like(log_mass).exponential_().clamp_min(torch.finfo(torch.float64).tiny).log()
-                top, index = (log_mass + gumbel).max(0)
-                chosen[draw] = torch.where(top > best[draw], first + index, chosen[draw])
-                best[draw] = torch.maximum(best[draw], top)
-            first += len(values)
-            states.append(values)
+            cumulated = reached[:, None] + log_mass.exp().T.cumsum(1)
+            index = torch.searchsorted(cumulated, uniform, right=True)
+            here = (uniform >= reached[:, None]) & (index < len(values))
+            chosen = torch.where(here, first + index, chosen)
+            first, reached = first + len(values), cumulated[:, -1]
+            if self._rule is None:
+                states.append(values[:, 0])
         if self._rule is None:
-            drawn = torch.cat(states)[:, 0][chosen]
+            drawn = torch.cat(states)[chosen.T]
         else:
-            drawn = self._problem.chart().to_site(self._rule.draw(chosen))
+            drawn = self._problem.chart().to_site(self._rule.draw(chosen.T))
         return drawn.to(self._problem.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
 

@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_vae.handlers import latent_sites, observed_sites
@@ -76,7 +77,7 @@ def to_datatree(
     """
     if draws < 1:
         raise ValueError(f"draws: got {draws}; accepted is a positive integer")
-    generative = poutine.uncondition(model)
+    generative = _Anew()(model)
     with seeded(seed):
         with poutine.block():
             guide_trace = poutine.trace(guide).get_trace(*data)
@@ -101,6 +102,21 @@ def to_datatree(
     tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
     tree.attrs = attrs
     return tree
+
+
+class _Anew(UnconditionMessenger):
+    """``poutine.uncondition``, but for deterministic sites: they are no data."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
+def _event_shape(site: dict[str, Any], batch: Mapping[str, int]) -> torch.Size:
+    """``pyro.deterministic`` takes all dimensions for the event's, unless told; the plates' are none."""
+    shape = site["fn"].event_shape
+    told = not site["infer"].get("_deterministic") or len(shape) < site["value"].dim()
+    return shape if told or tuple(shape[: len(batch)]) != tuple(batch.values()) else shape[len(batch) :]
 
 
 def _deterministic_sites(trace: Any) -> dict[str, Any]:
@@ -150,11 +166,13 @@ class _Names:
         for name, site in sites.items():
             frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda f: f.dim)
             batch = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}
-            event_shape = site["fn"].event_shape
+            event_shape = _event_shape(site, batch)
             event = dims.get(name) or self._event_dims(name, event_shape, name in observed, sizes)
             if len(event) != len(event_shape):
                 raise ValueError(f"dims: names {list(event)} for {name}, whose event shape is {tuple(event_shape)}")
             self.dims[name] = (*batch, *event)
+            if len({"chain", "draw", *self.dims[name]}) < 2 + len(self.dims[name]):
+                raise ValueError(f"dims: {name} would have a dimension twice: {['chain', 'draw', *self.dims[name]]}")
             self.shapes[name] = (*batch.values(), *event_shape)
             for dim, size in zip(self.dims[name], self.shapes[name], strict=True):
                 if sizes.setdefault(dim, size) != size:

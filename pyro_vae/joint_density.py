@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae.decomposition import bound_name, log_density
 from pyro_vae.distributions import AdditiveLogRatioTransform, LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
 from pyro_vae.handlers import latent_sites, observed_sites
-from pyro_vae.quadrature import Box, QuadratureError, Rule, refined
+from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
 __all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "base_distribution"]
@@ -153,7 +153,18 @@ class Guide:
         return total
 
     def integral(self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float) -> Tensor:
-        """The expectation over a box that must hold all of q, ``(N,)``."""
+        """The expectation over boxes that must hold all of q, ``(N,)``.
+
+        One box around all data is tried first, since a decoder then runs once for all of them.
+        """
+        try:
+            return self._integral(integrand, box.union(), tolerance, SHARED_NODES)
+        except QuadratureError:
+            return self._integral(integrand, box, tolerance, MAX_NODES)
+
+    def _integral(
+        self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float, max_nodes: dict[int, int]
+    ) -> Tensor:
         chart = self.problem.chart()
         mass = self.problem.zeros()
 
@@ -166,7 +177,8 @@ class Guide:
                 mass.add_(log_mass.exp().sum(0))
             return total
 
-        value, _ = refined(estimate, chart.dims, tolerance, rounding=8 * torch.finfo(self.problem.dtype).eps)
+        rounding = 8 * torch.finfo(self.problem.dtype).eps
+        value, _ = refined(estimate, chart.dims, tolerance, max_nodes[chart.dims], rounding)
         if (mass - 1).abs().max() > 1e-3:
             raise QuadratureError(f"the quadrature finds {float(mass.min()):.6g} of the mass of q(z | x), and not 1")
         return value
@@ -223,6 +235,11 @@ class Chart:
                     "that quadrature does not know where to look"
                 ) from error
             middle = loc
+            if not (loc.isfinite() & spread.isfinite()).all():
+                raise ValueError(
+                    f"model: site {self.name!r} has a {type(base).__name__} without a finite mean and variance, so "
+                    "that quadrature does not know where to look"
+                )
         shape = (num_data, self.dims)
         loc, spread, middle = (
             tensor.expand(num_data, *self.coordinate_shape).reshape(shape).double()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
@@ -112,11 +113,11 @@ def posterior(model: Callable[..., Any], guide: Callable[..., Any], *datum: Tens
     name, _ = problem.single_site()
     if problem.is_discrete:
         states = p.enumerate_support()
-        places = torch.arange(len(states))
-        ax.bar(places - 0.2, p.log_prob(states)[:, 0].exp(), 0.4, label="exact $p(z|x)$", color="0.75")
+        places = np.arange(len(states))
+        ax.bar(places - 0.2, p.log_prob(states)[:, 0].exp().tolist(), 0.4, label="exact $p(z|x)$", color="0.75")
         ax.bar(
             places + 0.2,
-            q.log_prob({name: states})[:, 0].exp(),
+            q.log_prob({name: states})[:, 0].exp().tolist(),
             0.4,
             label="guide $q(z|x)$",
             color="tab:red",
@@ -208,7 +209,8 @@ def plate_diagram(
         relations = get_model_relations(model, data, include_deterministic=True)
     parents, kinds = relations["sample_sample"], relations["sample_dist"]
     observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
-    places = _layout(parents)
+    plates = relations["plate_sample"]
+    places = _layout(parents, plates)
     for name, (column, row) in places.items():
         line = "--" if kinds[name] == "Deterministic" else "-"
         face = "0.8" if name in observed else "white"
@@ -224,10 +226,10 @@ def plate_diagram(
         for latent in latents:
             for name in observed:
                 _arrow(ax, places[name], places[latent], "--", -0.5)
-    for plate, members in relations["plate_sample"].items():
-        columns, rows = zip(*(places[name] for name in members), strict=True)
-        left, bottom = min(columns) - 0.6, min(rows) - 0.65
-        width, height = max(columns) + 1.5 - left, max(rows) + 0.45 - bottom
+    for plate, members in plates.items():
+        inner = sum(set(others) < set(members) for others in plates.values())
+        left, bottom, right, top = _box(members, places, inner)
+        width, height = right - left, top - bottom
         ax.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0.05", fill=False))
         ax.text(left + width, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
     ax.set_aspect("equal")
@@ -236,15 +238,40 @@ def plate_diagram(
     return ax
 
 
-def _layout(parents: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, float]]:
-    """Each site below all of its parents, side by side with the others of its depth."""
+def _layout(
+    parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[float, float]]:
+    """Each site below all of its parents; side by side, and where a plate would hold another's site, apart."""
     depth: dict[str, int] = {}
     for name in parents:
         depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
-    levels: dict[int, list[str]] = {}
-    for name, level in depth.items():
-        levels.setdefault(level, []).append(name)
-    return {name: (2.0 * levels[level].index(name), -1.3 * level) for name, level in depth.items()}
+    home = {name: frozenset(plate for plate, members in plates.items() if name in members) for name in parents}
+
+    def place(bands: list[set[frozenset[str]]]) -> dict[str, tuple[float, float]]:
+        places, start = {}, 0
+        for band in bands:
+            levels: dict[int, list[str]] = {}
+            for name in (name for name in parents if home[name] in band):
+                levels.setdefault(depth[name], []).append(name)
+                places[name] = (2.0 * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
+            start += max(len(level) for level in levels.values())
+        return places
+
+    compact = place([set(home.values())])
+    for plate, members in plates.items():
+        left, bottom, right, top = _box(members, compact, 0)
+        for name in parents:
+            if plate not in home[name] and left < compact[name][0] < right and bottom < compact[name][1] < top:
+                return place([{plates_of} for plates_of in sorted(set(home.values()), key=len, reverse=True)])
+    return compact
+
+
+def _box(
+    members: Sequence[str], places: Mapping[str, tuple[float, float]], inner: int
+) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a plate, which has ``inner`` others within."""
+    columns, rows = zip(*(places[name] for name in members), strict=True)
+    return min(columns) - 0.6 - 0.1 * inner, min(rows) - 0.65 - 0.2 * inner, max(columns) + 1.5, max(rows) + 0.45
 
 
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], style: str, bend: float) -> None:

@@ -15,8 +15,16 @@ from torch import Tensor
 __all__ = ["Box", "QuadratureError", "Rule", "log_integral", "refined"]
 
 _ORDER = 8
-_FIRST_PANELS = 8
-_MAX_NODES = {1: 2**16, 2: 2**18}
+_FIRST_PANELS = 4
+
+SHARED_NODES = {1: 2**13, 2: 2**16}
+"""How many nodes, by dimensions, are tried on one box around all data: a decoder runs once for all of them."""
+
+ZOOM_NODES = {1: 2**10, 2: 2**12}
+"""How many are tried on boxes of each datum's own before these are drawn closer."""
+
+MAX_NODES = {1: 2**16, 2: 2**18}
+"""How many are tried at last."""
 
 
 class QuadratureError(ArithmeticError):
@@ -48,11 +56,9 @@ class Box:
         return Box(low, self.middle[:1].clamp(low, high), high)
 
     def join(self, other: "Box") -> "Box":
-        """One box around both batches, broken where this one is."""
-        both = Box(
-            torch.cat([self.low, other.low]), torch.cat([self.middle, other.middle]), torch.cat([self.high, other.high])
-        )
-        return both.union()
+        """Boxes around those of both, datum by datum, broken where these are."""
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        return Box(low, self.middle.clamp(low, high), high)
 
     def grown(self) -> "Box":
         """Twice the width on either side of the break."""
@@ -109,7 +115,7 @@ def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
 
 
 def refined(
-    estimate: Callable[[int], Tensor], dims: int, tolerance: float, rounding: float = 0.0
+    estimate: Callable[[int], Tensor], dims: int, tolerance: float, max_nodes: int, rounding: float = 0.0
 ) -> tuple[Tensor, int]:
     """The estimate at the first number of panels that agrees with half as many, and that number.
 
@@ -117,11 +123,11 @@ def refined(
     float32 cannot do better.
 
     Raises:
-        QuadratureError: if none within 2^16 nodes (2^18 in two dimensions) does, with the discrepancy.
+        QuadratureError: if none within ``max_nodes`` nodes does, with the discrepancy.
     """
     panels = _FIRST_PANELS
     previous = estimate(panels)
-    while (2 * panels * _ORDER) ** dims <= _MAX_NODES[dims]:
+    while (2 * panels * _ORDER) ** dims <= max_nodes:
         panels *= 2
         current = estimate(panels)
         # Where both are -inf there is no mass at either resolution.
@@ -139,7 +145,10 @@ def refined(
 def log_integral(
     log_integrand: Callable[[Tensor], Tensor], box: Box, tolerance: float, chunk: int
 ) -> tuple[Tensor, Rule]:
-    """The logarithm of an integral over all space, from a box that grows until its edges do not matter.
+    """The logarithm of an integral over all space.
+
+    The box that is given is for all data. It grows until its edges do not matter. Where a rule on it does not settle,
+    each datum gets a box of its own around what the rule found, drawn closer twice before the last, finest rule.
 
     Args:
         log_integrand: from points ``(C, B, d)`` to ``(C, N)``, with B = 1 or N.
@@ -149,25 +158,64 @@ def log_integral(
 
     Returns:
         The logarithm, ``(N,)`` in float64, and the rule that gave it.
-    """
-    shares: list[Tensor] = []
 
-    def estimate(panels: int) -> Tensor:
+    Raises:
+        QuadratureError: if it does not settle, with the discrepancy.
+    """
+    dims = box.low.shape[-1]
+    limits = [SHARED_NODES[dims], ZOOM_NODES[dims], ZOOM_NODES[dims], MAX_NODES[dims]]
+    for _ in range(12):
+        integral = _LogIntegral(log_integrand, box, chunk)
+        failure: QuadratureError | None = None
+        try:
+            value, panels = refined(integral, dims, tolerance, limits[0])
+        except QuadratureError as error:
+            failure = error
+        if (integral.edge_share > tolerance).any():
+            box = box.grown()
+        elif failure is None:
+            return value, Rule(box, panels)
+        elif len(limits) > 1:
+            box = integral.zoomed(round(limits.pop(0) ** (1 / dims)) // _ORDER)
+        else:
+            raise failure
+    raise QuadratureError(
+        f"quadrature did not settle: {float(integral.edge_share.max()):.3g} of the mass lies at the edge of the box of "
+        f"datum {int(integral.edge_share.argmax())}"
+    )
+
+
+class _LogIntegral:
+    """Estimates of the logarithm of an integral over boxes, by number of panels."""
+
+    def __init__(self, log_integrand: Callable[[Tensor], Tensor], box: Box, chunk: int):
+        self.log_integrand = log_integrand
+        self.box = box
+        self.chunk = chunk
+        self.edge_share = torch.zeros(())
+
+    def terms(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for nodes, log_weights, edge in Rule(self.box, panels).chunks(self.chunk):
+            yield nodes, self.log_integrand(nodes).double() + log_weights, edge
+
+    def __call__(self, panels: int) -> Tensor:
         totals, edges = [], []
-        for nodes, log_weights, edge in Rule(box, panels).chunks(chunk):
-            terms = log_integrand(nodes).double() + log_weights
+        for _, terms, edge in self.terms(panels):
             totals.append(terms.logsumexp(0))
             edges.append(terms.masked_fill(~edge, -torch.inf).logsumexp(0))
         total = torch.stack(totals).logsumexp(0)
-        shares[:] = [(torch.stack(edges).logsumexp(0) - total).exp()]
+        self.edge_share = (torch.stack(edges).logsumexp(0) - total).exp()
         return total
 
-    for _ in range(8):
-        value, panels = refined(estimate, box.low.shape[-1], tolerance)
-        if (shares[0] <= tolerance).all():
-            return value, Rule(box, panels)
-        box = box.grown()
-    raise QuadratureError(
-        f"quadrature did not settle: {float(shares[0].max()):.3g} of the mass still lies at the edge of the box from "
-        f"{box.low.tolist()} to {box.high.tolist()}"
-    )
+    def zoomed(self, panels: int) -> Box:
+        """For each datum, a box around the nodes within e^-30 of its largest term, and a panel more on each side."""
+        top = torch.stack([terms.amax(0) for _, terms, _ in self.terms(panels)]).amax(0)
+        low = torch.full((*top.shape, self.box.low.shape[-1]), torch.inf, dtype=torch.float64, device=top.device)
+        high = -low
+        for nodes, terms, _ in self.terms(panels):
+            counts = (terms > top - 30)[..., None]
+            low = torch.minimum(low, nodes.masked_fill(~counts, torch.inf).amin(0))
+            high = torch.maximum(high, nodes.masked_fill(~counts, -torch.inf).amax(0))
+        below, above = (2 * side / panels for side in (self.box.middle - self.box.low, self.box.high - self.box.middle))
+        low, high = low - torch.maximum(below, above), high + torch.maximum(below, above)
+        return Box(low, self.box.middle.clamp(low, high), high)

@@ -1,0 +1,241 @@
+"""Effect handlers: rows of a plate, the weight of the KL, and what a run leaves on record."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.decomposition import elbo_terms
+from pyro_vae.handlers import (
+    Rows,
+    SubsampleStatements,
+    WeightKL,
+    latent_sites,
+    observed_sites,
+    parameters_of,
+    recorded,
+)
+from pyro_vae.networks import linear
+
+X = torch.randn(6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.tensor([4, 1, 5])
+WEIGHTS = [0.0, 0.3, 1.0, 4.0]
+
+
+def model(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("doubled", 2 * mu, event_dim=0)
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=0)
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, pyro.param("scale", torch.tensor(0.5))), obs=x)
+    return x
+
+
+def guide(x):
+    pyro.sample("mu", dist.Normal(0.3, 0.5))
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=0)
+        pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+
+def trace(function, *handlers, x=X):
+    for handler in handlers:
+        function = handler(function)
+    return poutine.trace(function).get_trace(x)
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone():
+    nodes = trace(model, Rows("data", ROWS)).nodes
+    assert torch.equal(nodes["_RETURN"]["value"], X[ROWS])
+    assert torch.equal(nodes["x"]["value"], X[ROWS])
+    assert nodes["z"]["value"].shape == (3,)
+    assert (nodes["x"]["scale"], nodes["z"]["scale"], nodes["mu"]["scale"]) == (2, 2, 1)
+    (frame,) = nodes["x"]["cond_indep_stack"]
+    assert (frame.size, frame.full_size) == (3, 6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_scale_is_all_rows_over_these_rows(size):
+    assert trace(model, Rows("data", torch.arange(size))).nodes["x"]["scale"] == 6 / size
+
+
+def test_rows_reach_model_and_guide_through_replay():
+    with Rows("data", ROWS):
+        guide_trace = trace(guide)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(X)
+    assert torch.equal(model_trace.nodes["z"]["value"], guide_trace.nodes["z"]["value"])
+    assert torch.equal(guide_trace.nodes["z"]["fn"].mean, X[ROWS] / 2)
+    assert torch.equal(model_trace.nodes["x"]["value"], X[ROWS])
+    inner = trace(poutine.replay(model, guide_trace), Rows("data", ROWS))
+    assert torch.equal(inner.nodes["x"]["value"], X[ROWS])
+
+
+def test_the_loss_of_rows_is_that_of_these_rows_scaled_and_unbiased_for_all():
+    def local(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=0)
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def nothing(x):
+        pass
+
+    losses = []
+    for rows in torch.arange(6).split(2):
+        with Rows("data", rows):
+            losses.append(Trace_ELBO().loss(local, nothing, X))
+        assert losses[-1] == pytest.approx(-3 * dist.Normal(0.0, 1.0).log_prob(X[rows]).sum().item(), rel=1e-5)
+    assert sum(losses) / 3 == pytest.approx(Trace_ELBO().loss(local, nothing, X), rel=1e-5)
+
+
+def test_a_plate_of_another_name_keeps_its_rows():
+    assert torch.equal(trace(model, Rows("other", ROWS)).nodes["x"]["value"], X)
+
+
+def test_rows_leave_nothing_behind():
+    trace(model, Rows("data", ROWS))
+    assert torch.equal(trace(model).nodes["x"]["value"], X)
+
+
+# --- SubsampleStatements ---------------------------------------------------------------------------------------------
+
+
+def test_subsample_statements_are_counted_and_change_nothing():
+    def pair_reader(x):
+        with pyro.plate("data", len(x)):
+            return pyro.subsample(x, event_dim=0), pyro.subsample(-x, event_dim=0)
+
+    with SubsampleStatements() as statements:
+        first, second = pair_reader(X)
+        assert statements.count == 2
+        pair_reader(X)
+    pair_reader(X)
+    assert statements.count == 4
+    assert torch.equal(first, X)
+    assert torch.equal(second, -X)
+
+
+def test_a_model_without_the_statement_has_none():
+    with SubsampleStatements() as statements, pyro.plate("data", 6):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=X)
+    assert statements.count == 0
+
+
+# --- WeightKL --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_weight_is_on_the_latents_and_neither_on_data_nor_on_what_is_deterministic(weight):
+    nodes = trace(model, WeightKL(weight)).nodes
+    scales = {name: nodes[name]["scale"] for name in ("mu", "z", "x", "doubled")}
+    assert scales == {"mu": weight, "z": weight, "x": 1, "doubled": 1}
+    assert nodes["data"]["scale"] == 1
+
+
+def test_weight_multiplies_the_scale_of_rows_and_of_other_weights():
+    nodes = trace(model, WeightKL(0.5), Rows("data", ROWS), WeightKL(3.0)).nodes
+    assert (nodes["z"]["scale"], nodes["mu"]["scale"], nodes["x"]["scale"]) == (3.0, 1.5, 2.0)
+
+
+def weighted_loss_and_terms(elbo, model, guide, x, weight):
+    """The loss per datum of the weighted pair, and the terms at weight 1 of the very same draws."""
+    models, guides_ = [], []
+    pyro.set_rng_seed(0)
+    loss = elbo.loss(recorded(WeightKL(weight)(model), models), recorded(WeightKL(weight)(guide), guides_), x)
+    return loss / len(x), elbo_terms([(models[-1], guides_[-1])], len(x))
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_loss_is_distortion_plus_weight_times_rate(weight):
+    loss, terms = weighted_loss_and_terms(Trace_ELBO(), model, guide, X, weight)
+    assert loss == pytest.approx(float(terms["distortion"] + weight * terms["rate"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_enumerated_loss_is_distortion_plus_weight_times_rate_and_its_gradient_finite(weight):
+    vae = pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    x = torch.randn(5, 3)
+    elbo, enumerated = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(vae.guide)
+    loss, terms = weighted_loss_and_terms(elbo, vae.model, enumerated, x, weight)
+    exact = pv.exact.elbo(vae.model, vae.guide, x).mean()
+    assert float(terms["elbo"]) == pytest.approx(float(exact), rel=1e-5)
+    assert loss == pytest.approx(float(terms["distortion"] + weight * terms["rate"]), rel=1e-5)
+    elbo.loss_and_grads(WeightKL(weight)(vae.model), WeightKL(weight)(enumerated), x)
+    assert all(parameter.grad.isfinite().all() for parameter in vae.parameters())
+
+
+def test_at_weight_0_the_prior_has_no_gradient():
+    vae = pv.VAE(priors.Normal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    x, free = torch.randn(5, 3), WeightKL(0.0)
+    Trace_ELBO().loss_and_grads(free(vae.model), free(vae.guide), x)
+    for name, parameter in vae.named_parameters():
+        moved = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert moved == (not name.startswith("prior")), name
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(ValueError, match=rf"weight: got {weight}; accepted is a finite number, 0 or more"):
+        WeightKL(weight)
+
+
+# --- What a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_recorded_passes_the_result_on_and_keeps_a_trace_of_each_run():
+    traces = []
+    function = recorded(model, traces)
+    assert torch.equal(function(X), X)
+    function(x=X[:2])
+    assert [len(kept.nodes["x"]["value"]) for kept in traces] == [6, 2]
+    assert not torch.equal(traces[0].nodes["mu"]["value"], traces[1].nodes["mu"]["value"])
+
+
+def test_recorded_sees_what_outer_handlers_did():
+    traces = []
+    with Rows("data", ROWS):
+        poutine.condition(recorded(model, traces), {"mu": torch.tensor(7.0)})(X)
+    (kept,) = traces
+    assert kept.nodes["mu"]["value"] == 7
+    assert kept.nodes["mu"]["is_observed"]
+    assert torch.equal(kept.nodes["x"]["value"], X[ROWS])
+    assert kept.nodes["x"]["scale"] == 2
+
+
+def test_recorded_hides_nothing_from_outer_handlers():
+    inner = []
+    outer = trace(recorded(model, inner))
+    assert {"mu", "z", "x", "scale"} <= set(outer.nodes)
+    assert outer.nodes["z"]["value"] is inner[0].nodes["z"]["value"]
+
+
+def test_sites_are_sorted_into_latent_observed_and_parameters():
+    kept = trace(model, Rows("data", ROWS))
+    assert list(latent_sites(kept)) == ["mu", "z"]
+    assert list(observed_sites(kept)) == ["x"]
+    (unconstrained,) = parameters_of(kept).values()
+    assert unconstrained is pyro.get_param_store()._params["scale"]
+
+
+def test_sites_that_are_masked_out_do_not_count_as_observed():
+    assert not observed_sites(trace(model, poutine.mask(mask=False)))
+    assert list(observed_sites(trace(model, poutine.mask(mask=torch.tensor([True] + 5 * [False]))))) == ["x"]
+
+
+def test_parameters_are_the_unconstrained_ones_that_are_trained():
+    def positive(x):
+        pyro.param("positive", torch.tensor(2.0), constraint=dist.constraints.positive)
+
+    (value,) = parameters_of(trace(positive)).values()
+    assert value.item() == pytest.approx(math.log(2))
+    assert value.requires_grad
+    assert value.is_leaf

@@ -1,0 +1,397 @@
+"""Draws as a DataTree: every number has the law that its group says, and every dimension has its name."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from matplotlib import MatplotlibDeprecationWarning
+from pyro.infer import config_enumerate
+from scipy.stats import kstest
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.networks import linear, mlp
+
+NET = mlp([4], nn.Tanh)
+N = 6
+DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+GROUPS = ["posterior", "prior", "posterior_predictive", "prior_predictive", "observed_data"]
+SIGMAS = 5
+UNLIKELY = 1e-6
+
+
+def gaussian():
+    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET))
+
+
+def relaxed():
+    return pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5, probs=0.3),
+        guides.RelaxedBernoulli(3, 2, NET, temperature=0.66),
+        likelihoods.Normal(2, 3, NET),
+    )
+
+
+def gumbel():
+    return pv.VAE(
+        priors.GumbelSoftmax((1, 2), temperature=0.5, straight_through=True),
+        guides.GumbelSoftmax(3, (1, 2), NET, temperature=0.66),
+        likelihoods.Normal((1, 2), 3, NET),
+    )
+
+
+def discrete():
+    return pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, NET), likelihoods.Normal(2, 3, NET))
+
+
+VAES = {"gaussian": gaussian, "relaxed": relaxed, "gumbel": gumbel, "discrete": discrete}
+
+
+def own_model(x):
+    """A global latent mu and local ones, with nothing of ours in it."""
+    mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.deterministic("twice", 2 * z)
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def own_guide(x):
+    pyro.sample("mu", dist.Normal(pyro.param("mean", torch.tensor(0.7)), 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.5 * x, 0.4))
+
+
+OWN = (own_model, own_guide)
+
+
+@pytest.fixture(params=VAES.values(), ids=VAES.keys())
+def vae(request):
+    return request.param()
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "parallel"])
+def parallel(request):
+    return request.param
+
+
+def tree_of(vae, **options):
+    return pv.to_datatree(vae.model, vae.guide, X, **({"draws": 20} | options))
+
+
+def own_tree(**options):
+    return pv.to_datatree(*OWN, X[:, 0], **({"draws": 20} | options))
+
+
+def drawn(tree, group, name):
+    """The values of a variable, draws first."""
+    return torch.from_numpy(tree[group][name].values[0])
+
+
+def assert_moments(draws, mean, variance):
+    """Draws on the left have this mean and variance, within their standard errors."""
+    mean, variance = mean.detach(), variance.detach()
+    for values, expected in ((draws, mean), ((draws - mean) ** 2, variance)):
+        error = values.double().mean(0) - expected
+        assert (error.abs() < SIGMAS * values.double().std(0) / len(draws) ** 0.5 + 1e-6).all()
+
+
+def moments(distribution):
+    """Mean and variance, of a relaxed distribution by very many draws of its own."""
+    try:
+        return distribution.mean, distribution.variance
+    except NotImplementedError:
+        draws = distribution.sample((400_000,))
+        return draws.mean(0), draws.var(0)
+
+
+# --- What is in the tree ---------------------------------------------------------------------------------------------
+
+
+def test_groups_and_variables_of_a_vae(vae):
+    tree = tree_of(vae)
+    z = torch.ones(vae.prior().event_shape)
+    code = set() if vae.code(z) is z else {"code"}  # the decoder of a relaxed latent reads it squashed
+    assert list(tree.children) == GROUPS
+    for group in ("posterior", "prior"):
+        assert set(tree[group].data_vars) == {"z"} | code
+    for group in GROUPS[2:]:
+        assert set(tree[group].data_vars) == {"x"}
+
+
+def test_dimensions_of_a_vae(vae):
+    tree = tree_of(vae)
+    latent = ("latent", "category")[: len(vae.prior().event_shape)]
+    for group in ("posterior", "prior"):
+        for variable in tree[group].data_vars.values():
+            assert variable.dims == ("chain", "draw", "obs", *latent)
+            assert variable.shape == (1, 20, N, *vae.prior().event_shape)
+    for group in ("posterior_predictive", "prior_predictive"):
+        assert tree[group]["x"].dims == ("chain", "draw", "obs", "feature")
+        assert tree[group]["x"].shape == (1, 20, N, 3)
+    assert tree["observed_data"]["x"].dims == ("obs", "feature")
+    np.testing.assert_array_equal(tree["observed_data"]["x"], X)
+
+
+def test_dimensions_of_a_global_and_a_local_latent(parallel):
+    tree = own_tree(parallel=parallel)
+    for group in ("posterior", "prior"):
+        assert {name: variable.dims for name, variable in tree[group].data_vars.items()} == {
+            "mu": ("chain", "draw"),
+            "z": ("chain", "draw", "obs"),
+            "twice": ("chain", "draw", "obs"),
+        }
+    assert tree["prior_predictive"]["x"].sizes == {"chain": 1, "draw": 20, "obs": N}
+    assert tree["observed_data"]["x"].dims == ("obs",)
+
+
+def test_images_have_rows_and_columns():
+    vae = pv.VAE(
+        priors.StandardNormal(2), guides.DiagonalNormal((2, 4), 2, linear()), likelihoods.Bernoulli(2, (2, 4), linear())
+    )
+    tree = pv.to_datatree(vae.model, vae.guide, torch.ones(5, 2, 4), draws=3)
+    assert tree["posterior_predictive"]["x"].sizes == {"chain": 1, "draw": 3, "obs": 5, "row": 2, "column": 4}
+    assert set(np.unique(tree["posterior_predictive"]["x"])) <= {0, 1}
+
+
+@pytest.mark.parametrize("make", [lambda: tree_of(gumbel()), own_tree], ids=["vae", "own"])
+def test_every_dimension_has_a_coordinate_counted_from_0(make):
+    for node in make().children.values():
+        assert node.dims
+        for dim, size in node.sizes.items():
+            np.testing.assert_array_equal(node.coords[dim], np.arange(size))
+
+
+def test_attributes_are_plain_and_tell_how_the_tree_was_made():
+    tree = own_tree(seed=3)
+    for node in tree.subtree:
+        assert all(type(value) in (int, float, str) for value in node.attrs.values())
+        assert {"created_at", "inference_library"} <= set(node.attrs)
+    assert (tree.attrs["draws"], tree.attrs["seed"]) == (20, 3)
+    assert tree.attrs["creation_library_version"] == pv.__version__
+
+
+# --- The laws --------------------------------------------------------------------------------------------------------
+
+
+def test_posterior_draws_have_the_guides_law_and_prior_draws_the_priors(vae, parallel):
+    tree = tree_of(vae, draws=DRAWS[parallel], parallel=parallel)
+    assert_moments(drawn(tree, "posterior", "z"), *moments(vae.encode(X)))
+    assert_moments(drawn(tree, "prior", "z"), *moments(vae.prior().expand([N])))
+
+
+def test_data_are_drawn_anew_from_the_likelihood_of_the_draw_beside_it(vae, parallel):
+    tree = tree_of(vae, draws=DRAWS[parallel], parallel=parallel)
+    for group in ("posterior", "prior"):
+        likelihood = vae.decode(drawn(tree, group, "z"))
+        x = drawn(tree, f"{group}_predictive", "x")
+        noise = ((x - likelihood.mean) / likelihood.stddev).detach()
+        assert kstest(noise.flatten(), "norm").pvalue > UNLIKELY
+        assert_moments(noise, torch.zeros(N, 3), torch.ones(N, 3))
+        assert not (x == X).any(), "the observed data are repeated"
+        assert (x.std(0) > 0).all(), "the draws are all the same"
+        assert len(x.flatten().unique()) > 0.99 * x.numel(), "noise is shared"
+
+
+def test_a_users_own_pair_has_the_law_that_a_pencil_gives(parallel):
+    tree = own_tree(draws=DRAWS[parallel], parallel=parallel)
+    x, one = X[:, 0], torch.ones(N)
+    assert_moments(drawn(tree, "posterior", "mu"), torch.tensor(0.7), torch.tensor(0.3**2))
+    assert_moments(drawn(tree, "posterior", "z"), 0.5 * x, 0.4**2 * one)
+    assert_moments(drawn(tree, "posterior_predictive", "x"), 0.5 * x, (0.4**2 + 0.5**2) * one)
+    assert_moments(drawn(tree, "prior", "mu"), torch.tensor(1.0), torch.tensor(0.5**2))
+    assert_moments(drawn(tree, "prior", "z"), one, (0.5**2 + 1) * one)
+    assert_moments(drawn(tree, "prior_predictive", "x"), one, (0.5**2 + 1 + 0.5**2) * one)
+    # z given the mu of the same draw is N(mu, 1): the draws of the sites belong together.
+    assert_moments(drawn(tree, "prior", "z") - drawn(tree, "prior", "mu")[:, None], 0 * one, one)
+    assert not (drawn(tree, "posterior_predictive", "x") == x).any()
+
+
+@pytest.mark.parametrize("group", ["posterior", "prior"])
+def test_what_is_deterministic_is_that_of_the_same_draw(group, parallel):
+    for make in (relaxed, gumbel):
+        vae = make()
+        tree = tree_of(vae, parallel=parallel)
+        torch.testing.assert_close(drawn(tree, group, "code"), vae.code(drawn(tree, group, "z")))
+    own = own_tree(parallel=parallel)
+    torch.testing.assert_close(drawn(own, group, "twice"), 2 * drawn(own, group, "z"))
+
+
+def test_a_guide_marked_for_enumeration_is_drawn_from():
+    vae = discrete()
+    tree = pv.to_datatree(vae.model, config_enumerate(vae.guide), X, draws=DRAWS[False])
+    assert set(np.unique(tree["posterior"]["z"])) == {0, 1}
+    assert_moments(drawn(tree, "posterior", "z"), *moments(vae.encode(X)))
+
+
+# --- Seeds and the user's process ------------------------------------------------------------------------------------
+
+
+def test_one_seed_reproduces_the_draws_and_another_gives_others(parallel):
+    first, again, other = (own_tree(seed=seed, parallel=parallel) for seed in (0, 0, 1))
+    for group in GROUPS:
+        assert first[group].to_dataset().equals(again[group].to_dataset())
+    for group in GROUPS[:4]:
+        for name in first[group].data_vars:
+            assert not np.isclose(first[group][name], other[group][name]).any(), (group, name)
+
+
+def test_random_streams_parameters_and_validation_are_as_before(random_states, parallel):
+    vae = gaussian()
+    vae.register()
+    own_guide(X[:, 0])
+    state = random_states()
+    stored = {name: value.clone() for name, value in pyro.get_param_store().named_parameters()}
+    with pyro.validation_enabled(False):
+        tree_of(vae, parallel=parallel)
+        own_tree(parallel=parallel)
+        assert not torch.distributions.Distribution._validate_args
+    assert random_states() == state
+    after = dict(pyro.get_param_store().named_parameters())
+    assert after.keys() == stored.keys()
+    assert all(torch.equal(after[name], value) for name, value in stored.items())
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+# --- The user's own names --------------------------------------------------------------------------------------------
+
+
+def test_names_and_coordinates_of_the_users():
+    coords = {"obs": list("abcdef"), "axis": ["width", "height"], "pixel": [10, 20, 30]}
+    tree = tree_of(gaussian(), dims={"z": ["axis"], "x": ["pixel"]}, coords=coords)
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "obs", "axis")
+    assert tree["posterior"]["z"].sel(obs="c", axis="height").shape == (1, 20)
+    assert tree["observed_data"]["x"].sel(obs="b", pixel=20).item() == X[1, 1]
+    assert list(tree["prior_predictive"]["x"].coords["pixel"]) == [10, 20, 30]
+
+
+def test_plates_of_another_name_are_dimensions():
+    def model(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = X[:, :2].T
+    for plate, expected in (("days", ("people", "obs")), ("people", ("obs", "days"))):
+        tree = pv.to_datatree(model, guide, x, draws=3, plate=plate)
+        assert tree["posterior"]["z"].dims == ("chain", "draw", *expected)
+        np.testing.assert_array_equal(tree["observed_data"]["x"], x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": {"y": ["pixel"]}}, r"dims: names the sites \['y'\]; the model has \['x', 'z'\]"),
+        ({"dims": {"x": ["row", "column"]}}, r"dims: names \['row', 'column'\] for x, whose event shape is \(3,\)"),
+        ({"dims": {"z": ["axis"], "x": ["axis"]}}, r"dims: 'axis' of x has size 3, and 2 elsewhere"),
+        ({"dims": {"x": ["draw"]}}, r"dims: .*draw"),
+        ({"coords": {"obs": [1, 2]}}, r"coords: 'obs' has 2 entries; accepted are .*'obs': 6"),
+        ({"coords": {"pixel": [1, 2, 3]}}, r"coords: 'pixel' has 3 entries; accepted are .*'feature': 3"),
+        ({"draws": 0}, "draws: got 0; accepted is a positive integer"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tree_of(gaussian(), **options)
+
+
+def test_one_name_for_two_dimensions_of_a_site_is_refused():
+    vae = gaussian()
+    with pytest.raises(ValueError, match=r"dims: .*'obs'"):
+        pv.to_datatree(vae.model, vae.guide, X[:3], draws=4, dims={"x": ["obs"]})
+
+
+def test_more_than_four_gibibytes_are_refused_with_the_count_before_they_are_drawn():
+    draws = 4 * 2**30 // (per_draw := 2 * 4 * N * (2 + 3)) + 1
+    with pytest.raises(ValueError, match=rf"draws: {draws} draws of z, x .* take {draws * per_draw} bytes"):
+        tree_of(gaussian(), draws=draws)
+
+
+def test_a_guide_that_lacks_a_latent_of_the_model_is_refused():
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"guide: the model's latents \['z'\] are not in it"):
+        pv.to_datatree(own_model, guide, X[:, 0], draws=3)
+
+
+# --- Files and ArviZ -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coords", [{}, {"obs": list("abcdef")}], ids=["counted", "named"])
+def test_a_file_gives_back_the_same_tree(tmp_path, coords):
+    tree = tree_of(gumbel(), coords=coords)
+    tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "run.nc") as loaded:
+        xr.testing.assert_identical(loaded.load(), tree)
+
+
+def test_a_process_without_pyro_or_torch_reads_the_file(tmp_path):
+    tree = own_tree()
+    tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+    program = (
+        "import json, sys, xarray\n"
+        "tree = xarray.open_datatree(sys.argv[1])\n"
+        "heavy = [name for name in ('torch', 'pyro', 'pyro_vae', 'arviz') if name in sys.modules]\n"
+        "mean = float(tree['posterior']['z'].mean())\n"
+        "print(json.dumps([heavy, list(tree.children), list(tree['posterior']['z'].dims), mean]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, tmp_path / "run.nc"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    heavy, groups, dims, mean = json.loads(done.stdout)
+    assert (heavy, groups, dims) == ([], GROUPS, ["chain", "draw", "obs"])
+    assert mean == pytest.approx(float(tree["posterior"]["z"].mean()))
+
+
+@pytest.fixture
+def az():
+    """ArviZ 0.23, which warns of its future once a day on import, and whose plots lag behind matplotlib 3.11."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
+        warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping", MatplotlibDeprecationWarning)
+        import arviz
+
+        if arviz.__version__ >= "1":
+            pytest.skip("ArviZ 1 takes the tree itself")
+        yield arviz
+
+
+def test_arviz_summary_has_the_moments_of_the_draws(az):
+    tree = own_tree(draws=500)
+    summary = az.summary(az.from_datatree(tree), kind="stats", round_to="none")
+    assert len(summary) == 1 + N + N  # mu, z and twice
+    z = tree["posterior"]["z"].values[0]
+    assert summary.loc["mu", "mean"] == pytest.approx(float(tree["posterior"]["mu"].mean()))
+    rows = summary.loc[[f"z[{row}]" for row in range(N)]]
+    np.testing.assert_allclose(rows["mean"], z.mean(0), rtol=1e-3)
+    np.testing.assert_allclose(rows["sd"], z.std(0, ddof=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [lambda: tree_of(relaxed(), draws=40), lambda: own_tree(draws=40)], ids=["vae", "own"])
+def test_arviz_draws_its_pictures(az, make):
+    data = az.from_datatree(make())
+    two = {"obs": [0, 1]}
+    pictures = [
+        az.plot_posterior(data, var_names=["z"], coords=two),
+        az.plot_ppc(data, num_pp_samples=5),
+        az.plot_pair(data, var_names=["z"], coords=two),
+        az.plot_forest(data),
+    ]
+    for axes in pictures:
+        figure = np.ravel(axes)[0].figure
+        figure.canvas.draw()
+        assert np.asarray(figure.canvas.buffer_rgba())[..., :3].std() > 1, "the picture is blank"

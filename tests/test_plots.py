@@ -1,0 +1,366 @@
+"""Pictures: each answers its question truly, labels its axes, and leaves the process alone."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.colors import same_color
+from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, plots, priors
+from pyro_vae.networks import linear, mlp
+
+NET = mlp([4], nn.Tanh)
+DATUM = torch.tensor([[0.3, -0.2]])
+X = torch.zeros(4, 2)
+HISTORY = {"elbo": [-3.0, -2.0, -1.5], "distortion": [2.5, 1.2, 1.0], "rate": [0.5, 0.8, 0.5]}
+VALIDATED = HISTORY | {f"validation_{name}": [value + 0.1 for value in values] for name, values in HISTORY.items()}
+
+
+def gaussian(latent=1):
+    return pv.VAE(
+        priors.StandardNormal(latent), guides.DiagonalNormal(2, latent, NET), likelihoods.Normal(latent, 2, NET)
+    )
+
+
+def relaxed():
+    return pv.VAE(
+        priors.RelaxedBernoulli(1, temperature=0.5),
+        guides.RelaxedBernoulli(2, 1, NET, temperature=0.66),
+        likelihoods.Normal(1, 2, linear()),
+    )
+
+
+def gumbel():
+    return pv.VAE(
+        priors.GumbelSoftmax((1, 2), temperature=0.5),
+        guides.GumbelSoftmax(2, (1, 2), NET, temperature=0.66),
+        likelihoods.Normal((1, 2), 2, linear()),
+    )
+
+
+def bernoulli(latent=1):
+    return pv.VAE(priors.Bernoulli(latent), guides.Bernoulli(2, latent, NET), likelihoods.Normal(latent, 2, linear()))
+
+
+def one_hot():
+    return pv.VAE(
+        priors.OneHotCategorical((1, 3)),
+        guides.OneHotCategorical(2, (1, 3), NET),
+        likelihoods.Normal((1, 3), 2, linear()),
+    )
+
+
+CONTINUOUS = {"gaussian": gaussian, "relaxed": relaxed, "gumbel": gumbel}
+DISCRETE = {"bernoulli": bernoulli, "two bernoullis": lambda: bernoulli(2), "one-hot": one_hot}
+
+
+def posterior_of(make, **options):
+    vae = make()
+    return plots.posterior(vae.model, vae.guide, DATUM, **options)
+
+
+def plates_of(make, **options):
+    vae = make()
+    return plots.plate_diagram(vae.model, X, guide=vae.guide, **options)
+
+
+# Name in plots.__all__, a variant after "-"; the drawing; the labels of its axes, of pictures that have axes.
+DRAWINGS = [
+    ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
+    ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
+    ("latent_map", lambda **o: plots.latent_map(torch.zeros(9, 2), torch.arange(9) % 3, **o), ("$z_1$", "$z_2$")),
+    (
+        "latent_map-one",
+        lambda **o: plots.latent_map(torch.zeros(9, 1), torch.arange(9) % 3, **o),
+        ("$z$", "label (with jitter)"),
+    ),
+    ("posterior", lambda **o: posterior_of(gaussian, **o), ("value of site $z$", "density")),
+    ("posterior-gumbel", lambda **o: posterior_of(gumbel, **o), ("log-ratio of the classes of $z$", "density")),
+    ("posterior-discrete", lambda **o: posterior_of(bernoulli, **o), ("state of $z$", "probability")),
+    ("image_grid", lambda **o: plots.image_grid(torch.rand(5, 3, 4), 2, **o), None),
+    (
+        "manifold",
+        lambda **o: plots.manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 12), (3, 4), size=3, **o),
+        ("$z_1$: quantiles of the prior, left to right", "$z_2$: upwards"),
+    ),
+    ("plate_diagram", lambda **o: plates_of(gaussian, **o), None),
+    ("plate_diagram-relaxed", lambda **o: plates_of(relaxed, **o), None),
+]
+
+
+def test_every_plot_is_in_the_list():
+    assert {name.split("-")[0] for name, *_ in DRAWINGS} == set(plots.__all__)
+
+
+@pytest.mark.parametrize(("draw", "labels"), [row[1:] for row in DRAWINGS], ids=[row[0] for row in DRAWINGS])
+def test_a_plot_returns_labelled_axes_that_are_not_blank_and_shows_nothing(draw, labels, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plot called plt.show()")
+
+    monkeypatch.setattr(plt, "show", refuse)
+    monkeypatch.setattr(plt.Figure, "show", refuse)
+    ax = draw()
+    assert isinstance(ax, plt.Axes)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (labels or ("", ""))
+    assert ax.axison == (labels is not None)
+    ax.figure.canvas.draw()
+    assert np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].std() > 3
+
+
+@pytest.mark.parametrize("draw", [row[1] for row in DRAWINGS], ids=[row[0] for row in DRAWINGS])
+def test_a_plot_draws_where_it_is_told_and_nowhere_else(draw):
+    _, (left, right) = plt.subplots(1, 2)
+    figures, empty, before = plt.get_fignums(), len(right.get_children()), len(left.get_children())
+    assert draw(ax=left) is left
+    assert plt.get_fignums() == figures
+    assert len(right.get_children()) == empty
+    assert len(left.get_children()) > before
+
+
+@pytest.mark.parametrize("make", [gaussian, bernoulli])
+def test_pictures_of_a_pair_touch_neither_random_streams_nor_parameters(make, random_states):
+    vae = make()
+    vae.register()
+    state, stored = random_states(), set(pyro.get_param_store().keys())
+    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
+    plots.posterior(vae.model, vae.guide, DATUM)
+    plots.plate_diagram(vae.model, X, guide=vae.guide)
+    plots.latent_map(torch.zeros(9, 1), torch.arange(9) % 3)
+    plots.image_grid(torch.zeros(2, 3, 3), columns=2)
+    plots.manifold(lambda z: z[:, :1].sigmoid(), (1, 1), size=2)
+    plots.training_curves(HISTORY)
+    assert random_states() == state
+    assert set(pyro.get_param_store().keys()) == stored
+    assert all(torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())
+
+
+# --- Training curves -------------------------------------------------------------------------------------------------
+
+
+def test_elbo_in_the_picture_is_the_lower_of_minus_distortion_by_the_rate():
+    curves = {line.get_label(): line for line in plots.training_curves(VALIDATED).lines}
+    assert set(curves) == {name + end for name in ("ELBO", "-distortion", "rate") for end in ("", ", validation")}
+    for end in ("", ", validation"):
+        elbo, distortion = curves["ELBO" + end].get_ydata(), curves["-distortion" + end].get_ydata()
+        key = "validation_" if end else ""
+        assert list(elbo) == VALIDATED[key + "elbo"]
+        np.testing.assert_allclose(distortion, -np.array(VALIDATED[key + "distortion"]))
+        assert list(curves["ELBO" + end].get_xdata()) == [1, 2, 3]
+    assert curves["ELBO"].get_linestyle() != curves["ELBO, validation"].get_linestyle()
+
+
+def test_a_surrogate_is_not_called_an_elbo():
+    history = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
+    labels = [line.get_label() for line in plots.training_curves(history).lines]
+    assert "surrogate, no bound" in labels
+    assert "ELBO" not in labels
+
+
+# --- Latent map and images -------------------------------------------------------------------------------------------
+
+
+def test_latent_map_draws_each_class_where_it_lies():
+    z, labels = torch.randn(30, 2), torch.arange(30) % 3
+    collections = plots.latent_map(z, labels).collections
+    assert len(collections) == 3
+    for label, collection in enumerate(collections):
+        np.testing.assert_allclose(collection.get_offsets(), z[labels == label])
+
+
+def test_latent_map_of_one_variable_has_a_row_for_each_class():
+    z, labels = torch.randn(30, 1), 5 + torch.arange(30) % 3
+    ax = plots.latent_map(z, labels)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["5", "6", "7"]
+    for row, collection in enumerate(ax.collections):
+        offsets = np.asarray(collection.get_offsets())
+        np.testing.assert_allclose(offsets[:, 0], z[labels == 5 + row, 0])
+        assert (abs(offsets[:, 1] - row) < 0.5).all(), "rows run into each other"
+    markers = {collection.get_paths()[0].vertices.tobytes() for collection in ax.collections}
+    assert len(markers) == 3, "classes differ in colour alone"
+
+
+def test_image_grid_holds_every_image_in_reading_order():
+    images = torch.rand(5, 3, 4)
+    sheet = plots.image_grid(images, columns=2).images[0].get_array()
+    assert sheet.shape == (3 * 4 - 1, 2 * 5 - 1)
+    for index, image in enumerate(images):
+        top, left = 4 * (index // 2), 5 * (index % 2)
+        np.testing.assert_array_equal(sheet[top : top + 3, left : left + 4], image)
+
+
+def test_manifold_runs_with_z_1_to_the_right_and_z_2_upwards():
+    centres = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([1 / 6, 3 / 6, 5 / 6]))
+    for axis in (0, 1):
+        ax = plots.manifold(lambda z, axis=axis: z[:, [axis]].sigmoid(), (1, 1), size=3)
+        sheet = torch.as_tensor(ax.images[0].get_array()[::2, ::2]).logit()
+        expected = centres.expand(3, 3) if axis == 0 else centres.flip(0)[:, None].expand(3, 3)
+        torch.testing.assert_close(sheet, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- Posterior -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", CONTINUOUS.values(), ids=CONTINUOUS.keys())
+def test_curves_of_the_posterior_picture_are_densities(make):
+    ax = posterior_of(make)
+    (line,), (area,) = ax.lines, ax.collections
+    assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1, abs=0.02)
+    corners = area.get_paths()[0].vertices
+    enclosed = abs(np.sum(corners[:-1, 0] * corners[1:, 1] - corners[1:, 0] * corners[:-1, 1])) / 2
+    assert enclosed == pytest.approx(1, abs=0.02)
+
+
+def test_the_guides_curve_is_the_guides_density():
+    vae = gaussian()
+    (line,) = plots.posterior(vae.model, vae.guide, DATUM).lines
+    z = torch.as_tensor(line.get_xdata())[:, None, None]
+    np.testing.assert_allclose(line.get_ydata(), vae.encode(DATUM).log_prob(z)[:, 0].exp().detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", DISCRETE.values(), ids=DISCRETE.keys())
+def test_bars_of_the_posterior_picture_are_the_probabilities_of_each_state(make):
+    vae = make()
+    exact, guide = plots.posterior(vae.model, vae.guide, DATUM).containers
+    truth = pv.exact.posterior(vae.model, DATUM)
+    np.testing.assert_allclose([bar.get_height() for bar in exact], truth.probs[:, 0], rtol=1e-5)
+    states = truth.enumerate_support()
+    q = vae.encode(DATUM).log_prob(states)[:, 0].exp().detach()
+    np.testing.assert_allclose([bar.get_height() for bar in guide], q, rtol=1e-5)
+    assert sum(bar.get_height() for bar in guide) == pytest.approx(1, abs=1e-5)
+    assert exact[0].get_hatch() != guide[0].get_hatch(), "the two differ in colour alone"
+
+
+def test_a_latent_of_two_variables_is_refused():
+    with pytest.raises(ValueError, match=r"'z' has 2 dimensions; accepted is one variable"):
+        posterior_of(lambda: gaussian(2))
+
+
+def test_a_model_of_two_latent_sites_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0)) + pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"z.*w|w.*z"):
+        plots.posterior(model, guide, torch.zeros(1))
+
+
+# --- Plates ----------------------------------------------------------------------------------------------------------
+
+
+def two_level(x):
+    """Schools: a location for all, a spread for all, an effect for each school and its pupils."""
+    spread = pyro.sample("spread", dist.LogNormal(0.0, 1.0))
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("schools", 2, dim=-2):
+        effect = pyro.sample("effect", dist.Normal(mean, spread))
+        with pyro.plate("pupils", 3, dim=-1):
+            pyro.sample("x", dist.Normal(effect, 1.0), obs=x)
+
+
+def global_scale(x):
+    """A global latent at the depth of the local one."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def late_global(x):
+    """The global latent runs after the local one, and lies between the local ones in depth."""
+    root = pyro.sample("root", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    leaf = pyro.sample("leaf", dist.Normal(root, 1.0))
+    with pyro.plate("data2", len(x)):
+        w = pyro.sample("w", dist.Normal(z + leaf, 1.0))
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+
+def drawn(ax):
+    """Circles by site, boxes by plate, and the arrows, solid and dashed."""
+    middles = {text.get_text(): text.get_position() for text in ax.texts}
+    circles = {
+        name: patch
+        for patch in ax.patches
+        if isinstance(patch, Ellipse)
+        for name, middle in middles.items()
+        if middle == tuple(patch.center)
+    }
+    boxes = {}
+    for patch in ax.patches:
+        if isinstance(patch, FancyBboxPatch):
+            x, y, width, height = patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()
+            names = [name for name, middle in middles.items() if np.allclose(middle, (x + width, y + 0.05))]
+            assert len(names) == 1, f"plates are named on top of each other: {names}"
+            boxes[names[0]] = (x, y, x + width, y + height)
+    arrows = [patch for patch in ax.patches if isinstance(patch, FancyArrowPatch)]
+    solid = [arrow for arrow in arrows if arrow.get_linestyle() in ("-", "solid")]
+    return circles, boxes, (len(solid), len(arrows) - len(solid))
+
+
+def inside(box, circle):
+    (x, y), (left, bottom, right, top) = circle.center, box
+    return left <= x - 0.3 and x + 0.3 <= right and bottom <= y - 0.3 and y + 0.3 <= top
+
+
+def outside(box, circle):
+    (x, y), (left, bottom, right, top) = circle.center, box
+    return x + 0.3 < left or x - 0.3 > right or y + 0.3 < bottom or y - 0.3 > top
+
+
+def test_plates_of_a_gaussian_vae():
+    circles, boxes, arrows = drawn(plates_of(gaussian))
+    assert set(circles) == {"z", "x"}
+    assert set(boxes) == {"data"}
+    assert arrows == (1, 1), "the model's z to x, the guide's x to z"
+    assert same_color(circles["x"].get_facecolor(), "0.8")
+    assert same_color(circles["z"].get_facecolor(), "white")
+    assert circles["z"].center[1] > circles["x"].center[1]
+
+
+def test_plates_of_a_relaxed_vae_tell_what_the_decoder_reads():
+    ax = plates_of(relaxed)
+    circles, _, arrows = drawn(ax)
+    assert set(circles) == {"z", "code", "x"}
+    assert {name: circle.get_linestyle() in ("--", "dashed") for name, circle in circles.items()} == {
+        "z": False,
+        "code": True,
+        "x": False,
+    }
+    assert same_color(circles["code"].get_facecolor(), "white"), "it is not observed"
+    assert arrows[1] == 1
+    assert "code = f(z)" in [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "members"),
+    [
+        (two_level, torch.zeros(2, 3), {"schools": {"effect", "x"}, "pupils": {"x"}}),
+        (global_scale, torch.zeros(3), {"data": {"z", "x"}}),
+        (late_global, torch.zeros(3), {"data": {"z"}, "data2": {"w", "x"}}),
+    ],
+)
+def test_a_plate_holds_its_sites_and_no_other(model, x, members):
+    circles, boxes, _ = drawn(plots.plate_diagram(model, x))
+    assert set(boxes) == set(members)
+    for plate, box in boxes.items():
+        for name, circle in circles.items():
+            assert inside(box, circle) if name in members[plate] else outside(box, circle), (plate, name)
+
+
+def test_arrows_of_a_two_level_model_are_its_dependencies():
+    circles, _, arrows = drawn(plots.plate_diagram(two_level, torch.zeros(2, 3)))
+    assert set(circles) == {"spread", "mean", "effect", "x"}
+    assert arrows == (3, 0)
+    assert len({circle.center for circle in circles.values()}) == 4, "circles cover each other"
