@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.handlers import Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
 
-__all__ = ["Batcher", "plan"]
+__all__ = ["Batcher", "following_autoguide", "plan"]
 
 Batcher = Callable[[Tensor], Any]
 """Given row numbers, a context manager that yields the arguments to call the pair with."""
@@ -54,6 +54,25 @@ def _subsampled(data: tuple[Tensor, ...], rows: Tensor, plate: str) -> Iterator[
 def _sliced(data: tuple[Tensor, ...], rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     with poutine.scale(scale=len(data[0]) / len(rows)):
         yield tuple(tensor[rows] for tensor in data)
+
+
+@contextmanager
+def following_autoguide(guide: Function) -> Iterator[None]:
+    """Let an autoguide's plates take any subsample; Pyro fixes their size at that of the first call.
+
+    Any other guide is left alone, and so is an autoguide with ``create_plates`` of its own.
+    """
+    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+        yield
+        return
+    guide.create_plates = lambda *args, **kwargs: [
+        pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
+        for name, frame in guide._prototype_frames.items()
+    ]
+    try:
+        yield
+    finally:
+        guide.create_plates = None
 
 
 def _in_plate(site: dict[str, Any], plate: str) -> bool:
@@ -121,23 +140,18 @@ def _is_amortized(guide: Function, data: tuple[Tensor, ...]) -> bool:
             run = poutine.trace(guide).get_trace
             with _moved(run(*(tensor[:3] for tensor in data))):
                 run(*(tensor[:3] for tensor in data))
-                forward = run(*(tensor[:4] for tensor in data))
-                backward = run(*(tensor[:4].flip(0) for tensor in data))
+                forward = latent_sites(run(*(tensor[:4] for tensor in data)))
+                backward = latent_sites(run(*(tensor[:4].flip(0) for tensor in data)))
+                return all(_same_rows(site, backward[name]["fn"]) for name, site in forward.items())
         except (ValueError, RuntimeError, IndexError):
             return False
-    return all(
-        torch.allclose(
-            site["fn"].log_prob(site["value"]).flip(-1),
-            latent_sites(backward)[name]["fn"].log_prob(_flip_rows(site)),
-            rtol=1e-3,
-            atol=1e-3,
-        )
-        for name, site in latent_sites(forward).items()
-    )
 
 
-def _flip_rows(site: dict[str, Any]) -> Tensor:
-    return site["value"].flip(-1 - site["fn"].event_dim)
+def _same_rows(site: dict[str, Any], reversed_fn: Any) -> bool:
+    """Whether a site's density of each row is that of the same row where all stand in reverse."""
+    flipped = site["value"].flip(-1 - site["fn"].event_dim)
+    forward = site["fn"].log_prob(site["value"]).flip(-1)
+    return torch.allclose(forward, reversed_fn.log_prob(flipped), rtol=1e-3, atol=1e-3)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae.decomposition import bound_name, elbo_terms, log_density
 from pyro_vae.handlers import latent_sites, observed_sites, parameters_of, recorded
-from pyro_vae.minibatches import Batcher, plan
+from pyro_vae.minibatches import Batcher, following_autoguide, plan
 from pyro_vae.randomness import seeded
 
 __all__ = ["Fitted", "evaluate", "fit"]
@@ -115,7 +115,7 @@ def fit(
     batch_size = min(batch_size or num_data, num_data)
     history: dict[str, list[float]] = {}
     started = time.perf_counter()
-    with seeded(seed):
+    with seeded(seed), following_autoguide(guide):
         take = (
             plan(model, guide, tensors, batch_size, plate)
             if batch_size < num_data
@@ -124,7 +124,7 @@ def fit(
         if isinstance(elbo, TraceEnum_ELBO):
             with take(torch.arange(batch_size, device=tensors[0].device)) as arguments:
                 _check_enumeration(model, guide, arguments)
-    with seeded(seed):
+    with seeded(seed), following_autoguide(guide):
         step = _Step(model, guide, elbo, plate, lr)
         order = torch.Generator().manual_seed(seed)
         with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:

@@ -1,0 +1,329 @@
+"""The training loop is SVI's: same numbers, nothing else of the user's touched, and clear errors."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import exact, guides, likelihoods, networks, priors
+from pyro_vae.handlers import Rows, WeightKL
+
+TANH = networks.mlp([8], activation=nn.Tanh)
+
+
+def gaussian_vae():
+    return pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+
+
+def bernoulli_vae():
+    return pv.VAE(
+        priors.Bernoulli(2, learnable=True), guides.Bernoulli(2, 2, TANH), likelihoods.Normal(2, 2, networks.linear())
+    )
+
+
+@pytest.fixture
+def x():
+    return pv.datasets.two_gaussians(64, seed=3).x
+
+
+def twins(make):
+    """Two VAEs of the same parameters, in float64."""
+    torch.manual_seed(0)
+    first, second = make().double(), make().double()
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+OBJECTIVES = {
+    "Trace_ELBO": (gaussian_vae, Trace_ELBO, False),
+    "three particles": (gaussian_vae, lambda: Trace_ELBO(num_particles=3), False),
+    "vectorized": (gaussian_vae, lambda: Trace_ELBO(num_particles=3, vectorize_particles=True), False),
+    "TraceMeanField_ELBO": (gaussian_vae, TraceMeanField_ELBO, False),
+    "TraceGraph_ELBO": (bernoulli_vae, TraceGraph_ELBO, False),
+    "score function": (bernoulli_vae, Trace_ELBO, False),
+    "TraceEnum_ELBO": (bernoulli_vae, lambda: TraceEnum_ELBO(max_plate_nesting=1), True),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_steps_are_those_of_svi(name, x):
+    make, elbo, enumerate_guide = OBJECTIVES[name]
+    ours, theirs = twins(make)
+    mark = config_enumerate if enumerate_guide else lambda guide: guide
+    x = x.double()
+    pyro.set_rng_seed(5)
+    svi = SVI(theirs.model, mark(theirs.guide), Adam({"lr": 1e-2}), elbo())
+    losses = [svi.step(x) for _ in range(30)]
+    fitted = pv.fit(ours.model, mark(ours.guide), x, epochs=30, lr=1e-2, elbo=elbo(), seed=5)
+    assert np.allclose(np.array(fitted.history["elbo"]) * -64, losses, rtol=1e-9) or name == "TraceMeanField_ELBO"
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(parameter, other, rtol=1e-7, atol=1e-9)
+
+
+def test_mini_batches_are_those_of_svi_under_the_subsample_handler(x):
+    ours, theirs = twins(gaussian_vae)
+    x = x.double()
+    order = torch.Generator().manual_seed(2)
+    pyro.set_rng_seed(2)
+    svi = SVI(theirs.model, theirs.guide, Adam({"lr": 1e-2}), Trace_ELBO())
+    epochs = []
+    for _ in range(4):
+        losses = []
+        for rows in torch.randperm(64, generator=order).split(20):
+            with Rows("data", rows):
+                losses.append(svi.step(x))
+        epochs.append(-np.mean(losses) / 64)
+    fitted = pv.fit(ours.model, ours.guide, x, epochs=4, batch_size=20, lr=1e-2, seed=2)
+    assert fitted.steps == 16
+    assert np.allclose(fitted.history["elbo"], epochs, rtol=1e-9)
+    assert torch.allclose(ours.decoder.family.log_scale, theirs.decoder.family.log_scale, rtol=1e-7)
+
+
+def test_a_batch_as_large_as_the_data_is_all_of_them(x):
+    ours, theirs = twins(gaussian_vae)
+    histories = [
+        pv.fit(vae.model, vae.guide, x.double(), epochs=5, batch_size=size).history
+        for vae, size in ((ours, None), (theirs, 1000))
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_a_seed_gives_the_same_run_twice(x):
+    ours, theirs = twins(gaussian_vae)
+    runs = [pv.fit(vae.model, vae.guide, x.double(), epochs=5, batch_size=10, seed=9) for vae in (ours, theirs)]
+    assert runs[0].history == runs[1].history
+
+
+def test_elbo_is_minus_distortion_minus_rate_and_near_the_exact_one(x):
+    vae = gaussian_vae()
+    history = pv.fit(vae.model, vae.guide, x, epochs=200, lr=1e-2).history
+    assert np.allclose(history["elbo"], -np.array(history["distortion"]) - np.array(history["rate"]))
+    terms = pv.evaluate(vae.model, vae.guide, x, num_samples=2000)
+    assert abs(terms["elbo"] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.02
+
+
+def test_histories_hold_the_elbo_at_beta_1_whatever_the_weight(x):
+    ours, theirs = twins(gaussian_vae)
+    pyro.set_rng_seed(0)
+    with torch.no_grad():
+        expected = -Trace_ELBO().loss(theirs.model, theirs.guide, x.double()) / 64
+    weight = WeightKL(0.25)
+    history = pv.fit(weight(ours.model), weight(ours.guide), x.double(), epochs=1, lr=1e-9).history
+    assert math.isclose(history["elbo"][0], expected, rel_tol=1e-9)
+
+
+def test_soft_targets_are_reported_as_a_surrogate():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, TANH),
+        likelihoods.Bernoulli(1, 2, TANH, soft_targets=True),
+    )
+    history = pv.fit(vae.model, vae.guide, torch.rand(10, 2), epochs=2, validation=torch.rand(4, 2)).history
+    assert "elbo" not in history
+    assert {"surrogate", "validation_surrogate"} <= history.keys()
+
+
+def test_a_latent_that_the_model_sums_out_leaves_the_exact_evidence_as_elbo(x):
+    vae = bernoulli_vae()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    history = pv.fit(config_enumerate(vae.model), lambda x: None, x, epochs=1, lr=1e-12, elbo=elbo).history
+    assert history.keys() == {"elbo"}
+    assert math.isclose(history["elbo"][0], exact.log_evidence(vae.model, x).mean(), rel_tol=1e-4)
+
+
+def test_enumeration_reports_the_exact_elbo(x):
+    vae = bernoulli_vae()
+    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=TraceEnum_ELBO(max_plate_nesting=1))
+    assert math.isclose(terms["elbo"], exact.elbo(vae.model, vae.guide, x).mean(), rel_tol=1e-5)
+
+
+def test_an_importance_weighted_objective_still_reports_the_elbo(x):
+    vae = gaussian_vae()
+    elbo = RenyiELBO(alpha=0, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    history = pv.fit(vae.model, vae.guide, x, epochs=1, lr=1e-9, elbo=elbo).history
+    assert abs(history["elbo"][0] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.05
+
+
+def test_validation_stands_beside_training_and_changes_nothing(x):
+    ours, theirs = twins(gaussian_vae)
+    held_out = pv.datasets.two_gaussians(30, seed=4).x.double()
+    seen = pv.fit(ours.model, ours.guide, x.double(), epochs=6, batch_size=16, validation=held_out)
+    unseen = pv.fit(theirs.model, theirs.guide, x.double(), epochs=6, batch_size=16)
+    assert {name: seen.history[name] for name in unseen.history} == unseen.history
+    assert set(seen.history) - set(unseen.history) == {"validation_elbo", "validation_distortion", "validation_rate"}
+    assert all(len(values) == 6 for values in seen.history.values())
+
+
+def test_several_tensors_go_to_model_and_guide_together(x):
+    def model(inputs, targets):
+        slope = pyro.param("slope", torch.zeros(2))
+        with pyro.plate("data", len(inputs)):
+            inputs = pyro.subsample(inputs, event_dim=1)
+            targets = pyro.subsample(targets, event_dim=0)
+            pyro.sample("y", dist.Normal(inputs @ slope, 0.1), obs=targets)
+
+    def guide(inputs, targets):
+        pass
+
+    slope = torch.tensor([2.0, -1.0])
+    pv.fit(model, guide, (x, x @ slope), epochs=300, batch_size=16, lr=0.05)
+    assert torch.allclose(pyro.param("slope"), slope, atol=0.02)
+
+
+def test_mini_batches_are_right_for_global_latents(x):
+    x = 0.9 + torch.randn(200, generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=pyro.subsample(x, event_dim=0))
+
+    guide = AutoNormal(model)
+    pv.fit(model, guide, x, epochs=300, batch_size=40, lr=0.01)
+    precision = 201.0
+    assert abs(guide.median()["mean"] - x.sum() / precision) < 0.03
+    scale = guide.quantiles([0.8413447])["mean"][0] - guide.median()["mean"]
+    assert abs(scale - precision**-0.5) < 0.02
+
+
+def test_mini_batches_are_right_for_autoguides_with_local_latents():
+    x = torch.randn(60, generator=torch.Generator().manual_seed(1)) * 2
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=pyro.subsample(x, event_dim=0))
+
+    guide = AutoNormal(model, init_scale=0.7)
+    for lr in (0.03, 0.003):
+        pv.fit(model, guide, x, epochs=400, batch_size=20, lr=lr)
+    assert (guide.median(x)["z"] - x / 2).abs().max() < 0.2
+
+
+def test_nothing_of_the_users_is_touched_but_the_trained_parameters(x, random_states):
+    pyro.param("mine", torch.tensor(3.0))
+    vae = gaussian_vae()
+    before = random_states()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    validation = torch.distributions.Distribution._validate_args
+    pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=10, validation=x)
+    pv.evaluate(vae.model, vae.guide, x)
+    assert random_states() == before
+    assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
+    assert torch.distributions.Distribution._validate_args == validation
+    store = pyro.get_param_store()
+    assert store["mine"] == 3.0
+    assert set(store.keys()) == {"mine"} | {f"{vae.name}$$${path}" for path, _ in vae.named_parameters()}
+
+
+def test_grey_values_are_refused_even_where_validation_is_off():
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Bernoulli(1, 2, TANH))
+    with pyro.validation_enabled(False):
+        for run in (
+            lambda: pv.fit(vae.model, vae.guide, torch.rand(5, 2), epochs=1),
+            lambda: pv.evaluate(vae.model, vae.guide, torch.rand(5, 2)),
+            lambda: exact.log_evidence(vae.model, torch.rand(5, 2)),
+        ):
+            with pytest.raises(ValueError, match="threshold the data"):
+                run()
+
+
+def test_the_bar_is_quiet_where_there_is_no_terminal_and_shown_on_demand(x, capsys):
+    vae = gaussian_vae()
+    pv.fit(vae.model, vae.guide, x, epochs=2)
+    assert capsys.readouterr().err == ""
+    pv.fit(vae.model, vae.guide, x, epochs=2, progress=True)
+    assert "elbo=" in capsys.readouterr().err
+
+
+def run(**changes):
+    vae = gaussian_vae()
+    arguments = {"data": torch.randn(10, 2), "epochs": 1} | changes
+    return pv.fit(changes.pop("model", vae.model), vae.guide, arguments.pop("data"), **arguments)
+
+
+NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": [1.0, 2.0]}, TypeError, "data: got a float"),
+        ({"data": np.zeros((3, 2))}, TypeError, "data: got a ndarray"),
+        ({"data": []}, ValueError, "data: got no tensor"),
+        ({"data": torch.zeros(0, 2)}, ValueError, r"data: got shape \(0, 2\), without rows"),
+        ({"data": torch.zeros(())}, ValueError, r"data: got shape \(\), without rows"),
+        ({"data": torch.zeros(4, 3)}, ValueError, r"got a context of shape \(4, 3\); accepted is \(\*, 2\)"),
+        ({"data": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, "got a context of torch.float64"),
+        ({"data": torch.zeros(4, 2, dtype=torch.long)}, TypeError, "got a context of torch.int64"),
+        ({"data": NAN}, ValueError, r"data: holds nan at row 1, column \(1,\)"),
+        ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"data: holds inf at row 1"),
+        ({"data": (torch.zeros(4, 2), torch.zeros(3, 2))}, ValueError, "4 and 3 rows"),
+        ({"epochs": 0}, ValueError, "epochs: got 0"),
+        ({"epochs": 2.5}, ValueError, "epochs: got 2.5"),
+        ({"batch_size": 0}, ValueError, "batch_size: got 0; accepted is a positive integer"),
+        ({"batch_size": -3}, ValueError, "batch_size: got -3"),
+        ({"batch_size": True}, ValueError, "batch_size: got True"),
+        ({"lr": 0.0}, ValueError, "lr: got 0.0"),
+        ({"lr": math.nan}, ValueError, "lr: got nan"),
+        ({"validation": torch.zeros(3, 3)}, ValueError, r"validation: got rows of shape \(3,\)"),
+        ({"validation": NAN}, ValueError, "validation: holds nan"),
+        ({"elbo": TraceEnum_ELBO()}, ValueError, "TraceEnum_ELBO found nothing to enumerate"),
+        ({"plate": "rows", "batch_size": 2}, ValueError, "plate 'rows'"),
+        ({"plate": "rows"}, ValueError, "plate: no observed site"),
+    ],
+)
+def test_unusable_arguments_are_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        run(**changes)
+
+
+def test_sequential_enumeration_is_refused(x):
+    vae = bernoulli_vae()
+    with pytest.raises(ValueError, match="enumerate='parallel'"):
+        pv.fit(vae.model, config_enumerate(vae.guide, default="sequential"), x, epochs=1, elbo=TraceEnum_ELBO())
+
+
+def test_a_loss_that_is_not_finite_names_step_and_site(x):
+    vae = gaussian_vae()
+    calls = []
+
+    def model(x):
+        calls.append(None)
+        with poutine.scale(scale=1.0), pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior())
+            loc = vae.decoder(z).mean
+            pyro.sample(
+                "x", dist.Normal(loc / (0.0 if len(calls) > 3 else 1.0), 1.0, validate_args=False).to_event(1), obs=x
+            )
+
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss is \S+; log_prob of site 'x' in the model"):
+        pv.fit(model, vae.guide, x, epochs=10)
+
+
+def test_a_gradient_that_is_not_finite_names_the_parameter_and_leaves_it_as_it_was(x):
+    def model(x):
+        root = pyro.param("root", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(root.sqrt(), 1.0).expand([2]).to_event(1), obs=x)
+
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite in root"):
+        pv.fit(model, lambda x: None, x, epochs=3)
+    assert pyro.param("root") == 0.0
