@@ -207,10 +207,10 @@ def table(rows: dict[str, dict], truth: float, band: tuple[float, float]) -> str
         cells = row | {"lost": truth - row["log_p"]}
         shown = [f"{cells[key]:{formats.get(key, '.4f')}}" if key in cells else "" for key in columns]
         lines.append(f"{name:28s}" + "".join(f"{cell:>10s}" for cell in shown))
-    lines.append(
-        f"energy: distance of generated points to fresh data; of the truth it is {band[0]:.4f} to {band[1]:.4f}"
-    )
-    lines.append("accuracy: by the likelier z, or the sign of a continuous z's mean; residual: max |log p - ELBO - KL|")
+    lines += [
+        f"energy: energy distance to fresh data; of fresh data to each other {band[0]:.4f} to {band[1]:.4f} (90 % band)",
+        "accuracy: of the likelier z, or of the sign of a continuous z's mean; residual: max |log p - ELBO - KL|",
+    ]
     return "\n".join(lines)
 
 

@@ -43,9 +43,7 @@ def training(histories: Mapping[str, Mapping[str, Sequence[float]]], truth: floa
     axes.flat[0].legend(loc="lower right")
     figure.supxlabel("step")
     figure.supylabel("nats per point")
-    figure.suptitle(
-        "ELBO of each method in training (naive Monte Carlo trains on another bound; its ELBO is off the scale)"
-    )
+    figure.suptitle("ELBO of each method as it trains, on the training data")
     return figure
 
 
@@ -107,5 +105,5 @@ def plates(vaes: Mapping[str, pv.VAE], x: Tensor) -> Figure:
     figure, axes = plt.subplots(1, len(vaes), figsize=(5 * len(vaes), 4), layout="constrained")
     for ax, (name, vae) in zip(axes, vaes.items(), strict=True):
         plots.plate_diagram(vae.model, x, guide=vae.guide, ax=ax)
-        ax.set_title(f"{name}: model (solid) and guide (dashed)")
+        ax.set_title(f"{name.partition(',')[0]}: model solid, guide dashed", fontsize=11)
     return figure

@@ -210,28 +210,34 @@ def plate_diagram(
     parents, kinds = relations["sample_sample"], relations["sample_dist"]
     observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
     plates = relations["plate_sample"]
-    places = _layout(parents, plates)
+    labels = {
+        name: f"{name} = f({', '.join(parents[name])})" if kind == "Deterministic" else f"{name} ~ {kind}"
+        for name, kind in kinds.items()
+    }
+    width = max(1.1, 0.085 * max(map(len, labels.values())))
+    places = _layout(parents, plates, width)
+    circles = {}
     for name, (column, row) in places.items():
         line = "--" if kinds[name] == "Deterministic" else "-"
         face = "0.8" if name in observed else "white"
-        ax.add_patch(Ellipse((column, row), 0.6, 0.6, facecolor=face, edgecolor="black", linestyle=line))
+        circles[name] = Ellipse((column, row), 0.6, 0.6, facecolor=face, edgecolor="black", linestyle=line)
+        ax.add_patch(circles[name])
         ax.text(column, row, name, ha="center", va="center", fontsize=11, style="italic")
-        told = f"{name} = f({', '.join(parents[name])})" if line == "--" else f"{name} ~ {kinds[name]}"
-        ax.text(column + 0.38, row, told, va="center", fontsize=9)
+        ax.text(column + 0.38, row, labels[name], va="center", fontsize=9)
+    for name in places:
         for parent in parents[name]:
-            _arrow(ax, places[parent], places[name], "-", 0.0)
+            _arrow(ax, circles[parent], circles[name], "-", 0.0)
     if guide is not None:
         with seeded(0):
             latents = get_model_relations(guide, data)["sample_sample"]
         for latent in latents:
             for name in observed:
-                _arrow(ax, places[name], places[latent], "--", -0.5)
+                _arrow(ax, circles[name], circles[latent], "--", -0.4)
     for plate, members in plates.items():
         inner = sum(set(others) < set(members) for others in plates.values())
-        left, bottom, right, top = _box(members, places, inner)
-        width, height = right - left, top - bottom
-        ax.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0.05", fill=False))
-        ax.text(left + width, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
+        left, bottom, right, top = _box(members, places, width, inner)
+        ax.add_patch(FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle="round,pad=0.05", fill=False))
+        ax.text(right, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
     ax.set_aspect("equal")
     ax.autoscale_view()
     ax.set_axis_off()
@@ -239,7 +245,7 @@ def plate_diagram(
 
 
 def _layout(
-    parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]]
+    parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]], width: float
 ) -> dict[str, tuple[float, float]]:
     """Each site below all of its parents; side by side, and where a plate would hold another's site, apart."""
     depth: dict[str, int] = {}
@@ -253,13 +259,13 @@ def _layout(
             levels: dict[int, list[str]] = {}
             for name in (name for name in parents if home[name] in band):
                 levels.setdefault(depth[name], []).append(name)
-                places[name] = (2.0 * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
+                places[name] = ((0.9 + width) * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
             start += max(len(level) for level in levels.values())
         return places
 
     compact = place([set(home.values())])
     for plate, members in plates.items():
-        left, bottom, right, top = _box(members, compact, 0)
+        left, bottom, right, top = _box(members, compact, width, 0)
         for name in parents:
             if plate not in home[name] and left < compact[name][0] < right and bottom < compact[name][1] < top:
                 return place([{plates_of} for plates_of in sorted(set(home.values()), key=len, reverse=True)])
@@ -267,24 +273,24 @@ def _layout(
 
 
 def _box(
-    members: Sequence[str], places: Mapping[str, tuple[float, float]], inner: int
+    members: Sequence[str], places: Mapping[str, tuple[float, float]], width: float, inner: int
 ) -> tuple[float, float, float, float]:
     """Left, bottom, right and top of a plate, which has ``inner`` others within."""
     columns, rows = zip(*(places[name] for name in members), strict=True)
-    return min(columns) - 0.6 - 0.1 * inner, min(rows) - 0.65 - 0.2 * inner, max(columns) + 1.5, max(rows) + 0.45
+    left, right = min(columns) - 0.7 - 0.1 * inner, max(columns) + 0.4 + width
+    return left, min(rows) - 0.65 - 0.2 * inner, right, max(rows) + 0.45
 
 
-def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], style: str, bend: float) -> None:
-    ax.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=14,
-            linestyle=style,
-            color="black",
-            connectionstyle=f"arc3,rad={bend}",
-            shrinkA=22,
-            shrinkB=22,
-        )
+def _arrow(ax: Axes, start: Ellipse, end: Ellipse, style: str, bend: float) -> None:
+    arrow = FancyArrowPatch(
+        start.center,
+        end.center,
+        patchA=start,
+        patchB=end,
+        arrowstyle="-|>",
+        mutation_scale=14,
+        linestyle=style,
+        color="black",
+        connectionstyle=f"arc3,rad={bend}",
     )
+    ax.add_patch(arrow)
