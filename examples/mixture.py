@@ -208,7 +208,7 @@ def table(rows: dict[str, dict], truth: float, band: tuple[float, float]) -> str
         shown = [f"{cells[key]:{formats.get(key, '.4f')}}" if key in cells else "" for key in columns]
         lines.append(f"{name:28s}" + "".join(f"{cell:>10s}" for cell in shown))
     lines += [
-        f"energy: energy distance to fresh data; of fresh data to each other {band[0]:.4f} to {band[1]:.4f} (90 % band)",
+        f"energy: energy distance to fresh data; of fresh data to each other {band[0]:.4f} to {band[1]:.4f} (90 %)",
         "accuracy: of the likelier z, or of the sign of a continuous z's mean; residual: max |log p - ELBO - KL|",
     ]
     return "\n".join(lines)

@@ -1,10 +1,13 @@
 """Data: the two-Gaussian mixture, whose truth is known, and handwritten digits that come with scikit-learn."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from pyro_vae.checks import positive, positive_int
 
 __all__ = ["Dataset", "TwoGaussians", "digits", "two_gaussians"]
 
@@ -38,9 +41,9 @@ class TwoGaussians(Dataset):
     scale: float
 
     def _log_joint(self, x: Tensor) -> Tensor:
-        centres = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=x.dtype)
+        centres = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=x.dtype, device=x.device)
         component = torch.distributions.Normal(centres, self.scale)
-        return component.log_prob(x[..., None, :]).sum(-1) + torch.tensor(0.5, dtype=x.dtype).log()
+        return component.log_prob(x[..., None, :]).sum(-1) + math.log(0.5)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The true log-density, in nats: ``(*, 2)`` to ``(*)``."""
@@ -66,10 +69,8 @@ def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaus
     >>> data.x.shape, round(float(two_gaussians(100_000, seed=1).log_prob(data.x).mean()), 1)
     (torch.Size([1000, 2]), 1.1)
     """
-    if num_points < 1 or not 0 < scale < float("inf"):
-        raise ValueError(
-            f"two_gaussians: got num_points={num_points}, scale={scale}; accepted are num_points >= 1 and scale > 0"
-        )
+    positive_int(num_points, "num_points")
+    positive(scale, "scale")
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(num_points, generator=generator) < 0.5).long()
     noise = torch.randn(num_points, 2, generator=generator)

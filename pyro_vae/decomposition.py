@@ -6,15 +6,16 @@ r"""Where the nats go: ELBO = -distortion - rate, from the traces of a step.
 All in nats per datum and at β = 1, whatever scale the objective gave its terms.
 """
 
+import math
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.distributions import is_normalized
+from pyro_vae.distributions import base_distribution, is_normalized
 from pyro_vae.handlers import latent_sites, observed_sites
 
 __all__ = ["bound_name", "elbo_terms", "log_density"]
@@ -28,9 +29,16 @@ def log_density(site: dict[str, Any]) -> Tensor:
     return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
 
 
-def bound_name(model_trace: Trace) -> str:
-    """``"elbo"``, or ``"surrogate"`` where an observed site has no normalised density and nothing is bounded."""
-    return "elbo" if all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values()) else "surrogate"
+def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
+    """``"elbo"``, or ``"surrogate"`` where nothing is bounded.
+
+    That is so where an observed site has no normalised density, and where the guide is all points (``Delta``, as in
+    ``AutoDelta``): it has no density, and the objective is that of a mode.
+    """
+    bounded = all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values())
+    latents = latent_sites(guide_trace).values()
+    points = bool(latents) and all(isinstance(base_distribution(site["fn"]), dist.Delta) for site in latents)
+    return "elbo" if bounded and not points else "surrogate"
 
 
 @torch.no_grad()
@@ -49,16 +57,22 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
         totals[0] -= _expectations(observed_sites(model_trace), weights)
         totals[1] += _expectations(guide_sites, weights) - _expectations(model_sites, weights)
     distortion, rate = totals / (len(traces) * num_data)
-    return {bound_name(traces[0][0]): -distortion - rate, "distortion": distortion, "rate": rate}
+    return {bound_name(*traces[0]): -distortion - rate, "distortion": distortion, "rate": rate}
 
 
 def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
     """The log-weights of enumerated sites, by the dimension that each has been given."""
     return {
-        site["infer"]["_enumerate_dim"]: log_density(site)
+        site["infer"]["_enumerate_dim"]: _log_weight(site)
         for site in sites.values()
         if site["infer"].get("_enumerate_dim") is not None
     }
+
+
+def _log_weight(site: dict[str, Any]) -> Tensor:
+    """log q of a state that is summed over; of one of K draws in its place, -log K."""
+    draws, log_q = site["infer"].get("num_samples"), log_density(site)
+    return log_q if draws is None else torch.full_like(log_q, -math.log(draws))
 
 
 def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
@@ -79,8 +93,8 @@ def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
         pending += [other for other in weights if other not in done and _extent(weights[dim], other) > 1]
     weight = log_weight.exp()
     frames = site["cond_indep_stack"]
-    scale = prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
-    particles = prod(frame.size for frame in frames if frame.name == _PARTICLES)
+    scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
+    particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
     return torch.where(weight > 0, weight * term, 0.0).double().sum() * (scale / particles)
 
 

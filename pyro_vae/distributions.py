@@ -6,6 +6,7 @@ site; the KL divergence between two such distributions is the same on either sid
 """
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "LogitRelaxedBernoulli",
     "Product",
     "SoftTargetBernoulli",
+    "base_distribution",
     "is_normalized",
     "log_simplex",
 ]
@@ -35,9 +37,18 @@ def is_normalized(distribution: dist.Distribution) -> bool:
     >>> is_normalized(dist.Normal(0.0, 1.0)), is_normalized(SoftTargetBernoulli(logits=torch.zeros(3)).to_event(1))
     (True, False)
     """
+    return getattr(base_distribution(distribution), "normalized", True)
+
+
+def base_distribution(distribution: Any) -> Any:
+    """The distribution inside all wrappers that have a ``base_dist``: ``Independent``, masked, transformed.
+
+    >>> base_distribution(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    Normal(loc: torch.Size([2]), scale: torch.Size([2]))
+    """
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    return getattr(distribution, "normalized", True)
+    return distribution
 
 
 class _LogSimplex(constraints.Constraint):

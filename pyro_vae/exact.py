@@ -35,7 +35,8 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
         tolerance: to which two resolutions of a quadrature must agree, in nats per datum.
 
     Returns:
-        ``(N,)``, in nats.
+        ``(N,)``, in nats. By quadrature, as good as the agreement of two resolutions tells: a feature of the decoder
+        that is narrower than a hundredth of the prior and touches neither can be missed.
 
     Raises:
         ValueError: if there is no exact answer, saying why, with the count of states.
@@ -208,7 +209,11 @@ class Posterior(dist.TorchDistribution):
         """The posterior mean, ``(N, *event)``."""
         with torch.no_grad():
             parts = [
-                torch.einsum("cn,cne->ne", log_mass.exp(), values.double().flatten(2).expand(*log_mass.shape, -1))
+                torch.einsum(
+                    "cn,cne->ne",
+                    log_mass.exp(),
+                    values.double().reshape(*values.shape[:2], -1).expand(*log_mass.shape, -1),
+                )
                 for values, log_mass in self._weighted()
             ]
         return torch.stack(parts).sum(0).reshape(self.batch_shape + self.event_shape).to(self._problem.dtype)
@@ -250,12 +255,12 @@ def _summed_evidence(problem: Problem) -> Tensor:
 
 
 def _integrated_evidence(problem: Problem, tolerance: float) -> tuple[Tensor, Rule]:
-    chart = problem.chart()
     name, site = problem.single_site()
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"model: its latent {name!r} is discrete and has no enumerate_support; use pyro_vae.priors, whose products "
-            "of Bernoulli or one-hot variables enumerate as one site"
+            f"model: its latent {name!r} is discrete and has no enumerate_support. Of independent variables, "
+            "`pyro_vae.distributions.Product(base, num_dims)` has it where `base.to_event(num_dims)` has not"
         )
+    chart = problem.chart()
     box = chart.reach(site["fn"], problem.num_data).union()
     return log_integral(lambda nodes: problem.log_joint({name: chart.to_site(nodes)}), box, tolerance, problem.chunk)

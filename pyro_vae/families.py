@@ -4,7 +4,6 @@ A family knows nothing of where its raw outputs come from. :class:`pyro_vae.part
 parameters (a prior), :class:`pyro_vae.parts.Conditional` a network (a guide, a likelihood, a conditional prior).
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_vae import distributions
+from pyro_vae.checks import positive
 
 __all__ = [
     "Bernoulli",
@@ -38,12 +38,6 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     if not shape or not all(type(extent) is int and extent > 0 for extent in shape):
         raise ValueError(f"{name}: got {size!r}; accepted is a positive integer or a tuple of them")
     return torch.Size(shape)
-
-
-def _positive(value: float, name: str) -> float:
-    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
-        raise ValueError(f"{name}: got {value!r}; accepted is a positive, finite number")
-    return float(value)
 
 
 class Family(nn.Module):
@@ -89,7 +83,7 @@ class Normal(Family):
     def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
         super().__init__(event_shape)
         self.scale = scale
-        self.min_scale = min_scale if min_scale == 0 else _positive(min_scale, "min_scale")
+        self.min_scale = min_scale if min_scale == 0 else positive(min_scale, "min_scale")
         size = self.event_shape.numel()
         self.num_raw = 2 * size if scale == "network" else size
         if scale == "shared":
@@ -99,7 +93,7 @@ class Normal(Family):
         elif isinstance(scale, str) and scale != "network":
             raise ValueError(f"scale: got {scale!r}; accepted are {', '.join(map(repr, self.scales))} or a number")
         elif not isinstance(scale, str):
-            self.register_buffer("fixed_scale", torch.tensor(_positive(scale, "scale")))
+            self.register_buffer("fixed_scale", torch.tensor(positive(scale, "scale")))
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         size = self.event_shape.numel()
@@ -191,7 +185,7 @@ class Relaxed(Family):
         raise NotImplementedError
 
     def _set_temperature(self, temperature: float) -> None:
-        self.register_buffer("temperature", torch.tensor(_positive(temperature, "temperature")))
+        self.register_buffer("temperature", torch.tensor(positive(temperature, "temperature")))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={self.temperature.item():.4g}"

@@ -14,6 +14,7 @@ from pyro.infer import Predictive
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from pyro_vae.checks import positive_int
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.randomness import seeded
 
@@ -75,14 +76,13 @@ def to_datatree(
     >>> dict(tree["posterior"]["z"].sizes)
     {'chain': 1, 'draw': 50, 'obs': 10, 'latent': 1}
     """
-    if draws < 1:
-        raise ValueError(f"draws: got {draws}; accepted is a positive integer")
+    positive_int(draws, "draws")
     generative = _Anew()(model)
     with seeded(seed):
         with poutine.block():
             guide_trace = poutine.trace(guide).get_trace(*data)
             model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
-        latents, observed = latent_sites(guide_trace), observed_sites(model_trace)
+        latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
         deterministic = _deterministic_sites(model_trace)
         _check_latents(latent_sites(model_trace), latents)
         _check_size(latents | deterministic | observed, draws)
@@ -117,6 +117,11 @@ def _event_shape(site: dict[str, Any], batch: Mapping[str, int]) -> torch.Size:
     shape = site["fn"].event_shape
     told = not site["infer"].get("_deterministic") or len(shape) < site["value"].dim()
     return shape if told or tuple(shape[: len(batch)]) != tuple(batch.values()) else shape[len(batch) :]
+
+
+def _not_auxiliary(sites: dict[str, Any]) -> dict[str, Any]:
+    """Without the sites that autoguides make for themselves."""
+    return {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
 
 
 def _deterministic_sites(trace: Any) -> dict[str, Any]:

@@ -12,16 +12,25 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae.decomposition import bound_name, log_density
-from pyro_vae.distributions import AdditiveLogRatioTransform, LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
+from pyro_vae.checks import data_tensors
+from pyro_vae.decomposition import log_density
+from pyro_vae.distributions import (
+    AdditiveLogRatioTransform,
+    LogitRelaxedBernoulli,
+    LogRelaxedOneHotCategorical,
+    base_distribution,
+    is_normalized,
+    log_simplex,
+)
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
-__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "base_distribution"]
+__all__ = ["MAX_STATES", "Chart", "Guide", "Problem"]
 
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
@@ -37,7 +46,8 @@ class Problem:
 
     def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
         self.model = model
-        self.data = data
+        self.data = data_tensors(data, "data")
+        self.plate = plate
         with poutine.block(), seeded(0), pyro.validation_enabled():
             trace = poutine.trace(model).get_trace(*data)
             trace.compute_log_prob()
@@ -56,7 +66,10 @@ class Problem:
     def single_site(self) -> tuple[str, dict[str, Any]]:
         """Name and site of the only latent."""
         if len(self.latents) != 1:
-            raise ValueError(f"model: an exact posterior needs one latent site; this has {list(self.latents)}")
+            raise ValueError(
+                f"model: has the latent sites {list(self.latents)}; accepted are several discrete ones, of at most "
+                f"{MAX_STATES} states together, or a single continuous one; a posterior is given of a single site"
+            )
         return next(iter(self.latents.items()))
 
     def chart(self) -> "Chart":
@@ -95,27 +108,43 @@ class Problem:
 
 def _check_structure(trace: Trace, latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
     if not latents or not observed:
-        raise ValueError(
-            f"model: needs latent and observed sites; has latents {list(latents)}, observed {list(observed)}"
-        )
+        raise ValueError(f"model: needs latent and observed sites; has {list(latents)} and {list(observed)}")
     for name, site in (latents | observed).items():
-        frames = site["cond_indep_stack"]
-        if [frame.name for frame in frames] != [plate] or frames[0].dim != -1:
-            raise ValueError(
-                f"model: site {name!r} is in the plates {[frame.name for frame in frames]}; exact answers need every "
-                f"site in one plate, {plate!r}, as the rightmost batch dimension"
-            )
-        if frames[0].size != (frames[0].full_size or frames[0].size) or site["scale"] != 1:
+        _check_frames("model", name, site, plate)
+        if torch.as_tensor(site["scale"]).ne(1).any():
             raise ValueError(
                 f"model: site {name!r} is subsampled or scaled (scale {site['scale']}); exact answers need all "
                 "data, and densities as they are"
             )
-    if bound_name(trace) != "elbo":
+    masked = [name for name, site in latents.items() if site["mask"] is not None or _is_masked(site["fn"])]
+    if masked:
+        raise ValueError(f"model: its latents {masked} are masked, and their prior is then no distribution")
+    unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
+    if unnormalised:
         raise ValueError(
-            "model: its likelihood is not normalised (soft targets), so there is no p(x). Use "
+            f"model: the likelihood of {unnormalised} is not normalised (soft targets), so there is no p(x). Use "
             "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
         )
     return next(iter(observed.values()))["cond_indep_stack"][0].size
+
+
+def _check_frames(who: str, name: str, site: dict[str, Any], plate: str, size: int | None = None) -> None:
+    frames = site["cond_indep_stack"]
+    if [frame.name for frame in frames] != [plate] or frames[0].dim != -1:
+        raise ValueError(
+            f"{who}: site {name!r} is in the plates {[frame.name for frame in frames]}; exact answers need every "
+            f"site in one plate, {plate!r}, as the rightmost batch dimension"
+        )
+    if size is not None and frames[0].size != size:
+        raise ValueError(f"{who}: site {name!r} has {frames[0].size} rows, and the model has {size}")
+
+
+def _is_masked(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
 
 
 def _log_joint(conditioned: Function, data: tuple[Tensor, ...]) -> Tensor:
@@ -136,6 +165,13 @@ class Guide:
             raise ValueError(
                 f"guide: its latents {sorted(self.sites)} are not those of the model, {sorted(problem.latents)}"
             )
+        for name, site in self.sites.items():
+            _check_frames("guide", name, site, problem.plate, problem.num_data)
+            if site["fn"].event_shape != problem.latents[name]["fn"].event_shape:
+                raise ValueError(
+                    f"guide: site {name!r} has event shape {tuple(site['fn'].event_shape)}, and the model "
+                    f"{tuple(problem.latents[name]['fn'].event_shape)}"
+                )
 
     def site(self) -> dict[str, Any]:
         """The only latent's site."""
@@ -175,13 +211,14 @@ class Guide:
                 log_mass = self.log_prob(values).double() + log_weights
                 total += _weighted_sum(log_mass, integrand(values).double())
                 mass.add_(log_mass.exp().sum(0))
-            return total
+            return torch.where((mass - 1).abs() <= tolerance, total, torch.nan)  # nan agrees with nothing
 
         rounding = 8 * torch.finfo(self.problem.dtype).eps
-        value, _ = refined(estimate, chart.dims, tolerance, max_nodes[chart.dims], rounding)
-        if (mass - 1).abs().max() > 1e-3:
-            raise QuadratureError(f"the quadrature finds {float(mass.min()):.6g} of the mass of q(z | x), and not 1")
-        return value
+        try:
+            return refined(estimate, chart.dims, tolerance, max_nodes[chart.dims], rounding)[0]
+        except QuadratureError as error:
+            found = f"; the mass of q(z | x) that it finds is {float(mass.min()):.6g} to {float(mass.max()):.6g}"
+            raise QuadratureError(f"{error}{found}") from error
 
 
 def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
@@ -190,13 +227,20 @@ def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
 
 
 class Chart:
-    """Coordinates (*, d) with d <= 2 of a continuous latent site."""
+    """Coordinates ``(*, d)``, with d at most 2, of a continuous latent site."""
 
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
         self.name = name
         self.dtype = dtype
         self.event_shape = fn.event_shape
         self.on_simplex = isinstance(base_distribution(fn), LogRelaxedOneHotCategorical)
+        support = getattr(fn.support, "base_constraint", fn.support)
+        if support not in (constraints.real, log_simplex):
+            kind = type(base_distribution(fn)).__name__
+            raise ValueError(
+                f"model: its latent {name!r} is a {kind} on {fn.support}; quadrature is "
+                "over the reals or the log-simplex. Write the latent on the real line and transform it after the site"
+            )
         *variables, last = self.event_shape if self.event_shape else (1,)
         self.coordinate_shape = (*variables, last - 1) if self.on_simplex else tuple(self.event_shape)
         self.dims = math.prod(self.coordinate_shape)
@@ -247,10 +291,3 @@ class Chart:
         )
         low, high = loc - spread, loc + spread
         return Box(low, middle.clamp(low, high), high).shared()
-
-
-def base_distribution(fn: dist.TorchDistribution) -> Any:
-    """The distribution inside all ``Independent``, ``MaskedDistribution`` and the like."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn

@@ -1,6 +1,7 @@
 """Linear Gaussian models in closed form: factor analysis, and pPCA where the noise is one number."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -8,7 +9,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.handlers import observed_sites
-from pyro_vae.joint_density import Problem, base_distribution
+from pyro_vae.joint_density import Problem
 from pyro_vae.randomness import seeded
 
 __all__ = ["LinearGaussian", "linear_gaussian"]
@@ -37,7 +38,8 @@ class LinearGaussian:
         scaled = self.weight.T / self.noise
         precision = prior_precision + scaled @ self.weight
         loc = torch.linalg.solve(precision, ((self.x - self.bias) @ scaled.T + prior_precision @ self.mean).T).T
-        return dist.MultivariateNormal(loc.to(self.dtype), precision_matrix=precision.to(self.dtype))
+        scale_tril = dist.MultivariateNormal(loc, precision_matrix=precision).scale_tril
+        return dist.MultivariateNormal(loc.to(self.dtype), scale_tril=scale_tril.to(self.dtype))
 
 
 def linear_gaussian(problem: Problem) -> LinearGaussian | None:
@@ -46,39 +48,47 @@ def linear_gaussian(problem: Problem) -> LinearGaussian | None:
         return None
     (name, latent), (x_name, observed) = next(iter(problem.latents.items())), next(iter(problem.observed.items()))
     prior = _normal_moments(latent["fn"])
-    if prior is None or not isinstance(base_distribution(observed["fn"]), dist.Normal) or observed["mask"] is not None:
+    if prior is None or observed["mask"] is not None:
         return None
     mean, factor = prior
     dims = len(mean)
     with seeded(0):
         far = 3 * torch.randn(16 + 2 * dims, dims, dtype=torch.float64)
-    probes = torch.cat([torch.zeros(1, dims), torch.eye(dims), far]).to(mean)
+    steps = torch.cat([torch.zeros(1, dims), torch.eye(dims), far]).to(mean)  # in standard deviations of the prior
+    probes = mean + steps @ factor.T
     with poutine.block():
-        trace = poutine.trace(
-            poutine.condition(problem.model, data={name: probes[:, None].to(problem.dtype)})
-        ).get_trace(*problem.data)
-    likelihood = base_distribution(observed_sites(trace)[x_name]["fn"])
-    if likelihood.loc.stride(1) or likelihood.scale.stride(1):
+        conditioned = poutine.condition(problem.model, data={name: probes[:, None].to(problem.dtype)})
+        trace = poutine.trace(conditioned).get_trace(*problem.data)
+    likelihood = _without_independent(observed_sites(trace)[x_name]["fn"])
+    if not isinstance(likelihood, dist.Normal):
+        return None
+    if (likelihood.loc != likelihood.loc[:, :1]).any() or (likelihood.scale != likelihood.scale[:, :1]).any():
         return None  # it depends on the datum by more than z
     loc, scale = (moment[:, 0].double().flatten(1) for moment in (likelihood.loc, likelihood.scale))
-    bias, weight = loc[0], (loc[1 : dims + 1] - loc[0]).T
-    rounding = 64 * torch.finfo(problem.dtype).eps * (bias.abs() + probes.abs() @ weight.abs().T)
-    if ((loc - bias - probes @ weight.T).abs() > rounding + 1e-30).any():
+    slope = (loc[1 : dims + 1] - loc[0]).T
+    rounding = 64 * torch.finfo(problem.dtype).eps * (loc[0].abs() + steps.abs() @ slope.abs().T)
+    if ((loc - loc[0] - steps @ slope.T).abs() > rounding + 1e-30).any():
         return None
     if (scale - scale[0]).abs().max() > 1e-6 * scale[0].min():
         return None
+    weight = torch.linalg.solve(factor.T, slope.T).T
     x = observed["value"].double().flatten(1)
-    return LinearGaussian(mean, factor, weight, bias, scale[0] ** 2, x, problem.dtype)
+    return LinearGaussian(mean, factor, weight, loc[0] - weight @ mean, scale[0] ** 2, x, problem.dtype)
 
 
 def _normal_moments(fn: dist.TorchDistribution) -> tuple[Tensor, Tensor] | None:
     """Mean and a factor of the covariance of a normal of one event dimension that is the same for all data."""
-    base = base_distribution(fn)
+    base = _without_independent(fn)
     if len(fn.event_shape) != 1 or not isinstance(base, dist.Normal | dist.MultivariateNormal):
         return None
-    if base.loc.stride(0) and len(base.loc.shape) > 1:
+    scale = base.scale if isinstance(base, dist.Normal) else base.scale_tril
+    if (base.loc != base.loc[:1]).any() or (scale != scale[:1]).any():
         return None
-    mean = base.loc.reshape(-1, *fn.event_shape)[0].double()
-    if isinstance(base, dist.Normal):
-        return mean, torch.diag(base.scale.reshape(-1, *fn.event_shape)[0].double())
-    return mean, base.scale_tril.reshape(-1, *base.scale_tril.shape[-2:])[0].double()
+    return base.loc[0].double(), torch.diag(scale[0].double()) if isinstance(base, dist.Normal) else scale[0].double()
+
+
+def _without_independent(fn: Any) -> Any:
+    """The distribution inside ``to_event``. A masked or transformed one is another than its base."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn

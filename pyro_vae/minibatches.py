@@ -11,9 +11,10 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
 
-__all__ = ["Batcher", "following_autoguide", "plan"]
+__all__ = ["Batcher", "following_autoguide", "is_amortized", "plan"]
 
 Batcher = Callable[[Tensor], Any]
 """Given row numbers, a context manager that yields the arguments to call the pair with."""
@@ -32,15 +33,13 @@ def plan(model: Function, guide: Function, data: tuple[Tensor, ...], batch_size:
     Raises:
         ValueError: if neither is right, saying why and what to do.
     """
-    rows = torch.arange(batch_size, device=data[0].device)
-    sliced = tuple(tensor[rows] for tensor in data)
     with poutine.block(), torch.no_grad(), SubsampleStatements() as statements:
-        model_trace = poutine.trace(model).get_trace(*sliced)
+        model_trace = poutine.trace(model).get_trace(*data)
     _check_plate(model_trace, plate)
     if statements.count:
-        _check_subsampling(model, guide, data, rows, plate)
+        _check_subsampling(model, guide, data, torch.arange(batch_size, device=data[0].device), plate)
         return lambda rows: _subsampled(data, rows, plate)
-    _check_slicing(model_trace, guide, data, plate)
+    _check_slicing(model, model_trace, guide, data, plate)
     return lambda rows: _sliced(data, rows)
 
 
@@ -112,7 +111,7 @@ def _check_subsampling(model: Function, guide: Function, data: tuple[Tensor, ...
                 raise fail(who, f"site {name!r} has {sizes[0]} rows where {len(rows)} were asked for")
 
 
-def _check_slicing(model_trace: Trace, guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
+def _check_slicing(model: Function, model_trace: Trace, guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
     remedy = (
         "A slice of the data would train it wrong. Read the data in model and guide with "
         "`pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full batches."
@@ -123,35 +122,56 @@ def _check_slicing(model_trace: Trace, guide: Function, data: tuple[Tensor, ...]
             f"batch_size: the model reads its data without pyro.subsample, and its latents {outside} are global, "
             f"outside the plate {plate!r}. {remedy}"
         )
-    if isinstance(guide, AutoGuide) or not _is_amortized(guide, data):
-        raise ValueError(
-            "batch_size: the model reads its data without pyro.subsample, and the guide is not amortized: it has "
-            f"parameters of its own for each datum. {remedy}"
-        )
+    for who, function in (("model", model), ("guide", guide)):
+        if not is_amortized(function, data, plate):
+            raise ValueError(
+                f"batch_size: the model reads its data without pyro.subsample, and the {who} is not amortized: a row's "
+                f"distribution there depends on more than that row, such as parameters for each datum. {remedy}"
+            )
 
 
-def _is_amortized(guide: Function, data: tuple[Tensor, ...]) -> bool:
-    """Whether q(z | x) of a row depends on that row alone, wherever the row stands.
+def is_amortized(function: Function, data: tuple[Tensor, ...], plate: str) -> bool:
+    """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
-    Tried with moved parameters, in a param store of its own: on three rows, on four, and on the four reversed.
+    Tried with moved parameters, in a param store of its own: what holds for four rows must hold, at the same values of
+    the latents, for three of them and for the four in reverse. Autoguides are judged by their plates.
     """
+    if isinstance(function, AutoGuide):
+        with poutine.block(), torch.no_grad():
+            return not any(
+                _in_plate(site, plate) for site in latent_sites(poutine.trace(function).get_trace(*data)).values()
+            )
     with pyro.get_param_store().scope(), torch.no_grad():
         try:
-            run = poutine.trace(guide).get_trace
+            run = poutine.trace(function).get_trace
             with _moved(run(*(tensor[:3] for tensor in data))):
-                run(*(tensor[:3] for tensor in data))
-                forward = latent_sites(run(*(tensor[:4] for tensor in data)))
-                backward = latent_sites(run(*(tensor[:4].flip(0) for tensor in data)))
-                return all(_same_rows(site, backward[name]["fn"]) for name, site in forward.items())
+                whole = run(*(tensor[:4] for tensor in data))
+                return all(_same_rows(function, whole, data, rows, plate) for rows in ([0, 1, 2], [3, 2, 1, 0]))
         except (ValueError, RuntimeError, IndexError):
             return False
 
 
-def _same_rows(site: dict[str, Any], reversed_fn: Any) -> bool:
-    """Whether a site's density of each row is that of the same row where all stand in reverse."""
-    flipped = site["value"].flip(-1 - site["fn"].event_dim)
-    forward = site["fn"].log_prob(site["value"]).flip(-1)
-    return torch.allclose(forward, reversed_fn.log_prob(flipped), rtol=1e-3, atol=1e-3)
+def _same_rows(function: Function, whole: Trace, data: tuple[Tensor, ...], rows: list[int], plate: str) -> bool:
+    """Whether rows that are run apart have the densities that they have among all."""
+    index = torch.tensor([row for row in rows if row < len(data[0])], device=data[0].device)
+    dims = {
+        name: frame.dim
+        for name, site in (latent_sites(whole) | observed_sites(whole)).items()
+        for frame in site["cond_indep_stack"]
+        if frame.name == plate
+    }
+    values = {
+        name: site["value"].index_select(dims[name] - site["fn"].event_dim, index) if name in dims else site["value"]
+        for name, site in latent_sites(whole).items()
+    }
+    apart = poutine.trace(poutine.condition(function, data=values)).get_trace(*(tensor[index] for tensor in data))
+    ours, theirs = latent_sites(whole) | observed_sites(whole), observed_sites(apart)
+    return all(
+        torch.allclose(
+            log_density(ours[name]).index_select(dim, index), log_density(theirs[name]), rtol=1e-3, atol=1e-3
+        )
+        for name, dim in dims.items()
+    )
 
 
 @contextmanager

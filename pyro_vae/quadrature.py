@@ -4,6 +4,7 @@ Composite Gauss-Legendre rules on a box, refined by doubling the panels until tw
 at a point of its own, where an integrand may jump: a relaxed Bernoulli read hard jumps where its logit is 0.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,17 +12,18 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Box", "QuadratureError", "Rule", "log_integral", "refined"]
 
 _ORDER = 8
-_FIRST_PANELS = 4
+_FIRST_PANELS = {1: 32, 2: 4}
 
-SHARED_NODES = {1: 2**13, 2: 2**16}
+SHARED_NODES = {1: 2**16, 2: 2**16}
 """How many nodes, by dimensions, are tried on one box around all data: a decoder runs once for all of them."""
 
-ZOOM_NODES = {1: 2**10, 2: 2**12}
-"""How many are tried on boxes of each datum's own before these are drawn closer."""
+ZOOM_NODES = {2: 2**12}
+"""How many are tried on boxes of each datum's own before these are drawn closer, in two dimensions."""
 
 MAX_NODES = {1: 2**16, 2: 2**18}
 """How many are tried at last."""
@@ -87,10 +89,11 @@ class Rule:
     def __len__(self) -> int:
         return self.per_axis**self.dims
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Nodes ``(C, B, d)``, their log-weights ``(C, B)`` and whether they lie in an outermost panel ``(C, 1)``."""
-        for first in range(0, len(self), size):
-            index = self._index(torch.arange(first, min(first + size, len(self)), device=self.nodes.device))
+        stop = len(self) if stop is None else stop
+        for first in range(start, stop, size):
+            index = self._index(torch.arange(first, min(first + size, stop), device=self.nodes.device))
             log_weights = self._take(self.widths, index).log().sum(-1)
             edge = ((index < _ORDER) | (index >= self.per_axis - _ORDER)).any(-1, keepdim=True)
             yield self._take(self.nodes, index), log_weights, edge
@@ -125,7 +128,7 @@ def refined(
     Raises:
         QuadratureError: if none within ``max_nodes`` nodes does, with the discrepancy.
     """
-    panels = _FIRST_PANELS
+    panels = _FIRST_PANELS[dims]
     previous = estimate(panels)
     while (2 * panels * _ORDER) ** dims <= max_nodes:
         panels *= 2
@@ -147,8 +150,9 @@ def log_integral(
 ) -> tuple[Tensor, Rule]:
     """The logarithm of an integral over all space.
 
-    The box that is given is for all data. It grows until its edges do not matter. Where a rule on it does not settle,
-    each datum gets a box of its own around what the rule found, drawn closer twice before the last, finest rule.
+    The box that is given is for all data. It grows until its edges do not matter. Where in two dimensions a rule on it
+    does not settle, each datum gets a box of its own around all that the rule leaves possible, drawn closer twice
+    before the last, finest rule.
 
     Args:
         log_integrand: from points ``(C, B, d)`` to ``(C, N)``, with B = 1 or N.
@@ -163,7 +167,7 @@ def log_integral(
         QuadratureError: if it does not settle, with the discrepancy.
     """
     dims = box.low.shape[-1]
-    limits = [SHARED_NODES[dims], ZOOM_NODES[dims], ZOOM_NODES[dims], MAX_NODES[dims]]
+    limits = [SHARED_NODES[1]] if dims == 1 else [SHARED_NODES[2], ZOOM_NODES[2], ZOOM_NODES[2], MAX_NODES[2]]
     for _ in range(12):
         integral = _LogIntegral(log_integrand, box, chunk)
         failure: QuadratureError | None = None
@@ -176,7 +180,7 @@ def log_integral(
         elif failure is None:
             return value, Rule(box, panels)
         elif len(limits) > 1:
-            box = integral.zoomed(round(limits.pop(0) ** (1 / dims)) // _ORDER)
+            box = integral.zoomed(math.isqrt(limits.pop(0)) // _ORDER)
         else:
             raise failure
     raise QuadratureError(
@@ -208,14 +212,41 @@ class _LogIntegral:
         return total
 
     def zoomed(self, panels: int) -> Box:
-        """For each datum, a box around the nodes within e^-30 of its largest term, and a panel more on each side."""
+        """For each datum of two dimensions, a box around the nodes within e^-30 of its largest term, and a margin.
+
+        A peak narrower than the nodes' distance may stand beside a node. Of a normal one, the drop from the node to its
+        neighbour bounds how high: so a node counts by its term plus that drop.
+        """
         top = torch.stack([terms.amax(0) for _, terms, _ in self.terms(panels)]).amax(0)
-        low = torch.full((*top.shape, self.box.low.shape[-1]), torch.inf, dtype=torch.float64, device=top.device)
+        low = torch.full((*top.shape, 2), torch.inf, dtype=torch.float64, device=top.device)
         high = -low
-        for nodes, terms, _ in self.terms(panels):
-            counts = (terms > top - 30)[..., None]
+        for nodes, terms, drop in self._rows_with_drops(panels):
+            counts = (terms + drop > top - 30)[..., None]
             low = torch.minimum(low, nodes.masked_fill(~counts, torch.inf).amin(0))
             high = torch.maximum(high, nodes.masked_fill(~counts, -torch.inf).amax(0))
-        below, above = (2 * side / panels for side in (self.box.middle - self.box.low, self.box.high - self.box.middle))
-        low, high = low - torch.maximum(below, above), high + torch.maximum(below, above)
+        widest = 2 * torch.maximum(self.box.middle - self.box.low, self.box.high - self.box.middle) / panels
+        margin = 2 * widest / _ORDER
+        low, high = low - margin, high + margin
         return Box(low, self.box.middle.clamp(low, high), high)
+
+    def _rows_with_drops(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows of nodes with their terms, and the largest difference of each to its neighbours on either axis."""
+        before: tuple[Tensor, Tensor, Tensor] | None = None
+        for nodes, terms in self._rows(panels):
+            along = (terms[1:] - terms[:-1]).abs().nan_to_num()
+            drop = torch.maximum(pad(along, (0, 0, 1, 0)), pad(along, (0, 0, 0, 1)))
+            if before is not None:
+                across = (terms - before[1]).abs().nan_to_num()
+                drop = torch.maximum(drop, across)
+                yield before[0], before[1], torch.maximum(before[2], across)
+            before = nodes, terms, drop
+        if before is not None:
+            yield before
+
+    def _rows(self, panels: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Nodes and terms of each row of the grid in turn."""
+        rule = Rule(self.box, panels)
+        for first in range(0, len(rule), rule.per_axis):
+            chunks = list(rule.chunks(self.chunk, first, first + rule.per_axis))
+            terms = [self.log_integrand(nodes).double() + log_weights for nodes, log_weights, _ in chunks]
+            yield torch.cat([nodes for nodes, _, _ in chunks]), torch.cat(terms)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +10,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.decomposition import bound_name, elbo_terms, log_density
-from pyro_vae.handlers import latent_sites, observed_sites, parameters_of, recorded
-from pyro_vae.minibatches import Batcher, following_autoguide, plan
+from pyro_vae.checks import data_tensors, positive, positive_int, rows_like
+from pyro_vae.handlers import latent_sites
+from pyro_vae.minibatches import Batcher, following_autoguide, is_amortized, plan
 from pyro_vae.randomness import seeded
+from pyro_vae.steps import Step
 
 __all__ = ["Fitted", "evaluate", "fit"]
 
@@ -103,40 +103,20 @@ def fit(
     >>> fitted.steps, sorted(fitted.history)
     (80, ['distortion', 'elbo', 'rate'])
     """
-    tensors = _check_data(data, "data")
-    held_out = None if validation is None else _check_like(_check_data(validation, "validation"), tensors)
-    _check_positive_int(epochs, "epochs")
-    if batch_size is not None:
-        _check_positive_int(batch_size, "batch_size")
-    if not (isinstance(lr, int | float) and 0 < lr < float("inf")):
-        raise ValueError(f"lr: got {lr!r}; accepted is a positive, finite number")
-    elbo = Trace_ELBO() if elbo is None else elbo
+    tensors = data_tensors(data, "data")
+    held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
+    positive_int(epochs, "epochs")
     num_data = len(tensors[0])
-    batch_size = min(batch_size or num_data, num_data)
+    batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
+    elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
+    step = Step(model, guide, elbo, plate, positive(lr, "lr"))
     history: dict[str, list[float]] = {}
     started = time.perf_counter()
-    with seeded(seed), following_autoguide(guide):
-        take = (
-            plan(model, guide, tensors, batch_size, plate)
-            if batch_size < num_data
-            else lambda rows: nullcontext(tensors)
-        )
-        if isinstance(elbo, TraceEnum_ELBO):
-            with take(torch.arange(batch_size, device=tensors[0].device)) as arguments:
-                _check_enumeration(model, guide, arguments)
-    with seeded(seed), following_autoguide(guide):
-        step = _Step(model, guide, elbo, plate, lr)
-        order = torch.Generator().manual_seed(seed)
-        with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:
-            for _ in range(epochs):
-                terms = [step(take, rows) for rows in _batches(num_data, batch_size, order, tensors[0].device)]
-                record = _mean(terms)
-                if held_out is not None:
-                    record |= {f"validation_{name}": value for name, value in _held_out(step, held_out, seed).items()}
-                for name, value in record.items():
-                    history.setdefault(name, []).append(value)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
-                bar.update()
+    with following_autoguide(guide):
+        with seeded(seed):
+            take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None)
+        with seeded(seed):
+            _train(step, take, tensors, held_out, epochs, batch_size, seed, history, progress)
     return Fitted(model, guide, history, seed, step.count, time.perf_counter() - started)
 
 
@@ -171,103 +151,67 @@ def evaluate(
     >>> sorted(pv.evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
     ['distortion', 'elbo', 'rate']
     """
-    tensors = _check_data(data, "data")
-    _check_positive_int(num_samples, "num_samples")
-    step = _Step(model, guide, Trace_ELBO() if elbo is None else elbo, plate)
+    tensors = data_tensors(data, "data")
+    positive_int(num_samples, "num_samples")
+    step = Step(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
     with seeded(seed), pyro.validation_enabled():
         return _mean([step.loss(tensors) for _ in range(num_samples)])
 
 
-class _Step:
-    """One step of SVI on some rows, and its terms in nats per datum."""
+def _prepare(
+    model: Function,
+    guide: Function,
+    data: tuple[Tensor, ...],
+    elbo: ELBO,
+    batch_size: int,
+    plate: str,
+    held_out: bool,
+) -> Batcher:
+    """How rows are taken; refuses what the run could not do right, before it begins."""
 
-    def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str, lr: float = 0.0):
-        self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
-        self.plate = plate
-        self.lr = lr
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.known: set[Tensor] = set()
-        self.count = 0
-        self._model_traces: list[Trace] = []
-        self._guide_traces: list[Trace] = []
-        self._model = recorded(model, self._model_traces)
-        self._guide = recorded(guide, self._guide_traces)
+    def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
+        return nullcontext(data)
 
-    def __call__(self, take: Batcher, rows: Tensor) -> dict[str, Tensor]:
-        self.count += 1
-        # The first step is validated even where validation is off: some libraries turn it off on import.
-        validation = pyro.validation_enabled() if self.count == 1 else nullcontext()
-        with validation, poutine.trace(param_only=True) as tracer, take(rows) as arguments:
-            terms = self._run(self.elbo.loss_and_grads, arguments)
-        parameters = parameters_of(tracer.trace)
-        self._check_gradients(parameters)
-        self._update(list(parameters.values()))
-        return terms
-
-    @torch.no_grad()
-    def loss(self, arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        return self._run(self.elbo.loss, arguments)
-
-    def _run(self, compute: Function, arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        self._model_traces.clear()
-        self._guide_traces.clear()
-        loss = compute(self._model, self._guide, *arguments)
-        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64)
-        # An ELBO may first run the pair once more, to learn its plates: its particles are the last runs.
-        used = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
-        traces = list(zip(self._model_traces[-used:], self._guide_traces[-used:], strict=True))
-        if not loss.isfinite():
-            raise FloatingPointError(f"step {self.count}: the loss is {loss.item()}; {_blame(traces)}")
-        num_data = _num_data(traces[0][0], self.plate)
-        return elbo_terms(traces, num_data) or {bound_name(traces[0][0]): -loss / num_data}
-
-    def _check_gradients(self, parameters: dict[str, Tensor]) -> None:
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            bad = [
-                name.replace("$$$", ".")
-                for name, parameter in parameters.items()
-                if parameter.grad is not None and not parameter.grad.isfinite().all()
-            ]
-            raise FloatingPointError(f"step {self.count}: the gradient is not finite in {', '.join(bad) or 'its norm'}")
-
-    def _update(self, parameters: list[Tensor]) -> None:
-        new = [parameter for parameter in parameters if parameter not in self.known]
-        if new and self.optimizer is None:
-            self.optimizer = torch.optim.Adam(new, lr=self.lr, fused=True)
-        elif new and self.optimizer is not None:
-            self.optimizer.add_param_group({"params": new})
-        self.known.update(new)
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+    take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate)
+    if isinstance(elbo, TraceEnum_ELBO):
+        with take(torch.arange(batch_size, device=data[0].device)) as arguments:
+            _check_enumeration(model, guide, arguments)
+    if held_out and not is_amortized(guide, data, plate):
+        raise ValueError(
+            "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
+            "that it was not trained on"
+        )
+    return take
 
 
-def _num_data(model_trace: Trace, plate: str) -> int:
-    """The size of the data plate: that of all data under subsampling, of the slice where rows are sliced."""
-    for site in observed_sites(model_trace).values():
-        for frame in site["cond_indep_stack"]:
-            if frame.name == plate:
-                return frame.full_size or frame.size
-    raise ValueError(f"plate: no observed site of the model is in a plate {plate!r}; name the model's data plate")
-
-
-def _blame(traces: list[tuple[Trace, Trace]]) -> str:
-    """The first site whose log-density is not finite, in the order in which the guide and the model ran."""
-    for model_trace, guide_trace in traces:
-        for who, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                bad = ~log_density(site).isfinite()
-                if bad.any():
-                    return f"log_prob of site {name!r} in the {who} is not finite at {bad.sum()} of {bad.numel()}"
-    return "no single site is to blame"
+def _train(
+    step: Step,
+    take: Batcher,
+    data: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...] | None,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    history: dict[str, list[float]],
+    progress: bool | None,
+) -> None:
+    order = torch.Generator().manual_seed(seed)
+    with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:
+        for _ in range(epochs):
+            record = _mean([step(take, rows) for rows in _batches(len(data[0]), batch_size, order, data[0].device)])
+            if held_out is not None:
+                record |= {f"validation_{name}": value for name, value in _held_out(step, held_out, seed).items()}
+            for name, value in record.items():
+                history.setdefault(name, []).append(value)
+            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
+            bar.update()
 
 
 def _mean(terms: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: float(torch.stack([term[name] for term in terms]).mean()) for name in terms[0]}
 
 
-def _held_out(step: _Step, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
+def _held_out(step: Step, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
     """Validation draws come from a stream of their own, so that looking does not change the run."""
     with seeded(seed):
         return _mean([step.loss(data)])
@@ -280,8 +224,13 @@ def _batches(num_data: int, size: int, order: torch.Generator, device: torch.dev
         yield from torch.randperm(num_data, generator=order).to(device).split(size)
 
 
-def _all_rows(data: tuple[Tensor, ...]) -> Batcher:
-    return lambda rows: nullcontext(data)
+def _check_elbo(elbo: ELBO) -> ELBO:
+    if type(elbo).__name__.startswith("Jit"):
+        raise ValueError(
+            f"elbo: got {type(elbo).__name__}, which needs TorchScript, deprecated in torch; accepted is the ELBO "
+            "of the same name without Jit"
+        )
+    return elbo
 
 
 def _check_enumeration(model: Function, guide: Function, data: tuple[Tensor, ...]) -> None:
@@ -298,38 +247,3 @@ def _check_enumeration(model: Function, guide: Function, data: tuple[Tensor, ...
             "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark the discrete latents: "
             "`fit(model, config_enumerate(guide), ...)`, or use Trace_ELBO to sample them."
         )
-
-
-def _check_positive_int(value: object, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: got {value!r}; accepted is a positive integer")
-
-
-def _check_data(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    tensors = (data,) if isinstance(data, Tensor) else tuple(data)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got a {type(tensor).__name__}; accepted is a tensor, or a sequence of tensors")
-        if tensor.dim() == 0 or len(tensor) == 0:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, without rows; accepted is (N, ...) with N >= 1")
-        if len(tensor) != len(tensors[0]):
-            raise ValueError(
-                f"{name}: got tensors of {len(tensors[0])} and {len(tensor)} rows; accepted are equal ones"
-            )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            row, *column = (~tensor.isfinite()).nonzero()[0].tolist()
-            value = tensor[(row, *column)].item()
-            raise ValueError(f"{name}: holds {value} at row {row}, column {tuple(column)}; accepted are finite numbers")
-    if not tensors:
-        raise ValueError(f"{name}: got no tensor; accepted is a tensor, or a sequence of tensors")
-    return tensors
-
-
-def _check_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    for ours, theirs in zip(held_out, data, strict=True):
-        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
-            raise ValueError(
-                f"validation: got rows of shape {tuple(ours.shape[1:])}, {ours.dtype}; accepted are rows like those of "
-                f"data, shape {tuple(theirs.shape[1:])}, {theirs.dtype}"
-            )
-    return held_out

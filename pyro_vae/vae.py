@@ -66,6 +66,7 @@ class VAE(nn.Module):
     def model(self, x: Tensor) -> None:
         """The generative story, p(x, z)."""
         self.register()
+        self._check_rows(x)
         with pyro.plate("data", len(x)):
             x = pyro.subsample(x, event_dim=len(self.data_shape))
             z = pyro.sample("z", self.prior())
@@ -74,9 +75,15 @@ class VAE(nn.Module):
     def guide(self, x: Tensor) -> None:
         """Its approximate inverse, q(z | x)."""
         self.register()
+        self._check_rows(x)
         with pyro.plate("data", len(x)):
             x = pyro.subsample(x, event_dim=len(self.data_shape))
             pyro.sample("z", self.encoder(x))
+
+    def _check_rows(self, x: Tensor) -> None:
+        if x.shape[1:] != self.data_shape:
+            shape = ", ".join(map(str, self.data_shape))
+            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
 
     def register(self) -> None:
         """Register the parameters with Pyro, as ``pyro.module(self.name, self)`` does, each once.

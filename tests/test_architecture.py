@@ -10,11 +10,12 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"randomness", "distributions", "networks", "datasets", "handlers"},
-    {"families", "quadrature", "decomposition"},
+    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature"},
+    {"datasets", "families", "decomposition"},
     {"parts", "joint_density", "minibatches"},
     {"priors", "guides", "likelihoods", "linear_gaussian"},
     {"vae", "exact"},
+    {"steps"},
     {"training"},
     {"inference_data"},
     {"plots"},

@@ -243,10 +243,10 @@ def test_terms_of_a_likelihood_that_is_none_are_a_surrogates():
     terms = elbo_terms(traces, N)
     assert set(terms) == {"surrogate", "distortion", "rate"}
     assert terms["surrogate"].item() == pytest.approx(-loss / N, rel=1e-9)
-    assert bound_name(traces[0][0]) == "surrogate"
+    assert bound_name(*traces[0]) == "surrogate"
 
 
 def test_a_density_is_bounded_by_an_elbo():
     vae = gaussian()
     _, traces = run(Trace_ELBO(), vae.model, vae.guide)
-    assert bound_name(traces[0][0]) == "elbo"
+    assert bound_name(*traces[0]) == "elbo"

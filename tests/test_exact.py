@@ -214,7 +214,7 @@ def test_several_discrete_sites_are_summed_over_jointly():
     chance = float((torch.tensor([0.7, 0.3])[:, None] * torch.tensor([0.2, 0.8]) * probs).sum())
     expected = torch.tensor([1 - chance, chance]).log()
     assert torch.allclose(exact.log_evidence(model, x), expected)
-    with pytest.raises(ValueError, match="one latent site"):
+    with pytest.raises(ValueError, match="of a single site"):
         exact.posterior(model, x)
 
 

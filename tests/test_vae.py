@@ -325,7 +325,7 @@ def test_a_density_on_the_same_space_may_be_another_family():
 
 
 def test_data_of_another_shape_are_refused_with_the_accepted_one(vae):
-    with pytest.raises(ValueError, match=r"accepted is \(\*, 3\)"):
+    with pytest.raises(ValueError, match=r"accepted is \(N, 3\)"):
         vae.guide(torch.zeros(6, 4))
 
 

@@ -1,0 +1,59 @@
+"""Arguments that cannot be used are refused before any work, by name: what came, and what is accepted."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["data_tensors", "positive", "positive_int", "rows_like"]
+
+
+def positive_int(value: object, name: str) -> int:
+    """``value`` if it is a positive integer.
+
+    >>> positive_int(True, "epochs")
+    Traceback (most recent call last):
+        ...
+    ValueError: epochs: got True; accepted is a positive integer
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}; accepted is a positive integer")
+    return value
+
+
+def positive(value: object, name: str) -> float:
+    """``value`` as a float if it is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value!r}; accepted is a positive, finite number")
+    return float(value)
+
+
+def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
+    """The data as tensors of one number of rows, all finite."""
+    tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got a {type(tensor).__name__}; accepted is a tensor, or a sequence of tensors")
+        if tensor.dim() == 0 or len(tensor) == 0:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, without rows; accepted is (N, ...) with N >= 1")
+        if len(tensor) != len(tensors[0]):
+            raise ValueError(f"{name}: got tensors of {len(tensors[0])} and {len(tensor)} rows; accepted is one number")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            row, *column = (~tensor.isfinite()).nonzero()[0].tolist()
+            where = f"row {row}" + (f", column {tuple(column)}" if column else "")
+            raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")
+    if not tensors:
+        raise ValueError(f"{name}: got no tensor; accepted is a tensor, or a sequence of tensors")
+    return tensors
+
+
+def rows_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
+    """``held_out`` if its rows are like those of ``data``."""
+    if len(held_out) != len(data):
+        raise ValueError(f"{name}: got {len(held_out)} tensors; accepted are {len(data)}, as data")
+    for ours, theirs in zip(held_out, data, strict=True):
+        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            raise ValueError(
+                f"{name}: got rows of shape {tuple(ours.shape[1:])}, {ours.dtype}; accepted are rows like those of "
+                f"data, shape {tuple(theirs.shape[1:])}, {theirs.dtype}"
+            )
+    return held_out
