@@ -116,16 +116,15 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
 
     if problem.is_discrete:
         return q.sum(integrand).to(problem.dtype)
-    chart = problem.chart()
-    return q.integral(integrand, chart.reach(q.site()["fn"], problem.num_data), tolerance).to(problem.dtype)
+    return q.integral(integrand, q.reach(), tolerance).to(problem.dtype)
 
 
 @torch.no_grad()
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
-    From the normalised exact posterior. For a continuous latent the quadrature is on boxes around posterior and q,
-    where that of :func:`elbo` is on those around q: their sum equals :func:`log_evidence` only if all three are right.
+    From the normalised exact posterior. For a continuous latent the quadrature is on a box around posterior and q,
+    where that of :func:`elbo` is around q alone: their sum equals :func:`log_evidence` only if all three are right.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -143,12 +142,11 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
         evidence = _summed_evidence(problem)
         return q.sum(lambda values: q.log_prob(values) - (problem.log_joint(values) - evidence)).to(problem.dtype)
     evidence, rule = _integrated_evidence(problem, tolerance)
-    box = rule.box.join(problem.chart().reach(q.site()["fn"], problem.num_data))
 
     def integrand(values: Values) -> Tensor:
         return q.log_prob(values) - (problem.log_joint(values) - evidence)
 
-    return q.integral(integrand, box, tolerance).to(problem.dtype)
+    return q.integral(integrand, rule.box, tolerance).to(problem.dtype)
 
 
 class Posterior(dist.TorchDistribution):

@@ -181,6 +181,10 @@ class Guide:
         """log q(z | x) at values ``(C, 1 or N, *event)``, as ``(C, N)``."""
         return _log_joint(poutine.condition(self.guide, data=values), self.problem.data)
 
+    def reach(self) -> Box:
+        """A box for each datum that holds q(z | x)."""
+        return self.problem.chart().reach(self.site()["fn"], self.problem.num_data)
+
     def sum(self, integrand: Callable[[Values], Tensor]) -> Tensor:
         """The expectation over all states, ``(N,)``."""
         total = self.problem.zeros()
@@ -188,15 +192,17 @@ class Guide:
             total = total + _weighted_sum(self.log_prob(values).double(), integrand(values).double())
         return total
 
-    def integral(self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float) -> Tensor:
-        """The expectation over boxes that must hold all of q, ``(N,)``.
+    def integral(self, integrand: Callable[[Values], Tensor], around: Box, tolerance: float) -> Tensor:
+        """The expectation, ``(N,)``, by quadrature.
 
-        One box around all data is tried first, since a decoder then runs once for all of them.
+        One box around all data and ``around`` is tried first, since a decoder then runs once for all of them; then
+        boxes around each q(z | x).
         """
+        own = self.reach()
         try:
-            return self._integral(integrand, box.union(), tolerance, SHARED_NODES)
+            return self._integral(integrand, own.join(around).union(), tolerance, SHARED_NODES)
         except QuadratureError:
-            return self._integral(integrand, box, tolerance, MAX_NODES)
+            return self._integral(integrand, own, tolerance, MAX_NODES)
 
     def _integral(
         self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float, max_nodes: dict[int, int]
