@@ -13,7 +13,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.checks import data_tensors
@@ -53,10 +52,23 @@ class Problem:
             trace.compute_log_prob()
         self.latents = latent_sites(trace)
         self.observed = observed_sites(trace)
-        self.num_data = _check_structure(trace, self.latents, self.observed, plate)
+        self.num_data = _check_structure(self.latents, self.observed, plate)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
         self.chunk = max(1, _BUDGET // (self.num_data * max(64, *widths)))
+        self._check_repeatable()
+
+    def _check_repeatable(self) -> None:
+        """Run the model twice at the same latents, alone and beside others: dropout, say, makes no one p(x, z)."""
+        drawn = {name: site["value"][None] for name, site in self.latents.items()}
+        beside = {name: torch.cat([value, value.roll(1, 1)]) for name, value in drawn.items()}
+        with torch.no_grad(), seeded(0):
+            first, second = self.log_joint(drawn)[0], self.log_joint(beside)[0]
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "model: gives another log p(x, z) at the same z when it is run again, beside other values. Put "
+                "dropout and batch normalisation into evaluation mode: `vae.eval()`"
+            )
 
     @property
     def is_discrete(self) -> bool:
@@ -106,7 +118,7 @@ class Problem:
             yield values
 
 
-def _check_structure(trace: Trace, latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
+def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
     if not latents or not observed:
         raise ValueError(f"model: needs latent and observed sites; has {list(latents)} and {list(observed)}")
     for name, site in (latents | observed).items():

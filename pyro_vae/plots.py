@@ -67,6 +67,8 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
     '$z_1$'
     """
+    if z.dim() != 2 or z.shape[1] > 2:
+        raise ValueError(f"z: got shape {tuple(z.shape)}; accepted is (N, 1) or (N, 2), such as two chosen columns")
     ax = _axes(ax)
     for index, label in enumerate(labels.unique().tolist()):
         rows = z[labels == label]
@@ -108,6 +110,8 @@ def posterior(model: Callable[..., Any], guide: Callable[..., Any], *datum: Tens
     """
     ax = _axes(ax)
     problem = Problem(model, datum, "data")
+    if problem.num_data != 1:
+        raise ValueError(f"datum: got {problem.num_data} rows; accepted is one, `x[:1]`")
     q = Guide(problem, guide)
     p = exact.posterior(model, *datum)
     name, _ = problem.single_site()

@@ -79,7 +79,8 @@ def fit(
         lr: Adam's learning rate.
         elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
             ``config_enumerate(guide)``.
-        validation: held-out data of the same form, evaluated at the end of each epoch.
+        validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
+            (training or evaluation) that they are in.
         plate: name of the data plate.
         seed: of the random numbers of the run and the order of the data.
         progress: whether to show a progress bar; only on a terminal if left out.

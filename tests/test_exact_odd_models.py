@@ -246,3 +246,18 @@ def test_a_narrow_guide_is_found_before_its_gap_is_believed():
     x = torch.randn(3, 2)
     residual = exact.log_evidence(vae.model, x) - exact.elbo(vae.model, guide, x) - exact.kl(vae.model, guide, x)
     assert residual.abs().max() < 1e-3
+
+
+def test_a_network_with_dropout_is_refused_until_it_is_in_evaluation_mode():
+    def network(in_features, out_features):
+        return torch.nn.Sequential(
+            torch.nn.Linear(in_features, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, out_features)
+        )
+
+    vae = pv.VAE(
+        priors.Bernoulli(2), guides.Bernoulli(3, 2, networks.linear()), likelihoods.Normal(2, 3, network, scale=0.1)
+    )
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match="evaluation mode"):
+        exact.log_evidence(vae.model, x)
+    assert exact.log_evidence(vae.eval().model, x).isfinite().all()

@@ -364,3 +364,11 @@ def test_arrows_of_a_two_level_model_are_its_dependencies():
     assert set(circles) == {"spread", "mean", "effect", "x"}
     assert arrows == (3, 0)
     assert len({circle.center for circle in circles.values()}) == 4, "circles cover each other"
+
+
+def test_more_than_can_be_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"accepted is \(N, 1\) or \(N, 2\)"):
+        plots.latent_map(torch.zeros(4, 3), torch.zeros(4))
+    vae = gaussian()
+    with pytest.raises(ValueError, match="datum: got 3 rows"):
+        plots.posterior(vae.model, vae.guide, torch.zeros(3, 2))
