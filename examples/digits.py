@@ -37,13 +37,13 @@ def pictures(vae: pv.VAE, fitted: pv.Fitted, test: pv.datasets.Dataset) -> dict[
         ax.set_title(title)
         return ax
 
-    plots.training_curves(fitted.history, canvas("training", "ELBO, and what it is made of"))
+    plots.training_curves(fitted.history, canvas("training", "ELBO = -distortion - rate"))
     with torch.no_grad():
         means = vae.encode(test.x).mean
     ax = canvas("latent_map", "Means of q(z|x) of held-out digits, by label", (6.5, 5.5))
     plots.latent_map(means, test.labels, ax)
     shown = torch.stack([test.x[:12], vae.reconstruct(test.x[:12])]).reshape(-1, *SHAPE)
-    ax = canvas("reconstructions", "Held-out digits, above their reconstructions", (8, 2.2))
+    ax = canvas("reconstructions", "Held-out digits, above their reconstructions from two numbers each", (8, 1.9))
     plots.image_grid(shown, 12, ax)
     ax = canvas("samples", "Samples: z from the prior, mean of p(x|z)", (6, 3.4))
     plots.image_grid(vae.generate(50, mean=True).reshape(-1, *SHAPE), 10, ax)

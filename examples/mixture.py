@@ -271,11 +271,12 @@ def main() -> None:
     for title in ("Gaussian", "relaxed Bernoulli, relaxed", "Gumbel-softmax, relaxed", "enumerated Bernoulli"):
         vae = judged[title][0]
         tree = pv.to_datatree(vae.model, vae.guide, test.x[:200], draws=args.draws, seed=args.seed, parallel=True)
-        tree.to_netcdf(args.out / f"{title.replace(', relaxed', '').replace(' ', '_').lower()}.nc", engine="h5netcdf")
+        file = title.partition(",")[0].lower().replace(" ", "_").replace("-", "_")
+        tree.to_netcdf(args.out / f"{file}.nc", engine="h5netcdf")
 
     drawings = {
         "data": pictures.data(train),
-        "training": pictures.training(histories, truth),
+        "training": pictures.training(histories, float(train.log_prob(train.x).mean())),
         "generated": pictures.generated(test.x[:1000], generated, rows, truth),
         "latent": pictures.latent({title: judged[title][0] for title in pictures.VAES}, test),
         "posterior": pictures.posteriors({title: judged[title][0] for title in pictures.VAES}),

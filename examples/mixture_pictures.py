@@ -29,8 +29,8 @@ def training(histories: Mapping[str, Mapping[str, Sequence[float]]], truth: floa
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.5), sharex=True, sharey=True, layout="constrained")
     for ax, (name, history) in zip(axes.flat, histories.items(), strict=True):
         steps = range(1, len(history["elbo"]) + 1)
-        ax.axhline(truth, color="0.5", linestyle=":", label=f"truth, {truth:.3f}")
-        ax.plot(steps, history["elbo"], color="black", linewidth=0.6, label="ELBO of the guide, training")
+        ax.axhline(truth, color="0.5", linestyle=":", label=f"log p(x) of the truth on these data, {truth:.3f}")
+        ax.plot(steps, history["elbo"], color="black", linewidth=0.6, label="ELBO, or log p(x) where there is no guide")
         ax.set(title=name, ylim=(-6, 2))
         if name == "naive Monte Carlo":
             ax.text(
@@ -40,7 +40,7 @@ def training(histories: Mapping[str, Mapping[str, Sequence[float]]], truth: floa
                 ha="center",
                 transform=ax.transAxes,
             )
-    axes.flat[0].legend(loc="lower right")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.supxlabel("step")
     figure.supylabel("nats per point")
     figure.suptitle("ELBO of each method as it trains, on the training data")
@@ -66,20 +66,21 @@ def generated(
 @torch.no_grad()
 def latent(vaes: Mapping[str, pv.VAE], test: pv.datasets.TwoGaussians) -> Figure:
     """Where each encoder puts the two clusters: draws from q(z | x), as the decoder reads them."""
-    figure, axes = plt.subplots(1, len(vaes), figsize=(15, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(vaes), figsize=(15, 3.6), layout="constrained")
     for ax, (name, vae) in zip(axes, vaes.items(), strict=True):
         z = vae.encode(test.x[:500]).sample()
         code = vae.code(z).flatten(1)[:, -1:]
         plots.latent_map(code, test.labels[:500], ax)
-        spread = "" if name != "Gaussian" else f"\nsd {float(code.std()):.2f}; under the prior 1"
+        spread = "" if name != "Gaussian" else f"\nsd of the codes {float(code.std()):.2f}, of the prior 1"
         ax.set(title=name + spread, xlabel="code read by the decoder", ylabel="")
     axes[0].set_ylabel("true cluster (with jitter)")
+    figure.suptitle("A draw from q(z|x) for each of 500 test points; which code a cluster gets is arbitrary")
     return figure
 
 
 def posteriors(vaes: Mapping[str, pv.VAE]) -> Figure:
     """q(z | x) drawn on the exact p(z | x), for a point of each cluster and one between them."""
-    points = {"x = (-1, -1)": [-1.0, -1.0], "x = (0, 0), between": [0.0, 0.0], "x = (1, 1.1)": [1.0, 1.1]}
+    points = {"x = (-1, -1)": [-1.0, -1.0], "x = (0, 0), where no data are": [0.0, 0.0], "x = (1, 1.1)": [1.0, 1.1]}
     figure, axes = plt.subplots(len(points), len(vaes), figsize=(15, 7.5), layout="constrained")
     for row, (where, point) in zip(axes, points.items(), strict=True):
         for ax, (name, vae) in zip(row, vaes.items(), strict=True):
@@ -95,7 +96,11 @@ def monte_carlo(sizes: Sequence[int], errors: Mapping[str, Tensor]) -> Figure:
     figure, ax = plt.subplots(figsize=(5.5, 4), layout="constrained")
     ax.loglog(sizes, errors["prior"], "o-", color="black", label="samples from the prior: naive Monte Carlo")
     ax.loglog(sizes, errors["q"], "s--", color="tab:red", label="samples from q(z|x), weighted")
-    ax.set(xlabel="samples K", ylabel="mean |error| of log p(x), nats", title="Gaussian VAE, against quadrature")
+    ax.set(
+        xlabel="samples K",
+        ylabel="mean |error| of log p(x), nats",
+        title="Gaussian VAE: error of log p(x)",
+    )
     ax.legend()
     return figure
 

@@ -29,10 +29,13 @@ def positive(value: object, name: str) -> float:
 
 def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
     """The data as tensors of one number of rows, all finite."""
+    accepted = "accepted is a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
+    if not isinstance(data, Tensor | Sequence):
+        raise TypeError(f"{name}: got a {type(data).__name__}; {accepted}")
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got a {type(tensor).__name__}; accepted is a tensor, or a sequence of tensors")
+            raise TypeError(f"{name}: got a {type(tensor).__name__}; {accepted}")
         if tensor.dim() == 0 or len(tensor) == 0:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, without rows; accepted is (N, ...) with N >= 1")
         if len(tensor) != len(tensors[0]):
@@ -42,7 +45,7 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
             where = f"row {row}" + (f", column {tuple(column)}" if column else "")
             raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")
     if not tensors:
-        raise ValueError(f"{name}: got no tensor; accepted is a tensor, or a sequence of tensors")
+        raise ValueError(f"{name}: got no tensor; {accepted}")
     return tensors
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "Product",
     "SoftTargetBernoulli",
     "base_distribution",
+    "base_support",
     "is_normalized",
     "log_simplex",
 ]
@@ -49,6 +50,18 @@ def base_distribution(distribution: Any) -> Any:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return distribution
+
+
+def base_support(distribution: Any) -> constraints.Constraint:
+    """The constraint on one variable: that inside all ``independent`` ones, and of a mixture that of its components.
+
+    >>> base_support(dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    Real()
+    """
+    support = distribution.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
 
 
 class _LogSimplex(constraints.Constraint):
@@ -257,10 +270,13 @@ class Product(dist.Independent):
 
 _GREY = (
     "a Bernoulli likelihood is the mass of 0s and 1s, and the data hold other values, {low:.4g} to {high:.4g}. "
-    "Ways out: threshold the data, `(x > 0.5).float()`; sample them, `torch.bernoulli(x)`; use "
+    "{rescale}Ways out: threshold the data, `(x > 0.5).float()`; sample them, `torch.bernoulli(x)`; use "
     "`likelihoods.ContinuousBernoulli`, a density on [0, 1]; or `likelihoods.Bernoulli(..., soft_targets=True)`, a "
     "cross-entropy that is no likelihood and is not reported as one."
 )
+
+
+_RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 
 class Bernoulli(dist.Bernoulli):
@@ -274,7 +290,8 @@ class Bernoulli(dist.Bernoulli):
 
     def _validate_sample(self, value: Tensor) -> None:
         if isinstance(value, Tensor) and not self.support.check(value).all():
-            raise ValueError(_GREY.format(low=float(value.min()), high=float(value.max())))
+            low, high = float(value.min()), float(value.max())
+            raise ValueError(_GREY.format(low=low, high=high, rescale=_RESCALE if low < 0 or high > 1 else ""))
         super()._validate_sample(value)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pyro_vae import families
 from pyro_vae.families import Family, as_shape
-from pyro_vae.networks import NetworkFactory
+from pyro_vae.networks import NetworkFactory, build
 from pyro_vae.parts import Conditional
 
 __all__ = ["Bernoulli", "DiagonalNormal", "GumbelSoftmax", "OneHotCategorical", "RelaxedBernoulli"]
@@ -13,7 +13,7 @@ __all__ = ["Bernoulli", "DiagonalNormal", "GumbelSoftmax", "OneHotCategorical", 
 class _Encoder(Conditional):
     def __init__(self, family: Family, in_features: int | Sequence[int], network: NetworkFactory):
         features = as_shape(in_features, "in_features").numel()
-        super().__init__(family, in_features, network(features, family.num_raw))
+        super().__init__(family, in_features, build(network, features, family.num_raw))
 
 
 class DiagonalNormal(_Encoder):

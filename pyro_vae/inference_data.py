@@ -14,7 +14,7 @@ from pyro.infer import Predictive
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from pyro_vae.checks import positive_int
+from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.randomness import seeded
 
@@ -77,6 +77,7 @@ def to_datatree(
     {'chain': 1, 'draw': 50, 'obs': 10, 'latent': 1}
     """
     positive_int(draws, "draws")
+    data = data_tensors(data, "data")
     generative = _Anew()(model)
     with seeded(seed):
         with poutine.block():

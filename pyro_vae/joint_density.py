@@ -22,6 +22,7 @@ from pyro_vae.distributions import (
     LogitRelaxedBernoulli,
     LogRelaxedOneHotCategorical,
     base_distribution,
+    base_support,
     is_normalized,
     log_simplex,
 )
@@ -252,8 +253,7 @@ class Chart:
         self.dtype = dtype
         self.event_shape = fn.event_shape
         self.on_simplex = isinstance(base_distribution(fn), LogRelaxedOneHotCategorical)
-        support = getattr(fn.support, "base_constraint", fn.support)
-        if support not in (constraints.real, log_simplex):
+        if base_support(fn) not in (constraints.real, log_simplex):
             kind = type(base_distribution(fn)).__name__
             raise ValueError(
                 f"model: its latent {name!r} is a {kind} on {fn.support}; quadrature is "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pyro_vae import families
 from pyro_vae.families import Family, as_shape
-from pyro_vae.networks import NetworkFactory
+from pyro_vae.networks import NetworkFactory, build
 from pyro_vae.parts import Conditional
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "Normal"]
@@ -13,7 +13,7 @@ __all__ = ["Bernoulli", "ContinuousBernoulli", "Normal"]
 class _Decoder(Conditional):
     def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory):
         features = as_shape(latent, "latent").numel()
-        super().__init__(family, latent, network(features, family.num_raw))
+        super().__init__(family, latent, build(network, features, family.num_raw))
 
 
 class Normal(_Decoder):

@@ -17,9 +17,31 @@ from math import ceil, prod
 
 from torch import Tensor, nn
 
-__all__ = ["NetworkFactory", "convolutional", "deconvolutional", "linear", "mlp"]
+__all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear", "mlp"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
+
+
+def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Module:
+    """What a factory makes for these sizes; an error that names the argument if it is no factory.
+
+    >>> build(nn.Linear(2, 3), 2, 3)
+    Traceback (most recent call last):
+        ...
+    TypeError: network: got a Linear, a finished module; accepted is a factory, ...
+    """
+    accepted = "accepted is a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
+    if isinstance(network, nn.Module):
+        raise TypeError(f"network: got a {type(network).__name__}, a finished module; {accepted}")
+    try:
+        module = network(in_features, out_features)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"network: called with ({in_features}, {out_features}), it says: {error}; {accepted}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"network: called with ({in_features}, {out_features}), it returned {module!r}; {accepted}")
+    return module
 
 
 def linear(bias: bool = True) -> NetworkFactory:

@@ -90,6 +90,10 @@ class Conditional(Part):
 
     def __init__(self, family: Family, context: int | Sequence[int], network: nn.Module):
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(
+                f"network: got a {type(network).__name__}; accepted is a module, such as networks.linear()(2, 3)"
+            )
         self.family = family
         self.context_shape = as_shape(context, "context")
         self.network = network
@@ -105,17 +109,22 @@ class Conditional(Part):
                 f"{type(self).__name__}: got a context of shape {tuple(context.shape)}; "
                 f"accepted is (*, {_spell(self.context_shape)})"
             )
-        features = context.flatten(batch_dims)
         try:
-            return self.family(self.network(features))
+            raw = self.network(context.flatten(batch_dims))
         except RuntimeError as error:
             dtypes = {parameter.dtype for parameter in self.network.parameters()}
             if dtypes and context.dtype not in dtypes:
                 raise TypeError(
                     f"{type(self).__name__}: got a context of {context.dtype}; accepted is {dtypes.pop()}, that of its "
-                    "network. Convert the data, or the module with `.to(dtype)`"
+                    "network. Convert the data with `x.to(dtype)`"
                 ) from error
             raise
+        if raw.shape[-1] != self.family.num_raw:
+            raise ValueError(
+                f"network: gives {raw.shape[-1]} outputs; accepted are {self.family.num_raw}, the raw ones of "
+                f"{self.family}"
+            )
+        return self.family(raw)
 
     def discrete(self) -> "Conditional":
         return Conditional(self._discrete_family(), self.context_shape, self.network)

@@ -30,7 +30,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
-    """Has training converged, and does it overfit? ELBO, -distortion and rate by epoch, validation dashed.
+    """Has training converged, and does it overfit? The ELBO is the sum of -distortion and -rate; validation is dashed.
 
     Args:
         history: that of :class:`pyro_vae.Fitted`.
@@ -44,7 +44,7 @@ def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = No
     labels = {
         bound: ("ELBO" if bound == "elbo" else "surrogate, no bound", 1.0),
         "distortion": ("-distortion", -1.0),
-        "rate": ("rate", 1.0),
+        "rate": ("-rate", -1.0),
     }
     for (name, (label, sign)), colour in zip(labels.items(), ("black", "tab:blue", "tab:orange"), strict=True):
         for prefix, style, suffix in (("", "-", ""), ("validation_", "--", ", validation")):
@@ -174,14 +174,14 @@ def manifold(
         ax: where to draw.
 
     >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
-    '$z_1$: quantiles of the prior, left to right'
+    '$z_1$, at quantiles of the prior'
     """
     ax = _axes(ax)
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
     z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
     image_grid(decode(z).reshape(-1, *shape), size, ax)
     ax.set_axis_on()
-    ax.set(xticks=[], yticks=[], xlabel="$z_1$: quantiles of the prior, left to right", ylabel="$z_2$: upwards")
+    ax.set(xticks=[], yticks=[], xlabel="$z_1$, at quantiles of the prior", ylabel="$z_2$, at quantiles of the prior")
     return ax
 
 

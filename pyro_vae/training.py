@@ -73,7 +73,7 @@ def fit(
         model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
         guide: its guide, called with the same.
         data: tensor of N rows, or a sequence of tensors with N rows each.
-        epochs: passes over the data.
+        epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, drawn anew each epoch; all N if left out. Mini-batches subsample the data plate, see
             :func:`pyro_vae.minibatches.plan`.
         lr: Adam's learning rate.
@@ -82,7 +82,8 @@ def fit(
         validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
             (training or evaluation) that they are in.
         plate: name of the data plate.
-        seed: of the random numbers of the run and the order of the data.
+        seed: of the random numbers of the run and the order of the data. Weights are drawn when parts are built: call
+            ``torch.manual_seed`` before that. To fit again goes on from where the parameters are.
         progress: whether to show a progress bar; only on a terminal if left out.
 
     Raises:
@@ -174,9 +175,8 @@ def _prepare(
         return nullcontext(data)
 
     take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate)
-    if isinstance(elbo, TraceEnum_ELBO):
-        with take(torch.arange(batch_size, device=data[0].device)) as arguments:
-            _check_enumeration(model, guide, arguments)
+    with take(torch.arange(batch_size, device=data[0].device)) as arguments:
+        _check_pair(model, guide, elbo, arguments)
     if held_out and not is_amortized(guide, data, plate):
         raise ValueError(
             "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
@@ -226,6 +226,8 @@ def _batches(num_data: int, size: int, order: torch.Generator, device: torch.dev
 
 
 def _check_elbo(elbo: ELBO) -> ELBO:
+    if not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo: got {elbo!r}; accepted is an instance, such as Trace_ELBO()")
     if type(elbo).__name__.startswith("Jit"):
         raise ValueError(
             f"elbo: got {type(elbo).__name__}, which needs TorchScript, deprecated in torch; accepted is the ELBO "
@@ -234,17 +236,26 @@ def _check_elbo(elbo: ELBO) -> ELBO:
     return elbo
 
 
-def _check_enumeration(model: Function, guide: Function, data: tuple[Tensor, ...]) -> None:
+def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...]) -> None:
+    """Refuse a guide with latents of its own, and enumeration where it is asked for by half."""
     with poutine.block(), torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*data)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
-    how = {
-        site["infer"].get("enumerate") for trace in (guide_trace, model_trace) for site in latent_sites(trace).values()
-    }
-    if "sequential" in how:
+        guide_trace = poutine.trace(guide).get_trace(*arguments)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
+    ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)
+    unknown = [name for name, site in ours.items() if name not in theirs and not site["infer"].get("is_auxiliary")]
+    if unknown:
+        raise ValueError(f"guide: its latents {unknown} are not in the model, whose latents are {list(theirs)}")
+    how = {site["infer"].get("enumerate") for site in (*theirs.values(), *ours.values())}
+    if not isinstance(elbo, TraceEnum_ELBO):
+        if how - {None}:
+            raise ValueError(
+                f"elbo: latents are marked for enumeration, and {type(elbo).__name__} would sample them; accepted is "
+                "TraceEnum_ELBO(max_plate_nesting=1)"
+            )
+    elif "sequential" in how:
         raise ValueError("elbo: sites are enumerated one state after another; accepted is enumerate='parallel'")
-    if "parallel" not in how:
+    elif "parallel" not in how:
         raise ValueError(
-            "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark the discrete latents: "
-            "`fit(model, config_enumerate(guide), ...)`, or use Trace_ELBO to sample them."
+            "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark discrete latents, "
+            "`fit(model, config_enumerate(guide), ...)`; to sample them, and for continuous ones, use Trace_ELBO"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import guides
+from pyro_vae.distributions import base_support
 from pyro_vae.parts import Part
 from pyro_vae.randomness import seeded
 
@@ -85,6 +86,10 @@ class VAE(nn.Module):
             shape = ", ".join(map(str, self.data_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
 
+    def forward(self, *args: Any) -> None:
+        """A VAE is no function: raise, and say which two it has."""
+        raise TypeError("a VAE is a pair of functions: hand over `vae.model` and `vae.guide`")
+
     def register(self) -> None:
         """Register the parameters with Pyro, as ``pyro.module(self.name, self)`` does, each once.
 
@@ -157,7 +162,7 @@ class VAE(nn.Module):
                     f"prior: {_name(self.prior)} has batch shape {tuple(prior.batch_shape)}; accepted is that of "
                     "one datum's z, all dimensions in its event shape: `.to_event()`"
                 )
-            z = prior.sample(torch.Size([2]))
+            z = prior.sample(torch.Size([3]))
             likelihood = self._feed("decoder", self.decoder, self.code(z), "prior", self.prior)
             guide = self._feed("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
             self._check_guide(guide, prior)
@@ -172,12 +177,18 @@ class VAE(nn.Module):
             fitting = given[0] if len(given) == 1 else tuple(given)
             raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
         try:
-            return part(context)
+            distribution = part(context)
         except RuntimeError as error:
             raise ValueError(f"{complaint}: {error}") from error
+        if distribution.batch_shape != context.shape[:1]:
+            raise ValueError(
+                f"{role}: {_name(part)} has batch shape {tuple(distribution.batch_shape)} for {len(context)} data; "
+                f"accepted is ({len(context)},), all dimensions of one datum in its event shape: `.to_event()`"
+            )
+        return distribution
 
     def _check_guide(self, guide: Any, prior: Any) -> None:
-        if guide.event_shape == prior.event_shape and _repr_of_support(guide) == _repr_of_support(prior):
+        if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
         partner = {"StandardNormal": "DiagonalNormal", "Normal": "DiagonalNormal"}.get(
@@ -190,14 +201,6 @@ class VAE(nn.Module):
             f"the prior {_name(self.prior)} a {kinds[1]} of shape {tuple(prior.event_shape)} on {prior.support}; "
             f"log p(z) - log q(z | x) needs both to be of one kind, shape and support.{hint}"
         )
-
-
-def _repr_of_support(distribution: Any) -> str:
-    """A mixture's support is that of its components, which torch wraps in a constraint of its own."""
-    support = distribution.support
-    if type(support).__name__ == "MixtureSameFamilyConstraint":
-        support = support.base_constraint
-    return repr(support)
 
 
 def _twin(role: str, part: nn.Module) -> Part:

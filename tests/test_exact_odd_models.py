@@ -261,3 +261,27 @@ def test_a_network_with_dropout_is_refused_until_it_is_in_evaluation_mode():
     with pytest.raises(ValueError, match="evaluation mode"):
         exact.log_evidence(vae.model, x)
     assert exact.log_evidence(vae.eval().model, x).isfinite().all()
+
+
+class MixturePrior(torch.nn.Module):
+    """A prior of the user's own: a mixture of two normals."""
+
+    def forward(self, context=None):
+        weights = dist.Categorical(torch.tensor([0.3, 0.7]))
+        return dist.MixtureSameFamily(weights, dist.Normal(torch.tensor([[-2.0], [1.0]]), 0.5).to_event(1))
+
+
+def test_a_mixture_of_the_users_own_is_a_prior_with_an_exact_answer():
+    vae = pv.VAE(
+        MixturePrior(),
+        guides.DiagonalNormal(2, 1, networks.linear()),
+        likelihoods.Normal(1, 2, networks.linear(), scale=0.5),
+    )
+    x = torch.randn(4, 2)
+    weight, bias = (tensor.detach() for tensor in (vae.decoder.network.weight, vae.decoder.network.bias))
+    components = [
+        dist.MultivariateNormal(weight[:, 0] * mean + bias, 0.25 * (weight @ weight.T + torch.eye(2))).log_prob(x)
+        + math.log(share)
+        for mean, share in ((-2.0, 0.3), (1.0, 0.7))
+    ]
+    assert torch.allclose(exact.log_evidence(vae.model, x), torch.stack(components).logsumexp(0), atol=1e-4)

@@ -98,7 +98,7 @@ def assert_mixture(folder, rows, draws):
     for errors in (results["naive_monte_carlo"]["prior"], results["naive_monte_carlo"]["q"]):
         assert errors[-1] < errors[0], "more samples, a better estimate"
     assert_pictures(folder, {"data", "training", "generated", "latent", "posterior", "naive_monte_carlo", "plates"})
-    assert_trees(folder, {"gaussian", "relaxed_bernoulli", "gumbel-softmax", "enumerated_bernoulli"}, draws, rows)
+    assert_trees(folder, {"gaussian", "relaxed_bernoulli", "gumbel_softmax", "enumerated_bernoulli"}, draws, rows)
     return results
 
 

@@ -172,3 +172,24 @@ def test_grey_pixels_are_refused_by_a_bernoulli_likelihood_and_taken_by_the_othe
         likelihoods.Bernoulli(1, 2, linear())(torch.zeros(1)).log_prob(grey)
     assert likelihoods.Bernoulli(1, 2, linear(), soft_targets=True)(torch.zeros(1)).log_prob(grey).isfinite()
     assert likelihoods.ContinuousBernoulli(1, 2, linear())(torch.zeros(1)).log_prob(grey).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (torch.nn.Linear(1, 2), "network: got a Linear, a finished module"),
+        (linear, r"network: called with \(1, 2\), it says"),
+        (mlp, r"network: called with .*accepted is a factory"),
+        (lambda in_features, out_features: 3, "it returned 3"),
+    ],
+)
+def test_what_is_no_factory_is_refused_as_one(network, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        likelihoods.Normal(1, 2, network)
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+def test_a_network_of_another_number_of_outputs_is_refused(outputs):
+    part = likelihoods.Normal(1, 2, lambda in_features, out_features: torch.nn.Linear(in_features, outputs))
+    with pytest.raises(ValueError, match=f"network: gives {outputs} outputs; accepted are 2"):
+        part(torch.zeros(3, 1))

@@ -86,7 +86,7 @@ DRAWINGS = [
     (
         "manifold",
         lambda **o: plots.manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 12), (3, 4), size=3, **o),
-        ("$z_1$: quantiles of the prior, left to right", "$z_2$: upwards"),
+        ("$z_1$, at quantiles of the prior", "$z_2$, at quantiles of the prior"),
     ),
     ("plate_diagram", lambda **o: plates_of(gaussian, **o), None),
     ("plate_diagram-relaxed", lambda **o: plates_of(relaxed, **o), None),
@@ -144,7 +144,7 @@ def test_pictures_of_a_pair_touch_neither_random_streams_nor_parameters(make, ra
 
 def test_elbo_in_the_picture_is_the_lower_of_minus_distortion_by_the_rate():
     curves = {line.get_label(): line for line in plots.training_curves(VALIDATED).lines}
-    assert set(curves) == {name + end for name in ("ELBO", "-distortion", "rate") for end in ("", ", validation")}
+    assert set(curves) == {name + end for name in ("ELBO", "-distortion", "-rate") for end in ("", ", validation")}
     for end in ("", ", validation"):
         elbo, distortion = curves["ELBO" + end].get_ydata(), curves["-distortion" + end].get_ydata()
         key = "validation_" if end else ""

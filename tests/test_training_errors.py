@@ -85,7 +85,7 @@ def test_a_loss_that_is_not_finite_names_step_and_site(x):
             z = pyro.sample("z", vae.prior())
             loc = vae.decoder(z).mean
             pyro.sample(
-                "x", dist.Normal(loc / (0.0 if len(calls) > 3 else 1.0), 1.0, validate_args=False).to_event(1), obs=x
+                "x", dist.Normal(loc / (0.0 if len(calls) > 4 else 1.0), 1.0, validate_args=False).to_event(1), obs=x
             )
 
     with pytest.raises(FloatingPointError, match=r"step 4: the loss is \S+; log_prob of site 'x' in the model"):
@@ -139,3 +139,26 @@ def test_torchscript_elbos_are_refused(x):
     vae = gaussian_vae()
     with pytest.raises(ValueError, match="JitTrace_ELBO, which needs TorchScript"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=JitTrace_ELBO())
+
+
+def test_a_guide_with_a_latent_that_the_model_lacks_is_refused(x):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("zz", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"guide: its latents \['zz'\] are not in the model"):
+        pv.fit(gaussian_vae().model, guide, x, epochs=1)
+
+
+def test_a_guide_marked_for_enumeration_needs_the_elbo_for_it(x):
+    vae = pv.VAE(priors.Bernoulli(1), guides.Bernoulli(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+    with pytest.raises(ValueError, match="accepted is TraceEnum_ELBO"):
+        pv.fit(vae.model, config_enumerate(vae.guide), x, epochs=1)
+
+
+def test_a_class_in_place_of_an_elbo_and_a_vae_in_place_of_its_functions_are_refused(x):
+    vae = gaussian_vae()
+    with pytest.raises(TypeError, match=r"elbo: got .*accepted is an instance"):
+        pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO)
+    with pytest.raises(TypeError, match=r"hand over `vae.model` and `vae.guide`"):
+        pv.fit(vae, vae.guide, x, epochs=1)
