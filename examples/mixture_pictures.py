@@ -41,7 +41,8 @@ def training(histories: Mapping[str, Mapping[str, Sequence[float]]], truth: floa
                 transform=ax.transAxes,
             )
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.supxlabel("step")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
     figure.supylabel("nats per point")
     figure.suptitle("ELBO of each method as it trains, on the training data")
     return figure
