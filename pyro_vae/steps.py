@@ -46,7 +46,7 @@ class Step:
                 with validation, take(rows) as arguments:
                     terms = self._run(self.elbo.loss_and_grads, arguments)
                 self._check_gradients(parameters_of(tracer.trace))
-            except Exception:
+            except BaseException:  # Ctrl-C too: half a gradient would be added to the next run's first
                 for parameter in parameters_of(tracer.trace).values():
                     parameter.grad = None
                 raise

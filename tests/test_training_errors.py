@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import JitTrace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -162,3 +162,16 @@ def test_a_class_in_place_of_an_elbo_and_a_vae_in_place_of_its_functions_are_ref
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO)
     with pytest.raises(TypeError, match=r"hand over `vae.model` and `vae.guide`"):
         pv.fit(vae, vae.guide, x, epochs=1)
+
+
+def test_an_interrupted_step_leaves_no_gradient_behind(x):
+    vae = gaussian_vae()
+
+    class Interrupted(Trace_ELBO):
+        def loss_and_grads(self, *args):
+            super().loss_and_grads(*args)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pv.fit(vae.model, vae.guide, x, epochs=1, elbo=Interrupted())
+    assert all(parameter.grad is None for parameter in vae.parameters())

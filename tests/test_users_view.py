@@ -1,0 +1,56 @@
+"""The user's view that the package was designed from, as it was written down: its names and calls are a contract."""
+
+import torch
+import xarray as xr
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.optim import Adam
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+
+
+def test_a_gaussian_vae_trains_and_is_held_against_the_exact_answer():
+    x = pv.datasets.two_gaussians(1000, seed=0).x
+    assert x.shape == (1000, 2)
+    vae = pv.VAE(
+        prior=priors.StandardNormal(1),
+        encoder=guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32])),
+        decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32]), scale="shared"),
+    )
+    svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
+    svi.step(x)
+
+    fitted = pv.fit(vae.model, vae.guide, x, epochs=1000, lr=4e-3, seed=0)
+    assert {name: len(values) for name, values in fitted.history.items()} == dict.fromkeys(
+        ("elbo", "distortion", "rate"), 1000
+    )
+    evidence = pv.exact.log_evidence(vae.model, x)
+    assert evidence.shape == (1000,)
+    assert fitted.history["elbo"][-1] < evidence.mean()
+    posterior = pv.exact.posterior(vae.model, x)
+    assert posterior.log_prob(posterior.mean).shape == posterior.sample().shape[:1] == (1000,)
+    tree = pv.to_datatree(vae.model, vae.guide, x, draws=1000)
+    assert isinstance(tree, xr.DataTree)
+    assert dict(tree["posterior"]["z"].sizes) == {"chain": 1, "draw": 1000, "obs": 1000, "latent": 1}
+
+
+def test_discrete_and_relaxed_vaes_differ_in_their_words_alone():
+    x = pv.datasets.two_gaussians(1000, seed=0).x
+    discrete = pv.VAE(
+        prior=priors.Bernoulli(1),
+        encoder=guides.Bernoulli(in_features=2, latent=1, network=networks.mlp([32])),
+        decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.linear()),
+    )
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    loss = SVI(discrete.model, config_enumerate(discrete.guide), Adam({"lr": 1e-2}), elbo).step(x)
+    assert loss > 0
+
+    relaxed = pv.VAE(
+        prior=priors.RelaxedBernoulli(1, temperature=0.5),
+        encoder=guides.RelaxedBernoulli(in_features=2, latent=1, network=networks.mlp([32]), temperature=0.66),
+        decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.linear()),
+    )
+    twin = relaxed.discrete()
+    assert twin.prior().has_enumerate_support
+    assert {id(parameter) for parameter in twin.parameters()} == {id(parameter) for parameter in relaxed.parameters()}
+    assert torch.isfinite(pv.exact.log_evidence(twin.model, x)).all()
