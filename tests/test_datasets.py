@@ -1,8 +1,9 @@
-"""The data sets: the mixture has the law that it tells, and the digits are those of scikit-learn, split in two."""
+"""The data sets: the mixture has the law that it tells, the digits are scikit-learn's, and grey becomes 0 or 1."""
 
 import math
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from scipy.stats import binomtest, kstest, multivariate_normal
@@ -173,13 +174,118 @@ def test_grey_values_are_sixteenths_between_0_and_1():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5])
 def test_pixels_strictly_above_the_threshold_are_1(threshold):
-    grey, binary = datasets.digits("test"), datasets.digits("test", threshold=threshold)
-    assert torch.equal(binary.x == 1, grey.x > threshold)
-    assert torch.equal(binary.x == 0, grey.x <= threshold)
-    assert binary.x.dtype == grey.x.dtype
-    assert torch.equal(binary.labels, grey.labels)
+    grey = datasets.digits("test").x
+    binary = datasets.binarize(grey, threshold)
+    assert torch.equal(binary == 1, grey > threshold)
+    assert torch.equal(binary == 0, grey <= threshold)
+    assert binary.dtype == grey.dtype
 
 
-def test_an_unknown_split_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"split: got 'valid'; accepted are 'train', 'test', 'all'"):
-        datasets.digits("valid")
+@pytest.mark.parametrize(
+    ("make", "accepted"), [(datasets.digits, "'train', 'test', 'all'"), (datasets.mnist, "'train', 'test'")]
+)
+def test_an_unknown_split_is_refused_with_the_known_ones(make, accepted):
+    with pytest.raises(ValueError, match=rf"split: got 'valid'; accepted are {accepted}$"):
+        make("valid")
+
+
+# --- What a likelihood takes -----------------------------------------------------------------------------------------
+
+BYTES = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
+RECIPES = [datasets.grey, datasets.binarize, datasets.resample]
+
+
+def test_grey_values_of_bytes_are_their_255ths():
+    values = datasets.grey(BYTES)
+    assert values.dtype == torch.get_default_dtype()
+    torch.testing.assert_close(values, torch.arange(256).reshape(2, 128) / 255, rtol=0, atol=0)
+    assert torch.equal((255 * values).round().to(torch.uint8), BYTES)
+
+
+def test_grey_values_are_of_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert datasets.grey(BYTES).dtype == datasets.binarize(BYTES).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_grey_values_that_are_already_there_stay_as_they_are(dtype):
+    values = torch.rand(5, 3).to(dtype)
+    assert torch.equal(datasets.grey(values), values)
+    assert datasets.grey(values).dtype == datasets.binarize(values).dtype == datasets.resample(values).dtype == dtype
+
+
+def test_bytes_are_split_in_the_middle():
+    assert torch.equal(datasets.binarize(BYTES), (BYTES >= 128).float())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bytes_and_their_grey_values_are_alike(recipe):
+    pyro.set_rng_seed(1)
+    of_bytes = recipe(BYTES)
+    pyro.set_rng_seed(1)
+    assert torch.equal(of_bytes, recipe(datasets.grey(BYTES)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_data_stay_as_they_were(recipe):
+    data = BYTES.clone()
+    result = recipe(data)
+    assert torch.equal(data, BYTES)
+    assert result.shape == data.shape
+
+
+def test_resampled_pixels_are_0_or_1_with_the_grey_value_as_mean():
+    grey = datasets.grey(BYTES)
+    draws = datasets.resample(BYTES.expand(20_000, *BYTES.shape))
+    assert set(draws.unique().tolist()) == {0, 1}
+    # 256 means, each within 5.5 standard errors: a failure of probability 1e-5 in all; black and white are certain.
+    assert ((draws.mean(0) - grey).abs() <= 5.5 * (grey * (1 - grey) / 20_000) ** 0.5).all()
+    assert (draws[:, 0, 0] == 0).all()
+    assert (draws[:, -1, -1] == 1).all()
+
+
+def test_resampled_pixels_are_independent():
+    draws = datasets.resample(torch.full((40_000, 8), 0.3))
+    correlation = torch.corrcoef(draws.T) - torch.eye(8)
+    assert correlation.abs().max() < 5.5 / 40_000**0.5
+
+
+def test_resampling_draws_anew_each_time_and_again_with_the_same_seed():
+    pyro.set_rng_seed(3)
+    first, second = datasets.resample(BYTES), datasets.resample(BYTES)
+    pyro.set_rng_seed(3)
+    again = datasets.resample(BYTES)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("recipe", [datasets.grey, datasets.binarize])
+def test_nothing_is_drawn_where_nothing_is_random(recipe, random_states):
+    before = random_states()
+    recipe(BYTES)
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        (torch.tensor([0, 255]), "torch.int64 from 0 to 255"),
+        (torch.tensor([0, 127], dtype=torch.int8), "torch.int8 from 0 to 127"),
+        (torch.tensor([0.0, 255.0]), "torch.float32 from 0 to 255"),
+        (torch.tensor([-0.5, 1.0]), "torch.float32 from -0.5 to 1"),
+        (torch.tensor([False, True]), "torch.bool from 0 to 1"),
+    ],
+)
+def test_what_is_neither_bytes_nor_grey_values_is_refused_with_what_was_given(recipe, x, found):
+    with pytest.raises(ValueError, match=rf"x: got {found}; accepted are bytes \(torch.uint8\), or grey values"):
+        recipe(x)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_grey_values_that_are_no_numbers_are_refused(recipe):
+    with pytest.raises(ValueError, match=r"x: got torch\.float32"):
+        recipe(torch.tensor([0.5, math.nan]))
