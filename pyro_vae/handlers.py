@@ -1,6 +1,6 @@
 """Effect handlers: what the package does to a Pyro model or guide from outside, without touching its code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyro import poutine
@@ -9,7 +9,16 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["Rows", "SubsampleStatements", "WeightKL", "latent_sites", "observed_sites", "parameters_of", "recorded"]
+__all__ = [
+    "Drawn",
+    "Rows",
+    "SubsampleStatements",
+    "WeightKL",
+    "latent_sites",
+    "observed_sites",
+    "parameters_of",
+    "recorded",
+]
 
 
 class Rows(Messenger):
@@ -40,6 +49,40 @@ class Rows(Messenger):
         if msg["name"] == self.plate and site_is_subsample(msg):
             msg["value"] = self.rows
             msg["done"] = True
+
+
+class Drawn(Messenger):
+    """Let ``pyro.subsample`` of a tensor return these rows: drawn beforehand, the same for model and guide.
+
+    Args:
+        data: the tensors as the model reads them.
+        rows: for each, the rows that a subsampled plate is given.
+
+    Attributes:
+        read: whether each tensor has been read.
+
+    >>> import pyro, torch
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         return pyro.subsample(x, event_dim=0)
+    >>> x = torch.arange(5.0)
+    >>> with Rows("data", torch.tensor([3, 1])), Drawn([x], [torch.tensor([-3.0, -1.0])]):
+    ...     model(x)
+    tensor([-3., -1.])
+    """
+
+    def __init__(self, data: Sequence[Tensor], rows: Sequence[Tensor]):
+        super().__init__()
+        self.data = data
+        self.rows = rows
+        self.read = [False] * len(data)
+
+    def _pyro_subsample(self, msg: Any) -> None:
+        for index, tensor in enumerate(self.data):
+            if msg["args"][0] is tensor:
+                self.read[index] = True
+                msg["value"], msg["done"] = self.rows[index], True
+                msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # which tells the plate to leave the rows alone
 
 
 class SubsampleStatements(Messenger):

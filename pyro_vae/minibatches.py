@@ -1,6 +1,6 @@
 """Mini-batches of any Pyro pair: which way of taking rows is right for it, or that none is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,17 +12,27 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae.decomposition import log_density
-from pyro_vae.handlers import Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
+from pyro_vae.handlers import Drawn, Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
 
-__all__ = ["Batcher", "following_autoguide", "is_amortized", "plan"]
+__all__ = ["Batcher", "Transform", "following_autoguide", "is_amortized", "plan", "transformed"]
 
 Batcher = Callable[[Tensor], Any]
 """Given row numbers, a context manager that yields the arguments to call the pair with."""
 
+Transform = Callable[..., Tensor | Sequence[Tensor]]
+"""From the rows of each data tensor to the rows that the pair is run on."""
+
 Function = Callable[..., Any]
 
 
-def plan(model: Function, guide: Function, data: tuple[Tensor, ...], batch_size: int, plate: str) -> Batcher:
+def plan(
+    model: Function,
+    guide: Function,
+    data: tuple[Tensor, ...],
+    batch_size: int,
+    plate: str,
+    transform: Transform | None = None,
+) -> Batcher:
     """The right way to run this pair on some of its rows.
 
     A model that reads its data with ``pyro.subsample`` is handed all of them, and a handler sets the subsample of the
@@ -30,29 +40,68 @@ def plan(model: Function, guide: Function, data: tuple[Tensor, ...], batch_size:
     data, only if every latent is local to the plate and the guide is amortized, so that a row's q(z | x) depends on
     that row alone.
 
+    A ``transform`` is called once for each batch, so that model and guide see the same rows.
+
     Raises:
         ValueError: if neither is right, saying why and what to do.
     """
+    if transform is not None:  # `Drawn` knows a tensor by its identity, and one tensor may be given in two roles
+        data = tuple(tensor.view_as(tensor) for tensor in data)
+    seen = transformed(data, transform)
     with poutine.block(), torch.no_grad(), SubsampleStatements() as statements:
-        model_trace = poutine.trace(model).get_trace(*data)
+        model_trace = poutine.trace(model).get_trace(*seen)
     _check_plate(model_trace, plate)
-    if statements.count:
-        _check_subsampling(model, guide, data, torch.arange(batch_size, device=data[0].device), plate)
-        return lambda rows: _subsampled(data, rows, plate)
-    _check_slicing(model, model_trace, guide, data, plate)
-    return lambda rows: _sliced(data, rows)
+    if not statements.count:
+        _check_slicing(model, model_trace, guide, seen, plate)
+        return lambda rows: _sliced(data, rows, transform)
+    first = torch.arange(batch_size, device=data[0].device)
+    drawn = _drawn(data, first, transform)
+    _check_subsampling(model, guide, data, Rows(plate, first), drawn)
+    if not all(drawn.read):
+        raise ValueError(
+            f"transform: the model does not read data tensor {drawn.read.index(False)} with `pyro.subsample(x, "
+            "event_dim=...)` as it is handed over, and would not see it transformed. Read it so, or transform the "
+            "data beforehand"
+        )
+    return lambda rows: _subsampled(data, rows, plate, transform)
+
+
+def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
+    """What a transform makes of the rows of each data tensor."""
+    if transform is None:
+        return rows
+    accepted = "accepted is a function that makes a tensor of each, such as `pyro_vae.datasets.binarize`"
+    if not callable(transform):
+        raise TypeError(f"transform: got {transform!r}; {accepted}")
+    result = transform(*rows)
+    seen = tuple(result) if isinstance(result, tuple | list) else (result,)
+    if not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in seen):
+        raise TypeError(f"transform: of {len(rows)} tensors of {len(rows[0])} rows it makes {result!r}; {accepted}")
+    if [len(tensor) for tensor in seen] != [len(tensor) for tensor in rows]:
+        raise ValueError(
+            f"transform: of {len(rows)} tensors of {len(rows[0])} rows it makes tensors of "
+            f"{[len(tensor) for tensor in seen]} rows; accepted is one for each, of as many rows"
+        )
+    return seen
+
+
+def _drawn(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Drawn:
+    """What ``pyro.subsample`` returns; without a transform that is left to the plate."""
+    return Drawn(*((), ()) if transform is None else (data, transformed(tuple(x[rows] for x in data), transform)))
 
 
 @contextmanager
-def _subsampled(data: tuple[Tensor, ...], rows: Tensor, plate: str) -> Iterator[tuple[Tensor, ...]]:
-    with Rows(plate, rows):
+def _subsampled(
+    data: tuple[Tensor, ...], rows: Tensor, plate: str, transform: Transform | None
+) -> Iterator[tuple[Tensor, ...]]:
+    with Rows(plate, rows), _drawn(data, rows, transform):
         yield data
 
 
 @contextmanager
-def _sliced(data: tuple[Tensor, ...], rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _sliced(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Iterator[tuple[Tensor, ...]]:
     with poutine.scale(scale=len(data[0]) / len(rows)):
-        yield tuple(tensor[rows] for tensor in data)
+        yield transformed(tuple(tensor[rows] for tensor in data), transform)
 
 
 @contextmanager
@@ -88,14 +137,18 @@ def _check_plate(model_trace: Trace, plate: str) -> None:
         )
 
 
-def _check_subsampling(model: Function, guide: Function, data: tuple[Tensor, ...], rows: Tensor, plate: str) -> None:
+def _check_subsampling(
+    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: Rows, drawn: Drawn
+) -> None:
+    plate, rows = subsample.plate, subsample.rows
+
     def fail(who: str, reason: str) -> ValueError:
         return ValueError(
             f"batch_size: the {who} does not follow the subsample of the plate {plate!r}: {reason}. Read its data "
             "with `pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full batches."
         )
 
-    with poutine.block(), torch.no_grad(), Rows(plate, rows):
+    with poutine.block(), torch.no_grad(), subsample, drawn:
         try:
             guide_trace = poutine.trace(guide).get_trace(*data)
         except (ValueError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """One step of stochastic variational inference: that of ``pyro.infer.SVI``, with one optimizer for all parameters."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae.decomposition import bound_name, elbo_terms, log_density
 from pyro_vae.handlers import latent_sites, observed_sites, parameters_of, recorded
 from pyro_vae.minibatches import Batcher
+from pyro_vae.schedules import Schedule
 
 __all__ = ["Step"]
 
@@ -24,10 +25,19 @@ Function = Callable[..., Any]
 class Step:
     """One step of SVI on some rows, and its terms in nats per datum."""
 
-    def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str, lr: float = 0.0):
+    def __init__(
+        self,
+        model: Function,
+        guide: Function,
+        elbo: ELBO,
+        plate: str,
+        lr: float = 0.0,
+        schedules: Mapping[Tensor, Schedule] | None = None,
+    ):
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.plate = plate
         self.lr = lr
+        self.schedules = schedules or {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.known: set[Tensor] = set()
         self.count = 0
@@ -38,6 +48,8 @@ class Step:
 
     def __call__(self, take: Batcher, rows: Tensor) -> dict[str, Tensor]:
         """Loss, gradients and update on these rows; the terms, in nats per datum."""
+        for value, schedule in self.schedules.items():
+            value.fill_(schedule(self.count))
         self.count += 1
         # The first step is validated even where validation is off: some libraries turn it off on import.
         validation = pyro.validation_enabled() if self.count == 1 else nullcontext()

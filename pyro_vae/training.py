@@ -1,7 +1,7 @@
 """The training loop: stochastic variational inference with Pyro's ELBOs, any model and guide."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from pyro_vae.checks import data_tensors, positive, positive_int, rows_like
 from pyro_vae.handlers import latent_sites
-from pyro_vae.minibatches import Batcher, following_autoguide, is_amortized, plan
+from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.randomness import seeded
+from pyro_vae.schedules import Schedule, check_schedules
 from pyro_vae.steps import Step
 
 __all__ = ["Fitted", "evaluate", "fit"]
@@ -56,6 +57,8 @@ def fit(
     lr: float = 1e-3,
     elbo: ELBO | None = None,
     validation: Tensor | Sequence[Tensor] | None = None,
+    transform: Transform | None = None,
+    schedules: Mapping[Tensor, Schedule] | None = None,
     plate: str = "data",
     seed: int = 0,
     progress: bool | None = None,
@@ -81,6 +84,10 @@ def fit(
             ``config_enumerate(guide)``.
         validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
             (training or evaluation) that they are in.
+        transform: what to make of the rows of each step, such as :func:`pyro_vae.datasets.resample` of bytes: called
+            with the rows of each data tensor, once a step, and once with the validation data.
+        schedules: values that change as training goes on: 0-dim tensors, such as the ``temperature`` of a relaxed
+            family, each with its schedule (see :mod:`pyro_vae.schedules`), called with the number of the step, from 0.
         plate: name of the data plate.
         seed: of the random numbers of the run and the order of the data. Weights are drawn when parts are built: call
             ``torch.manual_seed`` before that. To fit again goes on from where the parameters are.
@@ -111,12 +118,13 @@ def fit(
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
-    step = Step(model, guide, elbo, plate, positive(lr, "lr"))
+    step = Step(model, guide, elbo, plate, positive(lr, "lr"), check_schedules(schedules or {}))
     history: dict[str, list[float]] = {}
     started = time.perf_counter()
     with following_autoguide(guide):
         with seeded(seed):
-            take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None)
+            take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
+            held_out = held_out and transformed(held_out, transform)
         with seeded(seed):
             _train(step, take, tensors, held_out, epochs, batch_size, seed, history, progress)
     return Fitted(model, guide, history, seed, step.count, time.perf_counter() - started)
@@ -168,16 +176,17 @@ def _prepare(
     batch_size: int,
     plate: str,
     held_out: bool,
+    transform: Transform | None,
 ) -> Batcher:
     """How rows are taken; refuses what the run could not do right, before it begins."""
 
     def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
-        return nullcontext(data)
+        return nullcontext(transformed(data, transform))
 
-    take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate)
-    with take(torch.arange(batch_size, device=data[0].device)) as arguments:
+    take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate, transform)
+    with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
         _check_pair(model, guide, elbo, arguments)
-    if held_out and not is_amortized(guide, data, plate):
+    if held_out and not is_amortized(guide, transformed(tuple(tensor[:4] for tensor in data), transform), plate):
         raise ValueError(
             "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
             "that it was not trained on"
@@ -238,7 +247,7 @@ def _check_elbo(elbo: ELBO) -> ELBO:
 
 def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...]) -> None:
     """Refuse a guide with latents of its own, and enumeration where it is asked for by half."""
-    with poutine.block(), torch.no_grad():
+    with torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*arguments)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
     ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)

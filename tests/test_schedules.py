@@ -1,0 +1,223 @@
+"""Values that change as training goes on are set before each step, and stay at the last one."""
+
+import math
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import exact, guides, likelihoods, networks, priors
+from pyro_vae.schedules import exponential
+
+TANH = networks.mlp([8], activation=nn.Tanh)
+X = pv.datasets.two_gaussians(32, seed=1).x
+
+
+class Watched:
+    """A model whose noise is a value that can be scheduled, and that notes it at each run."""
+
+    def __init__(self, value=1.0):
+        self.scale = torch.tensor(value)
+        self.seen = []
+
+    def model(self, x):
+        self.seen.append(self.scale.item())
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            loc = pyro.param("loc", torch.zeros(2))
+            pyro.sample("x", dist.Normal(loc, self.scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        pass
+
+    def fit(self, schedule, **options):
+        return pv.fit(self.model, self.guide, X, schedules={self.scale: schedule}, **({"epochs": 5} | options))
+
+
+def relaxed_vae():
+    torch.manual_seed(0)
+    return pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5),
+        guides.RelaxedBernoulli(2, 2, TANH, temperature=0.66),
+        likelihoods.Normal(2, 2, TANH),
+    )
+
+
+def temperatures(vae):
+    return vae.encoder.family.temperature, vae.prior.family.temperature
+
+
+# --- Exponential decay -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 10, 1000, 100_000])
+def test_the_decay_is_exponential(step):
+    assert exponential(2.0, rate=1e-3)(step) == pytest.approx(2.0 * math.exp(-1e-3 * step), rel=1e-12)
+
+
+def test_the_logarithm_falls_by_the_rate_at_each_step():
+    schedule = exponential(0.7, rate=0.03)
+    falls = [math.log(schedule(step) / schedule(step + 1)) for step in range(100)]
+    assert falls == pytest.approx([0.03] * 100, rel=1e-9)
+
+
+def test_it_does_not_fall_below_the_floor():
+    schedule = exponential(1.0, rate=0.1, floor=0.5)
+    values = [schedule(step) for step in range(1000)]
+    assert min(values) == values[-1] == 0.5
+    assert values[6] == pytest.approx(math.exp(-0.6))
+    assert all(before >= after for before, after in pairwise(values))
+
+
+def test_a_floor_above_the_start_is_where_it_stays():
+    assert [exponential(0.1, rate=1.0, floor=0.5)(step) for step in (0, 10)] == [0.5, 0.5]
+
+
+def test_between_multiples_of_every_it_rests():
+    schedule, smooth = exponential(1.0, rate=0.01, every=4), exponential(1.0, rate=0.01)
+    assert [schedule(step) for step in range(12)] == [smooth(step) for step in (0, 4, 8) for _ in range(4)]
+
+
+def test_without_a_rate_it_is_constant():
+    assert {exponential(0.7, rate=0)(step) for step in range(50)} == {0.7}
+
+
+def test_very_many_steps_end_at_the_floor_and_not_in_an_error():
+    assert exponential(1.0, rate=1.0, floor=0.2)(10**9) == 0.2
+    assert exponential(1.0, rate=1.0)(10**9) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.0, "rate": 0.1}, "start: got 0.0; accepted is a positive"),
+        ({"start": -1.0, "rate": 0.1}, "start: got -1.0"),
+        ({"start": math.nan, "rate": 0.1}, "start: got nan"),
+        ({"start": 1.0, "rate": -0.1}, r"rate, floor: got -0\.1"),
+        ({"start": 1.0, "rate": math.inf}, "rate, floor: got inf"),
+        ({"start": 1.0, "rate": 0.1, "floor": -0.5}, r"rate, floor: .*-0\.5"),
+        ({"start": 1.0, "rate": 0.1, "floor": math.nan}, r"rate, floor: .*nan"),
+        ({"start": 1.0, "rate": 0.1, "every": 0}, "every: got 0; accepted is a positive integer"),
+        ({"start": 1.0, "rate": 0.1, "every": 2.5}, r"every: got 2\.5"),
+    ],
+)
+def test_what_is_no_decay_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        exponential(**options)
+
+
+# --- In training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_the_value_is_set_before_each_step_and_the_last_one_stays(batch_size):
+    watched = Watched()
+    fitted = watched.fit(lambda step: 1.0 + step, batch_size=batch_size)
+    assert watched.seen[-fitted.steps :] == [1.0 + step for step in range(fitted.steps)]
+    assert watched.scale.item() == fitted.steps
+
+
+def test_it_is_called_once_a_step_with_the_number_of_steps_done():
+    steps = []
+    Watched().fit(lambda step: steps.append(step) or 1.0, epochs=3, batch_size=10)
+    assert steps == list(range(12))
+
+
+def test_looking_at_held_out_data_does_not_move_it():
+    watched = Watched()
+    watched.fit(lambda step: 1.0 + step, epochs=3, validation=X[:4])
+    assert watched.seen[-6:] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
+def test_each_fit_begins_anew():
+    watched = Watched()
+    for _ in range(2):
+        watched.fit(lambda step: 1.0 + step, epochs=3)
+        assert watched.seen[-3:] == [1.0, 2.0, 3.0]
+
+
+def test_evaluation_is_at_the_last_value():
+    watched = Watched()
+    watched.fit(lambda step: 1.0 + step, lr=1e-12)
+    elbo = pv.evaluate(watched.model, watched.guide, X)["elbo"]
+    expected = dist.Normal(0.0, 5.0).log_prob(X).sum(-1).mean()
+    assert elbo == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_temperatures_of_guide_and_prior_are_scheduled_each_by_its_own():
+    vae = relaxed_vae()
+    ours, theirs = temperatures(vae)
+    seen = []
+
+    def guide(x):
+        seen.append((vae.encode(x).base_dist.temperature.unique().tolist(), theirs.item()))
+        vae.guide(x)
+
+    schedules = {ours: exponential(1.0, rate=0.1, floor=0.5), theirs: exponential(0.5, rate=0.01)}
+    pv.fit(vae.model, guide, X, epochs=20, schedules=schedules)
+    for step, (of_guide, of_prior) in enumerate(seen[-20:]):
+        assert of_guide == pytest.approx([max(0.5, math.exp(-0.1 * step))])
+        assert of_prior == pytest.approx(0.5 * math.exp(-0.01 * step))
+    assert (ours.item(), theirs.item()) == (0.5, pytest.approx(0.5 * math.exp(-0.19)))
+
+
+def test_a_bound_stays_a_bound_at_the_temperature_that_is_reached():
+    """Density and draws follow the value: the ELBO that is reported is that of the relaxed model of the moment."""
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.RelaxedBernoulli(1, 0.5), guides.RelaxedBernoulli(2, 1, TANH, 0.66), likelihoods.Normal(1, 2, TANH)
+    )
+    pv.fit(vae.model, vae.guide, X, epochs=30, lr=1e-2, schedules=dict.fromkeys(temperatures(vae), lambda step: 0.9))
+    assert all(value.item() == pytest.approx(0.9) for value in temperatures(vae))
+    terms = pv.evaluate(vae.model, vae.guide, X, num_samples=2000)
+    assert terms["elbo"] == pytest.approx(exact.elbo(vae.model, vae.guide, X).mean().item(), abs=0.02)
+    assert (exact.kl(vae.model, vae.guide, X) > 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_a_constant_schedule_is_none(batch_size):
+    runs = []
+    for scheduled in (True, False):
+        vae = relaxed_vae()
+        constant = {value: exponential(value.item(), rate=0) for value in temperatures(vae)} if scheduled else None
+        fitted = pv.fit(vae.model, vae.guide, X, epochs=5, batch_size=batch_size, lr=1e-2, schedules=constant)
+        runs.append((fitted.history, [parameter.tolist() for parameter in vae.parameters()]))
+    assert runs[0] == runs[1]
+
+
+def test_a_checkpoint_holds_the_value_that_was_reached():
+    vae = relaxed_vae()
+    ours, _ = temperatures(vae)
+    pv.fit(vae.model, vae.guide, X, epochs=3, schedules={ours: lambda step: 0.3})
+    other = relaxed_vae()
+    other.load_state_dict(vae.state_dict())
+    assert temperatures(other)[0].item() == pytest.approx(0.3)
+
+
+def test_the_users_random_streams_are_as_before(random_states):
+    before = random_states()
+    Watched().fit(exponential(1.0, rate=0.1))
+    assert random_states() == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(1), torch.ones(2, 2), torch.tensor(1.0, requires_grad=True), nn.Parameter(torch.tensor(1.0)), "beta"],
+    ids=["one in a row", "a matrix", "with a gradient", "a parameter", "a name"],
+)
+def test_other_keys_are_refused_before_the_first_step(value):
+    watched = Watched()
+    with pytest.raises(ValueError, match=r"schedules: got .* as a key; accepted is a 0-dim tensor without gradient"):
+        pv.fit(watched.model, watched.guide, X, epochs=1, schedules={value: exponential(1.0, 0.1)})
+    assert watched.seen == []
+
+
+def test_what_is_no_function_is_refused_before_the_first_step():
+    watched = Watched()
+    with pytest.raises(TypeError, match=r"schedules: got 0\.5; accepted is a function of the step"):
+        watched.fit(0.5)
+    assert watched.seen == []
