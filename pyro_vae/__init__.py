@@ -11,8 +11,10 @@ from pyro_vae import (
     networks,
     plots,
     priors,
+    schedules,
 )
-from pyro_vae.inference_data import to_datatree
+from pyro_vae.evidence import Evidence, log_evidence
+from pyro_vae.inference_data import to_arviz, to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Evidence",
     "Fitted",
     "datasets",
     "distributions",
@@ -30,8 +33,11 @@ __all__ = [
     "guides",
     "handlers",
     "likelihoods",
+    "log_evidence",
     "networks",
     "plots",
     "priors",
+    "schedules",
+    "to_arviz",
     "to_datatree",
 ]

@@ -10,11 +10,11 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature"},
-    {"datasets", "families", "decomposition"},
+    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx"},
+    {"datasets", "families", "decomposition", "schedules"},
     {"parts", "joint_density", "minibatches"},
     {"priors", "guides", "likelihoods", "linear_gaussian"},
-    {"vae", "exact"},
+    {"vae", "exact", "evidence"},
     {"steps"},
     {"training"},
     {"inference_data"},
