@@ -3,20 +3,23 @@
 VENV ?= .venv
 PYTHON ?= python3
 JOBS ?= 2
+VENV1 ?= .venv-arviz1
+PYTHON312 ?= python3.12
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
-SOURCES := pyro_vae examples tests docs/conf.py
+ARVIZ1 := $(VENV1)/.installed
+SOURCES := pyro_vae examples tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test slow pytest lint types format docs clean help
+.PHONY: demo test slow arviz1 pytest lint types format docs clean help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Variables: VENV=$(VENV) (where to install), PYTHON=$(PYTHON) (3.11 or later), JOBS=$(JOBS) (test processes)"
 
 demo: $(BASE)  ## run the examples; tables, pictures and ArviZ files go to results/
@@ -31,6 +34,10 @@ pytest: $(DEV)  ## the tests and doctests alone, but for the slow ones
 slow: $(DEV)  ## the heavy statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
+arviz1: $(DEV) $(ARVIZ1)  ## read and draw the package's files with ArviZ 1, in an environment of its own
+	PYRO_VAE_ARVIZ1_PYTHON=$(abspath $(VENV1))/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/test_arviz.py -k arviz_1
+
 lint: $(DEV)  ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -44,6 +51,7 @@ format: $(DEV)  ## let ruff mend what it can
 
 docs: $(DEV)  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean:  ## remove caches and the built documentation; results/ and the environment stay
 	rm -rf docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -62,3 +70,13 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[test,docs]'
 	@touch $(BASE) $@
+
+# ArviZ 1 needs another Python than the package may have, and no torch.
+
+$(ARVIZ1): constraints-arviz1.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "ArviZ 1 needs Python 3.12 or later, and PYTHON312=$(PYTHON312) is " + sys.version.split()[0])'
+	$(PYTHON312) -m venv $(VENV1)
+	$(VENV1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-arviz1.txt \
+		'arviz>=1' matplotlib h5netcdf h5py
+	$(VENV1)/bin/python -c 'import arviz; assert int(arviz.__version__.split(".")[0]) >= 1'
+	@touch $@

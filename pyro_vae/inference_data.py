@@ -1,12 +1,14 @@
 """Draws from a model and guide as an ``xarray.DataTree``, the form that ArviZ reads."""
 
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 import xarray as xr
 from pyro import poutine
@@ -18,7 +20,7 @@ from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.randomness import seeded
 
-__all__ = ["to_datatree"]
+__all__ = ["to_arviz", "to_datatree"]
 
 _MAX_BYTES = 4 * 2**30
 _LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
@@ -39,13 +41,15 @@ def to_datatree(
 ) -> xr.DataTree:
     """Draw from a model and guide, and name everything.
 
-    Groups: ``posterior`` (the guide's latents, and what is deterministic given them, such as ``code``), ``prior``,
-    ``posterior_predictive`` and ``prior_predictive`` (data drawn **anew**, not the observed data repeated) and
-    ``observed_data``. Dimensions are ``(chain, draw, obs, ...)`` with one chain: draws from a guide are independent, so
-    ``r_hat`` and ``ess`` say nothing about them; ``az.summary(..., kind="stats")`` is what fits.
+    Groups: ``posterior`` (the guide's latents, and what is deterministic given them, such as ``code``, what the decoder
+    reads of a relaxed latent), ``prior``, ``posterior_predictive`` and ``prior_predictive`` (data drawn **anew**, not
+    the observed data repeated), ``observed_data``, and ``guide``: the parameters of each q(z | x), such as ``z_loc``
+    and ``z_scale``, without draws (there is none of an autoguide that draws its latents on the way through others).
+    Dimensions are ``(chain, draw, obs, ...)`` with one chain: draws from a guide are independent, so ``r_hat`` and
+    ``ess`` say nothing about them; ``az.summary(..., kind="stats")`` is what fits.
 
-    Save with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load with ``xarray.open_datatree("run.nc")``. ArviZ 0.23
-    takes ``arviz.from_datatree(tree)``, ArviZ 1 the tree itself.
+    Save with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load with ``xarray.open_datatree("run.nc")``. What the
+    installed ArviZ takes is :func:`to_arviz` of it.
 
     Args:
         model: a Pyro model.
@@ -55,7 +59,8 @@ def to_datatree(
         seed: of the draws.
         plate: name of the data plate, whose dimension is called ``obs``.
         dims: names of a site's event dimensions, by site, such as ``{"x": ["height", "width"]}``.
-        coords: coordinates by dimension, such as ``{"obs": names}``; counted from 0 where left out.
+        coords: coordinates by dimension, such as ``{"obs": names}``, counted from 0 where left out; and further ones
+            along a dimension, such as ``{"label": ("obs", labels)}``, by which to select and to colour.
         parallel: draw all at once, as ``pyro.infer.Predictive(parallel=True)``: faster, for models and guides whose
             networks take a dimension more on the left.
 
@@ -70,11 +75,14 @@ def to_datatree(
     ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
     ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
     ... )
-    >>> tree = to_datatree(vae.model, vae.guide, torch.randn(10, 2), draws=50)
+    >>> x, labels = torch.randn(10, 2), torch.arange(10) % 2
+    >>> tree = to_datatree(vae.model, vae.guide, x, draws=50, coords={"label": ("obs", labels)})
     >>> list(tree.children)
-    ['posterior', 'prior', 'posterior_predictive', 'prior_predictive', 'observed_data']
+    ['posterior', 'prior', 'posterior_predictive', 'prior_predictive', 'observed_data', 'guide']
     >>> dict(tree["posterior"]["z"].sizes)
     {'chain': 1, 'draw': 50, 'obs': 10, 'latent': 1}
+    >>> tree["guide"]["z_loc"].groupby("label").mean().sizes["label"]
+    2
     """
     positive_int(draws, "draws")
     data = data_tensors(data, "data")
@@ -85,6 +93,7 @@ def to_datatree(
             model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
         latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
         deterministic = _deterministic_sites(model_trace)
+        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else latents
         _check_latents(latent_sites(model_trace), latents)
         _check_size(latents | deterministic | observed, draws)
         names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
@@ -99,10 +108,35 @@ def to_datatree(
         "posterior_predictive": names.dataset({name: given_q[name] for name in observed}),
         "prior_predictive": names.dataset({name: p[name] for name in observed}),
         "observed_data": names.dataset({name: site["value"] for name, site in observed.items()}, drawn=False),
+        "guide": names.guide(parametric),
     }
-    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items() if group})
     tree.attrs = attrs
     return tree
+
+
+def to_arviz(tree: xr.DataTree) -> Any:
+    """What the installed ArviZ takes: from version 1 on the tree itself, in version 0.23 its ``InferenceData``.
+
+    Draws of a guide are independent, and one chain: of ``arviz.summary`` the statistics are of use, not ``r_hat`` and
+    ``ess``.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():  # ArviZ 0.23 warns on import that version 1 will be another
+    ...     warnings.simplefilter("ignore")
+    ...     data = to_arviz(
+    ...         xr.DataTree.from_dict({"posterior": xr.Dataset({"z": (("chain", "draw"), np.zeros((1, 9)))})})
+    ...     )
+    >>> data["posterior"]["z"].sizes["draw"]
+    9
+    """
+    import arviz
+
+    if not hasattr(arviz, "from_datatree"):
+        return tree
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "guide group is not defined in the InferenceData scheme", UserWarning)
+        return arviz.from_datatree(tree)
 
 
 class _Anew(UnconditionMessenger):
@@ -150,6 +184,13 @@ def _check_size(sites: dict[str, Any], draws: int) -> None:
         )
 
 
+def _is_along(values: Any) -> bool:
+    """Whether values of a coordinate are told with their dimension, ``("obs", labels)``, and are not two names."""
+    return (
+        isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], str) and not isinstance(values[1], str)
+    )
+
+
 class _Names:
     """Dimension names and coordinates of sites."""
 
@@ -183,10 +224,17 @@ class _Names:
             for dim, size in zip(self.dims[name], self.shapes[name], strict=True):
                 if sizes.setdefault(dim, size) != size:
                     raise ValueError(f"dims: {dim!r} of {name} has size {size}, and {sizes[dim]} elsewhere")
-        self.coords = {dim: np.asarray(coords.get(dim, np.arange(size))) for dim, size in sizes.items()}
-        for dim, coordinate in coords.items():
-            if len(coordinate) != sizes.get(dim):
-                raise ValueError(f"coords: {dim!r} has {len(coordinate)} entries; accepted are {sizes}")
+        self.coords: dict[str, tuple[str, np.ndarray]] = {dim: (dim, np.arange(size)) for dim, size in sizes.items()}
+        for name, values in coords.items():
+            dim, values = values if _is_along(values) else (name, values)
+            coordinate = np.asarray(values)
+            if coordinate.shape != (sizes.get(dim),):
+                along = "" if name == dim else f", along {dim!r},"
+                found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
+                raise ValueError(f"coords: {name!r}{along} has {found}; accepted are {sizes}")
+            if name in self.dims:
+                raise ValueError(f"coords: {name!r} is the name of a site; accepted is another")
+            self.coords[name] = (dim, coordinate)
 
     @staticmethod
     def _event_dims(name: str, shape: torch.Size, is_observed: bool, sizes: dict[str, int]) -> tuple[str, ...]:
@@ -201,8 +249,53 @@ class _Names:
         for name, value in values.items():
             shape = (1, -1, *self.shapes[name]) if drawn else self.shapes[name]
             arrays[name] = ((*lead, *self.dims[name]), value.detach().cpu().reshape(shape).numpy())
+        return self._dataset(arrays)
+
+    def guide(self, latents: Mapping[str, Any]) -> xr.Dataset:
+        """The parameters of each latent's distribution, without draws."""
+        arrays = {}
+        for name, site in latents.items():
+            fn, shape = site["fn"], self.shapes[name]
+            batch = shape[: len(shape) - len(fn.event_shape)]
+            for parameter, value in _parameters(fn).items():
+                value = value.reshape((*batch, *value.shape[len(fn.batch_shape) :]))
+                arrays[f"{name}_{parameter}"] = (
+                    self._parameter_dims(name, parameter, value.shape),
+                    value.cpu().numpy(),
+                )
+        taken = sorted(arrays.keys() & self.coords.keys())
+        if taken:
+            raise ValueError(f"coords: {taken[0]!r} is the name of a parameter of the guide; accepted is another")
+        return self._dataset(arrays)
+
+    def _parameter_dims(self, name: str, parameter: str, shape: torch.Size) -> tuple[str, ...]:
+        """Those of the site; the columns of a matrix along a second, ``_bis``; what is left by number."""
+        dims, sizes = self.dims[name], self.shapes[name]
+        dims, sizes = (*dims, *(f"{dim}_bis" for dim in dims[-1:])), (*sizes, *sizes[-1:])
+        named = []
+        for axis, size in enumerate(shape):
+            fits = axis < len(dims) and sizes[axis] == size
+            named.append(dims[axis] if fits else f"{name}_{parameter}_{axis}")
+            like = self.coords[named[-1].removesuffix("_bis")][1] if fits else np.arange(size)
+            self.coords.setdefault(named[-1], (named[-1], like))
+        return tuple(named)
+
+    def _dataset(self, arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray]]) -> xr.Dataset:
         used = {dim for dims, _ in arrays.values() for dim in dims}
-        return xr.Dataset(arrays, coords={dim: values for dim, values in self.coords.items() if dim in used})
+        coords = {name: (dim, values) for name, (dim, values) in self.coords.items() if dim in used}
+        return xr.Dataset(arrays, coords=coords)
+
+
+_ALIASES = {"logits": "probs", "precision_matrix": "covariance_matrix", "scale_tril": "covariance_matrix"}
+
+
+def _parameters(fn: Any) -> dict[str, Tensor]:
+    """What a distribution was made from, each once; nothing of a transformed one that has no parameters of its own."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    names = [name for name in fn.arg_constraints if _ALIASES.get(name) not in fn.arg_constraints]
+    values = {name: getattr(fn, name) for name in names if name != "log_density"}
+    return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _attributes(draws: int, seed: int) -> dict[str, str | int]:

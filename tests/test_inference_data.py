@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pyro
@@ -11,8 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from matplotlib import MatplotlibDeprecationWarning
 from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from scipy.stats import kstest
 from torch import nn
 
@@ -24,7 +23,7 @@ NET = mlp([4], nn.Tanh)
 N = 6
 DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
-GROUPS = ["posterior", "prior", "posterior_predictive", "prior_predictive", "observed_data"]
+GROUPS = ["posterior", "prior", "posterior_predictive", "prior_predictive", "observed_data", "guide"]
 SIGMAS = 5
 UNLIKELY = 1e-6
 
@@ -124,7 +123,7 @@ def test_groups_and_variables_of_a_vae(vae):
     assert list(tree.children) == GROUPS
     for group in ("posterior", "prior"):
         assert set(tree[group].data_vars) == {"z"} | code
-    for group in GROUPS[2:]:
+    for group in GROUPS[2:5]:
         assert set(tree[group].data_vars) == {"x"}
 
 
@@ -262,6 +261,162 @@ def test_random_streams_parameters_and_validation_are_as_before(random_states, p
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
+# --- The guide -------------------------------------------------------------------------------------------------------
+
+
+def base(distribution):
+    """Inside ``to_event``."""
+    while isinstance(distribution, dist.Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def one_hot():
+    return pv.VAE(
+        priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(3, (2, 3), NET), likelihoods.Normal((2, 3), 3, NET)
+    )
+
+
+@pytest.mark.parametrize("make", [*VAES.values(), one_hot], ids=[*VAES, "one_hot"])
+def test_the_guide_group_holds_what_each_q_was_made_from(make):
+    vae = make()
+    expected = {"gaussian": ["loc", "scale"], "discrete": ["probs"], "one_hot": ["probs"]}
+    names = expected.get(make.__name__, ["temperature", "logits"])
+    group, q = tree_of(vae)["guide"], base(vae.encode(X))
+    assert list(group.data_vars) == [f"z_{name}" for name in names]
+    for name in names:
+        value, told = getattr(q, name).detach(), group[f"z_{name}"]
+        assert told.dims == ("obs", "latent", "category")[: told.ndim]
+        np.testing.assert_allclose(told, value.expand(told.shape), rtol=1e-6)
+
+
+def test_draws_have_the_parameters_that_the_guide_group_tells():
+    tree = tree_of(gaussian(), draws=5000, parallel=True)
+    draws = drawn(tree, "posterior", "z")
+    loc, scale = (torch.from_numpy(tree["guide"][f"z_{name}"].values) for name in ("loc", "scale"))
+    assert_moments(draws, loc, scale**2)
+
+
+@pytest.mark.parametrize("known_by", ["covariance_matrix", "precision_matrix", "scale_tril"])
+def test_a_covariance_has_its_columns_along_a_second_dimension(known_by):
+    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    matrix = {
+        "covariance_matrix": covariance,
+        "precision_matrix": covariance.inverse(),
+        "scale_tril": torch.linalg.cholesky(covariance),
+    }[known_by]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(x, **{known_by: matrix}))
+
+    tree = pv.to_datatree(model, guide, X[:, :2], draws=3, dims={"z": ["axis"]}, coords={"axis": ["width", "height"]})
+    group = tree["guide"]
+    assert {name: value.dims for name, value in group.data_vars.items()} == {
+        "z_loc": ("obs", "axis"),
+        "z_covariance_matrix": ("obs", "axis", "axis_bis"),
+    }
+    assert list(group.coords["axis_bis"].values) == ["width", "height"]
+    np.testing.assert_allclose(group["z_loc"], X[:, :2])
+    assert group["z_covariance_matrix"].sel(obs=4, axis="width", axis_bis="height").item() == pytest.approx(0.5)
+    np.testing.assert_allclose(group["z_covariance_matrix"][3], covariance, rtol=1e-5)
+
+
+def test_the_columns_of_a_latents_covariance_are_counted_where_nothing_is_named(tmp_path):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(x, torch.eye(3)))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    tree = pv.to_datatree(model, guide, X, draws=3)
+    assert tree["guide"]["z_covariance_matrix"].dims == ("obs", "latent", "latent_bis")
+    np.testing.assert_array_equal(tree["guide"].coords["latent_bis"], [0, 1, 2])
+    tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "run.nc") as loaded:
+        xr.testing.assert_identical(loaded.load(), tree)
+
+
+def test_global_and_local_parameters_of_a_users_own_guide():
+    group = own_tree()["guide"]
+    assert {name: value.dims for name, value in group.data_vars.items()} == {
+        "mu_loc": (),
+        "mu_scale": (),
+        "z_loc": ("obs",),
+        "z_scale": ("obs",),
+    }
+    assert group["mu_loc"].item() == pytest.approx(0.7)
+    np.testing.assert_allclose(group["z_loc"], 0.5 * X[:, 0])
+    np.testing.assert_allclose(group["z_scale"], np.full(N, 0.4), rtol=1e-6)
+
+
+def test_parameters_in_two_plates():
+    def model(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("data", N, dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("data", N, dim=-1):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = X[:, :2].T
+    group = pv.to_datatree(model, guide, x, draws=3)["guide"]
+    assert group["z_loc"].dims == group["z_scale"].dims == ("people", "obs")
+    np.testing.assert_array_equal(group["z_loc"], x)
+
+
+def test_probabilities_of_a_categorical_have_a_dimension_of_their_own():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(4)))
+            pyro.sample("x", dist.Normal(z.float(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=torch.arange(4.0) * x[:, None]))
+
+    group = pv.to_datatree(model, guide, X[:, 0], draws=3)["guide"]
+    assert group["z_probs"].sizes == {"obs": N, "z_probs_1": 4}
+    np.testing.assert_allclose(group["z_probs"].sum("z_probs_1"), np.ones(N), rtol=1e-6)
+
+
+def test_an_autoguide_that_draws_on_the_way_has_no_guide_group():
+    for autoguide in (AutoNormal, AutoDiagonalNormal):
+        pyro.clear_param_store()
+        guide = autoguide(own_model)
+        assert list(pv.to_datatree(own_model, guide, X[:, 0], draws=3).children) == GROUPS[:5]
+
+
+def test_a_point_is_told_as_a_point():
+    guide = AutoDelta(own_model)
+    guide(X[:, 0])
+    group = pv.to_datatree(own_model, guide, X[:, 0], draws=3)["guide"]
+    assert {name: value.dims for name, value in group.data_vars.items()} == {"mu_v": (), "z_v": ("obs",)}
+    np.testing.assert_array_equal(group["z_v"], guide.median()["z"].detach())
+
+
+def test_a_transformed_distribution_has_no_parameters_of_its_own():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            normal = dist.Normal(x, torch.ones(len(x)))
+            pyro.sample("z", dist.TransformedDistribution(normal, [dist.transforms.ExpTransform()]))
+
+    assert list(pv.to_datatree(model, guide, X[:, 0], draws=3).children) == GROUPS[:5]
+
+
 # --- The user's own names --------------------------------------------------------------------------------------------
 
 
@@ -290,6 +445,46 @@ def test_plates_of_another_name_are_dimensions():
         np.testing.assert_array_equal(tree["observed_data"]["x"], x)
 
 
+LABELS = [0, 1, 0, 2, 1, 0]
+
+
+@pytest.mark.parametrize("labels", [torch.tensor(LABELS), LABELS, np.array(LABELS)], ids=["tensor", "list", "array"])
+def test_data_are_selected_by_a_further_coordinate(labels):
+    tree = tree_of(gaussian(), coords={"label": ("obs", labels)})
+    for node in tree.children.values():
+        assert node.coords["label"].dims == ("obs",)
+        np.testing.assert_array_equal(node.coords["label"], LABELS)
+        np.testing.assert_array_equal(node.coords["obs"], np.arange(N))
+    zeros = tree["observed_data"]["x"].where(tree["observed_data"]["label"] == 0, drop=True)
+    np.testing.assert_array_equal(zeros, X[[0, 2, 5]])
+    means = tree["guide"]["z_loc"].groupby("label").mean()
+    np.testing.assert_allclose(means.sel(label=1), tree["guide"]["z_loc"][[1, 4]].mean("obs"), rtol=1e-6)
+
+
+def test_a_further_coordinate_may_be_words_and_stand_beside_names(tmp_path):
+    words = ["a cat", "a dog", "a cat", "a fox", "a dog", "a cat"]
+    coords = {"obs": list("abcdef"), "kind": ("obs", words), "unit": ("latent", ["mm", "s"])}
+    tree = tree_of(gaussian(), coords=coords)
+    assert tree["posterior"]["z"].sel(obs="d").coords["kind"].item() == "a fox"
+    assert list(tree["prior"].coords["unit"].values) == ["mm", "s"]
+    assert "unit" not in tree["observed_data"].coords
+    tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "run.nc") as loaded:
+        xr.testing.assert_identical(loaded.load(), tree)
+        assert loaded["guide"]["z_loc"].groupby("kind").mean().sizes["kind"] == 3
+
+
+@pytest.mark.parametrize("two", [("width", "height"), (10, 20), (0.5, 1.5)])
+def test_two_values_in_a_tuple_are_the_coordinates_of_a_dimension(two):
+    tree = tree_of(gaussian(), coords={"latent": two})
+    assert tuple(tree["posterior"].coords["latent"].values) == two
+
+
+def test_the_coordinates_of_a_dimension_may_be_told_as_those_along_it():
+    tree = tree_of(gaussian(), coords={"obs": ("obs", list("abcdef"))})
+    assert list(tree["posterior"].coords["obs"].values) == list("abcdef")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -299,6 +494,21 @@ def test_plates_of_another_name_are_dimensions():
         ({"dims": {"x": ["draw"]}}, r"dims: .*draw"),
         ({"coords": {"obs": [1, 2]}}, r"coords: 'obs' has 2 entries; accepted are .*'obs': 6"),
         ({"coords": {"pixel": [1, 2, 3]}}, r"coords: 'pixel' has 3 entries; accepted are .*'feature': 3"),
+        (
+            {"coords": {"label": ("obs", [1, 2])}},
+            r"coords: 'label', along 'obs', has 2 entries; accepted are .*'obs': 6",
+        ),
+        (
+            {"coords": {"label": ("row", [1, 2])}},
+            r"coords: 'label', along 'row', has 2 entries; accepted are .*'obs': 6",
+        ),
+        ({"coords": {"label": ("obs", [[1] * 6])}}, r"coords: 'label', along 'obs',"),
+        ({"coords": {"label": list(range(6))}}, r"coords: 'label' has 6 entries; accepted are .*'obs': 6"),
+        ({"coords": {"z": ("obs", list(range(6)))}}, "coords: 'z' is the name of a site; accepted is another"),
+        ({"coords": {"x": ("obs", list(range(6)))}}, "coords: 'x' is the name of a site"),
+        ({"coords": {"z_loc": ("obs", list(range(6)))}}, "coords: 'z_loc'"),
+        ({"coords": {"latent": 3}}, "coords: 'latent'"),
+        ({"coords": {"label": ("obs", 3)}}, "coords: 'label'"),
         ({"draws": 0}, "draws: got 0; accepted is a positive integer"),
     ],
 )
@@ -327,7 +537,7 @@ def test_a_guide_that_lacks_a_latent_of_the_model_is_refused():
         pv.to_datatree(own_model, guide, X[:, 0], draws=3)
 
 
-# --- Files and ArviZ -------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coords", [{}, {"obs": list("abcdef")}], ids=["counted", "named"])
@@ -355,43 +565,3 @@ def test_a_process_without_pyro_or_torch_reads_the_file(tmp_path):
     heavy, groups, dims, mean = json.loads(done.stdout)
     assert (heavy, groups, dims) == ([], GROUPS, ["chain", "draw", "obs"])
     assert mean == pytest.approx(float(tree["posterior"]["z"].mean()))
-
-
-@pytest.fixture
-def az():
-    """ArviZ 0.23, which warns of its future once a day on import, and whose plots lag behind matplotlib 3.11."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
-        warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping", MatplotlibDeprecationWarning)
-        import arviz
-
-        if arviz.__version__ >= "1":
-            pytest.skip("ArviZ 1 takes the tree itself")
-        yield arviz
-
-
-def test_arviz_summary_has_the_moments_of_the_draws(az):
-    tree = own_tree(draws=500)
-    summary = az.summary(az.from_datatree(tree), kind="stats", round_to="none")
-    assert len(summary) == 1 + N + N  # mu, z and twice
-    z = tree["posterior"]["z"].values[0]
-    assert summary.loc["mu", "mean"] == pytest.approx(float(tree["posterior"]["mu"].mean()))
-    rows = summary.loc[[f"z[{row}]" for row in range(N)]]
-    np.testing.assert_allclose(rows["mean"], z.mean(0), rtol=1e-3)
-    np.testing.assert_allclose(rows["sd"], z.std(0, ddof=1), rtol=1e-3)
-
-
-@pytest.mark.parametrize("make", [lambda: tree_of(relaxed(), draws=40), lambda: own_tree(draws=40)], ids=["vae", "own"])
-def test_arviz_draws_its_pictures(az, make):
-    data = az.from_datatree(make())
-    two = {"obs": [0, 1]}
-    pictures = [
-        az.plot_posterior(data, var_names=["z"], coords=two),
-        az.plot_ppc(data, num_pp_samples=5),
-        az.plot_pair(data, var_names=["z"], coords=two),
-        az.plot_forest(data),
-    ]
-    for axes in pictures:
-        figure = np.ravel(axes)[0].figure
-        figure.canvas.draw()
-        assert np.asarray(figure.canvas.buffer_rgba())[..., :3].std() > 1, "the picture is blank"

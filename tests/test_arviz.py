@@ -1,0 +1,229 @@
+"""ArviZ of both lines reads what the package writes: 0.23 in this process, 1.x in an environment of its own.
+
+ArviZ 1 needs Python 3.12 and other versions of what we use. The variable ``PYRO_VAE_ARVIZ1_PYTHON`` names an
+interpreter that has it, and ``make arviz1`` makes one and runs these tests with it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from matplotlib import MatplotlibDeprecationWarning
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+
+SCRIPT = Path(__file__).with_name("arviz1_script.py")
+ARVIZ1 = os.environ.get("PYRO_VAE_ARVIZ1_PYTHON")
+HOW = "set PYRO_VAE_ARVIZ1_PYTHON to a Python that has ArviZ 1, or run `make arviz1`"
+
+NET = networks.mlp([4], nn.Tanh)
+N, DRAWS = 6, 60
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
+
+
+def gaussian():
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET))
+    return vae.model, vae.guide, X
+
+
+def relaxed():
+    vae = pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5),
+        guides.RelaxedBernoulli(3, 2, NET, temperature=0.66),
+        likelihoods.Normal(2, 3, NET),
+    )
+    return vae.model, vae.guide, X
+
+
+def own():
+    """A user's pair, with a global latent and local ones."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(0.7, 0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.4))
+
+    return model, guide, X[:, 0]
+
+
+PAIRS = {"gaussian": gaussian, "relaxed": relaxed, "own": own}
+COORDS = {
+    "plain": {},
+    "labelled": {"label": ("obs", LABELS)},
+    "named and labelled": {"obs": list("abcdef"), "label": ("obs", ["cat", "dog", "cat", "fox", "dog", "cat"])},
+}
+
+
+@pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
+def pair(request):
+    return request.param()
+
+
+@pytest.fixture(params=["plain", "named and labelled"])
+def tree(request, pair):
+    return tree_of(pair, request.param)
+
+
+def tree_of(pair, coords):
+    model, guide, x = pair
+    return pv.to_datatree(model, guide, x, draws=DRAWS, coords=COORDS[coords])
+
+
+def share_of_colour(pixels):
+    """How much of a picture is drawn in colour: axes, ticks and words are black, and what shows the data is not."""
+    pixels = np.asarray(pixels)[..., :3] / (255 if np.asarray(pixels).dtype == np.uint8 else 1)
+    return float((pixels.max(-1) - pixels.min(-1) > 0.12).mean())
+
+
+def assert_drawn(pixels):
+    assert share_of_colour(pixels) > 1e-3, "the picture is blank"
+
+
+def test_axes_without_data_are_blank():
+    figure, axes = plt.subplots()
+    axes.set_title("nothing")
+    for blank in (True, False):
+        if not blank:
+            axes.plot([0, 1], [0, 1])
+        figure.canvas.draw()
+        assert (share_of_colour(figure.canvas.buffer_rgba()) < 1e-3) == blank
+
+
+# --- ArviZ 0.23 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def az():
+    """ArviZ 0.23, which warns of its future once a day on import, and whose plots lag behind matplotlib 3.11."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
+        warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping", MatplotlibDeprecationWarning)
+        import arviz
+
+        if arviz.__version__ >= "1":
+            pytest.skip("the ArviZ of this environment takes the tree itself; it is tested below")
+        yield arviz
+
+
+def test_arviz_0_has_the_groups_of_the_tree_and_its_numbers(az, tree):
+    data = pv.to_arviz(tree)
+    assert isinstance(data, az.InferenceData)
+    assert set(data.groups()) == set(tree.children)
+    for group in data.groups():
+        xr.testing.assert_equal(data[group], tree[group].to_dataset())
+
+
+def test_arviz_0_summarises_the_draws(az, tree):
+    data = pv.to_arviz(tree)
+    for name, values in tree["posterior"].data_vars.items():
+        summary = az.summary(data, var_names=[name], kind="stats", round_to="none")
+        draws = values.values.reshape(DRAWS, -1)
+        np.testing.assert_allclose(summary["mean"], draws.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(summary["sd"], draws.std(0, ddof=1), rtol=1e-3)
+
+
+def test_arviz_0_names_each_row_of_its_summary(az):
+    tree = tree_of(own(), "named and labelled")
+    summary = az.summary(pv.to_arviz(tree), kind="stats", round_to="none")
+    assert list(summary.index) == ["mu", *(f"{name}[{row}]" for name in ("z", "twice") for row in "abcdef")]
+    assert summary.loc["z[c]", "mean"] == pytest.approx(float(tree["posterior"]["z"].sel(obs="c").mean()), rel=1e-4)
+
+
+PICTURES = {
+    "density": lambda az, data, two: az.plot_posterior(data, var_names=["z"], coords=two),
+    "density of prior and posterior": lambda az, data, two: az.plot_dist_comparison(data, var_names=["z"], coords=two),
+    "forest": lambda az, data, two: az.plot_forest(data),
+    "pair": lambda az, data, two: az.plot_pair(data, var_names=["z"], coords=two),
+    "posterior predictive": lambda az, data, two: az.plot_ppc(data, num_pp_samples=5),
+    "prior predictive": lambda az, data, two: az.plot_ppc(data, group="prior", num_pp_samples=5),
+}
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_arviz_0_draws_its_pictures(az, pair, picture):
+    tree = tree_of(pair, "labelled")
+    two = {"obs": list(tree["posterior"].coords["obs"].values[:2])}
+    axes = PICTURES[picture](az, pv.to_arviz(tree), two)
+    figure = np.ravel(axes)[0].figure
+    figure.canvas.draw()
+    assert_drawn(figure.canvas.buffer_rgba())
+
+
+def test_arviz_0_draws_the_data_of_one_label(az, pair):
+    data = pv.to_arviz(tree_of(pair, "labelled"))
+    ones = {"obs": data.posterior.obs.values[data.posterior.label == 1]}
+    assert list(ones["obs"]) == [1, 4]
+    figure = np.ravel(az.plot_posterior(data, var_names=["z"], coords=ones))[0].figure
+    figure.canvas.draw()
+    assert_drawn(figure.canvas.buffer_rgba())
+
+
+# --- ArviZ 1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_arviz_1_is_handed_the_tree_itself(monkeypatch):
+    """Of ArviZ 1 nothing but that it lacks ``from_datatree``; the rest is told by the test that runs it."""
+    monkeypatch.setitem(sys.modules, "arviz", SimpleNamespace(__version__="1.0"))
+    tree = xr.DataTree.from_dict({"posterior": xr.Dataset({"z": (("chain", "draw"), np.zeros((1, 9)))})})
+    assert pv.to_arviz(tree) is tree
+
+
+@pytest.fixture(scope="module")
+def arviz1(tmp_path_factory):
+    """A function that runs a program by the interpreter that has ArviZ 1, warnings as errors."""
+    if not ARVIZ1:
+        pytest.skip(f"PYRO_VAE_ARVIZ1_PYTHON is not set: {HOW}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"MPLBACKEND": "Agg", "MPLCONFIGDIR": str(tmp_path_factory.mktemp("matplotlib"))}
+
+    def run(*arguments):
+        command = [ARVIZ1, "-W", "error", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    try:
+        version = run("-c", "import arviz; print(arviz.__version__)").stdout.strip()
+    except OSError as error:
+        pytest.skip(f"PYRO_VAE_ARVIZ1_PYTHON: {error}: {HOW}")
+    if int(version.partition(".")[0] or 0) < 1:
+        pytest.skip(f"PYRO_VAE_ARVIZ1_PYTHON: {ARVIZ1} has {version or 'no ArviZ'}: {HOW}")
+    return run
+
+
+def test_arviz_1_summarises_and_draws_the_file(arviz1, tree, tmp_path):
+    path, folder = tmp_path / "run.nc", tmp_path / "pictures"
+    folder.mkdir()
+    tree.to_netcdf(path, engine="h5netcdf")
+    done = arviz1(SCRIPT, path, folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["groups"], told["heavy"]) == (list(tree.children), [])
+    assert int(told["version"].partition(".")[0]) >= 1
+    assert told["means"].keys() == set(tree["posterior"].data_vars)
+    for name, means in told["means"].items():
+        draws = tree["posterior"][name].values.reshape(DRAWS, -1)
+        np.testing.assert_allclose(means, draws.mean(0), rtol=1e-4, atol=1e-6)
+    pictures = sorted(folder.glob("*.png"))
+    assert len(pictures) == (10 if "label" in tree["posterior"].coords else 8)
+    for picture in pictures:
+        assert_drawn(plt.imread(picture))
