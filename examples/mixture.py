@@ -1,23 +1,36 @@
-"""Two Gaussians: what each way to train a latent-variable model costs, in nats, against the exact answer.
+"""
+Two Gaussians, against enumeration
+==================================
 
-The data are 1000 points, z ~ Bernoulli(1/2), x ~ N(±(1, 1), 0.1). A model of them is fitted in nine ways: one Gaussian
-by maximum likelihood, the mixture by enumerating z, the Jensen bound and naive Monte Carlo under the prior, and VAEs
-with a Gaussian, a relaxed Bernoulli, a Gumbel-softmax, an enumerated and a score-function Bernoulli latent. Each is
-judged on 10,000 fresh points by quadrature or enumeration, without Monte Carlo.
+What each way to train a latent-variable model costs, in nats, against the exact answer. The data are 1000 points,
+z ~ Bernoulli(1/2), x ~ N(±(1, 1), 0.1). A model of them is fitted in nine ways: one Gaussian by maximum likelihood, the
+mixture by enumerating z, the Jensen bound and naive Monte Carlo under the prior, and VAEs with a Gaussian, a relaxed
+Bernoulli, a Gumbel-softmax, an enumerated and a score-function Bernoulli latent. Each is judged on 10,000 fresh points
+by quadrature or enumeration, without Monte Carlo.
 """
 
+import options
+
+if __name__ == "__main__":  # before the imports below, so that --help answers at once
+    parser = options.parser(__doc__, "mixture", epochs=3000, unit="steps of SVI for each method, on all 1000 points")
+    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of Adam")
+    parser.add_argument("--particles", type=options.count, default=32, help="samples of naive Monte Carlo")
+    weight = "weight of the VAEs' KL; at 0 codes drift apart"
+    parser.add_argument("--kl-weight", type=float, default=1.0, help=weight)
+    parser.add_argument("--test-points", type=options.count, default=10_000, help="fresh points to judge on")
+    parser.add_argument("--draws", type=options.count, default=500, help="draws in the ArviZ files")
+    args = parser.parse_args()
+
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import mixture_pictures as pictures
 import pyro
+import results
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
@@ -216,20 +229,8 @@ def table(rows: dict[str, dict], truth: float, expected: float, band: tuple[floa
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/mixture"), help="folder for results")
-    parser.add_argument("--epochs", type=int, default=3000, help="steps of SVI for each method, on all 1000 points")
-    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of Adam")
-    parser.add_argument("--particles", type=int, default=32, help="samples of naive Monte Carlo")
-    parser.add_argument("--kl-weight", type=float, default=1.0, help="weight of the VAEs' KL; at 0 codes drift apart")
-    parser.add_argument("--test-points", type=int, default=10_000, help="fresh points to judge on")
-    parser.add_argument("--draws", type=int, default=500, help="draws in the ArviZ files")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-
     train = pv.datasets.two_gaussians(1000, seed=args.seed)
     test = pv.datasets.two_gaussians(args.test_points, seed=args.seed + 1)
     fresh = pv.datasets.two_gaussians(min(2000, args.test_points), seed=args.seed + 2).x
@@ -262,22 +263,21 @@ def main() -> None:
 
     report = table(rows, truth, expected, band)
     print(f"\n{report}\n")
-    (args.out / "table.txt").write_text(report + "\n")
     sizes = [2**power for power in range(0, 13, 2)]
     errors = monte_carlo_errors(judged["Gaussian"][0], test.x[:200], sizes)
-    results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+    found = {
         "truth": {"log_p": truth, "expected_log_p": expected, "energy_null_band": band},
         "methods": rows,
         "naive_monte_carlo": {"samples": sizes} | {name: values.tolist() for name, values in errors.items()},
     }
-    (args.out / "results.json").write_text(json.dumps(results, indent=2))
+    trees = {}
     for title in ("Gaussian", "relaxed Bernoulli, relaxed", "Gumbel-softmax, relaxed", "enumerated Bernoulli"):
         vae = judged[title][0]
-        tree = pv.to_datatree(vae.model, vae.guide, test.x[:200], draws=args.draws, seed=args.seed, parallel=True)
         file = title.partition(",")[0].lower().replace(" ", "_").replace("-", "_")
-        tree.to_netcdf(args.out / f"{file}.nc", engine="h5netcdf")
-
+        coords = {"label": ("obs", test.labels[:200])}
+        trees[file] = pv.to_datatree(
+            vae.model, vae.guide, test.x[:200], draws=args.draws, seed=args.seed, coords=coords, parallel=True
+        )
     drawings = {
         "data": pictures.data(train),
         "training": pictures.training(histories, float(train.log_prob(train.x).mean())),
@@ -287,11 +287,8 @@ def main() -> None:
         "naive_monte_carlo": pictures.monte_carlo(sizes, errors),
         "plates": pictures.plates({title: judged[title][0] for title in pictures.VAES[:2]}, train.x),
     }
-    for name, figure in drawings.items():
-        figure.savefig(args.out / f"{name}.png", dpi=130)
-        plt.close(figure)
-    print(f"Table, results.json, {len(drawings)} pictures and 4 ArviZ files are in {args.out}")
+    results.save(args, found, drawings, trees, report)
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -270,7 +270,7 @@ class Product(dist.Independent):
 
 _GREY = (
     "a Bernoulli likelihood is the mass of 0s and 1s, and the data hold other values, {low:.4g} to {high:.4g}. "
-    "{rescale}Ways out: threshold the data, `(x > 0.5).float()`; sample them, `torch.bernoulli(x)`; use "
+    "{rescale}Ways out: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use "
     "`likelihoods.ContinuousBernoulli`, a density on [0, 1]; or `likelihoods.Bernoulli(..., soft_targets=True)`, a "
     "cross-entropy that is no likelihood and is not reported as one."
 )

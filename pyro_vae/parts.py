@@ -116,7 +116,7 @@ class Conditional(Part):
             if dtypes and context.dtype not in dtypes:
                 raise TypeError(
                     f"{type(self).__name__}: got a context of {context.dtype}; accepted is {dtypes.pop()}, that of its "
-                    "network. Convert the data with `x.to(dtype)`"
+                    "network. Convert the data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
                 ) from error
             raise
         if raw.shape[-1] != self.family.num_raw:

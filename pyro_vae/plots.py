@@ -29,12 +29,17 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
-def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = None) -> Axes:
+def training_curves(
+    history: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    terms: Sequence[str] = ("elbo", "distortion", "rate"),
+) -> Axes:
     """Has training converged, and does it overfit? The ELBO is the sum of -distortion and -rate; validation is dashed.
 
     Args:
         history: that of :class:`pyro_vae.Fitted`.
         ax: where to draw.
+        terms: which to draw. Of images, the rate is best seen on axes of its own.
 
     >>> training_curves({"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}).get_ylabel()
     'nats per datum'
@@ -42,11 +47,14 @@ def training_curves(history: Mapping[str, Sequence[float]], ax: Axes | None = No
     ax = _axes(ax)
     bound = "elbo" if "elbo" in history else "surrogate"
     labels = {
-        bound: ("ELBO" if bound == "elbo" else "surrogate, no bound", 1.0),
-        "distortion": ("-distortion", -1.0),
-        "rate": ("-rate", -1.0),
+        "elbo": (bound, "ELBO" if bound == "elbo" else "surrogate, no bound", 1.0, "black"),
+        "distortion": ("distortion", "-distortion", -1.0, "tab:blue"),
+        "rate": ("rate", "-rate", -1.0, "tab:orange"),
     }
-    for (name, (label, sign)), colour in zip(labels.items(), ("black", "tab:blue", "tab:orange"), strict=True):
+    unknown = sorted(set(terms) - set(labels))
+    if unknown or not terms:
+        raise ValueError(f"terms: got {list(terms)}; accepted are one or more of {list(labels)}")
+    for name, label, sign, colour in (labels[term] for term in terms):
         for prefix, style, suffix in (("", "-", ""), ("validation_", "--", ", validation")):
             if prefix + name in history:
                 values = [sign * value for value in history[prefix + name]]

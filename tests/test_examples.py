@@ -1,7 +1,12 @@
-"""Examples run in a short form and leave the right things behind: mixture.py, mixture_pictures.py, digits.py."""
+"""Examples run in a short form and leave the right things behind.
+
+mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py and swap.py; they share options.py, images.py and
+results.py.
+"""
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +21,7 @@ import pyro_vae as pv
 from pyro_vae.handlers import WeightKL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if "def main(" in path.read_text()]
 RELAXED = ["relaxed Bernoulli", "Gumbel-softmax"]
 VAES = [
     "Gaussian",
@@ -189,25 +195,149 @@ def test_the_full_mixture_reaches_the_known_numbers(run):
     assert low < high < rows["one full Gaussian"]["energy"] < rows["Jensen under the prior"]["energy"]
 
 
-# --- Digits ----------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+PICTURES = {"training", "latent_map", "reconstructions", "samples"}
+
+
+def assert_images(folder, name, epochs, pixels):
+    """What every example on images leaves behind; its results."""
+    found = json.loads((folder / "results.json").read_text())
+    assert found["log_p"] > found["elbo"]
+    # Fair coins are no model of digits; an epoch or two are already better, and no image is certain.
+    assert -pixels * torch.tensor(2.0).log() < found["elbo"] < found["log_p"] < 0
+    assert {len(values) for values in found["history"].values()} == {epochs}
+    assert set(found["history"]) == {
+        start + term for start in ("", "validation_") for term in ("elbo", "distortion", "rate")
+    }
+    with xr.open_datatree(folder / f"{name}.nc") as tree:
+        for group in ("posterior", "posterior_predictive", "observed_data", "guide"):
+            assert tree[group]["label"].dims == ("obs",)
+    return found
+
+
+@pytest.fixture
+def enlarged(monkeypatch):
+    """In the place of MNIST, without a network: scikit-learn's digits as bytes, enlarged to 28 × 28 pixels."""
+
+    def mnist(split, folder):
+        data = pv.datasets.digits(split)
+        large = torch.nn.functional.interpolate(data.x.reshape(-1, 1, 8, 8), size=(28, 28), mode="bilinear")
+        return pv.datasets.Dataset((255 * large).flatten(1).to(torch.uint8), data.labels)
+
+    monkeypatch.setattr(pv.datasets, "mnist", mnist)
 
 
 def test_digits_in_a_short_form(run):
-    folder = run("digits.py", "--epochs", "2", "--test-digits", "5", "--draws", "20")
-    results = json.loads((folder / "results.json").read_text())
-    assert_settings(results, epochs=2, test_digits=5, draws=20)
-    assert results["log_p"] == pytest.approx(results["elbo"] + results["kl"], abs=1e-3)
-    assert results["kl"] > 0
-    # 64 fair coins are no model of digits; two epochs are already better, and no 8 × 8 image is certain.
-    assert -64 * torch.tensor(2.0).log() < results["log_p"] < 0
-    assert {len(values) for values in results["history"].values()} == {2}
-    assert set(results["history"]) == {
-        start + name for start in ("", "validation_") for name in ("elbo", "distortion", "rate")
-    }
+    folder = run("digits.py", "--epochs", "2", "--test-images", "5", "--draws", "20")
+    found = assert_images(folder, "digits", epochs=2, pixels=64)
+    assert_settings(found, epochs=2, test_images=5, draws=20)
+    assert found["log_p"] == pytest.approx(found["elbo"] + found["kl"], abs=1e-3)
     # The Monte Carlo estimate of the last epoch, one draw a digit, is near the quadrature.
-    assert results["history"]["validation_elbo"][-1] == pytest.approx(results["elbo"], abs=3)
-    assert_pictures(folder, {"training", "latent_map", "reconstructions", "samples", "manifold"})
+    assert found["history"]["validation_elbo"][-1] == pytest.approx(found["elbo"], abs=3)
+    assert_pictures(folder, {*PICTURES, "manifold"})
     assert_trees(folder, {"digits"}, draws=20, rows=5)
+
+
+SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "50")
+
+
+@pytest.mark.parametrize("options", [(), ("--network", "convolutional", "--channels", "4", "8")], ids=["mlp", "conv"])
+def test_mnist_in_a_short_form(run, enlarged, options, capsys):
+    folder = run("mnist.py", *SHORT, "--hidden", "32", *options)
+    found = assert_images(folder, "mnist", epochs=1, pixels=784)
+    assert_settings(found, data="mnist", latent=2, binarization="resample")
+    assert_pictures(folder, {*PICTURES, "manifold"})
+    assert_trees(folder, {"mnist"}, draws=5, rows=20)
+    printed = capsys.readouterr().out
+    assert f"{found['elbo']:.2f}" in printed
+    assert "-86.8" in printed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--prior", "normal", "--binarization", "threshold"),
+        ("--likelihood", "continuous-bernoulli", "--binarization", "none"),
+        ("--likelihood", "normal", "--binarization", "none", "--latent", "3"),
+        ("--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli", "--latent", "4"),
+        ("--prior", "relaxed-bernoulli", "--latent", "1"),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_what_mnist_can_be_told(run, options):
+    folder = run("mnist.py", "--data", "digits", *SHORT, "--hidden", "16", *options)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["log_p"] > found["elbo"]
+    assert_pictures(folder, PICTURES | ({"manifold"} if "continuous-bernoulli" in options else set()))
+
+
+def test_mnist_refuses_grey_pixels_under_a_bernoulli_before_it_trains(run):
+    with pytest.raises(ValueError, match="mass of 0s and 1s"):
+        run("mnist.py", "--data", "digits", *SHORT, "--binarization", "none")
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_categorical_in_a_short_form(run, enlarged, data):
+    options = ("--epochs", "2", "--test-images", "30", "--draws", "5", "--classes", "5", "--hidden", "16")
+    folder = run("categorical.py", "--data", data, *options)
+    found = assert_images(folder, "categorical", epochs=2, pixels=64 if data == "digits" else 784)
+    assert 0.1 < found["same_label"] <= 1
+    assert_pictures(folder, {*PICTURES, "classes", "labels"})
+    assert_trees(folder, {"categorical"}, draws=5, rows=30)
+
+
+def test_categorical_with_more_states_than_can_be_summed_over(run, capsys):
+    options = ("--epochs", "1", "--test-images", "30", "--draws", "5", "--hidden", "16")
+    run("categorical.py", *options, "--variables", "6", "--classes", "10")
+    assert "1000 draws" in capsys.readouterr().out
+
+
+def test_categorical_anneals_its_temperature():
+    options = {"temperature": 2.0, "floor": 0.5}
+    schedule = pv.schedules.exponential(options["temperature"], torch.tensor(4.0).log().item() / 50, options["floor"])
+    assert schedule(0) == 2.0
+    assert schedule(25) == pytest.approx(1.0)
+    assert schedule(50) == schedule(100) == pytest.approx(0.5)
+
+
+def test_classes_of_a_known_decoder_are_drawn_as_they_are():
+    categorical = functions_of("categorical.py")
+    vae = pv.VAE(
+        pv.priors.OneHotCategorical((2, 3)),
+        pv.guides.OneHotCategorical(6, (2, 3), pv.networks.linear()),
+        pv.likelihoods.Normal((2, 3), 6, lambda *sizes: torch.nn.Identity(), scale=1.0),
+    )
+    means = categorical["prototypes"](vae, num_others=20_000)  # the decoder's mean is the code itself
+    for variable in range(2):
+        own, other = (means[variable].reshape(3, 2, 3)[:, index] for index in (variable, 1 - variable))
+        assert torch.equal(own, torch.eye(3))
+        assert torch.allclose(other, torch.full((3, 3), 1 / 3), atol=0.02)
+
+
+def test_pure_classes_have_one_label_each():
+    same_label = functions_of("categorical.py")["same_label"]
+    labels = torch.tensor([0, 0, 1, 1])
+    assert same_label(torch.eye(2)[labels], labels) == 1
+    assert same_label(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
+
+
+def test_swap_in_a_short_form(run, capsys):
+    folder = run("swap.py", "--epochs", "2", "--test-images", "5", "--draws", "4", "--hidden", "8")
+    found = json.loads((folder / "results.json").read_text())
+    names = [(row["prior"], row["guide"]) for row in found["pairs"]]
+    assert len(set(names)) >= 8
+    assert {"  its twin"} < {prior for prior, _ in names}
+    assert len(found["refused"]) == 36 - sum("seconds" in row for row in found["pairs"])
+    for row in found["pairs"]:
+        assert row["gap"] == pytest.approx(row["log_p"] - row["elbo"], abs=1e-4)
+        assert row["gap"] > (-1e-2 if row["exact"] else -0.3), row
+        assert row["exact"] or row["prior"].startswith(("Relaxed", "Gumbel"))
+    assert_pictures(folder, {"swap"})
+    printed = capsys.readouterr().out
+    assert (folder / "table.txt").read_text() in printed
+    assert "29 pairs do not fit" in printed
+    assert max(map(len, (folder / "table.txt").read_text().splitlines())) <= 100, "one screen"
 
 
 # --- All of them -----------------------------------------------------------------------------------------------------
@@ -215,9 +345,40 @@ def test_digits_in_a_short_form(run):
 
 def test_every_example_with_a_main_is_run_in_this_file():
     source = Path(__file__).read_text()
-    scripts = [path.name for path in EXAMPLES.glob("*.py") if "def main(" in path.read_text()]
-    assert scripts
-    assert not [name for name in scripts if f'run("{name}"' not in source], "an example has no test"
+    assert len(SCRIPTS) >= 5
+    assert not [path.name for path in SCRIPTS if f'run("{path.name}"' not in source], "an example has no test"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_answers_before_anything_heavy_is_imported(script, tmp_path):
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = [sys.argv[1], '--help']\n"
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n"
+        "    assert not {'torch', 'pyro', 'matplotlib', 'xarray', 'sklearn'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for option in ("--out", "--seed", "--epochs"):
+        assert option in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--epochs", "0", "accepted is a positive integer"), ("--out", "file/results", "cannot make the folder")],
+)
+def test_options_that_cannot_be_used_are_refused_at_once(tmp_path, monkeypatch, capsys, option, value, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["digits.py", option, value])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "digits.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_no_example_runs_when_imported(tmp_path, monkeypatch):

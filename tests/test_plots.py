@@ -161,6 +161,18 @@ def test_a_surrogate_is_not_called_an_elbo():
     assert "ELBO" not in labels
 
 
+@pytest.mark.parametrize("terms", [["rate"], ["elbo", "distortion"]])
+def test_some_of_the_terms_are_drawn_alone(terms):
+    labels = [line.get_label() for line in plots.training_curves(HISTORY, terms=terms).lines]
+    assert labels == [{"elbo": "ELBO", "distortion": "-distortion", "rate": "-rate"}[term] for term in terms]
+
+
+@pytest.mark.parametrize("terms", [["loss"], []])
+def test_terms_that_there_are_not_are_refused(terms):
+    with pytest.raises(ValueError, match=r"terms: .* accepted are one or more of \['elbo', 'distortion', 'rate'\]"):
+        plots.training_curves(HISTORY, terms=terms)
+
+
 # --- Latent map and images -------------------------------------------------------------------------------------------
 
 

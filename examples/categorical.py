@@ -1,0 +1,155 @@
+"""
+Gumbel-softmax classes of images
+================================
+
+A VAE whose latent is categorical: each image falls into one of twenty classes, or has several such variables. It is
+trained relaxed, by the Gumbel-softmax with its temperature annealed, and judged on its discrete twin: the model with
+the same parameters and hard classes, whose log p(x), ELBO and posterior are sums over all states.
+
+The prior is colder than the guide. The relaxed KL charges about t_prior / t_guide nats for each unit of a sure code's
+logits, without end, where the discrete KL ends at log k: at equal temperatures these codes say nothing at all. So the
+relaxed ELBO is far below that of the twin, and the twin is what counts.
+"""
+
+import options
+
+if __name__ == "__main__":  # before the imports below, so that --help answers at once
+    parser = options.parser(__doc__, "categorical", epochs=150)
+    options.add_images(parser, default="digits")
+    options.add_training(parser, batch_size=100, lr=3e-3)
+    parser.add_argument("--variables", type=options.count, default=1, help="categorical variables of an image")
+    parser.add_argument("--classes", type=options.count, default=20, help="classes of each variable")
+    parser.add_argument("--hidden", type=options.count, nargs="+", default=[256], help="units of the hidden layers")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the guide, at the first step")
+    parser.add_argument("--floor", type=float, default=0.5, help="of the guide, from halfway on")
+    parser.add_argument("--prior-temperature", type=float, default=0.1, help="")
+    args = parser.parse_args()
+
+import argparse
+import math
+
+import images
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import results
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+import pyro_vae as pv
+from pyro_vae import datasets, guides, likelihoods, networks, plots, priors, schedules
+
+
+@torch.no_grad()
+def prototypes(vae: pv.VAE, num_others: int = 200) -> Tensor:
+    """What each class of each variable decodes to, in the mean over the other variables, ``(n, k, pixels)``."""
+    n, k = vae.prior().event_shape
+    z = vae.prior().sample(torch.Size([num_others if n > 1 else 1])).expand(n, k, -1, -1, -1).clone()
+    for variable in range(n):
+        z[variable, :, :, variable] = one_hot(torch.arange(k), k).to(z.dtype)[:, None]
+    return vae.decode(z).mean.mean(2)
+
+
+def draw_classes(means: Tensor, shares: Tensor, shape: tuple[int, int]) -> Figure:
+    """The prototype of each class under its share of the images, a row or two for each variable, largest first."""
+    n, k = shares.shape
+    columns = k if n > 1 else math.ceil(k / 2)
+    rows = math.ceil(n * k / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.25 * rows + 0.5), layout="constrained")
+    order = shares.argsort(1, descending=True)
+    for index, ax in enumerate(np.ravel(axes)):
+        ax.set_axis_off()
+        if index < n * k:
+            variable, place = divmod(index, k)
+            chosen = order[variable, place]
+            plots.image_grid(means[variable, chosen].reshape(1, *shape), 1, ax)
+            ax.set_title(f"{shares[variable, chosen]:.1%}", fontsize=9)
+    figure.suptitle("What each class has learnt: its mean image, under its share of the held-out images")
+    return figure
+
+
+def draw_labels(posterior: Tensor, labels: Tensor) -> Figure:
+    """How the images of each label fall into classes."""
+    table = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
+    order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()  # classes of one label side by side
+    figure, ax = plt.subplots(figsize=(0.3 * table.shape[1] + 2.4, 4.2), layout="constrained")
+    shown = ax.imshow(table[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    ax.set(xlabel="class, by the label that it holds most of", ylabel="label", xticks=[], yticks=range(10))
+    ax.set_title("Where held-out images of each label fall: mean q(z|x)")
+    figure.colorbar(shown, label="probability")
+    return figure
+
+
+def same_label(posterior: Tensor, labels: Tensor) -> float:
+    """The share of images whose label is the most frequent one in their class: 1 where classes are pure."""
+    found = posterior.argmax(1)
+    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
+
+
+def main(args: argparse.Namespace) -> None:
+    pyro.set_rng_seed(args.seed)
+    train, test, shape = images.load(args.data, args.folder)
+    pixels, latent = train.x.shape[1], (args.variables, args.classes)
+    prior = priors.GumbelSoftmax(latent, args.prior_temperature)
+    encoder = guides.GumbelSoftmax(pixels, latent, networks.mlp(args.hidden), args.temperature)
+    vae = pv.VAE(prior, encoder, decoder=likelihoods.Bernoulli(latent, pixels, networks.mlp(args.hidden[::-1])))
+
+    halfway = args.epochs * math.ceil(len(train) / args.batch_size) / 2
+    rate = math.log(args.temperature / args.floor) / halfway
+    fitted = pv.fit(
+        vae.model,
+        vae.guide,
+        train.x,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        validation=test.x,
+        transform=datasets.binarize,
+        schedules={encoder.get_buffer("family.temperature"): schedules.exponential(args.temperature, rate, args.floor)},
+        seed=args.seed,
+    )
+
+    twin = vae.discrete()
+    x, labels = datasets.binarize(test.x)[: args.test_images], test.labels[: args.test_images]
+    relaxed = pv.evaluate(vae.model, vae.guide, x, num_samples=20, seed=args.seed)["elbo"]
+    if latent[1] ** latent[0] <= pv.exact.MAX_STATES:
+        how = "by enumeration"
+        elbo = float(pv.exact.elbo(twin.model, twin.guide, x).mean())
+        log_p = float(pv.exact.log_evidence(twin.model, x).mean())
+    else:
+        how = "with 1000 draws for each"
+        elbo = pv.evaluate(twin.model, twin.guide, x, num_samples=20, seed=args.seed)["elbo"]
+        log_p = float(pv.log_evidence(twin.model, twin.guide, x, seed=args.seed).log_evidence.mean())
+    with torch.no_grad():
+        posterior = twin.encode(x).mean  # (N, n, k)
+    pure = same_label(posterior[:, 0], labels)
+    print(
+        f"On {len(x)} held-out images of {pixels} binary pixels, {latent[0]} × {latent[1]} classes, in nats per image:"
+    )
+    print(f"  ELBO of the relaxed model {relaxed:8.2f}")
+    print(f"  ELBO of its discrete twin {elbo:8.2f}  {how}")
+    print(f"  log p(x) of the twin      {log_p:8.2f}  {how}")
+    print(f"  {pure:.1%} of the images have the label that is most frequent in their class")
+
+    found = {
+        "relaxed_elbo": relaxed,
+        "elbo": elbo,
+        "log_p": log_p,
+        "kl": log_p - elbo,
+        "same_label": pure,
+        "seconds": fitted.seconds,
+        "history": fitted.history,
+    }
+    figures = {
+        "classes": draw_classes(prototypes(twin), posterior.mean(0), shape),
+        "labels": draw_labels(posterior[:, 0], labels),
+    }
+    figures |= images.pictures(twin, fitted.history, x, labels, shape, f"{latent[0]} × {latent[1]} classes")
+    tree = images.tree(twin, x[:50], labels[:50], args.draws, args.seed)
+    results.save(args, found, figures, {"categorical": tree})
+
+
+if __name__ == "__main__":
+    main(args)

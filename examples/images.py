@@ -1,0 +1,87 @@
+"""Images in the examples: where they come from, and what is drawn of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import pyro_vae as pv
+from pyro_vae import datasets, plots
+
+Shape = tuple[int, int]
+
+
+def load(data: str, folder: Path | None = None) -> tuple[datasets.Dataset, datasets.Dataset, Shape]:
+    """Training images, held-out images, and their height and width."""
+    if data == "digits":
+        return datasets.digits("train"), datasets.digits("test"), (8, 8)
+    return datasets.mnist("train", folder), datasets.mnist("test", folder), (28, 28)
+
+
+@torch.no_grad()
+def pictures(
+    vae: pv.VAE, history: Mapping[str, list[float]], x: Tensor, labels: Tensor, shape: Shape, code: str
+) -> dict[str, Figure]:
+    """Training curves, latent map, reconstructions, samples and, of two Gaussian dimensions, the decoder's manifold.
+
+    Args:
+        vae: trained.
+        history: of its training.
+        x: held-out images as the likelihood takes them.
+        labels: theirs.
+        shape: height and width.
+        code: what an image is reconstructed from, in words.
+    """
+    figures: dict[str, Figure] = {}
+
+    def canvas(name: str, title: str, size: tuple[float, float]) -> Axes:
+        figures[name], ax = plt.subplots(figsize=size, layout="constrained")
+        ax.set_title(title)
+        return ax
+
+    figures["training"], (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figures["training"].suptitle("Training: ELBO = -distortion - rate")
+    plots.training_curves(history, left, terms=["elbo", "distortion"])
+    plots.training_curves(history, right, terms=["rate"])
+    means = vae.encode(x).mean.flatten(1)
+    title = "Means of q(z|x) of held-out images, by label"
+    if means.shape[1] <= 2:
+        plots.latent_map(means, labels, canvas("latent_map", title, (7, 6)))
+    else:
+        ax = canvas("latent_map", f"{title}:\nthe two directions in which they vary most", (7, 6))
+        plots.latent_map(principal_components(means), labels, ax)
+        ax.set(xlabel="first principal component", ylabel="second principal component")
+    shown = torch.stack([x[:12], vae.reconstruct(x[:12])]).reshape(-1, *shape)
+    ax = canvas("reconstructions", f"Held-out images, above their reconstructions from {code}", (8, 1.9))
+    plots.image_grid(shown, 12, ax)
+    ax = canvas("samples", "Samples: z from the prior, mean of p(x|z)", (6, 3.4))
+    plots.image_grid(vae.generate(50, mean=True).reshape(-1, *shape), 10, ax)
+    if isinstance(vae.prior, pv.priors.StandardNormal) and means.shape[1] == 2:
+        ax = canvas("manifold", "What each place in the latent space decodes to", (6, 6.2))
+        plots.manifold(lambda z: vae.decode(z).mean, shape, size=15 if shape == (8, 8) else 20, ax=ax)
+    return figures
+
+
+def principal_components(values: Tensor) -> Tensor:
+    """``(N, D)`` in the two directions in which it varies most, ``(N, 2)``."""
+    centred = values - values.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+
+
+def tree(vae: pv.VAE, x: Tensor, labels: Tensor, draws: int, seed: int) -> xr.DataTree:
+    """Draws for ArviZ: of held-out images, with their labels along ``obs``."""
+    return pv.to_datatree(
+        vae.model,
+        vae.guide,
+        x,
+        draws=draws,
+        seed=seed,
+        parallel=True,
+        dims={"x": ["pixel"]},
+        coords={"label": ("obs", labels)},
+    )

@@ -1,0 +1,57 @@
+"""What the examples can be told. Nothing heavy is imported here, so that ``--help`` answers at once."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it is, and the default of each option."""
+
+
+def folder(name: str) -> Path:
+    """A folder that results can be written to, made if it is not there: before any work, and not after it."""
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make the folder {name!r}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to the folder {name!r}")
+    return path
+
+
+def count(text: str) -> int:
+    """A positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted is a positive integer")
+    return int(text)
+
+
+def parser(doc: str | None, name: str, epochs: int, unit: str = "passes over the data") -> argparse.ArgumentParser:
+    """A parser with ``--out``, ``--epochs`` and ``--seed``, described by the docstring of the example."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=_Formatter)
+    made.add_argument("--out", type=folder, default=f"results/{name}", help="folder for results")
+    made.add_argument("--epochs", type=count, default=epochs, help=unit)
+    made.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    return made
+
+
+def add_choice(made: argparse.ArgumentParser, name: str, *choices: str, meaning: str) -> None:
+    """Add an option that takes one of these words, the first if left out."""
+    made.add_argument(name, choices=choices, default=choices[0], help=meaning)
+
+
+def add_training(made: argparse.ArgumentParser, batch_size: int, lr: float) -> None:
+    """Add ``--batch-size`` and ``--lr``."""
+    made.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
+    made.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
+
+
+def add_images(made: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--data`` and ``--folder``, which say what images to train on, and how many to judge on."""
+    kinds = "mnist: 28 × 28 pixels, downloaded once; digits: 8 × 8 pixels, from scikit-learn"
+    add_choice(made, "--data", *sorted(["digits", "mnist"], key=lambda kind: kind != default), meaning=kinds)
+    made.add_argument("--folder", type=Path, help="a folder with the four IDX files of MNIST, instead of a download")
+    made.add_argument("--test-images", type=count, default=1000, help="held-out images to judge on")
+    made.add_argument("--draws", type=count, default=200, help="draws in the ArviZ file")
