@@ -54,7 +54,7 @@ docs: $(DEV)  ## the documentation, in docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean:  ## remove caches and the built documentation; results/ and the environment stay
-	rm -rf docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf docs/_build docs/examples docs/sg_execution_times.rst build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find pyro_vae tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installation: a light one for the demo, and one with the tools. Each is renewed when what it is made from changes.

@@ -1,9 +1,17 @@
-"""Sphinx: MyST pages, pictures from the scripts in `figures`, and the API from docstrings.
+"""Sphinx: MyST pages, pictures from the scripts in `figures`, a gallery of the examples, and the API from docstrings.
 
 Nothing is fetched from the network while it builds.
 """
 
-import pyro_vae
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import their neighbours, as scripts do
+
+import gallery  # noqa: E402
+
+import pyro_vae  # noqa: E402
 
 project = "pyro_vae"
 author = "the pyro_vae authors"
@@ -15,6 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "matplotlib.sphinxext.plot_directive",
+    "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build"]
 
@@ -25,6 +34,21 @@ suppress_warnings: list[str] = []
 plot_formats = [("png", 120)]
 plot_html_show_formats = False
 plot_html_show_source_link = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "examples",
+    "filename_pattern": ".",
+    "ignore_pattern": rf"^(?!({'|'.join(gallery.SHORT_FORMS)})\.py$)",
+    "within_subsection_order": "gallery.Order",
+    "reset_argv": gallery.ShortForm(),
+    "image_scrapers": (gallery.SavedPictures(),),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "notebook_extensions": set(),
+    "show_signature": False,
+    "min_reported_time": 1e9,
+}
 
 autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False  # torch's words on `forward` and the like are not ours

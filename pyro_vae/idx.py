@@ -4,9 +4,9 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ _UNSIGNED_BYTES = 0x08
 _MAX_DIMS = 8
 
 
-class Published(NamedTuple):
+@dataclass(frozen=True)
+class Published:
     """A published file and its checksums.
 
     Attributes:

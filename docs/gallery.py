@@ -1,0 +1,64 @@
+"""The gallery runs each example in a short form, and shows the pictures that it saves."""
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sphinx_gallery.scrapers import figure_rst
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RESULTS = Path(__file__).parent / "_build" / "examples"
+
+SHORT_FORMS = {
+    "mixture": "--epochs 500 --test-points 1000 --particles 8 --draws 50",
+    "digits": "--epochs 60 --test-images 30 --draws 50",
+    "mnist": "--data digits --epochs 60 --test-images 50 --samples 200 --draws 50",
+    "categorical": "--epochs 60 --test-images 200 --draws 50",
+    "swap": "--epochs 30 --test-images 10 --draws 20",
+}
+"""By example, in the order of the gallery."""
+
+
+class ShortForm:
+    """The options of an example, for ``sphinx_gallery_conf["reset_argv"]``."""
+
+    def __call__(self, gallery_conf: dict[str, Any], script_vars: dict[str, Any]) -> list[str]:
+        """Options that write where :class:`SavedPictures` looks; what an earlier run has left there is removed."""
+        name = Path(script_vars["src_file"]).stem
+        shutil.rmtree(RESULTS / name, ignore_errors=True)
+        return ["--out", str(Path("../docs/_build/examples") / name), *shlex.split(SHORT_FORMS[name])]
+
+    def __repr__(self) -> str:
+        return "ShortForm()"
+
+
+class SavedPictures:
+    """The PNG files that an example has written, for ``sphinx_gallery_conf["image_scrapers"]``."""
+
+    def __call__(self, block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
+        """The command that was run, and the pictures."""
+        name = Path(block_vars["src_file"]).stem
+        pictures = sorted((RESULTS / name).glob("*.png"))
+        if not pictures:
+            return ""
+        copies = []
+        for picture, copy in zip(pictures, block_vars["image_path_iterator"], strict=False):
+            shutil.move(picture, copy)
+            copies.append(copy)
+        command = f"python examples/{name}.py {SHORT_FORMS[name]}"
+        return f"\n.. code-block:: sh\n\n    {command}\n\n{figure_rst(copies, gallery_conf['src_dir'])}"
+
+    def __repr__(self) -> str:
+        return "SavedPictures()"
+
+
+class Order:
+    """The place of an example in the gallery, for ``sphinx_gallery_conf["within_subsection_order"]``."""
+
+    def __init__(self, src_dir: str):
+        self.names = list(SHORT_FORMS)
+
+    def __call__(self, filename: str) -> int:
+        """A number to sort by."""
+        return self.names.index(Path(filename).stem)
