@@ -65,4 +65,5 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"pyro_vae {release}"
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False

@@ -47,7 +47,8 @@ class SavedPictures:
             shutil.move(picture, copy)
             copies.append(copy)
         command = f"python examples/{name}.py {SHORT_FORMS[name]}"
-        return f"\n.. code-block:: sh\n\n    {command}\n\n{figure_rst(copies, gallery_conf['src_dir'])}"
+        figures = "".join(figure_rst([copy], gallery_conf["src_dir"]) for copy in copies)
+        return f"\n.. code-block:: sh\n\n    {command}\n\n{figures}"
 
     def __repr__(self) -> str:
         return "SavedPictures()"

@@ -97,21 +97,23 @@ def main(args: argparse.Namespace) -> None:
     # A relaxed VAE is judged as the discrete one that it stands for.
     judged = vae.discrete() if {args.prior, args.guide} == {"relaxed-bernoulli"} else vae
     x, labels = pixels(test.x), test.labels
-    terms = pv.evaluate(judged.model, judged.guide, x, num_samples=10, seed=args.seed)
     few = x[: args.test_images]
+    terms = pv.evaluate(judged.model, judged.guide, x, num_samples=10, seed=args.seed)
+    elbo_of_few = pv.evaluate(judged.model, judged.guide, few, num_samples=100, seed=args.seed)["elbo"]
     estimate = pv.log_evidence(judged.model, judged.guide, few, num_samples=args.samples, seed=args.seed)
     log_p, ess = estimate.log_evidence, estimate.ess.median()
     error = log_p.std() / len(log_p) ** 0.5
     print(f"After {args.epochs} epochs, {fitted.seconds:.0f} s. Held out, in nats per image of {x.shape[1]} pixels:")
-    print(f"  ELBO     {terms['elbo']:8.2f}          on {len(x)} images; minus distortion and rate,")
-    print(f"                             {terms['distortion']:.2f} and {terms['rate']:.2f}")
-    print(f"  log p(x) {log_p.mean():8.2f} ± {error:.2f}  on {len(few)} images, {args.samples} draws for each,")
-    print(f"                             of which {ess:.0f} count (median effective number)")
+    print(f"  on all {len(x)} images: ELBO {terms['elbo']:.2f}, minus a distortion of {terms['distortion']:.2f} and a "
+          f"rate of {terms['rate']:.2f}")  # fmt: skip
+    print(f"  on {len(few)} of them: ELBO {elbo_of_few:.2f}, log p(x) {log_p.mean():.2f} ± {error:.2f} with "
+          f"{args.samples} draws for each,\n    of which {ess:.0f} count (median effective number)")  # fmt: skip
     if args.data == "mnist":
         print(PUBLISHED)
 
     found = {
         **terms,
+        "elbo_of_test_images": elbo_of_few,
         "log_p": float(log_p.mean()),
         "log_p_standard_error": float(error),
         "effective_draws": float(ess),
