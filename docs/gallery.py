@@ -39,7 +39,7 @@ class SavedPictures:
     def __call__(self, block: Any, block_vars: dict[str, Any], gallery_conf: dict[str, Any]) -> str:
         """The command that was run, and the pictures."""
         name = Path(block_vars["src_file"]).stem
-        pictures = sorted((RESULTS / name).glob("*.png"))
+        pictures = sorted((RESULTS / name).glob("*.png"), key=lambda path: (path.stem != "manifold", path.stem))
         if not pictures:
             return ""
         copies = []
@@ -47,8 +47,9 @@ class SavedPictures:
             shutil.move(picture, copy)
             copies.append(copy)
         command = f"python examples/{name}.py {SHORT_FORMS[name]}"
+        smaller = "on the 8 × 8 digits of scikit-learn, not on MNIST" if name == "mnist" else "with fewer steps"
         figures = "".join(figure_rst([copy], gallery_conf["src_dir"]) for copy in copies)
-        return f"\n.. code-block:: sh\n\n    {command}\n\n{figures}"
+        return f"\nRun here in a short form, {smaller}:\n\n.. code-block:: sh\n\n    {command}\n\n{figures}"
 
     def __repr__(self) -> str:
         return "SavedPictures()"

@@ -6,9 +6,10 @@ A VAE whose latent is categorical: each image falls into one of twenty classes, 
 trained relaxed, by the Gumbel-softmax with its temperature annealed, and judged on its discrete twin: the model with
 the same parameters and hard classes, whose log p(x), ELBO and posterior are sums over all states.
 
-The prior is colder than the guide. The relaxed KL charges about t_prior / t_guide nats for each unit of a sure code's
-logits, without end, where the discrete KL ends at log k: at equal temperatures these codes say nothing at all. So the
-relaxed ELBO is far below that of the twin, and the twin is what counts.
+The prior is colder than the guide. As a code gets surer its logits grow, and the relaxed KL grows with them, by about
+t_prior / t_guide nats for each unit, where the discrete KL never exceeds log k. At equal temperatures that charge is
+more than these codes are worth, and they say nothing at all. So the relaxed ELBO is far below that of the twin, and the
+twin is what counts.
 """
 
 import options
@@ -20,10 +21,12 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
     parser.add_argument("--variables", type=options.count, default=1, help="categorical variables of an image")
     parser.add_argument("--classes", type=options.count, default=20, help="classes of each variable")
     parser.add_argument("--hidden", type=options.count, nargs="+", default=[256], help="units of the hidden layers")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the guide, at the first step")
-    parser.add_argument("--floor", type=float, default=0.5, help="of the guide, from halfway on")
-    parser.add_argument("--prior-temperature", type=float, default=0.1, help="")
+    parser.add_argument("--temperature", type=options.positive, default=1.0, help="of the guide, at the first step")
+    parser.add_argument("--floor", type=options.positive, default=0.5, help="of the guide, from halfway on")
+    parser.add_argument("--prior-temperature", type=options.positive, default=0.1, help="colder than the guide")
     args = parser.parse_args()
+    if args.floor > args.temperature:
+        parser.error(f"--floor {args.floor}: accepted is at most --temperature, {args.temperature}")
 
 import argparse
 import math
@@ -65,8 +68,8 @@ def draw_classes(means: Tensor, shares: Tensor, shape: tuple[int, int]) -> Figur
             variable, place = divmod(index, k)
             chosen = order[variable, place]
             plots.image_grid(means[variable, chosen].reshape(1, *shape), 1, ax)
-            ax.set_title(f"{shares[variable, chosen]:.1%}", fontsize=9)
-    figure.suptitle("What each class has learnt: its mean image, under its share of the held-out images")
+            ax.set_title(f"#{int(chosen)}: {shares[variable, chosen]:.1%}", fontsize=9)
+    figure.suptitle("What each class has learnt: its mean image, under its number and its share of the held-out images")
     return figure
 
 
@@ -76,7 +79,8 @@ def draw_labels(posterior: Tensor, labels: Tensor) -> Figure:
     order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()  # classes of one label side by side
     figure, ax = plt.subplots(figsize=(0.3 * table.shape[1] + 2.4, 4.2), layout="constrained")
     shown = ax.imshow(table[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    ax.set(xlabel="class, by the label that it holds most of", ylabel="label", xticks=[], yticks=range(10))
+    ax.set(xlabel="number of the class, sorted by the label that it holds most of", ylabel="label", yticks=range(10))
+    ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
     ax.set_title("Where held-out images of each label fall: mean q(z|x)")
     figure.colorbar(shown, label="probability")
     return figure
@@ -115,11 +119,11 @@ def main(args: argparse.Namespace) -> None:
     x, labels = datasets.binarize(test.x)[: args.test_images], test.labels[: args.test_images]
     relaxed = pv.evaluate(vae.model, vae.guide, x, num_samples=20, seed=args.seed)["elbo"]
     if latent[1] ** latent[0] <= pv.exact.MAX_STATES:
-        how = "by enumeration"
+        how = {"elbo": "by enumeration", "log_p": "by enumeration"}
         elbo = float(pv.exact.elbo(twin.model, twin.guide, x).mean())
         log_p = float(pv.exact.log_evidence(twin.model, x).mean())
     else:
-        how = "with 1000 draws for each"
+        how = {"elbo": "with 20 draws for each", "log_p": "estimated with 1000 draws for each"}
         elbo = pv.evaluate(twin.model, twin.guide, x, num_samples=20, seed=args.seed)["elbo"]
         log_p = float(pv.log_evidence(twin.model, twin.guide, x, seed=args.seed).log_evidence.mean())
     with torch.no_grad():
@@ -129,8 +133,8 @@ def main(args: argparse.Namespace) -> None:
         f"On {len(x)} held-out images of {pixels} binary pixels, {latent[0]} × {latent[1]} classes, in nats per image:"
     )
     print(f"  ELBO of the relaxed model {relaxed:8.2f}")
-    print(f"  ELBO of its discrete twin {elbo:8.2f}  {how}")
-    print(f"  log p(x) of the twin      {log_p:8.2f}  {how}")
+    print(f"  ELBO of its discrete twin {elbo:8.2f}  {how['elbo']}")
+    print(f"  log p(x) of the twin      {log_p:8.2f}  {how['log_p']}")
     print(f"  {pure:.1%} of the images have the label that is most frequent in their class")
 
     found = {

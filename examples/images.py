@@ -20,7 +20,13 @@ def load(data: str, folder: Path | None = None) -> tuple[datasets.Dataset, datas
     """Training images, held-out images, and their height and width."""
     if data == "digits":
         return datasets.digits("train"), datasets.digits("test"), (8, 8)
-    return datasets.mnist("train", folder), datasets.mnist("test", folder), (28, 28)
+    try:
+        return datasets.mnist("train", folder), datasets.mnist("test", folder), (28, 28)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{error}\n\nNo network? `--folder FOLDER` reads MNIST's four IDX files from a folder, and `--data digits` "
+            "trains on smaller digits that need no download."
+        ) from None
 
 
 @torch.no_grad()
@@ -48,7 +54,8 @@ def pictures(
     figures["training"].suptitle("Training: ELBO = -distortion - rate")
     plots.training_curves(history, left, terms=["elbo", "distortion"])
     plots.training_curves(history, right, terms=["rate"])
-    means = vae.encode(x).mean.flatten(1)
+    means = mean_code(vae, x[:1500])
+    labels = labels[:1500]
     title = "Means of q(z|x) of held-out images, by label"
     if means.shape[1] <= 2:
         plots.latent_map(means, labels, canvas("latent_map", title, (7, 6)))
@@ -65,6 +72,15 @@ def pictures(
         ax = canvas("manifold", "What each place in the latent space decodes to", (6, 6.2))
         plots.manifold(lambda z: vae.decode(z).mean, shape, size=15 if shape == (8, 8) else 20, ax=ax)
     return figures
+
+
+def mean_code(vae: pv.VAE, x: Tensor) -> Tensor:
+    """The mean of q(z|x), or of what the decoder reads where z itself has none in closed form, ``(N, D)``."""
+    q = vae.encode(x)
+    try:
+        return q.mean.flatten(1)
+    except NotImplementedError:
+        return vae.code(q.sample(torch.Size([100]))).mean(0).flatten(1)
 
 
 def principal_components(values: Tensor) -> Tensor:

@@ -3,17 +3,17 @@ Two Gaussians, against enumeration
 ==================================
 
 What each way to train a latent-variable model costs, in nats, against the exact answer. The data are 1000 points,
-z ~ Bernoulli(1/2), x ~ N(±(1, 1), 0.1). A model of them is fitted in nine ways: one Gaussian by maximum likelihood, the
-mixture by enumerating z, the Jensen bound and naive Monte Carlo under the prior, and VAEs with a Gaussian, a relaxed
-Bernoulli, a Gumbel-softmax, an enumerated and a score-function Bernoulli latent. Each is judged on 10,000 fresh points
-by quadrature or enumeration, without Monte Carlo.
+z ~ Bernoulli(1/2), x ~ N(±(1, 1), 0.1), with 0.1 the standard deviation. A model of them is fitted in nine ways: one
+Gaussian by maximum likelihood, the mixture by enumerating z, the Jensen bound and naive Monte Carlo under the prior,
+and VAEs with a Gaussian, a relaxed Bernoulli, a Gumbel-softmax, an enumerated and a score-function Bernoulli latent.
+Each is judged on 10,000 fresh points by quadrature or enumeration, without Monte Carlo.
 """
 
 import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
     parser = options.parser(__doc__, "mixture", epochs=3000, unit="steps of SVI for each method, on all 1000 points")
-    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of Adam")
+    parser.add_argument("--lr", type=options.positive, default=1e-2, help="learning rate of Adam")
     parser.add_argument("--particles", type=options.count, default=32, help="samples of naive Monte Carlo")
     weight = "weight of the VAEs' KL; at 0 codes drift apart"
     parser.add_argument("--kl-weight", type=float, default=1.0, help=weight)

@@ -8,6 +8,8 @@ resampled, thresholded or grey), another prior and guide. It is judged on held-o
 and log p(x) estimated with 1000 draws from q(z|x).
 """
 
+import argparse
+
 import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
@@ -22,12 +24,19 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
     options.add_choice(parser, "--prior", "standard-normal", "normal", "relaxed-bernoulli", meaning="p(z)")
     options.add_choice(parser, "--guide", "diagonal-normal", "relaxed-bernoulli", meaning="q(z|x)")
     options.add_choice(parser, "--likelihood", "bernoulli", "continuous-bernoulli", "normal", meaning="p(x|z)")
-    pixels = "1 with the grey value as probability, drawn anew for each batch; 1 where it is above 1/2; or grey"
-    options.add_choice(parser, "--binarization", "resample", "threshold", "none", meaning=pixels)
+    pixels = "resample: 1 with the grey value as probability, drawn anew for each batch (default for a Bernoulli); "
+    pixels += "threshold: 1 where it is above 1/2; none: grey, for likelihoods with a density on it (default for those)"
+    parser.add_argument(
+        "--binarization", choices=["resample", "threshold", "none"], default=argparse.SUPPRESS, help=pixels
+    )
     parser.add_argument("--samples", type=options.count, default=1000, help="draws for log p(x) of each image")
     args = parser.parse_args()
+    has_mass = args.likelihood == "bernoulli"
+    args.binarization = vars(args).get("binarization", "resample" if has_mass else "none")
+    if has_mass == (args.binarization == "none"):
+        accepted = "resample, threshold" if has_mass else "none"
+        parser.error(f"--binarization {args.binarization}: accepted with --likelihood {args.likelihood} is {accepted}")
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -59,8 +68,8 @@ PIXELS = {"resample": datasets.resample, "threshold": datasets.binarize, "none":
 
 PUBLISHED = """
 For the order of magnitude: the published -86.8 is log p(x) of resampled pixels with 50 latent dimensions, after a very
-long training (VAE; Burda et al. 2016, Table 1). Two dimensions hold less: tutorials print losses around 150, on grey
-pixels, which are no nats."""
+long training (VAE; Burda et al. 2016, Table 1). Two dimensions hold less: tutorials print losses around 150, which are
+a cross-entropy on grey pixels and no log-likelihood (docs/losses.md)."""
 
 
 def image_vae(args: argparse.Namespace, shape: tuple[int, int]) -> pv.VAE:
@@ -102,20 +111,25 @@ def main(args: argparse.Namespace) -> None:
     elbo_of_few = pv.evaluate(judged.model, judged.guide, few, num_samples=100, seed=args.seed)["elbo"]
     estimate = pv.log_evidence(judged.model, judged.guide, few, num_samples=args.samples, seed=args.seed)
     log_p, ess = estimate.log_evidence, estimate.ess.median()
-    error = log_p.std() / len(log_p) ** 0.5
-    print(f"After {args.epochs} epochs, {fitted.seconds:.0f} s. Held out, in nats per image of {x.shape[1]} pixels:")
-    print(f"  on all {len(x)} images: ELBO {terms['elbo']:.2f}, minus a distortion of {terms['distortion']:.2f} and a "
-          f"rate of {terms['rate']:.2f}")  # fmt: skip
-    print(f"  on {len(few)} of them: ELBO {elbo_of_few:.2f}, log p(x) {log_p.mean():.2f} ± {error:.2f} with "
-          f"{args.samples} draws for each,\n    of which {ess:.0f} count (median effective number)")  # fmt: skip
-    if args.data == "mnist":
+    error = estimate.standard_error.square().sum().sqrt() / len(log_p)  # of the estimate
+    spread = log_p.std() / len(log_p) ** 0.5  # standard error of the mean over images
+    split = f"-{terms['distortion']:.2f} (distortion) - {terms['rate']:.2f} (rate)".replace("--", "")
+    report = [
+        f"{args.epochs} epochs, {fitted.seconds:.0f} s. Held out, in nats per image of {x.shape[1]} pixels:",
+        f"  all {len(x)} images: ELBO {terms['elbo']:.2f} = {split}",
+        f"  {len(few)} of them: ELBO {elbo_of_few:.2f}, log p(x) {log_p.mean():.2f} from {args.samples} draws each,",
+        f"    effective {ess:.0f} in the median; error of the estimate {error:.2f}, of the mean over images {spread:.2f}",
+    ]
+    print("\n".join(report))
+    if (args.data, args.binarization, args.latent) == ("mnist", "resample", 2):
         print(PUBLISHED)
 
     found = {
         **terms,
         "elbo_of_test_images": elbo_of_few,
         "log_p": float(log_p.mean()),
-        "log_p_standard_error": float(error),
+        "log_p_error_of_estimate": float(error),
+        "log_p_standard_error_over_images": float(spread),
         "effective_draws": float(ess),
         "seconds": fitted.seconds,
         "history": fitted.history,

@@ -28,6 +28,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """A positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted is a positive number")
+    return number
+
+
 def parser(doc: str | None, name: str, epochs: int, unit: str = "passes over the data") -> argparse.ArgumentParser:
     """A parser with ``--out``, ``--epochs`` and ``--seed``, described by the docstring of the example."""
     made = argparse.ArgumentParser(description=doc, formatter_class=_Formatter)
@@ -45,7 +56,7 @@ def add_choice(made: argparse.ArgumentParser, name: str, *choices: str, meaning:
 def add_training(made: argparse.ArgumentParser, batch_size: int, lr: float) -> None:
     """Add ``--batch-size`` and ``--lr``."""
     made.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
-    made.add_argument("--lr", type=float, default=lr, help="learning rate of Adam")
+    made.add_argument("--lr", type=positive, default=lr, help="learning rate of Adam")
 
 
 def add_images(made: argparse.ArgumentParser, default: str) -> None:

@@ -161,7 +161,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
     >>> mnist(folder="nowhere")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: folder: 'nowhere' holds neither train-images-idx3-ubyte.gz nor train-images-idx3-ubyte
+    FileNotFoundError: folder: 'nowhere' is no folder
     """
     _check_split(split, _MNIST)
     images, labels = (
@@ -190,15 +190,17 @@ def grey(x: Tensor) -> Tensor:
     >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
+    if x.dtype == torch.uint8 and len(x) and x.max() == 1:
+        raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
     if x.dtype == torch.uint8:
         return x.to(torch.get_default_dtype()) / 255
     if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):  # of NaN neither holds
-        found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}"
+        found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}" if x.numel() else f"no values, {x.dtype}"
         raise ValueError(f"x: got {found}; accepted are bytes (torch.uint8), or grey values from 0 to 1")
     return x
 
 
-def binarize(x: Tensor, threshold: float = 0.5) -> Tensor:
+def binarize(x: Tensor, *, threshold: float = 0.5) -> Tensor:
     """1 where the grey value is above the threshold, 0 elsewhere.
 
     >>> binarize(torch.tensor([0, 127, 128], dtype=torch.uint8))

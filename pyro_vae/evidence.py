@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.checks import positive_int
 from pyro_vae.decomposition import log_density
+from pyro_vae.distributions import base_distribution
 from pyro_vae.handlers import latent_sites
 from pyro_vae.joint_density import Guide, Problem
 from pyro_vae.randomness import seeded
@@ -86,9 +88,9 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     problem = Problem(model, data, plate)
-    Guide(problem, guide)
+    _check_densities(Guide(problem, guide))
     widths = [site["fn"].event_shape.numel() for site in (problem.latents | problem.observed).values()]
-    chunk = max(1, _BUDGET // (problem.num_data * max(widths)))
+    chunk = max(1, _BUDGET // (problem.num_data * max(64, *widths)))
     total, total_of_squares = problem.zeros() - math.inf, problem.zeros() - math.inf
     with seeded(seed):
         for first in range(0, num_samples, chunk):
@@ -97,6 +99,16 @@ def log_evidence(
             total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
     ess = (2 * total - total_of_squares).exp()
     return Evidence((total - math.log(num_samples)).to(problem.dtype), ess.to(problem.dtype), num_samples)
+
+
+def _check_densities(q: Guide) -> None:
+    """A point of a continuous latent has no density to weight it by, and log p(x, z) is no bound."""
+    for name, site in q.sites.items():
+        continuous = not q.problem.latents[name]["fn"].support.is_discrete
+        if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
+            raise ValueError(
+                f"guide: its latent {name!r} is a point (Delta, as in AutoDelta), without a density to weight draws by"
+            )
 
 
 def _log_weights(problem: Problem, guide: Function, count: int) -> Tensor:

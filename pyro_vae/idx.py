@@ -42,7 +42,8 @@ def find(file: Published, folder: str | Path) -> Path:
     for path in (Path(folder) / f"{file.name}.gz", Path(folder) / file.name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"folder: {str(folder)!r} holds neither {file.name}.gz nor {file.name}")
+    what = f"holds neither {file.name}.gz nor {file.name}" if Path(folder).is_dir() else "is no folder"
+    raise FileNotFoundError(f"folder: {str(folder)!r} {what}")
 
 
 def download(file: Published, mirrors: Sequence[str], cache: str | Path, attempts: int = 2) -> Path:

@@ -44,7 +44,7 @@ def to_datatree(
     Groups: ``posterior`` (the guide's latents, and what is deterministic given them, such as ``code``, what the decoder
     reads of a relaxed latent), ``prior``, ``posterior_predictive`` and ``prior_predictive`` (data drawn **anew**, not
     the observed data repeated), ``observed_data``, and ``guide``: the parameters of each q(z | x), such as ``z_loc``
-    and ``z_scale``, without draws (there is none of an autoguide that draws its latents on the way through others).
+    and ``z_scale``, without draws (of latents whose parameters hang on the draw of another there are none).
     Dimensions are ``(chain, draw, obs, ...)`` with one chain: draws from a guide are independent, so ``r_hat`` and
     ``ess`` say nothing about them; ``az.summary(..., kind="stats")`` is what fits.
 
@@ -93,7 +93,7 @@ def to_datatree(
             model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
         latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
         deterministic = _deterministic_sites(model_trace)
-        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else latents
+        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else _given_data(latents, guide, data)
         _check_latents(latent_sites(model_trace), latents)
         _check_size(latents | deterministic | observed, draws)
         names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
@@ -167,6 +167,18 @@ def _deterministic_sites(trace: Any) -> dict[str, Any]:
     }
 
 
+def _given_data(latents: dict[str, Any], guide: Callable[..., Any], data: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Those whose parameters are the same in another run: the others hang on draws of latents before them."""
+    with poutine.block():
+        again = latent_sites(poutine.trace(guide).get_trace(*data))
+
+    def same(name: str) -> bool:
+        ours, theirs = _parameters(latents[name]["fn"]), _parameters(again[name]["fn"])
+        return all(torch.allclose(value, theirs[key], equal_nan=True) for key, value in ours.items())
+
+    return {name: site for name, site in latents.items() if same(name)}
+
+
 def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:
     missing = sorted(set(of_model) - set(of_guide))
     if missing:
@@ -232,6 +244,8 @@ class _Names:
                 along = "" if name == dim else f", along {dim!r},"
                 found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
                 raise ValueError(f"coords: {name!r}{along} has {found}; accepted are {sizes}")
+            if name in sizes and name != dim:
+                raise ValueError(f"coords: {name!r} is a dimension, and its coordinate cannot lie along {dim!r}")
             if name in self.dims:
                 raise ValueError(f"coords: {name!r} is the name of a site; accepted is another")
             self.coords[name] = (dim, coordinate)
@@ -258,9 +272,11 @@ class _Names:
             fn, shape = site["fn"], self.shapes[name]
             batch = shape[: len(shape) - len(fn.event_shape)]
             for parameter, value in _parameters(fn).items():
+                if value.dim() < len(fn.batch_shape):
+                    value = value.expand(fn.batch_shape)
                 value = value.reshape((*batch, *value.shape[len(fn.batch_shape) :]))
                 arrays[f"{name}_{parameter}"] = (
-                    self._parameter_dims(name, parameter, value.shape),
+                    self._parameter_dims(name, parameter, value.shape, len(batch)),
                     value.cpu().numpy(),
                 )
         taken = sorted(arrays.keys() & self.coords.keys())
@@ -268,17 +284,20 @@ class _Names:
             raise ValueError(f"coords: {taken[0]!r} is the name of a parameter of the guide; accepted is another")
         return self._dataset(arrays)
 
-    def _parameter_dims(self, name: str, parameter: str, shape: torch.Size) -> tuple[str, ...]:
-        """Those of the site; the columns of a matrix along a second, ``_bis``; what is left by number."""
+    def _parameter_dims(self, name: str, parameter: str, shape: tuple[int, ...], num_batch: int) -> tuple[str, ...]:
+        """Those of the site; the columns of a matrix along a second, ``_bis``; any other shape by number."""
         dims, sizes = self.dims[name], self.shapes[name]
-        dims, sizes = (*dims, *(f"{dim}_bis" for dim in dims[-1:])), (*sizes, *sizes[-1:])
-        named = []
-        for axis, size in enumerate(shape):
-            fits = axis < len(dims) and sizes[axis] == size
-            named.append(dims[axis] if fits else f"{name}_{parameter}_{axis}")
-            like = self.coords[named[-1].removesuffix("_bis")][1] if fits else np.arange(size)
-            self.coords.setdefault(named[-1], (named[-1], like))
-        return tuple(named)
+        own, event = tuple(shape[num_batch:]), sizes[num_batch:]
+        if own == event[: len(own)]:
+            return dims[: len(shape)]
+        if parameter in _MATRICES and own == 2 * event:
+            columns = f"{dims[-1]}_bis"
+            self.coords.setdefault(columns, (columns, self.coords[dims[-1]][1]))
+            return (*dims, columns)
+        numbered = tuple(f"{name}_{parameter}_{axis}" for axis in range(num_batch, len(shape)))
+        for dim, size in zip(numbered, own, strict=True):
+            self.coords.setdefault(dim, (dim, np.arange(size)))
+        return (*dims[:num_batch], *numbered)
 
     def _dataset(self, arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray]]) -> xr.Dataset:
         used = {dim for dims, _ in arrays.values() for dim in dims}
@@ -286,6 +305,7 @@ class _Names:
         return xr.Dataset(arrays, coords=coords)
 
 
+_MATRICES = {"covariance_matrix", "precision_matrix", "scale_tril"}
 _ALIASES = {"logits": "probs", "precision_matrix": "covariance_matrix", "scale_tril": "covariance_matrix"}
 
 

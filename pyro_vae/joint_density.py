@@ -180,6 +180,8 @@ class Guide:
             )
         for name, site in self.sites.items():
             _check_frames("guide", name, site, problem.plate, problem.num_data)
+            if site["mask"] is not None or _is_masked(site["fn"]):
+                raise ValueError(f"guide: its latent {name!r} is masked, and its q(z | x) is then no distribution")
             if site["fn"].event_shape != problem.latents[name]["fn"].event_shape:
                 raise ValueError(
                     f"guide: site {name!r} has event shape {tuple(site['fn'].event_shape)}, and the model "

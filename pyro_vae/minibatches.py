@@ -1,7 +1,7 @@
 """Mini-batches of any Pyro pair: which way of taking rows is right for it, or that none is."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyro
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import Drawn, Rows, SubsampleStatements, latent_sites, observed_sites, parameters_of
+from pyro_vae.randomness import seeded
 
 __all__ = ["Batcher", "Transform", "following_autoguide", "is_amortized", "plan", "transformed"]
 
@@ -47,23 +48,30 @@ def plan(
     """
     if transform is not None:  # `Drawn` knows a tensor by its identity, and one tensor may be given in two roles
         data = tuple(tensor.view_as(tensor) for tensor in data)
-    seen = transformed(data, transform)
-    with poutine.block(), torch.no_grad(), SubsampleStatements() as statements:
-        model_trace = poutine.trace(model).get_trace(*seen)
-    _check_plate(model_trace, plate)
-    if not statements.count:
-        _check_slicing(model, model_trace, guide, seen, plate)
-        return lambda rows: _sliced(data, rows, transform)
     first = torch.arange(batch_size, device=data[0].device)
     drawn = _drawn(data, first, transform)
+    model_trace, subsamples = _first_run(model, data, Rows(plate, first), drawn, transform)
+    _check_plate(model_trace, plate)
+    if not subsamples:
+        _check_slicing(model, model_trace, guide, transformed(data, transform), plate)
+        return lambda rows: _sliced(data, rows, transform)
     _check_subsampling(model, guide, data, Rows(plate, first), drawn)
-    if not all(drawn.read):
-        raise ValueError(
-            f"transform: the model does not read data tensor {drawn.read.index(False)} with `pyro.subsample(x, "
-            "event_dim=...)` as it is handed over, and would not see it transformed. Read it so, or transform the "
-            "data beforehand"
-        )
+    if transform is not None:
+        _check_reading(model, guide, data, Rows(plate, first), drawn.rows)
     return lambda rows: _subsampled(data, rows, plate, transform)
+
+
+def _first_run(
+    model: Function, data: tuple[Tensor, ...], subsample: Rows, drawn: Drawn, transform: Transform | None
+) -> tuple[Trace, bool]:
+    """A trace of the model, and whether it reads with ``pyro.subsample``: then of a few rows, and else of all."""
+    with suppress(ValueError, RuntimeError, IndexError):
+        with poutine.block(), torch.no_grad(), SubsampleStatements() as statements, subsample, drawn:
+            trace = poutine.trace(model).get_trace(*data)
+        if statements.count:
+            return trace, True
+    with poutine.block(), torch.no_grad(), SubsampleStatements() as statements:
+        return poutine.trace(model).get_trace(*transformed(data, transform)), statements.count > 0
 
 
 def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
@@ -73,7 +81,13 @@ def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[
     accepted = "accepted is a function that makes a tensor of each, such as `pyro_vae.datasets.binarize`"
     if not callable(transform):
         raise TypeError(f"transform: got {transform!r}; {accepted}")
+    versions = [_version(tensor) for tensor in rows]
     result = transform(*rows)
+    if [_version(tensor) for tensor in rows] != versions:
+        raise ValueError(
+            "transform: changes its rows in place, and so the data; accepted is a function that makes new tensors, "
+            "`x / 255` in place of `x.div_(255)`"
+        )
     seen = tuple(result) if isinstance(result, tuple | list) else (result,)
     if not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in seen):
         raise TypeError(f"transform: of {len(rows)} tensors of {len(rows[0])} rows it makes {result!r}; {accepted}")
@@ -83,6 +97,11 @@ def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[
             f"{[len(tensor) for tensor in seen]} rows; accepted is one for each, of as many rows"
         )
     return seen
+
+
+def _version(tensor: Tensor) -> int:
+    """Which grows when a tensor is changed in place; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _drawn(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Drawn:
@@ -162,6 +181,36 @@ def _check_subsampling(
             sizes = [frame.size for frame in site["cond_indep_stack"] if frame.name == plate]
             if sizes and sizes != [len(rows)]:
                 raise fail(who, f"site {name!r} has {sizes[0]} rows where {len(rows)} were asked for")
+
+
+def _check_reading(
+    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: Rows, rows: Sequence[Tensor]
+) -> None:
+    """Refuse what sees data that are not transformed: at the same drawn rows, other data must change nothing."""
+    with poutine.block(), torch.no_grad(), subsample, Drawn(data, rows):
+        guide_trace = poutine.trace(guide).get_trace(*data)
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
+    as_handed = "`pyro.subsample(x, event_dim=...)` as it is handed over"
+    remedy = "Read it so, or transform the data beforehand"
+    for who, function, trace in (("model", model, model_trace), ("guide", guide, guide_trace)):
+        if isinstance(function, AutoGuide):  # never reads data
+            continue
+        fixed = poutine.condition(function, data={name: site["value"] for name, site in latent_sites(trace).items()})
+        found = []
+        for given in (data, tuple(tensor.roll(1, 0) for tensor in data)):
+            drawn = Drawn(given, rows)
+            with poutine.block(), torch.no_grad(), seeded(0), subsample, drawn:
+                found.append(observed_sites(poutine.trace(fixed).get_trace(*given)))
+        if who == "model" and not all(drawn.read):
+            raise ValueError(
+                f"transform: the model does not read data tensor {drawn.read.index(False)} with {as_handed}, and would "
+                f"not see it transformed. {remedy}"
+            )
+        if not all(torch.allclose(log_density(site), log_density(found[1][name])) for name, site in found[0].items()):
+            raise ValueError(
+                f"transform: the {who} reads some of its data otherwise than with {as_handed}, and would see them as "
+                f"they are, not transformed. {remedy}"
+            )
 
 
 def _check_slicing(model: Function, model_trace: Trace, guide: Function, data: tuple[Tensor, ...], plate: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
@@ -58,8 +59,10 @@ def training_curves(
         for prefix, style, suffix in (("", "-", ""), ("validation_", "--", ", validation")):
             if prefix + name in history:
                 values = [sign * value for value in history[prefix + name]]
-                ax.plot(range(1, len(values) + 1), values, style, color=colour, label=label + suffix)
+                marker = "o" if len(values) == 1 else ""
+                ax.plot(range(1, len(values) + 1), values, style, marker=marker, color=colour, label=label + suffix)
     ax.set(xlabel="epoch", ylabel="nats per datum")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     return ax
 
@@ -84,7 +87,8 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
         jitter = torch.rand(len(rows), generator=torch.Generator().manual_seed(index)) - 0.5
         across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * jitter
         size = 30 if z.shape[1] > 1 else 9
-        ax.scatter(rows[:, 0], across, s=size, marker=marker, color=f"C{index}", alpha=0.7, linewidths=0)
+        colour = f"C{int(label) % 10}"  # a label has its colour in every picture, whichever others are there
+        ax.scatter(rows[:, 0], across, s=size, marker=marker, color=colour, alpha=0.7, linewidths=0)
     if z.shape[1] > 1:
         ax.set(xlabel="$z_1$", ylabel="$z_2$")
     else:

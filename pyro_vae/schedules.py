@@ -37,11 +37,13 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:
     """The schedules, if each is a function for a tensor of one number."""
+    if not isinstance(schedules, Mapping):
+        raise TypeError(f"schedules: got a {type(schedules).__name__}; accepted is a dict from tensors to schedules")
     for value, schedule in schedules.items():
-        if not isinstance(value, Tensor) or value.dim() != 0 or value.requires_grad:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.dim() != 0 or value.requires_grad or not value.is_floating_point():
+            shape = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value
             raise ValueError(
-                f"schedules: got {shape!r} as a key; accepted is a 0-dim tensor without gradient, such as "
+                f"schedules: got {shape!r} as a key; accepted is a 0-dim tensor without gradient, of floats, such as "
                 "`vae.encoder.family.temperature`"
             )
         if not callable(schedule):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.checks import data_tensors, positive, positive_int, rows_like
-from pyro_vae.handlers import latent_sites
+from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.randomness import seeded
 from pyro_vae.schedules import Schedule, check_schedules
@@ -85,9 +85,11 @@ def fit(
         validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
             (training or evaluation) that they are in.
         transform: what to make of the rows of each step, such as :func:`pyro_vae.datasets.resample` of bytes: called
-            with the rows of each data tensor, once a step, and once with the validation data.
+            with the rows of each data tensor, once a step and once with the validation data, and a few times before to
+            see that it fits. Model and guide see the same rows. It must make new tensors.
         schedules: values that change as training goes on: 0-dim tensors, such as the ``temperature`` of a relaxed
             family, each with its schedule (see :mod:`pyro_vae.schedules`), called with the number of the step, from 0.
+            Take the tensor after ``vae.to(...)``, which puts another in its place.
         plate: name of the data plate.
         seed: of the random numbers of the run and the order of the data. Weights are drawn when parts are built: call
             ``torch.manual_seed`` before that. To fit again goes on from where the parameters are.
@@ -180,12 +182,14 @@ def _prepare(
 ) -> Batcher:
     """How rows are taken; refuses what the run could not do right, before it begins."""
 
+    transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)  # refused before it touches the data
+
     def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
         return nullcontext(transformed(data, transform))
 
     take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate, transform)
     with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
-        _check_pair(model, guide, elbo, arguments)
+        _check_pair(model, guide, elbo, arguments, transform is not None)
     if held_out and not is_amortized(guide, transformed(tuple(tensor[:4] for tensor in data), transform), plate):
         raise ValueError(
             "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
@@ -245,12 +249,21 @@ def _check_elbo(elbo: ELBO) -> ELBO:
     return elbo
 
 
-def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...]) -> None:
+def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...], transforms: bool) -> None:
     """Refuse a guide with latents of its own, and enumeration where it is asked for by half."""
     with torch.no_grad():
         guide_trace = poutine.trace(guide).get_trace(*arguments)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
     ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)
+    if transforms and elbo.max_plate_nesting == float("inf"):  # Pyro would find it out from data without transform
+        frames = [
+            frame
+            for site in (ours | theirs | observed_sites(model_trace)).values()
+            for frame in site["cond_indep_stack"]
+            if frame.dim is not None
+        ]
+        particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
+        elbo.max_plate_nesting = particles + max((-frame.dim for frame in frames), default=0)
     unknown = [name for name, site in ours.items() if name not in theirs and not site["infer"].get("is_auxiliary")]
     if unknown:
         raise ValueError(f"guide: its latents {unknown} are not in the model, whose latents are {list(theirs)}")

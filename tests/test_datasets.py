@@ -175,7 +175,7 @@ def test_grey_values_are_sixteenths_between_0_and_1():
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5])
 def test_pixels_strictly_above_the_threshold_are_1(threshold):
     grey = datasets.digits("test").x
-    binary = datasets.binarize(grey, threshold)
+    binary = datasets.binarize(grey, threshold=threshold)
     assert torch.equal(binary == 1, grey > threshold)
     assert torch.equal(binary == 0, grey <= threshold)
     assert binary.dtype == grey.dtype
