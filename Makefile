@@ -22,7 +22,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Variables: VENV=$(VENV) (where to install), PYTHON=$(PYTHON) (3.11 or later), JOBS=$(JOBS) (test processes)"
 
-demo: $(BASE)  ## run the examples; tables, pictures and ArviZ files go to results/
+demo: $(BASE)  ## run two of the examples; tables, pictures and ArviZ files go to results/
 	$(BIN)/python examples/mixture.py --out results/mixture
 	$(BIN)/python examples/digits.py --out results/digits
 

@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
         f"{args.epochs} epochs, {fitted.seconds:.0f} s. Held out, in nats per image of {x.shape[1]} pixels:",
         f"  all {len(x)} images: ELBO {terms['elbo']:.2f} = {split}",
         f"  {len(few)} of them: ELBO {elbo_of_few:.2f}, log p(x) {log_p.mean():.2f} from {args.samples} draws each,",
-        f"    effective {ess:.0f} in the median; error of the estimate {error:.2f}, of the mean over images {spread:.2f}",
+        f"    effective {ess:.0f} in the median; error of the estimate {error:.2f}, of the mean of images {spread:.2f}",
     ]
     print("\n".join(report))
     if (args.data, args.binarization, args.latent) == ("mnist", "resample", 2):

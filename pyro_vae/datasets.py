@@ -190,7 +190,7 @@ def grey(x: Tensor) -> Tensor:
     >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
-    if x.dtype == torch.uint8 and len(x) and x.max() == 1:
+    if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
         raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
     if x.dtype == torch.uint8:
         return x.to(torch.get_default_dtype()) / 255

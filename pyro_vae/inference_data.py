@@ -13,6 +13,8 @@ import torch
 import xarray as xr
 from pyro import poutine
 from pyro.infer import Predictive
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
@@ -93,7 +95,6 @@ def to_datatree(
             model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
         latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
         deterministic = _deterministic_sites(model_trace)
-        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else _given_data(latents, guide, data)
         _check_latents(latent_sites(model_trace), latents)
         _check_size(latents | deterministic | observed, draws)
         names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
@@ -101,6 +102,7 @@ def to_datatree(
         rest = (*deterministic, *observed)
         given_q = Predictive(generative, q, parallel=parallel, return_sites=rest)(*data)
         p = Predictive(generative, num_samples=draws, parallel=parallel, return_sites=(*latents, *rest))(*data)
+        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else _given_data(latents, guide, data)
     attrs = _attributes(draws, seed)
     groups = {
         "posterior": names.dataset(q | {name: given_q[name] for name in deterministic}),
@@ -168,15 +170,19 @@ def _deterministic_sites(trace: Any) -> dict[str, Any]:
 
 
 def _given_data(latents: dict[str, Any], guide: Callable[..., Any], data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Those whose parameters are the same in another run: the others hang on draws of latents before them."""
-    with poutine.block():
-        again = latent_sites(poutine.trace(guide).get_trace(*data))
+    """Those whose parameters are of the data alone: the others hang on draws of latents before them."""
+    with poutine.block(), torch.no_grad(), TrackProvenance():
+        tracked = latent_sites(poutine.trace(guide).get_trace(*data))
 
-    def same(name: str) -> bool:
-        ours, theirs = _parameters(latents[name]["fn"]), _parameters(again[name]["fn"])
-        return all(torch.allclose(value, theirs[key], equal_nan=True) for key, value in ours.items())
+    def hangs(name: str) -> bool:
+        ours, theirs = _parameters(latents[name]["fn"]), _parameters(tracked[name]["fn"])
+        return any(
+            get_provenance(theirs[key]) & latents.keys()
+            or not torch.allclose(value, detach_provenance(theirs[key]), equal_nan=True)  # by way of NumPy, say
+            for key, value in ours.items()
+        )
 
-    return {name: site for name, site in latents.items() if same(name)}
+    return {name: site for name, site in latents.items() if not hangs(name)}
 
 
 def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:
@@ -288,7 +294,7 @@ class _Names:
         """Those of the site; the columns of a matrix along a second, ``_bis``; any other shape by number."""
         dims, sizes = self.dims[name], self.shapes[name]
         own, event = tuple(shape[num_batch:]), sizes[num_batch:]
-        if own == event[: len(own)]:
+        if own == event[: len(own)] and parameter != "component_logits":
             return dims[: len(shape)]
         if parameter in _MATRICES and own == 2 * event:
             columns = f"{dims[-1]}_bis"

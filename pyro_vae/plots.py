@@ -62,7 +62,7 @@ def training_curves(
                 marker = "o" if len(values) == 1 else ""
                 ax.plot(range(1, len(values) + 1), values, style, marker=marker, color=colour, label=label + suffix)
     ax.set(xlabel="epoch", ylabel="nats per datum")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend()
     return ax
 

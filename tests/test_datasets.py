@@ -289,3 +289,27 @@ def test_what_is_neither_bytes_nor_grey_values_is_refused_with_what_was_given(re
 def test_grey_values_that_are_no_numbers_are_refused(recipe):
     with pytest.raises(ValueError, match=r"x: got torch\.float32"):
         recipe(torch.tensor([0.5, math.nan]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bytes_that_are_0_and_1_are_refused(recipe):
+    """As grey values they would be black all over."""
+    x = torch.tensor([[0, 1, 1]], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"x: got bytes that are 0 and 1, .* binary as `x\.float\(\)`"):
+        recipe(x)
+    recipe(0 * x)  # a black image is one
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_values_at_all_are_grey_or_refused_by_their_type(recipe):
+    for dtype in (torch.uint8, torch.float32):
+        assert recipe(torch.zeros(0, 3, dtype=dtype)).shape == (0, 3)
+        assert recipe(torch.zeros(3, 0, dtype=dtype)).shape == (3, 0)
+    with pytest.raises(ValueError, match=r"x: got no values, torch\.int64; accepted are bytes"):
+        recipe(torch.zeros(0, 3, dtype=torch.int64))
+
+
+def test_a_threshold_is_told_by_name():
+    """As a transform of two tensors, ``binarize`` would take the second for it."""
+    with pytest.raises(TypeError, match="positional"):
+        datasets.binarize(torch.rand(3), torch.rand(3))

@@ -1,13 +1,15 @@
 """Importance-weighted estimates of log p(x), held against exact answers: right, from beneath, and honest about it."""
 
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -286,9 +288,22 @@ def test_chunks_are_of_one_law(monkeypatch, budget):
     torch.testing.assert_close(exactly.ess, torch.full((20,), 10.0).double(), rtol=1e-9, atol=0)
 
 
+def test_a_wide_network_on_narrow_data_does_not_get_all_draws_at_once(monkeypatch):
+    monkeypatch.setattr(evidence, "_BUDGET", 64 * len(X) * 50)
+    vae = pv.VAE(
+        priors.StandardNormal(1), guides.DiagonalNormal(3, 1, TANH), likelihoods.Normal(1, 3, networks.mlp([256]))
+    )
+    hidden = []
+    for module in vae.decoder.modules():
+        module.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[0].shape))
+    pv.log_evidence(vae.model, vae.guide, X, num_samples=1000)
+    assert (20, 256) in {tuple(shape[-2:]) for shape in hidden}
+    assert max(shape[0] for shape in hidden if len(shape) == 3) == 50
+
+
 def test_draws_of_a_chunk_are_new_ones(monkeypatch):
     """Chunks that repeated each other's draws would leave the spread of one chunk."""
-    monkeypatch.setattr(evidence, "_BUDGET", 20 * 100)
+    monkeypatch.setattr(evidence, "_BUDGET", 20 * 64 * 100)
     estimate = pv.log_evidence(*WIDER, Y, num_samples=100 * 100)
     error = (estimate.log_evidence - conjugate_evidence(Y)).double()
     one_chunk = estimate.standard_error.double() * 10
@@ -344,6 +359,50 @@ def test_a_guide_of_another_shape_is_refused():
 
     with pytest.raises(ValueError, match=r"guide: site 'z' has event shape \(3,\), and the model \(2,\)"):
         pv.log_evidence(vae.model, guide, X)
+
+
+def test_a_point_of_a_continuous_latent_is_refused():
+    """Its weights would be log p(x, z), and no bound of anything."""
+    guide = AutoDelta(WIDER[0])
+    pv.fit(WIDER[0], guide, Y, epochs=1)
+    with pytest.raises(ValueError, match=r"guide: its latent 'z' is a point \(Delta, as in AutoDelta\), without a"):
+        pv.log_evidence(WIDER[0], guide, Y)
+
+
+def test_a_point_of_a_discrete_latent_is_a_law_like_any_other():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta((x > 0.5).float()))
+
+    z = (Y > 0.5).float()
+    expected = dist.Bernoulli(0.3).log_prob(z) + dist.Normal(z, 1.0).log_prob(Y)
+    torch.testing.assert_close(pv.log_evidence(model, guide, Y, num_samples=3).log_evidence, expected)
+
+
+MASKS = {
+    "by handler": (poutine.mask(mask=torch.arange(20) % 2 == 0), lambda q: q),
+    "of the distribution": (nullcontext(), lambda q: q.mask(False)),
+    "inside an event": (nullcontext(), lambda q: q.mask(torch.arange(20) % 2 == 0).expand([20]).to_event(0)),
+}
+
+
+@pytest.mark.parametrize("estimate", [pv.log_evidence, exact.elbo, exact.kl])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_masked_latent_of_the_guide_is_refused_and_named(mask, estimate):
+    """Its draws are the same, and their density is left out: weights would be anything."""
+    handler, masked = MASKS[mask]
+
+    def guide(x):
+        with pyro.plate("data", len(x)), handler:
+            pyro.sample("z", masked(dist.Normal(0.4 * x, 0.9)))
+
+    with pytest.raises(ValueError, match=r"guide: its latent 'z' is masked"):
+        estimate(WIDER[0], guide, Y)
 
 
 def test_global_latents_are_refused():

@@ -227,6 +227,15 @@ def test_a_guide_outside_the_plate_is_refused():
         exact.elbo(bernoulli_vae().model, guide, torch.randn(2, 2))
 
 
+def test_a_masked_latent_of_the_guide_is_refused_and_named():
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("z", dist.Bernoulli(torch.full((1,), 0.3)).to_event(1))
+
+    with pytest.raises(ValueError, match=r"guide: its latent 'z' is masked"):
+        exact.elbo(bernoulli_vae().model, guide, torch.randn(2, 2))
+
+
 def test_data_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"x: got shape \(4, 1\); accepted is \(N, 2\)"):
         exact.log_evidence(bernoulli_vae().model, torch.randn(4, 1))

@@ -284,6 +284,12 @@ def test_a_file_that_is_missing_is_named(folder, missing):
         datasets.mnist(folder=folder)
 
 
+def test_a_folder_that_is_not_there_is_no_folder(folder):
+    for path in (folder / "nowhere", folder / "labels"):
+        with pytest.raises(FileNotFoundError, match=rf"folder: .*{path.name}' is no folder"):
+            datasets.mnist(folder=path)
+
+
 def test_a_folder_of_a_files_name_is_no_file(folder):
     (folder / "labels").unlink()
     (folder / "labels").mkdir()

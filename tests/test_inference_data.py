@@ -16,7 +16,7 @@ from scipy.stats import kstest
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, priors
+from pyro_vae import guides, inference_data, likelihoods, priors
 from pyro_vae.networks import linear, mlp
 
 NET = mlp([4], nn.Tanh)
@@ -30,6 +30,11 @@ UNLIKELY = 1e-6
 
 def gaussian():
     return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET))
+
+
+def gaussian_of_seed():
+    torch.manual_seed(0)
+    return gaussian()
 
 
 def relaxed():
@@ -261,6 +266,16 @@ def test_random_streams_parameters_and_validation_are_as_before(random_states, p
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
+def test_what_is_told_of_the_guide_draws_nothing_of_the_seed(parallel, monkeypatch):
+    trees = []
+    for asked in (True, False):
+        if not asked:
+            monkeypatch.setattr(inference_data, "_given_data", lambda latents, *rest: latents)
+        trees.append(tree_of(gaussian_of_seed(), parallel=parallel))
+    for group in GROUPS[:4]:
+        assert trees[0][group].to_dataset().equals(trees[1][group].to_dataset()), group
+
+
 # --- The guide -------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +403,81 @@ def test_probabilities_of_a_categorical_have_a_dimension_of_their_own():
     np.testing.assert_allclose(group["z_probs"].sum("z_probs_1"), np.ones(N), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["one class for each datum", "as many components as axes"])
+def test_a_dimension_of_classes_is_numbered_though_its_size_is_that_of_another(kind):
+    def q(count):
+        if kind == "one class for each datum":
+            return dist.Categorical(torch.ones(count))
+        return dist.MixtureOfDiagNormals(torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", q(len(x))).float()
+            z = z[..., None] if z.shape[-1] == len(x) else z
+            pyro.sample("x", dist.Normal(z, 1.0).expand([*z.shape[:-1], 2]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(len(x)))
+
+    group = pv.to_datatree(model, guide, X[:, :2], draws=3, coords={"obs": list("abcdef")})["guide"]
+    assert {name: value.dims for name, value in group.data_vars.items()} == {
+        "one class for each datum": {"z_probs": ("obs", "z_probs_1")},
+        "as many components as axes": {
+            "z_locs": ("obs", "z_locs_1", "z_locs_2"),
+            "z_coord_scale": ("obs", "z_coord_scale_1", "z_coord_scale_2"),
+            "z_component_logits": ("obs", "z_component_logits_1"),
+        },
+    }[kind]
+    for dim in set(group.dims) - {"obs"}:
+        np.testing.assert_array_equal(group.coords[dim], np.arange(group.sizes[dim]))
+
+
+def test_parameters_of_one_number_are_those_of_each_datum():
+    """Pyro's AffineBeta keeps two of its parameters as they were given, without the plate."""
+
+    def q():
+        return dist.AffineBeta(*map(torch.tensor, (2.0, 3.0, -1.0, 4.0)))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", q()), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q())
+
+    group = pv.to_datatree(model, guide, X[:, 0], draws=3)["guide"]
+    expected = {"z_concentration1": 2.0, "z_concentration0": 3.0, "z_loc": -1.0, "z_scale": 4.0}
+    assert set(group.data_vars) == set(expected)
+    for name, value in expected.items():
+        assert group[name].dims == ("obs",)
+        np.testing.assert_array_equal(group[name], np.full(N, value))
+
+
+@pytest.mark.parametrize("count", [1, N])
+@pytest.mark.parametrize("first", [dist.Normal(0.0, 1.0), dist.Bernoulli(0.5)], ids=["continuous", "discrete"])
+def test_a_latent_that_hangs_on_the_draw_of_another_has_no_parameters_of_its_own(first, count):
+    """Its mean is another at each draw, and not that of q(z | x)."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("second", dist.Normal(pyro.sample("first", first), 1.0))
+            pyro.sample("x", dist.Normal(z + pyro.sample("third", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("second", dist.Normal(pyro.sample("first", first.expand([len(x)])), 0.1))
+            pyro.sample("third", dist.Normal(x, 1.0))
+
+    for seed in range(5):
+        tree = pv.to_datatree(model, guide, X[:count, 0], draws=3, seed=seed)
+        told = {name.partition("_")[0] for name in tree["guide"].data_vars}
+        assert told == {"first", "third"}
+        assert set(tree["posterior"].data_vars) == {"first", "second", "third"}
+        np.testing.assert_array_equal(tree["guide"]["third_loc"], X[:count, 0])
+
+
 def test_an_autoguide_that_draws_on_the_way_has_no_guide_group():
     for autoguide in (AutoNormal, AutoDiagonalNormal):
         pyro.clear_param_store()
@@ -427,6 +517,13 @@ def test_names_and_coordinates_of_the_users():
     assert tree["posterior"]["z"].sel(obs="c", axis="height").shape == (1, 20)
     assert tree["observed_data"]["x"].sel(obs="b", pixel=20).item() == X[1, 1]
     assert list(tree["prior_predictive"]["x"].coords["pixel"]) == [10, 20, 30]
+
+
+def test_a_dimension_may_have_the_name_of_columns():
+    tree = tree_of(gaussian(), dims={"z": ["a_bis"]})
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "obs", "a_bis")
+    assert tree["guide"]["z_scale"].dims == ("obs", "a_bis")
+    np.testing.assert_array_equal(tree["guide"].coords["a_bis"], [0, 1])
 
 
 def test_plates_of_another_name_are_dimensions():
@@ -507,6 +604,7 @@ def test_the_coordinates_of_a_dimension_may_be_told_as_those_along_it():
         ({"coords": {"z": ("obs", list(range(6)))}}, "coords: 'z' is the name of a site; accepted is another"),
         ({"coords": {"x": ("obs", list(range(6)))}}, "coords: 'x' is the name of a site"),
         ({"coords": {"z_loc": ("obs", list(range(6)))}}, "coords: 'z_loc'"),
+        ({"coords": {"obs": ("latent", [1, 2])}}, "coords: 'obs' is a dimension, and .* cannot lie along 'latent'"),
         ({"coords": {"latent": 3}}, "coords: 'latent'"),
         ({"coords": {"label": ("obs", 3)}}, "coords: 'label'"),
         ({"draws": 0}, "draws: got 0; accepted is a positive integer"),

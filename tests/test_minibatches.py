@@ -230,3 +230,19 @@ def test_a_guide_of_two_layers_is_amortized():
 def test_a_guide_that_looks_at_the_whole_batch_is_not():
     with pytest.raises(ValueError, match="the guide is not amortized"):
         pv.fit(two_layer_model, centring_guide, X[:, 0], epochs=1, batch_size=6)
+
+
+@pytest.mark.parametrize("transform", [None, torch.Tensor.double], ids=["as they are", "transformed"])
+def test_planning_runs_a_pair_that_subsamples_on_no_more_rows_than_a_batch(transform):
+    """A decoder of images on all rows at once would need more memory than there is."""
+    network = networks.mlp([8])
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, network), likelihoods.Normal(1, 2, network))
+    vae = vae if transform is None else vae.double()
+    seen = {"encoder": [], "decoder": []}
+    for part, rows in seen.items():
+        for module in getattr(vae, part).modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(len(inputs[0])))
+    plan(vae.model, vae.guide, (X,), 6, "data", transform)
+    assert all(seen.values())
+    assert max(seen["encoder"] + seen["decoder"]) <= 6

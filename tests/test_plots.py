@@ -173,6 +173,22 @@ def test_terms_that_there_are_not_are_refused(terms):
         plots.training_curves(HISTORY, terms=terms)
 
 
+@pytest.mark.parametrize("history", [HISTORY, VALIDATED], ids=["training", "validated"])
+def test_one_epoch_is_a_point_that_is_seen(history):
+    """A line from a point to itself is none."""
+    for epochs, seen in ((1, True), (3, False)):
+        lines = plots.training_curves({name: values[:epochs] for name, values in history.items()}).lines
+        assert [line.get_marker() not in ("", "None") for line in lines] == [seen] * len(history)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 7, 40, 1000])
+def test_epochs_are_counted_in_whole_numbers(epochs):
+    ax = plots.training_curves({name: values[:1] * epochs for name, values in HISTORY.items()})
+    ticks = ax.get_xticks()
+    assert len(ticks) > 0
+    np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
 # --- Latent map and images -------------------------------------------------------------------------------------------
 
 
@@ -194,6 +210,18 @@ def test_latent_map_of_one_variable_has_a_row_for_each_class():
         assert (abs(offsets[:, 1] - row) < 0.5).all(), "rows run into each other"
     markers = {collection.get_paths()[0].vertices.tobytes() for collection in ax.collections}
     assert len(markers) == 3, "classes differ in colour alone"
+
+
+@pytest.mark.parametrize("variables", [1, 2])
+def test_a_label_has_its_colour_whichever_others_are_there(variables):
+    z, labels = torch.randn(30, variables), torch.arange(30) % 10
+    colours = [collection.get_facecolor() for collection in plots.latent_map(z, labels).collections]
+    assert len({tuple(colour[0]) for colour in colours}) == 10
+    for some in ([7], [2, 5, 9], range(1, 10)):
+        chosen = torch.isin(labels, torch.tensor(list(some)))
+        collections = plots.latent_map(z[chosen], labels[chosen]).collections
+        for label, collection in zip(some, collections, strict=True):
+            np.testing.assert_array_equal(collection.get_facecolor(), colours[label])
 
 
 def test_image_grid_holds_every_image_in_reading_order():

@@ -206,13 +206,30 @@ def test_the_users_random_streams_are_as_before(random_states):
 
 @pytest.mark.parametrize(
     "value",
-    [torch.ones(1), torch.ones(2, 2), torch.tensor(1.0, requires_grad=True), nn.Parameter(torch.tensor(1.0)), "beta"],
-    ids=["one in a row", "a matrix", "with a gradient", "a parameter", "a name"],
+    [
+        torch.ones(1),
+        torch.ones(2, 2),
+        torch.tensor(1.0, requires_grad=True),
+        nn.Parameter(torch.tensor(1.0)),
+        torch.tensor(1),
+        torch.tensor(True),
+        "beta",
+    ],
+    ids=["one in a row", "a matrix", "with a gradient", "a parameter", "a whole number", "a switch", "a name"],
 )
 def test_other_keys_are_refused_before_the_first_step(value):
     watched = Watched()
     with pytest.raises(ValueError, match=r"schedules: got .* as a key; accepted is a 0-dim tensor without gradient"):
         pv.fit(watched.model, watched.guide, X, epochs=1, schedules={value: exponential(1.0, 0.1)})
+    assert watched.seen == []
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_pairs_that_are_no_dict_are_refused_before_the_first_step(form):
+    watched = Watched()
+    pairs = form([(watched.scale, exponential(1.0, 0.1))])
+    with pytest.raises(TypeError, match=rf"schedules: got a {form.__name__}; accepted is a dict from tensors to"):
+        pv.fit(watched.model, watched.guide, X, epochs=1, schedules=pairs)
     assert watched.seen == []
 
 

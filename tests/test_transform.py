@@ -221,6 +221,25 @@ def pixelwise(read):
     return model
 
 
+@pytest.mark.parametrize("kind", ["enumerated", "particles"])
+def test_plates_that_the_elbo_finds_out_are_those_of_the_transformed_data(batch_size, kind):
+    """Pyro counts them in a first run, which is given the data as they are: bytes."""
+
+    def fitted(x, transform, **nesting):
+        torch.manual_seed(0)
+        if kind == "enumerated":
+            vae = pv.VAE(priors.Bernoulli(2), guides.Bernoulli(D, 2, TANH), likelihoods.Bernoulli(2, D, TANH))
+            elbo, guide = TraceEnum_ELBO(**nesting), config_enumerate(vae.guide)
+        else:
+            vae = bernoulli_vae()
+            elbo, guide = Trace_ELBO(num_particles=3, vectorize_particles=True, **nesting), vae.guide
+        return pv.fit(vae.model, guide, x, epochs=3, batch_size=batch_size, elbo=elbo, transform=transform).history
+
+    ours = fitted(GREY, datasets.binarize)
+    assert ours == fitted(GREY, datasets.binarize, max_plate_nesting=1)
+    assert ours == fitted(datasets.binarize(GREY), None, max_plate_nesting=1)
+
+
 @pytest.mark.parametrize("read", READINGS.values(), ids=READINGS.keys())
 @pytest.mark.parametrize("size", [None, 5])
 def test_resampled_data_give_the_elbo_of_the_grey_values_in_expectation(read, size):
@@ -289,6 +308,17 @@ def test_the_data_and_the_users_random_streams_are_as_before(batch_size, random_
     assert torch.equal(data, GREY)
 
 
+def test_tensors_of_inference_mode_go_with_it(batch_size):
+    with torch.inference_mode():
+        data = GREY / 255
+    histories = []
+    for x in (data, GREY / 255):
+        vae = bernoulli_vae()
+        fitted = pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=batch_size, transform=datasets.binarize)
+        histories.append(fitted.history)
+    assert histories[0] == histories[1]
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 MISFITS = {
@@ -331,6 +361,69 @@ def test_a_model_that_subsamples_something_else_is_refused(change):
         pv.fit(pair.model, pair.guide, IDS.float(), epochs=1, batch_size=5, transform=torch.Tensor.double)
     pyro.clear_param_store()
     pv.fit(pair.model, pair.guide, IDS.float(), epochs=1, transform=lambda x: x)  # all rows at once are right
+
+
+OTHERWISE = {
+    "a copy": lambda x: pyro.subsample(x.clone(), event_dim=1)[:, 0],
+    "other units": lambda x: pyro.subsample(x.float() / 255, event_dim=1)[:, 0],
+    "a sum": lambda x: pyro.subsample(x.sum(-1), event_dim=0),
+    "the mean of all": lambda x: x.mean(0)[:1],
+}
+
+
+@pytest.mark.parametrize("who", ["model", "guide"])
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_who_reads_some_data_otherwise_is_refused_and_named(otherwise, who):
+    """Beside the rows that are transformed it would see others that are not, and train on both."""
+
+    def reading(x, reader):
+        rows = pyro.subsample(x, event_dim=1)
+        return rows + OTHERWISE[otherwise](x)[:, None] if reader == who else rows
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            x = reading(x, "model")
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).expand([*z.shape, 2]).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.1)) * reading(x, "guide")[:, 0], 1.0))
+
+    data, scaled = 100 * IDS.float(), lambda x: x / 100
+    with pytest.raises(ValueError, match=rf"transform: the {who} reads some of its data otherwise than with"):
+        pv.fit(model, guide, data, epochs=1, batch_size=5, transform=scaled)
+    pv.fit(model, guide, data, epochs=1, transform=scaled)  # all rows at once are right
+
+
+def test_a_guide_that_sees_nothing_of_the_transform_is_refused():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.subsample(x / 255, event_dim=1)[:, 0], 1.0))
+
+    pair = Pair(READINGS["subsampled"])
+    with pytest.raises(ValueError, match=r"transform: the guide reads some of its data otherwise than with"):
+        pv.fit(pair.model, guide, IDS, epochs=1, batch_size=5, transform=lambda x: x.float())
+
+
+IN_PLACE = {
+    "a method": lambda x: x.div_(255),
+    "an item": lambda x: x.__setitem__(0, 0.0) or x,
+    "through a view": lambda x: x.view(-1).mul_(2).view_as(x),
+    "and a new one": lambda x: x.add_(1) / 255,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(False), torch.inference_mode(True)], ids=["tensor", "inference"])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_transform_in_place_is_refused_before_it_touches_the_data(batch_size, change, mode):
+    pair = Pair(READINGS["subsampled"])
+    with mode:
+        data = IDS.float() + 1
+    with pytest.raises(ValueError, match="transform: changes its rows in place, and so the data"):
+        pv.fit(pair.model, pair.guide, data, epochs=1, batch_size=batch_size, transform=IN_PLACE[change])
+    assert torch.equal(data, IDS.float() + 1)
+    assert pair.seen["model"] == []
 
 
 def test_the_tensor_that_is_not_read_is_named():
