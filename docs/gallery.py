@@ -15,6 +15,9 @@ SHORT_FORMS = {
     "digits": "--epochs 60 --test-images 30 --draws 50",
     "mnist": "--data digits --epochs 60 --test-images 50 --samples 200 --draws 50",
     "categorical": "--epochs 60 --test-images 200 --draws 50",
+    "gumbel_max": "--epochs 50",
+    "explosion": "--epochs 10 --largest 10 --test-images 50",
+    "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""
@@ -47,7 +50,7 @@ class SavedPictures:
             shutil.move(picture, copy)
             copies.append(copy)
         command = f"python examples/{name}.py {SHORT_FORMS[name]}"
-        smaller = "on the 8 × 8 digits of scikit-learn, not on MNIST" if name == "mnist" else "with fewer steps"
+        smaller = "on the 8 × 8 digits of scikit-learn, not on MNIST" if "mnist" in name else "with fewer steps"
         figures = "".join(figure_rst([copy], gallery_conf["src_dir"]) for copy in copies)
         return f"\nRun here in a short form, {smaller}:\n\n.. code-block:: sh\n\n    {command}\n\n{figures}"
 

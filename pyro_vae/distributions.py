@@ -260,7 +260,8 @@ class Product(dist.Independent):
         if count > self.max_states:
             raise ValueError(
                 f"enumerate_support: {variables.numel()} variables of {len(values)} values have {count} states; "
-                f"at most {self.max_states} are enumerated. Use a score-function or relaxed estimator instead."
+                f"at most {self.max_states} are enumerated. To train, take a relaxed estimator or one of "
+                "pyro_vae.objectives; for log p(x), the estimate pyro_vae.log_evidence"
             )
         grid = torch.cartesian_prod(*[torch.arange(len(values), device=values.device)] * variables.numel())
         states = values.reshape(len(values), *base.event_shape)[grid.reshape(count, -1)]

@@ -80,11 +80,9 @@ def log_evidence(
     ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
     ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
     ... )
-    >>> x = torch.randn(10, 2)
-    >>> estimate = log_evidence(vae.model, vae.guide, x, num_samples=2000)
-    >>> error = estimate.log_evidence - pv.exact.log_evidence(vae.model, x)
-    >>> bool((error.abs() < 5 * estimate.standard_error).all())
-    True
+    >>> estimate = log_evidence(vae.model, vae.guide, torch.randn(10, 2), num_samples=200)
+    >>> estimate.log_evidence.shape, bool((estimate.ess <= 200).all())
+    (torch.Size([10]), True)
     """
     positive_int(num_samples, "num_samples")
     problem = Problem(model, data, plate)

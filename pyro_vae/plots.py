@@ -17,10 +17,11 @@ from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
 from pyro_vae import exact
+from pyro_vae.gradients import Comparison
 from pyro_vae.joint_density import Guide, Problem
 from pyro_vae.randomness import seeded
 
-__all__ = ["image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
+__all__ = ["bias_variance", "image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
 
 _MARKERS = "osv^D<>pP*"
 _LINES = ("-", "--", "-.", ":")
@@ -64,6 +65,40 @@ def training_curves(
     ax.set(xlabel="epoch", ylabel="nats per datum")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend()
+    return ax
+
+
+def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = None) -> Axes:
+    """What does each gradient estimator cost, in bias and in noise, relative to the exact gradient?
+
+    Hollow markers at the bottom: no bias that could be told from chance, with the error up to which none was found.
+
+    Args:
+        comparison: of :func:`pyro_vae.gradients.compare`.
+        group: of parameters.
+        ax: where to draw.
+
+    >>> from pyro_vae.gradients import Measured
+    >>> found = Measured(target_norm=2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3)
+    >>> bias_variance(Comparison({"relaxed": {"all": found}}, {"relaxed": 1})).get_ylabel()
+    'bias / length of the exact gradient'
+    """
+    ax = _axes(ax)
+    shown = {name: groups[group] for name, groups in comparison.measured.items() if groups[group].variance > 0}
+    biased = [row.bias / row.target_norm for row in shown.values() if row.p_value < 1e-3]
+    errors = [row.bias_error / row.target_norm for row in shown.values() if row.p_value >= 1e-3]
+    floor = 0.3 * min([*biased, *errors])
+    for index, (name, row) in enumerate(shown.items()):
+        noise, sure = row.variance**0.5 / row.target_norm, row.p_value < 1e-3
+        height = row.bias / row.target_norm if sure else floor
+        marker, colour = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
+        face = colour if sure else "none"
+        ax.plot(noise, height, marker, color=colour, markerfacecolor=face, markersize=9, linestyle="none", label=name)
+        if not sure:
+            ax.plot([noise] * 2, [floor, row.bias_error / row.target_norm], ":", color=colour, linewidth=1)
+    ax.set(xscale="log", yscale="log", xlabel="standard deviation / length of the exact gradient")
+    ax.set_ylabel("bias / length of the exact gradient")
+    ax.legend(fontsize=8)
     return ax
 
 

@@ -7,10 +7,19 @@ from torch import Tensor
 
 from pyro_vae.checks import positive, positive_int
 
-__all__ = ["Schedule", "check_schedules", "exponential"]
+__all__ = ["Schedule", "check_schedules", "constant", "decayed", "exponential"]
 
 Schedule = Callable[[int], float]
 """From the number of steps that are done to the value for the next."""
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step.
+
+    >>> constant(0.5)(1000)
+    0.5
+    """
+    return lambda step: value
 
 
 def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -> Schedule:
@@ -20,7 +29,7 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
         start: value at step 0.
         rate: by which the logarithm falls at each step.
         floor: below which the value does not fall.
-        every: t is the step, rounded down to a multiple of this.
+        every: t is the step, rounded down to a multiple of this, such as the number of steps in an epoch.
 
     Source: Jang, Gu and Poole 2017, section 4.1: start 1, floor 0.5, rates of 1e-5 and 1e-4, every 500 to 1000 steps.
 
@@ -33,6 +42,33 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
     if not 0 <= rate < math.inf or not 0 <= floor < math.inf:
         raise ValueError(f"rate, floor: got {rate!r} and {floor!r}; accepted are finite numbers, 0 or more")
     return lambda step: max(floor, start * math.exp(-rate * (step - step % every)))
+
+
+def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule:
+    r"""Held at ``start``, then falling along half a cosine to ``end * start`` at the last step: for a learning rate.
+
+    Args:
+        start: value over the first part.
+        steps: of the whole run.
+        hold: share of the steps before the fall.
+        end: share of ``start`` that is left.
+
+    Source: Loshchilov and Hutter 2017, "SGDR: stochastic gradient descent with warm restarts", equation 5.
+
+    >>> lr = decayed(1e-3, steps=1000)
+    >>> [round(lr(step), 6) for step in (0, 500, 750, 1000)]
+    [0.001, 0.001, 0.000505, 1e-05]
+    """
+    positive(start, "start")
+    positive_int(steps, "steps")
+    if not 0 <= hold < 1 or not 0 <= end <= 1:
+        raise ValueError(f"hold, end: got {hold!r} and {end!r}; accepted are shares, hold from 0 to below 1, end to 1")
+
+    def value(step: int) -> float:
+        fallen = min(max((step / steps - hold) / (1 - hold), 0.0), 1.0)
+        return start * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+    return value
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

@@ -31,12 +31,12 @@ class Step:
         guide: Function,
         elbo: ELBO,
         plate: str,
-        lr: float = 0.0,
+        lr: float | Schedule = 0.0,
         schedules: Mapping[Tensor, Schedule] | None = None,
     ):
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.plate = plate
-        self.lr = lr
+        self.lr: Schedule = lr if callable(lr) else lambda step: lr
         self.schedules = schedules or {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.known: set[Tensor] = set()
@@ -118,11 +118,13 @@ class Step:
     def _update(self, parameters: list[Tensor]) -> None:
         new = [parameter for parameter in parameters if parameter not in self.known]
         if new and self.optimizer is None:
-            self.optimizer = torch.optim.Adam(new, lr=self.lr, fused=True)
+            self.optimizer = torch.optim.Adam(new, fused=True)
         elif new and self.optimizer is not None:
             self.optimizer.add_param_group({"params": new})
         self.known.update(new)
         if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(self.count - 1)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 

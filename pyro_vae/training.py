@@ -54,7 +54,7 @@ def fit(
     *,
     epochs: int,
     batch_size: int | None = None,
-    lr: float = 1e-3,
+    lr: float | Schedule = 1e-3,
     elbo: ELBO | None = None,
     validation: Tensor | Sequence[Tensor] | None = None,
     transform: Transform | None = None,
@@ -79,7 +79,7 @@ def fit(
         epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, drawn anew each epoch; all N if left out. Mini-batches subsample the data plate, see
             :func:`pyro_vae.minibatches.plan`.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.schedules`).
         elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
             ``config_enumerate(guide)``.
         validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
@@ -120,7 +120,7 @@ def fit(
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
-    step = Step(model, guide, elbo, plate, positive(lr, "lr"), check_schedules(schedules or {}))
+    step = Step(model, guide, elbo, plate, lr if callable(lr) else positive(lr, "lr"), check_schedules(schedules or {}))
     history: dict[str, list[float]] = {}
     started = time.perf_counter()
     with following_autoguide(guide):

@@ -1,7 +1,7 @@
 """Examples run in a short form and leave the right things behind.
 
-mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py and swap.py; they share options.py, images.py and
-results.py.
+mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py and
+discrete_mnist.py; they share options.py, images.py and results.py.
 """
 
 import json
@@ -335,6 +335,52 @@ def test_pure_classes_have_one_label_each():
     labels = torch.tensor([0, 0, 1, 1])
     assert same_label(torch.eye(2)[labels], labels) == 1
     assert same_label(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
+
+
+def test_gumbel_max_in_a_short_form(run, capsys):
+    folder = run("gumbel_max.py", "--epochs", "20")
+    found = json.loads((folder / "results.json").read_text())
+    p_values = found["categorical"]["p_value"]
+    assert p_values["argmax, Gumbel"] > 1e-6
+    assert p_values["argmax, Gaussian"] < 1e-6, "another noise gives another law, and the test of fit sees it"
+    gradients = found["gradients"]
+    assert gradients["thresholded noise"]["mean"] == gradients["thresholded noise"]["sd"] == 0
+    for name, row in gradients.items():
+        if name.startswith("score"):
+            assert abs(row["mean"] - found["exact"]) < 5 * row["error"], name
+    assert_pictures(folder, {"categorical", "simplex", "gradients"})
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_explosion_in_a_short_form(run, capsys):
+    folder = run("explosion.py", "--epochs", "1", "--largest", "4", "--samples", "20", "--test-images", "20")
+    found = json.loads((folder / "results.json").read_text())
+    assert [row["states"] for row in found["evidence"]] == [2, 4, 16]
+    assert_pictures(folder, {"cost", "errors"})
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+ESTIMATORS = [
+    ("categorical", "discrete-kl"),
+    ("categorical", "straight-through"),
+    ("categorical", "running-average"),
+    ("categorical", "vimco"),
+    ("bernoulli", "relaxed"),
+    ("bernoulli", "neural-baseline"),
+    ("bernoulli", "leave-one-out"),
+    ("bernoulli", "disarm"),
+]
+
+
+@pytest.mark.parametrize(("latent", "estimator"), ESTIMATORS, ids=" ".join)
+def test_discrete_mnist_in_a_short_form(run, latent, estimator):
+    options = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
+    folder = run("discrete_mnist.py", *options, "--hidden", "16", "--latent", latent, "--estimator", estimator)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["log_p"] > found["elbo"]
+    assert -64 * torch.tensor(2.0).log() < found["elbo"] < 0
+    assert_pictures(folder, PICTURES)
+    assert_trees(folder, {"discrete_mnist"}, draws=5, rows=20)
 
 
 def test_swap_in_a_short_form(run, capsys):

@@ -12,6 +12,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, plots, priors
+from pyro_vae.gradients import Comparison, Measured
 from pyro_vae.networks import linear, mlp
 
 NET = mlp([4], nn.Tanh)
@@ -69,8 +70,22 @@ def plates_of(make, **options):
     return plots.plate_diagram(vae.model, X, guide=vae.guide, **options)
 
 
+COMPARISON = Comparison(
+    {
+        "biased": {"all": Measured(2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3)},
+        "unbiased": {"all": Measured(2.0, bias=0.0, bias_error=0.02, variance=9.0, max_z=1.0, num_parameters=3)},
+        "enumerated": {"all": Measured(2.0, bias=0.0, bias_error=0.0, variance=0.0, max_z=0.0, num_parameters=3)},
+    },
+    {"biased": 1, "unbiased": 1, "enumerated": 8},
+)
+
 # Name in plots.__all__, a variant after "-"; the drawing; the labels of its axes, of pictures that have axes.
 DRAWINGS = [
+    (
+        "bias_variance",
+        lambda **o: plots.bias_variance(COMPARISON, **o),
+        ("standard deviation / length of the exact gradient", "bias / length of the exact gradient"),
+    ),
     ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
     ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
     ("latent_map", lambda **o: plots.latent_map(torch.zeros(9, 2), torch.arange(9) % 3, **o), ("$z_1$", "$z_2$")),

@@ -1,0 +1,489 @@
+"""The bench that holds estimators against enumeration, itself held against autograd, differences and known answers."""
+
+import itertools
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.baselines import NeuralBaseline, RunningAverage
+from pyro_vae.gradients import Estimator, Measured, compare, exact_gradient
+from pyro_vae.objectives import VIMCO, DisARM, DiscreteKL, LeaveOneOut, ScoreFunction
+
+TANH = networks.mlp([4], activation=nn.Tanh)
+X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
+
+
+def vae_of(kind, temperature=0.5):
+    torch.manual_seed(0)
+    prior, encoder, latent = {
+        "bernoulli": lambda: (priors.Bernoulli(3, 0.3, learnable=True), guides.Bernoulli(2, 3, TANH), 3),
+        "one-hot": lambda: (
+            priors.OneHotCategorical((2, 3), torch.tensor([0.2, 0.3, 0.5]), learnable=True),
+            guides.OneHotCategorical(2, (2, 3), TANH),
+            (2, 3),
+        ),
+        "relaxed": lambda: (
+            priors.RelaxedBernoulli(3, temperature, probs=0.3, learnable=True),
+            guides.RelaxedBernoulli(2, 3, TANH, temperature),
+            3,
+        ),
+    }[kind]()
+    return pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, TANH, scale="shared")).double()
+
+
+def estimator(vae, elbo, **options):
+    return Estimator(vae.model, vae.guide, elbo, **options)
+
+
+def enumeration(vae):
+    return Estimator(vae.model, config_enumerate(vae.guide), TraceEnum_ELBO(max_plate_nesting=1))
+
+
+def hand_bound(vae, num_draws):
+    """The mean over data of the expected K-sample bound, all combinations of states written out."""
+    states = vae.prior().enumerate_support()
+    pieces = []
+    for state in states:
+        log_q = vae.encode(X).log_prob(state)
+        z = state.expand(len(X), *state.shape)
+        pieces.append((vae.prior().log_prob(state) + vae.decode(z).log_prob(X) - log_q, log_q))
+    total = 0.0
+    for chosen in itertools.product(pieces, repeat=num_draws):
+        f, log_q = (torch.stack([piece[index] for piece in chosen]) for index in (0, 1))
+        total = total + (log_q.sum(0).exp() * (f.logsumexp(0) - math.log(num_draws))).mean()
+    return total
+
+
+def differences(parameter, function, step=1e-5):
+    result = torch.zeros_like(parameter)
+    flat, out = parameter.data.view(-1), result.view(-1)
+    for index in range(len(flat)):
+        old = float(flat[index])
+        flat[index] = old + step
+        above = float(function())
+        flat[index] = old - step
+        out[index] = (above - float(function())) / (2 * step)
+        flat[index] = old
+    return result
+
+
+# --- The exact gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "one-hot"])
+def test_it_is_that_of_pyros_enumeration(kind):
+    vae = vae_of(kind)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(vae.model, config_enumerate(vae.guide), X)
+    names, parameters = zip(*vae.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(-loss / len(X), parameters), strict=True))
+    found = exact_gradient(vae.model, vae.guide, X)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "one-hot"])
+def test_it_is_the_slope_of_the_exact_elbo(kind):
+    vae = vae_of(kind)
+    found = exact_gradient(vae.model, vae.guide, X)
+    for name, parameter in vae.named_parameters():
+        slope = differences(parameter, lambda: pv.exact.elbo(vae.model, vae.guide, X).mean())
+        torch.testing.assert_close(found[name], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "num_draws"), [("bernoulli", 1), ("bernoulli", 2), ("bernoulli", 3), ("one-hot", 2)])
+def test_it_is_that_of_a_bound_written_out(kind, num_draws):
+    vae = vae_of(kind)
+    names, parameters = zip(*vae.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(hand_bound(vae, num_draws), parameters), strict=True))
+    found = exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_of_several_draws_it_is_the_slope_of_their_bound():
+    vae = vae_of("bernoulli")
+    found = exact_gradient(vae.model, vae.guide, X, num_draws=2)
+    for name, parameter in vae.named_parameters():
+        with torch.no_grad():
+            slope = differences(parameter, lambda: hand_bound(vae, 2))
+        torch.testing.assert_close(found[name], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_in_float32_it_is_nearly_the_same_and_of_that_type():
+    vae = vae_of("bernoulli")
+    exact = exact_gradient(vae.model, vae.guide, X)
+    vae.float()
+    pyro.clear_param_store()
+    for name, value in exact_gradient(vae.model, vae.guide, X.float()).items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_users_own_pair_it_is_in_unconstrained_parameters():
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(2.0).double(), constraint=dist.constraints.positive)
+        with pyro.plate("rows", len(x)):
+            first = pyro.sample("first", dist.Bernoulli(torch.tensor(0.4).double()))
+            second = pyro.sample("second", dist.Bernoulli(0.2 + 0.5 * first))
+            pyro.sample("x", dist.Normal(first - 2 * second, scale), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor(0.5).double())
+        with pyro.plate("rows", len(x)):
+            first = pyro.sample("first", dist.Bernoulli(logits=slope * x))
+            pyro.sample("second", dist.Bernoulli(logits=first - slope * x))
+
+    x = X[:, 0]
+    found = exact_gradient(model, guide, x, plate="rows")
+    assert found.keys() == {"scale", "slope"}
+    store = pyro.get_param_store()
+    for name, value in found.items():
+        parameter = store[name].unconstrained() if hasattr(store[name], "unconstrained") else store[name]
+        slope = differences(parameter, lambda: pv.exact.elbo(model, guide, x, plate="rows").mean())
+        torch.testing.assert_close(value, slope, rtol=1e-6, atol=1e-8)
+
+
+def users_modules():
+    """Two modules of a user's own, each registered by its name, with parameters of the same names inside."""
+    torch.manual_seed(0)
+    encoder, decoder = nn.Linear(2, 3).double(), nn.Linear(3, 2).double()
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.distributions.Product(dist.Bernoulli(torch.full((3,), 0.3).double()), 1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", pv.distributions.Product(dist.Bernoulli(logits=encoder(x)), 1))
+
+    return model, guide
+
+
+def test_modules_of_a_users_own_keep_apart():
+    found = exact_gradient(*users_modules(), X)
+    assert sorted(map(tuple, (value.shape for value in found.values()))) == [(2,), (2, 3), (3,), (3, 2)]
+    assert set(found) == {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"}
+
+
+def test_modules_of_a_users_own_are_groups():
+    model, guide = users_modules()
+    found = compare({"pairs": Estimator(model, guide, DisARM())}, X, repeats=50).measured["pairs"]
+    assert {name: row.num_parameters for name, row in found.items()} == {"all": 17, "encoder": 9, "decoder": 8}
+
+
+def test_what_has_no_part_in_the_bound_has_no_gradient():
+    """A parameter that neither density depends on."""
+    vae = vae_of("bernoulli")
+
+    def model(x):
+        pyro.param("idle", torch.ones(2).double())
+        vae.model(x)
+
+    assert exact_gradient(model, vae.guide, X)["idle"].eq(0).all()
+
+
+def test_frozen_parameters_are_left_out():
+    vae = vae_of("bernoulli")
+    for parameter in vae.decoder.parameters():
+        parameter.requires_grad_(False)
+    names = exact_gradient(vae.model, vae.guide, X).keys()
+    assert names == {name for name, _ in vae.named_parameters() if not name.startswith("decoder")}
+
+
+def test_continuous_latents_are_refused():
+    vae = vae_of("relaxed")
+    with pytest.raises(ValueError, match=r"model: its latents \['z'\] are not all discrete, and cannot be enumerated"):
+        exact_gradient(vae.model, vae.guide, X)
+
+
+def test_more_combinations_than_can_be_summed_over_are_refused_with_their_count():
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=r"num_draws: 8 states have 262144 combinations of 6; at most 65536 are"):
+        exact_gradient(vae.model, vae.guide, X, num_draws=6)
+    wide = pv.VAE(priors.Bernoulli(17), guides.Bernoulli(2, 17, TANH), likelihoods.Normal(17, 2, TANH))
+    with pytest.raises(ValueError, match="131072 states"):
+        exact_gradient(wide.model, wide.guide, X.float())
+
+
+@pytest.mark.parametrize("num_draws", [0, -1, 1.5, True])
+def test_no_number_of_draws_is_refused(num_draws):
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=rf"num_draws: got {num_draws}"):
+        exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
+
+
+def test_a_guide_of_other_latents_is_refused():
+    vae = vae_of("bernoulli")
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("other", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match=r"guide: its latents \['other'\] are not those of the model, \['z'\]"):
+        exact_gradient(vae.model, guide, X)
+
+
+# --- Estimators against it -------------------------------------------------------------------------------------------
+
+
+def test_enumeration_has_no_bias_and_no_variance():
+    vae = vae_of("bernoulli")
+    for row in compare({"exact": enumeration(vae)}, X, repeats=10).measured["exact"].values():
+        assert row.bias == 0
+        assert row.variance < 1e-24
+        assert row.signal_to_noise > 1e10
+        assert row.p_value > 0.5
+        assert row.target_norm > 0.01
+
+
+UNBIASED = {
+    "Trace_ELBO": Trace_ELBO,
+    "running average": lambda: ScoreFunction(RunningAverage()),
+    "neural": lambda: ScoreFunction(NeuralBaseline(2, TANH).double()),
+    "leave-one-out": lambda: LeaveOneOut(3),
+    "pairs": DisARM,
+    "VIMCO": VIMCO,
+}
+
+
+def test_what_is_unbiased_is_found_so():
+    vae = vae_of("bernoulli")
+    found = compare({name: estimator(vae, make()) for name, make in UNBIASED.items()}, X, repeats=400)
+    for groups in found.measured.values():
+        for row in groups.values():
+            assert row.p_value > 1e-5
+            assert row.bias <= 5 * row.bias_error
+            assert row.variance > 0
+            assert row.signal_to_noise == pytest.approx(row.target_norm / row.variance**0.5)
+
+
+def test_the_bound_of_several_draws_is_held_against_its_own_gradient():
+    vae = vae_of("bernoulli")
+    rows = compare({"2": estimator(vae, VIMCO(2)), "3": estimator(vae, VIMCO(3))}, X, repeats=2).measured
+    for count in (2, 3):
+        gradient = exact_gradient(vae.model, vae.guide, X, num_draws=count)
+        norm = sum(float(value.square().sum()) for value in gradient.values()) ** 0.5
+        assert rows[str(count)]["all"].target_norm == pytest.approx(norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, DiscreteKL])
+def test_what_is_relaxed_is_biased_against_its_twin_by_as_much_as_a_long_run_tells(elbo):
+    vae = vae_of("relaxed")
+    twin = vae.discrete()
+    found = compare({"relaxed": estimator(vae, elbo(), target=(twin.model, twin.guide))}, X, repeats=1000)
+    row = found.measured["relaxed"]["all"]
+    assert row.p_value < 1e-12
+    assert row.bias > 10 * row.bias_error
+    # Gradients of many copies of the data at once: 400,000 draws for each datum.
+    parameters, copies = list(vae.parameters()), 20_000
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for _ in range(20):
+        loss = elbo().differentiable_loss(vae.model, vae.guide, X.repeat(copies, 1)) / (20 * copies * len(X))
+        total = [sum_ - g for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True)]
+    target = exact_gradient(twin.model, twin.guide, X)
+    squared = sum(
+        float((one - target[name]).square().sum()) for (name, _), one in zip(vae.named_parameters(), total, strict=True)
+    )
+    assert abs(row.bias - squared**0.5) < 5 * row.bias_error
+
+
+def test_the_squared_bias_is_zero_on_average_where_there_is_none():
+    """Chance is taken off: of an unbiased estimator about half of the runs find no bias at all."""
+    vae = vae_of("bernoulli")
+    rows = [
+        compare({"pairs": estimator(vae, DisARM())}, X, repeats=20, seed=seed).measured["pairs"]["all"]
+        for seed in range(60)
+    ]
+    none = sum(row.bias == 0 for row in rows)
+    assert 10 < none < 57  # squared lengths of few directions lean below their mean
+    naive = [(row.variance / 20) ** 0.5 for row in rows]
+    assert sum(row.bias for row in rows) < 0.7 * sum(naive)
+
+
+def test_a_shifted_estimator_is_off_by_the_shift():
+    vae = vae_of("bernoulli")
+
+    class Shifted(LeaveOneOut):
+        def loss_and_grads(self, model, guide, *args, **kwargs):
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+            vae.encoder.network[0].bias.grad += 0.5 * len(X)
+            return loss
+
+    rows = compare({"shifted": estimator(vae, Shifted(4))}, X, repeats=500).measured["shifted"]
+    for group in ("encoder", "all"):
+        # 4 biases of the hidden layer, each off by a half.
+        assert abs(rows[group].bias - 1) < 5 * rows[group].bias_error
+        assert rows[group].p_value < 1e-12
+    assert rows["decoder"].p_value > 1e-5
+
+
+def test_averages_of_as_many_evaluations_are_quieter_by_as_many():
+    vae = vae_of("bernoulli")
+    estimators = {"pairs": estimator(vae, DisARM(2)), "one": estimator(vae, Trace_ELBO())}
+    alone = compare(estimators, X, repeats=500)
+    assert alone.evaluations == {"pairs": 2, "one": 1}
+    equal = compare(estimators, X, evaluations=4, repeats=500, seed=1)
+    assert equal.evaluations == {"pairs": 4, "one": 4}
+    for name, factor in (("pairs", 2), ("one", 4)):
+        ratio = alone.measured[name]["all"].variance / equal.measured[name]["all"].variance
+        # The sum of 57 variances of 500 draws each, with heavy tails, is known to 7 % or better.
+        assert ratio == pytest.approx(factor, rel=0.45)
+        assert alone.measured[name]["all"].target_norm == equal.measured[name]["all"].target_norm
+        assert equal.measured[name]["all"].p_value > 1e-5
+
+
+def test_variances_are_those_of_a_hand():
+    """The same estimates, collected by hand under the same seed."""
+    vae = vae_of("bernoulli")
+    row = compare({"pairs": estimator(vae, DisARM())}, X, repeats=30, seed=7).measured["pairs"]["all"]
+    pyro.set_rng_seed(7)
+    estimates = []
+    for _ in range(30):
+        loss = DisARM().differentiable_loss(vae.model, vae.guide, X)
+        gradients = torch.autograd.grad(-loss / len(X), list(vae.parameters()))
+        estimates.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    target = torch.cat([value.flatten() for value in exact_gradient(vae.model, vae.guide, X).values()])
+    estimates = torch.stack(estimates)
+    assert row.variance == pytest.approx(estimates.var(0).sum().item(), rel=1e-9)
+    squared = ((estimates.mean(0) - target) ** 2 - estimates.var(0) / 30).sum().item()
+    assert row.bias == pytest.approx(max(squared, 0) ** 0.5, rel=1e-6)
+    scores = (estimates.mean(0) - target).abs() / (estimates.std(0) / 30**0.5)
+    assert row.max_z == pytest.approx(scores.max().item(), rel=1e-4)
+
+
+def test_groups_part_the_parameters():
+    vae = vae_of("bernoulli")
+    rows = compare({"pairs": estimator(vae, DisARM())}, X, repeats=20).measured["pairs"]
+    assert rows.keys() == {"all", "encoder", "decoder", "prior"}
+    parts = [rows[name] for name in ("encoder", "decoder", "prior")]
+    for name, row in zip(("encoder", "decoder", "prior"), parts, strict=True):
+        assert row.num_parameters == sum(p.numel() for p in getattr(vae, name).parameters())
+    assert rows["all"].num_parameters == sum(p.numel() for p in vae.parameters())
+    assert rows["all"].variance == pytest.approx(sum(row.variance for row in parts))
+    assert rows["all"].target_norm == pytest.approx(sum(row.target_norm**2 for row in parts) ** 0.5)
+    assert rows["all"].max_z == pytest.approx(max(row.max_z for row in parts))
+
+
+def test_p_values_are_bonferronis():
+    row = Measured(1.0, 0.0, 0.1, 4.0, 3.0, 10)
+    assert row.p_value == pytest.approx(10 * 0.0026997960632601866)
+    assert Measured(1.0, 0.0, 0.1, 4.0, 0.1, 10).p_value == 1
+    assert row.signal_to_noise == 0.5
+    assert Measured(1.0, 0.0, 0.1, 0.0, 0.0, 10).signal_to_noise == math.inf
+
+
+def test_one_seed_gives_the_same_numbers_and_another_other_ones():
+    vae = vae_of("bernoulli")
+    first, again, other = (
+        compare({"pairs": estimator(vae, DisARM())}, X, repeats=5, seed=seed).measured["pairs"]["all"]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first.variance != other.variance
+
+
+def test_a_line_for_each_estimator():
+    vae = vae_of("bernoulli")
+    found = compare({name: estimator(vae, make()) for name, make in UNBIASED.items()}, X, repeats=5)
+    for group in ("all", "encoder"):
+        title, *lines = found.table(group).splitlines()
+        assert title.startswith(group)
+        for word in ("runs", "|gradient|", "bias", "error", "variance", "SNR", "max z"):
+            assert word in title
+        assert [line.split("  ")[0].strip() for line in lines] == list(UNBIASED)
+        row = found.measured["pairs"][group]
+        (line,) = (line for line in lines if line.startswith("pairs"))
+        assert line.split()[1:] == [
+            "2", f"{row.target_norm:.4f}", f"{row.bias:.4f}", f"{row.bias_error:.4f}", f"{row.variance:.4f}",
+            f"{row.signal_to_noise:.3f}", f"{row.max_z:.1f}",
+        ]  # fmt: skip
+    assert found.table() == found.table("all")
+
+
+# --- What it leaves behind -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*UNBIASED, "enumeration"])
+def test_gradients_random_state_and_param_store_are_as_before(name, random_states):
+    vae = vae_of("bernoulli")
+    vae.register()
+    parameters = list(vae.parameters())
+    for index, parameter in enumerate(parameters):
+        parameter.grad = None if index % 2 else torch.full_like(parameter, 7.0)
+    kept = [parameter.grad for parameter in parameters]
+    values = [parameter.detach().clone() for parameter in parameters]
+    store = pyro.get_param_store()
+    stored = dict(store.named_parameters())
+    one = enumeration(vae) if name == "enumeration" else estimator(vae, UNBIASED[name]())
+    states = random_states()
+    compare({"one": one}, X, repeats=3)
+    exact_gradient(vae.model, vae.guide, X)
+    assert random_states() == states
+    assert all(parameter.grad is grad for parameter, grad in zip(parameters, kept, strict=True))
+    assert all(grad is None or grad.eq(7.0).all() for grad in kept)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, values, strict=True))
+    assert dict(store.named_parameters()).keys() == stored.keys()
+    assert all(dict(store.named_parameters())[key] is value for key, value in stored.items())
+
+
+def test_a_baselines_gradients_are_left_as_they_were():
+    """Its next step in training would else be that of all the repeats."""
+    vae, elbo = vae_of("bernoulli"), UNBIASED["neural"]()
+    compare({"neural": estimator(vae, elbo)}, X, repeats=3)
+    assert all(parameter.grad is None for parameter in elbo.baseline.parameters())
+
+
+def test_after_an_error_gradients_are_as_before():
+    vae = vae_of("bernoulli")
+    for parameter in vae.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    kept = [parameter.grad for parameter in vae.parameters()]
+
+    class Failing(LeaveOneOut):
+        def loss_and_grads(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare({"failing": estimator(vae, Failing())}, X, repeats=3)
+    assert all(parameter.grad is grad for parameter, grad in zip(vae.parameters(), kept, strict=True))
+
+
+def test_outer_handlers_see_none_of_it():
+    vae = vae_of("bernoulli")
+    with poutine.trace() as tracer:
+        exact_gradient(vae.model, vae.guide, X)
+    assert not [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_fewer_evaluations_than_an_estimate_takes_are_refused():
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=r"evaluations: got 3; four takes 4 for each estimate"):
+        compare({"four": estimator(vae, LeaveOneOut(4))}, X, evaluations=3)
+
+
+@pytest.mark.parametrize("repeats", [0, -2, 1.5, True])
+def test_no_number_of_repeats_is_refused(repeats):
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=rf"repeats: got {repeats}"):
+        compare({"pairs": estimator(vae, DisARM())}, X, repeats=repeats)
+
+
+def test_a_relaxed_vae_needs_its_twin_as_the_target():
+    vae = vae_of("relaxed")
+    with pytest.raises(ValueError, match="are not all discrete"):
+        compare({"relaxed": estimator(vae, Trace_ELBO())}, X, repeats=3)
