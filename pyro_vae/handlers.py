@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "Drawn",
@@ -18,6 +19,7 @@ __all__ = [
     "observed_sites",
     "parameters_of",
     "recorded",
+    "register",
 ]
 
 
@@ -135,6 +137,25 @@ def recorded(function: Callable[..., Any], traces: list[Trace]) -> Callable[...,
         return result
 
     return recording
+
+
+def register(name: str, module: nn.Module) -> None:
+    """Register the parameters of a module with Pyro, as ``pyro.module(name, module)`` does, each once.
+
+    Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would leave a
+    second module of the same name untrained without a word, this raises.
+    """
+    store = pyro.get_param_store()
+    for path, parameter in module.named_parameters():
+        key = f"{name}$$${path}"
+        if not parameter.requires_grad:
+            continue
+        if key in store and store[key] is not parameter:
+            raise ValueError(
+                f"name: Pyro's param store holds other parameters under {name!r} ({path}), and these would not be "
+                "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
+            )
+        pyro.param(key, parameter)
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:

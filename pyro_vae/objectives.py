@@ -19,7 +19,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from pyro_vae.distributions import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical, base_distribution
 from pyro_vae.draws import Draws
+from pyro_vae.handlers import register
 
 __all__ = ["VIMCO", "DisARM", "DiscreteKL", "LeaveOneOut", "ScoreFunction"]
 
@@ -134,23 +134,9 @@ class ScoreFunction(_OfELBO):
 
     def surrogate(self, draws: Draws) -> Tensor:
         f = draws.f.detach()
-        self._register()
+        register(self.name, self.baseline)
         b = self.baseline(draws.x.to(f.dtype)).to(f).expand(f.shape[1])
         return _scored(draws, f - b.detach()) - self.baseline.learn(f, b) / draws.scale
-
-    def _register(self) -> None:
-        """As ``pyro.module`` does, which would leave a second baseline of the same name untrained without a word."""
-        store = pyro.get_param_store()
-        for path, parameter in self.baseline.named_parameters():
-            name = f"{self.name}$$${path}"
-            if not parameter.requires_grad:
-                continue
-            if name in store and store[name] is not parameter:
-                raise ValueError(
-                    f"name: Pyro's param store holds other parameters under {self.name!r} ({path}), and these would "
-                    "not be trained. Give each baseline a name of its own, or call pyro.clear_param_store()"
-                )
-            pyro.param(name, parameter)
 
 
 class LeaveOneOut(_OfELBO):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae import guides
 from pyro_vae.distributions import base_support
+from pyro_vae.handlers import register
 from pyro_vae.parts import Part
 from pyro_vae.randomness import seeded
 
@@ -91,23 +92,8 @@ class VAE(nn.Module):
         raise TypeError("a VAE is a pair of functions: hand over `vae.model` and `vae.guide`")
 
     def register(self) -> None:
-        """Register the parameters with Pyro, as ``pyro.module(self.name, self)`` does, each once.
-
-        Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would
-        leave a second model of the same name untrained without a word, this raises.
-        """
-        store = pyro.get_param_store()
-        for path, parameter in self.named_parameters():
-            name = f"{self.name}$$${path}"
-            if not parameter.requires_grad:
-                continue
-            if name in store and store[name] is not parameter:
-                raise ValueError(
-                    f"name: Pyro's param store holds other parameters under {self.name!r} ({path}), and these would "
-                    "not be trained. Give each VAE a name of its own (leave it out and it is), or call "
-                    "pyro.clear_param_store()."
-                )
-            pyro.param(name, parameter)
+        """Register the parameters with Pyro under the VAE's name, see :func:`pyro_vae.handlers.register`."""
+        register(self.name, self)
 
     def _read(self, z: Tensor) -> Tensor:
         code = self.code(z)

@@ -80,7 +80,7 @@ def test_two_vaes_in_one_process_train_apart(vae):
 
 def test_a_second_vae_of_the_same_name_is_refused_instead_of_left_untrained():
     step(gaussian(name="mine"))
-    with pytest.raises(ValueError, match="Give each VAE a name of its own"):
+    with pytest.raises(ValueError, match="Give each a name of its own"):
         step(gaussian(name="mine"))
 
 
