@@ -365,7 +365,8 @@ def main(args: argparse.Namespace) -> None:
     report = table(found) + "\n\n" + found.conclusion()
     print(f"\n{report}\n")
     kept = {"evidence": found.rows, "steps": found.steps, "stops": found.stops, "training_seconds": training}
-    results.save(args, kept, {"cost": draw_cost(found), "errors": draw_errors(found)}, {}, report)
+    tree = images.tree(vae, x[:20], test.labels[:20][: len(x)], draws=200, seed=args.seed)  # of the largest n
+    results.save(args, kept, {"cost": draw_cost(found), "errors": draw_errors(found)}, {"explosion": tree}, report)
 
 
 if __name__ == "__main__":

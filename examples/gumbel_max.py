@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import pyro
 import results
 import torch
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -83,6 +84,16 @@ def simplex(draws: int, seed: int) -> tuple[dict[str, Any], dict[float, Tensor]]
         )
         points[temperature] = y[:600].exp()
     return {"softmax": CORNERS.softmax(-1).tolist(), "temperatures": rows}, points
+
+
+def tree(points: dict[float, Tensor]) -> xr.DataTree:
+    """The draws on the simplex, by temperature, as ArviZ reads them."""
+    y = torch.stack(list(points.values()))  # (temperature, draw, category)
+    dims = ("chain", "draw", "temperature", "category")
+    coords = {"temperature": list(points), "category": range(y.shape[-1])}
+    values = y.transpose(0, 1)[None].numpy()
+    coords |= {"chain": [0], "draw": range(values.shape[1])}
+    return xr.DataTree.from_dict({"prior": xr.Dataset({"y": (dims, values)}, coords=coords)})
 
 
 def f(z: Tensor) -> Tensor:
@@ -296,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
         "simplex": draw_simplex(second, points),
         "gradients": draw_gradients(found),
     }
-    results.save(args, found, figures, {}, report)
+    results.save(args, found, figures, {"simplex": tree(points)}, report)
 
 
 if __name__ == "__main__":

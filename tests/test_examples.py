@@ -349,6 +349,10 @@ def test_gumbel_max_in_a_short_form(run, capsys):
         if name.startswith("score"):
             assert abs(row["mean"] - found["exact"]) < 5 * row["error"], name
     assert_pictures(folder, {"categorical", "simplex", "gradients"})
+    with xr.open_datatree(folder / "simplex.nc") as tree:
+        y = tree["prior"]["y"]
+        assert y.sizes["temperature"] == 4
+        assert abs(y.sum("category") - 1).max() < 1e-5
     assert (folder / "table.txt").read_text() in capsys.readouterr().out
 
 
@@ -357,6 +361,7 @@ def test_explosion_in_a_short_form(run, capsys):
     found = json.loads((folder / "results.json").read_text())
     assert [row["states"] for row in found["evidence"]] == [2, 4, 16]
     assert_pictures(folder, {"cost", "errors"})
+    assert_trees(folder, {"explosion"}, draws=200, rows=20)
     assert (folder / "table.txt").read_text() in capsys.readouterr().out
 
 
