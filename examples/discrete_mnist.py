@@ -5,6 +5,7 @@ Discrete latents on MNIST
 A VAE of 20 categorical latents of 10 classes, or of 200 Bernoulli ones, trained with any gradient estimator: relaxed,
 straight-through, or the score function with a baseline, leave-one-out, VIMCO or DisARM. Whatever it is trained with, it
 is judged on the discrete graph: a bound on log p(x) of held-out images under the model of hard codes, from 1000 draws.
+Several estimators, or ``--estimator all``, are put side by side after the same number of steps.
 """
 
 import argparse
@@ -17,10 +18,9 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
     options.add_training(parser, batch_size=128, lr=1e-3)
     options.add_choice(parser, "--latent", "categorical", "bernoulli", meaning="20 × 10 classes, or 200 bits")
     parser.add_argument("--hidden", type=options.count, nargs="+", default=[512, 256], help="of the encoder; mirrored")
-    sampled = ["running-average", "neural-baseline", "leave-one-out", "vimco", "disarm"]
-    options.add_choice(
-        parser, "--estimator", "discrete-kl", "relaxed", "straight-through", *sampled, meaning="of gradients"
-    )
+    relaxed = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed"]
+    sampled = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco", "disarm"]
+    options.add_choices(parser, "--estimator", *relaxed, *sampled, meaning="of gradients; several are compared")
     parser.add_argument("--particles", type=options.count, default=None, help="draws a step; the fewest if left out")
     parser.add_argument("--temperature", type=options.positive, default=1.0, help="of a relaxed guide, at first")
     parser.add_argument("--floor", type=options.positive, default=0.5, help="of the temperature")
@@ -28,86 +28,73 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
     parser.add_argument("--prior-temperature", type=options.positive, default=0.5, help="of a relaxed prior")
     parser.add_argument("--samples", type=options.count, default=1000, help="draws for log p(x) of each image")
     args = parser.parse_args()
+    if args.latent == "categorical" and "disarm" in args.estimator:
+        args.estimator.remove("disarm")
+        if len(args.estimator) < len(relaxed + sampled) - 1:
+            parser.error("--estimator disarm is for bits, --latent bernoulli")
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import images
+import matplotlib.pyplot as plt
 import pyro
 import results
 import torch
+from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import baselines, datasets, guides, likelihoods, networks, objectives, priors, schedules
 
-RELAXED = {"discrete-kl", "relaxed", "straight-through"}
+RELAXED = {"discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed"}
 
 
-class Centred(nn.Module):
-    """Takes the mean of the training images off."""
-
-    mean: Tensor
-
-    def __init__(self, mean: Tensor):
-        super().__init__()
-        self.register_buffer("mean", mean)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(*, pixels)``, as it came in."""
-        return x - self.mean
-
-
-def centred(mean: Tensor, hidden: Sequence[int]) -> networks.NetworkFactory:
-    return lambda *sizes: nn.Sequential(Centred(mean), networks.mlp(hidden)(*sizes))
-
-
-def parts(args: argparse.Namespace, pixels: int, encode: networks.NetworkFactory) -> tuple[nn.Module, nn.Module]:
+def parts(args: argparse.Namespace, estimator: str, mean: Tensor) -> tuple[nn.Module, nn.Module]:
     """Prior and guide: relaxed where the estimator is, and discrete where it draws hard codes."""
-    relaxed, hard = args.estimator in RELAXED, args.estimator == "straight-through"
-    cold, warm = args.prior_temperature, args.temperature
-    match args.latent, relaxed:
+    encode = networks.standardized(networks.mlp(args.hidden), loc=mean)
+    cold, warm, pixels = args.prior_temperature, args.temperature, len(mean)
+    hard = estimator.startswith("straight-through")
+    match args.latent, estimator in RELAXED:
         case "categorical", True:
-            return (
-                priors.GumbelSoftmax((20, 10), cold, straight_through=hard),
-                guides.GumbelSoftmax(pixels, (20, 10), encode, warm),
-            )
+            prior: nn.Module = priors.GumbelSoftmax((20, 10), cold, straight_through=hard)
+            return prior, guides.GumbelSoftmax(pixels, (20, 10), encode, warm)
         case "bernoulli", True:
-            return (
-                priors.RelaxedBernoulli(200, cold, straight_through=hard),
-                guides.RelaxedBernoulli(pixels, 200, encode, warm),
-            )
+            prior = priors.RelaxedBernoulli(200, cold, straight_through=hard)
+            return prior, guides.RelaxedBernoulli(pixels, 200, encode, warm)
         case "categorical", False:
             return priors.OneHotCategorical((20, 10)), guides.OneHotCategorical(pixels, (20, 10), encode)
         case _:
             return priors.Bernoulli(200), guides.Bernoulli(pixels, 200, encode)
 
 
-def discrete_vae(args: argparse.Namespace, mean: Tensor) -> pv.VAE:
-    """The VAE, whose decoder at first makes the mean image of every code."""
-    prior, encoder = parts(args, len(mean), centred(mean, args.hidden))
-    decoder = likelihoods.Bernoulli(prior().event_shape, len(mean), networks.mlp(args.hidden[::-1]))
+def discrete_vae(args: argparse.Namespace, estimator: str, mean: Tensor) -> pv.VAE:
+    """The VAE. Its decoder reads codes of mean 0 and variance 1 under the prior; at first all give the mean image."""
+    prior, encoder = parts(args, estimator, mean)
+    on = 0.5 if args.latent == "bernoulli" else 0.1
+    decode = networks.standardized(networks.mlp(args.hidden[::-1]), loc=on, scale=math.sqrt(on * (1 - on)))
+    decoder = likelihoods.Bernoulli(prior().event_shape, len(mean), decode)
     *_, last = (module for module in decoder.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
     return pv.VAE(prior, encoder, decoder)
 
 
-def objective(args: argparse.Namespace, mean: Tensor) -> Any:
+def objective(args: argparse.Namespace, estimator: str, mean: Tensor) -> Any:
     """The ELBO whose gradients are the estimator's."""
-    few = {"leave-one-out": 2, "vimco": 2, "disarm": 2}
-    draws = args.particles or few.get(args.estimator, 1)
-    match args.estimator:
-        case "relaxed" | "straight-through":
+    draws = args.particles or (2 if estimator in {"leave-one-out", "vimco", "disarm"} else 1)
+    match estimator.removeprefix("straight-through-"):
+        case "relaxed" | "score-function":
             return Trace_ELBO(num_particles=draws, vectorize_particles=draws > 1, max_plate_nesting=1)
         case "discrete-kl":
             return objectives.DiscreteKL(draws)
         case "running-average":
             return objectives.ScoreFunction(baselines.RunningAverage(), draws)
         case "neural-baseline":
-            return objectives.ScoreFunction(baselines.NeuralBaseline(len(mean), centred(mean, [128])), draws)
+            network = networks.standardized(networks.mlp([128]), loc=mean)
+            return objectives.ScoreFunction(baselines.NeuralBaseline(len(mean), network), draws)
         case "leave-one-out":
             return objectives.LeaveOneOut(draws)
         case "vimco":
@@ -116,53 +103,100 @@ def objective(args: argparse.Namespace, mean: Tensor) -> Any:
             return objectives.DisARM(draws)
 
 
-def main(args: argparse.Namespace) -> None:
+@dataclass
+class Run:
+    """What came of one estimator: the discrete VAE that was trained, its history, and how it was judged."""
+
+    vae: pv.VAE
+    history: dict[str, list[float]]
+    found: dict[str, float]
+
+
+def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tensor, mean: Tensor) -> Run:
+    """Train with an estimator, and judge the discrete model."""
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.load(args.data, args.folder)
-    mean = datasets.grey(train.x[:10_000]).mean(0)
-    vae = discrete_vae(args, mean)
-    steps = args.epochs * math.ceil(len(train) / args.batch_size)
+    vae = discrete_vae(args, estimator, mean)
     cooling = {}
-    if args.estimator in RELAXED:
+    if estimator in RELAXED:
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
     fitted = pv.fit(
         vae.model,
         vae.guide,
-        train.x,
+        train,
         epochs=args.epochs,
         batch_size=args.batch_size,
-        lr=schedules.decayed(args.lr, steps),
-        elbo=objective(args, mean),
+        lr=schedules.decayed(args.lr, args.epochs * math.ceil(len(train) / args.batch_size)),
+        elbo=objective(args, estimator, mean),
         transform=datasets.resample,
         schedules=cooling,
         seed=args.seed,
     )
-
-    judged = vae.discrete() if args.estimator in RELAXED else vae
-    x, labels = datasets.resample(test.x)[: args.test_images], test.labels[: args.test_images]
-    elbo = pv.evaluate(judged.model, judged.guide, x, num_samples=20, seed=args.seed)["elbo"]
-    estimate = pv.log_evidence(judged.model, judged.guide, x, num_samples=args.samples, seed=args.seed)
-    log_p = float(estimate.log_evidence.mean())
-    error = float(estimate.log_evidence.std() / len(x) ** 0.5)
-    report = [
-        f"{args.latent}, {args.estimator}: {steps} steps, {fitted.seconds / 60:.1f} minutes.",
-        f"On {len(x)} held-out images, in nats per image of {x.shape[1]} pixels, of the discrete model:",
-        f"  ELBO     {elbo:8.2f}",
-        f"  log p(x) {log_p:8.2f}  at least: {args.samples} draws for each (standard error over images {error:.2f})",
-    ]
-    print("\n".join(report))
+    judged = vae.discrete() if estimator in RELAXED else vae
+    estimate = pv.log_evidence(judged.model, judged.guide, test, num_samples=args.samples, seed=args.seed).log_evidence
     found = {
-        "elbo": elbo,
-        "log_p": log_p,
-        "log_p_standard_error_over_images": error,
-        "steps": steps,
+        "elbo": pv.evaluate(judged.model, judged.guide, test, num_samples=20, seed=args.seed)["elbo"],
+        "log_p": float(estimate.mean()),
+        "log_p_standard_error_over_images": float(estimate.std() / len(test) ** 0.5),
+        "steps": fitted.steps,
         "seconds": fitted.seconds,
-        "history": fitted.history,
     }
-    figures = images.pictures(judged, fitted.history, x, labels, shape, f"{args.latent} codes")
-    tree = images.tree(judged, x[:20], labels[:20], args.draws, args.seed)
-    results.save(args, found, figures, {"discrete_mnist": tree})
+    return Run(judged, fitted.history, found)
+
+
+def table(args: argparse.Namespace, runs: dict[str, Run], test: Tensor) -> str:
+    """A line for each estimator."""
+    lines = [
+        f"{args.latent} latents; {len(test)} held-out images, nats per image of {test.shape[1]} pixels, hard codes;",
+        f"log p(x) is a lower bound from {args.samples} draws of each image, +- its standard error over images.",
+        f"{'estimator':30s}{'steps':>7s}{'minutes':>9s}{'ELBO':>10s}{'log p(x)':>10s}",
+    ]
+    for name, run in runs.items():
+        row = run.found
+        lines.append(
+            f"{name:30s}{row['steps']:7.0f}{row['seconds'] / 60:9.1f}{row['elbo']:10.2f}{row['log_p']:10.2f}"
+            f" +- {row['log_p_standard_error_over_images']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def side_by_side(runs: dict[str, Run]) -> Figure:
+    """ELBO and log p(x) of each estimator's discrete model, the best above."""
+    figure, ax = plt.subplots(figsize=(7, 1.5 + 0.35 * len(runs)), layout="constrained")
+    order = sorted(runs, key=lambda name: runs[name].found["log_p"])
+    for place, name in enumerate(order):
+        elbo, log_p = (runs[name].found[key] for key in ("elbo", "log_p"))
+        ax.plot([elbo, log_p], [place, place], color="0.7", zorder=1)
+        ax.scatter(elbo, place, color="C0", label="ELBO" if place == 0 else None)
+        ax.scatter(log_p, place, color="C1", label="log p(x), at least" if place == 0 else None)
+    ax.set_yticks(range(len(order)), order)
+    ax.set(xlabel="nats per held-out image", title="After the same number of steps, on the discrete model")
+    ax.legend()
+    return figure
+
+
+def main(args: argparse.Namespace) -> None:
+    train, test, shape = images.load(args.data, args.folder)
+    pyro.set_rng_seed(args.seed)
+    mean = datasets.grey(train.x[:10_000]).mean(0)
+    x, labels = datasets.resample(test.x)[: args.test_images], test.labels[: args.test_images]
+    runs = {}
+    for name in args.estimator:
+        runs[name] = trained(args, name, train.x, x, mean)
+        print(table(args, {name: runs[name]}, x).splitlines()[-1])
+    report = table(args, runs, x)
+    print(report)
+    best = max(runs, key=lambda name: runs[name].found["log_p"])
+    vae, history = runs[best].vae, runs[best].history
+    figures = images.pictures(vae, history, x, labels, shape, f"{args.latent} codes")
+    if len(runs) > 1:
+        figures["estimators"] = side_by_side(runs)
+    found = {
+        "best": best,
+        "estimators": {name: run.found | {"history": run.history} for name, run in runs.items()},
+    }
+    tree = images.tree(vae, x[:20], labels[:20], args.draws, args.seed)
+    results.save(args, found, figures, {"discrete_mnist": tree}, report)
 
 
 if __name__ == "__main__":

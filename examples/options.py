@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -51,6 +52,19 @@ def parser(doc: str | None, name: str, epochs: int, unit: str = "passes over the
 def add_choice(made: argparse.ArgumentParser, name: str, *choices: str, meaning: str) -> None:
     """Add an option that takes one of these words, the first if left out."""
     made.add_argument(name, choices=choices, default=choices[0], help=meaning)
+
+
+class _Choices(argparse.Action):
+    """The words that were given, each once, or all of them for ``all``."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        chosen = self.choices if "all" in values else dict.fromkeys(values)
+        setattr(namespace, self.dest, [word for word in chosen or () if word != "all"])
+
+
+def add_choices(made: argparse.ArgumentParser, name: str, *choices: str, meaning: str) -> None:
+    """Add an option that takes one or more of these words, or ``all``; the first if left out."""
+    made.add_argument(name, nargs="+", action=_Choices, choices=[*choices, "all"], default=[choices[0]], help=meaning)
 
 
 def add_training(made: argparse.ArgumentParser, batch_size: int, lr: float) -> None:

@@ -5,6 +5,7 @@ estimator is run many times on the same parameters and data, and its mean and sp
 its *own* target.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_vae.checks import positive_int
@@ -47,6 +49,10 @@ class Estimator:
     def num_draws(self) -> int:
         """Of the bound that is estimated: K of a K-sample bound, otherwise 1."""
         return self.elbo.num_particles if isinstance(self.elbo, VIMCO) else 1
+
+    def evaluations(self, num_states: int) -> int:
+        """Runs of the decoder for each datum and estimate: one for each draw, or for each state if it enumerates."""
+        return self.elbo.num_particles * (num_states if isinstance(self.elbo, TraceEnum_ELBO) else 1)
 
 
 @dataclass(frozen=True)
@@ -142,23 +148,38 @@ def exact_gradient(
         raise ValueError(f"model: its latents {list(problem.latents)} are not all discrete, and cannot be enumerated")
     q = Guide(problem, guide)
     parameters = _parameters(model, guide, data)
-    with torch.enable_grad():
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    # Twice over the states, chunk by chunk: the densities of all of them, and then their gradients, each weighted with
+    # the slope of the bound in its density.
+    with torch.no_grad():
         pieces = [(problem.log_joint(values), q.log_prob(values)) for values in problem.states()]
-        log_joint, log_q = (torch.cat([piece[index] for piece in pieces]).double() for index in (0, 1))  # (S, N)
-        count = len(log_q) ** num_draws
-        if count > MAX_STATES:
-            raise ValueError(
-                f"num_draws: {len(log_q)} states have {count} combinations of {num_draws}; at most {MAX_STATES} are "
-                "summed over"
-            )
+    slopes = _slopes(*(torch.cat(list(piece)).double() for piece in zip(*pieces, strict=True)), num_draws)
+    sizes = [len(piece[0]) for piece in pieces]
+    for values, *slope in zip(problem.states(), *(one.split(sizes) for one in slopes), strict=True):
+        with torch.enable_grad():
+            densities = problem.log_joint(values), q.log_prob(values)
+            part = sum((one * weight).sum() for one, weight in zip(densities, slope, strict=True))
+        found = torch.autograd.grad(part, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                gradients[name] += gradient
+    return gradients
+
+
+def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, ...]:
+    """The derivative of the bound, in nats per datum, in log p(x, z) and in log q(z | x), each ``(S, N)``."""
+    count = len(log_q) ** num_draws
+    if count > MAX_STATES:
+        raise ValueError(
+            f"num_draws: {len(log_q)} states have {count} combinations of {num_draws}; at most {MAX_STATES} are "
+            "summed over"
+        )
+    with torch.enable_grad():
+        log_joint, log_q = log_joint.requires_grad_(), log_q.requires_grad_()
         chosen = torch.cartesian_prod(*[torch.arange(len(log_q), device=log_q.device)] * num_draws).reshape(count, -1)
         bound = (log_joint - log_q)[chosen].logsumexp(1) - math.log(num_draws)  # (S^K, N)
-        total = (log_q[chosen].sum(1).exp() * bound).sum() / problem.num_data
-    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
+        total = (log_q[chosen].sum(1).exp() * bound).sum() / log_q.shape[1]
+    return torch.autograd.grad(total, (log_joint, log_q))
 
 
 def compare(
@@ -171,16 +192,19 @@ def compare(
 ) -> Comparison:
     """Run each estimator many times, at the parameters as they are, and hold it against the gradient of its target.
 
+    A running average learns from one estimate to the next, as in training, and is put back afterwards.
+
     Args:
         estimators: by name.
         data: what models and guides take.
         evaluations: runs of the decoder that each estimate may cost for each datum: estimators with fewer draws are
             averaged over several. As many as each takes if left out.
-        repeats: how many estimates.
+        repeats: how many estimates, 2 or more.
         plate: name of the data plate.
         seed: of the draws.
     """
-    positive_int(repeats, "repeats")
+    if positive_int(repeats, "repeats") < 2:
+        raise ValueError("repeats: got 1; accepted is 2 or more, for a variance")
     store = pyro.get_param_store()
     with store.scope(store.get_state()):  # a baseline registers parameters too
         return _compare(estimators, data, evaluations, repeats, plate, seed)
@@ -199,11 +223,11 @@ def _compare(
         pair = estimator.target or (estimator.model, estimator.guide)
         target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
         parameters = _parameters(*pair, data)
-        draws = estimator.elbo.num_particles
-        averaged = 1 if evaluations is None else evaluations // draws
+        cost = estimator.evaluations(Problem(pair[0], data, plate).num_states)
+        averaged = 1 if evaluations is None else evaluations // cost
         if averaged < 1:
-            raise ValueError(f"evaluations: got {evaluations}; {name} takes {draws} for each estimate")
-        costs[name] = draws * averaged
+            raise ValueError(f"evaluations: got {evaluations}; {name} takes {cost} for each estimate")
+        costs[name] = cost * averaged
         with seeded(seed):
             estimates = _estimates(estimator, parameters, data, repeats, averaged)
         measured[name] = {
@@ -227,8 +251,10 @@ def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> d
 def _estimates(
     estimator: Estimator, parameters: dict[str, Tensor], data: tuple[Tensor, ...], repeats: int, averaged: int
 ) -> Tensor:
-    """Minus the gradient of the loss of each repeat, per datum, ``(repeats, P)``; gradients are left as they were."""
+    """Minus the gradient of the loss of each repeat, per datum, ``(repeats, P)``; all is left as it was."""
     before = {name: parameter.grad for name, parameter in parameters.items()}
+    baseline = getattr(estimator.elbo, "baseline", None)
+    learned = None if baseline is None else copy.deepcopy(baseline.state_dict())
     rows = []
     tracer = poutine.trace(param_only=True)
     try:
@@ -244,6 +270,8 @@ def _estimates(
             parameter.grad = None
         for name, parameter in parameters.items():
             parameter.grad = before[name]
+        if baseline is not None:
+            baseline.load_state_dict(learned)
     return torch.stack(rows) / -(averaged * len(data[0]))
 
 

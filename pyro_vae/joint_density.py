@@ -98,13 +98,20 @@ class Problem:
         """log p(x, z) at values ``(C, 1 or N, *event)`` of every latent, as ``(C, N)``."""
         return _log_joint(poutine.condition(self.model, data=values), self.data)
 
-    def states(self) -> Iterator[Values]:
-        """Chunks of the joint states of all latents, as values ``(C, 1, *event)``."""
-        supports = [
+    @property
+    def num_states(self) -> int:
+        """How many joint states the discrete latents have."""
+        return math.prod(map(len, self._supports()))
+
+    def _supports(self) -> list[Tensor]:
+        return [
             site["fn"].enumerate_support(expand=False).reshape(-1, 1, *site["fn"].event_shape)
             for site in self.latents.values()
         ]
-        count = math.prod(map(len, supports))
+
+    def states(self) -> Iterator[Values]:
+        """Chunks of the joint states of all latents, as values ``(C, 1, *event)``."""
+        supports, count = self._supports(), self.num_states
         if count > MAX_STATES:
             raise ValueError(
                 f"model: its discrete latents {list(self.latents)} have {count} states; at most {MAX_STATES} are "

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, prod
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear", "mlp"]
+__all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear", "mlp", "standardized"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -72,6 +73,54 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
         return nn.Sequential(*layers, nn.Linear(*last))
 
     return build
+
+
+class _Standardized(nn.Module):
+    """Takes a fixed location off its input, and divides by a fixed scale."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.loc) / self.scale
+
+
+def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
+    r"""A network behind :math:`(x - \mathrm{loc}) / \mathrm{scale}`, which are not trained.
+
+    For an encoder loc is the mean of the data; for a decoder the mean and standard deviation of the prior: bits are
+    read as ±1 with 0.5 and 0.5.
+
+    Args:
+        network: factory of what comes after it.
+        loc: a number, or one for each feature, ``(in_features,)``.
+        scale: positive, of the same kinds.
+
+    >>> decoder = standardized(mlp([32]), loc=0.5, scale=0.5)(2, 3)
+    >>> decoder[0](torch.tensor([0.0, 1.0]))
+    tensor([-1.,  1.])
+    """
+    dtype = torch.get_default_dtype()  # that of the network
+    fixed = torch.as_tensor(loc, dtype=dtype), torch.as_tensor(scale, dtype=dtype)
+    for name, value in zip(("loc", "scale"), fixed, strict=True):
+        if value.dim() > 1 or not value.isfinite().all():
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted is (in_features,), finite, or a number")
+    if not (fixed[1] > 0).all():
+        raise ValueError(f"scale: got {scale!r}; accepted are positive numbers")
+
+    def build_behind(in_features: int, out_features: int) -> nn.Module:
+        for name, value in zip(("loc", "scale"), fixed, strict=True):
+            if value.dim() and len(value) != in_features:
+                raise ValueError(f"{name}: got {len(value)} numbers; accepted are {in_features}, one for each feature")
+        inner = build(network, in_features, out_features)
+        return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
+
+    return build_behind
 
 
 class _OnImages(nn.Module):

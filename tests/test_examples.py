@@ -365,27 +365,42 @@ def test_explosion_in_a_short_form(run, capsys):
     assert (folder / "table.txt").read_text() in capsys.readouterr().out
 
 
-ESTIMATORS = [
-    ("categorical", "discrete-kl"),
-    ("categorical", "straight-through"),
-    ("categorical", "running-average"),
-    ("categorical", "vimco"),
-    ("bernoulli", "relaxed"),
-    ("bernoulli", "neural-baseline"),
-    ("bernoulli", "leave-one-out"),
-    ("bernoulli", "disarm"),
-]
+DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
+SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
+ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
 
 
-@pytest.mark.parametrize(("latent", "estimator"), ESTIMATORS, ids=" ".join)
-def test_discrete_mnist_in_a_short_form(run, latent, estimator):
-    options = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
-    folder = run("discrete_mnist.py", *options, "--hidden", "16", "--latent", latent, "--estimator", estimator)
+@pytest.mark.parametrize(
+    ("latent", "names"), [("categorical", ESTIMATORS), ("bernoulli", [*ESTIMATORS, "disarm"])], ids=["classes", "bits"]
+)
+def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, latent, names, capsys):
+    folder = run("discrete_mnist.py", *DISCRETE, "--hidden", "16", "--latent", latent, "--estimator", "all")
     found = json.loads((folder / "results.json").read_text())
-    assert found["log_p"] > found["elbo"]
-    assert -64 * torch.tensor(2.0).log() < found["elbo"] < 0
-    assert_pictures(folder, PICTURES)
+    assert list(found["estimators"]) == names
+    for row in found["estimators"].values():
+        assert row["log_p"] > row["elbo"]
+        assert -64 * torch.tensor(2.0).log() < row["elbo"] < 0
+        assert row["steps"] == 12
+    assert len({row["log_p"] for row in found["estimators"].values()}) == len(names)
+    assert found["estimators"][found["best"]]["log_p"] == max(row["log_p"] for row in found["estimators"].values())
+    assert_pictures(folder, {*PICTURES, "estimators"})
     assert_trees(folder, {"discrete_mnist"}, draws=5, rows=20)
+    table = (folder / "table.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()[3:]] == names
+
+
+def test_discrete_mnist_of_one_estimator_in_a_short_form(run):
+    options = ("--hidden", "16", "--estimator", "vimco", "--particles", "3")
+    found = json.loads((run("discrete_mnist.py", *DISCRETE, *options) / "results.json").read_text())
+    assert list(found["estimators"]) == ["vimco"]
+    assert found["settings"]["particles"] == 3
+
+
+def test_discrete_mnist_says_that_disarm_is_for_bits(run, capsys):
+    with pytest.raises(SystemExit):
+        run("discrete_mnist.py", *DISCRETE, "--latent", "categorical", "--estimator", "disarm", "vimco")
+    assert "--estimator disarm is for bits, --latent bernoulli" in capsys.readouterr().err
 
 
 def test_swap_in_a_short_form(run, capsys):

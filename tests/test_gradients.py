@@ -344,6 +344,25 @@ def test_averages_of_as_many_evaluations_are_quieter_by_as_many():
         assert equal.measured[name]["all"].p_value > 1e-5
 
 
+def test_enumeration_costs_a_run_for_each_state():
+    vae = vae_of("bernoulli")
+    assert compare({"exact": enumeration(vae)}, X, repeats=2).evaluations == {"exact": 8}
+    assert compare({"exact": enumeration(vae)}, X, evaluations=17, repeats=2).evaluations == {"exact": 16}
+    with pytest.raises(ValueError, match=r"evaluations: got 7; exact takes 8 for each estimate"):
+        compare({"exact": enumeration(vae)}, X, evaluations=7, repeats=2)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("num_draws", [1, 2])
+def test_it_is_the_same_in_chunks_of_any_size(monkeypatch, chunk, num_draws):
+    vae = vae_of("one-hot")
+    whole = exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
+    monkeypatch.setattr("pyro_vae.joint_density._BUDGET", chunk * 64 * len(X))
+    found = exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
 def test_variances_are_those_of_a_hand():
     """The same estimates, collected by hand under the same seed."""
     vae = vae_of("bernoulli")
@@ -445,6 +464,17 @@ def test_a_baselines_gradients_are_left_as_they_were():
     assert all(parameter.grad is None for parameter in elbo.baseline.parameters())
 
 
+@pytest.mark.parametrize("make", [RunningAverage, lambda: NeuralBaseline(2, TANH).double()], ids=["average", "neural"])
+def test_what_a_baseline_has_learned_is_as_it_was(make):
+    vae, elbo = vae_of("bernoulli"), ScoreFunction(make())
+    elbo.loss_and_grads(vae.model, vae.guide, X)
+    before = {name: value.clone() for name, value in elbo.baseline.state_dict().items()}
+    compare({"one": estimator(vae, elbo)}, X, repeats=3)
+    assert all(torch.equal(value, before[name]) for name, value in elbo.baseline.state_dict().items())
+    elbo.loss_and_grads(vae.model, vae.guide, X)
+    assert not all(torch.equal(value, before[name]) for name, value in elbo.baseline.state_dict().items())
+
+
 def test_after_an_error_gradients_are_as_before():
     vae = vae_of("bernoulli")
     for parameter in vae.parameters():
@@ -476,7 +506,7 @@ def test_fewer_evaluations_than_an_estimate_takes_are_refused():
         compare({"four": estimator(vae, LeaveOneOut(4))}, X, evaluations=3)
 
 
-@pytest.mark.parametrize("repeats", [0, -2, 1.5, True])
+@pytest.mark.parametrize("repeats", [0, 1, -2, 1.5, True])
 def test_no_number_of_repeats_is_refused(repeats):
     vae = vae_of("bernoulli")
     with pytest.raises(ValueError, match=rf"repeats: got {repeats}"):

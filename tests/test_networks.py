@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyro_vae import guides, likelihoods
-from pyro_vae.networks import convolutional, deconvolutional, linear, mlp
+from pyro_vae.networks import convolutional, deconvolutional, linear, mlp, standardized
 
 IMAGES = [(1, 7, 7), (1, 8, 8), (1, 28, 28), (3, 8, 8), (2, 5, 9), (1, 1, 1)]
 
@@ -22,6 +22,7 @@ FACTORIES = {
     **{f"deconvolutional {image}": (deconvolutional(image, [3, 2], nn.Tanh), 4, features(image)) for image in IMAGES},
     "two raw outputs per pixel": (deconvolutional((3, 7, 8), [3, 2], nn.Tanh), 4, 2 * 3 * 7 * 8),
     "three convolutions": (convolutional((1, 28, 28), [2, 3, 4], nn.Tanh), 784, 4),
+    "standardized": (standardized(mlp([5], nn.Tanh), torch.arange(4.0), torch.arange(1.0, 5.0)), 4, 3),
     "one convolution": (deconvolutional((1, 7, 7), [2], nn.Tanh), 4, 49),
 }
 
@@ -104,6 +105,35 @@ def test_each_call_of_a_factory_builds_weights_of_its_own():
 
 def test_linear_without_bias_maps_zero_to_zero():
     assert torch.equal(linear(bias=False)(3, 2)(torch.zeros(3)), torch.zeros(2))
+
+
+def test_standardized_takes_the_location_off_and_divides_by_the_scale():
+    loc, scale = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])
+    network = standardized(linear(), loc, scale)(2, 3)
+    x = loc + scale * torch.randn(5, 7, 2)
+    torch.testing.assert_close(network(x), network[1]((x - loc) / scale))
+    torch.testing.assert_close(network[0](x).mean(), ((x - loc) / scale).mean())
+    assert {name for name, _ in network.named_parameters()} == {"1.weight", "1.bias"}
+    loc.zero_()  # what was handed over stays the caller's
+    torch.testing.assert_close(network[0](torch.tensor([1.0, -2.0])), torch.zeros(2))
+    assert network.double()(x.double()).dtype == torch.float64
+    assert standardized(linear(), torch.ones(2).double(), 3)(2, 3)(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((torch.zeros(3),), r"loc: got 3 numbers; accepted are 2, one for each feature"),
+        ((0.0, torch.ones(3)), r"scale: got 3 numbers; accepted are 2"),
+        ((torch.zeros(1, 2),), r"loc: got shape \(1, 2\); accepted is \(in_features,\)"),
+        ((float("nan"),), r"loc: got shape \(\); accepted is .* finite"),
+        ((0.0, 0.0), r"scale: got 0.0; accepted are positive numbers"),
+        ((0.0, torch.tensor([1.0, -1.0])), r"scale: got .*; accepted are positive numbers"),
+    ],
+)
+def test_what_does_not_standardize_is_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        standardized(linear(), *arguments)(2, 3)
 
 
 @pytest.mark.parametrize("hidden", [32, [0], [32, -1]])
