@@ -13,9 +13,9 @@ import argparse
 import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "discrete_mnist", epochs=120)
+    parser = options.parser(__doc__, "discrete_mnist", epochs=100)
     options.add_images(parser, default="mnist")
-    options.add_training(parser, batch_size=128, lr=1e-3)
+    options.add_training(parser, batch_size=128, lr=2e-3)
     options.add_choice(parser, "--latent", "categorical", "bernoulli", meaning="20 × 10 classes, or 200 bits")
     parser.add_argument("--hidden", type=options.count, nargs="+", default=[512, 256], help="of the encoder; mirrored")
     relaxed = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed"]

@@ -299,6 +299,69 @@ def test_what_is_relaxed_is_biased_against_its_twin_by_as_much_as_a_long_run_tel
     assert abs(row.bias - squared**0.5) < 5 * row.bias_error
 
 
+def bias_at(temperature, elbo):
+    vae = vae_of("relaxed", temperature)  # of the same weights at every temperature
+    twin = vae.discrete()
+    found = compare({"relaxed": estimator(vae, elbo, target=(twin.model, twin.guide))}, X, repeats=500)
+    return found.measured["relaxed"]["encoder"]
+
+
+def test_the_bias_of_the_discrete_kl_falls_with_the_temperature_and_its_noise_grows():
+    hot, warm, cold = (bias_at(temperature, DiscreteKL()) for temperature in (4.0, 1.0, 0.2))
+    for hotter, colder in ((hot, warm), (warm, cold)):
+        assert hotter.target_norm == colder.target_norm
+        assert hotter.bias - colder.bias > 3 * (hotter.bias_error + colder.bias_error)
+        assert hotter.variance < colder.variance
+    assert cold.bias < 0.25 * hot.bias
+
+
+def test_the_bias_of_the_relaxed_kl_stays_as_the_temperature_falls():
+    """That KL is the one of two logistics, whose ratio of temperatures alone counts."""
+    cold = bias_at(0.1, Trace_ELBO())
+    assert cold.bias > 5 * cold.bias_error
+    assert cold.bias > 0.1 * cold.target_norm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["12 bits", "4 of 8 classes"])
+def test_4096_states_and_all_estimators(kind):
+    torch.manual_seed(0)
+    x = pv.datasets.binarize(pv.datasets.digits("train").x)[:5]
+    network, latent = networks.mlp([8]), (12 if kind == "12 bits" else (4, 8))
+    bits = kind == "12 bits"
+    vae = pv.VAE(
+        priors.Bernoulli(12) if bits else priors.OneHotCategorical(latent),
+        guides.Bernoulli(64, 12, network) if bits else guides.OneHotCategorical(64, latent, network),
+        likelihoods.Bernoulli(latent, 64, network),
+    )
+    unbiased = {
+        "Trace_ELBO": Trace_ELBO(),
+        "running average": ScoreFunction(RunningAverage()),
+        "neural": ScoreFunction(NeuralBaseline(64, network)),
+        "leave-one-out": LeaveOneOut(4),
+        **({"pairs": DisARM(4)} if bits else {}),
+    }
+    found = compare({name: estimator(vae, elbo) for name, elbo in unbiased.items()}, x, evaluations=4, repeats=1000)
+    for name, groups in found.measured.items():
+        assert groups.keys() == {"all", "encoder", "decoder"}
+        for row in groups.values():
+            assert row.p_value > 1e-5, name
+    exact = compare({"exact": enumeration(vae)}, x, repeats=2)
+    assert exact.evaluations == {"exact": 4096}
+    assert exact.measured["exact"]["all"].bias < 1e-4 * exact.measured["exact"]["all"].target_norm
+    relaxed = pv.VAE(
+        priors.RelaxedBernoulli(12, 0.5) if bits else priors.GumbelSoftmax(latent, 0.5),
+        guides.RelaxedBernoulli(64, 12, network, 0.5) if bits else guides.GumbelSoftmax(64, latent, network, 0.5),
+        vae.decoder,
+    )
+    twin = relaxed.discrete()
+    for elbo in (Trace_ELBO(), DiscreteKL()):
+        biased = estimator(relaxed, elbo, target=(twin.model, twin.guide))
+        row = compare({"relaxed": biased}, x, evaluations=4, repeats=1000).measured["relaxed"]["all"]
+        assert row.p_value < 1e-5
+        assert row.bias > 5 * row.bias_error
+
+
 def test_the_squared_bias_is_zero_on_average_where_there_is_none():
     """Chance is taken off: of an unbiased estimator about half of the runs find no bias at all."""
     vae = vae_of("bernoulli")
