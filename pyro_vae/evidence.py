@@ -16,11 +16,13 @@ from pyro_vae.decomposition import log_density
 from pyro_vae.distributions import base_distribution
 from pyro_vae.handlers import latent_sites
 from pyro_vae.joint_density import Guide, Problem
+from pyro_vae.minibatches import is_amortized
 from pyro_vae.randomness import seeded
 
 __all__ = ["Evidence", "log_evidence"]
 
 _BUDGET = 2**22  # numbers in the largest tensor of one chunk
+_ROWS = 128  # of a batch
 
 Function = Callable[..., Any]
 
@@ -64,7 +66,7 @@ def log_evidence(
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
         guide: its guide.
         data: what both take.
-        num_samples: K, draws of each datum's latents; in chunks that bound the memory.
+        num_samples: K, draws of each datum's latents; in batches of rows and chunks of draws that bound the memory.
         plate: name of the data plate.
         seed: of the draws.
 
@@ -87,16 +89,32 @@ def log_evidence(
     positive_int(num_samples, "num_samples")
     problem = Problem(model, data, plate)
     _check_densities(Guide(problem, guide))
+    with seeded(seed):
+        totals = [_totals(part, guide, num_samples) for part in _batches(problem, guide)]
+    total, total_of_squares = (torch.cat(list(parts)) for parts in zip(*totals, strict=True))
+    ess = (2 * total - total_of_squares).exp()
+    return Evidence((total - math.log(num_samples)).to(problem.dtype), ess.to(problem.dtype), num_samples)
+
+
+def _batches(problem: Problem, guide: Function) -> list[Problem]:
+    """Some rows each, for which q(z | x) is computed once for many draws; all at once where rows need each other."""
+    model, data, plate = problem.model, problem.data, problem.plate
+    if problem.num_data <= _ROWS or not (is_amortized(model, data, plate) and is_amortized(guide, data, plate)):
+        return [problem]
+    parts = zip(*(tensor.split(_ROWS) for tensor in data), strict=True)
+    return [Problem(model, part, plate) for part in parts]
+
+
+def _totals(problem: Problem, guide: Function, num_samples: int) -> tuple[Tensor, Tensor]:
+    """The logarithms of the sums of weights and of their squares, ``(N,)`` each."""
     widths = [site["fn"].event_shape.numel() for site in (problem.latents | problem.observed).values()]
     chunk = max(1, _BUDGET // (problem.num_data * max(64, *widths)))
     total, total_of_squares = problem.zeros() - math.inf, problem.zeros() - math.inf
-    with seeded(seed):
-        for first in range(0, num_samples, chunk):
-            log_weight = _log_weights(problem, guide, min(chunk, num_samples - first)).double()
-            total = torch.logaddexp(total, log_weight.logsumexp(0))
-            total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
-    ess = (2 * total - total_of_squares).exp()
-    return Evidence((total - math.log(num_samples)).to(problem.dtype), ess.to(problem.dtype), num_samples)
+    for first in range(0, num_samples, chunk):
+        log_weight = _log_weights(problem, guide, min(chunk, num_samples - first)).double()
+        total = torch.logaddexp(total, log_weight.logsumexp(0))
+        total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
+    return total, total_of_squares
 
 
 def _check_densities(q: Guide) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from pyro_vae.checks import positive_int
 from pyro_vae.handlers import parameters_of
 from pyro_vae.joint_density import MAX_STATES, Guide, Problem
-from pyro_vae.objectives import VIMCO
 from pyro_vae.randomness import seeded
+from pyro_vae.score_functions import VIMCO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient"]
 
@@ -153,7 +153,8 @@ def exact_gradient(
     # the slope of the bound in its density.
     with torch.no_grad():
         pieces = [(problem.log_joint(values), q.log_prob(values)) for values in problem.states()]
-    slopes = _slopes(*(torch.cat(list(piece)).double() for piece in zip(*pieces, strict=True)), num_draws)
+    log_joint, log_q = (torch.cat(list(piece)).double() for piece in zip(*pieces, strict=True))  # (S, N)
+    slopes = _slopes(log_joint, log_q, num_draws)
     sizes = [len(piece[0]) for piece in pieces]
     for values, *slope in zip(problem.states(), *(one.split(sizes) for one in slopes), strict=True):
         with torch.enable_grad():

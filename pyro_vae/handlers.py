@@ -105,7 +105,8 @@ class WeightKL(Messenger):
     For β other than 1 that is no ELBO. :func:`pyro_vae.fit` reports the ELBO at β = 1 whatever the weight.
 
     Args:
-        weight: β, zero or more. At 0 the prior plays no part, and codes drift apart.
+        weight: β, zero or more. At 0 the prior plays no part, and codes drift apart. A 0-dim tensor is read anew in
+            each run, so that a schedule can change it: ``fit(..., schedules={beta: schedules.linear(0, 1, 1000)})``.
 
     Source: Higgins et al. 2017, "beta-VAE", equation 4.
 
@@ -116,9 +117,11 @@ class WeightKL(Messenger):
     0.5
     """
 
-    def __init__(self, weight: float):
+    def __init__(self, weight: float | Tensor):
         super().__init__()
-        if not 0 <= weight < float("inf"):
+        if isinstance(weight, Tensor) and weight.dim():
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is one number, 0 or more")
+        if not 0 <= float(weight) < float("inf"):
             raise ValueError(f"weight: got {weight!r}; accepted is a finite number, 0 or more")
         self.weight = weight
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_vae.checks import positive, positive_int
 
-__all__ = ["Schedule", "check_schedules", "constant", "decayed", "exponential"]
+__all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "linear"]
 
 Schedule = Callable[[int], float]
 """From the number of steps that are done to the value for the next."""
@@ -42,6 +42,48 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
     if not 0 <= rate < math.inf or not 0 <= floor < math.inf:
         raise ValueError(f"rate, floor: got {rate!r} and {floor!r}; accepted are finite numbers, 0 or more")
     return lambda step: max(floor, start * math.exp(-rate * (step - step % every)))
+
+
+def linear(start: float, end: float, steps: int) -> Schedule:
+    """A straight line from ``start`` at step 0 to ``end`` at ``steps``, and ``end`` from there on: a warm-up.
+
+    Source: Bowman, Vilnis, Vinyals, Dai, Jozefowicz and Bengio 2016, section 3.1; Sønderby et al. 2016, section 2.3.
+
+    >>> beta = linear(0.0, 1.0, steps=1000)
+    >>> [beta(step) for step in (0, 500, 1000, 5000)]
+    [0.0, 0.5, 1.0, 1.0]
+    """
+    _finite(start=start, end=end)
+    positive_int(steps, "steps")
+    return lambda step: start + (end - start) * min(step / steps, 1.0)
+
+
+def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedule:
+    """A warm-up over and over: in each period a straight line from ``start`` to ``end``, then ``end``.
+
+    Args:
+        start: value at the beginning of each period.
+        end: value after the rise.
+        period: steps of one cycle.
+        rise: share of the period that the line takes, above 0 and at most 1.
+
+    Source: Fu, Li, Liu, Gao, Celikyilmaz and Carin 2019, "Cyclical annealing schedule", equation 6.
+
+    >>> beta = cyclical(0.0, 1.0, period=100)
+    >>> [beta(step) for step in (0, 25, 50, 99, 100)]
+    [0.0, 0.5, 1.0, 1.0, 0.0]
+    """
+    _finite(start=start, end=end)
+    positive_int(period, "period")
+    if not 0 < rise <= 1:
+        raise ValueError(f"rise: got {rise!r}; accepted is a share above 0, 1 at most")
+    return lambda step: start + (end - start) * min(step % period / (rise * period), 1.0)
+
+
+def _finite(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: got {value!r}; accepted is a finite number")
 
 
 def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule:

@@ -188,6 +188,17 @@ def test_a_weight_that_is_none_is_refused(weight):
         WeightKL(weight)
 
 
+def test_a_weight_in_a_tensor_is_read_at_each_run():
+    beta = torch.tensor(0.5)
+    weight = WeightKL(beta)
+    first = trace(model, weight).nodes["z"]["scale"]
+    beta.fill_(2.0)
+    second = trace(model, weight).nodes["z"]["scale"]
+    assert (float(first), float(second)) == (0.5, 2.0)
+    with pytest.raises(ValueError, match=r"weight: got shape \(2,\); accepted is one number"):
+        WeightKL(torch.ones(2))
+
+
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 

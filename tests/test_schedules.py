@@ -11,7 +11,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
-from pyro_vae.schedules import exponential
+from pyro_vae.handlers import WeightKL
+from pyro_vae.schedules import cyclical, exponential, linear
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 X = pv.datasets.two_gaussians(32, seed=1).x
@@ -108,6 +109,68 @@ def test_very_many_steps_end_at_the_floor_and_not_in_an_error():
 def test_what_is_no_decay_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         exponential(**options)
+
+
+# --- Warm-up ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_goes_from_start_to_end_and_stays_there():
+    schedule = linear(0.2, 1.2, steps=10)
+    assert [schedule(step) for step in range(11)] == pytest.approx([0.2 + 0.1 * step for step in range(11)])
+    assert {schedule(step) for step in (10, 11, 10**9)} == {1.2}
+    assert linear(1.0, 0.0, steps=4)(1) == 0.75
+
+
+def test_a_cycle_is_a_line_and_a_rest_over_and_over():
+    schedule = cyclical(0.0, 1.0, period=8, rise=0.5)
+    assert [schedule(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert [schedule(step + 8) for step in range(800)] == [schedule(step) for step in range(800)]
+    assert [cyclical(0.0, 1.0, period=4, rise=1.0)(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear(0.0, 1.0, steps=0), "steps: got 0; accepted is a positive integer"),
+        (lambda: linear(math.nan, 1.0, steps=3), "start: got nan; accepted is a finite number"),
+        (lambda: cyclical(0.0, math.inf, period=3), "end: got inf"),
+        (lambda: cyclical(0.0, 1.0, period=2.5), r"period: got 2\.5"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=0.0), "rise: got 0.0; accepted is a share above 0"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "rise: got 1.5"),
+    ],
+)
+def test_what_is_no_warm_up_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_a_warm_up_of_the_kl_weight_leaves_the_history_that_of_the_elbo(batch_size):
+    torch.manual_seed(0)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+    beta, seen = torch.tensor(1.0), []
+    weight = WeightKL(beta)
+
+    def model(x):
+        vae.model(x)
+        seen.append(beta.item())
+
+    fitted = pv.fit(
+        weight(model),
+        weight(vae.guide),
+        X,
+        epochs=4,
+        batch_size=batch_size,
+        lr=1e-12,  # so that all steps see one VAE
+        schedules={beta: linear(0.0, 1.0, steps=4)},
+    )
+    history = fitted.history
+    assert {0.0, 0.25, 0.5, 0.75} <= set(seen)
+    assert beta == (0.75 if batch_size is None else 1.0)
+    for elbo, distortion, rate in zip(history["elbo"], history["distortion"], history["rate"], strict=True):
+        assert elbo == pytest.approx(-distortion - rate, rel=1e-5)
+    exact_rate = (exact.elbo(vae.model, vae.guide, X)).mean()
+    assert history["elbo"] == pytest.approx([float(exact_rate)] * 4, abs=0.5)
 
 
 # --- In training -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+r"""Objectives whose rate is another than that of the ELBO: **none of them is a bound.**"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.checks import positive
+from pyro_vae.distributions import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical, base_distribution
+from pyro_vae.draws import Draws
+from pyro_vae.per_datum import PerDatum, sum_events
+
+__all__ = ["DiscreteKL", "FreeBits"]
+
+
+class DiscreteKL(PerDatum):
+    r"""Relaxed draws in the likelihood, and the KL of the **discrete** variables in closed form. **This is no bound.**
+
+    .. math:: \mathbb{E}[\log p(x \mid y)] - \mathrm{KL}(q(z \mid x) \,\Vert\, p(z)),
+              \qquad y \text{ relaxed},\ z \text{ its discrete twin.}
+
+    The rate of one variable with the distortion of another: it bounds log p(x) neither of the relaxed model nor of the
+    twin. It is what many programs train on, and often trains the twin well. :func:`pyro_vae.fit` reports the ELBO of
+    the relaxed model beside it, as always; judge ``vae.discrete()``.
+
+    Args:
+        num_particles: K, draws for the likelihood.
+
+    Source: Jang, Gu and Poole 2017, "Categorical reparameterization with Gumbel-softmax", section 3; Maddison, Mnih and
+    Teh 2017, appendix C.3, on why it is no bound.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.GumbelSoftmax((1, 3), temperature=0.5),
+    ...     encoder=guides.GumbelSoftmax(2, (1, 3), networks.linear(), temperature=0.5),
+    ...     decoder=likelihoods.Normal((1, 3), 2, networks.linear()),
+    ... )
+    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=DiscreteKL())
+    """
+
+    def __init__(self, num_particles: int = 1):
+        super().__init__(num_particles)
+
+    def bound(self, draws: Draws) -> Tensor:
+        return self.surrogate(draws)
+
+    def surrogate(self, draws: Draws) -> Tensor:
+        rate = torch.zeros(())
+        for name, site in draws.guide.items():
+            q, p = (_discrete(name, one["fn"]) for one in (site, draws.prior[name]))
+            each = torch.distributions.kl_divergence(q, p)  # of each variable
+            rate = rate + sum_events(each, site) * (site["scale"] / draws.scale)
+        return (draws.log_likelihood - rate).mean(0)
+
+
+class FreeBits(PerDatum):
+    r"""A KL that costs nothing below a floor, for each latent variable. **For a floor above zero this is no bound.**
+
+    .. math:: \mathbb{E}_q[\log p(x \mid z)]
+              - \sum_d \max\big(\lambda,\ \overline{\mathrm{KL}}(q(z_d \mid x) \Vert p(z_d))\big),
+
+    where the bar is a mean over the batch: a variable that carries less than :math:`\lambda` nats on average has no
+    reason to give them up, which keeps it from collapsing in the first epochs. The KL is in closed form where torch
+    has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit` reports the ELBO, as always.
+
+    Args:
+        nats: :math:`\lambda`, for each variable.
+        num_particles: K, draws.
+
+    Raises:
+        ValueError: when it runs, if prior and guide are not products over the variables of z.
+
+    Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with
+    inverse autoregressive flow", appendix C.8.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     encoder=guides.DiagonalNormal(2, 2, networks.linear()),
+    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
+    ... )
+    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=FreeBits(0.1))
+    """
+
+    def __init__(self, nats: float, num_particles: int = 1):
+        super().__init__(num_particles)
+        self.nats = positive(nats, "nats")
+
+    def bound(self, draws: Draws) -> Tensor:
+        return self.surrogate(draws)
+
+    def surrogate(self, draws: Draws) -> Tensor:
+        rate = torch.zeros(())
+        for name, site in draws.guide.items():
+            each = _rate_by_variable(name, site, draws.prior[name])
+            average = each.flatten(0, len(site["fn"].batch_shape) - 1).mean(0)
+            floored = torch.where(average > self.nats, each, self.nats)
+            rate = rate + sum_events(floored, site) * (site["scale"] / draws.scale)
+        return (draws.log_likelihood - rate).mean(0)
+
+
+def _rate_by_variable(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
+    """KL(q || p) of each variable, ``(*batch, *variables)``, or its estimate from the draws."""
+    q, p = ours["fn"], theirs["fn"]
+    while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
+        q, p = q.base_dist, p.base_dist
+    if q.event_shape or p.event_shape:
+        raise ValueError(
+            f"FreeBits: site {name!r} is a {type(q).__name__} in the guide and a {type(p).__name__} in the model; "
+            "accepted are products over the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"
+        )
+    try:
+        return torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return q.log_prob(ours["value"]) - p.log_prob(ours["value"])
+
+
+def _discrete(name: str, fn: Any) -> Any:
+    """The discrete variables that relaxed ones stand for."""
+    base = base_distribution(fn)
+    if isinstance(base, LogitRelaxedBernoulli):
+        return torch.distributions.Bernoulli(logits=base.logits)
+    if isinstance(base, LogRelaxedOneHotCategorical):
+        return torch.distributions.OneHotCategorical(logits=base.logits)
+    raise ValueError(
+        f"DiscreteKL: site {name!r} is a {type(base).__name__}; accepted are relaxed variables, as those of "
+        "priors.RelaxedBernoulli and priors.GumbelSoftmax"
+    )
