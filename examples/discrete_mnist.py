@@ -32,6 +32,10 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
         args.estimator.remove("disarm")
         if len(args.estimator) < len(relaxed + sampled) - 1:
             parser.error("--estimator disarm is for bits, --latent bernoulli")
+    if args.particles and "disarm" in args.estimator and args.particles % 2:
+        parser.error(f"--particles {args.particles}: disarm draws in pairs, and takes an even number")
+    if args.particles == 1 and {"leave-one-out", "vimco"} & set(args.estimator):
+        parser.error("--particles 1: leave-one-out and vimco take 2 or more")
 
 import math
 from dataclasses import dataclass

@@ -29,7 +29,7 @@ class RunningAverage(nn.Module):
 
     def __init__(self, decay: float = 0.9):
         super().__init__()
-        if not 0 <= decay < 1:
+        if not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay!r}; accepted is a number from 0 to below 1")
         self.decay = decay
         self.register_buffer("average", torch.zeros(()))
@@ -70,11 +70,19 @@ class NeuralBaseline(nn.Module):
 
     def __init__(self, in_features: int, network: NetworkFactory, decay: float = 0.9):
         super().__init__()
+        self.in_features = in_features
         self.network = build(network, in_features, 1)
         self.centre = RunningAverage(decay)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x).squeeze(-1) + self.centre(x)
+        dtype = next((parameter.dtype for parameter in self.network.parameters()), x.dtype)
+        try:
+            return self.network(x.to(dtype)).squeeze(-1) + self.centre(x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"baseline: its network takes {self.in_features} features, and a datum has {x.shape[-1]} in the first "
+                f"observed site: {error}"
+            ) from error
 
     def learn(self, f: Tensor, b: Tensor) -> Tensor:
         """The squared error of each datum, ``(B,)``, to be made small."""

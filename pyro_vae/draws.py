@@ -37,21 +37,29 @@ class Draws:
                 f"{who}: the model's latents are {sorted(self.prior)}, those of the guide {sorted(self.guide)}; "
                 "accepted is a guide of the same latents"
             )
+        if not self.observed or not self.guide:
+            raise ValueError(f"{who}: the model has no {'latent' if self.observed else 'observed'} sites to learn from")
         first = next(iter(self.observed.values()))
         self.scale: Any = first["scale"]  # N/B of a mini-batch, and any that the whole model was given
         self.shape = torch.Size([num_draws, next(f.size for f in first["cond_indep_stack"] if f.dim == -1)])
         self.log_likelihood = self.log_density(self.observed)
         self.log_prior = self.log_density(self.prior)
         self.log_q = self.log_density(self.guide)
-        # log q of what passes no gradient on, without the weight that a handler may have given it
-        self.score = self._sum(log_density(site) for site in self.guide.values() if not site["fn"].has_rsample)
+        # log q of what passes no gradient on, without the weight or mask that a handler may have given it
+        self.score = self._sum(site["score_parts"].score_function for site in self.guide.values())
 
     def log_density(self, sites: Sites) -> Tensor:
         """Summed over sites, each with its weight relative to the data's."""
         return self._sum(log_density(site) * (site["scale"] / self.scale) for site in sites.values())
 
     def _sum(self, terms: Any) -> Tensor:
-        return sum(terms, torch.zeros(())).expand(self.shape)
+        return sum(terms, self.x.new_zeros(())).expand(self.shape)
+
+    def check_one_scale(self, who: str) -> None:
+        """Raise if observed sites are weighted differently: no one factor is then outside of a logarithm."""
+        scales = {name: torch.as_tensor(site["scale"]).flatten().tolist() for name, site in self.observed.items()}
+        if len({tuple(scale) for scale in scales.values()}) > 1:
+            raise ValueError(f"{who}: observed sites have the scales {scales}; accepted is one scale for all")
 
     @property
     def f(self) -> Tensor:

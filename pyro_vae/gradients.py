@@ -14,16 +14,20 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import TraceEnum_ELBO
-from torch import Tensor
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from torch import Tensor, nn
 
+from pyro_vae.bias_variance import Measured, measure
 from pyro_vae.checks import positive_int
 from pyro_vae.handlers import parameters_of
 from pyro_vae.joint_density import MAX_STATES, Guide, Problem
+from pyro_vae.per_datum import PerDatum
 from pyro_vae.randomness import seeded
-from pyro_vae.score_functions import VIMCO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient"]
+
+_BUDGET = 2**22  # numbers in the largest tensor of one chunk
+_WARM_UP = 50  # estimates from which a running average learns before they count
 
 Function = Callable[..., Any]
 
@@ -38,6 +42,9 @@ class Estimator:
         elbo: whose ``loss_and_grads`` is the estimate.
         target: the discrete (model, guide) whose gradient is meant, with the same parameters; the pair itself if left
             out. Of a relaxed VAE it is the twin: ``(twin.model, twin.guide)``.
+
+    Raises:
+        TypeError, ValueError: if ``elbo`` is no instance of an ELBO whose target can be enumerated.
     """
 
     model: Function
@@ -45,45 +52,25 @@ class Estimator:
     elbo: Any
     target: tuple[Function, Function] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.elbo, ELBO):
+            raise TypeError(f"elbo: got {self.elbo!r}; accepted is an instance, such as Trace_ELBO()")
+        if not isinstance(self.elbo, PerDatum | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
+            raise ValueError(
+                f"elbo: got a {type(self.elbo).__name__}, whose weights are not of each datum; accepted are "
+                "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO and those of pyro_vae.objectives"
+            )
+        if self.target is not None and not (isinstance(self.target, tuple) and len(self.target) == 2):
+            raise TypeError(f"target: got {self.target!r}; accepted is a pair, such as (twin.model, twin.guide)")
+
     @property
     def num_draws(self) -> int:
         """Of the bound that is estimated: K of a K-sample bound, otherwise 1."""
-        return self.elbo.num_particles if isinstance(self.elbo, VIMCO) else 1
+        return self.elbo.bound_draws if isinstance(self.elbo, PerDatum) else 1
 
     def evaluations(self, num_states: int) -> int:
         """Runs of the decoder for each datum and estimate: one for each draw, or for each state if it enumerates."""
         return self.elbo.num_particles * (num_states if isinstance(self.elbo, TraceEnum_ELBO) else 1)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was found of one estimator in one group of parameters; gradients are of nats per datum.
-
-    Attributes:
-        target_norm: length of the exact gradient.
-        bias: length of the estimator's bias, what chance explains taken off; 0 if that is all of it.
-        bias_error: standard error of the bias.
-        variance: of one estimate, summed over parameters.
-        max_z: the largest deviation of the mean from the target among the parameters, in standard errors.
-        num_parameters: how many there are.
-    """
-
-    target_norm: float
-    bias: float
-    bias_error: float
-    variance: float
-    max_z: float
-    num_parameters: int
-
-    @property
-    def signal_to_noise(self) -> float:
-        """Length of the exact gradient over the standard deviation of an estimate."""
-        return self.target_norm / math.sqrt(self.variance) if self.variance > 0 else math.inf
-
-    @property
-    def p_value(self) -> float:
-        """Of the largest deviation, for all parameters at once (Bonferroni): tiny where there is a bias."""
-        return min(1.0, self.num_parameters * math.erfc(self.max_z / math.sqrt(2)))
 
 
 @dataclass(frozen=True)
@@ -98,16 +85,23 @@ class Comparison:
     measured: dict[str, dict[str, Measured]]
     evaluations: dict[str, int] = field(repr=False)
 
+    def of(self, group: str) -> dict[str, Measured]:
+        """What was found in one group of parameters, by estimator."""
+        known = dict.fromkeys(name for groups in self.measured.values() for name in groups)
+        if group not in known:
+            raise ValueError(f"group: got {group!r}; accepted are {', '.join(map(repr, known))}")
+        return {name: groups[group] for name, groups in self.measured.items() if group in groups}
+
     def table(self, group: str = "all") -> str:
-        """A line for each estimator, of one group of parameters."""
-        titles = f"{'runs':>6s}{'|gradient|':>12s}{'bias':>10s}{'error':>9s}{'variance':>11s}{'SNR':>9s}{'max z':>7s}"
-        lines = [f"{group:28s}{titles}"]
-        for name, groups in self.measured.items():
-            row = groups[group]
-            lines.append(
-                f"{name:28s}{self.evaluations[name]:6d}{row.target_norm:12.4f}{row.bias:10.4f}{row.bias_error:9.4f}"
-                f"{row.variance:11.4f}{row.signal_to_noise:9.3f}{row.max_z:7.1f}"
-            )
+        """A line for each estimator, of one group of parameters; p is that of the largest deviation from no bias."""
+        rows = self.of(group)
+        width = max(map(len, [group, *rows])) + 2
+        titles = ["evaluations", "|gradient|", "bias", "error", "variance", "SNR", "max z", "p"]
+        lines = [f"{group:{width}s}" + "".join(f"{title:>12s}" for title in titles)]
+        for name, row in rows.items():
+            numbers = (row.target_norm, row.bias, row.bias_error, row.variance, row.signal_to_noise)
+            line = f"{name:{width}s}{self.evaluations[name]:12d}" + "".join(f"{number:12.4g}" for number in numbers)
+            lines.append(f"{line}{row.max_z:12.1f}{row.p_value:12.1e}")
         return "\n".join(lines)
 
 
@@ -129,7 +123,8 @@ def exact_gradient(
         by name, of the unconstrained parameters: for a VAE as in ``vae.named_parameters()``.
 
     Raises:
-        ValueError: if there are more than 2^16 states, or combinations of K states.
+        ValueError: if there are more than 2^16 states, or combinations of K states; if nothing is to be trained.
+        FloatingPointError: if the bound is not finite, as where a state of the guide has no mass in the model.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -145,7 +140,12 @@ def exact_gradient(
     positive_int(num_draws, "num_draws")
     problem = Problem(model, data, plate)
     if not problem.is_discrete:
-        raise ValueError(f"model: its latents {list(problem.latents)} are not all discrete, and cannot be enumerated")
+        closed = [name for name, site in problem.latents.items() if not site["fn"].has_enumerate_support]
+        raise ValueError(
+            f"model: its latents {closed} cannot be enumerated, each as one site; accepted are discrete ones, many in "
+            "one as `distributions.Product(base, num_dims)`. Of a relaxed VAE name the twin, "
+            "`target=(twin.model, twin.guide)`"
+        )
     q = Guide(problem, guide)
     parameters = _parameters(model, guide, data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -159,8 +159,8 @@ def exact_gradient(
     for values, *slope in zip(problem.states(), *(one.split(sizes) for one in slopes), strict=True):
         with torch.enable_grad():
             densities = problem.log_joint(values), q.log_prob(values)
-            part = sum((one * weight).sum() for one, weight in zip(densities, slope, strict=True))
-        found = torch.autograd.grad(part, list(parameters.values()), allow_unused=True)
+            weighted = [torch.where(w != 0, one * w, 0.0).sum() for one, w in zip(densities, slope, strict=True)]
+        found = torch.autograd.grad(sum(weighted, torch.zeros(())), list(parameters.values()), allow_unused=True)
         for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 gradients[name] += gradient
@@ -175,11 +175,21 @@ def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, .
             f"num_draws: {len(log_q)} states have {count} combinations of {num_draws}; at most {MAX_STATES} are "
             "summed over"
         )
-    with torch.enable_grad():
-        log_joint, log_q = log_joint.requires_grad_(), log_q.requires_grad_()
-        chosen = torch.cartesian_prod(*[torch.arange(len(log_q), device=log_q.device)] * num_draws).reshape(count, -1)
-        bound = (log_joint - log_q)[chosen].logsumexp(1) - math.log(num_draws)  # (S^K, N)
-        total = (log_q[chosen].sum(1).exp() * bound).sum() / log_q.shape[1]
+    chosen = torch.cartesian_prod(*[torch.arange(len(log_q), device=log_q.device)] * num_draws).reshape(count, -1)
+    size = max(1, _BUDGET // chosen.numel())
+    parts = zip(log_joint.split(size, 1), log_q.split(size, 1), strict=True)
+    slopes = [_slopes_of_data(part.clone(), own.clone(), chosen) for part, own in parts]
+    return tuple(torch.cat(list(parts), 1) / log_q.shape[1] for parts in zip(*slopes, strict=True))
+
+
+@torch.enable_grad()
+def _slopes_of_data(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+    log_joint, log_q = log_joint.requires_grad_(), log_q.requires_grad_()
+    f = torch.where(log_q > -math.inf, log_joint - log_q, 0.0)  # what q does not draw has no weight in the mean
+    bound = f[chosen].logsumexp(1) - math.log(chosen.shape[1])  # (S^K, n)
+    total = (log_q[chosen].sum(1).exp() * bound).sum()
+    if not total.isfinite():
+        raise FloatingPointError(f"the bound is {total.item()}: the guide draws states that the model gives no mass")
     return torch.autograd.grad(total, (log_joint, log_q))
 
 
@@ -193,7 +203,8 @@ def compare(
 ) -> Comparison:
     """Run each estimator many times, at the parameters as they are, and hold it against the gradient of its target.
 
-    A running average learns from one estimate to the next, as in training, and is put back afterwards.
+    A running average learns from one estimate to the next, as in training, and from some before the first that counts;
+    it is put back afterwards. The network of a baseline is taken as it is: train it first.
 
     Args:
         estimators: by name.
@@ -206,35 +217,50 @@ def compare(
     """
     if positive_int(repeats, "repeats") < 2:
         raise ValueError("repeats: got 1; accepted is 2 or more, for a variance")
+    if evaluations is not None:
+        positive_int(evaluations, "evaluations")
+    wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
+    if wrong or not estimators:
+        raise TypeError(f"estimators: got {estimators!r}; accepted is a dict from names to Estimators")
     store = pyro.get_param_store()
     with store.scope(store.get_state()):  # a baseline registers parameters too
-        return _compare(estimators, data, evaluations, repeats, plate, seed)
+        found = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
+    return Comparison(
+        {name: groups for name, (groups, _) in found.items()}, {name: cost for name, (_, cost) in found.items()}
+    )
 
 
-def _compare(
-    estimators: Mapping[str, Estimator],
+def _run(
+    name: str,
+    estimator: Estimator,
     data: tuple[Tensor, ...],
     evaluations: int | None,
     repeats: int,
     plate: str,
     seed: int,
-) -> Comparison:
-    measured, costs = {}, {}
-    for name, estimator in estimators.items():
-        pair = estimator.target or (estimator.model, estimator.guide)
-        target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
-        parameters = _parameters(*pair, data)
-        cost = estimator.evaluations(Problem(pair[0], data, plate).num_states)
-        averaged = 1 if evaluations is None else evaluations // cost
-        if averaged < 1:
-            raise ValueError(f"evaluations: got {evaluations}; {name} takes {cost} for each estimate")
-        costs[name] = cost * averaged
-        with seeded(seed):
-            estimates = _estimates(estimator, parameters, data, repeats, averaged)
-        measured[name] = {
-            group: _measure(estimates[:, columns], _flat(target)[columns]) for group, columns in _groups(target).items()
-        }
-    return Comparison(measured, costs)
+) -> tuple[dict[str, Measured], int]:
+    """What is found of one estimator, by group, and what each estimate cost."""
+    pair = estimator.target or (estimator.model, estimator.guide)
+    target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
+    parameters = _parameters(*pair, data)
+    own = {id(parameter) for parameter in _parameters(estimator.model, estimator.guide, data).values()}
+    foreign = [path for path, parameter in parameters.items() if id(parameter) not in own]
+    if foreign:
+        raise ValueError(
+            f"target: {name} has no parameters {foreign}, which its target has; accepted is a pair of the same ones, "
+            "such as that of `twin = vae.discrete()`"
+        )
+    problem = Problem(pair[0], data, plate)
+    cost = estimator.evaluations(problem.num_states)
+    averaged = 1 if evaluations is None else evaluations // cost
+    if averaged < 1:
+        raise ValueError(f"evaluations: got {evaluations}; {name} takes {cost} for each estimate")
+    with seeded(seed):
+        estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * problem.num_data)
+    if not estimates.isfinite().all():
+        raise FloatingPointError(f"{name}: estimates a gradient that is not finite")
+    groups = {group: measure(estimates[:, own], _flat(target)[own]) for group, own in _groups(target).items()}
+    return groups, cost * averaged
 
 
 def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -243,6 +269,8 @@ def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> d
         trace = poutine.trace(guide).get_trace(*data)
         poutine.replay(model, trace)(*data)
     found = {name: value for name, value in parameters_of(tracer.trace).items() if value.requires_grad}
+    if not found:
+        raise ValueError("model, guide: have no parameters that are trained, and so no gradient")
     owners = {name.rpartition("$$$")[0] for name in found}
     if len(owners) == 1:  # the parameters of one module, such as a VAE, go by its own names
         return {name.rpartition("$$$")[2]: value for name, value in found.items()}
@@ -252,28 +280,25 @@ def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> d
 def _estimates(
     estimator: Estimator, parameters: dict[str, Tensor], data: tuple[Tensor, ...], repeats: int, averaged: int
 ) -> Tensor:
-    """Minus the gradient of the loss of each repeat, per datum, ``(repeats, P)``; all is left as it was."""
-    before = {name: parameter.grad for name, parameter in parameters.items()}
-    baseline = getattr(estimator.elbo, "baseline", None)
-    learned = None if baseline is None else copy.deepcopy(baseline.state_dict())
+    """The gradient of the loss, summed over runs and data, of each repeat, ``(repeats, P)``; all is left as it was."""
+    baseline = getattr(estimator.elbo, "baseline", nn.Module())
+    own = _parameters(estimator.model, estimator.guide, data)
+    touched = list(dict.fromkeys([*own.values(), *baseline.parameters()]))
+    gradients, learned = [parameter.grad for parameter in touched], copy.deepcopy(baseline.state_dict())
+    warm_up = _WARM_UP if list(baseline.buffers()) else 0
     rows = []
-    tracer = poutine.trace(param_only=True)
     try:
-        for _ in range(repeats):
-            for parameter in parameters.values():
+        for repeat in range(-warm_up, repeats):
+            for parameter in touched:
                 parameter.grad = None
-            for _ in range(averaged):
-                with tracer:
-                    estimator.elbo.loss_and_grads(estimator.model, estimator.guide, *data)
+            for _ in range(averaged if repeat >= 0 else 1):
+                estimator.elbo.loss_and_grads(estimator.model, estimator.guide, *data)
             rows.append(_flat({name: _grad(parameter) for name, parameter in parameters.items()}))
     finally:
-        for parameter in parameters_of(tracer.trace).values():  # those of a baseline too
-            parameter.grad = None
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
-        if baseline is not None:
-            baseline.load_state_dict(learned)
-    return torch.stack(rows) / -(averaged * len(data[0]))
+        for parameter, gradient in zip(touched, gradients, strict=True):
+            parameter.grad = gradient
+        baseline.load_state_dict(learned)
+    return torch.stack(rows[warm_up:])
 
 
 def _grad(parameter: Tensor) -> Tensor:
@@ -290,31 +315,9 @@ def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     first = 0
     for name, value in values.items():
         part = name.partition(".")[0]
+        part = "all (a parameter)" if part == "all" else part
         own = list(range(first, first + value.numel()))
         columns["all"] += own
         columns.setdefault(part, []).extend(own)
         first += value.numel()
     return {group: torch.tensor(own) for group, own in columns.items()}
-
-
-def _measure(estimates: Tensor, target: Tensor) -> Measured:
-    """Bias, variance and the largest deviation; what rounding explains of a deviation counts as none."""
-    repeats = len(estimates)
-    variance = estimates.var(0)
-    error = (variance / repeats).sqrt()
-    deviation = estimates.mean(0) - target
-    rounding = 1e-5 * target.norm() + 1e-12
-    squared = float((deviation**2 - error**2).sum())
-    # The standard error of the squared bias, by the delta method, and of its root.
-    spread = float((4 * deviation**2 * error**2 + 2 * error**4).sum().sqrt())
-    bias = math.sqrt(max(squared, 0.0))
-    bias = bias if bias > rounding else 0.0
-    z = deviation.abs().clamp(min=0) / error.clamp(min=float(rounding) / 4)
-    return Measured(
-        target_norm=float(target.norm()),
-        bias=bias,
-        bias_error=spread / (2 * bias) if bias > 0 else math.sqrt(spread),
-        variance=float(variance.sum()),
-        max_z=float(z.max()),
-        num_parameters=len(target),
-    )

@@ -2,12 +2,28 @@
 
 from collections.abc import Sequence
 
-from pyro_vae import families
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import families, multivariate
+from pyro_vae.checks import positive_int
 from pyro_vae.families import Family, as_shape
 from pyro_vae.networks import NetworkFactory, build
-from pyro_vae.parts import Conditional
+from pyro_vae.parts import Conditional, Part
 
-__all__ = ["Bernoulli", "DiagonalNormal", "GumbelSoftmax", "OneHotCategorical", "RelaxedBernoulli"]
+__all__ = [
+    "Bernoulli",
+    "DiagonalNormal",
+    "FullRankNormal",
+    "GumbelSoftmax",
+    "LowRankNormal",
+    "MixtureOfNormals",
+    "OneHotCategorical",
+    "PerDatum",
+    "RelaxedBernoulli",
+]
 
 
 class _Encoder(Conditional):
@@ -34,6 +50,151 @@ class DiagonalNormal(_Encoder):
 
     def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
         super().__init__(families.Normal(latent), in_features, network)
+
+
+class FullRankNormal(_Encoder):
+    r""":math:`q(z \mid x) = N(\mu(x), L(x) L(x)^\top)`, with all correlations.
+
+    The network has D(D + 3)/2 outputs: for tens of dimensions take :class:`LowRankNormal`.
+
+    Args:
+        in_features: size or shape of x.
+        latent: size of z, D.
+        network: factory, see :mod:`pyro_vae.networks`.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> FullRankNormal(2, 3, networks.linear())(torch.zeros(5, 2)).covariance_matrix.shape
+    torch.Size([5, 3, 3])
+    """
+
+    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory):
+        super().__init__(multivariate.FullRankNormal(latent), in_features, network)
+
+
+class LowRankNormal(_Encoder):
+    r""":math:`q(z \mid x) = N(\mu(x), W(x) W(x)^\top + \mathrm{diag}\,\sigma(x)^2)`.
+
+    Args:
+        in_features: size or shape of x.
+        latent: size of z, D.
+        network: factory, see :mod:`pyro_vae.networks`.
+        rank: columns of W, from 1 to D.
+
+    Source: Ong, Nott and Smith 2018, "Gaussian variational approximation with a factor covariance structure".
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> LowRankNormal(2, 3, networks.linear(), rank=1)(torch.zeros(5, 2)).event_shape
+    torch.Size([3])
+    """
+
+    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, rank: int = 1):
+        super().__init__(multivariate.LowRankNormal(latent, rank), in_features, network)
+
+
+class MixtureOfNormals(_Encoder):
+    r""":math:`q(z \mid x) = \sum_k \pi_k(x)\,N(\mu_k(x), \mathrm{diag}\,\sigma_k(x)^2)`.
+
+    For posteriors of several modes. Draws are pathwise in the weights of the components too.
+
+    Args:
+        in_features: size or shape of x.
+        latent: size of z, D.
+        network: factory, see :mod:`pyro_vae.networks`.
+        num_components: K.
+
+    Source: Graves 2016, "Stochastic backpropagation through mixture density distributions"; Figurnov, Mohamed and Mnih
+    2018, "Implicit reparameterization gradients".
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> MixtureOfNormals(2, 3, networks.linear(), num_components=4)(torch.zeros(5, 2)).has_rsample
+    True
+    """
+
+    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, num_components: int = 2):
+        super().__init__(multivariate.MixtureOfNormals(latent, num_components), in_features, network)
+
+
+class PerDatum(Part):
+    r"""Not amortized: raw outputs of its own for each datum, :math:`q_i(z) = q(z;\ \lambda_i)`.
+
+    The best guide of its family for each datum, at the price of a search for each: new data need a new one. It is in
+    the place of an encoder, and takes from x only how many rows there are; inside a subsampled data plate it takes the
+    rows that the plate does.
+
+    Args:
+        family: of q, such as ``families.Normal(2)``.
+        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start from zeros.
+
+    Source: Hoffman, Blei, Wang and Paisley 2013, "Stochastic variational inference"; on the gap to an amortized guide,
+    Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import families, likelihoods, networks, priors
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(2),
+    ...     encoder=PerDatum(families.Normal(2), 50),
+    ...     decoder=likelihoods.Normal(2, 3, networks.linear()),
+    ... )
+    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 3), epochs=5, batch_size=20)
+    """
+
+    def __init__(self, family: Family, raw: Tensor | int):
+        super().__init__()
+        self.family = family
+        if isinstance(raw, Tensor):
+            if raw.dim() != 2 or raw.shape[1] != family.num_raw:
+                raise ValueError(f"raw: got shape {tuple(raw.shape)}; accepted is (N, {family.num_raw}), for {family}")
+            self.raw = raw if isinstance(raw, nn.Parameter) else nn.Parameter(raw.detach().clone())
+        else:
+            self.raw = nn.Parameter(torch.zeros(positive_int(raw, "raw"), family.num_raw))
+
+    @classmethod
+    def refining(cls, encoder: Conditional, x: Tensor) -> "PerDatum":
+        """Start from what an amortized guide says of these data, to close the gap that amortization leaves.
+
+        Freeze the rest, and the ELBO of these very data is the tightest that the family has:
+
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> vae = pv.VAE(
+        ...     prior=priors.StandardNormal(2),
+        ...     encoder=guides.DiagonalNormal(3, 2, networks.linear()),
+        ...     decoder=likelihoods.Normal(2, 3, networks.linear()).requires_grad_(False),
+        ... )
+        >>> x = torch.randn(50, 3)
+        >>> refined = pv.VAE(vae.prior, PerDatum.refining(vae.encoder, x), vae.decoder)
+        >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
+        """
+        if not isinstance(encoder, Conditional):
+            raise TypeError(f"encoder: got a {type(encoder).__name__}; accepted is an amortized guide of this package")
+        with torch.no_grad():
+            raw = encoder.raw_outputs(x)
+        return cls(encoder.family, raw)
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return len(self.raw)
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        """q of each datum, or of those in the subsample of the plate around it."""
+        raw = pyro.subsample(self.raw, event_dim=1)
+        if context is not None and len(context) != len(raw):
+            raise ValueError(
+                f"PerDatum: got {len(context)} rows; accepted are the {self.num_data} data that it was made for"
+            )
+        return self.family(raw)
+
+    def discrete(self) -> "PerDatum":
+        """The discrete twin, with the same raw outputs."""
+        return PerDatum(self._discrete_family(), self.raw)
+
+    def extra_repr(self) -> str:
+        """N."""
+        return f"num_data={self.num_data}"
 
 
 class Bernoulli(_Encoder):

@@ -70,7 +70,12 @@ class ImportanceWeighted(PerDatum):
         with self._leaves:
             return super()._get_trace(model, guide, args, kwargs)
 
+    @property
+    def bound_draws(self) -> int:
+        return self.num_particles
+
     def bound(self, draws: Draws) -> Tensor:
+        draws.check_one_scale(type(self).__name__)
         discrete = [name for name, site in draws.guide.items() if not site["fn"].has_rsample]
         if discrete:
             raise ValueError(

@@ -187,6 +187,11 @@ class Guide:
             )
         for name, site in self.sites.items():
             _check_frames("guide", name, site, problem.plate, problem.num_data)
+            if torch.as_tensor(site["scale"]).ne(1).any():
+                raise ValueError(
+                    f"guide: site {name!r} is subsampled or scaled (scale {site['scale']}); exact answers need all "
+                    "data, and densities as they are"
+                )
             if site["mask"] is not None or _is_masked(site["fn"]):
                 raise ValueError(f"guide: its latent {name!r} is masked, and its q(z | x) is then no distribution")
             if site["fn"].event_shape != problem.latents[name]["fn"].event_shape:
@@ -194,6 +199,19 @@ class Guide:
                     f"guide: site {name!r} has event shape {tuple(site['fn'].event_shape)}, and the model "
                     f"{tuple(problem.latents[name]['fn'].event_shape)}"
                 )
+
+        self._check_repeatable()
+
+    def _check_repeatable(self) -> None:
+        """Run the guide twice at the same latents: dropout, say, makes no one q(z | x)."""
+        values = {name: site["value"][None] for name, site in self.sites.items()}
+        with torch.no_grad(), seeded(0):
+            first, second = self.log_prob(values), self.log_prob(values)
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "guide: gives another log q(z | x) at the same z when it is run again. Put dropout and batch "
+                "normalisation into evaluation mode: `vae.eval()`"
+            )
 
     def site(self) -> dict[str, Any]:
         """The only latent's site."""

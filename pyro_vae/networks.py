@@ -109,7 +109,7 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
     fixed = torch.as_tensor(loc, dtype=dtype), torch.as_tensor(scale, dtype=dtype)
     for name, value in zip(("loc", "scale"), fixed, strict=True):
         if value.dim() > 1 or not value.isfinite().all():
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted is (in_features,), finite, or a number")
+            raise ValueError(f"{name}: got {value}; accepted is a finite number, or a tensor of them, (in_features,)")
     if not (fixed[1] > 0).all():
         raise ValueError(f"scale: got {scale!r}; accepted are positive numbers")
 

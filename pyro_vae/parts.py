@@ -34,14 +34,17 @@ class Part(nn.Module):
 
     def discrete(self) -> "Part":
         """The discrete twin of a relaxed part: the same parameters, shared, under the discrete distribution."""
-        raise NotImplementedError
+        raise self._no_twin()
 
     def _discrete_family(self) -> Family:
         if not isinstance(self.family, Relaxed):
-            raise TypeError(
-                f"{type(self).__name__} has no discrete twin; relaxed parts have one: RelaxedBernoulli, GumbelSoftmax"
-            )
+            raise self._no_twin()
         return self.family.discrete()
+
+    def _no_twin(self) -> TypeError:
+        return TypeError(
+            f"{type(self).__name__} has no discrete twin; relaxed parts have one: RelaxedBernoulli, GumbelSoftmax"
+        )
 
 
 class Unconditional(Part):
@@ -99,6 +102,10 @@ class Conditional(Part):
         self.network = network
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        return self.family(self.raw_outputs(context))
+
+    def raw_outputs(self, context: Tensor | None) -> Tensor:
+        """What the network makes of a context, ``(*, family.num_raw)``."""
         if context is None:
             raise TypeError(
                 f"{type(self).__name__} needs a context of shape (*, {_spell(self.context_shape)}); got none"
@@ -124,7 +131,7 @@ class Conditional(Part):
                 f"network: gives {raw.shape[-1]} outputs; accepted are {self.family.num_raw}, the raw ones of "
                 f"{self.family}"
             )
-        return self.family(raw)
+        return raw
 
     def discrete(self) -> "Conditional":
         return Conditional(self._discrete_family(), self.context_shape, self.network)

@@ -39,6 +39,11 @@ class PerDatum(Trace_ELBO):
     def surrogate(self, draws: Draws) -> Tensor:
         """What has the estimated gradient of each datum, ``(B,)``."""
 
+    @property
+    def bound_draws(self) -> int:
+        """Draws in the bound whose gradient is estimated: 1 for the ELBO, K for a bound of K draws."""
+        return 1
+
     def _draws(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Draws:
         ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         return Draws(type(self).__name__, model_trace, guide_trace, self.num_particles)

@@ -72,6 +72,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     """What does each gradient estimator cost, in bias and in noise, relative to the exact gradient?
 
     Hollow markers at the bottom: no bias that could be told from chance, with the error up to which none was found.
+    What has no noise at all, such as enumeration, is not drawn.
 
     Args:
         comparison: of :func:`pyro_vae.gradients.compare`.
@@ -79,17 +80,21 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
         ax: where to draw.
 
     >>> from pyro_vae.gradients import Measured
-    >>> found = Measured(target_norm=2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3)
+    >>> found = Measured(
+    ...     2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3, num_tested=3, repeats=99
+    ... )
     >>> bias_variance(Comparison({"relaxed": {"all": found}}, {"relaxed": 1})).get_ylabel()
     'bias / length of the exact gradient'
     """
     ax = _axes(ax)
-    shown = {name: groups[group] for name, groups in comparison.measured.items() if groups[group].variance > 0}
-    biased = [row.bias / row.target_norm for row in shown.values() if row.p_value < 1e-3]
-    errors = [row.bias_error / row.target_norm for row in shown.values() if row.p_value >= 1e-3]
-    floor = 0.3 * min([*biased, *errors])
+    shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
+    if not shown:
+        raise ValueError("comparison: has no estimator with noise, of a gradient longer than zero, to draw")
+    biased = {name for name, row in shown.items() if row.p_value < 1e-3 and row.bias > 0}
+    heights = [(row.bias if name in biased else row.bias_error) / row.target_norm for name, row in shown.items()]
+    floor = 0.3 * min(heights)
     for index, (name, row) in enumerate(shown.items()):
-        noise, sure = row.variance**0.5 / row.target_norm, row.p_value < 1e-3
+        noise, sure = row.variance**0.5 / row.target_norm, name in biased
         height = row.bias / row.target_norm if sure else floor
         marker, colour = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         face = colour if sure else "none"

@@ -2,13 +2,23 @@
 
 from collections.abc import Sequence
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import families
-from pyro_vae.parts import Unconditional
+from pyro_vae import families, multivariate
+from pyro_vae.parts import Conditional, Part, Unconditional
 
-__all__ = ["Bernoulli", "GumbelSoftmax", "Normal", "OneHotCategorical", "RelaxedBernoulli", "StandardNormal"]
+__all__ = [
+    "Bernoulli",
+    "GumbelSoftmax",
+    "MixtureOfNormals",
+    "Normal",
+    "OneHotCategorical",
+    "RelaxedBernoulli",
+    "StandardNormal",
+    "VampPrior",
+]
 
 
 class StandardNormal(Unconditional):
@@ -38,6 +48,74 @@ class Normal(Unconditional):
     def __init__(self, latent: int | Sequence[int]):
         family = families.Normal(latent)
         super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+
+
+class MixtureOfNormals(Unconditional):
+    r""":math:`z \sim \sum_k \pi_k\,N(\mu_k, \mathrm{diag}\,\sigma_k^2)` with learnable weights, locations and scales.
+
+    Locations start at draws from :math:`N(0, I)`, so that no two components are alike.
+
+    Args:
+        latent: size of z.
+        num_components: K.
+
+    >>> MixtureOfNormals(2, num_components=10)().event_shape
+    torch.Size([2])
+    """
+
+    def __init__(self, latent: int, num_components: int):
+        family = multivariate.MixtureOfNormals(latent, num_components)
+        raw = torch.zeros(family.num_raw)
+        raw[num_components : num_components * (1 + family.size)].normal_()
+        super().__init__(family, nn.Parameter(raw))
+
+
+class VampPrior(Part):
+    r"""The guide's average over learned pseudo-data, :math:`p(z) = \frac1K \sum_k q(z \mid u_k)`.
+
+    The best prior for a guide is its average over all data, the aggregate posterior; this is one over K data that do
+    not exist. It shares the encoder's parameters, which are then trained through the prior too.
+
+    Args:
+        encoder: the guide, amortized and continuous, such as :class:`pyro_vae.guides.DiagonalNormal`.
+        pseudo_data: :math:`u_k` to start from, ``(K, *data)``, such as some rows of the data; they are trained.
+
+    Source: Tomczak and Welling 2018, "VAE with a VampPrior", equation 9. Theirs keeps the pseudo-data of images in
+    [0, 1]; these are free.
+
+    >>> from pyro_vae import guides, networks
+    >>> encoder = guides.DiagonalNormal(3, 2, networks.mlp([8]))
+    >>> VampPrior(encoder, torch.randn(10, 3))().log_prob(torch.zeros(2)).shape
+    torch.Size([])
+    """
+
+    def __init__(self, encoder: Conditional, pseudo_data: Tensor):
+        super().__init__()
+        if not isinstance(encoder, Conditional):
+            raise TypeError(f"encoder: got a {type(encoder).__name__}; accepted is an amortized guide of this package")
+        shape = tuple(encoder.context_shape)
+        if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
+            spelled = ", ".join(map(str, shape))
+            raise ValueError(f"pseudo_data: got shape {tuple(pseudo_data.shape)}; accepted is (K, {spelled}), K >= 1")
+        self.encoder = encoder
+        self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
+        if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:
+            raise ValueError(f"encoder: got a {type(encoder).__name__}; accepted is a guide of Gaussian latents")
+
+    @property
+    def family(self) -> families.Family:  # type: ignore[override]
+        """The guide's."""
+        return self.encoder.family
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        """The mixture, with the components where the pseudo-data and the guide are now."""
+        components = self.encoder(self.pseudo_data)
+        logits = self.pseudo_data.new_zeros(len(self.pseudo_data))
+        return dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits), components)
+
+    def extra_repr(self) -> str:
+        """K."""
+        return f"num_components={len(self.pseudo_data)}"
 
 
 class Bernoulli(Unconditional):

@@ -2,6 +2,7 @@ r"""Objectives whose rate is another than that of the ELBO: **none of them is a 
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -50,8 +51,18 @@ class DiscreteKL(PerDatum):
         for name, site in draws.guide.items():
             q, p = (_discrete(name, one["fn"]) for one in (site, draws.prior[name]))
             each = torch.distributions.kl_divergence(q, p)  # of each variable
-            rate = rate + sum_events(each, site) * (site["scale"] / draws.scale)
+            rate = rate + _masked(sum_events(each, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)
+
+
+def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
+    """The rate of the data that the site's mask lets through."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            raise ValueError(f"site {name!r} is a masked distribution; accepted is poutine.mask around model and guide")
+        fn = fn.base_dist
+    return rate if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), rate, 0.0)
 
 
 class FreeBits(PerDatum):
@@ -97,7 +108,7 @@ class FreeBits(PerDatum):
             each = _rate_by_variable(name, site, draws.prior[name])
             average = each.flatten(0, len(site["fn"].batch_shape) - 1).mean(0)
             floored = torch.where(average > self.nats, each, self.nats)
-            rate = rate + sum_events(floored, site) * (site["scale"] / draws.scale)
+            rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)
 
 
@@ -106,7 +117,7 @@ def _rate_by_variable(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -
     q, p = ours["fn"], theirs["fn"]
     while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
         q, p = q.base_dist, p.base_dist
-    if q.event_shape or p.event_shape:
+    if q.event_shape != p.event_shape or (q is ours["fn"] and q.event_shape):
         raise ValueError(
             f"FreeBits: site {name!r} is a {type(q).__name__} in the guide and a {type(p).__name__} in the model; "
             "accepted are products over the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"

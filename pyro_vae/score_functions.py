@@ -82,8 +82,19 @@ class ScoreFunction(_OfELBO):
     def surrogate(self, draws: Draws) -> Tensor:
         f = draws.f.detach()
         register(self.name, self.baseline)
-        b = self.baseline(draws.x.to(f.dtype)).to(f).expand(f.shape[1])
-        return _scored(draws, f - b.detach()) - self.baseline.learn(f, b) / draws.scale
+        b = self.baseline(draws.x).to(f)
+        _check_rows("forward", b, f)
+        error = self.baseline.learn(f, b)
+        _check_rows("learn", error, f)
+        return _scored(draws, f - b.detach()) - error / draws.scale
+
+
+def _check_rows(method: str, value: Tensor, f: Tensor) -> None:
+    if value.shape not in ((), f.shape[1:]):
+        raise ValueError(
+            f"baseline: its {method} gives shape {tuple(value.shape)}; accepted is {tuple(f.shape[1:])}, one number "
+            "for each datum"
+        )
 
 
 class LeaveOneOut(_OfELBO):
@@ -130,7 +141,12 @@ class VIMCO(PerDatum):
     def __init__(self, num_particles: int = 2):
         super().__init__(num_particles, least=2)
 
+    @property
+    def bound_draws(self) -> int:
+        return self.num_particles
+
     def bound(self, draws: Draws) -> Tensor:
+        draws.check_one_scale("VIMCO")
         return draws.f.logsumexp(0) - math.log(self.num_particles)
 
     def surrogate(self, draws: Draws) -> Tensor:
@@ -190,21 +206,35 @@ class _Antithetic(Messenger):
     def __init__(self, pairs: int):
         super().__init__()
         self.pairs = pairs
+        self.drawn: list[Tensor] = []
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
             return
         base = base_distribution(msg["fn"])
-        if not isinstance(base, dist.Bernoulli | torch.distributions.Bernoulli):
+        transformed = isinstance(msg["fn"], torch.distributions.TransformedDistribution)
+        if transformed or not isinstance(base, dist.Bernoulli | torch.distributions.Bernoulli):
             raise ValueError(
-                f"DisARM: site {msg['name']!r} of the guide is a {type(base).__name__}; accepted are Bernoullis"
+                f"DisARM: site {msg['name']!r} of the guide is a {type(msg['fn'] if transformed else base).__name__}; "
+                "accepted are Bernoullis"
             )
-        probs = base.probs.detach()
-        if not torch.equal(probs[: self.pairs], probs[self.pairs :]):
+        probs = base.probs
+        if self._depends(probs):
             raise ValueError(
                 f"DisARM: site {msg['name']!r} of the guide depends on other latents; accepted are Bernoullis that "
                 "depend on the data alone. LeaveOneOut takes any"
             )
-        u = torch.rand(probs[: self.pairs].shape, dtype=probs.dtype, device=probs.device)
-        drawn = torch.cat([u > 1 - probs[: self.pairs], u < probs[: self.pairs]])
-        msg["value"], msg["done"] = drawn.to(probs.dtype), True
+        probs = probs.detach()[: self.pairs]
+        u = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device)
+        value = torch.cat([u > 1 - probs, u < probs]).to(probs.dtype)
+        self.drawn.append(value.requires_grad_(torch.is_grad_enabled()))  # so that what depends on it is known
+        msg["value"], msg["done"] = value, True
+
+    def _depends(self, probs: Tensor) -> bool:
+        """Whether the graph leads from earlier draws here; where there is no graph, whether the pairs differ."""
+        if not torch.equal(probs[: self.pairs], probs[self.pairs :]):
+            return True
+        if not self.drawn or not probs.requires_grad or not torch.is_grad_enabled():
+            return False
+        found = torch.autograd.grad(probs.sum(), self.drawn, retain_graph=True, allow_unused=True)
+        return any(slope is not None for slope in found)

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import guides
@@ -54,8 +55,8 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
         super().__init__()
+        self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
         self.prior = prior
-        self.encoder = encoder
         self.decoder = decoder
         self.name = name if name is not None else f"vae{next(_numbers)}"
         self.data_shape = self._tell_own_story()
@@ -162,8 +163,14 @@ class VAE(nn.Module):
             size = "latent" if role == "decoder" else "in_features"
             fitting = given[0] if len(given) == 1 else tuple(given)
             raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
+        num_data = getattr(part, "num_data", None)  # of a guide with parameters for each datum
+        context = context[:num_data]
         try:
-            distribution = part(context)
+            if num_data is None:
+                distribution = part(context)
+            else:
+                with poutine.block(), pyro.plate("story", num_data, subsample=torch.arange(len(context))):
+                    distribution = part(context)
         except RuntimeError as error:
             raise ValueError(f"{complaint}: {error}") from error
         if distribution.batch_shape != context.shape[:1]:
@@ -177,9 +184,8 @@ class VAE(nn.Module):
         if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
-        partner = {"StandardNormal": "DiagonalNormal", "Normal": "DiagonalNormal"}.get(
-            type(self.prior).__name__, type(self.prior).__name__
-        )
+        normal = {"StandardNormal", "Normal", "MixtureOfNormals", "VampPrior"}
+        partner = "DiagonalNormal" if type(self.prior).__name__ in normal else type(self.prior).__name__
         shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
         hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""
         raise ValueError(

@@ -10,9 +10,9 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx"},
+    {"checks", "randomness", "bias_variance", "distributions", "mixtures", "networks", "handlers", "quadrature", "idx"},
     {"datasets", "families", "decomposition", "schedules"},
-    {"parts", "joint_density", "minibatches", "draws"},
+    {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
     {"steps", "gradients", "objectives"},

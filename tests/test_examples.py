@@ -403,6 +403,13 @@ def test_discrete_mnist_says_that_disarm_is_for_bits(run, capsys):
     assert "--estimator disarm is for bits, --latent bernoulli" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("estimator", "particles"), [("disarm", "3"), ("leave-one-out", "1"), ("vimco", "1")])
+def test_discrete_mnist_refuses_draws_that_an_estimator_does_not_take(run, capsys, estimator, particles):
+    with pytest.raises(SystemExit):
+        run("discrete_mnist.py", "--latent", "bernoulli", "--estimator", estimator, "--particles", particles)
+    assert f"--particles {particles}: " in capsys.readouterr().err
+
+
 def test_swap_in_a_short_form(run, capsys):
     folder = run("swap.py", "--epochs", "2", "--test-images", "5", "--draws", "4", "--hidden", "8")
     found = json.loads((folder / "results.json").read_text())

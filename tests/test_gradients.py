@@ -2,19 +2,22 @@
 
 import itertools
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.baselines import NeuralBaseline, RunningAverage
-from pyro_vae.gradients import Estimator, Measured, compare, exact_gradient
+from pyro_vae.bias_variance import Measured, measure
+from pyro_vae.gradients import Estimator, compare, exact_gradient
 from pyro_vae.objectives import VIMCO, DisARM, DiscreteKL, LeaveOneOut, ScoreFunction
 
 TANH = networks.mlp([4], activation=nn.Tanh)
@@ -204,7 +207,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_continuous_latents_are_refused():
     vae = vae_of("relaxed")
-    with pytest.raises(ValueError, match=r"model: its latents \['z'\] are not all discrete, and cannot be enumerated"):
+    with pytest.raises(ValueError, match=r"model: its latents \['z'\] cannot be enumerated, each as one site; .*twin"):
         exact_gradient(vae.model, vae.guide, X)
 
 
@@ -429,20 +432,23 @@ def test_it_is_the_same_in_chunks_of_any_size(monkeypatch, chunk, num_draws):
 def test_variances_are_those_of_a_hand():
     """The same estimates, collected by hand under the same seed."""
     vae = vae_of("bernoulli")
-    row = compare({"pairs": estimator(vae, DisARM())}, X, repeats=30, seed=7).measured["pairs"]["all"]
+    row = compare({"pairs": estimator(vae, DisARM())}, X, repeats=200, seed=7).measured["pairs"]["all"]
     pyro.set_rng_seed(7)
     estimates = []
-    for _ in range(30):
+    for _ in range(200):
         loss = DisARM().differentiable_loss(vae.model, vae.guide, X)
         gradients = torch.autograd.grad(-loss / len(X), list(vae.parameters()))
         estimates.append(torch.cat([gradient.flatten() for gradient in gradients]))
     target = torch.cat([value.flatten() for value in exact_gradient(vae.model, vae.guide, X).values()])
     estimates = torch.stack(estimates)
     assert row.variance == pytest.approx(estimates.var(0).sum().item(), rel=1e-9)
-    squared = ((estimates.mean(0) - target) ** 2 - estimates.var(0) / 30).sum().item()
+    squared = ((estimates.mean(0) - target) ** 2 - estimates.var(0) / 200).sum().item()
     assert row.bias == pytest.approx(max(squared, 0) ** 0.5, rel=1e-6)
-    scores = (estimates.mean(0) - target).abs() / (estimates.std(0) / 30**0.5)
-    assert row.max_z == pytest.approx(scores.max().item(), rel=1e-4)
+    scores = (estimates.mean(0) - target).abs() / (estimates.std(0) / 200**0.5)
+    centred = estimates - estimates.mean(0)
+    usual = (centred**2).sum(0) ** 2 / (centred**4).sum(0) >= 20
+    assert row.num_tested == usual.sum() > 20
+    assert row.max_z == pytest.approx(scores[usual].max().item(), rel=1e-4)
 
 
 def test_groups_part_the_parameters():
@@ -458,12 +464,61 @@ def test_groups_part_the_parameters():
     assert rows["all"].max_z == pytest.approx(max(row.max_z for row in parts))
 
 
-def test_p_values_are_bonferronis():
-    row = Measured(1.0, 0.0, 0.1, 4.0, 3.0, 10)
-    assert row.p_value == pytest.approx(10 * 0.0026997960632601866)
-    assert Measured(1.0, 0.0, 0.1, 4.0, 0.1, 10).p_value == 1
+def test_p_values_are_bonferronis_of_students_t():
+    row = Measured(1.0, 0.0, 0.1, 4.0, max_z=3.0, num_parameters=20, num_tested=10, repeats=10**9)
+    assert row.p_value == pytest.approx(10 * 0.0026997960632601866, rel=1e-6)
+    few = replace(row, repeats=5)
+    assert few.p_value == pytest.approx(10 * 0.03994196807171, rel=1e-6)  # two-sided, 4 degrees of freedom
+    assert replace(row, max_z=0.1).p_value == 1
     assert row.signal_to_noise == 0.5
-    assert Measured(1.0, 0.0, 0.1, 0.0, 0.0, 10).signal_to_noise == math.inf
+    assert replace(row, variance=0.0).signal_to_noise == math.inf
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize("length", [0.0, 5.0])
+def test_the_error_of_the_bias_is_its_spread(correlated, length):
+    """Gradients share one signal, so that their covariance counts, and not the variances alone."""
+    torch.manual_seed(0)
+    size, repeats, runs = 40, 100, 400
+    factor = torch.randn(size, 2).double() if correlated else torch.eye(size).double()
+    bias = length * nn.functional.normalize(torch.randn(size).double(), dim=0)
+    rows = [
+        measure(bias + torch.randn(repeats, factor.shape[1]).double() @ factor.T, torch.zeros(size).double())
+        for _ in range(runs)
+    ]
+    found, errors = (torch.tensor([getattr(row, name) for row in rows]) for name in ("bias", "bias_error"))
+    if length:  # so long that it is never cut off at zero
+        assert found.mean() == pytest.approx(length, abs=0.05)
+        assert 0.9 < errors.mean() / found.std() < 1.4  # on the safe side where few directions vary
+    else:
+        assert (found < 3 * errors).float().mean() > 0.9
+        assert (torch.tensor([row.p_value for row in rows]) < 1e-3).sum() <= 4
+
+
+@pytest.mark.parametrize("repeats", [2, 5, 20, 200])
+def test_few_estimates_of_no_bias_are_not_found_biased(repeats):
+    torch.manual_seed(0)
+    values = [measure(torch.randn(repeats, 100).double(), torch.zeros(100).double()).p_value for _ in range(200)]
+    assert sum(value < 1e-3 for value in values) <= 4
+
+
+def test_what_rests_on_a_few_rare_estimates_is_not_tested():
+    """A code that is drawn once in a thousand times: often not at all, and then its gradient is never seen."""
+    torch.manual_seed(0)
+    rare = (torch.rand(500, 1) < 1e-3).double() * 1e3  # of mean 1
+    row = measure(torch.cat([rare, torch.randn(500, 1).double()], 1), torch.tensor([1.0, 0.0]).double())
+    assert (row.num_parameters, row.num_tested) == (2, 1)
+    assert row.p_value > 1e-3
+
+
+def test_nearly_sure_codes_are_not_found_biased():
+    vae = vae_of("bernoulli")
+    with torch.no_grad():
+        vae.encoder.network[-1].bias.copy_(torch.tensor([10.0, -10.0, 0.0]))
+    for seed in range(5):
+        for groups in compare({"pairs": estimator(vae, DisARM())}, X, repeats=300, seed=seed).measured.values():
+            assert groups["encoder"].p_value > 1e-4
+            assert groups["encoder"].num_tested < groups["encoder"].num_parameters
 
 
 def test_one_seed_gives_the_same_numbers_and_another_other_ones():
@@ -482,14 +537,15 @@ def test_a_line_for_each_estimator():
     for group in ("all", "encoder"):
         title, *lines = found.table(group).splitlines()
         assert title.startswith(group)
-        for word in ("runs", "|gradient|", "bias", "error", "variance", "SNR", "max z"):
+        for word in ("evaluations", "|gradient|", "bias", "error", "variance", "SNR", "max z", "p"):
             assert word in title
         assert [line.split("  ")[0].strip() for line in lines] == list(UNBIASED)
+        assert len({len(line) for line in (title, *lines)}) == 1
         row = found.measured["pairs"][group]
         (line,) = (line for line in lines if line.startswith("pairs"))
         assert line.split()[1:] == [
-            "2", f"{row.target_norm:.4f}", f"{row.bias:.4f}", f"{row.bias_error:.4f}", f"{row.variance:.4f}",
-            f"{row.signal_to_noise:.3f}", f"{row.max_z:.1f}",
+            "2", f"{row.target_norm:.4g}", f"{row.bias:.4g}", f"{row.bias_error:.4g}", f"{row.variance:.4g}",
+            f"{row.signal_to_noise:.4g}", f"{row.max_z:.1f}", f"{row.p_value:.1e}",
         ]  # fmt: skip
     assert found.table() == found.table("all")
 
@@ -578,5 +634,138 @@ def test_no_number_of_repeats_is_refused(repeats):
 
 def test_a_relaxed_vae_needs_its_twin_as_the_target():
     vae = vae_of("relaxed")
-    with pytest.raises(ValueError, match="are not all discrete"):
+    with pytest.raises(ValueError, match=r"cannot be enumerated.*target=\(twin.model, twin.guide\)"):
         compare({"relaxed": estimator(vae, Trace_ELBO())}, X, repeats=3)
+
+
+def test_a_target_of_other_parameters_is_refused():
+    vae = vae_of("relaxed")
+    twin = deepcopy(vae).discrete()
+    with pytest.raises(ValueError, match=r"target: relaxed has no parameters \['encoder.network.0.weight'"):
+        compare({"relaxed": estimator(vae, Trace_ELBO(), target=(twin.model, twin.guide))}, X, repeats=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"elbo": Trace_ELBO}, TypeError, "elbo: got .*; accepted is an instance"),
+        (
+            {"elbo": RenyiELBO(alpha=0, num_particles=3)},
+            ValueError,
+            "elbo: got a RenyiELBO, whose weights are not",
+        ),
+        ({"elbo": DisARM(), "target": vae_of}, TypeError, r"target: got .*; accepted is a pair"),
+    ],
+)
+def test_what_is_no_estimator_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        Estimator(print, print, **options)
+
+
+@pytest.mark.parametrize(
+    ("estimators", "options", "error", "message"),
+    [
+        ([], {}, TypeError, r"estimators: got \[\]; accepted is a dict from names to Estimators"),
+        ({}, {}, TypeError, "estimators: got {}"),
+        ({"a": 1}, {}, TypeError, "estimators: got {'a': 1}"),
+        (None, {"evaluations": 2.5}, ValueError, "evaluations: got 2.5"),
+        (None, {"evaluations": True}, ValueError, "evaluations: got True"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(estimators, options, error, message):
+    vae = vae_of("bernoulli")
+    with pytest.raises(error, match=message):
+        compare({"pairs": estimator(vae, DisARM())} if estimators is None else estimators, X, repeats=3, **options)
+
+
+def test_an_unknown_group_is_refused_with_those_that_are_known():
+    found = compare({"pairs": estimator(vae_of("bernoulli"), DisARM())}, X, repeats=3)
+    with pytest.raises(ValueError, match="group: got 'encodr'; accepted are 'all', '"):
+        found.table("encodr")
+
+
+def test_what_is_frozen_has_no_gradient_and_says_so():
+    vae = vae_of("bernoulli").requires_grad_(False)
+    with pytest.raises(ValueError, match="model, guide: have no parameters that are trained"):
+        exact_gradient(vae.model, vae.guide, X)
+
+
+def classes(logits_of_model, logits_of_guide):
+    def model(x):
+        weight = pyro.param("weight", torch.tensor([0.3, -0.2, 0.5, 0.1]).double())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=weight + logits_of_model))
+            pyro.sample("x", dist.Normal(weight[z], 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", torch.tensor([0.1, 0.2, -0.3, 0.0]).double())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(logits=x[:, None] * slope + logits_of_guide))
+
+    return model, guide
+
+
+NEVER = torch.tensor([0.0, 0.0, 0.0, -math.inf]).double()
+
+
+def test_classes_that_are_ruled_out_in_model_and_guide_are_left_out():
+    pair, rows = classes(NEVER, NEVER), X[:, 0]
+    found = exact_gradient(*pair, rows)
+    three = {name: value[:3] for name, value in found.items()}
+    assert all(value.isfinite().all() for value in found.values())
+    assert found["slope"][3] == 0
+    store = pyro.get_param_store()
+    for name, value in three.items():
+        slope = differences(store[name], lambda: pv.exact.elbo(*pair, rows).mean())[:3]
+        torch.testing.assert_close(value, slope, rtol=1e-5, atol=1e-7)
+    row = compare({"pairs": Estimator(*pair, LeaveOneOut(3))}, rows, repeats=400).measured["pairs"]["all"]
+    assert row.p_value > 1e-5
+
+
+def test_a_bound_of_minus_infinity_has_no_gradient_and_says_so():
+    pair = classes(NEVER, torch.zeros(4).double())
+    with pytest.raises(FloatingPointError, match="the bound is -inf: the guide draws states that the model"):
+        exact_gradient(*pair, X[:, 0])
+
+
+def test_dropout_and_scale_in_the_guide_are_refused():
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=r"guide: site 'z' is subsampled or scaled"):
+        exact_gradient(vae.model, poutine.scale(vae.guide, scale=5.0), X)
+    noisy = guides.Bernoulli(2, 3, lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.Dropout(0.5)))
+    other = pv.VAE(priors.Bernoulli(3), noisy, likelihoods.Normal(3, 2, TANH)).double()
+    with pytest.raises(ValueError, match=r"guide: gives another log q\(z \| x\) at the same z.*vae.eval"):
+        exact_gradient(other.model, other.guide, X)
+    other.eval()
+    exact_gradient(other.model, other.guide, X)
+
+
+def test_data_along_another_dimension_are_counted_by_the_plate():
+    def model(y):
+        weight = pyro.param("weight", torch.tensor(0.4).double())
+        with pyro.plate("data", y.shape[1]):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+            pyro.sample("x", dist.Normal(weight * z, 1.0), obs=y[0])
+
+    def guide(y):
+        slope = pyro.param("slope", torch.tensor(0.4).double())
+        with pyro.plate("data", y.shape[1]):
+            pyro.sample("z", dist.Bernoulli(logits=slope * y[1]))
+
+    row = compare({"one": Estimator(model, guide, LeaveOneOut(2))}, X.T, repeats=300).measured["one"]["all"]
+    assert row.p_value > 1e-5
+
+
+def test_a_parameter_by_the_name_of_all_is_a_group_of_its_own():
+    def model(x):
+        both = pyro.param("all", torch.tensor(0.4).double()) + pyro.param("b", torch.tensor(0.1).double())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+            pyro.sample("x", dist.Normal(both * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
+
+    found = compare({"one": Estimator(model, guide, Trace_ELBO())}, X[:, 0], repeats=3).measured["one"]
+    assert {name: row.num_parameters for name, row in found.items()} == {"all": 2, "all (a parameter)": 1, "b": 1}

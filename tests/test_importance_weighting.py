@@ -80,7 +80,7 @@ def test_the_bound_of_one_draw_is_the_elbo_and_grows_with_draws_to_the_truth():
     vae = gaussian_vae()
     with torch.no_grad():
         bounds = [exact_bound(vae, X, count) for count in (1, 2, 3)]
-    torch.testing.assert_close(bounds[0], pv.exact.elbo(vae.model, vae.guide, X, tolerance=1e-8), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bounds[0], pv.exact.elbo(vae.model, vae.guide, X, tolerance=1e-8), rtol=1e-4, atol=1e-4)
     told = []
     for count in (1, 2, 3, 300):
         data = X.repeat(20 if count == 300 else 500, 1)
@@ -371,6 +371,12 @@ def test_relaxed_latents_have_their_rate_estimated():
         priors.RelaxedBernoulli(2, 0.5), guides.RelaxedBernoulli(2, 2, TANH, 0.66), likelihoods.Normal(2, 2, TANH)
     )
     assert math.isfinite(FreeBits(0.1, num_particles=4).loss(vae.model, vae.guide, X.float()))
+
+
+def test_latents_that_hang_together_have_no_rate_by_variable():
+    vae = pv.VAE(priors.StandardNormal(2), guides.FullRankNormal(2, 2, TANH), likelihoods.Normal(2, 2, TANH))
+    with pytest.raises(ValueError, match="FreeBits: site 'z' is a MultivariateNormal in the guide"):
+        FreeBits(0.1).loss(vae.model, vae.guide, X.float())
 
 
 @pytest.mark.parametrize("nats", [0, -1.0, float("nan")])

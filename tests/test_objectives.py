@@ -21,7 +21,7 @@ from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.baselines import NeuralBaseline, RunningAverage
 from pyro_vae.gradients import exact_gradient
 from pyro_vae.handlers import Rows, WeightKL, latent_sites, recorded
-from pyro_vae.objectives import VIMCO, DisARM, DiscreteKL, LeaveOneOut, ScoreFunction
+from pyro_vae.objectives import VIMCO, DisARM, DiscreteKL, FreeBits, LeaveOneOut, ScoreFunction
 
 TANH = networks.mlp([4], activation=nn.Tanh)
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
@@ -901,3 +901,145 @@ def test_a_guide_of_other_latents_is_refused(name):
         warnings.simplefilter("ignore")  # Pyro's, of the same
         with pytest.raises(ValueError, match=accepted):
             OF_BERNOULLI[name]().loss(vae.model, guide, X)
+
+
+# --- Masks, scales and graphs that a user may bring ------------------------------------------------------------------
+
+MASK = torch.tensor([True, True, False, True])
+
+
+def masked_target(vae):
+    """The gradient of the ELBO in which a masked datum has a likelihood, and no rate."""
+    states = vae.prior().enumerate_support()[:, None]
+    log_q, log_p = vae.encode(X).log_prob(states), vae.prior().log_prob(states)
+    rate = torch.where(MASK, log_q - log_p, 0.0)
+    return (log_q.exp() * (vae.decode(states).log_prob(X) - rate)).sum(0).mean()
+
+
+class MaskLatents(poutine.messenger.Messenger):
+    def _pyro_sample(self, msg):
+        if msg["name"] == "z":
+            msg["mask"] = MASK.repeat(msg["cond_indep_stack"][0].size // 4)
+
+
+@pytest.mark.parametrize("name", [name for name in OF_ELBO if "draws" not in name])
+def test_a_masked_latent_that_the_likelihood_reads_keeps_its_score(name):
+    vae = vae_of("bernoulli")
+    parameters = list(vae.parameters())
+    expected = flat(torch.autograd.grad(masked_target(vae), parameters))
+    assert_unbiased(OF_ELBO[name](), MaskLatents()(vae.model), MaskLatents()(vae.guide), expected, parameters)
+
+
+@pytest.mark.parametrize("kind", ["relaxed", "gumbel"])
+@pytest.mark.parametrize("make", [DiscreteKL, lambda: FreeBits(1e-6)], ids=["DiscreteKL", "FreeBits"])
+def test_a_mask_takes_a_datum_out_of_the_rate(kind, make):
+    vae = vae_of(kind)
+    pyro.set_rng_seed(1)
+    whole = make().loss(poutine.mask(vae.model, mask=MASK), poutine.mask(vae.guide, mask=MASK), X)
+    pyro.set_rng_seed(1)
+    z = poutine.trace(vae.guide).get_trace(X).nodes["z"]["value"]
+    likelihood = vae.decode(z).log_prob(X)[MASK].sum()
+    if make is DiscreteKL:
+        twin = vae.discrete()
+        q, p = twin.encode(X[MASK]).base_dist, twin.prior().base_dist
+        rate = torch.distributions.kl_divergence(q, p).sum()
+        assert whole == pytest.approx(float((rate - likelihood).detach()), rel=1e-6)
+    assert math.isfinite(whole)
+
+
+def test_a_masked_distribution_is_refused_where_its_rate_is_in_closed_form():
+    vae = vae_of("relaxed")
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.encode(x).mask(MASK))
+
+    with pytest.raises(ValueError, match=r"site 'z' is a masked distribution; accepted is poutine\.mask"):
+        DiscreteKL().loss(vae.model, guide, X)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_bounds_of_several_draws_refuse_observed_sites_of_different_weight(order):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.4).double()))
+            for name, scale in (("a", 0.1), ("b", 1.0))[::order]:
+                with poutine.scale(scale=scale):
+                    pyro.sample(name, dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x))
+
+    with pytest.raises(ValueError, match=r"VIMCO: observed sites have the scales .*accepted is one scale for all"):
+        VIMCO(4).loss(model, guide, X[:, 0])
+    assert math.isfinite(LeaveOneOut(4).loss(model, guide, X[:, 0]))
+
+
+class Wrong(RunningAverage):
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, x):
+        return torch.zeros(2, len(x)) if self.method == "forward" else super().forward(x)
+
+    def learn(self, f, b):
+        return (f - b) ** 2 if self.method == "learn" else super().learn(f, b)
+
+
+@pytest.mark.parametrize("method", ["forward", "learn"])
+def test_a_baseline_of_another_shape_is_refused(method):
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=rf"baseline: its {method} gives shape \(2, 4\); accepted is \(4,\)"):
+        ScoreFunction(Wrong(method), num_particles=2).loss_and_grads(vae.model, vae.guide, X)
+
+
+def test_a_network_in_float32_is_a_baseline_of_float64_data_and_one_of_other_features_is_refused():
+    vae = vae_of("bernoulli")
+    assert math.isfinite(ScoreFunction(NeuralBaseline(2, TANH)).loss_and_grads(vae.model, vae.guide, X))
+    with pytest.raises(ValueError, match="baseline: its network takes 3 features, and a datum has 2 in the first"):
+        ScoreFunction(NeuralBaseline(3, TANH)).loss_and_grads(vae.model, vae.guide, X)
+
+
+def test_disarm_refuses_a_chain_whose_weight_is_still_zero():
+    weight = torch.zeros((), requires_grad=True)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Bernoulli(0.5))
+            b = pyro.sample("b", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Bernoulli(logits=x))
+            pyro.sample("b", dist.Bernoulli(logits=x + weight * a))
+
+    with pytest.raises(ValueError, match="site 'b' of the guide depends on other latents"):
+        DisARM().loss_and_grads(model, guide, X[:, 0].float())
+
+
+def test_disarm_refuses_spins_and_names_them():
+    spin = torch.distributions.AffineTransform(-1.0, 2.0)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Bernoulli(logits=x), [spin]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.TransformedDistribution(dist.Bernoulli(torch.tensor(0.5)), [spin]))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="site 'z' of the guide is a TransformedDistribution; accepted are Bernoullis"):
+        DisARM().loss(model, guide, X[:, 0].float())
+
+
+def test_a_model_without_data_is_refused():
+    def prior(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match="LeaveOneOut: the model has no observed sites to learn from"):
+        LeaveOneOut(2).loss(prior, prior, X)

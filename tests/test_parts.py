@@ -9,7 +9,7 @@ from scipy.interpolate import CubicSpline
 from scipy.stats import chisquare, kstest
 from torch import nn
 
-from pyro_vae import families, guides, likelihoods, priors
+from pyro_vae import families, guides, likelihoods, multivariate, priors
 from pyro_vae.distributions import AdditiveLogRatioTransform, is_normalized, log_simplex
 from pyro_vae.networks import mlp
 
@@ -21,6 +21,9 @@ TRIPLE = torch.tensor([0.2, 0.5, 0.3])
 PRIORS = [
     ("StandardNormal", lambda: priors.StandardNormal(2)),
     ("Normal", lambda: priors.Normal(2)),
+    ("MixtureOfNormals", lambda: priors.MixtureOfNormals(2, 3)),
+    ("VampPrior", lambda: priors.VampPrior(guides.DiagonalNormal(3, 2, NET), torch.randn(4, 3))),
+    ("VampPrior-full_rank", lambda: priors.VampPrior(guides.FullRankNormal((3, 1), 1, NET), torch.randn(2, 3, 1))),
     ("Bernoulli", lambda: priors.Bernoulli(3, probs=0.3)),
     ("Bernoulli-learnable", lambda: priors.Bernoulli((2, 2), learnable=True)),
     ("OneHotCategorical", lambda: priors.OneHotCategorical((2, 3), probs=TRIPLE)),
@@ -34,6 +37,13 @@ PRIORS = [
 ]
 GUIDES = [
     ("DiagonalNormal", lambda: guides.DiagonalNormal(3, 2, NET)),
+    ("FullRankNormal", lambda: guides.FullRankNormal(3, 2, NET)),
+    ("FullRankNormal-one", lambda: guides.FullRankNormal(3, 1, NET)),
+    ("LowRankNormal", lambda: guides.LowRankNormal(3, 2, NET, rank=1)),
+    ("MixtureOfNormals", lambda: guides.MixtureOfNormals(3, 2, NET, num_components=3)),
+    ("MixtureOfNormals-one", lambda: guides.MixtureOfNormals(3, 1, NET)),
+    ("PerDatum", lambda: guides.PerDatum(families.Normal(2), 1)),
+    ("PerDatum-full_rank", lambda: guides.PerDatum(multivariate.FullRankNormal(2), 1)),
     ("Bernoulli", lambda: guides.Bernoulli((3, 1), 3, NET)),
     ("OneHotCategorical", lambda: guides.OneHotCategorical(3, (2, 3), NET)),
     ("RelaxedBernoulli", lambda: guides.RelaxedBernoulli(3, 2, NET, temperature=0.66)),
@@ -76,7 +86,7 @@ class Case:
 
 
 ALL = [pytest.param(build, id=f"{role}.{name}") for role, parts in ROLES.items() for name, build in parts]
-CONDITIONAL = [param for param in ALL if not param.id.startswith("priors.")]
+CONDITIONAL = [param for param in ALL if not param.id.startswith("priors.") and "PerDatum" not in param.id]
 RELAXED = [param for param in ALL if "Relaxed" in param.id or "Gumbel" in param.id]
 TRAINABLE = [param for param in ALL if list(param.values[0]().parameters())]
 NORMALIZED = [param for param in ALL if "soft_targets" not in param.id]
@@ -92,7 +102,7 @@ def test_every_concrete_family_is_in_some_part_listed_here():
     walked = {type(build().family) for parts in ROLES.values() for _, build in parts}
     concrete = {
         thing
-        for name, thing in vars(families).items()
+        for name, thing in {**vars(families), **vars(multivariate)}.items()
         if isinstance(thing, type)
         and issubclass(thing, families.Family)
         and thing not in (families.Family, families.Relaxed)

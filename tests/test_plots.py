@@ -72,9 +72,9 @@ def plates_of(make, **options):
 
 COMPARISON = Comparison(
     {
-        "biased": {"all": Measured(2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3)},
-        "unbiased": {"all": Measured(2.0, bias=0.0, bias_error=0.02, variance=9.0, max_z=1.0, num_parameters=3)},
-        "enumerated": {"all": Measured(2.0, bias=0.0, bias_error=0.0, variance=0.0, max_z=0.0, num_parameters=3)},
+        "biased": {"all": Measured(2.0, 0.1, 0.01, 4.0, max_z=9.0, num_parameters=3, num_tested=3, repeats=99)},
+        "unbiased": {"all": Measured(2.0, 0.0, 0.02, 9.0, max_z=1.0, num_parameters=3, num_tested=3, repeats=99)},
+        "enumerated": {"all": Measured(2.0, 0.0, 0.0, 0.0, max_z=0.0, num_parameters=3, num_tested=3, repeats=99)},
     },
     {"biased": 1, "unbiased": 1, "enumerated": 8},
 )
@@ -427,3 +427,11 @@ def test_more_than_can_be_drawn_is_refused():
     vae = gaussian()
     with pytest.raises(ValueError, match="datum: got 3 rows"):
         plots.posterior(vae.model, vae.guide, torch.zeros(3, 2))
+
+
+def test_a_comparison_without_noise_has_nothing_to_draw_and_says_so():
+    alone = Comparison({"enumerated": COMPARISON.measured["enumerated"]}, {"enumerated": 8})
+    with pytest.raises(ValueError, match="comparison: has no estimator with noise"):
+        plots.bias_variance(alone)
+    with pytest.raises(ValueError, match="group: got 'encodr'; accepted are 'all'"):
+        plots.bias_variance(COMPARISON, "encodr")

@@ -1,0 +1,111 @@
+"""Families of real variables that depend on each other: normals with covariance, mixtures of normals."""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.kl import register_kl
+
+from pyro_vae.checks import positive_int
+from pyro_vae.families import Family
+from pyro_vae.mixtures import MixtureOfNormals as Mixture
+
+__all__ = ["FullRankNormal", "LowRankNormal", "MixtureOfNormals"]
+
+
+class _Vector(Family):
+    """Families of one vector, event shape ``(D,)``."""
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        if len(self.event_shape) != 1:
+            raise ValueError(f"event_shape: got {tuple(self.event_shape)}; accepted is (D,), one vector")
+        self.size = self.event_shape[0]
+
+
+class FullRankNormal(_Vector):
+    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`.
+
+    L is lower triangular, its diagonal the exponential of raw outputs.
+
+    >>> FullRankNormal(2)(torch.zeros(5)).covariance_matrix
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        self.num_raw = 2 * self.size + self.size * (self.size - 1) // 2
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        loc, log_diagonal, below = raw.split([self.size, self.size, self.num_raw - 2 * self.size], dim=-1)
+        rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=raw.device)
+        scale_tril = log_diagonal.exp().diag_embed()
+        scale_tril[..., rows, columns] = below
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class LowRankNormal(_Vector):
+    r"""A normal of low-rank plus diagonal covariance, :math:`x \sim N(\mu, W W^\top + \mathrm{diag}\,\sigma^2)`.
+
+    Args:
+        event_shape: size of x, D.
+        rank: columns of W, from 1 to D.
+
+    >>> LowRankNormal(3, rank=1)(torch.zeros(9)).variance
+    tensor([1., 1., 1.])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], rank: int):
+        super().__init__(event_shape)
+        self.rank = positive_int(rank, "rank")
+        if rank > self.size:
+            raise ValueError(f"rank: got {rank}; accepted is 1 to {self.size}, the size of the vector")
+        self.num_raw = self.size * (2 + rank)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
+        factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
+        return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class MixtureOfNormals(_Vector):
+    r"""A mixture of diagonal normals, :math:`x \sim \sum_k \pi_k\,N(\mu_k, \mathrm{diag}\,\sigma_k^2)`, drawn pathwise.
+
+    Args:
+        event_shape: size of x, D.
+        num_components: K.
+
+    >>> MixtureOfNormals(2, num_components=3)(torch.zeros(15)).log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], num_components: int):
+        super().__init__(event_shape)
+        self.num_components = positive_int(num_components, "num_components")
+        self.num_raw = num_components * (1 + 2 * self.size)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        count = self.num_components
+        logits, loc, log_scale = raw.split([count, count * self.size, count * self.size], dim=-1)
+        shape = (*raw.shape[:-1], count, self.size)
+        return Mixture(logits, loc.reshape(shape), log_scale.reshape(shape).exp())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+@register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
+@register_kl(torch.distributions.LowRankMultivariateNormal, torch.distributions.Independent)
+def _kl_from_diagonal_normal(q: torch.distributions.Distribution, p: torch.distributions.Independent) -> Tensor:
+    """KL(q || p) for a normal q and independent normal variables, which torch lacks: -H(q) - E[log p]."""
+    if type(p.base_dist) not in (dist.Normal, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    cross = (q.variance + (q.mean - p.base_dist.loc) ** 2) / p.base_dist.variance
+    log_p = -0.5 * (cross + p.base_dist.variance.log() + math.log(2 * math.pi))
+    return -q.entropy() - log_p.sum(-1)
