@@ -10,7 +10,7 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx"},
+    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx", "flows"},
     {"datasets", "families", "decomposition", "schedules"},
     {"parts", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
