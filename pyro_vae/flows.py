@@ -133,13 +133,13 @@ class Flow(TorchDistribution):
         self.transform = transform
         self.shift, self.scale = torch.broadcast_tensors(shift, scale)
         self.scores_draws = scores_draws
-        self._scored: Any = WeakTensorKeyDictionary()
+        self._scored: Any = None  # by draw
         cut = self.shift.dim() - event_dim
         super().__init__(self.shift.shape[:cut], self.shift.shape[cut:], validate_args=validate_args)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows nothing of the draws of this one."""
-        return {**self.__dict__, "_scored": WeakTensorKeyDictionary()}
+        return {**self.__dict__, "_scored": None}
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
@@ -148,7 +148,7 @@ class Flow(TorchDistribution):
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(Flow, _instance)
         shape = torch.Size(batch_shape) + self.event_shape
-        new.transform, new.scores_draws, new._scored = self.transform, self.scores_draws, WeakTensorKeyDictionary()
+        new.transform, new.scores_draws, new._scored = self.transform, self.scores_draws, None
         new.shift, new.scale = self.shift.expand(shape), self.scale.expand(shape)
         super(Flow, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -162,6 +162,8 @@ class Flow(TorchDistribution):
         standardized, log_slope = _with_log_slope(self.transform, noise)
         value = self.shift + self.scale * standardized.reshape(shape)
         if not value.is_inference():  # those do not tell whether they have been changed
+            if self._scored is None:
+                self._scored = WeakTensorKeyDictionary()
             self._scored[value] = (value._version, torch.is_grad_enabled(), self._log_density(noise, log_slope))
         return value
 
@@ -178,8 +180,10 @@ class Flow(TorchDistribution):
 
     def _known(self, value: Tensor) -> Tensor | None:
         """The score of a draw, if it is still that, and has the gradient that is asked for."""
-        version, has_graph, score = self._scored.get(value, (None, False, None))
-        if score is None or version != value._version or (value.is_leaf and value.requires_grad):
+        if self._scored is None or value not in self._scored:
+            return None
+        version, has_graph, score = self._scored[value]
+        if version != value._version or (value.is_leaf and value.requires_grad):
             return None
         if not torch.is_grad_enabled():
             return score.detach()
