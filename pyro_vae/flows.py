@@ -92,11 +92,11 @@ class Flow(TorchDistribution):
               \qquad \epsilon = f^{-1}\big((z - b) / s\big).
 
     Where f is fast and its inverse slow, a draw is better scored as it is made: with ``scores_draws``, ``log_prob`` of
-    a draw returns what is known of it, and f is not inverted. What is known is kept as long as the draw is, and is not
-    used where it would be wrong: for another tensor of the same values, such as a detached one; for a draw changed in
-    place; and for one made without gradients, when gradients are asked for. The score of a draw by ``rsample`` then has
-    the gradient in the parameters of the *whole* formula, the way through the draw included, but none in the draw:
-    take that of a detached copy.
+    a draw returns what is known of it, and f is not inverted (which loses digits, too, where f bends strongly). What is
+    known is kept as long as the draw is, and is not used where it would be wrong: for another tensor of the same
+    values, such as a detached one; for a draw changed in place; and for one made without gradients, when gradients are
+    asked for. The score of a draw by ``rsample`` then has the gradient in the parameters of the *whole* formula, the
+    way through the draw included, but none in the draw: take that of a detached copy.
 
     Mean and variance are not known.
 

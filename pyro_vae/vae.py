@@ -177,9 +177,8 @@ class VAE(nn.Module):
         if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
-        partner = {"StandardNormal": "DiagonalNormal", "Normal": "DiagonalNormal"}.get(
-            type(self.prior).__name__, type(self.prior).__name__
-        )
+        prior_name = type(self.prior).__name__
+        partner = "DiagonalNormal" if prior_name in ("StandardNormal", "Normal", "NormalizingFlow") else prior_name
         shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
         hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""
         raise ValueError(

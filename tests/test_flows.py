@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from importlib.util import find_spec
 
 import numpy as np
 import pyro
@@ -22,8 +23,7 @@ import pyro_vae as pv
 from pyro_vae import families, flows, guides, likelihoods, networks, objectives, priors
 from pyro_vae.parts import Unconditional
 
-zuko = pytest.importorskip("zuko", reason="flows need zuko, `pip install 'pyro-vae[flows]'`")
-torch.distributions.Distribution.set_default_validate_args(True)  # which that import has switched off
+pytestmark = pytest.mark.skipif(find_spec("zuko") is None, reason="flows need zuko, `pip install 'pyro-vae[flows]'`")
 
 SMALL = networks.mlp([6], nn.Tanh)
 GRADIENTS = ("pathwise", "sticking-the-landing", "doubly-reparameterized")
@@ -99,7 +99,7 @@ def test_an_error_inside_zuko_is_passed_on(monkeypatch):
             if name == "zuko":
                 raise ModuleNotFoundError("of zuko's own", name="another")
 
-    monkeypatch.delitem(sys.modules, "zuko")
+    monkeypatch.delitem(sys.modules, "zuko", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError, match="of zuko's own"):
         flows.autoregressive(2, 0, "affine", 1, [4])
@@ -359,6 +359,11 @@ def test_every_objective_of_pathwise_draws_trains_flows(elbo, latent):
     x = torch.randn(60, 2, dtype=torch.float64)
     fitted = pv.fit(vae.model, vae.guide, x, epochs=15, batch_size=30, lr=1e-2, elbo=elbo)
     assert np.mean(fitted.history["elbo"][-3:]) > np.mean(fitted.history["elbo"][:3])
+
+
+def test_a_guide_that_does_not_fit_a_flow_prior_is_told_which_would():
+    with pytest.raises(ValueError, match=r"the prior priors\.NormalizingFlow a density .* guides\.DiagonalNormal\("):
+        pv.VAE(priors.NormalizingFlow(2), guides.Bernoulli(2, 2, SMALL), likelihoods.Normal(2, 2, SMALL))
 
 
 def test_objectives_that_need_products_refuse_flows():
