@@ -68,7 +68,7 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[test,docs]'
+	$(PIP) -e '.[flows,test,docs]'
 	@touch $(BASE) $@
 
 # ArviZ 1 needs another Python than the package may have, and no torch.

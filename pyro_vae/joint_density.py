@@ -26,6 +26,7 @@ from pyro_vae.distributions import (
     is_normalized,
     log_simplex,
 )
+from pyro_vae.flows import Flow
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
@@ -315,6 +316,9 @@ class Chart:
         elif isinstance(base, LogitRelaxedBernoulli):
             loc, spread = base.logits / base.temperature, 36 / base.temperature
             middle = torch.zeros_like(loc)
+        elif isinstance(base, Flow):
+            low, middle, high = base.extent()
+            loc, spread = (low + high) / 2, (high - low) / 2
         else:
             try:
                 loc, spread = fn.mean, 9 * fn.variance.sqrt()

@@ -10,7 +10,10 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "randomness", "bias_variance", "distributions", "mixtures", "networks", "handlers", "quadrature", "idx"},
+    {
+        *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
+        *{"distributions", "mixtures", "flows"},
+    },
     {"datasets", "families", "decomposition", "schedules"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},

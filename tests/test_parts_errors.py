@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,11 +19,16 @@ CONDITIONAL = {
     "Normal": lambda: likelihoods.Normal((3, 2), 2, linear()),
     "likelihoods.Bernoulli": lambda: likelihoods.Bernoulli((3, 2), 2, linear()),
     "ContinuousBernoulli": lambda: likelihoods.ContinuousBernoulli((3, 2), 2, linear()),
+    "InverseAutoregressiveFlow": lambda: guides.InverseAutoregressiveFlow((3, 2), 2, linear()),
+    "SplineFlow": lambda: guides.SplineFlow((3, 2), 2, linear()),
 }
+HAS_ZUKO = find_spec("zuko") is not None
 
 
 @pytest.fixture(params=CONDITIONAL.values(), ids=CONDITIONAL.keys())
 def part(request):
+    if not HAS_ZUKO and "Flow" in request.node.name:
+        pytest.skip("flows need zuko, `pip install 'pyro-vae[flows]'`")
     return request.param()
 
 
