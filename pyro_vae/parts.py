@@ -124,7 +124,15 @@ class Conditional(Part):
                 f"network: gives {raw.shape[-1]} outputs; accepted are {self.family.num_raw}, the raw ones of "
                 f"{self.family}"
             )
-        return self.family(raw)
+        try:
+            return self.family(raw)
+        except ValueError as error:
+            if not context.isnan().any():
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: got a context with NaN, for what is missing, and its network reads NaN as a "
+                "number; accepted is a network that knows better, networks.with_missing(network) or its like"
+            ) from error
 
     def discrete(self) -> "Conditional":
         return Conditional(self._discrete_family(), self.context_shape, self.network)

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx"},
-    {"datasets", "families", "decomposition", "schedules"},
+    {"checks", "randomness", "distributions", "networks", "handlers", "quadrature", "idx", "tabular"},
+    {"datasets", "families", "decomposition", "schedules", "missing"},
     {"parts", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
