@@ -13,7 +13,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, relu
 
 __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
 
@@ -30,7 +30,7 @@ def log_of_bounded_exp(raw: Tensor) -> Tensor:
     >>> log_of_bounded_exp(torch.tensor([-3.0, 16.0, 1e6]))
     tensor([-3.0000, 16.0000, 29.8155])
     """
-    return raw.clamp(max=_BEND) + (raw - _BEND).clamp(min=0).log1p()
+    return raw.clamp(max=_BEND) + relu(raw - _BEND).log1p()
 
 
 def _draw_counts(mean: Tensor) -> Tensor:
