@@ -6,7 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -18,14 +19,14 @@ NAN = math.nan
 NET = networks.mlp([4], nn.Tanh)
 Z_UNLIKELY = 4.5  # two-sided probability 7e-6
 LIKELIHOODS = {
-    "Normal": lambda **told: likelihoods.Normal(3, 4, NET, "network", **told),
-    "StudentT": lambda **told: likelihoods.StudentT(3, 4, NET, "network", "network", **told),
-    "Bernoulli": lambda **told: likelihoods.Bernoulli(3, 4, NET, **told),
-    "Bernoulli, soft": lambda **told: likelihoods.Bernoulli(3, 4, NET, soft_targets=True, **told),
-    "ContinuousBernoulli": lambda **told: likelihoods.ContinuousBernoulli(3, 4, NET, **told),
-    "Categorical": lambda **told: likelihoods.Categorical(3, 4, 3, NET, **told),
-    "Poisson": lambda **told: likelihoods.Poisson(3, 4, NET, **told),
-    "NegativeBinomial": lambda **told: likelihoods.NegativeBinomial(3, 4, NET, "network", **told),
+    "Normal": lambda z=3, **told: likelihoods.Normal(z, 4, NET, "network", **told),
+    "StudentT": lambda z=3, **told: likelihoods.StudentT(z, 4, NET, "network", "network", **told),
+    "Bernoulli": lambda z=3, **told: likelihoods.Bernoulli(z, 4, NET, **told),
+    "Bernoulli, soft": lambda z=3, **told: likelihoods.Bernoulli(z, 4, NET, soft_targets=True, **told),
+    "ContinuousBernoulli": lambda z=3, **told: likelihoods.ContinuousBernoulli(z, 4, NET, **told),
+    "Categorical": lambda z=3, **told: likelihoods.Categorical(z, 4, 3, NET, **told),
+    "Poisson": lambda z=3, **told: likelihoods.Poisson(z, 4, NET, **told),
+    "NegativeBinomial": lambda z=3, **told: likelihoods.NegativeBinomial(z, 4, NET, "network", **told),
 }
 ALL = pytest.mark.parametrize("build", LIKELIHOODS.values(), ids=LIKELIHOODS)
 
@@ -301,6 +302,69 @@ def test_classes_are_enumerated_with_missing_entries():
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     fitted = pv.fit(vae.model, config_enumerate(vae.guide), x, epochs=200, lr=2e-2, elbo=elbo)
     assert fitted.history["elbo"][-1] > evidence.mean()
+
+
+@ALL
+def test_every_likelihood_trains_in_a_vae_and_is_held_against_the_exact_answer(build):
+    decoder = build(z=1, missing=True)
+    network = networks.one_hot(3, NET) if isinstance(decoder, likelihoods.Categorical) else networks.with_missing(NET)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(4, 1, network), decoder)
+    x = holed(vae.generate(60))
+    fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=20, lr=1e-2)
+    if "surrogate" in fitted.history:
+        return
+    evidence = pv.exact.log_evidence(vae.model, x)
+    elbo, kl = pv.exact.elbo(vae.model, vae.guide, x), pv.exact.kl(vae.model, vae.guide, x)
+    assert (evidence - elbo - kl).abs().max() < 2e-3
+    assert kl.min() > -1e-3
+    draws = vae.impute(x, 5)
+    assert draws.isfinite().all()
+    assert vae.decode(torch.zeros(5, 60, 1)).support.check(draws).all()
+
+
+def test_class_numbers_may_be_integers_where_none_is_missing():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, networks.one_hot(3, NET)),
+        likelihoods.Categorical(1, 2, 3, NET),
+    )
+    x = torch.randint(3, (20, 2))
+    assert torch.equal(pv.exact.log_evidence(vae.model, x), pv.exact.log_evidence(vae.model, x.float()))
+    assert pv.evaluate(vae.model, vae.guide, x) == pv.evaluate(vae.model, vae.guide, x.float())
+    pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=5)
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        lambda: pv.objectives.ImportanceWeighted(4, "doubly-reparameterized"),
+        lambda: RenyiELBO(alpha=0, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+        lambda: TraceMeanField_ELBO(),
+    ],
+    ids=["importance-weighted", "Renyi", "mean field"],
+)
+def test_other_objectives_leave_out_what_is_missing(elbo):
+    vae = gaussian_vae()
+    fitted = pv.fit(vae.model, vae.guide, X, epochs=5, lr=1e-2, elbo=elbo())
+    assert all(math.isfinite(nats) for nats in fitted.history["elbo"])
+
+
+def test_score_functions_leave_out_what_is_missing_with_a_baseline_that_reads_it():
+    vae = pv.VAE(
+        priors.Bernoulli(2),
+        guides.Bernoulli(2, 2, networks.with_missing(NET)),
+        likelihoods.Normal(2, 2, NET, missing=True),
+    )
+    baseline = pv.baselines.NeuralBaseline(2, networks.with_missing(NET))
+    for elbo in (pv.objectives.ScoreFunction(baseline), pv.objectives.VIMCO(4), pv.objectives.DisARM()):
+        pv.fit(vae.model, vae.guide, X, epochs=5, lr=1e-2, elbo=elbo)
+    assert all(parameter.isfinite().all() for parameter in (*vae.parameters(), *baseline.parameters()))
+
+
+def test_an_autoguide_and_a_diagram_take_a_model_with_missing_entries():
+    vae = gaussian_vae()
+    pv.fit(vae.model, AutoNormal(vae.model), X, epochs=5, lr=1e-2)
+    pv.plots.plate_diagram(vae.model, X, guide=vae.guide)
 
 
 # --- Gradients and training ------------------------------------------------------------------------------------------
