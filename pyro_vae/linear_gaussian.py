@@ -1,7 +1,9 @@
 """Linear Gaussian models in closed form: factor analysis, and pPCA where the noise is one number."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -37,6 +39,8 @@ class LinearGaussian:
 
     def _precision(self, weight: Tensor, seen: Tensor) -> Tensor:
         """What the observed entries of each datum add to the precision of z, ``(N or 1, k, k)``."""
+        if len(seen) == 1:
+            return ((weight.T * (seen / self.noise)) @ weight)[None]
         each = weight[:, :, None] * weight[:, None, :] / self.noise[:, None, None]
         return (seen @ each.flatten(1)).unflatten(1, each.shape[1:])
 
@@ -46,8 +50,8 @@ class LinearGaussian:
         weight = self.weight @ self.factor  # of a standard normal in place of z
         capacitance = torch.eye(len(self.mean)).to(weight) + self._precision(weight, seen)
         root = torch.linalg.cholesky(capacitance)
-        pulled = torch.linalg.solve_triangular(root, ((residual / self.noise) @ weight)[..., None], upper=False)
-        quadratic = (residual**2 / self.noise).sum(1) - (pulled**2).sum((1, 2))
+        pulled = _solve(partial(torch.linalg.solve_triangular, upper=False), root, (residual / self.noise) @ weight)
+        quadratic = (residual**2 / self.noise).sum(1) - (pulled**2).sum(1)
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + seen @ self.noise.log()
         return -0.5 * (quadratic + log_det + seen.sum(1) * math.log(2 * math.pi))
 
@@ -57,9 +61,16 @@ class LinearGaussian:
         prior_precision = torch.cholesky_inverse(self.factor)
         precision = prior_precision + self._precision(self.weight, seen)
         pull = (residual / self.noise) @ self.weight + prior_precision @ self.mean
-        loc = torch.linalg.solve(precision, pull[..., None]).squeeze(-1)
+        loc = _solve(torch.linalg.solve, precision, pull)
         scale_tril = dist.MultivariateNormal(torch.zeros_like(loc), precision_matrix=precision).scale_tril
         return dist.MultivariateNormal(loc.to(self.dtype), scale_tril=scale_tril.to(self.dtype))
+
+
+def _solve(solve: Callable[..., Tensor], matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Each of N vectors through its matrix, or through the one matrix of all, which is then not copied N times."""
+    if len(matrices) == 1:
+        return solve(matrices[0], vectors.T).T
+    return solve(matrices, vectors[..., None]).squeeze(-1)
 
 
 def linear_gaussian(problem: Problem) -> LinearGaussian | None:
