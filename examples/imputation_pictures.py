@@ -18,14 +18,14 @@ def tables(test: Any, guess: Tensor) -> Figure:
     missing = test.x[rows].isnan()
     filled = torch.where(missing, guess[rows], test.complete[rows])
     panels = {
-        "what the model sees\n(white: hidden)": test.x[rows],
+        "what the model sees\n(black: hidden)": test.x[rows],
         "hidden entries filled in": filled,
         "the truth": test.complete[rows],
     }
     figure, axes = plt.subplots(1, 3, figsize=(12, 6), sharex=True, sharey=True, layout="constrained")
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         shown = ax.imshow(values.numpy(), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto", interpolation="nearest")
-        ax.set(title=title, xlabel="measurement (column)")
+        ax.set(title=title, xlabel="measurement (column)", facecolor="black")
     axes[0].set_ylabel("held-out tumour (row)")
     figure.colorbar(shown, ax=axes, label="standard deviations from the column's mean")
     figure.suptitle("A table with holes, filled in by a VAE with a Student-t likelihood")
