@@ -10,11 +10,13 @@ from pyro_vae import (
     guides,
     handlers,
     likelihoods,
+    missing,
     networks,
     objectives,
     plots,
     priors,
     schedules,
+    tabular,
 )
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.inference_data import to_arviz, to_datatree
@@ -39,11 +41,13 @@ __all__ = [
     "handlers",
     "likelihoods",
     "log_evidence",
+    "missing",
     "networks",
     "objectives",
     "plots",
     "priors",
     "schedules",
+    "tabular",
     "to_arviz",
     "to_datatree",
 ]

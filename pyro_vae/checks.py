@@ -28,7 +28,10 @@ def positive(value: object, name: str) -> float:
 
 
 def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    """The data as tensors of one number of rows, all finite."""
+    """The data as tensors of one number of rows, all finite or NaN: whether NaN is accepted, the model will tell.
+
+    :mod:`pyro_vae.missing` asks it.
+    """
     accepted = "accepted is a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
     if not isinstance(data, Tensor | Sequence):
         raise TypeError(f"{name}: got a {type(data).__name__}; {accepted}")
@@ -40,8 +43,8 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, without rows; accepted is (N, ...) with N >= 1")
         if len(tensor) != len(tensors[0]):
             raise ValueError(f"{name}: got tensors of {len(tensors[0])} and {len(tensor)} rows; accepted is one number")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            row, *column = (~tensor.isfinite()).nonzero()[0].tolist()
+        if tensor.is_floating_point() and tensor.isinf().any():
+            row, *column = tensor.isinf().nonzero()[0].tolist()
             where = f"row {row}" + (f", column {tuple(column)}" if column else "")
             raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")
     if not tensors:

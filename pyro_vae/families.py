@@ -12,21 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_vae import distributions, flows
+from pyro_vae import distributions, tabular
 from pyro_vae.checks import positive, positive_int
 
 __all__ = [
     "Bernoulli",
+    "Categorical",
     "ContinuousBernoulli",
     "Family",
-    "Flow",
+    "NegativeBinomial",
     "Normal",
     "OneHotCategorical",
+    "Poisson",
     "Relaxed",
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
+    "StudentT",
     "as_shape",
 ]
+
+_KINDS = ("network", "shared", "per_dimension")
 
 
 def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
@@ -59,8 +64,59 @@ class Family(nn.Module):
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}"
 
+    def _shaped(self, raw: Tensor) -> Tensor:
+        return raw.reshape(*raw.shape[:-1], *self.event_shape)
 
-class Normal(Family):
+    def _declare(self, name: str, kind: str | float) -> int:
+        """Make what a positive quantity of this kind is held in; how many raw outputs it takes."""
+        if isinstance(kind, str) and kind not in _KINDS:
+            raise ValueError(f"{name}: got {kind!r}; accepted are {', '.join(map(repr, _KINDS))} or a number")
+        if not isinstance(kind, str):
+            self.register_buffer(f"fixed_{name}", torch.tensor(positive(kind, name)))
+        elif kind != "network":
+            shape = self.event_shape if kind == "per_dimension" else ()
+            self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(shape)))
+        return self.event_shape.numel() if kind == "network" else 0
+
+    def _declared(self, name: str, kind: str | float, raw: Tensor, floor: float) -> Tensor:
+        """Its value: fixed as it is, and otherwise the exponential of a raw output or parameter, above a floor."""
+        if not isinstance(kind, str):
+            return getattr(self, f"fixed_{name}")
+        log_value = self._shaped(raw) if kind == "network" else getattr(self, f"log_{name}")
+        return tabular.log_of_bounded_exp(log_value).exp() + floor
+
+
+class _LocationScale(Family):
+    """Families with a location for each dimension, and a scale of one of four kinds above a floor."""
+
+    def __init__(self, event_shape: int | Sequence[int], scale: str | float, min_scale: float):
+        super().__init__(event_shape)
+        self.scale = scale
+        self.min_scale = min_scale if min_scale == 0 else positive(min_scale, "min_scale")
+        self.num_raw = self.event_shape.numel() + self._declare("scale", scale)
+
+    def _loc_and_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.event_shape.numel()
+        scale = self._declared("scale", self.scale, raw[..., size : 2 * size], self.min_scale)
+        if isinstance(self.scale, str) and self.min_scale and torch.distributions.Distribution._validate_args:
+            self._warn_if_binding(scale)
+        return self._shaped(raw[..., :size]), scale
+
+    def _warn_if_binding(self, scale: Tensor) -> None:
+        binding = scale < 1.01 * self.min_scale
+        if binding.any():
+            where = binding.reshape(-1, *self.event_shape).any(0).sum() if binding.dim() else "all"
+            warnings.warn(
+                f"min_scale = {self.min_scale} binds in {where} of {self.event_shape.numel()} dimensions: the data are "
+                "(almost) constant there, and log p(x) depends on min_scale. Drop those dimensions, or add noise.",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale!r}"
+
+
+class Normal(_LocationScale):
     r"""Independent normals, :math:`x_d \sim N(\mu_d, \sigma_d^2)`.
 
     The scale is one of four kinds:
@@ -78,124 +134,106 @@ class Normal(Family):
     tensor([1., 1.], grad_fn=<SelectBackward0>)
     """
 
-    scales = ("network", "shared", "per_dimension")
-    fixed_scale: Tensor
-
     def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
-        super().__init__(event_shape)
-        self.scale = scale
-        self.min_scale = min_scale if min_scale == 0 else positive(min_scale, "min_scale")
-        size = self.event_shape.numel()
-        self.num_raw = 2 * size if scale == "network" else size
-        if scale == "shared":
-            self.log_scale = nn.Parameter(torch.zeros(()))
-        elif scale == "per_dimension":
-            self.log_scale = nn.Parameter(torch.zeros(self.event_shape))
-        elif isinstance(scale, str) and scale != "network":
-            raise ValueError(f"scale: got {scale!r}; accepted are {', '.join(map(repr, self.scales))} or a number")
-        elif not isinstance(scale, str):
-            self.register_buffer("fixed_scale", torch.tensor(positive(scale, "scale")))
+        super().__init__(event_shape, scale, min_scale)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        size = self.event_shape.numel()
-        loc = raw[..., :size].reshape(*raw.shape[:-1], *self.event_shape)
-        return dist.Normal(loc, self._scale(raw[..., size:])).to_event(len(self.event_shape))
-
-    def _scale(self, raw: Tensor) -> Tensor:
-        if not isinstance(self.scale, str):
-            return self.fixed_scale
-        log_scale = raw.reshape(*raw.shape[:-1], *self.event_shape) if self.scale == "network" else self.log_scale
-        scale = log_scale.exp() + self.min_scale
-        if self.min_scale and torch.distributions.Distribution._validate_args:
-            self._warn_if_binding(scale)
-        return scale
-
-    def _warn_if_binding(self, scale: Tensor) -> None:
-        binding = scale < 1.01 * self.min_scale
-        if binding.any():
-            where = binding.reshape(-1, *self.event_shape).any(0).sum() if binding.dim() else "all"
-            warnings.warn(
-                f"min_scale = {self.min_scale} binds in {where} of {self.event_shape.numel()} dimensions: the data are "
-                "(almost) constant there, and log p(x) depends on min_scale. Drop those dimensions, or add noise.",
-                stacklevel=2,
-            )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale!r}"
+        return dist.Normal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
 
 
-class Flow(Family):
-    r"""A normalizing flow :math:`z = b + s \odot f(\epsilon; h)` of noise :math:`\epsilon \sim N(0, I)`.
+class StudentT(_LocationScale):
+    r"""Independent Student-t variables, of location :math:`\mu_d`, scale :math:`\sigma_d` and degrees of freedom
+    :math:`\nu`: normals with outliers.
 
-    f is made of masked autoregressive steps, whose networks are parameters of the family. The raw outputs are the shift
-    b, the logarithm of the scale s, and a context h that every step reads. Before training the steps are the identity,
-    and the flow is the independent normal :math:`N(b, s^2)`.
+    The scale is as in :class:`Normal`; ``df`` is one of the same four kinds. Learned or from a network it is
+    :math:`\nu = 2 + e^{s}`, above 2 so that mean and variance are finite; a fixed one is any positive number.
 
-    A masked network is evaluated in one pass, and inverted in as many as there are variables. As it stands, the one
-    pass is from value to noise, and densities are fast (a masked autoregressive flow). ``inverse`` turns it round:
-    draws are fast, and so are the densities of draws (an inverse autoregressive flow).
-
-    Args:
-        event_shape: size or shape of z.
-        kind: of step: ``"affine"``, or ``"spline"``. Affine steps of a single variable make a normal of it.
-        transforms: number of steps.
-        hidden: sizes of the hidden layers of each step's masked network.
-        context: size of h.
-        inverse: whether draws are fast, and not densities.
-
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
-
-    Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow"; Kingma et al. 2016, "Improved
-    variational inference with inverse autoregressive flow"; Durkan, Bekasov, Murray and Papamakarios 2019, "Neural
-    spline flows".
-
-    >>> family = Flow(2, kind="spline", transforms=2, hidden=[8], context=4, inverse=True)
-    >>> family(torch.randn(5, family.num_raw)).rsample().shape
-    torch.Size([5, 2])
+    >>> StudentT(2, df=4.0, scale=1.0)(torch.zeros(5, 2)).variance[0]
+    tensor([2., 2.])
     """
 
     def __init__(
         self,
         event_shape: int | Sequence[int],
-        kind: str = "affine",
-        transforms: int = 3,
-        hidden: Sequence[int] = (64, 64),
-        context: int = 0,
-        inverse: bool = False,
+        df: str | float = "shared",
+        scale: str | float = "network",
+        min_scale: float = 0.0,
     ):
+        super().__init__(event_shape, scale, min_scale)
+        self.df = df
+        self.num_raw += self._declare("df", df)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        df = self._declared("df", self.df, raw[..., -self.event_shape.numel() :], 2.0)
+        return tabular.StudentT(df, *self._loc_and_scale(raw)).to_event(len(self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, df={self.df!r}"
+
+
+class Poisson(Family):
+    r"""Independent Poisson counts, with the log-rate a raw output; from :math:`e^{16}` on the rate grows linearly.
+
+    >>> Poisson(2)(torch.tensor([0.0, 1e4])).mean
+    tensor([1.0000e+00, 8.8728e+10])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]):
         super().__init__(event_shape)
-        if kind not in flows.KINDS:
-            raise ValueError(f"kind: got {kind!r}; accepted are {', '.join(map(repr, flows.KINDS))}")
-        if type(context) is not int or context < 0:
-            raise ValueError(f"context: got {context!r}; accepted is an integer, 0 or more")
-        self.kind = kind
-        self.transforms = positive_int(transforms, "transforms")
-        self.hidden = tuple(as_shape(hidden, "hidden"))
-        self.context = context
-        self.inverse = inverse
-        size = self.event_shape.numel()
-        self.num_raw = 2 * size + context
-        self.steps = flows.autoregressive(size, context, kind, transforms, self.hidden)
+        self.num_raw = self.event_shape.numel()
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return tabular.Poisson(tabular.log_of_bounded_exp(self._shaped(raw))).to_event(len(self.event_shape))
+
+
+class NegativeBinomial(Family):
+    r"""Independent counts of mean :math:`\mu_d` and variance :math:`\mu_d + \alpha_d\,\mu_d^2`.
+
+    The logarithm of the mean is a raw output, as in :class:`Poisson`. The dispersion :math:`\alpha` is one of the four
+    kinds of :class:`Normal`'s scale, :math:`\alpha = e^{s} + 10^{-6}` where it is not fixed.
+
+    >>> NegativeBinomial(1, dispersion=0.5)(torch.tensor([2.0]).log()).variance
+    tensor([4.])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], dispersion: str | float = "shared"):
+        super().__init__(event_shape)
+        self.dispersion = dispersion
+        self.num_raw = self.event_shape.numel() + self._declare("dispersion", dispersion)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         size = self.event_shape.numel()
-        shift, log_scale = (
-            part.reshape(*raw.shape[:-1], *self.event_shape) for part in (raw[..., :size], raw[..., size : 2 * size])
-        )
-        forward = self.steps(raw[..., 2 * size :] if self.context else None)
-        transform = forward if self.inverse else forward.inv
-        return flows.Flow(transform, shift, log_scale.exp(), len(self.event_shape), scores_draws=self.inverse)
+        log_mean = tabular.log_of_bounded_exp(self._shaped(raw[..., :size]))
+        dispersion = self._declared("dispersion", self.dispersion, raw[..., size:], 1e-6)
+        return tabular.NegativeBinomial(log_mean, dispersion).to_event(len(self.event_shape))
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, kind={self.kind!r}, transforms={self.transforms}, hidden={self.hidden}, "
-            f"context={self.context}, inverse={self.inverse}"
-        )
+        return f"{super().extra_repr()}, dispersion={self.dispersion!r}"
 
-    def __repr__(self) -> str:
-        """Without the steps, whose own text draws random numbers."""
-        return f"{type(self).__name__}({self.extra_repr()})"
+
+class Categorical(Family):
+    """Independent variables of k classes, by number 0 to k - 1, enumerable as one site.
+
+    The raw outputs are k logits for each, the classes first, as a network that makes images has them for channels.
+
+    >>> Categorical(2, num_classes=3)(torch.zeros(5, 6)).enumerate_support().shape
+    torch.Size([9, 5, 2])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], num_classes: int):
+        super().__init__(event_shape)
+        if positive_int(num_classes, "num_classes") < 2:
+            raise ValueError(f"num_classes: got {num_classes}; accepted is an integer of 2 or more")
+        self.num_classes = num_classes
+        self.num_raw = num_classes * self.event_shape.numel()
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)
+        logits = by_class.movedim(raw.dim() - 1, -1)
+        return distributions.Product(tabular.Categorical(logits=logits), len(self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_classes={self.num_classes}"
 
 
 class _Binary(Family):
@@ -206,7 +244,7 @@ class _Binary(Family):
         self.num_raw = self.event_shape.numel()
 
     def logits(self, raw: Tensor) -> Tensor:
-        return raw.reshape(*raw.shape[:-1], *self.event_shape)
+        return self._shaped(raw)
 
 
 class Bernoulli(_Binary):
@@ -304,7 +342,7 @@ class _OneHot(Family):
         self.num_raw = self.event_shape.numel()
 
     def logits(self, raw: Tensor) -> Tensor:
-        return raw.reshape(*raw.shape[:-1], *self.event_shape)
+        return self._shaped(raw)
 
 
 class OneHotCategorical(_OneHot):

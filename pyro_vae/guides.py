@@ -213,7 +213,7 @@ class _FlowEncoder(_Encoder):
         hidden: Sequence[int] = (64, 64),
         context: int = 16,
     ):
-        family = families.Flow(latent, self.kind, transforms, hidden, context, inverse=True)
+        family = multivariate.Flow(latent, self.kind, transforms, hidden, context, inverse=True)
         super().__init__(family, in_features, network)
 
 

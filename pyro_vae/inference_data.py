@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.missing import check_model
 from pyro_vae.randomness import seeded
 
 __all__ = ["to_arviz", "to_datatree"]
@@ -88,6 +89,7 @@ def to_datatree(
     """
     positive_int(draws, "draws")
     data = data_tensors(data, "data")
+    check_model(model, data, "data")
     generative = _Anew()(model)
     with seeded(seed):
         with poutine.block():

@@ -28,6 +28,7 @@ from pyro_vae.distributions import (
 )
 from pyro_vae.flows import Flow
 from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.missing import check_model
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
@@ -50,6 +51,7 @@ class Problem:
         self.data = data_tensors(data, "data")
         self.plate = plate
         with poutine.block(), seeded(0), pyro.validation_enabled():
+            check_model(model, self.data, "data")
             trace = poutine.trace(model).get_trace(*data)
             trace.compute_log_prob()
         self.latents = latent_sites(trace)

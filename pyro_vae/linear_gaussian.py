@@ -1,6 +1,9 @@
 """Linear Gaussian models in closed form: factor analysis, and pPCA where the noise is one number."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.handlers import observed_sites
 from pyro_vae.joint_density import Problem
+from pyro_vae.missing import WithMissing
 from pyro_vae.randomness import seeded
 
 __all__ = ["LinearGaussian", "linear_gaussian"]
@@ -17,7 +21,7 @@ __all__ = ["LinearGaussian", "linear_gaussian"]
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    """z ~ N(mean, factor factor'), x = weight z + bias + N(0, diag noise): all in float64."""
+    """z ~ N(mean, factor factor'), x = weight z + bias + N(0, diag noise), x with NaN if missing: all in float64."""
 
     mean: Tensor
     factor: Tensor
@@ -27,19 +31,46 @@ class LinearGaussian:
     x: Tensor
     dtype: torch.dtype
 
+    def _seen(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+        """What of x is observed, as 0s and 1s, in one row if it is all; and x - loc, with 0 for what is missing."""
+        missing = self.x.isnan()
+        seen = (~missing).to(self.x)
+        return seen if missing.any() else seen[:1], (self.x - loc).masked_fill(missing, 0.0)
+
+    def _precision(self, weight: Tensor, seen: Tensor) -> Tensor:
+        """What the observed entries of each datum add to the precision of z, ``(N or 1, k, k)``."""
+        if len(seen) == 1:
+            return ((weight.T * (seen / self.noise)) @ weight)[None]
+        each = weight[:, :, None] * weight[:, None, :] / self.noise[:, None, None]
+        return (seen @ each.flatten(1)).unflatten(1, each.shape[1:])
+
     def log_evidence(self) -> Tensor:
-        """log p(x) of each datum, from the normal that x is."""
-        loc = self.bias + self.weight @ self.mean
-        return dist.LowRankMultivariateNormal(loc, self.weight @ self.factor, self.noise).log_prob(self.x)
+        """log p(x) of each datum, from the normal that its observed entries are: by the matrix inversion lemma."""
+        seen, residual = self._seen(self.bias + self.weight @ self.mean)
+        weight = self.weight @ self.factor  # of a standard normal in place of z
+        capacitance = torch.eye(len(self.mean)).to(weight) + self._precision(weight, seen)
+        root = torch.linalg.cholesky(capacitance)
+        pulled = _solve(partial(torch.linalg.solve_triangular, upper=False), root, (residual / self.noise) @ weight)
+        quadratic = (residual**2 / self.noise).sum(1) - (pulled**2).sum(1)
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + seen @ self.noise.log()
+        return -0.5 * (quadratic + log_det + seen.sum(1) * math.log(2 * math.pi))
 
     def posterior(self) -> dist.TorchDistribution:
         """p(z | x) of each datum, a multivariate normal."""
+        seen, residual = self._seen(self.bias)
         prior_precision = torch.cholesky_inverse(self.factor)
-        scaled = self.weight.T / self.noise
-        precision = prior_precision + scaled @ self.weight
-        loc = torch.linalg.solve(precision, ((self.x - self.bias) @ scaled.T + prior_precision @ self.mean).T).T
-        scale_tril = dist.MultivariateNormal(loc, precision_matrix=precision).scale_tril
+        precision = prior_precision + self._precision(self.weight, seen)
+        pull = (residual / self.noise) @ self.weight + prior_precision @ self.mean
+        loc = _solve(torch.linalg.solve, precision, pull)
+        scale_tril = dist.MultivariateNormal(torch.zeros_like(loc), precision_matrix=precision).scale_tril
         return dist.MultivariateNormal(loc.to(self.dtype), scale_tril=scale_tril.to(self.dtype))
+
+
+def _solve(solve: Callable[..., Tensor], matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Each of N vectors through its matrix, or through the one matrix of all, which is then not copied N times."""
+    if len(matrices) == 1:
+        return solve(matrices[0], vectors.T).T
+    return solve(matrices, vectors[..., None]).squeeze(-1)
 
 
 def linear_gaussian(problem: Problem) -> LinearGaussian | None:
@@ -60,6 +91,8 @@ def linear_gaussian(problem: Problem) -> LinearGaussian | None:
         conditioned = poutine.condition(problem.model, data={name: probes[:, None].to(problem.dtype)})
         trace = poutine.trace(conditioned).get_trace(*problem.data)
     likelihood = _without_independent(observed_sites(trace)[x_name]["fn"])
+    if isinstance(likelihood, WithMissing):
+        likelihood = likelihood.base_dist
     if not isinstance(likelihood, dist.Normal):
         return None
     if (likelihood.loc != likelihood.loc[:, :1]).any() or (likelihood.scale != likelihood.scale[:, :1]).any():

@@ -18,7 +18,17 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear", "mlp", "standardized"]
+__all__ = [
+    "NetworkFactory",
+    "build",
+    "convolutional",
+    "deconvolutional",
+    "linear",
+    "mlp",
+    "one_hot",
+    "standardized",
+    "with_missing",
+]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -121,6 +131,70 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
         return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
 
     return build_behind
+
+
+class _Masked(nn.Module):
+    """Zeros for NaN, and beside them what is observed as 0s and 1s."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        missing = inputs.isnan()
+        return torch.cat([inputs.masked_fill(missing, 0.0), (~missing).to(inputs.dtype)], dim=-1)
+
+
+def with_missing(network: NetworkFactory) -> NetworkFactory:
+    r"""A network that reads missing entries, NaN: :math:`(m \odot x, m)` with the mask :math:`m` of what is observed.
+
+    Without the mask a missing entry would look like an observed zero. What goes before it leaves NaN as it is:
+    ``standardized(with_missing(mlp([32])), loc, scale)`` puts the mean of each column in place of what is missing.
+
+    Args:
+        network: factory of what comes after it, which is asked for twice as many inputs; for images of c channels, a
+            network of 2c.
+
+    Source: Nazábal, Olmos, Ghahramani and Valera 2020, "Handling incomplete heterogeneous data using VAEs", for the
+    zeros; Collier, Nazábal and Williams 2020, "VAEs in the presence of missing data", for the mask.
+
+    >>> encoder = with_missing(linear())(2, 3)
+    >>> encoder[0](torch.tensor([5.0, torch.nan])), encoder[1]
+    (tensor([5., 0., 1., 0.]), Linear(in_features=4, out_features=3, bias=True))
+    """
+    return lambda in_features, out_features: nn.Sequential(_Masked(), build(network, 2 * in_features, out_features))
+
+
+class _OneHot(nn.Module):
+    """Class numbers as one-hot vectors, side by side; NaN as zeros."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
+        classes = torch.arange(self.num_classes, device=inputs.device)
+        return (inputs[..., None] == classes).flatten(-2).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"
+
+
+def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
+    """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
+
+    A missing entry, NaN, is of no class and becomes zeros, which need no mask beside them.
+
+    Args:
+        num_classes: k, of every entry.
+        network: factory of what comes after it, which is asked for k times as many inputs.
+
+    >>> encoder = one_hot(3, linear())(2, 4)
+    >>> encoder[0](torch.tensor([2.0, torch.nan])), encoder[1]
+    (tensor([0., 0., 1., 0., 0., 0.]), Linear(in_features=6, out_features=4, bias=True))
+    """
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: got {num_classes!r}; accepted is an integer of 2 or more")
+    return lambda in_features, out_features: nn.Sequential(
+        _OneHot(num_classes), build(network, num_classes * in_features, out_features)
+    )
 
 
 class _OnImages(nn.Module):

@@ -102,7 +102,16 @@ class Conditional(Part):
         self.network = network
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return self.family(self.raw_outputs(context))
+        raw = self.raw_outputs(context)
+        try:
+            return self.family(raw)
+        except ValueError as error:
+            if context is None or not context.isnan().any():
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: got a context with NaN, for what is missing, and its network reads NaN as a "
+                "number; accepted is a network that knows better, networks.with_missing(network) or its like"
+            ) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
         """What the network makes of a context, ``(*, family.num_raw)``."""

@@ -151,7 +151,7 @@ class NormalizingFlow(Unconditional):
         hidden: Sequence[int] = (64, 64),
         kind: str = "affine",
     ):
-        family = families.Flow(latent, kind, transforms, hidden)
+        family = multivariate.Flow(latent, kind, transforms, hidden)
         super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
 
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyro_vae.checks import data_tensors, positive, positive_int, rows_like
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
+from pyro_vae.missing import check_model, first_missing
 from pyro_vae.randomness import seeded
 from pyro_vae.schedules import Schedule, check_schedules
 from pyro_vae.steps import Step
@@ -125,6 +126,8 @@ def fit(
     started = time.perf_counter()
     with following_autoguide(guide):
         with seeded(seed):
+            _check_missing(model, tensors, "data", transform)
+            _check_missing(model, held_out or (), "validation", transform)
             take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
             held_out = held_out and transformed(held_out, transform)
         with seeded(seed):
@@ -165,9 +168,16 @@ def evaluate(
     """
     tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
+    check_model(model, tensors, "data")
     step = Step(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
     with seeded(seed), pyro.validation_enabled():
         return _mean([step.loss(tensors) for _ in range(num_samples)])
+
+
+def _check_missing(model: Function, data: tuple[Tensor, ...], name: str, transform: Transform | None) -> None:
+    """Refuse NaN that the model does not accept, as the transform leaves it."""
+    if first_missing(data) is not None:
+        check_model(model, transformed(tuple(tensor.clone() for tensor in data), transform), name)
 
 
 def _prepare(

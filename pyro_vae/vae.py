@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import guides
+from pyro_vae.checks import positive_int
 from pyro_vae.distributions import base_support
 from pyro_vae.handlers import register
 from pyro_vae.parts import Part
@@ -139,6 +140,37 @@ class VAE(nn.Module):
         """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
         p = self.decode(self.prior().sample(torch.Size([num_samples])))
         return p.mean if mean else p.sample()
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, num_samples: int) -> Tensor:
+        r"""Draws of what is missing in x, NaN, given what is there: :math:`z \sim q(z \mid x_\mathrm{obs})`,
+        :math:`x_\mathrm{mis} \sim p(x_\mathrm{mis} \mid z)`.
+
+        Their mean is the best guess, and their quantiles are an interval; exact where q is the posterior.
+
+        Args:
+            x: ``(N, *data_shape)``, with NaN where entries are missing.
+            num_samples: how many draws.
+
+        Returns:
+            ``(num_samples, N, *data_shape)``. Observed entries are those of x in every draw.
+
+        Source: Rezende, Mohamed and Wierstra 2014, "Stochastic backpropagation", appendix F, whose Markov chain this is
+        the first step of, from an encoder that reads missing entries.
+
+        >>> from pyro_vae import priors, guides, likelihoods, networks
+        >>> vae = VAE(
+        ...     prior=priors.StandardNormal(1),
+        ...     encoder=guides.DiagonalNormal(2, 1, networks.with_missing(networks.mlp([32]))),
+        ...     decoder=likelihoods.Normal(1, 2, networks.mlp([32]), missing=True),
+        ... )
+        >>> vae.impute(torch.tensor([[0.5, torch.nan]]), num_samples=100)[:, 0, 0].unique()
+        tensor([0.5000])
+        """
+        positive_int(num_samples, "num_samples")
+        self._check_rows(x)
+        drawn = self.decode(self.encode(x).sample(torch.Size([num_samples]))).sample()
+        return torch.where(x.isnan(), drawn, x)
 
     def _tell_own_story(self) -> torch.Size:
         """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""

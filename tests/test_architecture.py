@@ -12,9 +12,9 @@ MAX_LINES = 400
 FLOORS = [
     {
         *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
-        *{"distributions", "mixtures", "flows"},
+        *{"distributions", "mixtures", "flows", "tabular"},
     },
-    {"datasets", "families", "decomposition", "schedules"},
+    {"datasets", "families", "decomposition", "schedules", "missing"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},

@@ -1,7 +1,7 @@
 """Examples run in a short form and leave the right things behind.
 
-mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py and
-discrete_mnist.py; they share options.py, images.py and results.py.
+mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
+discrete_mnist.py and imputation.py (imputation_pictures.py); they share options.py, images.py and results.py.
 """
 
 import json
@@ -408,6 +408,46 @@ def test_discrete_mnist_refuses_draws_that_an_estimator_does_not_take(run, capsy
     with pytest.raises(SystemExit):
         run("discrete_mnist.py", "--latent", "bernoulli", "--estimator", estimator, "--particles", particles)
     assert f"--particles {particles}: " in capsys.readouterr().err
+
+
+def test_imputation_in_a_short_form(run, capsys):
+    folder = run("imputation.py", "--epochs", "20", "--draws", "20", "--latent", "3", "--hidden", "16")
+    found = json.loads((folder / "results.json").read_text())
+    regressions = ["column means", "IterativeImputer"]
+    assert list(found["methods"]) == [*regressions, "VAE, nothing more hidden", "VAE, Normal", "VAE, Student-t"]
+    for name, row in found["methods"].items():
+        assert 0 < row["inside_50"] < row["inside_90"] <= 1, name
+        assert row["rmse"] > row["absolute_error"] > 0
+        assert (row["rmse"] < found["methods"]["column means"]["rmse"]) == (name != "column means")
+        assert found["coverage"][name] == sorted(found["coverage"][name])
+    assert_settings(found, percent=25, latent=3)
+    assert_pictures(folder, {"table", "intervals", "calibration", "errors"})
+    with xr.open_datatree(folder / "imputation.nc") as tree:
+        seen = tree["observed_data"]["x"]
+        assert float(seen.isnull().mean()) == pytest.approx(0.25, abs=0.05)
+        assert seen.sizes["measurement"] == 30
+        assert bool(tree["imputed"]["x"].notnull().all())
+        assert bool(tree["posterior_predictive"]["x"].notnull().all())
+        assert float(abs(tree["imputed"]["x"] - seen).max()) == 0, "what was observed stays"
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_coverage_is_the_share_inside_central_intervals():
+    example = functions_of("imputation.py")
+    levels = example["LEVELS"]
+    draws, truth = torch.randn(2000, 3000, 1), torch.randn(3000, 1)
+    imputed = example["Imputed"](draws, draws.mean(0), truth)
+    everywhere = torch.ones_like(truth, dtype=torch.bool)
+    shares = example["coverage"](imputed, truth, everywhere)
+    assert ((shares - levels).abs() < 5 * (levels * (1 - levels) / 3000).sqrt() + 1e-3).all()
+
+
+def test_hiding_more_leaves_missing_what_is_missing():
+    hide_more = functions_of("imputation.py")["hide_more"]
+    x = torch.randn(500, 30).masked_fill(torch.rand(500, 30) < 0.25, torch.nan)
+    more = hide_more(x)
+    assert (more.isnan() | (more == x)).all()
+    assert more.isnan().float().mean() - x.isnan().float().mean() == pytest.approx(0.25 * 0.75, abs=0.03)
 
 
 def test_swap_in_a_short_form(run, capsys):

@@ -20,7 +20,7 @@ from sklearn.datasets import make_moons
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import families, flows, guides, likelihoods, networks, objectives, priors
+from pyro_vae import flows, guides, likelihoods, multivariate, networks, objectives, priors
 from pyro_vae.parts import Unconditional
 
 pytestmark = pytest.mark.skipif(find_spec("zuko") is None, reason="flows need zuko, `pip install 'pyro-vae[flows]'`")
@@ -126,7 +126,7 @@ def test_its_text_draws_no_random_numbers(random_states):
 )
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        families.Flow(2, **options)
+        multivariate.Flow(2, **options)
 
 
 # --- Before training -------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_any_transform_will_do_for_the_distribution():
 
 
 def test_parameters_that_are_not_finite_are_refused_by_name():
-    family = families.Flow(2, hidden=[4])
+    family = multivariate.Flow(2, hidden=[4])
     with pytest.raises(ValueError, match="Expected parameter shift"):
         family(torch.full((family.num_raw,), math.nan))
 
@@ -428,7 +428,7 @@ def best_normal_divergence():
 
 @pytest.mark.parametrize("kind", flows.KINDS)
 def test_a_flow_trained_by_svi_bends_to_a_target_that_no_normal_fits(kind):
-    family = families.Flow(2, kind, transforms=2, hidden=[32], inverse=True)
+    family = multivariate.Flow(2, kind, transforms=2, hidden=[32], inverse=True)
     part = Unconditional(family, nn.Parameter(torch.zeros(family.num_raw))).double()
 
     def target():

@@ -6,12 +6,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from pyro import distributions as dist
 from scipy.interpolate import CubicSpline
 from scipy.stats import chisquare, kstest
 from torch import nn
 
 from pyro_vae import families, guides, likelihoods, multivariate, priors
-from pyro_vae.distributions import AdditiveLogRatioTransform, is_normalized, log_simplex
+from pyro_vae.distributions import AdditiveLogRatioTransform, base_distribution, is_normalized, log_simplex
 from pyro_vae.networks import mlp
 
 NET = mlp([4], nn.Tanh)
@@ -65,6 +66,25 @@ LIKELIHOODS = [
     ("Bernoulli", lambda: likelihoods.Bernoulli(3, (2, 2), NET)),
     ("Bernoulli-soft_targets", lambda: likelihoods.Bernoulli(3, 2, NET, soft_targets=True)),
     ("ContinuousBernoulli", lambda: likelihoods.ContinuousBernoulli(3, 2, NET)),
+    ("Categorical", lambda: likelihoods.Categorical(3, (1, 2), 3, NET)),
+    ("Poisson", lambda: likelihoods.Poisson(3, 2, NET)),
+    ("NegativeBinomial-shared", lambda: likelihoods.NegativeBinomial(3, 2, NET)),
+    ("NegativeBinomial-per_dimension", lambda: likelihoods.NegativeBinomial(3, (1, 2), NET, "per_dimension")),
+    ("NegativeBinomial-network", lambda: likelihoods.NegativeBinomial((1, 3), 2, NET, "network")),
+    ("NegativeBinomial-fixed", lambda: likelihoods.NegativeBinomial(3, 1, NET, dispersion=0.1)),
+    ("StudentT-shared", lambda: likelihoods.StudentT(3, 2, NET)),
+    ("StudentT-per_dimension", lambda: likelihoods.StudentT(3, (1, 2), NET, df="per_dimension", scale="network")),
+    ("StudentT-network", lambda: likelihoods.StudentT(3, 2, NET, df="network", scale="network")),
+    ("StudentT-fixed", lambda: likelihoods.StudentT(3, 2, NET, df=1.5, scale=0.5)),
+]
+LIKELIHOODS += [
+    ("Normal-missing", lambda: likelihoods.Normal(3, 2, NET, missing=True)),
+    ("StudentT-missing", lambda: likelihoods.StudentT(3, 2, NET, missing=True)),
+    ("Bernoulli-missing", lambda: likelihoods.Bernoulli(3, (2, 2), NET, missing=True)),
+    ("ContinuousBernoulli-missing", lambda: likelihoods.ContinuousBernoulli(3, 2, NET, missing=True)),
+    ("Categorical-missing", lambda: likelihoods.Categorical(3, 2, 3, NET, missing=True)),
+    ("Poisson-missing", lambda: likelihoods.Poisson(3, 2, NET, missing=True)),
+    ("NegativeBinomial-missing", lambda: likelihoods.NegativeBinomial(3, 2, NET, missing=True)),
 ]
 ROLES = {"priors": PRIORS, "guides": GUIDES, "likelihoods": LIKELIHOODS}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -134,8 +154,9 @@ class Chart:
 
     def __init__(self, q):
         *variables, last = q.event_shape
-        base = q.base_dist.support if hasattr(q, "base_dist") else q.support
+        base = base_distribution(q).support
         self.on_simplex = base is log_simplex
+        self.heavy = isinstance(base_distribution(q), dist.StudentT)  # on the inverse hyperbolic sine, a logarithm
         self.shape = (*variables, last - 1) if self.on_simplex else tuple(q.event_shape)
         bounded = base is torch.distributions.constraints.unit_interval
         self.low, self.high = (0.0, 1.0) if bounded else (-45.0, 45.0)
@@ -145,12 +166,14 @@ class Chart:
         self.step = (self.high - self.low) / size
         axis = self.low + self.step * (torch.arange(size, dtype=torch.float64) + 0.5)
         points = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, *self.shape)
-        values = AdditiveLogRatioTransform()(points) if self.on_simplex else points
-        self.mass = (q.log_prob(values).exp() * self.step**self.dims).reshape([size] * self.dims).detach()
+        values = AdditiveLogRatioTransform()(points) if self.on_simplex else points.sinh() if self.heavy else points
+        log_jacobian = points.cosh().log().flatten(1).sum(1) if self.heavy else 0.0
+        density = (q.log_prob(values) + log_jacobian).exp()
+        self.mass = (density * self.step**self.dims).reshape([size] * self.dims).detach()
 
     def coordinates(self, values):
         ratios = AdditiveLogRatioTransform().inv(values) if self.on_simplex else values
-        return ratios.reshape(len(values), self.dims)
+        return (ratios.asinh() if self.heavy else ratios).reshape(len(values), self.dims)
 
     def marginal_cdf(self, dim):
         others = [d for d in range(self.dims) if d != dim]
@@ -160,12 +183,30 @@ class Chart:
         return lambda x: spline(x.clip(self.low, self.high))
 
 
+def states_of(q):
+    """All states of a discrete distribution; of counts, all but a mass of 1e-9 on each axis."""
+    if q.has_enumerate_support:
+        return q.enumerate_support()
+    *_, mean, variance = (moment.detach() for moment in (q.mean, q.variance))
+    last = int((mean + 40 * variance.sqrt()).max()) + 20
+    axis = torch.arange(last + 1, dtype=torch.float64)
+    return torch.cartesian_prod(*[axis] * q.event_shape.numel()).reshape(-1, *q.event_shape)
+
+
+def pooled(counts, expected, least=10.0):
+    """Cells of an expected count of at least so many, the rarer ones pooled: what a test of fit by chi-square asks."""
+    rare = expected < least
+    if not rare.any():
+        return counts, expected
+    return tuple(torch.cat([cells[~rare], cells[rare].sum()[None]]) for cells in (counts, expected))
+
+
 @pytest.mark.parametrize("build", NORMALIZED)
 def test_density_or_mass_is_one_on_its_own_manifold(build):
     case = Case(build)
     q = case.part(*case.contexts())
     assert is_normalized(q)
-    total = q.log_prob(q.enumerate_support()).exp().sum() if q.support.is_discrete else Chart(q).mass.sum()
+    total = q.log_prob(states_of(q)).exp().sum() if q.support.is_discrete else Chart(q).mass.sum()
     assert total.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -177,9 +218,11 @@ def test_samples_follow_the_log_density(build):
     samples = q.sample((n,))
     assert q.support.check(samples).all()
     if q.support.is_discrete:
-        states = q.enumerate_support().flatten(1)
-        counts = (samples.flatten(1)[:, None] == states).all(-1).sum(0)
-        expected = n * q.log_prob(q.enumerate_support()).exp().detach()
+        states, expected = states_of(q), n * q.log_prob(states_of(q)).exp().detach()
+        drawn, times = samples.flatten(1).unique(dim=0, return_counts=True)
+        place = (drawn[:, None] == states.flatten(1)).all(-1).int().argmax(1)
+        assert torch.equal(states.flatten(1)[place], drawn)
+        counts, expected = pooled(torch.zeros_like(expected).index_add(0, place, times.double()), expected)
         assert chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue > UNLIKELY
     else:
         chart = Chart(q)
@@ -189,6 +232,20 @@ def test_samples_follow_the_log_density(build):
 
 def test_soft_targets_make_no_likelihood():
     assert not is_normalized(likelihoods.Bernoulli(3, 2, NET, soft_targets=True)(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("likelihoods.")])
+def test_mean_is_that_of_samples(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    n = 20_000
+    try:
+        error = (q.variance / n).sqrt()
+    except NotImplementedError:
+        error = q.sample((n,)).std(0) / n**0.5
+    if not error.isfinite().all():
+        pytest.skip("the variance is not finite")
+    assert ((q.sample((n,)).mean(0) - q.mean).abs() <= 6 * error).all()
 
 
 # --- Parameters and gradients ----------------------------------------------------------------------------------------
@@ -205,7 +262,15 @@ def test_log_prob_has_a_finite_gradient_in_every_parameter(build):
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("build", [p for p in TRAINABLE if "Normal" in p.id or p in RELAXED + FLOWS])
+def test_rare_cells_are_pooled_and_none_is_lost():
+    counts, expected = pooled(torch.tensor([30.0, 4.0, 1.0]), torch.tensor([29.0, 5.0, 2.0]))
+    assert (counts.tolist(), expected.tolist()) == ([30, 5], [29, 7])
+
+
+PATHWISE = [p for p in TRAINABLE if "Normal" in p.id or "StudentT" in p.id or p in RELAXED + FLOWS]
+
+
+@pytest.mark.parametrize("build", PATHWISE)
 def test_reparameterised_draws_carry_a_gradient_to_every_parameter(build):
     case = Case(build)
     q = case.part(*case.contexts(5))
@@ -284,7 +349,7 @@ def test_dtype_is_kept(build, dtype):
     assert {tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point()} <= {dtype}
     if is_relaxed(part):
         assert part.family.soft(q.sample()).dtype == part.family.hard(q.sample()).dtype == dtype
-    elif not isinstance(part.family, families.Flow):
+    elif not isinstance(part.family, multivariate.Flow):
         assert q.mean.dtype == dtype
 
 
@@ -314,8 +379,9 @@ def test_repr_names_part_family_and_shape(build):
     assert f"event_shape={tuple(part.event_shape)}" in text
     if is_relaxed(part):
         assert f"temperature={part.family.temperature.item():.4g}" in text
-    if isinstance(part.family, families.Normal):
-        assert f"scale={part.family.scale!r}" in text
+    for name in ("scale", "df", "dispersion", "num_classes"):
+        assert not hasattr(part.family, name) or f"{name}={getattr(part.family, name)!r}" in text
+    assert ("missing=True" in text) == getattr(part, "missing", False)
 
 
 # --- Relaxed parts ---------------------------------------------------------------------------------------------------

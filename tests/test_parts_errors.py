@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_vae import families, guides, likelihoods, priors
-from pyro_vae.networks import linear, mlp
+from pyro_vae.networks import linear, mlp, one_hot
 
 CONDITIONAL = {
     "DiagonalNormal": lambda: guides.DiagonalNormal((3, 2), 2, linear()),
@@ -21,6 +21,10 @@ CONDITIONAL = {
     "ContinuousBernoulli": lambda: likelihoods.ContinuousBernoulli((3, 2), 2, linear()),
     "InverseAutoregressiveFlow": lambda: guides.InverseAutoregressiveFlow((3, 2), 2, linear()),
     "SplineFlow": lambda: guides.SplineFlow((3, 2), 2, linear()),
+    "Categorical": lambda: likelihoods.Categorical((3, 2), 2, 4, linear()),
+    "Poisson": lambda: likelihoods.Poisson((3, 2), 2, linear()),
+    "NegativeBinomial": lambda: likelihoods.NegativeBinomial((3, 2), 2, linear()),
+    "StudentT": lambda: likelihoods.StudentT((3, 2), 2, linear(), missing=True),
 }
 HAS_ZUKO = find_spec("zuko") is not None
 
@@ -126,8 +130,36 @@ def test_probabilities_of_any_precision_give_a_prior_of_the_default_one(dtype):
 
 @pytest.mark.parametrize("scale", ["global", 0.0, -1.0, math.nan, math.inf])
 def test_scales_that_are_none_are_refused(scale):
-    with pytest.raises(ValueError, match="scale: got"):
-        likelihoods.Normal(1, 2, linear(), scale=scale)
+    for build in (likelihoods.Normal, likelihoods.StudentT):
+        with pytest.raises(ValueError, match="scale: got"):
+            build(1, 2, linear(), scale=scale)
+    with pytest.raises(ValueError, match="df: got"):
+        likelihoods.StudentT(1, 2, linear(), df=scale)
+    with pytest.raises(ValueError, match="dispersion: got"):
+        likelihoods.NegativeBinomial(1, 2, linear(), dispersion=scale)
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, -2, 2.5, True, "3"])
+def test_numbers_of_classes_that_are_none_are_refused(num_classes):
+    with pytest.raises(ValueError, match="num_classes: got"):
+        likelihoods.Categorical(1, 2, num_classes, linear())
+    with pytest.raises(ValueError, match="num_classes: got"):
+        one_hot(num_classes, linear())
+
+
+def test_missing_is_a_yes_or_no():
+    with pytest.raises(TypeError, match=r"missing: got 0\.3; accepted are True and False"):
+        likelihoods.Poisson(1, 2, linear(), missing=0.3)
+
+
+@pytest.mark.parametrize("value", [-1.0, 3.0, 0.5])
+def test_what_is_no_class_or_count_is_refused(value):
+    with pytest.raises(ValueError, match="support"):
+        likelihoods.Categorical(1, 2, 3, linear(), missing=True)(torch.zeros(1)).log_prob(torch.tensor([0.0, value]))
+    if value != 3:
+        for build in (likelihoods.Poisson, likelihoods.NegativeBinomial):
+            with pytest.raises(ValueError, match="support"):
+                build(1, 2, linear())(torch.zeros(1)).log_prob(torch.tensor([0.0, value]))
 
 
 @pytest.mark.parametrize("min_scale", [-1e-3, math.nan, math.inf])
