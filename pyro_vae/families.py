@@ -20,6 +20,7 @@ __all__ = [
     "Categorical",
     "ContinuousBernoulli",
     "Family",
+    "Laplace",
     "NegativeBinomial",
     "Normal",
     "OneHotCategorical",
@@ -139,6 +140,20 @@ class Normal(_LocationScale):
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return dist.Normal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
+
+
+class Laplace(_LocationScale):
+    r"""Independent Laplace variables, :math:`p(x_d) = e^{-|x_d - \mu_d| / b_d} / 2 b_d`, b as the scale of a normal.
+
+    >>> Laplace(1, scale=1.0)(torch.zeros(1)).log_prob(torch.zeros(1))
+    tensor(-0.6931)
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
+        super().__init__(event_shape, scale, min_scale)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return dist.Laplace(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
 
 
 class StudentT(_LocationScale):

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from pyro_vae.checks import data_tensors
@@ -309,7 +310,10 @@ class Chart:
         return points.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
 
     def reach(self, fn: dist.TorchDistribution, num_data: int) -> Box:
-        """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard."""
+        """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard.
+
+        Of a Student-t it holds all but 1e-7.
+        """
         base = base_distribution(fn)
         if isinstance(base, LogRelaxedOneHotCategorical):
             temperature = base.temperature[..., None]
@@ -318,6 +322,11 @@ class Chart:
         elif isinstance(base, LogitRelaxedBernoulli):
             loc, spread = base.logits / base.temperature, 36 / base.temperature
             middle = torch.zeros_like(loc)
+        elif isinstance(base, dist.Laplace):
+            loc, spread, middle = base.loc, 36 * base.scale, base.loc
+        elif isinstance(base, dist.StudentT):
+            tails = student_t.isf(5e-8, base.df.double().cpu().numpy())  # all but 1e-7 of the mass
+            loc, spread, middle = base.loc, torch.as_tensor(tails).to(base.scale) * base.scale, base.loc
         elif isinstance(base, Flow):
             low, middle, high = base.extent()
             loc, spread = (low + high) / 2, (high - low) / 2

@@ -12,12 +12,14 @@ from pyro_vae.parts import Conditional, Part, Unconditional
 __all__ = [
     "Bernoulli",
     "GumbelSoftmax",
+    "Laplace",
     "MixtureOfNormals",
     "Normal",
     "NormalizingFlow",
     "OneHotCategorical",
     "RelaxedBernoulli",
     "StandardNormal",
+    "StudentT",
     "VampPrior",
 ]
 
@@ -49,6 +51,39 @@ class Normal(Unconditional):
     def __init__(self, latent: int | Sequence[int]):
         family = families.Normal(latent)
         super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+
+
+class Laplace(Unconditional):
+    r""":math:`p(z) = \prod_d \tfrac{1}{2 b_d} e^{-|z_d - \mu_d| / b_d}`, which favours few large coordinates.
+
+    Args:
+        latent: size or shape of z.
+        learnable: whether location and scale are trained, starting from 0 and 1.
+
+    >>> Laplace(2)().log_prob(torch.zeros(2))
+    tensor(-1.3863)
+    """
+
+    def __init__(self, latent: int | Sequence[int], learnable: bool = False):
+        family = families.Laplace(latent)
+        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
+
+
+class StudentT(Unconditional):
+    r"""Independent Student-t variables, :math:`z_d \sim t_\nu(\mu_d, \sigma_d)`, with heavy tails.
+
+    Args:
+        latent: size or shape of z.
+        df: degrees of freedom :math:`\nu`, a positive number.
+        learnable: whether location and scale are trained, starting from 0 and 1.
+
+    >>> StudentT(2, df=4.0)().variance
+    tensor([2., 2.])
+    """
+
+    def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
+        family = families.StudentT(latent, df)
+        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
 
 
 class MixtureOfNormals(Unconditional):

@@ -216,7 +216,7 @@ class VAE(nn.Module):
         if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
-        normal = {"StandardNormal", "Normal", "MixtureOfNormals", "VampPrior", "NormalizingFlow"}
+        normal = {"StandardNormal", "Normal", "Laplace", "StudentT", "MixtureOfNormals", "VampPrior", "NormalizingFlow"}
         partner = "DiagonalNormal" if type(self.prior).__name__ in normal else type(self.prior).__name__
         shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
         hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""

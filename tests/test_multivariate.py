@@ -321,6 +321,38 @@ def test_what_is_no_vamp_prior_is_refused(make, error, message):
         make()
 
 
+# --- Priors with heavier tails ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [
+        (lambda: priors.Laplace(1, learnable=True), 1e-4),
+        (lambda: priors.Laplace(2), 5e-3),  # around q the cusp of the prior is inside a panel
+        (lambda: priors.StudentT(1, df=3.0, learnable=True), 1e-4),
+    ],
+    ids=["Laplace", "Laplace 2-D", "t3"],
+)
+def test_priors_with_heavy_tails_have_the_evidence_of_a_long_sum(make, tolerance):
+    torch.manual_seed(0)
+    prior = make()
+    size = prior.event_shape[0]
+    vae = pv.VAE(prior, guides.DiagonalNormal(3, size, TANH), likelihoods.Normal(size, 3, TANH)).double()
+    exact = pv.exact.log_evidence(vae.model, X, tolerance=tolerance)
+    chunks = [vae.decode(vae.prior().sample((100_000, 1))).log_prob(X).logsumexp(0) for _ in range(10)]
+    sampled = torch.stack(chunks) - math.log(100_000)
+    error = sampled.std(0) / 10**0.5
+    assert ((sampled.mean(0) - exact).abs() < 7 * error + 1e-3).all()
+    bound, gap = (f(vae.model, vae.guide, X, tolerance=tolerance) for f in (pv.exact.elbo, pv.exact.kl))
+    assert (exact - bound - gap).abs().max() < 2e-3 + tolerance
+
+
+def test_a_cauchy_prior_is_too_wide_for_quadrature_and_says_so():
+    vae = pv.VAE(priors.StudentT(1, df=1.0), guides.DiagonalNormal(3, 1, TANH), likelihoods.Normal(1, 3, TANH)).double()
+    with pytest.raises(pv.exact.QuadratureError, match="did not settle"):
+        pv.exact.log_evidence(vae.model, X)
+
+
 # --- A guide for each datum ------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,10 @@ TRIPLE = torch.tensor([0.2, 0.5, 0.3])
 PRIORS = [
     ("StandardNormal", lambda: priors.StandardNormal(2)),
     ("Normal", lambda: priors.Normal(2)),
+    ("Laplace", lambda: priors.Laplace(1)),
+    ("Laplace-learnable", lambda: priors.Laplace((1, 1), learnable=True)),
+    ("StudentT", lambda: priors.StudentT(2, df=4.0)),
+    ("StudentT-learnable", lambda: priors.StudentT(1, df=3.0, learnable=True)),
     ("MixtureOfNormals", lambda: priors.MixtureOfNormals(2, 3)),
     ("VampPrior", lambda: priors.VampPrior(guides.DiagonalNormal(3, 2, NET), torch.randn(4, 3))),
     ("VampPrior-full_rank", lambda: priors.VampPrior(guides.FullRankNormal((3, 1), 1, NET), torch.randn(2, 3, 1))),
