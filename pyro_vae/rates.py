@@ -80,7 +80,7 @@ class FreeBits(PerDatum):
         num_particles: K, draws.
 
     Raises:
-        ValueError: when it runs, if prior and guide are not products over the variables of z.
+        ValueError: when it runs, if prior and guide are not products over the variables of z, drawn pathwise.
 
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with
     inverse autoregressive flow", appendix C.8.
@@ -105,6 +105,11 @@ class FreeBits(PerDatum):
     def surrogate(self, draws: Draws) -> Tensor:
         rate = torch.zeros(())
         for name, site in draws.guide.items():
+            if not site["fn"].has_rsample:
+                raise ValueError(
+                    f"FreeBits: latent {name!r} is not drawn pathwise, and the likelihood would not train the guide; "
+                    "accepted are reparameterised ones"
+                )
             each = _rate_by_variable(name, site, draws.prior[name])
             average = each.flatten(0, len(site["fn"].batch_shape) - 1).mean(0)
             floored = torch.where(average > self.nats, each, self.nats)
