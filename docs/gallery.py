@@ -19,6 +19,7 @@ SHORT_FORMS = {
     "explosion": "--epochs 10 --largest 10 --test-images 50",
     "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
     "imputation": "--epochs 400 --draws 50",
+    "published": "--data digits --method all --epochs 60 --latent 8 --hidden 64 --pseudo-data 50 --samples 200",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""

@@ -38,15 +38,11 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
         parser.error("--particles 1: leave-one-out and vimco take 2 or more")
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import images
-import matplotlib.pyplot as plt
 import pyro
-import results
-import torch
-from matplotlib.figure import Figure
+import runs
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
@@ -80,9 +76,7 @@ def discrete_vae(args: argparse.Namespace, estimator: str, mean: Tensor) -> pv.V
     on = 0.5 if args.latent == "bernoulli" else 0.1
     decode = networks.standardized(networks.mlp(args.hidden[::-1]), loc=on, scale=math.sqrt(on * (1 - on)))
     decoder = likelihoods.Bernoulli(prior().event_shape, len(mean), decode)
-    *_, last = (module for module in decoder.modules() if isinstance(module, nn.Linear))
-    with torch.no_grad():
-        last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
+    runs.start_at(decoder, mean)
     return pv.VAE(prior, encoder, decoder)
 
 
@@ -107,18 +101,10 @@ def objective(args: argparse.Namespace, estimator: str, mean: Tensor) -> Any:
             return objectives.DisARM(draws)
 
 
-@dataclass
-class Run:
-    """What came of one estimator: the discrete VAE that was trained, its history, and how it was judged."""
-
-    vae: pv.VAE
-    history: dict[str, list[float]]
-    found: dict[str, float]
-
-
-def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tensor, mean: Tensor) -> Run:
+def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tensor) -> runs.Run:
     """Train with an estimator, and judge the discrete model."""
     pyro.set_rng_seed(args.seed)
+    mean = datasets.grey(train[:10_000]).mean(0)
     vae = discrete_vae(args, estimator, mean)
     cooling = {}
     if estimator in RELAXED:
@@ -136,71 +122,12 @@ def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tenso
         schedules=cooling,
         seed=args.seed,
     )
-    judged = vae.discrete() if estimator in RELAXED else vae
-    estimate = pv.log_evidence(judged.model, judged.guide, test, num_samples=args.samples, seed=args.seed).log_evidence
-    found = {
-        "elbo": pv.evaluate(judged.model, judged.guide, test, num_samples=20, seed=args.seed)["elbo"],
-        "log_p": float(estimate.mean()),
-        "log_p_standard_error_over_images": float(estimate.std() / len(test) ** 0.5),
-        "steps": fitted.steps,
-        "seconds": fitted.seconds,
-    }
-    return Run(judged, fitted.history, found)
-
-
-def table(args: argparse.Namespace, runs: dict[str, Run], test: Tensor) -> str:
-    """A line for each estimator."""
-    lines = [
-        f"{args.latent} latents; {len(test)} held-out images, nats per image of {test.shape[1]} pixels, hard codes;",
-        f"log p(x) is a lower bound from {args.samples} draws of each image, +- its standard error over images.",
-        f"{'estimator':30s}{'steps':>7s}{'minutes':>9s}{'ELBO':>10s}{'log p(x)':>10s}",
-    ]
-    for name, run in runs.items():
-        row = run.found
-        lines.append(
-            f"{name:30s}{row['steps']:7.0f}{row['seconds'] / 60:9.1f}{row['elbo']:10.2f}{row['log_p']:10.2f}"
-            f" +- {row['log_p_standard_error_over_images']:.2f}"
-        )
-    return "\n".join(lines)
-
-
-def side_by_side(runs: dict[str, Run]) -> Figure:
-    """ELBO and log p(x) of each estimator's discrete model, the best above."""
-    figure, ax = plt.subplots(figsize=(7, 1.5 + 0.35 * len(runs)), layout="constrained")
-    order = sorted(runs, key=lambda name: runs[name].found["log_p"])
-    for place, name in enumerate(order):
-        elbo, log_p = (runs[name].found[key] for key in ("elbo", "log_p"))
-        ax.plot([elbo, log_p], [place, place], color="0.7", zorder=1)
-        ax.scatter(elbo, place, color="C0", label="ELBO" if place == 0 else None)
-        ax.scatter(log_p, place, color="C1", label="log p(x), at least" if place == 0 else None)
-    ax.set_yticks(range(len(order)), order)
-    ax.set(xlabel="nats per held-out image", title="After the same number of steps, on the discrete model")
-    ax.legend()
-    return figure
+    return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, fitted, test)
 
 
 def main(args: argparse.Namespace) -> None:
-    train, test, shape = images.load(args.data, args.folder)
-    pyro.set_rng_seed(args.seed)
-    mean = datasets.grey(train.x[:10_000]).mean(0)
-    x, labels = datasets.resample(test.x)[: args.test_images], test.labels[: args.test_images]
-    runs = {}
-    for name in args.estimator:
-        runs[name] = trained(args, name, train.x, x, mean)
-        print(table(args, {name: runs[name]}, x).splitlines()[-1])
-    report = table(args, runs, x)
-    print(report)
-    best = max(runs, key=lambda name: runs[name].found["log_p"])
-    vae, history = runs[best].vae, runs[best].history
-    figures = images.pictures(vae, history, x, labels, shape, f"{args.latent} codes")
-    if len(runs) > 1:
-        figures["estimators"] = side_by_side(runs)
-    found = {
-        "best": best,
-        "estimators": {name: run.found | {"history": run.history} for name, run in runs.items()},
-    }
-    tree = images.tree(vae, x[:20], labels[:20], args.draws, args.seed)
-    results.save(args, found, figures, {"discrete_mnist": tree}, report)
+    title, code = f"{args.latent} latents, hard codes", f"{args.latent} codes"
+    runs.compare(args, "discrete_mnist", args.estimator, title, code, partial(trained, args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Examples run in a short form and leave the right things behind.
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
-discrete_mnist.py and imputation.py (imputation_pictures.py); they share options.py, images.py and results.py.
+discrete_mnist.py and imputation.py (imputation_pictures.py); they share options.py, images.py, runs.py and results.py.
 """
 
 import json
@@ -376,14 +376,14 @@ ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straigh
 def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, latent, names, capsys):
     folder = run("discrete_mnist.py", *DISCRETE, "--hidden", "16", "--latent", latent, "--estimator", "all")
     found = json.loads((folder / "results.json").read_text())
-    assert list(found["estimators"]) == names
-    for row in found["estimators"].values():
+    assert list(found["runs"]) == names
+    for row in found["runs"].values():
         assert row["log_p"] > row["elbo"]
         assert -64 * torch.tensor(2.0).log() < row["elbo"] < 0
         assert row["steps"] == 12
-    assert len({row["log_p"] for row in found["estimators"].values()}) == len(names)
-    assert found["estimators"][found["best"]]["log_p"] == max(row["log_p"] for row in found["estimators"].values())
-    assert_pictures(folder, {*PICTURES, "estimators"})
+    assert len({row["log_p"] for row in found["runs"].values()}) == len(names)
+    assert found["runs"][found["best"]]["log_p"] == max(row["log_p"] for row in found["runs"].values())
+    assert_pictures(folder, {*PICTURES, "side_by_side"})
     assert_trees(folder, {"discrete_mnist"}, draws=5, rows=20)
     table = (folder / "table.txt").read_text()
     assert table in capsys.readouterr().out
@@ -393,7 +393,7 @@ def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, la
 def test_discrete_mnist_of_one_estimator_in_a_short_form(run):
     options = ("--hidden", "16", "--estimator", "vimco", "--particles", "3")
     found = json.loads((run("discrete_mnist.py", *DISCRETE, *options) / "results.json").read_text())
-    assert list(found["estimators"]) == ["vimco"]
+    assert list(found["runs"]) == ["vimco"]
     assert found["settings"]["particles"] == 3
 
 
@@ -448,6 +448,20 @@ def test_hiding_more_leaves_missing_what_is_missing():
     more = hide_more(x)
     assert (more.isnan() | (more == x)).all()
     assert more.isnan().float().mean() - x.isnan().float().mean() == pytest.approx(0.25 * 0.75, abs=0.03)
+
+
+def test_published_in_a_short_form(run, capsys):
+    folder = run("published.py", *DISCRETE, "--hidden", "16", "--latent", "3", "--pseudo-data", "5", "--method", "all")
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["runs"]) == ["vae", "iwae", "vampprior", "flow"]
+    for row in found["runs"].values():
+        assert row["log_p"] > row["elbo"]
+        assert -64 * torch.tensor(2.0).log() < row["elbo"] < 0
+    assert_pictures(folder, {*PICTURES, "side_by_side"})
+    assert_trees(folder, {"published"}, draws=5, rows=20)
+    printed = capsys.readouterr().out
+    assert (folder / "table.txt").read_text() in printed
+    assert "86.76" in printed
 
 
 def test_swap_in_a_short_form(run, capsys):
