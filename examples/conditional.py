@@ -33,6 +33,7 @@ import pyro
 import results
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -108,6 +109,7 @@ def evidence_by_label(cvae: ConditionalVAE, x: Tensor) -> Tensor:
 def given_label(train: Any, x: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[dict, dict, xr.DataTree]:
     pixels, c = datasets.binarize(train.x), one_hot(train.labels, 10).float()
     cvae, vae, found = trained("given_label", x.shape[1], 10, (pixels, c), args)
+    told = one_hot(labels, 10).float()
     log_p_given_y = evidence_by_label(cvae, x)
     log_joint = log_p_given_y + c.mean(0).log()  # p(y): how often each label is
     log_p = log_joint.logsumexp(1)
@@ -116,7 +118,7 @@ def given_label(train: Any, x: Tensor, labels: Tensor, args: argparse.Namespace)
         "log_p_given_context": float(log_p_given_y.gather(1, labels[:, None]).mean()),
         "log_p_by_sum": float(log_p.mean()),
         "log_p_without_context": float(evidence(vae.model, x).mean()),
-        "elbo": pv.evaluate(cvae.model, cvae.guide, (x, one_hot(labels, 10).float()), num_samples=20)["elbo"],
+        "elbo": pv.evaluate(cvae.model, cvae.guide, (x, told), num_samples=20)["elbo"],
         "accuracy": float((posterior.argmax(1) == labels).float().mean()),
     }
     figures = {
@@ -124,9 +126,9 @@ def given_label(train: Any, x: Tensor, labels: Tensor, args: argparse.Namespace)
         "bayes_rule": pictures.draw_bayes(posterior, labels),
     }
     with torch.no_grad():
-        codes = vae.encode(x).mean, cvae.encoder(beside(x, one_hot(labels, 10).float())).mean
-    figures["latent_maps"] = pictures.draw_maps(*codes, labels)
-    return found, figures, tree(cvae, x[:50], one_hot(labels, 10).float()[:50], labels[:50], args)
+        p, q = cvae.prior(told), cvae.encoder(beside(x, told))
+        figures["latent_maps"] = pictures.draw_maps(vae.encode(x).mean, (q.mean - p.mean) / p.stddev, labels)
+    return found, figures, tree(cvae, x[:50], told[:50], labels[:50], args)
 
 
 def given_upper_half(train: Any, x: Tensor, labels: Tensor, args: argparse.Namespace) -> tuple[dict, dict, xr.DataTree]:
@@ -149,8 +151,17 @@ def given_upper_half(train: Any, x: Tensor, labels: Tensor, args: argparse.Names
 
 def tree(cvae: ConditionalVAE, x: Tensor, c: Tensor, labels: Tensor, args: argparse.Namespace) -> xr.DataTree:
     """Draws for ArviZ of some held-out images, with their labels along ``obs``."""
-    names = {"dims": {"x": ["pixel"]}, "coords": {"label": ("obs", labels)}}
-    return pv.to_datatree(cvae.model, cvae.guide, x, c, draws=args.draws, seed=args.seed, parallel=True, **names)
+    return pv.to_datatree(
+        cvae.model,
+        cvae.guide,
+        x,
+        c,
+        draws=args.draws,
+        seed=args.seed,
+        parallel=True,
+        dims={"x": ["pixel"]},
+        coords={"label": ("obs", labels)},
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -158,7 +169,9 @@ def main(args: argparse.Namespace) -> None:
     train, test, _ = images.load("digits")
     x, labels = datasets.binarize(test.x[: args.test_images]), test.labels[: args.test_images]
     makers = {"label": given_label, "upper-half": given_upper_half}
-    found, figures, trees = {}, {}, {}
+    found: dict[str, Any] = {}
+    figures: dict[str, Figure] = {}
+    trees: dict[str, xr.DataTree] = {}
     lines = [f"{'context c':12s}{'log p(x|c)':>12s}{'ELBO':>9s}{'log Σ p(c) p(x|c)':>20s}{'log p(x), no context':>22s}"]
     for given in args.given:
         row, drawn, trees[f"given_{given}"] = makers[given](train, x, labels, args)

@@ -129,8 +129,8 @@ def pairs(pixels: int, latent: tuple[int, int], hidden: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def judge(pair: Any, x: Tensor, samples: int, seed: int) -> dict[str, float]:
-    """ELBO, log p(x) and the rate of each layer, E_q[log q - log p], in nats per image."""
+def judge(pair: Any, x: Tensor, samples: int, seed: int) -> tuple[dict[str, float], Tensor]:
+    """ELBO, log p(x) and the rate of each layer, E_q[log q - log p], in nats per image; log p(x) of each image."""
     pyro.set_rng_seed(seed)
     with pyro.plate("draws", 50, dim=-2):
         q = poutine.trace(pair.guide).get_trace(x)
@@ -141,15 +141,18 @@ def judge(pair: Any, x: Tensor, samples: int, seed: int) -> dict[str, float]:
     log_p = pv.log_evidence(pair.model, pair.guide, x, num_samples=samples, seed=seed).log_evidence
     elbo = float(log_density(p.nodes["x"]).mean()) - sum(rates.values())
     rates = {"z1": rates["z"]} if "z" in rates else rates
-    return {"log_p": float(log_p.mean()), "elbo": elbo} | {f"rate_{name}": rates[name] for name in sorted(rates)}
+    return {"log_p": float(log_p.mean()), "elbo": elbo} | {f"rate_{name}": rates[name] for name in rates}, log_p
 
 
 def table(rows: dict[str, dict[str, float]], samples: int) -> str:
-    lines = [f"{'model and guide':22s}{'log p(x)':>10s}{'ELBO':>10s}{'rate z1':>10s}{'rate z2':>10s}"]
+    lines = [
+        f"{'model and guide':20s}{'log p(x)':>10s}{'over one layer':>16s}{'ELBO':>9s}{'rate z1':>9s}{'rate z2':>9s}"
+    ]
     for name, row in rows.items():
-        second = f"{row['rate_z2']:10.2f}" if "rate_z2" in row else ""
-        lines.append(f"{name:22s}{row['log_p']:10.2f}{row['elbo']:10.2f}{row['rate_z1']:10.2f}{second}")
-    lines.append(f"in nats per held-out image; log p(x) by {samples} draws of the guide for each")
+        gain = f"{row['gain']:+.2f} ± {row['gain_error']:.2f}" if name != ONE else ""
+        second = f"{row['rate_z2']:9.2f}" if name != ONE else ""
+        lines.append(f"{name:20s}{row['log_p']:10.2f}{gain:>16s}{row['elbo']:9.2f}{row['rate_z1']:9.2f}{second}")
+    lines.append(f"in nats per held-out image, ± the standard error; log p(x) by {samples} draws of the guide for each")
     return "\n".join(lines)
 
 
@@ -160,7 +163,9 @@ def main(args: argparse.Namespace) -> None:
     x, labels = datasets.binarize(test.x[: args.test_images]), test.labels[: args.test_images]
     models = pairs(data.shape[1], tuple(args.latent), args.hidden)
     steps = args.warm_up * math.ceil(len(data) / args.batch_size)
-    rows, histories = {}, {}
+    rows: dict[str, dict[str, float]] = {}
+    log_p: dict[str, Tensor] = {}
+    histories = {}
     for name, pair in models.items():
         beta = torch.tensor(0.0 if "warm-up" in name else 1.0)
         weigh = WeightKL(beta)
@@ -175,7 +180,10 @@ def main(args: argparse.Namespace) -> None:
             schedules={beta: schedules.linear(float(beta), 1.0, steps)},
             seed=args.seed,
         )
-        rows[name] = judge(pair, x, args.samples, args.seed) | {"seconds": fitted.seconds}
+        rows[name], log_p[name] = judge(pair, x, args.samples, args.seed)
+        gain = log_p[name] - log_p[ONE]
+        rows[name] |= {"gain": float(gain.mean()), "gain_error": float(gain.std() / len(gain) ** 0.5)}
+        rows[name]["seconds"] = fitted.seconds
         histories[name] = fitted.history
         print(f"{name}: {fitted.seconds:.1f} s", flush=True)
     report = table(rows, args.samples)
@@ -188,9 +196,16 @@ def main(args: argparse.Namespace) -> None:
         "samples_by_layer": pictures.draw_samples(deep, shape),
     }
     best = max(deep, key=lambda name: rows[name]["log_p"])
-    names = {"dims": {"z1": ["code"], "z2": ["top"], "x": ["pixel"]}, "coords": {"label": ("obs", labels[:50])}}
-    settings = {"draws": args.draws, "seed": args.seed, "parallel": True}
-    drawn = pv.to_datatree(models[best].model, models[best].guide, x[:50], **settings, **names)
+    drawn = pv.to_datatree(
+        models[best].model,
+        models[best].guide,
+        x[:50],
+        draws=args.draws,
+        seed=args.seed,
+        parallel=True,
+        dims={"z1": ["code"], "z2": ["top"], "x": ["pixel"]},
+        coords={"label": ("obs", labels[:50])},
+    )
     found = {"models": rows, "best_of_two_layers": best, "histories": histories}
     results.save(args, found, figures, {"two_layers": drawn}, report)
 

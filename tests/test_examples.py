@@ -452,7 +452,7 @@ def test_hiding_more_leaves_missing_what_is_missing():
 
 
 def test_two_layers_in_a_short_form(run, capsys):
-    options = ("--epochs", "4", "--warm-up", "2", "--test-images", "50", "--hidden", "16", "--samples", "200")
+    options = ("--epochs", "3", "--warm-up", "1", "--test-images", "50", "--hidden", "16", "--samples", "200")
     folder = run("two_layers.py", *options, "--draws", "5")
     found = json.loads((folder / "results.json").read_text())
     deep = ["bottom-up", "bottom-up, warm-up", "top-down", "top-down, warm-up"]
