@@ -471,6 +471,12 @@ def test_two_layers_in_a_short_form(run, capsys):
     assert (folder / "table.txt").read_text() in capsys.readouterr().out
 
 
+def test_two_layers_on_images_of_another_size(run, enlarged):
+    options = ("--epochs", "1", "--warm-up", "1", "--test-images", "20", "--hidden", "8", "--samples", "10")
+    folder = run("two_layers.py", "--data", "mnist", "--latent", "4", "3", *options, "--draws", "2")
+    assert_pictures(folder, {"training", "rates", "latent_maps", "samples_by_layer"})
+
+
 def test_a_product_of_normals_is_proportional_to_both():
     product = functions_of("two_layers.py")["product"]
     first, second = (torch.distributions.Normal(torch.tensor([m]), torch.tensor([s])) for m, s in ((1, 0.5), (-2, 2.0)))
