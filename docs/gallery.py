@@ -20,6 +20,8 @@ SHORT_FORMS = {
     "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
     "imputation": "--epochs 400 --draws 50",
     "published": "--data digits --method all --epochs 60 --latent 8 --hidden 64 --pseudo-data 50 --samples 200",
+    "two_layers": "--epochs 60 --warm-up 20 --test-images 100 --samples 200 --draws 50",
+    "conditional": "--given all --epochs 40 --test-images 100 --draws 50",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""

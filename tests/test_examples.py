@@ -1,7 +1,8 @@
 """Examples run in a short form and leave the right things behind.
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
-discrete_mnist.py and imputation.py (imputation_pictures.py); they share options.py, images.py, runs.py and results.py.
+discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py) and
+imputation.py (imputation_pictures.py); they share options.py, images.py, runs.py and results.py.
 """
 
 import json
@@ -462,6 +463,88 @@ def test_published_in_a_short_form(run, capsys):
     printed = capsys.readouterr().out
     assert (folder / "table.txt").read_text() in printed
     assert "86.76" in printed
+
+
+def test_two_layers_in_a_short_form(run, capsys):
+    options = ("--epochs", "3", "--warm-up", "1", "--test-images", "50", "--hidden", "16", "--samples", "200")
+    folder = run("two_layers.py", *options, "--draws", "5")
+    found = json.loads((folder / "results.json").read_text())
+    deep = ["bottom-up", "bottom-up, warm-up", "top-down", "top-down, warm-up"]
+    assert list(found["models"]) == ["one layer", *deep]
+    for name, row in found["models"].items():
+        assert -64 * torch.tensor(2.0).log() < row["elbo"] < row["log_p"] < 0, name
+        assert row["rate_z1"] + row.get("rate_z2", 0) > 0, name
+    for name in deep:
+        assert found["models"][name]["rate_z2"] > -0.05, "a KL, by 50 draws for each image"
+    assert found["best_of_two_layers"] in deep
+    assert_pictures(folder, {"training", "rates", "latent_maps", "samples_by_layer"})
+    with xr.open_datatree(folder / "two_layers.nc") as tree:
+        assert tree["posterior"]["z1"].dims == ("chain", "draw", "obs", "code")
+        assert tree["posterior"]["z2"].sizes["top"] == 2
+        assert tree["posterior"]["label"].dims == ("obs",)
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_two_layers_on_images_of_another_size(run, enlarged):
+    options = ("--epochs", "1", "--warm-up", "1", "--test-images", "20", "--hidden", "8", "--samples", "10")
+    folder = run("two_layers.py", "--data", "mnist", "--latent", "4", "3", *options, "--draws", "2")
+    assert_pictures(folder, {"training", "rates", "latent_maps", "samples_by_layer"})
+
+
+def test_a_product_of_normals_is_proportional_to_both():
+    product = functions_of("two_layers.py")["product"]
+    first, second = (torch.distributions.Normal(torch.tensor([m]), torch.tensor([s])) for m, s in ((1, 0.5), (-2, 2.0)))
+    z = torch.linspace(-3, 3, 7)[:, None]
+    log_ratio = product(first, second).log_prob(z) - (first.log_prob(z) + second.log_prob(z)).sum(-1)
+    assert torch.allclose(log_ratio, log_ratio[0].expand_as(log_ratio), atol=1e-5)
+
+
+def test_conditional_in_a_short_form(run, capsys):
+    options = ("--epochs", "15", "--test-images", "40", "--hidden", "32", "--draws", "5")
+    folder = run("conditional.py", *options, "--given", "all")
+    found = json.loads((folder / "results.json").read_text())
+    assert found["label"]["accuracy"] > 0.5, "chance is 0.1"
+    # log p(x) = log sum p(y) p(x|y) is more than its term of the true label.
+    assert found["label"]["log_p_by_sum"] < found["label"]["log_p_given_context"]
+    for row in (found["label"], found["upper-half"]):
+        assert row["elbo"] < row["log_p_given_context"] < 0
+        assert row["log_p_without_context"] < row["log_p_given_context"], "a context says something"
+    assert_pictures(folder, {"samples_by_label", "bayes_rule", "latent_maps", "completions"})
+    assert_trees(folder, {"given_label", "given_upper-half"}, draws=5, rows=40)
+    with xr.open_datatree(folder / "given_label.nc") as tree:
+        assert tree["posterior"]["label"].dims == ("obs",)
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
+    example = functions_of("conditional.py")
+    cvae = example["ConditionalVAE"]("mixture_over_labels", 64, 10, hidden=8)
+    x = pv.datasets.binarize(pv.datasets.digits("test").x[:5])
+    labels = pv.priors.OneHotCategorical((1, 10))  # uniform, in model and guide
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", labels())[..., 0, :]
+            z = pyro.sample("z", cvae.prior(y))
+            pyro.sample("x", cvae.decoder(example["beside"](z, y)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", labels())[..., 0, :]
+            pyro.sample("z", cvae.encoder(example["beside"](x, y)))
+
+    by_sum = example["evidence_by_label"](cvae, x).logsumexp(1) - torch.tensor(10.0).log()
+    sampled = pv.log_evidence(model, guide, x, num_samples=5000)
+    assert ((sampled.log_evidence - by_sum).abs() < 5 * sampled.standard_error + 1e-2).all()
+
+
+def test_a_context_of_one_row_is_that_of_all_images():
+    example = functions_of("conditional.py")
+    cvae = example["ConditionalVAE"]("one_row", 64, 10, hidden=8)
+    x = pv.datasets.binarize(pv.datasets.digits("test").x[:4])
+    context = torch.eye(10)[3:4]
+    slow = pv.exact.log_evidence(cvae.model, x, context.expand(4, -1))
+    assert torch.allclose(example["evidence_by_label"](cvae, x)[:, 3], slow, atol=2e-2)
 
 
 def test_swap_in_a_short_form(run, capsys):
