@@ -19,6 +19,8 @@ SHORT_FORMS = {
     "explosion": "--epochs 10 --largest 10 --test-images 50",
     "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
     "imputation": "--epochs 400 --draws 50",
+    "gaussian_mixture_vae": "--epochs 40 --test-images 200 --draws 20",
+    "semi_supervised": "--epochs 20 --draws 20",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""
