@@ -47,7 +47,7 @@ def samples(drawn: Tensor, found: Tensor, labels: Tensor, shape: images.Shape) -
         plots.image_grid(drawn[index].reshape(-1, *shape), 12, ax)
         held = labels[found == index]
         label = int(held.mode().values) if len(held) else 0
-        most = f"\n{int((held == label).sum())} have the label {label}" if len(held) else ""
+        most = f"\n{int((held == label).sum())} of label {label}" if len(held) else ""
         ax.text(-0.02, 0.5, f"#{index}: {len(held)} images{most}", ha="right", va="center", transform=ax.transAxes)
     figure.suptitle("A row for each component: the image at its centre, then at eleven draws z | y")
     return figure
