@@ -48,7 +48,9 @@ def samples(drawn: Tensor, found: Tensor, labels: Tensor, shape: images.Shape) -
         held = labels[found == index]
         label = int(held.mode().values) if len(held) else 0
         most = f"\n{int((held == label).sum())} of label {label}" if len(held) else ""
-        ax.text(-0.02, 0.5, f"#{index}: {len(held)} images{most}", ha="right", va="center", transform=ax.transAxes)
+        ax.text(
+            -0.01, 0.5, f"#{index}: {len(held)} images{most}", size=8, ha="right", va="center", transform=ax.transAxes
+        )
     figure.suptitle("A row for each component: the image at its centre, then at eleven draws z | y")
     return figure
 
