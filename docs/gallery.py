@@ -19,9 +19,11 @@ SHORT_FORMS = {
     "explosion": "--epochs 10 --largest 10 --test-images 50",
     "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
     "imputation": "--epochs 400 --draws 50",
-    "published": "--data digits --method all --epochs 60 --latent 8 --hidden 64 --pseudo-data 50 --samples 200",
-    "two_layers": "--epochs 60 --warm-up 20 --test-images 100 --samples 200 --draws 50",
-    "conditional": "--given all --epochs 40 --test-images 100 --draws 50",
+    "published": "--data digits --method vae iwae --epochs 30 --latent 8 --hidden 64 --samples 200 --test-images 200",
+    "two_layers": "--epochs 30 --warm-up 15 --test-images 50 --samples 100 --draws 20",
+    "conditional": "--given label --epochs 20 --test-images 30 --draws 20",
+    "gaussian_mixture_vae": "--epochs 20 --test-images 40 --draws 20",
+    "semi_supervised": "--epochs 10 --draws 20",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""

@@ -73,25 +73,6 @@ def draw_classes(means: Tensor, shares: Tensor, shape: tuple[int, int]) -> Figur
     return figure
 
 
-def draw_labels(posterior: Tensor, labels: Tensor) -> Figure:
-    """How the images of each label fall into classes."""
-    table = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
-    order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()  # classes of one label side by side
-    figure, ax = plt.subplots(figsize=(0.3 * table.shape[1] + 2.4, 4.2), layout="constrained")
-    shown = ax.imshow(table[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    ax.set(xlabel="number of the class, sorted by the label that it holds most of", ylabel="label", yticks=range(10))
-    ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
-    ax.set_title("Where held-out images of each label fall: mean q(z|x)")
-    figure.colorbar(shown, label="probability")
-    return figure
-
-
-def same_label(posterior: Tensor, labels: Tensor) -> float:
-    """The share of images whose label is the most frequent one in their class: 1 where classes are pure."""
-    found = posterior.argmax(1)
-    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
-
-
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = images.load(args.data, args.folder)
@@ -128,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         log_p = float(pv.log_evidence(twin.model, twin.guide, x, seed=args.seed).log_evidence.mean())
     with torch.no_grad():
         posterior = twin.encode(x).mean  # (N, n, k)
-    pure = same_label(posterior[:, 0], labels)
+    pure = images.same_label(posterior[:, 0], labels)
     print(
         f"On {len(x)} held-out images of {pixels} binary pixels, {latent[0]} × {latent[1]} classes, in nats per image:"
     )
@@ -148,7 +129,9 @@ def main(args: argparse.Namespace) -> None:
     }
     figures = {
         "classes": draw_classes(prototypes(twin), posterior.mean(0), shape),
-        "labels": draw_labels(posterior[:, 0], labels),
+        "labels": images.draw_classes_of_labels(
+            posterior[:, 0], labels, "Where held-out images of each label fall: mean q(z|x)"
+        ),
     }
     figures |= images.pictures(twin, fitted.history, x, labels, shape, f"{latent[0]} × {latent[1]} classes")
     tree = images.tree(twin, x[:50], labels[:50], args.draws, args.seed)

@@ -89,6 +89,31 @@ def principal_components(values: Tensor) -> Tensor:
     return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
 
 
+def beside(x: Tensor, y: Tensor) -> Tensor:
+    """``(*, D)`` and ``(*, K)`` side by side, ``(*, D + K)``; enumeration gives y a dimension more on the left."""
+    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    return torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], dim=-1)
+
+
+def draw_classes_of_labels(posterior: Tensor, labels: Tensor, title: str) -> Figure:
+    """How the images of each label fall into classes, of which they have the probabilities ``(N, K)``."""
+    table = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
+    order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()  # classes of one label side by side
+    figure, ax = plt.subplots(figsize=(0.3 * table.shape[1] + 2.4, 4.2), layout="constrained")
+    shown = ax.imshow(table[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    ax.set(xlabel="number of the class, sorted by the label that it holds most of", ylabel="label", yticks=range(10))
+    ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
+    ax.set_title(title)
+    figure.colorbar(shown, label="probability")
+    return figure
+
+
+def same_label(posterior: Tensor, labels: Tensor) -> float:
+    """The share of images whose label is the most frequent one in their class: 1 where classes are pure."""
+    found = posterior.argmax(1)
+    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
+
+
 def tree(vae: pv.VAE, x: Tensor, labels: Tensor, draws: int, seed: int) -> xr.DataTree:
     """Draws for ArviZ: of held-out images, with their labels along ``obs``."""
     return pv.to_datatree(

@@ -70,8 +70,11 @@ def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
 
 
 def _log_weight(site: dict[str, Any]) -> Tensor:
-    """log q of a state that is summed over; of one of K draws in its place, -log K."""
-    draws, log_q = site["infer"].get("num_samples"), log_density(site)
+    """log q of a state that is summed over; of one of K draws in its place, -log K.
+
+    Not masked: a mask takes a site's nats from the bound, and leaves its states their probabilities.
+    """
+    draws, log_q = site["infer"].get("num_samples"), site["fn"].score_parts(site["value"]).score_function
     return log_q if draws is None else torch.full_like(log_q, -math.log(draws))
 
 

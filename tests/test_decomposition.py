@@ -250,3 +250,32 @@ def test_a_density_is_bounded_by_an_elbo():
     vae = gaussian()
     _, traces = run(Trace_ELBO(), vae.model, vae.guide)
     assert bound_name(*traces[0]) == "elbo"
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["poutine.mask", "masked distribution"])
+def test_states_of_a_masked_site_keep_their_probabilities(inside):
+    """As in Pyro's own sum: where obs_mask gives y, its latent twin is masked, and each row counts once."""
+    y, known = torch.tensor([2.0, 0.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
+    x, logits = torch.randn(4), torch.randn(4, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            drawn = pyro.sample("y", dist.Categorical(torch.ones(3) / 3), obs=y, obs_mask=known)
+            pyro.sample("x", dist.Normal(drawn, 1.0), obs=x)
+
+    def guide(x):
+        q = dist.Categorical(logits=logits)
+        with pyro.plate("data", len(x)):
+            if inside:
+                pyro.sample("y_unobserved", q.mask(~known))
+            else:
+                with poutine.mask(mask=~known):
+                    pyro.sample("y_unobserved", q)
+
+    log_q = logits.log_softmax(-1)
+    log_p = dist.Normal(torch.arange(3.0), 1.0).log_prob(x[:, None]) - torch.tensor(3.0).log()
+    summed = (log_q.exp() * (log_p - log_q)).sum(-1)
+    expected = torch.where(known, log_p.gather(1, y.long()[:, None])[:, 0], summed).mean().item()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    assert pv.evaluate(model, config_enumerate(guide), x, elbo=elbo)["elbo"] == pytest.approx(expected, rel=1e-5)
+    assert -elbo.loss(model, config_enumerate(guide), x) / 4 == pytest.approx(expected, rel=1e-5)

@@ -1,14 +1,16 @@
 """Examples run in a short form and leave the right things behind.
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
-discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py) and
-imputation.py (imputation_pictures.py); they share options.py, images.py, runs.py and results.py.
+discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py),
+imputation.py (imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and semi_supervised.py;
+they share options.py, images.py, runs.py and results.py.
 """
 
 import json
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -332,10 +334,114 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
 
 
 def test_pure_classes_have_one_label_each():
-    same_label = functions_of("categorical.py")["same_label"]
+    same_label = functions_of("images.py")["same_label"]
     labels = torch.tensor([0, 0, 1, 1])
     assert same_label(torch.eye(2)[labels], labels) == 1
     assert same_label(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
+
+
+def test_gaussian_mixture_vae_in_a_short_form(run, capsys):
+    folder = run("gaussian_mixture_vae.py", "--epochs", "3", "--test-images", "60", "--draws", "5", "--hidden", "32")
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["models"]) == ["one standard normal", "mixture, y summed over"]
+    for row in found["models"].values():
+        assert -64 * torch.tensor(2.0).log() < row["elbo"] < row["log_p"] < 0
+        assert 0.1 < row["same_label"] <= 1
+    assert_pictures(folder, {"latent", "samples", "clusters", "training"})
+    assert_trees(folder, {"gaussian_mixture_vae"}, draws=5, rows=60)
+    with xr.open_datatree(folder / "gaussian_mixture_vae.nc") as tree:
+        assert tree["posterior"]["y"].dims == ("chain", "draw", "obs", "variable", "component")
+        assert tree["observed_data"]["label"].dims == ("obs",)
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_a_mixture_of_gaussians_is_one_model_with_its_component_drawn_or_summed_over():
+    pyro.set_rng_seed(0)
+    mixture = functions_of("gaussian_mixture_vae.py")["GaussianMixtureVAE"](6, components=3, latent=2, hidden=8)
+    x = torch.bernoulli(torch.full((20, 6), 0.5))
+    exact = pv.exact.log_evidence(mixture.summed, x)
+    drawn = pv.log_evidence(mixture.model, mixture.guide, x, num_samples=4000)
+    assert ((drawn.log_evidence - exact).abs() < 6 * drawn.standard_error + 1e-3).all()
+
+
+def test_semi_supervised_in_a_short_form(run, capsys):
+    folder = run("semi_supervised.py", "--epochs", "5", "--test-images", "200", "--draws", "5", "--hidden", "64")
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["methods"]) == ["enumerated", "relaxed", "alone"]
+    assert len({row["steps"] for row in found["methods"].values()}) == 1
+    for name, row in found["methods"].items():
+        assert row["accuracy"] > 0.5, name
+        assert name == "alone" or -64 * torch.tensor(2.0).log() < row["elbo"] < row["log_p"] < 0
+    for history in found["histories"].values():
+        assert "surrogate" in history, "the second look at the labels leaves no bound"
+        assert "elbo" not in history
+    assert_pictures(folder, {"analogies", "training", "classes"})
+    assert_trees(folder, {"semi_supervised"}, draws=5, rows=100)
+    with xr.open_datatree(folder / "semi_supervised.nc") as tree:
+        assert tree["posterior"]["y"].dims == ("chain", "draw", "obs", "variable", "class")
+        assert set(tree["posterior_predictive"]["label"].values.ravel()) <= set(range(10))
+        assert tree["observed_data"]["truth"].dims == ("obs",)
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+
+
+@pytest.fixture
+def m2():
+    """An untrained M2 of six pixels, and eight rows, four of them with a label."""
+    pyro.set_rng_seed(0)
+    example = functions_of("semi_supervised.py")
+    x = torch.bernoulli(torch.full((8, 6), 0.5))
+    labels = torch.tensor([3, -1, 0, -1, 9, 9, -1, -1])
+    return example, example["M2"]("m2", pixels=6, latent=2, hidden=8), x, labels
+
+
+def by_hand(model, x, labels, z, alpha):
+    """The bound summed over classes row by row, z given of each class, ``(10, N, D)``, and the surrogate with alpha."""
+    total = torch.zeros(())
+    for row, label in enumerate(labels.tolist()):
+        log_q = model.classifier(x[row]).base_dist.logits[0]
+        each = []
+        for digit in range(10):
+            y, here = torch.eye(10)[digit], z[digit, row]
+            q = model.encoder(torch.cat([x[row], y]))
+            p = model.decoder(torch.cat([here, y]))
+            terms = p.log_prob(x[row]) + model.style_prior().log_prob(here) - q.log_prob(here)
+            each.append(terms - torch.tensor(10.0).log())
+        if label < 0:
+            total = total + sum(log_q[digit].exp() * (each[digit] - log_q[digit]) for digit in range(10))
+        else:
+            total = total + each[label] + alpha * log_q[label]
+    return total
+
+
+@pytest.mark.parametrize("alpha", [0.0, 7.0])
+def test_the_enumerated_loss_is_the_sum_over_classes_by_hand_and_so_is_its_gradient(m2, alpha):
+    _, model, x, labels = m2
+    traces = []
+    guide = pv.handlers.recorded(config_enumerate(model.guide), traces)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    loss = elbo.differentiable_loss(partial(model.model, alpha=alpha), guide, x, labels)
+    total = by_hand(model, x, labels, traces[-1].nodes["z"]["value"], alpha)
+    assert -loss.item() == pytest.approx(total.item(), rel=1e-5)
+    parameters = list(model.parameters())
+    for enumerated, summed in zip(
+        torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(total, parameters), strict=True
+    ):
+        assert torch.allclose(-enumerated, summed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_label_that_is_read_is_the_same_relaxed_or_summed_over(m2):
+    example, model, x, _ = m2
+    labels = torch.arange(8)
+    relaxed = example["Relaxed"](model, 0.5, 0.1)
+    found = [
+        pv.evaluate(first, second, (x, labels), elbo=elbo, num_samples=2000)["elbo"]
+        for first, second, elbo in (
+            (model.model, config_enumerate(model.guide), TraceEnum_ELBO(max_plate_nesting=1)),
+            (relaxed.model, relaxed.guide, None),
+        )
+    ]
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+    assert pv.log_evidence(model.model, model.guide, x, labels).log_evidence.mean().item() > found[0]
 
 
 def test_gumbel_max_in_a_short_form(run, capsys):
