@@ -110,19 +110,8 @@ def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tenso
     if estimator in RELAXED:
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
-    fitted = pv.fit(
-        vae.model,
-        vae.guide,
-        train,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=schedules.decayed(args.lr, args.epochs * math.ceil(len(train) / args.batch_size)),
-        elbo=objective(args, estimator, mean),
-        transform=datasets.resample,
-        schedules=cooling,
-        seed=args.seed,
-    )
-    return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, fitted, test)
+    training = runs.fitted(args, vae, train, elbo=objective(args, estimator, mean), schedules=cooling)
+    return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, training, test)
 
 
 def main(args: argparse.Namespace) -> None:

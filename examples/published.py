@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
     args = parser.parse_args()
 
 import argparse
-import math
 from functools import partial
 
 import pyro
@@ -31,7 +30,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors, schedules
+from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
 
 PUBLISHED = """
 Published, log p(x) in nats: VAE -86.76, with five importance-weighted draws -85.54 (784-200-200-50, 5000 draws; Burda
@@ -64,18 +63,7 @@ def trained(args: argparse.Namespace, method: str, train: Tensor, test: Tensor) 
     elbo: ELBO = Trace_ELBO()
     if method == "iwae":
         elbo = objectives.ImportanceWeighted(args.particles, "doubly-reparameterized")
-    fitted = pv.fit(
-        vae.model,
-        vae.guide,
-        train,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=schedules.decayed(args.lr, args.epochs * math.ceil(len(train) / args.batch_size)),
-        elbo=elbo,
-        transform=datasets.resample,
-        seed=args.seed,
-    )
-    return runs.judged(args, vae, fitted, test)
+    return runs.judged(args, vae, runs.fitted(args, vae, train, elbo=elbo), test)
 
 
 def main(args: argparse.Namespace) -> None:

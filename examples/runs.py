@@ -1,8 +1,10 @@
 """Several VAEs of the same images side by side: how each is judged, and the table and picture of them all."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import images
 import matplotlib.pyplot as plt
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import datasets
+from pyro_vae import datasets, schedules
 
 
 @dataclass
@@ -31,17 +33,32 @@ def start_at(decoder: nn.Module, mean: Tensor) -> None:
         last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
 
 
-def judged(args: argparse.Namespace, vae: pv.VAE, fitted: pv.Fitted, test: Tensor) -> Run:
+def fitted(args: argparse.Namespace, vae: pv.VAE, train: Tensor, **options: Any) -> pv.Fitted:
+    """Fit to bytes whose pixels are drawn anew each time, with a learning rate that falls over the second half."""
+    return pv.fit(
+        vae.model,
+        vae.guide,
+        train,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=schedules.decayed(args.lr, args.epochs * math.ceil(len(train) / args.batch_size)),
+        transform=datasets.resample,
+        seed=args.seed,
+        **options,
+    )
+
+
+def judged(args: argparse.Namespace, vae: pv.VAE, training: pv.Fitted, test: Tensor) -> Run:
     """ELBO and log p(x) of held-out images, in nats per image."""
     estimate = pv.log_evidence(vae.model, vae.guide, test, num_samples=args.samples, seed=args.seed).log_evidence
     found = {
         "elbo": pv.evaluate(vae.model, vae.guide, test, num_samples=20, seed=args.seed)["elbo"],
         "log_p": float(estimate.mean()),
         "log_p_standard_error_over_images": float(estimate.std() / len(test) ** 0.5),
-        "steps": fitted.steps,
-        "seconds": fitted.seconds,
+        "steps": training.steps,
+        "seconds": training.seconds,
     }
-    return Run(vae, fitted.history, found)
+    return Run(vae, training.history, found)
 
 
 def table(args: argparse.Namespace, title: str, runs: dict[str, Run], test: Tensor) -> str:
