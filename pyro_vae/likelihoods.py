@@ -5,12 +5,14 @@ an entry that was not observed, and log p(x | z) is that of the others, see :mod
 needs a network that reads NaN, such as :func:`pyro_vae.networks.with_missing`.
 """
 
+import math
 from collections.abc import Sequence
 
 import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_vae import families
+from pyro_vae.checks import positive
 from pyro_vae.families import Family, as_shape
 from pyro_vae.missing import with_missing
 from pyro_vae.networks import NetworkFactory, build
@@ -38,7 +40,7 @@ class _Decoder(Conditional):
 class Normal(_Decoder):
     r""":math:`p(x \mid z) = N(\mu(z), \mathrm{diag}\,\sigma^2)`, a density with respect to Lebesgue measure.
 
-    With a fixed scale this is the mean-squared error that many texts train on, up to a constant:
+    With a fixed scale this is the mean-squared error that many texts train on, up to a constant, see :meth:`mse`:
     :math:`-\log p(x \mid z) = \frac{1}{2\sigma^2}\lVert x - \mu(z)\rVert^2 + \frac{D}{2}\log 2\pi\sigma^2`.
 
     Args:
@@ -67,6 +69,40 @@ class Normal(_Decoder):
         missing: bool = False,
     ):
         super().__init__(families.Normal(out_features, scale, min_scale), latent, network, missing)
+
+    @classmethod
+    def mse(
+        cls,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        kl_weight: float,
+        missing: bool = False,
+    ) -> "Normal":
+        r"""The loss "mean-squared error plus a weight times the KL" as the model that it is: a normal of a fixed scale.
+
+        With the mean over the D elements of x, and the KL of a datum summed over its latents,
+
+        .. math:: \frac1D \lVert x - \mu(z) \rVert^2 + w\,\mathrm{KL}
+                  = -w \Bigl(\log N(x; \mu(z), \sigma^2 I) - \mathrm{KL} + \tfrac D2 \log 2\pi\sigma^2\Bigr),
+                  \qquad \sigma^2 = \frac{wD}{2}.
+
+        To choose the weight is to choose σ. Of squared errors that are summed and not averaged, σ² is w/2.
+
+        Args:
+            latent: size or shape of z.
+            out_features: size or shape of x.
+            network: factory, see :mod:`pyro_vae.networks`.
+            kl_weight: w, positive.
+            missing: whether NaN in x is a missing entry.
+
+        >>> import torch
+        >>> from pyro_vae import networks
+        >>> Normal.mse(2, 784, networks.linear(), kl_weight=0.01)(torch.zeros(1, 2)).stddev[0, 0]
+        tensor(1.9799)
+        """
+        variance = positive(kl_weight, "kl_weight") * as_shape(out_features, "out_features").numel() / 2
+        return cls(latent, out_features, network, scale=math.sqrt(variance), missing=missing)
 
 
 class StudentT(_Decoder):

@@ -263,3 +263,29 @@ def test_parts_without_a_relaxed_distribution_have_no_twin(latent):
     vae = assembled((CONTINUOUS | DISCRETE)[latent], LIKELIHOODS["Bernoulli"])
     with pytest.raises(TypeError, match="no discrete twin"):
         vae.discrete()
+
+
+def test_the_popular_loss_has_the_gradients_of_the_gaussian_that_it_is():
+    torch.manual_seed(0)
+    x, kl_weight = torch.randn(7, 3), 0.2
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        guides.DiagonalNormal(3, 2, NET),
+        likelihoods.Normal.mse(2, 3, NET, kl_weight),
+    )
+    parameters = list(vae.parameters())
+    torch.manual_seed(1)
+    loss = TraceMeanField_ELBO().differentiable_loss(vae.model, vae.guide, x) / len(x)
+    torch.manual_seed(1)
+    q = vae.encode(x)
+    kl = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum(1)
+    popular = ((x - vae.decode(q.rsample()).mean) ** 2).mean(1) + kl_weight * kl
+    expected = torch.autograd.grad(popular.mean(), parameters)
+    for found, gradient in zip(torch.autograd.grad(kl_weight * loss, parameters), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, -1.0, float("nan"), "small"])
+def test_a_weight_of_the_kl_that_is_no_variance_is_refused(kl_weight):
+    with pytest.raises(ValueError, match=r"kl_weight: got .*accepted is a positive"):
+        likelihoods.Normal.mse(2, 3, NET, kl_weight)
