@@ -110,7 +110,8 @@ def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tenso
     if estimator in RELAXED:
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
-    training = runs.fitted(args, vae, train, elbo=objective(args, estimator, mean), schedules=cooling)
+    elbo = objective(args, estimator, mean)
+    training = runs.fitted(args, vae.model, vae.guide, train, elbo=elbo, schedules=cooling)
     return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, training, test)
 
 

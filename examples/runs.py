@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae import datasets, schedules
 
+Function = Callable[..., Any]
+
 
 @dataclass
 class Run:
@@ -33,15 +35,20 @@ def start_at(decoder: nn.Module, mean: Tensor) -> None:
         last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
 
 
-def fitted(args: argparse.Namespace, vae: pv.VAE, train: Tensor, **options: Any) -> pv.Fitted:
+def steps_of_epoch(args: argparse.Namespace, train: Tensor) -> int:
+    """Mini-batches that each image is in once."""
+    return math.ceil(len(train) / args.batch_size)
+
+
+def fitted(args: argparse.Namespace, model: Function, guide: Function, train: Tensor, **options: Any) -> pv.Fitted:
     """Fit to bytes whose pixels are drawn anew each time, with a learning rate that falls over the second half."""
     return pv.fit(
-        vae.model,
-        vae.guide,
+        model,
+        guide,
         train,
         epochs=args.epochs,
         batch_size=args.batch_size,
-        lr=schedules.decayed(args.lr, args.epochs * math.ceil(len(train) / args.batch_size)),
+        lr=schedules.decayed(args.lr, args.epochs * steps_of_epoch(args, train)),
         transform=datasets.resample,
         seed=args.seed,
         **options,

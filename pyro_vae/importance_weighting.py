@@ -28,7 +28,8 @@ class ImportanceWeighted(PerDatum):
     * ``"pathwise"``: that of the formula as it is, :math:`\sum_k \tilde w_k \nabla \log w_k`. Its signal-to-noise
       falls with K.
     * ``"doubly-reparameterized"``: :math:`\sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \nabla z_k`,
-      with the score of q reparameterised away. Unbiased, and the signal-to-noise grows with K.
+      with the score of q reparameterised away. Unbiased, and the signal-to-noise grows with K. Where the latents have
+      a weight β, the factor is :math:`(1 - \beta) \tilde w_k + \beta \tilde w_k^2`.
     * ``"sticking-the-landing"``: :math:`\sum_k \tilde w_k \frac{\partial \log w_k}{\partial z_k} \nabla z_k`. At
       K = 1 the same as the last: unbiased, and without noise where q is the posterior. For K > 1 it is **biased**.
 
@@ -88,13 +89,25 @@ class ImportanceWeighted(PerDatum):
         if self.gradient == "pathwise":
             return self.bound(draws)
         weights = draws.f.detach().softmax(0)
-        power = 2 if self.gradient == "doubly-reparameterized" else 1
-        signal = self._leaves.passed_on((weights**power * draws.f).sum())
+        share = weights
+        if self.gradient == "doubly-reparameterized":  # at a weight of 1, that of the draw squared
+            share = weights - _weight_of_latents(draws) * (weights - weights**2)
+        signal = self._leaves.passed_on((share * draws.f).sum())
         through = sum(
             (sum_events(slope * value, draws.guide[name]).expand(draws.shape).sum(0) for name, value, slope in signal),
             torch.zeros(()),
         )
         return (weights * (draws.log_likelihood + draws.log_prior)).sum(0) + through
+
+
+def _weight_of_latents(draws: Draws) -> Tensor:
+    """β, with which log q enters log w, and so does the score that is reparameterised away."""
+    weights = {name: torch.as_tensor(site["scale"] / draws.scale) for name, site in draws.guide.items()}
+    first = next(iter(weights.values()))
+    if any(not torch.equal(weight, first) for weight in weights.values()):
+        found = {name: weight.tolist() for name, weight in weights.items()}
+        raise ValueError(f"ImportanceWeighted: got latents of the weights {found}; accepted is one for all of them")
+    return first
 
 
 class _Leaves(Messenger):
