@@ -10,7 +10,7 @@ p(x) of held-out images, from thousands of draws each, beside the published figu
 import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "published", epochs=60)
+    parser = options.parser(__doc__, "published", epochs=80)
     options.add_images(parser, default="mnist")
     options.add_training(parser, batch_size=128, lr=2e-3)
     options.add_choices(parser, "--method", "vae", "iwae", "vampprior", "flow", meaning="several are compared")
