@@ -36,6 +36,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import results
+import runs
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -83,17 +84,15 @@ def main(args: argparse.Namespace) -> None:
 
     halfway = args.epochs * math.ceil(len(train) / args.batch_size) / 2
     rate = math.log(args.temperature / args.floor) / halfway
-    fitted = pv.fit(
+    cooling = schedules.exponential(args.temperature, rate, args.floor)
+    fitted = runs.fit(
+        args,
         vae.model,
         vae.guide,
         train.x,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
         validation=test.x,
         transform=datasets.binarize,
-        schedules={encoder.get_buffer("family.temperature"): schedules.exponential(args.temperature, rate, args.floor)},
-        seed=args.seed,
+        schedules={encoder.get_buffer("family.temperature"): cooling},
     )
 
     twin = vae.discrete()

@@ -22,6 +22,7 @@ import argparse
 import images
 import pyro
 import results
+import runs
 from torch import nn
 
 import pyro_vae as pv
@@ -42,16 +43,7 @@ def main(args: argparse.Namespace) -> None:
     train, test, shape = images.load("digits")
     x, labels = datasets.binarize(test.x[: args.test_images]), test.labels[: args.test_images]
     vae = digits_vae(args.hidden)
-    fitted = pv.fit(
-        vae.model,
-        vae.guide,
-        datasets.binarize(train.x),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        validation=x,
-        seed=args.seed,
-    )
+    fitted = runs.fit(args, vae.model, vae.guide, datasets.binarize(train.x), validation=x)
 
     evidence = pv.exact.log_evidence(vae.model, x, tolerance=1e-3)
     elbo = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-3)

@@ -110,7 +110,7 @@ def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tenso
     if estimator in RELAXED:
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
-    training = runs.fitted(args, vae, train, elbo=objective(args, estimator, mean), schedules=cooling)
+    training = runs.fit_resampled(args, vae, train, elbo=objective(args, estimator, mean), schedules=cooling)
     return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, training, test)
 
 

@@ -63,7 +63,7 @@ def trained(args: argparse.Namespace, method: str, train: Tensor, test: Tensor) 
     elbo: ELBO = Trace_ELBO()
     if method == "iwae":
         elbo = objectives.ImportanceWeighted(args.particles, "doubly-reparameterized")
-    return runs.judged(args, vae, runs.fitted(args, vae, train, elbo=elbo), test)
+    return runs.judged(args, vae, runs.fit_resampled(args, vae, train, elbo=elbo), test)
 
 
 def main(args: argparse.Namespace) -> None:

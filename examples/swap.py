@@ -30,6 +30,7 @@ import images
 import matplotlib.pyplot as plt
 import pyro
 import results
+import runs
 import xarray as xr
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -125,15 +126,12 @@ def main(args: argparse.Namespace) -> None:
                 refused[f"{prior}, {guide}"] = str(error)
                 continue
             enumerated = guide.endswith("enumerated")
-            fitted = pv.fit(
+            fitted = runs.fit(
+                args,
                 vae.model,
                 config_enumerate(vae.guide) if enumerated else vae.guide,
                 datasets.binarize(train.x),
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                lr=args.lr,
                 elbo=TraceEnum_ELBO(max_plate_nesting=1) if enumerated else Trace_ELBO(),
-                seed=args.seed,
             )
             names = {"prior": prior, "guide": guide}
             rows.append(names | judge(vae, x, args.seed) | {"seconds": fitted.seconds})
