@@ -50,16 +50,18 @@ def judge(pair: Any, *data: Tensor, seed: int, samples: int = 1000, elbo: ELBO |
 
 
 @torch.no_grad()
-def layers(pair: Any, x: Tensor, seed: int, draws: int = 50) -> dict[str, float]:
-    """The ELBO, and the rate of each latent by its name: E_q[log q - log p], in nats per datum."""
-    with seeded(seed), pyro.plate("draws", draws, dim=-2):
+def judge_layers(pair: Any, x: Tensor, seed: int, samples: int) -> tuple[dict[str, float], Tensor]:
+    """ELBO, log p(x) and the rate of each latent, E_q[log q - log p], in nats per datum; log p(x) of each datum."""
+    with seeded(seed), pyro.plate("draws", 50, dim=-2):
         q = poutine.trace(pair.guide).get_trace(x)
         p = poutine.trace(poutine.replay(pair.model, q)).get_trace(x)
     rates = {
         name: (log_density(site) - log_density(p.nodes[name])).mean().item() for name, site in latent_sites(q).items()
     }
+    log_p = pv.log_evidence(pair.model, pair.guide, x, num_samples=samples, seed=seed).log_evidence
     elbo = log_density(p.nodes["x"]).mean().item() - sum(rates.values())
-    return {"elbo": elbo} | {f"rate_{name}": rate for name, rate in rates.items()}
+    found = {"log_p": log_p.mean().item(), "elbo": elbo}
+    return found | {f"rate_{name}": rate for name, rate in rates.items()}, log_p
 
 
 def plain_vae(pixels: int, latent: int, network: networks.NetworkFactory) -> pv.VAE:
