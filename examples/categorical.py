@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
 import argparse
 import math
 
+import clusters
 import images
 import matplotlib.pyplot as plt
 import numpy as np
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         log_p = float(pv.log_evidence(twin.model, twin.guide, x, seed=args.seed).log_evidence.mean())
     with torch.no_grad():
         posterior = twin.encode(x).mean  # (N, n, k)
-    pure = images.same_label(posterior[:, 0], labels)
+    pure = clusters.same_label(posterior[:, 0], labels)
     print(
         f"On {len(x)} held-out images of {pixels} binary pixels, {latent[0]} × {latent[1]} classes, in nats per image:"
     )

@@ -138,12 +138,6 @@ def draw_classes_of_labels(posterior: Tensor, labels: Tensor, title: str, are_la
     return figure
 
 
-def same_label(posterior: Tensor, labels: Tensor) -> float:
-    """The share of images whose label is the most frequent one in their class: 1 where classes are pure."""
-    found = posterior.argmax(1)
-    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
-
-
 def tree(pair: Any, x: Tensor, labels: Tensor, draws: int, seed: int, *given: Tensor, **dims: list[str]) -> xr.DataTree:
     """Draws for ArviZ: of held-out images, with their labels along ``obs``.
 

@@ -42,11 +42,6 @@ from pyro_vae import families, guides, likelihoods, networks, priors, schedules
 from pyro_vae.handlers import WeightKL, register
 from pyro_vae.parts import Conditional
 
-ONE = "one layer"
-TWO = ["bottom-up", "bottom-up, warm-up", "top-down", "top-down, warm-up"]
-COLUMNS = {"log p(x)": "{log_p:.2f}", "over one layer": "{gain:+.2f} ± {gain_error:.2f}", "ELBO": "{elbo:.2f}"}
-COLUMNS |= {"rate z1": "{rate_z1:.2f}", "rate z2": "{rate_z2:.2f}"}
-
 
 class TwoLayers(nn.Module):
     """Top-down after Sønderby et al. 2016, "Ladder variational autoencoders", section 2.2."""
@@ -94,6 +89,12 @@ def product(first: Any, second: Any) -> dist.TorchDistribution:
     precision = 1 / first.variance + 1 / second.variance
     loc = (first.mean / first.variance + second.mean / second.variance) / precision
     return dist.Normal(loc, precision.rsqrt()).to_event(1)
+
+
+ONE = "one layer"
+TWO = ["bottom-up", "bottom-up, warm-up", "top-down", "top-down, warm-up"]
+COLUMNS = {"log p(x)": "{log_p:.2f}", "over one layer": "{gain:+.2f} ± {gain_error:.2f}", "ELBO": "{elbo:.2f}"}
+COLUMNS |= {"rate z1": "{rate_z1:.2f}", "rate z2": "{rate_z2:.2f}"}
 
 
 def main(args: argparse.Namespace) -> None:

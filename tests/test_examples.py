@@ -334,7 +334,7 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
 
 
 def test_pure_classes_have_one_label_each():
-    same_label = functions_of("images.py")["same_label"]
+    same_label = functions_of("clusters.py")["same_label"]
     labels = torch.tensor([0, 0, 1, 1])
     assert same_label(torch.eye(2)[labels], labels) == 1
     assert same_label(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
