@@ -31,9 +31,8 @@ import pyro
 import results
 import runs
 import torch
-from images import beside
+from images import beside, one_hot
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 import pyro_vae as pv
 from pyro_vae import datasets, families, guides, likelihoods, networks
@@ -79,7 +78,7 @@ def evidence_by_label(cvae: ConditionalVAE, x: Tensor) -> Tensor:
 def split(data: datasets.Dataset, given: str) -> tuple[Tensor, Tensor]:
     """What is modelled, x, and what is given, c."""
     if given == "label":
-        return data.x, one_hot(data.labels, 10).float()
+        return data.x, one_hot(data.labels)
     upper, lower = data.x.split(32, dim=1)
     return lower, upper
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import results
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
 import pyro_vae as pv
 from pyro_vae import datasets, plots
@@ -40,6 +42,12 @@ def binarized(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
         datasets.Dataset(datasets.binarize(test.x[few]), test.labels[few]),
         shape,
     )
+
+
+def hide(labels: Tensor, count: int) -> Tensor:
+    """Labels of which so many are left, as many of each digit; the others are -1."""
+    left = torch.cat([(labels == digit).nonzero()[: count // 10, 0] for digit in range(10)])
+    return torch.full_like(labels, -1).index_copy(0, left, labels[left])
 
 
 @torch.no_grad()
@@ -108,6 +116,11 @@ def beside(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], dim=-1)
 
 
+def one_hot(labels: Tensor) -> Tensor:
+    """Labels ``(N,)`` as ``(N, 10)``; of a missing one, which is -1, whatever comes."""
+    return functional.one_hot(labels.clamp(min=0), 10).to(torch.get_default_dtype())
+
+
 def draw_training(histories: Mapping[str, Mapping[str, list[float]]], title: str | None = None) -> Figure:
     """The objective of two pairs, epoch by epoch."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
@@ -150,14 +163,5 @@ def tree(pair: Any, x: Tensor, labels: Tensor, draws: int, seed: int, *given: Te
         given: what model and guide take besides.
         dims: names of a latent's dimensions.
     """
-    return pv.to_datatree(
-        pair.model,
-        pair.guide,
-        x,
-        *given,
-        draws=draws,
-        seed=seed,
-        parallel=True,
-        dims={"x": ["pixel"]} | dims,
-        coords={"label": ("obs", labels)},
-    )
+    coords = {"label": ("obs", labels)}
+    return results.tree(pair, x, *given, draws=draws, seed=seed, dims={"x": ["pixel"]} | dims, coords=coords)

@@ -9,6 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import xarray as xr
 from matplotlib.figure import Figure
+from torch import Tensor
+
+import pyro_vae as pv
 
 
 def table(corner: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], *notes: str) -> str:
@@ -36,6 +39,11 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
         return column.format_map(row)
     except KeyError:
         return ""
+
+
+def tree(pair: Any, *data: Tensor, draws: int, seed: int, **names: Any) -> xr.DataTree:
+    """Draws for ArviZ of a pair, what has a ``model`` and a ``guide``; ``dims`` and ``coords`` say what is what."""
+    return pv.to_datatree(pair.model, pair.guide, *data, draws=draws, seed=seed, parallel=True, **names)
 
 
 def save(

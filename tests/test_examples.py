@@ -432,7 +432,7 @@ def test_the_enumerated_loss_is_the_sum_over_classes_by_hand_and_so_is_its_gradi
 def test_a_label_that_is_read_is_the_same_relaxed_or_summed_over(m2):
     example, model, x, _ = m2
     labels = torch.arange(8)
-    relaxed = example["Relaxed"](model, 0.5, 0.1)
+    relaxed = example["classifiers"].Relaxed(model)
     found = [
         pv.evaluate(first, second, (x, labels), elbo=elbo, num_samples=2000)["elbo"]
         for first, second, elbo in (
