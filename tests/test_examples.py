@@ -540,7 +540,7 @@ def test_imputation_in_a_short_form(run, capsys):
 
 
 def test_coverage_is_the_share_inside_central_intervals():
-    example = functions_of("imputation.py")
+    example = functions_of("imputed.py")
     levels = example["LEVELS"]
     draws, truth = torch.randn(2000, 3000, 1), torch.randn(3000, 1)
     imputed = example["Imputed"](draws, draws.mean(0), truth)
