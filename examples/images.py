@@ -122,13 +122,14 @@ def one_hot(labels: Tensor) -> Tensor:
 
 
 def draw_training(histories: Mapping[str, Mapping[str, list[float]]], title: str | None = None) -> Figure:
-    """The objective of two pairs, epoch by epoch."""
+    """The objective of two pairs, epoch by epoch; a title that says what is solid and dashed replaces the legends."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for ax, (name, history) in zip(axes, histories.items(), strict=True):
         plots.training_curves(history, ax, terms=["elbo"])
         ax.set_title(name)
-    if title:
-        figure.suptitle(title)
+        if title:
+            ax.get_legend().remove()
+    figure.suptitle(title or "")
     return figure
 
 

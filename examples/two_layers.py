@@ -79,10 +79,6 @@ class TwoLayers(nn.Module):
                 z2 = pyro.sample("z2", self.q_z2(x))
                 pyro.sample("z1", product(self.q_z1(x), self.p_z1(z2)))
 
-    def top(self, x: Tensor) -> dist.TorchDistribution:
-        """What an image says of z2: q(z2|x), or q(z2|z1) at the mean of q(z1|x)."""
-        return self.q_z2(self.q_z1(x).mean if self.bottom_up else x)
-
 
 def product(first: Any, second: Any) -> dist.TorchDistribution:
     """Two normals multiplied and normalised: precisions add up, and weight the means."""

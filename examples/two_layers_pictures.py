@@ -58,9 +58,10 @@ def draw_rates(rows: dict[str, dict[str, float]]) -> Figure:
 
 @torch.no_grad()
 def draw_maps(two: dict[str, Any], x: Tensor, labels: Tensor) -> Figure:
+    """Means of q(z2|x), or of q(z2|z1) at the mean of q(z1|x)."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9.4), layout="constrained")
     for ax, (name, pair) in zip(axes.flat, two.items(), strict=True):
-        means = pair.top(x).mean
+        means = pair.q_z2(pair.q_z1(x).mean if pair.bottom_up else x).mean
         plots.latent_map(means if means.shape[1] <= 2 else images.principal_components(means), labels, ax)
         ax.set(title=name, xlabel="z2, first direction", ylabel="z2, second direction")
     figure.suptitle("What the top layer knows: means of q(z2|·) of held-out images, drawn as their labels")

@@ -2,8 +2,9 @@
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
 discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py),
-imputation.py (imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and semi_supervised.py;
-they share options.py, images.py, runs.py and results.py.
+imputation.py (imputed.py, imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and
+semi_supervised.py (classifiers.py, semi_supervised_pictures.py); they share options.py, images.py, clusters.py, runs.py
+and results.py.
 """
 
 import json
