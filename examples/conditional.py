@@ -93,11 +93,12 @@ right labels: found by Bayes' rule"""
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, _ = images.binarized(args)
+    labels = test.labels
     found: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     trees = {}
     for given in args.given:
-        rows, (x, c), labels = split(train, given), split(test, given), test.labels
+        rows, (x, c) = split(train, given), split(test, given)
         cvae = ConditionalVAE(f"given_{given}", x.shape[1], c.shape[1], args.hidden)
         vae = runs.plain_vae(x.shape[1], LATENT, networks.mlp([args.hidden], activation=nn.Tanh))
         fitted = runs.fit(args, cvae.model, cvae.guide, rows)

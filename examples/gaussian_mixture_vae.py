@@ -92,7 +92,7 @@ ONE, MIXTURE = "one standard normal", "mixture, y summed over"
 COLUMNS = {"log p(x)": "{log_p:.3f}", "ELBO": "{elbo:.3f}", "gap": "{gap:.3f}"}
 COLUMNS |= {"purity": "{same_label:.3f}", "Rand": "{adjusted_rand:.3f}", "seconds": "{seconds:.3f}"}
 NOTES = """purity: share of images whose label is the most frequent one in their cluster; Rand: adjusted, 0 by chance
-clusters of the standard normal: those of a Gaussian mixture that is fitted to its codes afterwards"""
+on held-out images; clusters of the standard normal: by a Gaussian mixture fitted to its codes afterwards"""
 
 
 def main(args: argparse.Namespace) -> None:
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     for name, row in rows.items():
         row |= clusters.agreement(found[name], test.labels)
         row |= {"gap": row["log_p"] - row["elbo"], "seconds": fits[name].seconds}
-    report = results.table("nats per held-out image", rows, COLUMNS, NOTES)
+    report = results.table(f"{args.components} clusters, nats per image", rows, COLUMNS, NOTES)
     print(report)
 
     histories = {name: fitted.history for name, fitted in fits.items()}

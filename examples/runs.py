@@ -66,8 +66,13 @@ def exact_log_p(model: Function, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def judge_layers(pair: Any, x: Tensor, seed: int, samples: int) -> tuple[dict[str, float], Tensor]:
-    """ELBO, log p(x) and the rate of each latent, E_q[log q - log p], in nats per datum; log p(x) of each datum."""
+def judge_layers(
+    pair: Any, x: Tensor, seed: int, samples: int, than: Tensor | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """ELBO, log p(x) and the rate of each latent, E_q[log q - log p], in nats per datum; log p(x) of each datum.
+
+    ``than`` is the latter of another pair: the mean gain over it, and its standard error, are then found as well.
+    """
     with seeded(seed), pyro.plate("draws", 50, dim=-2):
         q = poutine.trace(pair.guide).get_trace(x)
         p = poutine.trace(poutine.replay(pair.model, q)).get_trace(x)
@@ -76,8 +81,11 @@ def judge_layers(pair: Any, x: Tensor, seed: int, samples: int) -> tuple[dict[st
     }
     log_p = pv.log_evidence(pair.model, pair.guide, x, num_samples=samples, seed=seed).log_evidence
     elbo = log_density(p.nodes["x"]).mean().item() - sum(rates.values())
-    found = {"log_p": log_p.mean().item(), "elbo": elbo}
-    return found | {f"rate_{name}": rate for name, rate in rates.items()}, log_p
+    found = {"log_p": log_p.mean().item(), "elbo": elbo} | {f"rate_{name}": rate for name, rate in rates.items()}
+    if than is not None:
+        gain = log_p - than
+        found |= {"gain": gain.mean().item(), "gain_error": gain.std().item() / len(gain) ** 0.5}
+    return found, log_p
 
 
 def plain_vae(pixels: int, latent: int, network: networks.NetworkFactory) -> pv.VAE:

@@ -36,7 +36,6 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
 import argparse
 import math
 from functools import partial
-from typing import Any
 
 import classifiers
 import images
@@ -88,39 +87,43 @@ class M2(nn.Module):
             pyro.sample("z", self.encoder(beside(x, y)))
 
 
-COLUMNS = {"accuracy": "{accuracy:.3f}", "ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
+TITLES = {"enumerated": "M2, missing y summed over", "relaxed": "M2, missing y relaxed"}
+TITLES |= {"alone": "classifier on labels alone"}
+COLUMNS = {"accuracy": "{accuracy:.3f} ± {accuracy_error:.3f}", "ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
 COLUMNS |= {"steps": "{steps}", "seconds": "{seconds:.1f}"}
-NOTES = """on {} held-out images: a standard error of {:.3f} for an accuracy, nats per image
-ELBO and log p(x) without labels, y summed over or drawn hard, also where it was trained relaxed"""
+NOTES = """on held-out images, ± the standard error; ELBO and log p(x) in nats per image
+they are those without labels, y summed over or drawn hard, also where it was trained relaxed"""
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = images.binarized(args)
-    x, labels, missing = test.x, images.hide(train.labels, args.labels), torch.full_like(test.labels, -1)
-    m2, of_relaxed, of_alone = (M2(name, x.shape[1], args.latent, args.hidden) for name in ("m2", "relaxed", "alone"))
+    labels = images.hide(train.labels, args.labels)
+    x, missing = test.x, torch.full_like(test.labels, -1)
+    m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in TITLES}
+    m2, relaxed, classifier = m2s["enumerated"], classifiers.Relaxed(m2s["relaxed"]), m2s["alone"].classifier
+
     summing = TraceEnum_ELBO(max_plate_nesting=1)
-    ways: dict[str, Any] = {"enumerated": (m2, summing), "relaxed": (classifiers.Relaxed(of_relaxed), None)}
-    fits = {}
-    for name, (pair, elbo) in ways.items():
-        model = partial(pair.model, alpha=args.alpha)
-        fits[name] = runs.fit(args, model, pair.guide, (train.x, labels), validation=(x, missing), elbo=elbo)
+    fit = partial(runs.fit, args, data=(train.x, labels), validation=(x, missing))
+    fits = {
+        "enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=summing),
+        "relaxed": fit(partial(relaxed.model, alpha=args.alpha), relaxed.guide),
+    }
     histories = {name: fitted.history for name, fitted in fits.items()}
+    known = train.x[labels >= 0], labels[labels >= 0]
     epochs = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
-    model, known = partial(classifiers.alone, of_alone.classifier), (train.x[labels >= 0], labels[labels >= 0])
-    fits["alone"] = runs.fit(args, model, classifiers.no_guide, known, epochs=epochs)
+    alone = partial(classifiers.alone, classifier)
+    fits["alone"] = runs.fit(args, alone, classifiers.no_guide, known, epochs=epochs)
 
     found: dict[str, dict[str, float]] = {}
-    for name, judged in {"enumerated": m2, "relaxed": of_relaxed, "alone": of_alone}.items():
-        right = judged.classifier(x).mean[:, 0].argmax(1) == test.labels
-        found[name] = {"accuracy": right.double().mean().item()}
-        found[name] |= {"seconds": fits[name].seconds, "steps": fits[name].steps}
-        if name in ways:
-            found[name] |= runs.judge(judged, x, missing, seed=args.seed, samples=200, elbo=summing)
-    titles = ("M2, missing y summed over", "M2, missing y relaxed", "classifier on labels alone")
-    rows, accuracy = dict(zip(titles, found.values(), strict=True)), found["enumerated"]["accuracy"]
-    notes = NOTES.format(len(x), (accuracy * (1 - accuracy) / len(x)) ** 0.5)
-    report = results.table(f"{args.labels} labels, {len(train)} images", rows, COLUMNS, notes)
+    for name, judged in m2s.items():
+        right = (judged.classifier(x).mean[:, 0].argmax(1) == test.labels).double()
+        row = found[name] = {"accuracy": right.mean().item(), "accuracy_error": right.std().item() / len(x) ** 0.5}
+        row |= {"seconds": fits[name].seconds, "steps": fits[name].steps}
+        if name != "alone":
+            row |= runs.judge(judged, x, missing, seed=args.seed, samples=200, elbo=summing)
+    rows = {TITLES[name]: row for name, row in found.items()}
+    report = results.table(f"{args.labels} labels, {len(train)} images", rows, COLUMNS, NOTES)
     print(report)
 
     figures = pictures.draw(m2, test, histories, shape)
