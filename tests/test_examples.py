@@ -672,6 +672,13 @@ def test_swap_in_a_short_form(run, capsys):
     assert max(map(len, (folder / "table.txt").read_text().splitlines())) <= 110, "one screen"
 
 
+def test_a_table_shows_the_numbers_that_a_row_has():
+    table = functions_of("results.py")["table"]
+    rows = {"short": {"a": 1.0}, "a longer name": {"a": 20.25, "b": 3}}
+    expected = ["corner             A  plus", "short           1.00", "a longer name  20.25    +3", "a note"]
+    assert table("corner", rows, {"A": "{a:.2f}", "plus": "{b:+d}"}, "a note").splitlines() == expected
+
+
 # --- All of them -----------------------------------------------------------------------------------------------------
 
 
