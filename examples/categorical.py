@@ -31,11 +31,13 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
 import argparse
 import math
 
+import clusters
 import images
 import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import results
+import runs
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -81,19 +83,17 @@ def main(args: argparse.Namespace) -> None:
     encoder = guides.GumbelSoftmax(pixels, latent, networks.mlp(args.hidden), args.temperature)
     vae = pv.VAE(prior, encoder, decoder=likelihoods.Bernoulli(latent, pixels, networks.mlp(args.hidden[::-1])))
 
-    halfway = args.epochs * math.ceil(len(train) / args.batch_size) / 2
+    halfway = args.epochs * runs.steps_of_epoch(args, train.x) / 2
     rate = math.log(args.temperature / args.floor) / halfway
-    fitted = pv.fit(
+    cooling = schedules.exponential(args.temperature, rate, args.floor)
+    fitted = runs.fit(
+        args,
         vae.model,
         vae.guide,
         train.x,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
         validation=test.x,
         transform=datasets.binarize,
-        schedules={encoder.get_buffer("family.temperature"): schedules.exponential(args.temperature, rate, args.floor)},
-        seed=args.seed,
+        schedules={encoder.get_buffer("family.temperature"): cooling},
     )
 
     twin = vae.discrete()
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         log_p = float(pv.log_evidence(twin.model, twin.guide, x, seed=args.seed).log_evidence.mean())
     with torch.no_grad():
         posterior = twin.encode(x).mean  # (N, n, k)
-    pure = images.same_label(posterior[:, 0], labels)
+    pure = clusters.same_label(posterior[:, 0], labels)
     print(
         f"On {len(x)} held-out images of {pixels} binary pixels, {latent[0]} × {latent[1]} classes, in nats per image:"
     )

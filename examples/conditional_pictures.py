@@ -1,11 +1,39 @@
 """The pictures of conditional.py."""
 
+from typing import Any
+
+import images
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae import plots
+
+
+@torch.no_grad()
+def of_labels(cvae: Any, vae: Any, x: Tensor, labels: Tensor, posterior: Tensor) -> dict[str, Figure]:
+    """Digits on demand, how sure Bayes' rule is of each label, and the codes of held-out digits."""
+    each = torch.eye(10)
+    p, q = cvae.prior(each[labels]), cvae.encoder(images.beside(x, each[labels]))
+    title = "p(y|x) = p(y) p(x|y) / p(x),\nmean over images of each label"
+    return {
+        "samples_by_label": draw_samples(means(cvae, each[:, None], torch.randn(12, 2))),
+        "bayes_rule": images.draw_classes_of_labels(posterior, labels, title, are_labels=True),
+        "latent_maps": draw_maps(vae.encode(x).mean, (q.mean - p.mean) / p.stddev, labels),
+    }
+
+
+@torch.no_grad()
+def of_halves(cvae: Any, x: Tensor, c: Tensor) -> dict[str, Figure]:
+    """Several lower halves that fit to the upper one of each image."""
+    return {"completions": draw_completions(x, c, means(cvae, c, torch.randn(6, 1, 2)))}
+
+
+def means(cvae: Any, c: Tensor, noise: Tensor) -> Tensor:
+    """Mean images at z = μ(c) + σ(c) ε, for each ε."""
+    p = cvae.prior(c)
+    return cvae.decoder(images.beside(p.mean + p.stddev * noise, c)).mean
 
 
 def draw_samples(means: Tensor) -> Figure:
@@ -22,17 +50,6 @@ def draw_samples(means: Tensor) -> Figure:
     ax.set(
         xlabel="12 draws of the noise ε, the same in every row", title="Digits on demand: z ~ p(z|y), mean of p(x|z, y)"
     )
-    return figure
-
-
-def draw_bayes(posterior: Tensor, labels: Tensor) -> Figure:
-    """How sure Bayes' rule is of each label."""
-    shares = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
-    figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-    shown = ax.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
-    ax.set(xticks=range(10), yticks=range(10), xlabel="label y", ylabel="true label of the held-out image")
-    ax.set_title("p(y|x) = p(y) p(x|y) / p(x), mean over images of each label")
-    figure.colorbar(shown, label="probability")
     return figure
 
 

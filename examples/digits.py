@@ -11,10 +11,9 @@ import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
     parser = options.parser(__doc__, "digits", epochs=150)
+    options.add_digits(parser, test_images=297, draws=500)
     options.add_training(parser, batch_size=100, lr=3e-3)
     parser.add_argument("--hidden", type=options.count, default=128, help="units of the hidden layer, each way")
-    parser.add_argument("--test-images", type=options.count, default=297, help="held-out digits to judge on")
-    parser.add_argument("--draws", type=options.count, default=500, help="draws in the ArviZ file")
     args = parser.parse_args()
 
 import argparse
@@ -22,10 +21,11 @@ import argparse
 import images
 import pyro
 import results
+import runs
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import datasets, guides, likelihoods, networks, priors
+from pyro_vae import guides, likelihoods, networks, priors
 
 
 def digits_vae(hidden: int) -> pv.VAE:
@@ -39,19 +39,10 @@ def digits_vae(hidden: int) -> pv.VAE:
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.load("digits")
-    x, labels = datasets.binarize(test.x[: args.test_images]), test.labels[: args.test_images]
+    train, test, shape = images.binarized(args)
+    x, labels = test.x, test.labels
     vae = digits_vae(args.hidden)
-    fitted = pv.fit(
-        vae.model,
-        vae.guide,
-        datasets.binarize(train.x),
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        validation=x,
-        seed=args.seed,
-    )
+    fitted = runs.fit(args, vae.model, vae.guide, train.x, validation=x)
 
     evidence = pv.exact.log_evidence(vae.model, x, tolerance=1e-3)
     elbo = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-3)

@@ -111,7 +111,7 @@ def trained(args: argparse.Namespace, estimator: str, train: Tensor, test: Tenso
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
     elbo = objective(args, estimator, mean)
-    training = runs.fitted(args, vae.model, vae.guide, train, elbo=elbo, schedules=cooling)
+    training = runs.fit_resampled(args, vae.model, vae.guide, train, elbo=elbo, schedules=cooling)
     return runs.judged(args, vae.discrete() if estimator in RELAXED else vae, training, test)
 
 

@@ -32,6 +32,7 @@ import images
 import matplotlib.pyplot as plt
 import pyro
 import results
+import runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -348,16 +349,7 @@ def main(args: argparse.Namespace) -> None:
     for n in (size for size in SIZES if size <= args.largest):
         pyro.set_rng_seed(args.seed)  # how often a step was timed has drawn more or fewer numbers
         vae = bernoulli_vae(n)
-        fitted = pv.fit(
-            vae.model,
-            vae.guide,
-            train_x,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            elbo=objectives.LeaveOneOut(2),
-            seed=args.seed,
-        )
+        fitted = runs.fit(args, vae.model, vae.guide, train_x, elbo=objectives.LeaveOneOut(2))
         training[n] = fitted.seconds
         found.evidence(vae, n, x)
         found.step(vae, n, train_x[: args.batch_size].clone())

@@ -1,6 +1,7 @@
 """The pictures of ``gaussian_mixture_vae.py``."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import images
 import matplotlib.pyplot as plt
@@ -9,8 +10,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from pyro_vae import plots
+from pyro_vae import datasets, plots
+
+
+@torch.no_grad()
+def draw(
+    mixture: Any,
+    standard: Any,
+    test: datasets.Dataset,
+    histories: Mapping[str, Mapping[str, list[float]]],
+    shape: images.Shape,
+) -> dict[str, Figure]:
+    """All of them: of the mixture, the VAE that it is held against, held-out images, and the training of both."""
+    prior, posterior = mixture.components(), mixture.classifier(test.x).mean[:, 0]
+    found = posterior.argmax(1)
+    z = torch.cat([prior.mean[None], prior.sample(torch.Size([11]))])
+    drawn = mixture.decoder(z).mean.transpose(0, 1)  # (K, 12, pixels)
+    title = "Where held-out images\nof each label fall: mean q(y|x)"
+    figures = {
+        "samples": samples(drawn, found, test.labels, shape),
+        "clusters": images.draw_classes_of_labels(posterior, test.labels, title),
+        "training": images.draw_training(histories),
+    }
+    if prior.mean.shape[1] == 2:
+        likeliest = one_hot(found, len(prior.mean)).to(test.x.dtype)
+        codes = standard.encode(test.x).mean, mixture.encoder(images.beside(test.x, likeliest)).mean
+        figures["latent"] = latent(codes, test.labels, prior.mean, prior.stddev)
+    return figures
 
 
 def latent(codes: tuple[Tensor, Tensor], labels: Tensor, loc: Tensor, scale: Tensor) -> Figure:
@@ -52,13 +80,4 @@ def samples(drawn: Tensor, found: Tensor, labels: Tensor, shape: images.Shape) -
             -0.01, 0.5, f"#{index}: {len(held)} images{most}", size=8, ha="right", va="center", transform=ax.transAxes
         )
     figure.suptitle("A row for each component: the image at its centre, then at eleven draws z | y")
-    return figure
-
-
-def training(histories: Mapping[str, Mapping[str, list[float]]]) -> Figure:
-    """The ELBO of both, epoch by epoch."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for ax, (name, history) in zip(axes, histories.items(), strict=True):
-        plots.training_curves(history, ax, terms=["elbo"])
-        ax.set_title(name)
     return figure

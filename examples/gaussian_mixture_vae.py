@@ -28,20 +28,18 @@ if __name__ == "__main__":  # before the imports below, so that --help answers a
 import argparse
 import math
 
+import clusters
 import gaussian_mixture_pictures as pictures
 import images
 import pyro
 import pyro.distributions as dist
 import results
+import runs
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-import pyro_vae as pv
-from pyro_vae import datasets, families, guides, handlers, likelihoods, networks, priors
+from pyro_vae import families, guides, handlers, likelihoods, networks, priors
 from pyro_vae.parts import Conditional
 
 
@@ -70,6 +68,7 @@ class GaussianMixtureVAE(nn.Module):
             z = pyro.sample("z", self.component(y))
             pyro.sample("x", self.decoder(z), obs=x)
 
+    @config_enumerate
     def guide(self, x: Tensor) -> None:
         """q(y | x) q(z | x, y)."""
         handlers.register("gaussian_mixture_vae", self)
@@ -81,107 +80,50 @@ class GaussianMixtureVAE(nn.Module):
     def summed(self, x: Tensor) -> None:
         """The same p(x, z), without y: the prior is then a mixture."""
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.MixtureSameFamily(torch.distributions.Categorical(self.shares()), self.each()))
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(self.weights().mean[0]), self.components()))
             pyro.sample("x", self.decoder(z), obs=x)
 
-    def shares(self) -> Tensor:
-        """The probability of each component, ``(K,)``."""
-        return self.weights().mean[0]
-
-    def each(self) -> dist.TorchDistribution:
-        """p(z | y) of each component, batch shape ``(K,)``."""
-        return self.component(torch.eye(len(self.shares()))[:, None])
-
-    def clusters(self, x: Tensor) -> Tensor:
-        """q(y | x), ``(N, K)``."""
-        return self.classifier(x).mean[:, 0]
-
-    def codes(self, x: Tensor) -> Tensor:
-        """The mean of q(z | x, y) at the likeliest y, ``(N, D)``."""
-        probs = self.clusters(x)
-        return self.encoder(images.beside(x, one_hot(probs.argmax(1), probs.shape[1]).to(x.dtype))).mean
+    def components(self) -> dist.TorchDistribution:
+        """p(z | y) of each y, batch shape ``(K,)``."""
+        return self.component(torch.eye(self.component.context_shape[1])[:, None])
 
 
-def standard_vae(pixels: int, latent: int, hidden: int) -> pv.VAE:
-    network = networks.mlp([hidden])
-    encoder, decoder = guides.DiagonalNormal(pixels, latent, network), likelihoods.Bernoulli(latent, pixels, network)
-    return pv.VAE(priors.StandardNormal(latent), encoder, decoder)
-
-
-def log_p(exact_model, model, guide, x: Tensor, latent: int, seed: int) -> float:
-    """Mean log p(x): by quadrature over z where it has two dimensions at most, else from 1000 draws for each image."""
-    if latent <= 2:
-        return float(pv.exact.log_evidence(exact_model, x, tolerance=1e-2).mean())
-    return float(pv.log_evidence(model, guide, x, seed=seed).log_evidence.mean())
+ONE, MIXTURE = "one standard normal", "mixture, y summed over"
+COLUMNS = {"log p(x)": "{log_p:.3f}", "ELBO": "{elbo:.3f}", "gap": "{gap:.3f}"}
+COLUMNS |= {"purity": "{same_label:.3f}", "Rand": "{adjusted_rand:.3f}", "seconds": "{seconds:.3f}"}
+NOTES = """purity: share of images whose label is the most frequent one in their cluster; Rand: adjusted, 0 by chance
+on held-out images; clusters of the standard normal: by a Gaussian mixture fitted to its codes afterwards"""
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.load(args.data, args.folder)
-    x_train, x = datasets.binarize(train.x), datasets.binarize(test.x)[: args.test_images]
-    labels = test.labels[: args.test_images]
-    mixture = GaussianMixtureVAE(x.shape[1], args.components, args.latent, args.hidden)
-    standard = standard_vae(x.shape[1], args.latent, args.hidden)
-    how = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
-    summing, enumerated = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(mixture.guide)
+    train, test, shape = images.binarized(args)
+    x, pixels = test.x, test.x.shape[1]
+    mixture = GaussianMixtureVAE(pixels, args.components, args.latent, args.hidden)
+    standard = runs.plain_vae(pixels, args.latent, networks.mlp([args.hidden]))
+    summing = TraceEnum_ELBO(max_plate_nesting=1)
     fits = {
-        "one standard normal": pv.fit(standard.model, standard.guide, x_train, validation=x, **how),
-        "mixture, y summed over": pv.fit(mixture.model, enumerated, x_train, validation=x, elbo=summing, **how),
+        ONE: runs.fit(args, standard.model, standard.guide, train.x, validation=x),
+        MIXTURE: runs.fit(args, mixture.model, mixture.guide, train.x, validation=x, elbo=summing),
     }
-
-    with torch.no_grad():
-        posterior = mixture.clusters(x)
-        afterwards = GaussianMixture(args.components, random_state=args.seed)
-        afterwards.fit(standard.encode(x_train).mean.double().numpy())
-        probs = torch.as_tensor(afterwards.predict_proba(standard.encode(x).mean.double().numpy()))
-    plain = pv.evaluate(standard.model, standard.guide, x, num_samples=20, seed=args.seed)
-    found = pv.evaluate(mixture.model, enumerated, x, elbo=summing, num_samples=20, seed=args.seed)
+    exact = (standard.model, mixture.summed) if args.latent <= 2 else (None, None)
     rows = {
-        "one standard normal": plain
-        | {"log_p": log_p(standard.model, standard.model, standard.guide, x, args.latent, args.seed)},
-        "mixture, y summed over": found
-        | {"log_p": log_p(mixture.summed, mixture.model, mixture.guide, x, args.latent, args.seed)},
+        ONE: runs.judge(standard, x, seed=args.seed, exact=exact[0]),
+        MIXTURE: runs.judge(mixture, x, seed=args.seed, exact=exact[1], elbo=summing),
     }
-    for (name, row), classes in zip(rows.items(), (probs, posterior), strict=True):
-        row["gap"] = row["log_p"] - row["elbo"]
-        row["same_label"] = images.same_label(classes, labels)
-        row["adjusted_rand"] = float(adjusted_rand_score(labels, classes.argmax(1)))
-        row["seconds"] = fits[name].seconds
-    columns = {"log_p": "log p(x)", "elbo": "ELBO", "gap": "gap", "same_label": "purity", "adjusted_rand": "Rand"}
-    columns |= {"seconds": "seconds"}
-    lines = [f"{'nats per held-out image':26s}" + "".join(f"{title:>10s}" for title in columns.values())]
-    lines += [f"{name:26s}" + "".join(f"{row[key]:10.3f}" for key in columns) for name, row in rows.items()]
-    lines += [
-        "purity: share of images whose label is the most frequent one in their cluster; Rand: adjusted, 0 by chance",
-        f"clusters of the standard normal: {args.components}, of a Gaussian mixture fitted to its codes afterwards",
-    ]
-    report = "\n".join(lines)
+    found = {
+        ONE: clusters.of_codes(standard, train.x, x, args.components, args.seed),
+        MIXTURE: mixture.classifier(x).mean[:, 0].detach(),
+    }
+    for name, row in rows.items():
+        row |= clusters.agreement(found[name], test.labels)
+        row |= {"gap": row["log_p"] - row["elbo"], "seconds": fits[name].seconds}
+    report = results.table(f"{args.components} clusters, nats per image", rows, COLUMNS, NOTES)
     print(report)
 
     histories = {name: fitted.history for name, fitted in fits.items()}
-    with torch.no_grad():
-        each, found_in = mixture.each(), posterior.argmax(1)
-        z = torch.cat([each.mean[None], each.sample(torch.Size([11]))])
-        drawn = mixture.decoder(z).mean.transpose(0, 1)  # (K, 12, pixels)
-        title = "Where held-out images\nof each label fall: mean q(y|x)"
-        figures = {
-            "samples": pictures.samples(drawn, found_in, labels, shape),
-            "clusters": images.draw_classes_of_labels(posterior, labels, title),
-            "training": pictures.training(histories),
-        }
-        if args.latent == 2:
-            codes = standard.encode(x).mean, mixture.codes(x)
-            figures["latent"] = pictures.latent(codes, labels, each.mean, each.stddev)
-    tree = pv.to_datatree(
-        mixture.model,
-        mixture.guide,
-        x[:100],
-        draws=args.draws,
-        seed=args.seed,
-        parallel=True,
-        dims={"x": ["pixel"], "y": ["variable", "component"]},
-        coords={"label": ("obs", labels[:100])},
-    )
+    figures = pictures.draw(mixture, standard, test, histories, shape)
+    tree = images.tree(mixture, x[:100], test.labels[:100], args.draws, args.seed, y=["variable", "component"])
     results.save(args, {"models": rows, "histories": histories}, figures, {"gaussian_mixture_vae": tree}, report)
 
 

@@ -1,14 +1,18 @@
 """Images in the examples: where they come from, and what is drawn of them."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import results
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
 import pyro_vae as pv
 from pyro_vae import datasets, plots
@@ -27,6 +31,23 @@ def load(data: str, folder: Path | None = None) -> tuple[datasets.Dataset, datas
             f"{error}\n\nNo network? `--folder FOLDER` reads MNIST's four IDX files from a folder, and `--data digits` "
             "trains on smaller digits that need no download."
         ) from None
+
+
+def binarized(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset, Shape]:
+    """Training images and the first held-out ones, pixels 0 or 1, and height and width: those that the options name."""
+    train, test, shape = load(args.data, args.folder)
+    few = slice(args.test_images)
+    return (
+        datasets.Dataset(datasets.binarize(train.x), train.labels),
+        datasets.Dataset(datasets.binarize(test.x[few]), test.labels[few]),
+        shape,
+    )
+
+
+def hide(labels: Tensor, count: int) -> Tensor:
+    """Labels of which so many are left, as many of each digit; the others are -1."""
+    left = torch.cat([(labels == digit).nonzero()[: count // 10, 0] for digit in range(10)])
+    return torch.full_like(labels, -1).index_copy(0, left, labels[left])
 
 
 @torch.no_grad()
@@ -95,34 +116,53 @@ def beside(x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], dim=-1)
 
 
-def draw_classes_of_labels(posterior: Tensor, labels: Tensor, title: str) -> Figure:
-    """How the images of each label fall into classes, of which they have the probabilities ``(N, K)``."""
+def one_hot(labels: Tensor) -> Tensor:
+    """Labels ``(N,)`` as ``(N, 10)``; of a missing one, which is -1, whatever comes."""
+    return functional.one_hot(labels.clamp(min=0), 10).to(torch.get_default_dtype())
+
+
+def draw_training(histories: Mapping[str, Mapping[str, list[float]]], title: str | None = None) -> Figure:
+    """The objective of two pairs, epoch by epoch; a title that says what is solid and dashed replaces the legends."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for ax, (name, history) in zip(axes, histories.items(), strict=True):
+        plots.training_curves(history, ax, terms=["elbo"])
+        ax.set_title(name)
+        if title:
+            ax.get_legend().remove()
+    figure.suptitle(title or "")
+    return figure
+
+
+def draw_classes_of_labels(posterior: Tensor, labels: Tensor, title: str, are_labels: bool = False) -> Figure:
+    """How the images of each label fall into classes, of which they have the probabilities ``(N, K)``.
+
+    Classes of one label stand side by side; those that are labels themselves, in their order.
+    """
     table = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
-    order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()  # classes of one label side by side
+    order = (table / table.sum(0)).nan_to_num().argmax(0).argsort()
+    what = "number of the class, sorted by the label that it holds most of"
+    if are_labels:
+        order, what = torch.arange(10), "label that is found"
     figure, ax = plt.subplots(figsize=(0.3 * table.shape[1] + 2.4, 4.2), layout="constrained")
     shown = ax.imshow(table[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    ax.set(xlabel="number of the class, sorted by the label that it holds most of", ylabel="label", yticks=range(10))
+    ax.set(xlabel=what, ylabel="label", yticks=range(10))
     ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
     ax.set_title(title)
     figure.colorbar(shown, label="probability")
     return figure
 
 
-def same_label(posterior: Tensor, labels: Tensor) -> float:
-    """The share of images whose label is the most frequent one in their class: 1 where classes are pure."""
-    found = posterior.argmax(1)
-    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
+def tree(pair: Any, x: Tensor, labels: Tensor, draws: int, seed: int, *given: Tensor, **dims: list[str]) -> xr.DataTree:
+    """Draws for ArviZ: of held-out images, with their labels along ``obs``.
 
-
-def tree(vae: pv.VAE, x: Tensor, labels: Tensor, draws: int, seed: int) -> xr.DataTree:
-    """Draws for ArviZ: of held-out images, with their labels along ``obs``."""
-    return pv.to_datatree(
-        vae.model,
-        vae.guide,
-        x,
-        draws=draws,
-        seed=seed,
-        parallel=True,
-        dims={"x": ["pixel"]},
-        coords={"label": ("obs", labels)},
-    )
+    Args:
+        pair: what has a ``model`` and a ``guide``.
+        x: images.
+        labels: theirs.
+        draws: how many.
+        seed: of the draws.
+        given: what model and guide take besides.
+        dims: names of a latent's dimensions.
+    """
+    coords = {"label": ("obs", labels)}
+    return results.tree(pair, x, *given, draws=draws, seed=seed, dims={"x": ["pixel"]} | dims, coords=coords)

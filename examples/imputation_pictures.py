@@ -1,10 +1,10 @@
 """The pictures of the imputation example."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from imputed import LEVELS, Imputed, Table
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -12,7 +12,19 @@ COLUMNS = ("mean radius", "mean texture", "mean smoothness", "mean concavity", "
 STYLES = ("k:", "k--", "r-.", "b-", "g.-")
 
 
-def tables(test: Any, guess: Tensor) -> Figure:
+def draw(
+    test: Table, best: Imputed, covered: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, float]]
+) -> dict[str, Figure]:
+    """All of them: of held-out rows, what the best VAE has imputed, and the coverage and errors of every method."""
+    return {
+        "table": tables(test, best.guess),
+        "intervals": intervals(test, best.draws),
+        "calibration": calibration(LEVELS, covered),
+        "errors": errors(rows),
+    }
+
+
+def tables(test: Table, guess: Tensor) -> Figure:
     """Some held-out rows: as the model sees them, with its best guesses, and as they are."""
     rows = slice(0, 40)
     missing = test.x[rows].isnan()
@@ -32,7 +44,7 @@ def tables(test: Any, guess: Tensor) -> Figure:
     return figure
 
 
-def intervals(test: Any, draws: Tensor) -> Figure:
+def intervals(test: Table, draws: Tensor) -> Figure:
     """What was hidden against what is imputed, in the units of the measurement."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.5), layout="constrained")
     for ax, name in zip(axes.flat, COLUMNS, strict=True):

@@ -43,6 +43,7 @@ from functools import partial
 import images
 import pyro
 import results
+import runs
 from torch import nn
 
 import pyro_vae as pv
@@ -91,17 +92,7 @@ def main(args: argparse.Namespace) -> None:
     train, test, shape = images.load(args.data, args.folder)
     pixels = PIXELS[args.binarization]
     vae = image_vae(args, shape)
-    fitted = pv.fit(
-        vae.model,
-        vae.guide,
-        train.x,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        validation=test.x,
-        transform=pixels,
-        seed=args.seed,
-    )
+    fitted = runs.fit(args, vae.model, vae.guide, train.x, validation=test.x, transform=pixels)
 
     # A relaxed VAE is judged as the discrete one that it stands for.
     judged = vae.discrete() if {args.prior, args.guide} == {"relaxed-bernoulli"} else vae

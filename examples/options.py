@@ -78,5 +78,15 @@ def add_images(made: argparse.ArgumentParser, default: str) -> None:
     kinds = "mnist: 28 × 28 pixels, downloaded once; digits: 8 × 8 pixels, from scikit-learn"
     add_choice(made, "--data", *sorted(["digits", "mnist"], key=lambda kind: kind != default), meaning=kinds)
     made.add_argument("--folder", type=Path, help="a folder with the four IDX files of MNIST, instead of a download")
-    made.add_argument("--test-images", type=count, default=1000, help="held-out images to judge on")
-    made.add_argument("--draws", type=count, default=200, help="draws in the ArviZ file")
+    _add_judging(made, test_images=1000)
+
+
+def add_digits(made: argparse.ArgumentParser, test_images: int, draws: int = 200) -> None:
+    """Add how many images to judge on, for an example on scikit-learn's digits and no other images."""
+    made.set_defaults(data="digits", folder=None)
+    _add_judging(made, test_images, draws)
+
+
+def _add_judging(made: argparse.ArgumentParser, test_images: int, draws: int = 200) -> None:
+    made.add_argument("--test-images", type=count, default=test_images, help="held-out images to judge on")
+    made.add_argument("--draws", type=count, default=draws, help="draws in an ArviZ file")

@@ -69,7 +69,7 @@ def trained(args: argparse.Namespace, method: str, train: Tensor, test: Tensor) 
     beta = torch.tensor(0.0)
     weigh = WeightKL(beta)
     rising = {beta: schedules.linear(0.0, 1.0, args.warm_up * runs.steps_of_epoch(args, train))}
-    training = runs.fitted(args, weigh(vae.model), weigh(vae.guide), train, elbo=elbo, schedules=rising)
+    training = runs.fit_resampled(args, weigh(vae.model), weigh(vae.guide), train, elbo=elbo, schedules=rising)
     return runs.judged(args, vae, training, test)
 
 

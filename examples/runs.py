@@ -1,4 +1,4 @@
-"""Several VAEs of the same images side by side: how each is judged, and the table and picture of them all."""
+"""How the examples fit a pair of model and guide and judge it; several VAEs of the same images side by side."""
 
 import argparse
 import math
@@ -8,15 +8,90 @@ from typing import Any
 
 import images
 import matplotlib.pyplot as plt
+import pyro
 import results
 import torch
 from matplotlib.figure import Figure
+from pyro import poutine
+from pyro.infer import ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import datasets, schedules
+from pyro_vae import datasets, guides, likelihoods, networks, priors, schedules
+from pyro_vae.decomposition import log_density
+from pyro_vae.handlers import latent_sites
+from pyro_vae.randomness import seeded
 
 Function = Callable[..., Any]
+
+
+def fit(args: argparse.Namespace, model: Function, guide: Function, data: Any, **options: Any) -> pv.Fitted:
+    """:func:`pyro_vae.fit` for as many epochs, with such batches, learning rate and seed as the example was told."""
+    told = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    return pv.fit(model, guide, data, **told | options)
+
+
+def judge(
+    pair: Any,
+    *data: Tensor,
+    seed: int,
+    samples: int = 1000,
+    elbo: ELBO | None = None,
+    exact: Function | None = None,
+) -> dict[str, float]:
+    """The ELBO, its distortion and rate, and log p(x), of held-out data, in nats per datum.
+
+    Args:
+        pair: what has a ``model`` and a ``guide``.
+        data: what both take.
+        seed: of the draws.
+        samples: draws of each datum for log p(x); the ELBO takes 20.
+        elbo: which sums over what the guide enumerates.
+        exact: a model of two latent dimensions at most, which are integrated for log p(x) in the place of draws.
+    """
+    if exact is None:
+        log_p = pv.log_evidence(pair.model, pair.guide, *data, num_samples=samples, seed=seed).log_evidence
+    else:
+        log_p = exact_log_p(exact, *data)
+    return {
+        **pv.evaluate(pair.model, pair.guide, data, elbo=elbo, num_samples=20, seed=seed),
+        "log_p": log_p.mean().item(),
+        "log_p_standard_error_over_images": log_p.std().item() / len(log_p) ** 0.5,
+    }
+
+
+def exact_log_p(model: Function, x: Tensor) -> Tensor:
+    """Exact log p(x) of two latent dimensions, in parts: one hard image does not refine the quadrature of all."""
+    return torch.cat([pv.exact.log_evidence(model, rows, tolerance=1e-2) for rows in x.split(50)])
+
+
+@torch.no_grad()
+def judge_layers(
+    pair: Any, x: Tensor, seed: int, samples: int, than: Tensor | None = None
+) -> tuple[dict[str, float], Tensor]:
+    """ELBO, log p(x) and the rate of each latent, E_q[log q - log p], in nats per datum; log p(x) of each datum.
+
+    ``than`` is the latter of another pair: the mean gain over it, and its standard error, are then found as well.
+    """
+    with seeded(seed), pyro.plate("draws", 50, dim=-2):
+        q = poutine.trace(pair.guide).get_trace(x)
+        p = poutine.trace(poutine.replay(pair.model, q)).get_trace(x)
+    rates = {
+        name: (log_density(site) - log_density(p.nodes[name])).mean().item() for name, site in latent_sites(q).items()
+    }
+    log_p = pv.log_evidence(pair.model, pair.guide, x, num_samples=samples, seed=seed).log_evidence
+    elbo = log_density(p.nodes["x"]).mean().item() - sum(rates.values())
+    found = {"log_p": log_p.mean().item(), "elbo": elbo} | {f"rate_{name}": rate for name, rate in rates.items()}
+    if than is not None:
+        gain = log_p - than
+        found |= {"gain": gain.mean().item(), "gain_error": gain.std().item() / len(gain) ** 0.5}
+    return found, log_p
+
+
+def plain_vae(pixels: int, latent: int, network: networks.NetworkFactory) -> pv.VAE:
+    """A VAE of binary pixels with one standard normal for a prior: what the others are held against."""
+    encoder, decoder = guides.DiagonalNormal(pixels, latent, network), likelihoods.Bernoulli(latent, pixels, network)
+    return pv.VAE(priors.StandardNormal(latent), encoder, decoder)
 
 
 @dataclass
@@ -35,53 +110,41 @@ def start_at(decoder: nn.Module, mean: Tensor) -> None:
         last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
 
 
-def steps_of_epoch(args: argparse.Namespace, train: Tensor) -> int:
-    """Mini-batches that each image is in once."""
-    return math.ceil(len(train) / args.batch_size)
+def steps_of_epoch(args: argparse.Namespace, data: Tensor) -> int:
+    """Mini-batches that each row is in once."""
+    return math.ceil(len(data) / args.batch_size)
 
 
-def fitted(args: argparse.Namespace, model: Function, guide: Function, train: Tensor, **options: Any) -> pv.Fitted:
+def fit_resampled(
+    args: argparse.Namespace, model: Function, guide: Function, train: Tensor, **options: Any
+) -> pv.Fitted:
     """Fit to bytes whose pixels are drawn anew each time, with a learning rate that falls over the second half."""
-    return pv.fit(
-        model,
-        guide,
-        train,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=schedules.decayed(args.lr, args.epochs * steps_of_epoch(args, train)),
-        transform=datasets.resample,
-        seed=args.seed,
-        **options,
-    )
+    falling = schedules.decayed(args.lr, args.epochs * steps_of_epoch(args, train))
+    return fit(args, model, guide, train, lr=falling, transform=datasets.resample, **options)
 
 
 def judged(args: argparse.Namespace, vae: pv.VAE, training: pv.Fitted, test: Tensor) -> Run:
-    """ELBO and log p(x) of held-out images, in nats per image."""
-    estimate = pv.log_evidence(vae.model, vae.guide, test, num_samples=args.samples, seed=args.seed).log_evidence
-    found = {
-        "elbo": pv.evaluate(vae.model, vae.guide, test, num_samples=20, seed=args.seed)["elbo"],
-        "log_p": float(estimate.mean()),
-        "log_p_standard_error_over_images": float(estimate.std() / len(test) ** 0.5),
-        "steps": training.steps,
-        "seconds": training.seconds,
-    }
-    return Run(vae, training.history, found)
+    """What came of a VAE, judged on held-out images."""
+    found = judge(vae, test, seed=args.seed, samples=args.samples)
+    return Run(vae, training.history, found | {"steps": training.steps, "seconds": training.seconds})
 
 
 def table(args: argparse.Namespace, title: str, runs: dict[str, Run], test: Tensor) -> str:
     """A line for each."""
-    lines = [
-        f"{title}; {len(test)} held-out images, nats per image of {test.shape[1]} pixels;",
-        f"log p(x) is a lower bound from {args.samples} draws of each image, +- its standard error over images.",
-        f"{'':30s}{'steps':>7s}{'minutes':>9s}{'ELBO':>10s}{'log p(x)':>10s}",
-    ]
-    for name, run in runs.items():
-        row = run.found
-        lines.append(
-            f"{name:30s}{row['steps']:7.0f}{row['seconds'] / 60:9.1f}{row['elbo']:10.2f}{row['log_p']:10.2f}"
-            f" +- {row['log_p_standard_error_over_images']:.2f}"
-        )
-    return "\n".join(lines)
+    columns = {
+        "steps": "{steps}",
+        "minutes": "{minutes:.1f}",
+        "ELBO": "{elbo:.2f}",
+        "log p(x)": "{log_p:.2f} +- {log_p_standard_error_over_images:.2f}",
+    }
+    rows = {name: run.found | {"minutes": run.found["seconds"] / 60} for name, run in runs.items()}
+    return "\n".join(
+        [
+            f"{title}; {len(test)} held-out images, nats per image of {test.shape[1]} pixels;",
+            f"log p(x) is a lower bound from {args.samples} draws of each image, +- its standard error over images.",
+            results.table(" " * 28, rows, columns),
+        ]
+    )
 
 
 def side_by_side(runs: dict[str, Run]) -> Figure:

@@ -13,10 +13,9 @@ import options
 
 if __name__ == "__main__":  # before the imports below, so that --help answers at once
     parser = options.parser(__doc__, "swap", epochs=100)
+    options.add_digits(parser, test_images=100)
     options.add_training(parser, batch_size=100, lr=5e-3)
     parser.add_argument("--hidden", type=options.count, default=64, help="units of the hidden layer, each way")
-    parser.add_argument("--test-images", type=options.count, default=100, help="held-out digits to judge on")
-    parser.add_argument("--draws", type=options.count, default=200, help="draws in the ArviZ files")
     args = parser.parse_args()
 
 import argparse
@@ -30,13 +29,14 @@ import images
 import matplotlib.pyplot as plt
 import pyro
 import results
+import runs
 import xarray as xr
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from pyro_vae import datasets, guides, likelihoods, networks, priors
+from pyro_vae import guides, likelihoods, networks, priors
 
 PIXELS = 64
 PRIORS: dict[str, Callable[[], nn.Module]] = {
@@ -112,8 +112,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, _ = images.load("digits")
-    x, labels = datasets.binarize(test.x[: args.test_images]), test.labels[: args.test_images]
+    train, test, _ = images.binarized(args)
+    x, labels = test.x, test.labels
     rows: list[dict[str, Any]] = []
     trees: dict[str, xr.DataTree] = {}
     refused: dict[str, str] = {}
@@ -125,15 +125,12 @@ def main(args: argparse.Namespace) -> None:
                 refused[f"{prior}, {guide}"] = str(error)
                 continue
             enumerated = guide.endswith("enumerated")
-            fitted = pv.fit(
+            fitted = runs.fit(
+                args,
                 vae.model,
                 config_enumerate(vae.guide) if enumerated else vae.guide,
-                datasets.binarize(train.x),
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                lr=args.lr,
+                train.x,
                 elbo=TraceEnum_ELBO(max_plate_nesting=1) if enumerated else Trace_ELBO(),
-                seed=args.seed,
             )
             names = {"prior": prior, "guide": guide}
             rows.append(names | judge(vae, x, args.seed) | {"seconds": fitted.seconds})

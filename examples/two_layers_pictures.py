@@ -9,7 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_vae import plots
+from pyro_vae import datasets, plots
+
+
+def draw(
+    two: dict[str, Any],
+    rows: dict[str, dict[str, float]],
+    histories: dict[str, dict[str, list[float]]],
+    test: datasets.Dataset,
+    shape: images.Shape,
+) -> dict[str, Figure]:
+    """All of them: of the models of two layers, the table's rows, the training, and held-out images."""
+    return {
+        "training": draw_training(histories),
+        "rates": draw_rates(rows),
+        "latent_maps": draw_maps(two, test.x, test.labels),
+        "samples_by_layer": draw_samples(two, shape),
+    }
 
 
 def draw_training(histories: dict[str, dict[str, list[float]]]) -> Figure:
@@ -41,10 +57,11 @@ def draw_rates(rows: dict[str, dict[str, float]]) -> Figure:
 
 
 @torch.no_grad()
-def draw_maps(deep: dict[str, Any], x: Tensor, labels: Tensor) -> Figure:
+def draw_maps(two: dict[str, Any], x: Tensor, labels: Tensor) -> Figure:
+    """Means of q(z2|x), or of q(z2|z1) at the mean of q(z1|x)."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9.4), layout="constrained")
-    for ax, (name, pair) in zip(axes.flat, deep.items(), strict=True):
-        means = pair.top(x).mean
+    for ax, (name, pair) in zip(axes.flat, two.items(), strict=True):
+        means = pair.q_z2(pair.q_z1(x).mean if pair.bottom_up else x).mean
         plots.latent_map(means if means.shape[1] <= 2 else images.principal_components(means), labels, ax)
         ax.set(title=name, xlabel="z2, first direction", ylabel="z2, second direction")
     figure.suptitle("What the top layer knows: means of q(z2|·) of held-out images, drawn as their labels")
@@ -52,10 +69,10 @@ def draw_maps(deep: dict[str, Any], x: Tensor, labels: Tensor) -> Figure:
 
 
 @torch.no_grad()
-def draw_samples(deep: dict[str, Any], shape: tuple[int, int]) -> Figure:
+def draw_samples(two: dict[str, Any], shape: images.Shape) -> Figure:
     """Rows of one z2 each: alike within a row where z2 says what is drawn, and z1 only how."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")
-    for ax, (name, pair) in zip(axes.flat, deep.items(), strict=True):
+    for ax, (name, pair) in zip(axes.flat, two.items(), strict=True):
         z1 = pair.p_z1(pair.p_z2().sample(torch.Size([8]))).sample(torch.Size([10])).transpose(0, 1)
         plots.image_grid(pair.p_x(z1).mean.reshape(-1, *shape), 10, ax)
         ax.set_title(name)

@@ -2,8 +2,9 @@
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
 discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py),
-imputation.py (imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and semi_supervised.py;
-they share options.py, images.py, runs.py and results.py.
+imputation.py (imputed.py, imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and
+semi_supervised.py (classifiers.py, semi_supervised_pictures.py); they share options.py, images.py, clusters.py, runs.py
+and results.py.
 """
 
 import json
@@ -334,7 +335,7 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
 
 
 def test_pure_classes_have_one_label_each():
-    same_label = functions_of("images.py")["same_label"]
+    same_label = functions_of("clusters.py")["same_label"]
     labels = torch.tensor([0, 0, 1, 1])
     assert same_label(torch.eye(2)[labels], labels) == 1
     assert same_label(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
@@ -432,7 +433,7 @@ def test_the_enumerated_loss_is_the_sum_over_classes_by_hand_and_so_is_its_gradi
 def test_a_label_that_is_read_is_the_same_relaxed_or_summed_over(m2):
     example, model, x, _ = m2
     labels = torch.arange(8)
-    relaxed = example["Relaxed"](model, 0.5, 0.1)
+    relaxed = example["classifiers"].Relaxed(model)
     found = [
         pv.evaluate(first, second, (x, labels), elbo=elbo, num_samples=2000)["elbo"]
         for first, second, elbo in (
@@ -540,7 +541,7 @@ def test_imputation_in_a_short_form(run, capsys):
 
 
 def test_coverage_is_the_share_inside_central_intervals():
-    example = functions_of("imputation.py")
+    example = functions_of("imputed.py")
     levels = example["LEVELS"]
     draws, truth = torch.randn(2000, 3000, 1), torch.randn(3000, 1)
     imputed = example["Imputed"](draws, draws.mean(0), truth)
@@ -669,6 +670,13 @@ def test_swap_in_a_short_form(run, capsys):
     assert (folder / "table.txt").read_text() in printed
     assert "29 pairs do not fit" in printed
     assert max(map(len, (folder / "table.txt").read_text().splitlines())) <= 110, "one screen"
+
+
+def test_a_table_shows_the_numbers_that_a_row_has():
+    table = functions_of("results.py")["table"]
+    rows = {"short": {"a": 1.0}, "a longer name": {"a": 20.25, "b": 3}}
+    expected = ["corner             A  plus", "short           1.00", "a longer name  20.25    +3", "a note"]
+    assert table("corner", rows, {"A": "{a:.2f}", "plus": "{b:+d}"}, "a note").splitlines() == expected
 
 
 # --- All of them -----------------------------------------------------------------------------------------------------
