@@ -35,10 +35,13 @@ __all__ = [
 def is_normalized(distribution: dist.Distribution) -> bool:
     """Whether ``log_prob`` is the logarithm of a density or mass: it sums to one over the support.
 
+    Soft targets are none, and ``pyro.factor`` (which is a ``Unit``) may be any number.
+
     >>> is_normalized(dist.Normal(0.0, 1.0)), is_normalized(SoftTargetBernoulli(logits=torch.zeros(3)).to_event(1))
     (True, False)
     """
-    return getattr(base_distribution(distribution), "normalized", True)
+    base = base_distribution(distribution)
+    return getattr(base, "normalized", not isinstance(base, dist.Unit))
 
 
 def base_distribution(distribution: Any) -> Any:

@@ -146,8 +146,8 @@ def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: s
     unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
     if unnormalised:
         raise ValueError(
-            f"model: the likelihood of {unnormalised} is not normalised (soft targets), so there is no p(x). Use "
-            "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
+            f"model: the likelihood of {unnormalised} is not normalised (soft targets, or pyro.factor), so there is no "
+            "p(x). Use likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
         )
     return next(iter(observed.values()))["cond_indep_stack"][0].size
 

@@ -279,3 +279,22 @@ def test_states_of_a_masked_site_keep_their_probabilities(inside):
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     assert pv.evaluate(model, config_enumerate(guide), x, elbo=elbo)["elbo"] == pytest.approx(expected, rel=1e-5)
     assert -elbo.loss(model, config_enumerate(guide), x) / 4 == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_factor_is_no_likelihood():
+    x = torch.randn(5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("bonus", torch.full((len(x),), 100.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    assert set(pv.evaluate(model, guide, x)) == {"surrogate", "distortion", "rate"}
+    for refuses in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
+        with pytest.raises(ValueError, match=r"\['bonus'\] is not normalised \(soft targets, or pyro.factor\)"):
+            refuses()
