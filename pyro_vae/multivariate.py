@@ -69,10 +69,25 @@ class LowRankNormal(_Vector):
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
         factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
-        return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """Pyro's, with its digits kept where the scales are small beside W.
+
+    The squared distance is a difference of two terms as large as the square of their ratio, of which a float32 keeps
+    nothing at 1:1000; it is computed in float64.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        loc, factor, diagonal = self.loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
+        exact = dist.LowRankMultivariateNormal(loc.double(), factor.double(), diagonal.double(), validate_args=False)
+        return exact.log_prob(value.double()).to(loc.dtype)
 
 
 class MixtureOfNormals(_Vector):

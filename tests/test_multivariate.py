@@ -137,6 +137,28 @@ def test_full_rank_reaches_every_covariance_and_low_rank_those_of_its_form():
     torch.testing.assert_close(q.covariance_matrix, column @ column.T + torch.tensor([0.01, 0.04, 0.09]).diag())
 
 
+@pytest.mark.parametrize("scale", [0.1, 1e-2, 1e-3, 1e-4])
+def test_low_rank_keeps_its_digits_in_float32_where_scales_are_small_beside_the_factor(scale):
+    torch.manual_seed(0)
+    raw = torch.cat([torch.zeros(5), torch.full((5,), math.log(scale)), torch.randn(10)])
+    q = multivariate.LowRankNormal(5, 2)(raw)
+    z = q.sample((1000,))
+    exact = dist.MultivariateNormal(q.loc.double(), _covariance(q))
+    torch.testing.assert_close(q.log_prob(z), exact.log_prob(z.double()).float(), atol=1e-4, rtol=1e-4)
+    slopes = [torch.autograd.grad(p.log_prob(y).sum(), y)[0] for p, y in ((q, leaf(z)), (exact, leaf(z.double())))]
+    torch.testing.assert_close(slopes[0], slopes[1].float(), atol=1e-3 / scale, rtol=1e-3)
+    assert q.expand((2, 3)).log_prob(z[0]).shape == (2, 3)
+
+
+def leaf(value):
+    return value.detach().clone().requires_grad_()
+
+
+def _covariance(q):
+    factor, diagonal = q.cov_factor.double(), q.cov_diag.double()
+    return factor @ factor.mT + diagonal.diag_embed()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
