@@ -62,6 +62,10 @@ class Family(nn.Module):
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
 
+    def start(self, *batch: int) -> Tensor:
+        """Raw outputs for free parameters to start from, ``(*batch, num_raw)``: zeros, where those can learn."""
+        return torch.zeros(*batch, self.num_raw)
+
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}"
 

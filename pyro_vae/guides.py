@@ -128,7 +128,8 @@ class PerDatum(Part):
 
     Args:
         family: of q, such as ``families.Normal(2)``.
-        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start from zeros.
+        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start where the family
+            does: at zeros, and a mixture at locations from :math:`N(0, I)`.
 
     Source: Hoffman, Blei, Wang and Paisley 2013, "Stochastic variational inference"; on the gap to an amortized guide,
     Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
@@ -145,13 +146,15 @@ class PerDatum(Part):
 
     def __init__(self, family: Family, raw: Tensor | int):
         super().__init__()
+        if not isinstance(family, Family):
+            raise TypeError(f"family: got a {type(family).__name__}; accepted is a family, such as families.Normal(2)")
         self.family = family
         if isinstance(raw, Tensor):
             if raw.dim() != 2 or raw.shape[1] != family.num_raw:
                 raise ValueError(f"raw: got shape {tuple(raw.shape)}; accepted is (N, {family.num_raw}), for {family}")
             self.raw = raw if isinstance(raw, nn.Parameter) else nn.Parameter(raw.detach().clone())
         else:
-            self.raw = nn.Parameter(torch.zeros(positive_int(raw, "raw"), family.num_raw))
+            self.raw = nn.Parameter(family.start(positive_int(raw, "raw")))
 
     @classmethod
     def refining(cls, encoder: Conditional, x: Tensor) -> "PerDatum":

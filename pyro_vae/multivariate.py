@@ -112,6 +112,12 @@ class MixtureOfNormals(_Vector):
         shape = (*raw.shape[:-1], count, self.size)
         return Mixture(logits, loc.reshape(shape), log_scale.reshape(shape).exp())
 
+    def start(self, *batch: int) -> Tensor:
+        """With locations from N(0, I): components that are alike have the same gradient, and would stay alike."""
+        raw = super().start(*batch)
+        raw[..., self.num_components : self.num_components * (1 + self.size)].normal_()
+        return raw
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}"
 

@@ -50,7 +50,7 @@ class Normal(Unconditional):
 
     def __init__(self, latent: int | Sequence[int]):
         family = families.Normal(latent)
-        super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class Laplace(Unconditional):
@@ -66,7 +66,7 @@ class Laplace(Unconditional):
 
     def __init__(self, latent: int | Sequence[int], learnable: bool = False):
         family = families.Laplace(latent)
-        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
+        super().__init__(family, _raw(family.start(), learnable))
 
 
 class StudentT(Unconditional):
@@ -83,7 +83,7 @@ class StudentT(Unconditional):
 
     def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
         family = families.StudentT(latent, df)
-        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
+        super().__init__(family, _raw(family.start(), learnable))
 
 
 class MixtureOfNormals(Unconditional):
@@ -101,9 +101,7 @@ class MixtureOfNormals(Unconditional):
 
     def __init__(self, latent: int, num_components: int):
         family = multivariate.MixtureOfNormals(latent, num_components)
-        raw = torch.zeros(family.num_raw)
-        raw[num_components : num_components * (1 + family.size)].normal_()
-        super().__init__(family, nn.Parameter(raw))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class VampPrior(Part):
@@ -187,7 +185,7 @@ class NormalizingFlow(Unconditional):
         kind: str = "affine",
     ):
         family = multivariate.Flow(latent, kind, transforms, hidden)
-        super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class Bernoulli(Unconditional):

@@ -420,6 +420,28 @@ def test_few_data_are_enough_for_a_guide_of_their_own(n):
     assert pv.exact.elbo(vae.model, vae.guide, X[:n].float()).shape == (n,)
 
 
+def test_a_mixture_for_each_datum_starts_with_components_that_differ_and_finds_both_modes():
+    x = torch.tensor([[1.0], [1.2]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.abs(), 0.3).to_event(1), obs=x)  # either sign explains it
+
+    torch.manual_seed(0)
+    encoder = guides.PerDatum(multivariate.MixtureOfNormals(1, num_components=2), 2)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", encoder(pyro.subsample(x, event_dim=1)))
+
+    pv.fit(model, guide, x, epochs=400, lr=2e-2, elbo=of_many_draws())
+    assert (encoder(x).loc.squeeze(-1).sign().sum(-1) == 0).all()
+    assert (pv.exact.kl(model, guide, x) < 0.3).all()  # one normal: log 2 and more
+
+
 def test_other_data_than_its_own_are_refused():
     vae = linear_vae(guides.PerDatum(families.Normal(2), 6))
     with pytest.raises(ValueError, match="PerDatum: got 4 rows; accepted are the 6 data that it was made for"):
@@ -440,6 +462,7 @@ def test_other_data_than_its_own_are_refused():
             r"raw: got shape \(5, 3\); .*\(N, 4\)",
         ),
         (lambda: guides.PerDatum.refining(priors.Normal(2), X), TypeError, "encoder: got a Normal"),
+        (lambda: guides.PerDatum(2, 5), TypeError, "family: got a int; accepted is a family"),
     ],
 )
 def test_what_is_no_guide_for_each_datum_is_refused(make, error, message):
