@@ -336,6 +336,27 @@ def test_free_bits_are_the_formula():
     assert loss == pytest.approx(distortion + float(each[:, kept].sum()) + 2 * floor * len(X))
 
 
+def test_data_under_a_mask_have_no_part_in_the_mean_that_the_floor_is_held_against():
+    vae = wide_vae()
+    each = rates(vae).detach()
+    mask = each[:, 0] >= each[:, 0].sort().values[len(X) // 2]
+    assert each[mask, 0].mean() > each[:, 0].mean()
+    floor = (0.5 * (each[mask, 0].mean() + each[:, 0].mean())).item()  # below the mean of those that count
+    pyro.set_rng_seed(1)
+    loss = FreeBits(floor).loss(poutine.mask(vae.model, mask=mask), poutine.mask(vae.guide, mask=mask), X)
+    pyro.set_rng_seed(1)
+    z = poutine.trace(vae.guide).get_trace(X).nodes["z"]["value"]
+    distortion = -vae.decode(z).log_prob(X)[mask].sum().item()
+    rate = each[mask].mean(0).clamp(min=floor).sum() * mask.sum()
+    assert loss == pytest.approx(distortion + rate.item())
+
+
+def test_nothing_but_masked_data_costs_nothing():
+    vae, none = wide_vae(), torch.zeros(len(X), dtype=torch.bool)
+    for mask in (none, False):
+        assert FreeBits(0.1).loss(poutine.mask(vae.model, mask=none), poutine.mask(vae.guide, mask=mask), X) == 0
+
+
 def test_below_the_floor_the_rate_has_no_gradient_and_above_it_all():
     vae = wide_vae()
     parameters = list(vae.encoder.parameters())
