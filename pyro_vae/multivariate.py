@@ -64,7 +64,7 @@ class LowRankNormal(_Vector):
         self.rank = positive_int(rank, "rank")
         if rank > self.size:
             raise ValueError(f"rank: got {rank}; accepted is 1 to {self.size}, the size of the vector")
-        self.num_raw = self.size * (2 + rank)
+        self.num_raw = self.size * (2 + self.rank)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
@@ -104,7 +104,7 @@ class MixtureOfNormals(_Vector):
     def __init__(self, event_shape: int | Sequence[int], num_components: int):
         super().__init__(event_shape)
         self.num_components = positive_int(num_components, "num_components")
-        self.num_raw = num_components * (1 + 2 * self.size)
+        self.num_raw = self.num_components * (1 + 2 * self.size)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         count = self.num_components

@@ -8,6 +8,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from pyro_vae.checks import is_integer
 from pyro_vae.draws import Draws
 
 __all__ = ["PerDatum", "sum_events"]
@@ -25,7 +26,7 @@ class PerDatum(Trace_ELBO):
     """
 
     def __init__(self, num_particles: int, least: int = 1, even: bool = False):
-        wrong = not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < least
+        wrong = not is_integer(num_particles) or num_particles < least
         if wrong or (even and num_particles % 2):
             kind = "an even number" if even else "an integer"
             raise ValueError(f"num_particles: got {num_particles!r}; accepted is {kind}, {least} or more")

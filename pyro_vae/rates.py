@@ -77,9 +77,10 @@ class FreeBits(PerDatum):
     .. math:: \mathbb{E}_q[\log p(x \mid z)]
               - \sum_d \max\big(\lambda,\ \overline{\mathrm{KL}}(q(z_d \mid x) \Vert p(z_d))\big),
 
-    where the bar is a mean over the batch, without the data that a mask leaves out: a variable that carries less than :math:`\lambda` nats on average has no
-    reason to give them up, which keeps it from collapsing in the first epochs. The KL is in closed form where torch
-    has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit` reports the ELBO, as always.
+    where the bar is a mean over the batch, without the data that a mask leaves out: a variable that carries less than
+    :math:`\lambda` nats on average has no reason to give them up, which keeps it from collapsing in the first epochs.
+    The KL is in closed form where torch has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit`
+    reports the ELBO, as always.
 
     Args:
         nats: :math:`\lambda`, for each variable.
