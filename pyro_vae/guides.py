@@ -98,7 +98,9 @@ class LowRankNormal(_Encoder):
 class MixtureOfNormals(_Encoder):
     r""":math:`q(z \mid x) = \sum_k \pi_k(x)\,N(\mu_k(x), \mathrm{diag}\,\sigma_k(x)^2)`.
 
-    For posteriors of several modes. Draws are pathwise in the weights of the components too.
+    For posteriors of several modes. Draws are pathwise in the weights of the components too, as long as the components
+    touch: those more than 8 scales apart find their places, but keep the weights that they had when they parted, see
+    :class:`pyro_vae.mixtures.MixtureOfNormals`.
 
     Args:
         in_features: size or shape of x.

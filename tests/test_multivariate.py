@@ -216,6 +216,18 @@ def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d):
         assert ((found.mean(0) - wanted).abs() < SCORES * found.std(0) / 10 + 1e-9).all()
 
 
+@pytest.mark.parametrize(("distance", "found"), [(4.0, 0.3217), (16.0, 0.0)])
+def test_weights_of_a_guide_have_a_gradient_as_long_as_components_touch(distance, found):
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[0.0], [distance]]), torch.ones(2, 1)
+    logits = torch.zeros(2, requires_grad=True)
+    q, p = MixtureOfNormals(logits, loc, scale), MixtureOfNormals(torch.tensor([0.2, 0.8]).log(), loc, scale)
+    z = q.rsample((200_000,))
+    slope = torch.autograd.grad((p.log_prob(z) - q.log_prob(z)).mean(), logits)[0][1].item()
+    # By quadrature 0.3217 and 0.3452: far apart no draw is where it crosses over, as the docstring says.
+    assert slope == pytest.approx(found, abs=0.02)
+
+
 def test_gradients_are_finite_where_components_coincide_or_are_far_apart_in_float32():
     for spread in (0.0, 100.0):
         loc = (spread * torch.randn(4, 5, 50)).requires_grad_()
