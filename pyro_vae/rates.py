@@ -48,8 +48,8 @@ class DiscreteKL(PerDatum):
 
     def surrogate(self, draws: Draws) -> Tensor:
         rate = torch.zeros(())
-        for name, site in draws.guide.items():
-            q, p = (_discrete(name, one["fn"]) for one in (site, draws.prior[name]))
+        for name, site, prior in draws.pairs("DiscreteKL"):
+            q, p = (_discrete(name, one["fn"]) for one in (site, prior))
             each = torch.distributions.kl_divergence(q, p)  # of each variable
             rate = rate + _masked(sum_events(each, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)
@@ -111,13 +111,13 @@ class FreeBits(PerDatum):
 
     def surrogate(self, draws: Draws) -> Tensor:
         rate = torch.zeros(())
-        for name, site in draws.guide.items():
+        for name, site, prior in draws.pairs("FreeBits"):
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"FreeBits: latent {name!r} is not drawn pathwise, and the likelihood would not train the guide; "
                     "accepted are reparameterised ones"
                 )
-            each = _rate_by_variable(name, site, draws.prior[name])
+            each = _rate_by_variable(name, site, prior)
             average = each[_counted(site)].mean(0)
             floored = torch.where(average > self.nats, each, self.nats)
             rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
