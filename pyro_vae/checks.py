@@ -1,10 +1,27 @@
 """Arguments that cannot be used are refused before any work, by name: what came, and what is accepted."""
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
-__all__ = ["data_tensors", "positive", "positive_int", "rows_like"]
+__all__ = [
+    "data_tensors",
+    "flag",
+    "is_integer",
+    "number",
+    "numbers",
+    "positive",
+    "positive_int",
+    "rows_like",
+]
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer, of Python or NumPy; ``True`` is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def positive_int(value: object, name: str) -> int:
@@ -15,16 +32,45 @@ def positive_int(value: object, name: str) -> int:
         ...
     ValueError: epochs: got True; accepted is a positive integer
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}; accepted is a positive integer")
-    return value
+    return int(value)
 
 
 def positive(value: object, name: str) -> float:
     """``value`` as a float if it is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: got {value!r}; accepted is a positive, finite number")
     return float(value)
+
+
+def number(value: object, name: str, least: float = -math.inf) -> float:
+    """``value`` as a float if it is a finite number, ``least`` or more.
+
+    >>> number("a", "rate", least=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: rate: got 'a'; accepted is a finite number, 0 or more
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or float(value) < least:
+        bound = "" if least == -math.inf else f", {least:g} or more"
+        raise ValueError(f"{name}: got {value!r}; accepted is a finite number{bound}")
+    return float(value)
+
+
+def numbers(value: object, name: str) -> Tensor:
+    """``value``, a number or numbers, as a tensor of the default dtype."""
+    try:
+        return torch.as_tensor(value, dtype=torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {value!r}; accepted is a number or a tensor of them") from error
+
+
+def flag(value: object, name: str) -> bool:
+    """``value`` if it is ``True`` or ``False``: a word such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; accepted are True and False")
+    return value
 
 
 def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:

@@ -11,7 +11,8 @@ from pyro_vae.handlers import latent_sites, observed_sites
 
 __all__ = ["Draws"]
 
-Sites = dict[str, Any]
+Site = dict[str, Any]
+Sites = dict[str, Site]
 
 
 class Draws:
@@ -32,9 +33,11 @@ class Draws:
         self.prior = latent_sites(model_trace)
         self.guide = latent_sites(guide_trace)
         _check_plate(who, self.observed | self.prior | self.guide)
-        if self.prior.keys() != self.guide.keys():
+        # An autoguide draws an auxiliary site, and gives the latent as a Delta with the Jacobian: together they are q.
+        ours = {name for name, site in self.guide.items() if not site["infer"].get("is_auxiliary")}
+        if self.prior.keys() != ours:
             raise ValueError(
-                f"{who}: the model's latents are {sorted(self.prior)}, those of the guide {sorted(self.guide)}; "
+                f"{who}: the model's latents are {sorted(self.prior)}, those of the guide {sorted(ours)}; "
                 "accepted is a guide of the same latents"
             )
         if not self.observed or not self.guide:
@@ -51,6 +54,16 @@ class Draws:
     def log_density(self, sites: Sites) -> Tensor:
         """Summed over sites, each with its weight relative to the data's."""
         return self._sum(log_density(site) * (site["scale"] / self.scale) for site in sites.values())
+
+    def pairs(self, who: str) -> list[tuple[str, Site, Site]]:
+        """Name of each latent, and its sites in guide and model."""
+        auxiliary = sorted(self.guide.keys() - self.prior.keys())
+        if auxiliary:
+            raise ValueError(
+                f"{who}: the guide draws its latents from {auxiliary}, as autoguides do, and has no KL of each; "
+                "accepted is a guide that draws each latent from a distribution of its own"
+            )
+        return [(name, site, self.prior[name]) for name, site in self.guide.items()]
 
     def _sum(self, terms: Any) -> Tensor:
         return sum(terms, self.x.new_zeros(())).expand(self.shape)

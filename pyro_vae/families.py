@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_vae import distributions, tabular
-from pyro_vae.checks import positive, positive_int
+from pyro_vae.checks import is_integer, number, positive, positive_int
 
 __all__ = [
     "Bernoulli",
@@ -42,9 +42,9 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     (torch.Size([3]), torch.Size([20, 10]))
     """
     shape = tuple(size) if isinstance(size, Sequence) else (size,)
-    if not shape or not all(type(extent) is int and extent > 0 for extent in shape):
+    if not shape or not all(is_integer(extent) and extent > 0 for extent in shape):
         raise ValueError(f"{name}: got {size!r}; accepted is a positive integer or a tuple of them")
-    return torch.Size(shape)
+    return torch.Size(int(extent) for extent in shape)
 
 
 class Family(nn.Module):
@@ -61,6 +61,10 @@ class Family(nn.Module):
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError
+
+    def start(self, *batch: int) -> Tensor:
+        """Raw outputs for free parameters to start from, ``(*batch, num_raw)``: zeros, where those can learn."""
+        return torch.zeros(*batch, self.num_raw)
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}"
@@ -93,7 +97,7 @@ class _LocationScale(Family):
     def __init__(self, event_shape: int | Sequence[int], scale: str | float, min_scale: float):
         super().__init__(event_shape)
         self.scale = scale
-        self.min_scale = min_scale if min_scale == 0 else positive(min_scale, "min_scale")
+        self.min_scale = number(min_scale, "min_scale", least=0)
         self.num_raw = self.event_shape.numel() + self._declare("scale", scale)
 
     def _loc_and_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,10 +241,10 @@ class Categorical(Family):
 
     def __init__(self, event_shape: int | Sequence[int], num_classes: int):
         super().__init__(event_shape)
-        if positive_int(num_classes, "num_classes") < 2:
+        self.num_classes = positive_int(num_classes, "num_classes")
+        if num_classes < 2:
             raise ValueError(f"num_classes: got {num_classes}; accepted is an integer of 2 or more")
-        self.num_classes = num_classes
-        self.num_raw = num_classes * self.event_shape.numel()
+        self.num_raw = self.num_classes * self.event_shape.numel()
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)

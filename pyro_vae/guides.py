@@ -98,7 +98,9 @@ class LowRankNormal(_Encoder):
 class MixtureOfNormals(_Encoder):
     r""":math:`q(z \mid x) = \sum_k \pi_k(x)\,N(\mu_k(x), \mathrm{diag}\,\sigma_k(x)^2)`.
 
-    For posteriors of several modes. Draws are pathwise in the weights of the components too.
+    For posteriors of several modes. Draws are pathwise in the weights of the components too, as long as the components
+    touch: those more than 8 scales apart find their places, but keep the weights that they had when they parted, see
+    :class:`pyro_vae.mixtures.MixtureOfNormals`.
 
     Args:
         in_features: size or shape of x.
@@ -128,7 +130,8 @@ class PerDatum(Part):
 
     Args:
         family: of q, such as ``families.Normal(2)``.
-        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start from zeros.
+        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start where the family
+            does: at zeros, and a mixture at locations from :math:`N(0, I)`.
 
     Source: Hoffman, Blei, Wang and Paisley 2013, "Stochastic variational inference"; on the gap to an amortized guide,
     Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
@@ -145,13 +148,15 @@ class PerDatum(Part):
 
     def __init__(self, family: Family, raw: Tensor | int):
         super().__init__()
+        if not isinstance(family, Family):
+            raise TypeError(f"family: got a {type(family).__name__}; accepted is a family, such as families.Normal(2)")
         self.family = family
         if isinstance(raw, Tensor):
             if raw.dim() != 2 or raw.shape[1] != family.num_raw:
                 raise ValueError(f"raw: got shape {tuple(raw.shape)}; accepted is (N, {family.num_raw}), for {family}")
             self.raw = raw if isinstance(raw, nn.Parameter) else nn.Parameter(raw.detach().clone())
         else:
-            self.raw = nn.Parameter(torch.zeros(positive_int(raw, "raw"), family.num_raw))
+            self.raw = nn.Parameter(family.start(positive_int(raw, "raw")))
 
     @classmethod
     def refining(cls, encoder: Conditional, x: Tensor) -> "PerDatum":

@@ -10,6 +10,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.checks import number
+
 __all__ = [
     "Drawn",
     "Rows",
@@ -121,8 +123,7 @@ class WeightKL(Messenger):
         super().__init__()
         if isinstance(weight, Tensor) and weight.dim():
             raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is one number, 0 or more")
-        if not 0 <= float(weight) < float("inf"):
-            raise ValueError(f"weight: got {weight!r}; accepted is a finite number, 0 or more")
+        number(weight.item() if isinstance(weight, Tensor) else weight, "weight", least=0)
         self.weight = weight
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_vae import families
-from pyro_vae.checks import positive
+from pyro_vae.checks import flag, positive
 from pyro_vae.families import Family, as_shape
 from pyro_vae.missing import with_missing
 from pyro_vae.networks import NetworkFactory, build
@@ -25,9 +25,7 @@ class _Decoder(Conditional):
     def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory, missing: bool):
         features = as_shape(latent, "latent").numel()
         super().__init__(family, latent, build(network, features, family.num_raw))
-        if not isinstance(missing, bool):
-            raise TypeError(f"missing: got {missing!r}; accepted are True and False")
-        self.missing = missing
+        self.missing = flag(missing, "missing")
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         likelihood = super().forward(context)
@@ -170,7 +168,7 @@ class Bernoulli(_Decoder):
         soft_targets: bool = False,
         missing: bool = False,
     ):
-        family = families.SoftTargetBernoulli if soft_targets else families.Bernoulli
+        family = families.SoftTargetBernoulli if flag(soft_targets, "soft_targets") else families.Bernoulli
         super().__init__(family(out_features), latent, network, missing)
 
 

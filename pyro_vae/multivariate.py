@@ -64,15 +64,30 @@ class LowRankNormal(_Vector):
         self.rank = positive_int(rank, "rank")
         if rank > self.size:
             raise ValueError(f"rank: got {rank}; accepted is 1 to {self.size}, the size of the vector")
-        self.num_raw = self.size * (2 + rank)
+        self.num_raw = self.size * (2 + self.rank)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
         factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
-        return dist.LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """Pyro's, with its digits kept where the scales are small beside W.
+
+    The squared distance is a difference of two terms as large as the square of their ratio, of which a float32 keeps
+    nothing at 1:1000; it is computed in float64.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        loc, factor, diagonal = self.loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
+        exact = dist.LowRankMultivariateNormal(loc.double(), factor.double(), diagonal.double(), validate_args=False)
+        return exact.log_prob(value.double()).to(loc.dtype)
 
 
 class MixtureOfNormals(_Vector):
@@ -89,13 +104,19 @@ class MixtureOfNormals(_Vector):
     def __init__(self, event_shape: int | Sequence[int], num_components: int):
         super().__init__(event_shape)
         self.num_components = positive_int(num_components, "num_components")
-        self.num_raw = num_components * (1 + 2 * self.size)
+        self.num_raw = self.num_components * (1 + 2 * self.size)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         count = self.num_components
         logits, loc, log_scale = raw.split([count, count * self.size, count * self.size], dim=-1)
         shape = (*raw.shape[:-1], count, self.size)
         return Mixture(logits, loc.reshape(shape), log_scale.reshape(shape).exp())
+
+    def start(self, *batch: int) -> Tensor:
+        """With locations from N(0, I): components that are alike have the same gradient, and would stay alike."""
+        raw = super().start(*batch)
+        raw[..., self.num_components : self.num_components * (1 + self.size)].normal_()
+        return raw
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_components={self.num_components}"

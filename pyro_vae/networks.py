@@ -11,12 +11,14 @@ The module that it returns maps ``(*, in_features)`` to ``(*, out_features)``, w
 left: particles and enumeration put theirs there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
+
+from pyro_vae.checks import is_integer, numbers
 
 __all__ = [
     "NetworkFactory",
@@ -74,7 +76,7 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
       (2): Linear(in_features=32, out_features=3, bias=True)
     )
     """
-    if isinstance(hidden, int) or any(size < 1 for size in hidden):
+    if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
         raise ValueError(f"hidden: got {hidden!r}; accepted is a list of positive sizes, such as [400] or [512, 256]")
 
     def build(in_features: int, out_features: int) -> nn.Module:
@@ -115,8 +117,7 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
     >>> decoder[0](torch.tensor([0.0, 1.0]))
     tensor([-1.,  1.])
     """
-    dtype = torch.get_default_dtype()  # that of the network
-    fixed = torch.as_tensor(loc, dtype=dtype), torch.as_tensor(scale, dtype=dtype)
+    fixed = numbers(loc, "loc"), numbers(scale, "scale")  # in the dtype of the network
     for name, value in zip(("loc", "scale"), fixed, strict=True):
         if value.dim() > 1 or not value.isfinite().all():
             raise ValueError(f"{name}: got {value}; accepted is a finite number, or a tensor of them, (in_features,)")
@@ -190,7 +191,7 @@ def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     >>> encoder[0](torch.tensor([2.0, torch.nan])), encoder[1]
     (tensor([0., 0., 1., 0., 0., 0.]), Linear(in_features=6, out_features=4, bias=True))
     """
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not is_integer(num_classes) or num_classes < 2:
         raise ValueError(f"num_classes: got {num_classes!r}; accepted is an integer of 2 or more")
     return lambda in_features, out_features: nn.Sequential(
         _OneHot(num_classes), build(network, num_classes * in_features, out_features)
@@ -211,7 +212,7 @@ class _OnImages(nn.Module):
 
 
 def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> None:
-    if not channels or any(size < 1 for size in channels):
+    if not channels or not all(is_integer(size) and size > 0 for size in channels):
         raise ValueError(f"channels: got {channels!r}; accepted are one or more positive sizes, such as (16, 32)")
     if len(image) != 3 or prod(image) != features:
         raise ValueError(

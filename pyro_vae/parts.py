@@ -115,9 +115,10 @@ class Conditional(Part):
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
         """What the network makes of a context, ``(*, family.num_raw)``."""
-        if context is None:
+        if not isinstance(context, Tensor):
+            given = "none" if context is None else f"a {type(context).__name__}"
             raise TypeError(
-                f"{type(self).__name__} needs a context of shape (*, {_spell(self.context_shape)}); got none"
+                f"{type(self).__name__} needs a context of shape (*, {_spell(self.context_shape)}); got {given}"
             )
         batch_dims = context.dim() - len(self.context_shape)
         if batch_dims < 0 or context.shape[batch_dims:] != self.context_shape:

@@ -8,11 +8,15 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from pyro_vae.checks import is_integer
 from pyro_vae.draws import Draws
 
 __all__ = ["PerDatum", "sum_events"]
 
 Function = Callable[..., Any]
+
+_NESTED = ('"num_particles_vectorized", collide', "plate stack overflow")
+"""Pyro, where a plate of the model's is in the place of that of the draws."""
 
 
 class PerDatum(Trace_ELBO):
@@ -25,7 +29,7 @@ class PerDatum(Trace_ELBO):
     """
 
     def __init__(self, num_particles: int, least: int = 1, even: bool = False):
-        wrong = not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < least
+        wrong = not is_integer(num_particles) or num_particles < least
         if wrong or (even and num_particles % 2):
             kind = "an even number" if even else "an integer"
             raise ValueError(f"num_particles: got {num_particles!r}; accepted is {kind}, {least} or more")
@@ -45,7 +49,15 @@ class PerDatum(Trace_ELBO):
         return 1
 
     def _draws(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Draws:
-        ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        try:
+            ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
+        except ValueError as error:
+            if not any(sign in str(error) for sign in _NESTED):
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: a plate lies on the left of the data's, where the draws go; accepted is one "
+                "data plate around all sites, as the rightmost batch dimension. pyro.infer.Trace_ELBO has no such limit"
+            ) from error
         return Draws(type(self).__name__, model_trace, guide_trace, self.num_particles)
 
     def _losses(self, model: Function, guide: Function, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import families, multivariate
+from pyro_vae.checks import flag, numbers
 from pyro_vae.parts import Conditional, Part, Unconditional
 
 __all__ = [
@@ -50,7 +51,7 @@ class Normal(Unconditional):
 
     def __init__(self, latent: int | Sequence[int]):
         family = families.Normal(latent)
-        super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class Laplace(Unconditional):
@@ -66,7 +67,7 @@ class Laplace(Unconditional):
 
     def __init__(self, latent: int | Sequence[int], learnable: bool = False):
         family = families.Laplace(latent)
-        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
+        super().__init__(family, _raw(family.start(), learnable))
 
 
 class StudentT(Unconditional):
@@ -83,7 +84,7 @@ class StudentT(Unconditional):
 
     def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
         family = families.StudentT(latent, df)
-        super().__init__(family, _raw(torch.zeros(family.num_raw), learnable))
+        super().__init__(family, _raw(family.start(), learnable))
 
 
 class MixtureOfNormals(Unconditional):
@@ -101,9 +102,7 @@ class MixtureOfNormals(Unconditional):
 
     def __init__(self, latent: int, num_components: int):
         family = multivariate.MixtureOfNormals(latent, num_components)
-        raw = torch.zeros(family.num_raw)
-        raw[num_components : num_components * (1 + family.size)].normal_()
-        super().__init__(family, nn.Parameter(raw))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class VampPrior(Part):
@@ -129,6 +128,8 @@ class VampPrior(Part):
         super().__init__()
         if not isinstance(encoder, Conditional):
             raise TypeError(f"encoder: got a {type(encoder).__name__}; accepted is an amortized guide of this package")
+        if not isinstance(pseudo_data, Tensor):
+            raise TypeError(f"pseudo_data: got a {type(pseudo_data).__name__}; accepted is a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
             spelled = ", ".join(map(str, shape))
@@ -187,7 +188,7 @@ class NormalizingFlow(Unconditional):
         kind: str = "affine",
     ):
         family = multivariate.Flow(latent, kind, transforms, hidden)
-        super().__init__(family, nn.Parameter(torch.zeros(family.num_raw)))
+        super().__init__(family, nn.Parameter(family.start()))
 
 
 class Bernoulli(Unconditional):
@@ -231,7 +232,7 @@ class _RelaxedPrior(Unconditional):
 
     def __init__(self, family: families.Relaxed, raw: Tensor, straight_through: bool):
         super().__init__(family, raw)
-        self.straight_through = straight_through
+        self.straight_through = flag(straight_through, "straight_through")
 
     def read(self, value: Tensor) -> Tensor:
         """The relaxed variable, or with ``straight_through`` the hard one with the relaxed one's gradient."""
@@ -298,11 +299,11 @@ class GumbelSoftmax(_RelaxedPrior):
 
 
 def _raw(values: Tensor, learnable: bool) -> Tensor:
-    return nn.Parameter(values) if learnable else values
+    return nn.Parameter(values) if flag(learnable, "learnable") else values
 
 
 def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor:
-    probs = torch.as_tensor(probs, dtype=torch.get_default_dtype())
+    probs = numbers(probs, "probs")
     if not ((probs > 0) & (probs < 1)).all():
         raise ValueError(f"probs: got {probs.tolist()}; accepted are probabilities strictly between 0 and 1")
     return _raw(_expand(torch.logit(probs), shape), learnable)
@@ -311,7 +312,7 @@ def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor
 def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tensor:
     if probs is None:
         return _raw(torch.zeros(shape.numel()), learnable)
-    probs = torch.as_tensor(probs, dtype=torch.get_default_dtype())
+    probs = numbers(probs, "probs")
     if not ((probs > 0).all() and torch.allclose(probs.sum(-1), probs.new_ones(()))):
         raise ValueError(f"probs: got {probs.tolist()}; accepted are positive probabilities that sum to one by row")
     return _raw(_expand(probs.log(), shape), learnable)

@@ -48,8 +48,8 @@ class DiscreteKL(PerDatum):
 
     def surrogate(self, draws: Draws) -> Tensor:
         rate = torch.zeros(())
-        for name, site in draws.guide.items():
-            q, p = (_discrete(name, one["fn"]) for one in (site, draws.prior[name]))
+        for name, site, prior in draws.pairs("DiscreteKL"):
+            q, p = (_discrete(name, one["fn"]) for one in (site, prior))
             each = torch.distributions.kl_divergence(q, p)  # of each variable
             rate = rate + _masked(sum_events(each, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)
@@ -62,7 +62,13 @@ def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
         if isinstance(fn, dist.MaskedDistribution):
             raise ValueError(f"site {name!r} is a masked distribution; accepted is poutine.mask around model and guide")
         fn = fn.base_dist
-    return rate if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), rate, 0.0)
+    return torch.where(_counted(site), rate, 0.0)
+
+
+def _counted(site: dict[str, Any]) -> Tensor:
+    """Which data the site's mask lets through, ``(*batch)``."""
+    mask = True if site["mask"] is None else site["mask"]
+    return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
 
 
 class FreeBits(PerDatum):
@@ -71,9 +77,10 @@ class FreeBits(PerDatum):
     .. math:: \mathbb{E}_q[\log p(x \mid z)]
               - \sum_d \max\big(\lambda,\ \overline{\mathrm{KL}}(q(z_d \mid x) \Vert p(z_d))\big),
 
-    where the bar is a mean over the batch: a variable that carries less than :math:`\lambda` nats on average has no
-    reason to give them up, which keeps it from collapsing in the first epochs. The KL is in closed form where torch
-    has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit` reports the ELBO, as always.
+    where the bar is a mean over the batch, without the data that a mask leaves out: a variable that carries less than
+    :math:`\lambda` nats on average has no reason to give them up, which keeps it from collapsing in the first epochs.
+    The KL is in closed form where torch has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit`
+    reports the ELBO, as always.
 
     Args:
         nats: :math:`\lambda`, for each variable.
@@ -104,14 +111,14 @@ class FreeBits(PerDatum):
 
     def surrogate(self, draws: Draws) -> Tensor:
         rate = torch.zeros(())
-        for name, site in draws.guide.items():
+        for name, site, prior in draws.pairs("FreeBits"):
             if not site["fn"].has_rsample:
                 raise ValueError(
                     f"FreeBits: latent {name!r} is not drawn pathwise, and the likelihood would not train the guide; "
                     "accepted are reparameterised ones"
                 )
-            each = _rate_by_variable(name, site, draws.prior[name])
-            average = each.flatten(0, len(site["fn"].batch_shape) - 1).mean(0)
+            each = _rate_by_variable(name, site, prior)
+            average = each[_counted(site)].mean(0)
             floored = torch.where(average > self.nats, each, self.nats)
             rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)

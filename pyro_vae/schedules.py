@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from pyro_vae.checks import positive, positive_int
+from pyro_vae.checks import number, positive, positive_int
 
 __all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "linear"]
 
@@ -19,6 +19,7 @@ def constant(value: float) -> Schedule:
     >>> constant(0.5)(1000)
     0.5
     """
+    number(value, "value")
     return lambda step: value
 
 
@@ -39,8 +40,8 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
     """
     positive(start, "start")
     positive_int(every, "every")
-    if not 0 <= rate < math.inf or not 0 <= floor < math.inf:
-        raise ValueError(f"rate, floor: got {rate!r} and {floor!r}; accepted are finite numbers, 0 or more")
+    number(rate, "rate", least=0)
+    number(floor, "floor", least=0)
     return lambda step: max(floor, start * math.exp(-rate * (step - step % every)))
 
 
@@ -53,7 +54,8 @@ def linear(start: float, end: float, steps: int) -> Schedule:
     >>> [beta(step) for step in (0, 500, 1000, 5000)]
     [0.0, 0.5, 1.0, 1.0]
     """
-    _finite(start=start, end=end)
+    number(start, "start")
+    number(end, "end")
     positive_int(steps, "steps")
     return lambda step: start + (end - start) * min(step / steps, 1.0)
 
@@ -73,17 +75,12 @@ def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedu
     >>> [beta(step) for step in (0, 25, 50, 99, 100)]
     [0.0, 0.5, 1.0, 1.0, 0.0]
     """
-    _finite(start=start, end=end)
+    number(start, "start")
+    number(end, "end")
     positive_int(period, "period")
-    if not 0 < rise <= 1:
+    if not 0 < number(rise, "rise") <= 1:
         raise ValueError(f"rise: got {rise!r}; accepted is a share above 0, 1 at most")
     return lambda step: start + (end - start) * min(step % period / (rise * period), 1.0)
-
-
-def _finite(**values: float) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: got {value!r}; accepted is a finite number")
 
 
 def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule:
@@ -103,7 +100,7 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
     """
     positive(start, "start")
     positive_int(steps, "steps")
-    if not 0 <= hold < 1 or not 0 <= end <= 1:
+    if not 0 <= number(hold, "hold") < 1 or not 0 <= number(end, "end") <= 1:
         raise ValueError(f"hold, end: got {hold!r} and {end!r}; accepted are shares, hold from 0 to below 1, end to 1")
 
     def value(step: int) -> float:

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid, relu
 __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
 
 _BEND = 16.0  # e^16 = 9e6: a float32 cannot tell neighbouring counts much above
+_STIRLING = 1e4  # above, the series is exact to 1e-22, and a difference of log-gammas is not
 _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
 
 
@@ -31,6 +32,15 @@ def log_of_bounded_exp(raw: Tensor) -> Tensor:
     tensor([-3.0000, 16.0000, 29.8155])
     """
     return raw.clamp(max=_BEND) + relu(raw - _BEND).log1p()
+
+
+def _log_gamma_ratio(theta: Tensor, x: Tensor | float) -> Tensor:
+    r""":math:`\log\Gamma(\theta + x) - \log\Gamma(\theta)` in float64, by Stirling's series where the two are large."""
+    large = theta > _STIRLING
+    near, far = torch.where(large, 1.0, theta), torch.where(large, theta, _STIRLING)
+    series = (far - 0.5) * torch.log1p(x / far) + x * (far + x).log() - x
+    series = series + (1 / (far + x) - 1 / far) / 12 - ((far + x) ** -3 - far**-3) / 360
+    return torch.where(large, series, (near + x).lgamma() - near.lgamma())
 
 
 def _draw_counts(mean: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ class NegativeBinomial(TorchDistribution):
     .. math:: \log p(x) = \log\frac{\Gamma(x + \theta)}{\Gamma(\theta)\,x!}
               - \theta\,\mathrm{softplus}(l) - x\,\mathrm{softplus}(-l) .
 
-    As :math:`\alpha` goes to 0 it becomes Poisson; below 1e-10 or so the terms lose their digits even in float64.
+    As :math:`\alpha` goes to 0 it becomes Poisson.
 
     >>> q = NegativeBinomial(torch.tensor(2.0).log(), dispersion=torch.tensor(0.5))
     >>> q.mean, q.variance, q.log_prob(torch.tensor(3.0)).exp()
@@ -131,7 +141,7 @@ class NegativeBinomial(TorchDistribution):
             self._validate_sample(value)
         x, dispersion = value.double(), self.dispersion.double()
         theta, logits = 1 / dispersion, self.log_mean.double() + dispersion.log()
-        ways = (x + theta).lgamma() - theta.lgamma() - (x + 1).lgamma()
+        ways = _log_gamma_ratio(theta, x) - (x + 1).lgamma()
         return (ways + theta * logsigmoid(-logits) + x * logsigmoid(logits)).to(self.log_mean.dtype)
 
 
@@ -185,7 +195,7 @@ class StudentT(dist.StudentT):
         if self._validate_args:
             self._validate_sample(value)
         half = 0.5 * self.df.double()
-        constant = ((half + 0.5).lgamma() - half.lgamma() - 0.5 * (2 * math.pi * half).log()).to(self.df.dtype)
+        constant = (_log_gamma_ratio(half, 0.5) - 0.5 * (2 * math.pi * half).log()).to(self.df.dtype)
         u = ((value - self.loc) / (self.scale * self.df.sqrt())).abs()
         near, far = u.clamp(max=1.0), u.clamp(min=1.0)
         bend = torch.where(u < 1, torch.log1p(near**2), 2 * far.log() + torch.log1p(1 / far**2))

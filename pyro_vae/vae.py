@@ -56,6 +56,12 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
         super().__init__()
+        for role, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(part, nn.Module):
+                raise TypeError(
+                    f"{role}: got a {type(part).__name__}; accepted is a module that returns a distribution, as those "
+                    "of pyro_vae.priors, guides and likelihoods"
+                )
         self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
         self.prior = prior
         self.decoder = decoder
@@ -85,8 +91,10 @@ class VAE(nn.Module):
             pyro.sample("z", self.encoder(x))
 
     def _check_rows(self, x: Tensor) -> None:
+        shape = ", ".join(map(str, self.data_shape))
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got a {type(x).__name__}; accepted is a tensor, (N, {shape})")
         if x.shape[1:] != self.data_shape:
-            shape = ", ".join(map(str, self.data_shape))
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
 
     def forward(self, *args: Any) -> None:
@@ -138,7 +146,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, num_samples: int, mean: bool = False) -> Tensor:
         """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
-        p = self.decode(self.prior().sample(torch.Size([num_samples])))
+        p = self.decode(self.prior().sample(torch.Size([positive_int(num_samples, "num_samples")])))
         return p.mean if mean else p.sample()
 
     @torch.no_grad()

@@ -10,8 +10,9 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
+    {"checks"},
     {
-        *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
+        *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular"},
     },
     {"datasets", "families", "decomposition", "schedules", "missing"},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import nn
 
@@ -311,6 +312,48 @@ def test_other_gradients_are_refused():
         ImportanceWeighted(2, "stl")
 
 
+# --- Autoguides ------------------------------------------------------------------------------------------------------
+
+
+def positive_model(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=0)
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
+
+
+def exact_autoguide(x):
+    """At the posterior, log z ~ N(x / 2, 1 / 2)."""
+    guide = AutoNormal(positive_model)
+    guide(x)
+    with torch.no_grad():
+        guide.locs.z.copy_(x / 2)
+    guide.scales.z = torch.full_like(x, 0.5).sqrt()
+    return guide
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_an_autoguide_at_the_posterior_has_the_evidence_and_no_noise(gradient, num_particles):
+    x = torch.tensor([0.3, -1.0, 2.0])
+    guide = exact_autoguide(x)
+    elbo = ImportanceWeighted(num_particles, gradient)
+    loss = elbo.differentiable_loss(positive_model, guide, x)
+    evidence = dist.Normal(0.0, 2**0.5).log_prob(x).sum()
+    assert loss.item() == pytest.approx(-evidence.item(), rel=1e-5)
+    slope = torch.autograd.grad(loss, guide.locs.z)[0]
+    assert (slope.abs().max() < 1e-5) == (gradient != "pathwise")
+
+
+def test_an_autoguide_is_trained_by_batches_and_has_no_floor_for_each_latent():
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    guide = AutoNormal(positive_model)
+    pv.fit(positive_model, guide, x, epochs=150, batch_size=10, lr=2e-2, elbo=ImportanceWeighted(2, GRADIENTS[2]))
+    torch.testing.assert_close(guide.locs.z, x / 2, atol=0.3, rtol=0)
+    with pytest.raises(ValueError, match=r"FreeBits: the guide draws its latents from \['z_unconstrained'\]"):
+        FreeBits(0.1).loss(positive_model, guide, x)
+
+
 # --- Free bits -------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +379,27 @@ def test_free_bits_are_the_formula():
     kept = each.mean(0) > floor
     assert kept.sum() == 1
     assert loss == pytest.approx(distortion + float(each[:, kept].sum()) + 2 * floor * len(X))
+
+
+def test_data_under_a_mask_have_no_part_in_the_mean_that_the_floor_is_held_against():
+    vae = wide_vae()
+    each = rates(vae).detach()
+    mask = each[:, 0] >= each[:, 0].sort().values[len(X) // 2]
+    assert each[mask, 0].mean() > each[:, 0].mean()
+    floor = (0.5 * (each[mask, 0].mean() + each[:, 0].mean())).item()  # below the mean of those that count
+    pyro.set_rng_seed(1)
+    loss = FreeBits(floor).loss(poutine.mask(vae.model, mask=mask), poutine.mask(vae.guide, mask=mask), X)
+    pyro.set_rng_seed(1)
+    z = poutine.trace(vae.guide).get_trace(X).nodes["z"]["value"]
+    distortion = -vae.decode(z).log_prob(X)[mask].sum().item()
+    rate = each[mask].mean(0).clamp(min=floor).sum() * mask.sum()
+    assert loss == pytest.approx(distortion + rate.item())
+
+
+def test_nothing_but_masked_data_costs_nothing():
+    vae, none = wide_vae(), torch.zeros(len(X), dtype=torch.bool)
+    for mask in (none, False):
+        assert FreeBits(0.1).loss(poutine.mask(vae.model, mask=none), poutine.mask(vae.guide, mask=mask), X) == 0
 
 
 def test_below_the_floor_the_rate_has_no_gradient_and_above_it_all():

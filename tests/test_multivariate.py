@@ -137,6 +137,28 @@ def test_full_rank_reaches_every_covariance_and_low_rank_those_of_its_form():
     torch.testing.assert_close(q.covariance_matrix, column @ column.T + torch.tensor([0.01, 0.04, 0.09]).diag())
 
 
+@pytest.mark.parametrize("scale", [0.1, 1e-2, 1e-3, 1e-4])
+def test_low_rank_keeps_its_digits_in_float32_where_scales_are_small_beside_the_factor(scale):
+    torch.manual_seed(0)
+    raw = torch.cat([torch.zeros(5), torch.full((5,), math.log(scale)), torch.randn(10)])
+    q = multivariate.LowRankNormal(5, 2)(raw)
+    z = q.sample((1000,))
+    exact = dist.MultivariateNormal(q.loc.double(), _covariance(q))
+    torch.testing.assert_close(q.log_prob(z), exact.log_prob(z.double()).float(), atol=1e-4, rtol=1e-4)
+    slopes = [torch.autograd.grad(p.log_prob(y).sum(), y)[0] for p, y in ((q, leaf(z)), (exact, leaf(z.double())))]
+    torch.testing.assert_close(slopes[0], slopes[1].float(), atol=1e-3 / scale, rtol=1e-3)
+    assert q.expand((2, 3)).log_prob(z[0]).shape == (2, 3)
+
+
+def leaf(value):
+    return value.detach().clone().requires_grad_()
+
+
+def _covariance(q):
+    factor, diagonal = q.cov_factor.double(), q.cov_diag.double()
+    return factor @ factor.mT + diagonal.diag_embed()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -192,6 +214,18 @@ def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d):
     for index, wanted in enumerate(expected):
         found = torch.stack([estimate[index] for estimate in estimates])
         assert ((found.mean(0) - wanted).abs() < SCORES * found.std(0) / 10 + 1e-9).all()
+
+
+@pytest.mark.parametrize(("distance", "found"), [(4.0, 0.3217), (16.0, 0.0)])
+def test_weights_of_a_guide_have_a_gradient_as_long_as_components_touch(distance, found):
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[0.0], [distance]]), torch.ones(2, 1)
+    logits = torch.zeros(2, requires_grad=True)
+    q, p = MixtureOfNormals(logits, loc, scale), MixtureOfNormals(torch.tensor([0.2, 0.8]).log(), loc, scale)
+    z = q.rsample((200_000,))
+    slope = torch.autograd.grad((p.log_prob(z) - q.log_prob(z)).mean(), logits)[0][1].item()
+    # By quadrature 0.3217 and 0.3452: far apart no draw is where it crosses over, as the docstring says.
+    assert slope == pytest.approx(found, abs=0.02)
 
 
 def test_gradients_are_finite_where_components_coincide_or_are_far_apart_in_float32():
@@ -398,6 +432,28 @@ def test_few_data_are_enough_for_a_guide_of_their_own(n):
     assert pv.exact.elbo(vae.model, vae.guide, X[:n].float()).shape == (n,)
 
 
+def test_a_mixture_for_each_datum_starts_with_components_that_differ_and_finds_both_modes():
+    x = torch.tensor([[1.0], [1.2]])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.abs(), 0.3).to_event(1), obs=x)  # either sign explains it
+
+    torch.manual_seed(0)
+    encoder = guides.PerDatum(multivariate.MixtureOfNormals(1, num_components=2), 2)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", encoder(pyro.subsample(x, event_dim=1)))
+
+    pv.fit(model, guide, x, epochs=400, lr=2e-2, elbo=of_many_draws())
+    assert (encoder(x).loc.squeeze(-1).sign().sum(-1) == 0).all()
+    assert (pv.exact.kl(model, guide, x) < 0.3).all()  # one normal: log 2 and more
+
+
 def test_other_data_than_its_own_are_refused():
     vae = linear_vae(guides.PerDatum(families.Normal(2), 6))
     with pytest.raises(ValueError, match="PerDatum: got 4 rows; accepted are the 6 data that it was made for"):
@@ -418,6 +474,7 @@ def test_other_data_than_its_own_are_refused():
             r"raw: got shape \(5, 3\); .*\(N, 4\)",
         ),
         (lambda: guides.PerDatum.refining(priors.Normal(2), X), TypeError, "encoder: got a Normal"),
+        (lambda: guides.PerDatum(2, 5), TypeError, "family: got a int; accepted is a family"),
     ],
 )
 def test_what_is_no_guide_for_each_datum_is_refused(make, error, message):

@@ -51,6 +51,26 @@ def test_negative_binomial_without_dispersion_is_poisson():
     assert gaps[2] < 1e-3
 
 
+@pytest.mark.parametrize("dispersion", [1e-9, 1e-11, 1e-15, 1e-30])
+def test_at_vanishing_dispersion_it_is_poisson_to_the_last_digits(dispersion):
+    log_mean = torch.tensor([-30.0, -1.0, 2.0, 8.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.0, 1.0, 7.0, 3000.0], dtype=torch.float64)[:, None]
+    found, limit = tabular.NegativeBinomial(log_mean, dispersion).log_prob(x), tabular.Poisson(log_mean).log_prob(x)
+    correction = 0.5 * dispersion * ((x - log_mean.exp()) ** 2 - x)  # the first order in the dispersion
+    torch.testing.assert_close(found, limit + correction, rtol=1e-9, atol=1e-7)
+    slopes = [torch.autograd.grad(f.sum(), log_mean, retain_graph=True)[0] for f in (found, limit)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("df", [1e4, 1e8, 1e12, 1e16, 1e30])
+def test_student_t_of_many_degrees_of_freedom_is_a_normal(df):
+    df = torch.tensor(df, requires_grad=True)
+    x = torch.tensor([-4.0, 0.0, 1.0])
+    found = tabular.StudentT(df, 0.0, 1.0).log_prob(x)
+    torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(x), rtol=0, atol=60 / df.item() + 3e-6)
+    assert torch.autograd.grad(found.sum(), df)[0].isfinite()
+
+
 @pytest.mark.parametrize("df", [0.5, 1.0, 3.0, 40.0, 1e6])
 def test_student_t_agrees_with_scipy(df):
     x = torch.tensor([-1e8, -30.0, -1.0, 0.2, 5.0], dtype=torch.float64)
