@@ -59,6 +59,7 @@ class MixtureOfNormals(TorchDistribution):
                 "(*batch, K, D)"
             )
         loc, scale = torch.broadcast_tensors(loc, scale)
+        self._components = loc, scale
         batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2])
         self.logits = logits.expand(*batch, -1)
         self.loc, self.scale = (value.expand(*batch, *loc.shape[-2:]) for value in (loc, scale))
@@ -69,6 +70,7 @@ class MixtureOfNormals(TorchDistribution):
         new = self._get_checked_instance(MixtureOfNormals, _instance)
         new.logits = self.logits.expand(*batch, -1)
         new.loc, new.scale = (value.expand(*batch, *self.loc.shape[-2:]) for value in (self.loc, self.scale))
+        new._components = self._components
         super(MixtureOfNormals, new).__init__(batch, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -77,8 +79,12 @@ class MixtureOfNormals(TorchDistribution):
         """``(*sample, *batch)``, in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        each = _log_normal(value[..., None, :], self.loc, self.scale)  # (*, K, D)
-        return (self.logits.log_softmax(-1) + each.sum(-1)).logsumexp(-1)
+        loc, scale = self._components
+        if loc.dim() == 2:
+            each = _log_normals(value, loc, scale)
+        else:
+            each = _log_normal(value[..., None, :], self.loc, self.scale).sum(-1)
+        return (self.logits.log_softmax(-1) + each).logsumexp(-1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """A component, and then a draw of it."""
@@ -122,3 +128,15 @@ class MixtureOfNormals(TorchDistribution):
 
 def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return -0.5 * ((value - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
+
+
+def _log_normals(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    """The log-density of each of K components that are the same for all values, ``(*, K)``.
+
+    Squared distances are matrix products, without a tensor of ``(*, K, D)``; in float64, for they cancel.
+    """
+    centre = loc.detach().mean(0)
+    z, centred, precision = (value - centre).double(), (loc - centre).double(), scale.double() ** -2
+    squared = z**2 @ precision.T - 2 * z @ (centred * precision).T + (centred**2 * precision).sum(-1)
+    log_norm = scale.double().log().sum(-1) + 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+    return (-0.5 * squared - log_norm).to(value.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyro_vae import families, multivariate
 from pyro_vae.checks import flag, numbers
+from pyro_vae.mixtures import MixtureOfNormals as Mixture
 from pyro_vae.parts import Conditional, Part, Unconditional
 
 __all__ = [
@@ -148,6 +149,8 @@ class VampPrior(Part):
         """The mixture, with the components where the pseudo-data and the guide are now."""
         components = self.encoder(self.pseudo_data)
         logits = self.pseudo_data.new_zeros(len(self.pseudo_data))
+        if isinstance(self.family, families.Normal) and len(components.event_shape) == 1:
+            return Mixture(logits, components.mean, components.stddev)
         return dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits), components)
 
     def extra_repr(self) -> str:

@@ -196,6 +196,25 @@ def test_a_mixture_is_torchs_with_its_moments():
     torch.testing.assert_close(q.variance, other.variance)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["alone", "in a plate"])
+def test_components_of_all_values_keep_their_digits_in_float32(batch):
+    """Far from zero, narrow and wide, far apart: what the squares lose in float32 they must not lose."""
+    torch.manual_seed(0)
+    loc = (1000 + 3 * torch.randn(20, 8)).requires_grad_()
+    log_scale = (2 * torch.randn(20, 8) - 3).requires_grad_()
+    logits = torch.randn(20, requires_grad=True)
+    value = loc.detach()[:3] + 0.1 * torch.randn(5, 3, 8)
+    found = MixtureOfNormals(logits, loc, log_scale.exp()).expand(batch).log_prob(value)
+    normals = dist.Normal(loc.double(), log_scale.double().exp()).to_event(1)
+    expected = dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits.double()), normals).log_prob(
+        value.double()
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    of_found, of_expected = (torch.autograd.grad(log_p.sum(), [logits, loc, log_scale]) for log_p in (found, expected))
+    for one, other in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 2), (4, 2)])
 def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d):
     """Of a function without symmetry, against quadrature."""
