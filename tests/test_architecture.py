@@ -14,7 +14,7 @@ FLOORS = [
         *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular"},
     },
-    {"datasets", "families", "decomposition", "schedules", "missing"},
+    {"datasets", "families", "decomposition", "schedules", "missing", "pareto"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
