@@ -17,7 +17,7 @@ __all__ = ["annealed_log_evidence"]
 
 _STEEPNESS = 4  # of the schedule of temperatures at its ends
 _ACCEPTED = 0.8  # share of the proposals that step sizes aim at
-_PRELIMINARY_CHAINS = 16
+_PRELIMINARY_CHAINS = 8
 _PRELIMINARY_MOVES = 2  # at each temperature
 
 Function = Callable[..., Any]
@@ -41,18 +41,18 @@ def annealed_log_evidence(
               \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log \frac{p(x, z_{t-1})}{q(z_{t-1} \mid x)},
 
     with :math:`0 = \beta_0 < \dots < \beta_T = 1` and :math:`z_0 \sim q`, and each :math:`z_t` a move of Hamiltonian
-    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` as it is. Each chain gives one weight. Their mean is
-    unbiased for p(x) however short the chains are, so that its logarithm is a lower bound in expectation, as that of
-    :func:`pyro_vae.log_evidence`, which is the case of T = 1. Where a guide is too narrow, its weights' k̂ is large and
-    their mean too low; chains walk to where it never draws, and as T grows their weights become equal.
+    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` as it is. Each chain gives one weight. Their mean
+    is unbiased for p(x) however short the chains are, so that its logarithm is a lower bound in expectation, as that
+    of :func:`pyro_vae.log_evidence`, which is the case of T = 1. Where a guide is too narrow, its weights' k̂ is large
+    and their mean too low; chains walk to where it never draws, and as T grows their weights become equal.
 
-    Step sizes are of each datum and temperature. They are found in a preliminary pass of 16 chains whose weights are
-    thrown away, and then frozen: moves that adapt to the chain they move would leave the mean biased. Temperatures are
-    the sigmoidal ones of Wu et al., close at both ends. Latents on a part of the real line move in unconstrained
-    coordinates (``biject_to`` of their support).
+    Step sizes are of each datum and temperature. They are found in a preliminary pass of 8 chains whose weights are
+    thrown away, and then frozen: given them, the mean is unbiased, which it would not be if moves adapted to the chains
+    that they move. Temperatures are the sigmoidal ones of Wu et al., close at both ends. Latents on a part of the real
+    line move in unconstrained coordinates (``biject_to`` of their support).
 
-    Wu et al. start from the prior, which no guide can mislead and which takes longer: for that, give as ``guide`` a
-    function that draws the latents from the prior, such as ``lambda x: vae.model()`` has them, see the example.
+    Wu et al. start from the prior, which misses no part of the posterior and is far from it. For that, the guide is a
+    function that draws from the prior, as in the example; in one for a VAE, ``pyro.sample("z", vae.prior())``.
 
     Chains that never find a mode of the posterior that is far from the guide miss its share of p(x), and neither k̂ nor
     the standard error knows.
@@ -128,8 +128,8 @@ class _Coordinates:
                 self.transforms[name] = biject_to(fn.support)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"model: its latent {name!r} is on {fn.support}, of which torch's `biject_to` knows no coordinates; "
-                    "write the latent on the real line and transform it after the site, or use pv.log_evidence"
+                    f"model: its latent {name!r} is on {fn.support}, of which `torch.distributions.biject_to` knows no "
+                    "coordinates; write it on the real line and transform it after the site, or use pv.log_evidence"
                 ) from error
             self.shapes[name] = self.transforms[name].inverse_shape(fn.event_shape)
 

@@ -18,21 +18,21 @@ def compare_evidence(evidence: Mapping[str, Evidence | Tensor]) -> pd.DataFrame:
     Each row is a model. The columns, in nats per datum but for the last:
 
     * ``log_evidence``: the mean over data;
-    * ``standard_error``: of that mean, as one of all data like these, :math:`s / \sqrt N`, with s the standard deviation
-      over the N data;
-    * ``monte_carlo_error``: the part of it that more draws would take away, :math:`\sqrt{\sum_i \mathrm{se}_i^2} / N`; 0
-      of exact answers. It is the error for just these N data. An estimate of a datum strays from its log p(x), and so
-      the spread over data has the noise of the draws **in it already**: the two are not to be added;
+    * ``standard_error``: of that mean, as one of all data like these, :math:`s / \sqrt N`, with s the standard
+      deviation over the N data;
+    * ``monte_carlo_error``: the part of it that more draws would take away, :math:`\sqrt{\sum_i \mathrm{se}_i^2} / N`;
+      0 of exact answers. It is the error for just these N data. An estimate strays from the log p(x) of its datum, and
+      so the spread over data has the noise of the draws **in it already**: the two are not to be added;
     * ``difference``: to the best, 0 or less;
-    * ``difference_error``: its standard error. Data that are hard are so for each model, and therefore it is that of the
-      N differences, datum by datum: mostly much smaller than the two errors would tell. NaN of the best;
+    * ``difference_error``: its standard error. Data that are hard are so for each model, and therefore it is that of
+      the N differences, datum by datum: mostly much smaller than the two errors would tell. NaN of the best;
     * ``difference_monte_carlo_error``: the part of that which more draws would take away, of the draws of both models,
       taken as independent (with one seed for both they may share noise, and this is then too large);
     * ``unreliable``: share of the data whose k̂ is above what is reliable or unknown; 0 of exact answers.
 
     Estimates are as they are, lower bounds in expectation: a model whose guide is worse is held lower than it is, by
-    half of each squared standard error and more where k̂ is unreliable. A difference means something if the model held
-    lower is not one of many unreliable data.
+    half of each squared standard error, and by more where k̂ is unreliable. Where many of its data are, a model may be
+    better than it looks here.
 
     Args:
         evidence: by name, the :class:`pyro_vae.Evidence` of a model, or ``(N,)`` of
@@ -47,8 +47,8 @@ def compare_evidence(evidence: Mapping[str, Evidence | Tensor]) -> pd.DataFrame:
     >>> table = compare_evidence({"wide": normal(0.0, 2.0).log_prob(x), "true": normal(0.0, 1.0).log_prob(x)})
     >>> table[["log_evidence", "difference", "difference_error"]].round(2)
           log_evidence  difference  difference_error
-    true           ...        0.00               NaN
-    wide           ...       ...              0.0...
+    true         -1.43        0.00               NaN
+    wide         -1.74       -0.31              0.03
     """
     entries = _entries(evidence)
     means = {name: float(found.mean()) for name, (found, _, _) in entries.items()}

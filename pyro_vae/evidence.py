@@ -167,8 +167,8 @@ def estimated(
         problem: the model on its data.
         guide: its guide.
         num_samples: K.
-        sampler: makes of a batch of rows and the guide the function that draws log-weights, ``count -> (count, N)``, and
-            tells its third argument how many are done.
+        sampler: makes of a batch of rows and the guide the function that draws log-weights, ``count -> (count, N)``,
+            and tells its third argument how many are done.
         seed: of the draws.
         progress: as in :func:`log_evidence`.
     """
