@@ -191,7 +191,7 @@ def test_seeds_streams_parameters_and_validation(random_states):
 
 
 def test_trajectories_that_go_astray_are_rejected(monkeypatch):
-    """Where exp(z) overflows the model has no answer, and would stop the run if it were asked to check its arguments."""
+    """Where exp(z) overflows the model has no answer, and would stop the run if it checked its arguments."""
     monkeypatch.setattr(pv.annealing, "_ACCEPTED", 0.2)  # steps so large that most fail
     astray = []
 

@@ -250,23 +250,23 @@ def test_its_khat_is_that_of_all_its_weights_whatever_the_chunks(monkeypatch):
 
 def test_its_khat_is_that_of_the_law_of_its_weights():
     """A normal posterior of variance v under a normal of variance s < v: the tail of w has shape 1 - s/v."""
-    for ratio in (0.3, 0.6):
+    for ratio in (0.1, 0.6):
         estimate = pv.log_evidence(*conjugate(0.5, (0.5 * ratio) ** 0.5), Y, num_samples=100_000)
         assert abs(float(estimate.khat.mean()) - (1 - ratio)) < 0.15
-        assert estimate.unreliable.float().mean().round() == (1 - ratio > 0.7 - 0.1)
+        assert estimate.unreliable.float().mean().round() == (1 - ratio > 0.7)
     assert not pv.log_evidence(*WIDER, Y, num_samples=5000).unreliable.any()
 
 
 def test_the_bias_of_the_logarithm_is_corrected():
     """What is left of it is of the next order."""
-    x, count = Y[:4], 20
-    estimate = pv.log_evidence(*conjugate(0.5, 1.2), x.repeat_interleave(REPEATS), num_samples=count)
+    x, repeats = Y[:4], 5000
+    estimate = pv.log_evidence(*conjugate(0.5, 2.0), x.repeat_interleave(repeats), num_samples=10)
     plain, corrected = (
-        values.double().reshape(4, REPEATS).mean(1) - conjugate_evidence(x.double())
+        values.double().reshape(4, repeats).mean(1) - conjugate_evidence(x.double())
         for values in (estimate.log_evidence, estimate.bias_corrected)
     )
-    assert (plain < -0.01).all()
-    assert (corrected.abs() < 0.3 * plain.abs()).all()
+    assert (plain < -0.05).all()
+    assert (corrected.abs() < 0.4 * plain.abs()).all()
 
 
 def test_of_an_exact_guide_khat_is_minus_infinity_and_of_few_draws_it_is_unknown():
