@@ -28,7 +28,7 @@ def annealed_log_evidence(
     model: Function,
     guide: Function,
     *data: Tensor,
-    num_chains: int = 50,
+    num_chains: int = 100,
     num_temperatures: int = 100,
     num_leapfrog_steps: int = 5,
     plate: str = "data",
@@ -62,7 +62,7 @@ def annealed_log_evidence(
             continuous, and its density has a gradient in them.
         guide: its guide.
         data: what both take.
-        num_chains: K, weights of each datum. Above 20 they have a k̂.
+        num_chains: K, weights of each datum. Above 20 they have a k̂, which up to some hundred is drawn to 1/2.
         num_temperatures: T. The error falls with it; the time is proportional to K × T × leapfrog steps.
         num_leapfrog_steps: of a move, each with a gradient of log p(x, z) and log q(z | x).
         plate: name of the data plate.

@@ -10,7 +10,6 @@ new and efficient estimation method for the generalized Pareto distribution".
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,8 +50,8 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
 
     The tail is what lies above the :math:`(T+1)`-th largest of S weights, T of :func:`tail_length`. To its exceedances
     a generalised Pareto distribution is fitted by the posterior mean of Zhang and Stephens, and the shape is drawn
-    towards 1/2 as if by ten more draws, :math:`\hat k = (T k + 5) / (T + 10)`. In float64; equal to ArviZ's ``psislw``
-    to rounding, where that has an answer.
+    towards 1/2 as if by ten more draws, :math:`\hat k = (T k + 5) / (T + 10)`. In float64; equal to ``psislw`` of ArviZ
+    0.23 to rounding, where that has an answer; ArviZ 1.x rounds T down.
 
     * **All weights equal at the top**, to rounding: there is no tail, and k̂ is ``-inf``. So it is of an exact guide,
       whose weights all are p(x), and of a discrete latent whose largest weight is drawn again and again.
@@ -126,4 +125,4 @@ def _fitted(exceedances: Tensor, number: Tensor) -> Tensor:
     weight = likelihood.masked_fill(outside, -math.inf).softmax(0)
     weight = torch.where(weight >= 10 * torch.finfo(torch.float64).eps, weight, 0.0)
     shape = shape_at((weight * grid).sum(0) / weight.sum(0))
-    return cast(Tensor, (number * shape + _PRIOR_DRAWS / 2) / (number + _PRIOR_DRAWS))
+    return (number * shape + _PRIOR_DRAWS / 2) / (number + _PRIOR_DRAWS)

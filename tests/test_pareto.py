@@ -16,15 +16,11 @@ with warnings.catch_warnings():  # ArviZ 0.23 warns on import that version 1 wil
 
 
 def of_arviz(log_weights):
-    """``psislw`` of version 0.23 takes log-weights; that of 1.x takes their negatives."""
+    """``psislw`` of version 0.23, of each datum. (That of 1.x takes minus the log-weights.)"""
     rows = np.ascontiguousarray(log_weights.double().T.numpy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if hasattr(arviz, "psislw"):
-            return torch.from_numpy(arviz.psislw(rows)[1])
-        from arviz_stats.base import array_stats
-
-        return torch.from_numpy(np.asarray(array_stats.psislw(-rows, axis=-1)[1]))
+        return torch.from_numpy(arviz.psislw(rows)[1])
 
 
 def drawn(shape, seed=0):
@@ -42,6 +38,7 @@ LAWS = {
 }
 
 
+@pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1.x rounds the length of the tail down, not up")
 @pytest.mark.parametrize("count", [21, 26, 100, 225, 226, 1000, 5000])
 @pytest.mark.parametrize("law", LAWS)
 def test_it_is_that_of_arviz_for_each_datum(law, count):
