@@ -19,7 +19,7 @@ from pyro_vae import (
     tabular,
 )
 from pyro_vae.evidence import Evidence, log_evidence
-from pyro_vae.inference_data import to_arviz, to_datatree
+from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -46,6 +46,7 @@ __all__ = [
     "objectives",
     "plots",
     "priors",
+    "save_draws",
     "schedules",
     "tabular",
     "to_arviz",
