@@ -45,22 +45,20 @@ class Variable:
     dtype: np.dtype
     attrs: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one draw."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 class Drawing:
     """A model and guide on data, checked and named, from which draws are taken.
 
-    One draw is made beforehand, for names and sizes; it leaves the stream of the others alone.
+    One draw is made beforehand, for names and sizes; it leaves the stream of the others alone. Then ``permit`` is
+    called, to raise where there are too many bytes; only after it is anything made whose size grows with the draws.
 
     Attributes:
         names: of all dimensions.
         variables: what is drawn, by group and name.
         draws: number of draws.
-        statistics: the names of ``sample_stats``.
+        nbytes: of all draws.
+        statistics: the names of the log-densities that are densities.
+        settled: the groups that have no draws.
     """
 
     def __init__(
@@ -76,6 +74,7 @@ class Drawing:
         history: Mapping[str, Sequence[float]],
         constants: Mapping[str, Any],
         parallel: bool,
+        permit: Callable[["Drawing"], None],
     ):
         self.draws = positive_int(draws, "draws")
         self.data = data_tensors(data, "data")
@@ -90,9 +89,6 @@ class Drawing:
             self.latents, self.observed = _not_auxiliary(latent_sites(q)), observed_sites(p)
             _check_latents(latent_sites(p), self.latents)
             self.deterministic = _deterministic_sites(p)
-            self.names = Names(
-                self.latents | self.deterministic, self.observed, plate, dims, coords, draws, constants, epochs
-            )
             self._nesting = _nesting(q, p)
             self._by_datum = all(
                 any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])
@@ -101,7 +97,13 @@ class Drawing:
             )
             self.statistics = self._densities(q, p)
         with seeded(seed):
-            self.variables = self._described(self._draw(None))
+            first = self._draw(None)
+        self.nbytes = draws * sum(value.nbytes for values in first.values() for value in values.values())
+        permit(self)
+        self.names = Names(
+            self.latents | self.deterministic, self.observed, plate, dims, coords, draws, constants, epochs
+        )
+        self.variables = self._described(first)
         with seeded(seed + 1):  # other draws than those above, from which they are to be told
             parametric = {} if len(self.latents) < len(latent_sites(q)) else _given_data(self.latents, guide, self.data)
         self.settled: dict[str, xr.Dataset] = {
@@ -112,19 +114,10 @@ class Drawing:
         }
 
     @property
-    def nbytes(self) -> int:
-        """Of all draws."""
-        return self.draws * self._bytes_per_draw
-
-    @property
-    def _bytes_per_draw(self) -> int:
-        return sum(variable.nbytes for group in self.variables.values() for variable in group.values())
-
-    @property
     def chunk(self) -> int:
         """How many draws at a time take about 64 MiB."""
         passing = 4 * _WIDTH * len(self.data[0])
-        return min(self.draws, max(1, _CHUNK_BYTES // max(self._bytes_per_draw, passing)))
+        return min(self.draws, max(1, _CHUNK_BYTES // max(self.nbytes // self.draws, passing)))
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Groups]]:
         """Which draws, and their values ``(C, *shape)`` by group and name, under the seed."""

@@ -119,8 +119,10 @@ def to_datatree(
     2
     """
     positive_int(max_bytes, "max_bytes")
-    drawing = _drawing(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel)
-    _check_size(drawing, max_bytes)
+    drawing = _drawing(
+        *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
+        permit=lambda drawing: _check_size(drawing, max_bytes),
+    )
     groups: Groups = {
         group: {name: np.empty((1, draws, *of.shape), of.dtype) for name, of in variables.items()}
         for group, variables in drawing.variables.items()
@@ -203,8 +205,10 @@ def save_draws(
     if chunk is not None:
         positive_int(chunk, "chunk")
     path = new_path(path)
-    drawing = _drawing(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel)
-    check_space(path, drawing.nbytes)
+    drawing = _drawing(
+        *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
+        permit=lambda drawing: check_space(path, drawing.nbytes),
+    )
     largest = _Largest(drawing)
     with writing(path, _tree(drawing, seed)) as file:
         for group, variables in drawing.variables.items():
@@ -281,6 +285,7 @@ def _drawing(
     history: Fitted | Mapping[str, Sequence[float]] | None,
     constant_data: Mapping[str, Any] | None,
     parallel: bool,
+    permit: Callable[[Drawing], None],
 ) -> Drawing:
     """With the arguments that both exports take, as they were given."""
     recorded = history.history if isinstance(history, Fitted) else history
@@ -289,9 +294,8 @@ def _drawing(
     if not isinstance(constant_data, Mapping | None):
         kind = type(constant_data).__name__
         raise TypeError(f"constant_data: got a {kind}; accepted is a mapping, such as {{'labels': labels}}")
-    return Drawing(
-        model, guide, data, draws, seed, plate, dims or {}, coords or {}, recorded or {}, constant_data or {}, parallel
-    )
+    further = (dims or {}, coords or {}, recorded or {}, constant_data or {})
+    return Drawing(model, guide, data, draws, seed, plate, *further, parallel, permit)
 
 
 def _check_size(drawing: Drawing, max_bytes: int) -> None:
