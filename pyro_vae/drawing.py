@@ -29,7 +29,7 @@ from pyro_vae.randomness import seeded
 __all__ = ["Drawing", "Groups", "Variable"]
 
 _CHUNK_BYTES = 2**26
-_WIDTH = 64  # numbers of a datum that a network holds at least, on the way
+_WIDTH = 256  # numbers of a datum that a network may hold on the way
 _DRAWS = "num_draws"
 
 Function = Callable[..., Any]
