@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyro
@@ -29,6 +28,7 @@ _ROWS = 128  # of a batch
 
 Function = Callable[..., Any]
 Sampler = Callable[[int], Tensor]
+Done = Callable[[float], object]
 
 
 @dataclass(frozen=True)
@@ -144,15 +144,20 @@ def log_evidence(
     return estimated(problem, guide, num_samples, _sampler, seed, progress)
 
 
-def _sampler(problem: Problem, guide: Function) -> Sampler:
-    return partial(_log_weights, problem, guide)
+def _sampler(problem: Problem, guide: Function, done: Done) -> Sampler:
+    def sample(count: int) -> Tensor:
+        log_weights = _log_weights(problem, guide, count)
+        done(log_weights.numel())
+        return log_weights
+
+    return sample
 
 
 def estimated(
     problem: Problem,
     guide: Function,
     num_samples: int,
-    sampler: Callable[[Problem, Function], Sampler],
+    sampler: Callable[[Problem, Function, Done], Sampler],
     seed: int,
     progress: bool | None,
 ) -> Evidence:
@@ -162,14 +167,15 @@ def estimated(
         problem: the model on its data.
         guide: its guide.
         num_samples: K.
-        sampler: makes of a batch of rows and the guide the function that draws log-weights, ``count -> (count, N)``.
+        sampler: makes of a batch of rows and the guide the function that draws log-weights, ``count -> (count, N)``,
+            and tells its third argument how many are done.
         seed: of the draws.
         progress: as in :func:`log_evidence`.
     """
     total = problem.num_data * num_samples
     off = None if progress is None else not progress
     with seeded(seed), tqdm(total=total, disable=off, unit="draw", unit_scale=True) as bar:
-        parts = [_summed(part, sampler(part, guide), num_samples, bar.update) for part in _batches(problem, guide)]
+        parts = [_summed(part, sampler(part, guide, bar.update), num_samples) for part in _batches(problem, guide)]
     found, ess, khat = (torch.cat(list(part)).to(problem.dtype) for part in zip(*parts, strict=True))
     return Evidence(found, ess, khat, num_samples)
 
@@ -183,9 +189,7 @@ def _batches(problem: Problem, guide: Function) -> list[Problem]:
     return [Problem(model, part, plate) for part in parts]
 
 
-def _summed(
-    problem: Problem, sampler: Sampler, num_samples: int, done: Callable[[int], object]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(problem: Problem, sampler: Sampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each."""
     widths = [site["fn"].event_shape.numel() for site in (problem.latents | problem.observed).values()]
     chunk = max(1, _BUDGET // (problem.num_data * max(64, *widths)))
@@ -200,7 +204,6 @@ def _summed(
         log_weight = log_weight.double()
         total = torch.logaddexp(total, log_weight.logsumexp(0))
         total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
-        done(log_weight.numel())
     ess = (2 * total - total_of_squares).exp()
     return total - math.log(num_samples), ess, pareto_shape(top, num_samples)
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
-    {"steps", "gradients", "objectives"},
+    {"steps", "gradients", "objectives", "annealing", "comparison"},
     {"training"},
     {"inference_data"},
     {"plots"},
