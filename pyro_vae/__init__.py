@@ -21,7 +21,7 @@ from pyro_vae import (
 from pyro_vae.annealing import annealed_log_evidence
 from pyro_vae.comparison import compare_evidence
 from pyro_vae.evidence import Evidence, log_evidence
-from pyro_vae.inference_data import to_arviz, to_datatree
+from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -50,6 +50,7 @@ __all__ = [
     "objectives",
     "plots",
     "priors",
+    "save_draws",
     "schedules",
     "tabular",
     "to_arviz",

@@ -1,58 +1,82 @@
-"""Draws from a model and guide as an ``xarray.DataTree``, the form that ArviZ reads."""
+"""Draws from a model and guide as an ``xarray.DataTree``, the form that ArviZ reads, in memory or in a file."""
 
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 import xarray as xr
-from pyro import poutine
-from pyro.infer import Predictive
-from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import detach_provenance, get_provenance
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from pyro_vae.checks import data_tensors, positive_int
-from pyro_vae.handlers import latent_sites, observed_sites
-from pyro_vae.missing import check_model
+from pyro_vae.checks import positive_int
+from pyro_vae.draw_files import check_space, new_path, writing
+from pyro_vae.drawing import Drawing, Groups
+from pyro_vae.pareto import pareto_shape, tail_length
 from pyro_vae.randomness import seeded
+from pyro_vae.training import Fitted
 
-__all__ = ["to_arviz", "to_datatree"]
+__all__ = ["save_draws", "to_arviz", "to_datatree"]
 
 _MAX_BYTES = 4 * 2**30
-_LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
-_OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
+_GROUPS = (
+    *("posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"),
+    *("observed_data", "constant_data", "guide", "training"),
+)
+_LEAST_TAIL = 5  # draws that k̂ is fitted to
+_INDEPENDENT = "independent draws in one chain: r_hat and ess say nothing of them; use summary(kind='stats')"
+
+Function = Callable[..., Any]
 
 
-@torch.no_grad()
 def to_datatree(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Function,
+    guide: Function,
     *data: Tensor,
     draws: int = 1000,
     seed: int = 0,
     plate: str = "data",
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    history: Fitted | Mapping[str, Sequence[float]] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
     parallel: bool = False,
+    max_bytes: int = _MAX_BYTES,
 ) -> xr.DataTree:
-    """Draw from a model and guide, and name everything.
+    r"""Draw from a model and guide, and name everything.
 
-    Groups: ``posterior`` (the guide's latents, and what is deterministic given them, such as ``code``, what the decoder
-    reads of a relaxed latent), ``prior``, ``posterior_predictive`` and ``prior_predictive`` (data drawn **anew**, not
-    the observed data repeated), ``observed_data``, and ``guide``: the parameters of each q(z | x), such as ``z_loc``
-    and ``z_scale``, without draws (of latents whose parameters hang on the draw of another there are none).
+    Groups, each where there is something for it:
+
+    * ``posterior``: the guide's latents, and what is deterministic given them, such as ``code``, what the decoder reads
+      of a relaxed latent.
+    * ``sample_stats``, in nats, of the very draws in ``posterior``: ``lp``, :math:`\log p(x_i, z_i)`; ``log_q``,
+      :math:`\log q(z_i \mid x_i)`; ``log_weight``, the first less the second, whose mean is the ELBO of datum i, and
+      whose logarithm of the mean exponential is the estimate of :func:`pyro_vae.log_evidence`. Each is unscaled, of the
+      observed entries where some are missing. ``khat``, without draws, tells whether to trust the weights, see
+      :func:`pyro_vae.pareto.pareto_shape`; from 21 draws on.
+    * ``prior``; ``posterior_predictive`` and ``prior_predictive``: data drawn **anew**, not the observed repeated.
+    * ``observed_data``, and ``constant_data``: what is given as such.
+    * ``guide``: the parameters of each q(z | x), such as ``z_loc`` and ``z_scale``, without draws (of latents whose
+      parameters hang on the draw of another there are none).
+    * ``training``: the history, along ``epoch``.
+
     Dimensions are ``(chain, draw, obs, ...)`` with one chain: draws from a guide are independent, so ``r_hat`` and
     ``ess`` say nothing about them; ``az.summary(..., kind="stats")`` is what fits.
 
+    A **latent outside the data plate**, of the model or of an autoguide, is shared by all data, so that log p(x, z) and
+    log q are no sums over data that each had a weight of its own: ``sample_stats`` then has the joint densities of all
+    data, along ``(chain, draw)``, and one ``khat``. What is no density is left out: ``lp`` where the likelihood is not
+    normalised (soft targets) or a relaxed q stands for a discrete prior; ``log_q`` where the guide is a point
+    (``AutoDelta``); ``log_weight`` where either is, or where the guide has latents that the model has not.
+
     Save with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load with ``xarray.open_datatree("run.nc")``. What the
-    installed ArviZ takes is :func:`to_arviz` of it.
+    installed ArviZ takes is :func:`to_arviz` of it. What is too large for the memory is written by :func:`save_draws`.
 
     Args:
         model: a Pyro model.
@@ -61,15 +85,20 @@ def to_datatree(
         draws: number of draws.
         seed: of the draws.
         plate: name of the data plate, whose dimension is called ``obs``.
-        dims: names of a site's event dimensions, by site, such as ``{"x": ["height", "width"]}``.
+        dims: names of a site's event dimensions, by site, such as ``{"x": ["height", "width"]}``; and those of constant
+            data and of a history.
         coords: coordinates by dimension, such as ``{"obs": names}``, counted from 0 where left out; and further ones
             along a dimension, such as ``{"label": ("obs", labels)}``, by which to select and to colour.
-        parallel: draw all at once, as ``pyro.infer.Predictive(parallel=True)``: faster, for models and guides whose
+        history: what :func:`pyro_vae.fit` returned, or values by epoch.
+        constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``: along ``obs`` where their first
+            axis has as many entries.
+        parallel: draw many at once, as ``pyro.infer.Predictive(parallel=True)``: faster, for models and guides whose
             networks take a dimension more on the left.
+        max_bytes: the most that the draws may take in memory; 4 GiB if left out.
 
     Raises:
-        ValueError: if the draws would take more than 4 GiB, with the number of bytes; if ``dims`` or ``coords`` do not
-            fit.
+        ValueError: if the draws would take more than ``max_bytes``, with the number of bytes; if ``dims``, ``coords``,
+            ``history`` or ``constant_data`` do not fit.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -81,42 +110,118 @@ def to_datatree(
     >>> x, labels = torch.randn(10, 2), torch.arange(10) % 2
     >>> tree = to_datatree(vae.model, vae.guide, x, draws=50, coords={"label": ("obs", labels)})
     >>> list(tree.children)
-    ['posterior', 'prior', 'posterior_predictive', 'prior_predictive', 'observed_data', 'guide']
+    ['posterior', 'sample_stats', 'prior', 'posterior_predictive', 'prior_predictive', 'observed_data', 'guide']
     >>> dict(tree["posterior"]["z"].sizes)
     {'chain': 1, 'draw': 50, 'obs': 10, 'latent': 1}
+    >>> {name: values.dims[2:] or values.dims for name, values in tree["sample_stats"].data_vars.items()}
+    {'lp': ('obs',), 'log_q': ('obs',), 'log_weight': ('obs',), 'khat': ('obs',)}
     >>> tree["guide"]["z_loc"].groupby("label").mean().sizes["label"]
     2
     """
-    positive_int(draws, "draws")
-    data = data_tensors(data, "data")
-    check_model(model, data, "data")
-    generative = _Anew()(model)
-    with seeded(seed):
-        with poutine.block():
-            guide_trace = poutine.trace(guide).get_trace(*data)
-            model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
-        latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
-        deterministic = _deterministic_sites(model_trace)
-        _check_latents(latent_sites(model_trace), latents)
-        _check_size(latents | deterministic | observed, draws)
-        names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
-        q = Predictive(guide, num_samples=draws, parallel=parallel, return_sites=tuple(latents))(*data)
-        rest = (*deterministic, *observed)
-        given_q = Predictive(generative, q, parallel=parallel, return_sites=rest)(*data)
-        p = Predictive(generative, num_samples=draws, parallel=parallel, return_sites=(*latents, *rest))(*data)
-        parametric = {} if len(latents) < len(latent_sites(guide_trace)) else _given_data(latents, guide, data)
-    attrs = _attributes(draws, seed)
-    groups = {
-        "posterior": names.dataset(q | {name: given_q[name] for name in deterministic}),
-        "prior": names.dataset({name: p[name] for name in (*latents, *deterministic) if name in p}),
-        "posterior_predictive": names.dataset({name: given_q[name] for name in observed}),
-        "prior_predictive": names.dataset({name: p[name] for name in observed}),
-        "observed_data": names.dataset({name: site["value"] for name, site in observed.items()}, drawn=False),
-        "guide": names.guide(parametric),
+    positive_int(max_bytes, "max_bytes")
+    drawing = _drawing(
+        *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
+        permit=lambda drawing: _check_size(drawing, max_bytes),
+    )
+    groups: Groups = {
+        group: {name: np.empty((1, draws, *of.shape), of.dtype) for name, of in variables.items()}
+        for group, variables in drawing.variables.items()
     }
-    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items() if group})
-    tree.attrs = attrs
-    return tree
+    largest = _Largest(drawing)
+    with seeded(seed):
+        for taken, values in drawing.chunks():
+            largest.add(values)
+            for group, variables in values.items():
+                for name, value in variables.items():
+                    groups[group][name][0, taken] = value
+    return _tree(drawing, seed, groups, largest)
+
+
+def save_draws(
+    path: str | os.PathLike[str],
+    model: Function,
+    guide: Function,
+    *data: Tensor,
+    draws: int = 1000,
+    seed: int = 0,
+    plate: str = "data",
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    history: Fitted | Mapping[str, Sequence[float]] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    parallel: bool = False,
+    chunk: int | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Draw as :func:`to_datatree` does, and write the draws to a netCDF file, some at a time.
+
+    The file has the groups, names and values of ``to_datatree`` under the same seed (with ``parallel`` only where
+    ``chunk`` is left out, or equal in two files: draws beside each other are drawn together). The memory holds one
+    chunk. It is of draws, not of rows, since draws are independent whatever the model is, and rows are not where a
+    latent is shared; one draw of everything is about as large as the data, which are in memory.
+
+    The file comes to be under another name beside the path, and is moved there when it is whole: an interrupted export
+    leaves what was there before. Read it with ``xarray.open_datatree(path)``, which takes from the file what is asked
+    for, such as ``tree["posterior"]["z"].isel(obs=slice(10))``, and hand that to ArviZ.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        model: a Pyro model.
+        guide: its guide.
+        data: what both take.
+        draws: number of draws.
+        seed: of the draws.
+        plate: as for :func:`to_datatree`.
+        dims: as for :func:`to_datatree`.
+        coords: as for :func:`to_datatree`.
+        history: as for :func:`to_datatree`.
+        constant_data: as for :func:`to_datatree`.
+        parallel: as for :func:`to_datatree`.
+        chunk: how many draws at a time; if left out, what takes about 64 MiB.
+        progress: whether to show a progress bar; only on a terminal if left out.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: before anything is drawn, if the path will not do or the disk is full;
+            and as :func:`to_datatree`.
+
+    >>> import tempfile
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> x = torch.randn(10, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_draws(f"{folder}/draws.nc", vae.model, vae.guide, x, draws=50, chunk=20)
+    ...     with xr.open_datatree(path) as loaded:
+    ...         loaded["posterior"].equals(to_datatree(vae.model, vae.guide, x, draws=50)["posterior"])
+    True
+    """
+    if chunk is not None:
+        positive_int(chunk, "chunk")
+    path = new_path(path)
+    drawing = _drawing(
+        *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
+        permit=lambda drawing: check_space(path, drawing.nbytes),
+    )
+    largest = _Largest(drawing)
+    with writing(path, _tree(drawing, seed)) as file:
+        for group, variables in drawing.variables.items():
+            for name, of in variables.items():
+                file.add(group, name, ("chain", "draw", *of.dims), of.dtype, of.attrs)
+        with seeded(seed), tqdm(total=draws, disable=None if progress is None else not progress, unit="draw") as bar:
+            for taken, values in drawing.chunks(chunk):
+                largest.add(values)
+                file.write(taken, values)
+                bar.update(taken.stop - taken.start)
+        if largest.suffice:
+            file.put("sample_stats", "khat", drawing.variables["sample_stats"]["log_weight"].dims, largest.khat())
+    return path
 
 
 def to_arviz(tree: xr.DataTree) -> Any:
@@ -139,191 +244,87 @@ def to_arviz(tree: xr.DataTree) -> Any:
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "guide group is not defined in the InferenceData scheme", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "(guide|training) group is not defined in the InferenceData scheme", UserWarning
+        )
         return arviz.from_datatree(tree)
 
 
-class _Anew(UnconditionMessenger):
-    """``poutine.uncondition``, but for deterministic sites: they are no data."""
+class _Largest:
+    """The largest weights of each datum, or of all data together: what k̂ is made of, as draws come in."""
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
+    def __init__(self, drawing: Drawing):
+        self.draws = drawing.draws
+        self.suffice = "log_weight" in drawing.statistics and tail_length(drawing.draws) >= _LEAST_TAIL
+        self._kept = tail_length(drawing.draws) + 1
+        self._top: Tensor | None = None
 
+    def add(self, values: Groups) -> None:
+        """Take note of a chunk."""
+        if self.suffice:
+            new = torch.from_numpy(values["sample_stats"]["log_weight"])
+            top = new if self._top is None else torch.cat([self._top, new])
+            self._top = top.topk(min(self._kept, len(top)), dim=0).values
 
-def _event_shape(site: dict[str, Any], batch: Mapping[str, int]) -> torch.Size:
-    """``pyro.deterministic`` takes all dimensions for the event's, unless told; the plates' are none."""
-    shape = site["fn"].event_shape
-    told = not site["infer"].get("_deterministic") or len(shape) < site["value"].dim()
-    return shape if told or tuple(shape[: len(batch)]) != tuple(batch.values()) else shape[len(batch) :]
-
-
-def _not_auxiliary(sites: dict[str, Any]) -> dict[str, Any]:
-    """Without the sites that autoguides make for themselves."""
-    return {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
-
-
-def _deterministic_sites(trace: Any) -> dict[str, Any]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["infer"].get("_deterministic")
-    }
+    def khat(self) -> np.ndarray:
+        """``(obs)``, or one number."""
+        assert self._top is not None
+        khat = pareto_shape(self._top.reshape(len(self._top), -1), self.draws)
+        return khat.reshape(self._top.shape[1:]).numpy()
 
 
-def _given_data(latents: dict[str, Any], guide: Callable[..., Any], data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Those whose parameters are of the data alone: the others hang on draws of latents before them."""
-    with poutine.block(), torch.no_grad(), TrackProvenance():
-        tracked = latent_sites(poutine.trace(guide).get_trace(*data))
+def _drawing(
+    model: Function,
+    guide: Function,
+    data: tuple[Tensor, ...],
+    draws: int,
+    seed: int,
+    plate: str,
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Any] | None,
+    history: Fitted | Mapping[str, Sequence[float]] | None,
+    constant_data: Mapping[str, Any] | None,
+    parallel: bool,
+    permit: Callable[[Drawing], None],
+) -> Drawing:
+    """With the arguments that both exports take, as they were given."""
+    recorded = history.history if isinstance(history, Fitted) else history
+    if not isinstance(recorded, Mapping | None):
+        raise TypeError(f"history: got {recorded!r}; accepted is what `fit` returned, or its `history`")
+    if not isinstance(constant_data, Mapping | None):
+        kind = type(constant_data).__name__
+        raise TypeError(f"constant_data: got a {kind}; accepted is a mapping, such as {{'labels': labels}}")
+    further = (dims or {}, coords or {}, recorded or {}, constant_data or {})
+    return Drawing(model, guide, data, draws, seed, plate, *further, parallel, permit)
 
-    def hangs(name: str) -> bool:
-        ours, theirs = _parameters(latents[name]["fn"]), _parameters(tracked[name]["fn"])
-        return any(
-            get_provenance(theirs[key]) & latents.keys()
-            or not torch.allclose(value, detach_provenance(theirs[key]), equal_nan=True)  # by way of NumPy, say
-            for key, value in ours.items()
-        )
 
-    return {name: site for name, site in latents.items() if not hangs(name)}
-
-
-def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:
-    missing = sorted(set(of_model) - set(of_guide))
-    if missing:
+def _check_size(drawing: Drawing, max_bytes: int) -> None:
+    if drawing.nbytes > max_bytes:
+        sites = ", ".join(drawing.latents | drawing.deterministic | drawing.observed)
         raise ValueError(
-            f"guide: the model's latents {missing} are not in it, so that there are no posterior draws of them"
+            f"draws: {drawing.draws} draws of {sites} from posterior and prior, with their densities, take "
+            f"{drawing.nbytes} bytes; at most {max_bytes} are kept in memory (max_bytes). Ask for fewer draws, hand "
+            "over fewer rows, or write them to a file in chunks: pyro_vae.save_draws('draws.nc', model, guide, ...)"
         )
 
 
-def _check_size(sites: dict[str, Any], draws: int) -> None:
-    size = 2 * draws * sum(site["value"].numel() * site["value"].element_size() for site in sites.values())
-    if size > _MAX_BYTES:
-        raise ValueError(
-            f"draws: {draws} draws of {', '.join(sites)} from posterior and prior take {size} bytes; at most "
-            f"{_MAX_BYTES} are drawn. Ask for fewer draws, or hand over fewer data."
-        )
-
-
-def _is_along(values: Any) -> bool:
-    """Whether values of a coordinate are told with their dimension, ``("obs", labels)``, and are not two names."""
-    return (
-        isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], str) and not isinstance(values[1], str)
-    )
-
-
-class _Names:
-    """Dimension names and coordinates of sites."""
-
-    def __init__(
-        self,
-        unobserved: dict[str, Any],
-        observed: dict[str, Any],
-        plate: str,
-        dims: Mapping[str, Sequence[str]],
-        coords: Mapping[str, Any],
-        draws: int,
-    ):
-        sites = unobserved | observed
-        unknown = sorted(set(dims) - set(sites))
-        if unknown:
-            raise ValueError(f"dims: names the sites {unknown}; the model has {sorted(sites)}")
-        self.dims: dict[str, tuple[str, ...]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        sizes = {"chain": 1, "draw": draws}
-        for name, site in sites.items():
-            frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda f: f.dim)
-            batch = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}
-            event_shape = _event_shape(site, batch)
-            event = dims.get(name) or self._event_dims(name, event_shape, name in observed, sizes)
-            if len(event) != len(event_shape):
-                raise ValueError(f"dims: names {list(event)} for {name}, whose event shape is {tuple(event_shape)}")
-            self.dims[name] = (*batch, *event)
-            if len({"chain", "draw", *self.dims[name]}) < 2 + len(self.dims[name]):
-                raise ValueError(f"dims: {name} would have a dimension twice: {['chain', 'draw', *self.dims[name]]}")
-            self.shapes[name] = (*batch.values(), *event_shape)
-            for dim, size in zip(self.dims[name], self.shapes[name], strict=True):
-                if sizes.setdefault(dim, size) != size:
-                    raise ValueError(f"dims: {dim!r} of {name} has size {size}, and {sizes[dim]} elsewhere")
-        self.coords: dict[str, tuple[str, np.ndarray]] = {dim: (dim, np.arange(size)) for dim, size in sizes.items()}
-        for name, values in coords.items():
-            dim, values = values if _is_along(values) else (name, values)
-            coordinate = np.asarray(values)
-            if coordinate.shape != (sizes.get(dim),):
-                along = "" if name == dim else f", along {dim!r},"
-                found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
-                raise ValueError(f"coords: {name!r}{along} has {found}; accepted are {sizes}")
-            if name in sizes and name != dim:
-                raise ValueError(f"coords: {name!r} is a dimension, and its coordinate cannot lie along {dim!r}")
-            if name in self.dims:
-                raise ValueError(f"coords: {name!r} is the name of a site; accepted is another")
-            self.coords[name] = (dim, coordinate)
-
-    @staticmethod
-    def _event_dims(name: str, shape: torch.Size, is_observed: bool, sizes: dict[str, int]) -> tuple[str, ...]:
-        defaults = _OBSERVED_DIMS if is_observed else _LATENT_DIMS
-        dims = defaults.get(len(shape), tuple(f"dim_{axis}" for axis in range(len(shape))))
-        clash = any(sizes.get(dim, size) != size for dim, size in zip(dims, shape, strict=True))
-        return tuple(f"{name}_{dim}" for dim in dims) if clash else dims
-
-    def dataset(self, values: Mapping[str, Tensor], drawn: bool = True) -> xr.Dataset:
-        lead = ("chain", "draw") if drawn else ()
-        arrays = {}
-        for name, value in values.items():
-            shape = (1, -1, *self.shapes[name]) if drawn else self.shapes[name]
-            arrays[name] = ((*lead, *self.dims[name]), value.detach().cpu().reshape(shape).numpy())
-        return self._dataset(arrays)
-
-    def guide(self, latents: Mapping[str, Any]) -> xr.Dataset:
-        """The parameters of each latent's distribution, without draws."""
-        arrays = {}
-        for name, site in latents.items():
-            fn, shape = site["fn"], self.shapes[name]
-            batch = shape[: len(shape) - len(fn.event_shape)]
-            for parameter, value in _parameters(fn).items():
-                if value.dim() < len(fn.batch_shape):
-                    value = value.expand(fn.batch_shape)
-                value = value.reshape((*batch, *value.shape[len(fn.batch_shape) :]))
-                arrays[f"{name}_{parameter}"] = (
-                    self._parameter_dims(name, parameter, value.shape, len(batch)),
-                    value.cpu().numpy(),
-                )
-        taken = sorted(arrays.keys() & self.coords.keys())
-        if taken:
-            raise ValueError(f"coords: {taken[0]!r} is the name of a parameter of the guide; accepted is another")
-        return self._dataset(arrays)
-
-    def _parameter_dims(self, name: str, parameter: str, shape: tuple[int, ...], num_batch: int) -> tuple[str, ...]:
-        """Those of the site; the columns of a matrix along a second, ``_bis``; any other shape by number."""
-        dims, sizes = self.dims[name], self.shapes[name]
-        own, event = tuple(shape[num_batch:]), sizes[num_batch:]
-        if own == event[: len(own)] and parameter != "component_logits":
-            return dims[: len(shape)]
-        if parameter in _MATRICES and own == 2 * event:
-            columns = f"{dims[-1]}_bis"
-            self.coords.setdefault(columns, (columns, self.coords[dims[-1]][1]))
-            return (*dims, columns)
-        numbered = tuple(f"{name}_{parameter}_{axis}" for axis in range(num_batch, len(shape)))
-        for dim, size in zip(numbered, own, strict=True):
-            self.coords.setdefault(dim, (dim, np.arange(size)))
-        return (*dims[:num_batch], *numbered)
-
-    def _dataset(self, arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray]]) -> xr.Dataset:
-        used = {dim for dims, _ in arrays.values() for dim in dims}
-        coords = {name: (dim, values) for name, (dim, values) in self.coords.items() if dim in used}
-        return xr.Dataset(arrays, coords=coords)
-
-
-_MATRICES = {"covariance_matrix", "precision_matrix", "scale_tril"}
-_ALIASES = {"logits": "probs", "precision_matrix": "covariance_matrix", "scale_tril": "covariance_matrix"}
-
-
-def _parameters(fn: Any) -> dict[str, Tensor]:
-    """What a distribution was made from, each once; nothing of a transformed one that has no parameters of its own."""
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    names = [name for name in fn.arg_constraints if _ALIASES.get(name) not in fn.arg_constraints]
-    values = {name: getattr(fn, name) for name in names if name != "log_density"}
-    return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+def _tree(drawing: Drawing, seed: int, drawn: Groups | None = None, largest: _Largest | None = None) -> xr.DataTree:
+    """All groups; of those that are drawn, without draws only the coordinates."""
+    attrs = _attributes(drawing.draws, seed)
+    groups = dict(drawing.settled)
+    for group, variables in drawing.variables.items():
+        dims = {"chain", "draw"}.union(*(of.dims for of in variables.values()))
+        arrays: dict[str, Any] = {}
+        for name, values in (drawn[group] if drawn else {}).items():
+            arrays[name] = (("chain", "draw", *variables[name].dims), values, variables[name].attrs)
+        if group == "sample_stats" and largest and largest.suffice:
+            arrays["khat"] = (variables["log_weight"].dims, largest.khat())
+        groups[group] = xr.Dataset(arrays, coords=drawing.names.coordinates(dims))
+    there = [name for name in _GROUPS if name in drawing.variables or (groups.get(name))]
+    named = {name: groups[name].assign_attrs(attrs) for name in there}
+    tree = xr.DataTree.from_dict(named)
+    tree.attrs = attrs
+    return tree
 
 
 def _attributes(draws: int, seed: int) -> dict[str, str | int]:
@@ -333,6 +334,7 @@ def _attributes(draws: int, seed: int) -> dict[str, str | int]:
         "creation_library_version": importlib.metadata.version("pyro-vae"),
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
+        "sampling": _INDEPENDENT,
         "draws": draws,
         "seed": seed,
     }

@@ -13,10 +13,10 @@ FLOORS = [
     {"checks"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
-        *{"distributions", "mixtures", "flows", "tabular"},
+        *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "draw_files"},
     },
     {"datasets", "families", "decomposition", "schedules", "missing", "pareto"},
-    {"parts", "multivariate", "joint_density", "minibatches", "draws"},
+    {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
     {"steps", "gradients", "objectives", "annealing", "comparison"},

@@ -16,14 +16,15 @@ from scipy.stats import kstest
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, inference_data, likelihoods, priors
+from pyro_vae import drawing, guides, likelihoods, priors
 from pyro_vae.networks import linear, mlp
 
 NET = mlp([4], nn.Tanh)
 N = 6
 DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
-GROUPS = ["posterior", "prior", "posterior_predictive", "prior_predictive", "observed_data", "guide"]
+DRAWN = ["posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"]
+GROUPS = [*DRAWN, "observed_data", "guide"]
 SIGMAS = 5
 UNLIKELY = 1e-6
 
@@ -128,7 +129,7 @@ def test_groups_and_variables_of_a_vae(vae):
     assert list(tree.children) == GROUPS
     for group in ("posterior", "prior"):
         assert set(tree[group].data_vars) == {"z"} | code
-    for group in GROUPS[2:5]:
+    for group in GROUPS[3:6]:
         assert set(tree[group].data_vars) == {"x"}
 
 
@@ -244,7 +245,7 @@ def test_one_seed_reproduces_the_draws_and_another_gives_others(parallel):
     first, again, other = (own_tree(seed=seed, parallel=parallel) for seed in (0, 0, 1))
     for group in GROUPS:
         assert first[group].to_dataset().equals(again[group].to_dataset())
-    for group in GROUPS[:4]:
+    for group in DRAWN:
         for name in first[group].data_vars:
             assert not np.isclose(first[group][name], other[group][name]).any(), (group, name)
 
@@ -270,9 +271,9 @@ def test_what_is_told_of_the_guide_draws_nothing_of_the_seed(parallel, monkeypat
     trees = []
     for asked in (True, False):
         if not asked:
-            monkeypatch.setattr(inference_data, "_given_data", lambda latents, *rest: latents)
+            monkeypatch.setattr(drawing, "_given_data", lambda latents, *rest: latents)
         trees.append(tree_of(gaussian_of_seed(), parallel=parallel))
-    for group in GROUPS[:4]:
+    for group in DRAWN:
         assert trees[0][group].to_dataset().equals(trees[1][group].to_dataset()), group
 
 
@@ -482,7 +483,7 @@ def test_an_autoguide_that_draws_on_the_way_has_no_guide_group():
     for autoguide in (AutoNormal, AutoDiagonalNormal):
         pyro.clear_param_store()
         guide = autoguide(own_model)
-        assert list(pv.to_datatree(own_model, guide, X[:, 0], draws=3).children) == GROUPS[:5]
+        assert list(pv.to_datatree(own_model, guide, X[:, 0], draws=3).children) == GROUPS[:-1]
 
 
 def test_a_point_is_told_as_a_point():
@@ -504,7 +505,7 @@ def test_a_transformed_distribution_has_no_parameters_of_its_own():
             normal = dist.Normal(x, torch.ones(len(x)))
             pyro.sample("z", dist.TransformedDistribution(normal, [dist.transforms.ExpTransform()]))
 
-    assert list(pv.to_datatree(model, guide, X[:, 0], draws=3).children) == GROUPS[:5]
+    assert list(pv.to_datatree(model, guide, X[:, 0], draws=3).children) == GROUPS[:-1]
 
 
 # --- The user's own names --------------------------------------------------------------------------------------------
@@ -622,7 +623,7 @@ def test_one_name_for_two_dimensions_of_a_site_is_refused():
 
 
 def test_more_than_four_gibibytes_are_refused_with_the_count_before_they_are_drawn():
-    draws = 4 * 2**30 // (per_draw := 2 * 4 * N * (2 + 3)) + 1
+    draws = 4 * 2**30 // (per_draw := 4 * N * (2 * (2 + 3) + 3)) + 1
     with pytest.raises(ValueError, match=rf"draws: {draws} draws of z, x .* take {draws * per_draw} bytes"):
         tree_of(gaussian(), draws=draws)
 
