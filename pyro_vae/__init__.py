@@ -20,6 +20,7 @@ from pyro_vae import (
 )
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.inference_data import to_arviz, to_datatree
+from pyro_vae.information import Decomposition, decompose
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -27,10 +28,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Decomposition",
     "Evidence",
     "Fitted",
     "baselines",
     "datasets",
+    "decompose",
     "distributions",
     "evaluate",
     "exact",
