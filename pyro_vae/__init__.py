@@ -19,6 +19,7 @@ from pyro_vae import (
     tabular,
 )
 from pyro_vae.evidence import Evidence, log_evidence
+from pyro_vae.gaps import InferenceGap, inference_gap
 from pyro_vae.inference_data import to_arviz, to_datatree
 from pyro_vae.information import Decomposition, decompose
 from pyro_vae.training import Fitted, evaluate, fit
@@ -31,6 +32,7 @@ __all__ = [
     "Decomposition",
     "Evidence",
     "Fitted",
+    "InferenceGap",
     "baselines",
     "datasets",
     "decompose",
@@ -42,6 +44,7 @@ __all__ = [
     "gradients",
     "guides",
     "handlers",
+    "inference_gap",
     "likelihoods",
     "log_evidence",
     "missing",

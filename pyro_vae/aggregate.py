@@ -43,9 +43,9 @@ class Aggregate:
             return self.q.log_prob(wide).double().expand(shape), {}
         total, by_variable = self.problem.zeros().expand(shape), {}
         for name, fn in self.factors.items():
-            each = without_independent(fn).log_prob(values[name]).double()
+            each = without_independent(fn).log_prob(values[name])
             each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
-            total = total + each.sum(-1)
+            total = total + each.sum(-1, dtype=total.dtype)
             by_variable[name] = each
         return total, by_variable
 
@@ -67,7 +67,7 @@ class Aggregate:
             parts.append(torch.cat([own, torch.logaddexp(own, others), others], dim=1))
             for name, each in by_variable.items():
                 mine = each.gather(1, owner[..., None].expand(-1, -1, each.shape[-1]))[:, 0]
-                found = (mine - each.logsumexp(1) + math.log(num_data)).sum(0)
+                found = (mine - each.logsumexp(1) + math.log(num_data)).sum(0, dtype=log_q.dtype)
                 information[name] = information.get(name, torch.zeros_like(found)) + found
         own, all_of_them, others = torch.cat(parts).T.unflatten(1, (count, num_data))
         return torch.stack([own, all_of_them - math.log(num_data), others - math.log(num_data - 1)]), information

@@ -47,6 +47,8 @@ def rate_by_variable(ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor | N
     ``None`` if guide or prior is no product over the variables.
     """
     q, p = ours["fn"], theirs["fn"]
+    if p.batch_shape != q.batch_shape:  # which some of torch's KLs do not broadcast
+        p = p.expand(q.batch_shape)
     while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
         q, p = q.base_dist, p.base_dist
     if q.event_shape != p.event_shape or (q is ours["fn"] and q.event_shape):

@@ -18,8 +18,8 @@ FLOORS = [
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
-    {"steps", "gradients", "objectives"},
-    {"training"},
+    {"steps", "gradients", "objectives", "refinement"},
+    {"training", "gaps"},
     {"inference_data"},
     {"plots"},
 ]
