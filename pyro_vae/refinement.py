@@ -32,7 +32,10 @@ def refine(q: Guide, steps: int, lr: float, num_particles: int) -> Function:
     families = _families(q)
     parameters = {name: start for name, (start, _) in families.items()}
     free = [parameter.requires_grad_() for start in parameters.values() for parameter in start]
-    optimizer, schedule = torch.optim.Adam(free, lr=lr), decayed(lr, steps)
+    # A slope of less than eps nats is not blown up to a step of lr: where q is the posterior, it stays.
+    optimizer, schedule = torch.optim.Adam(free, lr=lr, eps=1e-3), decayed(lr, steps)
+    averages = [torch.zeros_like(parameter) for parameter in free]
+    counted = range(steps // 2, steps)  # whose mean is closer to where the gradient is zero than the last one
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = schedule(step)
         with torch.enable_grad():
@@ -45,8 +48,12 @@ def refine(q: Guide, steps: int, lr: float, num_particles: int) -> Function:
         if not all(gradient.isfinite().all() for gradient in gradients):
             raise FloatingPointError(f"refinement, step {step + 1}: the gradient is not finite. Take a smaller lr")
         optimizer.step()
+        if step in counted:
+            for average, parameter in zip(averages, free, strict=True):
+                average += parameter.detach() / len(counted)
     with torch.no_grad():
-        fns = {name: build([p.detach() for p in parameters[name]]) for name, (_, build) in families.items()}
+        remaining = iter(averages)
+        fns = {name: build([next(remaining) for _ in start]) for name, (start, build) in families.items()}
     plate, num_data = q.problem.plate, q.problem.num_data
 
     def refined(*data: Tensor) -> None:
