@@ -21,7 +21,9 @@ from pyro_vae import (
 from pyro_vae.annealing import annealed_log_evidence
 from pyro_vae.comparison import compare_evidence
 from pyro_vae.evidence import Evidence, log_evidence
+from pyro_vae.gaps import InferenceGap, inference_gap
 from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
+from pyro_vae.information import Decomposition, decompose
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -29,12 +31,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Decomposition",
     "Evidence",
     "Fitted",
+    "InferenceGap",
     "annealed_log_evidence",
     "baselines",
     "compare_evidence",
     "datasets",
+    "decompose",
     "distributions",
     "evaluate",
     "exact",
@@ -43,6 +48,7 @@ __all__ = [
     "gradients",
     "guides",
     "handlers",
+    "inference_gap",
     "likelihoods",
     "log_evidence",
     "missing",

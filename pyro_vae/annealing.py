@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.checks import positive_int
-from pyro_vae.evidence import Done, Evidence, Sampler, check_densities, estimated, proposals
-from pyro_vae.joint_density import Guide, Problem, Values
+from pyro_vae.evidence import Done, Evidence, Sampler, estimated
+from pyro_vae.joint_density import Guide, Problem, Values, drawn
 
 __all__ = ["annealed_log_evidence"]
 
@@ -93,7 +93,7 @@ def annealed_log_evidence(
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
     problem = Problem(model, data, plate)
-    check_densities(Guide(problem, guide))
+    Guide(problem, guide).check_densities()
     _Coordinates(problem)
     betas = _temperatures(num_temperatures)
 
@@ -194,7 +194,7 @@ class _Path:
 
     def start(self, count: int) -> _State:
         """Draws of the guide."""
-        return self.at(self.coordinates.points(proposals(self.problem, self.guide, count)[0]))
+        return self.at(self.coordinates.points(drawn(self.guide, self.problem.data, count)[0]))
 
     def at(self, point: Tensor) -> _State:
         point = point.detach().requires_grad_()

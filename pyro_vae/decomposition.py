@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae.distributions import base_distribution, is_normalized
 from pyro_vae.handlers import latent_sites, observed_sites
 
-__all__ = ["bound_name", "elbo_terms", "log_density"]
+__all__ = ["bound_name", "elbo_terms", "log_density", "rate_by_variable"]
 
 _PARTICLES = "num_particles_vectorized"
 
@@ -39,6 +39,24 @@ def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
     latents = latent_sites(guide_trace).values()
     points = bool(latents) and all(isinstance(base_distribution(site["fn"]), dist.Delta) for site in latents)
     return "elbo" if bounded and not points else "surrogate"
+
+
+def rate_by_variable(ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor | None:
+    """KL(q || p) of each variable of a site, ``(*batch, *variables)``, or its estimate from the draws of the guide.
+
+    ``None`` if guide or prior is no product over the variables.
+    """
+    q, p = ours["fn"], theirs["fn"]
+    if p.batch_shape != q.batch_shape:  # which some of torch's KLs do not broadcast
+        p = p.expand(q.batch_shape)
+    while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
+        q, p = q.base_dist, p.base_dist
+    if q.event_shape != p.event_shape or (q is ours["fn"] and q.event_shape):
+        return None
+    try:
+        return torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return q.log_prob(ours["value"]) - p.log_prob(ours["value"])
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ __all__ = [
     "base_support",
     "is_normalized",
     "log_simplex",
+    "without_independent",
 ]
 
 
@@ -51,6 +52,17 @@ def base_distribution(distribution: Any) -> Any:
     Normal(loc: torch.Size([2]), scale: torch.Size([2]))
     """
     while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def without_independent(distribution: Any) -> Any:
+    """The distribution inside ``to_event`` alone: a masked or transformed one is another than its base.
+
+    >>> without_independent(dist.Normal(torch.zeros(2), 1.0).to_event(1)).event_shape
+    torch.Size([])
+    """
+    while isinstance(distribution, torch.distributions.Independent):
         distribution = distribution.base_dist
     return distribution
 

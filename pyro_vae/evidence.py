@@ -5,23 +5,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.checks import positive_int
-from pyro_vae.decomposition import log_density
-from pyro_vae.distributions import base_distribution
-from pyro_vae.handlers import latent_sites
-from pyro_vae.joint_density import Guide, Problem, Values
+from pyro_vae.joint_density import Guide, Problem, drawn
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.pareto import pareto_shape, reliable_shape, tail_length
 from pyro_vae.randomness import seeded
 
-__all__ = ["Evidence", "check_densities", "estimated", "log_evidence", "proposals"]
+__all__ = ["Evidence", "estimated", "log_evidence"]
 
 _BUDGET = 2**22  # numbers in the largest tensor of one chunk
 _ROWS = 128  # of a batch
@@ -140,7 +134,7 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     problem = Problem(model, data, plate)
-    check_densities(Guide(problem, guide))
+    Guide(problem, guide).check_densities()
     return estimated(problem, guide, num_samples, _sampler, seed, progress)
 
 
@@ -208,25 +202,7 @@ def _summed(problem: Problem, sampler: Sampler, num_samples: int) -> tuple[Tenso
     return total - math.log(num_samples), ess, pareto_shape(top, num_samples)
 
 
-def check_densities(q: Guide) -> None:
-    """A point of a continuous latent has no density to weight it by, and log p(x, z) is no bound."""
-    for name, site in q.sites.items():
-        continuous = not q.problem.latents[name]["fn"].support.is_discrete
-        if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
-            raise ValueError(
-                f"guide: its latent {name!r} is a point (Delta, as in AutoDelta), without a density to weight draws by"
-            )
-
-
 def _log_weights(problem: Problem, guide: Function, count: int) -> Tensor:
     """log p(x, z) - log q(z | x) at draws z ~ q, ``(count, N)``."""
-    draws, log_q = proposals(problem, guide, count)
-    return problem.log_joint(draws) - log_q
-
-
-def proposals(problem: Problem, guide: Function, count: int) -> tuple[Values, Tensor]:
-    """Draws of the guide, ``(count, N, *event)`` by site, and their log-densities, ``(count, N)``."""
-    with poutine.block(), pyro.plate("num_draws", count, dim=-2):
-        sites = latent_sites(poutine.trace(guide).get_trace(*problem.data))
-    log_q = sum((log_density(site) for site in sites.values()), torch.zeros(()))
-    return {name: site["value"] for name, site in sites.items()}, log_q
+    values, log_q = drawn(guide, problem.data, count)
+    return problem.log_joint(values) - log_q

@@ -1,6 +1,7 @@
 """Effect handlers: what the package does to a Pyro model or guide from outside, without touching its code."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -17,6 +18,7 @@ __all__ = [
     "Rows",
     "SubsampleStatements",
     "WeightKL",
+    "borrowed_store",
     "latent_sites",
     "observed_sites",
     "parameters_of",
@@ -141,6 +143,21 @@ def recorded(function: Callable[..., Any], traces: list[Trace]) -> Callable[...,
         return result
 
     return recording
+
+
+@contextmanager
+def borrowed_store() -> Iterator[None]:
+    """Run a block with the parameters of Pyro's store, and leave none there that were not there before.
+
+    >>> import pyro, torch
+    >>> with borrowed_store():
+    ...     w = pyro.param("w", torch.zeros(2))
+    >>> "w" in pyro.get_param_store()
+    False
+    """
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        yield
 
 
 def register(name: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ from pyro_vae.missing import check_model
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
-__all__ = ["MAX_STATES", "Chart", "Guide", "Problem"]
+__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "draw", "drawn"]
 
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
@@ -101,6 +101,10 @@ class Problem:
     def log_joint(self, values: Values) -> Tensor:
         """log p(x, z) at values ``(C, 1 or N, *event)`` of every latent, as ``(C, N)``."""
         return _log_joint(poutine.condition(self.model, data=values), self.data)
+
+    def sites(self, values: Values) -> dict[str, Any]:
+        """The sites of the model, latent and observed, at values of every latent as :meth:`log_joint` takes them."""
+        return _sites(poutine.condition(self.model, data=values), self.data)
 
     @property
     def num_states(self) -> int:
@@ -171,10 +175,27 @@ def _is_masked(fn: Any) -> bool:
     return False
 
 
-def _log_joint(conditioned: Function, data: tuple[Tensor, ...]) -> Tensor:
+def _sites(conditioned: Function, data: tuple[Tensor, ...]) -> dict[str, Any]:
     with poutine.block():
         trace = poutine.trace(conditioned).get_trace(*data)
-    return sum((log_density(site) for site in observed_sites(trace).values()), torch.zeros(()))
+    return observed_sites(trace)
+
+
+def _log_joint(conditioned: Function, data: tuple[Tensor, ...]) -> Tensor:
+    return sum((log_density(site) for site in _sites(conditioned, data).values()), torch.zeros(()))
+
+
+def draw(guide: Function, data: tuple[Tensor, ...], count: int) -> dict[str, Any]:
+    """The latent sites of a guide of one data plate, each with ``count`` draws of every datum."""
+    with poutine.block(), pyro.plate("num_draws", count, dim=-2):
+        return latent_sites(poutine.trace(guide).get_trace(*data))
+
+
+def drawn(guide: Function, data: tuple[Tensor, ...], count: int) -> tuple[Values, Tensor]:
+    """The values of :func:`draw`, ``(count, N, *event)`` by site, and their log q(z | x), ``(count, N)``."""
+    sites = draw(guide, data, count)
+    log_q = sum((log_density(site) for site in sites.values()), torch.zeros(()))
+    return {name: site["value"] for name, site in sites.items()}, log_q
 
 
 class Guide:
@@ -224,6 +245,31 @@ class Guide:
     def log_prob(self, values: Values) -> Tensor:
         """log q(z | x) at values ``(C, 1 or N, *event)``, as ``(C, N)``."""
         return _log_joint(poutine.condition(self.guide, data=values), self.problem.data)
+
+    def check_densities(self) -> None:
+        """Refuse a point of a continuous latent: it has no density to weight a draw by, and log p(x, z) is no bound."""
+        for name, site in self.sites.items():
+            continuous = not self.problem.latents[name]["fn"].support.is_discrete
+            if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f"guide: its latent {name!r} is a point (Delta, as in AutoDelta), without a density to weight "
+                    "draws by"
+                )
+
+    def factors(self) -> dict[str, Any] | None:
+        """q of each latent site where none hangs on another, so that q(z | x) is their product; else ``None``.
+
+        Tried by drawing the others anew a few times.
+        """
+        if len(self.sites) > 1:
+            for seed in range(1, 5):
+                with poutine.block(), seeded(seed):
+                    others = latent_sites(poutine.trace(self.guide).get_trace(*self.problem.data))
+                for name, site in self.sites.items():
+                    same = others[name]["fn"].log_prob(site["value"])
+                    if not torch.allclose(site["fn"].log_prob(site["value"]), same, rtol=1e-4, atol=1e-4):
+                        return None
+        return {name: site["fn"] for name, site in self.sites.items()}
 
     def reach(self) -> Box:
         """A box for each datum that holds q(z | x)."""

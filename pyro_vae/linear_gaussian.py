@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.distributions import without_independent
 from pyro_vae.handlers import observed_sites
 from pyro_vae.joint_density import Problem
 from pyro_vae.missing import WithMissing
@@ -90,7 +90,7 @@ def linear_gaussian(problem: Problem) -> LinearGaussian | None:
     with poutine.block():
         conditioned = poutine.condition(problem.model, data={name: probes[:, None].to(problem.dtype)})
         trace = poutine.trace(conditioned).get_trace(*problem.data)
-    likelihood = _without_independent(observed_sites(trace)[x_name]["fn"])
+    likelihood = without_independent(observed_sites(trace)[x_name]["fn"])
     if isinstance(likelihood, WithMissing):
         likelihood = likelihood.base_dist
     if not isinstance(likelihood, dist.Normal):
@@ -111,17 +111,10 @@ def linear_gaussian(problem: Problem) -> LinearGaussian | None:
 
 def _normal_moments(fn: dist.TorchDistribution) -> tuple[Tensor, Tensor] | None:
     """Mean and a factor of the covariance of a normal of one event dimension that is the same for all data."""
-    base = _without_independent(fn)
+    base = without_independent(fn)
     if len(fn.event_shape) != 1 or not isinstance(base, dist.Normal | dist.MultivariateNormal):
         return None
     scale = base.scale if isinstance(base, dist.Normal) else base.scale_tril
     if (base.loc != base.loc[:1]).any() or (scale != scale[:1]).any():
         return None
     return base.loc[0].double(), torch.diag(scale[0].double()) if isinstance(base, dist.Normal) else scale[0].double()
-
-
-def _without_independent(fn: Any) -> Any:
-    """The distribution inside ``to_event``. A masked or transformed one is another than its base."""
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn

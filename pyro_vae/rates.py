@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.checks import positive
+from pyro_vae.decomposition import rate_by_variable
 from pyro_vae.distributions import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical, base_distribution
 from pyro_vae.draws import Draws
 from pyro_vae.per_datum import PerDatum, sum_events
@@ -117,27 +118,17 @@ class FreeBits(PerDatum):
                     f"FreeBits: latent {name!r} is not drawn pathwise, and the likelihood would not train the guide; "
                     "accepted are reparameterised ones"
                 )
-            each = _rate_by_variable(name, site, prior)
+            each = rate_by_variable(site, prior)
+            if each is None:
+                q, p = (type(base_distribution(one["fn"])).__name__ for one in (site, prior))
+                raise ValueError(
+                    f"FreeBits: site {name!r} is a {q} in the guide and a {p} in the model; accepted are products over "
+                    "the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"
+                )
             average = each[_counted(site)].mean(0)
             floored = torch.where(average > self.nats, each, self.nats)
             rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)
-
-
-def _rate_by_variable(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor:
-    """KL(q || p) of each variable, ``(*batch, *variables)``, or its estimate from the draws."""
-    q, p = ours["fn"], theirs["fn"]
-    while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
-        q, p = q.base_dist, p.base_dist
-    if q.event_shape != p.event_shape or (q is ours["fn"] and q.event_shape):
-        raise ValueError(
-            f"FreeBits: site {name!r} is a {type(q).__name__} in the guide and a {type(p).__name__} in the model; "
-            "accepted are products over the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"
-        )
-    try:
-        return torch.distributions.kl_divergence(q, p)
-    except NotImplementedError:
-        return q.log_prob(ours["value"]) - p.log_prob(ours["value"])
 
 
 def _discrete(name: str, fn: Any) -> Any:
