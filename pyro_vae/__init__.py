@@ -18,6 +18,7 @@ from pyro_vae import (
     schedules,
     tabular,
 )
+from pyro_vae.calibration import Calibration, calibrate
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.inference_data import to_arviz, to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
@@ -27,9 +28,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Calibration",
     "Evidence",
     "Fitted",
     "baselines",
+    "calibrate",
     "datasets",
     "distributions",
     "evaluate",

@@ -5,17 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.checks import positive_int
-from pyro_vae.decomposition import log_density
-from pyro_vae.distributions import base_distribution
-from pyro_vae.handlers import latent_sites
-from pyro_vae.joint_density import Guide, Problem
+from pyro_vae.joint_density import Guide, Problem, drawn
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.randomness import seeded
 
@@ -88,7 +82,7 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     problem = Problem(model, data, plate)
-    _check_densities(Guide(problem, guide))
+    Guide(problem, guide).check_densities()
     with seeded(seed):
         totals = [_totals(part, guide, num_samples) for part in _batches(problem, guide)]
     total, total_of_squares = (torch.cat(list(parts)) for parts in zip(*totals, strict=True))
@@ -117,20 +111,7 @@ def _totals(problem: Problem, guide: Function, num_samples: int) -> tuple[Tensor
     return total, total_of_squares
 
 
-def _check_densities(q: Guide) -> None:
-    """A point of a continuous latent has no density to weight it by, and log p(x, z) is no bound."""
-    for name, site in q.sites.items():
-        continuous = not q.problem.latents[name]["fn"].support.is_discrete
-        if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
-            raise ValueError(
-                f"guide: its latent {name!r} is a point (Delta, as in AutoDelta), without a density to weight draws by"
-            )
-
-
 def _log_weights(problem: Problem, guide: Function, count: int) -> Tensor:
     """log p(x, z) - log q(z | x) at draws z ~ q, ``(count, N)``."""
-    with poutine.block(), pyro.plate("num_draws", count, dim=-2):
-        trace = poutine.trace(guide).get_trace(*problem.data)
-    draws = {name: site["value"] for name, site in latent_sites(trace).items()}
-    log_q = sum(log_density(site) for site in latent_sites(trace).values())
+    draws, log_q = drawn(guide, problem.data, count)
     return problem.log_joint(draws) - log_q

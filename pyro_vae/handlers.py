@@ -7,10 +7,12 @@ import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 __all__ = [
+    "Anew",
     "Drawn",
     "Rows",
     "SubsampleStatements",
@@ -21,6 +23,21 @@ __all__ = [
     "recorded",
     "register",
 ]
+
+
+class Anew(UnconditionMessenger):
+    """Draw the observed sites anew, as ``poutine.uncondition``; deterministic sites stay as they are: they are no data.
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> with Anew():
+    ...     pyro.sample("x", dist.Normal(9.0, 1e-4), obs=torch.tensor(0.0)).round()
+    tensor(9.)
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 class Rows(Messenger):

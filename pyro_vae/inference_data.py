@@ -15,11 +15,10 @@ from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_vae.checks import data_tensors, positive_int
-from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.handlers import Anew, latent_sites, observed_sites
 from pyro_vae.missing import check_model
 from pyro_vae.randomness import seeded
 
@@ -90,7 +89,7 @@ def to_datatree(
     positive_int(draws, "draws")
     data = data_tensors(data, "data")
     check_model(model, data, "data")
-    generative = _Anew()(model)
+    generative = Anew()(model)
     with seeded(seed):
         with poutine.block():
             guide_trace = poutine.trace(guide).get_trace(*data)
@@ -141,14 +140,6 @@ def to_arviz(tree: xr.DataTree) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "guide group is not defined in the InferenceData scheme", UserWarning)
         return arviz.from_datatree(tree)
-
-
-class _Anew(UnconditionMessenger):
-    """``poutine.uncondition``, but for deterministic sites: they are no data."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
 
 
 def _event_shape(site: dict[str, Any], batch: Mapping[str, int]) -> torch.Size:

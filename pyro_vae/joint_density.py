@@ -33,7 +33,7 @@ from pyro_vae.missing import check_model
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
-__all__ = ["MAX_STATES", "Chart", "Guide", "Problem"]
+__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "drawn"]
 
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
@@ -217,6 +217,16 @@ class Guide:
                 "normalisation into evaluation mode: `vae.eval()`"
             )
 
+    def check_densities(self) -> None:
+        """Refuse a continuous latent that is a point: it has no density, and log p(x, z) is no bound."""
+        for name, site in self.sites.items():
+            continuous = not self.problem.latents[name]["fn"].support.is_discrete
+            if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
+                raise ValueError(
+                    f"guide: its latent {name!r} is a point (Delta, as in AutoDelta), without a density to weight "
+                    "draws by"
+                )
+
     def site(self) -> dict[str, Any]:
         """The only latent's site."""
         return self.sites[self.problem.single_site()[0]]
@@ -269,6 +279,14 @@ class Guide:
         except QuadratureError as error:
             found = f"; the mass of q(z | x) that it finds is {float(mass.min()):.6g} to {float(mass.max()):.6g}"
             raise QuadratureError(f"{error}{found}") from error
+
+
+def drawn(guide: Function, data: tuple[Tensor, ...], count: int) -> tuple[Values, Tensor]:
+    """Draws of a guide's latents, ``(count, N, *event)``, for each datum, and their log q(z | x), ``(count, N)``."""
+    with poutine.block(), pyro.plate("num_draws", count, dim=-2):
+        sites = latent_sites(poutine.trace(guide).get_trace(*data))
+    log_q = sum((log_density(site) for site in sites.values()), torch.zeros(()))
+    return {name: site["value"] for name, site in sites.items()}, log_q
 
 
 def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:

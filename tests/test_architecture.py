@@ -12,13 +12,13 @@ MAX_LINES = 400
 FLOORS = [
     {
         *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
-        *{"distributions", "mixtures", "flows", "tabular"},
+        *{"distributions", "mixtures", "flows", "tabular", "uniformity"},
     },
-    {"datasets", "families", "decomposition", "schedules", "missing"},
+    {"datasets", "families", "decomposition", "schedules", "missing", "ranks"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
-    {"steps", "gradients", "objectives"},
+    {"steps", "gradients", "objectives", "calibration"},
     {"training"},
     {"inference_data"},
     {"plots"},
