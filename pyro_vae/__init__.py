@@ -21,6 +21,7 @@ from pyro_vae import (
 from pyro_vae.calibration import Calibration, calibrate
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.inference_data import to_arviz, to_datatree
+from pyro_vae.mcmc import reference
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -49,6 +50,7 @@ __all__ = [
     "objectives",
     "plots",
     "priors",
+    "reference",
     "schedules",
     "tabular",
     "to_arviz",

@@ -95,16 +95,16 @@ def to_datatree(
             guide_trace = poutine.trace(guide).get_trace(*data)
             model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
         latents, observed = _not_auxiliary(latent_sites(guide_trace)), observed_sites(model_trace)
-        deterministic = _deterministic_sites(model_trace)
+        deterministic = deterministic_sites(model_trace)
         _check_latents(latent_sites(model_trace), latents)
         _check_size(latents | deterministic | observed, draws)
-        names = _Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
+        names = Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws)
         q = Predictive(guide, num_samples=draws, parallel=parallel, return_sites=tuple(latents))(*data)
         rest = (*deterministic, *observed)
         given_q = Predictive(generative, q, parallel=parallel, return_sites=rest)(*data)
         p = Predictive(generative, num_samples=draws, parallel=parallel, return_sites=(*latents, *rest))(*data)
         parametric = {} if len(latents) < len(latent_sites(guide_trace)) else _given_data(latents, guide, data)
-    attrs = _attributes(draws, seed)
+    attrs = attributes(draws, seed)
     groups = {
         "posterior": names.dataset(q | {name: given_q[name] for name in deterministic}),
         "prior": names.dataset({name: p[name] for name in (*latents, *deterministic) if name in p}),
@@ -154,7 +154,8 @@ def _not_auxiliary(sites: dict[str, Any]) -> dict[str, Any]:
     return {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
 
 
-def _deterministic_sites(trace: Any) -> dict[str, Any]:
+def deterministic_sites(trace: Any) -> dict[str, Any]:
+    """The sites of ``pyro.deterministic``, by name."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -202,7 +203,7 @@ def _is_along(values: Any) -> bool:
     )
 
 
-class _Names:
+class Names:
     """Dimension names and coordinates of sites."""
 
     def __init__(
@@ -213,6 +214,7 @@ class _Names:
         dims: Mapping[str, Sequence[str]],
         coords: Mapping[str, Any],
         draws: int,
+        chains: int = 1,
     ):
         sites = unobserved | observed
         unknown = sorted(set(dims) - set(sites))
@@ -220,7 +222,8 @@ class _Names:
             raise ValueError(f"dims: names the sites {unknown}; the model has {sorted(sites)}")
         self.dims: dict[str, tuple[str, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        sizes = {"chain": 1, "draw": draws}
+        sizes = {"chain": chains, "draw": draws}
+        self.chains = chains
         for name, site in sites.items():
             frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda f: f.dim)
             batch = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}
@@ -257,10 +260,11 @@ class _Names:
         return tuple(f"{name}_{dim}" for dim in dims) if clash else dims
 
     def dataset(self, values: Mapping[str, Tensor], drawn: bool = True) -> xr.Dataset:
+        """Named values: ``(chains * draws, *shape)`` of each variable if drawn, those of one chain together."""
         lead = ("chain", "draw") if drawn else ()
         arrays = {}
         for name, value in values.items():
-            shape = (1, -1, *self.shapes[name]) if drawn else self.shapes[name]
+            shape = (self.chains, -1, *self.shapes[name]) if drawn else self.shapes[name]
             arrays[name] = ((*lead, *self.dims[name]), value.detach().cpu().reshape(shape).numpy())
         return self._dataset(arrays)
 
@@ -317,7 +321,8 @@ def _parameters(fn: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _attributes(draws: int, seed: int) -> dict[str, str | int]:
+def attributes(draws: int, seed: int) -> dict[str, str | int]:
+    """Those that ArviZ looks for, and how the draws were made."""
     return {
         "created_at": datetime.now(UTC).isoformat(),
         "creation_library": "pyro_vae",

@@ -21,7 +21,7 @@ FLOORS = [
     {"steps", "gradients", "objectives", "calibration"},
     {"training"},
     {"inference_data"},
-    {"plots"},
+    {"mcmc", "plots"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
