@@ -20,8 +20,18 @@ from pyro_vae import exact
 from pyro_vae.gradients import Comparison
 from pyro_vae.joint_density import Guide, Problem
 from pyro_vae.randomness import seeded
+from pyro_vae.ranks import Calibration
 
-__all__ = ["bias_variance", "image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
+__all__ = [
+    "bias_variance",
+    "calibration",
+    "image_grid",
+    "latent_map",
+    "manifold",
+    "plate_diagram",
+    "posterior",
+    "training_curves",
+]
 
 _MARKERS = "osv^D<>pP*"
 _LINES = ("-", "--", "-.", ":")
@@ -104,6 +114,48 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     ax.set(xscale="log", yscale="log", xlabel="standard deviation / length of the exact gradient")
     ax.set_ylabel("bias / length of the exact gradient")
     ax.legend(fontsize=8)
+    return ax
+
+
+def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
+    """Can draws of q(z | x) be told from the truth? The ranks of the truth, in the band where those of an exact q stay.
+
+    A quantity that leaves the band is drawn with a style and a name of its own, the others thin and grey; log p(x, z),
+    which reads the data, is black. Above zero on the left and below on the right: the truth lies far out too often, q
+    is too narrow. The other way about it is too wide; above or below zero throughout it is biased.
+
+    Args:
+        result: of :func:`pyro_vae.calibrate`.
+        ax: where to draw.
+
+    >>> from pyro_vae.ranks import Effects
+    >>> ranks = torch.arange(200)[:, None] % torch.tensor([20, 10])
+    >>> none = Effects(*torch.zeros(4, 1), (1.0, 0.0, 0.0, 0.0))
+    >>> result = Calibration(
+    ...     ("z", "log p(x, z)"), ranks, 19, torch.tensor([1.0, 0.0]), none, None, 0.0, 0.0, tolerance=1.4, alpha=1e-3
+    ... )
+    >>> [text.get_text() for text in calibration(result).get_legend().get_texts()]
+    ['within the band: z', 'log p(x, z)', 'band of an exact q']
+    """
+    ax = _axes(ax)
+    *coordinates, joint = range(len(result.names))
+    outside = [index for index in coordinates if result.leaves_band(index)]
+    within = [index for index in coordinates if index not in outside]
+    told = result.names[within[0]] if len(within) == 1 else f"{len(within)} coordinates"
+    for index in [*within, *outside, joint]:
+        places, difference, lower, upper = result.ecdf_difference(index)
+        style: dict[str, Any] = {"color": "black", "linewidth": 2, "label": result.names[index]}
+        if index in within:
+            first = index == within[0]
+            style = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {told}" if first else None}
+        elif index in outside:
+            number = outside.index(index)
+            style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": _LINES[1 + number % 3]}
+            style |= {"marker": _MARKERS[number % len(_MARKERS)], "markevery": (3 * number % 14, 14), "markersize": 4}
+        ax.plot(places, difference, **style)
+    ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band of an exact q")
+    ax.set(xlabel="u, the share of draws below the truth", ylabel="share of data below u, less u", xlim=(0, 1))
+    ax.legend(fontsize=8, ncols=1 + (len(outside) > 5))
     return ax
 
 

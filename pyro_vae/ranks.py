@@ -87,9 +87,10 @@ class Calibration:
     @property
     def is_exact(self) -> bool:
         """Whether no rank tells q from the exact posterior; if q is exact, that fails with a chance of ``alpha``."""
-        return not any(self._leaves_band(index) for index in range(len(self.names)))
+        return not any(self.leaves_band(index) for index in range(len(self.names)))
 
-    def _leaves_band(self, index: int) -> bool:
+    def leaves_band(self, index: int) -> bool:
+        """Whether the ranks of a quantity are certainly not uniform, at ``alpha`` for all quantities together."""
         return float(self.p_values[index]) <= self.alpha / len(self.names)
 
     @property
@@ -111,7 +112,7 @@ class Calibration:
             words[name] = _Allowed(self.tolerance**2, sure).words(*(float(values[index]) for values in of_one))
         if self.tolerance == 1 or self.remedies is None:
             for index, name in enumerate(self.names):
-                leaves = self._leaves_band(index)
+                leaves = self.leaves_band(index)
                 off = [f"not as p(z | x) is, p = {self.p_values[index]:.1g}"] if self.tolerance == 1 else []
                 words[name] = (words.get(name) or off) if leaves else []
         return {name: "; ".join(found) for name, found in words.items() if found}

@@ -33,7 +33,7 @@ def curved_vae():
 def trees():
     with pyro.get_param_store().scope():
         return {
-            make: pv.reference(make().model, X, draws=400, chains=2, warmup=150) for make in (linear_vae, curved_vae)
+            make: pv.reference(make().model, X, draws=250, chains=2, warmup=100) for make in (linear_vae, curved_vae)
         }
 
 
@@ -61,7 +61,7 @@ def test_names_are_those_of_the_tree_of_a_guide(trees):
     of_guide = pv.to_datatree(vae.model, vae.guide, X, draws=4)
     z = tree["posterior"]["z"]
     assert z.dims == of_guide["posterior"]["z"].dims
-    assert dict(z.sizes) == {"chain": 2, "draw": 400, "obs": 3, "latent": 2}
+    assert dict(z.sizes) == {"chain": 2, "draw": 250, "obs": 3, "latent": 2}
     np.testing.assert_array_equal(tree["observed_data"]["x"], X)
     assert tree["sample_stats"]["diverging"].dims == ("chain", "draw")
     assert not tree["sample_stats"]["diverging"].all()
