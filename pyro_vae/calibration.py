@@ -27,7 +27,7 @@ from pyro_vae.randomness import seeded
 from pyro_vae.ranks import JOINT, Calibration, Compared, Effects, effects_of_errors, effects_of_remedies
 from pyro_vae.uniformity import p_value
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "Effects", "calibrate"]
 
 _ROWS = 128  # of a batch, for which the guide's network runs once
 

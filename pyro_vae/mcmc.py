@@ -35,9 +35,9 @@ def reference(
 
     Names and dimensions are those of :func:`pyro_vae.to_datatree`, so that ArviZ draws q and the reference side by
     side. Groups: ``posterior`` (the latents, and what is deterministic given them), ``sample_stats`` (of each draw
-    whether it is ``diverging``, and ``lp``, log p(x, z) of all data in nats) and ``observed_data``. Here, in contrast to
-    draws of a guide, ``r_hat`` and ``ess`` say whether the draws can be believed: look at them first. Each chain starts
-    from a draw of the prior, so that one that stays in a mode of its own shows in ``r_hat``.
+    whether it is ``diverging``, and ``lp``, log p(x, z) of all data in nats) and ``observed_data``. Unlike for draws
+    of a guide, ``r_hat`` and ``ess`` say whether these can be believed: look at them first. Each chain starts from a
+    draw of the prior, so that one that stays in a mode of its own shows in ``r_hat``.
 
     Parameters are held as they are. Data are sampled together, and a step costs hundreds of runs of the decoder: hand
     over a few, such as ``x[:10]``.

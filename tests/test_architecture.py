@@ -14,7 +14,7 @@ FLOORS = [
         *{"checks", "randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "uniformity"},
     },
-    {"datasets", "families", "decomposition", "schedules", "missing", "ranks"},
+    {"datasets", "families", "decomposition", "schedules", "missing", "ranks", "pictures_of_models"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates"},
