@@ -19,11 +19,13 @@ from pyro_vae import (
     tabular,
 )
 from pyro_vae.annealing import annealed_log_evidence
+from pyro_vae.calibration import Calibration, calibrate
 from pyro_vae.comparison import compare_evidence
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
 from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
 from pyro_vae.information import Decomposition, decompose
+from pyro_vae.mcmc import reference
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -31,12 +33,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Calibration",
     "Decomposition",
     "Evidence",
     "Fitted",
     "InferenceGap",
     "annealed_log_evidence",
     "baselines",
+    "calibrate",
     "compare_evidence",
     "datasets",
     "decompose",
@@ -56,6 +60,7 @@ __all__ = [
     "objectives",
     "plots",
     "priors",
+    "reference",
     "save_draws",
     "schedules",
     "tabular",

@@ -28,6 +28,7 @@ class Names:
         draws: size of the dimension ``draw``.
         constants: further data; along ``obs`` where their first axis has as many entries.
         history: values by epoch.
+        chains: size of the dimension ``chain``.
 
     Attributes:
         dims: of each site and constant, without chain and draw.
@@ -46,12 +47,13 @@ class Names:
         draws: int,
         constants: Mapping[str, np.ndarray],
         history: Mapping[str, np.ndarray],
+        chains: int = 1,
     ):
         sites = unobserved | observed
         self._check_dims(dims, sites, constants, history)
         self.dims: dict[str, tuple[str, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.sizes = {"chain": 1, "draw": draws}
+        self.sizes = {"chain": chains, "draw": draws}
         for name, site in sites.items():
             frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda f: f.dim)
             batch = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}

@@ -15,14 +15,13 @@ from pyro import poutine
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.decomposition import log_density
 from pyro_vae.dimension_names import Names, parameters
 from pyro_vae.distributions import base_distribution, is_normalized
-from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.handlers import Anew, deterministic_sites, latent_sites, observed_sites
 from pyro_vae.missing import check_model
 from pyro_vae.randomness import seeded
 
@@ -79,7 +78,7 @@ class Drawing:
         self.draws = positive_int(draws, "draws")
         self.data = data_tensors(data, "data")
         check_model(model, self.data, "data")
-        self.model, self.guide, self.generative = model, guide, _Anew()(model)
+        self.model, self.guide, self.generative = model, guide, Anew()(model)
         self.seed, self.plate, self.parallel = seed, plate, parallel
         constants = {name: _constant(name, value) for name, value in constants.items()}
         epochs = {name: _epochs(name, value) for name, value in history.items()}
@@ -88,7 +87,7 @@ class Drawing:
             p = poutine.trace(poutine.replay(model, q)).get_trace(*self.data)
             self.latents, self.observed = _not_auxiliary(latent_sites(q)), observed_sites(p)
             _check_latents(latent_sites(p), self.latents)
-            self.deterministic = _deterministic_sites(p)
+            self.deterministic = deterministic_sites(p)
             self._nesting = _nesting(q, p)
             self._by_datum = all(
                 any(frame.name == plate and frame.vectorized for frame in site["cond_indep_stack"])
@@ -233,14 +232,6 @@ class Drawing:
         }
 
 
-class _Anew(UnconditionMessenger):
-    """``poutine.uncondition``, but for deterministic sites: they are no data."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
-
-
 def _is_delta(fn: Any) -> bool:
     return isinstance(base_distribution(fn), dist.Delta)
 
@@ -304,13 +295,6 @@ def _nesting(*traces: Trace) -> int:
 def _not_auxiliary(sites: dict[str, Any]) -> dict[str, Any]:
     """Without the sites that autoguides make for themselves."""
     return {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
-
-
-def _deterministic_sites(trace: Trace) -> dict[str, Any]:
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return {
-        name: site for name, site in nodes.items() if site["type"] == "sample" and site["infer"].get("_deterministic")
-    }
 
 
 def _given_data(latents: dict[str, Any], guide: Function, data: tuple[Tensor, ...]) -> dict[str, Any]:

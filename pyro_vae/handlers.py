@@ -8,23 +8,41 @@ import pyro
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.checks import number
 
 __all__ = [
+    "Anew",
     "Drawn",
     "Rows",
     "SubsampleStatements",
     "WeightKL",
     "borrowed_store",
+    "deterministic_sites",
     "latent_sites",
     "observed_sites",
     "parameters_of",
     "recorded",
     "register",
 ]
+
+
+class Anew(UnconditionMessenger):
+    """Draw the observed sites anew, as ``poutine.uncondition``; deterministic sites stay as they are: they are no data.
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> with Anew():
+    ...     pyro.sample("x", dist.Normal(9.0, 1e-4), obs=torch.tensor(0.0)).round()
+    tensor(9.)
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 class Rows(Messenger):
@@ -177,6 +195,14 @@ def register(name: str, module: nn.Module) -> None:
                 "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
             )
         pyro.param(key, parameter)
+
+
+def deterministic_sites(trace: Trace) -> dict[str, Any]:
+    """The sites of ``pyro.deterministic``, by name."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: site for name, site in nodes.items() if site["type"] == "sample" and site["infer"].get("_deterministic")
+    }
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:

@@ -310,7 +310,7 @@ def _check_size(drawing: Drawing, max_bytes: int) -> None:
 
 def _tree(drawing: Drawing, seed: int, drawn: Groups | None = None, largest: _Largest | None = None) -> xr.DataTree:
     """All groups; of those that are drawn, without draws only the coordinates."""
-    attrs = _attributes(drawing.draws, seed)
+    attrs = attributes(drawing.draws, seed)
     groups = dict(drawing.settled)
     for group, variables in drawing.variables.items():
         dims = {"chain", "draw"}.union(*(of.dims for of in variables.values()))
@@ -327,7 +327,8 @@ def _tree(drawing: Drawing, seed: int, drawn: Groups | None = None, largest: _La
     return tree
 
 
-def _attributes(draws: int, seed: int) -> dict[str, str | int]:
+def attributes(draws: int, seed: int) -> dict[str, str | int]:
+    """Those that ArviZ looks for, and how the draws were made."""
     return {
         "created_at": datetime.now(UTC).isoformat(),
         "creation_library": "pyro_vae",

@@ -7,28 +7,32 @@ as well as in colour, so that a picture reads in black and white.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
-from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
 from pyro_vae import exact
 from pyro_vae.gradients import Comparison
 from pyro_vae.joint_density import Guide, Problem
+from pyro_vae.pictures_of_models import axes_or_new, plate_diagram
 from pyro_vae.randomness import seeded
+from pyro_vae.ranks import Calibration
 
-__all__ = ["bias_variance", "image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
+__all__ = [
+    "bias_variance",
+    "calibration",
+    "image_grid",
+    "latent_map",
+    "manifold",
+    "plate_diagram",
+    "posterior",
+    "training_curves",
+]
 
 _MARKERS = "osv^D<>pP*"
 _LINES = ("-", "--", "-.", ":")
-
-
-def _axes(ax: Axes | None) -> Axes:
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
 def training_curves(
@@ -46,7 +50,7 @@ def training_curves(
     >>> training_curves({"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}).get_ylabel()
     'nats per datum'
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     bound = "elbo" if "elbo" in history else "surrogate"
     labels = {
         "elbo": (bound, "ELBO" if bound == "elbo" else "surrogate, no bound", 1.0, "black"),
@@ -86,7 +90,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     >>> bias_variance(Comparison({"relaxed": {"all": found}}, {"relaxed": 1})).get_ylabel()
     'bias / length of the exact gradient'
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
         raise ValueError("comparison: has no estimator with noise, of a gradient longer than zero, to draw")
@@ -107,6 +111,48 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     return ax
 
 
+def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
+    """Can draws of q(z | x) be told from the truth? The ranks of the truth, in the band where those of an exact q stay.
+
+    A quantity that leaves the band is drawn with a style and a name of its own, the others thin and grey; log p(x, z),
+    which reads the data, is black. Above zero on the left and below on the right: the truth lies far out too often, q
+    is too narrow. The other way about it is too wide; above or below zero throughout it is biased.
+
+    Args:
+        result: of :func:`pyro_vae.calibrate`.
+        ax: where to draw.
+
+    >>> from pyro_vae.ranks import Effects
+    >>> ranks = torch.arange(200)[:, None] % torch.tensor([20, 10])
+    >>> none = Effects(*torch.zeros(4, 1), (1.0, 0.0, 0.0, 0.0))
+    >>> result = Calibration(
+    ...     ("z", "log p(x, z)"), ranks, 19, torch.tensor([1.0, 0.0]), none, None, 0.0, 0.0, tolerance=1.4, alpha=1e-3
+    ... )
+    >>> [text.get_text() for text in calibration(result).get_legend().get_texts()]
+    ['within the band: z', 'log p(x, z)', 'band of an exact q']
+    """
+    ax = axes_or_new(ax)
+    *coordinates, joint = range(len(result.names))
+    outside = [index for index in coordinates if result.leaves_band(index)]
+    within = [index for index in coordinates if index not in outside]
+    told = result.names[within[0]] if len(within) == 1 else f"{len(within)} coordinates"
+    for index in [*within, *outside, joint]:
+        places, difference, lower, upper = result.ecdf_difference(index)
+        style: dict[str, Any] = {"color": "black", "linewidth": 2, "label": result.names[index]}
+        if index in within:
+            first = index == within[0]
+            style = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {told}" if first else None}
+        elif index in outside:
+            number = outside.index(index)
+            style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": _LINES[1 + number % 3]}
+            style |= {"marker": _MARKERS[number % len(_MARKERS)], "markevery": (3 * number % 14, 14), "markersize": 4}
+        ax.plot(places, difference, **style)
+    ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band of an exact q")
+    ax.set(xlabel="u, the share of draws below the truth", ylabel="share of data below u, less u", xlim=(0, 1))
+    ax.legend(fontsize=8, ncols=1 + (len(outside) > 5))
+    return ax
+
+
 def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     """Where in the latent space does each class lie? Each point is drawn as its label.
 
@@ -120,7 +166,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     """
     if z.dim() != 2 or z.shape[1] > 2:
         raise ValueError(f"z: got shape {tuple(z.shape)}; accepted is (N, 1) or (N, 2), such as two chosen columns")
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for index, label in enumerate(labels.unique().tolist()):
         rows = z[labels == label]
         marker = f"${label}$" if z.shape[1] > 1 else _MARKERS[index % len(_MARKERS)]
@@ -160,7 +206,7 @@ def posterior(model: Callable[..., Any], guide: Callable[..., Any], *datum: Tens
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     problem = Problem(model, datum, "data")
     if problem.num_data != 1:
         raise ValueError(f"datum: got {problem.num_data} rows; accepted is one, `x[:1]`")
@@ -202,7 +248,7 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
     >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
     (17, 26)
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     count, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1)
@@ -228,125 +274,10 @@ def manifold(
     >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
     '$z_1$, at quantiles of the prior'
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
     z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
     image_grid(decode(z).reshape(-1, *shape), size, ax)
     ax.set_axis_on()
     ax.set(xticks=[], yticks=[], xlabel="$z_1$, at quantiles of the prior", ylabel="$z_2$, at quantiles of the prior")
     return ax
-
-
-def plate_diagram(
-    model: Callable[..., Any], *data: Tensor, guide: Callable[..., Any] | None = None, ax: Axes | None = None
-) -> Axes:
-    """What depends on what? The model as circles, arrows and plates; the guide as dashed arrows.
-
-    Observed sites are filled, and what is deterministic given its parents has a dashed outline.
-
-    A drawing with matplotlib alone of what ``pyro.render_model`` draws with Graphviz.
-
-    Args:
-        model: a Pyro model.
-        data: what it takes.
-        guide: its guide; dashed arrows go from the observed sites to its latents.
-        ax: where to draw.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> sorted(text.get_text() for text in plate_diagram(model, torch.zeros(3)).texts)
-    ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
-    """
-    ax = _axes(ax)
-    with seeded(0):
-        relations = get_model_relations(model, data, include_deterministic=True)
-    parents, kinds = relations["sample_sample"], relations["sample_dist"]
-    observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
-    plates = relations["plate_sample"]
-    labels = {
-        name: f"{name} = f({', '.join(parents[name])})" if kind == "Deterministic" else f"{name} ~ {kind}"
-        for name, kind in kinds.items()
-    }
-    width = max(1.1, 0.085 * max(map(len, labels.values())))
-    places = _layout(parents, plates, width)
-    circles = {}
-    for name, (column, row) in places.items():
-        line = "--" if kinds[name] == "Deterministic" else "-"
-        face = "0.8" if name in observed else "white"
-        circles[name] = Ellipse((column, row), 0.6, 0.6, facecolor=face, edgecolor="black", linestyle=line)
-        ax.add_patch(circles[name])
-        ax.text(column, row, name, ha="center", va="center", fontsize=11, style="italic")
-        ax.text(column + 0.38, row, labels[name], va="center", fontsize=9)
-    for name in places:
-        for parent in parents[name]:
-            _arrow(ax, circles[parent], circles[name], "-", 0.0)
-    if guide is not None:
-        with seeded(0):
-            latents = get_model_relations(guide, data)["sample_sample"]
-        for latent in latents:
-            for name in observed:
-                _arrow(ax, circles[name], circles[latent], "--", -0.4)
-    for plate, members in plates.items():
-        inner = sum(set(others) < set(members) for others in plates.values())
-        left, bottom, right, top = _box(members, places, width, inner)
-        ax.add_patch(FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle="round,pad=0.05", fill=False))
-        ax.text(right, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
-    ax.set_aspect("equal")
-    ax.autoscale_view()
-    ax.set_axis_off()
-    return ax
-
-
-def _layout(
-    parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]], width: float
-) -> dict[str, tuple[float, float]]:
-    """Each site below all of its parents; side by side, and where a plate would hold another's site, apart."""
-    depth: dict[str, int] = {}
-    for name in parents:
-        depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
-    home = {name: frozenset(plate for plate, members in plates.items() if name in members) for name in parents}
-
-    def place(bands: list[set[frozenset[str]]]) -> dict[str, tuple[float, float]]:
-        places, start = {}, 0
-        for band in bands:
-            levels: dict[int, list[str]] = {}
-            for name in (name for name in parents if home[name] in band):
-                levels.setdefault(depth[name], []).append(name)
-                places[name] = ((0.9 + width) * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
-            start += max(len(level) for level in levels.values())
-        return places
-
-    compact = place([set(home.values())])
-    for plate, members in plates.items():
-        left, bottom, right, top = _box(members, compact, width, 0)
-        for name in parents:
-            if plate not in home[name] and left < compact[name][0] < right and bottom < compact[name][1] < top:
-                return place([{plates_of} for plates_of in sorted(set(home.values()), key=len, reverse=True)])
-    return compact
-
-
-def _box(
-    members: Sequence[str], places: Mapping[str, tuple[float, float]], width: float, inner: int
-) -> tuple[float, float, float, float]:
-    """Left, bottom, right and top of a plate, which has ``inner`` others within."""
-    columns, rows = zip(*(places[name] for name in members), strict=True)
-    left, right = min(columns) - 0.7 - 0.1 * inner, max(columns) + 0.4 + width
-    return left, min(rows) - 0.65 - 0.2 * inner, right, max(rows) + 0.45
-
-
-def _arrow(ax: Axes, start: Ellipse, end: Ellipse, style: str, bend: float) -> None:
-    arrow = FancyArrowPatch(
-        start.center,
-        end.center,
-        patchA=start,
-        patchB=end,
-        arrowstyle="-|>",
-        mutation_scale=14,
-        linestyle=style,
-        color="black",
-        connectionstyle=f"arc3,rad={bend}",
-    )
-    ax.add_patch(arrow)

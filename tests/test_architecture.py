@@ -13,16 +13,16 @@ FLOORS = [
     {"checks"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
-        *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "draw_files"},
+        *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "draw_files", "uniformity"},
     },
-    {"datasets", "families", "decomposition", "schedules", "missing", "pareto"},
+    {"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks", "pictures_of_models"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
-    {"steps", "gradients", "objectives", "annealing", "comparison", "refinement"},
+    {"steps", "gradients", "objectives", "annealing", "comparison", "refinement", "calibration"},
     {"training", "gaps"},
     {"inference_data"},
-    {"plots"},
+    {"mcmc", "plots"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -79,12 +79,33 @@ COMPARISON = Comparison(
     {"biased": 1, "unbiased": 1, "enumerated": 8},
 )
 
+
+def narrow():
+    """Of two coordinates one too narrow, and log p(x, z) with them."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, torch.tensor([0.5**0.5, 0.3])).to_event(1))
+
+    return pv.calibrate(model, guide, X, num_simulations=500)
+
+
 # Name in plots.__all__, a variant after "-"; the drawing; the labels of its axes, of pictures that have axes.
 DRAWINGS = [
     (
         "bias_variance",
         lambda **o: plots.bias_variance(COMPARISON, **o),
         ("standard deviation / length of the exact gradient", "bias / length of the exact gradient"),
+    ),
+    (
+        "calibration",
+        lambda **o: plots.calibration(narrow(), **o),
+        ("u, the share of draws below the truth", "share of data below u, less u"),
     ),
     ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
     ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
@@ -202,6 +223,26 @@ def test_epochs_are_counted_in_whole_numbers(epochs):
     ticks = ax.get_xticks()
     assert len(ticks) > 0
     np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
+# --- Calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_what_leaves_the_band_is_named_and_has_a_style_of_its_own():
+    result = narrow()
+    ax = plots.calibration(result)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"within the band: z[0]", "z[1]", "log p(x, z)"}
+    assert len({line.get_linestyle() + line.get_color() for line in lines.values()}) == 3
+    assert lines["z[1]"].get_linestyle() != "-", "it differs in colour alone"
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    for index, label in ((0, "within the band: z[0]"), (1, "z[1]")):
+        places, difference, lower, upper = result.ecdf_difference(index)
+        np.testing.assert_allclose(lines[label].get_ydata(), difference)
+        assert ((lower <= difference) & (difference <= upper)).all() == (index == 0)
+        share = [(result.ranks[:, index] < round(u * 100)).double().mean().item() for u in places]
+        np.testing.assert_allclose(difference, np.array(share) - places, atol=1e-12)
+    assert (band.min(), band.max()) == pytest.approx((lower.min(), upper.max()))
 
 
 # --- Latent map and images -------------------------------------------------------------------------------------------

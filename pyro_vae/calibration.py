@@ -1,0 +1,274 @@
+r"""Whether a guide's q(z | x) can be believed: simulation-based calibration on data drawn from the model itself.
+
+Where z* is drawn from the prior and x* from the likelihood at z*, z* is a draw from the exact posterior p(z | x*). So
+it must not be told from draws of q(z | x*): its rank among L of them is uniform on 0, ..., L, for each latent
+coordinate and for any quantity of z and x.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.transforms import biject_to
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pyro_vae.checks import data_tensors, positive, positive_int
+from pyro_vae.decomposition import log_density
+from pyro_vae.distributions import base_distribution
+from pyro_vae.handlers import Anew, latent_sites, observed_sites
+from pyro_vae.joint_density import Guide, Problem, Values, drawn
+from pyro_vae.minibatches import is_amortized
+from pyro_vae.randomness import seeded
+from pyro_vae.ranks import JOINT, Calibration, Compared, Effects, effects_of_errors, effects_of_remedies
+from pyro_vae.uniformity import p_value
+
+__all__ = ["Calibration", "Effects", "calibrate"]
+
+_ROWS = 128  # of a batch, for which the guide's network runs once
+
+Function = Callable[..., Any]
+
+
+@torch.no_grad()
+def calibrate(
+    model: Function,
+    guide: Function,
+    *data: Tensor,
+    num_simulations: int = 1000,
+    num_draws: int = 99,
+    tolerance: float = 2**0.5,
+    alpha: float = 1e-3,
+    plate: str = "data",
+    seed: int = 0,
+) -> Calibration:
+    r"""Simulation-based calibration of a guide, on data drawn from the model.
+
+    For each simulation :math:`z^* \sim p(z)` and :math:`x^* \sim p(x \mid z^*)`; L draws of :math:`q(z \mid x^*)`
+    follow, and for each quantity f the rank :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`. If q is the exact
+    posterior, r is uniform.
+
+    An encoder that is trained is hardly ever exact, and enough simulations will tell: its means err by more than its
+    variances admit. That is a limit of encoder and family, and no training longer would mend it. What
+    :attr:`Calibration.faults` names is certain by the ranks, and **a fault**: another variance, or another mean, the
+    same for all data, would raise the ELBO on the data given, by more than a factor of ``tolerance``. Wherever training
+    has converged no such remedy is left, whatever the ranks say.
+
+    The default tolerance is :math:`\sqrt 2`, half way between a sound q and one of half the variance, for which the
+    factor is 2. At :math:`\sqrt 2` an interval of 90 % of a normal holds 83 %, and the two KL divergences add up to
+    0.06 nats a dimension; at 2 it holds 76 %, at 0.25 nats. With ``tolerance=1`` whatever the ranks tell is named.
+
+    All of this is on average over data: that a few are wrong can hide in it. Of each datum
+    :func:`pyro_vae.exact.kl` tells, where there is an exact answer.
+
+    Args:
+        model: a Pyro model of one data plate, as the rightmost dimension, that holds all its sites.
+        guide: its guide, amortized: of new data it makes a q(z | x) without being fitted to them.
+        data: what both take. Their rows, repeated, are the template of the simulations: covariates stay, and so does
+            which entries are missing (NaN); what the model observes is drawn anew.
+        num_simulations: R.
+        num_draws: L of each datum.
+        tolerance: the factor in the variance that is let pass, 1 or more.
+        alpha: the chance of any false alarm if q is exact.
+        plate: name of the data plate.
+        seed: of all draws.
+
+    Raises:
+        ValueError: if the guide is not amortized, if the data plate does not hold all sites, or if an observed value is
+            not one of the data tensors, as it was handed over.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> x = vae.generate(200)
+    >>> before = calibrate(vae.model, vae.guide, x)
+    >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
+    >>> before.is_exact, calibrate(vae.model, vae.guide, x).faults
+    (False, {})
+    """
+    _check(num_simulations, num_draws, tolerance, alpha)
+    data = data_tensors(data, "data")
+    with seeded(seed):
+        simulated, truth = _simulated(model, data, plate, num_simulations)
+        _check_amortized(guide, simulated, plate)
+        parts = [
+            _compared(Problem(model, part, plate), guide, values, num_draws)
+            for part, values in _batches(simulated, truth)
+        ]
+        whole = Compared(
+            *(torch.cat(list(tensors)) for tensors in zip(*(vars(p).values() for p in parts), strict=True))
+        )
+        remedies = _remedies(model, guide, data, plate, num_simulations, num_draws)
+    ranks = whole.ranks.cpu()
+    return Calibration(
+        names=_names(Problem(model, tuple(tensor[:1] for tensor in simulated), plate)),
+        ranks=ranks,
+        num_draws=num_draws,
+        p_values=torch.tensor([p_value(column.numpy(), num_draws + 1) for column in ranks.T]).double(),
+        errors=effects_of_errors(whole, num_draws),
+        remedies=remedies,
+        divergence=whole.excess.mean().item(),
+        divergence_error=whole.excess.std().item() / num_simulations**0.5,
+        tolerance=float(tolerance),
+        alpha=alpha,
+    )
+
+
+def _check(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
+    positive_int(num_simulations, "num_simulations")
+    positive_int(num_draws, "num_draws")
+    for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws)):
+        if value < 10:
+            raise ValueError(f"{name}: got {value}; accepted are 10 or more, of which ranks can be told uniform or not")
+    if positive(tolerance, "tolerance") < 1:
+        raise ValueError(f"tolerance: got {tolerance!r}; accepted is a factor of 1 or more")
+    if not positive(alpha, "alpha") < 1:
+        raise ValueError(f"alpha: got {alpha!r}; accepted is a chance between 0 and 1")
+
+
+def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
+    """Data like those given, of ``num`` rows, but drawn from the model; and the latents that they were drawn from."""
+    rows = torch.arange(num, device=data[0].device) % len(data[0])
+    template = tuple(tensor[rows] for tensor in data)
+    Problem(model, tuple(tensor[: min(num, 4)] for tensor in template), plate)  # refuses what is of another form
+    with poutine.block():
+        observed = observed_sites(poutine.trace(model).get_trace(*template))
+        trace = poutine.trace(Anew()(model)).get_trace(*template)
+    roles = {name: _role(name, site["value"], template) for name, site in observed.items()}
+    if len(set(roles.values())) < len(roles):
+        raise ValueError(f"model: its observed sites {list(roles)} share a data tensor; accepted is one for each")
+    sites: dict[str, Any] = dict(trace.nodes)
+    complete = list(template)
+    for name, index in roles.items():
+        complete[index] = sites[name]["value"].reshape(template[index].shape).to(template[index])
+    truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
+    with poutine.block():
+        again = observed_sites(poutine.trace(poutine.condition(model, data=truth)).get_trace(*complete))
+    for name in roles:
+        if not torch.allclose(log_density(sites[name]), log_density(again[name]), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"model: what it draws for {name!r} has another density when it is handed back as data. Accepted is a "
+                "likelihood that reads the latents and covariates, but not the observed values themselves"
+            )
+    for index, nan in enumerate(tensor.isnan() for tensor in template):
+        complete[index] = complete[index].masked_fill(nan, math.nan) if nan.any() else complete[index]
+    return tuple(complete), truth
+
+
+def _role(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
+    """Which of the data tensors an observed site has for its value."""
+    found = [index for index, tensor in enumerate(data) if tensor is value]
+    found = found or [
+        index
+        for index, tensor in enumerate(data)
+        if tensor.numel() == value.numel()
+        and torch.allclose(tensor.double().flatten(), value.double().flatten(), equal_nan=True)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"model: what it observes at {name!r} is {'several' if found else 'none'} of its {len(data)} data tensors, "
+            "so that what is drawn anew could not be handed to it; accepted is one of them as it is, `obs=x`"
+        )
+    return found[0]
+
+
+def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
+    if not is_amortized(guide, data, plate):
+        raise ValueError(
+            "guide: is not amortized: its q(z | x) of a datum hangs on more than that datum, such as parameters of its "
+            "own, and there is none of data drawn anew. Accepted is an encoder, such as guides.DiagonalNormal, in "
+            "evaluation mode; hold other guides against pyro_vae.exact.posterior or pyro_vae.reference"
+        )
+
+
+def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Tensor, ...], Values]]:
+    for first in range(0, len(data[0]), _ROWS):
+        rows = slice(first, first + _ROWS)
+        yield tuple(tensor[rows] for tensor in data), {name: value[rows] for name, value in truth.items()}
+
+
+def _compared(problem: Problem, guide: Function, truth: Values, count: int) -> Compared:
+    q = Guide(problem, guide)
+    q.check_densities()
+    draws, log_q = drawn(guide, problem.data, count)
+    chunks = range(0, count, problem.chunk)
+    log_p = torch.cat(
+        [problem.log_joint({name: value[i : i + problem.chunk] for name, value in draws.items()}) for i in chunks]
+    ).double()
+    at_truth = {name: value[None] for name, value in truth.items()}
+    true_log_p, true_log_q = problem.log_joint(at_truth)[0].double(), q.log_prob(at_truth)[0].double()
+    values = torch.cat([_coordinates(problem, draws), log_p[..., None]], -1)
+    true = torch.cat([_coordinates(problem, at_truth)[0], true_log_p[:, None]], -1)
+    ties = (values == true).sum(0)
+    ranks = (values < true).sum(0) + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
+    excess = (true_log_p - true_log_q) - (log_p - log_q.double()).mean(0)
+    return Compared(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
+
+
+def _coordinates(problem: Problem, values: Values) -> Tensor:
+    """All latents in free coordinates, ``(C, N, D)``."""
+    return _side_by_side(_free(site["fn"], values[name]) for name, site in problem.latents.items())
+
+
+def _side_by_side(values: Iterable[Tensor]) -> Tensor:
+    """From ``(C, N, ...)`` each to ``(C, N, D)``."""
+    return torch.cat([value.detach().reshape(*value.shape[:2], -1).double() for value in values], -1)
+
+
+def _free(fn: Any, value: Tensor) -> Tensor:
+    """Values ``(C, N, *event)`` on the reals, or as indicators of classes, as ``(C, N, *shape)``."""
+    if not fn.support.is_discrete:
+        return biject_to(fn.support).inv(value)
+    base = base_distribution(fn)
+    return one_hot(value.long(), base.probs.shape[-1]) if isinstance(base, dist.Categorical) else value
+
+
+def _names(problem: Problem) -> tuple[str, ...]:
+    names: list[str] = []
+    for name, site in problem.latents.items():
+        shape = _free(site["fn"], site["value"][None]).shape[2:]
+        names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
+    return (*names, JOINT)
+
+
+def _remedies(
+    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, count: int
+) -> Effects | None:
+    """By the gradients of log p(x, z) at draws of q, on at most ``num`` of the data given."""
+    rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
+    found = []
+    for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
+        problem = Problem(model, part, plate)
+        if any(site["fn"].support.is_discrete for site in problem.latents.values()):
+            return None
+        free, gradients = _gradients(problem, drawn(guide, part, count)[0])
+        centred = free - free.mean(0)
+        curvature = -(gradients * centred).sum(0) / (count - 1)
+        found.append((curvature, gradients.mean(0) * free.std(0)))
+    return effects_of_remedies(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _gradients(problem: Problem, draws: Values) -> tuple[Tensor, Tensor]:
+    """Draws in free coordinates, and the gradients of log p(x, z) by them, both ``(C, N, D)``."""
+    maps = {name: biject_to(site["fn"].support) for name, site in problem.latents.items()}
+    count = len(next(iter(draws.values())))
+    parts = []
+    for first in range(0, count, problem.chunk):
+        free = {name: maps[name].inv(draws[name][first : first + problem.chunk]).detach() for name in maps}
+        with torch.enable_grad():
+            values = {name: value.requires_grad_() for name, value in free.items()}
+            sites = {name: maps[name](value) for name, value in values.items()}
+            log_p = problem.log_joint(sites).sum()
+            log_p = log_p + sum(maps[name].log_abs_det_jacobian(values[name], sites[name]).sum() for name in maps)
+            gradients = torch.autograd.grad(log_p, list(values.values()))
+        parts.append((_side_by_side(free.values()), _side_by_side(gradients)))
+    whole, slopes = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
+    return whole, slopes
