@@ -103,7 +103,7 @@ class Drawing:
             self.latents | self.deterministic, self.observed, plate, dims, coords, draws, constants, epochs
         )
         self.variables = self._described(first)
-        with seeded(seed + 1):  # other draws than those above, from which they are to be told
+        with seeded((seed + 1) % 2**32):  # other draws than those above, from which they are to be told
             parametric = {} if len(self.latents) < len(latent_sites(q)) else _given_data(self.latents, guide, self.data)
         self.settled: dict[str, xr.Dataset] = {
             "observed_data": self.names.dataset({name: _array(site["value"]) for name, site in self.observed.items()}),
