@@ -25,6 +25,7 @@ from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
 from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
 from pyro_vae.information import Decomposition, decompose
+from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.mcmc import reference
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
@@ -38,6 +39,7 @@ __all__ = [
     "Evidence",
     "Fitted",
     "InferenceGap",
+    "Inspection",
     "annealed_log_evidence",
     "baselines",
     "calibrate",
@@ -53,6 +55,7 @@ __all__ = [
     "guides",
     "handlers",
     "inference_gap",
+    "inspect",
     "likelihoods",
     "log_evidence",
     "missing",

@@ -21,7 +21,7 @@ FLOORS = [
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
     {"steps", "gradients", "objectives", "annealing", "comparison", "refinement", "calibration"},
     {"training", "gaps"},
-    {"inference_data"},
+    {"inference_data", "inspection"},
     {"mcmc", "plots"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
