@@ -73,8 +73,9 @@ class Inspection:
         return self.nats is not None and self.nats.mutual_information.value <= NOTHING
 
     def __str__(self) -> str:
-        parts: list[Any] = [self.evidence, self.nats, self.gap, self.calibration]
-        lines = [f"{self.num_data['evidence']} data", *(str(part) for part in parts if part is not None)]
+        parts: list[Any] = [self.evidence, self.nats, self.gap]
+        lines = [str(part) for part in parts if part is not None]
+        lines += [] if self.calibration is None else [self.calibration.headline]
         lines += [f"FAULT: {fault}" for fault in self.faults] or ["no fault found"]
         return "\n".join([*lines, *(f"caution: {caution}" for caution in self.cautions)])
 

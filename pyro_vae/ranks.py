@@ -140,12 +140,16 @@ class Calibration:
         held = ((start + width).clamp(max=high) - start.clamp(min=low)).clamp(min=0) / width
         return held.mean(0), held.std(0) / len(held) ** 0.5
 
-    def __str__(self) -> str:
-        found = (
+    @property
+    def headline(self) -> str:
+        """How far q is from the exact posterior, in words."""
+        return (
             f"q(z | x) of {len(self.ranks)} data drawn from the model, {self.num_draws} draws each: "
             f"{self.divergence:.2f} ± {self.divergence_error:.2f} nats from p(z | x), both KL divergences together"
         )
-        return "\n".join([found, *(f"  {name}: {fault}" for name, fault in self.faults.items())])
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline, *(f"  {name}: {fault}" for name, fault in self.faults.items())])
 
 
 @dataclass(frozen=True)
