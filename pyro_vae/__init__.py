@@ -27,6 +27,7 @@ from pyro_vae.inference_data import save_draws, to_arviz, to_datatree
 from pyro_vae.information import Decomposition, decompose
 from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.mcmc import reference
+from pyro_vae.report import report
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
@@ -64,6 +65,7 @@ __all__ = [
     "plots",
     "priors",
     "reference",
+    "report",
     "save_draws",
     "schedules",
     "tabular",

@@ -152,10 +152,10 @@ def _draw_map(drawn: _Pictures, guide: Function, data: tuple[Tensor, ...], label
 
     def onto(ax: Axes) -> None:
         plots.latent_map(means[:, chosen], labels[:_SHOWN].cpu(), ax)
-        across, *up = (f"mean of {name}[{index}]" for index in chosen.tolist())
-        ax.set_xlabel(across)
-        if up:
-            ax.set_ylabel(*up)
+        axes = [f"mean of {name}[{index}]" for index in chosen.tolist()]
+        ax.set_xlabel(axes[0])
+        if len(axes) > 1:
+            ax.set_ylabel(axes[1])
 
     drawn.draw("Where do the data of each label lie, in the two variables that vary most?", onto, (6.4, 5.6))
 
@@ -263,7 +263,7 @@ def _nats(nats: Decomposition) -> str:
         ("mutual information in the population, at most", upper),
     ]
     most = math.log(nats.num_data)
-    note = f"In nats per datum, ± the standard error of the draws. A code of {nats.num_data} data tells {most:.2f} at most."
+    note = f"In nats per datum, ± the standard error of the draws. {nats.num_data} data tell {most:.2f} at most."
     return _table(("", "value"), rows, note)
 
 

@@ -23,6 +23,7 @@ FLOORS = [
     {"training", "gaps"},
     {"inference_data", "inspection"},
     {"mcmc", "plots"},
+    {"report"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
