@@ -18,6 +18,8 @@ from pyro_vae import (
     schedules,
     tabular,
 )
+from pyro_vae.annealing import annealed_log_evidence
+from pyro_vae.comparison import compare_evidence
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.inference_data import to_arviz, to_datatree
 from pyro_vae.training import Fitted, evaluate, fit
@@ -29,7 +31,9 @@ __all__ = [
     "VAE",
     "Evidence",
     "Fitted",
+    "annealed_log_evidence",
     "baselines",
+    "compare_evidence",
     "datasets",
     "distributions",
     "evaluate",

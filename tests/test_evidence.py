@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import evidence, exact, guides, likelihoods, networks, priors
+from pyro_vae.pareto import pareto_shape
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 SIGMAS = 5  # of one number; 4.5 is a failure of 7e-6, and there are tens of data in a test
@@ -229,6 +230,71 @@ def test_one_draw_knows_nothing_of_its_error():
     estimate = pv.log_evidence(*WIDER, Y, num_samples=1)
     torch.testing.assert_close(estimate.ess, torch.ones(20))
     assert estimate.standard_error.isnan().all()
+
+
+def test_its_khat_is_that_of_all_its_weights_whatever_the_chunks(monkeypatch):
+    """Only the running top of the weights is kept."""
+    log_weights, kept = evidence._log_weights, []
+
+    def recording(problem, guide, count):
+        kept.append(log_weights(problem, guide, count))
+        return kept[-1]
+
+    monkeypatch.setattr(evidence, "_log_weights", recording)
+    for budget in (20 * 64 * 17, 20 * 64 * 400, 10**9):
+        kept.clear()
+        monkeypatch.setattr(evidence, "_BUDGET", budget)
+        estimate = pv.log_evidence(*conjugate(0.5, 0.5), Y, num_samples=1000)
+        torch.testing.assert_close(estimate.khat, pareto_shape(torch.cat(kept)).float(), rtol=0, atol=1e-6)
+
+
+def test_its_khat_is_that_of_the_law_of_its_weights():
+    """A normal posterior of variance v under a normal of variance s < v: the tail of w has shape 1 - s/v."""
+    for ratio in (0.1, 0.6):
+        estimate = pv.log_evidence(*conjugate(0.5, (0.5 * ratio) ** 0.5), Y, num_samples=100_000)
+        assert abs(float(estimate.khat.mean()) - (1 - ratio)) < 0.15
+        assert estimate.unreliable.float().mean().round() == (1 - ratio > 0.7)
+    assert not pv.log_evidence(*WIDER, Y, num_samples=5000).unreliable.any()
+
+
+def test_the_bias_of_the_logarithm_is_corrected():
+    """What is left of it is of the next order."""
+    x, repeats = Y[:4], 5000
+    estimate = pv.log_evidence(*conjugate(0.5, 2.0), x.repeat_interleave(repeats), num_samples=10)
+    plain, corrected = (
+        values.double().reshape(4, repeats).mean(1) - conjugate_evidence(x.double())
+        for values in (estimate.log_evidence, estimate.bias_corrected)
+    )
+    assert (plain < -0.05).all()
+    assert (corrected.abs() < 0.4 * plain.abs()).all()
+
+
+def test_of_an_exact_guide_khat_is_minus_infinity_and_of_few_draws_it_is_unknown():
+    estimate = pv.log_evidence(*EXACT, Y, num_samples=200)
+    assert (estimate.khat == -math.inf).all()
+    assert not estimate.unreliable.any()
+    few = pv.log_evidence(*EXACT, Y, num_samples=20)
+    assert few.khat.isnan().all()
+    assert few.unreliable.all()
+
+
+def test_printed_it_says_what_it_comes_to():
+    found = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    khat = torch.tensor([0.1, 0.6, math.nan, -math.inf])
+    shown = str(pv.Evidence(found, torch.full((4,), 50.0), khat, 100)).splitlines()
+    assert shown == [
+        "log p(x) = -2.500 nats per datum, standard error 0.645 over 4 data, of it 0.050 from 100 draws each",
+        "median ess 50.0 of 100; k̂ above 0.50 for 50.0 % of the data",
+    ]
+    assert "nan" in str(pv.Evidence(found[:1], torch.ones(1), khat[:1], 1))
+
+
+def test_progress_is_shown_if_asked_for(capsys):
+    pv.log_evidence(*WIDER, Y, num_samples=5)
+    pv.log_evidence(*WIDER, Y, num_samples=5, progress=False)
+    assert capsys.readouterr().err == ""
+    pv.log_evidence(*WIDER, Y, num_samples=5, progress=True)
+    assert "100%" in capsys.readouterr().err
 
 
 # --- Draws, seeds and memory -----------------------------------------------------------------------------------------
