@@ -22,6 +22,8 @@ FLOORS = [
     {"steps", "gradients", "objectives", "annealing", "comparison"},
     {"training"},
     {"inference_data"},
+    {"plot_axes"},
+    {"plot_nats", "plot_estimates", "plot_latents", "plot_images", "plot_plates"},
     {"plots"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
