@@ -12,9 +12,20 @@ black and white.
 """
 
 from pyro_vae.plot_estimates import bias_variance
-from pyro_vae.plot_images import image_grid, manifold
+from pyro_vae.plot_images import image_grid, manifold, reconstructions, samples, traversals
 from pyro_vae.plot_latents import latent_map, posterior
 from pyro_vae.plot_nats import training_curves
 from pyro_vae.plot_plates import plate_diagram
 
-__all__ = ["bias_variance", "image_grid", "latent_map", "manifold", "plate_diagram", "posterior", "training_curves"]
+__all__ = [
+    "bias_variance",
+    "image_grid",
+    "latent_map",
+    "manifold",
+    "plate_diagram",
+    "posterior",
+    "reconstructions",
+    "samples",
+    "training_curves",
+    "traversals",
+]

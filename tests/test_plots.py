@@ -70,6 +70,14 @@ def plates_of(make, **options):
     return plots.plate_diagram(vae.model, X, guide=vae.guide, **options)
 
 
+IMAGES = torch.rand(5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def decode(z):
+    """Images of which every pixel tells the code."""
+    return (z @ torch.tensor([[1.0], [10.0]])).expand(-1, 12) / 100
+
+
 COMPARISON = Comparison(
     {
         "biased": {"all": Measured(2.0, 0.1, 0.01, 4.0, max_z=9.0, num_parameters=3, num_tested=3, repeats=99)},
@@ -103,6 +111,13 @@ DRAWINGS = [
         lambda **o: plots.manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 12), (3, 4), size=3, **o),
         ("$z_1$, at quantiles of the prior", "$z_2$, at quantiles of the prior"),
     ),
+    (
+        "traversals",
+        lambda **o: plots.traversals(decode, torch.tensor([0.5, -1.0]), (3, 4), **o),
+        ("value that the coordinate of the row takes; the others stay", "coordinate and its own value"),
+    ),
+    ("reconstructions", lambda **o: plots.reconstructions(lambda x: 0.5 * x, IMAGES, (3, 4), **o), ("", "")),
+    ("samples", lambda **o: plots.samples(lambda count: torch.rand(count, 12), (3, 4), **o), None),
     ("plate_diagram", lambda **o: plates_of(gaussian, **o), None),
     ("plate_diagram-relaxed", lambda **o: plates_of(relaxed, **o), None),
 ]
@@ -148,6 +163,9 @@ def test_pictures_of_a_pair_touch_neither_random_streams_nor_parameters(make, ra
     plots.latent_map(torch.zeros(9, 1), torch.arange(9) % 3)
     plots.image_grid(torch.zeros(2, 3, 3), columns=2)
     plots.manifold(lambda z: z[:, :1].sigmoid(), (1, 1), size=2)
+    plots.reconstructions(vae.reconstruct, torch.zeros(3, 2), (1, 2))
+    plots.samples(vae.generate, (1, 2), count=3)
+    plots.traversals(lambda z: vae.decode(z).mean, torch.zeros(1), (1, 2))
     plots.training_curves(HISTORY)
     assert random_states() == state
     assert set(pyro.get_param_store().keys()) == stored
@@ -255,6 +273,85 @@ def test_manifold_runs_with_z_1_to_the_right_and_z_2_upwards():
         sheet = torch.as_tensor(ax.images[0].get_array()[::2, ::2]).logit()
         expected = centres.expand(3, 3) if axis == 0 else centres.flip(0)[:, None].expand(3, 3)
         torch.testing.assert_close(sheet, expected, atol=1e-5, rtol=1e-5)
+
+
+def cells(ax, shape):
+    """The images of a sheet, (rows, columns, height, width)."""
+    (height, width), sheet = shape, torch.as_tensor(np.asarray(ax.images[0].get_array()))
+    rows, columns = (sheet.shape[0] + 1) // (height + 1), (sheet.shape[1] + 1) // (width + 1)
+    return (
+        torch.nn.functional.pad(sheet, (0, 1, 0, 1))
+        .reshape(rows, height + 1, columns, width + 1)[:, :height, :, :width]
+        .transpose(1, 2)
+    )
+
+
+@pytest.mark.parametrize("coordinates", [None, [1], [1, 0]])
+def test_a_row_of_traversals_varies_its_coordinate_and_no_other(coordinates):
+    z, values = torch.tensor([0.5, -1.0]), [-2.0, 0.0, 3.0]
+    ax = plots.traversals(decode, z, (3, 4), values=values, coordinates=coordinates)
+    shown = cells(ax, (3, 4))
+    chosen = coordinates or [0, 1]
+    assert shown.shape == (len(chosen), 3, 3, 4)
+    for row, index in zip(shown, chosen, strict=True):
+        for image, value in zip(row, values, strict=True):
+            code = z.clone()
+            code[index] = value
+            torch.testing.assert_close(image, decode(code[None]).reshape(3, 4))
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"z[{i}] = {z[i]:.2f}" for i in chosen]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "0", "3"]
+    assert z.tolist() == [0.5, -1.0], "the code of the user's was written to"
+
+
+@pytest.mark.parametrize("columns", [2, 5, 12])
+def test_an_image_is_above_its_own_reconstruction(columns):
+    ax = plots.reconstructions(lambda x: 0.5 * x, IMAGES, (3, 4), columns=columns)
+    shown = cells(ax, (3, 4))
+    data, means = (shown[start::2].reshape(-1, 12)[:5] for start in (0, 1))
+    torch.testing.assert_close(data, IMAGES)
+    torch.testing.assert_close(means, 0.5 * IMAGES)
+    assert not shown[::2].reshape(-1, 12)[5:].any(), "places that are left are not blank"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["data", "mean of p(x|z)"] * (len(shown) // 2)
+
+
+def test_draws_in_pictures_are_those_of_the_seed():
+    vae = gaussian()
+    with pv.randomness.seeded(3):
+        expected = vae.generate(4)
+    shown = [cells(plots.samples(vae.generate, (1, 2), 4, 2, seed), (1, 2)).reshape(4, 2) for seed in (3, 3, 4)]
+    torch.testing.assert_close(shown[0], expected)
+    torch.testing.assert_close(shown[1], expected)
+    assert not torch.equal(shown[2], expected)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.traversals(gaussian(), torch.zeros(1), (1, 2)), TypeError, "decode: got a VAE; .*vae.decode"),
+        (lambda: plots.traversals(decode, torch.zeros(1, 2), (3, 4)), ValueError, r"z: got shape \(1, 2\)"),
+        (lambda: plots.traversals(decode, [0.0, 1.0], (3, 4)), ValueError, "z: got a list"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 5)), ValueError, r"decode: got .*\(14, 15\), of 3 by 5"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), []), ValueError, r"values: got shape \(0,\)"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), "a"), TypeError, "values: got 'a'"),
+        (
+            lambda: plots.traversals(decode, torch.zeros(2), (3, 4), coordinates=[0, 2]),
+            ValueError,
+            r"coordinates: got \[0, 2\]; accepted are one or more integers from 0 to 1",
+        ),
+        (lambda: plots.reconstructions(gaussian(), IMAGES, (3, 4)), TypeError, "reconstruct: .*vae.reconstruct"),
+        (lambda: plots.reconstructions(lambda x: x, IMAGES, (4, 4)), ValueError, r"x: got .*\(5, 12\); .* 4 by 4 pix"),
+        (lambda: plots.reconstructions(lambda x: x[:2], IMAGES, (3, 4)), ValueError, r"reconstruct: .*\(5, 12\), of"),
+        (lambda: plots.reconstructions(lambda x: x, IMAGES, (3, 4), columns=0), ValueError, "columns: got 0"),
+        (lambda: plots.samples(gaussian(), (3, 4)), TypeError, "generate: .*vae.generate"),
+        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=4), ValueError, r"generate: got .*\(5, 12\)"),
+        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=0), ValueError, "count: got 0"),
+        (lambda: plots.manifold(decode, (3, 5), size=2), ValueError, r"decode: got shape \(4, 12\)"),
+        (lambda: plots.image_grid(IMAGES, 3), ValueError, r"images: got shape \(5, 12\)"),
+    ],
+)
+def test_images_that_cannot_be_drawn_are_refused_by_name(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
 
 
 # --- Posterior -------------------------------------------------------------------------------------------------------
