@@ -113,7 +113,7 @@ def traversals(
         codes[row, :, index] = taken
     images = _as_images(decode(codes.flatten(0, 1)), shape, "decode", len(chosen) * len(taken))
     ax = image_grid(images, len(taken), ax)
-    rows = [f"z[{index}] = {float(z[index]):.2f}" for index in chosen]
+    rows = [f"z[{index}] = {round(float(z[index]), 2) + 0.0:.2f}" for index in chosen]
     _label(ax, shape, rows, [f"{value:.3g}" for value in taken.tolist()])
     ax.set(xlabel="value that the coordinate of the row takes; the others stay", ylabel="coordinate and its own value")
     return ax
@@ -155,6 +155,8 @@ def reconstructions(
     pairs = [torch.cat([images, blank.to(images)]).split(columns) for images in (data, means)]
     ax = image_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), columns, ax)
     _label(ax, shape, ["data", "mean of p(x|z)"] * len(pairs[0]), [])
+    for pair in range(1, len(pairs[0])):
+        ax.axhline(2 * pair * (shape[0] + 1) - 1, color="black", linewidth=0.8)
     return ax
 
 

@@ -104,6 +104,11 @@ DRAWINGS = [
     ),
     ("posterior", lambda **o: posterior_of(gaussian, **o), ("value of site $z$", "density")),
     ("posterior-gumbel", lambda **o: posterior_of(gumbel, **o), ("log-ratio of the classes of $z$", "density")),
+    (
+        "posterior-two",
+        lambda **o: posterior_of(lambda: gaussian(2), **o),
+        ("variable 1 of site $z$", "variable 2 of site $z$"),
+    ),
     ("posterior-discrete", lambda **o: posterior_of(bernoulli, **o), ("state of $z$", "probability")),
     ("image_grid", lambda **o: plots.image_grid(torch.rand(5, 3, 4), 2, **o), None),
     (
@@ -387,9 +392,85 @@ def test_bars_of_the_posterior_picture_are_the_probabilities_of_each_state(make)
     assert exact[0].get_hatch() != guide[0].get_hatch(), "the two differ in colour alone"
 
 
-def test_a_latent_of_two_variables_is_refused():
-    with pytest.raises(ValueError, match=r"'z' has 2 dimensions; accepted is one variable"):
-        posterior_of(lambda: gaussian(2))
+class Ring(nn.Module):
+    """x ~ N(|z|^2, 0.5): a posterior without a mean worth the name."""
+
+    def forward(self, z):
+        return dist.Normal(z.square().sum(-1, keepdim=True), 0.5).to_event(1)
+
+
+def levels_of(ax):
+    filled, lines = ax.collections
+    return filled, lines, list(filled.levels[:-1]), list(lines.levels)
+
+
+def corners(contours):
+    return torch.as_tensor(np.concatenate([path.vertices for path in contours.get_paths()]), dtype=torch.float32)
+
+
+def test_regions_of_the_posterior_picture_hold_what_they_say():
+    """Of a normal of two dimensions, mass m lies where the density is above 1 - m of the highest."""
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, NET), likelihoods.Normal(2, 2, linear()))
+    _, _, exact, guide = levels_of(plots.posterior(vae.model, vae.guide, DATUM))
+    p, q = pv.exact.posterior(vae.model, DATUM), vae.encode(DATUM)
+    for levels, of in ((exact, p), (guide, q)):
+        outside = np.exp(np.array(levels) - of.log_prob(of.mean).item())
+        errors = np.sqrt([0.01 * 0.99 / 4000, 0.1 * 0.9 / 4000, 0.5 * 0.5 / 4000])  # of shares of 4000 draws
+        np.testing.assert_array_less(abs(outside - [0.01, 0.1, 0.5]), 5 * errors)
+
+
+def test_contours_of_a_ring_lie_where_the_densities_are_these():
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(1, 2, NET), Ring())
+    x = torch.tensor([[2.0]])
+    filled, lines, exact, guide = levels_of(plots.posterior(vae.model, vae.guide, x))
+    truth = pv.exact.posterior(vae.model, x)
+    for contours, levels, of in ((lines, guide, vae.encode(x)), (filled, exact, truth)):
+        found = of.log_prob(corners(contours)[:, None])
+        nearest = (found - torch.tensor(levels).float()).abs().min(1).values
+        assert nearest.max() < 0.15, "nats, of which a cell of the grid spans about one"
+    assert not filled.get_paths()[-1].contains_point((0.0, 0.0)), "the hole is filled"
+    (inner, outer) = (corners(filled).norm(dim=1).min(), corners(filled).norm(dim=1).max())
+    assert inner > 0.3
+    assert outer < 2.5
+
+
+@pytest.mark.parametrize("make", [gaussian, bernoulli, lambda: gaussian(2)], ids=["one", "discrete", "two"])
+def test_the_gap_of_the_guide_is_said_in_nats(make):
+    vae = make()
+    legend = plots.posterior(vae.model, vae.guide, DATUM).get_legend()
+    gap = float(pv.exact.kl(vae.model, vae.guide, DATUM))
+    assert legend.get_title().get_text() == f"KL(q ‖ p) = {gap:.2g} nats"
+
+
+def test_a_guide_whose_gap_is_not_to_be_had_is_drawn_without_it():
+    """Its mean and tails are not known, so that quadrature does not know where to look."""
+
+    class Heavy(nn.Module):
+        def forward(self, x):
+            base = dist.Normal(x[..., :1], 1.0)
+            return dist.TransformedDistribution(base, dist.transforms.AffineTransform(0.0, 1.0)).to_event(1)
+
+    vae = gaussian()
+    heavy = Heavy()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", heavy(x))
+
+    legend = plots.posterior(vae.model, guide, DATUM).get_legend()
+    assert legend.get_title().get_text() in ("", "None")
+    assert [text.get_text() for text in legend.get_texts()] == ["exact $p(z|x)$", "guide $q(z|x)$"]
+
+
+def test_a_latent_of_three_variables_is_refused():
+    with pytest.raises(ValueError, match=r"'z' has 3 dimensions, and quadrature goes up to 2"):
+        posterior_of(lambda: gaussian(3))
+
+
+def test_a_posterior_of_two_data_is_refused():
+    vae = gaussian()
+    with pytest.raises(ValueError, match=r"datum: got 4 rows; accepted is one"):
+        plots.posterior(vae.model, vae.guide, X)
 
 
 def test_a_model_of_two_latent_sites_is_refused():
