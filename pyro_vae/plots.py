@@ -14,7 +14,7 @@ black and white.
 from pyro_vae.plot_estimates import bias_variance
 from pyro_vae.plot_images import image_grid, manifold, reconstructions, samples, traversals
 from pyro_vae.plot_latents import latent_map, posterior
-from pyro_vae.plot_nats import training_curves
+from pyro_vae.plot_nats import rate_distortion, training_curves
 from pyro_vae.plot_plates import plate_diagram
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "manifold",
     "plate_diagram",
     "posterior",
+    "rate_distortion",
     "reconstructions",
     "samples",
     "training_curves",

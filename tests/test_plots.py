@@ -96,6 +96,16 @@ DRAWINGS = [
     ),
     ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
     ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
+    (
+        "training_curves-gap",
+        lambda **o: plots.training_curves(VALIDATED, log_evidence=-1.2, validation_log_evidence=-1.1, **o),
+        ("epoch", "nats per datum"),
+    ),
+    (
+        "rate_distortion",
+        lambda **o: plots.rate_distortion({"one": (1.0, 2.0), "other": (0.5, 3.0)}, **o),
+        ("rate, nats per datum", "distortion, nats per datum"),
+    ),
     ("latent_map", lambda **o: plots.latent_map(torch.zeros(9, 2), torch.arange(9) % 3, **o), ("$z_1$", "$z_2$")),
     (
         "latent_map-one",
@@ -214,9 +224,121 @@ def test_terms_that_there_are_not_are_refused(terms):
 @pytest.mark.parametrize("history", [HISTORY, VALIDATED], ids=["training", "validated"])
 def test_one_epoch_is_a_point_that_is_seen(history):
     """A line from a point to itself is none."""
-    for epochs, seen in ((1, True), (3, False)):
-        lines = plots.training_curves({name: values[:epochs] for name, values in history.items()}).lines
-        assert [line.get_marker() not in ("", "None") for line in lines] == [seen] * len(history)
+    lines = plots.training_curves({name: values[:1] for name, values in history.items()}).lines
+    assert [line.get_marker() not in ("", "None") for line in lines] == [True] * len(history)
+
+
+def test_terms_and_data_are_told_apart_without_colour():
+    lines = plots.training_curves(VALIDATED, log_evidence=-1.0, validation_log_evidence=-0.9).lines
+    looks = {(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}
+    assert len(looks) == len(lines) == 8
+
+
+ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(-1.0, "log p(x)"), (torch.tensor([-1.5, -0.5]), "log p(x)"), (ESTIMATE, "log p(x), estimated")],
+    ids=["number", "tensor", "evidence"],
+)
+def test_the_gap_is_from_the_last_elbo_to_log_evidence(given, words):
+    ax = plots.training_curves(VALIDATED, log_evidence=given, validation_log_evidence=-0.9)
+    lines = {line.get_label(): line for line in ax.lines}
+    for label, level, end in (
+        (f"{words}: a gap of 0.500 nats", -1.0, -1.5),
+        ("log p(x), validation: a gap of 0.500 nats", -0.9, -1.4),
+    ):
+        assert list(lines[label].get_ydata()) == pytest.approx([level, level])
+        assert (level, end) in [(arrow.xy[1], pytest.approx(arrow.xyann[1])) for arrow in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"validation_log_evidence": -1.0}, ValueError, "validation_log_evidence: there is no validation_elbo drawn"),
+        (
+            {"log_evidence": -1.0, "terms": ["rate"]},
+            ValueError,
+            r"log_evidence: there is no elbo .* terms are \['rate'",
+        ),
+        ({"log_evidence": float("nan")}, ValueError, "log_evidence: got nan; accepted is a finite number"),
+        ({"log_evidence": "-1"}, ValueError, "log_evidence: got '-1'"),
+    ],
+)
+def test_a_gap_that_there_is_not_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        plots.training_curves(HISTORY, **options)
+
+
+def test_a_surrogate_has_no_gap():
+    history = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
+    with pytest.raises(ValueError, match=r"log_evidence: there is no elbo drawn .* the history has \['surrogate'\]"):
+        plots.training_curves(history, log_evidence=-1.0)
+
+
+# --- Rate and distortion ---------------------------------------------------------------------------------------------
+
+
+class Measure:
+    """A number with its error, as `pv.decompose` has them."""
+
+    def __init__(self, value, standard_error):
+        self.value, self.standard_error = value, standard_error
+
+
+class Decomposed:
+    rate, distortion = Measure(2.0, 0.1), Measure(1.0, 0.2)
+
+
+MODELS = {
+    "pair": (1.0, 2.5),
+    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
+    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
+    "decomposed": Decomposed(),
+}
+
+
+def test_models_lie_at_their_rate_and_distortion():
+    ax = plots.rate_distortion(MODELS)
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines}
+    expected = {"pair": (1.0, 2.5), "evaluated": (0.8, 2.0), "tensors": (0.0, 4.0), "decomposed": (2.0, 1.0)}
+    assert {name: points[name] for name in MODELS} == expected
+    assert len({line.get_marker() for line in ax.lines if line.get_label() in MODELS}) == len(MODELS)
+    bars = [bar.get_segments()[0] for bar in ax.collections]
+    np.testing.assert_allclose(sorted(np.ptp(bar, axis=0).max() for bar in bars), [0.2, 0.4])
+
+
+@pytest.mark.parametrize("models", [MODELS, {"one": (0.0, 0.0)}, {"far": (1000.0, 2.0), "near": (0.0, -1000.0)}])
+def test_every_point_of_a_line_has_the_elbo_that_is_written_on_it(models):
+    ax = plots.rate_distortion(models)
+    lines = [line for line in ax.lines if line.get_linestyle() == "-"]
+    elbos = [-(line.get_xdata() + line.get_ydata()) for line in lines]
+    for elbo in elbos:
+        np.testing.assert_allclose(elbo, elbo[0], atol=1e-9 + 1e-9 * abs(elbo[0]))
+    written = [float(text.get_text().removesuffix(" nats")) for text in ax.texts]
+    assert len(written) >= 2
+    for name, text in zip(written, ax.texts, strict=True):
+        rate, distortion = text.get_position()
+        assert -(rate + distortion) == pytest.approx(name, rel=1e-5, abs=1e-9)
+        assert np.isclose(name, [elbo[0] for elbo in elbos], rtol=1e-5).any()
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "message"),
+    [
+        ({}, ValueError, "models: got none"),
+        ([(1.0, 2.0)], TypeError, "models: got a list"),
+        ({"a": 3.0}, TypeError, "models: 'a' is 3.0; accepted"),
+        ({"a": "ab"}, TypeError, "models: 'a' is 'ab'"),
+        ({"a": (1.0, 2.0, 3.0)}, TypeError, "models: 'a' is"),
+        ({"a": (1.0, float("inf"))}, ValueError, "models: distortion of 'a': got inf"),
+        ({"a": {"surrogate": 1.0, "rate": 1.0, "distortion": 2.0}}, ValueError, "models: 'a' is of a surrogate"),
+    ],
+)
+def test_models_without_rate_and_distortion_are_refused(models, error, message):
+    with pytest.raises(error, match=message):
+        plots.rate_distortion(models)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 7, 40, 1000])
