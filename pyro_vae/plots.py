@@ -11,7 +11,7 @@ Clusters, methods and models differ in marker, line style or hatching as well as
 black and white.
 """
 
-from pyro_vae.plot_estimates import bias_variance
+from pyro_vae.plot_estimates import bias_variance, evidence_comparison, khat
 from pyro_vae.plot_images import image_grid, manifold, reconstructions, samples, traversals
 from pyro_vae.plot_latents import latent_map, posterior
 from pyro_vae.plot_nats import rate_distortion, training_curves
@@ -19,7 +19,9 @@ from pyro_vae.plot_plates import plate_diagram
 
 __all__ = [
     "bias_variance",
+    "evidence_comparison",
     "image_grid",
+    "khat",
     "latent_map",
     "manifold",
     "plate_diagram",

@@ -87,12 +87,41 @@ COMPARISON = Comparison(
     {"biased": 1, "unbiased": 1, "enumerated": 8},
 )
 
+SHAPES = pv.Evidence(
+    torch.zeros(6), torch.ones(6), torch.tensor([0.1, 0.9, -torch.inf, 0.4, torch.nan, 0.7]), num_samples=1000
+)
+
+
+def table():
+    """Three models of 40 data: by quadrature, by draws to be trusted, and by draws that are not."""
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    exact = {scale: dist.Normal(0.0, scale).log_prob(x) for scale in (1.0, 1.5, 2.0)}
+    shapes = torch.arange(40) / 40.0
+    return pv.compare_evidence(
+        {
+            "exact": exact[1.0],
+            "good": pv.Evidence(exact[1.5], torch.full((40,), 500.0), torch.zeros(40), 1000),
+            "bad": pv.Evidence(exact[2.0], torch.full((40,), 20.0), shapes, 1000),
+        }
+    )
+
+
 # Name in plots.__all__, a variant after "-"; the drawing; the labels of its axes, of pictures that have axes.
 DRAWINGS = [
     (
         "bias_variance",
         lambda **o: plots.bias_variance(COMPARISON, **o),
         ("standard deviation / length of the exact gradient", "bias / length of the exact gradient"),
+    ),
+    (
+        "khat",
+        lambda **o: plots.khat(SHAPES, **o),
+        ("number of the datum", r"$\hat{k}$, the shape of the tail of its weights"),
+    ),
+    (
+        "evidence_comparison",
+        lambda **o: plots.evidence_comparison(table(), **o),
+        ("log p(x) less that of the best, nats per datum", ""),
     ),
     ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
     ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
@@ -347,6 +376,74 @@ def test_epochs_are_counted_in_whole_numbers(epochs):
     ticks = ax.get_xticks()
     assert len(ticks) > 0
     np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
+# --- Estimates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_each_datum_is_at_its_khat_and_marked_if_that_is_not_reliable(sort):
+    ax = plots.khat(SHAPES, sort=sort)
+    good, bad, limit = ax.get_legend().legend_handles[:3]
+    good, bad = (next(line for line in ax.lines if line.get_label() == h.get_label()) for h in (good, bad))
+    assert good.get_label() == "reliable: 3 of 6 data"
+    assert bad.get_label() == "not reliable: 3 of 6 data (50.0 %)"
+    assert good.get_marker() != bad.get_marker()
+    where = {4: 0, 1: 1, 5: 2, 3: 3, 0: 4, 2: 5} if sort else {number: number for number in range(6)}
+    drawn = dict(zip(good.get_xdata(), good.get_ydata(), strict=True))
+    drawn |= dict(zip(bad.get_xdata(), bad.get_ydata(), strict=True))
+    for number in (0, 1, 3, 5):
+        assert drawn[where[number]] == pytest.approx(SHAPES.khat[number].item())
+    assert set(bad.get_xdata()) == {where[1], where[4], where[5]}
+    assert drawn[where[4]] == max(drawn.values()), "unknown, at the top"
+    assert drawn[where[2]] == min(drawn.values()), "no tail, at the bottom"
+    assert [text.get_text().strip() for text in ax.texts] == ["no tail", "unknown"]
+    assert limit.get_label() == "reliable up to 0.67, of 1000 draws each"
+    (line,) = (line for line in ax.lines if line.get_label() == limit.get_label())
+    assert list(line.get_ydata()) == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_khat_of_one_draw_each_is_unknown():
+    ax = plots.khat(pv.Evidence(torch.zeros(3), torch.ones(3), torch.full((3,), torch.nan), num_samples=1))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["reliable: 0 of 3 data", "not reliable: 3 of 3 data (100.0 %)"]
+    ax.figure.canvas.draw()
+
+
+def test_differences_in_the_picture_are_those_of_the_table():
+    found = table()
+    ax = plots.evidence_comparison(found)
+    assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["exact", "good", "bad"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the best is not at the top"
+    points = {int(line.get_ydata()[0]): line for line in ax.lines if len(line.get_xdata()) == 1}
+    bars = {(line.get_ydata()[0], line.get_linewidth()): line.get_xdata() for line in ax.lines if len(line.get_ydata())}
+    for row, (_, entry) in enumerate(found.iterrows()):
+        assert points[row].get_xdata()[0] == pytest.approx(entry["difference"])
+        assert (points[row].get_markerfacecolor() == "white") == (entry["unreliable"] > 0)
+        for column, width in (("difference_error", 1.5), ("difference_monte_carlo_error", 5.0)):
+            if row == 0:
+                assert (row, width) not in bars
+            else:
+                low, high = bars[row, width]
+                assert (high - low) / 2 == pytest.approx(entry[column])
+                assert (high + low) / 2 == pytest.approx(entry["difference"])
+    assert "unreliable: 32 %" in ax.get_yticklabels()[2].get_text()
+    assert f"{found.loc['bad', 'log_evidence']:.3f} nats" in ax.get_yticklabels()[2].get_text()
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.khat(torch.zeros(3)), TypeError, "evidence: got a Tensor; accepted is what pv.log_evidence"),
+        (lambda: plots.khat(SHAPES, sort="no"), TypeError, "sort: got 'no'"),
+        (lambda: plots.evidence_comparison({"a": SHAPES}), TypeError, "table: got a dict; .*pv.compare_evidence"),
+        (lambda: plots.evidence_comparison(table()[:0]), ValueError, "table: has no rows"),
+        (lambda: plots.evidence_comparison(table()[["difference"]]), ValueError, r"table: lacks .*'log_evidence'"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
 
 
 # --- Latent map and images -------------------------------------------------------------------------------------------
