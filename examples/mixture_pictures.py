@@ -87,6 +87,7 @@ def posteriors(vaes: Mapping[str, pv.VAE]) -> Figure:
         for ax, (name, vae) in zip(row, vaes.items(), strict=True):
             plots.posterior(vae.model, vae.guide, torch.tensor([point]), ax=ax)
             ax.set_title(f"{name}\n{where}", fontsize=9)
+            ax.get_legend().remove()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.suptitle("Each guide on the exact posterior, for three points")
     return figure

@@ -100,7 +100,7 @@ def report(
     drawn = _Pictures()
     if history is not None:
         drawn.draw("Has training converged, and does it overfit?", lambda ax: plots.training_curves(history, ax))
-    drawn.draw("How far can each log p(x) be trusted?", lambda ax: plots.khat(found.evidence, ax))
+    drawn.draw("How far can each log p(x) be trusted?", lambda ax: plots.khat(found.evidence, sort=True, ax=ax))
     if found.calibration is not None:
         calibration = found.calibration
         drawn.draw(

@@ -15,14 +15,16 @@ FLOORS = [
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "draw_files", "uniformity"},
     },
-    {"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks", "pictures_of_models"},
+    {"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
     {"steps", "gradients", "objectives", "annealing", "comparison", "refinement", "calibration"},
     {"training", "gaps"},
     {"inference_data", "inspection"},
-    {"mcmc", "plots"},
+    {"mcmc", "plot_axes"},
+    {"plot_nats", "plot_estimates", "plot_latents", "plot_images", "plot_plates"},
+    {"plots"},
     {"report"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

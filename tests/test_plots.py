@@ -70,6 +70,14 @@ def plates_of(make, **options):
     return plots.plate_diagram(vae.model, X, guide=vae.guide, **options)
 
 
+IMAGES = torch.rand(5, 12, generator=torch.Generator().manual_seed(0))
+
+
+def decode(z):
+    """Images of which every pixel tells the code."""
+    return (z @ torch.tensor([[1.0], [10.0]])).expand(-1, 12) / 100
+
+
 COMPARISON = Comparison(
     {
         "biased": {"all": Measured(2.0, 0.1, 0.01, 4.0, max_z=9.0, num_parameters=3, num_tested=3, repeats=99)},
@@ -95,6 +103,25 @@ def narrow():
     return pv.calibrate(model, guide, X, num_simulations=500)
 
 
+SHAPES = pv.Evidence(
+    torch.zeros(6), torch.ones(6), torch.tensor([0.1, 0.9, -torch.inf, 0.4, torch.nan, 0.7]), num_samples=1000
+)
+
+
+def table():
+    """Three models of 40 data: by quadrature, by draws to be trusted, and by draws that are not."""
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    exact = {scale: dist.Normal(0.0, scale).log_prob(x) for scale in (1.0, 1.5, 2.0)}
+    shapes = torch.arange(40) / 40.0
+    return pv.compare_evidence(
+        {
+            "exact": exact[1.0],
+            "good": pv.Evidence(exact[1.5], torch.full((40,), 500.0), torch.zeros(40), 1000),
+            "bad": pv.Evidence(exact[2.0], torch.full((40,), 20.0), shapes, 1000),
+        }
+    )
+
+
 # Name in plots.__all__, a variant after "-"; the drawing; the labels of its axes, of pictures that have axes.
 DRAWINGS = [
     (
@@ -107,8 +134,28 @@ DRAWINGS = [
         lambda **o: plots.calibration(narrow(), **o),
         ("u, the share of draws below the truth", "share of data below u, less u"),
     ),
+    (
+        "khat",
+        lambda **o: plots.khat(SHAPES, **o),
+        ("number of the datum", r"$\hat{k}$, the shape of the tail of its weights"),
+    ),
+    (
+        "evidence_comparison",
+        lambda **o: plots.evidence_comparison(table(), **o),
+        ("log p(x) less that of the best, nats per datum", ""),
+    ),
     ("training_curves", lambda **o: plots.training_curves(HISTORY, **o), ("epoch", "nats per datum")),
     ("training_curves-validated", lambda **o: plots.training_curves(VALIDATED, **o), ("epoch", "nats per datum")),
+    (
+        "training_curves-gap",
+        lambda **o: plots.training_curves(VALIDATED, log_evidence=-1.2, validation_log_evidence=-1.1, **o),
+        ("epoch", "nats per datum"),
+    ),
+    (
+        "rate_distortion",
+        lambda **o: plots.rate_distortion({"one": (1.0, 2.0), "other": (0.5, 3.0)}, **o),
+        ("rate, nats per datum", "distortion, nats per datum"),
+    ),
     ("latent_map", lambda **o: plots.latent_map(torch.zeros(9, 2), torch.arange(9) % 3, **o), ("$z_1$", "$z_2$")),
     (
         "latent_map-one",
@@ -117,6 +164,11 @@ DRAWINGS = [
     ),
     ("posterior", lambda **o: posterior_of(gaussian, **o), ("value of site $z$", "density")),
     ("posterior-gumbel", lambda **o: posterior_of(gumbel, **o), ("log-ratio of the classes of $z$", "density")),
+    (
+        "posterior-two",
+        lambda **o: posterior_of(lambda: gaussian(2), **o),
+        ("variable 1 of site $z$", "variable 2 of site $z$"),
+    ),
     ("posterior-discrete", lambda **o: posterior_of(bernoulli, **o), ("state of $z$", "probability")),
     ("image_grid", lambda **o: plots.image_grid(torch.rand(5, 3, 4), 2, **o), None),
     (
@@ -124,6 +176,13 @@ DRAWINGS = [
         lambda **o: plots.manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 12), (3, 4), size=3, **o),
         ("$z_1$, at quantiles of the prior", "$z_2$, at quantiles of the prior"),
     ),
+    (
+        "traversals",
+        lambda **o: plots.traversals(decode, torch.tensor([0.5, -1.0]), (3, 4), **o),
+        ("value that the coordinate of the row takes; the others stay", "coordinate and its own value"),
+    ),
+    ("reconstructions", lambda **o: plots.reconstructions(lambda x: 0.5 * x, IMAGES, (3, 4), **o), ("", "")),
+    ("samples", lambda **o: plots.samples(lambda count: torch.rand(count, 12), (3, 4), **o), None),
     ("plate_diagram", lambda **o: plates_of(gaussian, **o), None),
     ("plate_diagram-relaxed", lambda **o: plates_of(relaxed, **o), None),
 ]
@@ -169,6 +228,9 @@ def test_pictures_of_a_pair_touch_neither_random_streams_nor_parameters(make, ra
     plots.latent_map(torch.zeros(9, 1), torch.arange(9) % 3)
     plots.image_grid(torch.zeros(2, 3, 3), columns=2)
     plots.manifold(lambda z: z[:, :1].sigmoid(), (1, 1), size=2)
+    plots.reconstructions(vae.reconstruct, torch.zeros(3, 2), (1, 2))
+    plots.samples(vae.generate, (1, 2), count=3)
+    plots.traversals(lambda z: vae.decode(z).mean, torch.zeros(1), (1, 2))
     plots.training_curves(HISTORY)
     assert random_states() == state
     assert set(pyro.get_param_store().keys()) == stored
@@ -212,9 +274,121 @@ def test_terms_that_there_are_not_are_refused(terms):
 @pytest.mark.parametrize("history", [HISTORY, VALIDATED], ids=["training", "validated"])
 def test_one_epoch_is_a_point_that_is_seen(history):
     """A line from a point to itself is none."""
-    for epochs, seen in ((1, True), (3, False)):
-        lines = plots.training_curves({name: values[:epochs] for name, values in history.items()}).lines
-        assert [line.get_marker() not in ("", "None") for line in lines] == [seen] * len(history)
+    lines = plots.training_curves({name: values[:1] for name, values in history.items()}).lines
+    assert [line.get_marker() not in ("", "None") for line in lines] == [True] * len(history)
+
+
+def test_terms_and_data_are_told_apart_without_colour():
+    lines = plots.training_curves(VALIDATED, log_evidence=-1.0, validation_log_evidence=-0.9).lines
+    looks = {(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}
+    assert len(looks) == len(lines) == 8
+
+
+ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(-1.0, "log p(x)"), (torch.tensor([-1.5, -0.5]), "log p(x)"), (ESTIMATE, "log p(x), estimated")],
+    ids=["number", "tensor", "evidence"],
+)
+def test_the_gap_is_from_the_last_elbo_to_log_evidence(given, words):
+    ax = plots.training_curves(VALIDATED, log_evidence=given, validation_log_evidence=-0.9)
+    lines = {line.get_label(): line for line in ax.lines}
+    for label, level, end in (
+        (f"{words}: a gap of 0.500 nats", -1.0, -1.5),
+        ("log p(x), validation: a gap of 0.500 nats", -0.9, -1.4),
+    ):
+        assert list(lines[label].get_ydata()) == pytest.approx([level, level])
+        assert (level, end) in [(arrow.xy[1], pytest.approx(arrow.xyann[1])) for arrow in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"validation_log_evidence": -1.0}, ValueError, "validation_log_evidence: there is no validation_elbo drawn"),
+        (
+            {"log_evidence": -1.0, "terms": ["rate"]},
+            ValueError,
+            r"log_evidence: there is no elbo .* terms are \['rate'",
+        ),
+        ({"log_evidence": float("nan")}, ValueError, "log_evidence: got nan; accepted is a finite number"),
+        ({"log_evidence": "-1"}, ValueError, "log_evidence: got '-1'"),
+    ],
+)
+def test_a_gap_that_there_is_not_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        plots.training_curves(HISTORY, **options)
+
+
+def test_a_surrogate_has_no_gap():
+    history = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
+    with pytest.raises(ValueError, match=r"log_evidence: there is no elbo drawn .* the history has \['surrogate'\]"):
+        plots.training_curves(history, log_evidence=-1.0)
+
+
+# --- Rate and distortion ---------------------------------------------------------------------------------------------
+
+
+class Measure:
+    """A number with its error, as `pv.decompose` has them."""
+
+    def __init__(self, value, standard_error):
+        self.value, self.standard_error = value, standard_error
+
+
+class Decomposed:
+    rate, distortion = Measure(2.0, 0.1), Measure(1.0, 0.2)
+
+
+MODELS = {
+    "pair": (1.0, 2.5),
+    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
+    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
+    "decomposed": Decomposed(),
+}
+
+
+def test_models_lie_at_their_rate_and_distortion():
+    ax = plots.rate_distortion(MODELS)
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines}
+    expected = {"pair": (1.0, 2.5), "evaluated": (0.8, 2.0), "tensors": (0.0, 4.0), "decomposed": (2.0, 1.0)}
+    assert {name: points[name] for name in MODELS} == expected
+    assert len({line.get_marker() for line in ax.lines if line.get_label() in MODELS}) == len(MODELS)
+    bars = [bar.get_segments()[0] for bar in ax.collections]
+    np.testing.assert_allclose(sorted(np.ptp(bar, axis=0).max() for bar in bars), [0.2, 0.4])
+
+
+@pytest.mark.parametrize("models", [MODELS, {"one": (0.0, 0.0)}, {"far": (1000.0, 2.0), "near": (0.0, -1000.0)}])
+def test_every_point_of_a_line_has_the_elbo_that_is_written_on_it(models):
+    ax = plots.rate_distortion(models)
+    lines = [line for line in ax.lines if line.get_linestyle() == "-"]
+    elbos = [-(line.get_xdata() + line.get_ydata()) for line in lines]
+    for elbo in elbos:
+        np.testing.assert_allclose(elbo, elbo[0], atol=1e-9 + 1e-9 * abs(elbo[0]))
+    written = [float(text.get_text().removesuffix(" nats")) for text in ax.texts]
+    assert len(written) >= 2
+    for name, text in zip(written, ax.texts, strict=True):
+        rate, distortion = text.get_position()
+        assert -(rate + distortion) == pytest.approx(name, rel=1e-5, abs=1e-9)
+        assert np.isclose(name, [elbo[0] for elbo in elbos], rtol=1e-5).any()
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "message"),
+    [
+        ({}, ValueError, "models: got none"),
+        ([(1.0, 2.0)], TypeError, "models: got a list"),
+        ({"a": 3.0}, TypeError, "models: 'a' is 3.0; accepted"),
+        ({"a": "ab"}, TypeError, "models: 'a' is 'ab'"),
+        ({"a": (1.0, 2.0, 3.0)}, TypeError, "models: 'a' is"),
+        ({"a": (1.0, float("inf"))}, ValueError, "models: distortion of 'a': got inf"),
+        ({"a": {"surrogate": 1.0, "rate": 1.0, "distortion": 2.0}}, ValueError, "models: 'a' is of a surrogate"),
+    ],
+)
+def test_models_without_rate_and_distortion_are_refused(models, error, message):
+    with pytest.raises(error, match=message):
+        plots.rate_distortion(models)
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 7, 40, 1000])
@@ -243,6 +417,74 @@ def test_what_leaves_the_band_is_named_and_has_a_style_of_its_own():
         share = [(result.ranks[:, index] < round(u * 100)).double().mean().item() for u in places]
         np.testing.assert_allclose(difference, np.array(share) - places, atol=1e-12)
     assert (band.min(), band.max()) == pytest.approx((lower.min(), upper.max()))
+
+
+# --- Estimates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_each_datum_is_at_its_khat_and_marked_if_that_is_not_reliable(sort):
+    ax = plots.khat(SHAPES, sort=sort)
+    good, bad, limit = ax.get_legend().legend_handles[:3]
+    good, bad = (next(line for line in ax.lines if line.get_label() == h.get_label()) for h in (good, bad))
+    assert good.get_label() == "reliable: 3 of 6 data"
+    assert bad.get_label() == "not reliable: 3 of 6 data (50.0 %)"
+    assert good.get_marker() != bad.get_marker()
+    where = {4: 0, 1: 1, 5: 2, 3: 3, 0: 4, 2: 5} if sort else {number: number for number in range(6)}
+    drawn = dict(zip(good.get_xdata(), good.get_ydata(), strict=True))
+    drawn |= dict(zip(bad.get_xdata(), bad.get_ydata(), strict=True))
+    for number in (0, 1, 3, 5):
+        assert drawn[where[number]] == pytest.approx(SHAPES.khat[number].item())
+    assert set(bad.get_xdata()) == {where[1], where[4], where[5]}
+    assert drawn[where[4]] == max(drawn.values()), "unknown, at the top"
+    assert drawn[where[2]] == min(drawn.values()), "no tail, at the bottom"
+    assert [text.get_text().strip() for text in ax.texts] == ["no tail", "unknown"]
+    assert limit.get_label() == "reliable up to 0.67, of 1000 draws each"
+    (line,) = (line for line in ax.lines if line.get_label() == limit.get_label())
+    assert list(line.get_ydata()) == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_khat_of_one_draw_each_is_unknown():
+    ax = plots.khat(pv.Evidence(torch.zeros(3), torch.ones(3), torch.full((3,), torch.nan), num_samples=1))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["reliable: 0 of 3 data", "not reliable: 3 of 3 data (100.0 %)"]
+    ax.figure.canvas.draw()
+
+
+def test_differences_in_the_picture_are_those_of_the_table():
+    found = table()
+    ax = plots.evidence_comparison(found)
+    assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == ["exact", "good", "bad"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1], "the best is not at the top"
+    points = {int(line.get_ydata()[0]): line for line in ax.lines if len(line.get_xdata()) == 1}
+    bars = {(line.get_ydata()[0], line.get_linewidth()): line.get_xdata() for line in ax.lines if len(line.get_ydata())}
+    for row, (_, entry) in enumerate(found.iterrows()):
+        assert points[row].get_xdata()[0] == pytest.approx(entry["difference"])
+        assert (points[row].get_markerfacecolor() == "white") == (entry["unreliable"] > 0)
+        for column, width in (("difference_error", 1.5), ("difference_monte_carlo_error", 5.0)):
+            if row == 0:
+                assert (row, width) not in bars
+            else:
+                low, high = bars[row, width]
+                assert (high - low) / 2 == pytest.approx(entry[column])
+                assert (high + low) / 2 == pytest.approx(entry["difference"])
+    assert "unreliable: 32 %" in ax.get_yticklabels()[2].get_text()
+    assert f"{found.loc['bad', 'log_evidence']:.3f} nats" in ax.get_yticklabels()[2].get_text()
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.khat(torch.zeros(3)), TypeError, "evidence: got a Tensor; accepted is what pv.log_evidence"),
+        (lambda: plots.khat(SHAPES, sort="no"), TypeError, "sort: got 'no'"),
+        (lambda: plots.evidence_comparison({"a": SHAPES}), TypeError, "table: got a dict; .*pv.compare_evidence"),
+        (lambda: plots.evidence_comparison(table()[:0]), ValueError, "table: has no rows"),
+        (lambda: plots.evidence_comparison(table()[["difference"]]), ValueError, r"table: lacks .*'log_evidence'"),
+    ],
+)
+def test_what_is_no_evidence_is_refused(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
 
 
 # --- Latent map and images -------------------------------------------------------------------------------------------
@@ -298,6 +540,85 @@ def test_manifold_runs_with_z_1_to_the_right_and_z_2_upwards():
         torch.testing.assert_close(sheet, expected, atol=1e-5, rtol=1e-5)
 
 
+def cells(ax, shape):
+    """The images of a sheet, (rows, columns, height, width)."""
+    (height, width), sheet = shape, torch.as_tensor(np.asarray(ax.images[0].get_array()))
+    rows, columns = (sheet.shape[0] + 1) // (height + 1), (sheet.shape[1] + 1) // (width + 1)
+    return (
+        torch.nn.functional.pad(sheet, (0, 1, 0, 1))
+        .reshape(rows, height + 1, columns, width + 1)[:, :height, :, :width]
+        .transpose(1, 2)
+    )
+
+
+@pytest.mark.parametrize("coordinates", [None, [1], [1, 0]])
+def test_a_row_of_traversals_varies_its_coordinate_and_no_other(coordinates):
+    z, values = torch.tensor([0.5, -1.0]), [-2.0, 0.0, 3.0]
+    ax = plots.traversals(decode, z, (3, 4), values=values, coordinates=coordinates)
+    shown = cells(ax, (3, 4))
+    chosen = coordinates or [0, 1]
+    assert shown.shape == (len(chosen), 3, 3, 4)
+    for row, index in zip(shown, chosen, strict=True):
+        for image, value in zip(row, values, strict=True):
+            code = z.clone()
+            code[index] = value
+            torch.testing.assert_close(image, decode(code[None]).reshape(3, 4))
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"z[{i}] = {z[i]:.2f}" for i in chosen]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "0", "3"]
+    assert z.tolist() == [0.5, -1.0], "the code of the user's was written to"
+
+
+@pytest.mark.parametrize("columns", [2, 5, 12])
+def test_an_image_is_above_its_own_reconstruction(columns):
+    ax = plots.reconstructions(lambda x: 0.5 * x, IMAGES, (3, 4), columns=columns)
+    shown = cells(ax, (3, 4))
+    data, means = (shown[start::2].reshape(-1, 12)[:5] for start in (0, 1))
+    torch.testing.assert_close(data, IMAGES)
+    torch.testing.assert_close(means, 0.5 * IMAGES)
+    assert not shown[::2].reshape(-1, 12)[5:].any(), "places that are left are not blank"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["data", "mean of p(x|z)"] * (len(shown) // 2)
+
+
+def test_draws_in_pictures_are_those_of_the_seed():
+    vae = gaussian()
+    with pv.randomness.seeded(3):
+        expected = vae.generate(4)
+    shown = [cells(plots.samples(vae.generate, (1, 2), 4, 2, seed), (1, 2)).reshape(4, 2) for seed in (3, 3, 4)]
+    torch.testing.assert_close(shown[0], expected)
+    torch.testing.assert_close(shown[1], expected)
+    assert not torch.equal(shown[2], expected)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.traversals(gaussian(), torch.zeros(1), (1, 2)), TypeError, "decode: got a VAE; .*vae.decode"),
+        (lambda: plots.traversals(decode, torch.zeros(1, 2), (3, 4)), ValueError, r"z: got shape \(1, 2\)"),
+        (lambda: plots.traversals(decode, [0.0, 1.0], (3, 4)), ValueError, "z: got a list"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 5)), ValueError, r"decode: got .*\(14, 15\), of 3 by 5"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), []), ValueError, r"values: got shape \(0,\)"),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), "a"), TypeError, "values: got 'a'"),
+        (
+            lambda: plots.traversals(decode, torch.zeros(2), (3, 4), coordinates=[0, 2]),
+            ValueError,
+            r"coordinates: got \[0, 2\]; accepted are one or more integers from 0 to 1",
+        ),
+        (lambda: plots.reconstructions(gaussian(), IMAGES, (3, 4)), TypeError, "reconstruct: .*vae.reconstruct"),
+        (lambda: plots.reconstructions(lambda x: x, IMAGES, (4, 4)), ValueError, r"x: got .*\(5, 12\); .* 4 by 4 pix"),
+        (lambda: plots.reconstructions(lambda x: x[:2], IMAGES, (3, 4)), ValueError, r"reconstruct: .*\(5, 12\), of"),
+        (lambda: plots.reconstructions(lambda x: x, IMAGES, (3, 4), columns=0), ValueError, "columns: got 0"),
+        (lambda: plots.samples(gaussian(), (3, 4)), TypeError, "generate: .*vae.generate"),
+        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=4), ValueError, r"generate: got .*\(5, 12\)"),
+        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=0), ValueError, "count: got 0"),
+        (lambda: plots.manifold(decode, (3, 5), size=2), ValueError, r"decode: got shape \(4, 12\)"),
+        (lambda: plots.image_grid(IMAGES, 3), ValueError, r"images: got shape \(5, 12\)"),
+    ],
+)
+def test_images_that_cannot_be_drawn_are_refused_by_name(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
+
+
 # --- Posterior -------------------------------------------------------------------------------------------------------
 
 
@@ -331,9 +652,85 @@ def test_bars_of_the_posterior_picture_are_the_probabilities_of_each_state(make)
     assert exact[0].get_hatch() != guide[0].get_hatch(), "the two differ in colour alone"
 
 
-def test_a_latent_of_two_variables_is_refused():
-    with pytest.raises(ValueError, match=r"'z' has 2 dimensions; accepted is one variable"):
-        posterior_of(lambda: gaussian(2))
+class Ring(nn.Module):
+    """x ~ N(|z|^2, 0.5): a posterior without a mean worth the name."""
+
+    def forward(self, z):
+        return dist.Normal(z.square().sum(-1, keepdim=True), 0.5).to_event(1)
+
+
+def levels_of(ax):
+    filled, lines = ax.collections
+    return filled, lines, list(filled.levels[:-1]), list(lines.levels)
+
+
+def corners(contours):
+    return torch.as_tensor(np.concatenate([path.vertices for path in contours.get_paths()]), dtype=torch.float32)
+
+
+def test_regions_of_the_posterior_picture_hold_what_they_say():
+    """Of a normal of two dimensions, mass m lies where the density is above 1 - m of the highest."""
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, NET), likelihoods.Normal(2, 2, linear()))
+    _, _, exact, guide = levels_of(plots.posterior(vae.model, vae.guide, DATUM))
+    p, q = pv.exact.posterior(vae.model, DATUM), vae.encode(DATUM)
+    for levels, of in ((exact, p), (guide, q)):
+        outside = np.exp(np.array(levels) - of.log_prob(of.mean).item())
+        errors = np.sqrt([0.01 * 0.99 / 4000, 0.1 * 0.9 / 4000, 0.5 * 0.5 / 4000])  # of shares of 4000 draws
+        np.testing.assert_array_less(abs(outside - [0.01, 0.1, 0.5]), 5 * errors)
+
+
+def test_contours_of_a_ring_lie_where_the_densities_are_these():
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(1, 2, NET), Ring())
+    x = torch.tensor([[2.0]])
+    filled, lines, exact, guide = levels_of(plots.posterior(vae.model, vae.guide, x))
+    truth = pv.exact.posterior(vae.model, x)
+    for contours, levels, of in ((lines, guide, vae.encode(x)), (filled, exact, truth)):
+        found = of.log_prob(corners(contours)[:, None])
+        nearest = (found - torch.tensor(levels).float()).abs().min(1).values
+        assert nearest.max() < 0.15, "nats, of which a cell of the grid spans about one"
+    assert not filled.get_paths()[-1].contains_point((0.0, 0.0)), "the hole is filled"
+    (inner, outer) = (corners(filled).norm(dim=1).min(), corners(filled).norm(dim=1).max())
+    assert inner > 0.3
+    assert outer < 2.5
+
+
+@pytest.mark.parametrize("make", [gaussian, bernoulli, lambda: gaussian(2)], ids=["one", "discrete", "two"])
+def test_the_gap_of_the_guide_is_said_in_nats(make):
+    vae = make()
+    legend = plots.posterior(vae.model, vae.guide, DATUM).get_legend()
+    gap = float(pv.exact.kl(vae.model, vae.guide, DATUM))
+    assert legend.get_title().get_text() == f"KL(q ‖ p) = {gap:.2g} nats"
+
+
+def test_a_guide_whose_gap_is_not_to_be_had_is_drawn_without_it():
+    """Its mean and tails are not known, so that quadrature does not know where to look."""
+
+    class Heavy(nn.Module):
+        def forward(self, x):
+            base = dist.Normal(x[..., :1], 1.0)
+            return dist.TransformedDistribution(base, dist.transforms.AffineTransform(0.0, 1.0)).to_event(1)
+
+    vae = gaussian()
+    heavy = Heavy()
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", heavy(x))
+
+    legend = plots.posterior(vae.model, guide, DATUM).get_legend()
+    assert legend.get_title().get_text() in ("", "None")
+    assert [text.get_text() for text in legend.get_texts()] == ["exact $p(z|x)$", "guide $q(z|x)$"]
+
+
+def test_a_latent_of_three_variables_is_refused():
+    with pytest.raises(ValueError, match=r"'z' has 3 dimensions, and quadrature goes up to 2"):
+        posterior_of(lambda: gaussian(3))
+
+
+def test_a_posterior_of_two_data_is_refused():
+    vae = gaussian()
+    with pytest.raises(ValueError, match=r"datum: got 4 rows; accepted is one"):
+        plots.posterior(vae.model, vae.guide, X)
 
 
 def test_a_model_of_two_latent_sites_is_refused():

@@ -36,4 +36,5 @@ for ax, (name, (curve, datum)) in zip(axes, CURVES.items(), strict=True):
     pv.plots.posterior(vae.model, vae.guide, x, ax=ax)
     gap = float(pv.exact.kl(vae.model, vae.guide, x))
     ax.set(title=f"{name}, x = {datum}\nKL(q ‖ p(z|x)) = {gap:.2f} nats", xlabel="z")
+    ax.get_legend().remove()  # one for all three stands below
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -1,22 +1,17 @@
-"""Pictures of what a model is, before any data: its plates and its dependencies."""
+"""The plate diagram of a model and its guide, by matplotlib alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
+from pyro_vae.plot_axes import axes_or_new
 from pyro_vae.randomness import seeded
 
-__all__ = ["axes_or_new", "plate_diagram"]
-
-
-def axes_or_new(ax: Axes | None) -> Axes:
-    """The axes, or those of a new figure."""
-    return plt.subplots(layout="constrained")[1] if ax is None else ax
+__all__ = ["plate_diagram"]
 
 
 def plate_diagram(
@@ -34,7 +29,7 @@ def plate_diagram(
         guide: its guide; dashed arrows go from the observed sites to its latents.
         ax: where to draw.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import torch, pyro, pyro.distributions as dist
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
