@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pyro_vae.checks import flag
@@ -55,7 +56,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     ax.set_ylabel("bias / length of the exact gradient")
     if len(biased) < len(shown):
         ax.plot(
-            [], [], "o:", color="0.4", markerfacecolor="none", label="hollow: none found,\nup to the end of the dots"
+            [], [], "o:", color="0.4", markerfacecolor="none", label="hollow: no bias found;\nwith dots up to its error"
         )
     ax.legend(fontsize=8)
     return ax
@@ -119,8 +120,8 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
             ax.text(1.0, height, f" {words}", transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     where = "data, from the largest to the smallest" if sort else "number of the datum"
     ax.set(xlabel=where, ylabel=r"$\hat{k}$, the shape of the tail of its weights")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    legend_below(ax, handles, 2)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    legend_below(ax, handles, 1)
     return ax
 
 
@@ -160,8 +161,8 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         middle, colour = float(entry["difference"]), "black" if row == 0 else "tab:blue"
         doubtful = entry["unreliable"] > 0
         for column, width, label in (
-            ("difference_error", 1.5, "± one standard error, datum by datum"),
-            ("difference_monte_carlo_error", 5.0, "the part of it that is of the draws"),
+            ("difference_error", 1.5, "± one standard error"),
+            ("difference_monte_carlo_error", 5.0, "its part that more draws would take away"),
         ):
             error = float(entry[column])
             if error > 0:
@@ -170,17 +171,18 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         look: dict[str, Any] = {"marker": "D" if row == 0 else "o", "markersize": 8, "linestyle": "none"}
         label = "the best" if row == 0 else "difference to the best"
         face = "white" if doubtful else colour
-        (point,) = ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **look)
-        handles.setdefault(label, point)
-        share = f", $\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if doubtful else ""
+        ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **look)
+        handles.setdefault(label, Line2D([], [], color=colour, label=label, **look))
+        share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if doubtful else ""
         names.append(f"{name}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
         label = "hollow: held too low, may be better"
-        handles[label] = ax.plot([], [], "o", color="0.45", markerfacecolor="white", markersize=8, label=label)[0]
+        look = {"marker": "o", "markersize": 8, "linestyle": "none"}
+        handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **look)
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)
     ax.set_yticks(range(len(table)), names)
     ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) less that of the best, nats per datum", ylabel="")
-    legend_below(ax, list(handles.values()), 2)
+    legend_below(ax, list(handles.values()), 1)
     return ax
 
 

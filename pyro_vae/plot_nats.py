@@ -124,7 +124,7 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
     >>> ax = rate_distortion({"collapsed": (0.0, 3.0), "used": {"rate": 1.5, "distortion": 1.0}})
     >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
-    ('rate, nats per datum', ['collapsed', 'used', 'equal ELBO, higher to the lower left'])
+    ('rate, nats per datum', ['collapsed', 'used', 'equal ELBO'])
     """
     points = _points(models)
     ax = axes_or_new(ax)
@@ -142,9 +142,9 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     left = low[0] - room[0] * (0.3 if 0 <= low[0] < room[0] else 1.0)  # there is little to be seen below a rate of 0
     ax.set(xlim=(left, high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
     _equal_elbos(ax, ends)
-    handles.append(Line2D([], [], color="0.6", linewidth=0.8, label="equal ELBO, higher to the lower left"))
+    handles.append(Line2D([], [], color="0.6", linewidth=0.8, label="equal ELBO"))
     ax.set(xlabel="rate, nats per datum", ylabel="distortion, nats per datum")
-    legend_below(ax, handles, 3 if len(handles) > 4 else 2)
+    legend_below(ax, handles, 2)
     return ax
 
 
@@ -188,7 +188,7 @@ def _equal_elbos(ax: Axes, points: np.ndarray) -> None:
         line = np.stack([rates, -elbo - rates], 1)
         ax.plot(*line.T, color="0.6", linewidth=0.8, zorder=0)
         places = (line - corner) / size
-        places = places[((places > 0.08) & (places < 0.92)).all(1)]
+        places = places[((places > (0.14, 0.07)) & (places < (0.86, 0.93))).all(1)]  # where there is space for it
         if len(places) == 0:
             continue
         clear = np.linalg.norm(places[:, None] - np.array(taken), axis=-1).min(1)
