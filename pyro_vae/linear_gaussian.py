@@ -95,9 +95,11 @@ def linear_gaussian(problem: Problem) -> LinearGaussian | None:
         likelihood = likelihood.base_dist
     if not isinstance(likelihood, dist.Normal):
         return None
-    if (likelihood.loc != likelihood.loc[:, :1]).any() or (likelihood.scale != likelihood.scale[:, :1]).any():
+    shape = (len(probes), problem.num_data, *observed["fn"].event_shape)  # a likelihood may not read z, or x
+    loc, scale = (moment.expand(shape) for moment in (likelihood.loc, likelihood.scale))
+    if (loc != loc[:, :1]).any() or (scale != scale[:, :1]).any():
         return None  # it depends on the datum by more than z
-    loc, scale = (moment[:, 0].double().flatten(1) for moment in (likelihood.loc, likelihood.scale))
+    loc, scale = (moment[:, 0].double().flatten(1) for moment in (loc, scale))
     slope = (loc[1 : dims + 1] - loc[0]).T
     rounding = 64 * torch.finfo(problem.dtype).eps * (loc[0].abs() + steps.abs() @ slope.abs().T)
     if ((loc - loc[0] - steps @ slope.T).abs() > rounding + 1e-30).any():

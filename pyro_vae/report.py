@@ -295,16 +295,16 @@ def _gap(gap: InferenceGap) -> str:
 
 def _calibration(calibration: Calibration) -> str:
     levels = (0.5, 0.9)
-    covered = [calibration.coverage(level) for level in levels]
-    rows = [
-        (
-            name,
-            f"{calibration.p_values[index]:.2g}",
-            *(f"{held[index]:.1%} ± {error[index]:.1%}" for held, error in covered),
-        )
-        for index, name in enumerate(calibration.names)
-    ]
-    note = f"{calibration.headline}. p: that the ranks of the truth are uniform, as of an exact q(z|x)."
+    rows: list[Row] = []
+    for index, name in enumerate(calibration.names):
+        covered = [tuple(found[index].item() for found in calibration.coverage(level)) for level in levels]
+        p = calibration.p_values[index].item()
+        shown = f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+        rows.append((name, shown, *(f"{held:.1%} ± {error:.1%}" for held, error in covered)))
+    note = (
+        f"{calibration.headline}. p: of ranks as uneven as these, if q(z|x) were exact. That of a trained encoder is "
+        "small, for none is exact; a fault is what one change of all variances, or of all means, would mend."
+    )
     head = ("quantity", "p", *(f"in its {level:.0%} interval" for level in levels))
     return _table(head, rows[:_UNITS], note)
 
@@ -319,7 +319,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
-th { font-weight: normal; } thead th { font-weight: bold; }
+th { font-weight: normal; } td { white-space: nowrap; } thead th { font-weight: bold; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-weight: bold; margin-bottom: .3rem; } img { max-width: 100%; height: auto; }
 """

@@ -361,3 +361,14 @@ def test_a_comb_that_quadrature_cannot_resolve_raises_and_is_not_answered():
 
     with pytest.raises(exact.QuadratureError, match="did not settle"):
         exact.log_evidence(model, torch.zeros(2))
+
+
+def test_a_linear_model_that_does_not_read_its_latent_has_the_density_of_its_noise():
+    x = torch.randn(5, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.5).to_event(1), obs=x)
+
+    torch.testing.assert_close(pv.exact.log_evidence(model, x), dist.Normal(0.0, 1.5).log_prob(x).sum(1))

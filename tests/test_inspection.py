@@ -1,0 +1,251 @@
+"""One look at a pair finds what is wrong and is silent where nothing is; the page of it shows the same."""
+
+import re
+import shutil
+import subprocess
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+
+WEIGHT = torch.tensor([[1.0, 0.0, 1.0, 0.5], [0.0, 1.0, -1.0, 0.5]])
+NOISE = 0.6
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def model(x):
+    """Linear and Gaussian, so that the exact posterior can be written as a guide."""
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ WEIGHT, NOISE).to_event(1), obs=x)
+
+
+def guide_of(covariance_factor=1.0, shift=0.0):
+    precision = torch.eye(2) + WEIGHT @ WEIGHT.T / NOISE**2
+    covariance = torch.linalg.inv(precision)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            loc = x @ WEIGHT.T / NOISE**2 @ covariance + shift
+            pyro.sample("z", dist.MultivariateNormal(loc, covariance_factor * covariance))
+
+    return guide
+
+
+def ignoring(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+
+def flat(x):
+    """A model that does not use its latent, whose posterior is the prior."""
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(4), 1.5).to_event(1), obs=x)
+
+
+def data(seed, rows=200):
+    generator = torch.Generator().manual_seed(seed)
+    z, noise = (torch.randn(rows, size, generator=generator) for size in (2, 4))
+    return z @ WEIGHT + NOISE * noise
+
+
+def inspected(model, guide, seed=0, **options):
+    return pv.inspect(model, guide, data(seed), num_samples=200, max_refined=10, seed=seed, progress=False, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sound_guide_has_no_fault_and_no_caution(seed):
+    found = inspected(model, guide_of(), seed)
+    assert found.faults == ()
+    assert found.cautions == ()
+    assert "no fault found" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (guide_of(covariance_factor=0.5), "too narrow"),
+        (guide_of(covariance_factor=2.5), "too wide"),
+        (guide_of(shift=0.5), "biased"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_fault_is_found_and_named(guide, words, seed):
+    found = inspected(model, guide, seed)
+    assert any(words in fault for fault in found.faults), found
+    assert f"FAULT: {found.faults[0]}" in str(found)
+
+
+def test_collapse_is_a_fault_and_a_silent_variable_a_caution():
+    assert any("z carries nothing about x" in fault for fault in inspected(flat, ignoring).faults)
+
+    def half(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z[..., :1] * WEIGHT[0], NOISE).to_event(1), obs=x)
+
+    precision = 1 + WEIGHT[0].square().sum() / NOISE**2
+
+    def guide(x):
+        loc = (x @ WEIGHT[0] / NOISE**2 / precision)[:, None]
+        with pyro.plate("data", len(x)):
+            locs = torch.cat([loc, torch.zeros_like(loc)], 1)
+            pyro.sample("z", dist.Normal(locs, torch.stack([precision**-0.5, torch.tensor(1.0)])).to_event(1))
+
+    found = inspected(half, guide)
+    assert found.faults == ()
+    assert any("1 of 2 variables of z carry nothing" in caution for caution in found.cautions)
+
+
+def test_numbers_are_those_of_the_parts():
+    found = inspected(model, guide_of(covariance_factor=0.5))
+    x = data(0)
+    exact = pv.exact.log_evidence(model, x)
+    assert (found.evidence.log_evidence - exact).mean().abs() < 0.1
+    assert found.gap.is_exact
+    assert found.nats.elbo.value == pytest.approx((exact.mean() - found.gap.gap.mean()).item(), abs=0.2)
+    assert found.num_data == {"evidence": 200, "nats": 200, "gap": 10}
+
+
+def test_draws_that_do_not_reach_the_posterior_are_a_caution():
+    found = inspected(model, guide_of(covariance_factor=0.02))
+    assert any("k̂ is above" in caution for caution in found.cautions)
+
+
+def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
+    x = data(0, rows=20)
+    own = pv.VAE(
+        priors.StandardNormal(2),
+        guides.PerDatum(guides.DiagonalNormal(4, 2, networks.linear()).family, len(x)),
+        likelihoods.Normal(2, 4, networks.linear()),
+    )
+    found = pv.inspect(own.model, own.guide, x, num_samples=100, max_refined=5, progress=False)
+    assert found.calibration is None
+    assert found.nats is not None
+    assert "not amortized" in found.skipped["calibration"]
+    assert any(caution.startswith("calibration is not told: guide: is not amortized") for caution in found.cautions)
+    assert found.num_data["gap"] == 20, "rows of a guide that is not amortized cannot be left out"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": 0}, "max_rows: got 0"),
+        ({"max_refined": "a"}, "max_refined: got 'a'"),
+        ({"num_samples": 0}, "num_samples: got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pv.inspect(model, guide_of(), data(0), **options)
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def digits_page(tmp_path):
+    """A page with every picture, of a guide with a fault."""
+    torch.manual_seed(0)
+    digits = pv.datasets.digits("test")
+    x = pv.datasets.binarize(digits.x)
+    network = networks.mlp([32])
+    vae = pv.VAE(priors.StandardNormal(4), guides.DiagonalNormal(64, 4, network), likelihoods.Bernoulli(4, 64, network))
+    fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=3e-3)
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            q = vae.encode(x)
+            pyro.sample("z", dist.Normal(q.mean, 0.5 * q.stddev).to_event(1))
+
+    further, ax = plt.subplots()
+    ax.plot([0, 1])
+    page = tmp_path / "page.html"
+    found = pv.report(
+        page,
+        vae.model,
+        narrow,
+        x,
+        title="Digits < & >",
+        history=fitted.history,
+        labels=digits.labels,
+        image_shape=(8, 8),
+        pictures={"What else?": further},
+        num_samples=100,
+        num_simulations=200,
+        max_refined=10,
+        progress=False,
+    )
+    return page, found
+
+
+def test_the_page_is_of_one_file_and_says_what_was_found(digits_page):
+    page, found = digits_page
+    text = page.read_text()
+    assert "<title>Digits &lt; &amp; &gt;</title>" in text
+    assert len(re.findall(r'src="data:image/png;base64,', text)) == 7
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "it asks for what is not in it"
+    assert any("too narrow" in fault for fault in found.faults)
+    for words in ("Fault.", "mutual information", "amortization", "z[3]", "What else?", "log p(x, z)"):
+        assert words in text
+    assert f"{found.nats.rate.value:.3f}" in text
+    assert plt.get_fignums() == [1], "figures of its own are closed"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="headless Chromium is not installed")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_nothing_on_the_page_overlaps_or_is_cut_off(digits_page, width):
+    page, _ = digits_page
+    probe = page.with_name("probe.html")
+    script = """<script>addEventListener('load', () => {
+      const parts = [...document.querySelectorAll('h1, h2, p, .wide, figcaption, img')];
+      const boxes = parts.map(e => e.getBoundingClientRect());
+      const wrong = [];
+      if (document.documentElement.scrollWidth > innerWidth) wrong.push('wider than the window');
+      if ([...document.images].some(i => !i.complete || i.naturalWidth === 0)) wrong.push('an image is broken');
+      boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+        const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        if (across > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1) wrong.push('overlap');
+      }));
+      document.title = wrong.length ? wrong.join(', ') : 'fits, ' + boxes.length + ' boxes in ' + innerWidth;
+    });</script>"""
+    probe.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    told = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000", "--dump-dom"]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    dom = subprocess.run(
+        [CHROMIUM, *told, profile, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    title = re.search(r"<title>(.*?)</title>", dom).group(1)
+    assert title.startswith("fits, "), title
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "error", "message"),
+    [
+        ("nowhere/page.html", {}, FileNotFoundError, "path: got .*nowhere"),
+        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); accepted is \(200,\)"),
+    ],
+)
+def test_what_a_page_cannot_be_made_of_is_refused_before_any_work(tmp_path, path, options, error, message):
+    with pytest.raises(error, match=message):
+        pv.report(tmp_path / path, None, None, data(0), **options)
+
+
+def test_a_page_of_discrete_latents(tmp_path):
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.Bernoulli(3), guides.Bernoulli(4, 3, networks.linear()), likelihoods.Normal(3, 4, networks.linear())
+    )
+    x = data(0, rows=50)
+    labels = torch.arange(50) % 2
+    found = pv.report(tmp_path / "page.html", vae.model, vae.guide, x, labels=labels, max_refined=5, progress=False)
+    assert found.nats.num_samples == 0, "its states are summed over"
+    assert "z[2]" in (tmp_path / "page.html").read_text()
