@@ -24,6 +24,7 @@ SHORT_FORMS = {
     "conditional": "--given label --epochs 20 --test-images 30 --draws 20",
     "gaussian_mixture_vae": "--epochs 20 --test-images 40 --draws 20",
     "semi_supervised": "--epochs 10 --draws 20",
+    "inspect_posterior": "--data digits --epochs 100 --latent 8 --hidden 128 --test-images 100 --draws 20",
     "swap": "--epochs 30 --test-images 10 --draws 20",
 }
 """By example, in the order of the gallery."""

@@ -63,7 +63,9 @@ def forest(trees: dict[str, Any], count: int) -> Figure:
         az.plot_forest(list(data.values()), model_names=list(data), var_names=["z"], combined=True, figsize=(7, 9))
     else:
         az.plot_forest(data, var_names=["z"], combined=True)
-    return plt.gcf()
+    figure = plt.gcf()
+    figure.suptitle("q(z|x) of one held-out image: draws of either guide, by ArviZ")
+    return figure
 
 
 def main(args: argparse.Namespace) -> None:

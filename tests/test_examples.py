@@ -2,9 +2,9 @@
 
 mixture.py (mixture_pictures.py), digits.py, mnist.py, categorical.py, swap.py, gumbel_max.py, explosion.py,
 discrete_mnist.py, published.py, two_layers.py (two_layers_pictures.py), conditional.py (conditional_pictures.py),
-imputation.py (imputed.py, imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py) and
-semi_supervised.py (classifiers.py, semi_supervised_pictures.py); they share options.py, images.py, clusters.py, runs.py
-and results.py.
+imputation.py (imputed.py, imputation_pictures.py), gaussian_mixture_vae.py (gaussian_mixture_pictures.py),
+semi_supervised.py (classifiers.py, semi_supervised_pictures.py) and inspect_posterior.py; they share options.py,
+images.py, clusters.py, runs.py and results.py.
 """
 
 import json
@@ -729,3 +729,24 @@ def test_no_example_runs_when_imported(tmp_path, monkeypatch):
     for path in EXAMPLES.glob("*.py"):
         functions_of(path.name)
     assert not list(tmp_path.iterdir())
+
+
+# --- inspect_posterior.py --------------------------------------------------------------------------------------------
+
+
+def test_inspect_posterior_in_a_short_form(run, capsys):
+    options = ("--data", "digits", "--epochs", "150", "--latent", "8", "--hidden", "128", "--draws", "10")
+    folder = run("inspect_posterior.py", *options, "--test-images", "100", "--batch-size", "100")
+    found = json.loads((folder / "results.json").read_text())["guides"]
+    assert found["as trained"]["faults"] == []
+    assert any("too narrow" in fault for fault in found["variance times 0.5"]["faults"])
+    printed = capsys.readouterr().out
+    assert "no fault found" in printed.split("VARIANCE TIMES 0.5")[0]
+    assert "FAULT: " in printed.split("VARIANCE TIMES 0.5")[1]
+    assert_pictures(folder, {"forest"})
+    assert {page.name for page in folder.glob("*.html")} == {"as_trained.html", "variance_times_0.5.html"}
+    for name in ("as_trained", "variance_times_0.5"):
+        with xr.open_datatree(folder / f"{name}.nc") as tree:
+            assert tree["posterior"]["z"].sizes["draw"] == 10
+            assert tree["training"].sizes["epoch"] == 150
+            assert tree["constant_data"]["label"].sizes["obs"] == 20
