@@ -75,7 +75,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
 
     Raises:
         ValueError: if there is more than one row, or the latent has more variables.
-        QuadratureError: if the exact posterior is not to be had.
+        pyro_vae.quadrature.QuadratureError: if the exact posterior is not to be had.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
