@@ -20,7 +20,7 @@ from torch.nn.functional import one_hot
 from pyro_vae.checks import data_tensors, positive, positive_int
 from pyro_vae.decomposition import log_density
 from pyro_vae.distributions import base_distribution
-from pyro_vae.handlers import Anew, latent_sites, observed_sites
+from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
 from pyro_vae.joint_density import Guide, Problem, Values, drawn
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.randomness import seeded
@@ -78,8 +78,8 @@ def calibrate(
         seed: of all draws.
 
     Raises:
-        ValueError: if the guide is not amortized, if the data plate does not hold all sites, or if an observed value is
-            not one of the data tensors, as it was handed over.
+        ValueError: if the guide is not amortized or the model holds something of its own for each datum, if the data
+            plate does not hold all sites, or if an observed value is not one of the data tensors, as it was handed over.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -96,7 +96,8 @@ def calibrate(
     """
     _check(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
-    with seeded(seed):
+    with borrowed_store(), seeded(seed):
+        _check_local(model, data, plate)
         simulated, truth = _simulated(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = [
@@ -186,6 +187,16 @@ def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> N
             "guide: is not amortized: its q(z | x) of a datum hangs on more than that datum, such as parameters of its "
             "own, and there is none of data drawn anew. Accepted is an encoder, such as guides.DiagonalNormal, in "
             "evaluation mode; hold other guides against pyro_vae.exact.posterior or pyro_vae.reference"
+        )
+
+
+def _check_local(model: Function, data: tuple[Tensor, ...], plate: str) -> None:
+    with seeded(0):
+        local = is_amortized(model, data, plate)
+    if not local:
+        raise ValueError(
+            "model: its p(x, z) of a datum hangs on more than that datum, such as a covariate that it holds itself and "
+            "indexes by the plate, and data drawn anew have none of their own. Hand covariates over as data"
         )
 
 
