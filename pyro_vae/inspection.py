@@ -1,7 +1,7 @@
 """One look at a fitted pair: how good the model is, how good its q(z | x), and what is wrong with them, in words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
 from pyro_vae.information import NOTHING, Decomposition, decompose
 from pyro_vae.minibatches import is_amortized
+from pyro_vae.randomness import seeded
 from pyro_vae.ranks import Calibration
 
 __all__ = ["Inspection", "inspect"]
@@ -133,28 +134,36 @@ def inspect(
     data = data_tensors(data, "data")
     told: dict[str, Any] = {"plate": plate, "seed": seed}
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, progress=progress, **told)
-    sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
-    some, few = (_spaced(data, rows if sliced else len(data[0])) for rows in (max_rows, max_refined))
+    with seeded(seed):
+        sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
+    some, few = (_spaced(len(data[0]), count if sliced else len(data[0])) for count in (max_rows, max_refined))
+
+    def refined() -> InferenceGap:
+        rows = few.to(data[0].device)
+        return replace(inference_gap(model, guide, *_taken(data, few), num_samples=num_samples, **told), rows=rows)
+
     skipped: dict[str, str] = {}
     return Inspection(
         evidence=evidence,
-        nats=_told("nats", skipped, lambda: decompose(model, guide, *some, **told)),
-        gap=_told("gap", skipped, lambda: inference_gap(model, guide, *few, num_samples=num_samples, **told)),
+        nats=_told("nats", skipped, lambda: decompose(model, guide, *_taken(data, some), **told)),
+        gap=_told("gap", skipped, refined),
         calibration=_told(
             "calibration",
             skipped,
             lambda: calibrate(model, guide, *data, num_simulations=num_simulations, **told),
         ),
         skipped=skipped,
-        num_data={"evidence": len(data[0]), "nats": len(some[0]), "gap": len(few[0])},
+        num_data={"evidence": len(data[0]), "nats": len(some), "gap": len(few)},
     )
 
 
-def _spaced(data: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
-    """At most so many rows, evenly spaced."""
-    count = len(data[0])
-    chosen = torch.arange(min(rows, count), device=data[0].device) * count // min(rows, count)
-    return tuple(tensor[chosen] for tensor in data)
+def _spaced(count: int, most: int) -> Tensor:
+    """The numbers of at most so many rows, evenly spaced."""
+    return torch.arange(min(most, count)) * count // min(most, count)
+
+
+def _taken(data: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor[rows.to(tensor.device)] for tensor in data)
 
 
 def _told(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found | None:

@@ -286,7 +286,7 @@ def _gap(gap: InferenceGap) -> str:
         ("gap, log p(x) − ELBO", f"{least}{gap.gap.mean().item():.3f}"),
         ("approximation: of the family of q", f"{least}{gap.approximation.mean().item():.3f}"),
         ("amortization: of the network of q", f"{gap.amortization.mean().item():.3f}"),
-        ("the largest gap of a datum", f"{gap.gap.max().item():.3f}, of datum {int(gap.gap.argmax())}"),
+        ("the largest gap of a datum", "{:.3f}, of datum {}".format(*gap.worst)),
     ]
     kind = "exact" if gap.is_exact else "importance-weighted from the refined q"
     note = f"In nats per datum, of {len(gap.gap)} data whose q was refined each on its own; log p(x) {kind}."

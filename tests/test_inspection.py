@@ -115,6 +115,27 @@ def test_numbers_are_those_of_the_parts():
     assert found.num_data == {"evidence": 200, "nats": 200, "gap": 10}
 
 
+def test_the_datum_with_the_largest_gap_goes_by_its_number_among_all():
+    x = data(0)
+    x[140] = 9.0
+    covariance = torch.linalg.inv(torch.eye(2) + WEIGHT @ WEIGHT.T / NOISE**2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            off = torch.where((x == 9.0).all(-1, keepdim=True), 3.0, 0.0)
+            pyro.sample("z", dist.MultivariateNormal(x @ WEIGHT.T / NOISE**2 @ covariance + off, covariance))
+
+    found = pv.inspect(model, guide, x, num_samples=200, max_refined=10, progress=False)
+    assert found.gap.worst == (found.gap.gap.max().item(), 140)
+    assert "of datum 140" in str(found)
+
+
+def test_inspecting_leaves_the_random_states_of_its_user_alone():
+    state = torch.get_rng_state()
+    inspected(model, guide_of())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_draws_that_do_not_reach_the_posterior_are_a_caution():
     found = inspected(model, guide_of(covariance_factor=0.02))
     assert any("k̂ is above" in caution for caution in found.cautions)
