@@ -79,7 +79,7 @@ def calibrate(
 
     Raises:
         ValueError: if the guide is not amortized or the model holds something of its own for each datum, if the data
-            plate does not hold all sites, or if an observed value is not one of the data tensors, as it was handed over.
+            plate does not hold all sites, or if an observed value is not one of the data tensors, as it was given.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
