@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from pyro_vae.calibration import calibrate
 from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.information import NOTHING, Decomposition, decompose
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.randomness import seeded
@@ -53,6 +55,11 @@ class Inspection:
         return (*found, *(self._collapse if self._carries_nothing else ()))
 
     @property
+    def all_clear(self) -> str:
+        """Where there are no faults: whether they were looked for."""
+        return "no fault found" + ("" if self.calibration else ", but whether q(z|x) can be believed was not asked")
+
+    @property
     def cautions(self) -> tuple[str, ...]:
         """What to know before the numbers are believed, or more is made of the latents."""
         found = []
@@ -77,7 +84,7 @@ class Inspection:
         parts: list[Any] = [self.evidence, self.nats, self.gap]
         lines = [str(part) for part in parts if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
-        lines += [f"FAULT: {fault}" for fault in self.faults] or ["no fault found"]
+        lines += [f"FAULT: {fault}" for fault in self.faults] or [self.all_clear]
         return "\n".join([*lines, *(f"caution: {caution}" for caution in self.cautions)])
 
 
@@ -97,7 +104,7 @@ def inspect(
 
     How good is the model: :func:`pyro_vae.log_evidence`. Where do its nats go: :func:`pyro_vae.decompose`. What does
     the guide lose, and why: :func:`pyro_vae.inference_gap`. Can q(z | x) be believed: :func:`pyro_vae.calibrate`. Each
-    is bounded in its cost by default, and the result says by which rows.
+    but the first, which takes all rows, is bounded in its cost by default, and the result says by how many rows.
 
     Args:
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
@@ -134,7 +141,7 @@ def inspect(
     data = data_tensors(data, "data")
     told: dict[str, Any] = {"plate": plate, "seed": seed}
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, progress=progress, **told)
-    with seeded(seed):
+    with borrowed_store(), seeded(seed):
         sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
     some, few = (_spaced(len(data[0]), count if sliced else len(data[0])) for count in (max_rows, max_refined))
 
@@ -170,6 +177,6 @@ def _told(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found
     """The answer, or ``None`` and the reason in ``skipped``: each part says what pairs it is not for."""
     try:
         return ask()
-    except (ValueError, NotImplementedError) as error:
-        skipped[name] = str(error)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        skipped[name] = shorten(str(error), 600, placeholder=" ...")  # Pyro's own hold whole tensors
         return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.checks import data_tensors
 from pyro_vae.gaps import InferenceGap
-from pyro_vae.handlers import Anew, latent_sites, observed_sites
+from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
 from pyro_vae.information import Decomposition
 from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.randomness import seeded
@@ -106,7 +106,7 @@ def report(
         drawn.draw(
             "Is the truth among draws of q(z|x) as one of them?", lambda ax: plots.calibration(calibration, ax=ax)
         )
-    with seeded(seed), torch.no_grad(), poutine.block():
+    with borrowed_store(), seeded(seed), torch.no_grad(), poutine.block():
         if labels is not None:
             _draw_map(drawn, guide, data, labels)
         if image_shape is not None:
@@ -218,7 +218,9 @@ def _verdict(found: Inspection) -> str:
     """Faults and cautions, told apart by words and borders and not by colour alone."""
     faults = [f'<p class="fault"><b>Fault.</b> {escape(fault)}.</p>' for fault in found.faults]
     cautions = [f'<p class="caution"><b>Caution.</b> {escape(caution)}.</p>' for caution in found.cautions]
-    return "".join((faults or ['<p class="sound"><b>No fault found.</b></p>']) + cautions)
+    look = "sound" if found.calibration else "caution"
+    clear = f'<p class="{look}"><b>{escape(found.all_clear.capitalize())}.</b></p>'
+    return "".join((faults or [clear]) + cautions)
 
 
 def _section(heading: str, *parts: str) -> str:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 
 import pyro
 import pyro.distributions as dist
@@ -130,10 +131,67 @@ def test_the_datum_with_the_largest_gap_goes_by_its_number_among_all():
     assert "of datum 140" in str(found)
 
 
-def test_inspecting_leaves_the_random_states_of_its_user_alone():
+def test_inspecting_leaves_nothing_behind():
+    def guide(x):
+        scale = pyro.param("scale", lambda: torch.ones(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], scale).to_event(1))
+
     state = torch.get_rng_state()
-    inspected(model, guide_of())
+    inspected(model, guide)
     assert torch.equal(torch.get_rng_state(), state)
+    for estimate in (pv.log_evidence, pv.calibrate, pv.exact.elbo, pv.annealed_log_evidence):
+        options = {"num_chains": 2, "num_temperatures": 2} if estimate is pv.annealed_log_evidence else {}
+        with suppress(ValueError):
+            estimate(model, guide, data(0), **options)
+    assert not pyro.get_param_store().keys()
+
+
+def boxed(x):
+    """Without density at a third of what the posterior holds."""
+    mean = x @ WEIGHT.T / NOISE**2 @ torch.linalg.inv(torch.eye(2) + WEIGHT @ WEIGHT.T / NOISE**2)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Uniform(mean - 0.4, mean + 0.4).to_event(1))
+
+
+def test_a_guide_without_density_where_the_posterior_has_some_is_a_fault():
+    found = inspected(model, boxed)
+    assert found.calibration.divergence == float("inf")
+    assert any("too narrow" in fault for fault in found.faults)
+    assert max(map(len, found.cautions)) < 700, "whole tensors are not for reading"
+
+
+def test_where_faults_could_not_be_looked_for_none_is_denied(tmp_path):
+    x, page = data(0, rows=20), tmp_path / "page.html"
+
+    def own(x):
+        loc = pyro.param("loc", lambda: x[:, :2].clone())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.3).to_event(1))
+
+    found = pv.report(page, model, own, x, num_samples=50, progress=False)
+    assert found.calibration is None
+    assert "no fault found, but whether q(z|x) can be believed was not asked" in str(found)
+    assert 'class="sound"' not in page.read_text()
+
+
+def test_a_part_that_breaks_does_not_take_the_others_with_it():
+    def broken(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            nothing = (z - z).sqrt().sum(-1, keepdim=True)  # whose gradient is not finite
+            pyro.sample("x", dist.Normal(z @ WEIGHT + nothing, NOISE).to_event(1), obs=x)
+
+    found = inspected(broken, boxed)
+    assert "gradient is not finite" in found.skipped["gap"]
+    assert found.evidence.log_evidence.isfinite().all()
+
+
+def test_one_datum_can_be_inspected():
+    found = pv.inspect(model, guide_of(covariance_factor=0.3), data(0)[:1], num_samples=200, progress=False)
+    assert any("too narrow" in fault for fault in found.faults)
+    assert list(found.skipped) == ["nats"]
 
 
 def test_draws_that_do_not_reach_the_posterior_are_a_caution():
