@@ -310,7 +310,14 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off(digits_page, width):
     ("path", "options", "error", "message"),
     [
         ("nowhere/page.html", {}, FileNotFoundError, "path: got .*nowhere"),
-        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); accepted is \(200,\)"),
+        (".", {}, IsADirectoryError, "path: got .*, a folder"),
+        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); .* \(200,\)"),
+        ("page.html", {"labels": ["a"] * 200}, TypeError, "labels: got a list; accepted are whole numbers"),
+        ("page.html", {"labels": torch.arange(200) / 7}, ValueError, "labels: got 0.14.*; accepted are whole"),
+        ("page.html", {"image_shape": (28, 28)}, ValueError, r"image_shape: got \(28, 28\); .* have 4 pixels"),
+        ("page.html", {"image_shape": 2}, ValueError, "image_shape: got 2; accepted are height and width"),
+        ("page.html", {"history": [1.0]}, TypeError, "history: got a list; accepted is `fitted.history`"),
+        ("page.html", {"pictures": {"What?": 3}}, TypeError, "pictures: got a int at 'What.'; accepted is a Figure"),
     ],
 )
 def test_what_a_page_cannot_be_made_of_is_refused_before_any_work(tmp_path, path, options, error, message):
@@ -328,3 +335,18 @@ def test_a_page_of_discrete_latents(tmp_path):
     found = pv.report(tmp_path / "page.html", vae.model, vae.guide, x, labels=labels, max_refined=5, progress=False)
     assert found.nats.num_samples == 0, "its states are summed over"
     assert "z[2]" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_of_many_coordinates_keeps_what_reads_the_data(tmp_path):
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.StandardNormal(70),
+        guides.DiagonalNormal(4, 70, networks.linear()),
+        likelihoods.Normal(70, 4, networks.linear()),
+    )
+    options = {"labels": [0, 1] * 15, "num_simulations": 100, "num_samples": 50, "max_refined": 5, "progress": False}
+    found = pv.report(tmp_path / "page.html", vae.model, vae.guide, data(0, rows=30), **options)
+    text = (tmp_path / "page.html").read_text()
+    assert len(found.calibration.names) == 71
+    assert "The first 59 of 70 coordinates." in text
+    assert '<th scope="row">log p(x, z)</th>' in text
