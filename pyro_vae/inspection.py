@@ -1,6 +1,6 @@
 """One look at a fitted pair: how good the model is, how good its q(z | x), and what is wrong with them, in words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from textwrap import shorten
 from typing import Any, TypeVar
@@ -70,7 +70,18 @@ class Inspection:
                 "bound, and how much too low is not known. Draw more, or see pv.annealed_log_evidence"
             )
         found += () if self._carries_nothing else self._collapse
+        if self.calibration is not None and self.calibration.remedies is None:
+            found += self._unexplained(self.calibration)
         return (*found, *(f"{name} is not told: {reason}" for name, reason in self.skipped.items()))
+
+    @staticmethod
+    def _unexplained(calibration: Calibration) -> Iterator[str]:
+        """What ranks tell of discrete latents where no coordinate is at fault, such as of a q that does not read x."""
+        if not calibration.is_exact and not calibration.faults:
+            yield (
+                "q(z|x) is certainly not p(z|x), by the ranks, and which of its latents is off they do not tell: "
+                f"{calibration.divergence:.2f} ± {calibration.divergence_error:.2f} nats, both KL divergences together"
+            )
 
     @property
     def _collapse(self) -> tuple[str, ...]:

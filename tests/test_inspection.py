@@ -161,6 +161,23 @@ def test_a_guide_without_density_where_the_posterior_has_some_is_a_fault():
     assert max(map(len, found.cautions)) < 700, "whole tensors are not for reading"
 
 
+def test_a_class_that_is_not_inferred_is_a_caution_though_all_its_ranks_are_uniform():
+    def classes(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(2)))
+            z = pyro.sample("z", dist.Normal(2.0 * c - 1, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 4), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(len(x), 2)))
+            pyro.sample("z", dist.Normal((x.sum(-1) + 2.0 * c - 1) / 5, 5**-0.5))
+
+    found = inspected(classes, guide)
+    assert found.calibration.faults == {}
+    assert any("q(z|x) is certainly not p(z|x)" in caution for caution in found.cautions)
+
+
 def test_where_faults_could_not_be_looked_for_none_is_denied(tmp_path):
     x, page = data(0, rows=20), tmp_path / "page.html"
 
