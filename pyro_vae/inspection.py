@@ -147,6 +147,9 @@ def inspect(
     >>> found.faults[0]  # nobody has trained it
     'q(z|x), all coordinates: too ...'
     """
+    for name, value, least in (("num_samples", num_samples, 2), ("num_simulations", num_simulations, 10)):
+        if positive_int(value, name) < least:
+            raise ValueError(f"{name}: got {value}; accepted are {least} or more, whose spread tells of an error")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
     data = data_tensors(data, "data")

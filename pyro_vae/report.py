@@ -183,18 +183,19 @@ class _Pictures:
 
 
 def _draw_map(drawn: _Pictures, guide: Function, data: tuple[Tensor, ...], labels: Tensor) -> None:
-    """The means of q(z | x) of the first continuous latent, in its two variables that vary most."""
+    """The means of q(z | x) of the first continuous latent, or draws, in its two variables that vary most."""
     sites = latent_sites(poutine.trace(guide).get_trace(*data))
     continuous = [name for name, site in sites.items() if not site["fn"].support.is_discrete]
     if not continuous:
         return
     name = continuous[0]
     means = _mean(sites[name]).reshape(len(labels), -1)[:_SHOWN].cpu()
+    kind = "draw" if _mean(sites[name]) is sites[name]["value"] else "mean"
     chosen = means.var(0, correction=0).topk(min(2, means.shape[1])).indices.sort().values
 
     def onto(ax: Axes) -> None:
         plots.latent_map(means[:, chosen], labels[:_SHOWN].cpu(), ax)
-        axes = [f"mean of {name}[{index}]" for index in chosen.tolist()]
+        axes = [f"{kind} of {name}[{index}]" for index in chosen.tolist()]
         ax.set_xlabel(axes[0])
         if len(axes) > 1:
             ax.set_ylabel(axes[1])
@@ -227,11 +228,12 @@ def _draw_images(
 
 
 def _mean(site: Any) -> Tensor:
-    """Of the site's distribution; its value where that has no mean."""
+    """Of the site's distribution; its value where that has none, or it is not known."""
     try:
-        return site["fn"].mean
+        mean: Tensor = site["fn"].mean
     except NotImplementedError:
         return site["value"]
+    return mean if mean.isfinite().all() else site["value"]
 
 
 def _page(title: str, found: Inspection, drawn: _Pictures) -> str:

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from torch.distributions.transforms import AffineTransform
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -237,6 +238,8 @@ def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
         ({"max_rows": 0}, "max_rows: got 0"),
         ({"max_refined": "a"}, "max_refined: got 'a'"),
         ({"num_samples": 0}, "num_samples: got 0"),
+        ({"num_samples": 1}, "num_samples: got 1; accepted are 2 or more"),
+        ({"num_simulations": 5}, "num_simulations: got 5; accepted are 10 or more"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -367,3 +370,17 @@ def test_a_page_of_many_coordinates_keeps_what_reads_the_data(tmp_path):
     assert len(found.calibration.names) == 71
     assert "The first 59 of 70 coordinates." in text
     assert '<th scope="row">log p(x, z)</th>' in text
+
+
+def test_a_map_of_a_guide_whose_means_are_not_known_is_of_draws_and_says_so(tmp_path, monkeypatch):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x[:, :2], 0.3)
+            pyro.sample("z", dist.TransformedDistribution(base, [AffineTransform(0.0, 0.9)]).to_event(1))
+
+    shown = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (shown.append(figure.axes[0].get_xlabel()), close(figure)))
+    options = {"num_simulations": 20, "num_samples": 50, "max_refined": 5, "progress": False}
+    pv.report(tmp_path / "page.html", model, guide, data(0, rows=20), labels=torch.arange(20) % 2, **options)
+    assert "draw of z[0]" in shown
