@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 
 from pyro_vae.checks import positive_int
 from pyro_vae.evidence import Done, Evidence, Sampler, estimated
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import Guide, Problem, Values, drawn
 
 __all__ = ["annealed_log_evidence"]
@@ -24,6 +25,7 @@ Function = Callable[..., Any]
 
 
 @torch.no_grad()
+@borrowed_store()
 def annealed_log_evidence(
     model: Function,
     guide: Function,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -20,7 +21,7 @@ from torch.nn.functional import one_hot
 from pyro_vae.checks import data_tensors, positive, positive_int
 from pyro_vae.decomposition import log_density
 from pyro_vae.distributions import base_distribution
-from pyro_vae.handlers import Anew, latent_sites, observed_sites
+from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
 from pyro_vae.joint_density import Guide, Problem, Values, drawn
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.randomness import seeded
@@ -78,8 +79,8 @@ def calibrate(
         seed: of all draws.
 
     Raises:
-        ValueError: if the guide is not amortized, if the data plate does not hold all sites, or if an observed value is
-            not one of the data tensors, as it was handed over.
+        ValueError: if the guide is not amortized or the model holds something of its own for each datum, if the data
+            plate does not hold all sites, or if an observed value is not one of the data tensors, as it was given.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -96,7 +97,8 @@ def calibrate(
     """
     _check(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
-    with seeded(seed):
+    with borrowed_store(), seeded(seed):
+        _check_local(model, data, plate)
         simulated, truth = _simulated(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = [
@@ -136,7 +138,8 @@ def _check(num_simulations: int, num_draws: int, tolerance: float, alpha: float)
 
 def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
     """Data like those given, of ``num`` rows, but drawn from the model; and the latents that they were drawn from."""
-    rows = torch.arange(num, device=data[0].device) % len(data[0])
+    count, places = len(data[0]), torch.arange(num, device=data[0].device)
+    rows = places * count // num if num < count else places % count
     template = tuple(tensor[rows] for tensor in data)
     Problem(model, tuple(tensor[: min(num, 4)] for tensor in template), plate)  # refuses what is of another form
     with poutine.block():
@@ -189,6 +192,16 @@ def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> N
         )
 
 
+def _check_local(model: Function, data: tuple[Tensor, ...], plate: str) -> None:
+    with seeded(0):
+        local = is_amortized(model, data, plate)
+    if not local:
+        raise ValueError(
+            "model: its p(x, z) of a datum hangs on more than that datum, such as a covariate that it holds itself and "
+            "indexes by the plate, and data drawn anew have none of their own. Hand covariates over as data"
+        )
+
+
 def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Tensor, ...], Values]]:
     for first in range(0, len(data[0]), _ROWS):
         rows = slice(first, first + _ROWS)
@@ -204,13 +217,19 @@ def _compared(problem: Problem, guide: Function, truth: Values, count: int) -> C
         [problem.log_joint({name: value[i : i + problem.chunk] for name, value in draws.items()}) for i in chunks]
     ).double()
     at_truth = {name: value[None] for name, value in truth.items()}
-    true_log_p, true_log_q = problem.log_joint(at_truth)[0].double(), q.log_prob(at_truth)[0].double()
+    true_log_p, true_log_q = problem.log_joint(at_truth)[0].double(), _log_q(q, at_truth)[0].double()
     values = torch.cat([_coordinates(problem, draws), log_p[..., None]], -1)
     true = torch.cat([_coordinates(problem, at_truth)[0], true_log_p[:, None]], -1)
     ties = (values == true).sum(0)
     ranks = (values < true).sum(0) + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
     excess = (true_log_p - true_log_q) - (log_p - log_q.double()).mean(0)
     return Compared(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
+
+
+def _log_q(q: Guide, truth: Values) -> Tensor:
+    """log q(z | x) at the truth, which may lie where q has no density at all."""
+    with pyro.validation_enabled(False):
+        return q.log_prob(truth).nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
 
 
 def _coordinates(problem: Problem, values: Values) -> Tensor:
@@ -243,6 +262,8 @@ def _remedies(
     model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, count: int
 ) -> Effects | None:
     """By the gradients of log p(x, z) at draws of q, on at most ``num`` of the data given."""
+    if len(data[0]) == 1:
+        return None  # the errors are from the spread over data
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
     found = []
     for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):

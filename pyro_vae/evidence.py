@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.checks import positive_int
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import Guide, Problem, drawn
 from pyro_vae.minibatches import is_amortized
 from pyro_vae.pareto import pareto_shape, reliable_shape, tail_length
@@ -88,6 +89,7 @@ class Evidence:
 
 
 @torch.no_grad()
+@borrowed_store()
 def log_evidence(
     model: Function,
     guide: Function,

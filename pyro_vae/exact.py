@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import MAX_STATES, Function, Guide, Problem, Values
 from pyro_vae.linear_gaussian import linear_gaussian
 from pyro_vae.quadrature import QuadratureError, Rule, log_integral
@@ -25,6 +26,7 @@ __all__ = ["MAX_STATES", "Posterior", "QuadratureError", "elbo", "kl", "log_evid
 
 
 @torch.no_grad()
+@borrowed_store()
 def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
@@ -62,6 +64,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
 
 
 @torch.no_grad()
+@borrowed_store()
 def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
     r"""The exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
@@ -90,6 +93,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 
 
 @torch.no_grad()
+@borrowed_store()
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
@@ -120,6 +124,7 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
 
 
 @torch.no_grad()
+@borrowed_store()
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 

@@ -42,6 +42,7 @@ class InferenceGap:
         elbo_error: standard error of ``elbo``; 0 where it is exact.
         amortization_error: standard error of ``amortization``, from the same noise for q and for q*.
         is_exact: whether ``log_evidence`` is exact.
+        rows: the number of each datum: of :func:`pyro_vae.inspect`, which takes some of many, among all of them.
         refined: the refined guide, a Pyro guide of these very data.
     """
 
@@ -52,7 +53,14 @@ class InferenceGap:
     elbo_error: Tensor
     amortization_error: Tensor
     is_exact: bool
+    rows: Tensor
     refined: Function = field(repr=False)
+
+    @property
+    def worst(self) -> tuple[float, int]:
+        """The largest gap, and the number of the datum that has it."""
+        place = self.gap.argmax()
+        return self.gap[place].item(), int(self.rows[place])
 
     @property
     def gap(self) -> Tensor:
@@ -72,12 +80,12 @@ class InferenceGap:
     def __str__(self) -> str:
         kind = "exact" if self.is_exact else "importance-weighted from q*, in expectation a lower bound"
         least = "" if self.is_exact else ", at least"
-        worst = int(self.gap.argmax())
+        largest, row = self.worst
         return "\n".join(
             [
                 f"log p(x) {_mean(self.log_evidence, self.log_evidence_error)} nats per datum, {kind}",
                 f"ELBO {_mean(self.elbo, self.elbo_error)}",
-                f"gap {self.gap.mean().item():.3f}{least}; the largest {self.gap[worst].item():.3f}, of datum {worst}",
+                f"gap {self.gap.mean().item():.3f}{least}; the largest {largest:.3f}, of datum {row}",
                 f"  = approximation {self.approximation.mean().item():.3f}{least} (of the family of q)",
                 f"  + amortization {_mean(self.amortization, self.amortization_error)} (of the network of q)",
             ]
@@ -174,6 +182,7 @@ def inference_gap(
         elbo_error=error.to(problem.dtype),
         amortization_error=difference_error.to(problem.dtype),
         is_exact=is_exact,
+        rows=torch.arange(problem.num_data, device=problem.data[0].device),
         refined=refined,
     )
 

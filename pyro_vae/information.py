@@ -208,12 +208,22 @@ def decompose(
             raise ValueError("data: got 1 row; accepted are 2 or more, among which a code can tell")
         _check_prior(problem)
         mixture = Aggregate(problem, q)
-        summed = problem.is_discrete and problem.num_states <= MAX_SUMMED
+        summed = _are_few(problem)
         found = _Found(mixture)
         for count in _counts(num_samples, problem.chunk):
             found.add(draw(guide, problem.data, count), with_terms=not summed)
         terms, information = mixture.over_states() if summed else found.terms()
     return _assembled(terms, found.units(information), problem.num_data, 0 if summed else num_samples)
+
+
+def _are_few(problem: Problem) -> bool:
+    """Whether the joint states of the latents are to be summed over."""
+    if not problem.is_discrete:
+        return False
+    try:
+        return problem.num_states <= MAX_SUMMED
+    except ValueError:  # of a product of many variables, whose states are more than are ever listed
+        return False
 
 
 def _counts(total: int, chunk: int) -> list[int]:

@@ -1,7 +1,8 @@
 """One look at a fitted pair: how good the model is, how good its q(z | x), and what is wrong with them, in words."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
@@ -11,8 +12,10 @@ from pyro_vae.calibration import calibrate
 from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.information import NOTHING, Decomposition, decompose
 from pyro_vae.minibatches import is_amortized
+from pyro_vae.randomness import seeded
 from pyro_vae.ranks import Calibration
 
 __all__ = ["Inspection", "inspect"]
@@ -52,6 +55,11 @@ class Inspection:
         return (*found, *(self._collapse if self._carries_nothing else ()))
 
     @property
+    def all_clear(self) -> str:
+        """Where there are no faults: whether they were looked for."""
+        return "no fault found" + ("" if self.calibration else ", but whether q(z|x) can be believed was not asked")
+
+    @property
     def cautions(self) -> tuple[str, ...]:
         """What to know before the numbers are believed, or more is made of the latents."""
         found = []
@@ -62,7 +70,18 @@ class Inspection:
                 "bound, and how much too low is not known. Draw more, or see pv.annealed_log_evidence"
             )
         found += () if self._carries_nothing else self._collapse
+        if self.calibration is not None and self.calibration.remedies is None:
+            found += self._unexplained(self.calibration)
         return (*found, *(f"{name} is not told: {reason}" for name, reason in self.skipped.items()))
+
+    @staticmethod
+    def _unexplained(calibration: Calibration) -> Iterator[str]:
+        """What ranks tell of discrete latents where no coordinate is at fault, such as of a q that does not read x."""
+        if not calibration.is_exact and not calibration.faults:
+            yield (
+                "q(z|x) is certainly not p(z|x), by the ranks, and which of its latents is off they do not tell: "
+                f"{calibration.divergence:.2f} ± {calibration.divergence_error:.2f} nats, both KL divergences together"
+            )
 
     @property
     def _collapse(self) -> tuple[str, ...]:
@@ -76,7 +95,7 @@ class Inspection:
         parts: list[Any] = [self.evidence, self.nats, self.gap]
         lines = [str(part) for part in parts if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
-        lines += [f"FAULT: {fault}" for fault in self.faults] or ["no fault found"]
+        lines += [f"FAULT: {fault}" for fault in self.faults] or [self.all_clear]
         return "\n".join([*lines, *(f"caution: {caution}" for caution in self.cautions)])
 
 
@@ -96,7 +115,7 @@ def inspect(
 
     How good is the model: :func:`pyro_vae.log_evidence`. Where do its nats go: :func:`pyro_vae.decompose`. What does
     the guide lose, and why: :func:`pyro_vae.inference_gap`. Can q(z | x) be believed: :func:`pyro_vae.calibrate`. Each
-    is bounded in its cost by default, and the result says by which rows.
+    but the first, which takes all rows, is bounded in its cost by default, and the result says by how many rows.
 
     Args:
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
@@ -128,39 +147,50 @@ def inspect(
     >>> found.faults[0]  # nobody has trained it
     'q(z|x), all coordinates: too ...'
     """
+    for name, value, least in (("num_samples", num_samples, 2), ("num_simulations", num_simulations, 10)):
+        if positive_int(value, name) < least:
+            raise ValueError(f"{name}: got {value}; accepted are {least} or more, whose spread tells of an error")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
     data = data_tensors(data, "data")
     told: dict[str, Any] = {"plate": plate, "seed": seed}
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, progress=progress, **told)
-    sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
-    some, few = (_spaced(data, rows if sliced else len(data[0])) for rows in (max_rows, max_refined))
+    with borrowed_store(), seeded(seed):
+        sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
+    some, few = (_spaced(len(data[0]), count if sliced else len(data[0])) for count in (max_rows, max_refined))
+
+    def refined() -> InferenceGap:
+        rows = few.to(data[0].device)
+        return replace(inference_gap(model, guide, *_taken(data, few), num_samples=num_samples, **told), rows=rows)
+
     skipped: dict[str, str] = {}
     return Inspection(
         evidence=evidence,
-        nats=_told("nats", skipped, lambda: decompose(model, guide, *some, **told)),
-        gap=_told("gap", skipped, lambda: inference_gap(model, guide, *few, num_samples=num_samples, **told)),
+        nats=_told("nats", skipped, lambda: decompose(model, guide, *_taken(data, some), **told)),
+        gap=_told("gap", skipped, refined),
         calibration=_told(
             "calibration",
             skipped,
             lambda: calibrate(model, guide, *data, num_simulations=num_simulations, **told),
         ),
         skipped=skipped,
-        num_data={"evidence": len(data[0]), "nats": len(some[0]), "gap": len(few[0])},
+        num_data={"evidence": len(data[0]), "nats": len(some), "gap": len(few)},
     )
 
 
-def _spaced(data: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
-    """At most so many rows, evenly spaced."""
-    count = len(data[0])
-    chosen = torch.arange(min(rows, count), device=data[0].device) * count // min(rows, count)
-    return tuple(tensor[chosen] for tensor in data)
+def _spaced(count: int, most: int) -> Tensor:
+    """The numbers of at most so many rows, evenly spaced."""
+    return torch.arange(min(most, count)) * count // min(most, count)
+
+
+def _taken(data: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor[rows.to(tensor.device)] for tensor in data)
 
 
 def _told(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found | None:
     """The answer, or ``None`` and the reason in ``skipped``: each part says what pairs it is not for."""
     try:
         return ask()
-    except (ValueError, NotImplementedError) as error:
-        skipped[name] = str(error)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        skipped[name] = shorten(str(error), 600, placeholder=" ...")  # Pyro's own hold whole tensors
         return None

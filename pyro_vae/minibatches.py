@@ -236,19 +236,25 @@ def is_amortized(function: Function, data: tuple[Tensor, ...], plate: str) -> bo
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
     Tried with moved parameters, in a param store of its own: what holds for four rows must hold, at the same values of
-    the latents, for three of them and for the four in reverse. Autoguides are judged by their plates.
+    the latents, for three of them and for the four in reverse; and what holds for all rows, for a few from first to
+    last, of which the first four may know nothing: a covariate that the function holds itself, ``group[rows]``, is one
+    for all of them where data are sorted by it. Autoguides are judged by their plates.
     """
     if isinstance(function, AutoGuide):
         with poutine.block(), torch.no_grad():
             return not any(
                 _in_plate(site, plate) for site in latent_sites(poutine.trace(function).get_trace(*data)).values()
             )
+    spread = sorted({place * (len(data[0]) - 1) // 3 for place in range(4)})
     with pyro.get_param_store().scope(), torch.no_grad():
         try:
             run = poutine.trace(function).get_trace
             with _moved(run(*(tensor[:3] for tensor in data))):
-                whole = run(*(tensor[:4] for tensor in data))
-                return all(_same_rows(function, whole, data, rows, plate) for rows in ([0, 1, 2], [3, 2, 1, 0]))
+                first = run(*(tensor[:4] for tensor in data))
+                with seeded(0):
+                    whole = run(*data)
+                tried = [(first, [0, 1, 2]), (first, [3, 2, 1, 0]), (whole, spread)]
+                return all(_same_rows(function, among, data, rows, plate) for among, rows in tried)
         except (ValueError, RuntimeError, IndexError):
             return False
 

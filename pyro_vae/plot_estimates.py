@@ -17,6 +17,7 @@ from pyro_vae.ranks import Calibration
 __all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
 _LINES = ("-", "--", "-.", ":")
+_NAMED = 16  # quantities in a legend
 
 
 def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = None) -> Axes:
@@ -189,9 +190,9 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     """Can draws of q(z | x) be told from the truth? The ranks of the truth, in the band where those of an exact q stay.
 
-    A quantity that leaves the band is drawn with a style and a name of its own, the others thin and grey; log p(x, z),
-    which reads the data, is black. Above zero on the left and below on the right: the truth lies far out too often, q
-    is too narrow. The other way about it is too wide; above or below zero throughout it is biased.
+    A quantity that leaves the band is drawn with a style and, up to 16 of them, a name of its own, the others thin and
+    grey; log p(x, z), which reads the data, is black. Above zero on the left and below on the right: the truth lies far
+    out too often, q is too narrow. The other way about it is too wide; above or below zero throughout it is biased.
 
     Args:
         result: of :func:`pyro_vae.calibrate`.
@@ -222,6 +223,8 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
             number = outside.index(index)
             style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": _LINES[1 + number % 3]}
             style |= {"marker": MARKERS[number % len(MARKERS)], "markevery": (3 * number % 14, 14), "markersize": 4}
+            if number >= _NAMED:
+                style["label"] = f"{len(outside) - _NAMED} further ones" if number == _NAMED else None
         ax.plot(places, difference, **style)
     ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band of an exact q")
     ax.set(xlabel="u, the share of draws below the truth", ylabel="share of data below u, less u", xlim=(0, 1))

@@ -59,7 +59,7 @@ class Calibration:
         remedies: of a continuous q, on the data that were given: the variance and the shift, the same for all data,
             that would raise the ELBO. Where :math:`h = -\mathbb{E}_q[\partial_z \log p(x, z)\,(z - \mathbb{E}_q z)]`,
             the ELBO is stationary in the variance at a mean h of 1; 1 / h is the factor for a normal p(z | x). None if
-            a latent is discrete.
+            a latent is discrete, or of one datum.
         divergence: in nats per datum, an unbiased estimate of the whole distance to the exact posterior,
             :math:`\mathbb{E}_{p(x)}[\mathrm{KL}(q \Vert p(z|x)) + \mathrm{KL}(p(z|x) \Vert q)]`, in which log p(x)
             cancels. What averages out in the ranks, one datum too narrow and one too wide, adds up here.

@@ -18,9 +18,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.checks import data_tensors
+from pyro_vae.checks import data_tensors, is_integer
 from pyro_vae.gaps import InferenceGap
-from pyro_vae.handlers import Anew, latent_sites, observed_sites
+from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
 from pyro_vae.information import Decomposition
 from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.randomness import seeded
@@ -61,7 +61,7 @@ def report(
         data: what both take, best held-out data. Images come first.
         title: of the page.
         history: of :class:`pyro_vae.Fitted`, for training curves.
-        labels: ``(N,)``, for a map of the latents.
+        labels: whole numbers, ``(N,)``, for a map of the latents.
         image_shape: height and width, where the first observed site is an image with values in [0, 1]: for
             reconstructions and samples.
         pictures: further ones, by the question that each answers.
@@ -73,8 +73,9 @@ def report(
         What was found.
 
     Raises:
-        ValueError: before any work, if the labels are not one for each datum; and as :func:`pyro_vae.inspect`.
-        FileNotFoundError: before any work, if there is no folder for the page.
+        TypeError, ValueError: before any work, if labels, image shape, history or pictures are of another form; and as
+            :func:`pyro_vae.inspect`.
+        FileNotFoundError, IsADirectoryError: before any work, if there can be no file at the path.
 
     >>> import tempfile
     >>> import pyro_vae as pv
@@ -90,12 +91,12 @@ def report(
     ...     page.read_text().startswith("<!DOCTYPE html>")
     True
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: got {str(path)!r}; accepted is one in a folder that is there")
+    path = _free_path(path)
     data = data_tensors(data, "data")
-    if labels is not None and labels.shape != (len(data[0]),):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}; accepted is ({len(data[0])},), one for each datum")
+    labels = None if labels is None else _whole(labels, len(data[0]))
+    if image_shape is not None:
+        _check_image(image_shape, data[0])
+    _check_drawable(history, pictures or {})
     found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
     drawn = _Pictures()
     if history is not None:
@@ -106,7 +107,7 @@ def report(
         drawn.draw(
             "Is the truth among draws of q(z|x) as one of them?", lambda ax: plots.calibration(calibration, ax=ax)
         )
-    with seeded(seed), torch.no_grad(), poutine.block():
+    with borrowed_store(), seeded(seed), torch.no_grad(), poutine.block():
         if labels is not None:
             _draw_map(drawn, guide, data, labels)
         if image_shape is not None:
@@ -115,6 +116,47 @@ def report(
         drawn.add(question, figure)
     path.write_text(_page(title, found, drawn), encoding="utf-8")
     return found
+
+
+def _free_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: got {str(path)!r}; accepted is one in a folder that is there")
+    if path.is_dir():
+        raise IsADirectoryError(f"path: got {str(path)!r}, a folder; accepted is that of a file in it")
+    return path
+
+
+def _whole(labels: Any, count: int) -> Tensor:
+    """Labels as a tensor of whole numbers, one for each datum."""
+    accepted = f"accepted are whole numbers, ({count},), one for each datum"
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"labels: got a {type(labels).__name__}; {accepted}") from error
+    if numbers.shape != (count,):
+        raise ValueError(f"labels: got shape {tuple(numbers.shape)}; {accepted}")
+    if (numbers != numbers.long()).any():
+        raise ValueError(f"labels: got {numbers[numbers != numbers.long()][0].item()}; {accepted}")
+    return numbers.long()
+
+
+def _check_image(shape: Any, images: Tensor) -> None:
+    size = images[0].numel()
+    fits = isinstance(shape, Sequence) and len(shape) == 2 and all(map(is_integer, shape))
+    if not fits or min(shape) < 1 or math.prod(shape) != size:
+        raise ValueError(
+            f"image_shape: got {shape!r}; accepted are height and width of the first data tensor, whose rows have "
+            f"{size} pixels"
+        )
+
+
+def _check_drawable(history: Any, pictures: Mapping[str, Any]) -> None:
+    if not isinstance(history, Mapping | None):
+        raise TypeError(f"history: got a {type(history).__name__}; accepted is `fitted.history`")
+    for question, figure in pictures.items():
+        if not isinstance(figure, Figure):
+            raise TypeError(f"pictures: got a {type(figure).__name__} at {question!r}; accepted is a Figure")
 
 
 class _Pictures:
@@ -141,18 +183,19 @@ class _Pictures:
 
 
 def _draw_map(drawn: _Pictures, guide: Function, data: tuple[Tensor, ...], labels: Tensor) -> None:
-    """The means of q(z | x) of the first continuous latent, in its two variables that vary most."""
+    """The means of q(z | x) of the first continuous latent, or draws, in its two variables that vary most."""
     sites = latent_sites(poutine.trace(guide).get_trace(*data))
     continuous = [name for name, site in sites.items() if not site["fn"].support.is_discrete]
     if not continuous:
         return
     name = continuous[0]
     means = _mean(sites[name]).reshape(len(labels), -1)[:_SHOWN].cpu()
-    chosen = means.var(0).topk(min(2, means.shape[1])).indices.sort().values
+    kind = "draw" if _mean(sites[name]) is sites[name]["value"] else "mean"
+    chosen = means.var(0, correction=0).topk(min(2, means.shape[1])).indices.sort().values
 
     def onto(ax: Axes) -> None:
         plots.latent_map(means[:, chosen], labels[:_SHOWN].cpu(), ax)
-        axes = [f"mean of {name}[{index}]" for index in chosen.tolist()]
+        axes = [f"{kind} of {name}[{index}]" for index in chosen.tolist()]
         ax.set_xlabel(axes[0])
         if len(axes) > 1:
             ax.set_ylabel(axes[1])
@@ -185,11 +228,12 @@ def _draw_images(
 
 
 def _mean(site: Any) -> Tensor:
-    """Of the site's distribution; its value where that has no mean."""
+    """Of the site's distribution; its value where that has none, or it is not known."""
     try:
-        return site["fn"].mean
+        mean: Tensor = site["fn"].mean
     except NotImplementedError:
         return site["value"]
+    return mean if mean.isfinite().all() else site["value"]
 
 
 def _page(title: str, found: Inspection, drawn: _Pictures) -> str:
@@ -218,7 +262,9 @@ def _verdict(found: Inspection) -> str:
     """Faults and cautions, told apart by words and borders and not by colour alone."""
     faults = [f'<p class="fault"><b>Fault.</b> {escape(fault)}.</p>' for fault in found.faults]
     cautions = [f'<p class="caution"><b>Caution.</b> {escape(caution)}.</p>' for caution in found.cautions]
-    return "".join((faults or ['<p class="sound"><b>No fault found.</b></p>']) + cautions)
+    look = "sound" if found.calibration else "caution"
+    clear = f'<p class="{look}"><b>{escape(found.all_clear.capitalize())}.</b></p>'
+    return "".join((faults or [clear]) + cautions)
 
 
 def _section(heading: str, *parts: str) -> str:
@@ -286,7 +332,7 @@ def _gap(gap: InferenceGap) -> str:
         ("gap, log p(x) − ELBO", f"{least}{gap.gap.mean().item():.3f}"),
         ("approximation: of the family of q", f"{least}{gap.approximation.mean().item():.3f}"),
         ("amortization: of the network of q", f"{gap.amortization.mean().item():.3f}"),
-        ("the largest gap of a datum", f"{gap.gap.max().item():.3f}, of datum {int(gap.gap.argmax())}"),
+        ("the largest gap of a datum", "{:.3f}, of datum {}".format(*gap.worst)),
     ]
     kind = "exact" if gap.is_exact else "importance-weighted from the refined q"
     note = f"In nats per datum, of {len(gap.gap)} data whose q was refined each on its own; log p(x) {kind}."
@@ -306,7 +352,10 @@ def _calibration(calibration: Calibration) -> str:
         "small, for none is exact; a fault is what one change of all variances, or of all means, would mend."
     )
     head = ("quantity", "p", *(f"in its {level:.0%} interval" for level in levels))
-    return _table(head, rows[:_UNITS], note)
+    if len(rows) > _UNITS:  # the last reads the data, and stays
+        note = f"The first {_UNITS - 1} of {len(rows) - 1} coordinates. {note}"
+        rows = [*rows[: _UNITS - 1], rows[-1]]
+    return _table(head, rows, note)
 
 
 _STYLE = """

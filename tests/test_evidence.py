@@ -494,3 +494,24 @@ def test_dropout_is_refused():
         pv.log_evidence(vae.model, vae.guide, X)
     vae.eval()
     assert pv.log_evidence(vae.model, vae.guide, X, num_samples=10).log_evidence.isfinite().all()
+
+
+def test_a_covariate_that_the_pair_holds_itself_stays_with_its_row():
+    """Data sorted by it: the first rows of each batch look as if they had nothing of their own."""
+    group = torch.arange(300) // 150
+    x = 5.0 * group + 2**0.5 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+
+    def model(x):
+        with pyro.plate("data", len(x)) as rows:
+            z = pyro.sample("z", dist.Normal(5.0 * group[rows], 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)) as rows:
+            pyro.sample("z", dist.Normal((x + 5.0 * group[rows]) / 2, 0.5**0.5))
+
+    truth = dist.Normal(5.0 * group, 2**0.5).log_prob(x)
+    torch.testing.assert_close(pv.log_evidence(model, guide, x, num_samples=30).log_evidence, truth)
+    found = pv.inspect(model, guide, x, num_samples=30, max_rows=100, max_refined=20, num_simulations=100)
+    torch.testing.assert_close(found.gap.log_evidence, truth)
+    assert "Hand covariates over as data" in found.skipped["calibration"]

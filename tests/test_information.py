@@ -399,3 +399,17 @@ def point_guide(x):
 def test_what_has_no_answer_is_refused(model, guide, x, num_samples, message):
     with pytest.raises(ValueError, match=message):
         pv.decompose(model, guide, x, num_samples=num_samples)
+
+
+def test_of_many_discrete_variables_the_states_are_drawn():
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.Bernoulli(200, probs=0.3),
+        guides.Bernoulli(3, 200, networks.linear()),
+        likelihoods.Normal(200, 3, networks.linear()),
+    )
+    x = population(60)
+    found = pv.decompose(vae.model, vae.guide, x)
+    q, p = vae.encode(x).base_dist, dist.Bernoulli(0.3)
+    assert found.num_samples == 10
+    close(found.rate, torch.distributions.kl_divergence(dist.Bernoulli(logits=q.logits), p).sum(1).mean().item())

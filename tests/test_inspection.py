@@ -3,12 +3,14 @@
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from torch.distributions.transforms import AffineTransform
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -115,6 +117,101 @@ def test_numbers_are_those_of_the_parts():
     assert found.num_data == {"evidence": 200, "nats": 200, "gap": 10}
 
 
+def test_the_datum_with_the_largest_gap_goes_by_its_number_among_all():
+    x = data(0)
+    x[140] = 9.0
+    covariance = torch.linalg.inv(torch.eye(2) + WEIGHT @ WEIGHT.T / NOISE**2)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            off = torch.where((x == 9.0).all(-1, keepdim=True), 3.0, 0.0)
+            pyro.sample("z", dist.MultivariateNormal(x @ WEIGHT.T / NOISE**2 @ covariance + off, covariance))
+
+    found = pv.inspect(model, guide, x, num_samples=200, max_refined=10, progress=False)
+    assert found.gap.worst == (found.gap.gap.max().item(), 140)
+    assert "of datum 140" in str(found)
+
+
+def test_inspecting_leaves_nothing_behind():
+    def guide(x):
+        scale = pyro.param("scale", lambda: torch.ones(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], scale).to_event(1))
+
+    state = torch.get_rng_state()
+    inspected(model, guide)
+    assert torch.equal(torch.get_rng_state(), state)
+    for estimate in (pv.log_evidence, pv.calibrate, pv.exact.elbo, pv.annealed_log_evidence):
+        options = {"num_chains": 2, "num_temperatures": 2} if estimate is pv.annealed_log_evidence else {}
+        with suppress(ValueError):
+            estimate(model, guide, data(0), **options)
+    assert not pyro.get_param_store().keys()
+
+
+def boxed(x):
+    """Without density at a third of what the posterior holds."""
+    mean = x @ WEIGHT.T / NOISE**2 @ torch.linalg.inv(torch.eye(2) + WEIGHT @ WEIGHT.T / NOISE**2)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Uniform(mean - 0.4, mean + 0.4).to_event(1))
+
+
+def test_a_guide_without_density_where_the_posterior_has_some_is_a_fault():
+    found = inspected(model, boxed)
+    assert found.calibration.divergence == float("inf")
+    assert any("too narrow" in fault for fault in found.faults)
+    assert max(map(len, found.cautions)) < 700, "whole tensors are not for reading"
+
+
+def test_a_class_that_is_not_inferred_is_a_caution_though_all_its_ranks_are_uniform():
+    def classes(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(2)))
+            z = pyro.sample("z", dist.Normal(2.0 * c - 1, 1.0))
+            pyro.sample("x", dist.Normal(z[..., None].expand(*z.shape, 4), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(len(x), 2)))
+            pyro.sample("z", dist.Normal((x.sum(-1) + 2.0 * c - 1) / 5, 5**-0.5))
+
+    found = inspected(classes, guide)
+    assert found.calibration.faults == {}
+    assert any("q(z|x) is certainly not p(z|x)" in caution for caution in found.cautions)
+
+
+def test_where_faults_could_not_be_looked_for_none_is_denied(tmp_path):
+    x, page = data(0, rows=20), tmp_path / "page.html"
+
+    def own(x):
+        loc = pyro.param("loc", lambda: x[:, :2].clone())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 0.3).to_event(1))
+
+    found = pv.report(page, model, own, x, num_samples=50, progress=False)
+    assert found.calibration is None
+    assert "no fault found, but whether q(z|x) can be believed was not asked" in str(found)
+    assert 'class="sound"' not in page.read_text()
+
+
+def test_a_part_that_breaks_does_not_take_the_others_with_it():
+    def broken(x):
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            nothing = (z - z).sqrt().sum(-1, keepdim=True)  # whose gradient is not finite
+            pyro.sample("x", dist.Normal(z @ WEIGHT + nothing, NOISE).to_event(1), obs=x)
+
+    found = inspected(broken, boxed)
+    assert "gradient is not finite" in found.skipped["gap"]
+    assert found.evidence.log_evidence.isfinite().all()
+
+
+def test_one_datum_can_be_inspected():
+    found = pv.inspect(model, guide_of(covariance_factor=0.3), data(0)[:1], num_samples=200, progress=False)
+    assert any("too narrow" in fault for fault in found.faults)
+    assert list(found.skipped) == ["nats"]
+
+
 def test_draws_that_do_not_reach_the_posterior_are_a_caution():
     found = inspected(model, guide_of(covariance_factor=0.02))
     assert any("k̂ is above" in caution for caution in found.cautions)
@@ -141,6 +238,8 @@ def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
         ({"max_rows": 0}, "max_rows: got 0"),
         ({"max_refined": "a"}, "max_refined: got 'a'"),
         ({"num_samples": 0}, "num_samples: got 0"),
+        ({"num_samples": 1}, "num_samples: got 1; accepted are 2 or more"),
+        ({"num_simulations": 5}, "num_simulations: got 5; accepted are 10 or more"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -231,7 +330,14 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off(digits_page, width):
     ("path", "options", "error", "message"),
     [
         ("nowhere/page.html", {}, FileNotFoundError, "path: got .*nowhere"),
-        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); accepted is \(200,\)"),
+        (".", {}, IsADirectoryError, "path: got .*, a folder"),
+        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); .* \(200,\)"),
+        ("page.html", {"labels": ["a"] * 200}, TypeError, "labels: got a list; accepted are whole numbers"),
+        ("page.html", {"labels": torch.arange(200) / 7}, ValueError, "labels: got 0.14.*; accepted are whole"),
+        ("page.html", {"image_shape": (28, 28)}, ValueError, r"image_shape: got \(28, 28\); .* have 4 pixels"),
+        ("page.html", {"image_shape": 2}, ValueError, "image_shape: got 2; accepted are height and width"),
+        ("page.html", {"history": [1.0]}, TypeError, "history: got a list; accepted is `fitted.history`"),
+        ("page.html", {"pictures": {"What?": 3}}, TypeError, "pictures: got a int at 'What.'; accepted is a Figure"),
     ],
 )
 def test_what_a_page_cannot_be_made_of_is_refused_before_any_work(tmp_path, path, options, error, message):
@@ -249,3 +355,32 @@ def test_a_page_of_discrete_latents(tmp_path):
     found = pv.report(tmp_path / "page.html", vae.model, vae.guide, x, labels=labels, max_refined=5, progress=False)
     assert found.nats.num_samples == 0, "its states are summed over"
     assert "z[2]" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_of_many_coordinates_keeps_what_reads_the_data(tmp_path):
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.StandardNormal(70),
+        guides.DiagonalNormal(4, 70, networks.linear()),
+        likelihoods.Normal(70, 4, networks.linear()),
+    )
+    options = {"labels": [0, 1] * 15, "num_simulations": 100, "num_samples": 50, "max_refined": 5, "progress": False}
+    found = pv.report(tmp_path / "page.html", vae.model, vae.guide, data(0, rows=30), **options)
+    text = (tmp_path / "page.html").read_text()
+    assert len(found.calibration.names) == 71
+    assert "The first 59 of 70 coordinates." in text
+    assert '<th scope="row">log p(x, z)</th>' in text
+
+
+def test_a_map_of_a_guide_whose_means_are_not_known_is_of_draws_and_says_so(tmp_path, monkeypatch):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(x[:, :2], 0.3)
+            pyro.sample("z", dist.TransformedDistribution(base, [AffineTransform(0.0, 0.9)]).to_event(1))
+
+    shown = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (shown.append(figure.axes[0].get_xlabel()), close(figure)))
+    options = {"num_simulations": 20, "num_samples": 50, "max_refined": 5, "progress": False}
+    pv.report(tmp_path / "page.html", model, guide, data(0, rows=20), labels=torch.arange(20) % 2, **options)
+    assert "draw of z[0]" in shown
