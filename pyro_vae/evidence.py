@@ -40,7 +40,8 @@ class Evidence:
 
     >>> constant = torch.full((4,), -1.5)
     >>> print(Evidence(constant, ess=torch.full((4,), 100.0), khat=torch.full((4,), -math.inf), num_samples=100))
-    log p(x) = -1.500 nats per datum, standard error 0.000 over 4 data, of it 0.000 from 100 draws each
+    log p(x), in expectation at least -1.500 nats per datum
+    standard error 0.000 over 4 data, of it 0.000 from 100 draws each
     median ess 100.0 of 100; k̂ above 0.50 for 0.0 % of the data
     """
 
@@ -81,8 +82,9 @@ class Evidence:
         count = len(found)
         spread = float(found.std() / count**0.5) if count > 1 else math.nan
         return (
-            f"log p(x) = {float(found.mean()):.3f} nats per datum, standard error {spread:.3f} over {count} data, "
-            f"of it {float(noise.square().sum().sqrt() / count):.3f} from {self.num_samples} draws each\n"
+            f"log p(x), in expectation at least {float(found.mean()):.3f} nats per datum\n"
+            f"standard error {spread:.3f} over {count} data, of it "
+            f"{float(noise.square().sum().sqrt() / count):.3f} from {self.num_samples} draws each\n"
             f"median ess {float(self.ess.median()):.1f} of {self.num_samples}; "
             f"k̂ above {self.reliable_khat:.2f} for {100 * float(self.unreliable.double().mean()):.1f} % of the data"
         )

@@ -309,7 +309,10 @@ def _nats(nats: Decomposition) -> str:
         ("mutual information in the population, at most", upper),
     ]
     most = math.log(nats.num_data)
-    note = f"In nats per datum, ± the standard error of the draws. {nats.num_data} data tell {most:.2f} at most."
+    note = (
+        f"In nats per datum, ± the standard error of the draws. {nats.num_data} data tell {most:.2f} at most. What is "
+        "said of the population holds in expectation."
+    )
     return _table(("", "value"), rows, note)
 
 

@@ -283,7 +283,8 @@ def test_printed_it_says_what_it_comes_to():
     khat = torch.tensor([0.1, 0.6, math.nan, -math.inf])
     shown = str(pv.Evidence(found, torch.full((4,), 50.0), khat, 100)).splitlines()
     assert shown == [
-        "log p(x) = -2.500 nats per datum, standard error 0.645 over 4 data, of it 0.050 from 100 draws each",
+        "log p(x), in expectation at least -2.500 nats per datum",
+        "standard error 0.645 over 4 data, of it 0.050 from 100 draws each",
         "median ess 50.0 of 100; k̂ above 0.50 for 50.0 % of the data",
     ]
     assert "nan" in str(pv.Evidence(found[:1], torch.ones(1), khat[:1], 1))

@@ -89,6 +89,21 @@ def test_arviz_tells_r_hat_and_writes_and_reads(trees, tmp_path):
     assert (summary["r_hat"] < 1.05).all()
 
 
+def test_arviz_draws_the_guide_beside_its_reference(trees):
+    vae = curved_vae()
+    q = pv.to_datatree(vae.model, vae.guide, X, draws=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz as az
+
+        pair = [pv.to_arviz(tree) for tree in (q, trees[curved_vae])]
+        (ax,) = az.plot_forest(pair, model_names=["q", "NUTS"], var_names=["z"], combined=True).ravel()
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert len(points) == 2 * q["posterior"]["z"][0, 0].size, "one of each for every variable of every datum"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == ["NUTS", "q"]
+
+
 def test_what_is_deterministic_is_there_too():
     vae = pv.VAE(
         priors.RelaxedBernoulli(1, temperature=0.5),
