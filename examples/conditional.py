@@ -86,7 +86,7 @@ def split(data: datasets.Dataset, given: str) -> tuple[Tensor, Tensor]:
 COLUMNS = {"log p(x|c)": "{log_p_given_context:.2f}", "ELBO": "{elbo:.2f}", "log Σ p(c) p(x|c)": "{log_p_by_sum:.2f}"}
 COLUMNS |= {"log p(x), no context": "{log_p_without_context:.2f}", "right labels": "{accuracy:.1%}"}
 NOTES = """in nats per held-out digit: 64 binary pixels given the label, the lower 32 given the upper; by quadrature,
-but for the ELBO (20 draws for each) and log p(lower half|upper half) (1000 draws of the guide for each);
+but for the ELBO (20 draws for each) and log p(lower half|upper half) (at least that, by 1000 draws for each);
 right labels: found by Bayes' rule"""
 
 

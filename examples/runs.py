@@ -141,7 +141,7 @@ def table(args: argparse.Namespace, title: str, runs: dict[str, Run], test: Tens
     return "\n".join(
         [
             f"{title}; {len(test)} held-out images, nats per image of {test.shape[1]} pixels;",
-            f"log p(x) is a lower bound from {args.samples} draws of each image, +- its standard error over images.",
+            f"log p(x), in expectation at least: by {args.samples} draws of each image, +- standard error over images.",
             results.table(" " * 28, rows, columns),
         ]
     )

@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         rows[name]["seconds"] = fitted.seconds
         print(f"{name}: {fitted.seconds:.1f} s", flush=True)
     rows[ONE]["rate_z1"] = rows[ONE].pop("rate_z")
-    note = f"in nats per held-out image, ± the standard error; log p(x) by {args.samples} draws of the guide for each"
+    note = f"in nats per held-out image, ± the standard error; log p(x) at least, by {args.samples} draws for each"
     report = results.table("model and guide", rows, COLUMNS, note)
     print(f"\n{report}")
 
