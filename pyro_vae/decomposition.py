@@ -24,8 +24,10 @@ _PARTICLES = "num_particles_vectorized"
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
-    """``log_prob`` of a site, masked but not scaled."""
-    value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    """``log_prob`` of a site, masked but not scaled; as an ELBO has computed it, if one has."""
+    value = site.get("unscaled_log_prob")
+    if value is None:
+        value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
 
 
@@ -66,15 +68,17 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
     Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
     guide does not have: its nats are neither rate nor distortion.
     """
-    totals = torch.zeros(2, dtype=torch.float64)
+    distortion: Any = 0.0
+    rate: Any = 0.0
     for model_trace, guide_trace in traces:
         guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
         if not model_sites.keys() <= guide_sites.keys():
             return None
         weights = _enumerated(guide_sites)
-        totals[0] -= _expectations(observed_sites(model_trace), weights)
-        totals[1] += _expectations(guide_sites, weights) - _expectations(model_sites, weights)
-    distortion, rate = totals / (len(traces) * num_data)
+        distortion = distortion - _expectations(observed_sites(model_trace), weights)
+        rate = rate + _expectations(guide_sites, weights) - _expectations(model_sites, weights)
+    count = len(traces) * num_data
+    distortion, rate = (torch.as_tensor(total, dtype=torch.float64) / count for total in (distortion, rate))
     return {bound_name(*traces[0]): -distortion - rate, "distortion": distortion, "rate": rate}
 
 
@@ -96,14 +100,20 @@ def _log_weight(site: dict[str, Any]) -> Tensor:
     return log_q if draws is None else torch.full_like(log_q, -math.log(draws))
 
 
-def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
-    return sum((_expectation(site, weights).cpu() for site in sites.values()), torch.zeros(()))
+def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Any:
+    return sum(_expectation(site, weights) for site in sites.values())
 
 
 def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
     """A site's expected log-density under the guide, summed over plates and scaled to all data."""
     term = log_density(site)
-    log_weight, pending = torch.zeros_like(term), [dim for dim in weights if _extent(term, dim) > 1]
+    frames = site["cond_indep_stack"]
+    scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
+    particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
+    pending = [dim for dim in weights if _extent(term, dim) > 1]
+    if not pending:
+        return term.sum(dtype=torch.float64) * (scale / particles)
+    log_weight = torch.zeros_like(term)
     done: set[int] = set()
     while pending:
         dim = pending.pop()
@@ -113,9 +123,6 @@ def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
         log_weight = log_weight + weights[dim]
         pending += [other for other in weights if other not in done and _extent(weights[dim], other) > 1]
     weight = log_weight.exp()
-    frames = site["cond_indep_stack"]
-    scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
-    particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
     return torch.where(weight > 0, weight * term, 0.0).double().sum() * (scale / particles)
 
 

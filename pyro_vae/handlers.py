@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import pyro
@@ -27,6 +28,7 @@ __all__ = [
     "parameters_of",
     "recorded",
     "register",
+    "registered_once",
 ]
 
 
@@ -178,12 +180,33 @@ def borrowed_store() -> Iterator[None]:
         yield
 
 
+_registered: ContextVar[tuple[dict[str, nn.Module], bool]] = ContextVar("registered")
+
+
+@contextmanager
+def registered_once(modules: dict[str, nn.Module], known: bool) -> Iterator[None]:
+    """Inside, :func:`register` adds modules to this dict, by name.
+
+    Args:
+        modules: by name.
+        known: whether one parameter is enough of those that are there: a loop knows the others from its first step,
+            and Pyro's ELBOs are told by one that there are some.
+    """
+    token = _registered.set((modules, known))
+    try:
+        yield
+    finally:
+        _registered.reset(token)
+
+
 def register(name: str, module: nn.Module) -> None:
     """Register the parameters of a module with Pyro, as ``pyro.module(name, module)`` does, each once.
 
     Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would leave a
     second module of the same name untrained without a word, this raises.
     """
+    modules, known = _registered.get(({}, False))
+    known = known and modules.get(name) is module
     store = pyro.get_param_store()
     for path, parameter in module.named_parameters():
         key = f"{name}$$${path}"
@@ -195,6 +218,9 @@ def register(name: str, module: nn.Module) -> None:
                 "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
             )
         pyro.param(key, parameter)
+        if known:
+            return
+    modules[name] = module
 
 
 def deterministic_sites(trace: Trace) -> dict[str, Any]:

@@ -1,149 +1,197 @@
 """One step of stochastic variational inference: that of ``pyro.infer.SVI``, with one optimizer for all parameters."""
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
-from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_vae.decomposition import bound_name, elbo_terms, log_density
-from pyro_vae.handlers import latent_sites, observed_sites, parameters_of, recorded
-from pyro_vae.minibatches import Batcher
+from pyro_vae.elbo_runs import ElboRun
+from pyro_vae.handlers import parameters_of, registered_once
 from pyro_vae.schedules import Schedule
 
-__all__ = ["Step"]
+__all__ = ["MakeOptimizer", "Step", "Take", "adam", "record"]
 
-Function = Callable[..., Any]
+Take = Callable[..., AbstractContextManager[tuple[Any, ...]]]
+"""From the inputs of a step to the arguments to call model and guide with, within a context."""
+
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+"""From parameters to their optimizer."""
+
+
+def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Adam, in one kernel for all parameters."""
+    return torch.optim.Adam(parameters, fused=True)
+
+
+def record(taken: float | Tensor, loss: Any, terms: list[Tensor]) -> Tensor:
+    """What a step returns, in one tensor."""
+    like = terms[0].detach()
+    return torch.stack(
+        [torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (taken, loss)] + terms
+    )
 
 
 class Step:
-    """One step of SVI on some rows, and its terms in nats per datum."""
+    """One step of SVI on some rows, and its terms in nats per datum.
+
+    Args:
+        run: the ELBO of a model and guide.
+        lr: learning rate, or a schedule of it; that of the optimizer if left out.
+        schedules: of 0-dim tensors.
+        make_optimizer: called at the first step.
+        clip_norm: to which the norm of all gradients together is scaled down.
+        skips: whether a step whose loss or gradient is not finite is left out; otherwise it raises.
+        numbered: whether its input is the numbers of the rows, which an error names.
+
+    Attributes:
+        names: of the terms, once a step has been done.
+        count: of the steps that are done.
+        parameters: by name in Pyro's param store.
+        modules: that have been registered, by name.
+    """
 
     def __init__(
         self,
-        model: Function,
-        guide: Function,
-        elbo: ELBO,
-        plate: str,
-        lr: float | Schedule = 0.0,
+        run: ElboRun,
+        lr: float | Schedule | None = None,
         schedules: Mapping[Tensor, Schedule] | None = None,
+        make_optimizer: MakeOptimizer = adam,
+        clip_norm: float | None = None,
+        skips: bool = False,
+        numbered: bool = False,
     ):
-        self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
-        self.plate = plate
-        self.lr: Schedule = lr if callable(lr) else lambda step: lr
+        self.run = run
+        self.lr: Schedule | None = lr if callable(lr) or lr is None else lambda step: lr
         self.schedules = schedules or {}
+        self.make_optimizer = make_optimizer
+        self.clip_norm = math.inf if clip_norm is None else clip_norm
+        self.skips = skips
+        self.numbered = numbered
         self.optimizer: torch.optim.Optimizer | None = None
-        self.known: set[Tensor] = set()
+        self.parameters: dict[str, Tensor] = {}
+        self.names: list[str] = []
         self.count = 0
-        self._model_traces: list[Trace] = []
-        self._guide_traces: list[Trace] = []
-        self._model = recorded(model, self._model_traces)
-        self._guide = recorded(guide, self._guide_traces)
+        self.modules: dict[str, nn.Module] = {}
+        self._trained: list[tuple[int, bool]] = []
 
-    def __call__(self, take: Batcher, rows: Tensor) -> dict[str, Tensor]:
-        """Loss, gradients and update on these rows; the terms, in nats per datum."""
-        for value, schedule in self.schedules.items():
-            value.fill_(schedule(self.count))
+    def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
+        """Loss, gradients and update on what ``take`` makes of the inputs.
+
+        Returns:
+            1, or 0 if the step was skipped; the loss; the terms that :attr:`names` names, ``(2 + T,)`` in float64.
+
+        Raises:
+            FloatingPointError: if loss or gradient is not finite, before the update.
+        """
+        self.set_schedules()
         self.count += 1
         # The first step is validated even where validation is off: some libraries turn it off on import.
-        validation = pyro.validation_enabled() if self.count == 1 else nullcontext()
-        with poutine.trace(param_only=True) as tracer:
+        with pyro.validation_enabled(validate or self.count == 1), self.gradients_cleared(), take(*inputs) as arguments:
+            loss, terms = self.backward(arguments, *inputs)
+            norm = self.norm_of_gradients()
+            if not math.isfinite(loss) or not norm.isfinite():
+                if not self.skips:
+                    raise FloatingPointError(f"step {self.count}: {self._what_is_not_finite(loss, inputs)}")
+                return torch.tensor([0.0, loss] + [math.nan] * len(self.names), dtype=torch.float64)
+            self.clip(norm)
+            self.update()
+        return record(1.0, loss, terms)
+
+    def set_schedules(self) -> None:
+        """Give the values that have a schedule that of the coming step."""
+        for value, schedule in self.schedules.items():
+            value.fill_(schedule(self.count))
+        self._set_lr(self.count)
+
+    def _set_lr(self, step: int) -> None:
+        if self.lr is None or self.optimizer is None:
+            return
+        lr = self.lr(step)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def refresh(self) -> bool:
+        """Look for parameters anew where some have been frozen or thawed; whether there are such."""
+        modules = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        trained = [(id(tensor), tensor.requires_grad) for tensor in (*modules, *self.parameters.values())]
+        changed = trained != self._trained
+        if changed:
+            self.modules.clear()
+            self.parameters.clear()
+        self._trained = trained
+        return changed
+
+    def backward(self, arguments: tuple[Any, ...], *inputs: Tensor) -> tuple[Any, list[Tensor]]:
+        """The loss and its terms; the gradients are left in the parameters."""
+        with poutine.trace(param_only=True) as tracer, registered_once(self.modules, known=bool(self.parameters)):
             try:
-                with validation, take(rows) as arguments:
-                    terms = self._run(self.elbo.loss_and_grads, arguments)
-                self._check_gradients(parameters_of(tracer.trace))
-            except BaseException:  # Ctrl-C too: half a gradient would be added to the next run's first
-                for parameter in parameters_of(tracer.trace).values():
-                    parameter.grad = None
+                loss = self.run.loss_and_grads(*arguments)
+            except ValueError as error:
+                if self.count > 1 and (blamed := self.run.blame_without_validation(arguments, self._rows(inputs))):
+                    raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
                 raise
-        self._update(list(parameters_of(tracer.trace).values()))
-        return terms
+            finally:
+                self.parameters |= parameters_of(tracer.trace)
+        terms = self.run.terms(loss)
+        self.names = list(terms)
+        return loss, list(terms.values())
 
-    @torch.no_grad()
-    def loss(self, arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """The terms alone."""
-        return self._run(self.elbo.loss, arguments)
+    def norm_of_gradients(self) -> Tensor:
+        """The norm of all gradients together."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
-    def _run(self, compute: Function, arguments: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        self._model_traces.clear()
-        self._guide_traces.clear()
-        try:
-            loss = compute(self._model, self._guide, *arguments)
-        except ValueError as error:
-            if self.count > 1 and (blamed := self._blamed_without_validation(arguments)):
-                raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
-            raise
-        loss = torch.as_tensor(loss[0] if isinstance(loss, tuple) else loss, dtype=torch.float64)
-        traces = self._traces()
-        if not loss.isfinite():
-            where = f"step {self.count}" if self.count else "data"
-            raise FloatingPointError(
-                f"{where}: the loss is {loss.item()}; {_blame(traces) or 'no one site is to blame'}"
-            )
-        model_trace, guide_trace = traces[0]
-        site, frame = _data_site(model_trace, self.plate)
-        terms = elbo_terms(traces, frame.full_size or frame.size)
-        # What the loss weighs the data by: all of them under subsampling, and any scale that the model was given.
-        return terms or {bound_name(model_trace, guide_trace): -loss / (site["scale"] * frame.size)}
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients down to the norm that is allowed."""
+        if self.clip_norm < math.inf:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
-    def _traces(self) -> list[tuple[Trace, Trace]]:
-        """An ELBO may first run the pair once more, to learn its plates: its particles are the last runs."""
-        used = 1 if self.elbo.vectorize_particles else self.elbo.num_particles
-        return list(zip(self._model_traces[-used:], self._guide_traces[-used:], strict=True))
-
-    @torch.no_grad()
-    def _blamed_without_validation(self, arguments: tuple[Tensor, ...]) -> str | None:
-        """Validation stops at a distribution whose parameters are NaN, before it has a site: run on, to name that."""
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.elbo.loss(self._model, self._guide, *arguments)
-        return _blame(self._traces())
-
-    def _check_gradients(self, parameters: dict[str, Tensor]) -> None:
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        if gradients and not torch.nn.utils.get_total_norm(gradients).isfinite():
-            bad = [
-                name.replace("$$$", ".")
-                for name, parameter in parameters.items()
-                if parameter.grad is not None and not parameter.grad.isfinite().all()
-            ]
-            raise FloatingPointError(f"step {self.count}: the gradient is not finite in {', '.join(bad) or 'its norm'}")
-
-    def _update(self, parameters: list[Tensor]) -> None:
-        new = [parameter for parameter in parameters if parameter not in self.known]
+    def update(self) -> None:
+        """The optimizer's step."""
+        new = self._without_optimizer()
         if new and self.optimizer is None:
-            self.optimizer = torch.optim.Adam(new, fused=True)
+            self.optimizer = self.make_optimizer(new)
+            self._set_lr(self.count - 1)
         elif new and self.optimizer is not None:
             self.optimizer.add_param_group({"params": new})
-        self.known.update(new)
         if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr(self.count - 1)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
+    def _without_optimizer(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        known = {parameter for group in groups for parameter in group["params"]}
+        return [parameter for parameter in self.parameters.values() if parameter not in known]
 
-def _data_site(model_trace: Trace, plate: str) -> tuple[dict[str, Any], Any]:
-    """An observed site in the data plate, and its frame there."""
-    for site in observed_sites(model_trace).values():
-        for frame in site["cond_indep_stack"]:
-            if frame.name == plate:
-                return site, frame
-    raise ValueError(f"plate: no observed site of the model is in a plate {plate!r}; name the model's data plate")
+    @contextmanager
+    def gradients_cleared(self) -> Iterator[None]:
+        """Leave no gradient behind, if the block breaks off or leaves one: it would be added to the next."""
+        try:
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
+    def _rows(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
+        return inputs[0] if self.numbered else None
 
-def _blame(traces: list[tuple[Trace, Trace]]) -> str | None:
-    """The first site whose log-density is not finite, in the order in which the guide and the model ran."""
-    for model_trace, guide_trace in traces:
-        for who, trace in (("guide", guide_trace), ("model", model_trace)):
-            for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                bad = ~log_density(site).isfinite()
-                if bad.any():
-                    return f"log_prob of site {name!r} in the {who} is not finite at {bad.sum()} of {bad.numel()}"
-    return None
+    def _what_is_not_finite(self, loss: float, inputs: tuple[Tensor, ...]) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}; {self.run.blame(self._rows(inputs)) or 'no one site is to blame'}"
+        bad = [
+            name.replace("$$$", ".")
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        return f"the gradient is not finite in {', '.join(bad) or 'its norm'}"

@@ -1,9 +1,13 @@
 """The training loop: stochastic variational inference with Pyro's ELBOs, any model and guide."""
 
+import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,15 +15,19 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_vae.checks import data_tensors, positive, positive_int, rows_like
+from pyro_vae.captured_steps import CapturedStep
+from pyro_vae.checkpoints import Checkpoints
+from pyro_vae.checks import data_tensors, flag, positive, positive_int, rows_like
+from pyro_vae.elbo_runs import ElboRun
 from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.loops import Callback, Loop
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.missing import check_model, first_missing
-from pyro_vae.randomness import seeded
+from pyro_vae.randomness import kept, seeded
+from pyro_vae.run_state import learnt, misfits
 from pyro_vae.schedules import Schedule, check_schedules
-from pyro_vae.steps import Step
+from pyro_vae.steps import Step, Take
 
 __all__ = ["Fitted", "evaluate", "fit"]
 
@@ -38,6 +46,8 @@ class Fitted:
         seed: the seed.
         steps: number of gradient steps.
         seconds: wall-clock time of the training.
+        stopped: why it ended: ``"epochs"`` are done, ``"patience"``, ``"callback"`` or ``"interrupted"``.
+        skipped: steps that were left out, as they were not finite.
     """
 
     model: Function = field(repr=False)
@@ -46,6 +56,8 @@ class Fitted:
     seed: int
     steps: int
     seconds: float
+    stopped: str = "epochs"
+    skipped: int = 0
 
 
 def fit(
@@ -63,6 +75,12 @@ def fit(
     plate: str = "data",
     seed: int = 0,
     progress: bool | None = None,
+    compile: bool = False,
+    clip_norm: float | None = None,
+    nonfinite: str = "stop",
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
 ) -> Fitted:
     r"""Maximise the ELBO of a Pyro model and guide with Adam.
 
@@ -95,11 +113,26 @@ def fit(
         seed: of the random numbers of the run and the order of the data. Weights are drawn when parts are built: call
             ``torch.manual_seed`` before that. To fit again goes on from where the parameters are.
         progress: whether to show a progress bar; only on a terminal if left out.
+        compile: whether to capture the step as one graph and replay it compiled, see
+            :mod:`pyro_vae.captured_steps`: the same numbers, many times faster, after some seconds in a C++ compiler.
+            Model and guide must run the same operations in every step.
+        clip_norm: to which the norm of all gradients together is scaled down, where it is larger.
+        nonfinite: what to do with a step whose loss or gradient is not finite: ``"stop"``, or ``"skip"`` it; a hundred
+            in a row stop the run too.
+        patience: epochs without a better validation ELBO after which training ends. The parameters are then those of
+            the best epoch, as they are if ``epochs`` are over before.
+        callbacks: functions called at the end of each epoch with an :class:`pyro_vae.loops.Epoch`; training ends if
+            one returns ``True``.
+        checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If it
+            has one, the run goes on from there, to the same numbers as if it had not been stopped.
+
+    Ctrl-C ends the run after the step that it falls in, with a warning; what was learnt is kept.
 
     Raises:
-        TypeError, ValueError: on unusable arguments, before any training.
-        FloatingPointError: if the loss or a gradient is not finite, naming the step and the site or parameter. The
-            parameters are then those of the last good step.
+        TypeError, ValueError: on unusable arguments, before any training; :class:`pyro_vae.capture.CaptureError` is
+            one, if the step is not the same each time.
+        FloatingPointError: if the loss or a gradient is not finite, naming the step and the site, with the rows, or
+            the parameter. The parameters are then those of the last good step.
 
     Source: Kingma and Welling 2014; Hoffman et al. 2013, "Stochastic variational inference".
 
@@ -118,11 +151,29 @@ def fit(
     tensors = data_tensors(data, "data")
     held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
     positive_int(epochs, "epochs")
+    lr = lr if callable(lr) else positive(lr, "lr")
+    if clip_norm is not None:
+        positive(clip_norm, "clip_norm")
+    if patience is not None and held_out is None:
+        raise ValueError("patience: got no validation data to lose it on; accepted is `validation=` beside it")
+    if patience is not None:
+        positive_int(patience, "patience")
+    if nonfinite not in ("stop", "skip"):
+        raise ValueError(f"nonfinite: got {nonfinite!r}; accepted are 'stop' and 'skip'")
+    flag(compile, "compile")
+    if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
+        raise TypeError(f"callbacks: got {callbacks!r}; accepted is a sequence of functions of an Epoch")
+    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+        checkpoints = Checkpoints(checkpoints)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
-    step = Step(model, guide, elbo, plate, lr if callable(lr) else positive(lr, "lr"), check_schedules(schedules or {}))
-    history: dict[str, list[float]] = {}
+    device = tensors[0].device
+    run = ElboRun(model, guide, elbo, plate)
+    settings: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
+    if compile:
+        settings["compiles"] = lambda rows: len(rows) == batch_size
+    step = (CapturedStep if compile else Step)(run, lr, check_schedules(schedules or {}), **settings)
     started = time.perf_counter()
     with following_autoguide(guide):
         with seeded(seed):
@@ -131,8 +182,28 @@ def fit(
             take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
             held_out = held_out and transformed(held_out, transform)
         with seeded(seed):
-            _train(step, take, tensors, held_out, epochs, batch_size, seed, history, progress)
-    return Fitted(model, guide, history, seed, step.count, time.perf_counter() - started)
+            loop = Loop(
+                step,
+                take,
+                num_data,
+                batch_size,
+                seed,
+                device,
+                validate=None if held_out is None else partial(_held_out, run, held_out, seed),
+                patience=patience,
+                callbacks=callbacks,
+                checkpoints=checkpoints,
+                run_is={"batch_size": batch_size, "data": num_data, "seed": seed, "elbo": type(elbo).__name__},
+            )
+            _resume(loop, take, device)
+            if compile and step.count == 0:
+                _validated(run, take, num_data, batch_size, device)
+            loop.run(epochs, progress)
+    if loop.stopped == "interrupted":
+        warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
+    return Fitted(
+        model, guide, loop.history, seed, step.count, time.perf_counter() - started, loop.stopped, loop.skipped
+    )
 
 
 def evaluate(
@@ -169,9 +240,9 @@ def evaluate(
     tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
     check_model(model, tensors, "data")
-    step = Step(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
+    run = ElboRun(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
     with seeded(seed), pyro.validation_enabled():
-        return _mean([step.loss(tensors) for _ in range(num_samples)])
+        return _terms(run, tensors, num_samples)
 
 
 def _check_missing(model: Function, data: tuple[Tensor, ...], name: str, transform: Transform | None) -> None:
@@ -208,44 +279,49 @@ def _prepare(
     return take
 
 
-def _train(
-    step: Step,
-    take: Batcher,
-    data: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...] | None,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    history: dict[str, list[float]],
-    progress: bool | None,
-) -> None:
-    order = torch.Generator().manual_seed(seed)
-    with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:
-        for _ in range(epochs):
-            record = _mean([step(take, rows) for rows in _batches(len(data[0]), batch_size, order, data[0].device)])
-            if held_out is not None:
-                record |= {f"validation_{name}": value for name, value in _held_out(step, held_out, seed).items()}
-            for name, value in record.items():
-                history.setdefault(name, []).append(value)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in record.items()}, refresh=False)
-            bar.update()
+@torch.no_grad()
+def _terms(run: ElboRun, data: tuple[Tensor, ...], num_samples: int = 1) -> dict[str, float]:
+    """Means of some runs, in nats per datum."""
+    found: list[dict[str, Tensor]] = []
+    for _ in range(num_samples):
+        loss = run.loss(*data)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"data: the loss is {loss}; {run.blame() or 'no one site is to blame'}")
+        found.append(run.terms(loss))
+    return {name: float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
 
 
-def _mean(terms: list[dict[str, Tensor]]) -> dict[str, float]:
-    return {name: float(torch.stack([term[name] for term in terms]).mean()) for name in terms[0]}
-
-
-def _held_out(step: Step, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
+def _held_out(run: ElboRun, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
     """Validation draws come from a stream of their own, so that looking does not change the run."""
     with seeded(seed):
-        return _mean([step.loss(data)])
+        return _terms(run, data)
 
 
-def _batches(num_data: int, size: int, order: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    if size == num_data:
-        yield torch.arange(num_data, device=device)
-    else:
-        yield from torch.randperm(num_data, generator=order).to(device).split(size)
+def _validated(run: ElboRun, take: Take, num_data: int, batch_size: int, device: torch.device) -> None:
+    """Run the pair once on all rows, with Pyro's validation: a captured step has none."""
+    with torch.no_grad(), kept(), pyro.validation_enabled():
+        for rows in torch.arange(num_data, device=device).split(batch_size):
+            with take(rows) as arguments:
+                run.loss(*arguments)
+
+
+def _resume(loop: Loop, take: Take, device: torch.device) -> None:
+    """Go on from the folder's checkpoint, if it has one."""
+    if loop.checkpoints is None or (contents := loop.checkpoints.load()) is None:
+        return
+    header, tensors = contents
+    where = f"that of the run in {str(loop.checkpoints.folder)!r}"
+    for name, value in loop.run_is.items():
+        if header["run"].get(name) != value:
+            raise ValueError(
+                f"{name}: got {value!r}; accepted is {header['run'].get(name)!r}, {where}, or another folder"
+            )
+    with kept(), loop.step.gradients_cleared(), take(torch.arange(loop.batch_size, device=device)) as arguments:
+        loop.step.backward(arguments)  # to know the parameters
+    saved = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("learnt/")}
+    if lines := misfits(saved, learnt(loop.step)):
+        raise ValueError(f"checkpoints: {str(loop.checkpoints.folder)!r} is of another model: {'; '.join(lines)}")
+    loop.restore(header, tensors)
 
 
 def _check_elbo(elbo: ELBO) -> ELBO:

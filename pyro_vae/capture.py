@@ -1,0 +1,250 @@
+"""A function of tensors, run once and kept: as the graph of the operations that it ran, compiled and replayed.
+
+What Python does around the operations (Pyro's handlers, shapes, sites) is then paid for once. It must be the same in
+every run: what asks a tensor for its value is refused by name.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae.randomness import kept
+
+__all__ = ["CaptureError", "Graph", "compiling"]
+
+Function = Callable[..., Sequence[Tensor]]
+
+_QUESTIONS = {
+    getattr(Tensor, name)
+    for name in ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__")
+} | {Tensor.__index__, torch.equal, torch.allclose, torch.is_nonzero}
+"""How Python asks a tensor for its value."""
+
+_BETWEEN = ("torch.fx.", "torch._tensor", "torch.functional", "torch.overrides")
+"""Modules through which a question passes."""
+
+_SUMS = ("pyro.infer.", "pyro_vae.per_datum")
+"""Modules that take the value of a loss only to add it up and return it."""
+
+_CHECKS = (
+    *("pyro.util", "pyro.infer.", "pyro.poutine.", "torch.distributions.distribution"),
+    *("pyro_vae.checks", "pyro_vae.distributions", "pyro_vae.draws", "pyro_vae.families", "pyro_vae.missing"),
+    *("pyro_vae.parts", "pyro_vae.score_functions", "pyro_vae.importance_weighting"),
+)
+"""Modules that ask only to warn or raise, and do the same with every answer otherwise."""
+
+
+class CaptureError(ValueError):
+    """A function that is not the same in every run, and cannot be kept as a graph."""
+
+
+class Graph:
+    """The operations of a function on its inputs and on the tensors that it knows by itself, such as parameters.
+
+    A call repeats them on new inputs, and changes in place what the function changes in place. The capture itself
+    leaves all tensors and random states as they are.
+
+    Args:
+        function: of tensors, which returns tensors.
+        inputs: an example of its arguments. Calls must have the same shapes and dtypes.
+
+    Attributes:
+        written: the tensors from outside that the function changes.
+
+    Raises:
+        CaptureError: if the function asks a tensor for its value, or its shapes depend on values.
+
+    >>> total = torch.zeros(())
+    >>> graph = Graph(lambda x: [total.add_(x.sum()) + 0], [torch.ones(3)])
+    >>> total
+    tensor(0.)
+    >>> graph(torch.ones(3)), graph(torch.ones(3))
+    ([tensor(3.)], [tensor(6.)])
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+        where = _Where()
+        undo = _Undo(where)
+        with kept(), pyro.validation_enabled(False), undo, where, _Answers(where):
+            try:
+                module = make_fx(lambda *args: list(function(*args)))(*inputs)
+            except RuntimeError as error:
+                if "tracing tensor" not in str(error):
+                    raise
+                raise CaptureError(f"{where}: asks a tensor for its value") from error
+        self._module, self._known = _lifted(module)
+        written = {_place(tensor) for tensor in undo.written}
+        self.written = [tensor for tensor in self._known if _place(tensor) in written]
+        self._inputs = [tensor.detach() for tensor in self._known]  # which share their memory
+        self._run: Callable[..., Any] = self._module
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Repeat the operations."""
+        with torch.no_grad():
+            return list(self._run(*inputs, *self._inputs))
+
+    def compile(self, inputs: Sequence[Tensor]) -> None:
+        """Replay compiled from now on; without a C++ compiler a warning says so, and all stays as it is.
+
+        Args:
+            inputs: an example, as for the capture.
+        """
+        from torch._inductor import compile as inductor
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        try:
+            with torch.no_grad():
+                # Random numbers are then those of the eager step.
+                self._run = inductor(self._module, [*inputs, *self._inputs], options={"fallback_random": True})
+        except (CppCompileError, InvalidCxxCompiler) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(
+                f"compile: no working C++ compiler ({lines[0]}): the captured step is replayed uncompiled, which is "
+                "slower. Name one in the environment variable CXX",
+                stacklevel=2,
+            )
+
+    @property
+    def code(self) -> str:
+        """The operations, one on each line: two captures of the same function have the same."""
+        return self._module.code
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let torch's optimizers take the way that can be captured, with the number of the step in a tensor.
+
+    Of float64: in float32, the 1 - 0.999**step of Adam's first steps would be off by 6e-5.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with patch.object(torch.compiler, "_is_compiling_flag", True):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Where(Messenger):
+    """Which sample site was met last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site: str | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            self.site = msg["name"]
+
+    def __str__(self) -> str:
+        return (
+            "compile: the function"
+            if self.site is None
+            else f"compile: model or guide, at or after site {self.site!r},"
+        )
+
+
+class _Answers(TorchFunctionMode):
+    """Answers questions for values: with the tensor itself where it is only added up, with the truth where it is only
+    checked. All others branch on data, and are refused."""
+
+    def __init__(self, where: _Where):
+        super().__init__()
+        self.where = where
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _QUESTIONS:
+            return func(*args, **(kwargs or {}))
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
+            frame = frame.f_back
+        asker = frame.f_globals.get("__name__", "")
+        if func is Tensor.item and asker.startswith(_SUMS):
+            return args[0].detach()
+        if asker.startswith(_CHECKS):
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        raise CaptureError(
+            f"{self.where} asks a tensor for its value, and may do otherwise with other data "
+            f"({frame.f_code.co_filename}, line {frame.f_lineno}: {func.__name__}). What is captured must run the same "
+            "operations in every step: use `torch.where`, or leave `compile` out"
+        )
+
+
+class _Undo(TorchDispatchMode):
+    """Puts back what was changed in place, at the end; and refuses operations whose shape depends on values."""
+
+    def __init__(self, where: _Where) -> None:
+        super().__init__()
+        self.where = where
+        self.written: list[Tensor] = []
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
+            raise CaptureError(
+                f"{self.where} makes a tensor whose shape depends on values ({func.__name__.partition('.')[0]}), and "
+                "would have another with other data: use `torch.where` or `poutine.mask`, or leave `compile` out"
+            )
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for tensor in value if isinstance(value, list | tuple) else [value]:
+                        self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Tensor | None) -> None:
+        if tensor is not None and id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor.detach().clone()
+            self.written.append(tensor)
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        with torch.no_grad():
+            for tensor in reversed(self.written):  # the first copy of overlapping ones last
+                tensor.copy_(self._copies[id(tensor)])
+        self._copies.clear()
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor and its views lie in memory."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _indexes_by_numbers(func: Any, args: Any) -> bool:
+    """Whether an operation is ``x[rows]``; by a mask, ``x[x > 0]``, it is of any shape."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _lifted(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """The graph with the tensors that it knows as further inputs, after the others; and those tensors."""
+    graph, tensors = module.graph, []
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    lifted: dict[str, torch.fx.Node] = {}
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        if node.target not in lifted:
+            tensors.append(getattr(module, node.target))
+            with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
+                last.append(graph.placeholder(f"known_{len(tensors)}"))
+            lifted[node.target] = last[-1]
+        node.replace_all_uses_with(lifted[node.target])
+        graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta.clear()  # which holds tensors
+    return torch.fx.GraphModule(torch.nn.Module(), graph), tensors
