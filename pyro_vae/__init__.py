@@ -20,6 +20,7 @@ from pyro_vae import (
 )
 from pyro_vae.annealing import annealed_log_evidence
 from pyro_vae.calibration import Calibration, calibrate
+from pyro_vae.checkpoints import Checkpoints
 from pyro_vae.comparison import compare_evidence
 from pyro_vae.evidence import Evidence, log_evidence
 from pyro_vae.gaps import InferenceGap, inference_gap
@@ -28,14 +29,17 @@ from pyro_vae.information import Decomposition, decompose
 from pyro_vae.inspection import Inspection, inspect
 from pyro_vae.mcmc import reference
 from pyro_vae.report import report
+from pyro_vae.svi import SVI
 from pyro_vae.training import Fitted, evaluate, fit
 from pyro_vae.vae import VAE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SVI",
     "VAE",
     "Calibration",
+    "Checkpoints",
     "Decomposition",
     "Evidence",
     "Fitted",

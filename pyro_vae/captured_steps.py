@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.capture import CaptureError, Graph, compiling
 from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import latent_sites, observed_sites
-from pyro_vae.randomness import kept, set_random_states
+from pyro_vae.randomness import kept
 from pyro_vae.steps import Step, Take, record
 
 __all__ = ["CapturedStep", "capturable_adam"]
@@ -45,7 +45,7 @@ class CapturedStep(Step):
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
         super().__init__(*args, **{"make_optimizer": capturable_adam} | kwargs)
         self.compiles = compiles
-        self._graphs: dict[Shapes, _Captured] = {}
+        self._graphs: dict[tuple[Take, Shapes], _Captured] = {}
         self._going = torch.ones(())
 
     def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
@@ -54,24 +54,24 @@ class CapturedStep(Step):
             return super().__call__(take, *inputs, validate=validate)
         self.set_schedules()
         self.count += 1
-        shapes = _shapes(inputs)
-        captured = self._graphs.get(shapes)
+        key = take, _shapes(inputs)
+        captured = self._graphs.get(key)
         if captured is None:
-            captured = self._graphs[shapes] = _Captured(self, take, inputs)
+            captured = self._graphs[key] = _Captured(self, take, inputs)
         return captured(take, inputs)
 
-    def explain(self, take: Take, done: Sequence[Sequence[Tensor]], random_states: Any) -> FloatingPointError:
+    def explain(self, take: Take, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]) -> FloatingPointError:
         """Why the last of some steps was not finite: run eagerly, on the numbers that were drawn for it.
 
         Args:
             take: as for the steps.
             done: their inputs, of which the last was not finite.
-            random_states: before the first of them.
+            rewind: puts the random states back to what they were before the first of them.
         """
-        set_random_states(*random_states)
+        rewind()
         self._going.zero_()  # so that the graphs draw their numbers and change nothing
         for inputs in done[:-1]:
-            self._graphs[_shapes(inputs)].step(*inputs)
+            self._graphs[take, _shapes(inputs)].step(*inputs)
         with pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
             loss, _ = self.backward(arguments, *done[-1])
             if math.isfinite(loss) and self.norm_of_gradients().isfinite():

@@ -28,14 +28,14 @@ class ElboRun:
         model: a Pyro model.
         guide: its guide.
         elbo: any ELBO of ``pyro.infer``.
-        plate: name of the data plate.
+        plate: name of the data plate; without one nothing is told of each datum.
 
     Attributes:
         keywords: what model and guide take by name, beside the arguments of a run.
         traces: the (model, guide) traces of the last run, one for each particle that is not in a plate.
     """
 
-    def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str):
+    def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str | None = None):
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.keywords: dict[str, Any] = {}
@@ -71,7 +71,12 @@ class ElboRun:
             del self.elbo._get_trace
 
     def terms(self, loss: Any) -> dict[str, Tensor]:
-        """ELBO, distortion and rate of the last run in nats per datum, or the bound alone where they are not apart."""
+        """ELBO, distortion and rate of the last run in nats per datum, or the bound alone where they are not apart.
+
+        Nothing without a data plate.
+        """
+        if self.plate is None:
+            return {}
         model_trace, guide_trace = self.traces[0]
         site, frame = self._data_site(model_trace)
         terms = elbo_terms(self.traces, frame.full_size or frame.size)

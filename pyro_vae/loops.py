@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,7 +180,8 @@ class Loop:
         self._in_a_row += 1
         if isinstance(self.step, CapturedStep) and not self.step.skips:
             self.step.count = number
-            raise self.step.explain(self.take, [(rows,) for rows in self._inputs[: index + 1]], self._states)
+            done = [(rows,) for rows in self._inputs[: index + 1]]
+            raise self.step.explain(self.take, done, partial(set_random_states, *self._states))
         if self._in_a_row >= _SKIPPED:
             raise FloatingPointError(
                 f"step {number}: it is the {_SKIPPED}th in a row whose loss or gradient is not finite"

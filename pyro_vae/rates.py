@@ -66,6 +66,11 @@ def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
     return torch.where(_counted(site), rate, 0.0)
 
 
+def _rows_where(counted: Tensor, values: Tensor) -> Tensor:
+    """The values of the data that count, and zeros."""
+    return torch.where(counted.reshape(counted.shape + (1,) * (values.dim() - counted.dim())), values, 0.0)
+
+
 def _counted(site: dict[str, Any]) -> Tensor:
     """Which data the site's mask lets through, ``(*batch)``."""
     mask = True if site["mask"] is None else site["mask"]
@@ -125,7 +130,8 @@ class FreeBits(PerDatum):
                     f"FreeBits: site {name!r} is a {q} in the guide and a {p} in the model; accepted are products over "
                     "the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"
                 )
-            average = each[_counted(site)].mean(0)
+            counted = _counted(site)
+            average = _rows_where(counted, each).sum(0) / counted.sum()
             floored = torch.where(average > self.nats, each, self.nats)
             rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
         return (draws.log_likelihood - rate).mean(0)

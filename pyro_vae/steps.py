@@ -30,10 +30,9 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 def record(taken: float | Tensor, loss: Any, terms: list[Tensor]) -> Tensor:
     """What a step returns, in one tensor."""
-    like = terms[0].detach()
-    return torch.stack(
-        [torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (taken, loss)] + terms
-    )
+    device = next((value.device for value in (*terms, loss) if isinstance(value, Tensor)), None)
+    first = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (taken, loss)]
+    return torch.stack(first + terms)
 
 
 class Step:

@@ -27,7 +27,7 @@ FLOORS = [
         *{"captured_steps", "run_state"},
     },
     {"loops", "gradients", "objectives", "annealing", "comparison", "refinement", "calibration"},
-    {"training", "gaps"},
+    {"training", "gaps", "svi"},
     {"inference_data", "inspection"},
     {"mcmc", "plot_axes"},
     {"plot_nats", "plot_estimates", "plot_latents", "plot_images", "plot_plates"},
