@@ -13,7 +13,16 @@ FLOORS = [
     {"checks"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
-        *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "draw_files", "uniformity"},
+        *{
+            "distributions",
+            "mixtures",
+            "flows",
+            "tabular",
+            "dimension_names",
+            "draw_files",
+            "tensor_files",
+            "uniformity",
+        },
     },
     {"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
