@@ -10,7 +10,7 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks"},
+    {"checks", "recipes"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{
@@ -24,9 +24,10 @@ FLOORS = [
             "uniformity",
         },
     },
-    {"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
+    {"datasets", "descriptions", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate"},
+    {"model_files"},
     {"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
     {"steps", "gradients", "objectives", "annealing", "comparison", "refinement", "calibration"},
     {"training", "gaps"},
