@@ -86,7 +86,13 @@ class Writer:
         if isinstance(value, tuple):
             return {"tuple": self.describe(list(value), where)}
         if isinstance(value, dict):
-            return {"dict": [self.describe(list(pair), f"{where}[{pair[0]!r}]") for pair in value.items()]}
+            where_in = {key: f"{where}[{key!r}]" for key in value}
+            return {
+                "dict": [
+                    [self.describe(key, where_in[key]), self.describe(inner, where_in[key])]
+                    for key, inner in value.items()
+                ]
+            }
         if id(value) in self._seen:
             return {"same": list(self._seen[id(value)])}
         if isinstance(value, nn.Module):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules import activation
 from pyro_vae import families, guides, likelihoods, multivariate, networks, parts, priors, tensor_files
 from pyro_vae.descriptions import Reader, Writer, is_recorded, of_users
 from pyro_vae.randomness import seeded
+from pyro_vae.recipes import kept
 from pyro_vae.tensor_files import FileFormatError
 
 __all__ = ["load", "save"]
@@ -39,6 +41,9 @@ def save(path: str | os.PathLike[str], whole: nn.Module, data_shape: Sequence[in
         ValueError: if something in the parts cannot be described, or they are no longer what they were made as.
     """
     parts = nn.ModuleDict({role: whole.get_submodule(role) for role in ROLES})
+    extra = [name for name in parts.state_dict() if name.rpartition(".")[2] == "_extra_state"]
+    if extra:
+        raise ValueError(f"{extra[0]}: modules with a state of their own beside tensors cannot be saved")
     state = _tensors(parts)
     writer = Writer(_VOCABULARY, {id(tensor): name for name, tensor in state.items()})
     described = {role: writer.describe(part, role) for role, part in parts.items()}
@@ -148,7 +153,7 @@ def _structure(whole: nn.Module) -> dict[str, Any]:
         structure[name] = f"the same as {first[id(module)]}" if shared else f"a {type(module).__name__}"
         for key, value in vars(module).items():
             if not shared and _is_setting(module, key, value):
-                structure[f"{name}.{key}"] = value
+                structure[f"{name}.{key}"] = kept(value)
     for named in (whole.named_parameters, whole.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             shared = first.setdefault(id(tensor), name) != name
@@ -159,5 +164,5 @@ def _structure(whole: nn.Module) -> dict[str, Any]:
 def _is_setting(module: nn.Module, key: str, value: Any) -> bool:
     """Of classes of a user's own, an attribute may be a counter or a cache."""
     known = type(module).__module__.partition(".")[0] in ("torch", "pyro_vae")
-    plain = isinstance(value, bool | int | float | str | tuple | None)
+    plain = isinstance(value, bool | Number | str | tuple | None)
     return known and plain and not key.startswith("_") and key != "training"

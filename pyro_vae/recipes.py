@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Factory", "Recipe", "Recorded", "Unknown", "factory", "made_by", "recipe_of"]
+__all__ = ["Factory", "Recipe", "Recorded", "Unknown", "factory", "kept", "made_by", "recipe_of"]
 
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
@@ -37,8 +37,8 @@ class Recipe:
 
     def __init__(self, maker: Any, args: tuple, kwargs: dict[str, Any]):
         self.maker = maker
-        self.args: tuple = _kept(args)
-        self.kwargs: dict[str, Any] = _kept(kwargs)
+        self.args: tuple = kept(args)
+        self.kwargs: dict[str, Any] = kept(kwargs)
 
     def __deepcopy__(self, memo: dict) -> "Recipe":
         return Recipe(self.maker, copy.deepcopy(self.args, memo), copy.deepcopy(self.kwargs, memo))
@@ -137,7 +137,8 @@ def recipe_of(module: nn.Module) -> Recipe | None:
     return vars(module).get(_KEY)
 
 
-def _kept(value: Any) -> Any:
+def kept(value: Any) -> Any:
+    """What a recipe keeps of an argument."""
     if isinstance(value, nn.Parameter | nn.Module | Factory | FunctionType | type | functools.partial | Unknown):
         return value
     if isinstance(value, Tensor) and not value.is_meta:
@@ -149,11 +150,11 @@ def _kept(value: Any) -> Any:
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, list | range):
-        return [_kept(inner) for inner in value]
+        return [kept(inner) for inner in value]
     if isinstance(value, tuple):
-        return tuple(_kept(inner) for inner in value)
+        return tuple(kept(inner) for inner in value)
     if isinstance(value, dict):
-        return {_kept(key): _kept(inner) for key, inner in value.items()}
+        return {kept(key): kept(inner) for key, inner in value.items()}
     return Unknown(f"a {type(value).__name__}")
 
 
