@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyro_vae.recipes import Factory, Recipe, Recorded, Unknown, recipe_of
+from pyro_vae.recipes import Factory, Recipe, Recorded, Unknown, kept, recipe_of
 from pyro_vae.tensor_files import FileFormatError
 
 __all__ = ["Reader", "Writer", "is_recorded", "of_users"]
@@ -125,10 +125,13 @@ class Writer:
         if word == "partial":  # of whose arguments some are still to come
             return {word: name, "args": self.describe([list(recipe.args), recipe.kwargs], where)}
         try:
-            arguments = inspect.signature(maker).bind(*recipe.args, **recipe.kwargs).arguments
+            bound = inspect.signature(maker).bind(*recipe.args, **recipe.kwargs)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: got {maker!r} with arguments that it does not take: {error}") from error
-        return {word: name, "with": {key: self.describe(value, f"{where}.{key}") for key, value in arguments.items()}}
+        if id(maker) in self._names:
+            bound.apply_defaults()  # those of now: a later version may have others
+        arguments = {key: self.describe(kept(value), f"{where}.{key}") for key, value in bound.arguments.items()}
+        return {word: name, "with": arguments}
 
     def _tensor(self, tensor: Tensor) -> str:
         name = self._places.setdefault(id(tensor), f"argument {len(self.tensors)}")
@@ -139,8 +142,8 @@ class Writer:
     def _name(self, thing: Any, where: str) -> str:
         if id(thing) in self._names:
             return self._names[id(thing)]
-        name = thing.__name__
-        if not name.isidentifier():  # a lambda
+        name = thing.__name__ if isinstance(thing, FunctionType | type) else f"<{type(thing).__name__}>"
+        if not name.isidentifier():  # a lambda is one named "<lambda>"
             raise ValueError(f"{where}: got a {name.strip('<>')}, which has no name; {_ACCEPTED}")
         if self.used.setdefault(name, thing) is not thing:
             raise ValueError(f"{where}: got {thing!r}, and {self.used[name]!r} is there by the same name; rename one")
@@ -197,7 +200,9 @@ class Reader:
                 inside = {**dict(module.named_modules()), **dict(module.named_parameters())}
                 if path in inside:
                     return inside[path]
-            case {"partial": maker, "args": [[*args], kwargs]}:
+            case {"partial": maker, "args": [[*args], {"dict": [*pairs]} as kwargs]} if all(
+                isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+            ):
                 return functools.partial(self._maker(maker), *self._make(args), **self._make(kwargs))
             case {"make": maker, "with": dict(described)}:
                 return self._called(self._maker(maker), described)
@@ -219,10 +224,13 @@ class Reader:
         return self._parameters[name]
 
     def _called(self, maker: Callable[..., Any], described: dict[str, Any]) -> Any:
-        signature = inspect.signature(maker)
+        name = getattr(maker, "__name__", repr(maker))
+        try:
+            signature = inspect.signature(maker)
+        except (TypeError, ValueError) as error:  # of a partial with arguments that are not for it
+            raise self._foreign(f"{name} takes no such arguments: {error}") from error
         arguments = inspect.BoundArguments(signature, OrderedDict())
         arguments.arguments.update({key: self._make(value) for key, value in described.items()})
-        name = getattr(maker, "__name__", repr(maker))
         unknown = described.keys() - signature.parameters.keys()
         if unknown:
             raise ValueError(

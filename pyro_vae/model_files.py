@@ -16,7 +16,10 @@ from pyro_vae.randomness import seeded
 from pyro_vae.recipes import kept
 from pyro_vae.tensor_files import FileFormatError
 
-__all__ = ["load", "save"]
+__all__ = ["ROLES", "load", "save"]
+
+ROLES = ("prior", "encoder", "decoder")
+"""The parts of a model, in the order of the story."""
 
 _ROOMS = (families, guides, likelihoods, multivariate, networks, parts, priors)
 _VOCABULARY = {
@@ -27,8 +30,6 @@ _VOCABULARY = {
 } | {f"nn.{name}": getattr(activation, name) for name in activation.__all__}
 """What a file may call without being asked: what describes a distribution or a network, and torch's activations."""
 
-
-ROLES = ("prior", "encoder", "decoder")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 

@@ -188,8 +188,8 @@ class VAE(nn.Module):
         """Write the VAE to a file that :meth:`load` makes it from again, on any device.
 
         In it are the arguments that the parts were made with, their parameters and buffers (the temperature is one) in
-        their dtypes, which parameters are frozen, which modules are set to evaluate, and what is shared. It is written
-        whole or not at all, with a checksum.
+        their dtypes, which parameters are frozen, which modules are set to evaluate, and what is shared. The parts are
+        made again once, to see that they can be. The file is written whole or not at all, with a checksum.
 
         Args:
             path: the file, such as ``"model.pt"``. One that is there is replaced.
@@ -203,8 +203,8 @@ class VAE(nn.Module):
             raise TypeError(f"got a {type(self).__name__}; a file holds a VAE: subclasses can save their state_dict()")
         model_files.save(path, self, self.data_shape)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
+    @staticmethod
+    def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
         """The VAE that :meth:`save` wrote: the same densities to the bit, in another process or on another device.
 
         It has a new name in Pyro's param store, as a copy has, so that it does not meet the one that it was saved from
@@ -237,7 +237,7 @@ class VAE(nn.Module):
         True
         """
         parts, data_shape = model_files.load(path, map_location, using)
-        vae = cls.__new__(cls)
+        vae = VAE.__new__(VAE)
         nn.Module.__init__(vae)
         vae._put_together(**dict(parts.items()), name=None)
         vae.data_shape = data_shape  # without the story, which was told when it was built

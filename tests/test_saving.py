@@ -319,6 +319,16 @@ def test_the_process_stays_as_it_was(path, random_states):
     assert again.training
 
 
+@pytest.mark.parametrize(
+    "map_location",
+    ["cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, location: storage],
+    ids=["text", "device", "map", "function"],
+)
+def test_a_device_is_chosen_as_in_torch(path, map_location):
+    vae = gaussian()
+    assert_same_state(vae, through_a_file(vae, path, map_location=map_location))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_model_goes_to_another_device(path):
     encoder = guides.DiagonalNormal(3, 2, networks.standardized(NET, torch.zeros(3)))
@@ -434,6 +444,10 @@ UNDESCRIBED = {
     "activation": (
         lambda: {"encoder": guides.DiagonalNormal(3, 2, networks.mlp([4], lambda: nn.LeakyReLU(0.1)))},
         "encoder.network.activation: got a lambda",
+    ),
+    "partial": (
+        lambda: {"encoder": guides.DiagonalNormal(3, 2, functools.partial(Maker()))},
+        "encoder.network: got a Maker, which has no name",
     ),
     "inside": (lambda: {"decoder": Robust(2, 3, residual, [1, {"a": {2}}])}, r"decoder.options\[1\]\['a'\]: got a set"),
 }
@@ -637,6 +651,9 @@ NONSENSE = [
     {"make": "nn.Tanh", "with": {}},
     {"partial": "nn.Tanh", "args": [[], {"dict": []}]},
     {"partial": "nn.Tanh", "args": []},
+    {"partial": "nn.Tanh", "args": [[], 3]},
+    {"partial": "nn.Tanh", "args": [[], {"dict": [[3, 4]]}]},
+    {"make": {"partial": "nn.LeakyReLU", "args": [[1, 2, 3, 4], {"dict": []}]}, "with": {}},
     json.loads("[" * 500 + "]" * 500),
 ]
 
@@ -692,6 +709,15 @@ def test_arguments_are_those_of_the_time_when_a_part_was_made(path):
     hidden.append(5)
     probs.fill_(7.0)
     assert_same_state(vae, through_a_file(vae, path))
+
+
+def test_defaults_are_those_of_the_time_when_it_was_saved(path):
+    gaussian().save(path)
+    header, tensors = header_of(path)
+    assert header["parts"]["decoder"]["with"]["min_scale"] == 1e-3
+    header["parts"]["decoder"]["with"]["min_scale"] = 0.5  # as if the default had been that
+    tensor_files.write(path, "model", header, tensors)
+    assert pv.VAE.load(path).decoder.family.min_scale == 0.5
 
 
 def test_parts_do_not_keep_what_no_file_could_hold():
