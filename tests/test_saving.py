@@ -319,11 +319,15 @@ def test_the_process_stays_as_it_was(path, random_states):
     assert again.training
 
 
-@pytest.mark.parametrize(
-    "map_location",
-    ["cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, location: storage],
-    ids=["text", "device", "map", "function"],
-)
+LOCATIONS = {
+    "text": "cpu",
+    "device": torch.device("cpu"),
+    "map": {"cpu": "cpu"},
+    "function": lambda storage, location: storage,
+}
+
+
+@pytest.mark.parametrize("map_location", LOCATIONS.values(), ids=LOCATIONS)
 def test_a_device_is_chosen_as_in_torch(path, map_location):
     vae = gaussian()
     assert_same_state(vae, through_a_file(vae, path, map_location=map_location))
