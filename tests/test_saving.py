@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -691,6 +692,34 @@ def test_a_header_that_makes_no_sense_is_refused(path, change):
     tensor_files.write(path, "model", {**header, **change}, tensors)
     with pytest.raises(FileFormatError, match=r"model\.pt' describes no model"):
         pv.VAE.load(path)
+
+
+def nodes(value):
+    """The places in a value of JSON: each container and key."""
+    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        yield value, key
+        if isinstance(inner, dict | list):
+            yield from nodes(inner)
+
+
+def test_a_description_garbled_anywhere_is_a_model_or_refused_by_the_name_of_the_file(path):
+    encoder = guides.DiagonalNormal(3, 2, networks.standardized(networks.mlp([4], functools.partial(nn.ELU, 0.5))))
+    gaussian(prior=priors.VampPrior(encoder, torch.rand(4, 3)), encoder=encoder).save(path)
+    header, tensors = header_of(path)
+    words = [*NONSENSE[:-1], -1, 2.5, "x", "nn.Tanh", "priors.Normal", {"parameter": "decoder.network.0.bias"}, [1, 2]]
+    chance = random.Random(0)
+    said = []
+    for _ in range(150):
+        garbled = copy.deepcopy(header)
+        container, key = chance.choice(list(nodes(garbled)))
+        container[key] = copy.deepcopy(chance.choice(words))
+        tensor_files.write(path, "model", garbled, tensors)
+        try:
+            pv.VAE.load(path)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 75
+    assert all("model.pt" in words for words in said)
 
 
 def test_a_pickle_in_place_of_tensors_is_not_run(path, tmp_path):
