@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_vae import distributions, tabular
+from pyro_vae import distributions, recipes, tabular
 from pyro_vae.checks import is_integer, number, positive, positive_int
 
 __all__ = [
@@ -47,7 +47,7 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     return torch.Size(int(extent) for extent in shape)
 
 
-class Family(nn.Module):
+class Family(recipes.Recorded, nn.Module):
     """A map from raw outputs ``(*, num_raw)`` to a distribution of batch shape ``(*)`` and event shape ``event_shape``.
 
     Subclasses set ``num_raw`` and define ``forward(raw)``.

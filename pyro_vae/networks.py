@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.checks import is_integer, numbers
+from pyro_vae.recipes import factory, made_by
 
 __all__ = [
     "NetworkFactory",
     "build",
     "convolutional",
     "deconvolutional",
+    "factory",
     "linear",
     "mlp",
     "one_hot",
@@ -54,9 +56,10 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
         ) from error
     if not isinstance(module, nn.Module):
         raise TypeError(f"network: called with ({in_features}, {out_features}), it returned {module!r}; {accepted}")
-    return module
+    return made_by(module, network, in_features, out_features)
 
 
+@factory
 def linear(bias: bool = True) -> NetworkFactory:
     """One affine map.
 
@@ -66,6 +69,7 @@ def linear(bias: bool = True) -> NetworkFactory:
     return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
 
 
+@factory
 def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> NetworkFactory:
     """A multilayer perceptron with these hidden sizes.
 
@@ -102,6 +106,7 @@ class _Standardized(nn.Module):
         return (inputs - self.loc) / self.scale
 
 
+@factory
 def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
     r"""A network behind :math:`(x - \mathrm{loc}) / \mathrm{scale}`, which are not trained.
 
@@ -142,6 +147,7 @@ class _Masked(nn.Module):
         return torch.cat([inputs.masked_fill(missing, 0.0), (~missing).to(inputs.dtype)], dim=-1)
 
 
+@factory
 def with_missing(network: NetworkFactory) -> NetworkFactory:
     r"""A network that reads missing entries, NaN: :math:`(m \odot x, m)` with the mask :math:`m` of what is observed.
 
@@ -178,6 +184,7 @@ class _OneHot(nn.Module):
         return f"num_classes={self.num_classes}"
 
 
+@factory
 def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
 
@@ -220,6 +227,7 @@ def _check_image(image: Sequence[int], channels: Sequence[int], features: int, n
         )
 
 
+@factory
 def convolutional(
     image: tuple[int, int, int], channels: Sequence[int] = (16, 32), activation: Callable[[], nn.Module] = nn.ReLU
 ) -> NetworkFactory:
@@ -249,6 +257,7 @@ def convolutional(
     return build
 
 
+@factory
 def deconvolutional(
     image: tuple[int, int, int], channels: Sequence[int] = (32, 16), activation: Callable[[], nn.Module] = nn.ReLU
 ) -> NetworkFactory:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.families import Family, Relaxed, as_shape
+from pyro_vae.recipes import Recorded
 
 __all__ = ["Conditional", "Part", "Unconditional"]
 
 
-class Part(nn.Module):
+class Part(Recorded, nn.Module):
     """A module that returns a distribution.
 
     Any module with ``forward(context=None) -> Distribution`` can stand in a :class:`pyro_vae.VAE`; this base adds
-    ``event_shape``, the discrete twin and ``read``.
+    ``event_shape``, the discrete twin and ``read``, and keeps the arguments of its constructor, so that a model with it
+    can be saved.
     """
 
     family: Family

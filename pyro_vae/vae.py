@@ -1,6 +1,7 @@
 """The variational autoencoder: a prior, a decoder and an encoder, assembled into a Pyro model and guide."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae import guides
+from pyro_vae import guides, model_files
 from pyro_vae.checks import positive_int
 from pyro_vae.distributions import base_support
 from pyro_vae.handlers import register
@@ -62,11 +63,14 @@ class VAE(nn.Module):
                     f"{role}: got a {type(part).__name__}; accepted is a module that returns a distribution, as those "
                     "of pyro_vae.priors, guides and likelihoods"
                 )
+        self._put_together(prior, encoder, decoder, name)
+        self.data_shape = self._tell_own_story()
+
+    def _put_together(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None) -> None:
         self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
         self.prior = prior
         self.decoder = decoder
         self.name = name if name is not None else f"vae{next(_numbers)}"
-        self.data_shape = self._tell_own_story()
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
@@ -179,6 +183,66 @@ class VAE(nn.Module):
         self._check_rows(x)
         drawn = self.decode(self.encode(x).sample(torch.Size([num_samples]))).sample()
         return torch.where(x.isnan(), drawn, x)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the VAE to a file that :meth:`load` makes it from again, on any device.
+
+        In it are the arguments that the parts were made with, their parameters and buffers (the temperature is one) in
+        their dtypes, which parameters are frozen, which modules are set to evaluate, and what is shared. The parts are
+        made again once, to see that they can be. The file is written whole or not at all, with a checksum.
+
+        Args:
+            path: the file, such as ``"model.pt"``. One that is there is replaced.
+
+        Raises:
+            ValueError: if a part is of a kind that a file cannot describe, or has been changed since it was made, other
+                than in its parameters and buffers. The message names the argument. Functions and classes of your own
+                need a name; modules derive from :class:`pyro_vae.parts.Part`.
+        """
+        if type(self) is not VAE:
+            raise TypeError(f"got a {type(self).__name__}; a file holds a VAE: subclasses can save their state_dict()")
+        model_files.save(path, self, self.data_shape)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
+        """The VAE that :meth:`save` wrote: the same densities to the bit, in another process or on another device.
+
+        It has a new name in Pyro's param store, as a copy has, so that it does not meet the one that it was saved from
+        or another loaded from the same file. Nothing in the file is unpickled or run, and nothing is called but what
+        pyro_vae and ``using`` have.
+
+        Args:
+            path: the file.
+            map_location: where parameters and buffers go, as in ``torch.load``; the CPU if left out.
+            using: your own classes and functions that the VAE was made with, found by their names.
+
+        Raises:
+            FileFormatError: if the file is damaged, or no file of a model, see :mod:`pyro_vae.tensor_files`.
+            FileNotFoundError: if there is none.
+            ValueError: if something is missing in ``using``, or its tensors do not fit what that makes.
+
+        >>> import tempfile
+        >>> from pyro_vae import priors, guides, likelihoods, networks
+        >>> def residual(in_features, out_features):
+        ...     return nn.Sequential(nn.Linear(in_features, 8), nn.Tanh(), nn.Linear(8, out_features))
+        >>> vae = VAE(
+        ...     prior=priors.MixtureOfNormals(2, num_components=3),
+        ...     encoder=guides.DiagonalNormal(5, 2, networks.mlp([32])),
+        ...     decoder=likelihoods.Normal(2, 5, residual),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vae.save(f"{folder}/model.pt")
+        ...     again = VAE.load(f"{folder}/model.pt", using=[residual])
+        >>> torch.equal(again.prior().log_prob(torch.zeros(2)), vae.prior().log_prob(torch.zeros(2)))
+        True
+        """
+        parts, data_shape = model_files.load(path, map_location, using)
+        vae = VAE.__new__(VAE)
+        nn.Module.__init__(vae)
+        vae._put_together(**dict(parts.items()), name=None)
+        vae.data_shape = data_shape  # without the story, which was told when it was built
+        vae.training = parts.training
+        return vae
 
     def _tell_own_story(self) -> torch.Size:
         """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""

@@ -10,18 +10,19 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks"},
+    {"checks", "recipes"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "uniformity"},
         *{"draw_files", "tensor_files"},
     },
     {
-        *{"datasets", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
+        *{"datasets", "descriptions", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
         *{"capture", "checkpoints"},
     },
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing", "elbo_runs"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate", "steps"},
+    {"model_files"},
     {
         *{"vae", "exact", "evidence", "score_functions", "importance_weighting", "rates", "information"},
         *{"captured_steps", "run_state"},
