@@ -6,6 +6,10 @@ from contextlib import contextmanager
 import pyro
 import torch
 
+from pyro_vae.checks import seed_number
+
+__all__ = ["seeded"]
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -20,7 +24,11 @@ def seeded(seed: int) -> Iterator[None]:
     ...     second = torch.rand(3)
     >>> torch.equal(first, second), torch.equal(before, torch.get_rng_state())
     (True, True)
+
+    Raises:
+        ValueError: if it is no integer from 0 to 2^32 - 1; the states are then as they were.
     """
+    seed = seed_number(seed)
     state = pyro.util.get_rng_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
