@@ -7,6 +7,7 @@ which is told the ``(K, B)`` values that came and says what it wants to make sma
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.checks import positive_int
 from pyro_vae.networks import NetworkFactory, build
 
 __all__ = ["NeuralBaseline", "RunningAverage"]
@@ -29,7 +30,7 @@ class RunningAverage(nn.Module):
 
     def __init__(self, decay: float = 0.9):
         super().__init__()
-        if not isinstance(decay, int | float) or not 0 <= decay < 1:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay!r}; accepted is a number from 0 to below 1")
         self.decay = decay
         self.register_buffer("average", torch.zeros(()))
@@ -70,7 +71,7 @@ class NeuralBaseline(nn.Module):
 
     def __init__(self, in_features: int, network: NetworkFactory, decay: float = 0.9):
         super().__init__()
-        self.in_features = in_features
+        self.in_features = positive_int(in_features, "in_features")
         self.network = build(network, in_features, 1)
         self.centre = RunningAverage(decay)
 

@@ -18,7 +18,7 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae.checks import data_tensors, positive, positive_int
+from pyro_vae.checks import data_tensors, function, positive, positive_int
 from pyro_vae.decomposition import log_density
 from pyro_vae.distributions import base_distribution
 from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
@@ -97,7 +97,9 @@ def calibrate(
     """
     _check(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
+    function(guide, "guide")
     with borrowed_store(), seeded(seed):
+        Problem(model, data, plate)  # refuses what is of another form, which would next be told to hang on other rows
         _check_local(model, data, plate)
         simulated, truth = _simulated(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
@@ -151,12 +153,19 @@ def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) 
     sites: dict[str, Any] = dict(trace.nodes)
     complete = list(template)
     for name, index in roles.items():
-        complete[index] = sites[name]["value"].reshape(template[index].shape).to(template[index])
+        value = sites[name]["value"].reshape(template[index].shape)
+        complete[index] = value.to(template[index])
+        if not value.equal(complete[index].to(value)) and not template[index].is_floating_point():
+            raise ValueError(
+                f"data: got {template[index].dtype} for {name!r}, of which the model draws {value.dtype} with "
+                "fractions; accepted are data of that dtype, `x.to(dtype)`"
+            )
     truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
     with poutine.block():
         again = observed_sites(poutine.trace(poutine.condition(model, data=truth)).get_trace(*complete))
     for name in roles:
-        if not torch.allclose(log_density(sites[name]), log_density(again[name]), rtol=1e-3, atol=1e-3):
+        drawn_density, density = (log_density(one[name]).double() for one in (sites, again))
+        if not torch.allclose(drawn_density, density, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 f"model: what it draws for {name!r} has another density when it is handed back as data. Accepted is a "
                 "likelihood that reads the latents and covariates, but not the observed values themselves"

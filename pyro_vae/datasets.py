@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pyro_vae import idx
-from pyro_vae.checks import positive, positive_int
+from pyro_vae.checks import file_path, kind_of, number, positive, positive_int, real_tensor, seed_number
 
 __all__ = ["MIRRORS", "Dataset", "TwoGaussians", "binarize", "digits", "grey", "mnist", "resample", "two_gaussians"]
 
@@ -55,6 +55,8 @@ class TwoGaussians(Dataset):
     scale: float
 
     def _log_joint(self, x: Tensor) -> Tensor:
+        if not real_tensor(x, "x", "accepted are points (*, 2)").is_floating_point() or x.shape[-1:] != (2,):
+            raise ValueError(f"x: got {kind_of(x)}; accepted are points (*, 2), floats")
         centres = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=x.dtype, device=x.device)
         component = torch.distributions.Normal(centres, self.scale)
         return component.log_prob(x[..., None, :]).sum(-1) + math.log(0.5)
@@ -85,7 +87,7 @@ def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaus
     """
     positive_int(num_points, "num_points")
     positive(scale, "scale")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_number(seed))
     labels = (torch.rand(num_points, generator=generator) < 0.5).long()
     noise = torch.randn(num_points, 2, generator=generator)
     return TwoGaussians((2.0 * labels - 1.0)[:, None] + scale * noise, labels, scale)
@@ -164,6 +166,10 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
     FileNotFoundError: folder: 'nowhere' is no folder
     """
     _check_split(split, _MNIST)
+    if folder is not None:
+        folder = file_path(folder, "folder")
+    if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
+        raise ValueError(f"mirrors: got {mirrors!r}; accepted is a sequence of URLs, such as `datasets.MIRRORS`")
     images, labels = (
         idx.read(idx.download(file, mirrors, _cache()) if folder is None else idx.find(file, folder), file.content)
         for file in _MNIST[split]
@@ -178,7 +184,7 @@ def _cache() -> Path:
 
 
 def _check_split(split: str, splits: Iterable[str]) -> None:
-    if split not in splits:
+    if not isinstance(split, str) or split not in splits:
         raise ValueError(f"split: got {split!r}; accepted are {', '.join(map(repr, splits))}")
 
 
@@ -190,6 +196,7 @@ def grey(x: Tensor) -> Tensor:
     >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
+    real_tensor(x, "x", "accepted are bytes (torch.uint8), or grey values from 0 to 1")
     if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
         raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
     if x.dtype == torch.uint8:
@@ -206,6 +213,7 @@ def binarize(x: Tensor, *, threshold: float = 0.5) -> Tensor:
     >>> binarize(torch.tensor([0, 127, 128], dtype=torch.uint8))
     tensor([0., 0., 1.])
     """
+    number(threshold, "threshold")
     values = grey(x)
     return (values > threshold).to(values.dtype)
 

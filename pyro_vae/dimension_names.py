@@ -82,6 +82,9 @@ class Names:
     @staticmethod
     def _check_dims(dims: Mapping[str, Sequence[str]], sites: Any, constants: Any, history: Any) -> None:
         unknown = sorted(set(dims) - set(sites) - set(constants) - set(history))
+        for name, value in dims.items():
+            if not isinstance(value, Sequence) or not all(isinstance(dim, str) and dim for dim in value):
+                raise TypeError(f"dims: got {value!r} for {name}; accepted are names, one for each dimension")
         if unknown:
             further = "".join(
                 f"; {name} has {sorted(names)}"

@@ -219,6 +219,8 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
     has_rsample = True
 
     def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args: bool | None = None):
+        if not isinstance(logits, Tensor) or logits.dim() == 0:
+            raise ValueError(f"logits: got {logits!r}; accepted is a tensor (*, k), of k classes")
         temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
         batch_shape = torch.broadcast_shapes(temperature.shape, logits.shape[:-1])
         self.temperature = temperature.expand(batch_shape)
@@ -305,6 +307,8 @@ class Bernoulli(dist.Bernoulli):
     """
 
     def _validate_sample(self, value: Tensor) -> None:
+        if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
+            raise TypeError(f"value: got {value.dtype}; accepted are 0s and 1s, `x.float()` of what is true or false")
         if isinstance(value, Tensor) and not self.support.check(value).all():
             low, high = float(value.min()), float(value.max())
             raise ValueError(_GREY.format(low=low, high=high, rescale=_RESCALE if low < 0 or high > 1 else ""))

@@ -11,6 +11,8 @@ import h5netcdf
 import numpy as np
 import xarray as xr
 
+from pyro_vae.checks import file_path, writable
+
 __all__ = ["DrawFile", "check_space", "new_path", "writing"]
 
 Groups = Mapping[str, Mapping[str, np.ndarray]]
@@ -22,15 +24,14 @@ def new_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: if it is a folder, or of another format by its name.
         FileNotFoundError: if its folder is not there.
+        PermissionError: if nothing can be written in it.
     """
-    path = Path(path)
+    path = file_path(path, "path")
     if path.suffix == ".zarr":
         raise ValueError(f"path: got {str(path)!r}; accepted is a netCDF file, such as 'draws.nc': zarr is not written")
     if path.is_dir():
         raise ValueError(f"path: {str(path)!r} is a folder; accepted is a file in one, such as 'draws.nc'")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: there is no folder {str(path.parent)!r} for {path.name!r}")
-    return path
+    return writable(path, "path")
 
 
 def check_space(path: Path, num_bytes: int) -> None:

@@ -21,7 +21,7 @@ from pyro_vae.checks import data_tensors, positive_int
 from pyro_vae.decomposition import log_density
 from pyro_vae.dimension_names import Names, parameters
 from pyro_vae.distributions import base_distribution, is_normalized
-from pyro_vae.handlers import Anew, deterministic_sites, latent_sites, observed_sites
+from pyro_vae.handlers import Anew, deterministic_sites, guide_sites, latent_sites, observed_sites
 from pyro_vae.missing import check_model
 from pyro_vae.randomness import seeded
 
@@ -84,9 +84,18 @@ class Drawing:
         epochs = {name: _epochs(name, value) for name, value in history.items()}
         with seeded(seed), poutine.block(), torch.no_grad():
             q = poutine.trace(guide).get_trace(*self.data)
-            p = poutine.trace(poutine.replay(model, q)).get_trace(*self.data)
-            self.latents, self.observed = _not_auxiliary(latent_sites(q)), observed_sites(p)
+            self.latents = _not_auxiliary(guide_sites(q))
+            try:
+                p = poutine.trace(poutine.replay(model, q)).get_trace(*self.data)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"guide: the model does not run on its draws of {list(self.latents)}, of the event shapes "
+                    f"{[tuple(site['fn'].event_shape) for site in self.latents.values()]}; accepted is a guide of this "
+                    f"model. It says: {error}"
+                ) from error
+            self.observed = observed_sites(p)
             _check_latents(latent_sites(p), self.latents)
+            _check_plate(plate, q, p)
             self.deterministic = deterministic_sites(p)
             self._nesting = _nesting(q, p)
             self._by_datum = all(
@@ -254,7 +263,8 @@ def _values(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _array(value: Tensor) -> np.ndarray:
-    return value.detach().cpu().numpy()
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()  # a dtype that NumPy lacks
 
 
 def _beside(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -267,7 +277,10 @@ def _beside(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
 
 def _constant(name: str, value: Any) -> np.ndarray:
     """An array of numbers, booleans or words."""
-    array = _array(value) if isinstance(value, Tensor) else np.asarray(value)
+    try:
+        array = _array(value) if isinstance(value, Tensor) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"constant_data: {name!r} makes no array: {error}; accepted are rows of one length") from error
     if array.dtype.kind not in "biufUSM":
         raise TypeError(
             f"constant_data: {name!r} is a {type(value).__name__} that makes an array of {array.dtype}; accepted are "
@@ -311,6 +324,14 @@ def _given_data(latents: dict[str, Any], guide: Function, data: tuple[Tensor, ..
         )
 
     return {name: site for name, site in latents.items() if not hangs(name)}
+
+
+def _check_plate(plate: str, *traces: Trace) -> None:
+    """Refuse another name than that of a plate there is, under which nothing would belong to one datum."""
+    sites = [site for trace in traces for site in (latent_sites(trace) | observed_sites(trace)).values()]
+    found = {frame.name for site in sites for frame in site["cond_indep_stack"]}
+    if found and plate not in found:
+        raise ValueError(f"plate: got {plate!r}; accepted are {sorted(found)}, the plates of model and guide")
 
 
 def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.checks import positive_int
+from pyro_vae.checks import positive_int, quiet
 from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import Guide, Problem, drawn
 from pyro_vae.minibatches import is_amortized
@@ -171,8 +171,7 @@ def estimated(
         progress: as in :func:`log_evidence`.
     """
     total = problem.num_data * num_samples
-    off = None if progress is None else not progress
-    with seeded(seed), tqdm(total=total, disable=off, unit="draw", unit_scale=True) as bar:
+    with seeded(seed), tqdm(total=total, disable=quiet(progress), unit="draw", unit_scale=True) as bar:
         parts = [_summed(part, sampler(part, guide, bar.update), num_samples) for part in _batches(problem, guide)]
     found, ess, khat = (torch.cat(list(part)).to(problem.dtype) for part in zip(*parts, strict=True))
     return Evidence(found, ess, khat, num_samples)

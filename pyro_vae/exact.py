@@ -17,6 +17,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae.checks import positive
 from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import MAX_STATES, Function, Guide, Problem, Values
 from pyro_vae.linear_gaussian import linear_gaussian
@@ -54,6 +55,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     >>> log_evidence(vae.model, torch.randn(5, 2)).shape
     torch.Size([5])
     """
+    positive(tolerance, "tolerance")
     problem = Problem(model, data, plate)
     if problem.is_discrete:
         return _summed_evidence(problem).to(problem.dtype)
@@ -82,6 +84,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
     >>> posterior(vae.model, x).sample((3,)).shape
     torch.Size([3, 100, 1])
     """
+    positive(tolerance, "tolerance")
     problem = Problem(model, data, plate)
     problem.single_site()
     if problem.is_discrete:
@@ -112,6 +115,7 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     >>> bool(gap.abs().max() < 1e-3)
     True
     """
+    positive(tolerance, "tolerance")
     problem = Problem(model, data, plate)
     q = Guide(problem, guide)
 
@@ -141,6 +145,7 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     >>> bool((kl(vae.model, vae.guide, torch.randn(5, 2)) >= 0).all())
     True
     """
+    positive(tolerance, "tolerance")
     problem = Problem(model, data, plate)
     q = Guide(problem, guide)
     if problem.is_discrete:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_vae import distributions, recipes, tabular
-from pyro_vae.checks import is_integer, number, positive, positive_int
+from pyro_vae.checks import as_shape, kind_of, number, positive, positive_int
 
 __all__ = [
     "Bernoulli",
@@ -29,22 +29,9 @@ __all__ = [
     "RelaxedBernoulli",
     "RelaxedOneHotCategorical",
     "StudentT",
-    "as_shape",
 ]
 
 _KINDS = ("network", "shared", "per_dimension")
-
-
-def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
-    """An event shape from ``3`` or ``(3, 2)``.
-
-    >>> as_shape(3, "latent"), as_shape((20, 10), "latent")
-    (torch.Size([3]), torch.Size([20, 10]))
-    """
-    shape = tuple(size) if isinstance(size, Sequence) else (size,)
-    if not shape or not all(is_integer(extent) and extent > 0 for extent in shape):
-        raise ValueError(f"{name}: got {size!r}; accepted is a positive integer or a tuple of them")
-    return torch.Size(int(extent) for extent in shape)
 
 
 class Family(recipes.Recorded, nn.Module):
@@ -58,6 +45,12 @@ class Family(recipes.Recorded, nn.Module):
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__()
         self.event_shape = as_shape(event_shape, "event_shape")
+
+    def __call__(self, raw: Tensor) -> dist.TorchDistribution:
+        """The distribution; of too many raw outputs some would be left unread, without a word."""
+        if not isinstance(raw, Tensor) or raw.shape[-1:] != (self.num_raw,):
+            raise ValueError(f"raw: got {kind_of(raw)}; accepted is (*, {self.num_raw}), the raw outputs of {self}")
+        return super().__call__(raw)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         raise NotImplementedError

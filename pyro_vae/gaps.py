@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
-from pyro_vae.checks import positive, positive_int
+from pyro_vae.checks import function, positive, positive_int
 from pyro_vae.distributions import without_independent
 from pyro_vae.evidence import log_evidence
 from pyro_vae.handlers import borrowed_store
@@ -155,6 +155,7 @@ def inference_gap(
     positive_int(steps, "steps")
     positive_int(num_particles, "num_particles")
     positive(lr, "lr")
+    positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("num_samples: got 1; accepted is 2 or more: standard errors are from the spread of the draws")
     with borrowed_store(), seeded(seed):
@@ -164,6 +165,7 @@ def inference_gap(
             q.check_densities()
         if refined is None:
             refined = refine(q, steps, lr, num_particles)
+        function(refined, "refined")
         with torch.no_grad():
             best = Guide(problem, refined)
             best.check_densities()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import families, multivariate
-from pyro_vae.checks import positive_int
-from pyro_vae.families import Family, as_shape
+from pyro_vae.checks import as_shape, data_tensors, kind_of, positive_int
+from pyro_vae.families import Family
 from pyro_vae.networks import NetworkFactory, build
-from pyro_vae.parts import Conditional, Part
+from pyro_vae.parts import Conditional, Part, checked_family, checked_raw
 
 __all__ = [
     "Bernoulli",
@@ -148,11 +148,9 @@ class PerDatum(Part):
 
     def __init__(self, family: Family, raw: Tensor | int):
         super().__init__()
-        if not isinstance(family, Family):
-            raise TypeError(f"family: got a {type(family).__name__}; accepted is a family, such as families.Normal(2)")
-        self.family = family
+        self.family = checked_family(family)
         if isinstance(raw, Tensor):
-            if raw.dim() != 2 or raw.shape[1] != family.num_raw:
+            if checked_raw(raw, family, lead="N").dim() != 2:
                 raise ValueError(f"raw: got shape {tuple(raw.shape)}; accepted is (N, {family.num_raw}), for {family}")
             self.raw = raw if isinstance(raw, nn.Parameter) else nn.Parameter(raw.detach().clone())
         else:
@@ -176,9 +174,9 @@ class PerDatum(Part):
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got a {type(encoder).__name__}; accepted is an amortized guide of this package")
+            raise TypeError(f"encoder: got {kind_of(encoder)}; accepted is an amortized guide of this package")
         with torch.no_grad():
-            raw = encoder.raw_outputs(x)
+            raw = encoder.raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)
 
     @property

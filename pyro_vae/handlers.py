@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -13,7 +14,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.checks import number
+from pyro_vae.checks import kind_of, number
 
 __all__ = [
     "Anew",
@@ -23,6 +24,7 @@ __all__ = [
     "WeightKL",
     "borrowed_store",
     "deterministic_sites",
+    "guide_sites",
     "latent_sites",
     "observed_sites",
     "parameters_of",
@@ -55,7 +57,7 @@ class Rows(Messenger):
 
     Args:
         plate: name of the plate.
-        rows: row numbers, ``(B,)``.
+        rows: row numbers, ``(B,)``. All rows at once stay in the order that they have: there Pyro reads none by number.
 
     >>> import pyro, torch
     >>> def model(x):
@@ -68,6 +70,10 @@ class Rows(Messenger):
 
     def __init__(self, plate: str, rows: Tensor):
         super().__init__()
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"rows: got {kind_of(rows)}; accepted are row numbers, integers of shape (B,)")
+        if not len(rows):
+            raise ValueError("rows: got none; accepted are one or more row numbers, (B,)")
         self.plate = plate
         self.rows = rows
 
@@ -238,6 +244,16 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
     }
+
+
+def guide_sites(trace: Trace) -> dict[str, Any]:
+    """The latent sites of a guide, by name; a model in its place is refused, whose likelihood would count into q."""
+    if observed := observed_sites(trace):
+        raise ValueError(
+            f"guide: it observes {list(observed)}, whose densities are none of q(z | x); accepted is a function with "
+            "latent sites alone, such as `vae.guide`"
+        )
+    return latent_sites(trace)
 
 
 def parameters_of(trace: Trace) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import file_path
+
 __all__ = ["Published", "download", "find", "read"]
 
 _UNSIGNED_BYTES = 0x08
@@ -97,7 +99,9 @@ def read(path: str | Path, content: str | None = None) -> Tensor:
     <BLANKLINE>
             [[3, 4, 5]]], dtype=torch.uint8)
     """
-    path = Path(path)
+    path = file_path(path, "path")
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {str(path)!r}; accepted is that of an IDX file")
     raw = path.read_bytes()
     try:
         data = gzip.decompress(raw) if path.suffix == ".gz" else raw

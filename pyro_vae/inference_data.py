@@ -15,9 +15,10 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.checks import positive_int
+from pyro_vae.checks import flag, function, kind_of, mapping, positive_int, quiet
 from pyro_vae.draw_files import check_space, new_path, writing
 from pyro_vae.drawing import Drawing, Groups
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.pareto import pareto_shape, tail_length
 from pyro_vae.randomness import seeded
 from pyro_vae.training import Fitted
@@ -35,6 +36,7 @@ _INDEPENDENT = "independent draws in one chain: r_hat and ess say nothing of the
 Function = Callable[..., Any]
 
 
+@borrowed_store()
 def to_datatree(
     model: Function,
     guide: Function,
@@ -137,6 +139,7 @@ def to_datatree(
     return _tree(drawing, seed, groups, largest)
 
 
+@borrowed_store()
 def save_draws(
     path: str | os.PathLike[str],
     model: Function,
@@ -214,7 +217,7 @@ def save_draws(
         for group, variables in drawing.variables.items():
             for name, of in variables.items():
                 file.add(group, name, ("chain", "draw", *of.dims), of.dtype, of.attrs)
-        with seeded(seed), tqdm(total=draws, disable=None if progress is None else not progress, unit="draw") as bar:
+        with seeded(seed), tqdm(total=draws, disable=quiet(progress), unit="draw") as bar:
             for taken, values in drawing.chunks(chunk):
                 largest.add(values)
                 file.write(taken, values)
@@ -241,6 +244,8 @@ def to_arviz(tree: xr.DataTree) -> Any:
     """
     import arviz
 
+    if not isinstance(tree, xr.DataTree):
+        raise TypeError(f"tree: got {kind_of(tree)}; accepted is what pv.to_datatree returns, or an `xarray.DataTree`")
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
@@ -291,11 +296,14 @@ def _drawing(
     recorded = history.history if isinstance(history, Fitted) else history
     if not isinstance(recorded, Mapping | None):
         raise TypeError(f"history: got {recorded!r}; accepted is what `fit` returned, or its `history`")
-    if not isinstance(constant_data, Mapping | None):
-        kind = type(constant_data).__name__
-        raise TypeError(f"constant_data: got a {kind}; accepted is a mapping, such as {{'labels': labels}}")
-    further = (dims or {}, coords or {}, recorded or {}, constant_data or {})
-    return Drawing(model, guide, data, draws, seed, plate, *further, parallel, permit)
+    further = (
+        mapping(dims, "dims", "{'x': ['height', 'width']}"),
+        mapping(coords, "coords", "{'obs': names}"),
+        mapping(recorded, "history", "`fitted.history`"),
+        mapping(constant_data, "constant_data", "{'labels': labels}"),
+    )
+    pair = function(model, "model"), function(guide, "guide")
+    return Drawing(*pair, data, draws, seed, plate, *further, flag(parallel, "parallel"), permit)
 
 
 def _check_size(drawing: Drawing, max_bytes: int) -> None:

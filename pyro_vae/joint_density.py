@@ -16,7 +16,7 @@ from pyro.distributions import constraints
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from pyro_vae.checks import data_tensors
+from pyro_vae.checks import data_tensors, function
 from pyro_vae.decomposition import log_density
 from pyro_vae.distributions import (
     AdditiveLogRatioTransform,
@@ -28,7 +28,7 @@ from pyro_vae.distributions import (
     log_simplex,
 )
 from pyro_vae.flows import Flow
-from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.handlers import guide_sites, latent_sites, observed_sites
 from pyro_vae.missing import check_model
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
@@ -48,7 +48,7 @@ class Problem:
     """A model on its data, with its latents open: log p(x, z) at any z."""
 
     def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
-        self.model = model
+        self.model = function(model, "model")
         self.data = data_tensors(data, "data")
         self.plate = plate
         with poutine.block(), seeded(0), pyro.validation_enabled():
@@ -203,9 +203,9 @@ class Guide:
 
     def __init__(self, problem: Problem, guide: Function):
         self.problem = problem
-        self.guide = guide
+        self.guide = function(guide, "guide")
         with poutine.block(), seeded(0):
-            self.sites = latent_sites(poutine.trace(guide).get_trace(*problem.data))
+            self.sites = guide_sites(poutine.trace(guide).get_trace(*problem.data))
         if self.sites.keys() != problem.latents.keys():
             raise ValueError(
                 f"guide: its latents {sorted(self.sites)} are not those of the model, {sorted(problem.latents)}"

@@ -12,8 +12,8 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_vae import families
-from pyro_vae.checks import flag, positive
-from pyro_vae.families import Family, as_shape
+from pyro_vae.checks import as_shape, flag, positive
+from pyro_vae.families import Family
 from pyro_vae.missing import with_missing
 from pyro_vae.networks import NetworkFactory, build
 from pyro_vae.parts import Conditional

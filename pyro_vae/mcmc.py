@@ -110,7 +110,7 @@ def reference(
     groups = {
         "posterior": names.dataset({name: by_chain(name, value) for name, value in (flat | given).items()}, drawn=True),
         "sample_stats": stats,
-        "observed_data": names.dataset({name: site["value"].cpu().numpy() for name, site in observed.items()}),
+        "observed_data": names.dataset({name: site["value"].detach().cpu().numpy() for name, site in observed.items()}),
     }
     tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
     tree.attrs = attrs

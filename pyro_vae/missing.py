@@ -20,7 +20,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae.handlers import observed_sites
+from pyro_vae.checks import kind_of
+from pyro_vae.handlers import borrowed_store, observed_sites
 from pyro_vae.randomness import seeded
 
 __all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
@@ -121,6 +122,8 @@ def with_missing(distribution: Any) -> Any:
     >>> q.log_prob(torch.tensor([0.0, torch.nan, torch.nan])), q.event_shape
     (tensor(-1.), torch.Size([3]))
     """
+    if not hasattr(distribution, "log_prob"):
+        raise TypeError(f"distribution: got {kind_of(distribution)}; accepted is a distribution of single variables")
     if isinstance(distribution, torch.distributions.Independent):
         inner = with_missing(distribution.base_dist)
         return type(distribution)(inner, distribution.reinterpreted_batch_ndims)
@@ -160,7 +163,7 @@ def check_model(model: Function, data: Sequence[Tensor], name: str) -> None:
         f"{name}: holds nan at {where}; accepted are finite numbers, and NaN for what is missing where the likelihood "
         "says `missing=True`, as each of pyro_vae.likelihoods can"
     )
-    with poutine.block(), torch.no_grad(), seeded(0):
+    with borrowed_store(), poutine.block(), torch.no_grad(), seeded(0):
         try:
             observed = observed_sites(poutine.trace(model).get_trace(*data)).values()
         except ValueError as error:  # a parameter that is made of NaN, say

@@ -9,6 +9,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.special import ndtr
 
+from pyro_vae.checks import real_tensor
+
 __all__ = ["MixtureOfNormals"]
 
 
@@ -53,6 +55,8 @@ class MixtureOfNormals(TorchDistribution):
     has_rsample = True
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
+        for name, value in (("logits", logits), ("loc", loc), ("scale", scale)):
+            real_tensor(value, name, "accepted is a tensor")
         if loc.dim() < 2 or logits.shape[-1:] != loc.shape[-2:-1]:
             raise ValueError(
                 f"logits, loc: got shapes {tuple(logits.shape)} and {tuple(loc.shape)}; accepted are (*batch, K) and "

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from pyro_vae import flows
-from pyro_vae.checks import positive_int
-from pyro_vae.families import Family, as_shape
+from pyro_vae.checks import as_shape, positive_int
+from pyro_vae.families import Family
 from pyro_vae.mixtures import MixtureOfNormals as Mixture
 
 __all__ = ["Flow", "FullRankNormal", "LowRankNormal", "MixtureOfNormals"]
@@ -69,7 +69,10 @@ class LowRankNormal(_Vector):
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
         factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
-        return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        try:
+            return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        except torch.linalg.LinAlgError as error:  # which torch meets before it looks at the values
+            raise ValueError(f"raw: of {self} has values that are no finite numbers, or too large") from error
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

@@ -18,7 +18,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.checks import is_integer, numbers
+from pyro_vae.checks import flag, is_integer, kind_of, numbers
 from pyro_vae.recipes import factory, made_by
 
 __all__ = [
@@ -66,6 +66,7 @@ def linear(bias: bool = True) -> NetworkFactory:
     >>> linear()(2, 3)
     Linear(in_features=2, out_features=3, bias=True)
     """
+    flag(bias, "bias")
     return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
 
 
@@ -82,6 +83,7 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
     """
     if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
         raise ValueError(f"hidden: got {hidden!r}; accepted is a list of positive sizes, such as [400] or [512, 256]")
+    _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
         *inner, last = pairwise([in_features, *hidden, out_features])
@@ -89,6 +91,11 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
         return nn.Sequential(*layers, nn.Linear(*last))
 
     return build
+
+
+def _check_activation(activation: object) -> None:
+    if isinstance(activation, nn.Module) or not callable(activation):
+        raise TypeError(f"activation: got {kind_of(activation)}; accepted is what makes a module, such as nn.Tanh")
 
 
 class _Standardized(nn.Module):
@@ -218,13 +225,20 @@ class _OnImages(nn.Module):
         return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
 
 
-def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> None:
-    if not channels or not all(is_integer(size) and size > 0 for size in channels):
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(is_integer(size) and size > 0 for size in value)
+
+
+def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> int:
+    """How many raw outputs of each pixel there are, if the sizes fit."""
+    if not _are_sizes(channels):
         raise ValueError(f"channels: got {channels!r}; accepted are one or more positive sizes, such as (16, 32)")
-    if len(image) != 3 or prod(image) != features:
+    fits = _are_sizes(image) and len(image) == 3
+    if not fits or features % prod(image) or (name == "in_features" and features != prod(image)):
         raise ValueError(
-            f"image: got {tuple(image)}; accepted is (channels, height, width) with a product of {name} = {features}"
+            f"image: got {image!r}; accepted is (channels, height, width) with a product of {name} = {features}"
         )
+    return features // prod(image)
 
 
 @factory
@@ -242,6 +256,7 @@ def convolutional(
     >>> convolutional((1, 8, 8))(64, 4)(torch.zeros(5, 7, 64)).shape
     torch.Size([5, 7, 4])
     """
+    _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
         _check_image(image, channels, in_features, "in_features")
@@ -274,10 +289,10 @@ def deconvolutional(
     >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
     torch.Size([3, 5, 784])
     """
+    _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        repeats = max(1, out_features // max(1, prod(image)))
-        _check_image((repeats * image[0], *image[1:]), channels, out_features, "out_features")
+        repeats = _check_image(image, channels, out_features, "out_features")
         sizes = [_halved(image, depth) for depth in range(len(channels), -1, -1)]
         layers: list[nn.Module] = [
             nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1]),

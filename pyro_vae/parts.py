@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.families import Family, Relaxed, as_shape
+from pyro_vae.checks import as_shape, kind_of, real_tensor
+from pyro_vae.families import Family, Relaxed
 from pyro_vae.recipes import Recorded
 
-__all__ = ["Conditional", "Part", "Unconditional"]
+__all__ = ["Conditional", "Part", "Unconditional", "checked_family", "checked_raw"]
 
 
 class Part(Recorded, nn.Module):
@@ -64,8 +65,8 @@ class Unconditional(Part):
 
     def __init__(self, family: Family, raw: Tensor | None = None):
         super().__init__()
-        self.family = family
-        raw = torch.zeros(family.num_raw) if raw is None else raw
+        self.family = checked_family(family)
+        raw = torch.zeros(family.num_raw) if raw is None else checked_raw(raw, family)
         if isinstance(raw, nn.Parameter):
             self.raw = raw
         else:
@@ -99,7 +100,7 @@ class Conditional(Part):
             raise TypeError(
                 f"network: got a {type(network).__name__}; accepted is a module, such as networks.linear()(2, 3)"
             )
-        self.family = family
+        self.family = checked_family(family)
         self.context_shape = as_shape(context, "context")
         self.network = network
 
@@ -108,11 +109,14 @@ class Conditional(Part):
         try:
             return self.family(raw)
         except ValueError as error:
-            if context is None or not context.isnan().any():
+            if context is None or context.isfinite().all():
                 raise
+            who = type(self).__name__
+            if context.isinf().any():
+                raise ValueError(f"{who}: got a context with inf; accepted are finite numbers") from error
             raise ValueError(
-                f"{type(self).__name__}: got a context with NaN, for what is missing, and its network reads NaN as a "
-                "number; accepted is a network that knows better, networks.with_missing(network) or its like"
+                f"{who}: got a context with NaN, for what is missing, and its network reads NaN as a number; accepted "
+                "is a network that knows better, networks.with_missing(network) or its like"
             ) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
@@ -131,22 +135,64 @@ class Conditional(Part):
         try:
             raw = self.network(context.flatten(batch_dims))
         except RuntimeError as error:
-            dtypes = {parameter.dtype for parameter in self.network.parameters()}
-            if dtypes and context.dtype not in dtypes:
-                raise TypeError(
-                    f"{type(self).__name__}: got a context of {context.dtype}; accepted is {dtypes.pop()}, that of its "
-                    "network. Convert the data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
-                ) from error
-            raise
-        if raw.shape[-1] != self.family.num_raw:
+            mismatch = self._mismatch(context)
+            if mismatch is None:
+                raise
+            raise mismatch from error
+        if not isinstance(raw, Tensor):
+            raise TypeError(f"network: gives {kind_of(raw)}; accepted is a tensor, (*, {self.family.num_raw})")
+        if raw.shape[-1:] != (self.family.num_raw,):
             raise ValueError(
-                f"network: gives {raw.shape[-1]} outputs; accepted are {self.family.num_raw}, the raw ones of "
-                f"{self.family}"
+                f"network: gives {raw.shape[-1] if raw.dim() else 'no'} outputs; accepted are {self.family.num_raw}, "
+                f"the raw ones of {self.family}"
+            )
+        if raw.shape[:-1] != context.shape[:batch_dims]:
+            raise ValueError(
+                f"network: of a context of shape {tuple(context.shape)} it makes one of {tuple(raw.shape)}; accepted "
+                "is a network that leaves the dimensions on the left as they are"
             )
         return raw
 
+    def _mismatch(self, context: Tensor) -> Exception | None:
+        """What a network may have failed at: a context of another dtype or device."""
+        parameters = list(self.network.parameters())
+        if not parameters:
+            return None
+        who = type(self).__name__
+        devices, dtypes = ({getattr(one, kind) for one in parameters} for kind in ("device", "dtype"))
+        if context.device not in devices:
+            return ValueError(
+                f"{who}: got a context on {context.device}; accepted is {devices.pop()}, where its network is. Move "
+                "the data with `x.to(device)`, or the model with `vae.to(device)`"
+            )
+        if context.dtype not in dtypes:
+            return TypeError(
+                f"{who}: got a context of {context.dtype}; accepted is {dtypes.pop()}, that of its network. Convert "
+                "the data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
+            )
+        return None
+
     def discrete(self) -> "Conditional":
         return Conditional(self._discrete_family(), self.context_shape, self.network)
+
+
+def checked_family(family: Family) -> Family:
+    """``family`` if it is one."""
+    if not isinstance(family, Family):
+        raise TypeError(f"family: got {kind_of(family)}; accepted is a family, such as families.Normal(2)")
+    return family
+
+
+def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
+    """Free raw outputs, if they are numbers that a family can make a distribution of, and that can be trained."""
+    accepted = f"accepted are floats ({lead}, {family.num_raw}), for {family}"
+    if not real_tensor(raw, "raw", accepted).is_floating_point():
+        raise TypeError(f"raw: got {kind_of(raw)}; {accepted}")
+    if raw.shape[-1:] != (family.num_raw,) or not raw.numel():
+        raise ValueError(f"raw: got shape {tuple(raw.shape)}; {accepted}")
+    if raw.isnan().any():
+        raise ValueError(f"raw: holds nan; {accepted}")
+    return raw
 
 
 def _spell(shape: torch.Size) -> str:

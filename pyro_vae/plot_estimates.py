@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae.checks import flag
+from pyro_vae.checks import flag, kind_of
 from pyro_vae.evidence import Evidence
 from pyro_vae.gradients import Comparison
 from pyro_vae.plot_axes import MARKERS, axes_or_new, legend_below
@@ -38,6 +38,8 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     >>> bias_variance(Comparison({"relaxed": {"all": found}}, {"relaxed": 1})).get_ylabel()
     'bias / length of the exact gradient'
     """
+    if not isinstance(comparison, Comparison):
+        raise TypeError(f"comparison: got {kind_of(comparison)}; accepted is what gradients.compare returns")
     ax = axes_or_new(ax)
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
@@ -208,6 +210,8 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     >>> [text.get_text() for text in calibration(result).get_legend().get_texts()]
     ['within the band: z', 'log p(x, z)', 'band of an exact q']
     """
+    if not isinstance(result, Calibration):
+        raise TypeError(f"result: got {kind_of(result)}; accepted is what pv.calibrate returns")
     ax = axes_or_new(ax)
     *coordinates, joint = range(len(result.names))
     outside = [index for index in coordinates if result.leaves_band(index)]

@@ -1,12 +1,12 @@
 """Pictures of images: what a model of them makes of a code, of a datum, and of its prior."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from pyro_vae.checks import is_integer, numbers, positive_int
+from pyro_vae.checks import image_size, is_integer, kind_of, numbers, positive_int, real_tensor
 from pyro_vae.plot_axes import axes_or_new
 from pyro_vae.randomness import seeded
 from pyro_vae.vae import VAE
@@ -26,6 +26,9 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
     if not isinstance(images, Tensor) or images.dim() != 3 or len(images) == 0:
         got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise ValueError(f"images: got {got}; accepted is a tensor (N, height, width) with N >= 1")
+    real_tensor(images, "images", "accepted are values in [0, 1]")
+    if not images.is_floating_point() and images.numel() and images.max() > 1:  # bytes, which would all be black
+        raise ValueError(f"images: got {images.dtype} up to {images.max()}; accepted are values in [0, 1], `x / 255`")
     ax = axes_or_new(ax)
     count, height, width = images.shape
     rows = -(-count // columns)
@@ -104,6 +107,8 @@ def traversals(
     taken = numbers(values, "values").to(z)
     if taken.dim() != 1 or len(taken) == 0:
         raise ValueError(f"values: got shape {tuple(taken.shape)}; accepted are one or more numbers, (V,)")
+    if not isinstance(coordinates, Iterable | None):
+        raise TypeError(f"coordinates: got {kind_of(coordinates)}; accepted are integers from 0 to {len(z) - 1}")
     chosen = list(range(len(z)) if coordinates is None else coordinates)
     wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
     if wrong or not chosen:
@@ -200,7 +205,7 @@ def _check_function(value: object, name: str, example: str) -> None:
 
 def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None) -> Tensor:
     """``(N, height * width)``, or already as images, as ``(N, height, width)``."""
-    height, width = shape
+    height, width = image_size(shape, "shape")
     got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
     fits = isinstance(values, Tensor) and values.dim() > 1 and values.shape[1:].numel() == height * width
     if not fits or len(values) == 0 or count not in (None, len(values)):

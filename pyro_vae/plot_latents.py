@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vae import exact
+from pyro_vae.checks import real_tensor, whole_numbers
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.joint_density import Chart, Guide, Problem
 from pyro_vae.plot_axes import MARKERS, axes_or_new, legend_below
 from pyro_vae.quadrature import QuadratureError
@@ -39,8 +41,10 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
     '$z_1$'
     """
-    if z.dim() != 2 or z.shape[1] > 2:
-        raise ValueError(f"z: got shape {tuple(z.shape)}; accepted is (N, 1) or (N, 2), such as two chosen columns")
+    accepted = "accepted is (N, 1) or (N, 2), such as two chosen columns"
+    if real_tensor(z, "z", accepted).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
+        raise ValueError(f"z: got shape {tuple(z.shape)}; {accepted}")
+    z, labels = z.detach().cpu(), whole_numbers(labels, "labels", len(z)).cpu()
     ax = axes_or_new(ax)
     for index, label in enumerate(labels.unique().tolist()):
         rows = z[labels == label]
@@ -59,6 +63,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
 
 
 @torch.no_grad()
+@borrowed_store()
 def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
     r"""How close is q(z | x) to the exact p(z | x)? Both, for one datum and a latent of one or two variables.
 

@@ -1,6 +1,7 @@
 """Pictures of the nats: how the ELBO came to be, what it lacks, and what it is made of."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_vae.checks import number
+from pyro_vae.checks import kind_of, number
 from pyro_vae.evidence import Evidence
 from pyro_vae.plot_axes import MARKERS, axes_or_new, legend_below
 
-__all__ = ["rate_distortion", "training_curves"]
+__all__ = ["check_history", "rate_distortion", "training_curves"]
 
 
 def training_curves(
@@ -47,15 +48,16 @@ def training_curves(
     >>> ax.get_ylabel(), ax.get_legend().get_texts()[-1].get_text()
     ('nats per datum', 'log p(x): a gap of 0.300 nats')
     """
+    check_history(history)
     bound = "elbo" if "elbo" in history else "surrogate"
     labels = {
         "elbo": (bound, "ELBO" if bound == "elbo" else "surrogate, no bound", 1.0, "black", ""),
         "distortion": ("distortion", "-distortion", -1.0, "tab:blue", "s"),
         "rate": ("rate", "-rate", -1.0, "tab:orange", "^"),
     }
-    unknown = sorted(set(terms) - set(labels))
+    unknown = terms if isinstance(terms, str) else sorted(set(terms) - set(labels))
     if unknown or not terms:
-        raise ValueError(f"terms: got {list(terms)}; accepted are one or more of {list(labels)}")
+        raise ValueError(f"terms: got {terms!r}; accepted are one or more of {list(labels)}")
     levels = [
         (prefix, _level(history, terms, given, prefix))
         for prefix, given in (("", log_evidence), ("validation_", validation_log_evidence))
@@ -84,6 +86,20 @@ def training_curves(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.legend()
     return ax
+
+
+def check_history(history: Any) -> None:
+    """Refuse what is no history, or one of which nothing could be drawn."""
+    accepted = "accepted is `fitted.history`, numbers for each epoch by name"
+    if not isinstance(history, Mapping):
+        raise TypeError(f"history: got {kind_of(history)}; {accepted}")
+    drawn = ("elbo", "surrogate", "distortion", "rate")
+    if not any(name in history for name in drawn):
+        raise ValueError(f"history: has {list(history)}; {accepted}, of them one or more of {list(drawn)}")
+    for name, values in history.items():
+        fits = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str) and len(values) > 0
+        if not fits or not all(isinstance(value, Real) for value in np.asarray(values).tolist()):
+            raise ValueError(f"history: got {values!r} for {name!r}; {accepted}")
 
 
 def _level(

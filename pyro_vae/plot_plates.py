@@ -8,6 +8,8 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
+from pyro_vae.checks import function
+from pyro_vae.handlers import borrowed_store
 from pyro_vae.plot_axes import axes_or_new
 from pyro_vae.randomness import seeded
 
@@ -37,8 +39,9 @@ def plate_diagram(
     >>> sorted(text.get_text() for text in plate_diagram(model, torch.zeros(3)).texts)
     ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
+    model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
     ax = axes_or_new(ax)
-    with seeded(0):
+    with borrowed_store(), seeded(0):
         relations = get_model_relations(model, data, include_deterministic=True)
     parents, kinds = relations["sample_sample"], relations["sample_dist"]
     observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
@@ -61,7 +64,7 @@ def plate_diagram(
         for parent in parents[name]:
             _arrow(ax, circles[parent], circles[name], "-", 0.0)
     if guide is not None:
-        with seeded(0):
+        with borrowed_store(), seeded(0):
             latents = get_model_relations(guide, data)["sample_sample"]
         for latent in latents:
             for name in observed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import families, multivariate
-from pyro_vae.checks import flag, numbers
+from pyro_vae.checks import data_tensors, flag, kind_of, numbers, real_tensor
 from pyro_vae.mixtures import MixtureOfNormals as Mixture
 from pyro_vae.parts import Conditional, Part, Unconditional
 
@@ -128,13 +128,13 @@ class VampPrior(Part):
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got a {type(encoder).__name__}; accepted is an amortized guide of this package")
-        if not isinstance(pseudo_data, Tensor):
-            raise TypeError(f"pseudo_data: got a {type(pseudo_data).__name__}; accepted is a tensor, such as x[:20]")
+            raise TypeError(f"encoder: got {kind_of(encoder)}; accepted is an amortized guide of this package")
+        real_tensor(pseudo_data, "pseudo_data", "accepted is a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
             spelled = ", ".join(map(str, shape))
             raise ValueError(f"pseudo_data: got shape {tuple(pseudo_data.shape)}; accepted is (K, {spelled}), K >= 1")
+        data_tensors(pseudo_data, "pseudo_data")
         self.encoder = encoder
         self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
         if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:

@@ -9,6 +9,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.checks import seed_number
+
+__all__ = ["kept", "random_states", "seeded", "set_random_states"]
+
 
 @contextmanager
 def kept() -> Iterator[None]:
@@ -40,7 +44,11 @@ def seeded(seed: int) -> Iterator[None]:
     ...     second = torch.rand(3)
     >>> torch.equal(first, second)
     True
+
+    Raises:
+        ValueError: if it is no integer from 0 to 2^32 - 1; the states are then as they were.
     """
+    seed = seed_number(seed)
     with kept():
         pyro.set_rng_seed(seed)
         yield

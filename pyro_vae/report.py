@@ -18,11 +18,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.checks import data_tensors, is_integer
+from pyro_vae.checks import data_tensors, file_path, image_size, mapping, whole_numbers, word, writable
 from pyro_vae.gaps import InferenceGap
 from pyro_vae.handlers import Anew, borrowed_store, latent_sites, observed_sites
 from pyro_vae.information import Decomposition
 from pyro_vae.inspection import Inspection, inspect
+from pyro_vae.plot_nats import check_history
 from pyro_vae.randomness import seeded
 from pyro_vae.ranks import Calibration
 
@@ -75,7 +76,7 @@ def report(
     Raises:
         TypeError, ValueError: before any work, if labels, image shape, history or pictures are of another form; and as
             :func:`pyro_vae.inspect`.
-        FileNotFoundError, IsADirectoryError: before any work, if there can be no file at the path.
+        FileNotFoundError, IsADirectoryError, PermissionError: before any work, if there can be no file at the path.
 
     >>> import tempfile
     >>> import pyro_vae as pv
@@ -93,10 +94,11 @@ def report(
     """
     path = _free_path(path)
     data = data_tensors(data, "data")
-    labels = None if labels is None else _whole(labels, len(data[0]))
+    labels = None if labels is None else whole_numbers(labels, "labels", len(data[0]))
     if image_shape is not None:
         _check_image(image_shape, data[0])
-    _check_drawable(history, pictures or {})
+    word(title, "title")
+    _check_drawable(history, mapping(pictures, "pictures", "{'Are images sharp?': figure}"))
     found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
     drawn = _Pictures()
     if history is not None:
@@ -119,32 +121,15 @@ def report(
 
 
 def _free_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: got {str(path)!r}; accepted is one in a folder that is there")
+    path = file_path(path, "path")
     if path.is_dir():
         raise IsADirectoryError(f"path: got {str(path)!r}, a folder; accepted is that of a file in it")
-    return path
-
-
-def _whole(labels: Any, count: int) -> Tensor:
-    """Labels as a tensor of whole numbers, one for each datum."""
-    accepted = f"accepted are whole numbers, ({count},), one for each datum"
-    try:
-        numbers = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"labels: got a {type(labels).__name__}; {accepted}") from error
-    if numbers.shape != (count,):
-        raise ValueError(f"labels: got shape {tuple(numbers.shape)}; {accepted}")
-    if (numbers != numbers.long()).any():
-        raise ValueError(f"labels: got {numbers[numbers != numbers.long()][0].item()}; {accepted}")
-    return numbers.long()
+    return writable(path, "path")
 
 
 def _check_image(shape: Any, images: Tensor) -> None:
     size = images[0].numel()
-    fits = isinstance(shape, Sequence) and len(shape) == 2 and all(map(is_integer, shape))
-    if not fits or min(shape) < 1 or math.prod(shape) != size:
+    if math.prod(image_size(shape, "image_shape")) != size:
         raise ValueError(
             f"image_shape: got {shape!r}; accepted are height and width of the first data tensor, whose rows have "
             f"{size} pixels"
@@ -152,8 +137,8 @@ def _check_image(shape: Any, images: Tensor) -> None:
 
 
 def _check_drawable(history: Any, pictures: Mapping[str, Any]) -> None:
-    if not isinstance(history, Mapping | None):
-        raise TypeError(f"history: got a {type(history).__name__}; accepted is `fitted.history`")
+    if history is not None:
+        check_history(history)
     for question, figure in pictures.items():
         if not isinstance(figure, Figure):
             raise TypeError(f"pictures: got a {type(figure).__name__} at {question!r}; accepted is a Figure")

@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae.checks import word
 from pyro_vae.distributions import base_distribution
 from pyro_vae.draws import Draws
 from pyro_vae.handlers import register
@@ -77,7 +78,7 @@ class ScoreFunction(_OfELBO):
                 "take pyro.infer.Trace_ELBO()"
             )
         self.baseline: Any = baseline
-        self.name = name if name is not None else f"baseline{next(_numbers)}"
+        self.name = f"baseline{next(_numbers)}" if name is None else word(name, "name")
 
     def surrogate(self, draws: Draws) -> Tensor:
         f = draws.f.detach()

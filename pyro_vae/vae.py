@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae import guides, model_files
-from pyro_vae.checks import positive_int
+from pyro_vae.checks import flag, kind_of, positive_int, word
 from pyro_vae.distributions import base_support
 from pyro_vae.handlers import register
 from pyro_vae.parts import Part
@@ -60,7 +60,7 @@ class VAE(nn.Module):
         for role, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, nn.Module):
                 raise TypeError(
-                    f"{role}: got a {type(part).__name__}; accepted is a module that returns a distribution, as those "
+                    f"{role}: got {kind_of(part)}; accepted is a module that returns a distribution, as those "
                     "of pyro_vae.priors, guides and likelihoods"
                 )
         self._put_together(prior, encoder, decoder, name)
@@ -70,7 +70,7 @@ class VAE(nn.Module):
         self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
         self.prior = prior
         self.decoder = decoder
-        self.name = name if name is not None else f"vae{next(_numbers)}"
+        self.name = f"vae{next(_numbers)}" if name is None else word(name, "name")
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
@@ -79,8 +79,8 @@ class VAE(nn.Module):
 
     def model(self, x: Tensor) -> None:
         """The generative story, p(x, z)."""
-        self.register()
         self._check_rows(x)
+        self.register()
         with pyro.plate("data", len(x)):
             x = pyro.subsample(x, event_dim=len(self.data_shape))
             z = pyro.sample("z", self.prior())
@@ -88,8 +88,8 @@ class VAE(nn.Module):
 
     def guide(self, x: Tensor) -> None:
         """Its approximate inverse, q(z | x)."""
-        self.register()
         self._check_rows(x)
+        self.register()
         with pyro.plate("data", len(x)):
             x = pyro.subsample(x, event_dim=len(self.data_shape))
             pyro.sample("z", self.encoder(x))
@@ -97,9 +97,13 @@ class VAE(nn.Module):
     def _check_rows(self, x: Tensor) -> None:
         shape = ", ".join(map(str, self.data_shape))
         if not isinstance(x, Tensor):
-            raise TypeError(f"x: got a {type(x).__name__}; accepted is a tensor, (N, {shape})")
+            raise TypeError(f"x: got {kind_of(x)}; accepted is a tensor, (N, {shape})")
         if x.shape[1:] != self.data_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
+        if not len(x):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, without rows; accepted is (N, {shape}) with N >= 1")
+        if x.dtype == torch.bool or x.is_complex():
+            raise TypeError(f"x: got {kind_of(x)}; accepted are real numbers, `x.float()` of what is true or false")
 
     def forward(self, *args: Any) -> None:
         """A VAE is no function: raise, and say which two it has."""
@@ -115,6 +119,8 @@ class VAE(nn.Module):
 
     def code(self, z: Tensor) -> Tensor:
         """What the decoder reads of values of the site ``z``: of a relaxed latent, its sigmoid or exponential."""
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: got {kind_of(z)}; accepted is a tensor of values of the site, such as a draw of it")
         read = getattr(self.prior, "read", None)
         return z if read is None else read(z)
 
@@ -150,6 +156,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, num_samples: int, mean: bool = False) -> Tensor:
         """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
+        flag(mean, "mean")
         p = self.decode(self.prior().sample(torch.Size([positive_int(num_samples, "num_samples")])))
         return p.mean if mean else p.sample()
 
@@ -247,7 +254,8 @@ class VAE(nn.Module):
     def _tell_own_story(self) -> torch.Size:
         """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""
         with torch.no_grad(), seeded(0), _evaluating(self):
-            prior = self.prior()
+            with _blamed(f"prior: {_name(self.prior)} gives no p(z), without a context"):
+                prior = _distribution(self.prior())
             if prior.batch_shape:
                 raise ValueError(
                     f"prior: {_name(self.prior)} has batch shape {tuple(prior.batch_shape)}; accepted is that of "
@@ -269,14 +277,13 @@ class VAE(nn.Module):
             raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
         num_data = getattr(part, "num_data", None)  # of a guide with parameters for each datum
         context = context[:num_data]
-        try:
+        rows = torch.arange(len(context))
+        with _blamed(complaint):
             if num_data is None:
-                distribution = part(context)
+                distribution = _distribution(part(context))
             else:
-                with poutine.block(), pyro.plate("story", num_data, subsample=torch.arange(len(context))):
-                    distribution = part(context)
-        except RuntimeError as error:
-            raise ValueError(f"{complaint}: {error}") from error
+                with poutine.block(), pyro.plate("story", num_data, subsample=rows):
+                    distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             raise ValueError(
                 f"{role}: {_name(part)} has batch shape {tuple(distribution.batch_shape)} for {len(context)} data; "
@@ -308,6 +315,24 @@ def _twin(role: str, part: nn.Module) -> Part:
 def _name(part: nn.Module) -> str:
     module = type(part).__module__.rpartition(".")[2]
     return f"{module}.{type(part).__name__}"
+
+
+def _distribution(made: Any) -> Any:
+    """What a part has made, if it is a distribution."""
+    if not isinstance(made, torch.distributions.Distribution):
+        raise TypeError(f"it makes {kind_of(made)}; accepted is a distribution of one datum")
+    return made
+
+
+@contextmanager
+def _blamed(complaint: str) -> Iterator[None]:
+    """Say which part could not be run, and on what, before what it said itself."""
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{complaint}: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{complaint}: {error}") from error
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_what_is_neither_true_nor_false_is_refused_by_name(name, word):
         ),
         (
             lambda: pv.VAE(priors.StandardNormal, vae().encoder, vae().decoder),
-            "prior: got a type; accepted is a module",
+            "prior: got the class StandardNormal; accepted is a module",
         ),
         (lambda: pv.VAE(vae().prior, None, vae().decoder), "encoder: got a NoneType; accepted is a module"),
         (lambda: vae().model([[0.0] * 3]), r"x: got a list; accepted is a tensor, \(N, 3\)"),

@@ -329,7 +329,7 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off(digits_page, width):
 @pytest.mark.parametrize(
     ("path", "options", "error", "message"),
     [
-        ("nowhere/page.html", {}, FileNotFoundError, "path: got .*nowhere"),
+        ("nowhere/page.html", {}, FileNotFoundError, "path: there is no folder .*nowhere"),
         (".", {}, IsADirectoryError, "path: got .*, a folder"),
         ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); .* \(200,\)"),
         ("page.html", {"labels": ["a"] * 200}, TypeError, "labels: got a list; accepted are whole numbers"),

@@ -1,0 +1,376 @@
+"""Properties of the public functions that hold whatever they are called with, tried on many calls."""
+
+import copy
+import gzip
+import math
+import tempfile
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import (
+    checks,
+    datasets,
+    exact,
+    families,
+    guides,
+    idx,
+    likelihoods,
+    multivariate,
+    networks,
+    priors,
+    schedules,
+)
+from pyro_vae.handlers import Rows, WeightKL
+
+TANH = networks.mlp([4], activation=nn.Tanh)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def tried(count):
+    return settings(max_examples=count, deadline=None, derandomize=True)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randomized(vae, seed, size):
+    """With parameters from N(0, size^2), and a name of its own."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return vae
+
+
+def binary(seed=0, size=1.0, latent=3):
+    vae = pv.VAE(
+        priors.Bernoulli(latent, learnable=True), guides.Bernoulli(2, latent, TANH), likelihoods.Normal(latent, 2, TANH)
+    )
+    return randomized(vae, seed, size)
+
+
+def gaussian(seed=0, size=1.0):
+    vae = pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+    return randomized(vae, seed, size)
+
+
+# --- Densities -------------------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "normal": lambda: families.Normal(3),
+    "normal, shared scale": lambda: families.Normal((2, 2), scale="shared"),
+    "Laplace": lambda: families.Laplace(3),
+    "Student-t": lambda: families.StudentT(3, df="network"),
+    "Poisson": lambda: families.Poisson(3),
+    "negative binomial": lambda: families.NegativeBinomial(3, dispersion="network"),
+    "categorical": lambda: families.Categorical(3, num_classes=4),
+    "Bernoulli": lambda: families.Bernoulli(3),
+    "continuous Bernoulli": lambda: families.ContinuousBernoulli(3),
+    "one-hot": lambda: families.OneHotCategorical((2, 3)),
+    "relaxed Bernoulli": lambda: families.RelaxedBernoulli(3, temperature=0.5),
+    "Gumbel-softmax": lambda: families.RelaxedOneHotCategorical((2, 3), temperature=0.5),
+    "full rank": lambda: multivariate.FullRankNormal(2),
+    "low rank": lambda: multivariate.LowRankNormal(3, rank=1),
+    "mixture": lambda: multivariate.MixtureOfNormals(2, num_components=3),
+    "flow": lambda: multivariate.Flow(2, transforms=2, hidden=[4]),
+}
+if find_spec("zuko") is None:
+    del FAMILIES["flow"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(seed=SEEDS, size=st.floats(0.1, 5.0), rows=st.integers(1, 4))
+@tried(15)
+def test_a_draw_has_a_finite_log_density_that_single_and_double_precision_agree_on(name, seed, size, rows):
+    family = FAMILIES[name]()
+    raw = size * torch.randn(rows, family.num_raw, generator=seeded(seed)).clamp(-2.0, 2.0)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        single = family(raw)
+        value = single.sample()
+        found = single.log_prob(value)
+        truth = copy.deepcopy(family).double()(raw.double()).log_prob(value.double())
+    assert found.shape == (rows,)
+    assert truth.isfinite().all()
+    # A location that float32 holds to 24 bits is off by more where the scale is small: the far end of these sizes.
+    torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=2e-2)
+
+
+# --- Shapes ----------------------------------------------------------------------------------------------------------
+
+BATCHES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+
+
+@given(batch=BATCHES, event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), latent=st.integers(1, 3))
+@tried(20)
+def test_dimensions_on_the_left_stay_whatever_the_shapes_of_datum_and_latent(batch, event, latent):
+    vae = pv.VAE(
+        priors.RelaxedBernoulli(latent, temperature=0.5),
+        guides.RelaxedBernoulli(event, latent, networks.linear(), temperature=0.5),
+        likelihoods.Normal(latent, event, networks.linear()),
+    )
+    x = torch.zeros(*batch, *event)
+    q = vae.encode(x)
+    z = q.sample((2,))
+    assert (q.batch_shape, q.event_shape, z.shape) == (batch, (latent,), (2, *batch, latent))
+    assert vae.code(z).shape == z.shape
+    p = vae.decode(z)
+    assert (p.batch_shape, p.event_shape) == ((2, *batch), event)
+    assert p.log_prob(x).shape == (2, *batch)
+    assert vae.reconstruct(x).shape == x.shape
+
+
+# --- Bounds and where they go ----------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, size=st.floats(0.1, 3.0), latent=st.integers(1, 4), rows=st.integers(1, 5))
+@tried(20)
+def test_the_elbo_is_below_log_p_by_the_kl_and_is_minus_distortion_minus_rate(seed, size, latent, rows):
+    vae = binary(seed, size, latent).double()
+    x = size * torch.randn(rows, 2, generator=seeded(seed)).double()
+    elbo, log_p = exact.elbo(vae.model, vae.guide, x), exact.log_evidence(vae.model, x)
+    gap = exact.kl(vae.model, vae.guide, x)
+    assert (gap >= -1e-9).all()
+    torch.testing.assert_close(log_p - elbo, gap, rtol=1e-6, atol=1e-7)
+    terms = pv.evaluate(
+        vae.model,
+        config_enumerate(vae.guide),
+        x,
+        elbo=TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+    )
+    assert terms["elbo"] == pytest.approx(-terms["distortion"] - terms["rate"], rel=1e-9)
+    assert terms["elbo"] == pytest.approx(elbo.mean().item(), rel=1e-6, abs=1e-6)
+    assert terms["rate"] >= -1e-9
+
+
+@given(seed=SEEDS, size=st.floats(0.1, 2.0), rows=st.integers(2, 6))
+@tried(8)
+def test_a_decomposition_adds_up(seed, size, rows):
+    vae = binary(seed, size)
+    nats = pv.decompose(vae.model, vae.guide, torch.randn(rows, 2, generator=seeded(seed)))
+    assert nats.elbo.value == pytest.approx(-nats.distortion.value - nats.rate.value, abs=1e-5)
+    assert nats.rate.value == pytest.approx(nats.mutual_information.value + nats.marginal_kl.value, abs=1e-5)
+    assert -1e-6 <= nats.mutual_information.value <= math.log(rows) + 1e-6
+    assert nats.marginal_kl.value >= -1e-6
+
+
+@given(seed=SEEDS, size=st.floats(0.1, 2.0), weight=st.floats(0.0, 4.0))
+@tried(10)
+def test_terms_are_those_at_a_weight_of_one_whatever_the_weight_of_the_kl(seed, size, weight):
+    vae, x = binary(seed, size).double(), torch.randn(4, 2, generator=seeded(seed)).double()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=elbo)
+    weighted = WeightKL(weight)(vae.model), WeightKL(weight)(config_enumerate(vae.guide))
+    told = pv.evaluate(*weighted, x, elbo=elbo)
+    assert told["elbo"] == pytest.approx(terms["elbo"], rel=1e-9)
+    assert told["rate"] == pytest.approx(terms["rate"], rel=1e-9, abs=1e-12)
+
+
+# --- Data in another order, or only some of them ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [binary, gaussian])
+@given(seed=SEEDS, order=st.permutations(range(5)), kept=st.integers(1, 5))
+@tried(6)
+def test_what_is_of_each_datum_goes_with_its_row(build, seed, order, kept):
+    vae, x = build(seed), torch.randn(5, 2, generator=seeded(seed))
+    rows = torch.tensor(order[:kept])
+    for found in (
+        lambda x: exact.log_evidence(vae.model, x),
+        lambda x: exact.elbo(vae.model, vae.guide, x),
+        lambda x: exact.kl(vae.model, vae.guide, x),
+        lambda x: exact.posterior(vae.model, x).mean,
+    ):
+        torch.testing.assert_close(found(x)[rows], found(x[rows]), rtol=1e-3, atol=1e-3)
+
+
+@given(seed=SEEDS, rows=st.lists(st.integers(0, 6), min_size=1, max_size=6, unique=True))
+@tried(15)
+def test_a_mini_batch_stands_for_all_rows(seed, rows):
+    vae, x = gaussian(seed), torch.randn(7, 2, generator=seeded(seed))
+    vae = vae.double()
+    x, z = x.double(), torch.randn(7, 1, generator=seeded(seed)).double()
+
+    def log_joint(data, values):
+        return poutine.trace(poutine.condition(vae.model, {"z": values})).get_trace(data).log_prob_sum()
+
+    with Rows("data", torch.tensor(rows)):
+        batch = log_joint(x, z[rows])
+    torch.testing.assert_close(batch, log_joint(x[rows], z[rows]) * 7 / len(rows))
+
+
+@given(seed=SEEDS, order=st.permutations(range(6)))
+@tried(10)
+def test_a_comparison_does_not_ask_in_which_order_data_and_models_come(seed, order):
+    found = torch.randn(3, 6, generator=seeded(seed)).double()
+    names, rows = ["a", "b", "c"], torch.tensor(order)
+    table = pv.compare_evidence(dict(zip(names, found, strict=True)))
+    other = pv.compare_evidence(dict(zip(names[::-1], found[:, rows].flip(0), strict=True)))
+    assert list(table.index) == list(other.index)
+    np.testing.assert_allclose(table.to_numpy(), other.to_numpy(), rtol=1e-9, atol=1e-12)
+    assert (table["difference"] <= 0).all()
+
+
+@given(seed=SEEDS, draws=st.integers(1, 40))
+@tried(10)
+def test_an_effective_number_of_draws_is_from_one_to_all_of_them(seed, draws):
+    vae, x = gaussian(seed), torch.randn(3, 2, generator=seeded(seed))
+    found = pv.log_evidence(vae.model, vae.guide, x, num_samples=draws, seed=seed)
+    assert (found.ess >= 1 - 1e-4).all()
+    assert (found.ess <= draws * (1 + 1e-4)).all()
+    assert found.log_evidence.isfinite().all()
+    again = pv.log_evidence(vae.model, vae.guide, x, num_samples=draws, seed=seed)
+    assert torch.equal(found.log_evidence, again.log_evidence)
+
+
+# --- Schedules -------------------------------------------------------------------------------------------------------
+
+POSITIVE = st.floats(1e-3, 1e3)
+STEPS = st.lists(st.integers(0, 10_000), min_size=2, max_size=20).map(sorted)
+
+
+@given(start=POSITIVE, rate=st.floats(0, 1), floor=st.floats(0, 10), every=st.integers(1, 500), steps=STEPS)
+@tried(50)
+def test_a_decay_falls_and_stays_between_floor_and_start(start, rate, floor, every, steps):
+    values = [schedules.exponential(start, rate, floor, every)(step) for step in steps]
+    assert values == sorted(values, reverse=True)
+    assert all(floor <= value <= max(start, floor) for value in values)
+
+
+@given(start=st.floats(-10, 10), end=st.floats(-10, 10), length=st.integers(1, 5000), steps=STEPS)
+@tried(50)
+def test_a_warm_up_goes_one_way_from_its_start_to_its_end(start, end, length, steps):
+    schedule = schedules.linear(start, end, length)
+    values = [schedule(step) for step in steps]
+    rounding = 1e-12 * max(1.0, abs(start), abs(end))
+    way = 1 if end >= start else -1
+    assert all(way * (after - before) >= -rounding for before, after in pairwise(values))
+    assert all(min(start, end) - rounding <= value <= max(start, end) + rounding for value in values)
+    assert schedule(0) == start
+    assert schedule(length) == pytest.approx(end, abs=rounding)
+
+
+@given(period=st.integers(1, 500), rise=st.floats(0.01, 1.0), step=st.integers(0, 5000))
+@tried(50)
+def test_a_cycle_repeats_and_stays_within_its_ends(period, rise, step):
+    schedule = schedules.cyclical(0.0, 1.0, period, rise)
+    assert 0.0 <= schedule(step) <= 1.0
+    assert schedule(step) == schedule(step + period)
+
+
+@given(start=POSITIVE, length=st.integers(1, 5000), hold=st.floats(0, 0.99), end=st.floats(0, 1), steps=STEPS)
+@tried(50)
+def test_a_learning_rate_falls_from_its_start_to_the_share_that_is_left(start, length, hold, end, steps):
+    schedule = schedules.decayed(start, length, hold, end)
+    values = [schedule(step) for step in steps]
+    rounding = 1e-12 * start
+    assert all(after <= before + rounding for before, after in pairwise(values))
+    assert all(start * end - rounding <= value <= start + rounding for value in values)
+    assert schedule(length) == pytest.approx(start * end, abs=rounding)
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+ANYTHING = st.one_of(
+    st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3), st.none(), st.lists(st.integers()),
+    st.integers(-100, 100).map(np.int64), st.floats(width=32).map(np.float32), st.complex_numbers(),
+)  # fmt: skip
+
+
+def accepts(check, value):
+    """Whether a check lets a value pass; if not, it must say so by name."""
+    refusal = None
+    try:
+        check(value)
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    assert refusal is None or (refusal.startswith("argument: got ") and "; accepted " in refusal)
+    return refusal is None
+
+
+@given(value=ANYTHING)
+@tried(300)
+def test_checks_of_numbers_accept_exactly_what_they_say(value):
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    is_number = is_integer or isinstance(value, float | np.floating)
+    finite = is_number and math.isfinite(value)
+    assert checks.is_integer(value) == is_integer
+    assert accepts(lambda v: checks.positive_int(v, "argument"), value) == (is_integer and 1 <= value < 2**63)
+    assert accepts(lambda v: checks.as_shape(v, "argument"), value) == (
+        (is_integer and 1 <= value < 2**63)
+        or (isinstance(value, list) and bool(value) and min(value) > 0 and math.prod(value) < 2**63)
+    )
+    assert accepts(lambda v: checks.seed_number(v, "argument"), value) == (is_integer and 0 <= value < 2**32)
+    assert accepts(lambda v: checks.positive(v, "argument"), value) == (finite and value > 0)
+    assert accepts(lambda v: checks.number(v, "argument"), value) == finite
+    assert accepts(lambda v: checks.number(v, "argument", least=0), value) == (finite and value >= 0)
+    assert accepts(lambda v: checks.flag(v, "argument"), value) == isinstance(value, bool)
+    assert accepts(lambda v: checks.word(v, "argument"), value) == (isinstance(value, str) and value != "")
+
+
+# --- Data and files --------------------------------------------------------------------------------------------------
+
+
+@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=SEEDS, as_bytes=st.booleans())
+@tried(30)
+def test_pixels_are_resampled_to_zeros_and_ones_of_their_own_grey(shape, seed, as_bytes):
+    x = torch.rand(shape, generator=seeded(seed))
+    x = (1 + 254 * x).to(torch.uint8) if as_bytes else x
+    x.flatten()[0] = 0
+    grey = datasets.grey(x)
+    assert ((grey >= 0) & (grey <= 1)).all()
+    assert torch.equal(datasets.grey(grey), grey)
+    drawn = datasets.resample(x)
+    assert drawn.shape == x.shape
+    assert ((drawn == 0) | (drawn == 1)).all()
+    assert (drawn[grey == 0] == 0).all()
+    assert torch.equal(datasets.resample(drawn), drawn)
+    halves = datasets.binarize(x)
+    assert torch.equal(halves, (grey > 0.5).to(grey.dtype))
+    assert torch.equal(datasets.binarize(halves), halves)
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=1, max_size=4), seed=SEEDS, packed=st.booleans(), cut=st.integers(1, 20)
+)
+@tried(30)
+def test_a_file_of_bytes_comes_back_whole_or_is_refused(shape, seed, packed, cut):
+    array = torch.randint(0, 256, shape, generator=seeded(seed), dtype=torch.uint8)
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+    content = header + array.numpy().tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("file.gz" if packed else "file")
+        path.write_bytes(gzip.compress(content) if packed else content)
+        assert torch.equal(idx.read(path), array)
+        torn = content[: max(0, len(content) - cut)]
+        path.write_bytes(gzip.compress(torn) if packed else torn)
+        with pytest.raises(ValueError, match="file"):
+            idx.read(path)
+
+
+@given(seed=SEEDS, draws=st.integers(1, 30), chunk=st.integers(1, 40), rows=st.integers(1, 4))
+@tried(6)
+def test_draws_come_back_from_a_file_as_they_are_in_memory(seed, draws, chunk, rows):
+    vae, x = binary(seed), torch.randn(rows, 2, generator=seeded(seed))
+    before = set(pyro.get_param_store().keys())
+    tree = pv.to_datatree(vae.model, vae.guide, x, draws=draws, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pv.save_draws(f"{folder}/draws.nc", vae.model, vae.guide, x, draws=draws, seed=seed, chunk=chunk)
+        with xr.open_datatree(path) as loaded:
+            assert set(loaded.children) == set(tree.children)
+            assert all(loaded[group].equals(tree[group]) for group in tree.children)
+    assert set(pyro.get_param_store().keys()) == before

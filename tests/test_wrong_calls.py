@@ -1,0 +1,1134 @@
+"""Wrong calls, in one table: each is refused before any work, by an error that says which argument, what came, and what
+is accepted."""
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import (
+    baselines,
+    datasets,
+    exact,
+    families,
+    gradients,
+    guides,
+    handlers,
+    idx,
+    likelihoods,
+    missing,
+    networks,
+    objectives,
+    parts,
+    plots,
+    priors,
+    schedules,
+)
+from pyro_vae.distributions import Bernoulli, LogRelaxedOneHotCategorical
+from pyro_vae.mixtures import MixtureOfNormals
+from pyro_vae.multivariate import LowRankNormal
+from pyro_vae.pareto import pareto_shape
+
+PACKAGE = Path(pv.__file__).parent
+
+
+class Still(nn.Linear):
+    """A linear map that starts the same each time, and draws no random numbers for it."""
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            torch.linspace(-0.5, 0.5, self.weight.numel(), out=self.weight.view(-1))
+            self.bias.zero_()
+
+
+def decoder(latent, features, likelihood=likelihoods.Normal):
+    return likelihood(latent, features, Still)
+
+
+def world(folder):
+    """What the calls in the table are made with."""
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    torn = folder / "torn"
+    torn.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 2]))
+    foreign = folder / "foreign.gz"
+    foreign.write_bytes(b"no gzip")
+    return SimpleNamespace(
+        x=x,
+        meta=x.to("meta"),
+        nan=x.masked_fill(x > 1, math.nan),
+        labels=torch.tensor([0, 1, 0, 1, 0, 1]),
+        vae=pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), decoder(1, 2)),
+        curved=pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), likelihoods.Normal(1, 2, bent)),
+        wide=pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(2, 3, Still), decoder(3, 2)),
+        discrete=pv.VAE(priors.Bernoulli(2), guides.Bernoulli(2, 2, Still), decoder(2, 2)),
+        binary=pv.VAE(
+            priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), decoder(1, 2, likelihoods.Bernoulli)
+        ),
+        folder=folder,
+        torn=torn,
+        foreign=foreign,
+        dark=torch.full((4, 8, 8), 200, dtype=torch.uint8),
+        history={"elbo": [-2.0], "distortion": [1.0], "rate": [1.0]},
+    )
+
+
+def bent(in_features, out_features):
+    return nn.Sequential(Still(in_features, 3), nn.Tanh(), Still(3, out_features))
+
+
+def no_plate(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(z, 1.0).expand([6, 2]).to_event(2), obs=x)
+
+
+class Tensors(nn.Module):
+    """A module that is no part: it returns a tensor."""
+
+    def forward(self, context=None):
+        return torch.zeros(3, 2)
+
+
+def grey_image(z):
+    return z.sigmoid()[:, :1].expand(-1, 64)
+
+
+def fit(w, model=None, guide=None, data=None, **options):
+    return pv.fit(model or w.vae.model, guide or w.vae.guide, w.x if data is None else data, **{"epochs": 1} | options)
+
+
+def tree(w, **options):
+    return pv.to_datatree(w.vae.model, w.vae.guide, w.x, draws=2, **options)
+
+
+def save(w, path, **options):
+    return pv.save_draws(path, w.vae.model, w.vae.guide, w.x, draws=2, **options)
+
+
+def page(w, path="page.html", **options):
+    return pv.report(path and w.folder / path, w.vae.model, w.vae.guide, w.x, **options)
+
+
+def compare(w, estimators=None, **options):
+    pair = gradients.Estimator(w.discrete.model, w.discrete.guide, objectives.LeaveOneOut())
+    return gradients.compare({"loo": pair} if estimators is None else estimators, w.x, **{"repeats": 3} | options)
+
+
+class Row(NamedTuple):
+    """A wrong call, and what must be said of it: ``...`` stands for anything."""
+
+    call: Callable[[Any], Any]
+    error: type[Exception]
+    argument: str
+    says: str
+
+
+INT, SHAPE = "accepted is a positive integer", "accepted is a positive integer or a tuple of them"
+SEED = "accepted is an integer from 0 to 2^32 - 1"
+TENSOR, REAL = "accepted is a tensor, such as", "accepted is a positive, finite number"
+
+MODELS = {
+    "the class of a part as the prior": Row(
+        lambda w: pv.VAE(priors.StandardNormal, w.vae.encoder, w.vae.decoder),
+        TypeError, "prior", "got the class StandardNormal; accepted is a module that returns a distribution",
+    ),
+    "a function as the prior": Row(
+        lambda w: pv.VAE(lambda: dist.Normal(0.0, 1.0), w.vae.encoder, w.vae.decoder),
+        TypeError, "prior", "got a function; accepted is a module that returns a distribution",
+    ),
+    "an encoder as the prior": Row(
+        lambda w: pv.VAE(w.vae.encoder, w.vae.encoder, w.vae.decoder),
+        TypeError, "prior", "guides.DiagonalNormal gives no p(z), without a context: ...needs a context",
+    ),
+    "a network as the decoder": Row(
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, Still(1, 2)),
+        TypeError, "decoder", "makes a torch.float32 tensor of shape (3, 2); accepted is a distribution",
+    ),
+    "a network as the encoder": Row(
+        lambda w: pv.VAE(w.vae.prior, Still(2, 1), w.vae.decoder),
+        TypeError, "encoder", "makes a torch.float32 tensor of shape (3, 1); accepted is a distribution",
+    ),
+    "a decoder that does not fit the prior": Row(
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, w.wide.decoder),
+        ValueError, "decoder", "does not take what the prior priors.StandardNormal gives, ...What would fit: latent=1",
+    ),
+    "an encoder that does not fit the decoder": Row(
+        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(5, 1, Still), w.vae.decoder),
+        ValueError, "encoder", "it was built for (5,). What would fit: in_features=2",
+    ),
+    "a discrete encoder for a continuous prior": Row(
+        lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, Still), w.wide.decoder),
+        ValueError, "encoder", "is a mass of shape (3,)... What would fit: guides.DiagonalNormal(latent=3",
+    ),
+    "a decoder of another precision": Row(
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, decoder(1, 2).double()),
+        TypeError, "decoder", "got a context of torch.float32; accepted is torch.float64",
+    ),
+    "an encoder on another device": Row(
+        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(2, 1, Still).to("meta"), w.vae.decoder),
+        ValueError, "encoder", "got a context on cpu; accepted is meta, where its network is",
+    ),
+    "a number as the name": Row(
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, w.vae.decoder, name=3),
+        TypeError, "name", "got 3; accepted is a string that is not empty",
+    ),
+    "an empty name": Row(
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, w.vae.decoder, name=""),
+        TypeError, "name", "got ''; accepted is a string that is not empty",
+    ),
+    "lists where the model wants a tensor": Row(
+        lambda w: w.vae.model([[0.0, 1.0]]), TypeError, "x", "got a list; accepted is a tensor, (N, 2)"
+    ),
+    "data of one dimension": Row(
+        lambda w: w.vae.guide(w.x[:, 0]), ValueError, "x", "got shape (6,); accepted is (N, 2)"
+    ),
+    "no rows for the model": Row(
+        lambda w: w.vae.model(w.x[:0]),
+        ValueError, "x", "got shape (0, 2), without rows; accepted is (N, 2) with N >= 1",
+    ),
+    "truth values as data": Row(
+        lambda w: exact.log_evidence(w.vae.model, w.x > 0),
+        TypeError, "x", "got a torch.bool tensor of shape (6, 2); accepted are real numbers, `x.float()`",
+    ),
+    "a list where the decoder wants a tensor": Row(
+        lambda w: w.vae.decode([0.0]), TypeError, "z", "got a list; accepted is a tensor of values of the site"
+    ),
+    "half a datum to generate": Row(
+        lambda w: w.vae.generate(2.5), ValueError, "num_samples", f"got 2.5; {INT}"
+    ),
+    "more data to generate than there are numbers for": Row(
+        lambda w: w.vae.generate(10**30),
+        ValueError, "num_samples", "got 1000000...; accepted is a positive integer below",
+    ),
+    "a word for a truth value": Row(
+        lambda w: w.vae.generate(3, mean="no"), TypeError, "mean", "got 'no'; accepted are True and False"
+    ),
+    "no draws of what is missing": Row(
+        lambda w: w.vae.impute(w.x, 0), ValueError, "num_samples", f"got 0; {INT}"
+    ),
+    "the twin of what is not relaxed": Row(
+        lambda w: w.vae.discrete(), TypeError, "StandardNormal", "has no discrete twin; relaxed parts have one"
+    ),
+}  # fmt: skip
+
+PARTS = {
+    "a latent of size zero": Row(lambda w: priors.StandardNormal(0), ValueError, "event_shape", f"got 0; {SHAPE}"),
+    "a latent of half a size": Row(
+        lambda w: priors.Normal((2, 1.5)),
+        ValueError, "event_shape", f"got (2, 1.5); {SHAPE}",
+    ),
+    "a truth value as a size": Row(lambda w: priors.Laplace(True), ValueError, "event_shape", f"got True; {SHAPE}"),
+    "a tensor as a shape": Row(
+        lambda w: priors.StandardNormal(torch.tensor([2, 3])), ValueError, "event_shape", f"got tensor([2, 3]); {SHAPE}"
+    ),
+    "a latent that no tensor could hold": Row(
+        lambda w: priors.StandardNormal((2**40, 2**40)),
+        ValueError, "event_shape", "got (...; accepted is a size below 2^63",
+    ),
+    "infinite degrees of freedom": Row(lambda w: priors.StudentT(1, df=math.inf), ValueError, "df", f"got inf; {REAL}"),
+    "a probability of one": Row(
+        lambda w: priors.Bernoulli(2, probs=1.0),
+        ValueError, "probs", "got 1.0; accepted are probabilities strictly between",
+    ),
+    "complex probabilities": Row(
+        lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5 + 0j)),
+        TypeError, "probs", "got a torch.complex64 tensor of shape (2,); ...of real numbers",
+    ),
+    "probabilities without values": Row(
+        lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5, device="meta")),
+        ValueError, "probs", "on meta, which holds no values; accepted is a number or a tensor",
+    ),
+    "probabilities of another number of variables": Row(
+        lambda w: priors.Bernoulli(2, probs=torch.full((3,), 0.5)),
+        ValueError, "probs", "got shape (3,); accepted is one that expands to (2,)",
+    ),
+    "no components": Row(lambda w: priors.MixtureOfNormals(2, 0), ValueError, "num_components", f"got 0; {INT}"),
+    "a temperature of NaN": Row(
+        lambda w: priors.RelaxedBernoulli(2, math.nan), ValueError, "temperature", f"got nan; {REAL}"
+    ),
+    "one class": Row(
+        lambda w: priors.GumbelSoftmax((2, 1), 0.5), ValueError, "event_shape", "got (2, 1); accepted is (n, k)"
+    ),
+    "an array of pseudo-data": Row(
+        lambda w: priors.VampPrior(w.vae.encoder, w.x.numpy()),
+        TypeError, "pseudo_data", "got a ndarray; accepted is a tensor, such as x[:20]",
+    ),
+    "infinite pseudo-data": Row(
+        lambda w: priors.VampPrior(w.vae.encoder, w.x * math.inf),
+        ValueError, "pseudo_data", "holds inf at row 0, column (0,); accepted are finite numbers",
+    ),
+    "pseudo-data for a guide that is not amortized": Row(
+        lambda w: priors.VampPrior(guides.PerDatum(families.Normal(1), 3), w.x),
+        TypeError, "encoder", "got a PerDatum; accepted is an amortized guide",
+    ),
+    "a finished module where a factory is wanted": Row(
+        lambda w: guides.DiagonalNormal(2, 1, Still(2, 2)),
+        TypeError, "network", "got a Still, a finished module; accepted is a factory",
+    ),
+    "a part where a factory is wanted": Row(
+        lambda w: guides.DiagonalNormal(2, 1, w.vae.prior),
+        TypeError, "network", "got a StandardNormal, a finished module; accepted is a factory",
+    ),
+    "sizes where a factory is wanted": Row(
+        lambda w: likelihoods.Normal(1, 2, [32]),
+        TypeError, "network", "called with (1, 2), it says: ...accepted is a factory",
+    ),
+    "a factory that makes a class": Row(
+        lambda w: likelihoods.Normal(1, 2, lambda i, o: nn.Linear),
+        TypeError, "network", "called with (1, 2), it returned <class...accepted is a factory",
+    ),
+    "a factory that makes a part": Row(
+        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: w.vae.encoder)(w.x),
+        TypeError, "network", "gives a Independent; accepted is a tensor, (*, 2)",
+    ),
+    "a network that gives another number of outputs": Row(
+        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: Still(i, o + 1))(w.x),
+        ValueError, "network", "gives 3 outputs; accepted are 2",
+    ),
+    "a network that mixes data": Row(
+        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: nn.Sequential(nn.Flatten(0), Still(12, o)))(w.x),
+        ValueError, "network", "of a context of shape (6, 2) it makes one of (2,); accepted is a network that leaves",
+    ),
+    "a rank above the size": Row(
+        lambda w: guides.LowRankNormal(2, 2, Still, rank=3), ValueError, "rank", "got 3; accepted is 1 to 2"
+    ),
+    "a latent of two dimensions with all correlations": Row(
+        lambda w: guides.FullRankNormal(2, (2, 3), Still), ValueError, "event_shape", "got (2, 3); accepted is (D,)"
+    ),
+    "the class of a family": Row(
+        lambda w: guides.PerDatum(families.Normal, 3),
+        TypeError, "family", "got the class Normal; accepted is a family, such as families.Normal(2)",
+    ),
+    "raw outputs of NaN": Row(
+        lambda w: guides.PerDatum(families.Normal(1), torch.full((3, 2), math.nan)),
+        ValueError, "raw", "holds nan; accepted are floats (N, 2)",
+    ),
+    "raw outputs of no data": Row(
+        lambda w: guides.PerDatum(families.Normal(1), torch.zeros(0, 2)),
+        ValueError, "raw", "got shape (0, 2); accepted are floats (N, 2)",
+    ),
+    "integers as raw outputs": Row(
+        lambda w: guides.PerDatum(families.Normal(1), torch.zeros(3, 2, dtype=torch.long)),
+        TypeError, "raw", "got a torch.int64 tensor of shape (3, 2); accepted are floats (N, 2)",
+    ),
+    "refining on no data": Row(
+        lambda w: guides.PerDatum.refining(w.vae.encoder, w.x[:0]),
+        ValueError, "x", "got shape (0, 2), without rows; accepted is (N, ...) with N >= 1",
+    ),
+    "rows that a guide was not made for": Row(
+        lambda w: guides.PerDatum(families.Normal(1), 3)(w.x),
+        ValueError, "PerDatum", "got 6 rows; accepted are the 3 data that it was made for",
+    ),
+    "data on another device than the network": Row(
+        lambda w: w.vae.encode(w.meta), ValueError, "DiagonalNormal", "got a context on meta; accepted is cpu"
+    ),
+    "infinite data for an encoder": Row(
+        lambda w: w.vae.encode(w.x * math.inf),
+        ValueError, "DiagonalNormal", "got a context with inf; accepted are finite numbers",
+    ),
+    "missing data for an encoder that cannot read them": Row(
+        lambda w: w.vae.encode(w.nan),
+        ValueError, "DiagonalNormal", "got a context with NaN, ...accepted is a network that",
+    ),
+    "images that were flattened": Row(
+        lambda w: guides.DiagonalNormal((1, 2, 3), 1, Still)(torch.zeros(5, 6)),
+        ValueError, "DiagonalNormal", "got a context of shape (5, 6); accepted is (*, 1, 2, 3)",
+    ),
+    "too many raw outputs, some of which would not be read": Row(
+        lambda w: families.StudentT(2)(torch.zeros(3, 9)),
+        ValueError, "raw", "got a torch.float32 tensor of shape (3, 9); accepted is (*, 4)",
+    ),
+    "too few raw outputs": Row(
+        lambda w: families.Bernoulli(3)(torch.zeros(5, 2)), ValueError, "raw", "of shape (5, 2); accepted is (*, 3)"
+    ),
+    "raw outputs that make no covariance": Row(
+        lambda w: LowRankNormal(2, 1)(torch.full((6,), math.nan)),
+        ValueError, "raw", "has values that are no finite numbers",
+    ),
+    "free outputs of another size": Row(
+        lambda w: parts.Unconditional(families.Normal(2), torch.zeros(3)),
+        ValueError, "raw", "got shape (3,); accepted are floats (*, 4)",
+    ),
+    "a factory where a network is wanted": Row(
+        lambda w: parts.Conditional(families.Normal(2), 2, Still.__call__),
+        TypeError, "network", "got a function; accepted is a module",
+    ),
+    "a scale that is none": Row(
+        lambda w: likelihoods.Normal(1, 2, Still, scale="all"),
+        ValueError, "scale", "got 'all'; accepted are 'network', 'shared', 'per_dimension' or a number",
+    ),
+    "a negative floor": Row(
+        lambda w: likelihoods.Normal(1, 2, Still, min_scale=-1.0),
+        ValueError, "min_scale", "got -1.0; accepted is a finite number, 0 or more",
+    ),
+    "a weight of zero": Row(
+        lambda w: likelihoods.Normal.mse(1, 2, Still, kl_weight=0), ValueError, "kl_weight", f"got 0; {REAL}"
+    ),
+    "half a class": Row(
+        lambda w: likelihoods.Categorical(1, 2, 2.5, Still), ValueError, "num_classes", f"got 2.5; {INT}"
+    ),
+    "a distribution whose entries cannot go missing": Row(
+        lambda w: missing.with_missing(dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),
+        ValueError, "base_dist", "got a MultivariateNormal of event shape (2,); accepted is a distribution of single",
+    ),
+    "no distribution at all": Row(
+        lambda w: missing.with_missing(w.vae.decoder),
+        TypeError, "distribution", "got a Normal; accepted is a distribution",
+    ),
+    "logits of no classes": Row(
+        lambda w: LogRelaxedOneHotCategorical(0.5, torch.tensor(1.0)),
+        ValueError, "logits", "got tensor(1.); accepted is a tensor (*, k)",
+    ),
+    "components that do not match their weights": Row(
+        lambda w: MixtureOfNormals(torch.zeros(3), torch.zeros(2, 2), torch.ones(2, 2)),
+        ValueError, "logits, loc", "got shapes (3,) and (2, 2); accepted are (*batch, K)",
+    ),
+}  # fmt: skip
+
+NETWORKS = {
+    "hidden layers of size zero": Row(lambda w: networks.mlp([0]), ValueError, "hidden", "got [0]; accepted is a list"),
+    "a finished activation": Row(
+        lambda w: networks.mlp([3], activation=nn.ReLU()),
+        TypeError, "activation", "got a ReLU; accepted is what makes a module, such as nn.Tanh",
+    ),
+    "the name of an activation": Row(
+        lambda w: networks.convolutional((1, 2, 2), activation="relu"),
+        TypeError, "activation", "got a str; accepted is",
+    ),
+    "a word for a bias": Row(
+        lambda w: networks.linear(bias="no"), TypeError, "bias", "got 'no'; accepted are True and False"
+    ),
+    "a location of NaN": Row(
+        lambda w: networks.standardized(Still, loc=math.nan), ValueError, "loc", "got nan; accepted is a finite number"
+    ),
+    "a scale of zero": Row(
+        lambda w: networks.standardized(Still, scale=0.0), ValueError, "scale", "got 0.0; accepted are positive numbers"
+    ),
+    "locations of another number of features": Row(
+        lambda w: networks.standardized(Still, loc=torch.zeros(3))(2, 1),
+        ValueError, "loc", "got 3 numbers; accepted are 2",
+    ),
+    "an image of two sizes": Row(
+        lambda w: networks.convolutional((8, 8))(64, 1),
+        ValueError, "image", "got (8, 8); accepted is (channels, height",
+    ),
+    "one number for an image": Row(
+        lambda w: networks.deconvolutional(64)(1, 64),
+        ValueError, "image", "got 64; accepted is (channels, height, width)",
+    ),
+    "an image of negative sizes": Row(
+        lambda w: networks.convolutional((1, -8, -8))(64, 1),
+        ValueError, "image", "got (1, -8, -8); accepted is (channels",
+    ),
+    "one number of channels": Row(
+        lambda w: networks.convolutional((1, 8, 8), 16)(64, 1),
+        ValueError, "channels", "got 16; accepted are one or more",
+    ),
+    "one class to read": Row(
+        lambda w: networks.one_hot(1, Still), ValueError, "num_classes", "got 1; accepted is an integer of 2 or more"
+    ),
+    "a baseline of no features": Row(
+        lambda w: baselines.NeuralBaseline(0, Still), ValueError, "in_features", f"got 0; {INT}"
+    ),
+    "a baseline that forgets nothing": Row(
+        lambda w: baselines.RunningAverage(decay=1.0),
+        ValueError, "decay", "got 1.0; accepted is a number from 0 to below 1",
+    ),
+}  # fmt: skip
+
+DATA = {
+    "a list of lists": Row(
+        lambda w: exact.log_evidence(w.vae.model, [[0.0, 1.0]]), TypeError, "data", f"got a list; {TENSOR}"
+    ),
+    "an array": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x.numpy()), TypeError, "data", f"got a ndarray; {TENSOR}"
+    ),
+    "a word": Row(lambda w: exact.posterior(w.vae.model, "x"), TypeError, "data", f"got a str; {TENSOR}"),
+    "nothing": Row(lambda w: pv.log_evidence(w.vae.model, w.vae.guide), ValueError, "data", f"got no tensor; {TENSOR}"),
+    "None": Row(lambda w: pv.decompose(w.vae.model, w.vae.guide, None), TypeError, "data", f"got a NoneType; {TENSOR}"),
+    "a data set in place of its x": Row(
+        lambda w: pv.inspect(w.vae.model, w.vae.guide, datasets.Dataset(w.x, w.labels)),
+        TypeError, "data", f"got a Dataset; {TENSOR} `torch.as_tensor(array)` or `dataset.x`",
+    ),
+    "no rows": Row(
+        lambda w: exact.elbo(w.vae.model, w.vae.guide, w.x[:0]),
+        ValueError, "data", "got shape (0, 2), without rows; accepted",
+    ),
+    "no columns": Row(
+        lambda w: exact.kl(w.vae.model, w.vae.guide, w.x[:, :0]),
+        ValueError, "x", "got shape (6, 0); accepted is (N, 2)",
+    ),
+    "one number": Row(
+        lambda w: exact.log_evidence(w.vae.model, torch.tensor(1.0)),
+        ValueError, "data", "got shape (), without rows; accepted",
+    ),
+    "one dimension": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x[:, 0]),
+        ValueError, "x", "got shape (6,); accepted is (N, 2)",
+    ),
+    "a dimension too many": Row(
+        lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x[None]),
+        ValueError, "x", "got shape (1, 6, 2); accepted is",
+    ),
+    "a column too many": Row(
+        lambda w: pv.reference(w.vae.model, torch.zeros(4, 3)), ValueError, "x", "got shape (4, 3); accepted is (N, 2)"
+    ),
+    "double precision for a model of single": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x.double()),
+        TypeError, "DiagonalNormal", "got a context of torch.float64; accepted is torch.float32, that of its network",
+    ),
+    "double precision to calibrate on": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x.double()),
+        TypeError, "DiagonalNormal", "got a context of torch.float64; accepted is torch.float32",
+    ),
+    "integers for an encoder": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.vae.guide, w.x.long(), draws=2),
+        TypeError, "DiagonalNormal", "got a context of torch.int64; accepted is torch.float32",
+    ),
+    "integers where the model draws fractions": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x.long()),
+        ValueError, "data",
+        "got torch.int64 for 'x', of which the model draws torch.float32 with fractions; accepted are",
+    ),
+    "complex numbers": Row(
+        lambda w: exact.log_evidence(w.vae.model, w.x + 0j),
+        TypeError, "data", "got a torch.complex64 tensor of shape (6, 2); accepted is a tensor...of real numbers",
+    ),
+    "sparse tensors": Row(
+        lambda w: exact.log_evidence(w.vae.model, w.x.to_sparse()),
+        TypeError, "data", "torch.sparse_coo; accepted...dense",
+    ),
+    "tensors without values": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.meta),
+        ValueError, "data", "got a torch.float32 tensor of shape (6, 2) on meta, which holds no values; accepted",
+    ),
+    "NaN where nothing may be missing": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.nan),
+        ValueError, "data", "holds nan at row ...; accepted are finite numbers, and NaN for what is missing where",
+    ),
+    "infinity": Row(
+        lambda w: pv.decompose(w.vae.model, w.vae.guide, -w.x * math.inf),
+        ValueError, "data", "holds ...inf at row 0, column (0,); accepted are finite numbers",
+    ),
+    "tensors of different numbers of rows": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, w.x[:3]),
+        ValueError, "data", "got tensors of 6 and 3 rows; accepted is one number",
+    ),
+    "grey values for a Bernoulli likelihood": Row(
+        lambda w: exact.log_evidence(w.binary.model, w.x.sigmoid()),
+        ValueError, "data", "hold other values, ...Ways out: threshold the data, `datasets.binarize(x)`",
+    ),
+    "bytes for a Bernoulli likelihood": Row(
+        lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)),
+        ValueError, "data", "hold other values, 255 to 255. Bring them to [0, 1] first, such as `x / 255`",
+    ),
+    "a single row to tell codes apart by": Row(
+        lambda w: pv.decompose(w.vae.model, w.vae.guide, w.x[:1]),
+        ValueError, "data", "got 1 row; accepted are 2 or more",
+    ),
+    "a list of grey values": Row(
+        lambda w: datasets.grey([0.5]), TypeError, "x", "got a list; accepted are bytes (torch.uint8), or grey values"
+    ),
+    "grey values above one": Row(
+        lambda w: datasets.resample(torch.tensor([0.5, 2.0])),
+        ValueError, "x",
+        "got torch.float32 from 0.5 to 2; accepted are bytes (torch.uint8), or grey values from 0 to 1",
+    ),
+    "NaN as a grey value": Row(
+        lambda w: datasets.resample(torch.tensor([0.5, math.nan])),
+        ValueError, "x", "accepted are bytes (torch.uint8), or grey",
+    ),
+    "bytes that were divided already": Row(
+        lambda w: datasets.grey(torch.tensor([0, 1], dtype=torch.uint8)),
+        ValueError, "x", "got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`",
+    ),
+    "a threshold of NaN": Row(
+        lambda w: datasets.binarize(torch.tensor([0.5]), threshold=math.nan),
+        ValueError, "threshold", "got nan; accepted is a finite number",
+    ),
+    "points of one coordinate": Row(
+        lambda w: datasets.two_gaussians(3).log_prob(torch.zeros(4, 1)),
+        ValueError, "x", "of shape (4, 1); accepted are points (*, 2)",
+    ),
+    "no points": Row(lambda w: datasets.two_gaussians(0), ValueError, "num_points", f"got 0; {INT}"),
+    "a negative scale": Row(lambda w: datasets.two_gaussians(3, scale=-1.0), ValueError, "scale", f"got -1.0; {REAL}"),
+    "an unknown split": Row(
+        lambda w: datasets.digits("validation"),
+        ValueError, "split", "got 'validation'; accepted are 'train', 'test', 'all'",
+    ),
+    "a list of splits": Row(
+        lambda w: datasets.mnist(["train"]), ValueError, "split", "got ['train']; accepted are 'train', 'test'"
+    ),
+}  # fmt: skip
+
+PAIRS = {
+    "a VAE as the model": Row(
+        lambda w: pv.log_evidence(w.vae, w.vae.guide, w.x),
+        TypeError, "model", "got a VAE, a pair of functions; accepted is one of them, `vae.model`",
+    ),
+    "a VAE as the guide": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.vae, w.x),
+        TypeError, "guide", "got a VAE, a pair of functions; accepted is one of them, `vae.guide`",
+    ),
+    "None as the model": Row(
+        lambda w: exact.posterior(None, w.x), TypeError, "model", "got a NoneType; accepted is a Pyro function, such as"
+    ),
+    "a word as the model": Row(
+        lambda w: pv.reference("model", w.x), TypeError, "model", "got a str; accepted is a Pyro function"
+    ),
+    "None as the guide": Row(
+        lambda w: pv.calibrate(w.vae.model, None, w.x),
+        TypeError, "guide", "got a NoneType; accepted is a Pyro function",
+    ),
+    "the class of an autoguide": Row(
+        lambda w: exact.elbo(w.vae.model, pyro.infer.autoguide.AutoNormal, w.x),
+        TypeError, "guide", "got the class AutoNormal; accepted is a Pyro function",
+    ),
+    "the model in place of the guide": Row(
+        lambda w: pv.annealed_log_evidence(w.vae.model, w.vae.model, w.x),
+        ValueError, "guide",
+        "observes ['x'], whose densities are none of q(z | x); accepted is a function with latent sites",
+    ),
+    "the model in place of the guide, to draw from": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.vae.model, w.x),
+        ValueError, "guide",
+        "observes ['x'], whose densities are none of q(z | x); accepted is a function with latent sites",
+    ),
+    "the guide in place of the model": Row(
+        lambda w: exact.log_evidence(w.vae.guide, w.x),
+        ValueError, "model", "needs latent and observed sites; has ['z'] and []",
+    ),
+    "the guide of another model": Row(
+        lambda w: exact.kl(w.vae.model, w.wide.guide, w.x),
+        ValueError, "guide", "site 'z' has event shape (3,), and the model (1,)",
+    ),
+    "the guide of another model, to draw from": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.wide.guide, w.x),
+        ValueError, "guide",
+        "the model does not run on its draws of ['z'], of the event shapes [(3,)]; accepted is a guide of",
+    ),
+    "a guide without latents": Row(
+        lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
+        ValueError, "guide", "its latents [] are not those of the model, ['z']",
+    ),
+    "a refined guide that is none": Row(
+        lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x, refined=3),
+        TypeError, "refined", "got a int; accepted is a Pyro function",
+    ),
+    "a model without a plate": Row(
+        lambda w: exact.log_evidence(no_plate, w.x),
+        ValueError, "model", "site 'z' is in the plates []; exact answers need",
+    ),
+    "an unknown plate": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, plate="rows"),
+        ValueError, "model", "site 'z' is in the plates ['data']; exact answers need every site in one plate, 'rows'",
+    ),
+    "an unknown plate to calibrate on": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x, plate="rows"), ValueError, "model", "in one plate, 'rows'"
+    ),
+    "an unknown plate to name dimensions by": Row(
+        lambda w: tree(w, plate="rows"), ValueError, "plate", "got 'rows'; accepted are ['data']"
+    ),
+    "too many dimensions for quadrature": Row(
+        lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
+        ValueError, "model", "its latent 'z' has 3 dimensions, and quadrature goes up to 2",
+    ),
+    "a discrete latent to anneal": Row(
+        lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
+        ValueError, "model", "its latent 'z' is discrete, and annealing moves latents along gradients",
+    ),
+    "a discrete latent to walk": Row(
+        lambda w: pv.reference(w.discrete.model, w.x),
+        ValueError, "model", "its latents ['z'] are discrete; accepted are cont",
+    ),
+}  # fmt: skip
+
+NUMBERS = {
+    "no draws for log p(x)": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, num_samples=0),
+        ValueError, "num_samples", f"got 0; {INT}",
+    ),
+    "a truth value for a number of draws": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, num_samples=True),
+        ValueError, "num_samples", f"got True; {INT}",
+    ),
+    "one draw for a standard error": Row(
+        lambda w: pv.decompose(w.vae.model, w.vae.guide, w.x, num_samples=1),
+        ValueError, "num_samples", "got 1; accepted is 2",
+    ),
+    "half a chain": Row(
+        lambda w: pv.annealed_log_evidence(w.vae.model, w.vae.guide, w.x, num_chains=0.5),
+        ValueError, "num_chains", f"got 0.5; {INT}",
+    ),
+    "no temperatures": Row(
+        lambda w: pv.annealed_log_evidence(w.vae.model, w.vae.guide, w.x, num_temperatures=0),
+        ValueError, "num_temperatures", f"got 0; {INT}",
+    ),
+    "a word for a number of steps": Row(
+        lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x, steps="many"),
+        ValueError, "steps", f"got 'many'; {INT}",
+    ),
+    "an infinite learning rate": Row(
+        lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x, lr=math.inf), ValueError, "lr", f"got inf; {REAL}"
+    ),
+    "a tolerance of zero": Row(
+        lambda w: exact.log_evidence(w.curved.model, w.x, tolerance=0.0), ValueError, "tolerance", f"got 0.0; {REAL}"
+    ),
+    "a tolerance of NaN": Row(
+        lambda w: exact.elbo(w.vae.model, w.vae.guide, w.x, tolerance=math.nan),
+        ValueError, "tolerance", f"got nan; {REAL}",
+    ),
+    "a word for a tolerance, which would not be used": Row(
+        lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x, tolerance="1e-4"),
+        ValueError, "tolerance", f"got '1e-4'; {REAL}",
+    ),
+    "too few simulations": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x, num_simulations=5),
+        ValueError, "num_simulations", "got 5; accepted are 10 or more",
+    ),
+    "a chance above one": Row(
+        lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x, alpha=2.0),
+        ValueError, "alpha", "got 2.0; accepted is a chance",
+    ),
+    "a negative number of rows": Row(
+        lambda w: pv.inspect(w.vae.model, w.vae.guide, w.x, max_rows=-1), ValueError, "max_rows", f"got -1; {INT}"
+    ),
+    "no chains": Row(lambda w: pv.reference(w.vae.model, w.x, chains=0), ValueError, "chains", f"got 0; {INT}"),
+    "a negative seed": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, seed=-1), ValueError, "seed", f"got -1; {SEED}"
+    ),
+    "a word for a seed": Row(lambda w: tree(w, seed="a"), ValueError, "seed", f"got 'a'; {SEED}"),
+    "half a seed": Row(
+        lambda w: pv.decompose(w.vae.model, w.vae.guide, w.x, seed=1.5), ValueError, "seed", f"got 1.5; {SEED}"
+    ),
+    "a seed that is too large": Row(lambda w: fit(w, seed=2**40), ValueError, "seed", f"got 1099511627776; {SEED}"),
+    "no seed for data": Row(lambda w: datasets.two_gaussians(3, seed=None), ValueError, "seed", f"got None; {SEED}"),
+    "a word for a progress bar": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, progress="no"),
+        TypeError, "progress", "got 'no'; accepted are True and False",
+    ),
+    "no combinations of states": Row(
+        lambda w: gradients.exact_gradient(w.discrete.model, w.discrete.guide, w.x, num_draws=0),
+        ValueError, "num_draws", f"got 0; {INT}",
+    ),
+    "one repeat": Row(lambda w: compare(w, repeats=1), ValueError, "repeats", "got 1; accepted is 2 or more"),
+    "fewer evaluations than an estimate takes": Row(
+        lambda w: compare(w, evaluations=1), ValueError, "evaluations", "got 1; loo takes 2 for each estimate"
+    ),
+    "a list of estimators": Row(
+        lambda w: compare(w, [Trace_ELBO()]),
+        TypeError, "estimators", "got [...]; accepted is a dict from names to Estimators",
+    ),
+    "an estimator without an ELBO": Row(
+        lambda w: gradients.Estimator(w.discrete.model, w.discrete.guide, Trace_ELBO),
+        TypeError, "elbo", "got <class...; accepted is an instance, such as Trace_ELBO()",
+    ),
+    "one particle that leaves itself out": Row(
+        lambda w: objectives.LeaveOneOut(1), ValueError, "num_particles", "got 1; accepted is an integer, 2 or more"
+    ),
+    "an odd number of antithetic draws": Row(
+        lambda w: objectives.DisARM(3), ValueError, "num_particles", "got 3; accepted is an even number"
+    ),
+    "an unknown gradient": Row(
+        lambda w: objectives.ImportanceWeighted(2, gradient="stl"),
+        ValueError, "gradient", "got 'stl'; accepted are 'pathwise', 'sticking-the-landing'",
+    ),
+    "free bits of NaN": Row(lambda w: objectives.FreeBits(math.nan), ValueError, "nats", f"got nan; {REAL}"),
+    "the class of a baseline": Row(
+        lambda w: objectives.ScoreFunction(baselines.RunningAverage),
+        TypeError, "baseline", "got <class...; accepted is a module such as baselines.RunningAverage()",
+    ),
+    "a number as the name of a baseline": Row(
+        lambda w: objectives.ScoreFunction(baselines.RunningAverage(), name=3),
+        TypeError, "name", "got 3; accepted is a string that is not empty",
+    ),
+    "a negative weight of the KL": Row(
+        lambda w: handlers.WeightKL(-1), ValueError, "weight", "got -1; accepted is a finite number, 0 or more"
+    ),
+    "fractions as row numbers": Row(
+        lambda w: handlers.Rows("data", torch.tensor([1.0])),
+        TypeError, "rows", "got a torch.float32 tensor of shape (1,); accepted are row numbers, integers",
+    ),
+    "no row numbers": Row(
+        lambda w: handlers.Rows("data", torch.tensor([], dtype=torch.long)),
+        ValueError, "rows", "got none; accepted are one",
+    ),
+    "weights of one dimension": Row(
+        lambda w: pareto_shape(torch.zeros(100)), ValueError, "log_weights", "got shape (100,); accepted is (S, N)"
+    ),
+    "weights that are integers": Row(
+        lambda w: pareto_shape(torch.zeros(100, 2).long()),
+        TypeError, "log_weights", "got a torch.int64...; accepted are floats",
+    ),
+    "a schedule that begins below zero": Row(
+        lambda w: schedules.exponential(-1.0, 0.1), ValueError, "start", f"got -1.0; {REAL}"
+    ),
+    "a schedule of no steps": Row(lambda w: schedules.linear(0.0, 1.0, 0), ValueError, "steps", f"got 0; {INT}"),
+    "a schedule that never rises": Row(
+        lambda w: schedules.cyclical(0.0, 1.0, 10, rise=0.0), ValueError, "rise", "got 0.0; accepted is"
+    ),
+    "a schedule that grows at its end": Row(
+        lambda w: schedules.decayed(1.0, 10, end=2.0), ValueError, "hold, end", "got 0.5 and 2.0; accepted are shares"
+    ),
+    "a constant that is no number": Row(
+        lambda w: schedules.constant("0.1"), ValueError, "value", "got '0.1'; accepted is a finite number"
+    ),
+}  # fmt: skip
+
+TRAINING = {
+    "a list of data": Row(lambda w: fit(w, data=[1.0]), TypeError, "data", f"got a float; {TENSOR}"),
+    "data without values": Row(
+        lambda w: fit(w, data=w.meta), ValueError, "data", "on meta, which holds no values; accepted is a tensor"
+    ),
+    "data on two devices": Row(
+        lambda w: pv.evaluate(w.vae.model, w.vae.guide, (w.x, w.meta)),
+        ValueError, "data", "on meta, which holds no values",
+    ),
+    "complex data": Row(lambda w: fit(w, data=w.x + 0j), TypeError, "data", "got a torch.complex64...of real numbers"),
+    "data of another shape": Row(
+        lambda w: fit(w, data=torch.zeros(4, 3)), ValueError, "x", "got shape (4, 3); accepted is (N, 2)"
+    ),
+    "data with NaN": Row(lambda w: fit(w, data=w.nan), ValueError, "data", "holds nan at row...; accepted are finite"),
+    "validation data of another precision": Row(
+        lambda w: fit(w, validation=w.x.double()),
+        ValueError, "validation", "torch.float64; accepted are rows like those of",
+    ),
+    "validation data of another shape": Row(
+        lambda w: fit(w, validation=w.x[:, :1]),
+        ValueError, "validation", "got rows of shape (1,)...; accepted are rows like",
+    ),
+    "no epochs": Row(lambda w: fit(w, epochs=0), ValueError, "epochs", f"got 0; {INT}"),
+    "half an epoch": Row(lambda w: fit(w, epochs=0.5), ValueError, "epochs", f"got 0.5; {INT}"),
+    "batches of no rows": Row(lambda w: fit(w, batch_size=0), ValueError, "batch_size", f"got 0; {INT}"),
+    "a learning rate of NaN": Row(lambda w: fit(w, lr=math.nan), ValueError, "lr", f"got nan; {REAL}"),
+    "a word for a learning rate": Row(lambda w: fit(w, lr="1e-3"), ValueError, "lr", f"got '1e-3'; {REAL}"),
+    "the class of an ELBO": Row(
+        lambda w: fit(w, elbo=TraceEnum_ELBO), TypeError, "elbo", "got <class...; accepted is an instance"
+    ),
+    "a list of schedules": Row(
+        lambda w: fit(w, schedules=[lambda step: 1.0]),
+        TypeError, "schedules", "got a list; accepted is a dict from tensors",
+    ),
+    "a name as the key of a schedule": Row(
+        lambda w: fit(w, schedules={"temperature": lambda step: 1.0}),
+        ValueError, "schedules", "got 'temperature' as a key; accepted is a 0-dim tensor",
+    ),
+    "a vector as the key of a schedule": Row(
+        lambda w: fit(w, schedules={torch.zeros(2): lambda step: 1.0}),
+        ValueError, "schedules", "got '(2,), torch.float32' as a key; accepted is a 0-dim tensor",
+    ),
+    "a number as a schedule": Row(
+        lambda w: fit(w, schedules={torch.zeros(()): 1.0}),
+        TypeError, "schedules", "got 1.0; accepted is a function of the step",
+    ),
+    "a number as a transform": Row(
+        lambda w: fit(w, transform=2),
+        TypeError, "transform", "got 2; accepted is a function that makes a tensor of each",
+    ),
+    "a transform that loses rows": Row(
+        lambda w: fit(w, transform=lambda x: x[:1]),
+        ValueError, "transform", "it makes tensors of [1] rows; accepted is one",
+    ),
+    "no draws to evaluate": Row(
+        lambda w: pv.evaluate(w.vae.model, w.vae.guide, w.x, num_samples=0), ValueError, "num_samples", f"got 0; {INT}"
+    ),
+}  # fmt: skip
+
+EXPORTS = {
+    "no draws": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.vae.guide, w.x, draws=0), ValueError, "draws", f"got 0; {INT}"
+    ),
+    "more draws than the memory holds": Row(
+        lambda w: pv.to_datatree(w.vae.model, w.vae.guide, w.x, draws=10**9),
+        ValueError, "draws",
+        "1000000000 draws of z, x from posterior and prior, ...; at most 4294967296 are kept in memory",
+    ),
+    "a word for a truth value": Row(
+        lambda w: tree(w, parallel="no"), TypeError, "parallel", "got 'no'; accepted are True and False"
+    ),
+    "dimensions of an unknown site": Row(
+        lambda w: tree(w, dims={"y": ["a"]}), ValueError, "dims", "names the sites ['y']; the model has ['x', 'z']"
+    ),
+    "a list of dimensions": Row(
+        lambda w: tree(w, dims=["row"]), TypeError, "dims", "got a list; accepted is a mapping, such as {'x'"
+    ),
+    "numbers as names of dimensions": Row(
+        lambda w: tree(w, dims={"x": [3]}),
+        TypeError, "dims", "got [3] for x; accepted are names, one for each dimension",
+    ),
+    "a list of coordinates": Row(
+        lambda w: tree(w, coords=[1]), TypeError, "coords", "got a list; accepted is a mapping, such as {'obs'"
+    ),
+    "coordinates of another size": Row(
+        lambda w: tree(w, coords={"obs": [1, 2]}),
+        ValueError, "coords", "'obs' has 2 entries; accepted are {...'obs': 6",
+    ),
+    "a number as the history": Row(
+        lambda w: tree(w, history=3), TypeError, "history", "got 3; accepted is what `fit` returned, or its `history`"
+    ),
+    "constant data without names": Row(
+        lambda w: tree(w, constant_data=[1]), TypeError, "constant_data", "got a list; accepted is a mapping"
+    ),
+    "constant data of rows of different lengths": Row(
+        lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
+        ValueError, "constant_data", "'c' makes no array: ...; accepted are rows of one length",
+    ),
+    "a dictionary for ArviZ": Row(
+        lambda w: pv.to_arviz({}), TypeError, "tree", "got a dict; accepted is what pv.to_datatree returns"
+    ),
+    "draws into a folder that is not there": Row(
+        lambda w: save(w, w.folder / "gone" / "draws.nc"),
+        FileNotFoundError, "path", "there is no folder '...gone' for 'draws.nc'; accepted is a path in one there is",
+    ),
+    "draws into a file of another format": Row(
+        lambda w: save(w, w.folder / "draws.zarr"), ValueError, "path", "got '...draws.zarr'; accepted is a netCDF file"
+    ),
+    "draws over a folder": Row(
+        lambda w: save(w, w.folder), ValueError, "path", "is a folder; accepted is a file in one, such as 'draws.nc'"
+    ),
+    "draws to nowhere": Row(
+        lambda w: save(w, None), TypeError, "path", "got None; accepted is a path, a string or a `pathlib.Path`"
+    ),
+    "no draws at a time": Row(lambda w: save(w, w.folder / "d.nc", chunk=0), ValueError, "chunk", f"got 0; {INT}"),
+    "a page in a folder that is not there": Row(
+        lambda w: page(w, "gone/page.html"),
+        FileNotFoundError, "path", "there is no folder '...gone' for 'page.html'; accepted",
+    ),
+    "a page in the place of a folder": Row(
+        lambda w: page(w, "."), IsADirectoryError, "path", "got '...', a folder; accepted is that of a file in it"
+    ),
+    "a page nowhere": Row(lambda w: page(w, None), TypeError, "path", "got None; accepted is a path, a string or"),
+    "labels of other data": Row(
+        lambda w: page(w, labels=torch.zeros(3)),
+        ValueError, "labels", "got shape (3,); accepted are whole numbers, (6,)",
+    ),
+    "labels with fractions": Row(
+        lambda w: page(w, labels=w.x[:, 0]), ValueError, "labels", "got ...; accepted are whole numbers, (6,)"
+    ),
+    "complex labels": Row(
+        lambda w: page(w, labels=torch.zeros(6) + 0j),
+        TypeError, "labels", "got a torch.complex64...; accepted are whole",
+    ),
+    "images of another size": Row(
+        lambda w: page(w, image_shape=(3, 3)),
+        ValueError, "image_shape", "got (3, 3); accepted are height and width of the",
+    ),
+    "a history of nothing that is known": Row(
+        lambda w: page(w, history={"loss": [1.0]}),
+        ValueError, "history", "has ['loss']; accepted is `fitted.history`, ...of them one or more of ['elbo'",
+    ),
+    "a list of pictures": Row(
+        lambda w: page(w, pictures=[3]), TypeError, "pictures", "got a list; accepted is a mapping, such as"
+    ),
+    "a number as the title": Row(lambda w: page(w, title=3), TypeError, "title", "got 3; accepted is a string"),
+    "a folder that is none": Row(
+        lambda w: datasets.mnist(folder=w.folder / "gone"), FileNotFoundError, "folder", "'...gone' is no folder"
+    ),
+    "a folder without the files": Row(
+        lambda w: datasets.mnist(folder=w.folder),
+        FileNotFoundError, "folder", "holds neither train-images-idx3-ubyte.gz nor",
+    ),
+    "a number as a folder": Row(lambda w: datasets.mnist(folder=3), TypeError, "folder", "got 3; accepted is a path"),
+    "one mirror in place of a list": Row(
+        lambda w: datasets.mnist(mirrors="https://localhost"),
+        ValueError, "mirrors", "got 'https://localhost'; accepted is a sequence of URLs",
+    ),
+    "a file that is not there": Row(
+        lambda w: idx.read(w.folder / "gone"),
+        FileNotFoundError, "path", "there is no file '...gone'; accepted is that of an",
+    ),
+    "a file that is cut off": Row(
+        lambda w: idx.read(w.torn), ValueError, "torn", "holds 8 bytes; its header tells of 16, shape [2, 0, 0]"
+    ),
+    "a file of another kind": Row(
+        lambda w: idx.read(w.foreign), ValueError, "foreign.gz", "is truncated or corrupted, and not used"
+    ),
+    "a comparison of no models": Row(
+        lambda w: pv.compare_evidence({}), ValueError, "evidence", "got no models; accepted is one or more"
+    ),
+    "a list of evidence": Row(
+        lambda w: pv.compare_evidence([w.x[:, 0]]),
+        TypeError, "evidence", "got a list; accepted is a mapping from names",
+    ),
+    "evidence of different data": Row(
+        lambda w: pv.compare_evidence({"a": w.x[:, 0], "b": w.x[:3, 0]}),
+        ValueError, "evidence", "got {'a': 6, 'b': 3} data; accepted are the same data",
+    ),
+    "truth values as evidence": Row(
+        lambda w: pv.compare_evidence({"a": w.x[:, 0] > 0}),
+        TypeError, "evidence", "'a' is a torch.bool tensor of shape (6,); accepted are floats (N,)",
+    ),
+}  # fmt: skip
+
+PLOTS = {
+    "a figure in place of axes": Row(
+        lambda w: plots.training_curves(w.history, ax=3), TypeError, "ax", "got a int; accepted are matplotlib's axes"
+    ),
+    "what fit returned in place of its history": Row(
+        lambda w: plots.training_curves(SimpleNamespace()),
+        TypeError, "history", "got a SimpleNamespace; accepted is `fitted.",
+    ),
+    "a history without epochs": Row(
+        lambda w: plots.training_curves({"elbo": []}),
+        ValueError, "history", "got [] for 'elbo'; accepted is `fitted.history`",
+    ),
+    "unknown terms": Row(
+        lambda w: plots.training_curves(w.history, terms=["loss"]),
+        ValueError, "terms", "got ['loss']; accepted are one or",
+    ),
+    "a rate of NaN": Row(
+        lambda w: plots.rate_distortion({"a": (math.nan, 1.0)}),
+        ValueError, "models", "got nan; accepted is a finite number",
+    ),
+    "a tensor in place of evidence": Row(
+        lambda w: plots.khat(w.x), TypeError, "evidence", "got a Tensor; accepted is what pv.log_evidence returns"
+    ),
+    "a dictionary in place of a table": Row(
+        lambda w: plots.evidence_comparison({}),
+        TypeError, "table", "got a dict; accepted is what pv.compare_evidence returns",
+    ),
+    "a dictionary in place of a comparison": Row(
+        lambda w: plots.bias_variance({}),
+        TypeError, "comparison", "got a dict; accepted is what gradients.compare returns",
+    ),
+    "a VAE in place of a calibration": Row(
+        lambda w: plots.calibration(w.vae), TypeError, "result", "got a VAE; accepted is what pv.calibrate returns"
+    ),
+    "an array of codes": Row(
+        lambda w: plots.latent_map(np.zeros((6, 2)), w.labels),
+        TypeError, "z", "got a ndarray; accepted is (N, 1) or (N, 2)",
+    ),
+    "codes of three dimensions": Row(
+        lambda w: plots.latent_map(torch.zeros(6, 3), w.labels),
+        ValueError, "z", "got shape (6, 3); accepted is (N, 1) or",
+    ),
+    "labels of other codes": Row(
+        lambda w: plots.latent_map(w.x, w.labels[:3]),
+        ValueError, "labels", "got shape (3,); accepted are whole numbers, (6,)",
+    ),
+    "several data where one is drawn": Row(
+        lambda w: plots.posterior(w.vae.model, w.vae.guide, w.x),
+        ValueError, "datum", "got 6 rows; accepted is one, `x[:1]`",
+    ),
+    "bytes as images, which would be black": Row(
+        lambda w: plots.image_grid(w.dark, 2),
+        ValueError, "images", "got torch.uint8 up to 200; accepted are values in [0, 1]",
+    ),
+    "flat images": Row(
+        lambda w: plots.image_grid(w.x, 2),
+        ValueError, "images", "got shape (6, 2); accepted is a tensor (N, height, width)",
+    ),
+    "no columns of images": Row(
+        lambda w: plots.image_grid(torch.zeros(4, 8, 8), 0), ValueError, "columns", f"got 0; {INT}"
+    ),
+    "a VAE in place of its decoder": Row(
+        lambda w: plots.manifold(w.vae, (8, 8)), TypeError, "decode", "got a VAE; accepted is a function, such as"
+    ),
+    "one number for height and width": Row(
+        lambda w: plots.manifold(grey_image, 8), ValueError, "shape", "got 8; accepted are height and width of an image"
+    ),
+    "images of another size than the decoder's": Row(
+        lambda w: plots.manifold(grey_image, (7, 7), size=2),
+        ValueError, "decode", "got shape (4, 64); accepted are images (4, 49), of 7 by 7 pixels",
+    ),
+    "a coordinate that is not there": Row(
+        lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=[5]),
+        ValueError, "coordinates", "got [5]; accepted are one or more integers from 0 to 1",
+    ),
+    "one coordinate in place of a list": Row(
+        lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=1),
+        TypeError, "coordinates", "got a int; accepted are integers from 0 to 1",
+    ),
+    "fewer images than asked for": Row(
+        lambda w: plots.samples(lambda count: torch.zeros(3, 64), (8, 8)),
+        ValueError, "generate", "got shape (3, 64); accepted are images (50, 64)",
+    ),
+    "a VAE as a model to draw": Row(
+        lambda w: plots.plate_diagram(w.vae, w.x),
+        TypeError, "model", "got a VAE, a pair of functions; accepted is one of",
+    ),
+}  # fmt: skip
+
+TABLES = {
+    "models": MODELS,
+    "parts": PARTS,
+    "networks": NETWORKS,
+    "data": DATA,
+    "pairs": PAIRS,
+    "numbers": NUMBERS,
+    "training": TRAINING,
+    "exports": EXPORTS,
+    "plots": PLOTS,
+}
+ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def state(w, random_states):
+    """All that a refused call must leave as it was."""
+    models = [one for one in vars(w).values() if isinstance(one, nn.Module)]
+    return (
+        random_states(),
+        sorted(pyro.get_param_store().keys()),
+        [(name, tensor.tolist()) for model in models for name, tensor in model.state_dict().items()],
+        [module.training for model in models for module in model.modules()],
+        sorted(path.name for path in w.folder.iterdir()),
+    )
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+def test_a_wrong_call_is_refused_before_any_work_naming_the_argument_and_what_is_accepted(row, tmp_path, random_states):
+    w = world(tmp_path)
+    before = state(w, random_states)
+    with pytest.raises(row.error) as caught:
+        row.call(w)
+    assert caught.type is row.error
+    message, place = str(caught.value), 0
+    for piece in (row.argument, *row.says.split("...")):
+        assert piece in message[place:], f"{piece!r} is not in {message!r}"
+        place = message.index(piece, place) + len(piece)
+    ours = [
+        one
+        for one in chain(caught.value)
+        if PACKAGE in Path(traceback.extract_tb(one.__traceback__)[-1].filename).parents
+    ]
+    assert any(row.argument in str(one) for one in ours), "the error is not one of the package's own"
+    assert state(w, random_states) == before
+
+
+def test_the_table_is_as_long_as_it_is_said_to_be():
+    assert len(ROWS) >= 200
+    assert len({row.call for row in ROWS.values()}) == len(ROWS)
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused_before_any_draw(tmp_path, monkeypatch):
+    w = world(tmp_path)
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for call in (lambda: save(w, tmp_path / "draws.nc"), lambda: page(w)):
+        with pytest.raises(PermissionError, match=r"path: nothing can be written in .*accepted is a path in a folder"):
+            call()
+
+
+@pytest.mark.parametrize("value", [torch.tensor([True, False]), torch.tensor([1 + 0j, 0j])])
+def test_a_bernoulli_refuses_what_is_no_real_number(value):
+    with pytest.raises(TypeError, match=r"value: got torch\..*; accepted are 0s and 1s"):
+        Bernoulli(logits=torch.zeros(2)).log_prob(value)
