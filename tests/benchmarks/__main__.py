@@ -72,7 +72,7 @@ def _processor() -> str:
 
 def sound(found: dict[str, Any]) -> bool:
     """Whether no contestant failed, and all that were compared agree."""
-    agree = all(judged["agrees"] for judged in found["agreement"]["contestants"].values())
+    agree = all(judged["agrees"] for judged in found["agreement"]["contestants"])
     return agree and not any("failed" in result for result in found["contestants"].values())
 
 

@@ -16,7 +16,7 @@ class Case:
         title: for the tables.
         task: what contestants do: ``"train"``, ``"evaluate"`` (log p(x) by importance weighting) or ``"export"``.
         data: ``"two_gaussians"``, ``"digits"`` or ``"mnist"``.
-        rows: of the data; full batches all, so that each step is one of many alike.
+        rows: of the data; a whole number of batches, so that all steps are alike.
         features: of a datum.
         hidden: units of the encoder's hidden layers; the decoder has them in reverse.
         activation: ``"tanh"`` or ``"relu"``.
@@ -62,9 +62,16 @@ class Case:
         return self.data == "mnist"
 
     @property
+    def bound(self) -> str:
+        """What a loss is minus one of: contestants are compared by losses of the same name."""
+        if self.task == "export":
+            return "mean square of the draws"
+        return "elbo" if self.task == "train" and self.particles == 1 else "log p(x), K draws"
+
+    @property
     def unit(self) -> str:
         """Of the work that is timed."""
-        return {"train": "step", "evaluate": "image-sample", "export": "draw of all data"}[self.task]
+        return {"train": "step", "evaluate": "image-sample", "export": "draw"}[self.task]
 
     @property
     def encoder(self) -> list[tuple[int, int]]:
@@ -177,7 +184,7 @@ CASES = {
         replace(
             MIXTURE,
             name="export",
-            title="Draws for ArviZ, 1000 points of the mixture, 200 draws",
+            title="200 draws of 1000 points for ArviZ, a tree of all; of Pyro's Predictive z and x alone",
             task="export",
             particles=200,
             check=1,

@@ -16,7 +16,7 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def runner(task: str) -> Callable[..., None]:
+def runner(task: str) -> Callable[..., dict[str, list[float]]]:
     """What does the task."""
     if task == "export":
         raise NotImplementedError("export: it is no matter of matrix products")
@@ -48,7 +48,7 @@ def _repeat(products: list[Product], times: int) -> None:
             torch.mm(left, right, out=out)
 
 
-def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> None:
+def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> dict[str, list[float]]:
     """The products of as many steps. No loss comes of them."""
     torch.manual_seed(seed)
     products = [
@@ -61,9 +61,10 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
     for _ in range(epochs):
         _repeat(products, steps)
         tick(steps)
+    return {}
 
 
-def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> None:
+def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> dict[str, list[float]]:
     """The products of the decoder at so many draws, and of the encoder once."""
     torch.manual_seed(seed)
     chunk = min(case.particles, 50)
@@ -72,3 +73,4 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
         _repeat(encode, 1)
         _repeat(decode, case.particles // chunk)
         tick(rows * chunk * (case.particles // chunk))
+    return {}

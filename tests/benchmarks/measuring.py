@@ -13,7 +13,7 @@ from cases import Case
 from processes import CONTESTANTS, Process, Unusable
 from scipy.stats import t as student_t
 
-REFERENCES = ("handwritten", "pyro", "eager", "numpyro")  # the first that takes part gives the spread between seeds
+REFERENCES = ("handwritten", "pyro", "eager", "numpyro")  # the first that can gives the spread between seeds
 FAILURE = 1e-5  # probability that contestants which do the same are called different
 
 
@@ -26,7 +26,7 @@ class Settings:
         seconds: of a turn.
         threads: that each may use.
         reference_seeds: runs of the reference, from which the spread between seeds is learned.
-        seeds: runs of the others; of those that compile, one.
+        seeds: runs of the others; of those that compile, one. Without any nothing is checked.
         pause: seconds between turns, in which threads that wait busily for work fall asleep.
     """
 
@@ -68,12 +68,13 @@ class Entrant:
             return self.found
         times = [turn["seconds"] / turn["work"] for turn in self.turns]
         middle = median(times)
-        found = {"time": middle, "fastest": min(times), "slowest": max(times), "times": times} | self.found
+        found = {"time": middle, "fastest": min(times), "slowest": max(times)} | self.found
         # The first unit of work comes with all that is done once: tracing, compilation, checks.
-        found["start_again"] = max(0.0, found.pop("first_seconds") - found.pop("first_work") * middle)
-        found["start"] = max(0.0, found.pop("check_seconds") - found.pop("check_work") * middle)
-        found |= {key: max(turn[key] for turn in self.turns) for key in ("peak",) if key in self.turns[0]}
-        found["memory"] = [{key: turn[key] for key in ("resident", "anonymous") if key in turn} for turn in self.turns]
+        for start, of in (("start", "check"), ("start_again", "first")):
+            if f"{of}_seconds" in found:
+                found[start] = max(0.0, found.pop(f"{of}_seconds") - found.pop(f"{of}_work") * middle)
+        found["peak"] = self.turns[-1]["peak"]
+        found["turns"] = self.turns
         return found
 
 
@@ -82,42 +83,52 @@ def measure(
 ) -> dict[str, Any]:
     """Everything about a case, ready for JSON."""
     inputs.write(case, folder, mnist)
-    entrants = [Entrant(name) for name in names]
-    reference = next((name for name in REFERENCES if name in names), None)
+    entrants = {name: Entrant(name) for name in names}
+    reference = None
     with ExitStack() as stack:
-        for entrant in entrants:
-            _enter(entrant, case, entrant.name == reference, settings, folder, log, stack)
-        for entrant in entrants:
+        # Those first that may be the reference.
+        for entrant in sorted(entrants.values(), key=lambda entrant: entrant.name not in REFERENCES):
+            _enter(entrant, case, settings, folder, log, stack)
+        for name in (name for name in REFERENCES if name in names and settings.seeds):
+            if reference is None and _check(entrants[name], case, settings.reference_seeds):
+                reference = name
+        for entrant in entrants.values():
+            if settings.seeds and entrant.name != reference:
+                _check(entrant, case, 1 if CONTESTANTS[entrant.name].compiles else settings.seeds)
+        for entrant in entrants.values():
             if begun := entrant.ask("start", warm_up=settings.seconds / 3):
                 entrant.found |= {key: begun[key] for key in ("first_seconds", "first_work")}
-        for entrant in _turns(entrants, settings.rounds):
+        for entrant in _turns(list(entrants.values()), settings.rounds):
             time.sleep(settings.pause if len(entrants) > 1 else 0.0)
             if turn := entrant.ask("round", seconds=settings.seconds):
                 entrant.turns.append(turn)
-    results = {entrant.name: entrant.result() for entrant in entrants}
+    results = {name: entrant.result() for name, entrant in entrants.items()}
     return {"case": asdict(case), "contestants": results, "agreement": agreement(results, reference)}
 
 
-def _enter(
-    entrant: Entrant, case: Case, is_reference: bool, settings: Settings, folder: Path, log: TextIO, stack: ExitStack
-) -> None:
-    """Start its process and let it compute the losses by which it is judged."""
-    contestant = CONTESTANTS[entrant.name]
+def _enter(entrant: Entrant, case: Case, settings: Settings, folder: Path, log: TextIO, stack: ExitStack) -> None:
+    """Start its process."""
     log.write(f"--- {case.name}: {entrant.name}\n")
     log.flush()
     try:
-        entrant.process = Process(contestant, case, folder, settings.threads, log)
+        entrant.process = Process(CONTESTANTS[entrant.name], case, folder, settings.threads, log)
     except Unusable as error:
         entrant.give_up(error)
         return
     stack.enter_context(closing(entrant.process))
-    runs = settings.reference_seeds if is_reference else 1 if contestant.compiles else settings.seeds
-    entrant.found["begun_with"] = entrant.process.begun_with.get("resident", 0.0)
-    if checked := entrant.ask("check", seeds=list(range(1, runs + 1))):
-        work = {"train": case.check_rows // case.batch_size, "evaluate": case.check_rows * case.particles}
-        entrant.found["losses"] = checked["losses"]
-        entrant.found["check_seconds"] = checked["seconds"][0]
-        entrant.found["check_work"] = case.check * work.get(case.task, case.particles)
+    entrant.found["begun_with"] = entrant.process.begun_with
+
+
+def _check(entrant: Entrant, case: Case, runs: int) -> bool:
+    """Let it compute the losses by which it is judged; whether it has."""
+    checked = entrant.ask("check", seeds=list(range(1, runs + 1)))
+    if checked is None:
+        return False
+    work = {"train": case.check_rows // case.batch_size, "evaluate": case.check_rows * case.particles}
+    entrant.found["losses"] = checked["losses"]
+    entrant.found["check_seconds"] = checked["seconds"][0]
+    entrant.found["check_work"] = case.check * work.get(case.task, case.particles)
+    return True
 
 
 def _turns(entrants: list[Entrant], rounds: int) -> Iterator[Entrant]:
@@ -131,19 +142,23 @@ def agreement(results: dict[str, dict[str, Any]], reference: str | None) -> dict
     """Whether the mean loss of each is within Monte-Carlo spread of the reference's, by the spread between its seeds.
 
     A prediction interval: m ± t s sqrt(1/n + 1/R) of a reference of R runs, mean m and standard deviation s, and a
-    contestant's mean of n runs.
+    contestant's mean of n runs. Losses are compared by name: some report a bound, some the ELBO beneath it.
     """
-    runs = (results[reference].get("losses") if reference else None) or []
-    if len(runs) < 2:
-        return {"reference": None, "contestants": {}}
-    mean, spread = fmean(runs), stdev(runs)
-    quantile = float(student_t.isf(FAILURE / 2, len(runs) - 1))
-    judged = {}
+    known = results[reference]["losses"] if reference else {}
+    judged = []
     for name, result in results.items():
-        if name == reference or not result.get("losses"):
-            continue
-        loss = fmean(result["losses"])
-        allowed = quantile * spread * (1 / len(result["losses"]) + 1 / len(runs)) ** 0.5
-        allowed += 1e-5 * abs(mean)  # rounding, where nothing is random
-        judged[name] = {"loss": loss, "off": loss - mean, "allowed": allowed, "agrees": abs(loss - mean) <= allowed}
-    return {"reference": reference, "loss": mean, "spread": spread, "runs": len(runs), "contestants": judged}
+        for bound, runs in result.get("losses", {}).items():
+            if name != reference and len(known.get(bound, [])) > 1:
+                judged.append({"contestant": name, "bound": bound} | _compared(runs, known[bound]))
+    return {"reference": reference, "contestants": judged}
+
+
+def _compared(runs: list[float], reference: list[float]) -> dict[str, Any]:
+    mean, spread, loss = fmean(reference), stdev(reference), fmean(runs)
+    allowed = float(student_t.isf(FAILURE / 2, len(reference) - 1)) * spread
+    allowed *= (1 / len(runs) + 1 / len(reference)) ** 0.5
+    allowed += 1e-5 * abs(mean)  # rounding, where nothing is random
+    off = loss - mean
+    return {"loss": loss, "reference_loss": mean, "spread": spread, "off": off, "allowed": allowed} | {
+        "agrees": abs(off) <= allowed
+    }

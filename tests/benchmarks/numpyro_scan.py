@@ -16,14 +16,14 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_default_prng_impl", "rbg")  # faster on processors than threefry, the default
 
 Tick = Callable[[float], None]
+Losses = dict[str, list[float]]
 
 STEPS = 500  # of a full batch in one scan, where an epoch is a step
 
 
-def runner(task: str) -> Callable[..., list[float]]:
+def runner(task: str) -> Callable[..., Losses]:
     """What does the task."""
     if task == "export":
         raise NotImplementedError("export: its draws are no tree for ArviZ")
@@ -134,7 +134,7 @@ def _epoch(svi: SVI, case: Case, state: Any, x: Array, key: Array) -> tuple[Any,
     return lax.scan(step, state, (jax.random.split(noise, steps), index))
 
 
-def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> list[float]:
+def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """One compiled call after another."""
     svi = ScanVAE(case, given).svi()
     x = jnp.asarray(given.x[:rows])
@@ -148,10 +148,10 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
         found.block_until_ready()
         losses += found.tolist() if case.full_batch else [float(found.mean())]
         tick(len(found))
-    return losses[:epochs]
+    return {case.bound: losses[:epochs]}
 
 
-def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> list[float]:
+def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """Mean log p(x) by importance weighting, in one compiled call that bounds its memory by a loop."""
     vae, chunk = ScanVAE(case, given), min(case.particles, 50)
     x = (jnp.asarray(given.x[:rows]) > 127).astype(jnp.float32)
@@ -174,7 +174,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
     for key in _keys(seed, epochs):
         found.append(-float(evidence(key)))
         tick(rows * chunk * (case.particles // chunk))
-    return found
+    return {case.bound: found}
 
 
 def _keys(seed: int, count: int) -> Any:

@@ -14,6 +14,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 Tick = Callable[[float], None]
+Losses = dict[str, list[float]]
 
 
 def set_threads(threads: int) -> None:
@@ -21,7 +22,7 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def runner(task: str) -> Callable[..., list[float] | None]:
+def runner(task: str) -> Callable[..., Losses]:
     """What does the task."""
     return {"train": train, "evaluate": evaluate, "export": export}[task]
 
@@ -98,7 +99,7 @@ class PlainVAE(nn.Module):
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
-def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> list[float]:
+def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """SVI, one step after another."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -118,16 +119,15 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
             total += svi.step(torch.bernoulli(batch.float() / 255) if case.binarized else batch)
         losses.append(total / rows)
         tick(rows // case.batch_size)
-    return losses
+    return {case.bound: losses}
 
 
 @torch.no_grad()
-def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> list[float]:
+def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """Mean log p(x) by Pyro's importance weights, as many draws at once as keep the memory in bounds."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), (torch.from_numpy(given.x[:rows]) > 127).float()
-    # Weights come normalised within a part; those of single draws, `sum` over no plate, are made comparable by hand.
     chunk = min(case.particles, 50)
     found = []
     for _ in range(epochs):
@@ -135,7 +135,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
         weights = torch.cat(parts)
         found.append(-float((weights.logsumexp(0) - torch.tensor(float(len(weights))).log()).mean()))
         tick(rows * len(weights))
-    return found
+    return {case.bound: found}
 
 
 def _log_weights(vae: PlainVAE, x: Tensor, count: int) -> Tensor:
@@ -148,7 +148,7 @@ def _log_weights(vae: PlainVAE, x: Tensor, count: int) -> Tensor:
     return likelihood + prior - proposal
 
 
-def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> list[float]:
+def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """Draws of the posterior and of new data by ``Predictive``, as arrays; the mean square of those of z."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -157,9 +157,9 @@ def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, see
     for _ in range(epochs):
         of_guide = Predictive(vae.guide, num_samples=case.particles, parallel=True)(x)
         z = of_guide["z"].detach()
-        new = {"x": pyro.poutine.uncondition(vae.model)}
-        drawn = Predictive(new["x"], posterior_samples={"z": z}, parallel=True)(x)["x"]
-        arrays = z.numpy(), drawn.detach().numpy()
-        found.append(float((arrays[0] ** 2).mean()))
+        redrawn = Predictive(pyro.poutine.uncondition(vae.model), posterior_samples={"z": z}, parallel=True)
+        drawn = redrawn(x)["x"]
+        arrays = {"z": z.numpy(), "x": drawn.detach().numpy()}
+        found.append(float((arrays["z"] ** 2).mean()))
         tick(case.particles)
-    return found
+    return {case.bound: found}

@@ -62,26 +62,29 @@ def of_case(found: Result, unit: str) -> str:
             continue
         ratio = f"{result['time'] / results[base]['time']:.2f}" if base else ""
         times = [span(result[key]) for key in ("time", "fastest", "slowest")]
-        peak = result.get("peak")
-        rows.append(
-            [result["title"], *times, ratio, f"{1 / result['time']:,.0f}"]
-            + [f"{result[key]:.1f} s" for key in ("start", "start_again")]
-            + (["", ""] if peak is None else [f"{peak:.0f}", f"{peak - result['begun_with']:.0f}"])
-        )
+        starts = [f"{result[key]:.1f} s" for key in ("start", "start_again")]
+        rows.append([result["title"], *times, ratio, f"{1 / result['time']:,.0f}", *starts, *peak(result)])
     return f"{table(header, rows)}\n\n{agreement(found['agreement'], results)}"
+
+
+def peak(result: Result) -> list[str]:
+    """The most memory that a contestant held, and how much of it came after its libraries and data."""
+    return [f"{result['peak']:.0f}", f"{result['peak'] - result['begun_with']['peak']:.0f}"]
 
 
 def agreement(found: Result, results: Mapping[str, Result]) -> str:
     """The losses by which contestants were judged to compute the same."""
-    if found["reference"] is None:
-        return "Loss: no contestant whose runs could be compared."
-    title = results[found["reference"]]["title"]
-    rows = [[f"{title}, {found['runs']} runs", f"{found['loss']:.4f}", "", f"{found['spread']:.4f} between runs", ""]]
-    for name, judged in found["contestants"].items():
+    if not found["contestants"]:
+        return "Loss: no two contestants that could be compared."
+    runs = results[found["reference"]]
+    rows = []
+    for judged in found["contestants"]:
         says = "yes" if judged["agrees"] else "NO"
-        cells = [f"{judged['loss']:.4f}", f"{judged['off']:+.4f}", f"± {judged['allowed']:.4f}", says]
-        rows.append([results[name]["title"], *cells])
-    return table(["nats per datum, first steps", "mean loss", "off by", "allowed", "the same"], rows)
+        numbers = f"{judged['loss']:.4f}", f"{judged['reference_loss']:.4f}", f"{judged['off']:+.4f}"
+        name = results[judged["contestant"]]["title"]
+        rows.append([name, judged["bound"], *numbers, f"± {judged['allowed']:.4f}", says])
+    header = ["mean loss of the first steps, nats per datum", "of", "loss", runs["title"], "off by", "allowed", "same"]
+    return table(header, rows)
 
 
 def of_targets(found: Mapping[str, Result]) -> str:

@@ -1,7 +1,8 @@
 """A contestant in a process of its own, which does what it is told on its standard input, a line of JSON each time.
 
-``check`` trains with each of some seeds and answers with the mean loss of each; ``start`` begins the run that is timed
-and answers when it is warm; ``round`` lets it go on for so many seconds and answers with the work done; ``stop`` ends it.
+``check`` trains with each of some seeds and answers with the mean losses of each; ``start`` begins the run that is
+timed and answers when it is warm; ``round`` lets it go on for so many seconds and answers with the work done; ``stop``
+ends it.
 """
 
 import importlib
@@ -9,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -46,10 +48,12 @@ class Stopwatch:
     Args:
         channel: where commands come from.
         warm_up: seconds that the run goes on after the first work, unmeasured.
+        watch: on the memory.
     """
 
-    def __init__(self, channel: Channel, warm_up: float):
+    def __init__(self, channel: Channel, warm_up: float, watch: "Watch | None" = None):
         self.channel = channel
+        self.watch = watch
         self.warm_up = warm_up
         self.begun = time.perf_counter()
         self.first: dict[str, float] = {}
@@ -65,7 +69,7 @@ class Stopwatch:
             self._go(self.warm_up)
         elif now >= self.until:
             answer = {"work": self.done, "seconds": now - self.begun} if self.measuring else self.first
-            self.channel.tell(**answer, **memory())
+            self.channel.tell(**answer, **memory(), most_anonymous=self.watch.most if self.watch else None)
             self._wait()
 
     def _wait(self) -> None:
@@ -79,6 +83,20 @@ class Stopwatch:
         self.done = 0.0
         self.begun = time.perf_counter()
         self.until = self.begun + seconds
+
+
+class Watch(threading.Thread):
+    """Looks again and again how much the process holds that is in no file: the system keeps no peak of that."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0.0
+
+    def run(self) -> None:
+        """Until the process ends."""
+        while True:
+            self.most = max(self.most, memory().get("anonymous", 0.0))
+            time.sleep(0.01)
 
 
 def memory() -> dict[str, float]:
@@ -105,14 +123,14 @@ def _limit(threads: int) -> None:
 
 
 def _check(run: Callable[..., Any], case: Any, given: Any, seeds: list[int]) -> dict[str, Any]:
-    losses, seconds = [], []
+    losses: dict[str, list[float]] = {}
+    seconds = []
     for seed in seeds:
         started = time.perf_counter()
         found = run(case, given, lambda work: None, epochs=case.check, rows=case.check_rows, seed=seed)
         seconds.append(time.perf_counter() - started)
-        if found is None:  # as the floor, which computes no loss
-            return {"losses": None, "seconds": seconds}
-        losses.append(sum(found) / len(found))
+        for name, values in found.items():  # none, of the floor
+            losses.setdefault(name, []).append(sum(values) / len(values))
     return {"losses": losses, "seconds": seconds}
 
 
@@ -128,13 +146,16 @@ def serve(channel: Channel, order: dict[str, Any]) -> None:
         contestant.set_threads(order["threads"])
     run = contestant.runner(case.task, **order["options"])
     given = read(case, Path(order["folder"]))
+    watch = Watch() if case.mapped else None
+    if watch:
+        watch.start()
     channel.tell(**memory())
     while (command := channel.hear())["do"] != "stop":
         if command["do"] == "check":
             channel.tell(**_check(run, case, given, command["seeds"]))
             continue
         try:
-            run(case, given, Stopwatch(channel, command["warm_up"]), epochs=EPOCHS, rows=case.rows, seed=0)
+            run(case, given, Stopwatch(channel, command["warm_up"], watch), epochs=EPOCHS, rows=case.rows, seed=0)
         except Stopped:
             break
 
