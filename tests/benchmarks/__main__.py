@@ -17,6 +17,7 @@ from typing import Any
 
 import tables
 from cases import CASES, Case, shortened
+from growth import GROWTHS, grow, shown
 from measuring import Settings, measure
 from processes import CONTESTANTS
 
@@ -27,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which to measure; all")
+    parser.add_argument("--growth", nargs="*", choices=GROWTHS, default=list(GROWTHS), help="of what, in which; all")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="whom; all")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (7)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn (3)")
@@ -80,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 if a contestant failed or computes something else."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(args)
-    found: dict[str, Any] = {"machine": machine(args.threads), "settings": vars(settings), "cases": {}}
+    found: dict[str, Any] = {"machine": machine(args.threads), "settings": vars(settings), "cases": {}, "growth": {}}
     written = [f"# Benchmarks\n\n{json.dumps(found['machine'])}"]
     with tempfile.TemporaryDirectory() as folder, (args.out / "log.txt").open("w") as log:
         for name in args.cases:
@@ -88,6 +90,11 @@ def main(args: argparse.Namespace) -> int:
             result = measure(case, args.contestants, settings, Path(folder) / name, log, args.folder)
             found["cases"][name] = result
             written.append(f"## {case.title}\n\n{tables.of_case(result, case.unit)}")
+            print(f"{written[-1]}\n", flush=True)
+        for name in args.growth:
+            grown = grow(name, args.contestants, settings, Path(folder) / name, log, args.quick)
+            found["growth"][name] = grown
+            written.append(shown(name, grown))
             print(f"{written[-1]}\n", flush=True)
     if not args.quick:
         written.append(f"## Targets\n\n{tables.of_targets(found['cases'])}")
