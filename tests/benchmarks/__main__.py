@@ -1,0 +1,109 @@
+"""Time beside peers, and that they compute the same: ``python tests/benchmarks --help``.
+
+Each contestant has a process of its own and as many threads as the others. It first trains from the weights that all
+start from, and its losses must agree with the others'. Then contestants take turns, and a time is the median over the
+rounds of seconds per unit of work. What happens once, such as compilation, is told apart.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tables
+from cases import CASES, Case, shortened
+from growth import GROWTHS, grow, shown
+from measuring import Settings, measure
+from processes import CONTESTANTS
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which to measure; all")
+    parser.add_argument("--growth", nargs="*", choices=GROWTHS, default=list(GROWTHS), help="of what, in which; all")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="whom; all")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (7)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn (3)")
+    parser.add_argument("--threads", type=int, default=2, help="of each contestant (2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: no times to quote")
+    parser.add_argument("--folder", type=Path, help="with MNIST's files, for real images; speed is the same without")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="folder for JSON and Markdown")
+    return parser.parse_args(arguments)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Those that the options ask for."""
+    if args.quick:
+        return Settings(rounds=2, seconds=0.05, threads=args.threads, reference_seeds=8, seeds=2, pause=0.0)
+    return Settings(rounds=args.rounds, seconds=args.seconds, threads=args.threads)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What it was measured on."""
+    packages = {}
+    for name in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+def sound(found: dict[str, Any]) -> bool:
+    """Whether no contestant failed, and all that were compared agree."""
+    agree = all(judged["agrees"] for judged in found["agreement"]["contestants"])
+    return agree and not any("failed" in result for result in found["contestants"].values())
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print, write; 1 if a contestant failed or computes something else."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(args)
+    found: dict[str, Any] = {"machine": machine(args.threads), "settings": vars(settings), "cases": {}, "growth": {}}
+    written = [f"# Benchmarks\n\n{json.dumps(found['machine'])}"]
+    with tempfile.TemporaryDirectory() as folder, (args.out / "log.txt").open("w") as log:
+        for name in args.cases:
+            case: Case = shortened(CASES[name]) if args.quick else CASES[name]
+            result = measure(case, args.contestants, settings, Path(folder) / name, log, args.folder)
+            found["cases"][name] = result
+            written.append(f"## {case.title}\n\n{tables.of_case(result, case.unit)}")
+            print(f"{written[-1]}\n", flush=True)
+        for name in args.growth:
+            grown = grow(name, args.contestants, settings, Path(folder) / name, log, args.quick)
+            found["growth"][name] = grown
+            written.append(shown(name, grown))
+            print(f"{written[-1]}\n", flush=True)
+    if not args.quick:
+        written.append(f"## Targets\n\n{tables.of_targets(found['cases'])}")
+        print(written[-1])
+    (args.out / "results.json").write_text(json.dumps(found, indent=2))
+    (args.out / "results.md").write_text("\n\n".join(written) + "\n")
+    print(f"\nIn {args.out}: results.json, results.md, log.txt")
+    return 0 if all(map(sound, found["cases"].values())) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

@@ -1,0 +1,222 @@
+"""What is measured: sizes and settings, once, for all contestants. No torch and no JAX in here."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data and its training.
+
+    Attributes:
+        name: by which it is asked for.
+        title: for the tables.
+        task: what contestants do: ``"train"``, ``"evaluate"`` (log p(x) by importance weighting) or ``"export"``.
+        data: ``"two_gaussians"``, ``"digits"`` or ``"mnist"``.
+        rows: of the data; a whole number of batches, so that all steps are alike.
+        features: of a datum.
+        hidden: units of the encoder's hidden layers; the decoder has them in reverse.
+        activation: ``"tanh"`` or ``"relu"``.
+        guide: ``"normal"``, ``"gumbel"`` (a relaxed one-hot) or ``"bernoulli"``, which is enumerated.
+        latent: shape of z.
+        likelihood: ``"normal"``, with one learned scale, or ``"bernoulli"``.
+        batch_size: rows of a step.
+        lr: Adam's learning rate.
+        particles: draws of each datum; more than one are importance-weighted.
+        temperatures: of prior and guide, where they are relaxed.
+        check: epochs of the run by which it is seen that all contestants compute the same.
+        check_rows: rows of that run.
+        mapped: whether the data stay in a file, of which pages are read as they are needed.
+    """
+
+    name: str
+    title: str
+    data: str
+    rows: int
+    features: int
+    hidden: tuple[int, ...]
+    latent: tuple[int, ...]
+    batch_size: int
+    check: int
+    check_rows: int
+    task: str = "train"
+    activation: str = "relu"
+    guide: str = "normal"
+    likelihood: str = "bernoulli"
+    lr: float = 1e-3
+    particles: int = 1
+    temperatures: tuple[float, float] = (0.5, 0.67)
+    mapped: bool = False
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether a step takes all rows."""
+        return self.batch_size == self.rows
+
+    @property
+    def binarized(self) -> bool:
+        """Whether pixels are bytes, drawn as 0 or 1 anew for each batch."""
+        return self.data == "mnist"
+
+    @property
+    def bound(self) -> str:
+        """What a loss is minus one of: contestants are compared by losses of the same name."""
+        if self.task == "export":
+            return "mean square of the draws"
+        return "elbo" if self.task == "train" and self.particles == 1 else "log p(x), K draws"
+
+    @property
+    def unit(self) -> str:
+        """Of the work that is timed."""
+        return {"train": "step", "evaluate": "image-sample", "export": "draw"}[self.task]
+
+    @property
+    def encoder(self) -> list[tuple[int, int]]:
+        """Sizes of the encoder's layers, inputs and outputs."""
+        raw = prod(self.latent) * (2 if self.guide == "normal" else 1)
+        return list(pairwise([self.features, *self.hidden, raw]))
+
+    @property
+    def decoder(self) -> list[tuple[int, int]]:
+        """Sizes of the decoder's layers."""
+        return list(pairwise([prod(self.latent), *self.hidden[::-1], self.features]))
+
+    @property
+    def decoded(self) -> int:
+        """Codes that the decoder is given in a step."""
+        return 2 ** prod(self.latent) if self.guide == "bernoulli" else self.batch_size * self.particles
+
+
+MIXTURE = Case(
+    name="mixture",
+    title="Mixture of two Gaussians, 1000 points, full batch, 2-32-1",
+    data="two_gaussians",
+    rows=1000,
+    features=2,
+    hidden=(32,),
+    latent=(1,),
+    batch_size=1000,
+    activation="tanh",
+    likelihood="normal",
+    lr=1e-2,
+    check=50,
+    check_rows=1000,
+)
+
+DIGITS = Case(
+    name="digits",
+    title="Digits of 8 × 8 pixels, 64-128-2, batch 100",
+    data="digits",
+    rows=1500,
+    features=64,
+    hidden=(128,),
+    latent=(2,),
+    batch_size=100,
+    activation="tanh",
+    lr=3e-3,
+    check=4,
+    check_rows=1500,
+)
+
+MNIST = Case(
+    name="mnist-128",
+    title="MNIST 784-400-20, batch 128",
+    data="mnist",
+    rows=468 * 128,
+    features=784,
+    hidden=(400,),
+    latent=(20,),
+    batch_size=128,
+    check=1,
+    check_rows=50 * 128,
+)
+
+CASES = {
+    case.name: case
+    for case in (
+        MIXTURE,
+        DIGITS,
+        MNIST,
+        replace(
+            MNIST,
+            name="mnist-1024",
+            title="MNIST 784-400-20, batch 1024",
+            rows=58 * 1024,
+            batch_size=1024,
+            check_rows=50 * 1024,
+        ),
+        replace(
+            MNIST,
+            name="gumbel",
+            title="MNIST, Gumbel-softmax 20 × 10, 784-400-200, batch 128",
+            guide="gumbel",
+            latent=(20, 10),
+        ),
+        replace(
+            MNIST,
+            name="importance",
+            title="MNIST 784-400-20, importance-weighted K = 50, batch 20",
+            rows=100 * 20,
+            batch_size=20,
+            particles=50,
+            check_rows=50 * 20,
+        ),
+        replace(
+            DIGITS,
+            name="enumerated",
+            title="Digits, 10 Bernoulli variables enumerated, 64-128-10, batch 100",
+            guide="bernoulli",
+            latent=(10,),
+        ),
+        replace(
+            MNIST,
+            name="evidence",
+            title="log p(x) of MNIST images, 784-400-20, 1000 draws each",
+            task="evaluate",
+            rows=100,
+            batch_size=100,
+            particles=1000,
+            check_rows=100,
+        ),
+        replace(
+            MIXTURE,
+            name="export",
+            title="200 draws of 1000 points for ArviZ, a tree of all; of Pyro's Predictive z and x alone",
+            task="export",
+            particles=200,
+            check=1,
+        ),
+    )
+}
+
+
+def shortened(case: Case) -> Case:
+    """The same in a second or so: what is measured then says nothing, but that the harness works."""
+    batch = min(case.batch_size, 20)
+    return replace(
+        case,
+        rows=10 * batch if not case.full_batch else batch,
+        check_rows=10 * batch if not case.full_batch else batch,
+        batch_size=batch,
+        hidden=(8,),
+        latent=(4,) if case.guide == "bernoulli" else case.latent,
+        particles=min(case.particles, 10),
+        check=10 if case.full_batch and case.task == "train" else 1,
+    )
+
+
+def initial_weights(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights ``(out, in)`` and biases of each layer, drawn as torch does, by names such as ``encoder.0.weight``."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for part, layers in (("encoder", case.encoder), ("decoder", case.decoder)):
+        for number, (inputs, outputs) in enumerate(layers):
+            bound = inputs**-0.5
+            weights[f"{part}.{number}.weight"] = random.uniform(-bound, bound, (outputs, inputs)).astype(np.float32)
+            weights[f"{part}.{number}.bias"] = random.uniform(-bound, bound, outputs).astype(np.float32)
+    if case.likelihood == "normal":
+        weights["log_scale"] = np.zeros((), np.float32)
+    return weights

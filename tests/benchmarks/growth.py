@@ -1,0 +1,192 @@
+"""How time and memory grow: with data, latents, particles and epochs, and with data that stay in a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import log
+from pathlib import Path
+from typing import Any, TextIO
+
+from cases import CASES, DIGITS, MIXTURE, MNIST, Case, shortened
+from measuring import Settings, measure
+from tables import peak, span, table
+
+OURS = ("captured", "eager")
+
+
+@dataclass(frozen=True)
+class Series:
+    """A case at several sizes.
+
+    Attributes:
+        title: for the tables.
+        base: the case.
+        grows: what does: ``"rows"``, ``"latent"`` or ``"particles"``.
+        values: its sizes.
+        quick: those of the short form.
+        each: of what the time is told: a ``"unit"`` of work, or an ``"epoch"`` or ``"call"``.
+    """
+
+    title: str
+    base: Case
+    grows: str
+    values: tuple[int, ...]
+    quick: tuple[int, ...] = (40, 80)
+    each: str = "step"
+
+    def case(self, value: int, quick: bool) -> Case:
+        """The case of this size."""
+        base = shortened(self.base) if quick else self.base
+        if self.grows == "latent":
+            return replace(base, latent=(value,))
+        if self.grows == "particles":
+            return replace(base, particles=value)
+        return replace(base, rows=value, batch_size=value if self.base.full_batch else base.batch_size)
+
+    def work(self, case: Case) -> int:
+        """Units of work in what the time is told of."""
+        if self.each == "epoch":
+            return case.rows // case.batch_size
+        if self.each == "call":
+            return case.particles * (case.rows if case.task == "evaluate" else 1)
+        return 1
+
+
+SERIES = {
+    "data": Series(
+        "An epoch of MNIST 784-400-20 at batch 128, by images",
+        MNIST,
+        "rows",
+        (50 * 128, 100 * 128, 200 * 128, 400 * 128),
+        each="epoch",
+    ),
+    "full-batch": Series("A step on all points of the mixture, by points", MIXTURE, "rows", (1000, 10_000, 100_000)),
+    "latents": Series("A step of MNIST 784-400 at batch 128, by latents", MNIST, "latent", (5, 20, 80, 320), (2, 4)),
+    "states": Series(
+        "A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent", (4, 6, 8, 10, 12), (2, 3)
+    ),
+    "particles": Series(
+        "A step of MNIST 784-400-20 at batch 20, importance-weighted, by K",
+        CASES["importance"],
+        "particles",
+        (2, 10, 50, 250),
+        (2, 4),
+    ),
+    "evidence-draws": Series(
+        "log p(x) of 100 MNIST images, by draws of each",
+        CASES["evidence"],
+        "particles",
+        (250, 1000, 4000),
+        (5, 10),
+        each="call",
+    ),
+    "export-draws": Series(
+        "Draws of 1000 points of the mixture for ArviZ, by draws",
+        CASES["export"],
+        "particles",
+        (50, 200, 800),
+        (5, 10),
+        each="call",
+    ),
+}
+
+EPOCHS = replace(DIGITS, name="epochs", title="Memory as epochs go by: digits, 64-128-2, batch 100")
+
+MAPPED = replace(
+    MNIST,
+    name="mapped",
+    title="Data in a file that is mapped: 784-16-2, batch 1000",
+    rows=300_000,
+    hidden=(16,),
+    latent=(2,),
+    batch_size=1000,
+    mapped=True,
+)
+
+MAPPED_ROWS, QUICK_MAPPED_ROWS = (30_000, 300_000), (2000, 20_000)
+
+GROWTHS = (*SERIES, "epochs", "mapped")
+
+
+def grow(
+    name: str, names: Sequence[str], settings: Settings, folder: Path, log_file: TextIO, quick: bool
+) -> dict[str, Any]:
+    """What came of one of :data:`GROWTHS`, ready for JSON."""
+    settings = replace(settings, seeds=0, rounds=min(3, settings.rounds), seconds=settings.seconds / 2)
+    names = [name for name in names if name in OURS]
+    if name == "epochs":
+        settings = replace(settings, rounds=2 if quick else 10)
+        return measure(shortened(EPOCHS) if quick else EPOCHS, names, settings, folder, log_file)
+    if name == "mapped":
+        cases = [replace(MAPPED, rows=rows) for rows in (QUICK_MAPPED_ROWS if quick else MAPPED_ROWS)]
+        return {"points": [measure(case, names, settings, folder, log_file) for case in cases]}
+    series, points = SERIES[name], []
+    if series.base.task != "train":
+        names = [name for name in names if name == "eager"]
+    for value in series.quick if quick else series.values:
+        case = series.case(value, quick)
+        found = measure(case, names, settings, folder, log_file)["contestants"]
+        for result in found.values():
+            if "time" in result:
+                result["time"] *= series.work(case)
+        points.append({"value": value, "contestants": found})
+    return {"grows": series.grows, "each": series.each, "points": points}
+
+
+def shown(name: str, found: dict[str, Any]) -> str:
+    """It as tables, under a title."""
+    if name == "epochs":
+        return f"## {EPOCHS.title}\n\n{_of_epochs(found)}"
+    if name == "mapped":
+        return f"## {MAPPED.title}\n\n{_of_mapped(found['points'])}"
+    return f"## {SERIES[name].title}\n\n{_of_series(SERIES[name], found['points'])}"
+
+
+def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
+    """A row for each size; the exponent is that of the power law through a point and the one before it."""
+    rows = []
+    for number, point in enumerate(points):
+        for name, result in point["contestants"].items():
+            if "time" not in result:
+                rows.append([f"{point['value']:,}", result["title"], _why(result), "", "", ""])
+                continue
+            before = points[number - 1]["contestants"][name].get("time") if number else None
+            exponent = ""
+            if before:
+                growth = log(point["value"] / points[number - 1]["value"])
+                exponent = f"{log(result['time'] / before) / growth:.2f}"
+            rows.append([f"{point['value']:,}", result["title"], span(result["time"]), exponent, *peak(result)])
+    return table([series.grows, "", f"time per {series.each}", "exponent", "peak MB", "grown by"], rows)
+
+
+def _of_epochs(found: dict[str, Any]) -> str:
+    """Memory when the first round was over and when the last was."""
+    steps = found["case"]["rows"] // found["case"]["batch_size"]
+    rows = []
+    for result in found["contestants"].values():
+        if "time" not in result or "resident" not in result["turns"][0]:
+            rows.append([result["title"], _why(result), "", "", ""])
+            continue
+        first, *others = result["turns"]
+        epochs = sum(turn["work"] for turn in others) / steps
+        growth = others[-1]["resident"] - first["resident"]
+        cells = [f"{first['resident']:.1f}", f"{others[-1]['resident']:.1f}", f"{epochs:,.0f}"]
+        rows.append([result["title"], *cells, f"{1024 * growth / epochs:.2f}"])
+    return table(["MB resident", "at first", "at last", "epochs between", "kB per epoch"], rows)
+
+
+def _of_mapped(points: list[dict[str, Any]]) -> str:
+    """The most memory that was in no file, since libraries were loaded: little more where the file is ten times it."""
+    rows = []
+    for point in points:
+        size = f"{point['case']['rows'] * point['case']['features'] / 2**20:.0f}"
+        for result in point["contestants"].values():
+            if "time" not in result or "anonymous" not in result["begun_with"]:
+                rows.append([size, result["title"], _why(result), ""])
+                continue
+            grown = max(turn["most_anonymous"] for turn in result["turns"]) - result["begun_with"]["anonymous"]
+            rows.append([size, result["title"], span(result["time"]), f"{grown:.0f}"])
+    return table(["MB of data", "", "time per step", "MB of memory in no file"], rows)
+
+
+def _why(result: dict[str, Any]) -> str:
+    return f"failed: {result['failed']}" if "failed" in result else "not available"

@@ -1,0 +1,160 @@
+"""pyro_vae, captured and eager: the model as its users write it, trained by ``pyro_vae.fit``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from cases import Case
+from inputs import Inputs
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.optim import Adam
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import pyro_vae as pv
+from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
+from pyro_vae.randomness import seeded
+
+Tick = Callable[[float], None]
+Losses = dict[str, list[float]]
+
+
+def set_threads(threads: int) -> None:
+    """Of torch."""
+    torch.set_num_threads(threads)
+
+
+def runner(task: str, compiled: bool = False, by_step: bool = False) -> Callable[..., Losses]:
+    """What does the task: with ``compiled`` by the captured step, with ``by_step`` in a loop of the caller's."""
+    if task == "train":
+        return _stepper(compiled) if by_step else _fitter(compiled)
+    if compiled or by_step:
+        raise NotImplementedError(f"{task}: nothing of it is captured")
+    return {"evaluate": evaluate, "export": export}[task]
+
+
+def _fitter(compiled: bool) -> Callable[..., Losses]:
+    options = {"compile": True} if compiled else {}
+
+    def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+        model, guide, elbo = pair(case, given)
+        with _ticking(tick, epochs, rows // case.batch_size):
+            fitted = pv.fit(
+                model,
+                guide,
+                torch.from_numpy(given.x)[:rows],
+                epochs=epochs,
+                batch_size=case.batch_size,
+                lr=case.lr,
+                elbo=elbo,
+                transform=datasets.resample if case.binarized else None,
+                seed=seed,
+                progress=False,
+                **options,
+            )
+        # The history has the ELBO also where a tighter bound is trained on.
+        return {"elbo": [-nats for nats in fitted.history["elbo"]]}
+
+    return train
+
+
+def _stepper(compiled: bool) -> Callable[..., Losses]:
+    options = {"compile": True} if compiled else {}
+
+    def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+        model, guide, elbo = pair(case, given)
+        x = torch.from_numpy(given.x)[:rows]
+        svi = pv.SVI(model, guide, Adam({"lr": case.lr}), elbo, **options)
+        losses = []
+        with seeded(seed):
+            for _ in range(epochs):
+                total = 0.0
+                for index in [None] if case.full_batch else torch.randperm(rows).split(case.batch_size):
+                    batch = x if index is None else x[index]
+                    total += svi.step(datasets.resample(batch) if case.binarized else batch)
+                losses.append(total / rows)
+                tick(rows // case.batch_size)
+        return {case.bound: losses}
+
+    return train
+
+
+@contextmanager
+def _ticking(tick: Tick, epochs: int, steps: int) -> Iterator[None]:
+    """Let the progress bar of the run tell the stopwatch, whether it is shown or not: ``fit`` has no other ear."""
+    update = tqdm.update
+
+    def told(bar: tqdm, n: float | None = 1) -> bool | None:
+        shown = update(bar, n)
+        if bar.total == epochs:
+            tick(steps * (1 if n is None else n))
+        return shown
+
+    tqdm.update = told
+    try:
+        yield
+    finally:
+        tqdm.update = update
+
+
+def vae_of(case: Case, given: Inputs) -> pv.VAE:
+    """The VAE of a case, with the weights that all start from."""
+    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[case.activation]
+    encode, decode = networks.mlp(case.hidden, activation), networks.mlp(case.hidden[::-1], activation)
+    cold, warm = case.temperatures
+    if case.guide == "gumbel":
+        prior: nn.Module = priors.GumbelSoftmax(case.latent, temperature=cold)
+        encoder: nn.Module = guides.GumbelSoftmax(case.features, case.latent, encode, temperature=warm)
+    elif case.guide == "bernoulli":
+        prior, encoder = priors.Bernoulli(case.latent), guides.Bernoulli(case.features, case.latent, encode)
+    else:
+        prior, encoder = priors.StandardNormal(case.latent), guides.DiagonalNormal(case.features, case.latent, encode)
+    likelihood = {"normal": likelihoods.Normal, "bernoulli": likelihoods.Bernoulli}[case.likelihood]
+    vae = pv.VAE(prior, encoder, likelihood(case.latent, case.features, decode))
+    with torch.no_grad():
+        for part, module in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+            for number, layer in enumerate(layer for layer in module.modules() if isinstance(layer, nn.Linear)):
+                layer.weight.copy_(torch.from_numpy(given.weights[f"{part}.{number}.weight"]))
+                layer.bias.copy_(torch.from_numpy(given.weights[f"{part}.{number}.bias"]))
+    return vae
+
+
+def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    """Model, guide and what trains them."""
+    vae = vae_of(case, given)
+    if case.guide == "bernoulli":
+        return vae.model, config_enumerate(vae.guide), TraceEnum_ELBO(max_plate_nesting=1)
+    elbo = objectives.ImportanceWeighted(case.particles) if case.particles > 1 else Trace_ELBO()
+    return vae.model, vae.guide, elbo
+
+
+def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+    """Mean log p(x) by importance weighting, again and again."""
+    vae = vae_of(case, given)
+    x = binary(given, rows)
+    found = []
+    for number in range(epochs):
+        estimate = pv.log_evidence(
+            vae.model, vae.guide, x, num_samples=case.particles, seed=seed + number, progress=False
+        )
+        found.append(-float(estimate.log_evidence.mean()))
+        tick(rows * case.particles)
+    return {case.bound: found}
+
+
+def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+    """Draws of everything in a tree for ArviZ, and the mean square of those of z."""
+    vae = vae_of(case, given)
+    x = torch.from_numpy(given.x)[:rows]
+    found = []
+    for number in range(epochs):
+        tree = pv.to_datatree(vae.model, vae.guide, x, draws=case.particles, seed=seed + number, parallel=True)
+        found.append(float((tree["posterior"]["z"].to_numpy() ** 2).mean()))
+        tick(case.particles)
+    return {case.bound: found}
+
+
+def binary(given: Inputs, rows: int) -> Tensor:
+    """The first images, with pixels of 0 and 1 by a threshold: those of all contestants are then the same."""
+    return datasets.binarize(torch.from_numpy(given.x[:rows]))

@@ -1,0 +1,103 @@
+"""Results as tables: on the terminal and, being Markdown, in a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """That the time of one contestant is at most so many times that of another."""
+
+    case: str
+    contestant: str
+    peer: str
+    at_most: float
+
+
+TARGETS = (
+    Target("mixture", "captured", "pyro", 1 / 6),
+    Target("mixture", "captured", "numpyro", 1.0),
+    Target("mnist-128", "captured", "numpyro", 1.0),
+    Target("mnist-128", "captured", "floor", 1.35),
+    Target("mnist-1024", "captured", "numpyro", 1.0),
+    Target("mnist-1024", "captured", "floor", 1.2),
+    *(Target(case, "eager", "handwritten", 1.3) for case in ("mixture", "digits", "mnist-128", "mnist-1024")),
+)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, in columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {first[0]:{first[1]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in others) + " |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def span(seconds: float) -> str:
+    """A time in a unit that reads well."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def of_case(found: Result, unit: str) -> str:
+    """A row for each contestant, and whether they agree."""
+    results = found["contestants"]
+    base = next((name for name in ("captured", "eager") if "time" in results.get(name, {})), None)
+    header = [f"time per {unit}", "median", "fastest", "slowest", f"{base or '–'} = 1", "per second"]
+    header += ["start", "again", "peak MB", "grown by"]
+    rows = []
+    for result in results.values():
+        if "time" not in result:
+            why = f"failed: {result['failed']}" if "failed" in result else "not available"
+            rows.append([result["title"], why, *[""] * (len(header) - 2)])
+            continue
+        ratio = f"{result['time'] / results[base]['time']:.2f}" if base else ""
+        times = [span(result[key]) for key in ("time", "fastest", "slowest")]
+        starts = [f"{result[key]:.1f} s" for key in ("start", "start_again")]
+        rows.append([result["title"], *times, ratio, f"{1 / result['time']:,.0f}", *starts, *peak(result)])
+    return f"{table(header, rows)}\n\n{agreement(found['agreement'], results)}"
+
+
+def peak(result: Result) -> list[str]:
+    """The most memory that a contestant held, and how much of it came after its libraries and data."""
+    return [f"{result['peak']:.0f}", f"{result['peak'] - result['begun_with']['peak']:.0f}"]
+
+
+def agreement(found: Result, results: Mapping[str, Result]) -> str:
+    """The losses by which contestants were judged to compute the same."""
+    if not found["contestants"]:
+        return "Loss: no two contestants that could be compared."
+    runs = results[found["reference"]]
+    rows = []
+    for judged in found["contestants"]:
+        says = "yes" if judged["agrees"] else "NO"
+        numbers = f"{judged['loss']:.4f}", f"{judged['reference_loss']:.4f}", f"{judged['off']:+.4f}"
+        name = results[judged["contestant"]]["title"]
+        rows.append([name, judged["bound"], *numbers, f"± {judged['allowed']:.4f}", says])
+    header = ["mean loss of the first steps, nats per datum", "of", "loss", runs["title"], "off by", "allowed", "same"]
+    return table(header, rows)
+
+
+def of_targets(found: Mapping[str, Result]) -> str:
+    """Ratios that were promised, of the cases that were measured."""
+    rows = []
+    for target in TARGETS:
+        results = found.get(target.case, {}).get("contestants", {})
+        times = [results.get(name, {}).get("time") for name in (target.contestant, target.peer)]
+        if None in times:
+            continue
+        ratio = times[0] / times[1]
+        said = "met" if ratio <= target.at_most else "missed"
+        rows.append(
+            [target.case, f"{target.contestant} / {target.peer}", f"{ratio:.2f}", f"{target.at_most:.2f}", said]
+        )
+    return table(["case", "ratio of times", "found", "at most", ""], rows) if rows else "None of them was measured."
