@@ -277,12 +277,11 @@ class VAE(nn.Module):
             raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
         num_data = getattr(part, "num_data", None)  # of a guide with parameters for each datum
         context = context[:num_data]
-        rows = torch.arange(len(context))
         with _blamed(complaint):
             if num_data is None:
                 distribution = _distribution(part(context))
             else:
-                with poutine.block(), pyro.plate("story", num_data, subsample=rows):
+                with poutine.block(), pyro.plate("story", num_data, subsample=torch.arange(len(context))):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             raise ValueError(
