@@ -120,7 +120,7 @@ def test_the_short_form(tmp_path):
     assert agreement["reference"] == "handwritten"
     assert [judged["contestant"] for judged in agreement["contestants"]] == names[:1] + names[2:-1]
     assert all(judged["agrees"] for judged in agreement["contestants"])
-    assert [point["case"]["rows"] for point in found["growth"]["mapped"]["points"]] == [2000, 20_000]
+    assert [point["case"]["rows"] for point in found["growth"]["mapped"]["points"]] == [20_000]
 
 
 NUMPYRO = """
@@ -140,7 +140,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not HAS_NUMPYRO, reason="needs the extra `bench`")
 def test_numpyro_computes_the_same(tmp_path):
-    names = ["digits", "gumbel", "importance", "enumerated", "evidence"]  # and the mixture above
+    names = ["gumbel", "importance", "enumerated", "evidence"]  # and the mixture above
     data = {name: given(cases.shortened(cases.CASES[name]), tmp_path / name) for name in names}
     # In a process of its own: JAX starts threads that the other tests have no use for.
     command = [sys.executable, "-c", NUMPYRO, str(tmp_path), *names]
