@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
 ARVIZ1 := $(VENV1)/.installed
 SOURCES := pyro_vae examples tests docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test slow arviz1 pytest lint types format docs clean help
+.PHONY: demo test slow bench arviz1 pytest lint types format docs clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,9 @@ pytest: $(DEV)  ## the tests and doctests alone, but for the slow ones
 
 slow: $(DEV)  ## the heavy statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+
+bench: $(BENCH)  ## time and memory beside Pyro, PyTorch and NumPyro, in results/benchmarks: on a machine that is idle
+	$(BIN)/python tests/benchmarks
 
 arviz1: $(DEV) $(ARVIZ1)  ## read and draw the package's files with ArviZ 1, in an environment of its own
 	PYRO_VAE_ARVIZ1_PYTHON=$(abspath $(VENV1))/bin/python OMP_NUM_THREADS=1 \
@@ -69,6 +73,10 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[flows,test,docs]'
+	@touch $(BASE) $@
+
+$(BENCH): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[bench]'
 	@touch $(BASE) $@
 
 # ArviZ 1 needs another Python than the package may have, and no torch.

@@ -13,6 +13,8 @@ import torch
 
 torch.set_num_threads(1)
 
+collect_ignore = ["benchmarks"]  # scripts that import their neighbours, and one of them JAX
+
 
 def _global_switches():
     return {

@@ -82,8 +82,11 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 if a contestant failed or computes something else."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(args)
-    found: dict[str, Any] = {"machine": machine(args.threads), "settings": vars(settings), "cases": {}, "growth": {}}
-    written = [f"# Benchmarks\n\n{json.dumps(found['machine'])}"]
+    described = machine(args.threads)
+    if described["load"] is not None and described["load"] > 0.3:
+        print(f"The machine is busy, with a load of {described['load']:.1f}: times will be too long.\n")
+    found: dict[str, Any] = {"machine": described, "settings": vars(settings), "cases": {}, "growth": {}}
+    written = [f"# Benchmarks\n\n{json.dumps(described)}"]
     with tempfile.TemporaryDirectory() as folder, (args.out / "log.txt").open("w") as log:
         for name in args.cases:
             case: Case = shortened(CASES[name]) if args.quick else CASES[name]

@@ -159,7 +159,7 @@ CASES = {
             MNIST,
             name="importance",
             title="MNIST 784-400-20, importance-weighted K = 50, batch 20",
-            rows=100 * 20,
+            rows=50 * 20,
             batch_size=20,
             particles=50,
             check_rows=50 * 20,

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from cases import CASES, DIGITS, MIXTURE, MNIST, Case, shortened
 from measuring import Settings, measure
-from tables import peak, span, table
+from tables import absent, peak, span, table
 
 OURS = ("captured", "eager")
 
@@ -102,7 +102,7 @@ MAPPED = replace(
     mapped=True,
 )
 
-MAPPED_ROWS, QUICK_MAPPED_ROWS = (30_000, 300_000), (2000, 20_000)
+MAPPED_ROWS, QUICK_MAPPED_ROWS = (30_000, 300_000), (20_000,)
 
 GROWTHS = (*SERIES, "epochs", "mapped")
 
@@ -147,7 +147,7 @@ def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
     for number, point in enumerate(points):
         for name, result in point["contestants"].items():
             if "time" not in result:
-                rows.append([f"{point['value']:,}", result["title"], _why(result), "", "", ""])
+                rows.append([f"{point['value']:,}", result["title"], absent(result), "", "", ""])
                 continue
             before = points[number - 1]["contestants"][name].get("time") if number else None
             exponent = ""
@@ -164,7 +164,7 @@ def _of_epochs(found: dict[str, Any]) -> str:
     rows = []
     for result in found["contestants"].values():
         if "time" not in result or "resident" not in result["turns"][0]:
-            rows.append([result["title"], _why(result), "", "", ""])
+            rows.append([result["title"], absent(result), "", "", ""])
             continue
         first, *others = result["turns"]
         epochs = sum(turn["work"] for turn in others) / steps
@@ -181,12 +181,8 @@ def _of_mapped(points: list[dict[str, Any]]) -> str:
         size = f"{point['case']['rows'] * point['case']['features'] / 2**20:.0f}"
         for result in point["contestants"].values():
             if "time" not in result or "anonymous" not in result["begun_with"]:
-                rows.append([size, result["title"], _why(result), ""])
+                rows.append([size, result["title"], absent(result), ""])
                 continue
             grown = max(turn["most_anonymous"] for turn in result["turns"]) - result["begun_with"]["anonymous"]
             rows.append([size, result["title"], span(result["time"]), f"{grown:.0f}"])
     return table(["MB of data", "", "time per step", "MB of memory in no file"], rows)
-
-
-def _why(result: dict[str, Any]) -> str:
-    return f"failed: {result['failed']}" if "failed" in result else "not available"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from cases import Case
 from inputs import Inputs
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -26,7 +26,10 @@ def set_threads(threads: int) -> None:
 
 
 def runner(task: str, compiled: bool = False, by_step: bool = False) -> Callable[..., Losses]:
-    """What does the task: with ``compiled`` by the captured step, with ``by_step`` in a loop of the caller's."""
+    """What does the task: with ``compiled`` by the captured step, with ``by_step`` in a loop of the caller's.
+
+    A caller's loop is that of ``pyro.infer.SVI``, or of the captured step with the same interface.
+    """
     if task == "train":
         return _stepper(compiled) if by_step else _fitter(compiled)
     if compiled or by_step:
@@ -60,12 +63,11 @@ def _fitter(compiled: bool) -> Callable[..., Losses]:
 
 
 def _stepper(compiled: bool) -> Callable[..., Losses]:
-    options = {"compile": True} if compiled else {}
-
     def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
         model, guide, elbo = pair(case, given)
         x = torch.from_numpy(given.x)[:rows]
-        svi = pv.SVI(model, guide, Adam({"lr": case.lr}), elbo, **options)
+        settings = model, guide, Adam({"lr": case.lr}), elbo
+        svi = pv.SVI(*settings, compile=True) if compiled else SVI(*settings)
         losses = []
         with seeded(seed):
             for _ in range(epochs):

@@ -22,7 +22,8 @@ class Contestant:
         title: for the tables.
         module: which has ``runner(task, **options)``.
         options: what it is told.
-        compiles: whether a run begins with minutes of compilation: it is then checked with one seed.
+        compiles: whether a run begins with seconds of compilation: it is then checked with one seed. Such a one may be
+            missing from this version of the package, or unable to compile a case.
     """
 
     title: str
@@ -35,7 +36,8 @@ CONTESTANTS = {
     "captured": Contestant("pyro_vae, captured", "ours", {"compiled": True}, compiles=True),
     "captured-svi": Contestant("pv.SVI, captured", "ours", {"compiled": True, "by_step": True}, compiles=True),
     "eager": Contestant("pyro_vae, eager", "ours"),
-    "pyro": Contestant("pyro.infer.SVI", "plain_pyro"),
+    "vae-svi": Contestant("pyro.infer.SVI of pv.VAE", "ours", {"by_step": True}),
+    "pyro": Contestant("pyro.infer.SVI, plain Pyro", "plain_pyro"),
     "handwritten": Contestant("PyTorch by hand", "handwritten"),
     "numpyro": Contestant("NumPyro, lax.scan", "numpyro_scan"),
     "floor": Contestant("matrix products alone", "floor"),
@@ -76,6 +78,7 @@ class Process:
             case=asdict(case),
             module=contestant.module,
             options=dict(contestant.options),
+            optional=contestant.compiles,
             folder=str(folder),
             threads=threads,
         )

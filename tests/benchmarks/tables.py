@@ -57,14 +57,24 @@ def of_case(found: Result, unit: str) -> str:
     rows = []
     for result in results.values():
         if "time" not in result:
-            why = f"failed: {result['failed']}" if "failed" in result else "not available"
-            rows.append([result["title"], why, *[""] * (len(header) - 2)])
+            rows.append([result["title"], absent(result), *[""] * (len(header) - 2)])
             continue
         ratio = f"{result['time'] / results[base]['time']:.2f}" if base else ""
         times = [span(result[key]) for key in ("time", "fastest", "slowest")]
         starts = [f"{result[key]:.1f} s" for key in ("start", "start_again")]
         rows.append([result["title"], *times, ratio, f"{1 / result['time']:,.0f}", *starts, *peak(result)])
-    return f"{table(header, rows)}\n\n{agreement(found['agreement'], results)}"
+    reasons = [
+        f"- {result['title']}: {result.get('failed') or result.get('not_available')}"
+        for result in results.values()
+        if "time" not in result
+    ]
+    parts = [table(header, rows), "\n".join(reasons), agreement(found["agreement"], results)]
+    return "\n\n".join(filter(None, parts))
+
+
+def absent(result: Result) -> str:
+    """What stands in the place of a time."""
+    return "failed" if "failed" in result else "not available"
 
 
 def peak(result: Result) -> list[str]:

@@ -169,7 +169,9 @@ def main() -> None:
         serve(channel, order)
     except Exception as error:
         traceback.print_exc()
-        missing = isinstance(error, (TypeError, AttributeError, ModuleNotFoundError, NotImplementedError))
+        missing = isinstance(error, (ModuleNotFoundError, NotImplementedError)) or (
+            order["optional"] and isinstance(error, (TypeError, AttributeError))
+        )
         said = str(error).splitlines()[0] if str(error) else ""
         channel.tell(**{"missing" if missing else "failed": f"{type(error).__name__}: {said}"})
 

@@ -1,0 +1,167 @@
+"""The benchmarks run in a short form, and their contestants compute the same. Times are never asserted."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import pyro_vae as pv
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+try:
+    cases = importlib.import_module("cases")
+    inputs = importlib.import_module("inputs")
+    measuring = importlib.import_module("measuring")
+    tables = importlib.import_module("tables")
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_path(monkeypatch):
+    """The benchmarks import their neighbours, as a script does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def bench(out, *options):
+    """Run the short form with these options; what it has written."""
+    command = [sys.executable, str(BENCHMARKS), "--quick", "--threads", "1", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(out / 'log.txt').read_text()}"
+    assert (out / "results.md").read_text().count("\n## ") == done.stdout.count("## ")
+    return json.loads((out / "results.json").read_text())
+
+
+def losses(module, case, given, runs, **options):
+    """What a contestant tells of some runs, in this process."""
+    run = importlib.import_module(module).runner(case.task, **options)
+    found = [run(case, given, lambda _: None, epochs=case.check, rows=case.check_rows, seed=seed) for seed in runs]
+    return {name: [sum(each[name]) / len(each[name]) for each in found] for name in found[0]}
+
+
+def given(case, folder):
+    inputs.write(case, folder)
+    return inputs.read(case, folder)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_contestants_compute_the_same(name, tmp_path):
+    case = cases.shortened(cases.CASES[name])
+    data = given(case, tmp_path)
+    reference = "plain_pyro" if case.task == "export" else "handwritten"
+    results = {reference: {"losses": losses(reference, case, data, range(100, 108))}}
+    results["ours"] = {"losses": losses("ours", case, data, range(3))}
+    results["plain_pyro"] = results.get("plain_pyro", {"losses": losses("plain_pyro", case, data, range(3))})
+    compared = measuring.agreement(results, reference)["contestants"]
+    assert {judged["contestant"] for judged in compared} == {"ours", "plain_pyro"} - {reference}
+    for judged in compared:
+        assert judged["agrees"], judged
+        assert judged["allowed"] < 0.05 * abs(judged["reference_loss"]) or name in ("export", "mixture"), judged
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mixture", {"lr": 2e-2}),
+        ("digits", {"activation": "relu"}),
+        ("gumbel", {"temperatures": (0.67, 0.5)}),
+        ("importance", {"latent": (40,)}),
+        ("enumerated", {"guide": "normal"}),
+    ],
+)
+def test_another_model_is_found_out(name, change, tmp_path):
+    case = cases.CASES[name] if name == "mixture" else cases.shortened(cases.CASES[name])
+    another = replace(case, **change)
+    results = {
+        "handwritten": {"losses": losses("handwritten", case, given(case, tmp_path), range(16))},
+        "another": {"losses": losses("handwritten", another, given(another, tmp_path), range(100, 104))},
+    }
+    compared = measuring.agreement(results, "handwritten")["contestants"]
+    assert compared
+    assert not all(judged["agrees"] for judged in compared)
+
+
+def test_the_floor_has_the_products_of_a_step(tmp_path):
+    floor = importlib.import_module("floor")
+    layers = [(784, 400), (400, 40)]
+    products = [*floor.forward(layers, 128), *floor.backward(layers, 128, reach_inputs=False)]
+    operations = sum(left.shape[0] * left.shape[1] * right.shape[1] for _, left, right in products)
+    assert operations == 128 * (2 * 784 * 400 + 3 * 400 * 40)  # nothing needs the gradient of the data
+    assert all(out.shape == (left.shape[0], right.shape[1]) for out, left, right in products)
+
+
+def test_a_target_is_missed_by_what_is_slower():
+    found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
+    report = tables.of_targets(found)
+    assert report.count("missed") == report.count("met") == 1
+
+
+HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
+
+
+def test_the_short_form(tmp_path):
+    names = ["eager", "handwritten", *["numpyro"] * HAS_NUMPYRO, "floor"]
+    found = bench(tmp_path, "--cases", "mixture", "--growth", "mapped", "--contestants", *names)
+    case = found["cases"]["mixture"]
+    assert list(case["contestants"]) == names
+    for result in case["contestants"].values():
+        assert 0 < result["fastest"] <= result["time"] <= result["slowest"]
+        assert len(result["turns"]) == found["settings"]["rounds"]
+        assert all(turn["work"] > 0 for turn in result["turns"])
+        assert result["peak"] >= result["begun_with"]["peak"] > 0
+    agreement = case["agreement"]
+    assert agreement["reference"] == "handwritten"
+    assert [judged["contestant"] for judged in agreement["contestants"]] == names[:1] + names[2:-1]
+    assert all(judged["agrees"] for judged in agreement["contestants"])
+    assert [point["case"]["rows"] for point in found["growth"]["mapped"]["points"]] == [20_000]
+
+
+NUMPYRO = """
+import json, sys
+from pathlib import Path
+import cases, inputs, numpyro_scan
+
+found = {}
+for name in sys.argv[2:]:
+    case = cases.shortened(cases.CASES[name])
+    given, run = inputs.read(case, Path(sys.argv[1]) / name), numpyro_scan.runner(case.task)
+    losses = run(case, given, lambda _: None, epochs=case.check, rows=case.check_rows, seed=0)
+    found[name] = {bound: [sum(values) / len(values)] for bound, values in losses.items()}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not HAS_NUMPYRO, reason="needs the extra `bench`")
+def test_numpyro_computes_the_same(tmp_path):
+    names = ["gumbel", "importance", "enumerated", "evidence"]  # and the mixture above
+    data = {name: given(cases.shortened(cases.CASES[name]), tmp_path / name) for name in names}
+    # In a process of its own: JAX starts threads that the other tests have no use for.
+    command = [sys.executable, "-c", NUMPYRO, str(tmp_path), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    for name, found in json.loads(done.stdout).items():
+        case = cases.shortened(cases.CASES[name])
+        results = {"handwritten": {"losses": losses("handwritten", case, data[name], range(100, 108))}}
+        results["numpyro"] = {"losses": found}
+        (judged,) = measuring.agreement(results, "handwritten")["contestants"]
+        assert judged["agrees"], (name, judged)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("compile" not in inspect.signature(pv.fit).parameters, reason="nothing is captured")
+@pytest.mark.parametrize("by_step", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in cases.CASES.items() if case.task == "train"])
+def test_the_captured_step_computes_the_same(name, by_step, tmp_path):
+    case = cases.shortened(cases.CASES[name])
+    data = given(case, tmp_path)
+    results = {"handwritten": {"losses": losses("handwritten", case, data, range(100, 116))}}
+    results["captured"] = {"losses": losses("ours", case, data, [0], compiled=True, by_step=by_step)}
+    (judged,) = measuring.agreement(results, "handwritten")["contestants"]
+    assert judged["agrees"], judged
