@@ -16,6 +16,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,10 +41,21 @@ _SUMS = ("pyro.infer.", "pyro_vae.per_datum")
 
 _CHECKS = (
     *("pyro.util", "pyro.infer.", "pyro.poutine.", "torch.distributions.distribution"),
-    *("pyro_vae.checks", "pyro_vae.distributions", "pyro_vae.draws", "pyro_vae.families", "pyro_vae.missing"),
+    *(
+        "pyro_vae.checks",
+        "pyro_vae.datasets",
+        "pyro_vae.distributions",
+        "pyro_vae.draws",
+        "pyro_vae.families",
+        "pyro_vae.missing",
+    ),
     *("pyro_vae.parts", "pyro_vae.score_functions", "pyro_vae.importance_weighting"),
 )
 """Modules that ask only to warn or raise, and do the same with every answer otherwise."""
+
+
+_NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError")
+"""Errors of inductor, which it hands on inside of others."""
 
 
 class CaptureError(ValueError):
@@ -85,6 +97,11 @@ class Graph:
                     raise
                 raise CaptureError(f"{where}: asks a tensor for its value") from error
         self._module, self._known = _lifted(module)
+        if any(_place(tensor) in undo.computed for tensor in self._known):
+            raise CaptureError(
+                f"{where} hides what it computes from what is captured, as pyro.infer.TraceGraph_ELBO does: the next "
+                "step would have the numbers of this one. Accepted are other objectives, or to leave `compile` out"
+            )
         written = {_place(tensor) for tensor in undo.written}
         self.written = [tensor for tensor in self._known if _place(tensor) in written]
         self._inputs = [tensor.detach() for tensor in self._known]  # which share their memory
@@ -101,17 +118,20 @@ class Graph:
         Args:
             inputs: an example, as for the capture.
         """
-        from torch._inductor import compile as inductor
-        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+        from torch import _inductor
 
         try:
-            with torch.no_grad():
-                # Random numbers are then those of the eager step.
-                self._run = inductor(self._module, [*inputs, *self._inputs], options={"fallback_random": True})
-        except (CppCompileError, InvalidCxxCompiler) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, of what it imports and compiles
+                options = {"fallback_random": True}  # random numbers are then those of the eager step
+                self._run = _inductor.compile(self._module, [*inputs, *self._inputs], options=options)
+        except RuntimeError as error:
+            cause = getattr(error, "inner_exception", error)
+            if type(cause).__name__ not in _NO_COMPILER:
+                raise
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             warnings.warn(
-                f"compile: no working C++ compiler ({lines[0]}): the captured step is replayed uncompiled, which is "
+                f"compile: no working C++ compiler ({reason}): the captured step is replayed uncompiled, which is "
                 "slower. Name one in the environment variable CXX",
                 stacklevel=2,
             )
@@ -190,6 +210,7 @@ class _Undo(TorchDispatchMode):
         super().__init__()
         self.where = where
         self.written: list[Tensor] = []
+        self.computed: dict[int, Tensor] = {}  # by place in memory; kept, so that no other comes to lie there
         self._copies: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,7 +226,12 @@ class _Undo(TorchDispatchMode):
                     value = args[place] if place < len(args) else kwargs.get(argument.name)
                     for tensor in value if isinstance(value, list | tuple) else [value]:
                         self._keep(tensor)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not func._schema.is_mutable and not func.is_view:
+            for tensor in result if isinstance(result, list | tuple) else [result]:
+                if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor) and tensor.numel():
+                    self.computed[_place(tensor)] = tensor
+        return result
 
     def _keep(self, tensor: Tensor | None) -> None:
         if tensor is not None and id(tensor) not in self._copies:

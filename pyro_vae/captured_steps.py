@@ -1,6 +1,7 @@
 """The step of SVI captured as one graph, loss, gradients and update together, for each shape of its inputs."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 def capturable_adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     """Adam that can be captured, with its learning rate in a tensor: a schedule changes its value alone."""
     lr = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=lr, foreach=False, capturable=True)
+    return torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
 
 
 class CapturedStep(Step):
@@ -72,12 +73,14 @@ class CapturedStep(Step):
         self._going.zero_()  # so that the graphs draw their numbers and change nothing
         for inputs in done[:-1]:
             self._graphs[take, _shapes(inputs)].step(*inputs)
-        with pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
+        quiet = warnings.catch_warnings(action="ignore")
+        with quiet, pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
             loss, _ = self.backward(arguments, *done[-1])
             if math.isfinite(loss) and self.norm_of_gradients().isfinite():
                 why = "the loss or a gradient is not finite, as it is compiled; run eagerly, it is"
             else:
                 why = self._what_is_not_finite(loss, tuple(done[-1]))
+        self._going.fill_(1.0)
         return FloatingPointError(f"step {self.count}: {why}")
 
     def update(self) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,6 +15,7 @@ __all__ = [
     "as_shape",
     "data_tensors",
     "file_path",
+    "first_where",
     "flag",
     "function",
     "image_size",
@@ -212,6 +213,26 @@ def real_tensor(value: Any, name: str, accepted: str) -> Tensor:
     return value
 
 
+_BLOCK = 2**22  # numbers that are looked at together
+
+
+def first_where(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:
+    """The first place in a tensor whose number passes a test, block of rows by block: the data may be larger than the
+    memory, in a file that is mapped. Integers pass none.
+
+    >>> first_where(torch.isnan, torch.tensor([[0.0, 1.0], [torch.nan, 2.0]]))
+    [1, 0]
+    """
+    if not tensor.is_floating_point() or not tensor.dim():
+        return [] if tensor.is_floating_point() and test(tensor) else None
+    rows = max(1, _BLOCK // max(1, tensor[:1].numel()))
+    for number, block in enumerate(tensor.split(rows)):
+        if (found := test(block)).any():
+            row, *column = found.nonzero()[0].tolist()
+            return [number * rows + row, *column]
+    return None
+
+
 def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     """``value`` as whole numbers, ``(count,)``."""
     accepted = f"accepted are whole numbers, ({count},), one for each datum"
@@ -245,8 +266,8 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
             raise ValueError(
                 f"{name}: got tensors on {tensors[0].device} and {tensor.device}; accepted is one device for all"
             )
-        if tensor.is_floating_point() and tensor.isinf().any():
-            row, *column = tensor.isinf().nonzero()[0].tolist()
+        if (place := first_where(torch.isinf, tensor)) is not None:
+            row, *column = place
             where = f"row {row}" + (f", column {tuple(column)}" if column else "")
             raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")
     if not tensors:

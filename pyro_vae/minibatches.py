@@ -197,7 +197,7 @@ def _check_reading(
             continue
         fixed = poutine.condition(function, data={name: site["value"] for name, site in latent_sites(trace).items()})
         found = []
-        for given in (data, tuple(tensor[-1:].expand_as(tensor).contiguous() for tensor in data)):
+        for given in (data, tuple(tensor[-1:].expand_as(tensor) for tensor in data)):
             drawn = Drawn(given, rows)
             with poutine.block(), torch.no_grad(), seeded(0), subsample, drawn:
                 found.append(observed_sites(poutine.trace(fixed).get_trace(*given)))

@@ -20,7 +20,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae.checks import kind_of
+from pyro_vae.checks import first_where, kind_of
 from pyro_vae.handlers import borrowed_store, observed_sites
 from pyro_vae.randomness import seeded
 
@@ -145,8 +145,8 @@ def first_missing(data: Sequence[Tensor]) -> str | None:
     'row 1, column (0,)'
     """
     for tensor in data:
-        if (missing := tensor.isnan()).any():
-            row, *column = missing.nonzero()[0].tolist()
+        if (place := first_where(torch.isnan, tensor)) is not None:
+            row, *column = place or [0]
             return f"row {row}" + (f", column {tuple(column)}" if column else "")
     return None
 

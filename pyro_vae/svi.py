@@ -1,6 +1,7 @@
 """Pyro's SVI for loops of one's own: one optimizer for all parameters, and the step captured if that is wanted."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -91,7 +93,9 @@ class SVI:
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call = _Call(self._run, form, tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves))
         before = torch.get_rng_state()
-        taken, loss = self._step(call, *inputs, validate=pyro.infer.util.is_validation_enabled()).tolist()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
+            taken, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
         if not taken and isinstance(self._step, CapturedStep):
             raise self._step.explain(call, [inputs], partial(torch.set_rng_state, before))
         return loss
@@ -152,7 +156,7 @@ def _optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> tor
     groups = [{"params": [p], **settings(name_of(p))} for p in parameters] if callable(settings) else parameters
     common = {} if callable(settings) else dict(settings)
     if compile:
-        common |= {name: value for name, value in {"foreach": False, "capturable": True}.items() if name in accepted}
+        common |= {name: value for name, value in {"foreach": True, "capturable": True}.items() if name in accepted}
     elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):
         common.setdefault("fused", True)
     optimizer = constructor(groups, **common)

@@ -1,5 +1,6 @@
 """The training loop: stochastic variational inference with Pyro's ELBOs, any model and guide."""
 
+import copy
 import math
 import os
 import time
@@ -197,7 +198,7 @@ def fit(
             )
             _resume(loop, take, device)
             if compile and step.count == 0:
-                _validated(run, take, num_data, batch_size, device)
+                _validate(ElboRun(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
             loop.run(epochs, progress)
     if loop.stopped == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
@@ -297,7 +298,7 @@ def _held_out(run: ElboRun, data: tuple[Tensor, ...], seed: int) -> dict[str, fl
         return _terms(run, data)
 
 
-def _validated(run: ElboRun, take: Take, num_data: int, batch_size: int, device: torch.device) -> None:
+def _validate(run: ElboRun, take: Take, num_data: int, batch_size: int, device: torch.device) -> None:
     """Run the pair once on all rows, with Pyro's validation: a captured step has none."""
     with torch.no_grad(), kept(), pyro.validation_enabled():
         for rows in torch.arange(num_data, device=device).split(batch_size):

@@ -1,0 +1,189 @@
+"""Graphs repeat what was run, leave the world as it was, and refuse what would not be the same each time."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_vae import capture
+from pyro_vae.capture import CaptureError, Graph
+
+X = torch.linspace(-1.0, 1.0, 6)
+
+
+def test_a_graph_repeats_the_operations_on_new_inputs_and_changes_what_the_function_changes():
+    weight, total = torch.tensor(3.0), torch.zeros(())
+    graph = Graph(lambda x: [total.add_((weight * x).sum()) * 1], [X])
+    assert total == 0
+    assert graph(torch.ones(6))[0] == 18
+    weight.fill_(5.0)  # is read anew
+    assert graph(torch.ones(6))[0] == 48
+    assert total == 48
+    assert [id(tensor) for tensor in graph.written] == [id(total)]
+
+
+def test_what_is_changed_through_a_view_is_known_as_written():
+    whole = torch.zeros(4)
+    graph = Graph(lambda x: [whole[1:3].add_(x[:2]).sum()], [X])
+    assert torch.equal(whole, torch.zeros(4))
+    assert any(tensor is whole for tensor in graph.written)
+
+
+def test_a_capture_draws_no_random_numbers_and_a_replay_draws_those_of_the_function(random_states):
+    before = random_states()
+    graph = Graph(lambda x: [x + torch.randn(6)], [X])
+    assert random_states() == before
+    torch.manual_seed(4)
+    expected = X + torch.randn(6)
+    torch.manual_seed(4)
+    assert torch.equal(graph(X)[0], expected)
+
+
+def test_gradients_and_parameters_are_captured_with_the_rest():
+    layer = nn.Linear(6, 1).double()
+    x = X.double()
+
+    def descend(x):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        with torch.no_grad():
+            layer.weight.sub_(0.1 * layer.weight.grad)
+        return [layer.weight.grad.norm()]
+
+    before = layer.weight.detach().clone()
+    graph = Graph(descend, [x])
+    assert torch.equal(layer.weight, before)
+    (norm,) = graph(x)
+    after = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.copy_(before)
+    assert torch.allclose(descend(x)[0], norm, rtol=1e-12)
+    assert torch.allclose(layer.weight, after, rtol=1e-12)
+
+
+def refused(x):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+    yield "an if", lambda x: [x if x.sum() > 0 else -x]
+    yield "an assertion", lambda x: [x] if (x < 2).all() else None
+    yield "a number", lambda x: [x * x.sum().item()]
+    yield "a float", lambda x: [x * float(x.sum())]
+    yield "an integer", lambda x: [x[: int(x.sum() + 3)]]
+    yield "a list", lambda x: [x * x.tolist()[0]]
+    yield "an array", lambda x: [x * torch.as_tensor(x.numpy())]
+    yield "a comparison", lambda x: [x if torch.equal(x, x.flip(0)) else -x]
+    yield "closeness", lambda x: [x if torch.allclose(x, x.flip(0)) else -x]
+    yield "a loop", lambda x: [sum(step for step in range(5) if x[step] > 0) * x]
+    yield "a mask", lambda x: [x[x > 0].sum()]
+    yield "where it is not zero", lambda x: [x[x.nonzero().flatten()].sum()]
+    yield "unique values", lambda x: [x.unique().sum()]
+    yield "chosen values", lambda x: [torch.masked_select(x, x > 0).sum()]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), list(refused(X)), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_depends_on_values_is_refused(name, function):
+    with pytest.raises(CaptureError, match="compile:"):
+        Graph(function, [X])
+
+
+def test_the_refusal_names_the_site_the_line_and_the_way_out():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+        return [x if z > 0 else -x]
+
+    with pytest.raises(
+        CaptureError, match=r"site 'z', asks a tensor for its value.*test_capture.py, line \d+.*leave `compile` out"
+    ):
+        Graph(model, [X])
+
+
+def test_a_refusal_puts_back_what_was_changed_before_it(random_states):
+    total, before = torch.zeros(()), random_states()
+
+    def function(x):
+        total.add_(1.0)
+        return [x * torch.randn(6) if x.sum() > 0 else x]
+
+    with pytest.raises(CaptureError):
+        Graph(function, [X])
+    assert total == 0
+    assert random_states() == before
+
+
+def test_checks_of_distributions_are_answered():
+    probs = torch.full((6,), 0.5)
+    graph = Graph(lambda x: [dist.Bernoulli(probs * x.sigmoid(), validate_args=True).log_prob(torch.ones(6))], [X])
+    expected = dist.Bernoulli(probs * (2 * X).sigmoid()).log_prob(torch.ones(6))
+    assert torch.allclose(graph(2 * X)[0], expected)
+
+
+def test_two_captures_of_one_function_have_the_same_code():
+    def function(x):
+        return [(x * torch.randn(6)).exp().sum()]
+
+    assert Graph(function, [X]).code == Graph(function, [2 * X]).code
+
+
+def test_compiled_it_gives_the_same_numbers_with_the_same_noise():
+    weight = torch.randn(6, 6)
+    counter = torch.zeros(())
+    graph = Graph(lambda x: [counter.add_(1.0) + (weight @ x + torch.randn(6)).tanh().sum()], [X])
+    torch.manual_seed(1)
+    plain = [graph(X)[0].item() for _ in range(3)]
+    counter.zero_()
+    graph.compile([X])
+    torch.manual_seed(1)
+    assert [graph(X)[0].item() for _ in range(3)] == pytest.approx(plain, rel=1e-5)
+    assert counter == 3
+
+
+def test_without_a_compiler_it_says_so_and_replays_all_the_same(monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail(*args, **kwargs):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    graph = Graph(lambda x: [x + 1], [X])
+    with pytest.warns(UserWarning, match=r"compile: no working C\+\+ compiler .* replayed uncompiled"):
+        graph.compile([X])
+    assert torch.equal(graph(X)[0], X + 1)
+
+
+def test_a_compiler_that_is_not_there_is_found_missing(tmp_path):
+    """In a process of its own: inductor remembers the compiler that it found."""
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, warnings\n"
+        "from pyro_vae.capture import Graph\n"
+        "graph = Graph(lambda x: [(x * 3).exp().sum() + 1], [torch.ones(64)])\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    graph.compile([torch.ones(64)])\n"
+        "assert any('no working C++ compiler' in str(one.message) for one in caught), caught\n"
+        "print(graph(torch.zeros(64))[0].item())\n"
+    )
+    environment = os.environ | {"CXX": str(tmp_path / "no-such-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(65.0)
+
+
+def test_optimizers_of_torch_take_the_way_that_can_be_captured_and_defaults_are_put_back():
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=torch.tensor(0.1), foreach=True, capturable=True)
+    weight.grad = torch.ones(3)
+    with capture.compiling():
+        optimizer.step()
+    assert optimizer.state[weight]["step"].dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.compiler.is_compiling()
+    with warnings.catch_warnings(), pytest.raises(AssertionError):
+        optimizer.step()  # outside, torch refuses it on the CPU: the switch is off again
