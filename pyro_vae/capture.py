@@ -4,6 +4,7 @@ What Python does around the operations (Pyro's handlers, shapes, sites) is then 
 every run: what asks a tensor for its value is refused by name.
 """
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,14 @@ _CHECKS = (
 )
 """Modules that ask only to warn or raise, and do the same with every answer otherwise."""
 
+
+_OPTIONS = {
+    "fallback_random": True,  # random numbers are those of the eager step
+    "cpp_wrapper": True,  # from one kernel to the next without Python
+    "size_asserts": False,
+    "cpp.min_chunk_size": 2**14,  # numbers for each thread: to share fewer takes longer than to work on them
+}
+"""Of inductor."""
 
 _NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError")
 """Errors of inductor, which it hands on inside of others."""
@@ -121,10 +130,9 @@ class Graph:
         from torch import _inductor
 
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), _quiet("torch._inductor"):
                 warnings.simplefilter("ignore")  # torch's own, of what it imports and compiles
-                options = {"fallback_random": True}  # random numbers are then those of the eager step
-                self._run = _inductor.compile(self._module, [*inputs, *self._inputs], options=options)
+                self._run = _inductor.compile(self._module, [*inputs, *self._inputs], options=_OPTIONS)
         except RuntimeError as error:
             cause = getattr(error, "inner_exception", error)
             if type(cause).__name__ not in _NO_COMPILER:
@@ -244,6 +252,18 @@ class _Undo(TorchDispatchMode):
             for tensor in reversed(self.written):  # the first copy of overlapping ones last
                 tensor.copy_(self._copies[id(tensor)])
         self._copies.clear()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Let a logger tell of errors alone: of what is slower than it might be, there is no need to."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _place(tensor: Tensor) -> int:

@@ -9,24 +9,19 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.capturable_adam import CapturableAdam
 from pyro_vae.capture import CaptureError, Graph, compiling
 from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.randomness import kept
 from pyro_vae.steps import Step, Take, record
 
-__all__ = ["CapturedStep", "capturable_adam"]
+__all__ = ["CapturedStep"]
 
 _CHECKED = 3  # replays from the first that are held against an eager run
 _EVERY = 1000  # and then every so many
 
 Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
-
-
-def capturable_adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Adam that can be captured, with its learning rate in a tensor: a schedule changes its value alone."""
-    lr = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    return torch.optim.Adam(parameters, lr=lr, foreach=True, capturable=True)
 
 
 class CapturedStep(Step):
@@ -44,7 +39,7 @@ class CapturedStep(Step):
     """
 
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
-        super().__init__(*args, **{"make_optimizer": capturable_adam} | kwargs)
+        super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
         self.compiles = compiles
         self._graphs: dict[tuple[Take, Shapes], _Captured] = {}
         self._going = torch.ones(())
@@ -82,6 +77,12 @@ class CapturedStep(Step):
                 why = self._what_is_not_finite(loss, tuple(done[-1]))
         self._going.fill_(1.0)
         return FloatingPointError(f"step {self.count}: {why}")
+
+    def norm_of_gradients(self) -> Tensor:
+        """The norm of all gradients together, in what a compiler makes one loop of."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        squares = [gradient.square().sum() for gradient in gradients]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     def update(self) -> None:
         """The optimizer's step, in the form that can be captured from the first on."""

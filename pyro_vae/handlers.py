@@ -186,11 +186,14 @@ def borrowed_store() -> Iterator[None]:
         yield
 
 
-_registered: ContextVar[tuple[dict[str, nn.Module], bool]] = ContextVar("registered")
+Registered = dict[str, tuple[nn.Module, str, Tensor]]
+"""By name: a module, and the name and value of one of its parameters."""
+
+_registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 
 
 @contextmanager
-def registered_once(modules: dict[str, nn.Module], known: bool) -> Iterator[None]:
+def registered_once(modules: Registered, known: bool) -> Iterator[None]:
     """Inside, :func:`register` adds modules to this dict, by name.
 
     Args:
@@ -212,7 +215,9 @@ def register(name: str, module: nn.Module) -> None:
     second module of the same name untrained without a word, this raises.
     """
     modules, known = _registered.get(({}, False))
-    known = known and modules.get(name) is module
+    if known and name in modules and modules[name][0] is module:
+        pyro.param(*modules[name][1:])
+        return
     store = pyro.get_param_store()
     for path, parameter in module.named_parameters():
         key = f"{name}$$${path}"
@@ -224,9 +229,7 @@ def register(name: str, module: nn.Module) -> None:
                 "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
             )
         pyro.param(key, parameter)
-        if known:
-            return
-    modules[name] = module
+        modules[name] = module, key, parameter
 
 
 def deterministic_sites(trace: Trace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def learnt(step: Step) -> dict[str, Tensor]:
 
 def _modules(step: Step) -> list[nn.Module]:
     """The modules of a run, each once: those that it has registered, and those that its functions hold."""
-    held = [*step.modules.values()]
+    held = [module for module, *_ in step.modules.values()]
     for part in (step.run.model, step.run.guide, *vars(step.run.elbo).values()):
         held += modules_of(part)
     return list({id(module): module for module in held}.values())

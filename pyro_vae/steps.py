@@ -8,10 +8,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_vae.checks import number
 from pyro_vae.elbo_runs import ElboRun
-from pyro_vae.handlers import parameters_of, registered_once
+from pyro_vae.handlers import Registered, parameters_of, registered_once
 from pyro_vae.schedules import Schedule
 
 __all__ = ["MakeOptimizer", "Step", "Take", "adam", "record"]
@@ -51,7 +52,7 @@ class Step:
         names: of the terms, once a step has been done.
         count: of the steps that are done.
         parameters: by name in Pyro's param store.
-        modules: that have been registered, by name.
+        modules: that have been registered.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Step:
         self.parameters: dict[str, Tensor] = {}
         self.names: list[str] = []
         self.count = 0
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: Registered = {}
         self._trained: list[tuple[int, bool]] = []
 
     def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
@@ -104,13 +105,13 @@ class Step:
     def set_schedules(self) -> None:
         """Give the values that have a schedule that of the coming step."""
         for value, schedule in self.schedules.items():
-            value.fill_(schedule(self.count))
+            value.fill_(number(schedule(self.count), f"schedules: at step {self.count}"))
         self._set_lr(self.count)
 
     def _set_lr(self, step: int) -> None:
         if self.lr is None or self.optimizer is None:
             return
-        lr = self.lr(step)
+        lr = number(self.lr(step), f"lr: at step {step}", least=0)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
@@ -119,7 +120,7 @@ class Step:
 
     def refresh(self) -> bool:
         """Look for parameters anew where some have been frozen or thawed; whether there are such."""
-        modules = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        modules = [parameter for module, *_ in self.modules.values() for parameter in module.parameters()]
         trained = [(id(tensor), tensor.requires_grad) for tensor in (*modules, *self.parameters.values())]
         changed = trained != self._trained
         if changed:

@@ -16,6 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from pyro_vae.capturable_adam import CapturableAdam
 from pyro_vae.captured_steps import CapturedStep
 from pyro_vae.checks import flag, positive
 from pyro_vae.elbo_runs import ElboRun
@@ -155,6 +156,8 @@ def _optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> tor
     settings: Any = optim.pt_optim_args
     groups = [{"params": [p], **settings(name_of(p))} for p in parameters] if callable(settings) else parameters
     common = {} if callable(settings) else dict(settings)
+    if compile and constructor is torch.optim.Adam and settings.keys() <= {"lr", "betas", "eps"}:
+        return CapturableAdam(groups, **common)
     if compile:
         common |= {name: value for name, value in {"foreach": True, "capturable": True}.items() if name in accepted}
     elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):

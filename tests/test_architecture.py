@@ -18,7 +18,7 @@ FLOORS = [
     },
     {
         *{"datasets", "descriptions", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
-        *{"capture", "checkpoints"},
+        *{"capturable_adam", "capture", "checkpoints"},
     },
     {"parts", "multivariate", "joint_density", "minibatches", "draws", "drawing", "elbo_runs"},
     {"priors", "guides", "likelihoods", "linear_gaussian", "baselines", "per_datum", "aggregate", "steps"},
