@@ -187,3 +187,22 @@ def test_optimizers_of_torch_take_the_way_that_can_be_captured_and_defaults_are_
     assert not torch.compiler.is_compiling()
     with warnings.catch_warnings(), pytest.raises(AssertionError):
         optimizer.step()  # outside, torch refuses it on the CPU: the switch is off again
+
+
+def test_large_products_are_those_of_onednn_and_the_same_numbers():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(128, 300), torch.randn(80, 300, requires_grad=True), torch.randn(80)
+
+    def function(x):
+        y = nn.functional.linear(x, weight, bias)
+        (gradient,) = torch.autograd.grad(y.square().sum(), weight)
+        return [y.detach(), gradient]
+
+    graph = Graph(function, [x])
+    assert graph.code.count("pyro_vae.linear") == 2
+    graph.compile([x])
+    for ours, theirs in zip(graph(x), function(x), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * theirs.abs().max().item())
+    assert "pyro_vae.linear" not in Graph(function, [x[:8]]).code
+    wide = weight.double().detach()
+    assert "pyro_vae.linear" not in Graph(lambda x: [x @ wide.t()], [x.double()]).code
