@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.matrix_products import BY_ONEDNN
 from pyro_vae.randomness import kept
+from pyro_vae.substitutes import SUBSTITUTES
 
 __all__ = ["CaptureError", "Graph", "compiling"]
 
@@ -101,7 +101,7 @@ class Graph:
         undo = _Undo(where)
         with kept(), pyro.validation_enabled(False), undo, where, _Answers(where):
             try:
-                module = make_fx(lambda *args: list(function(*args)), decomposition_table=BY_ONEDNN)(*inputs)
+                module = make_fx(lambda *args: list(function(*args)), decomposition_table=SUBSTITUTES)(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
                     raise

@@ -1,5 +1,6 @@
 """Graphs repeat what was run, leave the world as it was, and refuse what would not be the same each time."""
 
+import math
 import warnings
 
 import pyro
@@ -206,3 +207,15 @@ def test_large_products_are_those_of_onednn_and_the_same_numbers():
     assert "pyro_vae.linear" not in Graph(function, [x[:8]]).code
     wide = weight.double().detach()
     assert "pyro_vae.linear" not in Graph(lambda x: [x @ wide.t()], [x.double()]).code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_keeps_its_digits(dtype):
+    x = torch.cat([torch.logspace(-30, 2, 2000), torch.tensor([0.0, math.inf, math.nan])]).to(dtype)
+    x = torch.cat([x, -x])
+    graph = Graph(lambda x: [x.tanh()], [x])
+    graph.compile([x])
+    expected = x.double().tanh()
+    assert torch.allclose(
+        graph(x)[0].double(), expected, rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0, equal_nan=True
+    )

@@ -89,6 +89,8 @@ def _ticking(tick: Tick, epochs: int, steps: int) -> Iterator[None]:
 
     def told(bar: tqdm, n: float | None = 1) -> bool | None:
         shown = update(bar, n)
+        if bar.disable:  # counts nothing then, and the loop asks it how far it is
+            bar.n += 1 if n is None else n
         if bar.total == epochs:
             tick(steps * (1 if n is None else n))
         return shown
