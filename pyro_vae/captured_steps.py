@@ -89,6 +89,11 @@ class CapturedStep(Step):
         with compiling():
             super().update()
 
+    def hold_on_device(self) -> None:
+        """Keep what stops the graphs where the parameters are."""
+        device = next((parameter.device for parameter in self.parameters.values()), None)
+        self._going = self._going.to(device)
+
     def refresh(self) -> bool:
         """Capture anew where parameters have been frozen or thawed."""
         changed = super().refresh()
@@ -129,6 +134,7 @@ class _Captured:
     def __init__(self, step: CapturedStep, take: Take, inputs: Sequence[Tensor]):
         self.owner = step
         self.calls = 0
+        step.hold_on_device()
         found: list[_Sites] = []
 
         def densities(*inputs: Tensor) -> list[Tensor]:

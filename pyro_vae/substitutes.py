@@ -1,4 +1,4 @@
-"""Operations that take the place of others in a captured step, on processors, in float32, where they are faster.
+"""Operations that take the place of others in a captured step, on processors, where they are faster.
 
 Large matrix products go to oneDNN: MKL, which torch takes, chooses its instructions by the maker of the processor and
 not by what it can do, and takes twice as long on some. The hyperbolic tangent is made of an exponential, in a third of
@@ -15,6 +15,7 @@ __all__ = ["SUBSTITUTES"]
 
 _LEAST = 2**20  # products of numbers, from which on it pays
 
+_THIN = 2  # terms of a sum that need no product of matrices
 _NEAR = 0.04  # square below which the series of tanh has all digits of float32
 
 _library = torch.library.Library("pyro_vae", "DEF")
@@ -34,12 +35,30 @@ def _pays(a: Tensor, b: Tensor) -> bool:
     return plain and a.shape[0] * a.shape[1] * b.shape[1] >= _LEAST
 
 
+def _is_thin(a: Tensor) -> bool:
+    """Whether a product over so few numbers is better a part of the loop around it."""
+    return a.is_cpu and 0 < a.shape[1] <= _THIN
+
+
+def _thin(a: Tensor, b: Tensor) -> Tensor:
+    product = a[:, :1] * b[0]
+    for k in range(1, a.shape[1]):
+        product = product + a[:, k : k + 1] * b[k]
+    return product
+
+
 def _mm(a: Tensor, b: Tensor) -> Any:
+    if _is_thin(a):
+        return _thin(a, b)
     return torch.ops.pyro_vae.linear(a, b.t(), None) if _pays(a, b) else NotImplemented
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    fits = _pays(a, b) and beta == alpha == 1 and bias.dim() == 1 and bias.dtype == a.dtype
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    if _is_thin(a):
+        return _thin(a, b) + bias
+    fits = _pays(a, b) and bias.dim() == 1 and bias.dtype == a.dtype
     return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
 
 

@@ -91,7 +91,7 @@ def _ticking(tick: Tick, epochs: int, steps: int) -> Iterator[None]:
         shown = update(bar, n)
         if bar.disable:  # counts nothing then, and the loop asks it how far it is
             bar.n += 1 if n is None else n
-        if bar.total == epochs:
+        if bar.total == epochs and n != 0:
             tick(steps * (1 if n is None else n))
         return shown
 
