@@ -46,6 +46,13 @@ _CHECKS = (
 """Modules that ask only to warn or raise, and do the same with every answer otherwise."""
 
 
+_aten = torch.ops.aten
+_WRITES_UNTOLD = dict.fromkeys(
+    (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
+)
+"""Operations that change arguments in place without a word of it in their schema: running mean and variance."""
+
+
 class CaptureError(ValueError):
     """A function that is not the same in every run, and cannot be kept as a graph."""
 
@@ -205,6 +212,8 @@ class _Undo(TorchDispatchMode):
                     value = args[place] if place < len(args) else kwargs.get(argument.name)
                     for tensor in value if isinstance(value, list | tuple) else [value]:
                         self._keep(tensor)
+        for place in _WRITES_UNTOLD.get(func, ()):
+            self._keep(args[place])
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Tensor | None) -> None:

@@ -14,7 +14,7 @@ FLOORS = [
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "uniformity"},
-        *{"draw_files", "tensor_files"},
+        *{"draw_files", "tensor_files", "module_tensors"},
     },
     {
         *{"datasets", "descriptions", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},
