@@ -1,7 +1,8 @@
 """Runs that are killed again and again, each in a process of its own, until one of them comes to the end.
 
-``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill and in ``FOLDER/killed`` with
-at least so many, and prints how many there were, and how many of them fell into the writing of a checkpoint.
+``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and in ``FOLDER/killed 1``
+and so on with at least so many. It prints how many there were, how many of them fell into the writing of a file, and
+how many runs came to their end.
 ``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` alone.
 """
 
@@ -30,7 +31,9 @@ def noisy(x):
 
 def normalized(in_features, out_features):
     """A network with buffers that change in each step."""
-    return nn.Sequential(nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features))
+    return nn.Sequential(
+        nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features)
+    )
 
 
 def continuous(**options):
@@ -95,7 +98,7 @@ VARIANTS = {
 
 
 def train(variant, folder):
-    """The run that is killed: mini-batches that do not divide the data, a checkpoint at every other step."""
+    """The run that is killed: mini-batches that do not divide the data, a checkpoint at every step."""
     torch.manual_seed(0)
     x = pv.datasets.two_gaussians(50, seed=0).x
     model, guide, options = VARIANTS[variant]()
@@ -107,7 +110,7 @@ def train(variant, folder):
         "transform": noisy,
         "clip_norm": 5.0,
         "seed": 3,
-        "checkpoints": pv.Checkpoints(folder, every_steps=2),
+        "checkpoints": pv.Checkpoints(folder, every_steps=1),
     }
     return pv.fit(model, guide, x, **settings | options)
 
@@ -159,6 +162,7 @@ def main(variant, folder, kills, seed):
 
 
 if __name__ == "__main__":
+    os.fsync = lambda file: None  # which is for a loss of power; what a process has written outlives it
     torch.set_num_threads(1)
     if len(sys.argv) == 3:
         train(sys.argv[1], sys.argv[2])
