@@ -139,7 +139,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
         raise TypeError(f"make: got {make!r}; {_SCHEDULER}")
     optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
     betas = optimizer.param_groups[0]["betas"]
-    scheduler = make(optimizer)
+    maker: Any = make  # which mypy would call no function any more
+    scheduler = maker(optimizer)
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(f"make: gives a {type(scheduler).__name__}; {_SCHEDULER}")
     if optimizer.param_groups[0]["betas"] != betas:

@@ -147,10 +147,18 @@ class Step:
                     raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
                 raise
             finally:
-                self.parameters |= parameters_of(tracer.trace)
+                self._add(parameters_of(tracer.trace))
         terms = self.run.terms(loss)
         self.names = list(terms)
         return loss, list(terms.values())
+
+    def _add(self, found: dict[str, Tensor]) -> None:
+        """Each once: a module may be registered under two names."""
+        known = {id(parameter) for parameter in self.parameters.values()}
+        for name, parameter in found.items():
+            if name in self.parameters or id(parameter) not in known:
+                self.parameters[name] = parameter
+                known.add(id(parameter))
 
     def norm_of_gradients(self) -> Tensor:
         """The norm of all gradients together."""

@@ -1,7 +1,7 @@
 """Runs that are killed again and again, each in a process of its own, until one of them comes to the end.
 
-``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and in ``FOLDER/killed 1``
-and so on with at least so many. It prints how many there were, how many of them fell into the writing of a file, and
+``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and with at least so many
+in ``FOLDER/killed 1`` and so on. It prints how many there were, how many of them fell into the writing of a file, and
 how many runs came to their end.
 ``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` alone.
 """
