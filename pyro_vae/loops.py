@@ -138,7 +138,9 @@ class Loop:
         """What is left of it."""
         for rows in self._batches():
             self._inputs.append(rows)
-            self._unseen.append(self.step(self.take, rows, validate=self.epoch == 0))
+            # What validation warns of, such as a scale at its floor, may come late; to look at each step costs time.
+            validate = self.epoch == 0 or (self.batch == 0 and self.epoch.bit_count() == 1)
+            self._unseen.append(self.step(self.take, rows, validate=validate))
             self.batch += 1
             due = self.checkpoints is not None and self.checkpoints.due(self.step.count)
             if due or self._interrupted or time.perf_counter() > self._next_look:
