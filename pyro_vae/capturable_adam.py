@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 __all__ = ["CapturableAdam"]
 
@@ -41,29 +40,29 @@ class CapturableAdam(torch.optim.Optimizer):
         """Begin at step 1 with further parameters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        device = group["params"][0].device
-        number = {"dtype": torch.float64, "device": device}
-        group["lr"] = torch.tensor(float(group["lr"]), **number)
-        powers = torch.tensor(group["betas"], **number)
-        shared = {"powers": powers, "mean_correction": 1 / (1 - powers[0]), "scale_correction": (1 - powers[1]).rsqrt()}
         for parameter in group["params"]:
-            moments = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
-            self.state[parameter] = {name: value.detach() for name, value in moments.items()} | shared
+            powers = torch.tensor(group["betas"], dtype=torch.float64, device=parameter.device)
+            self.state[parameter] = {
+                "mean": torch.zeros_like(parameter).detach(),
+                "square": torch.zeros_like(parameter).detach(),
+                "powers": powers,
+                "mean_correction": 1 / (1 - powers[0]),
+                "scale_correction": (1 - powers[1]).rsqrt(),
+            }
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            shared: dict[str, Tensor] = self.state[group["params"][0]]
-            rate = group["lr"] * shared["mean_correction"]
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     state, gradient = self.state[parameter], parameter.grad
                     mean = state["mean"].lerp_(gradient, 1 - beta1)
                     square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                    scale = square.sqrt() * shared["scale_correction"] + group["eps"]
-                    parameter.sub_(rate * mean / scale)
-            powers = shared["powers"].mul_(torch.tensor([beta1, beta2], dtype=torch.float64, device=rate.device))
-            shared["mean_correction"].copy_(1 / (1 - powers[0]))
-            shared["scale_correction"].copy_((1 - powers[1]).rsqrt())
+                    scale = square.sqrt() * state["scale_correction"] + group["eps"]
+                    parameter.sub_(group["lr"] * state["mean_correction"] * mean / scale)
+                    powers = state["powers"].mul_(torch.tensor([beta1, beta2], dtype=torch.float64, device=mean.device))
+                    state["mean_correction"].copy_(1 / (1 - powers[0]))
+                    state["scale_correction"].copy_((1 - powers[1]).rsqrt())

@@ -66,6 +66,11 @@ _OPTIONS = {
 
 _NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError")
 """Errors of inductor, which it hands on inside of others."""
+_aten = torch.ops.aten
+_WRITES_UNTOLD = dict.fromkeys(
+    (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
+)
+"""Operations that change arguments in place without a word of it in their schema: running mean and variance."""
 
 
 class CaptureError(ValueError):
@@ -235,6 +240,8 @@ class _Undo(TorchDispatchMode):
                     value = args[place] if place < len(args) else kwargs.get(argument.name)
                     for tensor in value if isinstance(value, list | tuple) else [value]:
                         self._keep(tensor)
+        for place in _WRITES_UNTOLD.get(func, ()):
+            self._keep(args[place])
         result = func(*args, **kwargs)
         if not func._schema.is_mutable and not func.is_view:
             for tensor in result if isinstance(result, list | tuple) else [result]:

@@ -13,6 +13,7 @@ from pyro_vae.capturable_adam import CapturableAdam
 from pyro_vae.capture import CaptureError, Graph, compiling
 from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.module_tensors import buffers_kept
 from pyro_vae.randomness import kept
 from pyro_vae.steps import Step, Take, record
 
@@ -43,12 +44,14 @@ class CapturedStep(Step):
         self.compiles = compiles
         self._graphs: dict[tuple[Take, Shapes], _Captured] = {}
         self._going = torch.ones(())
+        self._look = True  # for parameters that the optimizer does not know
 
     def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
         """As of the eager step, but a step that is not finite does not raise: its first number is 0."""
-        if self.optimizer is None:
+        if self._look and (self.optimizer is None or self.without_optimizer()):
             return super().__call__(take, *inputs, validate=validate)
-        self.set_schedules()
+        self._look = False
+        self.set_schedules(self.count)
         self.count += 1
         key = take, _shapes(inputs)
         captured = self._graphs.get(key)
@@ -66,8 +69,16 @@ class CapturedStep(Step):
         """
         rewind()
         self._going.zero_()  # so that the graphs draw their numbers and change nothing
-        for inputs in done[:-1]:
-            self._graphs[take, _shapes(inputs)].step(*inputs)
+        self.set_schedules(self.count - 1)
+        self.tensors.note()
+        with pyro.validation_enabled(False), self.gradients_cleared():
+            for inputs in done[:-1]:
+                if captured := self._graphs.get((take, _shapes(inputs))):
+                    captured.step(*inputs)
+                else:  # a step that was run eagerly
+                    with take(*inputs) as arguments:
+                        self.backward(arguments, *inputs)
+                    self.tensors.put_back()
         quiet = warnings.catch_warnings(action="ignore")
         with quiet, pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
             loss, _ = self.backward(arguments, *done[-1])
@@ -76,6 +87,7 @@ class CapturedStep(Step):
             else:
                 why = self._what_is_not_finite(loss, tuple(done[-1]))
         self._going.fill_(1.0)
+        self.back_to_last()
         return FloatingPointError(f"step {self.count}: {why}")
 
     def norm_of_gradients(self) -> Tensor:
@@ -94,12 +106,11 @@ class CapturedStep(Step):
         device = next((parameter.device for parameter in self.parameters.values()), None)
         self._going = self._going.to(device)
 
-    def refresh(self) -> bool:
-        """Capture anew where parameters have been frozen or thawed."""
-        changed = super().refresh()
-        if changed:
-            self._graphs.clear()
-        return changed
+    def forget(self) -> None:
+        """Capture anew: some parameters have been frozen or thawed."""
+        super().forget()
+        self._graphs.clear()
+        self._look = True
 
     def body(self, take: Take, inputs: Sequence[Tensor]) -> Tensor:
         """What the graph is captured from."""
@@ -155,10 +166,11 @@ class _Captured:
         return self.step(*inputs)[0]
 
     def _check(self, take: Take, inputs: Sequence[Tensor]) -> None:
-        with kept():
-            (sums,) = self.densities(*inputs)
-        with kept(), pyro.validation_enabled():
-            sites = _Sites(self.owner, take, inputs)
+        with buffers_kept():  # which the graph changes as well, once the run has told which they are
+            with kept(), pyro.validation_enabled():
+                sites = _Sites(self.owner, take, inputs)
+            with kept():
+                (sums,) = self.densities(*inputs)
         if sites.signature != self.sites.signature:
             for now, then in zip(sites.signature, self.sites.signature, strict=False):
                 if now != then:

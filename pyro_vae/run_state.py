@@ -1,92 +1,65 @@
-"""What a training run has learnt: its parameters, buffers and optimizer as named tensors, and back."""
+"""What a training run has learnt: parameters, buffers and optimizer as named tensors, and back."""
 
-from collections.abc import Mapping
-from inspect import unwrap
-from types import FunctionType, MethodType
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.steps import Step
+from pyro_vae.module_tensors import buffers_kept
+from pyro_vae.randomness import kept
+from pyro_vae.steps import Step, Take
 
-__all__ = ["learnt", "misfits", "modules_of", "optimizer_state", "put_back", "put_back_optimizer"]
+__all__ = [
+    "get_acquainted",
+    "learnt",
+    "optimizer_state",
+    "put_back",
+    "put_back_optimizer",
+    "set_switches",
+    "switches",
+    "told_by",
+]
+
+_ROWS = 1000  # that a checksum looks at, or a few less
+
+
+def get_acquainted(step: Step, take: Take, rows: Tensor) -> None:
+    """Let a step find its parameters and modules, by a run that changes nothing."""
+    with kept(), buffers_kept(), step.gradients_cleared(), take(rows) as arguments:
+        step.backward(arguments, rows)
+
+
+def told_by(data: Sequence[Tensor]) -> str:
+    """What tells data from others: their sizes, and a checksum of up to a thousand rows from first to last.
+
+    >>> told_by([torch.zeros(5, 2)]), told_by([torch.ones(5, 2)])
+    ('(5, 2) float32, checksum 2c34ce1d', '(5, 2) float32, checksum 00e1a993')
+    """
+    digest = sha256()
+    for tensor in data:
+        rows = torch.arange(0, len(tensor), -(-len(tensor) // _ROWS), device=tensor.device)
+        digest.update(tensor.detach()[rows].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    sizes = " and ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in data)
+    return f"{sizes}, checksum {digest.hexdigest()[:8]}"
 
 
 def learnt(step: Step) -> dict[str, Tensor]:
-    """The parameters and buffers that a run changes, by their paths in their modules.
+    """The parameters and buffers of a run, by their paths in their modules; those of no module by Pyro's names.
 
-    Names that Pyro's param store gives to whole modules are left out: another process numbers them otherwise.
+    Frozen parameters are among them: they may have been trained before.
     """
-    owners = list(dict.fromkeys(name.partition("$$$")[0] for name in step.parameters if "$$$" in name))
-    found: dict[str, Tensor] = {}
+    return {name: tensor.detach() for name, tensor in _named(step).items()}
+
+
+def _named(step: Step) -> dict[str, Tensor]:
+    found = step.tensors.named()  # by path: Pyro's names of modules are numbered, in another process otherwise
+    known = {id(tensor) for tensor in found.values()}
     for name, parameter in step.parameters.items():
-        owner, _, path = name.partition("$$$")
-        found[f"{owners.index(owner)}.{path}" if len(owners) > 1 and path else path or name] = parameter.detach()
-    seen = {id(tensor) for tensor in found.values()}
-    for number, module in enumerate(_modules(step)):
-        for path, buffer in module.named_buffers():
-            if id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[f"buffer {number}.{path}"] = buffer
+        if id(parameter) not in known:
+            found[name if name not in found else f"{name} of the param store"] = parameter
     return found
-
-
-def _modules(step: Step) -> list[nn.Module]:
-    """The modules of a run, each once: those that it has registered, and those that its functions hold."""
-    held = [module for module, *_ in step.modules.values()]
-    for part in (step.run.model, step.run.guide, *vars(step.run.elbo).values()):
-        held += modules_of(part)
-    return list({id(module): module for module in held}.values())
-
-
-def modules_of(function: Any) -> list[nn.Module]:
-    """The modules that a function is, is bound to, or has from around it.
-
-    >>> linear = nn.Linear(2, 1)
-    >>> modules_of(lambda x: linear(x)) == [linear]
-    True
-    """
-    if isinstance(function, nn.Module):
-        return [function]
-    if isinstance(function, MethodType):
-        return (
-            modules_of(function.__self__) if isinstance(function.__self__, nn.Module) else modules_of(function.__func__)
-        )
-    inside = unwrap(function) if isinstance(function, FunctionType) else function
-    if inside is not function:
-        return modules_of(inside)
-    if not isinstance(function, FunctionType):
-        return []
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    names = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return [
-        module
-        for value in (*cells, *names)
-        if isinstance(value, nn.Module | MethodType)
-        for module in modules_of(value)
-    ]
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a variable that is not assigned yet
-        return False
-
-
-def misfits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """In what names, shapes and dtypes saved tensors differ from those of a run, in words."""
-    lines = [f"{name} {_form(saved[name])} is not in the model" for name in saved if name not in own]
-    lines += [f"{name} {_form(own[name])} is not in the file" for name in own if name not in saved]
-    for name in own.keys() & saved.keys():
-        if _form(own[name]) != _form(saved[name]):
-            lines.append(f"{name} is {_form(saved[name])} in the file and {_form(own[name])} in the model")
-    return sorted(lines)
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 @torch.no_grad()
@@ -96,24 +69,46 @@ def put_back(step: Step, saved: Mapping[str, Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """The optimizer's tensors for each parameter, named ``number.name``; none before the first step."""
-    if step.optimizer is None:
-        return {}
-    state = step.optimizer.state
+def switches(step: Step) -> dict[str, list[Any]]:
+    """Which parameters are frozen and which the optimizer has met, and whether each module is set to train."""
+    groups = [] if step.optimizer is None else step.optimizer.param_groups
+    optimized = {id(parameter) for group in groups for parameter in group["params"]}
     return {
-        f"{number}.{name}": value
-        for number, parameter in enumerate(step.parameters.values())
-        for name, value in state[parameter].items()
+        "optimized": [name for name, tensor in _named(step).items() if id(tensor) in optimized],
+        "frozen": [
+            name
+            for name, tensor in _named(step).items()
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        ],
+        "training": [module.training for module in step.tensors.modules()],
     }
 
 
-def put_back_optimizer(step: Step, saved: Mapping[str, Tensor]) -> None:
-    """The optimizer as it was when :func:`optimizer_state` returned this."""
-    if not saved:
-        return
-    parameters = list(step.parameters.values())
-    step.optimizer = step.make_optimizer(parameters)
-    for name, value in saved.items():
-        number, _, name = name.partition(".")
-        step.optimizer.state[parameters[int(number)]][name] = value.clone()
+def set_switches(step: Step, saved: Mapping[str, Any]) -> None:
+    """Set what :func:`switches` returned."""
+    for name, tensor in _named(step).items():
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            tensor.requires_grad_(name not in saved["frozen"])
+    for module, training in zip(step.tensors.modules(), saved["training"], strict=True):
+        module.training = training
+
+
+def optimizer_state(step: Step) -> dict[str, Tensor]:
+    """The optimizer's tensors for each parameter, named ``parameter/name``; none before the first step."""
+    state = {} if step.optimizer is None else step.optimizer.state
+    return {
+        f"{name}/{kind}": value
+        for name, parameter in _named(step).items()
+        if parameter in state
+        for kind, value in state[parameter].items()
+    }
+
+
+def put_back_optimizer(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
+    """The optimizer of these parameters as it was when :func:`optimizer_state` returned this."""
+    named = _named(step)
+    step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
+    for path, value in saved.items():
+        name, _, kind = path.rpartition("/")
+        assert optimizer is not None
+        optimizer.state[named[name]][kind] = value.to(named[name].device, copy=True)

@@ -1,13 +1,19 @@
 """Schedules: values that change as training goes on, such as a temperature; functions from the step to a number."""
 
 import math
+import threading
+import warnings
+from array import array
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae.checks import number, positive, positive_int
 
-__all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "linear"]
+__all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "from_torch", "linear"]
 
 Schedule = Callable[[int], float]
 """From the number of steps that are done to the value for the next."""
@@ -108,6 +114,75 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
         return start * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
 
     return value
+
+
+def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Schedule:
+    """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, which is stepped once for each step.
+
+    It drives an optimizer of its own, which trains nothing: the schedule is a function of the step alone, and a run
+    that goes on from a checkpoint needs no state of it.
+
+    Args:
+        make: from an optimizer to its scheduler.
+        start: the optimizer's learning rate, from which most schedulers begin.
+
+    Raises:
+        TypeError: if what comes is no scheduler, or ``ReduceLROnPlateau``, which is no function of the step.
+        ValueError: if it changes Adam's momentum too; and when it is called, past the last step of ``OneCycleLR``.
+
+    >>> from torch.optim.lr_scheduler import CosineAnnealingLR
+    >>> lr = from_torch(lambda optimizer: CosineAnnealingLR(optimizer, 1000), start=1e-3)
+    >>> [round(lr(step), 6) for step in (0, 500, 1000)]
+    [0.001, 0.0005, 0.0]
+    """
+    if not callable(make) or (isinstance(make, type) and issubclass(make, ReduceLROnPlateau)):
+        raise TypeError(f"make: got {make!r}; {_SCHEDULER}")
+    optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
+    betas = optimizer.param_groups[0]["betas"]
+    maker: Any = make  # which mypy would call no function any more
+    scheduler = maker(optimizer)
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(f"make: gives a {type(scheduler).__name__}; {_SCHEDULER}")
+    if optimizer.param_groups[0]["betas"] != betas:
+        raise ValueError(
+            f"make: gives a {type(scheduler).__name__} that changes Adam's momentum, and only the learning rate is "
+            "taken; accepted is `cycle_momentum=False`"
+        )
+    values = array("d", [_current(optimizer)])
+    lock = threading.Lock()
+
+    def extend(steps: int) -> None:
+        with lock, warnings.catch_warnings():
+            # SequentialLR steps the schedulers in it as torch itself says one should not.
+            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
+            while len(values) < steps:
+                optimizer.step()
+                try:
+                    scheduler.step()
+                except ValueError as error:
+                    raise ValueError(
+                        f"lr: {type(scheduler).__name__} has no value for step {len(values) + 1}: {error}; accepted is "
+                        "a scheduler for as many steps as the run has"
+                    ) from error
+                values.append(_current(optimizer))
+
+    def value(step: int) -> float:
+        if step >= len(values):
+            extend(step + 1)
+        return values[step]
+
+    return value
+
+
+_SCHEDULER = (
+    "accepted is a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda optimizer: "
+    "CosineAnnealingLR(optimizer, 1000)`; ReduceLROnPlateau, which looks at losses, is no function of the step: "
+    "`patience` ends a run that no longer gets better"
+)
+
+
+def _current(optimizer: torch.optim.Optimizer) -> float:
+    return float(optimizer.param_groups[0]["lr"])
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

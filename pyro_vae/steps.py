@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vae.checks import number
 from pyro_vae.elbo_runs import ElboRun
 from pyro_vae.handlers import Registered, parameters_of, registered_once
+from pyro_vae.module_tensors import ModuleTensors
 from pyro_vae.schedules import Schedule
 
 __all__ = ["MakeOptimizer", "Step", "Take", "adam", "record"]
@@ -53,6 +54,7 @@ class Step:
         count: of the steps that are done.
         parameters: by name in Pyro's param store.
         modules: that have been registered.
+        tensors: of the modules that model, guide and ELBO run.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Step:
         self.names: list[str] = []
         self.count = 0
         self.modules: Registered = {}
-        self._trained: list[tuple[int, bool]] = []
+        self.tensors = ModuleTensors(run.model, run.guide)
 
     def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Loss, gradients and update on what ``take`` makes of the inputs.
@@ -86,27 +88,38 @@ class Step:
             1, or 0 if the step was skipped; the loss; the terms that :attr:`names` names, ``(2 + T,)`` in float64.
 
         Raises:
-            FloatingPointError: if loss or gradient is not finite, before the update.
+            FloatingPointError: if loss or gradient is not finite. Parameters and buffers are those of the step before.
         """
-        self.set_schedules()
+        self.tensors.note()
+        self.set_schedules(self.count)
         self.count += 1
         # The first step is validated even where validation is off: some libraries turn it off on import.
         with pyro.validation_enabled(validate or self.count == 1), self.gradients_cleared(), take(*inputs) as arguments:
-            loss, terms = self.backward(arguments, *inputs)
-            norm = self.norm_of_gradients()
-            if not math.isfinite(loss) or not norm.isfinite():
-                if not self.skips:
+            try:
+                loss, terms = self.backward(arguments, *inputs)
+                norm = self.norm_of_gradients()
+                if not math.isfinite(loss) or not norm.isfinite():
                     raise FloatingPointError(f"step {self.count}: {self._what_is_not_finite(loss, inputs)}")
-                return torch.tensor([0.0, loss] + [math.nan] * len(self.names), dtype=torch.float64)
+            except FloatingPointError:
+                self.back_to_last()
+                if not self.skips:
+                    raise
+                return torch.tensor([0.0] + [math.nan] * (1 + len(self.names)), dtype=torch.float64)
             self.clip(norm)
             self.update()
         return record(1.0, loss, terms)
 
-    def set_schedules(self) -> None:
-        """Give the values that have a schedule that of the coming step."""
+    def set_schedules(self, step: int) -> None:
+        """Give the values that have a schedule that of a step, counted from 0."""
         for value, schedule in self.schedules.items():
-            value.fill_(number(schedule(self.count), f"schedules: at step {self.count}"))
-        self._set_lr(self.count)
+            value.fill_(number(schedule(step), f"schedules: at step {step}"))
+        self._set_lr(step)
+
+    def back_to_last(self) -> None:
+        """Give buffers and scheduled values those of the step before, where this one must not count."""
+        self.tensors.put_back()
+        if self.count > 1:
+            self.set_schedules(self.count - 2)
 
     def _set_lr(self, step: int) -> None:
         if self.lr is None or self.optimizer is None:
@@ -118,20 +131,16 @@ class Step:
             else:
                 group["lr"] = lr
 
-    def refresh(self) -> bool:
-        """Look for parameters anew where some have been frozen or thawed; whether there are such."""
-        modules = [parameter for module, *_ in self.modules.values() for parameter in module.parameters()]
-        trained = [(id(tensor), tensor.requires_grad) for tensor in (*modules, *self.parameters.values())]
-        changed = trained != self._trained
-        if changed:
-            self.modules.clear()
-            self.parameters.clear()
-        self._trained = trained
-        return changed
+    def forget(self) -> None:
+        """Look for parameters anew in the next run: some have been frozen or thawed."""
+        self.modules.clear()
+        self.parameters.clear()
 
     def backward(self, arguments: tuple[Any, ...], *inputs: Tensor) -> tuple[Any, list[Tensor]]:
         """The loss and its terms; the gradients are left in the parameters."""
-        with poutine.trace(param_only=True) as tracer, registered_once(self.modules, known=bool(self.parameters)):
+        known = bool(self.parameters)
+        noticed = nullcontext() if known else self.tensors.noticed()
+        with poutine.trace(param_only=True) as tracer, registered_once(self.modules, known), noticed:
             try:
                 loss = self.run.loss_and_grads(*arguments)
             except ValueError as error:
@@ -139,10 +148,18 @@ class Step:
                     raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
                 raise
             finally:
-                self.parameters |= parameters_of(tracer.trace)
+                self._add(parameters_of(tracer.trace))
         terms = self.run.terms(loss)
         self.names = list(terms)
         return loss, list(terms.values())
+
+    def _add(self, found: dict[str, Tensor]) -> None:
+        """Each once: a module may be registered under two names."""
+        known = {id(parameter) for parameter in self.parameters.values()}
+        for name, parameter in found.items():
+            if name in self.parameters or id(parameter) not in known:
+                self.parameters[name] = parameter
+                known.add(id(parameter))
 
     def norm_of_gradients(self) -> Tensor:
         """The norm of all gradients together."""
@@ -159,17 +176,19 @@ class Step:
 
     def update(self) -> None:
         """The optimizer's step."""
-        new = self._without_optimizer()
-        if new and self.optimizer is None:
-            self.optimizer = self.make_optimizer(new)
+        new = self.without_optimizer()
+        if new:
+            if self.optimizer is None:
+                self.optimizer = self.make_optimizer(new)
+            else:
+                self.optimizer.add_param_group({"params": new})
             self._set_lr(self.count - 1)
-        elif new and self.optimizer is not None:
-            self.optimizer.add_param_group({"params": new})
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _without_optimizer(self) -> list[Tensor]:
+    def without_optimizer(self) -> list[Tensor]:
+        """The parameters that no step has updated yet."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         known = {parameter for group in groups for parameter in group["params"]}
         return [parameter for parameter in self.parameters.values() if parameter not in known]

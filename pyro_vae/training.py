@@ -19,14 +19,15 @@ from torch import Tensor
 
 from pyro_vae.captured_steps import CapturedStep
 from pyro_vae.checkpoints import Checkpoints
-from pyro_vae.checks import data_tensors, flag, positive, positive_int, rows_like
+from pyro_vae.checks import data_tensors, flag, positive, positive_int, quiet, rows_like
 from pyro_vae.elbo_runs import ElboRun
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.loops import Callback, Loop
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.missing import check_model, first_missing
+from pyro_vae.module_tensors import buffers_kept
 from pyro_vae.randomness import kept, seeded
-from pyro_vae.run_state import learnt, misfits
+from pyro_vae.run_state import told_by
 from pyro_vae.schedules import Schedule, check_schedules
 from pyro_vae.steps import Step, Take
 
@@ -164,12 +165,22 @@ def fit(
     flag(compile, "compile")
     if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
         raise TypeError(f"callbacks: got {callbacks!r}; accepted is a sequence of functions of an Epoch")
-    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
-        checkpoints = Checkpoints(checkpoints)
+    quiet(progress)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
+    if checkpoints is not None:
+        checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
+        checkpoints.prepare()
     device = tensors[0].device
+    run_is = {
+        "batch_size": batch_size,
+        "seed": seed,
+        "elbo": type(elbo).__name__,
+        "compile": compile,
+        "data": told_by(tensors),
+        "validation": None if held_out is None else told_by(held_out),
+    }
     run = ElboRun(model, guide, elbo, plate)
     settings: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
     if compile:
@@ -177,7 +188,7 @@ def fit(
     step = (CapturedStep if compile else Step)(run, lr, check_schedules(schedules or {}), **settings)
     started = time.perf_counter()
     with following_autoguide(guide):
-        with seeded(seed):
+        with seeded(seed), buffers_kept():
             _check_missing(model, tensors, "data", transform)
             _check_missing(model, held_out or (), "validation", transform)
             take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
@@ -194,9 +205,9 @@ def fit(
                 patience=patience,
                 callbacks=callbacks,
                 checkpoints=checkpoints,
-                run_is={"batch_size": batch_size, "data": num_data, "seed": seed, "elbo": type(elbo).__name__},
+                run_is=run_is,
             )
-            _resume(loop, take, device)
+            loop.resume()
             if compile and step.count == 0:
                 _validate(ElboRun(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
             loop.run(epochs, progress)
@@ -242,8 +253,8 @@ def evaluate(
     positive_int(num_samples, "num_samples")
     check_model(model, tensors, "data")
     run = ElboRun(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
-    with seeded(seed), pyro.validation_enabled():
-        return _terms(run, tensors, num_samples)
+    with seeded(seed), buffers_kept(), pyro.validation_enabled():
+        return _terms(run, tensors, "data", num_samples)
 
 
 def _check_missing(model: Function, data: tuple[Tensor, ...], name: str, transform: Transform | None) -> None:
@@ -281,13 +292,13 @@ def _prepare(
 
 
 @torch.no_grad()
-def _terms(run: ElboRun, data: tuple[Tensor, ...], num_samples: int = 1) -> dict[str, float]:
-    """Means of some runs, in nats per datum."""
+def _terms(run: ElboRun, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
+    """Means of some runs on the data of that name, in nats per datum."""
     found: list[dict[str, Tensor]] = []
     for _ in range(num_samples):
         loss = run.loss(*data)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"data: the loss is {loss}; {run.blame() or 'no one site is to blame'}")
+            raise FloatingPointError(f"{name}: the loss is {loss}; {run.blame() or 'no one site is to blame'}")
         found.append(run.terms(loss))
     return {name: float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
 
@@ -295,34 +306,15 @@ def _terms(run: ElboRun, data: tuple[Tensor, ...], num_samples: int = 1) -> dict
 def _held_out(run: ElboRun, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
     """Validation draws come from a stream of their own, so that looking does not change the run."""
     with seeded(seed):
-        return _terms(run, data)
+        return _terms(run, data, "validation")
 
 
 def _validate(run: ElboRun, take: Take, num_data: int, batch_size: int, device: torch.device) -> None:
     """Run the pair once on all rows, with Pyro's validation: a captured step has none."""
-    with torch.no_grad(), kept(), pyro.validation_enabled():
+    with torch.no_grad(), kept(), buffers_kept(), pyro.validation_enabled():
         for rows in torch.arange(num_data, device=device).split(batch_size):
             with take(rows) as arguments:
                 run.loss(*arguments)
-
-
-def _resume(loop: Loop, take: Take, device: torch.device) -> None:
-    """Go on from the folder's checkpoint, if it has one."""
-    if loop.checkpoints is None or (contents := loop.checkpoints.load()) is None:
-        return
-    header, tensors = contents
-    where = f"that of the run in {str(loop.checkpoints.folder)!r}"
-    for name, value in loop.run_is.items():
-        if header["run"].get(name) != value:
-            raise ValueError(
-                f"{name}: got {value!r}; accepted is {header['run'].get(name)!r}, {where}, or another folder"
-            )
-    with kept(), loop.step.gradients_cleared(), take(torch.arange(loop.batch_size, device=device)) as arguments:
-        loop.step.backward(arguments)  # to know the parameters
-    saved = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("learnt/")}
-    if lines := misfits(saved, learnt(loop.step)):
-        raise ValueError(f"checkpoints: {str(loop.checkpoints.folder)!r} is of another model: {'; '.join(lines)}")
-    loop.restore(header, tensors)
 
 
 def _check_elbo(elbo: ELBO) -> ELBO:

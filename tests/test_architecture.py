@@ -14,7 +14,7 @@ FLOORS = [
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "uniformity"},
-        *{"draw_files", "substitutes", "tensor_files"},
+        *{"draw_files", "module_tensors", "substitutes", "tensor_files"},
     },
     {
         *{"datasets", "descriptions", "families", "decomposition", "schedules", "missing", "pareto", "ranks"},

@@ -8,11 +8,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import WeightKL
-from pyro_vae.schedules import cyclical, exponential, linear
+from pyro_vae.schedules import cyclical, exponential, from_torch, linear
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 X = pv.datasets.two_gaussians(32, seed=1).x
@@ -239,6 +240,100 @@ def test_a_bound_stays_a_bound_at_the_temperature_that_is_reached():
     terms = pv.evaluate(vae.model, vae.guide, X, num_samples=2000)
     assert terms["elbo"] == pytest.approx(exact.elbo(vae.model, vae.guide, X).mean().item(), abs=0.02)
     assert (exact.kl(vae.model, vae.guide, X) > 0).all()
+
+
+# --- Schedulers of torch ---------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 7, gamma=0.3),
+    "MultiStepLR": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [5, 20]),
+    "ExponentialLR": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "PolynomialLR": lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 30, power=2.0),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 30),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10),
+    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-2, 6, cycle_momentum=False),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1e-2, 40, cycle_momentum=False),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ConstantLR(optimizer, 0.1), lr_scheduler.ExponentialLR(optimizer, 0.9)], [10]
+    ),
+    "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(optimizer, 0.1), lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_torch_give_their_values_whatever_is_asked_first(name):
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))], lr=5e-3)
+    scheduler = SCHEDULERS[name](optimizer)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    forwards, at_once = (from_torch(SCHEDULERS[name], start=5e-3) for _ in range(2))
+    assert [forwards(step) for step in range(40)] == expected
+    assert at_once(39) == expected[39]
+    assert [at_once(step) for step in (3, 0, 17)] == [expected[step] for step in (3, 0, 17)]
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_scheduler_drives_a_run_as_torch_does(compile, monkeypatch):
+    monkeypatch.setattr("pyro_vae.capture.Graph.compile", lambda self, inputs: None)
+    make = SCHEDULERS["CosineAnnealingLR"]
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    pv.fit(model, lambda x: None, X, epochs=20, lr=from_torch(make, start=0.1), compile=compile)
+    trained = pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    loc = pyro.param("loc", torch.zeros(2))
+    optimizer = torch.optim.Adam([loc], lr=0.1)
+    scheduler = make(optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-dist.Normal(loc, 1.0).to_event(1).log_prob(X).sum()).backward()
+        optimizer.step()
+        scheduler.step()
+    assert torch.allclose(trained, loc, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lr_scheduler.ReduceLROnPlateau, TypeError, "make: got <class.*ReduceLROnPlateau, which looks at losses"),
+        (
+            lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer),
+            TypeError,
+            "make: gives a ReduceLROnPlateau; acc",
+        ),
+        (lambda optimizer: 0.1, TypeError, "make: gives a float; accepted is a function from an optimizer to a sched"),
+        (0.1, TypeError, "make: got 0.1; accepted is a function"),
+        (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 9), ValueError, "momentum.*cycle_momentum=False"),
+    ],
+)
+def test_what_is_no_scheduler_of_the_step_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        from_torch(make)
+
+
+def test_a_scheduler_that_is_over_says_so():
+    schedule = from_torch(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 5, cycle_momentum=False))
+    assert schedule(4) < schedule(1)
+    with pytest.raises(ValueError, match=r"lr: OneCycleLR has no value for step 7.*as many steps as the run has"):
+        schedule(6)
+
+
+def test_a_start_that_is_no_rate_is_refused():
+    with pytest.raises(ValueError, match="start: got 0"):
+        from_torch(SCHEDULERS["StepLR"], start=0)
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])

@@ -245,6 +245,16 @@ def test_grey_values_are_refused_even_where_validation_is_off():
                 run()
 
 
+def test_what_validation_warns_of_late_is_heard():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(1, 1, networks.linear()),
+        likelihoods.Normal(1, 1, networks.linear(), min_scale=0.1),
+    )
+    with pytest.warns(UserWarning, match=r"min_scale = 0\.1 binds"):
+        pv.fit(vae.model, vae.guide, torch.zeros(20, 1), epochs=300, lr=0.1)
+
+
 def test_the_bar_is_quiet_where_there_is_no_terminal_and_shown_on_demand(x, capsys):
     vae = gaussian_vae()
     pv.fit(vae.model, vae.guide, x, epochs=2)

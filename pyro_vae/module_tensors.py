@@ -1,0 +1,135 @@
+"""The modules that run inside a block, and the tensors that they hold: to be saved, or put back as they were."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+__all__ = ["ModuleTensors", "buffers_kept"]
+
+
+class ModuleTensors:
+    """Parameters and buffers of the modules that functions are, are bound to, or run.
+
+    What a function runs is not read off its code, but seen when it runs: closures, globals, handlers of Pyro and
+    objects of any class may stand between it and its modules.
+
+    Args:
+        functions: such as a model and guide.
+
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> tensors = ModuleTensors()
+    >>> with tensors.noticed():
+    ...     y = network(torch.ones(4, 2))
+    >>> list(tensors.named())[:3], network[1].num_batches_tracked
+    (['0.weight', '0.bias', '1.weight'], tensor(1))
+    >>> tensors.put_back()
+    >>> network[1].num_batches_tracked
+    tensor(0)
+    """
+
+    def __init__(self, *functions: Any):
+        self._roots: list[nn.Module] = []
+        self._seen: set[int] = set()
+        self._places: list[tuple[nn.Module, str]] = []
+        self._noted: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        for function in functions:
+            self._add(_bound(function))
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Add the modules that this thread runs inside, and note the values that their buffers have before."""
+        thread = threading.get_ident()
+
+        def notice(module: nn.Module, _: Any) -> None:
+            if thread == threading.get_ident():
+                self._add(module)
+
+        handle = nn.modules.module.register_module_forward_pre_hook(notice)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _add(self, root: nn.Module | None) -> None:
+        if root is None or id(root) in self._seen:
+            return
+        self._roots.append(root)
+        for module in root.modules():
+            if id(module) not in self._seen:
+                self._seen.add(id(module))
+                places = [(module, name) for name in module._buffers]
+                self._places += places
+                self._noted += _values(places)
+
+    def note(self) -> None:
+        """Remember the values that the buffers have now."""
+        self._noted = _values(self._places)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the buffers the values that were noted last."""
+        for module, name, tensor, value in self._noted:
+            module._buffers[name] = tensor.copy_(value)
+
+    def named(self) -> dict[str, Tensor]:
+        """Parameters and buffers, each once: of the first module by their paths, of others with its number before."""
+        found: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for number, root in enumerate(self._roots):
+            for tensors in (root.named_parameters, root.named_buffers):
+                for path, tensor in tensors():
+                    if id(tensor) not in seen:
+                        seen.add(id(tensor))
+                        found[f"{number}: {path}" if number else path] = tensor
+        return found
+
+    def modules(self) -> list[nn.Module]:
+        """All modules, each once."""
+        return list({id(module): module for root in self._roots for module in root.modules()}.values())
+
+
+def _values(places: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Each buffer, where it is held, and a copy of its values."""
+    return [
+        (module, name, tensor, tensor.detach().clone())
+        for module, name in places
+        if (tensor := module._buffers.get(name)) is not None
+    ]
+
+
+def _bound(function: Callable[..., Any]) -> nn.Module | None:
+    """The module that a function is or is bound to, whatever is wrapped around it: partial, decorators, handlers."""
+    while not isinstance(function, nn.Module):
+        if isinstance(function, partial):
+            handled = len(function.args) == 2 and isinstance(function.args[0], Messenger)
+            function = function.args[1] if handled else function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            owner = getattr(function, "__self__", None)
+            return owner if isinstance(owner, nn.Module) else None
+    return function
+
+
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Run a block, then put the buffers of the modules that it ran back as they were: to look without a trace.
+
+    >>> norm = nn.BatchNorm1d(3)
+    >>> with buffers_kept():
+    ...     y = norm(torch.ones(4, 3))
+    >>> norm.num_batches_tracked
+    tensor(0)
+    """
+    tensors = ModuleTensors()
+    try:
+        with tensors.noticed():
+            yield
+    finally:
+        tensors.put_back()
