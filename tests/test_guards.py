@@ -253,7 +253,7 @@ def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile,
 
     def keep(epoch):
         states.append(copied(vae.state_dict()))
-        return ends == "callback" and epoch.number == 7
+        return ends == "callback" and epoch.number == 5
 
     epochs = 200 if ends == "patience" else 9
     rate = schedules.linear(2e-2, 0.3, 30)

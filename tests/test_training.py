@@ -252,7 +252,7 @@ def test_what_validation_warns_of_late_is_heard():
         likelihoods.Normal(1, 1, networks.linear(), min_scale=0.1),
     )
     with pytest.warns(UserWarning, match=r"min_scale = 0\.1 binds"):
-        pv.fit(vae.model, vae.guide, torch.zeros(20, 1), epochs=300, lr=0.1)
+        pv.fit(vae.model, vae.guide, torch.zeros(200, 1), epochs=600, lr=0.1)
 
 
 def test_the_bar_is_quiet_where_there_is_no_terminal_and_shown_on_demand(x, capsys):
