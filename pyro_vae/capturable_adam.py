@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["CapturableAdam"]
 
@@ -40,29 +41,47 @@ class CapturableAdam(torch.optim.Optimizer):
         """Begin at step 1 with further parameters."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        number = {"dtype": torch.float64, "device": group["params"][0].device}
+        group["lr"] = torch.tensor(float(group["lr"]), **number)
+        powers = torch.tensor(group["betas"], **number)
+        corrections = {
+            "powers": powers,
+            "mean_correction": 1 / (1 - powers[0]),
+            "scale_correction": (1 - powers[1]).rsqrt(),
+        }
         for parameter in group["params"]:
-            powers = torch.tensor(group["betas"], dtype=torch.float64, device=parameter.device)
-            self.state[parameter] = {
-                "mean": torch.zeros_like(parameter).detach(),
-                "square": torch.zeros_like(parameter).detach(),
-                "powers": powers,
-                "mean_correction": 1 / (1 - powers[0]),
-                "scale_correction": (1 - powers[1]).rsqrt(),
-            }
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
+            moments = {name: torch.zeros_like(parameter).detach() for name in ("mean", "square")}
+            self.state[parameter] = moments | corrections
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state, gradient = self.state[parameter], parameter.grad
-                    mean = state["mean"].lerp_(gradient, 1 - beta1)
-                    square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                    scale = square.sqrt() * state["scale_correction"] + group["eps"]
-                    parameter.sub_(group["lr"] * state["mean_correction"] * mean / scale)
-                    powers = state["powers"].mul_(torch.tensor([beta1, beta2], dtype=torch.float64, device=mean.device))
-                    state["mean_correction"].copy_(1 / (1 - powers[0]))
-                    state["scale_correction"].copy_((1 - powers[1]).rsqrt())
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._part(moving, [parameter for parameter in group["params"] if parameter.grad is None])
+            for parameter in moving:
+                state, gradient = self.state[parameter], parameter.grad
+                mean = state["mean"].lerp_(gradient, 1 - beta1)
+                square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                scale = square.sqrt() * state["scale_correction"] + group["eps"]
+                parameter.sub_(group["lr"] * state["mean_correction"] * mean / scale)
+            for state in {id(self.state[one]["powers"]): self.state[one] for one in moving}.values():
+                betas = torch.tensor([beta1, beta2], dtype=torch.float64, device=state["powers"].device)
+                powers = state["powers"].mul_(betas)
+                state["mean_correction"].copy_(1 / (1 - powers[0]))
+                state["scale_correction"].copy_((1 - powers[1]).rsqrt())
+
+    def part(self) -> None:
+        """Give frozen parameters corrections of their own, which a captured step cannot."""
+        for group in self.param_groups:
+            moving, resting = ([p for p in group["params"] if p.requires_grad is on] for on in (True, False))
+            self._part(moving, resting)
+
+    def _part(self, moving: list[Tensor], resting: list[Tensor]) -> None:
+        """Give what rests corrections of its own: it counts its steps from where it is."""
+        shared = {id(self.state[parameter]["powers"]) for parameter in moving}
+        for parameter in resting:
+            state = self.state[parameter]
+            if id(state["powers"]) in shared:
+                state |= {name: state[name].clone() for name in ("powers", "mean_correction", "scale_correction")}

@@ -146,6 +146,8 @@ class _Captured:
         self.owner = step
         self.calls = 0
         step.hold_on_device()
+        if isinstance(step.optimizer, CapturableAdam):
+            step.optimizer.part()
         found: list[_Sites] = []
 
         def densities(*inputs: Tensor) -> list[Tensor]:

@@ -108,7 +108,11 @@ def put_back_optimizer(step: Step, names: Sequence[str], saved: Mapping[str, Ten
     """The optimizer of these parameters as it was when :func:`optimizer_state` returned this."""
     named = _named(step)
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
+    copies: dict[int, Tensor] = {}  # by place: what parameters share, they share again
     for path, value in saved.items():
         name, _, kind = path.rpartition("/")
         assert optimizer is not None
-        optimizer.state[named[name]][kind] = value.to(named[name].device, copy=True)
+        place = value.data_ptr()
+        if place not in copies:
+            copies[place] = value.to(named[name].device, copy=True)
+        optimizer.state[named[name]][kind] = copies[place]
