@@ -110,6 +110,7 @@ class Loop:
         self.stopped = "epochs"
         self.best: dict[str, Tensor] = {}
         self._order_of_epoch = self.order.get_state()
+        self._all = [torch.arange(num_data, device=device)] if batch_size == num_data else []  # the batch of each epoch
         self._rows: list[list[float]] = []  # what steps returned, of the epoch that is under way
         self._unseen: list[Tensor] = []  # the same, since the last look
         self._inputs: list[Tensor] = []  # of these steps
@@ -165,8 +166,8 @@ class Loop:
 
     def _batches(self) -> Sequence[Tensor]:
         """What is left of the epoch's."""
-        if self.batch_size == self.num_data:
-            return [torch.arange(self.num_data, device=self.device)] if self.batch == 0 else []
+        if self._all:
+            return self._all[self.batch :]
         self.order.set_state(self._order_of_epoch)
         shuffled = torch.randperm(self.num_data, generator=self.order).to(self.device)
         return shuffled.split(self.batch_size)[self.batch :]
@@ -196,9 +197,9 @@ class Loop:
         bar.update(self.epoch - bar.n)
 
     def _record(self, rows: list[list[float]]) -> None:
-        for place, name in enumerate(self.step.names, start=2):
-            mean = math.fsum(row[place] for row in rows) / len(rows) if rows else math.nan
-            self.history.setdefault(name, []).append(mean)
+        columns = list(zip(*rows, strict=True))[2:] if rows else [(math.nan,)] * len(self.step.names)
+        for name, column in zip(self.step.names, columns, strict=True):
+            self.history.setdefault(name, []).append(math.fsum(column) / len(column))
 
     def _not_finite(self, index: int) -> None:
         """Count a step since the last look as skipped, or raise for it."""
@@ -277,7 +278,8 @@ class Loop:
     def _end_epoch(self, bar: Any) -> None:
         self.epoch += 1
         self.batch = 0
-        self._order_of_epoch = self.order.get_state()
+        if not self._all:
+            self._order_of_epoch = self.order.get_state()
         if self.validate is None and not self.callbacks:
             return
         self._look(bar)

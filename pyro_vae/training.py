@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from pyro_vae.captured_steps import CapturedStep
 from pyro_vae.checkpoints import Checkpoints
-from pyro_vae.checks import data_tensors, flag, positive, positive_int, quiet, rows_like
+from pyro_vae.checks import data_tensors, flag, function, positive, positive_int, quiet, rows_like
 from pyro_vae.elbo_runs import ElboRun
-from pyro_vae.handlers import latent_sites, observed_sites
+from pyro_vae.handlers import borrowed_store, latent_sites, observed_sites
 from pyro_vae.loops import Callback, Loop
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.missing import check_model, first_missing
@@ -150,10 +151,13 @@ def fit(
     >>> fitted.steps, sorted(fitted.history)
     (80, ['distortion', 'elbo', 'rate'])
     """
+    function(model, "model")
+    function(guide, "guide")
     tensors = data_tensors(data, "data")
     held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
     positive_int(epochs, "epochs")
     lr = lr if callable(lr) else positive(lr, "lr")
+    schedules = check_schedules({} if schedules is None else schedules)
     if clip_norm is not None:
         positive(clip_norm, "clip_norm")
     if patience is not None and held_out is None:
@@ -185,7 +189,7 @@ def fit(
     settings: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
     if compile:
         settings["compiles"] = lambda rows: len(rows) == batch_size
-    step = (CapturedStep if compile else Step)(run, lr, check_schedules(schedules or {}), **settings)
+    step = (CapturedStep if compile else Step)(run, lr, schedules, **settings)
     started = time.perf_counter()
     with following_autoguide(guide):
         with seeded(seed), buffers_kept():
@@ -249,10 +253,14 @@ def evaluate(
     >>> sorted(pv.evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
     ['distortion', 'elbo', 'rate']
     """
+    function(model, "model")
+    function(guide, "guide")
     tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
     check_model(model, tensors, "data")
     run = ElboRun(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
+    with seeded(seed), buffers_kept(), borrowed_store(), poutine.block():
+        _check_pair(model, guide, run.elbo, tensors, transforms=False)
     with seeded(seed), buffers_kept(), pyro.validation_enabled():
         return _terms(run, tensors, "data", num_samples)
 
@@ -334,6 +342,12 @@ def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[T
         guide_trace = poutine.trace(guide).get_trace(*arguments)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
     ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)
+    data = observed_sites(guide_trace).items()
+    if observed := [name for name, site in data if not isinstance(site["fn"], dist.Unit)]:  # a `pyro.factor` is no data
+        raise ValueError(
+            f"guide: it observes {observed}, which a model does; accepted is a function with latent sites, such as "
+            "`vae.guide`"
+        )
     if transforms and elbo.max_plate_nesting == float("inf"):  # Pyro would find it out from data without transform
         frames = [
             frame

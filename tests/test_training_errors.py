@@ -57,6 +57,13 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ({"batch_size": True}, ValueError, "batch_size: got True"),
         ({"lr": 0.0}, ValueError, "lr: got 0.0"),
         ({"lr": math.nan}, ValueError, "lr: got nan"),
+        ({"lr": lambda step: math.nan}, ValueError, "lr: at step 0: got nan; accepted is a finite number"),
+        ({"lr": lambda step: -1.0}, ValueError, "lr: at step 0: got -1.0; accepted is a finite number, 0 or more"),
+        (
+            {"schedules": {torch.zeros(()): lambda step: "a"}},
+            ValueError,
+            "schedules: at step 0: got 'a'; accepted is a",
+        ),
         ({"validation": torch.zeros(3, 3)}, ValueError, r"validation: got rows of shape \(3,\)"),
         ({"validation": NAN}, ValueError, "validation: holds nan"),
         ({"elbo": TraceEnum_ELBO()}, ValueError, "TraceEnum_ELBO found nothing to enumerate"),
@@ -160,7 +167,7 @@ def test_a_class_in_place_of_an_elbo_and_a_vae_in_place_of_its_functions_are_ref
     vae = gaussian_vae()
     with pytest.raises(TypeError, match=r"elbo: got .*accepted is an instance"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO)
-    with pytest.raises(TypeError, match=r"hand over `vae.model` and `vae.guide`"):
+    with pytest.raises(TypeError, match=r"model: got a VAE, a pair of functions; accepted is one of them, `vae.model`"):
         pv.fit(vae, vae.guide, x, epochs=1)
 
 

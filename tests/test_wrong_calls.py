@@ -839,6 +839,48 @@ TRAINING = {
         lambda w: fit(w, transform=lambda x: x[:1]),
         ValueError, "transform", "it makes tensors of [1] rows; accepted is one",
     ),
+    "no model": Row(
+        lambda w: pv.fit(None, w.vae.guide, w.x, epochs=1), TypeError, "model", "got a NoneType; accepted is a Pyro function"
+    ),
+    "no guide": Row(
+        lambda w: pv.fit(w.vae.model, None, w.x, epochs=1), TypeError, "guide", "got a NoneType; accepted is a Pyro function"
+    ),
+    "a VAE in the place of its model": Row(
+        lambda w: pv.fit(w.vae, w.vae.guide, w.x, epochs=1), TypeError, "model", "accepted is one of them, `vae.model`"
+    ),
+    "a number as a model to evaluate": Row(
+        lambda w: pv.evaluate(3, w.vae.guide, w.x), TypeError, "model", "got a int; accepted is a Pyro function"
+    ),
+    "an empty list of schedules": Row(
+        lambda w: fit(w, schedules=[]), TypeError, "schedules", "got a list; accepted is a dict from tensors"
+    ),
+    "a word for progress": Row(lambda w: fit(w, progress="no"), TypeError, "progress", "got 'no'; accepted"),
+    "a word for compile": Row(lambda w: fit(w, compile="yes"), TypeError, "compile", "got 'yes'; accepted are True"),
+    "gradients clipped to nothing": Row(lambda w: fit(w, clip_norm=0.0), ValueError, "clip_norm", f"got 0.0; {REAL}"),
+    "patience without validation": Row(
+        lambda w: fit(w, patience=3), ValueError, "patience", "no validation data...; accepted is `validation=`"
+    ),
+    "no patience": Row(lambda w: fit(w, patience=0, validation=w.x), ValueError, "patience", f"got 0; {INT}"),
+    "another way with what is not finite": Row(
+        lambda w: fit(w, nonfinite="ignore"), ValueError, "nonfinite", "got 'ignore'; accepted are 'stop' and 'skip'"
+    ),
+    "a number as a callback": Row(
+        lambda w: fit(w, callbacks=[3]), TypeError, "callbacks", "got [3]; accepted is a sequence of functions"
+    ),
+    "a file in the place of a folder of checkpoints": Row(
+        lambda w: fit(w, checkpoints=__file__), ValueError, "folder", "is a file; accepted is a folder"
+    ),
+    "checkpoints at half steps": Row(
+        lambda w: pv.Checkpoints("run", every_steps=0.5), ValueError, "every_steps", f"got 0.5; {INT}"
+    ),
+    "a scheduler in the place of an optimizer": Row(
+        lambda w: pv.SVI(w.vae.model, w.vae.guide, "Adam", Trace_ELBO()),
+        TypeError, "optim", "got 'Adam'; accepted is one of pyro.optim",
+    ),
+    "enumeration of what is not discrete": Row(
+        lambda w: pv.evaluate(w.vae.model, w.vae.guide, w.x, elbo=TraceEnum_ELBO()),
+        ValueError, "elbo", "found nothing to enumerate",
+    ),
     "no draws to evaluate": Row(
         lambda w: pv.evaluate(w.vae.model, w.vae.guide, w.x, num_samples=0), ValueError, "num_samples", f"got 0; {INT}"
     ),
