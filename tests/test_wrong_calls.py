@@ -588,7 +588,7 @@ PAIRS = {
     ),
     "None as the guide": Row(
         lambda w: pv.calibrate(w.vae.model, None, w.x),
-        TypeError, "guide", "got a NoneType; accepted is a Pyro function",
+        TypeError, "guide", "got a NoneType; accepted is a Pyro f",
     ),
     "the class of an autoguide": Row(
         lambda w: exact.elbo(w.vae.model, pyro.infer.autoguide.AutoNormal, w.x),
@@ -840,10 +840,10 @@ TRAINING = {
         ValueError, "transform", "it makes tensors of [1] rows; accepted is one",
     ),
     "no model": Row(
-        lambda w: pv.fit(None, w.vae.guide, w.x, epochs=1), TypeError, "model", "got a NoneType; accepted is a Pyro function"
+        lambda w: pv.fit(None, w.vae.guide, w.x, epochs=1), TypeError, "model", "got a NoneType; accepted is a Pyro f"
     ),
     "no guide": Row(
-        lambda w: pv.fit(w.vae.model, None, w.x, epochs=1), TypeError, "guide", "got a NoneType; accepted is a Pyro function"
+        lambda w: pv.fit(w.vae.model, None, w.x, epochs=1), TypeError, "guide", "got a NoneType; accepted is a Pyro f"
     ),
     "a VAE in the place of its model": Row(
         lambda w: pv.fit(w.vae, w.vae.guide, w.x, epochs=1), TypeError, "model", "accepted is one of them, `vae.model`"
