@@ -43,9 +43,6 @@ class SVI:
             ``torch.optim`` can be captured.
         clip_norm: to which the norm of all gradients together is scaled down, where it is larger.
 
-    Attributes:
-        optimizer: of torch, after the first step: a scheduler of ``torch.optim.lr_scheduler`` may drive it.
-
     Raises:
         TypeError, ValueError: on unusable arguments; :class:`pyro_vae.capture.CaptureError`, when it runs, if the step
             is not the same each time.
@@ -85,7 +82,7 @@ class SVI:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Of torch; ``None`` before the first step."""
+        """Of torch, which a scheduler of ``torch.optim.lr_scheduler`` may drive; ``None`` before the first step."""
         return self._step.optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:

@@ -381,6 +381,14 @@ def test_what_a_callback_raises_comes_through_and_leaves_the_signal_handler():
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """As in a terminal: a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def pressing(times, begun=None, between=0.3):
     """Ctrl-C from a thread, a while after something has begun."""
 
