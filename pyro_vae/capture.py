@@ -55,17 +55,21 @@ _CHECKS = (
 )
 """Modules that ask only to warn or raise, and do the same with every answer otherwise."""
 
-
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # random numbers are those of the eager step
-    "cpp_wrapper": True,  # from one kernel to the next without Python
     "size_asserts": False,
-    "cpp.min_chunk_size": 2**14,  # numbers for each thread: to share fewer takes longer than to work on them
 }
 """Of inductor."""
 
+_ON_PROCESSORS = {
+    "cpp_wrapper": True,  # from one kernel to the next without Python
+    "cpp.min_chunk_size": 2**14,  # numbers for each thread: to share fewer takes longer than to work on them
+}
+"""Of inductor, where no tensor is on another device: for CUDA, C++ needs headers that come apart from torch."""
+
 _NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError")
 """Errors of inductor, which it hands on inside of others."""
+
 _aten = torch.ops.aten
 _WRITES_UNTOLD = dict.fromkeys(
     (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
@@ -135,10 +139,12 @@ class Graph:
         """
         from torch import _inductor
 
+        examples: list[Any] = [*inputs, *self._inputs]
+        options = _OPTIONS | (_ON_PROCESSORS if all(tensor.is_cpu for tensor in examples) else {})
         try:
             with torch.no_grad(), warnings.catch_warnings(), _quiet("torch._inductor"):
                 warnings.simplefilter("ignore")  # torch's own, of what it imports and compiles
-                self._run = _inductor.compile(self._module, [*inputs, *self._inputs], options=_OPTIONS)
+                self._run = _inductor.compile(self._module, examples, options=options)
         except RuntimeError as error:
             cause = getattr(error, "inner_exception", error)
             if type(cause).__name__ not in _NO_COMPILER:

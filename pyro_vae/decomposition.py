@@ -110,20 +110,18 @@ def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
     frames = site["cond_indep_stack"]
     scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
     particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
-    pending = [dim for dim in weights if _extent(term, dim) > 1]
-    if not pending:
-        return term.sum(dtype=torch.float64) * (scale / particles)
-    log_weight = torch.zeros_like(term)
-    done: set[int] = set()
-    while pending:
-        dim = pending.pop()
-        if dim in done:
-            continue
-        done.add(dim)
-        log_weight = log_weight + weights[dim]
-        pending += [other for other in weights if other not in done and _extent(weights[dim], other) > 1]
-    weight = log_weight.exp()
-    return torch.where(weight > 0, weight * term, 0.0).double().sum() * (scale / particles)
+    summed = {dim: weight for dim, weight in weights.items() if _extent(term, dim) > 1}
+    pending = list(summed)
+    while pending:  # a variable's weight may depend on others, over which it is summed as well
+        weight = summed[pending.pop()]
+        found = [dim for dim in weights if dim not in summed and _extent(weight, dim) > 1]
+        summed |= {dim: weights[dim] for dim in found}
+        pending += found
+    while summed:  # one after the other, each before those that its weight depends on
+        dim = next(dim for dim in summed if all(_extent(w, dim) == 1 for other, w in summed.items() if other != dim))
+        weight = summed.pop(dim).exp()
+        term = torch.where(weight > 0, weight * term, 0.0).sum(dim, keepdim=True)
+    return term.sum(dtype=torch.float64) * (scale / particles)
 
 
 def _extent(tensor: Tensor, dim: int) -> int:

@@ -88,12 +88,11 @@ class ElboRun:
 
     def _data_site(self, model_trace: Trace) -> tuple[dict[str, Any], Any]:
         """An observed site in the data plate, and its frame there."""
-        for site in observed_sites(model_trace).values():
-            for frame in site["cond_indep_stack"]:
-                if frame.name == self.plate:
-                    return site, frame
-        raise ValueError(
-            f"plate: no observed site of the model is in a plate {self.plate!r}; name the model's data plate"
+        return next(
+            (site, frame)
+            for site in observed_sites(model_trace).values()
+            for frame in site["cond_indep_stack"]
+            if frame.name == self.plate
         )
 
     @torch.no_grad()

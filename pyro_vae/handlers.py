@@ -26,6 +26,7 @@ __all__ = [
     "deterministic_sites",
     "guide_sites",
     "latent_sites",
+    "none_left_if_refused",
     "observed_sites",
     "parameters_of",
     "recorded",
@@ -184,6 +185,29 @@ def borrowed_store() -> Iterator[None]:
     store = pyro.get_param_store()
     with store.scope(store.get_state()):
         yield
+
+
+@contextmanager
+def none_left_if_refused() -> Iterator[None]:
+    """Run a block; if it raises, take the parameters that it added to Pyro's store out again.
+
+    >>> import pyro, torch
+    >>> try:
+    ...     with none_left_if_refused():
+    ...         w = pyro.param("w", torch.zeros(2))
+    ...         raise ValueError
+    ... except ValueError:
+    ...     "w" in pyro.get_param_store()
+    False
+    """
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    except BaseException:
+        for name in set(store.keys()) - before:
+            del store[name]
+        raise
 
 
 Registered = dict[str, tuple[nn.Module, str, Tensor]]

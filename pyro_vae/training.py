@@ -12,21 +12,21 @@ from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_vae.captured_steps import CapturedStep
 from pyro_vae.checkpoints import Checkpoints
 from pyro_vae.checks import data_tensors, flag, function, positive, positive_int, quiet, rows_like
 from pyro_vae.elbo_runs import ElboRun
-from pyro_vae.handlers import borrowed_store, latent_sites, observed_sites
+from pyro_vae.handlers import borrowed_store, none_left_if_refused
 from pyro_vae.loops import Callback, Loop
 from pyro_vae.minibatches import Batcher, Transform, following_autoguide, is_amortized, plan, transformed
 from pyro_vae.missing import check_model, first_missing
 from pyro_vae.module_tensors import buffers_kept
+from pyro_vae.pair_checks import check_elbo, check_pair, comparing_shapes
 from pyro_vae.randomness import kept, seeded
 from pyro_vae.run_state import told_by
 from pyro_vae.schedules import Schedule, check_schedules
@@ -172,7 +172,7 @@ def fit(
     quiet(progress)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
-    elbo = _check_elbo(Trace_ELBO() if elbo is None else elbo)
+    elbo = check_elbo(Trace_ELBO() if elbo is None else elbo)
     if checkpoints is not None:
         checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
         checkpoints.prepare()
@@ -192,7 +192,7 @@ def fit(
     step = (CapturedStep if compile else Step)(run, lr, schedules, **settings)
     started = time.perf_counter()
     with following_autoguide(guide):
-        with seeded(seed), buffers_kept():
+        with none_left_if_refused(), seeded(seed), buffers_kept():
             _check_missing(model, tensors, "data", transform)
             _check_missing(model, held_out or (), "validation", transform)
             take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
@@ -211,9 +211,10 @@ def fit(
                 checkpoints=checkpoints,
                 run_is=run_is,
             )
-            loop.resume()
-            if compile and step.count == 0:
-                _validate(ElboRun(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
+            with none_left_if_refused():
+                loop.resume()
+                if compile and step.count == 0:
+                    _validate(ElboRun(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
             loop.run(epochs, progress)
     if loop.stopped == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
@@ -258,9 +259,10 @@ def evaluate(
     tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
     check_model(model, tensors, "data")
-    run = ElboRun(model, guide, _check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
-    with seeded(seed), buffers_kept(), borrowed_store(), poutine.block():
-        _check_pair(model, guide, run.elbo, tensors, transforms=False)
+    run = ElboRun(model, guide, check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
+    comparing = comparing_shapes(model, guide, tensors)
+    with seeded(seed), buffers_kept(), borrowed_store(), poutine.block(), comparing:
+        check_pair(model, guide, run.elbo, tensors, plate, transforms=False)
     with seeded(seed), buffers_kept(), pyro.validation_enabled():
         return _terms(run, tensors, "data", num_samples)
 
@@ -288,9 +290,10 @@ def _prepare(
     def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
         return nullcontext(transformed(data, transform))
 
-    take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate, transform)
-    with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
-        _check_pair(model, guide, elbo, arguments, transform is not None)
+    with comparing_shapes(model, guide, data, transform):
+        take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate, transform)
+        with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
+            check_pair(model, guide, elbo, arguments, plate, transform is not None)
     if held_out and not is_amortized(guide, transformed(tuple(tensor[:4] for tensor in data), transform), plate):
         raise ValueError(
             "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
@@ -323,54 +326,3 @@ def _validate(run: ElboRun, take: Take, num_data: int, batch_size: int, device: 
         for rows in torch.arange(num_data, device=device).split(batch_size):
             with take(rows) as arguments:
                 run.loss(*arguments)
-
-
-def _check_elbo(elbo: ELBO) -> ELBO:
-    if not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo: got {elbo!r}; accepted is an instance, such as Trace_ELBO()")
-    if type(elbo).__name__.startswith("Jit"):
-        raise ValueError(
-            f"elbo: got {type(elbo).__name__}, which needs TorchScript, deprecated in torch; accepted is the ELBO "
-            "of the same name without Jit"
-        )
-    return elbo
-
-
-def _check_pair(model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...], transforms: bool) -> None:
-    """Refuse a guide with latents of its own, and enumeration where it is asked for by half."""
-    with torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*arguments)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
-    ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)
-    data = observed_sites(guide_trace).items()
-    if observed := [name for name, site in data if not isinstance(site["fn"], dist.Unit)]:  # a `pyro.factor` is no data
-        raise ValueError(
-            f"guide: it observes {observed}, which a model does; accepted is a function with latent sites, such as "
-            "`vae.guide`"
-        )
-    if transforms and elbo.max_plate_nesting == float("inf"):  # Pyro would find it out from data without transform
-        frames = [
-            frame
-            for site in (ours | theirs | observed_sites(model_trace)).values()
-            for frame in site["cond_indep_stack"]
-            if frame.dim is not None
-        ]
-        particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
-        elbo.max_plate_nesting = particles + max((-frame.dim for frame in frames), default=0)
-    unknown = [name for name, site in ours.items() if name not in theirs and not site["infer"].get("is_auxiliary")]
-    if unknown:
-        raise ValueError(f"guide: its latents {unknown} are not in the model, whose latents are {list(theirs)}")
-    how = {site["infer"].get("enumerate") for site in (*theirs.values(), *ours.values())}
-    if not isinstance(elbo, TraceEnum_ELBO):
-        if how - {None}:
-            raise ValueError(
-                f"elbo: latents are marked for enumeration, and {type(elbo).__name__} would sample them; accepted is "
-                "TraceEnum_ELBO(max_plate_nesting=1)"
-            )
-    elif "sequential" in how:
-        raise ValueError("elbo: sites are enumerated one state after another; accepted is enumerate='parallel'")
-    elif "parallel" not in how:
-        raise ValueError(
-            "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark discrete latents, "
-            "`fit(model, config_enumerate(guide), ...)`; to sample them, and for continuous ones, use Trace_ELBO"
-        )

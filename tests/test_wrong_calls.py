@@ -877,6 +877,32 @@ TRAINING = {
         lambda w: pv.SVI(w.vae.model, w.vae.guide, "Adam", Trace_ELBO()),
         TypeError, "optim", "got 'Adam'; accepted is one of pyro.optim",
     ),
+    "the guide of another model": Row(
+        lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1),
+        ValueError, "guide", "its latent 'z' has shape (6, 3); accepted is (6, 1), that of the model",
+    ),
+    "the guide of another model, in batches": Row(
+        lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1, batch_size=2),
+        ValueError, "guide", "its latent 'z' has shape (6, 3); accepted is (6, 1), that of the model",
+    ),
+    "the guide of another model to evaluate": Row(
+        lambda w: pv.evaluate(w.vae.model, w.wide.guide, w.x),
+        ValueError, "guide", "its latent 'z' has shape (6, 3); accepted is (6, 1), that of the model",
+    ),
+    "another plate": Row(
+        lambda w: fit(w, plate="rows"), ValueError, "plate", "got 'rows'; accepted is the data plate...in ['data']"
+    ),
+    "another plate to evaluate": Row(
+        lambda w: pv.evaluate(w.vae.model, w.vae.guide, w.x, plate="rows"),
+        ValueError, "plate", "got 'rows'; accepted is the data plate...in ['data']",
+    ),
+    "data of another precision": Row(
+        lambda w: fit(w, data=w.x.double()),
+        TypeError, "DiagonalNormal", "got a context of torch.float64; accepted is torch.float32, that of its network",
+    ),
+    "training on enumeration of what is not discrete": Row(
+        lambda w: fit(w, elbo=TraceEnum_ELBO()), ValueError, "elbo", "found nothing to enumerate"
+    ),
     "enumeration of what is not discrete": Row(
         lambda w: pv.evaluate(w.vae.model, w.vae.guide, w.x, elbo=TraceEnum_ELBO()),
         ValueError, "elbo", "found nothing to enumerate",
