@@ -1,8 +1,8 @@
 """Operations that take the place of others in a captured step, on processors, where they are faster.
 
 Large matrix products go to oneDNN: MKL, which torch takes, chooses its instructions by the maker of the processor and
-not by what it can do, and takes twice as long on some. The hyperbolic tangent is made of an exponential, in a third of
-the time.
+not by what it can do, and takes twice as long on some. Products with up to four rows, columns or terms become a part of
+the loops around them. The hyperbolic tangent is made of an exponential, in a third of the time.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from torch import Tensor
 
 __all__ = ["SUBSTITUTES"]
 
-_LEAST = 2**20  # products of numbers, from which on it pays
-
-_THIN = 2  # terms of a sum that need no product of matrices
+_LARGE = 2**20  # products of numbers, from which on oneDNN pays
+_FEW = 4  # rows, columns or terms, up to which loops do
 _NEAR = 0.04  # square below which the series of tanh has all digits of float32
 
 _library = torch.library.Library("pyro_vae", "DEF")
@@ -32,32 +31,58 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pays(a: Tensor, b: Tensor) -> bool:
     plain = a.dtype == torch.float32 and a.is_cpu and torch.backends.mkldnn.is_available()
-    return plain and a.shape[0] * a.shape[1] * b.shape[1] >= _LEAST
+    return plain and a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
 
 
-def _is_thin(a: Tensor) -> bool:
-    """Whether a product over so few numbers is better a part of the loop around it."""
-    return a.is_cpu and 0 < a.shape[1] <= _THIN
+def _in_loops(a: Tensor, b: Tensor) -> Tensor | None:
+    """The product, if it is of few rows, columns or terms: sums that a compiler makes a part of the loops around."""
+    (rows, terms), columns = a.shape, b.shape[1]
+    plain = a.dtype in (torch.float32, torch.float64) and a.is_cpu
+    if not plain or not 0 < min(rows, terms, columns) <= _FEW:
+        return None
+    if terms <= _FEW:
+        b = b if b.is_contiguous() else _stored(b.contiguous())  # to be read in the order of the columns
+        product = a[:, :1] * b[0]
+        for k in range(1, terms):
+            product = product + a[:, k : k + 1] * b[k]
+        return product
+    if rows * terms * columns >= _LARGE:
+        return None
+    if rows <= _FEW:
+        return torch.stack([(row[:, None] * b).sum(0) for row in a])
+    if a.stride(1) == 1:
+        if not _is_whole(a):
+            return None
+        a = _stored(a)
+    return torch.stack([(a * column).sum(1) for column in b.t()], 1)
 
 
-def _thin(a: Tensor, b: Tensor) -> Tensor:
-    product = a[:, :1] * b[0]
-    for k in range(1, a.shape[1]):
-        product = product + a[:, k : k + 1] * b[k]
-    return product
+def _is_whole(x: Tensor) -> bool:
+    """Whether numbers lie one after the other, and nothing else in their storage."""
+    return x.is_contiguous() and x.numel() > 1 and x.untyped_storage().nbytes() == x.nbytes
+
+
+def _stored(x: Tensor) -> Tensor:
+    """The same, which a compiler is to store, and not to compute anew wherever it is needed.
+
+    For inductor that is so by ``as_strided``, if it is whole; of parts of a tensor it would make something else.
+    """
+    return x.as_strided(x.shape, x.stride())
 
 
 def _mm(a: Tensor, b: Tensor) -> Any:
-    if _is_thin(a):
-        return _thin(a, b)
-    return torch.ops.pyro_vae.linear(a, b.t(), None) if _pays(a, b) else NotImplemented
+    product = _in_loops(a, b)
+    if product is None and _pays(a, b):
+        product = torch.ops.pyro_vae.linear(a, b.t(), None)
+    return NotImplemented if product is None else product
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if beta != 1 or alpha != 1:
         return NotImplemented
-    if _is_thin(a):
-        return _thin(a, b) + bias
+    product = _in_loops(a, b)
+    if product is not None:
+        return product + bias
     fits = _pays(a, b) and bias.dim() == 1 and bias.dtype == a.dtype
     return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
 

@@ -120,6 +120,11 @@ def test_the_short_form(tmp_path):
     assert [point["case"]["rows"] for point in found["growth"]["mapped"]["points"]] == [20_000]
 
 
+def test_what_no_contestant_can_do_is_an_empty_table(tmp_path):
+    found = bench(tmp_path, "--cases", "--growth", "evidence-draws", "--contestants", "captured")
+    assert all(point["contestants"] == {} for point in found["growth"]["evidence-draws"]["points"])
+
+
 NUMPYRO = """
 import json, sys
 from pathlib import Path

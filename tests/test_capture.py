@@ -209,6 +209,40 @@ def test_large_products_are_those_of_onednn_and_the_same_numbers():
     assert "pyro_vae.linear" not in Graph(lambda x: [x @ wide.t()], [x.double()]).code
 
 
+FEW = [(1, 9, 9), (4, 9, 9), (9, 1, 9), (9, 4, 9), (9, 9, 1), (9, 9, 4), (1, 1, 1), (2, 3, 4), (9, 9, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_few_rows_columns_or_terms_are_the_same_numbers_of_any_view(dtype):
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 20, dtype=dtype), torch.randn(40, 9, dtype=dtype)
+
+    def function(x, y):
+        h, tall = x.tanh(), y.exp()  # which a compiler would not store by itself
+        products = [tall[20:] @ tall[3:4].t(), x[:6, 1:3] @ tall[5:7], y[7:9] @ tall[5:9].t(), tall[:3].t() @ y[1:4]]
+        products += [h.view(40, 10) @ x.view(10, 40)[:, :2], h.t() @ h[:, 5:7], tall.t().contiguous() @ tall[:, 1:4]]
+        products += [tall[6:26].clone() @ tall[3:4].t(), h[5:6, 5:6].clone() @ h[7:8, 7:8].clone()]
+        for rows, terms, columns in FEW:
+            for a in (h[2 : 2 + rows, 3 : 3 + terms], x[3 : 3 + terms, 2 : 2 + rows].t()):
+                for b in (x[1 : 1 + terms, 4 : 4 + columns], h[4 : 4 + columns, 1 : 1 + terms].t()):
+                    products.append(a @ b)
+        return products
+
+    graph = Graph(function, [x, y])
+    assert graph.code.count("aten.mm") == 4 + 5  # nine by nine, and parts whose rows lie apart
+    expected = function(x.double(), y.double())
+    for _ in range(2):  # as they are, and compiled
+        for ours, theirs in zip(graph(x, y), expected, strict=True):
+            assert ours.dtype == dtype
+            assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
+        graph.compile([x, y])
+
+
+def test_products_of_few_columns_and_many_terms_stay_as_they_are():
+    x, y = torch.randn(2**10, 2**10), torch.randn(2**10, 1)
+    assert "pyro_vae.linear" in Graph(lambda x, y: [x @ y], [x, y]).code
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tanh_keeps_its_digits(dtype):
     x = torch.cat([torch.logspace(-30, 2, 2000), torch.tensor([0.0, math.inf, math.nan])]).to(dtype)

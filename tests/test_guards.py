@@ -143,6 +143,17 @@ def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, ba
     assert bad == 0 or pair.step == bad - 1
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
+    monkeypatch.undo()
+    pair = Poisoned([4], where)
+    before = {}
+    pair.watched = lambda step: before or step < 4 or before.update(copied(pair.vae.state_dict()))
+    with pytest.raises(FloatingPointError, match=rf"^step 5: the {where} is "):
+        pair.fit(compile=True)
+    assert same(pair.vae.state_dict(), before)
+
+
 @FORMS
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):

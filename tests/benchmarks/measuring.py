@@ -133,7 +133,7 @@ def _check(entrant: Entrant, case: Case, runs: int) -> bool:
 
 def _turns(entrants: list[Entrant], rounds: int) -> Iterator[Entrant]:
     """Each in every round, another first each time: what else the machine does then falls on all alike."""
-    for number in range(rounds):
+    for number in range(rounds if entrants else 0):
         shift = number % len(entrants)
         yield from entrants[shift:] + entrants[:shift]
 
