@@ -17,6 +17,8 @@ from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid, softplus
 
+from pyro_vae.bernoulli import SharedBernoulli
+
 __all__ = [
     "AdditiveLogRatioTransform",
     "Bernoulli",
@@ -297,7 +299,7 @@ _GREY = (
 _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 
-class Bernoulli(dist.Bernoulli):
+class Bernoulli(SharedBernoulli):
     """Pyro's Bernoulli, with an error that helps when it is asked to score grey values.
 
     >>> Bernoulli(logits=torch.zeros(2)).log_prob(torch.tensor([0.0, 0.3]))
@@ -315,7 +317,7 @@ class Bernoulli(dist.Bernoulli):
         super()._validate_sample(value)
 
 
-class SoftTargetBernoulli(dist.Bernoulli):
+class SoftTargetBernoulli(SharedBernoulli):
     r"""The cross-entropy :math:`x \log p + (1 - x) \log(1 - p)` for targets :math:`x` in [0, 1].
 
     It does not integrate to one over [0, 1], so it is **no likelihood** (``normalized`` is false): exact evidence

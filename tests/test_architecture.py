@@ -10,7 +10,7 @@ PACKAGE = ROOT / "pyro_vae"
 MAX_LINES = 400
 
 FLOORS = [
-    {"checks", "recipes"},
+    {"bernoulli", "checks", "recipes"},
     {
         *{"randomness", "quadrature", "bias_variance", "idx", "handlers", "networks"},
         *{"distributions", "mixtures", "flows", "tabular", "dimension_names", "uniformity"},

@@ -36,6 +36,36 @@ def from_ratios(ratios):
     return AdditiveLogRatioTransform()(ratios)
 
 
+# --- Bernoulli -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, SoftTargetBernoulli])
+@pytest.mark.parametrize("batch", [None, (4, 5, 3), (2, 4, 5, 3)], ids=["as it is", "expanded", "expanded beyond"])
+def test_a_bernoulli_of_logits_that_many_data_share_is_that_of_torch(kind, batch):
+    torch.manual_seed(0)
+    x = (torch.rand(5, 3, dtype=torch.float64) > 0.5).double()
+    if kind is SoftTargetBernoulli:
+        x[0] = torch.rand(3, dtype=torch.float64)
+    found = []
+    for of in (kind, torch.distributions.Bernoulli):
+        logits = torch.linspace(-40, 40, 12, dtype=torch.float64).view(4, 1, 3).requires_grad_()
+        value = x.clone().requires_grad_()
+        q = of(logits=logits, validate_args=False)
+        log_p = (q if batch is None else q.expand(batch)).log_prob(value)
+        found.append([log_p, *torch.autograd.grad(log_p.sum(), [logits, value])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bernoulli_of_shared_logits_keeps_its_digits_and_refuses_grey_values():
+    q = Bernoulli(logits=torch.tensor([[60.0], [-60.0]]), validate_args=True).expand([2, 2])
+    certain = math.exp(-60)
+    expected = torch.tensor([[-60.0, -certain], [-certain, -60.0]], dtype=torch.float64)
+    torch.testing.assert_close(q.log_prob(torch.tensor([0.0, 1.0])).double(), expected, rtol=1e-6, atol=0.0)
+    with pytest.raises(ValueError, match="is the mass of 0s and 1s"):
+        q.log_prob(torch.tensor([0.0, 0.3]))
+
+
 # --- LogitRelaxedBernoulli -------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ({"validation": NAN}, ValueError, "validation: holds nan"),
         ({"elbo": TraceEnum_ELBO()}, ValueError, "TraceEnum_ELBO found nothing to enumerate"),
         ({"plate": "rows", "batch_size": 2}, ValueError, "plate 'rows'"),
-        ({"plate": "rows"}, ValueError, "plate: no observed site"),
+        ({"plate": "rows"}, ValueError, "plate: got 'rows'; accepted is"),
     ],
 )
 def test_unusable_arguments_are_refused_by_name(changes, error, message):
