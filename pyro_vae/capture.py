@@ -89,7 +89,7 @@ class Graph:
 
     Args:
         function: of tensors, which returns tensors.
-        inputs: an example of its arguments. Calls must have the same shapes and dtypes.
+        inputs: an example of its arguments. Calls must have the same shapes, strides and dtypes.
 
     Attributes:
         written: the tensors from outside that the function changes.
@@ -240,7 +240,7 @@ class _Undo(TorchDispatchMode):
                 f"{self.where} makes a tensor whose shape depends on values ({func.__name__.partition('.')[0]}), and "
                 "would have another with other data: use `torch.where` or `poutine.mask`, or leave `compile` out"
             )
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and torch.Tag.inplace_view not in func.tags:  # which changes the shape alone
             for place, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     value = args[place] if place < len(args) else kwargs.get(argument.name)

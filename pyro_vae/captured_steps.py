@@ -22,7 +22,7 @@ __all__ = ["CapturedStep"]
 _CHECKED = 3  # replays from the first that are held against an eager run
 _EVERY = 1000  # and then every so many
 
-Shapes = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+Shapes = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 
 
 class CapturedStep(Step):
@@ -136,11 +136,11 @@ class CapturedStep(Step):
 
 
 def _shapes(inputs: Sequence[Tensor]) -> Shapes:
-    return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
 
 
 class _Captured:
-    """The graphs of one shape: of the step, and of what it is checked by."""
+    """The graphs of inputs of one form: of the step, and of what it is checked by."""
 
     def __init__(self, step: CapturedStep, take: Take, inputs: Sequence[Tensor]):
         self.owner = step

@@ -31,7 +31,14 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pays(a: Tensor, b: Tensor) -> bool:
     plain = a.dtype == torch.float32 and a.is_cpu and torch.backends.mkldnn.is_available()
-    return plain and a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
+    return plain and large and _is_matrix(a) and _is_matrix(b)
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether it lies in memory by rows or by columns, of which none overlap: what libraries of products take."""
+    (rows, columns), (down, along) = x.shape, x.stride()
+    return (along == 1 and down >= columns) or (down == 1 and along >= rows)
 
 
 def _in_loops(a: Tensor, b: Tensor) -> Tensor | None:
@@ -83,7 +90,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
     product = _in_loops(a, b)
     if product is not None:
         return product + bias
-    fits = _pays(a, b) and bias.dim() == 1 and bias.dtype == a.dtype
+    fits = _pays(a, b) and bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == a.dtype
     return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
 
 

@@ -209,6 +209,34 @@ def test_large_products_are_those_of_onednn_and_the_same_numbers():
     assert "pyro_vae.linear" not in Graph(lambda x: [x @ wide.t()], [x.double()]).code
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(128, 2)[:, 0], torch.tensor(5.0).expand(128), torch.tensor([2.0])],
+    ids=["strided", "expanded", "of one number"],
+)
+def test_large_products_take_any_bias(bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(128, 128), torch.randn(128, 128)
+    graph = Graph(lambda x: [nn.functional.linear(x, weight, bias)], [x])
+    assert torch.allclose(graph(x)[0], x @ weight.t() + bias, atol=1e-3)
+
+
+def test_large_products_of_rows_that_overlap_stay_as_they_are():
+    torch.manual_seed(0)
+    x, long = torch.randn(128, 128), torch.randn(255)
+    graph = Graph(lambda x: [x @ long.unfold(0, 128, 1)], [x])
+    assert torch.allclose(graph(x)[0], x @ long.unfold(0, 128, 1), atol=1e-3)
+
+
+def test_operations_that_change_a_shape_in_place_change_no_numbers():
+    weight, vector = torch.arange(9.0).view(3, 3), torch.tensor([1.0, 2.0, 3.0])
+    before = weight.clone()
+    graph = Graph(lambda x: [vector @ x, weight.detach().t_() + x], [weight])
+    assert torch.equal(weight, before)
+    assert torch.equal(graph(weight)[0], vector @ weight)
+    assert torch.equal(graph(weight)[1], weight.t() + weight)
+
+
 FEW = [(1, 9, 9), (4, 9, 9), (9, 1, 9), (9, 4, 9), (9, 9, 1), (9, 9, 4), (1, 1, 1), (2, 3, 4), (9, 9, 9)]
 
 
