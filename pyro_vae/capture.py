@@ -205,6 +205,8 @@ class _Answers(TorchFunctionMode):
         self.where = where
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         if func not in _QUESTIONS:
             return func(*args, **(kwargs or {}))
         frame = sys._getframe(1)
@@ -221,6 +223,13 @@ class _Answers(TorchFunctionMode):
             f"({frame.f_code.co_filename}, line {frame.f_lineno}: {func.__name__}). What is captured must run the same "
             "operations in every step: use `torch.where`, or leave `compile` out"
         )
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """Torch's, which looks at all values whether they are in range."""
+    if num_classes < 0:  # as many as there are values: a shape that depends on them
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
 
 
 class _Undo(TorchDispatchMode):

@@ -228,6 +228,17 @@ def test_large_products_of_rows_that_overlap_stay_as_they_are():
     assert torch.allclose(graph(x)[0], x @ long.unfold(0, 128, 1), atol=1e-3)
 
 
+def test_one_hot_is_captured_if_the_number_of_classes_is_given():
+    classes = torch.tensor([[0, 2], [1, 1]])
+    graph = Graph(lambda x: [nn.functional.one_hot(x, 3), nn.functional.one_hot(x, num_classes=4)], [classes])
+    for other in (classes, 2 - classes):
+        for ours, count in zip(graph(other), (3, 4), strict=True):
+            assert ours.dtype == torch.int64
+            assert torch.equal(ours, nn.functional.one_hot(other, count))
+    with pytest.raises(CaptureError, match="asks a tensor for its value"):
+        Graph(lambda x: [nn.functional.one_hot(x)], [classes])
+
+
 def test_operations_that_change_a_shape_in_place_change_no_numbers():
     weight, vector = torch.arange(9.0).view(3, 3), torch.tensor([1.0, 2.0, 3.0])
     before = weight.clone()
