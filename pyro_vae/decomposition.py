@@ -66,13 +66,14 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
     """ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
     Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
-    guide does not have: its nats are neither rate nor distortion.
+    guide does not have: its nats are neither rate nor distortion; and if two latents of the guide are enumerated in one
+    dimension, as ``pyro.markov`` lets them: there the sums are the ELBO's own.
     """
     distortion: Any = 0.0
     rate: Any = 0.0
     for model_trace, guide_trace in traces:
         guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
-        if not model_sites.keys() <= guide_sites.keys():
+        if not model_sites.keys() <= guide_sites.keys() or _share_dimensions(guide_sites):
             return None
         weights = _enumerated(guide_sites)
         distortion = distortion - _expectations(observed_sites(model_trace), weights)
@@ -80,6 +81,12 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
     count = len(traces) * num_data
     distortion, rate = (torch.as_tensor(total, dtype=torch.float64) / count for total in (distortion, rate))
     return {bound_name(*traces[0]): -distortion - rate, "distortion": distortion, "rate": rate}
+
+
+def _share_dimensions(sites: dict[str, Any]) -> bool:
+    """Whether two sites are enumerated in one."""
+    dims = [site["infer"].get("_enumerate_dim") for site in sites.values()]
+    return any(dims.count(dim) > 1 for dim in dims if dim is not None)
 
 
 def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:

@@ -298,3 +298,27 @@ def test_a_factor_is_no_likelihood():
     for refuses in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
         with pytest.raises(ValueError, match=r"\['bonus'\] is not normalised \(soft targets, or pyro.factor\)"):
             refuses()
+
+
+def test_a_chain_enumerated_in_few_dimensions_has_the_bound_alone():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = torch.zeros(len(x), dtype=x.dtype)
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z{t}", dist.Bernoulli(0.3 + 0.4 * z))
+                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = torch.zeros(len(x), dtype=x.dtype)
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z{t}", dist.Bernoulli(0.2 + 0.5 * z), infer={"enumerate": "parallel"})
+
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=X.dtype)
+    before = torch.cat([torch.zeros(8, 1, dtype=X.dtype), states[:, :2]], 1)
+    log_q = dist.Bernoulli(0.2 + 0.5 * before).log_prob(states).sum(-1)
+    log_prior = dist.Bernoulli(0.3 + 0.4 * before).log_prob(states).sum(-1)
+    log_likelihood = dist.Normal(states[:, None], 1.0).log_prob(X[:, :3]).sum(-1).mean(1)
+    expected = (log_q.exp() * (log_likelihood + log_prior - log_q)).sum().item()
+    found = pv.evaluate(model, guide, X[:, :3], elbo=TraceEnum_ELBO(max_plate_nesting=1))
+    assert found == {"elbo": pytest.approx(expected, rel=1e-6)}
