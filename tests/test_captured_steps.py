@@ -295,7 +295,6 @@ def test_svi_takes_new_values_new_shapes_and_arguments_by_name():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.usefixtures("uncompiled")
 def test_svi_takes_data_that_lie_otherwise_in_memory():
     ours, theirs = gaussian_vae(), gaussian_vae()
     batches = [X[:2], X[:2], X[:2].t(), X[:2].t(), X[:2]]
@@ -308,6 +307,7 @@ def test_svi_takes_data_that_lie_otherwise_in_memory():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_svi_raises_for_what_is_not_finite_and_goes_on_after_it():
     svi = pv.SVI(regression, regression_guide, Adam({"lr": 1e-2}), Trace_ELBO(), compile=True)
     x = torch.linspace(0.0, 1.0, 8)
