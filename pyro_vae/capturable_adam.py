@@ -1,5 +1,6 @@
 """Adam for a captured step: what depends on the number of the step lies ready in tensors before it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,8 +55,12 @@ class CapturableAdam(torch.optim.Optimizer):
             self.state[parameter] = moments | corrections
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; ``closure`` is called before, with gradients, to give them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -71,6 +76,7 @@ class CapturableAdam(torch.optim.Optimizer):
                 powers = state["powers"].mul_(betas)
                 state["mean_correction"].copy_(1 / (1 - powers[0]))
                 state["scale_correction"].copy_((1 - powers[1]).rsqrt())
+        return loss
 
     def part(self) -> None:
         """Give frozen parameters corrections of their own, which a captured step cannot."""
