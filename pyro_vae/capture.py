@@ -25,9 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_vae.randomness import kept
 from pyro_vae.substitutes import SUBSTITUTES
 
-__all__ = ["CaptureError", "Graph", "compiling"]
+__all__ = ["CaptureError", "Forms", "Graph", "Replayed", "compiling", "forms"]
 
 Function = Callable[..., Sequence[Tensor]]
+
+Forms = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
+"""Of tensors, what a graph is captured for."""
 
 _QUESTIONS = {
     getattr(Tensor, name)
@@ -162,6 +165,53 @@ class Graph:
         return self._module.code
 
 
+class Replayed:
+    """A function of tensors, run as it is on the first inputs of some form, and by a compiled graph from then on.
+
+    A graph is held against the function at its first inputs: to 1e-3, relative or absolute.
+
+    Args:
+        function: of tensors, which returns tensors, the same operations each time.
+
+    >>> double = Replayed(lambda x: [2 * x])
+    >>> double(torch.ones(2)), double(torch.zeros(2))
+    ([tensor([2., 2.])], [tensor([0., 0.])])
+    """
+
+    def __init__(self, function: Function):
+        self.function = function
+        self._graphs: dict[Forms, Graph | None] = {}
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """What the function returns.
+
+        Raises:
+            CaptureError: if the function cannot be captured, or the graph gives other numbers than it does.
+        """
+        form = forms(inputs)
+        if form not in self._graphs:
+            self._graphs[form] = None
+            return list(self.function(*inputs))
+        graph = self._graphs[form] or self._captured(inputs)
+        self._graphs[form] = graph
+        return graph(*inputs)
+
+    def _captured(self, inputs: Sequence[Tensor]) -> Graph:
+        graph = Graph(self.function, inputs)
+        graph.compile(inputs)
+        with kept():
+            expected = self.function(*inputs)
+        with kept():
+            found = graph(*inputs)
+        for one, other in zip(found, expected, strict=True):
+            if not torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise CaptureError(
+                    f"compile: what is captured gives numbers that are off by {float((one - other).abs().max()):.3g} "
+                    "from those of the functions themselves; leave `compile` out"
+                )
+        return graph
+
+
 @contextmanager
 def compiling() -> Iterator[None]:
     """Let torch's optimizers take the way that can be captured, with the number of the step in a tensor.
@@ -175,6 +225,11 @@ def compiling() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def forms(inputs: Sequence[Tensor]) -> Forms:
+    """Shapes, strides, dtypes and devices: a graph takes inputs of those that it was captured with."""
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
 
 
 class _Where(Messenger):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.capturable_adam import CapturableAdam
-from pyro_vae.capture import CaptureError, Graph, compiling
+from pyro_vae.capture import CaptureError, Forms, Graph, compiling, forms
 from pyro_vae.decomposition import log_density
 from pyro_vae.handlers import latent_sites, observed_sites
 from pyro_vae.module_tensors import buffers_kept
@@ -21,8 +21,6 @@ __all__ = ["CapturedStep"]
 
 _CHECKED = 3  # replays from the first that are held against an eager run
 _EVERY = 1000  # and then every so many
-
-Shapes = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 
 
 class CapturedStep(Step):
@@ -42,7 +40,7 @@ class CapturedStep(Step):
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
         super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
         self.compiles = compiles
-        self._graphs: dict[tuple[Take, Shapes], _Captured] = {}
+        self._graphs: dict[tuple[Take, Forms], _Captured] = {}
         self._going = torch.ones(())
         self._look = True  # for parameters that the optimizer does not know
 
@@ -53,7 +51,7 @@ class CapturedStep(Step):
         self._look = False
         self.set_schedules(self.count)
         self.count += 1
-        key = take, _shapes(inputs)
+        key = take, forms(inputs)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = _Captured(self, take, inputs)
@@ -73,7 +71,7 @@ class CapturedStep(Step):
         self.tensors.note()
         with pyro.validation_enabled(False), self.gradients_cleared():
             for inputs in done[:-1]:
-                if captured := self._graphs.get((take, _shapes(inputs))):
+                if captured := self._graphs.get((take, forms(inputs))):
                     captured.step(*inputs)
                 else:  # a step that was run eagerly
                     with take(*inputs) as arguments:
@@ -133,10 +131,6 @@ class CapturedStep(Step):
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(torch.where(taken, tensor, old))
             return torch.cat([taken.to(row.dtype)[None], row[1:]])
-
-
-def _shapes(inputs: Sequence[Tensor]) -> Shapes:
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
 
 
 class _Captured:

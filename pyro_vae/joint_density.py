@@ -33,7 +33,7 @@ from pyro_vae.missing import check_model
 from pyro_vae.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
 from pyro_vae.randomness import seeded
 
-__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "draw", "drawn"]
+__all__ = ["MAX_STATES", "Chart", "Guide", "Problem", "draw", "drawn", "log_joint"]
 
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
@@ -100,11 +100,11 @@ class Problem:
 
     def log_joint(self, values: Values) -> Tensor:
         """log p(x, z) at values ``(C, 1 or N, *event)`` of every latent, as ``(C, N)``."""
-        return _log_joint(poutine.condition(self.model, data=values), self.data)
+        return log_joint(self.model, values, self.data)
 
     def sites(self, values: Values) -> dict[str, Any]:
         """The sites of the model, latent and observed, at values of every latent as :meth:`log_joint` takes them."""
-        return _sites(poutine.condition(self.model, data=values), self.data)
+        return _sites(self.model, values, self.data)
 
     @property
     def num_states(self) -> int:
@@ -175,14 +175,15 @@ def _is_masked(fn: Any) -> bool:
     return False
 
 
-def _sites(conditioned: Function, data: tuple[Tensor, ...]) -> dict[str, Any]:
+def _sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
     with poutine.block():
-        trace = poutine.trace(conditioned).get_trace(*data)
+        trace = poutine.trace(poutine.condition(function, data=values)).get_trace(*data)
     return observed_sites(trace)
 
 
-def _log_joint(conditioned: Function, data: tuple[Tensor, ...]) -> Tensor:
-    return sum((log_density(site) for site in _sites(conditioned, data).values()), torch.zeros(()))
+def log_joint(function: Function, values: Values, data: tuple[Tensor, ...]) -> Tensor:
+    """The log-density of a model or guide, ``(C, N)``, at values ``(C, 1 or N, *event)`` of every latent."""
+    return sum((log_density(site) for site in _sites(function, values, data).values()), torch.zeros(()))
 
 
 def draw(guide: Function, data: tuple[Tensor, ...], count: int) -> dict[str, Any]:
@@ -244,7 +245,7 @@ class Guide:
 
     def log_prob(self, values: Values) -> Tensor:
         """log q(z | x) at values ``(C, 1 or N, *event)``, as ``(C, N)``."""
-        return _log_joint(poutine.condition(self.guide, data=values), self.problem.data)
+        return log_joint(self.guide, values, self.problem.data)
 
     def check_densities(self) -> None:
         """Refuse a point of a continuous latent: it has no density to weight a draw by, and log p(x, z) is no bound."""

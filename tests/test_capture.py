@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyro_vae import capture
-from pyro_vae.capture import CaptureError, Graph
+from pyro_vae.capture import CaptureError, Graph, Replayed
 
 X = torch.linspace(-1.0, 1.0, 6)
 
@@ -142,6 +142,26 @@ def test_compiled_it_gives_the_same_numbers_with_the_same_noise():
     assert counter == 3
 
 
+def test_replayed_from_the_second_inputs_of_a_form(monkeypatch):
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+    calls = []
+    double = Replayed(lambda x: calls.append(x.shape) or [2 * x])
+    for count in (3, 3, 3, 2, 3, 2, 2):
+        x = torch.randn(count)
+        assert torch.equal(double(x)[0], 2 * x)
+    # Run as it is, captured, held against itself; and then no more.
+    assert calls == [(3,)] * 3 + [(2,)] * 3
+
+
+def test_replayed_is_held_against_the_function(monkeypatch):
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+    calls = []
+    counted = Replayed(lambda x: calls.append(1) or [len(calls) * x])
+    counted(torch.ones(3))
+    with pytest.raises(CaptureError, match="captured gives numbers that are off by 1 from those"):
+        counted(torch.ones(3))
+
+
 def test_without_a_compiler_it_says_so_and_replays_all_the_same(monkeypatch):
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -190,14 +210,15 @@ def test_optimizers_of_torch_take_the_way_that_can_be_captured_and_defaults_are_
         optimizer.step()  # outside, torch refuses it on the CPU: the switch is off again
 
 
-def test_large_products_are_those_of_onednn_and_the_same_numbers():
+@pytest.mark.parametrize(("inputs", "outputs"), [(300, 80), (40, 300)], ids=["wide", "narrow"])
+def test_large_products_are_those_of_onednn_and_the_same_numbers(inputs, outputs):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(128, 300), torch.randn(80, 300, requires_grad=True), torch.randn(80)
+    x, weight, bias = torch.randn(128, inputs), torch.randn(outputs, inputs, requires_grad=True), torch.randn(outputs)
 
     def function(x):
         y = nn.functional.linear(x, weight, bias)
         (gradient,) = torch.autograd.grad(y.square().sum(), weight)
-        return [y.detach(), gradient]
+        return [y.detach(), gradient, gradient * weight.detach()]
 
     graph = Graph(function, [x])
     assert graph.code.count("pyro_vae.linear") == 2

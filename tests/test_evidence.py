@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import evidence, exact, guides, likelihoods, networks, priors
+from pyro_vae.capture import CaptureError, Graph
 from pyro_vae.pareto import pareto_shape
 
 TANH = networks.mlp([8], activation=nn.Tanh)
@@ -140,6 +141,64 @@ def test_the_exact_posterior_that_the_package_gives_is_one():
     assert (estimate.ess > 3 - 1e-6).all()
 
 
+# --- Captured --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is captured, replayed as it is: in seconds, and whatever the compiler does."""
+    made, original = [], Graph.__init__
+    monkeypatch.setattr(Graph, "__init__", lambda self, *args: made.append(self) or original(self, *args))
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+    monkeypatch.setattr(evidence, "_BUDGET", 20 * 64 * 10)  # ten draws of each datum at once
+    return made
+
+
+def assert_same(found, expected, rtol=1e-5):
+    for name in ("log_evidence", "ess"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_it_is_the_same(kind, graphs):
+    vae = vae_of(kind).double()
+    estimates = [
+        pv.log_evidence(vae.model, vae.guide, X.double(), num_samples=105, compile=compile) for compile in (False, True)
+    ]
+    assert len(graphs) == 1  # the last five draws are met once
+    assert_same(*estimates, rtol=1e-10)
+
+
+def test_captured_in_batches_each_with_its_rows(graphs, monkeypatch):
+    monkeypatch.setattr(evidence, "_ROWS", 20)
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(3, 1, networks.with_missing(TANH)),
+        likelihoods.Normal(1, 3, TANH, missing=True),
+    )
+    x = torch.randn(70, 3)
+    x[::7, 1] = torch.nan
+    estimates = [pv.log_evidence(vae.model, vae.guide, x, num_samples=30, compile=compile) for compile in (False, True)]
+    assert len(graphs) == 1
+    assert_same(*estimates)
+
+
+def test_captured_and_compiled_it_is_the_same(monkeypatch):
+    monkeypatch.setattr(evidence, "_BUDGET", 20 * 64 * 10)
+    vae = vae_of("normal 2-D")
+    assert_same(*(pv.log_evidence(vae.model, vae.guide, X, num_samples=100, compile=it) for it in (True, False)))
+
+
+def test_a_branch_on_data_is_not_captured(graphs):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z if x.sum() > 0 else -z, 1.0), obs=x)
+
+    with pytest.raises(CaptureError, match=r"asks a tensor for its value.*test_evidence.py"):
+        pv.log_evidence(model, EXACT[1], Y, num_samples=100, compile=True)
+
+
 # --- From beneath ----------------------------------------------------------------------------------------------------
 
 REPEATS = 20_000
@@ -236,9 +295,9 @@ def test_its_khat_is_that_of_all_its_weights_whatever_the_chunks(monkeypatch):
     """Only the running top of the weights is kept."""
     log_weights, kept = evidence._log_weights, []
 
-    def recording(problem, guide, count):
-        kept.append(log_weights(problem, guide, count))
-        return kept[-1]
+    def recording(model, guide, count, *data):
+        kept.extend(log_weights(model, guide, count, *data))
+        return kept[-1:]
 
     monkeypatch.setattr(evidence, "_log_weights", recording)
     for budget in (20 * 64 * 17, 20 * 64 * 400, 10**9):
@@ -341,9 +400,9 @@ def test_chunks_are_of_one_law(monkeypatch, budget):
     sizes = []
     log_weights = evidence._log_weights
 
-    def recording(problem, guide, count):
+    def recording(model, guide, count, *data):
         sizes.append(count)
-        return log_weights(problem, guide, count)
+        return log_weights(model, guide, count, *data)
 
     monkeypatch.setattr(evidence, "_log_weights", recording)
     estimate = pv.log_evidence(*WIDER, Y, num_samples=1000)

@@ -856,6 +856,9 @@ TRAINING = {
     ),
     "a word for progress": Row(lambda w: fit(w, progress="no"), TypeError, "progress", "got 'no'; accepted"),
     "a word for compile": Row(lambda w: fit(w, compile="yes"), TypeError, "compile", "got 'yes'; accepted are True"),
+    "a number for compile": Row(
+        lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, compile=1), TypeError, "compile", "got 1; accepted are"
+    ),
     "gradients clipped to nothing": Row(lambda w: fit(w, clip_norm=0.0), ValueError, "clip_norm", f"got 0.0; {REAL}"),
     "patience without validation": Row(
         lambda w: fit(w, patience=3), ValueError, "patience", "no validation data...; accepted is `validation=`"
