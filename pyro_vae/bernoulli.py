@@ -4,8 +4,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.distributions.utils import broadcast_all
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 __all__ = ["SharedBernoulli"]
 
@@ -37,11 +39,51 @@ class SharedBernoulli(dist.Bernoulli):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-mass, of the shape of batch and value."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_p = self._log_mass(value)
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def joint_log_prob(self, value: Tensor, num_dims: int) -> Tensor:
+        r"""The log-mass of all variables of the last ``num_dims`` dimensions together, of the shape of the others.
+
+        Where logits are those of states alone and values those of data alone, or the other way round, it is two matrix
+        products, :math:`X \log\sigma(L)^\top + (1 - X) \log\sigma(-L)^\top`, without a number for each of S N D.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        logits = self._logits
+        event = self.batch_shape[len(self.batch_shape) - num_dims :]
+        shape = torch.broadcast_shapes(logits.shape, value.shape, event)
+        batch = shape[: len(shape) - num_dims]
+        of_logits, of_values = (_varying(tensor, event, len(batch)) for tensor in (logits, value))
+        if not of_logits or not of_values or of_logits & of_values or value.dtype != logits.dtype:
+            each = self._log_mass(value)
+            log_p = sum_rightmost(each.expand(torch.broadcast_shapes(each.shape, event)), num_dims)
+        else:
+            x, of = (tensor.reshape(-1, event.numel()) for tensor in (value, logits))
+            log_p = x @ logsigmoid(of).T + (1 - x) @ logsigmoid(-of).T
+            order = sorted(of_values) + sorted(of_logits)
+            log_p = log_p.reshape([batch[dim] for dim in order]).permute([order.index(dim) for dim in sorted(order)])
+            log_p = log_p.reshape(batch)
+        return log_p.expand(torch.broadcast_shapes(batch, self.batch_shape[: len(self.batch_shape) - num_dims]))
+
+    def _log_mass(self, value: Tensor) -> Tensor:
+        """Of each variable, of the shape of value and logits before they were expanded."""
         logits = self._logits
         shape = torch.broadcast_shapes(logits.shape, value.shape)
         if shape == logits.shape or value.dtype != logits.dtype:
-            return super().log_prob(value)
-        if self._validate_args:
-            self._validate_sample(value)
-        log_p = torch.lerp(logsigmoid(-logits), logsigmoid(logits), value)
-        return log_p.expand(torch.broadcast_shapes(shape, self.batch_shape))
+            logits, value = broadcast_all(logits, value)
+            return -binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return torch.lerp(logsigmoid(-logits), logsigmoid(logits), value)
+
+
+def _varying(tensor: Tensor, event: torch.Size, batch_dims: int) -> set[int]:
+    """Along which batch dimensions there is more than one event; none if its own are not whole.
+
+    Dimensions are counted from the left of ``batch_dims``.
+    """
+    batch = tensor.shape[: tensor.dim() - len(event)]
+    if tensor.shape[len(batch) :] != event:
+        return set()
+    return {batch_dims - len(batch) + dim for dim, size in enumerate(batch) if size > 1}

@@ -270,9 +270,12 @@ class Product(dist.Independent):
     max_states = 2**16
     has_enumerate_support = True
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        base, num_dims = self.base_dist, self.reinterpreted_batch_ndims
+        return base.joint_log_prob(value, num_dims) if isinstance(base, SharedBernoulli) else super().log_prob(value)
+
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        base = self.base_dist
-        num_dims = self.reinterpreted_batch_ndims
+        base, num_dims = self.base_dist, self.reinterpreted_batch_ndims
         variables = base.batch_shape[len(base.batch_shape) - num_dims :]
         values = base.enumerate_support(expand=False)
         count = len(values) ** variables.numel()
@@ -285,17 +288,14 @@ class Product(dist.Independent):
         grid = torch.cartesian_prod(*[torch.arange(len(values), device=values.device)] * variables.numel())
         states = values.reshape(len(values), *base.event_shape)[grid.reshape(count, -1)]
         states = states.reshape(count, *[1] * len(self.batch_shape), *self.event_shape)
-        return states.expand(count, *self.batch_shape, *self.event_shape) if expand else states
+        return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
 
 
 _GREY = (
-    "a Bernoulli likelihood is the mass of 0s and 1s, and the data hold other values, {low:.4g} to {high:.4g}. "
-    "{rescale}Ways out: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use "
-    "`likelihoods.ContinuousBernoulli`, a density on [0, 1]; or `likelihoods.Bernoulli(..., soft_targets=True)`, a "
-    "cross-entropy that is no likelihood and is not reported as one."
+    "a Bernoulli likelihood is the mass of 0s and 1s, and the data hold others, {low:.4g} to {high:.4g}. {rescale}"
+    "Ways out: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use `likelihoods."
+    "ContinuousBernoulli`, a density; or `likelihoods.Bernoulli(..., soft_targets=True)`, a cross-entropy, no density."
 )
-
-
 _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 
@@ -305,7 +305,7 @@ class Bernoulli(SharedBernoulli):
     >>> Bernoulli(logits=torch.zeros(2)).log_prob(torch.tensor([0.0, 0.3]))
     Traceback (most recent call last):
         ...
-    ValueError: a Bernoulli likelihood is the mass of 0s and 1s, and the data hold other values, 0 to 0.3. Ways out: ...
+    ValueError: a Bernoulli likelihood is the mass of 0s and 1s, and the data hold others, 0 to 0.3. Ways out: ...
     """
 
     def _validate_sample(self, value: Tensor) -> None:

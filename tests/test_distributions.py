@@ -335,6 +335,43 @@ def test_product_stays_a_product_when_expanded():
     assert q.enumerate_support().shape == (4, 5, 2)
 
 
+@pytest.mark.parametrize(
+    ("logits", "value", "batch"),
+    [
+        ((4, 1, 3), (5, 3), (4, 5)),  # data of states
+        ((5, 3), (4, 1, 3), (4, 5)),  # states of data
+        ((4, 1, 3), (5, 3), (2, 4, 5)),
+        ((2, 1, 6, 1, 3), (7, 1, 5, 3), (2, 7, 6, 5)),
+        ((4, 1, 2, 3), (5, 2, 3), (4, 5)),
+        ((4, 5, 3), (5, 3), (4, 5)),
+        ((4, 1, 1), (5, 3), (4, 5)),
+        ((3,), (5, 3), (5,)),
+    ],
+)
+def test_product_of_bernoullis_has_the_sum_of_their_log_masses(logits, value, batch):
+    torch.manual_seed(0)
+    event = value[-2:] if value[-2:] == (2, 3) else value[-1:]
+    x = (torch.rand(value, dtype=torch.float64) > 0.5).double()
+    found = []
+    for kind in (Bernoulli, dist.Bernoulli):
+        of = torch.linspace(-40, 40, math.prod(logits), dtype=torch.float64).view(logits).requires_grad_()
+        each = kind(logits=of).expand(torch.Size(logits[: -len(event)] + event))
+        log_p = Product(each, len(event)).expand(torch.Size(batch)).log_prob(x)
+        assert log_p.shape == batch
+        found.append([log_p, *torch.autograd.grad(log_p.sum(), [of])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_product_of_bernoullis_keeps_its_digits_and_refuses_grey_values():
+    q = Product(Bernoulli(logits=torch.tensor([[[60.0, 60.0]], [[-60.0, 1e6]]]), validate_args=True), 1).expand([2, 2])
+    certain = math.exp(-60)
+    expected = torch.tensor([[-60 - certain, -2 * certain], [-certain, -60.0]], dtype=torch.float64)
+    torch.testing.assert_close(q.log_prob(torch.tensor([[0.0, 1.0], [1.0, 1.0]])).double(), expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="is the mass of 0s and 1s"):
+        q.log_prob(torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
+
+
 def test_product_refuses_more_states_than_its_limit_and_says_how_many():
     assert len(Product(bernoullis(16), 1).enumerate_support(expand=False)) == 2**16
     with pytest.raises(ValueError, match="131072 states"):

@@ -526,11 +526,11 @@ DATA = {
     ),
     "grey values for a Bernoulli likelihood": Row(
         lambda w: exact.log_evidence(w.binary.model, w.x.sigmoid()),
-        ValueError, "data", "hold other values, ...Ways out: threshold the data, `datasets.binarize(x)`",
+        ValueError, "data", "hold others, ...Ways out: threshold the data, `datasets.binarize(x)`",
     ),
     "bytes for a Bernoulli likelihood": Row(
         lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)),
-        ValueError, "data", "hold other values, 255 to 255. Bring them to [0, 1] first, such as `x / 255`",
+        ValueError, "data", "hold others, 255 to 255. Bring them to [0, 1] first, such as `x / 255`",
     ),
     "a single row to tell codes apart by": Row(
         lambda w: pv.decompose(w.vae.model, w.vae.guide, w.x[:1]),
