@@ -82,7 +82,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
     product = _in_loops(a, b)
     if product is None and _pays(a, b):
         if a.stride(0) == 1 and b.shape[1] <= min(_NARROW, a.shape[0]):
-            product = torch.ops.pyro_vae.linear(b.t(), a, None).t()
+            product = torch.ops.pyro_vae.linear(b.t(), a, None).t().contiguous()
         else:
             product = torch.ops.pyro_vae.linear(a, b.t(), None)
     return NotImplemented if product is None else product
