@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     few = x[: args.test_images]
     terms = pv.evaluate(judged.model, judged.guide, x, num_samples=10, seed=args.seed)
     elbo_of_few = pv.evaluate(judged.model, judged.guide, few, num_samples=100, seed=args.seed)["elbo"]
-    estimate = pv.log_evidence(judged.model, judged.guide, few, num_samples=args.samples, seed=args.seed)
+    drawn = {"num_samples": args.samples, "seed": args.seed, "compile": args.compile}
+    estimate = pv.log_evidence(judged.model, judged.guide, few, **drawn)
     log_p, ess = estimate.log_evidence, estimate.ess.median()
     error = estimate.standard_error.square().sum().sqrt() / len(log_p)  # of the estimate
     spread = log_p.std() / len(log_p) ** 0.5  # standard error of the mean over images

@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 
 def fit(args: argparse.Namespace, model: Function, guide: Function, data: Any, **options: Any) -> pv.Fitted:
     """:func:`pyro_vae.fit` for as many epochs, with such batches, learning rate and seed as the example was told."""
-    told = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    told = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed", "compile")}
     return pv.fit(model, guide, data, **told | options)
 
 
@@ -38,6 +38,7 @@ def judge(
     samples: int = 1000,
     elbo: ELBO | None = None,
     exact: Function | None = None,
+    compile: bool = False,
 ) -> dict[str, float]:
     """The ELBO, its distortion and rate, and log p(x), of held-out data, in nats per datum.
 
@@ -48,9 +49,11 @@ def judge(
         samples: draws of each datum for log p(x); the ELBO takes 20.
         elbo: which sums over what the guide enumerates.
         exact: a model of two latent dimensions at most, which are integrated for log p(x) in the place of draws.
+        compile: whether draws are weighted by a compiled graph.
     """
     if exact is None:
-        log_p = pv.log_evidence(pair.model, pair.guide, *data, num_samples=samples, seed=seed).log_evidence
+        estimate = pv.log_evidence(pair.model, pair.guide, *data, num_samples=samples, seed=seed, compile=compile)
+        log_p = estimate.log_evidence
     else:
         log_p = exact_log_p(exact, *data)
     return {
@@ -125,7 +128,7 @@ def fit_resampled(
 
 def judged(args: argparse.Namespace, vae: pv.VAE, training: pv.Fitted, test: Tensor) -> Run:
     """What came of a VAE, judged on held-out images."""
-    found = judge(vae, test, seed=args.seed, samples=args.samples)
+    found = judge(vae, test, seed=args.seed, samples=args.samples, compile=args.compile)
     return Run(vae, training.history, found | {"steps": training.steps, "seconds": training.seconds})
 
 

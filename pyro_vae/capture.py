@@ -58,6 +58,9 @@ _CHECKS = (
 )
 """Modules that ask only to warn or raise, and do the same with every answer otherwise."""
 
+_DICE = "pyro.infer.util"
+"""Module that leaves states of probability zero out of a sum, if there are any; captured, they are zeros in it."""
+
 _OPTIONS: dict[str, Any] = {
     "fallback_random": True,  # random numbers are those of the eager step
     "size_asserts": False,
@@ -262,12 +265,16 @@ class _Answers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
-        if func not in _QUESTIONS:
+        if func not in _QUESTIONS and func is not Tensor.masked_select:
             return func(*args, **(kwargs or {}))
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
             frame = frame.f_back
         asker = frame.f_globals.get("__name__", "")
+        if func is Tensor.__bool__ and asker == _DICE:
+            return False
+        if func is Tensor.masked_select:
+            return torch.where(args[1], args[0], 0.0) if asker == _DICE else func(*args, **(kwargs or {}))
         if func is Tensor.item and asker.startswith(_SUMS):
             return args[0].detach()
         if asker.startswith(_CHECKS):

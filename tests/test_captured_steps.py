@@ -100,6 +100,33 @@ def test_compiled_the_elbo_in_float64_is_that_of_the_eager_step():
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("order", [1, -1], ids=["all states at first", "not all"])
+def test_states_of_no_probability_count_for_nothing_in_a_captured_step(order):
+    """Pyro leaves them out of its sums where there are any, by a branch on data."""
+    x = X[:, 0].double()
+    batches = [x.abs() + 0.1, x.abs() + 0.2, x, -x, x / 2][::order]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3, dtype=torch.float64) / 3))
+            pyro.sample("x", dist.Normal(y - 1.0, 1.0), obs=x)
+
+    def guide(x):
+        slope = pyro.param("slope", lambda: torch.tensor(1.0, dtype=torch.float64))
+        never = torch.where(x > 0, 0.0, -math.inf)  # the third, of negative data
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=torch.stack([-slope * x, 0 * x, slope * x + never], -1)))
+
+    def losses(compile):
+        pyro.clear_param_store()
+        elbo = TraceEnum_ELBO(max_plate_nesting=1)
+        svi = pv.SVI(model, config_enumerate(guide), Adam({"lr": 0.1}), elbo, compile=compile)
+        return [svi.step(batch) for batch in batches * 2]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-10)
+
+
+@pytest.mark.usefixtures("uncompiled")
 def test_a_last_batch_of_other_size_is_captured_too():
     (eager, theirs), (captured, ours) = (
         run(gaussian_vae, Trace_ELBO, compile, torch.float64, batch_size=25) for compile in (False, True)

@@ -22,6 +22,7 @@ import xarray as xr
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
+from pyro_vae.capture import Graph
 from pyro_vae.handlers import WeightKL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -677,6 +678,66 @@ def test_a_table_shows_the_numbers_that_a_row_has():
     rows = {"short": {"a": 1.0}, "a longer name": {"a": 20.25, "b": 3}}
     expected = ["corner             A  plus", "short           1.00", "a longer name  20.25    +3", "a note"]
     assert table("corner", rows, {"A": "{a:.2f}", "plus": "{b:+d}"}, "a note").splitlines() == expected
+
+
+# --- Captured --------------------------------------------------------------------------------------------------------
+
+FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
+SMALL = (*DISCRETE, "--hidden", "16")
+CAPTURED = [
+    ("digits.py", FEW),
+    ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
+    ("mnist.py", ("--data", "digits", *SHORT, "--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli")),
+    ("mnist.py", ("--data", "digits", *SHORT, "--likelihood", "continuous-bernoulli", "--binarization", "none")),
+    ("categorical.py", (*FEW, "--hidden", "16")),
+    ("categorical.py", (*FEW, "--hidden", "16", "--variables", "6", "--classes", "10")),
+    ("gaussian_mixture_vae.py", (*FEW, "--hidden", "16")),
+    ("semi_supervised.py", (*FEW, "--hidden", "16")),
+    ("explosion.py", ("--epochs", "1", "--largest", "4", "--samples", "20", "--test-images", "20")),
+    ("discrete_mnist.py", (*SMALL, "--latent", "categorical", "--estimator", "all")),
+    ("discrete_mnist.py", (*SMALL, "--latent", "bernoulli", "--estimator", "all")),
+    ("imputation.py", ("--epochs", "5", "--draws", "5", "--latent", "3", "--hidden", "16")),
+    ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
+    ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
+    ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")),
+    ("swap.py", (*FEW, "--hidden", "8")),
+    ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
+]
+QUICK = ("digits.py", "semi_supervised.py")
+
+
+def histories_of(run, monkeypatch, name, options):
+    found, fit = [], pv.fit
+
+    def watched(*args, **kwargs):
+        found.append(fit(*args, **kwargs))
+        return found[-1]
+
+    pyro.clear_param_store()
+    with monkeypatch.context() as context:
+        context.setattr(pv, "fit", watched)
+        run(name, *options)
+    return [fitted.history for fitted in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CAPTURED],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+    eager, captured = (histories_of(run, monkeypatch, name, (*options, *more)) for more in ((), ("--compile",)))
+    assert len(captured) == len(eager) > 0
+    for ours, theirs in zip(captured, eager, strict=True):
+        assert ours.keys() == theirs.keys()
+        for term, values in theirs.items():
+            assert ours[term] == pytest.approx(values, rel=1e-4, abs=1e-4), term
+
+
+def test_every_example_that_takes_the_option_is_captured_above():
+    told = {path.name for path in SCRIPTS if "add_training(" in path.read_text()}
+    assert {name for name, _ in CAPTURED} == told
 
 
 # --- All of them -----------------------------------------------------------------------------------------------------
