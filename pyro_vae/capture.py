@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.randomness import kept
+from pyro_vae.randomness import kept, random_states
 from pyro_vae.substitutes import SUBSTITUTES
 
 __all__ = ["CaptureError", "Forms", "Graph", "Replayed", "compiling", "forms"]
@@ -76,6 +76,11 @@ _ON_PROCESSORS = {
 _NO_COMPILER = ("InvalidCxxCompiler", "CppCompileError")
 """Errors of inductor, which it hands on inside of others."""
 
+_OTHER_NOISE = (
+    "draws random numbers of {}, which a replay does not draw anew. Accepted are those of torch, without a generator, "
+    "or to leave `compile` out"
+)
+
 _aten = torch.ops.aten
 _WRITES_UNTOLD = dict.fromkeys(
     (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
@@ -101,7 +106,8 @@ class Graph:
         written: the tensors from outside that the function changes.
 
     Raises:
-        CaptureError: if the function asks a tensor for its value, or its shapes depend on values.
+        CaptureError: if the function asks a tensor for its value, its shapes depend on values, or it draws random
+            numbers elsewhere than from torch's random state.
 
     >>> total = torch.zeros(())
     >>> graph = Graph(lambda x: [total.add_(x.sum()) + 0], [torch.ones(3)])
@@ -115,13 +121,18 @@ class Graph:
         where = _Where()
         undo = _Undo(where)
         with kept(), pyro.validation_enabled(False), undo, where, _Answers(where):
+            before = random_states()[0]
             try:
                 module = make_fx(lambda *args: list(function(*args)), decomposition_table=SUBSTITUTES)(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
                     raise
                 raise CaptureError(f"{where}: asks a tensor for its value") from error
+            if random_states()[0] != before:
+                raise CaptureError(f"{where} {_OTHER_NOISE.format('NumPy or of the module `random`')}")
         self._module, self._known = _lifted(module)
+        if not all(isinstance(tensor, Tensor) for tensor in self._known):
+            raise CaptureError(f"{where} {_OTHER_NOISE.format('a torch.Generator of its own')}")
         if any(_place(tensor) in undo.computed for tensor in self._known):
             raise CaptureError(
                 f"{where} hides what it computes from what is captured, as pyro.infer.TraceGraph_ELBO does: the next "

@@ -1,8 +1,10 @@
 """Graphs repeat what was run, leave the world as it was, and refuse what would not be the same each time."""
 
 import math
+import random
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -89,6 +91,21 @@ def refused(x):
 def test_what_depends_on_values_is_refused(name, function):
     with pytest.raises(CaptureError, match="compile:"):
         Graph(function, [X])
+
+
+@pytest.mark.parametrize(
+    ("draw", "whose"),
+    [
+        (lambda generator: torch.tensor(np.random.rand()), "NumPy or of the module `random`"),  # noqa: NPY002
+        (lambda generator: random.random(), "NumPy or of the module `random`"),
+        (lambda generator: torch.rand(3, generator=generator), "a torch.Generator of its own"),
+    ],
+    ids=["numpy", "random", "generator"],
+)
+def test_random_numbers_that_a_replay_would_not_draw_are_refused(draw, whose):
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(CaptureError, match=f"draws random numbers of {whose}, which a replay does not draw anew"):
+        Graph(lambda x: [x + draw(generator)], [torch.ones(3)])
 
 
 def test_the_refusal_names_the_site_the_line_and_the_way_out():

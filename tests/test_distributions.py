@@ -363,6 +363,22 @@ def test_product_of_bernoullis_has_the_sum_of_their_log_masses(logits, value, ba
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("shapes", [((3, 1, 0), (4, 0)), ((0, 1, 3), (4, 3)), ((3, 1, 2), (0, 2))], ids=str)
+def test_product_of_bernoullis_takes_what_is_empty(shapes):
+    logits, value = map(torch.zeros, shapes)
+    log_p = Product(Bernoulli(logits=logits), 1).log_prob(value)
+    assert torch.equal(log_p, torch.zeros(torch.broadcast_shapes(logits.shape[:-1], value.shape[:-1])))
+
+
+def test_product_of_bernoullis_loses_no_digits_under_autocast():
+    torch.manual_seed(0)
+    q, x = Product(Bernoulli(logits=torch.randn(16, 1, 784)), 1), (torch.rand(8, 784) > 0.5).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p = q.log_prob(x)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p, q.base_dist.log_prob(x).double().sum(-1).float(), rtol=1e-6, atol=0)
+
+
 def test_product_of_bernoullis_keeps_its_digits_and_refuses_grey_values():
     q = Product(Bernoulli(logits=torch.tensor([[[60.0, 60.0]], [[-60.0, 1e6]]]), validate_args=True), 1).expand([2, 2])
     certain = math.exp(-60)
