@@ -71,7 +71,7 @@ def add_training(made: argparse.ArgumentParser, batch_size: int, lr: float) -> N
     """Add ``--batch-size``, ``--lr`` and ``--compile``."""
     made.add_argument("--batch-size", type=count, default=batch_size, help="images a step")
     made.add_argument("--lr", type=positive, default=lr, help="learning rate of Adam")
-    captured = "capture the steps of training as graphs and compile them: the same numbers, soon in a third of the time"
+    captured = "capture what is run again and again as graphs and compile them: the same numbers, in less time"
     made.add_argument("--compile", action="store_true", help=captured)
 
 
