@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import families, handlers, priors
-from pyro_vae.parts import Conditional
+from pyro_vae.parts.base import Conditional
 
 
 class ClassifierLoss(dist.Categorical):

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import datasets, families, guides, likelihoods, networks
-from pyro_vae.handlers import register
-from pyro_vae.parts import Conditional
+from pyro_vae._utils.param_store import register
+from pyro_vae.parts.base import Conditional
 
 LATENT = 2  # for which quadrature is exact
 

@@ -40,7 +40,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 
 from pyro_vae import families, guides, handlers, likelihoods, networks, priors
-from pyro_vae.parts import Conditional
+from pyro_vae.parts.base import Conditional
 
 
 class GaussianMixtureVAE(nn.Module):

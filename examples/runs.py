@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, priors, schedules
-from pyro_vae.decomposition import log_density
-from pyro_vae.handlers import latent_sites
-from pyro_vae.randomness import seeded
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import latent_sites, log_density
 
 Function = Callable[..., Any]
 

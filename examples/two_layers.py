@@ -38,8 +38,9 @@ import two_layers_pictures as pictures
 from torch import Tensor, nn
 
 from pyro_vae import families, guides, likelihoods, networks, priors, schedules
-from pyro_vae.handlers import WeightKL, register
-from pyro_vae.parts import Conditional
+from pyro_vae._utils.param_store import register
+from pyro_vae.handlers import WeightKL
+from pyro_vae.parts.base import Conditional
 
 
 class TwoLayers(nn.Module):

@@ -12,12 +12,13 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae import guides, model_files
-from pyro_vae.checks import flag, kind_of, positive_int, word
-from pyro_vae.distributions import base_support
-from pyro_vae.handlers import register
-from pyro_vae.parts import Part
-from pyro_vae.randomness import seeded
+from pyro_vae._utils.param_store import register
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.validation import flag, kind_of, positive_int, word
+from pyro_vae.distributions.properties import base_support
+from pyro_vae.parts import guides
+from pyro_vae.parts.base import Part
+from pyro_vae.saving import model_file
 
 __all__ = ["VAE"]
 
@@ -35,9 +36,9 @@ class VAE(nn.Module):
     ``code``, what the decoder reads, where that is not ``z`` itself.
 
     Args:
-        prior: part without a context, such as :class:`pyro_vae.priors.StandardNormal`.
-        encoder: part with the context x, such as :class:`pyro_vae.guides.DiagonalNormal`.
-        decoder: part with what the prior reads of z as context, such as :class:`pyro_vae.likelihoods.Normal`.
+        prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`.
+        encoder: part with the context x, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
+        decoder: part with what the prior reads of z as context, such as :class:`pyro_vae.parts.likelihoods.Normal`.
         name: prefix of the parameters in Pyro's param store; unique in the process if left out.
 
     Raises:
@@ -61,7 +62,7 @@ class VAE(nn.Module):
             if not isinstance(part, nn.Module):
                 raise TypeError(
                     f"{role}: got {kind_of(part)}; accepted is a module that returns a distribution, as those "
-                    "of pyro_vae.priors, guides and likelihoods"
+                    "of pyro_vae.parts.priors, guides and likelihoods"
                 )
         self._put_together(prior, encoder, decoder, name)
         self.data_shape = self._tell_own_story()
@@ -110,7 +111,7 @@ class VAE(nn.Module):
         raise TypeError("a VAE is a pair of functions: hand over `vae.model` and `vae.guide`")
 
     def register(self) -> None:
-        """Register the parameters with Pyro under the VAE's name, see :func:`pyro_vae.handlers.register`."""
+        """Register the parameters with Pyro under the VAE's name, see :func:`pyro_vae._utils.param_store.register`."""
         register(self.name, self)
 
     def _read(self, z: Tensor) -> Tensor:
@@ -204,11 +205,11 @@ class VAE(nn.Module):
         Raises:
             ValueError: if a part is of a kind that a file cannot describe, or has been changed since it was made, other
                 than in its parameters and buffers. The message names the argument. Functions and classes of your own
-                need a name; modules derive from :class:`pyro_vae.parts.Part`.
+                need a name; modules derive from :class:`pyro_vae.parts.base.Part`.
         """
         if type(self) is not VAE:
             raise TypeError(f"got a {type(self).__name__}; a file holds a VAE: subclasses can save their state_dict()")
-        model_files.save(path, self, self.data_shape)
+        model_file.save(path, self, self.data_shape)
 
     @staticmethod
     def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
@@ -224,7 +225,7 @@ class VAE(nn.Module):
             using: your own classes and functions that the VAE was made with, found by their names.
 
         Raises:
-            FileFormatError: if the file is damaged, or no file of a model, see :mod:`pyro_vae.tensor_files`.
+            FileFormatError: if the file is damaged, or no file of a model, see :mod:`pyro_vae.saving.tensor_file`.
             FileNotFoundError: if there is none.
             ValueError: if something is missing in ``using``, or its tensors do not fit what that makes.
 
@@ -243,7 +244,7 @@ class VAE(nn.Module):
         >>> torch.equal(again.prior().log_prob(torch.zeros(2)), vae.prior().log_prob(torch.zeros(2)))
         True
         """
-        parts, data_shape = model_files.load(path, map_location, using)
+        parts, data_shape = model_file.load(path, map_location, using)
         vae = VAE.__new__(VAE)
         nn.Module.__init__(vae)
         vae._put_together(**dict(parts.items()), name=None)

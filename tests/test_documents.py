@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pyro
 import pytest
 
-from pyro_vae.randomness import seeded
+from pyro_vae._utils.rng import seeded
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -22,7 +22,7 @@ import xarray as xr
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
-from pyro_vae.capture import Graph
+from pyro_vae.compilation.graph import Graph
 from pyro_vae.handlers import WeightKL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

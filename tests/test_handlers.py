@@ -11,17 +11,11 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.decomposition import elbo_terms
-from pyro_vae.handlers import (
-    Rows,
-    SubsampleStatements,
-    WeightKL,
-    latent_sites,
-    observed_sites,
-    parameters_of,
-    recorded,
-)
-from pyro_vae.networks import linear
+from pyro_vae._utils.param_store import parameters_of
+from pyro_vae._utils.traces import latent_sites, observed_sites, recorded
+from pyro_vae.handlers import Rows, SubsampleStatements, WeightKL
+from pyro_vae.objectives.elbo_terms import elbo_terms
+from pyro_vae.parts.networks import linear
 
 X = torch.randn(6, generator=torch.Generator().manual_seed(1))
 ROWS = torch.tensor([4, 1, 5])

@@ -6,117 +6,28 @@ A new part or objective joins the matrix by being listed here, and a test fails 
 import io
 import itertools
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pair_cases import (
+    CLASSES,
+    GUIDES,
+    LIKELIHOODS,
+    OBJECTIVES,
+    PAIRS,
+    PRIORS,
+    TRIPLES,
+    N,
+    fits,
+    guide_for,
+    marked,
+    takes,
+    vae_of,
+)
 
 import pyro_vae as pv
-from pyro_vae import families, guides, likelihoods, networks, objectives, priors
-from pyro_vae.baselines import NeuralBaseline, RunningAverage
-from pyro_vae.capture import Graph
-
-D, N = 3, 6  # features of a datum, and data
-NET = networks.mlp([4])
-CLASSES = (1, 3)
-
-# By name in __all__: the kind of latent, and how to build it. A VampPrior is handed the guide.
-PRIORS = {
-    "StandardNormal": ("real", lambda q: priors.StandardNormal(2)),
-    "Normal": ("real", lambda q: priors.Normal(2)),
-    "Laplace": ("real", lambda q: priors.Laplace(2)),
-    "StudentT": ("real", lambda q: priors.StudentT(2)),
-    "MixtureOfNormals": ("real", lambda q: priors.MixtureOfNormals(2, 3)),
-    "VampPrior": ("real", lambda q: priors.VampPrior(q, torch.rand(3, D))),
-    "NormalizingFlow": ("real", lambda q: priors.NormalizingFlow(2, transforms=1, hidden=[4])),
-    "Bernoulli": ("bits", lambda q: priors.Bernoulli(2, 0.4, learnable=True)),
-    "OneHotCategorical": ("classes", lambda q: priors.OneHotCategorical(CLASSES, learnable=True)),
-    "RelaxedBernoulli": ("relaxed bits", lambda q: priors.RelaxedBernoulli(2, 0.5)),
-    "GumbelSoftmax": ("relaxed classes", lambda q: priors.GumbelSoftmax(CLASSES, 0.5)),
-}
-GUIDES = {
-    "DiagonalNormal": ("real", lambda: guides.DiagonalNormal(D, 2, NET)),
-    "FullRankNormal": ("real", lambda: guides.FullRankNormal(D, 2, NET)),
-    "LowRankNormal": ("real", lambda: guides.LowRankNormal(D, 2, NET)),
-    "MixtureOfNormals": ("real", lambda: guides.MixtureOfNormals(D, 2, NET)),
-    "InverseAutoregressiveFlow": (
-        "real",
-        lambda: guides.InverseAutoregressiveFlow(D, 2, NET, transforms=1, hidden=[4], context=2),
-    ),
-    "SplineFlow": ("real", lambda: guides.SplineFlow(D, 2, NET, transforms=1, hidden=[4], context=2)),
-    "PerDatum": ("real", lambda: guides.PerDatum(families.Normal(2), N)),
-    "Bernoulli": ("bits", lambda: guides.Bernoulli(D, 2, NET)),
-    "OneHotCategorical": ("classes", lambda: guides.OneHotCategorical(D, CLASSES, NET)),
-    "RelaxedBernoulli": ("relaxed bits", lambda: guides.RelaxedBernoulli(D, 2, NET, 0.66)),
-    "GumbelSoftmax": ("relaxed classes", lambda: guides.GumbelSoftmax(D, CLASSES, NET, 0.66)),
-}
-REAL, COUNTS = torch.rand(N, D), torch.arange(N * D).reshape(N, D).remainder(3).float()
-LIKELIHOODS = {
-    "Normal": (lambda z: likelihoods.Normal(z, D, NET), REAL),
-    "Bernoulli": (lambda z: likelihoods.Bernoulli(z, D, NET), (COUNTS > 0).float()),
-    "ContinuousBernoulli": (lambda z: likelihoods.ContinuousBernoulli(z, D, NET), REAL),
-    "StudentT": (lambda z: likelihoods.StudentT(z, D, NET), REAL),
-    "Categorical": (lambda z: likelihoods.Categorical(z, D, 3, NET), COUNTS),
-    "Poisson": (lambda z: likelihoods.Poisson(z, D, NET), COUNTS),
-    "NegativeBinomial": (lambda z: likelihoods.NegativeBinomial(z, D, NET), COUNTS),
-}
-ANY = {"real", "bits", "classes", "relaxed bits", "relaxed classes"}
-PATHWISE = {"real", "relaxed bits", "relaxed classes"}
-# The kinds of latent that each objective is for, and how to build it.
-OBJECTIVES = {
-    "Trace_ELBO": (ANY, lambda: Trace_ELBO()),
-    "TraceMeanField_ELBO": ({"real"}, lambda: TraceMeanField_ELBO()),
-    "TraceEnum_ELBO": ({"bits", "classes"}, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
-    "ImportanceWeighted": (PATHWISE, lambda: objectives.ImportanceWeighted(3)),
-    "ImportanceWeighted-stl": (PATHWISE, lambda: objectives.ImportanceWeighted(1, "sticking-the-landing")),
-    "ImportanceWeighted-dreg": (PATHWISE, lambda: objectives.ImportanceWeighted(3, "doubly-reparameterized")),
-    "ScoreFunction": (ANY, lambda: objectives.ScoreFunction(RunningAverage())),
-    "ScoreFunction-neural": (ANY, lambda: objectives.ScoreFunction(NeuralBaseline(D, NET))),
-    "LeaveOneOut": (ANY, lambda: objectives.LeaveOneOut(2)),
-    "VIMCO": (ANY, lambda: objectives.VIMCO(2)),
-    "DisARM": ({"bits"}, lambda: objectives.DisARM()),
-    "DiscreteKL": ({"relaxed bits", "relaxed classes"}, lambda: objectives.DiscreteKL()),
-    "FreeBits": (PATHWISE, lambda: objectives.FreeBits(0.1)),
-}
-
-
-def fits(prior, guide):
-    """A relaxed bit is a number on the real line, as its logit: a normal may be its guide, or its prior."""
-    kinds = {PRIORS[prior][0], GUIDES[guide][0]}
-    if prior == "VampPrior":
-        return kinds == {"real"} and guide != "PerDatum"
-    return len(kinds) == 1 or kinds == {"real", "relaxed bits"}
-
-
-def takes(objective, prior, guide):
-    """Whether an objective is for this pair: of free bits, one whose variables have a rate of their own."""
-    kinds = {PRIORS[prior][0], GUIDES[guide][0]}
-    if objective == "FreeBits" and "real" in kinds:
-        products = {"StandardNormal", "Normal", "Laplace", "StudentT", "RelaxedBernoulli"}
-        return prior in products and guide in {"DiagonalNormal", "PerDatum", "RelaxedBernoulli"}
-    return kinds <= OBJECTIVES[objective][0]
-
-
-PAIRS = [(p, g) for p in PRIORS for g in GUIDES if fits(p, g)]
-TRIPLES = [(p, g, o) for p, g in PAIRS for o in OBJECTIVES if takes(o, p, g)]
-NEEDS_ZUKO = pytest.mark.skipif(find_spec("zuko") is None, reason="flows need zuko, `pip install 'pyro-vae[flows]'`")
-
-
-def marked(*names):
-    return pytest.param(*names, marks=[NEEDS_ZUKO] if any("Flow" in name for name in names) else [])
-
-
-def vae_of(prior, guide, likelihood):
-    torch.manual_seed(0)
-    encoder = GUIDES[guide][1]()
-    latent = CLASSES if "classes" in GUIDES[guide][0] else 2
-    make, x = LIKELIHOODS[likelihood]
-    return pv.VAE(PRIORS[prior][1](encoder), encoder, make(latent)), x
-
-
-def guide_for(vae, objective):
-    return config_enumerate(vae.guide) if objective == "TraceEnum_ELBO" else vae.guide
+from pyro_vae import guides, likelihoods, objectives, priors
+from pyro_vae.compilation.graph import Graph
 
 
 def test_every_part_and_objective_is_listed():

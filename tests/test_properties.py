@@ -20,20 +20,11 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import (
-    checks,
-    datasets,
-    exact,
-    families,
-    guides,
-    idx,
-    likelihoods,
-    multivariate,
-    networks,
-    priors,
-    schedules,
-)
+from pyro_vae import datasets, exact, families, guides, likelihoods, networks, priors, schedules
+from pyro_vae._utils import validation
+from pyro_vae.datasets import idx
 from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.parts.families import multivariate
 
 TANH = networks.mlp([4], activation=nn.Tanh)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -308,18 +299,18 @@ def test_checks_of_numbers_accept_exactly_what_they_say(value):
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     is_number = is_integer or isinstance(value, float | np.floating)
     finite = is_number and math.isfinite(value)
-    assert checks.is_integer(value) == is_integer
-    assert accepts(lambda v: checks.positive_int(v, "argument"), value) == (is_integer and 1 <= value < 2**63)
-    assert accepts(lambda v: checks.as_shape(v, "argument"), value) == (
+    assert validation.is_integer(value) == is_integer
+    assert accepts(lambda v: validation.positive_int(v, "argument"), value) == (is_integer and 1 <= value < 2**63)
+    assert accepts(lambda v: validation.as_shape(v, "argument"), value) == (
         (is_integer and 1 <= value < 2**63)
         or (isinstance(value, list) and bool(value) and min(value) > 0 and math.prod(value) < 2**63)
     )
-    assert accepts(lambda v: checks.seed_number(v, "argument"), value) == (is_integer and 0 <= value < 2**32)
-    assert accepts(lambda v: checks.positive(v, "argument"), value) == (finite and value > 0)
-    assert accepts(lambda v: checks.number(v, "argument"), value) == finite
-    assert accepts(lambda v: checks.number(v, "argument", least=0), value) == (finite and value >= 0)
-    assert accepts(lambda v: checks.flag(v, "argument"), value) == isinstance(value, bool)
-    assert accepts(lambda v: checks.word(v, "argument"), value) == (isinstance(value, str) and value != "")
+    assert accepts(lambda v: validation.seed_number(v, "argument"), value) == (is_integer and 0 <= value < 2**32)
+    assert accepts(lambda v: validation.positive(v, "argument"), value) == (finite and value > 0)
+    assert accepts(lambda v: validation.number(v, "argument"), value) == finite
+    assert accepts(lambda v: validation.number(v, "argument", least=0), value) == (finite and value >= 0)
+    assert accepts(lambda v: validation.flag(v, "argument"), value) == isinstance(value, bool)
+    assert accepts(lambda v: validation.word(v, "argument"), value) == (isinstance(value, str) and value != "")
 
 
 # --- Data and files --------------------------------------------------------------------------------------------------

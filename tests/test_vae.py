@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae.networks import linear, mlp
+from pyro_vae.parts.networks import linear, mlp
 
 NET = mlp([4], nn.Tanh)
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))

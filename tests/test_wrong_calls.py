@@ -25,20 +25,21 @@ from pyro_vae import (
     gradients,
     guides,
     handlers,
-    idx,
     likelihoods,
     missing,
     networks,
     objectives,
-    parts,
     plots,
     priors,
     schedules,
 )
-from pyro_vae.distributions import Bernoulli, LogRelaxedOneHotCategorical
-from pyro_vae.mixtures import MixtureOfNormals
-from pyro_vae.multivariate import LowRankNormal
-from pyro_vae.pareto import pareto_shape
+from pyro_vae.datasets import idx
+from pyro_vae.distributions.bernoulli import Bernoulli
+from pyro_vae.distributions.mixture import MixtureOfNormals
+from pyro_vae.distributions.relaxed import LogRelaxedOneHotCategorical
+from pyro_vae.evidence.pareto import pareto_shape
+from pyro_vae.parts import base
+from pyro_vae.parts.families.multivariate import LowRankNormal
 
 PACKAGE = Path(pv.__file__).parent
 
@@ -356,11 +357,11 @@ PARTS = {
         ValueError, "raw", "has values that are no finite numbers",
     ),
     "free outputs of another size": Row(
-        lambda w: parts.Unconditional(families.Normal(2), torch.zeros(3)),
+        lambda w: base.Unconditional(families.Normal(2), torch.zeros(3)),
         ValueError, "raw", "got shape (3,); accepted are floats (*, 4)",
     ),
     "a factory where a network is wanted": Row(
-        lambda w: parts.Conditional(families.Normal(2), 2, Still.__call__),
+        lambda w: base.Conditional(families.Normal(2), 2, Still.__call__),
         TypeError, "network", "got a function; accepted is a module",
     ),
     "a scale that is none": Row(

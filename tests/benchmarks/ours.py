@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
-from pyro_vae.randomness import seeded
+from pyro_vae._utils.rng import seeded
 
 Tick = Callable[[float], None]
 Losses = dict[str, list[float]]

@@ -1,0 +1,103 @@
+"""Pyro's param store: modules registered by name, scopes, and rollback on errors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import pyro
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+__all__ = ["borrowed_store", "none_left_if_refused", "parameters_of", "register", "registered_once"]
+
+
+@contextmanager
+def borrowed_store() -> Iterator[None]:
+    """Run a block with the parameters of Pyro's store, and leave none there that were not there before.
+
+    >>> import pyro, torch
+    >>> with borrowed_store():
+    ...     w = pyro.param("w", torch.zeros(2))
+    >>> "w" in pyro.get_param_store()
+    False
+    """
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        yield
+
+
+@contextmanager
+def none_left_if_refused() -> Iterator[None]:
+    """Run a block; if it raises, take the parameters that it added to Pyro's store out again.
+
+    >>> import pyro, torch
+    >>> try:
+    ...     with none_left_if_refused():
+    ...         w = pyro.param("w", torch.zeros(2))
+    ...         raise ValueError
+    ... except ValueError:
+    ...     "w" in pyro.get_param_store()
+    False
+    """
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    except BaseException:
+        for name in set(store.keys()) - before:
+            del store[name]
+        raise
+
+
+Registered = dict[str, tuple[nn.Module, str, Tensor]]
+"""By name: a module, and the name and value of one of its parameters."""
+
+
+_registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
+
+
+@contextmanager
+def registered_once(modules: Registered, known: bool) -> Iterator[None]:
+    """Inside, :func:`register` adds modules to this dict, by name.
+
+    Args:
+        modules: by name.
+        known: whether one parameter is enough of those that are there: a loop knows the others from its first step,
+            and Pyro's ELBOs are told by one that there are some.
+    """
+    token = _registered.set((modules, known))
+    try:
+        yield
+    finally:
+        _registered.reset(token)
+
+
+def register(name: str, module: nn.Module) -> None:
+    """Register the parameters of a module with Pyro, as ``pyro.module(name, module)`` does, each once.
+
+    Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would leave a
+    second module of the same name untrained without a word, this raises.
+    """
+    modules, known = _registered.get(({}, False))
+    if known and name in modules and modules[name][0] is module:
+        pyro.param(*modules[name][1:])
+        return
+    store = pyro.get_param_store()
+    for path, parameter in module.named_parameters():
+        key = f"{name}$$${path}"
+        if not parameter.requires_grad:
+            continue
+        if key in store and store[key] is not parameter:
+            raise ValueError(
+                f"name: Pyro's param store holds other parameters under {name!r} ({path}), and these would not be "
+                "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
+            )
+        pyro.param(key, parameter)
+        modules[name] = module, key, parameter
+
+
+def parameters_of(trace: Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that a trace has met, by their names in the param store."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {name: site["value"].unconstrained() for name, site in nodes.items() if site["type"] == "param"}

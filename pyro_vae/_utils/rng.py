@@ -1,0 +1,81 @@
+"""Random streams that leave the user's own untouched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.validation import seed_number
+
+__all__ = ["kept", "random_states", "seeded", "set_random_states"]
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Run a block, then put every random state back as it was: of torch (the CPU and the current CUDA device), NumPy
+    and :mod:`random`.
+
+    >>> before = torch.get_rng_state()
+    >>> with kept():
+    ...     noise = torch.rand(3)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    """
+    state = pyro.util.get_rng_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block under ``pyro.set_rng_seed(seed)``, then put every random state back as it was, see :func:`kept`.
+
+    >>> with seeded(0):
+    ...     first = torch.rand(3)
+    >>> with seeded(0):
+    ...     second = torch.rand(3)
+    >>> torch.equal(first, second)
+    True
+
+    Raises:
+        ValueError: if it is no integer from 0 to 2^32 - 1; the states are then as they were.
+    """
+    seed = seed_number(seed)
+    with kept():
+        pyro.set_rng_seed(seed)
+        yield
+
+
+def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Every random state, as what JSON has and as tensors: to be put back in another process."""
+    state = pyro.util.get_rng_state()
+    name, keys, *rest = state["numpy"]
+    tensors = {"torch": state["torch"]}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return {"random": state["random"], "numpy": [name, keys.tolist(), *rest]}, tensors
+
+
+def set_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put back what :func:`random_states` returned.
+
+    >>> saved = random_states()
+    >>> first = torch.rand(2)
+    >>> set_random_states(*saved)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
+    version, keys, gauss = states["random"]
+    name, numbers, *rest = states["numpy"]
+    numpy = (name, np.array(numbers, dtype=np.uint32), *rest)
+    pyro.util.set_rng_state({"torch": tensors["torch"], "random": (version, tuple(keys), gauss), "numpy": numpy})
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

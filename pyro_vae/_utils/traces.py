@@ -1,0 +1,72 @@
+"""The sites of a Pyro trace by role, and their log-densities."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["deterministic_sites", "guide_sites", "latent_sites", "log_density", "observed_sites", "recorded"]
+
+
+def log_density(site: dict[str, Any]) -> Tensor:
+    """``log_prob`` of a site, masked but not scaled; as an ELBO has computed it, if one has."""
+    value = site.get("unscaled_log_prob")
+    if value is None:
+        value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
+
+
+def recorded(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
+    """``function``, appending a trace of each of its runs, with what outer handlers did to it, to ``traces``."""
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        with poutine.trace() as tracer:
+            result = function(*args, **kwargs)
+        traces.append(tracer.trace)
+        return result
+
+    return recording
+
+
+def deterministic_sites(trace: Trace) -> dict[str, Any]:
+    """The sites of ``pyro.deterministic``, by name."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: site for name, site in nodes.items() if site["type"] == "sample" and site["infer"].get("_deterministic")
+    }
+
+
+def latent_sites(trace: Trace) -> dict[str, Any]:
+    """The unobserved sample sites, by name."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    }
+
+
+def guide_sites(trace: Trace) -> dict[str, Any]:
+    """The latent sites of a guide, by name; a model in its place is refused, whose likelihood would count into q."""
+    if observed := observed_sites(trace):
+        raise ValueError(
+            f"guide: it observes {list(observed)}, whose densities are none of q(z | x); accepted is a function with "
+            "latent sites alone, such as `vae.guide`"
+        )
+    return latent_sites(trace)
+
+
+def observed_sites(trace: Trace) -> dict[str, Any]:
+    """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and site["mask"] is not False
+        and not site["infer"].get("_deterministic")
+    }

@@ -1,0 +1,1 @@
+"""A step captured as a graph and compiled."""

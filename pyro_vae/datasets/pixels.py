@@ -1,0 +1,53 @@
+"""Pixels as grey values or binary draws."""
+
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.validation import number, real_tensor
+
+__all__ = ["binarize", "grey", "resample"]
+
+
+def grey(x: Tensor) -> Tensor:
+    """Grey values in [0, 1], of the default dtype: bytes divided by 255, or values that are already there.
+
+    For likelihoods with a density on them, such as :class:`pyro_vae.parts.likelihoods.ContinuousBernoulli`.
+
+    >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    real_tensor(x, "x", "accepted are bytes (torch.uint8), or grey values from 0 to 1")
+    if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
+        raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
+    if x.dtype == torch.uint8:
+        return x.to(torch.get_default_dtype()) / 255
+    if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):  # of NaN neither holds
+        found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}" if x.numel() else f"no values, {x.dtype}"
+        raise ValueError(f"x: got {found}; accepted are bytes (torch.uint8), or grey values from 0 to 1")
+    return x
+
+
+def binarize(x: Tensor, *, threshold: float = 0.5) -> Tensor:
+    """1 where the grey value is above the threshold, 0 elsewhere.
+
+    >>> binarize(torch.tensor([0, 127, 128], dtype=torch.uint8))
+    tensor([0., 0., 1.])
+    """
+    number(threshold, "threshold")
+    values = grey(x)
+    return (values > threshold).to(values.dtype)
+
+
+def resample(x: Tensor) -> Tensor:
+    """1 with the grey value as its probability, 0 otherwise: drawn anew at each call, from torch's random stream.
+
+    As a ``transform`` the data are binarized anew each time that a batch is drawn.
+
+    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5, after Salakhutdinov and
+    Murray 2008.
+
+    >>> resample(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([0., 1.])
+    """
+    probs = grey(x)
+    return (torch.rand_like(probs) < probs).to(probs.dtype)  # the numbers of torch.bernoulli, five times as fast

@@ -1,0 +1,174 @@
+r"""Missing values: NaN in the data is an entry that was not observed.
+
+A likelihood that is a product over the entries of x leaves out the missing ones by leaving out their factors,
+
+.. math:: p(x_\mathrm{obs} \mid z) = \int p(x \mid z)\,dx_\mathrm{mis} = \prod_{d\ \mathrm{observed}} p(x_d \mid z),
+
+so that :math:`\log p(x_\mathrm{obs})`, its bounds and its gradients are those of the observed entries. Maximising it is
+right where the chance that an entry is missing does not hang on its value, given what is observed (missing at random).
+
+Source: Rubin 1976, "Inference and missing data".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import observed_sites
+from pyro_vae._utils.validation import first_where, kind_of
+
+__all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
+
+Function = Callable[..., Any]
+
+
+class _OrMissing(constraints.Constraint):
+    """A constraint that NaN fulfils too."""
+
+    def __init__(self, observed: Any):
+        self.observed = observed
+        self.is_discrete = observed.is_discrete
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        return value.isnan() | self.observed.check(value)
+
+    def __repr__(self) -> str:
+        return f"OrMissing({self.observed!r})"
+
+
+class WithMissing(dist.TorchDistribution):
+    """A distribution of single variables some of whose values may be missing: NaN has a ``log_prob`` of 0.
+
+    Samples are complete. A missing value has no part in any gradient.
+
+    Args:
+        base_dist: of event shape ``()``; the variables of a datum are its rightmost batch dimensions.
+
+    >>> q = WithMissing(dist.Normal(torch.zeros(2), 1.0)).to_event(1)
+    >>> q.log_prob(torch.tensor([[0.0, 0.0], [0.0, torch.nan]]))
+    tensor([-1.8379, -0.9189])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, base_dist: dist.TorchDistribution):
+        if base_dist.event_shape:
+            raise ValueError(
+                f"base_dist: got a {type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}; accepted "
+                "is a distribution of single variables, each of which is there or missing"
+            )
+        self.base_dist = base_dist
+        super().__init__(base_dist.batch_shape, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "WithMissing":
+        return WithMissing(self.base_dist.expand(torch.Size(batch_shape)))
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return _OrMissing(self.base_dist.support)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return self.base_dist.has_rsample
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        return self.base_dist.has_enumerate_support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base_dist.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base_dist.variance
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.sample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self.base_dist.rsample(sample_shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return self.base_dist.enumerate_support(expand)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        missing = value.isnan()
+        # A value inside the support in place of NaN, before the density: 0 times NaN is NaN in a gradient.
+        log_prob = self.base_dist.log_prob(torch.where(missing, _inside(self.base_dist.support, value), value))
+        return torch.where(missing, 0.0, log_prob)
+
+
+def _inside(support: Any, like: Tensor) -> Tensor:
+    """A value inside the support."""
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    if support.is_discrete:
+        return zero + getattr(support, "lower_bound", 0)
+    return transform_to(support)(zero)
+
+
+def with_missing(distribution: Any) -> Any:
+    """The distribution of a datum with a :class:`WithMissing` inside its ``to_event``.
+
+    >>> q = with_missing(dist.Poisson(torch.ones(3)).to_event(1))
+    >>> q.log_prob(torch.tensor([0.0, torch.nan, torch.nan])), q.event_shape
+    (tensor(-1.), torch.Size([3]))
+    """
+    if not hasattr(distribution, "log_prob"):
+        raise TypeError(f"distribution: got {kind_of(distribution)}; accepted is a distribution of single variables")
+    if isinstance(distribution, torch.distributions.Independent):
+        inner = with_missing(distribution.base_dist)
+        return type(distribution)(inner, distribution.reinterpreted_batch_ndims)
+    return WithMissing(distribution)
+
+
+def _accepts(fn: Any) -> bool:
+    while not isinstance(fn, WithMissing):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
+
+
+def first_missing(data: Sequence[Tensor]) -> str | None:
+    """The place of the first NaN in some data tensors, in words; none if there is none.
+
+    >>> first_missing([torch.tensor([[0.0, 1.0], [torch.nan, 2.0]])])
+    'row 1, column (0,)'
+    """
+    for tensor in data:
+        if (place := first_where(torch.isnan, tensor)) is not None:
+            row, *column = place or [0]
+            return f"row {row}" + (f", column {tuple(column)}" if column else "")
+    return None
+
+
+def check_model(model: Function, data: Sequence[Tensor], name: str) -> None:
+    """Refuse NaN in the data of a model whose observed sites do not take it: none does, or one that is handed NaN.
+
+    Without NaN the model is not run.
+    """
+    where = first_missing(data)
+    if where is None:
+        return
+    refusal = ValueError(
+        f"{name}: holds nan at {where}; accepted are finite numbers, and NaN for what is missing where the likelihood "
+        "says `missing=True`, as each of pyro_vae.parts.likelihoods can"
+    )
+    with borrowed_store(), poutine.block(), torch.no_grad(), seeded(0):
+        try:
+            observed = observed_sites(poutine.trace(model).get_trace(*data)).values()
+        except ValueError as error:  # a parameter that is made of NaN, say
+            raise refusal from error
+    needed = [site for site in observed if first_missing([site["value"]]) is not None]
+    if not all(_accepts(site["fn"]) for site in needed or observed):
+        raise refusal

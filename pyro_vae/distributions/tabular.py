@@ -1,0 +1,206 @@
+r"""Distributions for tables: counts, classes by number, and numbers with outliers, finite in float32.
+
+The terms of a count's log-mass cancel: of 10,000, :math:`\log x!` is 82,000 nats, of which a float32 has no second
+decimal. They are computed in float64, and rounded at the end.
+"""
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions.utils import broadcast_all
+from torch.nn.functional import logsigmoid, relu
+
+__all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
+
+_BEND = 16.0  # e^16 = 9e6: a float32 cannot tell neighbouring counts much above
+
+
+_STIRLING = 1e4  # above, the series is exact to 1e-22, and a difference of log-gammas is not
+
+
+_NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
+
+
+def log_of_bounded_exp(raw: Tensor) -> Tensor:
+    r"""The logarithm of :math:`e^r` up to :math:`r = 16`, and of its tangent :math:`e^{16}(1 + r - 16)` beyond.
+
+    A mean of counts that does not overflow in float32, and whose gradient does not vanish, however large the output of
+    a network.
+
+    >>> log_of_bounded_exp(torch.tensor([-3.0, 16.0, 1e6]))
+    tensor([-3.0000, 16.0000, 29.8155])
+    """
+    return raw.clamp(max=_BEND) + relu(raw - _BEND).log1p()
+
+
+def _log_gamma_ratio(theta: Tensor, x: Tensor | float) -> Tensor:
+    r""":math:`\log\Gamma(\theta + x) - \log\Gamma(\theta)` in float64, by Stirling's series where the two are large."""
+    large = theta > _STIRLING
+    near, far = torch.where(large, 1.0, theta), torch.where(large, theta, _STIRLING)
+    series = (far - 0.5) * torch.log1p(x / far) + x * (far + x).log() - x
+    series = series + (1 / (far + x) - 1 / far) / 12 - ((far + x) ** -3 - far**-3) / 360
+    return torch.where(large, series, (near + x).lgamma() - near.lgamma())
+
+
+def _draw_counts(mean: Tensor) -> Tensor:
+    """Poisson counts; of a large mean rounded normals, which float32 cannot tell from them."""
+    counts = torch.poisson(mean.clamp(max=_NORMAL))
+    if (mean <= _NORMAL).all():
+        return counts
+    return torch.where(mean <= _NORMAL, counts, (mean + mean.sqrt() * torch.randn_like(mean)).round())
+
+
+class Poisson(TorchDistribution):
+    r"""Counts, :math:`\log p(x) = x\,l - e^l - \log x!` with the log-rate :math:`l`.
+
+    >>> Poisson(torch.tensor([-200.0, 0.0, 80.0])).log_prob(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([-2.0000e+02, -1.6931e+00, -5.5406e+34])
+    """
+
+    arg_constraints = {"log_rate": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None):
+        self.log_rate = torch.as_tensor(log_rate)
+        super().__init__(self.log_rate.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Poisson":
+        new = self._get_checked_instance(Poisson, _instance)
+        new.log_rate = self.log_rate.expand(batch_shape)
+        super(Poisson, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_rate.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.log_rate.exp()
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return _draw_counts(self.mean.expand(self._extended_shape(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        x, log_rate = value.double(), self.log_rate.double()
+        return (x * log_rate - log_rate.exp() - (x + 1).lgamma()).to(self.log_rate.dtype)
+
+
+class NegativeBinomial(TorchDistribution):
+    r"""Counts that vary more than Poisson's: a Poisson whose rate is gamma-distributed.
+
+    With mean :math:`\mu` and dispersion :math:`\alpha`, the variance is :math:`\mu + \alpha\mu^2`. With
+    :math:`\theta = 1/\alpha`, the ``total_count`` of torch, and its logits :math:`l = \log \alpha\mu`,
+
+    .. math:: \log p(x) = \log\frac{\Gamma(x + \theta)}{\Gamma(\theta)\,x!}
+              - \theta\,\mathrm{softplus}(l) - x\,\mathrm{softplus}(-l) .
+
+    As :math:`\alpha` goes to 0 it becomes Poisson.
+
+    >>> q = NegativeBinomial(torch.tensor(2.0).log(), dispersion=torch.tensor(0.5))
+    >>> q.mean, q.variance, q.log_prob(torch.tensor(3.0)).exp()
+    (tensor(2.), tensor(4.), tensor(0.1250))
+    """
+
+    arg_constraints = {"log_mean": constraints.real, "dispersion": constraints.positive}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_mean: Tensor, dispersion: Tensor | float, validate_args: bool | None = None):
+        self.log_mean, self.dispersion = broadcast_all(log_mean, dispersion)
+        super().__init__(self.log_mean.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
+        new = self._get_checked_instance(NegativeBinomial, _instance)
+        new.log_mean = self.log_mean.expand(batch_shape)
+        new.dispersion = self.dispersion.expand(batch_shape)
+        super(NegativeBinomial, new).__init__(torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_mean.exp()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.mean + self.dispersion * self.mean**2
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        scale = (self.dispersion * self.mean).expand(shape)
+        return _draw_counts(torch._standard_gamma((1 / self.dispersion).expand(shape).contiguous()) * scale)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        x, dispersion = value.double(), self.dispersion.double()
+        theta, logits = 1 / dispersion, self.log_mean.double() + dispersion.log()
+        ways = _log_gamma_ratio(theta, x) - (x + 1).lgamma()
+        return (ways + theta * logsigmoid(-logits) + x * logsigmoid(logits)).to(self.log_mean.dtype)
+
+
+class Categorical(dist.Categorical):
+    """Pyro's Categorical on class numbers 0, ..., k - 1 in the dtype of its logits, as an encoder reads them.
+
+    ``log_prob`` takes integers of any dtype. ``mean`` and ``variance`` are those of the class *number*, and mean
+    something where the classes are ordered; ``mode`` is the likeliest class.
+
+    >>> q = Categorical(logits=torch.tensor([0.2, 0.3, 0.5]).log())
+    >>> q.log_prob(torch.tensor(2.0)).exp(), q.log_prob(torch.tensor(2)).exp(), q.sample().dtype
+    (tensor(0.5000), tensor(0.5000), torch.float32)
+    """
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.probs * self._numbers).sum(-1)
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.probs * (self._numbers - self.mean[..., None]) ** 2).sum(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        return super().mode.to(self.logits.dtype)
+
+    @property
+    def _numbers(self) -> Tensor:
+        return torch.arange(self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return super().enumerate_support(expand).to(self.logits.dtype)
+
+
+class StudentT(dist.StudentT):
+    r"""Pyro's Student-t, with its digits kept at many degrees of freedom and far from the centre.
+
+    With :math:`u = (x - \mu) / (\sigma\sqrt{\nu})`,
+
+    .. math:: \log p(x) = \log\frac{\Gamma(\frac{\nu + 1}{2})}{\Gamma(\frac{\nu}{2})} - \tfrac12\log \pi\nu
+              - \log\sigma - \tfrac{\nu + 1}{2} \log(1 + u^2) .
+
+    >>> StudentT(1.0, 0.0, 1.0).log_prob(torch.tensor([0.0, 1e30]))
+    tensor([  -1.1447, -139.2998])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        half = 0.5 * self.df.double()
+        constant = (_log_gamma_ratio(half, 0.5) - 0.5 * (2 * math.pi * half).log()).to(self.df.dtype)
+        u = ((value - self.loc) / (self.scale * self.df.sqrt())).abs()
+        near, far = u.clamp(max=1.0), u.clamp(min=1.0)
+        bend = torch.where(u < 1, torch.log1p(near**2), 2 * far.log() + torch.log1p(1 / far**2))
+        return constant - self.scale.log() - 0.5 * (self.df + 1) * bend

@@ -1,0 +1,275 @@
+r"""Exact answers: log p(x) and p(z | x), the ELBO and KL(q || p(z | x)), where they can be computed.
+
+* discrete latents: by a sum over all states;
+* Gaussian latents and flows of one or two dimensions, relaxed latents of one logit: by quadrature that refines until
+  two resolutions agree;
+* a linear Gaussian model of any size: in closed form.
+
+Every function takes a Pyro model with one data plate, as the rightmost dimension, whose latents are all inside it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.validation import positive
+from pyro_vae.exact.densities import Function, Problem, Values
+from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.linear_gaussian import linear_gaussian
+from pyro_vae.exact.quadrature import Rule, log_integral
+
+__all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
+
+
+@torch.no_grad()
+@borrowed_store()
+def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+    r"""The log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
+
+    Args:
+        model: a Pyro model, called as ``model(*data)``.
+        data: what the model takes.
+        plate: name of its data plate.
+        tolerance: to which two resolutions of a quadrature must agree, in nats per datum.
+
+    Returns:
+        ``(N,)``, in nats. By quadrature, as good as the agreement of two resolutions tells: a feature of the decoder
+        that is narrower than a hundredth of the prior and touches neither can be missed.
+
+    Raises:
+        ValueError: if there is no exact answer, saying why, with the count of states.
+        QuadratureError: if the quadrature does not settle, with the discrepancy.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.Bernoulli(1),
+    ...     encoder=guides.Bernoulli(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> log_evidence(vae.model, torch.randn(5, 2)).shape
+    torch.Size([5])
+    """
+    positive(tolerance, "tolerance")
+    problem = Problem(model, data, plate)
+    if problem.is_discrete:
+        return _summed_evidence(problem).to(problem.dtype)
+    linear = linear_gaussian(problem)
+    if linear is not None:
+        return linear.log_evidence().to(problem.dtype)
+    return _integrated_evidence(problem, tolerance)[0].to(problem.dtype)
+
+
+@torch.no_grad()
+@borrowed_store()
+def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
+    r"""The exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
+
+    A :class:`Posterior`, or for a linear Gaussian model a ``MultivariateNormal``. Arguments and errors are those of
+    :func:`log_evidence`; the model must have one latent site.
+
+    >>> import pyro_vae as pv
+    >>> x = pv.datasets.two_gaussians(100, seed=0).x
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.mlp([8])),
+    ...     decoder=likelihoods.Normal(1, 2, networks.mlp([8])),
+    ... )
+    >>> posterior(vae.model, x).sample((3,)).shape
+    torch.Size([3, 100, 1])
+    """
+    positive(tolerance, "tolerance")
+    problem = Problem(model, data, plate)
+    problem.single_site()
+    if problem.is_discrete:
+        return Posterior(problem, _summed_evidence(problem), None)
+    linear = linear_gaussian(problem)
+    if linear is not None:
+        return linear.posterior()
+    return Posterior(problem, *_integrated_evidence(problem, tolerance))
+
+
+@torch.no_grad()
+@borrowed_store()
+def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+    r"""The ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
+
+    A sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
+    :func:`log_evidence`.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.mlp([8])),
+    ...     decoder=likelihoods.Normal(1, 2, networks.mlp([8])),
+    ... )
+    >>> x = torch.randn(50, 2)
+    >>> gap = log_evidence(vae.model, x) - elbo(vae.model, vae.guide, x) - kl(vae.model, vae.guide, x)
+    >>> bool(gap.abs().max() < 1e-3)
+    True
+    """
+    positive(tolerance, "tolerance")
+    problem = Problem(model, data, plate)
+    q = Guide(problem, guide)
+
+    def integrand(values: Values) -> Tensor:
+        return problem.log_joint(values) - q.log_prob(values)
+
+    if problem.is_discrete:
+        return q.sum(integrand).to(problem.dtype)
+    return q.integral(integrand, q.reach(), tolerance).to(problem.dtype)
+
+
+@torch.no_grad()
+@borrowed_store()
+def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+    r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
+
+    From the normalised exact posterior. For a continuous latent the quadrature is on a box around posterior and q,
+    where that of :func:`elbo` is around q alone: their sum equals :func:`log_evidence` only if all three are right.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.Bernoulli(2),
+    ...     encoder=guides.Bernoulli(2, 2, networks.linear()),
+    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
+    ... )
+    >>> bool((kl(vae.model, vae.guide, torch.randn(5, 2)) >= 0).all())
+    True
+    """
+    positive(tolerance, "tolerance")
+    problem = Problem(model, data, plate)
+    q = Guide(problem, guide)
+    if problem.is_discrete:
+        evidence = _summed_evidence(problem)
+        return q.sum(lambda values: q.log_prob(values) - (problem.log_joint(values) - evidence)).to(problem.dtype)
+    evidence, rule = _integrated_evidence(problem, tolerance)
+
+    def integrand(values: Values) -> Tensor:
+        return q.log_prob(values) - (problem.log_joint(values) - evidence)
+
+    return q.integral(integrand, rule.box, tolerance).to(problem.dtype)
+
+
+class Posterior(dist.TorchDistribution):
+    """An exact posterior p(z | x) of a discrete latent, or of a continuous one by quadrature.
+
+    Batch shape ``(N,)``, the event shape of the latent site. ``log_prob`` evaluates the model; ``sample`` draws a
+    state, or a quadrature cell and a uniform point in it. ``mean`` is the posterior mean, ``(N, *event)``.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+
+    def __init__(self, problem: Problem, evidence: Tensor, rule: Rule | None):
+        self._problem = problem
+        self._rule = rule
+        self.log_evidence = evidence
+        self._name, site = problem.single_site()
+        self._support = site["fn"].support
+        super().__init__(torch.Size([problem.num_data]), site["fn"].event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of the latent site."""
+        return self._support
+
+    @torch.no_grad()
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(z | x) at ``(*, N, *event)`` or ``(*, 1, *event)``, as ``(*, N)``."""
+        sample_shape = value.shape[: value.dim() - 1 - self.event_dim]
+        flat = value.reshape(-1, *value.shape[len(sample_shape) :])
+        log_joint = self._problem.log_joint({self._name: flat})
+        result = (log_joint.double() - self.log_evidence).to(self._problem.dtype)
+        return result.reshape(*sample_shape, -1)
+
+    def _weighted(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of site values ``(C, 1, *event)`` and their log-masses ``(C, N)`` under the posterior."""
+        problem = self._problem
+        if self._rule is None:
+            for states in problem.states():
+                yield states[self._name], problem.log_joint(states).double() - self.log_evidence
+        else:
+            chart = problem.chart()
+            for nodes, log_weights, _ in self._rule.chunks(problem.chunk):
+                values = chart.to_site(nodes)
+                yield values, problem.log_joint({self._name: values}).double() + log_weights - self.log_evidence
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether the latent is discrete."""
+        return self._rule is None
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """The states of a discrete latent, ``(S, N or 1, *event)``."""
+        states = torch.cat([values[self._name] for values in self._problem.states()])
+        return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The posterior mean, ``(N, *event)``."""
+        with torch.no_grad():
+            parts = [
+                torch.einsum(
+                    "cn,cne->ne",
+                    log_mass.exp(),
+                    values.double().reshape(*values.shape[:2], -1).expand(*log_mass.shape, -1),
+                )
+                for values, log_mass in self._weighted()
+            ]
+        return torch.stack(parts).sum(0).reshape(self.batch_shape + self.event_shape).to(self._problem.dtype)
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """The probability of each state of a discrete latent, ``(S, N)``, in the order of ``enumerate_support``."""
+        if self._rule is not None:
+            raise AttributeError("a continuous posterior has no `probs`; use log_prob")
+        with torch.no_grad():
+            return torch.cat([log_mass.exp() for _, log_mass in self._weighted()]).to(self._problem.dtype)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        """Draws ``(*sample_shape, N, *event)``, by the inverse of the cumulated masses of states or nodes."""
+        shape = torch.Size([*self.batch_shape, math.prod(sample_shape)])
+        # The masses sum to one to rounding, for they gave log_evidence; the factor keeps every draw below the sum.
+        uniform = torch.rand(shape, dtype=torch.float64, device=self.log_evidence.device) * (1 - 1e-9)
+        chosen = torch.zeros_like(uniform, dtype=torch.long)
+        reached = self.log_evidence.new_zeros(shape[0])
+        first, states = 0, []
+        for values, log_mass in self._weighted():
+            cumulated = reached[:, None] + log_mass.exp().T.cumsum(1)
+            index = torch.searchsorted(cumulated, uniform, right=True)
+            here = (uniform >= reached[:, None]) & (index < len(values))
+            chosen = torch.where(here, first + index, chosen)
+            first, reached = first + len(values), cumulated[:, -1]
+            if self._rule is None:
+                states.append(values[:, 0])
+        if self._rule is None:
+            drawn = torch.cat(states)[chosen.T]
+        else:
+            drawn = self._problem.chart().to_site(self._rule.draw(chosen.T))
+        return drawn.to(self._problem.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+
+def _summed_evidence(problem: Problem) -> Tensor:
+    return torch.stack([problem.log_joint(values).double().logsumexp(0) for values in problem.states()]).logsumexp(0)
+
+
+def _integrated_evidence(problem: Problem, tolerance: float) -> tuple[Tensor, Rule]:
+    name, site = problem.single_site()
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"model: its latent {name!r} is discrete and has no enumerate_support. Of independent variables, "
+            "`pyro_vae.distributions.product.Product(base, num_dims)` has it where `base.to_event(num_dims)` has not"
+        )
+    chart = problem.chart()
+    box = chart.reach(site["fn"], problem.num_data).union()
+    return log_integral(lambda nodes: problem.log_joint({name: chart.to_site(nodes)}), box, tolerance, problem.chunk)

@@ -1,0 +1,1 @@
+"""All diagnostics of a fitted pair at once, and their page."""

@@ -1,0 +1,148 @@
+"""Families of binary, categorical and count variables."""
+
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_vae import distributions
+from pyro_vae._utils.validation import positive_int
+from pyro_vae.distributions import tabular
+from pyro_vae.parts.families.base import Family
+
+__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial", "OneHotCategorical", "Poisson"]
+
+
+class Poisson(Family):
+    r"""Independent Poisson counts, with the log-rate a raw output; from :math:`e^{16}` on the rate grows linearly.
+
+    >>> Poisson(2)(torch.tensor([0.0, 1e4])).mean
+    tensor([1.0000e+00, 8.8728e+10])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        self.num_raw = self.event_shape.numel()
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return tabular.Poisson(tabular.log_of_bounded_exp(self._shaped(raw))).to_event(len(self.event_shape))
+
+
+class NegativeBinomial(Family):
+    r"""Independent counts of mean :math:`\mu_d` and variance :math:`\mu_d + \alpha_d\,\mu_d^2`.
+
+    The logarithm of the mean is a raw output, as in :class:`Poisson`. The dispersion :math:`\alpha` is one of the four
+    kinds of :class:`Normal`'s scale, :math:`\alpha = e^{s} + 10^{-6}` where it is not fixed.
+
+    >>> NegativeBinomial(1, dispersion=0.5)(torch.tensor([2.0]).log()).variance
+    tensor([4.])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], dispersion: str | float = "shared"):
+        super().__init__(event_shape)
+        self.dispersion = dispersion
+        self.num_raw = self.event_shape.numel() + self._declare("dispersion", dispersion)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        size = self.event_shape.numel()
+        log_mean = tabular.log_of_bounded_exp(self._shaped(raw[..., :size]))
+        dispersion = self._declared("dispersion", self.dispersion, raw[..., size:], 1e-6)
+        return tabular.NegativeBinomial(log_mean, dispersion).to_event(len(self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dispersion={self.dispersion!r}"
+
+
+class Categorical(Family):
+    """Independent variables of k classes, by number 0 to k - 1, enumerable as one site.
+
+    The raw outputs are k logits for each, the classes first, as a network that makes images has them for channels.
+
+    >>> Categorical(2, num_classes=3)(torch.zeros(5, 6)).enumerate_support().shape
+    torch.Size([9, 5, 2])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], num_classes: int):
+        super().__init__(event_shape)
+        self.num_classes = positive_int(num_classes, "num_classes")
+        if num_classes < 2:
+            raise ValueError(f"num_classes: got {num_classes}; accepted is an integer of 2 or more")
+        self.num_raw = self.num_classes * self.event_shape.numel()
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)
+        logits = by_class.movedim(raw.dim() - 1, -1)
+        return distributions.Product(tabular.Categorical(logits=logits), len(self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_classes={self.num_classes}"
+
+
+class _Binary(Family):
+    """Families of independent 0/1 variables with one logit each."""
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        self.num_raw = self.event_shape.numel()
+
+    def logits(self, raw: Tensor) -> Tensor:
+        return self._shaped(raw)
+
+
+class Bernoulli(_Binary):
+    """Independent Bernoulli variables, enumerable as one site.
+
+    >>> Bernoulli(3)(torch.zeros(5, 3)).enumerate_support().shape
+    torch.Size([8, 5, 3])
+    """
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return distributions.Product(distributions.Bernoulli(logits=self.logits(raw)), len(self.event_shape))
+
+
+class SoftTargetBernoulli(_Binary):
+    """The cross-entropy of targets in [0, 1]: no likelihood, see :class:`distributions.SoftTargetBernoulli`.
+
+    >>> distributions.is_normalized(SoftTargetBernoulli(3)(torch.zeros(3)))
+    False
+    """
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return distributions.SoftTargetBernoulli(logits=self.logits(raw)).to_event(len(self.event_shape))
+
+
+class ContinuousBernoulli(_Binary):
+    """Independent continuous Bernoulli variables on [0, 1].
+
+    >>> ContinuousBernoulli(2)(torch.zeros(2)).mean
+    tensor([0.5000, 0.5000])
+    """
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return distributions.ContinuousBernoulli(self.logits(raw)).to_event(len(self.event_shape))
+
+
+class _OneHot(Family):
+    """Families of n independent one-hot variables of k classes, event shape ``(n, k)`` with k logits each."""
+
+    def __init__(self, event_shape: Sequence[int]):
+        super().__init__(event_shape)
+        if len(self.event_shape) != 2 or self.event_shape[1] < 2:
+            raise ValueError(
+                f"event_shape: got {tuple(self.event_shape)}; accepted is (n, k), n one-hot variables of k >= 2 classes"
+            )
+        self.num_raw = self.event_shape.numel()
+
+    def logits(self, raw: Tensor) -> Tensor:
+        return self._shaped(raw)
+
+
+class OneHotCategorical(_OneHot):
+    """Independent one-hot variables, enumerable as one site of k^n states.
+
+    >>> OneHotCategorical((2, 3))(torch.zeros(6)).enumerate_support().shape
+    torch.Size([9, 2, 3])
+    """
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return distributions.Product(dist.OneHotCategorical(logits=self.logits(raw)), 1)

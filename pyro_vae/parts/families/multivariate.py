@@ -1,0 +1,210 @@
+"""Families of real variables that depend on each other: normals with covariance, mixtures of normals, flows."""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions.kl import register_kl
+
+from pyro_vae._utils.validation import as_shape, positive_int
+from pyro_vae.distributions import flow
+from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
+from pyro_vae.parts.families.base import Family
+
+__all__ = ["Flow", "FullRankNormal", "LowRankNormal", "MixtureOfNormals"]
+
+
+class _Vector(Family):
+    """Families of one vector, event shape ``(D,)``."""
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        if len(self.event_shape) != 1:
+            raise ValueError(f"event_shape: got {tuple(self.event_shape)}; accepted is (D,), one vector")
+        self.size = self.event_shape[0]
+
+
+class FullRankNormal(_Vector):
+    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`.
+
+    L is lower triangular, its diagonal the exponential of raw outputs.
+
+    >>> FullRankNormal(2)(torch.zeros(5)).covariance_matrix
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int]):
+        super().__init__(event_shape)
+        self.num_raw = 2 * self.size + self.size * (self.size - 1) // 2
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        loc, log_diagonal, below = raw.split([self.size, self.size, self.num_raw - 2 * self.size], dim=-1)
+        rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=raw.device)
+        scale_tril = log_diagonal.exp().diag_embed()
+        scale_tril[..., rows, columns] = below
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class LowRankNormal(_Vector):
+    r"""A normal of low-rank plus diagonal covariance, :math:`x \sim N(\mu, W W^\top + \mathrm{diag}\,\sigma^2)`.
+
+    Args:
+        event_shape: size of x, D.
+        rank: columns of W, from 1 to D.
+
+    >>> LowRankNormal(3, rank=1)(torch.zeros(9)).variance
+    tensor([1., 1., 1.])
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], rank: int):
+        super().__init__(event_shape)
+        self.rank = positive_int(rank, "rank")
+        if rank > self.size:
+            raise ValueError(f"rank: got {rank}; accepted is 1 to {self.size}, the size of the vector")
+        self.num_raw = self.size * (2 + self.rank)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
+        factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
+        try:
+            return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+        except torch.linalg.LinAlgError as error:  # which torch meets before it looks at the values
+            raise ValueError(f"raw: of {self} has values that are no finite numbers, or too large") from error
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """Pyro's, with its digits kept where the scales are small beside W.
+
+    The squared distance is a difference of two terms as large as the square of their ratio, of which a float32 keeps
+    nothing at 1:1000; it is computed in float64.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        loc, factor, diagonal = self.loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
+        exact = dist.LowRankMultivariateNormal(loc.double(), factor.double(), diagonal.double(), validate_args=False)
+        return exact.log_prob(value.double()).to(loc.dtype)
+
+
+class MixtureOfNormals(_Vector):
+    r"""A mixture of diagonal normals, :math:`x \sim \sum_k \pi_k\,N(\mu_k, \mathrm{diag}\,\sigma_k^2)`, drawn pathwise.
+
+    Args:
+        event_shape: size of x, D.
+        num_components: K.
+
+    >>> MixtureOfNormals(2, num_components=3)(torch.zeros(15)).log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], num_components: int):
+        super().__init__(event_shape)
+        self.num_components = positive_int(num_components, "num_components")
+        self.num_raw = self.num_components * (1 + 2 * self.size)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        count = self.num_components
+        logits, loc, log_scale = raw.split([count, count * self.size, count * self.size], dim=-1)
+        shape = (*raw.shape[:-1], count, self.size)
+        return Mixture(logits, loc.reshape(shape), log_scale.reshape(shape).exp())
+
+    def start(self, *batch: int) -> Tensor:
+        """With locations from N(0, I): components that are alike have the same gradient, and would stay alike."""
+        raw = super().start(*batch)
+        raw[..., self.num_components : self.num_components * (1 + self.size)].normal_()
+        return raw
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_components={self.num_components}"
+
+
+class Flow(Family):
+    r"""A normalizing flow :math:`z = b + s \odot f(\epsilon; h)` of noise :math:`\epsilon \sim N(0, I)`.
+
+    f is made of masked autoregressive steps, whose networks are parameters of the family. The raw outputs are the shift
+    b, the logarithm of the scale s, and a context h that every step reads. Before training the steps are the identity,
+    and the flow is the independent normal :math:`N(b, s^2)`.
+
+    A masked network is evaluated in one pass, and inverted in as many as there are variables. As it stands, the one
+    pass is from value to noise, and densities are fast (a masked autoregressive flow). ``inverse`` turns it round:
+    draws are fast, and so are the densities of draws (an inverse autoregressive flow).
+
+    Args:
+        event_shape: size or shape of z.
+        kind: of step: ``"affine"``, or ``"spline"``. Affine steps of a single variable make a normal of it.
+        transforms: number of steps.
+        hidden: sizes of the hidden layers of each step's masked network.
+        context: size of h.
+        inverse: whether draws are fast, and not densities.
+
+    Raises:
+        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+
+    Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow"; Kingma et al. 2016, "Improved
+    variational inference with inverse autoregressive flow"; Durkan, Bekasov, Murray and Papamakarios 2019, "Neural
+    spline flows".
+
+    >>> family = Flow(2, kind="spline", transforms=2, hidden=[8], context=4, inverse=True)
+    >>> family(torch.randn(5, family.num_raw)).rsample().shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        kind: str = "affine",
+        transforms: int = 3,
+        hidden: Sequence[int] = (64, 64),
+        context: int = 0,
+        inverse: bool = False,
+    ):
+        super().__init__(event_shape)
+        if kind not in flow.KINDS:
+            raise ValueError(f"kind: got {kind!r}; accepted are {', '.join(map(repr, flow.KINDS))}")
+        if type(context) is not int or context < 0:
+            raise ValueError(f"context: got {context!r}; accepted is an integer, 0 or more")
+        self.kind = kind
+        self.transforms = positive_int(transforms, "transforms")
+        self.hidden = tuple(as_shape(hidden, "hidden"))
+        self.context = context
+        self.inverse = inverse
+        size = self.event_shape.numel()
+        self.num_raw = 2 * size + context
+        self.steps = flow.autoregressive(size, context, kind, transforms, self.hidden)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        size = self.event_shape.numel()
+        shift, log_scale = (
+            part.reshape(*raw.shape[:-1], *self.event_shape) for part in (raw[..., :size], raw[..., size : 2 * size])
+        )
+        forward = self.steps(raw[..., 2 * size :] if self.context else None)
+        transform = forward if self.inverse else forward.inv
+        return flow.Flow(transform, shift, log_scale.exp(), len(self.event_shape), scores_draws=self.inverse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, kind={self.kind!r}, transforms={self.transforms}, hidden={self.hidden}, "
+            f"context={self.context}, inverse={self.inverse}"
+        )
+
+    def __repr__(self) -> str:
+        """Without the steps, whose own text draws random numbers."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+@register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
+@register_kl(torch.distributions.LowRankMultivariateNormal, torch.distributions.Independent)
+def _kl_from_diagonal_normal(q: torch.distributions.Distribution, p: torch.distributions.Independent) -> Tensor:
+    """KL(q || p) for a normal q and independent normal variables, which torch lacks: -H(q) - E[log p]."""
+    if type(p.base_dist) not in (dist.Normal, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    cross = (q.variance + (q.mean - p.base_dist.loc) ** 2) / p.base_dist.variance
+    log_p = -0.5 * (cross + p.base_dist.variance.log() + math.log(2 * math.pi))
+    return -q.entropy() - log_p.sum(-1)

@@ -1,0 +1,290 @@
+"""Likelihoods p(x | z), also called decoders: parts with what the prior lets them read of z as their context.
+
+Each is a product over the entries of x, so that each can go without some of them: with ``missing=True``, NaN in x is
+an entry that was not observed, and log p(x | z) is that of the others, see :mod:`pyro_vae.distributions.missing`. The encoder then
+needs a network that reads NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_vae._utils.validation import as_shape, flag, positive
+from pyro_vae.distributions.missing import with_missing
+from pyro_vae.parts import families
+from pyro_vae.parts.base import Conditional
+from pyro_vae.parts.families.base import Family
+from pyro_vae.parts.networks import NetworkFactory, build
+
+__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial", "Normal", "Poisson", "StudentT"]
+
+
+class _Decoder(Conditional):
+    def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory, missing: bool):
+        features = as_shape(latent, "latent").numel()
+        super().__init__(family, latent, build(network, features, family.num_raw))
+        self.missing = flag(missing, "missing")
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        likelihood = super().forward(context)
+        return with_missing(likelihood) if self.missing else likelihood
+
+    def extra_repr(self) -> str:
+        return "missing=True" if self.missing else ""
+
+
+class Normal(_Decoder):
+    r""":math:`p(x \mid z) = N(\mu(z), \mathrm{diag}\,\sigma^2)`, a density with respect to Lebesgue measure.
+
+    With a fixed scale this is the mean-squared error that many texts train on, up to a constant, see :meth:`mse`:
+    :math:`-\log p(x \mid z) = \frac{1}{2\sigma^2}\lVert x - \mu(z)\rVert^2 + \frac{D}{2}\log 2\pi\sigma^2`.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        scale: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of z), or
+            a fixed positive number.
+        min_scale: floor under a learned scale, in the units of x. Without one, a constant dimension sends the density
+            to infinity.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> Normal(1, 2, networks.linear(), scale=0.1)(torch.zeros(5, 1)).stddev[0]
+    tensor([0.1000, 0.1000])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        scale: str | float = "shared",
+        min_scale: float = 1e-3,
+        missing: bool = False,
+    ):
+        super().__init__(families.Normal(out_features, scale, min_scale), latent, network, missing)
+
+    @classmethod
+    def mse(
+        cls,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        kl_weight: float,
+        missing: bool = False,
+    ) -> "Normal":
+        r"""The loss "mean-squared error plus a weight times the KL" as the model that it is: a normal of a fixed scale.
+
+        With the mean over the D elements of x, and the KL of a datum summed over its latents,
+
+        .. math:: \frac1D \lVert x - \mu(z) \rVert^2 + w\,\mathrm{KL}
+                  = -w \Bigl(\log N(x; \mu(z), \sigma^2 I) - \mathrm{KL} + \tfrac D2 \log 2\pi\sigma^2\Bigr),
+                  \qquad \sigma^2 = \frac{wD}{2}.
+
+        To choose the weight is to choose σ. Of squared errors that are summed and not averaged, σ² is w/2.
+
+        Args:
+            latent: size or shape of z.
+            out_features: size or shape of x.
+            network: factory, see :mod:`pyro_vae.parts.networks`.
+            kl_weight: w, positive.
+            missing: whether NaN in x is a missing entry.
+
+        >>> import torch
+        >>> from pyro_vae import networks
+        >>> Normal.mse(2, 784, networks.linear(), kl_weight=0.01)(torch.zeros(1, 2)).stddev[0, 0]
+        tensor(1.9799)
+        """
+        variance = positive(kl_weight, "kl_weight") * as_shape(out_features, "out_features").numel() / 2
+        return cls(latent, out_features, network, scale=math.sqrt(variance), missing=missing)
+
+
+class StudentT(_Decoder):
+    r""":math:`p(x \mid z) = \prod_d t_\nu(x_d;\ \mu_d(z), \sigma_d)`, a density for numbers with outliers.
+
+    An error of many scales costs the logarithm of its size and not its square, so that a few outliers do not decide
+    where :math:`\mu` goes.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        df: degrees of freedom: ``"shared"`` (the default), ``"per_dimension"`` or ``"network"``, learned and above 2;
+            or a fixed positive number. The mean of a fixed one at or below 1 is NaN.
+        scale: as for :class:`Normal`.
+        min_scale: as for :class:`Normal`.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    Source: Lange, Little and Taylor 1989, "Robust statistical modeling using the t distribution".
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> StudentT(1, 2, networks.linear(), df=4.0, scale=0.1)(torch.zeros(5, 1)).variance[0]
+    tensor([0.0200, 0.0200])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        df: str | float = "shared",
+        scale: str | float = "shared",
+        min_scale: float = 1e-3,
+        missing: bool = False,
+    ):
+        super().__init__(families.StudentT(out_features, df, scale, min_scale), latent, network, missing)
+
+
+class Bernoulli(_Decoder):
+    r""":math:`p(x \mid z) = \prod_d \pi_d(z)^{x_d} (1 - \pi_d(z))^{1 - x_d}`, a mass on 0s and 1s.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        soft_targets: accept grey values in [0, 1] and score them with the cross-entropy. That is **no likelihood**:
+            exact evidence then refuses the model, and training reports a surrogate instead of an ELBO.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    Raises:
+        ValueError: when it scores data other than 0 and 1 without ``soft_targets``; the message names the ways out.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> Bernoulli(2, (8, 8), networks.mlp([32]))(torch.zeros(5, 2)).event_shape
+    torch.Size([8, 8])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        soft_targets: bool = False,
+        missing: bool = False,
+    ):
+        family = families.SoftTargetBernoulli if flag(soft_targets, "soft_targets") else families.Bernoulli
+        super().__init__(family(out_features), latent, network, missing)
+
+
+class ContinuousBernoulli(_Decoder):
+    r"""A density on [0, 1] for grey values, :math:`p(x \mid z) \propto \pi(z)^{x} (1 - \pi(z))^{1 - x}`.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    Source: Loaiza-Ganem and Cunningham 2019.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> ContinuousBernoulli(2, 64, networks.linear())(torch.zeros(5, 2)).log_prob(torch.rand(5, 64)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        missing: bool = False,
+    ):
+        super().__init__(families.ContinuousBernoulli(out_features), latent, network, missing)
+
+
+class Categorical(_Decoder):
+    r""":math:`p(x \mid z) = \prod_d \pi_{d, x_d}(z)`, a mass on class numbers 0 to k - 1.
+
+    The data hold the number of each entry's class, ``(N, D)``, in the dtype of the network, as samples do; no one-hot
+    vectors. An encoder reads them best through :func:`pyro_vae.parts.networks.one_hot`. The ``mean`` is that of the class
+    number, which means something where classes are ordered; ``probs`` of ``base_dist`` are the probabilities.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        num_classes: k, of every entry.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> Categorical(1, 2, 3, networks.linear())(torch.zeros(5, 1)).log_prob(torch.ones(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        num_classes: int,
+        network: NetworkFactory,
+        missing: bool = False,
+    ):
+        super().__init__(families.Categorical(out_features, num_classes), latent, network, missing)
+
+
+class Poisson(_Decoder):
+    r""":math:`p(x \mid z) = \prod_d \lambda_d(z)^{x_d} e^{-\lambda_d(z)} / x_d!`, a mass on counts 0, 1, 2, ...
+
+    The network gives :math:`\log\lambda`. Mean and variance are one: counts that vary more, as most do, need
+    :class:`NegativeBinomial`.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> Poisson(1, 3, networks.linear())(torch.zeros(5, 1)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        missing: bool = False,
+    ):
+        super().__init__(families.Poisson(out_features), latent, network, missing)
+
+
+class NegativeBinomial(_Decoder):
+    r"""A mass on counts of mean :math:`\mu_d(z)` and variance :math:`\mu_d + \alpha\mu_d^2`.
+
+    The network gives :math:`\log\mu`. A dispersion :math:`\alpha` near 0 is :class:`Poisson`.
+
+    Args:
+        latent: size or shape of z.
+        out_features: size or shape of x.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        dispersion: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of
+            z), or a fixed positive number.
+        missing: whether NaN in x is a missing entry; otherwise it is refused.
+
+    Source: Lopez, Regier, Cole, Jordan and Yosef 2018, "Deep generative modeling for single-cell transcriptomics".
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> NegativeBinomial(1, 3, networks.linear(), dispersion="per_dimension")(torch.zeros(5, 1)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        out_features: int | Sequence[int],
+        network: NetworkFactory,
+        dispersion: str | float = "shared",
+        missing: bool = False,
+    ):
+        super().__init__(families.NegativeBinomial(out_features, dispersion), latent, network, missing)

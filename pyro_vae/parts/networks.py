@@ -1,0 +1,311 @@
+"""Networks, by factory: a function ``(in_features, out_features) -> nn.Module``.
+
+A part such as :class:`pyro_vae.parts.guides.DiagonalNormal` knows how many features go in and how many raw outputs its
+distribution needs; the factory builds whatever stands between. Any function of two integers will do:
+
+>>> from torch import nn
+>>> def residual(in_features, out_features):
+...     return nn.Sequential(nn.Linear(in_features, 64), nn.Tanh(), nn.Linear(64, out_features))
+
+The module that it returns maps ``(*, in_features)`` to ``(*, out_features)``, with any number of dimensions on the
+left: particles and enumeration put theirs there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from math import ceil, prod
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae._utils.validation import flag, is_integer, kind_of, numbers
+from pyro_vae.parts.constructor_args import factory, made_by
+
+__all__ = [
+    "NetworkFactory",
+    "build",
+    "convolutional",
+    "deconvolutional",
+    "linear",
+    "mlp",
+    "one_hot",
+    "standardized",
+    "with_missing",
+]
+
+NetworkFactory = Callable[[int, int], nn.Module]
+
+
+def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Module:
+    """What a factory makes for these sizes; an error that names the argument if it is no factory.
+
+    >>> build(nn.Linear(2, 3), 2, 3)
+    Traceback (most recent call last):
+        ...
+    TypeError: network: got a Linear, a finished module; accepted is a factory, ...
+    """
+    accepted = "accepted is a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
+    if isinstance(network, nn.Module):
+        raise TypeError(f"network: got a {type(network).__name__}, a finished module; {accepted}")
+    try:
+        module = network(in_features, out_features)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"network: called with ({in_features}, {out_features}), it says: {error}; {accepted}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"network: called with ({in_features}, {out_features}), it returned {module!r}; {accepted}")
+    return made_by(module, network, in_features, out_features)
+
+
+@factory
+def linear(bias: bool = True) -> NetworkFactory:
+    """One affine map.
+
+    >>> linear()(2, 3)
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    flag(bias, "bias")
+    return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
+
+
+@factory
+def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> NetworkFactory:
+    """A multilayer perceptron with these hidden sizes.
+
+    >>> mlp([32], activation=nn.Tanh)(2, 3)
+    Sequential(
+      (0): Linear(in_features=2, out_features=32, bias=True)
+      (1): Tanh()
+      (2): Linear(in_features=32, out_features=3, bias=True)
+    )
+    """
+    if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
+        raise ValueError(f"hidden: got {hidden!r}; accepted is a list of positive sizes, such as [400] or [512, 256]")
+    _check_activation(activation)
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        *inner, last = pairwise([in_features, *hidden, out_features])
+        layers = [layer for sizes in inner for layer in (nn.Linear(*sizes), activation())]
+        return nn.Sequential(*layers, nn.Linear(*last))
+
+    return build
+
+
+def _check_activation(activation: object) -> None:
+    if isinstance(activation, nn.Module) or not callable(activation):
+        raise TypeError(f"activation: got {kind_of(activation)}; accepted is what makes a module, such as nn.Tanh")
+
+
+class _Standardized(nn.Module):
+    """Takes a fixed location off its input, and divides by a fixed scale."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, loc: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.loc) / self.scale
+
+
+@factory
+def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
+    r"""A network behind :math:`(x - \mathrm{loc}) / \mathrm{scale}`, which are not trained.
+
+    For an encoder loc is the mean of the data; for a decoder the mean and standard deviation of the prior: bits are
+    read as ±1 with 0.5 and 0.5.
+
+    Args:
+        network: factory of what comes after it.
+        loc: a number, or one for each feature, ``(in_features,)``.
+        scale: positive, of the same kinds.
+
+    >>> decoder = standardized(mlp([32]), loc=0.5, scale=0.5)(2, 3)
+    >>> decoder[0](torch.tensor([0.0, 1.0]))
+    tensor([-1.,  1.])
+    """
+    fixed = numbers(loc, "loc"), numbers(scale, "scale")  # in the dtype of the network
+    for name, value in zip(("loc", "scale"), fixed, strict=True):
+        if value.dim() > 1 or not value.isfinite().all():
+            raise ValueError(f"{name}: got {value}; accepted is a finite number, or a tensor of them, (in_features,)")
+    if not (fixed[1] > 0).all():
+        raise ValueError(f"scale: got {scale!r}; accepted are positive numbers")
+
+    def build_behind(in_features: int, out_features: int) -> nn.Module:
+        for name, value in zip(("loc", "scale"), fixed, strict=True):
+            if value.dim() and len(value) != in_features:
+                raise ValueError(f"{name}: got {len(value)} numbers; accepted are {in_features}, one for each feature")
+        inner = build(network, in_features, out_features)
+        return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
+
+    return build_behind
+
+
+class _Masked(nn.Module):
+    """Zeros for NaN, and beside them what is observed as 0s and 1s."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        missing = inputs.isnan()
+        return torch.cat([inputs.masked_fill(missing, 0.0), (~missing).to(inputs.dtype)], dim=-1)
+
+
+@factory
+def with_missing(network: NetworkFactory) -> NetworkFactory:
+    r"""A network that reads missing entries, NaN: :math:`(m \odot x, m)` with the mask :math:`m` of what is observed.
+
+    Without the mask a missing entry would look like an observed zero. What goes before it leaves NaN as it is:
+    ``standardized(with_missing(mlp([32])), loc, scale)`` puts the mean of each column in place of what is missing.
+
+    Args:
+        network: factory of what comes after it, which is asked for twice as many inputs; for images of c channels, a
+            network of 2c.
+
+    Source: Nazábal, Olmos, Ghahramani and Valera 2020, "Handling incomplete heterogeneous data using VAEs", for the
+    zeros; Collier, Nazábal and Williams 2020, "VAEs in the presence of missing data", for the mask.
+
+    >>> encoder = with_missing(linear())(2, 3)
+    >>> encoder[0](torch.tensor([5.0, torch.nan])), encoder[1]
+    (tensor([5., 0., 1., 0.]), Linear(in_features=4, out_features=3, bias=True))
+    """
+    return lambda in_features, out_features: nn.Sequential(_Masked(), build(network, 2 * in_features, out_features))
+
+
+class _OneHot(nn.Module):
+    """Class numbers as one-hot vectors, side by side; NaN as zeros."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
+        classes = torch.arange(self.num_classes, device=inputs.device)
+        return (inputs[..., None] == classes).flatten(-2).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}"
+
+
+@factory
+def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
+    """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
+
+    A missing entry, NaN, is of no class and becomes zeros, which need no mask beside them.
+
+    Args:
+        num_classes: k, of every entry.
+        network: factory of what comes after it, which is asked for k times as many inputs.
+
+    >>> encoder = one_hot(3, linear())(2, 4)
+    >>> encoder[0](torch.tensor([2.0, torch.nan])), encoder[1]
+    (tensor([0., 0., 1., 0., 0., 0.]), Linear(in_features=6, out_features=4, bias=True))
+    """
+    if not is_integer(num_classes) or num_classes < 2:
+        raise ValueError(f"num_classes: got {num_classes!r}; accepted is an integer of 2 or more")
+    return lambda in_features, out_features: nn.Sequential(
+        _OneHot(num_classes), build(network, num_classes * in_features, out_features)
+    )
+
+
+class _OnImages(nn.Module):
+    """Folds all left dimensions into the one that convolutions take, and unfolds them after."""
+
+    def __init__(self, network: nn.Module, in_shape: tuple[int, ...]):
+        super().__init__()
+        self.network = network
+        self.in_shape = in_shape
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.network(inputs.reshape(-1, *self.in_shape))
+        return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(is_integer(size) and size > 0 for size in value)
+
+
+def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> int:
+    """How many raw outputs of each pixel there are, if the sizes fit."""
+    if not _are_sizes(channels):
+        raise ValueError(f"channels: got {channels!r}; accepted are one or more positive sizes, such as (16, 32)")
+    fits = _are_sizes(image) and len(image) == 3
+    if not fits or features % prod(image) or (name == "in_features" and features != prod(image)):
+        raise ValueError(
+            f"image: got {image!r}; accepted is (channels, height, width) with a product of {name} = {features}"
+        )
+    return features // prod(image)
+
+
+@factory
+def convolutional(
+    image: tuple[int, int, int], channels: Sequence[int] = (16, 32), activation: Callable[[], nn.Module] = nn.ReLU
+) -> NetworkFactory:
+    """Convolutions of stride 2 from an image to features, for encoders.
+
+    Args:
+        image: ``(channels, height, width)`` of the input, which arrives flattened.
+        channels: output channels of each 3 × 3 convolution; each halves height and width, rounding up.
+        activation: the module after each convolution.
+
+    >>> import torch
+    >>> convolutional((1, 8, 8))(64, 4)(torch.zeros(5, 7, 64)).shape
+    torch.Size([5, 7, 4])
+    """
+    _check_activation(activation)
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        _check_image(image, channels, in_features, "in_features")
+        size = _halved(image, len(channels))
+        layers = [
+            layer
+            for sizes in pairwise([image[0], *channels])
+            for layer in (nn.Conv2d(*sizes, kernel_size=3, stride=2, padding=1), activation())
+        ]
+        head = nn.Linear(channels[-1] * size[0] * size[1], out_features)
+        return _OnImages(nn.Sequential(*layers, nn.Flatten(), head), image)
+
+    return build
+
+
+@factory
+def deconvolutional(
+    image: tuple[int, int, int], channels: Sequence[int] = (32, 16), activation: Callable[[], nn.Module] = nn.ReLU
+) -> NetworkFactory:
+    """Transposed convolutions of stride 2 from features to an image, for decoders.
+
+    Args:
+        image: ``(channels, height, width)`` of the output, which leaves flattened.
+        channels: input channels of each transposed convolution; each doubles height and width.
+        activation: the module before each transposed convolution.
+
+    The raw outputs per pixel may be more than one (a location and a scale, say): they come as further channels.
+
+    >>> import torch
+    >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
+    torch.Size([3, 5, 784])
+    """
+    _check_activation(activation)
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        repeats = _check_image(image, channels, out_features, "out_features")
+        sizes = [_halved(image, depth) for depth in range(len(channels), -1, -1)]
+        layers: list[nn.Module] = [
+            nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1]),
+            nn.Unflatten(1, (channels[0], *sizes[0])),
+        ]
+        steps = zip(pairwise([*channels, image[0] * repeats]), pairwise(sizes), strict=True)
+        for (before, after), (small, large) in steps:
+            # A stride of 2 makes 2n - 1 of n; one row or column more where the target is even.
+            extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
+            layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)]
+        return _OnImages(nn.Sequential(*layers), (in_features,))
+
+    return build
+
+
+def _halved(image: tuple[int, int, int], times: int) -> tuple[int, int]:
+    return ceil(image[1] / 2**times), ceil(image[2] / 2**times)

@@ -1,0 +1,35 @@
+"""Pictures, each on matplotlib axes, each answering one question.
+
+* of the nats: :mod:`pyro_vae.plots.elbo`;
+* of estimates, and whether to trust them: :mod:`pyro_vae.plots.estimates`;
+* of the latent space: :mod:`pyro_vae.plots.latent`;
+* of images: :mod:`pyro_vae.plots.images`;
+* of the model itself: :mod:`pyro_vae.plots.plate_diagram`.
+
+Functions draw on ``ax``, or on axes of a new figure if it is left out, and return them; none calls ``plt.show()``.
+Clusters, methods and models differ in marker, line style or hatching as well as in colour, so that a picture reads in
+black and white.
+"""
+
+from pyro_vae.plots.elbo import rate_distortion, training_curves
+from pyro_vae.plots.estimates import bias_variance, calibration, evidence_comparison, khat
+from pyro_vae.plots.images import image_grid, manifold, reconstructions, samples, traversals
+from pyro_vae.plots.latent import latent_map, posterior
+from pyro_vae.plots.plate_diagram import plate_diagram
+
+__all__ = [
+    "bias_variance",
+    "calibration",
+    "evidence_comparison",
+    "image_grid",
+    "khat",
+    "latent_map",
+    "manifold",
+    "plate_diagram",
+    "posterior",
+    "rate_distortion",
+    "reconstructions",
+    "samples",
+    "training_curves",
+    "traversals",
+]

@@ -1,0 +1,217 @@
+"""Pictures of the nats: how the ELBO came to be, what it lacks, and what it is made of."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from pyro_vae._utils.validation import kind_of, number
+from pyro_vae.evidence.importance_sampling import Evidence
+from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
+
+__all__ = ["check_history", "rate_distortion", "training_curves"]
+
+
+def training_curves(
+    history: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    terms: Sequence[str] = ("elbo", "distortion", "rate"),
+    log_evidence: float | Tensor | Evidence | None = None,
+    validation_log_evidence: float | Tensor | Evidence | None = None,
+) -> Axes:
+    r"""Has training converged, does it overfit, and what does the ELBO lack?
+
+    The ELBO is the sum of -distortion and -rate; validation is dashed. A level is log p(x) of the trained model, and
+    the arrow at the last epoch the gap, the mean of :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))` over the data.
+
+    Args:
+        history: that of :class:`pyro_vae.Fitted`.
+        ax: where to draw.
+        terms: which to draw. Of images, the rate is best seen on axes of its own.
+        log_evidence: log p(x) of the training data by the trained model, in nats: ``(N,)`` of
+            :func:`pyro_vae.exact.inference.log_evidence`, the :class:`pyro_vae.Evidence` of :func:`pyro_vae.log_evidence`, or the
+            mean. An epoch's ELBO is the mean over its steps: while parameters still move, the gap is not of one model.
+        validation_log_evidence: the same of the validation data.
+
+    Raises:
+        TypeError, ValueError: if terms are unknown, or log p(x) is no finite number, or there is no ELBO to hold
+            against it: none drawn, none of validation data, or a surrogate, which bounds nothing.
+
+    >>> history = {"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}
+    >>> ax = training_curves(history, log_evidence=-0.7)
+    >>> ax.get_ylabel(), ax.get_legend().get_texts()[-1].get_text()
+    ('nats per datum', 'log p(x): a gap of 0.300 nats')
+    """
+    check_history(history)
+    bound = "elbo" if "elbo" in history else "surrogate"
+    labels = {
+        "elbo": (bound, "ELBO" if bound == "elbo" else "surrogate, no bound", 1.0, "black", ""),
+        "distortion": ("distortion", "-distortion", -1.0, "tab:blue", "s"),
+        "rate": ("rate", "-rate", -1.0, "tab:orange", "^"),
+    }
+    unknown = terms if isinstance(terms, str) else sorted(set(terms) - set(labels))
+    if unknown or not terms:
+        raise ValueError(f"terms: got {terms!r}; accepted are one or more of {list(labels)}")
+    levels = [
+        (prefix, _level(history, terms, given, prefix))
+        for prefix, given in (("", log_evidence), ("validation_", validation_log_evidence))
+        if given is not None
+    ]
+    ax = axes_or_new(ax)
+    ways = {"": ("-", ""), "validation_": ("--", ", validation")}
+    for name, label, sign, colour, marker in (labels[term] for term in terms):
+        for prefix, (style, suffix) in ways.items():
+            if prefix + name in history:
+                values = [sign * value for value in history[prefix + name]]
+                epochs, every = range(1, len(values) + 1), max(1, len(values) // 8)
+                shape = marker or ("o" if len(values) == 1 else "")
+                look: dict[str, Any] = {"linestyle": style, "linewidth": 1.2 if marker else 2.0, "color": colour}
+                look |= {"marker": shape, "markevery": every, "markersize": 5}
+                ax.plot(epochs, values, label=label + suffix, **look)
+    for prefix, (level, what) in levels:
+        style, suffix = ways[prefix]
+        last = history[prefix + "elbo"][-1]
+        label = f"{what}{suffix}: a gap of {level - last:.3f} nats"
+        ax.axhline(level, color="0.45", linestyle=style, linewidth=2.5, zorder=1, label=label)
+        epoch = len(history[prefix + "elbo"]) * (1.02 if prefix else 1.0)  # beside the other arrow
+        arrow: dict[str, Any] = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (epoch, level), (epoch, last), arrowprops=arrow)
+    ax.set(xlabel="epoch", ylabel="nats per datum")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend()
+    return ax
+
+
+def check_history(history: Any) -> None:
+    """Refuse what is no history, or one of which nothing could be drawn."""
+    accepted = "accepted is `fitted.history`, numbers for each epoch by name"
+    if not isinstance(history, Mapping):
+        raise TypeError(f"history: got {kind_of(history)}; {accepted}")
+    drawn = ("elbo", "surrogate", "distortion", "rate")
+    if not any(name in history for name in drawn):
+        raise ValueError(f"history: has {list(history)}; {accepted}, of them one or more of {list(drawn)}")
+    for name, values in history.items():
+        fits = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str) and len(values) > 0
+        if not fits or not all(isinstance(value, Real) for value in np.asarray(values).tolist()):
+            raise ValueError(f"history: got {values!r} for {name!r}; {accepted}")
+
+
+def _level(
+    history: Mapping[str, Sequence[float]], terms: Sequence[str], given: float | Tensor | Evidence, prefix: str
+) -> tuple[float, str]:
+    """The mean of log p(x) and what it is, if there is an ELBO that it belongs to."""
+    name = f"{prefix}log_evidence"
+    if f"{prefix}elbo" not in history or "elbo" not in terms:
+        has = [key for key in history if key.endswith(("elbo", "surrogate"))]
+        raise ValueError(
+            f"{name}: there is no {prefix}elbo drawn to hold against it; the history has {has}, and terms are "
+            f"{list(terms)}"
+        )
+    if isinstance(given, Evidence):
+        return number(given.log_evidence.double().mean().item(), name), "log p(x), estimated"
+    if isinstance(given, Tensor):
+        return number(given.double().mean().item(), name), "log p(x)"
+    return number(given, name), "log p(x)"
+
+
+def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    r"""How do models divide their nats: how much does the code say, and how well is the datum told from it?
+
+    Each model is a point. Models on one of the lines, distortion + rate = -ELBO, have the same ELBO; the further down
+    on the left, the higher it is. At a rate of 0 the code says nothing, whatever the ELBO.
+
+    Args:
+        models: by name, in nats per datum: what :func:`pyro_vae.evaluate` returns, anything else that has ``rate`` and
+            ``distortion`` as keys or attributes, or a pair (rate, distortion). Numbers that have a ``value`` and a
+            ``standard_error`` are drawn with it.
+        ax: where to draw.
+
+    Raises:
+        TypeError, ValueError: if there is nothing to draw, or a model has no finite rate and distortion, or they are
+            those of a surrogate, whose sum is no ELBO.
+
+    Source: Alemi, Poole, Fischer, Dillon, Saurous and Murphy 2018, "Fixing a broken ELBO", figure 1.
+
+    >>> ax = rate_distortion({"collapsed": (0.0, 3.0), "used": {"rate": 1.5, "distortion": 1.0}})
+    >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
+    ('rate, nats per datum', ['collapsed', 'used', 'equal ELBO'])
+    """
+    points = _points(models)
+    ax = axes_or_new(ax)
+    handles: list[Any] = []
+    for index, (name, ((rate, distortion), errors)) in enumerate(points.items()):
+        colour, marker = f"C{index % 10}", MARKERS[index % len(MARKERS)]
+        face = colour if index // len(MARKERS) % 2 == 0 else "none"
+        look: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 8}
+        if any(errors):
+            ax.errorbar(rate, distortion, errors[1], errors[0], fmt="none", ecolor=colour, capsize=3, zorder=3)
+        handles += ax.plot(rate, distortion, linestyle="none", label=name, zorder=3, **look)
+    ends = np.array([middle for middle, _ in points.values()])
+    low, high = ends.min(0), ends.max(0)
+    room = np.maximum(0.18 * (high - low), 0.1 * max((high - low).max(), 0.5))
+    left = low[0] - room[0] * (0.3 if 0 <= low[0] < room[0] else 1.0)  # there is little to be seen below a rate of 0
+    ax.set(xlim=(left, high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+    _equal_elbos(ax, ends)
+    handles.append(Line2D([], [], color="0.6", linewidth=0.8, label="equal ELBO"))
+    ax.set(xlabel="rate, nats per datum", ylabel="distortion, nats per datum")
+    legend_below(ax, handles, 2)
+    return ax
+
+
+def _points(models: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
+    """Rate and distortion of each, and their standard errors, 0 where there are none."""
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models: got a {type(models).__name__}; accepted is a mapping from names to models")
+    if not models:
+        raise ValueError("models: got none; accepted are one or more")
+    points = {}
+    for name, model in models.items():
+        words = ("rate", "distortion")
+        if isinstance(model, Mapping) and "surrogate" in model:
+            raise ValueError(f"models: {name!r} is of a surrogate, whose rate and distortion add up to no ELBO")
+        if isinstance(model, Mapping) and set(words) <= model.keys():
+            pair = [model[word] for word in words]
+        elif all(hasattr(model, word) for word in words):
+            pair = [getattr(model, word) for word in words]
+        elif isinstance(model, Sequence | Tensor | np.ndarray) and not isinstance(model, str) and len(model) == 2:
+            pair = list(model)
+        else:
+            raise TypeError(f"models: {name!r} is {model!r}; accepted are what has a rate and a distortion, or a pair")
+        values = [getattr(entry, "value", entry) for entry in pair]
+        values = [entry.item() if isinstance(entry, torch.Tensor) and entry.numel() == 1 else entry for entry in values]
+        checked = [number(value, f"models: {word} of {name!r}") for value, word in zip(values, words, strict=True)]
+        errors = [float(getattr(entry, "standard_error", 0.0)) for entry in pair]
+        points[name] = (checked[0], checked[1]), (errors[0], errors[1])
+    return points
+
+
+def _equal_elbos(ax: Axes, points: np.ndarray) -> None:
+    """Lines of equal ELBO in the limits of the axes, each named where it is far from points and other names."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    corner, size = np.array([left, bottom]), np.array([right - left, top - bottom])
+    taken = list((points - corner) / size)
+    for elbo in MaxNLocator(12, steps=[1, 2, 5, 10]).tick_values(-right - top, -left - bottom):
+        start, end = max(left, -elbo - top), min(right, -elbo - bottom)
+        if start >= end:
+            continue
+        rates = np.linspace(start, end, 101)
+        line = np.stack([rates, -elbo - rates], 1)
+        ax.plot(*line.T, color="0.6", linewidth=0.8, zorder=0)
+        places = (line - corner) / size
+        places = places[((places > (0.14, 0.07)) & (places < (0.86, 0.93))).all(1)]  # where there is space for it
+        if len(places) == 0:
+            continue
+        clear = np.linalg.norm(places[:, None] - np.array(taken), axis=-1).min(1)
+        best = places[clear.argmax()]
+        taken.append(best)
+        look: dict[str, Any] = {"color": "0.3", "fontsize": 8, "ha": "center", "va": "center", "zorder": 1}
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        turn: dict[str, Any] = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True}
+        across, up = (corner + best * size).tolist()
+        ax.text(across, up, f"{elbo:.6g} nats", bbox=box, **look, **turn)

@@ -1,0 +1,227 @@
+"""Pictures of images: what a model of them makes of a code, of a datum, and of its prior."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.validation import image_size, is_integer, kind_of, numbers, positive_int, real_tensor
+from pyro_vae.plots.axes import axes_or_new
+from pyro_vae.vae import VAE
+
+__all__ = ["image_grid", "manifold", "reconstructions", "samples", "traversals"]
+
+Shape = tuple[int, int]
+
+
+def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
+    """Images ``(N, height, width)`` with values in [0, 1], row by row, black on white.
+
+    >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
+    (17, 26)
+    """
+    positive_int(columns, "columns")
+    if not isinstance(images, Tensor) or images.dim() != 3 or len(images) == 0:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise ValueError(f"images: got {got}; accepted is a tensor (N, height, width) with N >= 1")
+    real_tensor(images, "images", "accepted are values in [0, 1]")
+    if not images.is_floating_point() and images.numel() and images.max() > 1:  # bytes, which would all be black
+        raise ValueError(f"images: got {images.dtype} up to {images.max()}; accepted are values in [0, 1], `x / 255`")
+    ax = axes_or_new(ax)
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
+        sheet[top : top + height, left : left + width] = image.detach()
+    ax.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=1)
+    ax.set_axis_off()
+    return ax
+
+
+@torch.no_grad()
+def manifold(decode: Callable[[Tensor], Tensor], shape: Shape, size: int = 15, ax: Axes | None = None) -> Axes:
+    """What does each place in a latent space of two standard normal dimensions decode to?
+
+    Args:
+        decode: from ``(S, 2)`` to mean images, ``(S, height * width)``: of a VAE, ``lambda z: vae.decode(z).mean``.
+        shape: height and width of an image.
+        size: images a side, at the quantiles 1/(2 size), ... of the prior.
+        ax: where to draw.
+
+    Raises:
+        TypeError, ValueError: if ``decode`` is no function, or gives images of another shape.
+
+    >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
+    '$z_1$, at quantiles of the prior'
+    """
+    _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
+    positive_int(size, "size")
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
+    z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
+    ax = image_grid(_as_images(decode(z), shape, "decode", size**2), size, ax)
+    ax.set_axis_on()
+    ax.set(xticks=[], yticks=[], xlabel="$z_1$, at quantiles of the prior", ylabel="$z_2$, at quantiles of the prior")
+    return ax
+
+
+@torch.no_grad()
+def traversals(
+    decode: Callable[[Tensor], Tensor],
+    z: Tensor,
+    shape: Shape,
+    values: Sequence[float] | Tensor = (-3, -2, -1, 0, 1, 2, 3),
+    coordinates: Sequence[int] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """What does each latent coordinate do? In each row one of them takes other values, and all others stay.
+
+    A row in which nothing changes is of a coordinate that the decoder does not read.
+
+    Args:
+        decode: from ``(S, D)`` to mean images, ``(S, height * width)``: of a VAE, ``lambda z: vae.decode(z).mean``.
+        z: ``(D,)``, where to start: the code of a datum, such as ``vae.encode(x[:1]).mean[0]``, or the mean of the
+            prior.
+        shape: height and width of an image.
+        values: that the coordinate takes, one a column. Of a standard normal prior those from -3 to 3 hold most of it,
+            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))`` are quantiles, and of a binary one there are 0
+            and 1.
+        coordinates: which, a row each and in this order; all, if left out.
+        ax: where to draw.
+
+    Raises:
+        TypeError, ValueError: if an argument is of another kind or shape, or there is no such coordinate.
+
+    >>> def decode(z):
+    ...     return z[:, :1].sigmoid().expand(-1, 64)
+    >>> ax = traversals(decode, torch.tensor([0.5, -1.0]), (8, 8))
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['z[0] = 0.50', 'z[1] = -1.00']
+    """
+    _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
+    if not isinstance(z, Tensor) or z.dim() != 1 or len(z) == 0:
+        got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise ValueError(f"z: got {got}; accepted is one code, a tensor (D,), such as `vae.encode(x[:1]).mean[0]`")
+    taken = numbers(values, "values").to(z)
+    if taken.dim() != 1 or len(taken) == 0:
+        raise ValueError(f"values: got shape {tuple(taken.shape)}; accepted are one or more numbers, (V,)")
+    if not isinstance(coordinates, Iterable | None):
+        raise TypeError(f"coordinates: got {kind_of(coordinates)}; accepted are integers from 0 to {len(z) - 1}")
+    chosen = list(range(len(z)) if coordinates is None else coordinates)
+    wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
+    if wrong or not chosen:
+        raise ValueError(f"coordinates: got {chosen}; accepted are one or more integers from 0 to {len(z) - 1}")
+    codes = z.repeat(len(chosen), len(taken), 1)
+    for row, index in enumerate(chosen):
+        codes[row, :, index] = taken
+    images = _as_images(decode(codes.flatten(0, 1)), shape, "decode", len(chosen) * len(taken))
+    ax = image_grid(images, len(taken), ax)
+    rows = [f"z[{index}] = {round(float(z[index]), 2) + 0.0:.2f}" for index in chosen]
+    _label(ax, shape, rows, [f"{value:.3g}" for value in taken.tolist()])
+    ax.set(xlabel="value that the coordinate of the row takes; the others stay", ylabel="coordinate and its own value")
+    return ax
+
+
+@torch.no_grad()
+def reconstructions(
+    reconstruct: Callable[[Tensor], Tensor],
+    x: Tensor,
+    shape: Shape,
+    columns: int = 12,
+    seed: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """What of an image does its code keep? Each image is above the mean of p(x | z) at its code.
+
+    Args:
+        reconstruct: from ``(N, height * width)`` to means of the same shape: ``vae.reconstruct``, at one draw
+            z ~ q(z | x), or at the mean of a normal q, ``lambda x: vae.decode(vae.encode(x).mean).mean``.
+        x: images, ``(N, height * width)``.
+        shape: height and width of an image.
+        columns: images a row.
+        seed: of the draws.
+        ax: where to draw.
+
+    Raises:
+        TypeError, ValueError: if ``reconstruct`` is no function, or images are of another shape.
+
+    >>> ax = reconstructions(lambda x: 0.5 * x, torch.rand(6, 64), (8, 8), columns=6)
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['data', 'mean of p(x|z)']
+    """
+    _check_function(reconstruct, "reconstruct", "`vae.reconstruct`")
+    data = _as_images(x, shape, "x")
+    columns = min(positive_int(columns, "columns"), len(data))
+    with seeded(seed):
+        means = _as_images(reconstruct(x), shape, "reconstruct", len(data))
+    blank = data.new_zeros(-len(data) % columns, *shape)
+    pairs = [torch.cat([images, blank.to(images)]).split(columns) for images in (data, means)]
+    ax = image_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), columns, ax)
+    _label(ax, shape, ["data", "mean of p(x|z)"] * len(pairs[0]), [])
+    for pair in range(1, len(pairs[0])):
+        ax.axhline(2 * pair * (shape[0] + 1) - 1, color="black", linewidth=0.8)
+    return ax
+
+
+@torch.no_grad()
+def samples(
+    generate: Callable[[int], Tensor],
+    shape: Shape,
+    count: int = 50,
+    columns: int = 10,
+    seed: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """What does the model take for data? Images of codes drawn from the prior.
+
+    Args:
+        generate: from a number of images to these, ``(count, height * width)``: ``vae.generate``, draws of x, or the
+            means of p(x | z), which look better than draws, ``lambda count: vae.generate(count, mean=True)``.
+        shape: height and width of an image.
+        count: how many.
+        columns: images a row.
+        seed: of the draws.
+        ax: where to draw.
+
+    Raises:
+        TypeError, ValueError: if ``generate`` is no function, or gives images of another shape or number.
+
+    >>> samples(lambda count: torch.rand(count, 64), (8, 8), count=20).images[0].get_array().shape
+    (17, 89)
+    """
+    _check_function(generate, "generate", "`vae.generate`")
+    positive_int(count, "count")
+    with seeded(seed):
+        drawn = _as_images(generate(count), shape, "generate", count)
+    return image_grid(drawn, columns, ax)
+
+
+def _check_function(value: object, name: str, example: str) -> None:
+    if not callable(value) or isinstance(value, VAE):
+        raise TypeError(f"{name}: got a {type(value).__name__}; accepted is a function, such as {example}")
+
+
+def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None) -> Tensor:
+    """``(N, height * width)``, or already as images, as ``(N, height, width)``."""
+    height, width = image_size(shape, "shape")
+    got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+    fits = isinstance(values, Tensor) and values.dim() > 1 and values.shape[1:].numel() == height * width
+    if not fits or len(values) == 0 or count not in (None, len(values)):
+        rows = "N" if count is None else count
+        raise ValueError(
+            f"{name}: got {got}; accepted are images ({rows}, {height * width}), of {height} by {width} pixels"
+        )
+    return values.reshape(-1, height, width)
+
+
+def _label(ax: Axes, shape: Shape, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Of a grid of images, the rows and the columns by name, each beside its middle."""
+    middles = [
+        [index * (size + 1) + (size - 1) / 2 for index in range(len(names))]
+        for size, names in zip(shape, (rows, columns), strict=True)
+    ]
+    ax.set_axis_on()
+    ax.set_yticks(middles[0], rows)
+    ax.set_xticks(middles[1], columns)

@@ -1,0 +1,187 @@
+"""Pictures of the latent space: where codes lie, and how close the guide is to the posterior."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from pyro_vae import exact
+from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.validation import real_tensor, whole_numbers
+from pyro_vae.exact.coordinates import Chart
+from pyro_vae.exact.densities import Problem
+from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.quadrature import QuadratureError
+from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
+
+__all__ = ["latent_map", "posterior"]
+
+Function = Callable[..., Any]
+
+
+_EXACT, _GUIDE = "exact $p(z|x)$", "guide $q(z|x)$"
+
+
+_MASSES = (0.99, 0.9, 0.5)
+
+
+_GREYS = ("0.9", "0.78", "0.6")
+
+
+_STYLES: tuple[Any, ...] = (":", "--", "-")
+
+
+def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
+    """Where in the latent space does each class lie? Each point is drawn as its label.
+
+    Args:
+        z: ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, jittered.
+        labels: ``(N,)``.
+        ax: where to draw.
+
+    >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
+    '$z_1$'
+    """
+    accepted = "accepted is (N, 1) or (N, 2), such as two chosen columns"
+    if real_tensor(z, "z", accepted).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
+        raise ValueError(f"z: got shape {tuple(z.shape)}; {accepted}")
+    z, labels = z.detach().cpu(), whole_numbers(labels, "labels", len(z)).cpu()
+    ax = axes_or_new(ax)
+    for index, label in enumerate(labels.unique().tolist()):
+        rows = z[labels == label]
+        marker = f"${label}$" if z.shape[1] > 1 else MARKERS[index % len(MARKERS)]
+        jitter = torch.rand(len(rows), generator=torch.Generator().manual_seed(index)) - 0.5
+        across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * jitter
+        size = 30 if z.shape[1] > 1 else 9
+        colour = f"C{int(label) % 10}"  # a label has its colour in every picture, whichever others are there
+        ax.scatter(rows[:, 0], across, s=size, marker=marker, color=colour, alpha=0.7, linewidths=0)
+    if z.shape[1] > 1:
+        ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    else:
+        classes = labels.unique().tolist()
+        ax.set(xlabel="$z$", ylabel="label (with jitter)", yticks=range(len(classes)), yticklabels=classes)
+    return ax
+
+
+@torch.no_grad()
+@borrowed_store()
+def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
+    r"""How close is q(z | x) to the exact p(z | x)? Both, for one datum and a latent of one or two variables.
+
+    A discrete latent is drawn as bars, one for each state. A continuous one is drawn over the value of its site or, of
+    Gumbel-softmax variables, over log-ratios of their classes: of one variable as densities; of two as the regions of
+    highest density that hold 50, 90 and 99 % of each, those of p filled and those of q as lines. The gap
+    :math:`\mathrm{KL}(q \Vert p)` in nats is said above the legend, where :func:`pyro_vae.exact.inference.kl` has it.
+
+    Args:
+        model: a Pyro model of one latent site.
+        guide: its guide.
+        datum: one row of the data, ``(1, *data_shape)``.
+        ax: where to draw.
+
+    Raises:
+        ValueError: if there is more than one row, or the latent has more variables.
+        pyro_vae.exact.quadrature.QuadratureError: if the exact posterior is not to be had.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
+    'density'
+    """
+    problem = Problem(model, datum, "data")
+    if problem.num_data != 1:
+        raise ValueError(f"datum: got {problem.num_data} rows; accepted is one, `x[:1]`")
+    problem.single_site()
+    q = Guide(problem, guide)
+    flat = not problem.is_discrete and problem.chart().dims == 2
+    draw = _regions if flat else _bars if problem.is_discrete else _curves
+    p = exact.posterior(model, *datum)
+    ax = axes_or_new(ax)
+    handles = draw(problem, q, p, ax)
+    try:
+        gap = f"KL(q ‖ p) = {float(exact.kl(model, guide, *datum)):.2g} nats"
+    except (QuadratureError, ValueError):  # of a q whose place or tails are not known
+        gap = None
+    if flat:
+        legend_below(ax, handles, 2, gap)
+    else:
+        ax.legend(handles=handles, title=gap, fontsize=9, title_fontsize=9)
+    return ax
+
+
+def _bars(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+    name, _ = problem.single_site()
+    states = p.enumerate_support()
+    places = np.arange(len(states))
+    truth, guess = p.log_prob(states)[:, 0].exp().tolist(), q.log_prob({name: states})[:, 0].exp().tolist()
+    exact_bars = ax.bar(places - 0.2, truth, 0.4, label=_EXACT, color="0.75")
+    guide_bars = ax.bar(places + 0.2, guess, 0.4, label=_GUIDE, color="tab:red", hatch="//")
+    ax.set(xlabel=f"state of ${name}$", ylabel="probability", ylim=(0, 1.05))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return [exact_bars, guide_bars]
+
+
+def _curves(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+    chart = problem.chart()
+    (low,), (high,) = _extent(chart, *_draws(q, p, 400))
+    grid = torch.linspace(low, high, 600)
+    values = chart.to_site(grid[:, None, None])
+    area = ax.fill_between(grid, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
+    (line,) = ax.plot(grid, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
+    label = f"log-ratio of the classes of ${chart.name}$" if chart.on_simplex else f"value of site ${chart.name}$"
+    ax.set(xlabel=label, ylabel="density", ylim=(0, None))
+    return [area, line]
+
+
+def _regions(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+    """Regions of highest density: a draw of p lies in that of mass m if its density is above the m-quantile."""
+    chart = problem.chart()
+    draws = _draws(q, p, 4000)
+    low, high = _extent(chart, *draws)
+    across, up = (torch.linspace(start, end, 200) for start, end in zip(low, high, strict=True))
+    nodes = torch.cartesian_prod(up, across).flip(1)
+    handles: list[Any] = []
+    for of, values in ((p.log_prob, draws[0]), (lambda z: q.log_prob({chart.name: z}), draws[1])):
+
+        def density(z: Tensor, of: Callable[[Tensor], Tensor] = of) -> Tensor:
+            return torch.cat([of(part)[:, 0] for part in z.split(problem.chunk)])
+
+        levels = density(values).double().quantile(1 - torch.tensor(_MASSES, dtype=torch.float64)).tolist()
+        heights = density(chart.to_site(nodes[:, None])).double().reshape(200, 200)
+        if not handles:
+            ax.contourf(across, up, heights, levels=[*levels, math.inf], colors=_GREYS)
+            names = zip(_GREYS, _MASSES, strict=True)
+            handles = [Patch(color=grey, label=f"{mass:.0%} of exact $p(z|x)$") for grey, mass in names]
+        else:
+            ax.contour(across, up, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
+            for style, mass in zip(_STYLES, _MASSES, strict=True):
+                handles.append(Line2D([], [], color="tab:red", ls=style, label=f"{mass:.0%} of guide $q(z|x)$"))
+    what = "log-ratio {} of ${}$" if chart.on_simplex else "variable {} of site ${}$"
+    ax.set(xlabel=what.format(1, chart.name), ylabel=what.format(2, chart.name))
+    return handles
+
+
+def _draws(q: Guide, p: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Of the exact posterior and of the guide, values of the site ``(count, 1, *event)``."""
+    with seeded(0):
+        return p.sample((count,)), q.site()["fn"].sample((count,))
+
+
+def _extent(chart: Chart, *draws: Tensor) -> tuple[list[float], list[float]]:
+    """Lowest and highest coordinates of what to show: nearly all draws, and some space around."""
+    points = torch.cat([chart.to_points(values) for values in draws]).flatten(0, 1)
+    low, high = points.quantile(torch.tensor([0.002, 0.998]).to(points), dim=0)
+    return (low - 0.2 * (high - low)).tolist(), (high + 0.2 * (high - low)).tolist()

@@ -1,0 +1,132 @@
+"""The plate diagram of a model and its guide, by matplotlib alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
+from pyro.infer.inspect import get_model_relations
+from torch import Tensor
+
+from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.validation import function
+from pyro_vae.plots.axes import axes_or_new
+
+__all__ = ["plate_diagram"]
+
+
+def plate_diagram(
+    model: Callable[..., Any], *data: Tensor, guide: Callable[..., Any] | None = None, ax: Axes | None = None
+) -> Axes:
+    """What depends on what? The model as circles, arrows and plates; the guide as dashed arrows.
+
+    Observed sites are filled, and what is deterministic given its parents has a dashed outline.
+
+    A drawing with matplotlib alone of what ``pyro.render_model`` draws with Graphviz.
+
+    Args:
+        model: a Pyro model.
+        data: what it takes.
+        guide: its guide; dashed arrows go from the observed sites to its latents.
+        ax: where to draw.
+
+    >>> import torch, pyro, pyro.distributions as dist
+    >>> def model(x):
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    >>> sorted(text.get_text() for text in plate_diagram(model, torch.zeros(3)).texts)
+    ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
+    """
+    model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
+    ax = axes_or_new(ax)
+    with borrowed_store(), seeded(0):
+        relations = get_model_relations(model, data, include_deterministic=True)
+    parents, kinds = relations["sample_sample"], relations["sample_dist"]
+    observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
+    plates = relations["plate_sample"]
+    labels = {
+        name: f"{name} = f({', '.join(parents[name])})" if kind == "Deterministic" else f"{name} ~ {kind}"
+        for name, kind in kinds.items()
+    }
+    width = max(1.1, 0.085 * max(map(len, labels.values())))
+    places = _layout(parents, plates, width)
+    circles = {}
+    for name, (column, row) in places.items():
+        line = "--" if kinds[name] == "Deterministic" else "-"
+        face = "0.8" if name in observed else "white"
+        circles[name] = Ellipse((column, row), 0.6, 0.6, facecolor=face, edgecolor="black", linestyle=line)
+        ax.add_patch(circles[name])
+        ax.text(column, row, name, ha="center", va="center", fontsize=11, style="italic")
+        ax.text(column + 0.38, row, labels[name], va="center", fontsize=9)
+    for name in places:
+        for parent in parents[name]:
+            _arrow(ax, circles[parent], circles[name], "-", 0.0)
+    if guide is not None:
+        with borrowed_store(), seeded(0):
+            latents = get_model_relations(guide, data)["sample_sample"]
+        for latent in latents:
+            for name in observed:
+                _arrow(ax, circles[name], circles[latent], "--", -0.4)
+    for plate, members in plates.items():
+        inner = sum(set(others) < set(members) for others in plates.values())
+        left, bottom, right, top = _box(members, places, width, inner)
+        ax.add_patch(FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle="round,pad=0.05", fill=False))
+        ax.text(right, bottom + 0.05, plate, ha="right", va="bottom", fontsize=10)
+    ax.set_aspect("equal")
+    ax.autoscale_view()
+    ax.set_axis_off()
+    return ax
+
+
+def _layout(
+    parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]], width: float
+) -> dict[str, tuple[float, float]]:
+    """Each site below all of its parents; side by side, and where a plate would hold another's site, apart."""
+    depth: dict[str, int] = {}
+    for name in parents:
+        depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
+    home = {name: frozenset(plate for plate, members in plates.items() if name in members) for name in parents}
+
+    def place(bands: list[set[frozenset[str]]]) -> dict[str, tuple[float, float]]:
+        places, start = {}, 0
+        for band in bands:
+            levels: dict[int, list[str]] = {}
+            for name in (name for name in parents if home[name] in band):
+                levels.setdefault(depth[name], []).append(name)
+                places[name] = ((0.9 + width) * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
+            start += max(len(level) for level in levels.values())
+        return places
+
+    compact = place([set(home.values())])
+    for plate, members in plates.items():
+        left, bottom, right, top = _box(members, compact, width, 0)
+        for name in parents:
+            if plate not in home[name] and left < compact[name][0] < right and bottom < compact[name][1] < top:
+                return place([{plates_of} for plates_of in sorted(set(home.values()), key=len, reverse=True)])
+    return compact
+
+
+def _box(
+    members: Sequence[str], places: Mapping[str, tuple[float, float]], width: float, inner: int
+) -> tuple[float, float, float, float]:
+    """Left, bottom, right and top of a plate, which has ``inner`` others within."""
+    columns, rows = zip(*(places[name] for name in members), strict=True)
+    left, right = min(columns) - 0.7 - 0.1 * inner, max(columns) + 0.4 + width
+    return left, min(rows) - 0.65 - 0.2 * inner, right, max(rows) + 0.45
+
+
+def _arrow(ax: Axes, start: Ellipse, end: Ellipse, style: str, bend: float) -> None:
+    arrow = FancyArrowPatch(
+        start.center,
+        end.center,
+        patchA=start,
+        patchB=end,
+        arrowstyle="-|>",
+        mutation_scale=14,
+        linestyle=style,
+        color="black",
+        connectionstyle=f"arc3,rad={bend}",
+    )
+    ax.add_patch(arrow)

@@ -1,0 +1,165 @@
+"""Pyro's SVI for loops of one's own: one optimizer for all parameters, and the step captured if that is wanted."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from pyro_vae._utils.validation import flag, positive
+from pyro_vae.compilation.adam import CapturableAdam
+from pyro_vae.training.compiled_step import CapturedStep
+from pyro_vae.training.elbo_evaluator import ElboRun
+from pyro_vae.training.step import Step
+
+__all__ = ["SVI"]
+
+Function = Callable[..., Any]
+
+
+class SVI:
+    """Stochastic variational inference, with the interface of ``pyro.infer.SVI``.
+
+    A step runs the same estimator on the same random numbers. One optimizer drives all parameters, where Pyro makes one
+    for each. A loss or gradient that is not finite raises, and changes nothing.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``.
+        loss: any ELBO of ``pyro.infer`` or of :mod:`pyro_vae.objectives`.
+        compile: whether to capture the step as a graph and replay it compiled. Tensors among the arguments of
+            :meth:`step` may change their values; other shapes, and other arguments, are captured anew. Those of
+            ``torch.optim`` can be captured.
+        clip_norm: to which the norm of all gradients together is scaled down, where it is larger.
+
+    Raises:
+        TypeError, ValueError: on unusable arguments; :class:`pyro_vae.compilation.graph.CaptureError`, when it runs, if the step
+            is not the same each time.
+        FloatingPointError: when it runs, naming the step, and the site or parameter.
+
+    >>> import pyro_vae as pv
+    >>> from pyro.infer import Trace_ELBO
+    >>> from pyro.optim import Adam
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.StandardNormal(1),
+    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
+    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    ... )
+    >>> svi = pv.SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
+    >>> losses = [svi.step(torch.randn(10, 2)) for _ in range(3)]
+    """
+
+    def __init__(
+        self,
+        model: Function,
+        guide: Function,
+        optim: PyroOptim,
+        loss: ELBO,
+        compile: bool = False,
+        clip_norm: float | None = None,
+    ):
+        if not isinstance(loss, ELBO):
+            raise TypeError(f"loss: got {loss!r}; accepted is an instance of an ELBO, such as Trace_ELBO()")
+        flag(compile, "compile")
+        if clip_norm is not None:
+            positive(clip_norm, "clip_norm")
+        make_optimizer = partial(_optimizer, _checked(optim, compile), compile)
+        self._run = ElboRun(model, guide, loss)
+        kind = CapturedStep if compile else Step
+        self._step = kind(self._run, make_optimizer=make_optimizer, clip_norm=clip_norm)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Of torch, which a scheduler of ``torch.optim.lr_scheduler`` may drive; ``None`` before the first step."""
+        return self._step.optimizer
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One gradient step; the loss, as ``pyro.infer.SVI.step`` returns it."""
+        leaves, form = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        call = _Call(self._run, form, tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        before = torch.get_rng_state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
+            taken, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
+        if not taken and isinstance(self._step, CapturedStep):
+            raise self._step.explain(call, [inputs], partial(torch.set_rng_state, before))
+        return loss
+
+    @torch.no_grad()
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """The loss alone."""
+        self._run.keywords = kwargs
+        return float(self._run.loss(*args))
+
+
+_PLACE = "<tensor>"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a step, with places for its tensors."""
+
+    run: ElboRun
+    form: TreeSpec
+    others: tuple[Any, ...]
+
+    def __call__(self, *inputs: Tensor) -> AbstractContextManager[tuple[Any, ...]]:
+        tensors = iter(inputs)
+        leaves = [next(tensors) if other is _PLACE else other for other in self.others]
+        args, self.run.keywords = tree_unflatten(leaves, self.form)
+        return nullcontext(args)
+
+    def __hash__(self) -> int:
+        return hash((self.form.num_leaves, repr(self.others)))
+
+
+def _checked(optim: Any, compile: bool) -> PyroOptim:
+    if not isinstance(optim, PyroOptim):
+        raise TypeError(f'optim: got {optim!r}; accepted is one of pyro.optim, such as `Adam({{"lr": 1e-3}})`')
+    if optim.pt_clip_args:
+        raise ValueError("optim: got clip_args, which clip each tensor by itself; accepted is `SVI(..., clip_norm=)`")
+    if hasattr(optim, "pt_scheduler_constructor"):
+        raise ValueError(
+            f"optim: got {type(optim).__name__}, a scheduler; accepted is an optimizer. After the first step, "
+            "`svi.optimizer` is one of torch, which a scheduler of torch.optim.lr_scheduler drives"
+        )
+    constructor: Any = optim.pt_optim_constructor
+    if compile and not getattr(constructor, "__module__", "").startswith("torch.optim"):
+        raise ValueError(
+            f"optim: got {getattr(constructor, '__name__', constructor)}, which counts its steps outside of tensors; "
+            "accepted with compile=True are those of torch.optim, such as Adam, AdamW, RMSprop and SGD"
+        )
+    return optim
+
+
+def _optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Pyro's optimizer as one of torch; each parameter is a group of its own if it has settings of its own."""
+    constructor: Any = optim.pt_optim_constructor
+    accepted = inspect.signature(constructor).parameters
+    name_of = pyro.get_param_store().param_name
+    settings: Any = optim.pt_optim_args
+    groups = [{"params": [p], **settings(name_of(p))} for p in parameters] if callable(settings) else parameters
+    common = {} if callable(settings) else dict(settings)
+    if compile and constructor is torch.optim.Adam and settings.keys() <= {"lr", "betas", "eps"}:
+        return CapturableAdam(groups, **common)
+    if compile:
+        common |= {name: value for name, value in {"foreach": True, "capturable": True}.items() if name in accepted}
+    elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):
+        common.setdefault("fused", True)
+    optimizer = constructor(groups, **common)
+    for group in optimizer.param_groups if compile else []:
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
+    return optimizer

@@ -1,0 +1,140 @@
+"""Modules are found whatever stands between them and a function, and their buffers can be put back."""
+
+import threading
+from functools import partial, wraps
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae._utils.module_state import ModuleTensors, buffers_kept
+from pyro_vae.handlers import WeightKL
+
+NORM = nn.BatchNorm1d(2)
+X = torch.randn(5, 2)
+
+
+def decorated(function):
+    @wraps(function)
+    def inner(*args):
+        return function(*args)
+
+    return inner
+
+
+class Holder:
+    """No module, and holds some."""
+
+    def __init__(self):
+        self.norms = {"a": [nn.BatchNorm1d(2)]}
+
+    def __call__(self, x):
+        return self.norms["a"][0](x)
+
+
+def from_globals(x):
+    return NORM(x)
+
+
+def with_argument(norm, x):
+    return norm(x)
+
+
+def closure():
+    norm = nn.BatchNorm1d(2)
+    return lambda x: norm(x)
+
+
+FUNCTIONS = {
+    "a module": nn.BatchNorm1d(2),
+    "a closure": closure(),
+    "a global": from_globals,
+    "a partial": partial(with_argument, nn.BatchNorm1d(2)),
+    "decorated": decorated(closure()),
+    "an object": Holder(),
+    "a handler": WeightKL(0.5)(closure()),
+    "called by forward": nn.Sequential(nn.BatchNorm1d(2)).forward,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modules_are_found_as_they_run(name):
+    tensors = ModuleTensors()
+    with tensors.noticed():
+        FUNCTIONS[name](X)
+    found = tensors.named()
+    assert len(found) == 5
+    counts = [tensor for path, tensor in found.items() if path.endswith("num_batches_tracked")]
+    assert counts[0] > 0
+    before = counts[0].item()
+    tensors.put_back()
+    assert counts[0].item() == before - 1
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, decorated, partial, config_enumerate, WeightKL(0.5), lambda f: WeightKL(0.5)(config_enumerate(f))],
+)
+def test_a_pair_is_known_by_the_vae_that_it_is_bound_to(wrap):
+    net = networks.linear()
+    vae = pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    assert ModuleTensors(wrap(vae.model), wrap(vae.guide)).named().keys() == vae.state_dict().keys()
+
+
+def test_modules_of_another_thread_are_not_taken():
+    tensors = ModuleTensors()
+    with tensors.noticed():
+        thread = threading.Thread(target=lambda: NORM(X))
+        thread.start()
+        thread.join()
+    assert tensors.named() == {}
+
+
+def test_a_buffer_that_was_replaced_is_put_back_as_the_same_tensor():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return x - self.mean
+
+    average = Average()
+    mean = average.mean
+    with buffers_kept():
+        average(X)
+    assert average.mean is mean
+    assert torch.equal(mean, torch.zeros(2))
+
+
+def test_buffers_are_put_back_after_an_error():
+    norm = nn.BatchNorm1d(2)
+    with pytest.raises(RuntimeError), buffers_kept():
+        nn.Sequential(norm, nn.Linear(3, 1))(X)
+    assert norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_batch_norm_of_a_plain_function_counts_each_step_once(compile, monkeypatch):
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)
+    network = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+    def model(x):
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(network(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.subsample(x, event_dim=1)[:, :1], 1.0).to_event(1))
+
+    fitted = pv.fit(model, guide, torch.randn(50, 2), epochs=4, batch_size=20, compile=compile)
+    assert network[1].num_batches_tracked == fitted.steps == 12

@@ -1,0 +1,352 @@
+"""Calibration: what is exact passes in every seed, what is off is found and named."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import datasets, guides, likelihoods, priors
+from pyro_vae.diagnostics.calibration import ALL
+from pyro_vae.parts.networks import linear, mlp
+
+WEIGHT = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.3, 0.2]])
+NOISE = 0.6
+PRECISION = torch.eye(2) + WEIGHT.T @ WEIGHT / NOISE**2
+ROWS = torch.zeros(8, 3)
+
+
+def linear_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ WEIGHT.T, NOISE).to_event(1), obs=x)
+
+
+def normal_guide(share=1.0, shift=0.0, only=None):
+    """The exact posterior of the linear model, but for its variance and its mean; of one coordinate, if told."""
+    which = torch.ones(2) if only is None else torch.eye(2)[only]
+    root = torch.linalg.cholesky(PRECISION.inverse()) * (1 + (share**0.5 - 1) * which)[:, None]
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            mean = x @ WEIGHT @ PRECISION.inverse() / NOISE**2
+            pyro.sample("z", dist.MultivariateNormal(mean + shift * root.diagonal() * which, scale_tril=root))
+
+    return guide
+
+
+def prior_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def discrete_pair(sharpness=1.0, as_class=False):
+    """Three classes beside each other, and a guide that is exact, over- or underconfident."""
+    centres = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
+    make = dist.Categorical if as_class else dist.OneHotCategorical
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", make(probs=torch.tensor([0.5, 0.3, 0.2])))
+            pyro.sample("x", dist.Normal(centres[z] if as_class else z @ centres, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        logits = -((x[..., None, :] - centres) ** 2).sum(-1) / 2 + torch.tensor([0.5, 0.3, 0.2]).log()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", make(logits=sharpness * logits))
+
+    return model, guide
+
+
+def found(guide, seed=0, model=linear_model, data=ROWS, **options):
+    return pv.calibrate(model, guide, data, seed=seed, **options)
+
+
+# --- What is exact ---------------------------------------------------------------------------------------------------
+
+EXACT = {
+    "linear": (linear_model, normal_guide(), ROWS),
+    "one-hot": (*discrete_pair(), torch.zeros(8, 2)),
+    "class": (*discrete_pair(as_class=True), torch.zeros(8, 2)),
+}
+
+
+@pytest.mark.parametrize("case", EXACT.values(), ids=EXACT.keys())
+def test_the_exact_posterior_passes_in_every_seed(case):
+    model, guide, data = case
+    for seed in range(20):
+        result = found(guide, seed, model, data, num_simulations=500, tolerance=1)
+        assert result.is_exact, (seed, result.p_values)
+        assert result.faults == {}
+        assert "\n" not in str(result)
+        assert abs(result.divergence) < 5 * result.divergence_error + 1e-4
+
+
+def test_p_values_of_the_exact_posterior_are_uniform():
+    p_values = torch.cat([found(normal_guide(), seed, num_simulations=300).p_values for seed in range(40)])
+    for level in (0.05, 0.2, 0.5):
+        error = (level * (1 - level) / 40) ** 0.5  # the three quantities of a seed may go together
+        assert abs((p_values <= level).double().mean() - level) < 5 * error
+
+
+def test_effects_and_coverage_of_the_exact_posterior_are_what_they_should_be():
+    result = found(normal_guide(), num_simulations=4000)
+    assert (result.errors.variance_ratio.log().abs() < 5 * result.errors.log_ratio_error).all()
+    assert (result.errors.bias.abs() < 5 * result.errors.bias_error).all()
+    assert (result.remedies.variance_ratio.log().abs() < 0.2).all()
+    for level in (0.5, 0.9):
+        share, error = result.coverage(level)
+        assert ((share - level).abs() < 5 * error).all()
+    error = (0.9 * 0.1 / 4000) ** 0.5
+    assert (result.coverage(0.9)[1] < 1.1 * error).all()
+
+
+# --- What is off -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_half_the_variance_is_found_and_named(seed):
+    result = found(normal_guide(0.5), seed)
+    assert not result.is_exact
+    assert result.faults[ALL].startswith("too narrow, the variance of q is 0.")
+    assert "too narrow" in str(result)
+    assert float(result.errors.overall[0]) == pytest.approx(2, rel=0.2)
+    assert float(result.remedies.overall[0]) == pytest.approx(2, rel=0.2)
+    assert result.divergence == pytest.approx(2 * 0.25, rel=0.3)  # (2 + 1 / 2) / 2 - 1 for each of two dimensions
+    share, error = result.coverage(0.9)
+    assert ((share - 0.755).abs() < 5 * error)[:2].all()  # of a normal of twice the variance
+
+
+def test_twice_the_variance_is_too_wide():
+    assert found(normal_guide(2.0)).faults[ALL].startswith("too wide, the variance of q is 2.")
+
+
+def test_a_shift_is_a_bias_and_nothing_else():
+    fault = found(normal_guide(shift=1.0)).faults[ALL]
+    assert fault.startswith("biased, the mean of q is off by")
+    assert "narrow" not in fault
+
+
+def test_a_fault_of_one_coordinate_is_named_by_it():
+    faults = found(normal_guide(0.2, only=1)).faults
+    assert "z[1]" in faults
+    assert "z[0]" not in faults
+
+
+def test_a_guide_that_returns_the_prior_is_told_by_the_joint_density_alone():
+    """Of each coordinate its ranks are uniform: on average over x the posterior is the prior."""
+    for seed in range(5):
+        result = found(prior_guide, seed)
+        level = result.alpha / len(result.names)
+        assert (result.p_values[:-1] > level).all()
+        assert result.p_values[-1] < 1e-12
+        assert "too wide" in result.faults[ALL]
+
+
+@pytest.mark.parametrize("as_class", [False, True])
+def test_an_overconfident_discrete_guide_is_too_narrow(as_class):
+    model, guide = discrete_pair(3.0, as_class)
+    result = found(guide, model=model, data=torch.zeros(8, 2))
+    assert result.names == ("z[0]", "z[1]", "z[2]", "log p(x, z)")
+    assert result.remedies is None
+    assert "too narrow" in result.faults[ALL]
+
+
+def test_less_than_the_tolerance_is_let_pass_and_yet_not_exact():
+    slightly = normal_guide(0.8)
+    let_pass, strict = (found(slightly, num_simulations=4000, tolerance=t) for t in (2**0.5, 1))
+    assert not let_pass.is_exact
+    assert let_pass.faults == {}
+    assert any("too narrow" in fault for fault in strict.faults.values())
+
+
+def test_a_few_wrong_data_hide_in_the_average_and_are_told_by_the_exact_distance_of_each():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        mean = torch.where((x - 2.5).abs() < 0.05, -x / 2, x / 2)  # of one datum in two hundred its sign is wrong
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, 0.5**0.5).to_event(1))
+
+    x = torch.linspace(-4, 4, 33)[:, None]
+    result = found(guide, model=model, data=x)
+    assert result.is_exact, "no rank tells, on average over the data"
+    assert result.faults == {}
+    kl = pv.exact.kl(model, guide, x)
+    wrong = (x[:, 0] - 2.5).abs() < 0.05
+    torch.testing.assert_close(kl, torch.where(wrong, 2.5**2, 0.0), atol=1e-3, rtol=1e-3)
+
+
+def test_what_averages_out_adds_up_in_the_divergence():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            variance = torch.where(x > 0, 0.7, 1.35) / 2
+            pyro.sample("z", dist.Normal(x / 2, variance.sqrt()).to_event(1))
+
+    result = found(guide, model=model, data=ROWS[:, :1])
+    exact = sum((share + 1 / share) / 2 - 1 for share in (0.7, 1.35)) / 2
+    assert result.errors.overall[0] == pytest.approx(1, abs=0.2)
+    assert abs(result.divergence - exact) < 5 * result.divergence_error < exact
+
+
+# --- A trained encoder -----------------------------------------------------------------------------------------------
+
+
+def narrowed(vae, share):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            q = vae.encode(x).base_dist
+            pyro.sample("z", dist.Normal(q.loc, q.scale * share**0.5).to_event(1))
+
+    return guide
+
+
+@pytest.fixture(scope="module")
+def digits():
+    with pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        net = mlp([32], nn.Tanh)
+        vae = pv.VAE(priors.StandardNormal(5), guides.DiagonalNormal(64, 5, net), likelihoods.Bernoulli(5, 64, net))
+        x = datasets.binarize(datasets.digits("train").x)
+        pv.fit(vae.model, vae.guide, x, epochs=40, batch_size=100, lr=5e-3, seed=0)
+    return vae, x
+
+
+def test_a_trained_encoder_is_not_exact_but_without_fault_and_half_its_variance_is_one(digits):
+    vae, x = digits
+    for seed in range(5):
+        sound = pv.calibrate(vae.model, vae.guide, x, num_draws=49, seed=seed)
+        assert sound.faults == {}
+        assert not sound.is_exact
+    planted = pv.calibrate(vae.model, narrowed(vae, 0.5), x, num_draws=49)
+    assert "too narrow" in planted.faults[ALL]
+
+
+# --- Any model -------------------------------------------------------------------------------------------------------
+
+
+def test_relaxed_latents_are_compared_in_free_coordinates():
+    vae = pv.VAE(
+        priors.GumbelSoftmax((2, 3), temperature=0.5),
+        guides.GumbelSoftmax(3, (2, 3), linear(), temperature=0.66),
+        likelihoods.Normal((2, 3), 3, linear()),
+    )
+    result = pv.calibrate(vae.model, vae.guide, torch.zeros(5, 3), num_simulations=200)
+    assert result.names == ("z[0, 0]", "z[0, 1]", "z[1, 0]", "z[1, 1]", "log p(x, z)")
+    assert result.ranks.shape == (200, 5)
+    assert result.remedies.variance_ratio.isfinite().all()
+
+
+def test_covariates_stay_and_missing_entries_stay_missing():
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(c, 1.0))
+            pyro.sample("x", pv.missing.with_missing(dist.Normal(z[..., None], torch.ones(2)).to_event(1)), obs=x)
+
+    def guide(x, c):
+        seen = (~x.isnan()).sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((c + x.nan_to_num(0.0).sum(-1)) / (1 + seen), (1 + seen) ** -0.5))
+
+    x = torch.zeros(6, 2)
+    x[::2, 0] = torch.nan
+    x[3] = torch.nan
+    assert pv.calibrate(model, guide, x, torch.linspace(-5, 5, 6), tolerance=1).is_exact
+
+
+def test_a_positive_latent_is_compared_by_its_logarithm():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(torch.tensor(3.0), 2.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(3.0 + x, 3.0))
+
+    result = pv.calibrate(model, guide, torch.ones(7), tolerance=1)
+    assert result.is_exact
+    assert (result.remedies.variance_ratio.log().abs() < 0.5).all()
+
+
+def test_one_seed_one_result_and_nothing_of_the_users_is_touched(random_states):
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    vae.register()
+    state, stored = random_states(), set(pyro.get_param_store().keys())
+    first, again, other = (found(vae.guide, seed, vae.model, num_simulations=50) for seed in (0, 0, 1))
+    assert torch.equal(first.ranks, again.ranks)
+    assert not torch.equal(first.ranks, other.ranks)
+    assert random_states() == state
+    assert set(pyro.get_param_store().keys()) == stored
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_guide_that_is_not_amortized_is_refused():
+    x = torch.randn(6, 3)
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        guides.PerDatum.refining(guides.DiagonalNormal(3, 2, linear()), x),
+        likelihoods.Normal(2, 3, linear()),
+    )
+    with pytest.raises(ValueError, match="guide: is not amortized"):
+        pv.calibrate(vae.model, vae.guide, x)
+
+
+def test_a_point_is_refused():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x[:, :2]).to_event(1))
+
+    with pytest.raises(ValueError, match="is a point"):
+        found(guide)
+
+
+def test_data_that_are_changed_before_they_are_observed_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=2 * x)
+
+    with pytest.raises(ValueError, match="what it observes at 'x' is none of its 1 data tensors"):
+        pv.calibrate(model, lambda x: None, torch.ones(4))
+
+
+def test_a_likelihood_that_reads_its_own_data_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + x.detach(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="another density when it is handed back"):
+        pv.calibrate(model, lambda x: None, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_simulations": 0}, "num_simulations: got 0"),
+        ({"num_draws": 5}, "num_draws: got 5; accepted are 10 or more"),
+        ({"tolerance": 0.5}, "tolerance: got 0.5; accepted is a factor of 1 or more"),
+        ({"alpha": 2}, "alpha: got 2; accepted is a chance between 0 and 1"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        found(normal_guide(), **options)
+
+
+def test_a_level_of_no_interval_is_refused():
+    with pytest.raises(ValueError, match="level: got 90"):
+        found(normal_guide(), num_simulations=20).coverage(90)

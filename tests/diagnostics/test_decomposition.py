@@ -1,0 +1,416 @@
+"""Where the nats go, held against the closed forms of linear Gaussian codes, against quadrature and enumeration."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.diagnostics import aggregate_posterior, decomposition
+
+SURE = 4.5  # standard errors
+
+A = torch.tensor([[1.5, 0.0, 0.5], [0.0, 0.6, -0.3]])
+SHIFT = torch.tensor([0.5, -0.2])
+SCALE = torch.tensor([0.4, 0.7])
+ROOT = torch.tensor([[1.0, 0.0, 0.0], [0.3, 0.8, 0.0], [-0.2, 0.1, 1.2]])  # of the covariance of x
+MARGINAL = A @ ROOT @ ROOT.T @ A.T + SCALE.diag() ** 2  # covariance of the aggregate posterior of the population
+
+
+def population(num_data, seed=0):
+    return torch.randn(num_data, 3, generator=torch.Generator().manual_seed(seed)) @ ROOT.T
+
+
+def linear_vae(weight=A, shift=SHIFT, scale=SCALE, latent=2):
+    """q(z | x) = N(weight x + shift, scale^2)."""
+    vae = pv.VAE(
+        priors.StandardNormal(latent),
+        guides.DiagonalNormal(3, latent, networks.linear()),
+        likelihoods.Normal(latent, 3, networks.linear(), scale=1.0),
+    )
+    with torch.no_grad():
+        network = vae.encoder.network
+        network.weight.zero_()
+        network.weight[:latent] = weight
+        network.bias[:latent] = shift
+        network.bias[latent:] = scale.log()
+    return vae
+
+
+def close(estimate, expected):
+    assert abs(estimate.value - expected) < SURE * estimate.standard_error + 1e-5
+
+
+# --- Closed forms ----------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_gaussian_code_has_its_closed_forms():
+    x = population(2000)
+    nats = pv.decompose(linear_vae().model, linear_vae().guide, x)
+    mean = x @ A.T + SHIFT
+    rate = 0.5 * (SCALE**2 + mean**2 - 1 - 2 * SCALE.log())
+    close(nats.rate, rate.sum(1).mean().item())
+    torch.testing.assert_close(nats.units["z"].rate, rate.mean(0).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nats.units["z"].activity, (x @ A.T).var(0).double(), rtol=1e-4, atol=1e-5)
+    truth = 0.5 * (MARGINAL.logdet() - 2 * SCALE.log().sum()).item()
+    lower, upper = nats.population_information
+    assert lower.value < upper.value < lower.value + 0.05
+    assert lower.value < truth + SURE * lower.standard_error
+    assert upper.value > truth - SURE * upper.standard_error
+    marginal_kl = 0.5 * (MARGINAL.trace() + SHIFT @ SHIFT - 2 - MARGINAL.logdet()).item()
+    error = math.hypot(lower.standard_error, 3 / math.sqrt(len(x)))  # also that of the rate over data
+    assert abs(nats.marginal_kl.value - marginal_kl) < SURE * error
+    for d in range(2):
+        alone = 0.5 * math.log(MARGINAL[d, d] / SCALE[d] ** 2)
+        assert nats.units["z"].information[d].item() == pytest.approx(alone, abs=SURE * lower.standard_error)
+    assert nats.collapse == ()
+    assert nats.units["z"].active.all()
+
+
+def test_the_terms_add_up_and_are_those_of_evaluate():
+    x, vae = population(500), linear_vae()
+    nats = pv.decompose(vae.model, vae.guide, x, num_samples=20)
+    assert nats.elbo.value == pytest.approx(-nats.distortion.value - nats.rate.value, abs=1e-6)
+    assert nats.rate.value == pytest.approx(nats.mutual_information.value + nats.marginal_kl.value, abs=1e-6)
+    terms = pv.evaluate(vae.model, vae.guide, x, num_samples=200, seed=1)
+    for name in ("elbo", "distortion", "rate"):
+        estimate = getattr(nats, name)
+        assert abs(estimate.value - terms[name]) < SURE * 1.1 * estimate.standard_error
+
+
+def test_the_bracket_holds_the_information_of_the_population_in_expectation():
+    """Its ends are on either side, by more than chance, where data are few."""
+    truth = 0.5 * (MARGINAL.logdet() - 2 * SCALE.log().sum()).item()
+    vae = linear_vae()
+    found = [pv.decompose(vae.model, vae.guide, population(8, seed), seed=seed) for seed in range(60)]
+    for end, side in ((0, 1), (1, -1)):
+        values = torch.tensor([nats.population_information[end].value for nats in found]).double()
+        margin = side * (truth - values.mean()) / (values.std() / math.sqrt(len(values)))
+        assert margin > SURE
+    assert all(nats.mutual_information.value <= math.log(8) for nats in found)
+    assert all(nats.population_information[0].value <= nats.population_information[1].value for nats in found)
+
+
+def test_codes_that_do_not_overlap_tell_each_datum_and_no_more():
+    vae = linear_vae(weight=100 * A, scale=torch.full((2,), 1e-3))
+    nats = pv.decompose(vae.model, vae.guide, population(50))
+    assert nats.mutual_information.value == pytest.approx(math.log(50), abs=1e-5)
+    assert nats.population_information[1].value > 100  # of the population more is not known
+
+
+def test_on_the_mixture_it_agrees_with_quadrature():
+    x = pv.datasets.two_gaussians(300, seed=0).x
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, networks.linear()),
+        likelihoods.Normal(1, 2, networks.mlp([8])),
+    )
+    with torch.no_grad():
+        vae.encoder.network.weight.copy_(torch.tensor([[0.6, 0.5], [0.2, -0.1]]))
+        vae.encoder.network.bias.copy_(torch.tensor([0.1, -0.8]))
+    z, step = torch.linspace(-12, 12, 6001).double()[:, None, None], 24 / 6000
+    with torch.no_grad():
+        log_q = vae.double().encode(x.double()).log_prob(z)
+        log_mixture = log_q.logsumexp(1) - math.log(300)
+        expected = ((log_q.exp() * (log_q - log_mixture[:, None])).sum(0).mean() * step).item()
+        log_p = vae.prior().log_prob(z)[:, 0]
+        marginal_kl = ((log_mixture.exp() * (log_mixture - log_p)).sum() * step).item()
+    nats = pv.decompose(vae.model, vae.guide, x.double())
+    close(nats.mutual_information, expected)
+    close(nats.marginal_kl, marginal_kl)
+    assert 0.3 < expected < 1
+    assert nats.units["z"].information.item() == pytest.approx(nats.mutual_information.value, abs=1e-6)
+
+
+def bits(latent=3):
+    torch.manual_seed(1)
+    vae = pv.VAE(
+        priors.Bernoulli(latent),
+        guides.Bernoulli(2, latent, networks.linear()),
+        likelihoods.Normal(latent, 2, networks.linear(), scale=0.5),
+    )
+    with torch.no_grad():
+        vae.encoder.network.weight.copy_(torch.tensor([[2.0, 1.0], [0.5, -1.0], [-1.0, 2.0]]))
+    return vae
+
+
+def test_bits_are_summed_over_and_drawn_alike(monkeypatch):
+    x, vae = pv.datasets.two_gaussians(40, seed=0).x, bits()
+    with torch.no_grad():
+        states = vae.prior().enumerate_support(expand=False).reshape(8, 1, 3)
+        log_q = vae.encode(x).log_prob(states).double()
+        log_mixture = log_q.logsumexp(1, keepdim=True) - math.log(40)
+        log_p = vae.prior().log_prob(states).double()
+        expected = (log_q.exp() * (log_q - log_mixture)).sum(0).mean().item()
+        rate = (log_q.exp() * (log_q - log_p)).sum(0).mean().item()
+        others = (log_q.exp().sum(1, keepdim=True) - log_q.exp()).log() - math.log(39)
+        upper = (log_q.exp() * (log_q - others)).sum(0).mean().item()
+        probs = vae.encode(x).base_dist.probs
+    exactly = pv.decompose(vae.model, vae.guide, x)
+    assert (exactly.num_samples, exactly.mutual_information.standard_error) == (0, 0)
+    assert exactly.mutual_information.value == pytest.approx(expected, abs=1e-5)
+    assert exactly.rate.value == pytest.approx(rate, abs=1e-5)
+    assert exactly.population_information[1].value == pytest.approx(upper, abs=1e-5)
+    assert exactly.elbo.value == pytest.approx(pv.exact.elbo(vae.model, vae.guide, x).mean().item(), abs=1e-5)
+    torch.testing.assert_close(exactly.units["z"].activity, probs.var(0).double())
+    monkeypatch.setattr(decomposition, "MAX_SUMMED", 0)
+    drawn = pv.decompose(vae.model, vae.guide, x, num_samples=300)
+    assert drawn.num_samples == 300
+    for name in ("elbo", "distortion", "rate", "mutual_information", "marginal_kl"):
+        close(getattr(drawn, name), getattr(exactly, name).value)
+    torch.testing.assert_close(drawn.units["z"].information, exactly.units["z"].information, rtol=0, atol=0.03)
+
+
+# --- Pairs of all kinds ----------------------------------------------------------------------------------------------
+
+
+def relaxed():
+    return pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5),
+        guides.RelaxedBernoulli(3, 2, networks.linear(), temperature=0.66),
+        likelihoods.Normal(2, 3, networks.linear()),
+    )
+
+
+def gumbel():
+    return pv.VAE(
+        priors.GumbelSoftmax((2, 3), temperature=0.5),
+        guides.GumbelSoftmax(3, (2, 3), networks.linear(), temperature=0.5),
+        likelihoods.Normal((2, 3), 3, networks.linear()),
+    )
+
+
+def one_hot():
+    return pv.VAE(
+        priors.OneHotCategorical((2, 3)),
+        guides.OneHotCategorical(3, (2, 3), networks.linear()),
+        likelihoods.Normal((2, 3), 3, networks.linear()),
+    )
+
+
+@pytest.mark.parametrize("build", [relaxed, gumbel, one_hot])
+def test_relaxed_and_discrete_codes_have_a_number_for_each_variable(build):
+    vae, x = build(), population(60)
+    nats = pv.decompose(vae.model, vae.guide, x, num_samples=50)
+    units = nats.units["z"]
+    assert units.activity.shape == units.rate.shape == units.information.shape == (2,)
+    assert units.rate.sum().item() == pytest.approx(nats.rate.value, abs=SURE * nats.rate.standard_error + 1e-5)
+    assert (units.information <= units.rate + SURE * nats.rate.standard_error + 1e-5).all()
+
+
+@pytest.mark.parametrize("build", [relaxed, gumbel])
+def test_a_relaxed_code_is_as_active_as_its_twin_and_tells_more(build):
+    vae, x = build(), population(60)
+    nats, twin = (pv.decompose(pair.model, pair.guide, x, num_samples=100) for pair in (vae, vae.discrete()))
+    torch.testing.assert_close(nats.units["z"].activity, twin.units["z"].activity)
+    slack = SURE * nats.mutual_information.standard_error
+    assert nats.mutual_information.value > twin.mutual_information.value - slack  # the twin is a function of it
+
+
+@pytest.mark.parametrize("part", [guides.FullRankNormal, guides.LowRankNormal, guides.MixtureOfNormals])
+def test_a_guide_that_is_no_product_tells_of_all_variables_at_once(part):
+    vae = pv.VAE(priors.StandardNormal(2), part(3, 2, networks.linear()), likelihoods.Normal(2, 3, networks.linear()))
+    nats = pv.decompose(vae.model, vae.guide, population(40))
+    assert nats.units["z"].information is None
+    assert nats.units["z"].rate is None
+    assert nats.units["z"].activity.shape == (2,)
+    assert 0 < nats.mutual_information.value < math.log(40)
+    with torch.no_grad():
+        means = vae.encode(population(40)).mean
+    torch.testing.assert_close(nats.units["z"].activity, means.var(0).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_flow_is_a_guide_like_any_other():
+    pytest.importorskip("zuko")
+    encoder = guides.InverseAutoregressiveFlow(3, 2, networks.linear(), transforms=1, hidden=(8,))
+    vae = pv.VAE(priors.StandardNormal(2), encoder, likelihoods.Normal(2, 3, networks.linear()))
+    normal = linear_vae(encoder.network.weight[:2], encoder.network.bias[:2], torch.ones(2))
+    with torch.no_grad():
+        encoder.network.weight[2:4] = 0.0
+        encoder.network.bias[2:4] = 0.0
+    x = population(60)
+    nats, same = (pv.decompose(pair.model, pair.guide, x, num_samples=200) for pair in (vae, normal))
+    error = math.hypot(nats.mutual_information.standard_error, same.mutual_information.standard_error)
+    assert abs(nats.mutual_information.value - same.mutual_information.value) < SURE * error
+    torch.testing.assert_close(nats.units["z"].activity, same.units["z"].activity, rtol=0, atol=0.1)
+
+
+WEIGHTS = torch.tensor([0.7, -0.4])
+
+
+def two_sites_model(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])))
+        loc = z[..., None] * WEIGHTS + kind[..., None]
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+def product_guide(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        pyro.sample("kind", dist.Categorical(logits=torch.stack([x[..., 0], x[..., 1]], -1)))
+        pyro.sample("z", dist.Normal(x[..., 0], 0.5))
+
+
+def chained_guide(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        kind = pyro.sample("kind", dist.Categorical(logits=torch.stack([x[..., 0], x[..., 1]], -1)))
+        pyro.sample("z", dist.Normal(x[..., 0] + 0.5 * kind, 0.5))
+
+
+@pytest.mark.parametrize("guide", [product_guide, chained_guide])
+def test_two_latent_sites_of_a_users_own_pair(guide):
+    """The information of both is at most that of a grid of z for each kind."""
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    nats = pv.decompose(two_sites_model, guide, x, num_samples=200)
+    z, step = torch.linspace(-9, 9, 3001)[:, None], 18 / 3000
+    log_kind = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double()
+    expected = 0.0
+    for kind in (0, 1):
+        loc = x[:, 0] + (0.5 * kind if guide is chained_guide else 0.0)
+        log_q = dist.Normal(loc, 0.5).log_prob(z).double() + log_kind[:, kind]
+        log_mixture = log_q.logsumexp(1, keepdim=True) - math.log(30)
+        expected += (log_q.exp() * (log_q - log_mixture)).sum(0).mean().item() * step
+    close(nats.mutual_information, expected)
+    assert (nats.units["z"].information is None) == (guide is chained_guide)
+    assert nats.units["kind"].activity.shape == ()
+    assert nats.units["kind"].activity.item() == pytest.approx(log_kind.exp().var(0).sum().item(), abs=1e-5)
+
+
+# --- Collapse --------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_that_says_nothing_is_called_collapsed():
+    vae = linear_vae(weight=torch.zeros(2, 3), shift=torch.zeros(2), scale=torch.ones(2))
+    nats = pv.decompose(vae.model, vae.guide, population(50))
+    assert nats.collapse == ("z carries nothing about x: 0.000 nats; q(z|x) is the prior for every x",)
+    assert nats.rate.value == pytest.approx(0, abs=1e-6)
+    assert "collapse: z carries nothing" in str(nats)
+    assert not nats.units["z"].active.any()
+
+
+def test_a_rate_that_buys_nothing_is_called_so():
+    vae = linear_vae(weight=torch.zeros(2, 3))
+    (line,) = pv.decompose(vae.model, vae.guide, population(50)).collapse
+    assert "carries nothing about x: 0.000 nats; the rate of" in line
+
+
+def test_a_variable_that_carries_nothing_is_named():
+    weight = A.clone()
+    weight[1] = 0
+    vae = linear_vae(weight, shift=torch.zeros(2), scale=torch.tensor([0.4, 1.0]))
+    nats = pv.decompose(vae.model, vae.guide, population(50))
+    assert nats.collapse == ("1 of 2 variables of z carry nothing about x (less than 0.01 nats each): z[1]",)
+    assert nats.units["z"].active.tolist() == [True, False]
+    vae = linear_vae(weight, shift=torch.tensor([0.0, 1.0]), scale=torch.tensor([0.4, 1.0]))
+    lines = pv.decompose(vae.model, vae.guide, population(50)).collapse
+    assert lines[1] == "what carries nothing in z still costs a rate of 0.50 nats: there q is not the prior"
+
+
+def test_a_code_in_the_scale_alone_is_no_collapse():
+    vae = linear_vae(weight=torch.zeros(2, 3), shift=torch.zeros(2))
+    with torch.no_grad():
+        vae.encoder.network.weight[2:] = A
+    nats = pv.decompose(vae.model, vae.guide, population(50))
+    assert not nats.units["z"].active.any()
+    assert nats.collapse == ()
+
+
+def test_bits_that_say_nothing_are_named():
+    x, vae = pv.datasets.two_gaussians(40, seed=0).x, bits()
+    with torch.no_grad():
+        vae.encoder.network.weight[1] = 0.0
+        vae.encoder.network.bias[1] = vae.prior().base_dist.logits[1]
+    lines = pv.decompose(vae.model, vae.guide, x).collapse
+    assert lines == ("1 of 3 variables of z carry nothing about x (less than 0.01 nats each): z[1]",)
+
+
+# --- Draws, seeds, memory and errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 3 * 40 * 16, 10**9])
+@pytest.mark.parametrize("guide", [product_guide, chained_guide])
+def test_chunks_do_not_change_the_numbers(monkeypatch, budget, guide):
+    x = torch.randn(40, 2)
+    whole = pv.decompose(two_sites_model, guide, x)
+    monkeypatch.setattr(aggregate_posterior, "_BUDGET", budget)
+    again = pv.decompose(two_sites_model, guide, x)
+    assert again.mutual_information.value == pytest.approx(whole.mutual_information.value, abs=1e-5)
+    assert again.population_information[1].value == pytest.approx(whole.population_information[1].value, abs=1e-5)
+
+
+def test_the_standard_error_is_the_spread_over_seeds():
+    x, vae = population(30), linear_vae()
+    found = [pv.decompose(vae.model, vae.guide, x, num_samples=4, seed=seed) for seed in range(100)]
+    for name in ("elbo", "rate", "mutual_information", "marginal_kl"):
+        values = torch.tensor([getattr(nats, name).value for nats in found])
+        told = torch.tensor([getattr(nats, name).standard_error for nats in found]).square().mean().sqrt()
+        assert 0.65 < (told / values.std()).item() < 1.5
+
+
+def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states):
+    vae, x = linear_vae(), population(20)
+    before = random_states()
+    first = pv.decompose(vae.model, vae.guide, x)
+    assert random_states() == before
+    assert not list(pyro.get_param_store().keys())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+    again, other = (pv.decompose(vae.model, vae.guide, x, seed=seed) for seed in (0, 1))
+    assert first.rate == again.rate != other.rate
+
+
+def per_datum_prior(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+        pyro.sample("x", dist.Normal(z[..., None] * WEIGHTS, 1.0).to_event(1), obs=x)
+
+
+def normal_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+
+def point_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[..., None] * WEIGHTS, 1.0).to_event(1), obs=x)
+
+
+def point_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(x[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "x", "num_samples", "message"),
+    [
+        (two_sites_model, product_guide, torch.zeros(5, 2), 1, "num_samples: got 1; accepted is 2 or more"),
+        (two_sites_model, product_guide, torch.zeros(5, 2), 0, "num_samples: got 0"),
+        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "data: got 1 row; accepted are 2 or more"),
+        (per_datum_prior, normal_guide, torch.randn(5, 2), 5, "the prior of its latent 'z' is another for each datum"),
+        (point_model, point_guide, torch.randn(5, 2), 5, "its latent 'z' is a point"),
+    ],
+)
+def test_what_has_no_answer_is_refused(model, guide, x, num_samples, message):
+    with pytest.raises(ValueError, match=message):
+        pv.decompose(model, guide, x, num_samples=num_samples)
+
+
+def test_of_many_discrete_variables_the_states_are_drawn():
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.Bernoulli(200, probs=0.3),
+        guides.Bernoulli(3, 200, networks.linear()),
+        likelihoods.Normal(200, 3, networks.linear()),
+    )
+    x = population(60)
+    found = pv.decompose(vae.model, vae.guide, x)
+    q, p = vae.encode(x).base_dist, dist.Bernoulli(0.3)
+    assert found.num_samples == 10
+    close(found.rate, torch.distributions.kl_divergence(dist.Bernoulli(logits=q.logits), p).sum(1).mean().item())

@@ -1,0 +1,323 @@
+"""The gap of a guide in two, held against posteriors that are known: linear Gaussian models, and enumerated ones."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.diagnostics import inference_gap, refinement
+from pyro_vae.distributions.mixture import MixtureOfNormals
+from pyro_vae.parts.guides import PerDatum
+
+SURE = 4.5  # standard errors
+WEIGHT = torch.tensor([[1.0, 0.8], [0.2, -0.9], [0.7, 0.6], [-0.4, 0.5]]).double()
+NOISE = 0.75  # a number that float32 holds
+PRECISION = WEIGHT.T @ WEIGHT / NOISE**2 + torch.eye(2).double()
+SOLVE = torch.linalg.solve(PRECISION, WEIGHT.T) / NOISE**2  # from x to the mean of its posterior
+MEAN_FIELD = (0.5 * (PRECISION.diagonal().log().sum() - PRECISION.logdet())).item()
+
+
+def data(num_data, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(num_data, 2, generator=generator, dtype=torch.float64)
+    return z @ WEIGHT.T + NOISE * torch.randn(num_data, 4, generator=generator, dtype=torch.float64)
+
+
+def linear_vae(part, moved=0.0, stretched=1.0):
+    """Its encoder has the best mean and spread of its family, but for a move and a factor."""
+    torch.manual_seed(0)
+    decoder = likelihoods.Normal(2, 4, networks.linear(), scale=NOISE)
+    vae = pv.VAE(priors.StandardNormal(2), part(4, 2, networks.linear()), decoder).double()
+    covariance_root = torch.linalg.cholesky(torch.linalg.inv(PRECISION))
+    with torch.no_grad():
+        vae.decoder.network.weight.copy_(WEIGHT)
+        vae.decoder.network.bias.zero_()
+        network = vae.encoder.network
+        network.weight.zero_()
+        network.weight[:2] = SOLVE
+        network.bias[:2] = moved
+        if part is guides.DiagonalNormal:
+            network.bias[2:] = torch.log(stretched / PRECISION.diagonal().sqrt())
+        else:
+            network.bias[2:4] = torch.log(stretched * covariance_root.diagonal())
+            network.bias[4] = stretched * covariance_root[1, 0]
+    return vae
+
+
+# --- Linear Gaussian models ------------------------------------------------------------------------------------------
+
+
+def test_the_best_diagonal_guide_has_the_mean_field_gap_and_nothing_to_amortize():
+    vae = linear_vae(guides.DiagonalNormal)
+    found = pv.inference_gap(vae.model, vae.guide, data(20), steps=100)
+    assert found.is_exact
+    torch.testing.assert_close(found.gap, torch.full((20,), MEAN_FIELD).double(), rtol=0, atol=1e-6)
+    assert MEAN_FIELD > 0.03
+    assert found.amortization.abs().max() < 5e-3  # the gradient keeps noise where q is not the posterior
+    assert (found.approximation + found.amortization - found.gap).abs().max() < 1e-9
+
+
+def test_an_exact_guide_has_no_gap_and_its_refinement_stays_where_it_is():
+    vae = linear_vae(guides.FullRankNormal)
+    found = pv.inference_gap(vae.model, vae.guide, data(20), steps=50)
+    for part in (found.gap, found.approximation, found.amortization):
+        assert part.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("part", [guides.DiagonalNormal, guides.FullRankNormal])
+def test_what_a_perturbed_encoder_loses_is_amortization(part):
+    moved, stretched = torch.tensor([0.3, -0.2]).double(), 1.5
+    vae = linear_vae(part, moved, stretched)
+    found = pv.inference_gap(vae.model, vae.guide, data(20), steps=500)
+    spread = stretched**2 - 1 - 2 * torch.tensor(stretched).log()
+    expected = (0.5 * moved @ PRECISION @ moved + spread).item()  # of two dimensions, half a spread each
+    assert expected > 0.5
+    torch.testing.assert_close(found.amortization, torch.full((20,), expected).double(), rtol=0, atol=0.01)
+    left = MEAN_FIELD if part is guides.DiagonalNormal else 0.0
+    torch.testing.assert_close(found.approximation, torch.full((20,), left).double(), rtol=0, atol=0.01)
+
+
+def test_the_refined_guide_is_a_pyro_guide_of_these_data():
+    vae, x = linear_vae(guides.FullRankNormal, moved=0.5), data(20)
+    found = pv.inference_gap(vae.model, vae.guide, x, steps=400)
+    with pyro.plate("draws", 4000, dim=-2):
+        z = pyro.poutine.trace(found.refined).get_trace(x).nodes["z"]["value"]
+    assert (z.mean(0) - x @ SOLVE.T).abs().max() < 0.06
+
+
+def test_a_guide_refined_elsewhere_takes_the_place_of_the_refinement():
+    vae, x = linear_vae(guides.DiagonalNormal, moved=0.5), data(20)
+    vae.decoder.requires_grad_(False)
+    refined = pv.VAE(vae.prior, PerDatum.refining(vae.encoder, x), vae.decoder)
+    pv.fit(refined.model, refined.guide, x, epochs=400, lr=pv.schedules.decayed(2e-2, 400))
+    theirs = pv.inference_gap(vae.model, vae.guide, x, refined=refined.guide)
+    ours = pv.inference_gap(vae.model, vae.guide, x, steps=400)
+    assert theirs.refined == refined.guide
+    torch.testing.assert_close(theirs.elbo, ours.elbo)
+    assert abs(theirs.amortization.mean().item() - ours.amortization.mean().item()) < 0.02
+
+
+def test_a_users_own_pair_is_refined_in_the_parameters_of_its_distributions():
+    vae, x = linear_vae(guides.DiagonalNormal, moved=0.3), data(20)
+    found = pv.inference_gap(vae.model, lambda x: vae.guide(x), x, steps=400)
+    same = pv.inference_gap(vae.model, vae.guide, x, steps=400)
+    torch.testing.assert_close(found.amortization, same.amortization, rtol=0, atol=0.01)
+
+
+# --- Other exact answers, and none -----------------------------------------------------------------------------------
+
+
+def test_one_bit_has_a_gap_of_amortization_alone():
+    torch.manual_seed(0)
+    decoder = likelihoods.Normal(1, 2, networks.linear(), scale=0.8)
+    vae = pv.VAE(priors.Bernoulli(1), guides.Bernoulli(2, 1, networks.linear()), decoder)
+    x = pv.datasets.two_gaussians(30, seed=0).x
+    found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
+    torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-5)
+    assert found.approximation.max() < 1e-3
+    assert found.amortization.mean() > 0.01
+
+
+def test_of_a_product_of_bits_approximation_is_what_a_search_leaves():
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.Bernoulli(2), guides.Bernoulli(2, 2, networks.linear()), likelihoods.Normal(2, 2, networks.linear())
+    )
+    with torch.no_grad():
+        vae.decoder.network.weight.fill_(1.5)  # the bits explain each other away
+    x = torch.tensor([[0.7, 0.9]])
+    found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
+    grid = torch.linspace(-9, 9, 181)
+    logits = torch.cartesian_prod(grid, grid)
+    states = vae.prior().enumerate_support(expand=False).reshape(4, 1, 2)
+    with torch.no_grad():
+        log_joint = vae.decode(states[:, 0]).log_prob(x) + vae.prior().log_prob(states[:, 0])
+        log_q = dist.Bernoulli(logits=logits).log_prob(states).sum(-1)
+        best = (log_q.exp() * (log_joint[:, None] - log_q)).sum(0).max()
+        expected = (log_joint.logsumexp(0) - best).item()
+    assert found.approximation.item() == pytest.approx(expected, abs=2e-3)
+    assert expected > 0.02
+
+
+def test_by_quadrature_of_one_dimension():
+    x = pv.datasets.two_gaussians(30, seed=0).x
+    torch.manual_seed(0)
+    tanh = networks.mlp([8], activation=torch.nn.Tanh)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, tanh), likelihoods.Normal(1, 2, tanh))
+    found = pv.inference_gap(vae.model, vae.guide, x, steps=300)
+    torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-3)
+    assert found.is_exact
+    assert found.approximation.min() > -1e-3
+    assert found.amortization.min() > -1e-3
+
+
+def test_without_an_exact_answer_it_says_so():
+    torch.manual_seed(0)
+    tanh = networks.mlp([8], activation=torch.nn.Tanh)
+    vae = pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(4, 3, tanh), likelihoods.Normal(3, 4, tanh))
+    x = data(30).float()
+    found = pv.inference_gap(vae.model, vae.guide, x, steps=300)
+    assert not found.is_exact
+    assert "in expectation a lower bound" in str(found)
+    assert "at least" in str(found)
+    error = (found.log_evidence_error**2 + found.amortization_error**2 + found.elbo_error**2).sqrt()
+    assert (found.approximation > -SURE * error).all()
+    assert (found.amortization > -SURE * found.amortization_error).all()
+    assert found.amortization.mean() > 0.1
+    sharper = pv.log_evidence(vae.model, found.refined, x, num_samples=20000, seed=1)
+    assert (sharper.log_evidence - found.log_evidence).abs().mean() < 0.05
+
+
+def mixed_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        kind = pyro.sample("kind", dist.Bernoulli(0.4))
+        loc = torch.stack([z + 2 * kind, z.expand_as(z + kind)], -1)
+        pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
+
+
+def mixed_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("kind", dist.Bernoulli(logits=x[:, 0] - 1))
+        pyro.sample("z", dist.Normal(x[:, 1], 0.6))
+
+
+def mixed_evidence(x):
+    """The bit summed over, z integrated in closed form: x is normal."""
+    both = torch.full((2, 2), 1.0) + 0.25 * torch.eye(2)
+    kinds = [dist.MultivariateNormal(torch.tensor([2.0 * kind, 0.0]), both).log_prob(x) for kind in (0, 1)]
+    return torch.logaddexp(kinds[0] + torch.tensor(0.6).log(), kinds[1] + torch.tensor(0.4).log())
+
+
+def test_a_pair_of_a_bit_and_a_number():
+    x = torch.tensor([[0.1, 0.3], [2.4, 0.2], [1.2, 0.4], [-1.0, -0.8]])
+    found = pv.inference_gap(mixed_model, mixed_guide, x, num_samples=5000)
+    error = found.log_evidence_error
+    assert ((found.log_evidence - mixed_evidence(x)).abs() < SURE * error + 1e-3).all()
+    assert (found.amortization > 0.01).all()
+    assert (found.approximation > -SURE * (error**2 + found.elbo_error**2 + found.amortization_error**2).sqrt()).all()
+    assert found.approximation.max() < 0.6  # where the bit and the number hang together
+
+
+# --- Rebuilding, refusals and leaks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1),
+        dist.MultivariateNormal(torch.zeros(5, 2), precision_matrix=PRECISION.float()),
+        dist.LowRankMultivariateNormal(torch.zeros(5, 2), torch.ones(5, 2, 1), torch.ones(5, 2)),
+        pv.distributions.Product(dist.Bernoulli(probs=torch.full((5, 2), 0.3)), 1),
+        dist.OneHotCategorical(probs=torch.full((5, 3), 0.2)),
+        dist.Categorical(logits=torch.randn(5, 3)),
+        pv.distributions.LogitRelaxedBernoulli(torch.tensor(0.5), torch.randn(5, 2)).to_event(1),
+        pv.distributions.LogRelaxedOneHotCategorical(torch.tensor(0.5), torch.randn(5, 2, 3)).to_event(1),
+        dist.Laplace(torch.zeros(5), 2.0),
+        dist.StudentT(torch.full((5,), 4.0), 0.0, 2.0),
+        dist.Gamma(torch.full((5,), 4.0), 2.0),
+        dist.Beta(torch.full((5,), 4.0), 2.0),
+        dist.LogNormal(torch.zeros(5), 2.0),
+        MixtureOfNormals(torch.zeros(5, 3), torch.randn(5, 3, 2), torch.ones(5, 3, 2)),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_a_distribution_rebuilt_is_the_same(fn):
+    start, build = refinement._rebuilt("z", fn)
+    value = fn.sample()
+    torch.testing.assert_close(build(start).log_prob(value), fn.log_prob(value), rtol=1e-4, atol=1e-4)
+    assert build(start).event_shape == fn.event_shape
+    assert all(parameter.isfinite().all() and not parameter.requires_grad for parameter in start)
+
+
+def one_site(prior, fn):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z[..., None] * torch.tensor([1.0, -1.0]), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", fn(x))
+
+    return model, guide
+
+
+def chained_guide(x):
+    with pyro.plate("data", len(x)):
+        kind = pyro.sample("kind", dist.Bernoulli(logits=x[:, 0] - 1))
+        pyro.sample("z", dist.Normal(x[:, 1] - kind, 0.6))
+
+
+def squashed(x):
+    return dist.TransformedDistribution(dist.Normal(x[:, 0], 1.0), [dist.transforms.AffineTransform(0.0, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ((mixed_model, chained_guide), r"guide: its latents \['kind', 'z'\] hang on one another given x.*`refined=`"),
+        (one_site(dist.Poisson(2.0), lambda x: dist.Poisson(x[:, 0].exp())), "'z' does not enumerate.*`refined=`"),
+        (one_site(dist.Normal(0.0, 1.0), squashed), "a TransformedDistribution, which does not rebuild.*`refined=`"),
+        (one_site(dist.Normal(0.0, 1.0), lambda x: dist.Delta(x[:, 0])), "its latent 'z' is a point"),
+    ],
+    ids=["chained", "poisson", "transformed", "point"],
+)
+def test_a_guide_that_cannot_be_refined_is_refused_with_a_way_out(pair, message):
+    with pytest.raises(ValueError, match=message):
+        pv.inference_gap(*pair, torch.randn(5, 2))
+
+
+@pytest.mark.parametrize("argument", [{"steps": 0}, {"lr": -1.0}, {"num_particles": 0}, {"num_samples": 1}])
+def test_arguments_that_cannot_be_are_refused(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"{name}: got"):
+        pv.inference_gap(mixed_model, mixed_guide, torch.randn(5, 2), **argument)
+
+
+def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states):
+    torch.manual_seed(0)
+    tanh = networks.mlp([8], activation=torch.nn.Tanh)
+    vae = pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(4, 3, tanh), likelihoods.Normal(3, 4, tanh))
+    vae.decoder.requires_grad_(False)
+    x, before = data(10).float(), random_states()
+    values = {name: parameter.clone() for name, parameter in vae.named_parameters()}
+    first = pv.inference_gap(vae.model, vae.guide, x, steps=20, num_samples=20)
+    assert random_states() == before
+    assert not list(pyro.get_param_store().keys())
+    for name, parameter in vae.named_parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad == name.startswith("encoder")
+        assert torch.equal(parameter, values[name])
+    again, other = (pv.inference_gap(vae.model, vae.guide, x, steps=20, num_samples=20, seed=seed) for seed in (0, 1))
+    assert torch.equal(first.refined_elbo, again.refined_elbo)
+    assert not torch.equal(first.refined_elbo, other.refined_elbo)
+    assert first.log_evidence.shape == (10,)
+    assert not any(tensor.requires_grad for tensor in (first.gap, first.approximation, first.amortization))
+
+
+def test_parameters_in_the_store_are_read_and_not_moved():
+    pyro.param("weight", torch.tensor(0.7))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("weight") * x[:, 0], pyro.param("new", torch.tensor(0.5))))
+
+    model, _ = one_site(dist.Normal(0.0, 1.0), None)
+    x = torch.randn(5, 2)
+    found = pv.inference_gap(model, guide, x, steps=20)
+    same = pv.exact.elbo(model, guide, x)
+    torch.testing.assert_close(found.elbo, same, rtol=1e-3, atol=1e-3)
+    assert pyro.param("weight").item() == pytest.approx(0.7)
+    assert pyro.param("weight").grad is None
+
+
+def test_exact_answers_are_taken_where_they_are(monkeypatch):
+    vae, x = linear_vae(guides.DiagonalNormal), data(10)
+    monkeypatch.setattr(inference_gap, "_log_evidence_exactly", lambda problem, tolerance: None)
+    estimate = pv.inference_gap(vae.model, vae.guide, x, steps=20)
+    exactly = pv.exact.log_evidence(vae.model, x)
+    assert not estimate.is_exact
+    assert ((estimate.log_evidence - exactly).abs() < SURE * estimate.log_evidence_error).all()

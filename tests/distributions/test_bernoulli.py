@@ -1,0 +1,139 @@
+"""The continuous Bernoulli against formulas of fifty digits."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from pyro_vae.distributions.bernoulli import ContinuousBernoulli
+from pyro_vae.distributions.properties import is_normalized
+
+mpmath.mp.dps = 50
+
+THRESHOLDS = [0.3, 0.1, 1e-3]
+LOGITS = [0.0, 1e-8, 5e-4, 0.02, 0.2, 1.0, 5.0, 20.0, 80.0]
+LOGITS += [factor * threshold for threshold in THRESHOLDS for factor in (1 - 1e-9, 1 + 1e-9)]
+LOGITS += [-logit for logit in LOGITS[1:]]
+
+
+def log_c(logit):
+    l = mpmath.mpf(logit)  # noqa: E741
+    return mpmath.log(2) if l == 0 else mpmath.log(l / mpmath.tanh(l / 2))
+
+
+def mean(logit):
+    l = mpmath.mpf(logit)  # noqa: E741
+    return mpmath.mpf(1) / 2 if l == 0 else 1 / (1 - mpmath.exp(-l)) - 1 / l
+
+
+def icdf(logit, u):
+    l, u = mpmath.mpf(logit), mpmath.mpf(u)  # noqa: E741
+    return u if l == 0 else mpmath.log1p(u * mpmath.expm1(l)) / l
+
+
+def log_prob(logit, x):
+    return mpmath.mpf(x) * mpmath.mpf(logit) - mpmath.log1p(mpmath.exp(mpmath.mpf(logit))) + log_c(logit)
+
+
+@pytest.fixture(params=LOGITS, ids="{:.10g}".format)
+def logit(request):
+    return request.param
+
+
+@pytest.fixture
+def p(logit):
+    return ContinuousBernoulli(torch.tensor(logit, dtype=torch.float64))
+
+
+def test_log_normalizer_equals_its_formula(p, logit):
+    assert float(p.log_normalizer) == pytest.approx(float(log_c(logit)), rel=1e-10, abs=1e-10)
+
+
+def test_mean_equals_its_formula(p, logit):
+    assert float(p.mean) == pytest.approx(float(mean(logit)), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("u", [1e-6, 0.1, 0.5, 0.9, 1 - 1e-6])
+def test_icdf_equals_its_formula(p, logit, u):
+    assert float(p.icdf(torch.tensor(u, dtype=torch.float64))) == pytest.approx(float(icdf(logit, u)), abs=1e-10)
+
+
+@pytest.mark.parametrize("x", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_log_prob_equals_its_formula(p, logit, x):
+    assert float(p.log_prob(torch.tensor(x, dtype=torch.float64))) == pytest.approx(
+        float(log_prob(logit, x)), rel=1e-10, abs=1e-10
+    )
+
+
+def test_density_integrates_to_one(p):
+    node, weight = map(torch.from_numpy, np.polynomial.legendre.leggauss(200))
+    assert float((p.log_prob((node + 1) / 2).exp() * weight / 2).sum()) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("quantity", ["log_normalizer", "mean", "icdf", "slope"])
+def test_series_and_formula_meet_without_a_step(quantity, threshold):
+    beside = threshold * torch.tensor([1 - 1e-12, 1 + 1e-12], dtype=torch.float64).requires_grad_()
+    p = ContinuousBernoulli(beside)
+    if quantity == "slope":
+        (values,) = torch.autograd.grad(p.log_normalizer.sum(), beside)
+    elif quantity == "icdf":
+        values = p.icdf(torch.tensor(0.3, dtype=torch.float64))
+    else:
+        values = getattr(p, quantity)
+    below, above = values.tolist()
+    assert below == pytest.approx(above, abs=1e-9)
+
+
+def test_float32_is_right_where_torchs_own_is_not():
+    assert float(ContinuousBernoulli(torch.tensor(20.0)).log_prob(torch.tensor(0.9))) == pytest.approx(0.9957, abs=5e-5)
+
+
+def test_float32_log_prob_and_its_gradient_keep_their_digits(logit):
+    logits = torch.tensor(logit, requires_grad=True)
+    single = float(logits.detach())  # the number that float32 holds
+    for x in (0.0, 0.25, 0.9, 1.0):
+        x = float(torch.tensor(x))
+        value = ContinuousBernoulli(logits).log_prob(torch.tensor(x))
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.item() == pytest.approx(float(log_prob(single, x)), rel=1e-5, abs=2e-6)
+        # d/dl log p(x) = x - mean: the score has mean zero.
+        assert gradient.item() == pytest.approx(x - float(mean(single)), rel=1e-5, abs=2e-6)
+
+
+@pytest.mark.parametrize("logits", [-60.0, -2.0, 0.0, 5e-4, 0.2, 3.0, 60.0])
+def test_samples_follow_the_cdf(logits):
+    samples = ContinuousBernoulli(torch.tensor(logits)).sample((20_000,)).double().numpy()
+
+    def cdf(x):
+        return x if logits == 0 else np.expm1(logits * x) / np.expm1(logits)
+
+    assert kstest(samples, cdf).pvalue > 1e-5
+
+
+def test_reparameterised_gradient_is_that_of_the_mean():
+    # E[dx/dl] = d mean / dl = variance of x.
+    logits = torch.tensor([-5.0, 0.0, 0.05, 2.0], dtype=torch.float64, requires_grad=True)
+    p = ContinuousBernoulli(logits)
+    assert p.has_rsample
+    n = 20_000
+    repeated = logits.detach().expand(n, 4).clone().requires_grad_()
+    x = ContinuousBernoulli(repeated).rsample()
+    (slopes,) = torch.autograd.grad(x.sum(), repeated)
+    (expected,) = torch.autograd.grad(p.mean.sum(), logits)
+    standard_error = slopes.std(0) / n**0.5
+    assert ((slopes.mean(0) - expected).abs() < 4.5 * standard_error).all()
+
+
+def test_expansion_keeps_the_density_and_it_is_a_density():
+    p = ContinuousBernoulli(torch.tensor([0.0, 3.0]))
+    wide = p.expand((4, 2))
+    x = wide.sample()
+    torch.testing.assert_close(wide.log_prob(x), p.log_prob(x))
+    assert is_normalized(wide.to_event(1))
+
+
+def test_values_outside_the_unit_interval_are_refused():
+    with pytest.raises(ValueError, match="support"):
+        ContinuousBernoulli(torch.zeros(())).log_prob(torch.tensor(1.5))

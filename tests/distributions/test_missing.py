@@ -1,0 +1,573 @@
+"""NaN is an entry that was not observed: log p(x_obs) and its gradients are those of the rest, everywhere."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.distributions.missing import WithMissing, with_missing
+from pyro_vae.objectives.elbo_terms import bound_name
+
+NAN = math.nan
+NET = networks.mlp([4], nn.Tanh)
+Z_UNLIKELY = 4.5  # two-sided probability 7e-6
+LIKELIHOODS = {
+    "Normal": lambda z=3, **told: likelihoods.Normal(z, 4, NET, "network", **told),
+    "StudentT": lambda z=3, **told: likelihoods.StudentT(z, 4, NET, "network", "network", **told),
+    "Bernoulli": lambda z=3, **told: likelihoods.Bernoulli(z, 4, NET, **told),
+    "Bernoulli, soft": lambda z=3, **told: likelihoods.Bernoulli(z, 4, NET, soft_targets=True, **told),
+    "ContinuousBernoulli": lambda z=3, **told: likelihoods.ContinuousBernoulli(z, 4, NET, **told),
+    "Categorical": lambda z=3, **told: likelihoods.Categorical(z, 4, 3, NET, **told),
+    "Poisson": lambda z=3, **told: likelihoods.Poisson(z, 4, NET, **told),
+    "NegativeBinomial": lambda z=3, **told: likelihoods.NegativeBinomial(z, 4, NET, "network", **told),
+}
+ALL = pytest.mark.parametrize("build", LIKELIHOODS.values(), ids=LIKELIHOODS)
+
+
+def holed(x, share=0.3, seed=0):
+    """x with this share of its entries missing."""
+    hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < share
+    return x.masked_fill(hidden, NAN)
+
+
+def gaussian_vae(missing=True, reads=True, **likelihood):
+    network = networks.mlp([8], nn.Tanh)
+    return pv.VAE(
+        prior=priors.StandardNormal(1),
+        encoder=guides.DiagonalNormal(2, 1, networks.with_missing(network) if reads else network),
+        decoder=likelihoods.Normal(1, 2, network, missing=missing, **likelihood),
+    )
+
+
+# --- The density -----------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_likelihood_of_a_row_is_that_of_its_observed_entries(build):
+    part = build(missing=True)
+    q = part(torch.randn(6, 3))
+    x = q.sample()
+    each = q.base_dist.log_prob(x)
+    seen = torch.rand(6, 4) < 0.6
+    seen[0], seen[1] = False, True
+    torch.testing.assert_close(q.log_prob(torch.where(seen, x, NAN)), (each * seen).sum(-1))
+    assert q.log_prob(torch.where(seen, x, NAN))[0] == 0
+
+
+@ALL
+def test_complete_rows_have_the_likelihood_that_they_have_without_the_option(build):
+    part, strict = build(missing=True), build()
+    strict.load_state_dict(part.state_dict())
+    z = torch.randn(6, 3)
+    x = strict(z).sample()
+    torch.testing.assert_close(part(z).log_prob(x), strict(z).log_prob(x))
+    assert not part(z).sample((50,)).isnan().any()
+    torch.testing.assert_close(part(z).mean, strict(z).mean)
+
+
+@ALL
+def test_a_missing_entry_has_no_part_in_any_gradient(build):
+    part = build(missing=True)
+    z = torch.randn(6, 3, requires_grad=True)
+    leaves = [z, *part.parameters()]
+    x = part(z).sample().detach()
+    x[:, 1] = NAN
+    q = part(z)
+    gradients = torch.autograd.grad(q.log_prob(x).sum(), leaves)
+    expected = torch.autograd.grad(part(z).base_dist.base_dist.log_prob(x.nan_to_num(0))[:, [0, 2, 3]].sum(), leaves)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs)
+
+
+@ALL
+def test_values_outside_the_support_are_refused_beside_missing_ones(build):
+    q = build(missing=True)(torch.zeros(3))
+    if q.support.base_constraint.observed is not torch.distributions.constraints.real:
+        with pytest.raises(ValueError, match=r"support|0s and 1s"):
+            q.log_prob(torch.tensor([NAN, -0.5, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.Gamma(torch.tensor([2.0, 3.0]), 1.0),
+        dist.LogNormal(torch.zeros(2), 1.0),
+        dist.Beta(torch.ones(2), 2.0),
+        dist.Uniform(3.0, torch.tensor([4.0, 5.0])),
+        dist.Binomial(3, torch.tensor([0.2, 0.3])),
+        dist.Geometric(torch.tensor([0.2, 0.3])),
+    ],
+    ids=lambda base: type(base).__name__,
+)
+def test_any_distribution_of_single_variables_can_be_told_that_some_are_missing(base):
+    q = with_missing(base.to_event(1))
+    x = base.sample()
+    assert q.log_prob(x) == base.log_prob(x).sum()
+    assert q.log_prob(torch.tensor([NAN, x[1]])) == base.log_prob(x)[1]
+    assert q.support.check(torch.tensor([NAN, x[1]]))
+    wide = q.expand([3])
+    assert (wide.batch_shape, wide.log_prob(x).shape) == ((3,), (3,))
+
+
+def test_vectors_that_are_one_variable_are_refused():
+    with pytest.raises(ValueError, match=r"base_dist: got a OneHotCategorical of event shape \(3,\)"):
+        WithMissing(dist.OneHotCategorical(torch.ones(3)))
+
+
+# --- What a model says of NaN ----------------------------------------------------------------------------------------
+
+X = holed(torch.randn(40, 2), seed=1)
+WORK = {
+    "fit": lambda vae: pv.fit(vae.model, vae.guide, X, epochs=1),
+    "fit, in batches": lambda vae: pv.fit(vae.model, vae.guide, X, epochs=1, batch_size=7),
+    "fit, validation": lambda vae: pv.fit(vae.model, vae.guide, X.nan_to_num(), validation=X, epochs=1),
+    "evaluate": lambda vae: pv.evaluate(vae.model, vae.guide, X),
+    "log_evidence": lambda vae: pv.log_evidence(vae.model, vae.guide, X, num_samples=10),
+    "exact.log_evidence": lambda vae: pv.exact.log_evidence(vae.model, X),
+    "exact.posterior": lambda vae: pv.exact.posterior(vae.model, X),
+    "exact.elbo": lambda vae: pv.exact.elbo(vae.model, vae.guide, X),
+    "exact.kl": lambda vae: pv.exact.kl(vae.model, vae.guide, X),
+    "to_datatree": lambda vae: pv.to_datatree(vae.model, vae.guide, X, draws=5),
+    "to_datatree, parallel": lambda vae: pv.to_datatree(vae.model, vae.guide, X, draws=5, parallel=True),
+}
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+def test_everything_takes_missing_entries_where_the_likelihood_does(work):
+    work(gaussian_vae())
+
+
+@pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+def test_missing_entries_are_refused_where_the_likelihood_was_not_told(work):
+    vae = gaussian_vae(missing=False)
+    before = [parameter.clone() for parameter in vae.parameters()]
+    where = r"row \d+, column \(\d,\)"
+    with pytest.raises(ValueError, match=rf"(data|validation): holds nan at {where}.*`missing=True`"):
+        work(vae)
+    assert all(map(torch.equal, before, vae.parameters()))
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "to_datatree", "exact.elbo"])
+def test_an_encoder_that_reads_nan_as_a_number_is_told_what_would_read_it(name):
+    with pytest.raises(ValueError, match=r"DiagonalNormal: got a context with NaN.*networks\.with_missing"):
+        WORK[name](gaussian_vae(reads=False))
+
+
+def test_a_model_of_ones_own_says_for_itself():
+    def model(x, y, missing=True):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            p = dist.Normal(x @ w, 1.0)
+            pyro.sample("y", WithMissing(p) if missing else p, obs=y)
+
+    def guide(x, y):
+        pyro.sample("w", dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1))
+
+    x, y = torch.randn(20, 2), holed(torch.randn(20))
+    pv.fit(model, guide, (x, y), epochs=2)
+    with pytest.raises(ValueError, match=r"data: holds nan at row \d+; accepted"):
+        pv.fit(lambda x, y: model(x, y, missing=False), guide, (x, y), epochs=2)
+    with pytest.raises(ValueError, match=r"data: holds nan at row \d+, column"):
+        pv.fit(model, guide, (holed(x), y.nan_to_num()), epochs=2)
+
+
+def test_infinite_entries_are_refused_as_ever():
+    with pytest.raises(ValueError, match=r"data: holds inf at row 0, column \(1,\)"):
+        pv.evaluate(gaussian_vae().model, gaussian_vae().guide, torch.tensor([[NAN, math.inf]]))
+
+
+def test_a_transform_sees_missing_entries_and_may_make_or_fill_them():
+    vae, strict = gaussian_vae(), gaussian_vae(missing=False, reads=False)
+    before = X.clone()
+    for options in ({}, {"batch_size": 7}):
+        pv.fit(vae.model, vae.guide, X, transform=lambda x: x * 2, epochs=1, **options)
+        pv.fit(vae.model, vae.guide, X.nan_to_num(), transform=lambda x: holed(x, seed=3), epochs=1, **options)
+        pv.fit(strict.model, strict.guide, X, transform=lambda x: x.nan_to_num(), epochs=1, **options)
+    assert torch.equal(X.isnan(), before.isnan())
+
+
+def test_soft_targets_with_missing_ones_are_no_likelihood_either():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, networks.with_missing(NET)),
+        likelihoods.Bernoulli(1, 2, NET, soft_targets=True, missing=True),
+    )
+    x = torch.tensor([[0.3, NAN]])
+    assert "surrogate" in pv.evaluate(vae.model, vae.guide, x)
+    trace = pyro.poutine.trace(vae.model).get_trace(x)
+    assert bound_name(trace, pyro.poutine.trace(vae.guide).get_trace(x)) == "surrogate"
+    with pytest.raises(ValueError, match="not normalised"):
+        pv.exact.log_evidence(vae.model, x)
+
+
+# --- Exact answers ---------------------------------------------------------------------------------------------------
+
+
+def linear_vae(latent=2, features=5, scale="per_dimension", missing=True):
+    vae = pv.VAE(
+        priors.Normal(latent),
+        guides.DiagonalNormal(features, latent, networks.with_missing(networks.linear())),
+        likelihoods.Normal(latent, features, networks.linear(), scale=scale, missing=missing),
+    ).double()
+    for parameter in vae.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    return vae
+
+
+def moments(vae):
+    """Mean and covariance of p(x), and those of z."""
+    prior = vae.prior().base_dist
+    weight, bias = vae.decoder.network.weight, vae.decoder.network.bias
+    noise = vae.decoder(weight.new_zeros(1, weight.shape[1])).variance[0]
+    covariance = weight @ prior.variance.diag() @ weight.T + noise.diag()
+    return bias + weight @ prior.loc, covariance, prior, weight
+
+
+@pytest.mark.parametrize("scale", ["shared", "per_dimension"])
+def test_evidence_and_posterior_of_a_linear_gaussian_model_are_those_of_the_observed_coordinates(scale):
+    vae = linear_vae(scale=scale)
+    x = holed(torch.randn(40, 5, dtype=torch.float64), 0.4)
+    x[0], x[1] = NAN, 1.0
+    with torch.no_grad():
+        loc, covariance, prior, weight = moments(vae)
+        evidence, posterior = pv.exact.log_evidence(vae.model, x), pv.exact.posterior(vae.model, x)
+        for row, value in enumerate(x):
+            seen = ~value.isnan()
+            if not seen.any():
+                assert abs(evidence[row]) < 1e-9
+                torch.testing.assert_close(posterior.mean[row], prior.loc)
+                continue
+            marginal = dist.MultivariateNormal(loc[seen], covariance[seen][:, seen])
+            torch.testing.assert_close(evidence[row], marginal.log_prob(value[seen]))
+            gain = prior.variance.diag() @ weight[seen].T @ torch.linalg.inv(covariance[seen][:, seen])
+            torch.testing.assert_close(posterior.mean[row], prior.loc + gain @ (value - loc)[seen])
+            left = prior.variance.diag() - gain @ weight[seen] @ prior.variance.diag()
+            torch.testing.assert_close(posterior.covariance_matrix[row], left)
+
+
+def test_quadrature_enumeration_and_importance_sampling_leave_out_what_is_missing():
+    x = holed(torch.randn(30, 2), seed=2)
+    linear = gaussian_vae(scale=0.7)
+    linear.decoder.network = nn.Linear(1, 2)
+    closed = pv.exact.log_evidence(linear.model, x)
+    linear.decoder.network = nn.Sequential(nn.Linear(1, 2), nn.Softplus())  # no longer linear: by quadrature
+    integrated = pv.exact.log_evidence(linear.model, x)
+    alone = [
+        pv.exact.log_evidence(_columns(linear, seen).model, x[row : row + 1][:, seen]) if seen.any() else torch.zeros(1)
+        for row, seen in enumerate(~x.isnan())
+    ]
+    torch.testing.assert_close(integrated, torch.cat(alone), atol=1e-3, rtol=0)
+    assert (closed - integrated).abs().max() > 0.01
+    estimate = pv.log_evidence(linear.model, linear.guide, x, num_samples=4000)
+    error = (estimate.log_evidence - integrated).abs() / (estimate.standard_error + 1e-6)
+    assert error.max() < 6
+    gap = pv.exact.elbo(linear.model, linear.guide, x) + pv.exact.kl(linear.model, linear.guide, x) - integrated
+    assert gap.abs().max() < 1e-3
+
+
+def _columns(vae, seen):
+    """The VAE of these columns alone."""
+
+    class Only(nn.Module):
+        def __init__(self, decoder):
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, z):
+            return dist.Normal(self.decoder(z).mean[..., seen], 0.7).to_event(1)
+
+    return pv.VAE(vae.prior, guides.DiagonalNormal(int(seen.sum()), 1, NET), Only(vae.decoder))
+
+
+def test_classes_are_enumerated_with_missing_entries():
+    vae = pv.VAE(
+        priors.OneHotCategorical((1, 3)),
+        guides.OneHotCategorical(2, (1, 3), networks.one_hot(4, NET)),
+        likelihoods.Categorical((1, 3), 2, 4, networks.linear(), missing=True),
+    )
+    x = holed(torch.randint(4, (20, 2)).float())
+    evidence = pv.exact.log_evidence(vae.model, x)
+    probs = vae.decode(torch.eye(3)[:, None]).base_dist.base_dist.probs  # (state, column, class)
+    seen = ~x.isnan()
+    chosen = probs[:, torch.arange(2), x.nan_to_num().long()]
+    torch.testing.assert_close(evidence, torch.where(seen, chosen, 1.0).prod(-1).mean(0).log())
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    fitted = pv.fit(vae.model, config_enumerate(vae.guide), x, epochs=200, lr=2e-2, elbo=elbo)
+    assert fitted.history["elbo"][-1] > evidence.mean()
+
+
+@ALL
+def test_every_likelihood_trains_in_a_vae_and_is_held_against_the_exact_answer(build):
+    decoder = build(z=1, missing=True)
+    network = networks.one_hot(3, NET) if isinstance(decoder, likelihoods.Categorical) else networks.with_missing(NET)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(4, 1, network), decoder)
+    x = holed(vae.generate(60))
+    fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=20, lr=1e-2)
+    if "surrogate" in fitted.history:
+        return
+    evidence = pv.exact.log_evidence(vae.model, x)
+    elbo, kl = pv.exact.elbo(vae.model, vae.guide, x), pv.exact.kl(vae.model, vae.guide, x)
+    assert (evidence - elbo - kl).abs().max() < 2e-3
+    assert kl.min() > -1e-3
+    draws = vae.impute(x, 5)
+    assert draws.isfinite().all()
+    assert vae.decode(torch.zeros(5, 60, 1)).support.check(draws).all()
+
+
+def test_class_numbers_may_be_integers_where_none_is_missing():
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, networks.one_hot(3, NET)),
+        likelihoods.Categorical(1, 2, 3, NET),
+    )
+    x = torch.randint(3, (20, 2))
+    assert torch.equal(pv.exact.log_evidence(vae.model, x), pv.exact.log_evidence(vae.model, x.float()))
+    assert pv.evaluate(vae.model, vae.guide, x) == pv.evaluate(vae.model, vae.guide, x.float())
+    pv.fit(vae.model, vae.guide, x, epochs=1, batch_size=5)
+
+
+@pytest.mark.parametrize(
+    "elbo",
+    [
+        lambda: pv.objectives.ImportanceWeighted(4, "doubly-reparameterized"),
+        lambda: RenyiELBO(alpha=0, num_particles=4, vectorize_particles=True, max_plate_nesting=1),
+        lambda: TraceMeanField_ELBO(),
+    ],
+    ids=["importance-weighted", "Renyi", "mean field"],
+)
+def test_other_objectives_leave_out_what_is_missing(elbo):
+    vae = gaussian_vae()
+    fitted = pv.fit(vae.model, vae.guide, X, epochs=5, lr=1e-2, elbo=elbo())
+    assert all(math.isfinite(nats) for nats in fitted.history["elbo"])
+
+
+def test_score_functions_leave_out_what_is_missing_with_a_baseline_that_reads_it():
+    vae = pv.VAE(
+        priors.Bernoulli(2),
+        guides.Bernoulli(2, 2, networks.with_missing(NET)),
+        likelihoods.Normal(2, 2, NET, missing=True),
+    )
+    baseline = pv.baselines.NeuralBaseline(2, networks.with_missing(NET))
+    for elbo in (pv.objectives.ScoreFunction(baseline), pv.objectives.VIMCO(4), pv.objectives.DisARM()):
+        pv.fit(vae.model, vae.guide, X, epochs=5, lr=1e-2, elbo=elbo)
+    assert all(parameter.isfinite().all() for parameter in (*vae.parameters(), *baseline.parameters()))
+
+
+def test_an_autoguide_and_a_diagram_take_a_model_with_missing_entries():
+    vae = gaussian_vae()
+    pv.fit(vae.model, AutoNormal(vae.model), X, epochs=5, lr=1e-2)
+    pv.plots.plate_diagram(vae.model, X, guide=vae.guide)
+
+
+# --- Gradients and training ------------------------------------------------------------------------------------------
+
+
+def test_what_a_missing_entry_would_have_been_changes_no_gradient():
+    vae = gaussian_vae()
+    x = holed(torch.randn(30, 2), seed=5)
+    loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, x)
+    gradients = torch.autograd.grad(loss, list(vae.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    # Row by row: that of a row without an entry is that of a VAE which never had the column.
+    lonely = torch.tensor([[0.3, NAN]])
+    weights = vae.decoder.network[-1].weight
+    loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, lonely)
+    (gradient,) = torch.autograd.grad(loss, weights)
+    assert (gradient[1] == 0).all()
+    assert (gradient[0] != 0).any()
+
+
+class PosteriorEncoder(nn.Module):
+    """The exact p(z | x_obs) of a linear Gaussian decoder of one latent, which does not pass gradients to it."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self._decoder = [decoder]
+
+    def forward(self, x):
+        (decoder,) = self._decoder
+        with torch.no_grad():
+            loc = decoder(x.new_zeros(1, 1)).mean
+            weight = decoder(x.new_ones(1, 1)).mean - loc
+            noise = decoder(x.new_zeros(1, 1)).variance
+            seen = ~x.isnan()
+            precision = 1 + (seen * weight**2 / noise).sum(-1, keepdim=True)
+            pull = torch.where(seen, (x - loc) * weight / noise, 0.0).sum(-1, keepdim=True)
+        return dist.Normal(pull / precision, precision**-0.5).to_event(1)
+
+
+def ppca(features=5):
+    """A linear VAE of one latent with its exact posterior for a guide."""
+    decoder = likelihoods.Normal(1, features, networks.linear(), missing=True)
+    return pv.VAE(priors.StandardNormal(1), PosteriorEncoder(decoder), decoder)
+
+
+WEIGHT = torch.tensor([[1.0], [-0.8], [0.5], [1.5], [0.0]])
+BIAS = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0])
+
+
+@torch.no_grad()
+def true_ppca():
+    vae = ppca()
+    vae.decoder.network.weight.copy_(WEIGHT)
+    vae.decoder.network.bias.copy_(BIAS)
+    vae.decoder.family.log_scale.fill_(math.log(0.5))
+    return vae
+
+
+def _fit_closely(vae, x):
+    for lr in (5e-2, 5e-3, 1e-3):
+        pv.fit(vae.model, vae.guide, x, epochs=400, lr=lr)
+
+
+def test_training_with_a_third_missing_finds_the_parameters_of_the_complete_data():
+    x = true_ppca().generate(2000)
+    covariance = x.T.cov(correction=0).double()
+    values, vectors = torch.linalg.eigh(covariance)
+    noise = values[:-1].mean()  # Tipping and Bishop 1999: maximum likelihood on the complete data
+    weight = vectors[:, -1:] * (values[-1] - noise).sqrt()
+    vae = ppca()
+    missing = holed(x)
+    _fit_closely(vae, missing)
+    found = vae.decoder.network.weight.detach().double()
+    # At N = 2000 the standard errors of the weights are about 0.03, of their squares 0.07; with less data more.
+    torch.testing.assert_close(found @ found.T, weight @ weight.T, atol=0.12, rtol=0)
+    torch.testing.assert_close(vae.decoder.network.bias.detach(), x.mean(0), atol=0.08, rtol=0)
+    scale = vae.decoder(torch.zeros(1, 1)).stddev[0, 0]
+    assert float(scale.detach()) == pytest.approx(float(noise.sqrt()), abs=0.02)
+    # And it is the maximum for the observed entries: no worse than the truth on what it was fitted to.
+    ours, truth = (pv.exact.log_evidence(p.model, missing).mean() for p in (vae, true_ppca()))
+    assert truth < ours < truth + 0.02
+    # Not so where zeros, or means, stand in for what is missing.
+    filled = ppca()
+    means = missing.nanmean(0)
+    _fit_closely(filled, torch.where(missing.isnan(), means, missing))
+    assert filled.decoder.network.weight.norm() < 0.85 * found.norm()
+
+
+def test_an_amortized_guide_that_reads_the_mask_comes_near_the_evidence():
+    x = holed(true_ppca().generate(1000))
+    torch.manual_seed(1)
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(5, 1, networks.with_missing(networks.mlp([32], nn.Tanh))),
+        likelihoods.Normal(1, 5, networks.linear(), missing=True),
+    )
+    pv.fit(vae.model, vae.guide, x, epochs=300, batch_size=250, lr=1e-2)
+    kl = pv.exact.kl(vae.model, vae.guide, x)
+    assert 0 <= kl.mean() < 0.1
+    entries = float((~x.isnan()).sum() / len(x))
+    assert pv.exact.log_evidence(vae.model, x).mean() > -1.35 * entries
+
+
+# --- Imputation ------------------------------------------------------------------------------------------------------
+
+
+def test_imputed_draws_keep_what_is_observed_and_fill_in_the_rest():
+    vae = gaussian_vae()
+    draws = vae.impute(X, num_samples=30)
+    seen = ~X.isnan()
+    assert draws.shape == (30, 40, 2)
+    assert torch.equal(draws[:, seen], X[seen].expand(30, -1))
+    assert draws.isfinite().all()
+    assert (draws[:, ~seen].std(0) > 0).all()
+
+
+def test_imputed_draws_are_those_of_the_conditional_normal():
+    vae = true_ppca()
+    with torch.no_grad():
+        loc, covariance, *_ = moments(vae)
+    x = torch.tensor([[1.0, NAN, 0.5, NAN, 0.0]])
+    seen = ~x[0].isnan()
+    gain = covariance[~seen][:, seen] @ torch.linalg.inv(covariance[seen][:, seen])
+    mean = loc[~seen] + gain @ (x[0] - loc)[seen]
+    left = covariance[~seen][:, ~seen] - gain @ covariance[seen][:, ~seen]
+    n = 20_000
+    draws = vae.impute(x, num_samples=n)[:, 0, ~seen]
+    assert ((draws.mean(0) - mean).abs() < Z_UNLIKELY * (left.diagonal() / n).sqrt()).all()
+    spread = (left.diagonal()[:, None] * left.diagonal() + left**2).div(n).sqrt()
+    assert ((draws.T.cov() - left).abs() < Z_UNLIKELY * spread).all()
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_intervals_cover_what_was_hidden_at_their_nominal_rate(level):
+    vae = true_ppca()
+    complete = vae.generate(4000)
+    x = holed(complete)
+    hidden = x.isnan()
+    # Of 399 draws and the truth each order is as likely, so that these bounds have the level exactly.
+    ranks = (vae.impute(x, num_samples=399) < complete).sum(0)
+    inside = (ranks >= 200 - 200 * level) & (ranks < 200 + 200 * level)
+    rows = hidden.any(1)
+    excess = ((inside.double() - level) * hidden).sum(1)[rows]  # entries of a row share its z: rows are independent
+    assert abs(excess.mean()) < Z_UNLIKELY * excess.std() / len(excess) ** 0.5
+    assert abs(excess.sum() / hidden.sum()) < 0.02
+
+
+def test_impute_refuses_what_it_cannot_do():
+    vae = gaussian_vae()
+    with pytest.raises(ValueError, match="num_samples: got 0; accepted is a positive integer"):
+        vae.impute(X, 0)
+    with pytest.raises(ValueError, match=r"x: got shape \(40, 3\); accepted is \(N, 2\)"):
+        vae.impute(torch.zeros(40, 3), 5)
+    with pytest.raises(ValueError, match=r"got a context with NaN.*networks\.with_missing"):
+        gaussian_vae(reads=False).impute(X, 5)
+
+
+# --- ArviZ and networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_datatree_holds_missing_data_as_they_are_and_complete_predictions(parallel, tmp_path):
+    vae = gaussian_vae()
+    tree = pv.to_datatree(vae.model, vae.guide, X, draws=20, parallel=parallel)
+    tree.to_netcdf(tmp_path / "run.nc", engine="h5netcdf")
+    observed = torch.as_tensor(tree["observed_data"]["x"].values)
+    torch.testing.assert_close(observed, X, equal_nan=True)
+    for group in ("posterior", "prior", "posterior_predictive", "prior_predictive", "guide"):
+        assert all(bool(variable.notnull().all()) for variable in tree[group].data_vars.values()), group
+    assert set(tree["guide"].data_vars) == {"z_loc", "z_scale"}
+
+
+def test_a_network_told_of_missing_entries_does_not_take_them_for_zeros():
+    network = networks.with_missing(networks.linear())(3, 2)
+    x = torch.tensor([[1.0, 0.0, NAN], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    outputs = network(x)
+    assert outputs.isfinite().all()
+    assert len(outputs.unique(dim=0)) == 3
+    (gradient,) = torch.autograd.grad(outputs.sum(), x)
+    assert gradient.isfinite().all()
+    assert (gradient[x.isnan()] == 0).all()
+    assert network.double()(x.double()).dtype == torch.float64
+
+
+def test_a_network_behind_a_standardization_takes_missing_entries_for_the_mean():
+    network = networks.standardized(networks.with_missing(networks.linear()), torch.tensor([5.0, -3.0]), 2.0)(2, 1)
+    inner = network[1]
+    torch.testing.assert_close(network(torch.tensor([NAN, 1.0])), inner(torch.tensor([NAN, 2.0])))
+    torch.testing.assert_close(inner[0](torch.tensor([NAN, 2.0])), torch.tensor([0.0, 2.0, 0.0, 1.0]))
+
+
+def test_images_get_their_mask_as_a_further_channel():
+    network = networks.with_missing(networks.convolutional((2, 8, 8)))(64, 3)
+    image = torch.rand(5, 64)
+    image[:, 32:] = NAN
+    mask = (~image.isnan()).float().reshape(5, 1, 8, 8)
+    assert torch.equal(network[0](image).reshape(5, 2, 8, 8)[:, 1:], mask)
+    assert network(image).isfinite().all()
+
+
+def test_class_numbers_are_read_as_one_hot_vectors_and_missing_ones_as_none():
+    network = networks.one_hot(3, networks.linear())(2, 4)
+    x = torch.tensor([[0.0, 2.0], [NAN, 1.0]])
+    expected = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]])
+    torch.testing.assert_close(network(x), network[1](expected))
+    assert torch.equal(network[0](torch.tensor([[0, 2]])), expected[:1])

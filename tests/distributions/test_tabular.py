@@ -1,0 +1,159 @@
+"""Distributions for tables: against SciPy and torch in float64, then what float32 keeps."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+from pyro_vae import families, tabular
+from pyro_vae.parts.networks import mlp
+
+COUNTS = torch.tensor([0.0, 1.0, 7.0, 300.0, 10_000.0], dtype=torch.float64)
+NET = mlp([4], nn.Tanh)
+FAMILIES = {
+    "Categorical": lambda: families.Categorical(2, 3),
+    "Poisson": lambda: families.Poisson(2),
+    "NegativeBinomial": lambda: families.NegativeBinomial(2, "network"),
+    "StudentT": lambda: families.StudentT(2, df="network", scale="network", min_scale=1e-3),
+    "Normal": lambda: families.Normal(2, min_scale=1e-3),
+}
+
+
+@pytest.mark.parametrize("log_rate", [-3.0, 0.0, 5.0, 9.2])
+def test_poisson_agrees_with_scipy(log_rate):
+    p = tabular.Poisson(torch.tensor(log_rate, dtype=torch.float64))
+    torch.testing.assert_close(p.log_prob(COUNTS).numpy(), scipy.stats.poisson.logpmf(COUNTS, math.exp(log_rate)))
+
+
+@pytest.mark.parametrize("dispersion", [1e-4, 0.3, 8.0])
+@pytest.mark.parametrize("mean", [0.02, 3.0, 5000.0])
+def test_negative_binomial_agrees_with_scipy_and_torch(mean, dispersion):
+    mean, dispersion = torch.tensor([mean, dispersion], dtype=torch.float64)
+    p = tabular.NegativeBinomial(mean.log(), dispersion)
+    theirs = dist.NegativeBinomial(1 / dispersion, logits=(dispersion * mean).log())
+    reference = scipy.stats.nbinom.logpmf(COUNTS, 1 / dispersion, 1 / (1 + dispersion * mean))
+    torch.testing.assert_close(p.log_prob(COUNTS).numpy(), reference, rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(p.log_prob(COUNTS), theirs.log_prob(COUNTS))
+    torch.testing.assert_close((p.mean, p.variance), (theirs.mean, theirs.variance))
+
+
+def test_negative_binomial_without_dispersion_is_poisson():
+    log_mean = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    x = torch.arange(20, dtype=torch.float64)[:, None]
+    gaps = [
+        (tabular.NegativeBinomial(log_mean, d).log_prob(x) - tabular.Poisson(log_mean).log_prob(x)).abs().max()
+        for d in (1e-2, 1e-4, 1e-6)
+    ]
+    assert gaps[0] > 50 * gaps[1] > 2500 * gaps[2]
+    assert gaps[2] < 1e-3
+
+
+@pytest.mark.parametrize("dispersion", [1e-9, 1e-11, 1e-15, 1e-30])
+def test_at_vanishing_dispersion_it_is_poisson_to_the_last_digits(dispersion):
+    log_mean = torch.tensor([-30.0, -1.0, 2.0, 8.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([0.0, 1.0, 7.0, 3000.0], dtype=torch.float64)[:, None]
+    found, limit = tabular.NegativeBinomial(log_mean, dispersion).log_prob(x), tabular.Poisson(log_mean).log_prob(x)
+    correction = 0.5 * dispersion * ((x - log_mean.exp()) ** 2 - x)  # the first order in the dispersion
+    torch.testing.assert_close(found, limit + correction, rtol=1e-9, atol=1e-7)
+    slopes = [torch.autograd.grad(f.sum(), log_mean, retain_graph=True)[0] for f in (found, limit)]
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("df", [1e4, 1e8, 1e12, 1e16, 1e30])
+def test_student_t_of_many_degrees_of_freedom_is_a_normal(df):
+    df = torch.tensor(df, requires_grad=True)
+    x = torch.tensor([-4.0, 0.0, 1.0])
+    found = tabular.StudentT(df, 0.0, 1.0).log_prob(x)
+    torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(x), rtol=0, atol=60 / df.item() + 3e-6)
+    assert torch.autograd.grad(found.sum(), df)[0].isfinite()
+
+
+@pytest.mark.parametrize("df", [0.5, 1.0, 3.0, 40.0, 1e6])
+def test_student_t_agrees_with_scipy(df):
+    x = torch.tensor([-1e8, -30.0, -1.0, 0.2, 5.0], dtype=torch.float64)
+    p = tabular.StudentT(torch.tensor(df, dtype=torch.float64), 0.2, 1.5)
+    torch.testing.assert_close(p.log_prob(x).numpy(), scipy.stats.t.logpdf(x, df, 0.2, 1.5), rtol=1e-8, atol=1e-8)
+
+
+def test_float32_keeps_the_digits_that_torch_loses():
+    count, log_rate = torch.tensor(10_000.0), torch.tensor(10_000.0).log()
+    exact = scipy.stats.poisson.logpmf(10_000, float(log_rate.double().exp()))
+    ours, theirs = tabular.Poisson(log_rate).log_prob(count), dist.Poisson(log_rate.exp()).log_prob(count)
+    assert abs(float(ours) - exact) < 1e-6
+    assert abs(float(theirs) - exact) > 3e-4
+    x, df = torch.tensor(1.0), torch.tensor(1e6)
+    exact = scipy.stats.t.logpdf(1.0, 1e6)
+    assert abs(float(tabular.StudentT(df, 0.0, 1.0).log_prob(x)) - exact) < 1e-5
+    assert abs(float(dist.StudentT(df, 0.0, 1.0).log_prob(x)) - exact) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:min_scale")
+@pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
+def test_density_and_gradient_are_finite_at_any_output_of_a_network(build, size):
+    family = build()
+    for corner in torch.cartesian_prod(*[torch.tensor([-size, size])] * family.num_raw):
+        raw = corner.clone().requires_grad_()
+        q = family(raw)
+        for x in (torch.zeros(2), torch.tensor([0.0, 2.0])):
+            log_prob = q.log_prob(x)
+            assert log_prob.isfinite()
+            assert torch.autograd.grad(log_prob, raw, retain_graph=True)[0].isfinite().all()
+        assert q.mean.isfinite().all()
+        assert q.sample().isfinite().all()
+
+
+def test_a_rate_is_the_exponential_and_then_its_tangent_and_never_loses_its_gradient():
+    raw = torch.tensor([-2.0, 15.999, 16.0, 17.0, 1e6], requires_grad=True)
+    log_rate = tabular.log_of_bounded_exp(raw)
+    rate = log_rate.exp()
+    above = math.exp(16) * (1 + (raw - 16).clamp(min=0))
+    torch.testing.assert_close(rate, torch.where(raw > 16, above, raw.exp()), rtol=1e-4, atol=0)
+    (slope,) = torch.autograd.grad(rate.sum(), raw)
+    torch.testing.assert_close(slope, raw.detach().clamp(max=16).exp(), rtol=1e-3, atol=0)
+
+
+def test_counts_of_a_large_mean_are_drawn_as_they_are_scored():
+    p = tabular.Poisson(torch.tensor(25.0))
+    x = p.sample((20_000,)).double()
+    mean = math.exp(25)
+    assert ((x >= 0) & (x == x.round())).all()
+    assert abs(x.mean() - mean) < 5 * (mean / len(x)) ** 0.5 + mean * 1e-7
+    assert abs(x.var() / mean - 1) < 5 * (2 / len(x)) ** 0.5 + 1e-2
+
+
+def test_counts_of_two_parameters_are_gamma_mixed():
+    p = tabular.NegativeBinomial(torch.tensor(20.0).log(), 0.5)
+    x = p.sample((50_000,))
+    assert abs(x.mean() - p.mean) < 5 * (p.variance / len(x)) ** 0.5
+    assert abs(x.var() / p.variance - 1) < 0.1
+
+
+def test_classes_by_number_are_those_of_pyro_by_one_hot_vector():
+    logits = torch.randn(5, 4)
+    ours, theirs = tabular.Categorical(logits=logits), dist.OneHotCategorical(logits=logits)
+    x = torch.tensor([0, 3, 1, 1, 2])
+    expected = theirs.log_prob(nn.functional.one_hot(x, 4).float())
+    for value in (x, x.float(), x.to(torch.uint8)):
+        torch.testing.assert_close(ours.log_prob(value), expected)
+    assert torch.equal(ours.mode, logits.argmax(-1).float())
+
+
+def test_logits_of_classes_come_as_channels_do():
+    family = families.Categorical((2, 2), num_classes=3)
+    raw = torch.randn(5, 12)
+    channels = raw.reshape(5, 3, 2, 2)
+    torch.testing.assert_close(family(raw).base_dist.logits, channels.movedim(1, -1).log_softmax(-1))
+
+
+@pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
+def test_expanded_distributions_score_and_draw_as_before(build):
+    family = build()
+    q = family(torch.randn(family.num_raw))
+    wide = q.expand([4, 3])
+    x = q.sample((4, 3))
+    torch.testing.assert_close(wide.log_prob(x), q.log_prob(x))
+    assert wide.sample().shape == (4, 3, 2)

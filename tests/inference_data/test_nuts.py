@@ -1,0 +1,161 @@
+"""The reference by NUTS: it is the exact posterior where there is one, and leaves all else as it was."""
+
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.parts.networks import linear, mlp
+
+SIGMAS = 5
+X = torch.tensor([[0.5, -1.0, 0.2], [1.5, 0.3, -0.4], [-2.0, 0.1, 0.9]])
+
+
+def linear_vae():
+    torch.manual_seed(0)
+    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+
+
+def curved_vae():
+    torch.manual_seed(1)
+    net = mlp([4], nn.Tanh)
+    return pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(3, 1, net), likelihoods.Normal(1, 3, net, scale=0.7))
+
+
+@pytest.fixture(scope="module")
+def trees():
+    with pyro.get_param_store().scope():
+        return {
+            make: pv.reference(make().model, X, draws=250, chains=2, warmup=100) for make in (linear_vae, curved_vae)
+        }
+
+
+@pytest.mark.parametrize("make", [linear_vae, curved_vae])
+def test_mean_and_deviation_are_those_of_the_exact_posterior(trees, make):
+    z = torch.from_numpy(trees[make]["posterior"]["z"].values).double()
+    assert (split_gelman_rubin(z) < 1.05).all()
+    truth = pv.exact.posterior(make().model, X)
+    drawn = truth.sample((200_000,)).double()
+    for ours, theirs in ((z, drawn), ((z - drawn.mean(0)) ** 2, (drawn - drawn.mean(0)) ** 2)):
+        mcse = ours.flatten(0, 1).std(0) / effective_sample_size(ours).sqrt()
+        assert ((ours.flatten(0, 1).mean(0) - theirs.mean(0)).abs() < SIGMAS * mcse + 0.01).all()
+
+
+def test_chains_have_random_numbers_of_their_own_and_one_seed_reproduces_them(trees):
+    z = trees[linear_vae]["posterior"]["z"].values
+    assert not np.isclose(z[0], z[1]).all(-1).any()
+    first, again, other = (pv.reference(linear_vae().model, X[:1], draws=8, warmup=8, seed=seed) for seed in (3, 3, 4))
+    assert first["posterior"].to_dataset().equals(again["posterior"].to_dataset())
+    assert not first["posterior"].to_dataset().equals(other["posterior"].to_dataset())
+
+
+def test_names_are_those_of_the_tree_of_a_guide(trees):
+    vae, tree = linear_vae(), trees[linear_vae]
+    of_guide = pv.to_datatree(vae.model, vae.guide, X, draws=4)
+    z = tree["posterior"]["z"]
+    assert z.dims == of_guide["posterior"]["z"].dims
+    assert dict(z.sizes) == {"chain": 2, "draw": 250, "obs": 3, "latent": 2}
+    np.testing.assert_array_equal(tree["observed_data"]["x"], X)
+    assert tree["sample_stats"]["diverging"].dims == ("chain", "draw")
+    assert not tree["sample_stats"]["diverging"].all()
+    for node in tree.children.values():
+        for dim, size in node.sizes.items():
+            np.testing.assert_array_equal(node.coords[dim], np.arange(size))
+    assert {"created_at", "warmup", "acceptance_rate"} <= set(tree.attrs)
+
+
+def test_lp_is_the_log_of_the_joint_density(trees):
+    vae, tree = linear_vae(), trees[linear_vae]
+    z = torch.from_numpy(tree["posterior"]["z"].values)
+    with torch.no_grad():
+        lp = (vae.prior().log_prob(z) + vae.decode(z).log_prob(X)).sum(-1)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"], lp, rtol=1e-4, atol=1e-3)
+
+
+def test_arviz_tells_r_hat_and_writes_and_reads(trees, tmp_path):
+    trees[curved_vae].to_netcdf(tmp_path / "reference.nc", engine="h5netcdf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz as az
+
+        summary = az.summary(pv.to_arviz(trees[curved_vae]), round_to="none")
+    assert (summary["r_hat"] < 1.05).all()
+
+
+def test_arviz_draws_the_guide_beside_its_reference(trees):
+    vae = curved_vae()
+    q = pv.to_datatree(vae.model, vae.guide, X, draws=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz as az
+
+        pair = [pv.to_arviz(tree) for tree in (q, trees[curved_vae])]
+        (ax,) = az.plot_forest(pair, model_names=["q", "NUTS"], var_names=["z"], combined=True).ravel()
+    points = [line for line in ax.lines if line.get_marker() == "o"]
+    assert len(points) == 2 * q["posterior"]["z"][0, 0].size, "one of each for every variable of every datum"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == ["NUTS", "q"]
+
+
+def test_what_is_deterministic_is_there_too():
+    vae = pv.VAE(
+        priors.RelaxedBernoulli(1, temperature=0.5),
+        guides.RelaxedBernoulli(3, 1, linear(), temperature=0.66),
+        likelihoods.Normal(1, 3, linear()),
+    )
+    tree = pv.reference(
+        vae.model, X[:2], draws=10, chains=2, warmup=10, dims={"z": ["bit"]}, coords={"obs": ["a", "b"]}
+    )
+    z, code = (torch.from_numpy(tree["posterior"][name].values) for name in ("z", "code"))
+    torch.testing.assert_close(code, vae.code(z))
+    assert tree["posterior"]["z"].dims == ("chain", "draw", "obs", "bit")
+    assert list(tree["posterior"].coords["obs"].values) == ["a", "b"]
+
+
+def own_model(x):
+    """A parameter in the store, frozen at the value that it has there."""
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+def test_parameters_streams_and_gradients_are_as_before(random_states):
+    vae = linear_vae()
+    vae.register()
+    next(vae.decoder.parameters()).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in vae.parameters()]
+    pyro.param("scale", torch.tensor(0.05), constraint=dist.constraints.positive)
+    stored = {name: value.clone() for name, value in pyro.get_param_store().named_parameters()}
+    state = random_states()
+    pv.reference(vae.model, X[:1], draws=5, chains=1, warmup=5)
+    tree = pv.reference(own_model, torch.tensor([2.0]), draws=100, chains=1, warmup=50)
+    assert float(tree["posterior"]["z"].mean()) == pytest.approx(2.0, abs=0.1), "the parameter of the store counts"
+    assert random_states() == state
+    after = dict(pyro.get_param_store().named_parameters())
+    assert after.keys() == stored.keys()
+    assert all(torch.equal(after[name], value) for name, value in stored.items())
+    assert [parameter.requires_grad for parameter in vae.parameters()] == flags
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    unregistered = linear_vae()
+    pv.reference(unregistered.model, X[:1], draws=2, chains=1, warmup=2)
+    assert set(dict(pyro.get_param_store().named_parameters())) == stored.keys()
+
+
+def test_discrete_latents_are_refused():
+    vae = pv.VAE(priors.Bernoulli(2), guides.Bernoulli(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    with pytest.raises(ValueError, match=r"its latents \['z'\] are discrete.*exact\.posterior"):
+        pv.reference(vae.model, X)
+
+
+@pytest.mark.parametrize("name", ["draws", "chains", "warmup"])
+def test_counts_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name}: got 0; accepted is a positive integer"):
+        pv.reference(linear_vae().model, X, **{name: 0})

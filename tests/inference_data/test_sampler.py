@@ -1,0 +1,313 @@
+"""Log-densities beside the draws: those that a pencil gives, of the very draws, or none where there is no density."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, handlers, likelihoods, priors
+from pyro_vae.evidence.pareto import pareto_shape
+from pyro_vae.parts.networks import mlp, with_missing
+
+NET = mlp([4], nn.Tanh)
+N = 6
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+STATISTICS = ["lp", "log_q", "log_weight"]
+SIGMAS = 5
+
+
+def gaussian(latent=2):
+    return pv.VAE(
+        priors.StandardNormal(latent), guides.DiagonalNormal(3, latent, NET), likelihoods.Normal(latent, 3, NET)
+    )
+
+
+def relaxed():
+    return pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5, probs=0.3),
+        guides.RelaxedBernoulli(3, 2, NET, temperature=0.66),
+        likelihoods.Normal(2, 3, NET),
+    )
+
+
+def gumbel():
+    return pv.VAE(
+        priors.GumbelSoftmax((1, 2), temperature=0.5, straight_through=True),
+        guides.GumbelSoftmax(3, (1, 2), NET, temperature=0.66),
+        likelihoods.Normal((1, 2), 3, NET),
+    )
+
+
+def discrete():
+    return pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, NET), likelihoods.Normal(2, 3, NET))
+
+
+def one_hot():
+    return pv.VAE(
+        priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(3, (2, 3), NET), likelihoods.Normal((2, 3), 3, NET)
+    )
+
+
+VAES = {"gaussian": gaussian, "relaxed": relaxed, "gumbel": gumbel, "discrete": discrete, "one_hot": one_hot}
+
+
+@pytest.fixture(params=[False, True], ids=["one by one", "parallel"])
+def parallel(request):
+    return request.param
+
+
+def statistics(model, guide, *data, **options):
+    tree = pv.to_datatree(model, guide, *data, **({"draws": 8} | options))
+    found = {
+        name: torch.from_numpy(values.values[0])
+        for name, values in tree["sample_stats"].data_vars.items()
+        if "draw" in values.dims
+    }
+    return tree, found
+
+
+def drawn(tree, name):
+    return torch.from_numpy(tree["posterior"][name].values[0])
+
+
+def assert_pencil(found, lp, log_q):
+    """The numbers, and that their difference is the weight."""
+    assert list(found) == STATISTICS
+    for name, expected in (("lp", lp), ("log_q", log_q), ("log_weight", lp - log_q)):
+        torch.testing.assert_close(found[name].double(), expected.detach().double(), rtol=1e-4, atol=1e-4)
+
+
+# --- The numbers of a pencil -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", VAES.values(), ids=VAES)
+def test_densities_of_a_vae_at_its_own_draws(make, parallel):
+    vae = make()
+    tree, found = statistics(vae.model, vae.guide, X, parallel=parallel)
+    z = drawn(tree, "z")
+    lp = vae.prior().log_prob(z) + vae.decode(z).log_prob(X)
+    assert_pencil(found, lp, vae.encode(X).log_prob(z))
+    for name in STATISTICS:
+        assert tree["sample_stats"][name].dims == ("chain", "draw", "obs")
+        assert tree["sample_stats"][name].attrs == {"units": "nats"}
+
+
+def test_missing_entries_have_no_part_in_the_densities(parallel):
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        guides.DiagonalNormal(3, 2, with_missing(NET)),
+        likelihoods.Normal(2, 3, NET, missing=True),
+    )
+    x = X.clone()
+    x[0, 1] = x[3] = torch.nan
+    tree, found = statistics(vae.model, vae.guide, x, parallel=parallel)
+    z = drawn(tree, "z")
+    assert_pencil(found, vae.prior().log_prob(z) + vae.decode(z).log_prob(x), vae.encode(x).log_prob(z))
+    torch.testing.assert_close(found["lp"][:, 3], vae.prior().log_prob(z[:, 3]))  # all of it missing
+    assert all(values.isfinite().all() for values in found.values())
+
+
+def mixed_model(x):
+    """A discrete latent and two continuous ones, of which one hangs on it."""
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(0.3))
+        z = pyro.sample("z", dist.Normal(c, 1.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        pyro.sample("x", dist.Normal(z, s), obs=x)
+
+
+def mixed_guide(x):
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(torch.sigmoid(x)))
+        pyro.sample("z", dist.Normal(0.5 * x + c, 0.7))
+        pyro.sample("s", dist.LogNormal(0.1, 0.4))
+
+
+def test_several_latents_of_both_kinds(parallel):
+    x = X[:, 0]
+    tree, found = statistics(mixed_model, config_enumerate(mixed_guide), x, parallel=parallel)
+    c, z, s = (drawn(tree, name) for name in "czs")
+    lp = dist.Bernoulli(0.3).log_prob(c) + dist.Normal(c, 1.0).log_prob(z) + dist.LogNormal(0.0, 0.5).log_prob(s)
+    lp = lp + dist.Normal(z, s).log_prob(x)
+    log_q = dist.Bernoulli(torch.sigmoid(x)).log_prob(c) + dist.Normal(0.5 * x + c, 0.7).log_prob(z)
+    assert_pencil(found, lp, log_q + dist.LogNormal(0.1, 0.4).log_prob(s))
+
+
+def test_another_plate_is_summed_over(parallel):
+    def model(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+            pyro.sample("z", dist.Normal(x, 0.1))
+
+    x = X[:, :2].T
+    for plate, summed in (("days", 1), ("people", 2)):
+        tree, found = statistics(model, guide, x, plate=plate, parallel=parallel)
+        z = drawn(tree, "z")
+        lp = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+        assert_pencil(found, lp.sum(summed), dist.Normal(x, 0.1).log_prob(z).sum(summed))
+        assert tree["sample_stats"]["lp"].dims == ("chain", "draw", "obs")
+
+
+def test_weights_of_an_objective_change_no_density():
+    vae = gaussian()
+    _, plain = statistics(vae.model, vae.guide, X)
+    weight = handlers.WeightKL(0.1)
+    _, weighted = statistics(poutine.scale(weight(vae.model), 3.0), weight(vae.guide), X)
+    assert all(torch.equal(plain[name], weighted[name]) for name in STATISTICS)
+
+
+# --- What they are good for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: gaussian(1), discrete], ids=["gaussian", "discrete"])
+def test_the_mean_weight_is_the_evidence_and_the_mean_log_weight_the_elbo(make):
+    vae, draws = make(), 4000
+    _, found = statistics(vae.model, vae.guide, X, draws=draws, parallel=True)
+    log_weight = found["log_weight"].double()
+    weight = (log_weight - log_weight.max(0).values).exp()
+    error = weight.std(0) / weight.mean(0) / draws**0.5
+    evidence = log_weight.logsumexp(0) - math.log(draws)
+    assert ((evidence - pv.exact.log_evidence(vae.model, X)).abs() < SIGMAS * error + 1e-4).all()
+    estimate = pv.log_evidence(vae.model, vae.guide, X, num_samples=draws, seed=1)
+    assert ((evidence - estimate.log_evidence).abs() < SIGMAS * error.hypot(estimate.standard_error) + 1e-4).all()
+    elbo = pv.exact.elbo(vae.model, vae.guide, X)
+    assert ((log_weight.mean(0) - elbo).abs() < SIGMAS * log_weight.std(0) / draws**0.5 + 1e-4).all()
+
+
+def test_khat_is_that_of_the_weights(parallel):
+    vae = gaussian()
+    tree, found = statistics(vae.model, vae.guide, X, draws=200, parallel=parallel)
+    assert list(tree["sample_stats"].data_vars) == [*STATISTICS, "khat"]
+    khat = tree["sample_stats"]["khat"]
+    assert khat.dims == ("obs",)
+    np.testing.assert_array_equal(khat, pareto_shape(found["log_weight"]))
+
+
+@pytest.mark.parametrize(("draws", "there"), [(20, False), (21, True)])
+def test_khat_of_too_few_draws_is_not_there(draws, there):
+    vae = gaussian()
+    tree, _ = statistics(vae.model, vae.guide, X, draws=draws)
+    assert ("khat" in tree["sample_stats"]) == there
+
+
+# --- Latents that data share -----------------------------------------------------------------------------------------
+
+
+def shared_model(x):
+    mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def shared_guide(x):
+    pyro.sample("mu", dist.Normal(0.7, 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.5 * x, 0.4))
+
+
+def test_with_a_global_latent_the_densities_are_those_of_all_data(parallel):
+    x = X[:, 0]
+    tree, found = statistics(shared_model, shared_guide, x, parallel=parallel)
+    mu, z = drawn(tree, "mu"), drawn(tree, "z")
+    local = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
+    log_q = dist.Normal(0.7, 0.3).log_prob(mu) + dist.Normal(0.5 * x, 0.4).log_prob(z).sum(-1)
+    assert_pencil(found, dist.Normal(1.0, 0.5).log_prob(mu) + local.sum(-1), log_q)
+    assert all(tree["sample_stats"][name].dims == ("chain", "draw") for name in STATISTICS)
+
+
+def test_with_a_global_latent_the_mean_weight_is_the_evidence_of_all_data():
+    x, draws = X[:3, 0], 20_000
+    tree, found = statistics(shared_model, shared_guide, x, draws=draws, parallel=True)
+    covariance = 0.5**2 + (1 + 0.5**2) * torch.eye(len(x))
+    expected = dist.MultivariateNormal(torch.ones(len(x)), covariance).log_prob(x)
+    weight = found["log_weight"].exp()
+    error = weight.std() / weight.mean() / draws**0.5
+    assert abs(weight.mean().log() - expected) < SIGMAS * error
+    assert tree["sample_stats"]["khat"].dims == ()
+    assert tree["sample_stats"]["khat"].item() == pareto_shape(found["log_weight"][:, None]).item()
+
+
+# --- Autoguides ------------------------------------------------------------------------------------------------------
+
+
+def positive_model(x):
+    with pyro.plate("data", len(x)):
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        pyro.sample("x", dist.Normal(0.0, s), obs=x)
+
+
+@pytest.mark.parametrize(("autoguide", "by_datum"), [(AutoNormal, True), (AutoDiagonalNormal, False)])
+def test_the_density_of_an_autoguide_is_that_of_the_latent_that_it_transforms(autoguide, by_datum):
+    x = X[:, 0]
+    guide = autoguide(positive_model, init_scale=0.3)
+    guide(x)
+    tree, found = statistics(positive_model, guide, x)
+    s = drawn(tree, "s")
+    if by_datum:
+        loc, scale = guide.locs.s, guide.scales.s
+    else:
+        loc, scale = guide.loc, guide.scale
+    log_q = dist.LogNormal(loc, scale).log_prob(s)
+    lp = dist.LogNormal(0.0, 0.5).log_prob(s) + dist.Normal(0.0, s).log_prob(x)
+    assert_pencil(found, *((lp, log_q) if by_datum else (lp.sum(-1), log_q.sum(-1))))
+
+
+# --- What is no density ----------------------------------------------------------------------------------------------
+
+
+def test_a_point_has_no_density():
+    guide = AutoDelta(shared_model)
+    x = X[:, 0]
+    guide(x)
+    tree, found = statistics(shared_model, guide, x, draws=30)
+    assert list(found) == ["lp"]
+    mu, z = drawn(tree, "mu"), drawn(tree, "z")
+    lp = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
+    torch.testing.assert_close(found["lp"], (dist.Normal(1.0, 0.5).log_prob(mu) + lp.sum(-1)).double())
+
+
+def test_soft_targets_have_no_likelihood():
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        guides.DiagonalNormal(3, 2, NET),
+        likelihoods.Bernoulli(2, 3, NET, soft_targets=True),
+    )
+    tree, found = statistics(vae.model, vae.guide, X.sigmoid(), draws=30)
+    assert list(found) == ["log_q"]
+    torch.testing.assert_close(found["log_q"], vae.encode(X.sigmoid()).log_prob(drawn(tree, "z")).detach())
+
+
+def test_a_latent_that_the_model_has_not_leaves_no_weight():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            pyro.sample("s", dist.LogNormal(shift, 0.4))
+
+    _, found = statistics(positive_model, guide, X[:, 0], draws=30)
+    assert list(found) == ["lp", "log_q"]
+
+
+def test_a_relaxed_draw_has_no_mass_under_a_discrete_prior():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.RelaxedBernoulli(torch.tensor(0.5), logits=x))
+
+    _, found = statistics(model, guide, X[:, 0], draws=30)
+    assert list(found) == ["log_q"]

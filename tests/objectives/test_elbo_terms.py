@@ -1,0 +1,325 @@
+"""ELBO, distortion and rate from traces: those of the loss, and of sums by hand, in every way to run a pair."""
+
+import itertools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae._utils.traces import log_density, recorded
+from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
+from pyro_vae.parts.networks import linear
+
+N = 5
+X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+ROWS = torch.tensor([4, 1])
+
+
+def gaussian():
+    vae = pv.VAE(priors.Normal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    return vae.double()
+
+
+def discrete():
+    vae = pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+    return vae.double()
+
+
+def run(elbo, model, guide, x=X):
+    """The loss, and the (model, guide) traces of the runs that it was computed from."""
+    models, guides_ = [], []
+    loss = elbo.loss(recorded(model, models), recorded(guide, guides_), x)
+    used = 1 if elbo.vectorize_particles else elbo.num_particles
+    return loss, list(zip(models[-used:], guides_[-used:], strict=True))
+
+
+def by_hand(vae, traces, x=X):
+    """Distortion and rate per datum of a VAE at the draws of z in the traces, from its parts alone."""
+    z = torch.stack([guide_trace.nodes["z"]["value"].reshape(-1, len(x), 2) for _, guide_trace in traces])
+    distortion = -vae.decode(z).log_prob(x)
+    rate = vae.encode(x).log_prob(z) - vae.prior().log_prob(z)
+    return distortion.mean().item(), rate.mean().item()
+
+
+def assert_terms(terms, distortion, rate):
+    assert set(terms) == {"elbo", "distortion", "rate"}
+    assert terms["distortion"].item() == pytest.approx(distortion, rel=1e-9)
+    assert terms["rate"].item() == pytest.approx(rate, rel=1e-9, abs=1e-12)
+    assert terms["elbo"].item() == pytest.approx(-distortion - rate, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "particles",
+    [
+        {},
+        {"num_particles": 3},
+        {"num_particles": 3, "vectorize_particles": True},
+        {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1},
+    ],
+    ids=["one", "three", "vectorized", "vectorized, plates told"],
+)
+@pytest.mark.parametrize("make", [gaussian, discrete])
+def test_terms_are_those_of_the_parts_and_add_up_to_the_loss(make, particles):
+    vae = make()
+    loss, traces = run(Trace_ELBO(**particles), vae.model, vae.guide)
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, *by_hand(vae, traces))
+    assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
+
+
+def test_terms_are_averages_over_traces():
+    vae = gaussian()
+    traces = [run(Trace_ELBO(), vae.model, vae.guide)[1][0] for _ in range(3)]
+    single = [elbo_terms([pair], N) for pair in traces]
+    for name, value in elbo_terms(traces, N).items():
+        assert value.item() == pytest.approx(sum(terms[name].item() for terms in single) / 3, rel=1e-12)
+
+
+def test_terms_carry_no_gradient():
+    vae = gaussian()
+    _, traces = run(Trace_ELBO(), vae.model, vae.guide)
+    assert not any(value.requires_grad for value in elbo_terms(traces, N).values())
+
+
+# --- Scales and masks ------------------------------------------------------------------------------------------------
+
+
+def test_terms_of_a_mini_batch_estimate_those_of_all_data():
+    vae = gaussian()
+    with Rows("data", ROWS):
+        loss, traces = run(Trace_ELBO(), vae.model, vae.guide)
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, *by_hand(vae, traces, X[ROWS]))
+    assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
+
+
+def test_a_global_latent_is_not_scaled_up_with_the_rows():
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0).expand([3]).to_event(1), obs=pyro.subsample(x, event_dim=1))
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(torch.tensor(0.4, dtype=x.dtype), 0.5))
+
+    with Rows("data", ROWS):
+        loss, traces = run(Trace_ELBO(), model, guide)
+    mu = traces[0][1].nodes["mu"]["value"]
+    distortion = -dist.Normal(mu, 1.0).log_prob(X[ROWS]).sum(-1).mean()
+    rate = dist.Normal(torch.tensor(0.4, dtype=X.dtype), 0.5).log_prob(mu) - dist.Normal(0.0, 1.0).log_prob(mu)
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, distortion.item(), rate.item() / N)
+    assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
+
+
+@pytest.mark.parametrize("weigh", [WeightKL(4.0), WeightKL(0.0), poutine.scale(scale=3.0)], ids=["4", "0", "scale"])
+def test_terms_are_those_at_weight_1_whatever_scales_the_objective(weigh):
+    vae = gaussian()
+    loss, traces = run(Trace_ELBO(), weigh(vae.model), weigh(vae.guide))
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, *by_hand(vae, traces))
+    assert terms["elbo"].item() != pytest.approx(-loss / N, rel=1e-3)
+
+
+def test_masked_data_do_not_count():
+    vae = gaussian()
+    mask = torch.tensor([True, True, False, True, False])
+    loss, traces = run(Trace_ELBO(), poutine.mask(mask=mask)(vae.model), poutine.mask(mask=mask)(vae.guide))
+    z = traces[0][1].nodes["z"]["value"]
+    distortion = -vae.decode(z).log_prob(X)[mask].sum() / N
+    rate = (vae.encode(X).log_prob(z) - vae.prior().log_prob(z))[mask].sum() / N
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, distortion.item(), rate.item())
+    assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
+
+
+def test_log_density_of_a_site_is_masked_and_not_scaled():
+    mask = torch.tensor([True, False])
+    with poutine.trace() as tracer, poutine.scale(scale=5.0), poutine.mask(mask=mask), pyro.plate("data", 2):
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor([0.5, 0.5]))
+    value = log_density(tracer.trace.nodes["x"])
+    torch.testing.assert_close(value, torch.stack([dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)), torch.zeros(())]))
+
+
+# --- Enumeration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vectorize", [False, True], ids=["one", "vectorized"])
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["all rows", "some rows"])
+def test_enumerated_terms_are_sums_over_all_states(rows, vectorize):
+    vae = discrete()
+    particles = {"num_particles": 2, "vectorize_particles": True} if vectorize else {}
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
+    with Rows("data", torch.arange(N) if rows is None else rows):
+        loss, traces = run(elbo, vae.model, config_enumerate(vae.guide))
+    x = X if rows is None else X[rows]
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)), dtype=x.dtype)[:, None]
+    log_q = vae.encode(x).log_prob(states)
+    distortion = -(log_q.exp() * vae.decode(states).log_prob(x)).sum(0).mean()
+    rate = (log_q.exp() * (log_q - vae.prior().log_prob(states))).sum(0).mean()
+    terms = elbo_terms(traces, N)
+    assert_terms(terms, distortion.item(), rate.item())
+    assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
+
+
+def chain_model(x):
+    """A global cluster, a local one that depends on it, a continuous latent that depends on both."""
+    top = pyro.sample("top", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        table = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], dtype=x.dtype)
+        kind = pyro.sample("kind", dist.Categorical(table[top]))
+        w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        mean = (kind + 0.5 * top + w)[..., None].expand(*(kind + top + w).shape, 3)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+
+def chain_guide(x):
+    top = pyro.sample("top", dist.Categorical(torch.tensor([0.4, 0.6], dtype=x.dtype)))
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        table = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]], dtype=x.dtype)
+        pyro.sample("kind", dist.Categorical(table[top]))
+        pyro.sample("w", dist.Normal(0.1 * x.sum(-1), 0.5))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_terms_of_enumerated_sites_that_depend_on_each_other_add_up_to_the_loss(weight):
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    weigh = WeightKL(weight)
+    loss, traces = run(elbo, weigh(chain_model), weigh(config_enumerate(chain_guide)))
+    terms = elbo_terms(traces, N)
+    # The local latents are enumerated within the global one: by hand, a loop over its two states.
+    w = traces[0][1].nodes["w"]["value"]
+    p_top, q_top = torch.tensor([0.3, 0.7]), torch.tensor([0.4, 0.6])
+    p_kind = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    q_kind = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]])
+    distortion, rate = 0.0, (q_top * (q_top / p_top).log()).sum()
+    for top, kind in itertools.product(range(2), range(3)):
+        q = q_top[top] * q_kind[top, kind]
+        distortion -= q * dist.Normal((kind + 0.5 * top + w)[:, None], 1.0).log_prob(X).sum()
+        rate = rate + N * q * (q_kind[top, kind] / p_kind[top, kind]).log()
+    rate = rate + (dist.Normal(0.1 * X.sum(-1), 0.5).log_prob(w) - dist.Normal(0.0, 1.0).log_prob(w)).sum()
+    assert terms["distortion"].item() == pytest.approx(distortion.item() / N, rel=1e-5)
+    assert terms["rate"].item() == pytest.approx(rate.item() / N, rel=1e-5)
+    assert loss / N == pytest.approx((terms["distortion"] + weight * terms["rate"]).item(), rel=1e-6)
+
+
+def test_a_state_without_mass_adds_nothing_however_unlikely_it_makes_the_data():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Bernoulli(1.0 - z.float()), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Categorical(torch.tensor([1.0, 0.0])))
+
+    x = torch.ones(4)
+    _, traces = run(TraceEnum_ELBO(max_plate_nesting=1), model, config_enumerate(guide), x)
+    terms = elbo_terms(traces, 4)
+    assert terms["distortion"].item() == pytest.approx(0, abs=1e-5)
+    assert terms["rate"].item() == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
+
+
+# --- Where there are no such terms -----------------------------------------------------------------------------------
+
+
+def test_a_latent_that_the_model_marginalises_has_no_terms():
+    vae = discrete()
+    _, traces = run(TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(vae.model), lambda x: None)
+    assert elbo_terms(traces, N) is None
+
+
+def test_terms_of_a_likelihood_that_is_none_are_a_surrogates():
+    soft = likelihoods.Bernoulli(2, 3, linear(), soft_targets=True)
+    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, linear()), soft).double()
+    loss, traces = run(Trace_ELBO(), vae.model, vae.guide, X.sigmoid())
+    terms = elbo_terms(traces, N)
+    assert set(terms) == {"surrogate", "distortion", "rate"}
+    assert terms["surrogate"].item() == pytest.approx(-loss / N, rel=1e-9)
+    assert bound_name(*traces[0]) == "surrogate"
+
+
+def test_a_density_is_bounded_by_an_elbo():
+    vae = gaussian()
+    _, traces = run(Trace_ELBO(), vae.model, vae.guide)
+    assert bound_name(*traces[0]) == "elbo"
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["poutine.mask", "masked distribution"])
+def test_states_of_a_masked_site_keep_their_probabilities(inside):
+    """As in Pyro's own sum: where obs_mask gives y, its latent twin is masked, and each row counts once."""
+    y, known = torch.tensor([2.0, 0.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
+    x, logits = torch.randn(4), torch.randn(4, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            drawn = pyro.sample("y", dist.Categorical(torch.ones(3) / 3), obs=y, obs_mask=known)
+            pyro.sample("x", dist.Normal(drawn, 1.0), obs=x)
+
+    def guide(x):
+        q = dist.Categorical(logits=logits)
+        with pyro.plate("data", len(x)):
+            if inside:
+                pyro.sample("y_unobserved", q.mask(~known))
+            else:
+                with poutine.mask(mask=~known):
+                    pyro.sample("y_unobserved", q)
+
+    log_q = logits.log_softmax(-1)
+    log_p = dist.Normal(torch.arange(3.0), 1.0).log_prob(x[:, None]) - torch.tensor(3.0).log()
+    summed = (log_q.exp() * (log_p - log_q)).sum(-1)
+    expected = torch.where(known, log_p.gather(1, y.long()[:, None])[:, 0], summed).mean().item()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    assert pv.evaluate(model, config_enumerate(guide), x, elbo=elbo)["elbo"] == pytest.approx(expected, rel=1e-5)
+    assert -elbo.loss(model, config_enumerate(guide), x) / 4 == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_factor_is_no_likelihood():
+    x = torch.randn(5)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("bonus", torch.full((len(x),), 100.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    assert set(pv.evaluate(model, guide, x)) == {"surrogate", "distortion", "rate"}
+    for refuses in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
+        with pytest.raises(ValueError, match=r"\['bonus'\] is not normalised \(soft targets, or pyro.factor\)"):
+            refuses()
+
+
+def test_a_chain_enumerated_in_few_dimensions_has_the_bound_alone():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = torch.zeros(len(x), dtype=x.dtype)
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z{t}", dist.Bernoulli(0.3 + 0.4 * z))
+                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = torch.zeros(len(x), dtype=x.dtype)
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z{t}", dist.Bernoulli(0.2 + 0.5 * z), infer={"enumerate": "parallel"})
+
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=X.dtype)
+    before = torch.cat([torch.zeros(8, 1, dtype=X.dtype), states[:, :2]], 1)
+    log_q = dist.Bernoulli(0.2 + 0.5 * before).log_prob(states).sum(-1)
+    log_prior = dist.Bernoulli(0.3 + 0.4 * before).log_prob(states).sum(-1)
+    log_likelihood = dist.Normal(states[:, None], 1.0).log_prob(X[:, :3]).sum(-1).mean(1)
+    expected = (log_q.exp() * (log_likelihood + log_prior - log_q)).sum().item()
+    found = pv.evaluate(model, guide, X[:, :3], elbo=TraceEnum_ELBO(max_plate_nesting=1))
+    assert found == {"elbo": pytest.approx(expected, rel=1e-6)}

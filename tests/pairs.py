@@ -1,0 +1,53 @@
+"""One small VAE of each kind of latent, for tests that need a pair and do not care which."""
+
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, networks, priors
+
+NET = networks.mlp([4], nn.Tanh)
+
+
+def gaussian(latent=2, features=3, **parts):
+    """A standard normal prior and a diagonal normal guide; ``parts`` replace those of that role."""
+    default = {
+        "prior": priors.StandardNormal(latent),
+        "encoder": guides.DiagonalNormal(features, latent, NET),
+        "decoder": likelihoods.Normal(latent, features, NET),
+    }
+    return pv.VAE(**{**default, **parts})
+
+
+def bernoulli(latent=2, features=3):
+    """Binary latents with their exact sum over states."""
+    return gaussian(latent, features, prior=priors.Bernoulli(latent), encoder=guides.Bernoulli(features, latent, NET))
+
+
+def one_hot(latent=(2, 3), features=3):
+    """Two latent classes of three values each."""
+    return gaussian(
+        latent,
+        features,
+        prior=priors.OneHotCategorical(latent),
+        encoder=guides.OneHotCategorical(features, latent, NET),
+    )
+
+
+def relaxed(latent=2, features=3, temperature=0.5, straight_through=False):
+    """Relaxed Bernoulli latents; ``.discrete()`` is their discrete twin."""
+    return gaussian(
+        latent,
+        features,
+        prior=priors.RelaxedBernoulli(latent, temperature, straight_through=straight_through),
+        encoder=guides.RelaxedBernoulli(features, latent, NET, 0.66),
+    )
+
+
+def gumbel(latent=(2, 3), features=3, temperature=0.5):
+    """Gumbel-softmax latents; ``.discrete()`` is their discrete twin."""
+    return gaussian(
+        latent,
+        features,
+        prior=priors.GumbelSoftmax(latent, temperature),
+        encoder=guides.GumbelSoftmax(features, latent, NET, 0.66),
+    )

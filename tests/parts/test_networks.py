@@ -1,0 +1,158 @@
+"""Network factories: every row is mapped alone, whatever dimensions stand on its left."""
+
+import pytest
+import torch
+from torch import nn
+
+from pyro_vae import guides, likelihoods
+from pyro_vae.parts.networks import convolutional, deconvolutional, linear, mlp, standardized
+
+IMAGES = [(1, 7, 7), (1, 8, 8), (1, 28, 28), (3, 8, 8), (2, 5, 9), (1, 1, 1)]
+
+
+def features(image):
+    return image[0] * image[1] * image[2]
+
+
+FACTORIES = {
+    "linear": (linear(), 4, 3),
+    "no hidden layer": (mlp([]), 4, 3),
+    "mlp": (mlp([5, 6], nn.Tanh), 4, 3),
+    **{f"convolutional {image}": (convolutional(image, [2, 3], nn.Tanh), features(image), 4) for image in IMAGES},
+    **{f"deconvolutional {image}": (deconvolutional(image, [3, 2], nn.Tanh), 4, features(image)) for image in IMAGES},
+    "two raw outputs per pixel": (deconvolutional((3, 7, 8), [3, 2], nn.Tanh), 4, 2 * 3 * 7 * 8),
+    "three convolutions": (convolutional((1, 28, 28), [2, 3, 4], nn.Tanh), 784, 4),
+    "standardized": (standardized(mlp([5], nn.Tanh), torch.arange(4.0), torch.arange(1.0, 5.0)), 4, 3),
+    "one convolution": (deconvolutional((1, 7, 7), [2], nn.Tanh), 4, 49),
+}
+
+
+@pytest.mark.parametrize(("factory", "size", "out"), FACTORIES.values(), ids=FACTORIES.keys())
+def test_rows_are_mapped_alone_under_any_leading_dimensions(factory, size, out):
+    network = factory(size, out).double()
+    rows = torch.randn(6, size, dtype=torch.float64)
+    alone = torch.stack([network(row) for row in rows])
+    assert alone.shape == (6, out)
+    for batch in [(6,), (2, 3), (6, 1), (1, 2, 3)]:
+        torch.testing.assert_close(network(rows.reshape(*batch, size)), alone.reshape(*batch, out))
+
+
+@pytest.mark.parametrize(("factory", "size", "out"), FACTORIES.values(), ids=FACTORIES.keys())
+def test_every_output_depends_on_the_input_and_every_weight_matters(factory, size, out):
+    network = factory(size, out).double()
+    inputs = torch.randn(50, size, dtype=torch.float64, requires_grad=True)
+    outputs = network(inputs)
+    assert (outputs.detach().std(0) > 0).all()
+    gradients = torch.autograd.grad((outputs**2).sum(), [inputs, *network.parameters()])
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("down", "right"), [(2, 0), (0, 2)])
+def test_convolution_sees_the_pixels_of_an_oblong_image_where_they_are(down, right):
+    # Shifting an image by the stride shifts the feature map by one.
+    network = convolutional((1, 6, 10), [2], nn.Tanh)(60, 2 * 3 * 5).double()
+    network.network[-1] = nn.Identity()
+    image = torch.zeros(6, 10, dtype=torch.float64)
+    image[2, 4] = 1.0
+    shifted_image = image.roll((down, right), (0, 1))
+    here, shifted = (network(one.flatten()).reshape(2, 3, 5) for one in (image, shifted_image))
+    torch.testing.assert_close(shifted[:, down // 2 :, right // 2 :], here[:, : 3 - down // 2, : 5 - right // 2])
+    assert not torch.allclose(shifted, here)
+
+
+def test_second_raw_output_is_a_channel_of_its_own():
+    # A normal with a scale from the network reads locations first and log-scales after: changing the weights of the
+    # last output channels changes the scale alone.
+    image = (2, 7, 7)
+    decoder = likelihoods.Normal(3, image, deconvolutional(image, [2]), scale="network")
+    z = torch.randn(4, 3)
+    before = decoder(z)
+    with torch.no_grad():
+        decoder.network.network[-1].bias[2:] += 1.0
+    after = decoder(z)
+    torch.testing.assert_close(after.mean, before.mean)
+    assert (after.stddev > before.stddev).all()
+    assert before.event_shape == image
+
+
+def test_convolutional_encoder_and_decoder_take_particles_and_enumerated_states():
+    image = (1, 7, 7)
+    encoder = guides.Bernoulli(image, 2, convolutional(image, [2]))
+    decoder = likelihoods.Bernoulli(2, image, deconvolutional(image, [2]))
+    q = encoder(torch.randn(3, 5, *image))
+    p = decoder(q.enumerate_support(expand=False))
+    assert (q.batch_shape, p.batch_shape, p.event_shape) == ((3, 5), (4, 1, 1), image)
+
+
+def test_any_function_of_two_integers_is_a_factory():
+    asked = []
+
+    def own(in_features, out_features):
+        asked.append((in_features, out_features))
+        return nn.Sequential(nn.Linear(in_features, 5), nn.LayerNorm(5), nn.Linear(5, out_features))
+
+    encoder = guides.DiagonalNormal((2, 3), 4, own)
+    assert asked == [(6, 8)]
+    assert encoder(torch.zeros(7, 2, 3)).mean.shape == (7, 4)
+    assert guides.Bernoulli(2, 3, nn.Linear)(torch.zeros(2)).event_shape == (3,)
+
+
+def test_each_call_of_a_factory_builds_weights_of_its_own():
+    factory = mlp([3])
+    first, second = factory(2, 2), factory(2, 2)
+    assert not {*map(id, first.parameters())} & {*map(id, second.parameters())}
+
+
+def test_linear_without_bias_maps_zero_to_zero():
+    assert torch.equal(linear(bias=False)(3, 2)(torch.zeros(3)), torch.zeros(2))
+
+
+def test_standardized_takes_the_location_off_and_divides_by_the_scale():
+    loc, scale = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])
+    network = standardized(linear(), loc, scale)(2, 3)
+    x = loc + scale * torch.randn(5, 7, 2)
+    torch.testing.assert_close(network(x), network[1]((x - loc) / scale))
+    torch.testing.assert_close(network[0](x).mean(), ((x - loc) / scale).mean())
+    assert {name for name, _ in network.named_parameters()} == {"1.weight", "1.bias"}
+    loc.zero_()  # what was handed over stays the caller's
+    torch.testing.assert_close(network[0](torch.tensor([1.0, -2.0])), torch.zeros(2))
+    assert network.double()(x.double()).dtype == torch.float64
+    assert standardized(linear(), torch.ones(2).double(), 3)(2, 3)(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((torch.zeros(3),), r"loc: got 3 numbers; accepted are 2, one for each feature"),
+        ((0.0, torch.ones(3)), r"scale: got 3 numbers; accepted are 2"),
+        ((torch.zeros(1, 2),), r"loc: got .*; accepted is a finite number, or a tensor of them, \(in_features,\)"),
+        ((float("nan"),), "loc: got nan; accepted is a finite number"),
+        ((0.0, 0.0), r"scale: got 0.0; accepted are positive numbers"),
+        ((0.0, torch.tensor([1.0, -1.0])), r"scale: got .*; accepted are positive numbers"),
+    ],
+)
+def test_what_does_not_standardize_is_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        standardized(linear(), *arguments)(2, 3)
+
+
+@pytest.mark.parametrize("hidden", [32, [0], [32, -1]])
+def test_hidden_sizes_that_are_none_are_refused(hidden):
+    with pytest.raises(ValueError, match=r"hidden: got .*; accepted is a list of positive sizes"):
+        mlp(hidden)
+
+
+@pytest.mark.parametrize("image", [(1, 8, 8), (8, 8), (64,)])
+def test_images_that_do_not_hold_the_features_are_refused(image):
+    with pytest.raises(ValueError, match=r"image: got .*accepted is \(channels, height, width\).*in_features = 49"):
+        convolutional(image)(49, 2)
+    with pytest.raises(ValueError, match=r"image: got .*accepted is \(channels, height, width\).*out_features"):
+        deconvolutional(image)(2, 49)
+
+
+@pytest.mark.parametrize("channels", [[], [0]])
+def test_channels_that_are_none_are_refused(channels):
+    with pytest.raises(ValueError, match="channels: got"):
+        convolutional((1, 8, 8), channels)(64, 2)
+    with pytest.raises(ValueError, match="channels: got"):
+        deconvolutional((1, 8, 8), channels)(2, 64)

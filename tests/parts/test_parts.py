@@ -1,0 +1,351 @@
+"""Every family in every role in which it may stand. A new part joins the suite by being listed here."""
+
+import copy
+
+import pytest
+import torch
+from part_cases import (
+    ALL,
+    CONDITIONAL,
+    DEVICES,
+    FLOWS,
+    NEEDS_ZUKO,
+    NET,
+    NORMALIZED,
+    RELAXED,
+    ROLES,
+    TRAINABLE,
+    UNLIKELY,
+    Case,
+)
+from pyro import distributions as dist
+from scipy.interpolate import CubicSpline
+from scipy.stats import chisquare, kstest
+
+from pyro_vae import families, guides, likelihoods, priors
+from pyro_vae.distributions.properties import base_distribution, is_normalized
+from pyro_vae.distributions.relaxed import AdditiveLogRatioTransform, log_simplex
+from pyro_vae.parts.families import multivariate
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_public_part_is_listed_here(role):
+    module = {"priors": priors, "guides": guides, "likelihoods": likelihoods}[role]
+    assert {name.partition("-")[0] for name, _ in ROLES[role]} == set(module.__all__)
+
+
+@NEEDS_ZUKO
+def test_every_concrete_family_is_in_some_part_listed_here():
+    walked = {type(build().family) for parts in ROLES.values() for _, build in parts}
+    concrete = {
+        thing
+        for name, thing in {**vars(families), **vars(multivariate)}.items()
+        if isinstance(thing, type)
+        and issubclass(thing, families.Family)
+        and thing not in (families.Family, families.Relaxed)
+        and not name.startswith("_")
+    }
+    assert walked == concrete
+
+
+# --- The density -----------------------------------------------------------------------------------------------------
+
+
+class Chart:
+    """A grid of midpoints on the coordinates of a continuous distribution's own manifold."""
+
+    def __init__(self, q):
+        *variables, last = q.event_shape
+        base = base_distribution(q).support
+        self.on_simplex = base is log_simplex
+        self.heavy = isinstance(base_distribution(q), dist.StudentT)  # on the inverse hyperbolic sine, a logarithm
+        self.shape = (*variables, last - 1) if self.on_simplex else tuple(q.event_shape)
+        bounded = base is torch.distributions.constraints.unit_interval
+        self.low, self.high = (0.0, 1.0) if bounded else (-45.0, 45.0)
+        self.dims = torch.Size(self.shape).numel()
+        assert 1 <= self.dims <= 2
+        size = 900 if self.dims == 2 else 200_000  # a spline's density has kinks
+        self.step = (self.high - self.low) / size
+        axis = self.low + self.step * (torch.arange(size, dtype=torch.float64) + 0.5)
+        points = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, *self.shape)
+        values = AdditiveLogRatioTransform()(points) if self.on_simplex else points.sinh() if self.heavy else points
+        log_jacobian = points.cosh().log().flatten(1).sum(1) if self.heavy else 0.0
+        density = (q.log_prob(values) + log_jacobian).exp()
+        self.mass = (density * self.step**self.dims).reshape([size] * self.dims).detach()
+
+    def coordinates(self, values):
+        ratios = AdditiveLogRatioTransform().inv(values) if self.on_simplex else values
+        return (ratios.asinh() if self.heavy else ratios).reshape(len(values), self.dims)
+
+    def marginal_cdf(self, dim):
+        others = [d for d in range(self.dims) if d != dim]
+        marginal = self.mass.sum(others) if others else self.mass
+        edges = torch.linspace(self.low, self.high, len(marginal) + 1, dtype=torch.float64)
+        spline = CubicSpline(edges.numpy(), torch.cat([marginal.new_zeros(1), marginal.cumsum(0)]).numpy())
+        return lambda x: spline(x.clip(self.low, self.high))
+
+
+def states_of(q):
+    """All states of a discrete distribution; of counts, all but a mass of 1e-9 on each axis."""
+    if q.has_enumerate_support:
+        return q.enumerate_support()
+    *_, mean, variance = (moment.detach() for moment in (q.mean, q.variance))
+    last = int((mean + 40 * variance.sqrt()).max()) + 20
+    axis = torch.arange(last + 1, dtype=torch.float64)
+    return torch.cartesian_prod(*[axis] * q.event_shape.numel()).reshape(-1, *q.event_shape)
+
+
+def pooled(counts, expected, least=10.0):
+    """Cells of an expected count of at least so many, the rarer ones pooled: what a test of fit by chi-square asks."""
+    rare = expected < least
+    if not rare.any():
+        return counts, expected
+    return tuple(torch.cat([cells[~rare], cells[rare].sum()[None]]) for cells in (counts, expected))
+
+
+@pytest.mark.parametrize("build", NORMALIZED)
+def test_density_or_mass_is_one_on_its_own_manifold(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    assert is_normalized(q)
+    total = q.log_prob(states_of(q)).exp().sum() if q.support.is_discrete else Chart(q).mass.sum()
+    assert total.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("build", NORMALIZED)
+def test_samples_follow_the_log_density(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    n = 20_000
+    samples = q.sample((n,))
+    assert q.support.check(samples).all()
+    if q.support.is_discrete:
+        states, expected = states_of(q), n * q.log_prob(states_of(q)).exp().detach()
+        drawn, times = samples.flatten(1).unique(dim=0, return_counts=True)
+        place = (drawn[:, None] == states.flatten(1)).all(-1).int().argmax(1)
+        assert torch.equal(states.flatten(1)[place], drawn)
+        counts, expected = pooled(torch.zeros_like(expected).index_add(0, place, times.double()), expected)
+        assert chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue > UNLIKELY
+    else:
+        chart = Chart(q)
+        for dim, coordinate in enumerate(chart.coordinates(samples).detach().T):
+            assert kstest(coordinate.numpy(), chart.marginal_cdf(dim)).pvalue > UNLIKELY
+
+
+def test_soft_targets_make_no_likelihood():
+    assert not is_normalized(likelihoods.Bernoulli(3, 2, NET, soft_targets=True)(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("likelihoods.")])
+def test_mean_is_that_of_samples(build):
+    case = Case(build)
+    q = case.part(*case.contexts())
+    n = 20_000
+    try:
+        error = (q.variance / n).sqrt()
+    except NotImplementedError:
+        error = q.sample((n,)).std(0) / n**0.5
+    if not error.isfinite().all():
+        pytest.skip("the variance is not finite")
+    assert ((q.sample((n,)).mean(0) - q.mean).abs() <= 6 * error).all()
+
+
+# --- Parameters and gradients ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", TRAINABLE)
+def test_log_prob_has_a_finite_gradient_in_every_parameter(build):
+    case = Case(build)
+    q = case.part(*case.contexts(5))
+    value = q.sample((7,))
+    q.log_prob(value).sum().backward()
+    for name, parameter in case.part.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_rare_cells_are_pooled_and_none_is_lost():
+    counts, expected = pooled(torch.tensor([30.0, 4.0, 1.0]), torch.tensor([29.0, 5.0, 2.0]))
+    assert (counts.tolist(), expected.tolist()) == ([30, 5], [29, 7])
+
+
+PATHWISE = [p for p in TRAINABLE if "Normal" in p.id or "StudentT" in p.id or p in RELAXED + FLOWS]
+
+
+@pytest.mark.parametrize("build", PATHWISE)
+def test_reparameterised_draws_carry_a_gradient_to_every_parameter(build):
+    case = Case(build)
+    q = case.part(*case.contexts(5))
+    assert q.has_rsample
+    gradients = torch.autograd.grad((q.rsample() ** 2).sum(), list(case.part.parameters()))
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_state_dict_carries_the_distribution_to_a_fresh_part(build):
+    case = Case(build)
+    other = case.fresh().double()
+    contexts = case.contexts(5)
+    value = case.part(*contexts).sample()
+    other.load_state_dict(case.part.state_dict())
+    assert torch.equal(other(*contexts).log_prob(value), case.part(*contexts).log_prob(value))
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_temperature_is_in_the_state_dict(build):
+    case = Case(build)
+    state = case.part.state_dict()
+    assert state["family.temperature"].shape == ()
+    state["family.temperature"] = torch.tensor(3.0)
+    case.part.load_state_dict(state)
+    assert (case.part(*case.contexts(2)).base_dist.temperature == 3).all()
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_deepcopy_is_equal_and_apart(build):
+    case = Case(build)
+    twin = copy.deepcopy(case.part)
+    contexts = case.contexts(5)
+    value = case.part(*contexts).sample()
+    before = case.part(*contexts).log_prob(value)
+    assert torch.equal(twin(*contexts).log_prob(value), before)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            if tensor.is_floating_point():  # and not the mask of a network
+                tensor.add_(1.0)
+    assert torch.equal(case.part(*contexts).log_prob(value), before)
+
+
+# --- Dimensions, dtypes, devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", CONDITIONAL)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (4, 1), (2, 1, 3)])
+def test_leading_dimensions_are_rows(build, batch):
+    case = Case(build)
+    (context,) = case.contexts(*batch)
+    q = case.part(context)
+    value = q.sample()
+    assert (q.batch_shape, q.event_shape, value.shape) == (batch, case.part.event_shape, batch + case.part.event_shape)
+    rows = zip(context.reshape(-1, *case.part.context_shape), value.reshape(-1, *q.event_shape), strict=True)
+    rowwise = torch.stack([case.part(one).log_prob(row) for one, row in rows])
+    torch.testing.assert_close(q.log_prob(value).flatten(), rowwise)
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("priors.")])
+def test_prior_is_of_one_datum_and_ignores_a_context(build):
+    case = Case(build)
+    p = case.part()
+    assert (p.batch_shape, p.event_shape) == ((), case.part.event_shape)
+    value = p.sample((3,))
+    assert torch.equal(case.part(torch.randn(3, 2)).log_prob(value), p.log_prob(value))
+
+
+@pytest.mark.parametrize("build", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_kept(build, dtype):
+    case = Case(build)
+    part = case.fresh().to(dtype)
+    q = part(*case.contexts(5, dtype=dtype))
+    assert q.sample().dtype == q.log_prob(q.sample()).dtype == dtype
+    assert {tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point()} <= {dtype}
+    if is_relaxed(part):
+        assert part.family.soft(q.sample()).dtype == part.family.hard(q.sample()).dtype == dtype
+    elif not isinstance(part.family, multivariate.Flow):
+        assert q.mean.dtype == dtype
+
+
+def is_relaxed(part):
+    return isinstance(part.family, families.Relaxed)
+
+
+@pytest.mark.parametrize("build", ALL)
+@pytest.mark.parametrize("device", DEVICES)
+def test_device_is_kept(build, device):
+    case = Case(build)
+    part = case.fresh().to(device)
+    contexts = [context.to(device) for context in case.contexts(5, dtype=torch.float32)]
+    q = part(*contexts)
+    value = q.sample()
+    assert {value.device.type, q.log_prob(value).device.type} == {device}
+    if q.has_enumerate_support:
+        assert q.enumerate_support().device.type == device
+
+
+@pytest.mark.parametrize("build", ALL)
+def test_repr_names_part_family_and_shape(build):
+    part = build()
+    text = repr(part)
+    assert type(part).__name__ in text
+    assert type(part.family).__name__ in text
+    assert f"event_shape={tuple(part.event_shape)}" in text
+    if is_relaxed(part):
+        assert f"temperature={part.family.temperature.item():.4g}" in text
+    for name in ("scale", "df", "dispersion", "num_classes"):
+        assert not hasattr(part.family, name) or f"{name}={getattr(part.family, name)!r}" in text
+    assert ("missing=True" in text) == getattr(part, "missing", False)
+
+
+# --- Relaxed parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_discrete_twin_has_the_very_same_parameters(build):
+    part = build()
+    twin = part.discrete()
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in part.parameters()]
+    with torch.no_grad():
+        for tensor in (*part.parameters(), *(b for name, b in part.named_buffers() if "raw" in name)):
+            tensor.copy_(torch.randn(tensor.shape))
+    contexts = [] if not hasattr(part, "context_shape") else [torch.randn(4, *part.context_shape)]
+    relaxed = part(*contexts).base_dist.logits
+    discrete = twin(*contexts).base_dist.logits
+    torch.testing.assert_close(discrete, relaxed)
+    assert twin(*contexts).has_enumerate_support
+
+
+@pytest.mark.parametrize("build", RELAXED)
+def test_soft_reading_lies_in_the_hull_of_the_twins_support_and_hard_reading_on_it(build):
+    case = Case(build)
+    value = case.part(*case.contexts()).sample((1000,))
+    soft, hard = case.part.family.soft(value), case.part.family.hard(value)
+    assert ((soft >= 0) & (soft <= 1)).all()
+    assert case.part.discrete()(*case.contexts()).support.check(hard).all()
+    if hard.dim() == 3:
+        torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:-1], dtype=soft.dtype))
+        assert torch.equal(soft.argmax(-1), hard.argmax(-1))
+    else:
+        assert torch.equal(soft > 0.5, hard.bool())
+
+
+@pytest.mark.parametrize("build", [p for p in RELAXED if p.id.startswith("priors.")])
+def test_prior_reads_soft_or_straight_through(build):
+    prior = Case(build).part
+    value = prior().sample((50,)).requires_grad_()
+    soft = prior.family.soft(value)
+    read = prior.read(value)
+    weight = torch.randn_like(soft)
+    (soft_gradient,) = torch.autograd.grad((weight * soft).sum(), value)
+    (gradient,) = torch.autograd.grad((weight * read).sum(), value)
+    assert torch.equal(read, prior.family.hard(value) if prior.straight_through else soft)
+    assert torch.equal(gradient, soft_gradient)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("build", [param for param in ALL if param not in RELAXED])
+def test_parts_without_a_twin_say_which_have_one(build):
+    with pytest.raises(TypeError, match="no discrete twin; relaxed parts have one"):
+        build().discrete()
+
+
+def test_reading_of_an_ordinary_prior_is_the_value_itself():
+    value = torch.randn(3, 2)
+    assert priors.StandardNormal(2).read(value) is value
+
+
+def test_standard_normal_has_nothing_to_learn_and_normal_starts_there():
+    fixed, learnable = priors.StandardNormal(2), priors.Normal(2)
+    value = torch.randn(9, 2)
+    assert not list(fixed.parameters())
+    assert len(list(learnable.parameters())) == 1
+    assert torch.equal(fixed().log_prob(value), learnable().log_prob(value))

@@ -1,0 +1,170 @@
+"""Runs that are killed again and again, each in a process of its own, until one of them comes to the end.
+
+``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and with at least so many
+in ``FOLDER/killed 1`` and so on. It prints how many there were, how many of them fell into the writing of a file, and
+how many runs came to their end.
+``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` alone.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pyro
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import baselines, guides, likelihoods, networks, objectives, priors, schedules
+from pyro_vae.compilation.graph import Graph
+from pyro_vae.handlers import WeightKL
+
+
+def noisy(x):
+    """A transform that draws random numbers."""
+    return x + 0.01 * torch.randn_like(x)
+
+
+def normalized(in_features, out_features):
+    """A network with buffers that change in each step."""
+    return nn.Sequential(
+        nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features)
+    )
+
+
+def continuous(**options):
+    """BatchNorm, two schedules, gradients clipped."""
+    vae = pv.VAE(
+        priors.StandardNormal(1), guides.DiagonalNormal(2, 1, networks.mlp([8])), likelihoods.Normal(1, 2, normalized)
+    )
+    beta = torch.tensor(0.0)
+    weight = WeightKL(beta)
+    return weight(vae.model), weight(vae.guide), {"schedules": {beta: schedules.linear(0.1, 1.0, 15)}, **options}
+
+
+def uncompiled(make):
+    """The step captured, and its graph replayed as it is: the compiler takes its time."""
+    Graph.compile = lambda self, inputs: None
+    return make(compile=True)
+
+
+def frozen(**options):
+    """An encoder that is frozen for a while, and a decoder that stops to train."""
+    model, guide, options = continuous(**options)
+    vae = guide.args[1].__self__
+
+    def freeze(epoch):
+        vae.encoder.requires_grad_(not 2 <= epoch.number < 5)
+        vae.decoder.train(epoch.number < 6)
+
+    return model, guide, {"callbacks": [freeze], **options}
+
+
+def discrete(**options):
+    """A baseline that learns, and modules that a function registers."""
+    prior, decoder = priors.Bernoulli(2, learnable=True), likelihoods.Normal(2, 2, networks.linear())
+    encoder = guides.Bernoulli(2, 2, networks.mlp([8]))
+
+    def model(x):
+        pyro.module("prior", prior)
+        pyro.module("decoder", decoder)
+        bias = pyro.param("bias", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", prior())
+            pyro.sample("x", decoder(z + bias), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", encoder(pyro.subsample(x, event_dim=1)))
+
+    elbo = objectives.ScoreFunction(baseline=baselines.NeuralBaseline(2, networks.mlp([4])))
+    return model, guide, {"elbo": elbo, **options}
+
+
+VARIANTS = {
+    "continuous": continuous,
+    "discrete": discrete,
+    "frozen": frozen,
+    "captured": lambda: uncompiled(continuous),
+    "frozen, captured": lambda: uncompiled(frozen),
+    "compiled": lambda: continuous(compile=True),
+}
+
+
+def train(variant, folder):
+    """The run that is killed: mini-batches that do not divide the data, a checkpoint at every step."""
+    torch.manual_seed(0)
+    x = pv.datasets.two_gaussians(50, seed=0).x
+    model, guide, options = VARIANTS[variant]()
+    settings = {
+        "epochs": 8,
+        "batch_size": 20,
+        "lr": schedules.decayed(1e-2, steps=24),
+        "validation": pv.datasets.two_gaussians(20, seed=1).x,
+        "transform": noisy,
+        "clip_norm": 5.0,
+        "seed": 3,
+        "checkpoints": pv.Checkpoints(folder, every_steps=1),
+    }
+    return pv.fit(model, guide, x, **settings | options)
+
+
+def forked(variant, folder):
+    """Train in a process that has imported everything already, and return its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        train(variant, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def finished(child):
+    """Whether it came to the end; an error if it ended by itself otherwise."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        sys.exit(f"the run ended with {os.WEXITSTATUS(status)}")
+    return os.WIFEXITED(status)
+
+
+def main(variant, folder, kills, seed):
+    """One run as it is, and others that are killed at random until there were enough kills and the last one ends."""
+    folder, chance = Path(folder), random.Random(seed)
+    train(variant, folder / "whole")  # in this process, so that what is imported late is there in all others
+    pyro.clear_param_store()
+    begun = time.monotonic()
+    assert finished(forked(variant, folder / "killed 0"))
+    longest = time.monotonic() - begun
+    done = while_writing = rounds = 0
+    while done < kills:
+        rounds += 1
+        while True:
+            child = forked(variant, folder / f"killed {rounds}")
+            if done < kills:
+                time.sleep(chance.uniform(0.0, longest))
+                os.kill(child, signal.SIGKILL)
+            if finished(child):
+                break
+            done += 1
+            while_writing += bool(list((folder / f"killed {rounds}").glob(".*.partial")))
+    print(done, while_writing, rounds)
+
+
+if __name__ == "__main__":
+    os.fsync = lambda file: None  # which is for a loss of power; what a process has written outlives it
+    torch.set_num_threads(1)
+    if len(sys.argv) == 3:
+        train(sys.argv[1], sys.argv[2])
+    else:
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

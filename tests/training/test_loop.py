@@ -1,0 +1,528 @@
+"""What a run does when something goes wrong, or is over before its time: eagerly, and captured alike."""
+
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import nn
+
+import pyro_vae as pv
+import pyro_vae.training.fit as fit_module
+from pyro_vae import guides, likelihoods, networks, priors, schedules
+from pyro_vae.compilation.graph import Graph
+from pyro_vae.handlers import Rows
+from pyro_vae.training.state import learnt, optimizer_state
+
+FORMS = pytest.mark.parametrize("compile", [False, True])
+X = pv.datasets.two_gaussians(50, seed=1).x
+HELD_OUT = pv.datasets.two_gaussians(30, seed=2).x
+
+
+@pytest.fixture(autouse=True)
+def _replayed_as_it_is(monkeypatch):
+    """A compiler takes its time: what is captured is replayed uncompiled here."""
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that ``fit`` makes."""
+    made = []
+
+    def noting(kind):
+        def make(*args, **kwargs):
+            made.append(kind(*args, **kwargs))
+            return made[-1]
+
+        return make
+
+    for name in ("Step", "CapturedStep"):
+        monkeypatch.setattr(fit_module, name, noting(getattr(fit_module, name)))
+    return made
+
+
+def normalized(in_features, out_features):
+    first, last = nn.Linear(in_features, 8, bias=False), nn.Linear(8, out_features)
+    return nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), last)
+
+
+MLP = networks.mlp([8])
+
+
+def vae_of(network=MLP):
+    torch.manual_seed(0)
+    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, MLP), likelihoods.Normal(2, 2, network))
+
+
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def run(vae, **options):
+    pyro.clear_param_store()
+    return pv.fit(vae.model, vae.guide, X, **{"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4} | options)
+
+
+class Poisoned:
+    """A pair of which some steps give no number: by their numbers from 0, in the loss or in the gradient alone."""
+
+    def __init__(self, bad, where="loss"):
+        self.vae = vae_of(normalized)
+        self.bad, self.where = torch.tensor(bad, dtype=torch.float32), where
+        self.step = torch.tensor(-1.0)
+        self.watched = lambda step: None
+
+    def model(self, x):
+        pyro.module("vae", self.vae)
+        hit = (self.step == self.bad).any()
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", self.vae.prior())
+            loc = self.vae.decoder(z).mean
+            if self.where == "loss":
+                loc = torch.where(hit, math.nan, loc)
+            else:  # the root of zero has no gradient
+                loc = loc + torch.where(hit, 0.0 * loc, 1.0).sqrt() - torch.where(hit, 0.0, 1.0)
+            pyro.sample("x", dist.Normal(loc, 1.0, validate_args=False).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("vae", self.vae)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.vae.encoder(pyro.subsample(x, event_dim=1)))
+
+    def fit(self, **options):
+        def number(step):
+            self.watched(step)
+            return float(step)
+
+        settings = {"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4, "schedules": {self.step: number}}
+        return pv.fit(self.model, self.guide, X, **settings | options)
+
+
+# --- Not finite ------------------------------------------------------------------------------------------------------
+
+
+@FORMS
+@pytest.mark.parametrize(("where", "bad"), [("loss", 0), ("loss", 1), ("loss", 2), ("loss", 11), ("gradient", 4)])
+def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, bad, where, steps):
+    pair = Poisoned([bad], where)
+    before = {}
+
+    def watch(step):
+        if step == bad and not before:
+            before.update(copied(pair.vae.state_dict()))
+            before.update({f"optimizer {name}": t for name, t in copied(optimizer_state(steps[0])).items()})
+
+    pair.watched = watch
+    # With three steps an epoch, the last of 10 rows: the second graph is captured before the first is used again.
+    with pytest.raises(FloatingPointError) as error:
+        pair.fit(compile=compile, callbacks=[lambda epoch: None])
+    after = {f"optimizer {name}": tensor for name, tensor in optimizer_state(steps[0]).items()}
+    assert same(pair.vae.state_dict() | after, before)
+    message = str(error.value)
+    if where == "gradient":
+        assert f"step {bad + 1}: the gradient is not finite in vae.encoder.network.0.weight, " in message
+        return
+    order = torch.Generator().manual_seed(4)
+    rows = [rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)][bad]
+    shown = ", ".join(map(str, rows[:5].tolist()))
+    assert message.startswith(f"step {bad + 1}: the loss is nan; log_prob of site 'x' in the model is not finite at ")
+    assert f"{len(rows)} of {len(rows)}, in rows {shown}, ... of the data" in message
+    assert bad == 0 or pair.step == bad - 1
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
+    monkeypatch.undo()
+    pair = Poisoned([4], where)
+    before = {}
+    pair.watched = lambda step: before or step < 4 or before.update(copied(pair.vae.state_dict()))
+    with pytest.raises(FloatingPointError, match=rf"^step 5: the {where} is "):
+        pair.fit(compile=True)
+    assert same(pair.vae.state_dict(), before)
+
+
+@FORMS
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
+    """Beside a run whose learning rate and statistics stand still there, which is one without the steps."""
+    bad = [0, 3, 4, 13]
+    pair = Poisoned(bad, where)
+    fitted = pair.fit(compile=compile, nonfinite="skip", epochs=6)
+    assert (fitted.skipped, fitted.steps) == (4, 18)
+    assert all(math.isfinite(value) for values in fitted.history.values() for value in values)
+
+    twin = vae_of(normalized)
+    healthy = Poisoned([])
+    healthy.vae = twin
+    pyro.clear_param_store()
+    pyro.set_rng_seed(4)
+    order = torch.Generator().manual_seed(4)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    bounds = []
+    for step, rows in enumerate(rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)):
+        before = copied(twin.state_dict())
+        with Rows("data", rows):
+            loss = Trace_ELBO().differentiable_loss(healthy.model, healthy.guide, X)
+        bounds.append(math.nan if step in bad else -loss.item() / 50)
+        if step in bad:
+            twin.load_state_dict(before)
+            continue
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, tensor in pair.vae.state_dict().items():
+        assert torch.allclose(tensor, twin.state_dict()[name], atol=2e-5), name
+    assert np.allclose(fitted.history["elbo"], np.nanmean(np.reshape(bounds, (6, 3)), axis=1), rtol=1e-5)
+
+
+@FORMS
+def test_a_hundred_in_a_row_stop_a_run_that_skips(compile):
+    pair = Poisoned(list(range(7, 500)))
+    with pytest.raises(FloatingPointError, match=r"step 107: it is the 100th in a row"):
+        pair.fit(compile=compile, nonfinite="skip", epochs=100)
+    pair = Poisoned([step for step in range(500) if step % 100])
+    assert pair.fit(compile=compile, nonfinite="skip", epochs=50).skipped == 148
+
+
+def test_a_step_that_validation_stops_is_skipped_as_well():
+    vae = vae_of()
+    calls = torch.zeros(())
+
+    def guide(x):
+        pyro.module("vae", vae)
+        with pyro.plate("data", len(x)):
+            loc = vae.encoder(pyro.subsample(x, event_dim=1)).mean
+            pyro.sample("z", dist.Normal(torch.where(calls == 1, math.nan, loc), 1.0).to_event(1))
+
+    fitted = pv.fit(
+        vae.model, guide, X, epochs=2, batch_size=25, nonfinite="skip", schedules={calls: lambda step: float(step)}
+    )
+    assert fitted.skipped == 1
+
+
+def test_validation_data_without_an_elbo_are_named():
+    vae = vae_of()
+    scale = torch.tensor(1.0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", vae.prior())
+            loc = vae.decoder(z).mean / scale
+            pyro.sample("x", dist.Normal(loc, 1.0, validate_args=False).to_event(1), obs=x)
+
+    def break_it(epoch):
+        scale.fill_(0.0)
+
+    with pytest.raises(FloatingPointError, match=r"validation: the loss is -?\w+; log_prob of site 'x'|step 2"):
+        pv.fit(model, vae.guide, X, epochs=3, validation=HELD_OUT, callbacks=[break_it])
+    with pytest.raises(FloatingPointError, match=r"data: the loss is"):
+        pv.evaluate(model, vae.guide, X)
+
+
+# --- Clipping --------------------------------------------------------------------------------------------------------
+
+
+@FORMS
+def test_gradients_are_clipped_as_torch_clips_them(compile):
+    ours, theirs = vae_of().double(), vae_of().double()
+    pv.fit(ours.model, ours.guide, X.double(), epochs=20, lr=1e-2, seed=3, clip_norm=2.0, compile=compile)
+    pyro.set_rng_seed(3)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    norms = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        Trace_ELBO().differentiable_loss(theirs.model, theirs.guide, X.double()).backward()
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), 2.0))
+        optimizer.step()
+    assert max(norms) > 2.0
+    assert all(
+        torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+# --- Early stopping --------------------------------------------------------------------------------------------------
+
+
+@FORMS
+@pytest.mark.parametrize("ends", ["patience", "epochs", "callback"])
+def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile, ends):
+    vae = vae_of(normalized)
+    states = []
+
+    def keep(epoch):
+        states.append(copied(vae.state_dict()))
+        return ends == "callback" and epoch.number == 5
+
+    epochs = 200 if ends == "patience" else 9
+    rate = schedules.linear(2e-2, 0.3, 30)
+    patience = 3 if ends == "patience" else 100
+    fitted = run(vae, epochs=epochs, lr=rate, validation=HELD_OUT, patience=patience, callbacks=[keep], compile=compile)
+    bounds = fitted.history["validation_elbo"]
+    best = int(np.argmax(bounds))
+    assert fitted.stopped == ends
+    if ends == "patience":
+        assert len(bounds) == best + 4
+    assert same(vae.state_dict(), states[best])
+    assert best < len(bounds) - 1
+
+
+def test_validation_leaves_no_trace_in_buffers_or_random_numbers():
+    ours, theirs = vae_of(normalized), vae_of(normalized)
+    run(ours, validation=HELD_OUT)
+    run(theirs)
+    assert same(ours.state_dict(), theirs.state_dict())
+    assert ours.decoder.network[1].num_batches_tracked == 18
+
+
+def test_evaluation_leaves_no_trace_in_buffers():
+    vae = vae_of(normalized)
+    before = copied(vae.state_dict())
+    pv.evaluate(vae.model, vae.guide, X)
+    assert same(vae.state_dict(), before)
+
+
+# --- Callbacks -------------------------------------------------------------------------------------------------------
+
+
+@FORMS
+def test_callbacks_are_told_of_each_epoch_and_may_end_the_run(compile):
+    told = []
+
+    def note(epoch):
+        told.append(
+            (epoch.number, epoch.steps, epoch.record, {name: len(rows) for name, rows in epoch.history.items()})
+        )
+        torch.rand(3)  # which must not move the run
+        return "yes" if epoch.number < 4 else epoch.number == 4
+
+    ours, theirs = vae_of(), vae_of()
+    fitted = run(ours, validation=HELD_OUT, callbacks=[note], compile=compile)
+    assert (fitted.stopped, fitted.steps) == ("callback", 12)
+    assert [row[:2] for row in told] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    for number, (_, _, record, lengths) in enumerate(told):
+        assert record == {name: values[number] for name, values in fitted.history.items()}
+        assert set(lengths.values()) == {number + 1}
+    alone = run(theirs, epochs=4, validation=HELD_OUT, compile=compile)
+    assert alone.history == fitted.history
+    assert same(ours.state_dict(), theirs.state_dict())
+
+
+@FORMS
+def test_callbacks_may_freeze_and_thaw(compile, steps):
+    vae, twin = vae_of().double(), vae_of().double()
+    states = []
+
+    def freeze(epoch):
+        states.append(copied(vae.encoder.state_dict()))
+        vae.encoder.requires_grad_(not 2 <= epoch.number < 4)
+
+    vae.decoder.family.log_scale.requires_grad_(False)
+
+    def thaw(epoch):
+        vae.decoder.family.log_scale.requires_grad_(epoch.number >= 3)
+
+    rate = schedules.linear(1e-2, 3e-2, 10)
+    pyro.clear_param_store()
+    pv.fit(
+        vae.model, vae.guide, X.double(), epochs=6, batch_size=20, lr=rate, seed=4, callbacks=[freeze, thaw],
+        compile=compile,
+    )  # fmt: skip
+    assert same(states[1], states[2])
+    assert same(states[1], states[3])
+    assert not same(states[3], states[4])
+    names = learnt(steps[0])
+    assert {"encoder.network.0.weight", "decoder.family.log_scale"} <= names.keys()
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(4)
+    order = torch.Generator().manual_seed(4)
+    optimizer = torch.optim.Adam(twin.parameters())
+    twin.decoder.family.log_scale.requires_grad_(False)
+    step = 0
+    for epoch in range(6):
+        for rows in torch.randperm(50, generator=order).split(20):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            optimizer.zero_grad()
+            with Rows("data", rows):
+                Trace_ELBO().differentiable_loss(twin.model, twin.guide, X.double()).backward()
+            optimizer.step()
+            step += 1
+        twin.encoder.requires_grad_(not 2 <= epoch + 1 < 4)
+        twin.decoder.family.log_scale.requires_grad_(epoch + 1 >= 3)
+    for name, tensor in vae.state_dict().items():
+        assert torch.allclose(tensor, twin.state_dict()[name], rtol=1e-7, atol=1e-9), name
+
+
+@FORMS
+def test_callbacks_may_set_modules_to_evaluate(compile):
+    vae = vae_of(normalized)
+    means = []
+
+    def evaluating(epoch):
+        means.append(vae.decoder.network[1].running_mean.clone())
+        vae.decoder.train(epoch.number < 2)
+
+    run(vae, epochs=4, callbacks=[evaluating], compile=compile)
+    assert not torch.equal(means[0], means[1])
+    assert torch.equal(means[1], means[3])
+
+
+def test_what_a_callback_raises_comes_through_and_leaves_the_signal_handler():
+    def fail(epoch):
+        raise RuntimeError("of the callback")
+
+    with pytest.raises(RuntimeError, match="of the callback"):
+        run(vae_of(), callbacks=[fail])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """As in a terminal: a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def pressing(times, begun=None, between=0.3):
+    """Ctrl-C from a thread, a while after something has begun."""
+
+    def press():
+        if begun is not None:
+            begun.wait()
+        time.sleep(between)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(between)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    return thread
+
+
+@FORMS
+def test_ctrl_c_keeps_what_was_learnt(compile, tmp_path):
+    vae, whole = vae_of(), vae_of()
+    begun = threading.Event()
+    thread = pressing(1, begun, between=0.05)
+    with pytest.warns(UserWarning, match=r"fit: interrupted after \d+ steps; what was learnt is kept"):
+        fitted = run(vae, epochs=10**6, compile=compile, checkpoints=tmp_path, callbacks=[lambda epoch: begun.set()])
+    thread.join()
+    assert fitted.stopped == "interrupted"
+    assert {len(values) for values in fitted.history.values()} == {fitted.steps // 3}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    epochs = fitted.steps // 3 + 2
+    resumed = run(vae, epochs=epochs, compile=compile, checkpoints=tmp_path)
+    assert resumed.stopped == "epochs"
+    assert run(whole, epochs=epochs, compile=compile).history == resumed.history
+    assert same(vae.state_dict(), whole.state_dict())
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    class Slow(Trace_ELBO):
+        def loss_and_grads(self, *args):
+            if started.is_set():
+                time.sleep(5)
+            started.set()
+            return super().loss_and_grads(*args)
+
+    started = threading.Event()
+    thread = pressing(2, started)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(vae_of(), epochs=100, elbo=Slow())
+    thread.join()
+    assert time.monotonic() - begun < 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_users_own_is_left_in_charge():
+    caught = []
+    ours = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
+    try:
+        thread = pressing(1)
+        fitted = run(vae_of(), epochs=10**6, callbacks=[lambda epoch: bool(caught)])
+        thread.join()
+        assert fitted.stopped == "callback"
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
+@FORMS
+def test_a_run_in_another_thread_gives_the_same_numbers(compile):
+    ours, theirs = vae_of(), vae_of()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(ours, compile=compile)))
+    thread.start()
+    thread.join()
+    assert run(theirs, compile=compile).history == found[0].history
+
+
+# --- Determinism -----------------------------------------------------------------------------------------------------
+
+
+@FORMS
+def test_a_seed_gives_the_same_run_twice_to_the_bit(compile):
+    def noisy(x):
+        return x + 0.1 * torch.randn_like(x)
+
+    vaes = [vae_of(normalized) for _ in range(2)]
+    runs = [run(vae, compile=compile, transform=noisy, validation=HELD_OUT, clip_norm=10.0) for vae in vaes]
+    assert runs[0].history == runs[1].history
+    assert same(vaes[0].state_dict(), vaes[1].state_dict())
+    other = run(vae_of(normalized), compile=compile, transform=noisy, validation=HELD_OUT, clip_norm=10.0, seed=5)
+    assert other.history != runs[0].history
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_eager_and_captured_agree(dtype, tolerance):
+    vaes = [vae_of(normalized).to(dtype) for _ in range(2)]
+    runs = []
+    for vae, compile in zip(vaes, (False, True), strict=True):
+        pyro.clear_param_store()
+        runs.append(pv.fit(vae.model, vae.guide, X.to(dtype), epochs=100, lr=1e-3, seed=1, compile=compile))
+    assert np.abs(np.subtract(runs[0].history["elbo"], runs[1].history["elbo"])).max() < tolerance
+    for name, tensor in vaes[0].state_dict().items():
+        assert torch.allclose(tensor, vaes[1].state_dict()[name], rtol=0, atol=tolerance), name
+
+
+@FORMS
+@pytest.mark.parametrize("ends", ["well", "stop", "interrupt"])
+def test_what_is_the_users_is_as_before(compile, ends, random_states):
+    def fail(epoch):
+        raise KeyboardInterrupt
+
+    pyro.param("mine", torch.tensor(3.0))
+    pair = Poisoned([5] if ends == "stop" else [])
+    torch.rand(1)
+    before = random_states()
+    switches = torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    filters = list(warnings.filters)
+    with pytest.raises((FloatingPointError, KeyboardInterrupt)) if ends != "well" else warnings.catch_warnings():
+        pair.fit(compile=compile, callbacks=[fail] if ends == "interrupt" else [], validation=HELD_OUT)
+    assert random_states() == before
+    assert switches == (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    )  # fmt: skip
+    assert warnings.filters == filters
+    assert not nn.modules.module._global_forward_pre_hooks
+    names = {f"vae$$${path}" for path, _ in pair.vae.named_parameters() if "decoder.family" not in path}
+    assert {name for name in pyro.get_param_store() if "decoder.family" not in name} == {"mine"} | names
+    assert pyro.param("mine") == 3.0

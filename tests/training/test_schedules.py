@@ -1,0 +1,398 @@
+"""Values that change as training goes on are set before each step, and stay at the last one."""
+
+import math
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import pyro_vae as pv
+from pyro_vae import exact, guides, likelihoods, networks, priors
+from pyro_vae.handlers import WeightKL
+from pyro_vae.training.schedules import cyclical, exponential, from_torch, linear
+
+TANH = networks.mlp([8], activation=nn.Tanh)
+X = pv.datasets.two_gaussians(32, seed=1).x
+
+
+class Watched:
+    """A model whose noise is a value that can be scheduled, and that notes it at each run."""
+
+    def __init__(self, value=1.0):
+        self.scale = torch.tensor(value)
+        self.seen = []
+
+    def model(self, x):
+        self.seen.append(self.scale.item())
+        with pyro.plate("data", len(x)):
+            x = pyro.subsample(x, event_dim=1)
+            loc = pyro.param("loc", torch.zeros(2))
+            pyro.sample("x", dist.Normal(loc, self.scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        pass
+
+    def fit(self, schedule, **options):
+        return pv.fit(self.model, self.guide, X, schedules={self.scale: schedule}, **({"epochs": 5} | options))
+
+
+def relaxed_vae():
+    torch.manual_seed(0)
+    return pv.VAE(
+        priors.RelaxedBernoulli(2, temperature=0.5),
+        guides.RelaxedBernoulli(2, 2, TANH, temperature=0.66),
+        likelihoods.Normal(2, 2, TANH),
+    )
+
+
+def temperatures(vae):
+    return vae.encoder.family.temperature, vae.prior.family.temperature
+
+
+# --- Exponential decay -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 10, 1000, 100_000])
+def test_the_decay_is_exponential(step):
+    assert exponential(2.0, rate=1e-3)(step) == pytest.approx(2.0 * math.exp(-1e-3 * step), rel=1e-12)
+
+
+def test_the_logarithm_falls_by_the_rate_at_each_step():
+    schedule = exponential(0.7, rate=0.03)
+    falls = [math.log(schedule(step) / schedule(step + 1)) for step in range(100)]
+    assert falls == pytest.approx([0.03] * 100, rel=1e-9)
+
+
+def test_it_does_not_fall_below_the_floor():
+    schedule = exponential(1.0, rate=0.1, floor=0.5)
+    values = [schedule(step) for step in range(1000)]
+    assert min(values) == values[-1] == 0.5
+    assert values[6] == pytest.approx(math.exp(-0.6))
+    assert all(before >= after for before, after in pairwise(values))
+
+
+def test_a_floor_above_the_start_is_where_it_stays():
+    assert [exponential(0.1, rate=1.0, floor=0.5)(step) for step in (0, 10)] == [0.5, 0.5]
+
+
+def test_between_multiples_of_every_it_rests():
+    schedule, smooth = exponential(1.0, rate=0.01, every=4), exponential(1.0, rate=0.01)
+    assert [schedule(step) for step in range(12)] == [smooth(step) for step in (0, 4, 8) for _ in range(4)]
+
+
+def test_without_a_rate_it_is_constant():
+    assert {exponential(0.7, rate=0)(step) for step in range(50)} == {0.7}
+
+
+def test_very_many_steps_end_at_the_floor_and_not_in_an_error():
+    assert exponential(1.0, rate=1.0, floor=0.2)(10**9) == 0.2
+    assert exponential(1.0, rate=1.0)(10**9) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.0, "rate": 0.1}, "start: got 0.0; accepted is a positive"),
+        ({"start": -1.0, "rate": 0.1}, "start: got -1.0"),
+        ({"start": math.nan, "rate": 0.1}, "start: got nan"),
+        ({"start": 1.0, "rate": -0.1}, r"rate: got -0\.1; accepted is a finite number, 0 or more"),
+        ({"start": 1.0, "rate": math.inf}, "rate: got inf"),
+        ({"start": 1.0, "rate": 0.1, "floor": -0.5}, r"floor: got -0\.5"),
+        ({"start": 1.0, "rate": 0.1, "floor": math.nan}, "floor: got nan"),
+        ({"start": 1.0, "rate": 0.1, "every": 0}, "every: got 0; accepted is a positive integer"),
+        ({"start": 1.0, "rate": 0.1, "every": 2.5}, r"every: got 2\.5"),
+    ],
+)
+def test_what_is_no_decay_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        exponential(**options)
+
+
+# --- Warm-up ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_goes_from_start_to_end_and_stays_there():
+    schedule = linear(0.2, 1.2, steps=10)
+    assert [schedule(step) for step in range(11)] == pytest.approx([0.2 + 0.1 * step for step in range(11)])
+    assert {schedule(step) for step in (10, 11, 10**9)} == {1.2}
+    assert linear(1.0, 0.0, steps=4)(1) == 0.75
+
+
+def test_a_cycle_is_a_line_and_a_rest_over_and_over():
+    schedule = cyclical(0.0, 1.0, period=8, rise=0.5)
+    assert [schedule(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert [schedule(step + 8) for step in range(800)] == [schedule(step) for step in range(800)]
+    assert [cyclical(0.0, 1.0, period=4, rise=1.0)(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: linear(0.0, 1.0, steps=0), "steps: got 0; accepted is a positive integer"),
+        (lambda: linear(math.nan, 1.0, steps=3), "start: got nan; accepted is a finite number"),
+        (lambda: cyclical(0.0, math.inf, period=3), "end: got inf"),
+        (lambda: cyclical(0.0, 1.0, period=2.5), r"period: got 2\.5"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=0.0), "rise: got 0.0; accepted is a share above 0"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "rise: got 1.5"),
+    ],
+)
+def test_what_is_no_warm_up_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_a_warm_up_of_the_kl_weight_leaves_the_history_that_of_the_elbo(batch_size):
+    torch.manual_seed(0)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+    beta, seen = torch.tensor(1.0), []
+    weight = WeightKL(beta)
+
+    def model(x):
+        vae.model(x)
+        seen.append(beta.item())
+
+    fitted = pv.fit(
+        weight(model),
+        weight(vae.guide),
+        X,
+        epochs=4,
+        batch_size=batch_size,
+        lr=1e-12,  # so that all steps see one VAE
+        schedules={beta: linear(0.0, 1.0, steps=4)},
+    )
+    history = fitted.history
+    assert {0.0, 0.25, 0.5, 0.75} <= set(seen)
+    assert beta == (0.75 if batch_size is None else 1.0)
+    for elbo, distortion, rate in zip(history["elbo"], history["distortion"], history["rate"], strict=True):
+        assert elbo == pytest.approx(-distortion - rate, rel=1e-5)
+    exact_rate = (exact.elbo(vae.model, vae.guide, X)).mean()
+    assert history["elbo"] == pytest.approx([float(exact_rate)] * 4, abs=0.5)
+
+
+# --- In training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_the_value_is_set_before_each_step_and_the_last_one_stays(batch_size):
+    watched = Watched()
+    fitted = watched.fit(lambda step: 1.0 + step, batch_size=batch_size)
+    assert watched.seen[-fitted.steps :] == [1.0 + step for step in range(fitted.steps)]
+    assert watched.scale.item() == fitted.steps
+
+
+def test_it_is_called_once_a_step_with_the_number_of_steps_done():
+    steps = []
+    Watched().fit(lambda step: steps.append(step) or 1.0, epochs=3, batch_size=10)
+    assert steps == list(range(12))
+
+
+def test_looking_at_held_out_data_does_not_move_it():
+    watched = Watched()
+    watched.fit(lambda step: 1.0 + step, epochs=3, validation=X[:4])
+    assert watched.seen[-6:] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+
+
+def test_each_fit_begins_anew():
+    watched = Watched()
+    for _ in range(2):
+        watched.fit(lambda step: 1.0 + step, epochs=3)
+        assert watched.seen[-3:] == [1.0, 2.0, 3.0]
+
+
+def test_evaluation_is_at_the_last_value():
+    watched = Watched()
+    watched.fit(lambda step: 1.0 + step, lr=1e-12)
+    elbo = pv.evaluate(watched.model, watched.guide, X)["elbo"]
+    expected = dist.Normal(0.0, 5.0).log_prob(X).sum(-1).mean()
+    assert elbo == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_temperatures_of_guide_and_prior_are_scheduled_each_by_its_own():
+    vae = relaxed_vae()
+    ours, theirs = temperatures(vae)
+    seen = []
+
+    def guide(x):
+        seen.append((vae.encode(x).base_dist.temperature.unique().tolist(), theirs.item()))
+        vae.guide(x)
+
+    schedules = {ours: exponential(1.0, rate=0.1, floor=0.5), theirs: exponential(0.5, rate=0.01)}
+    pv.fit(vae.model, guide, X, epochs=20, schedules=schedules)
+    for step, (of_guide, of_prior) in enumerate(seen[-20:]):
+        assert of_guide == pytest.approx([max(0.5, math.exp(-0.1 * step))])
+        assert of_prior == pytest.approx(0.5 * math.exp(-0.01 * step))
+    assert (ours.item(), theirs.item()) == (0.5, pytest.approx(0.5 * math.exp(-0.19)))
+
+
+def test_a_bound_stays_a_bound_at_the_temperature_that_is_reached():
+    """Density and draws follow the value: the ELBO that is reported is that of the relaxed model of the moment."""
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.RelaxedBernoulli(1, 0.5), guides.RelaxedBernoulli(2, 1, TANH, 0.66), likelihoods.Normal(1, 2, TANH)
+    )
+    pv.fit(vae.model, vae.guide, X, epochs=30, lr=1e-2, schedules=dict.fromkeys(temperatures(vae), lambda step: 0.9))
+    assert all(value.item() == pytest.approx(0.9) for value in temperatures(vae))
+    terms = pv.evaluate(vae.model, vae.guide, X, num_samples=2000)
+    assert terms["elbo"] == pytest.approx(exact.elbo(vae.model, vae.guide, X).mean().item(), abs=0.02)
+    assert (exact.kl(vae.model, vae.guide, X) > 0).all()
+
+
+# --- Schedulers of torch ---------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 7, gamma=0.3),
+    "MultiStepLR": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [5, 20]),
+    "ExponentialLR": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "LinearLR": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "PolynomialLR": lambda optimizer: lr_scheduler.PolynomialLR(optimizer, 30, power=2.0),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 30),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10),
+    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-2, 6, cycle_momentum=False),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1e-2, 40, cycle_momentum=False),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.ConstantLR(optimizer, 0.1), lr_scheduler.ExponentialLR(optimizer, 0.9)], [10]
+    ),
+    "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(optimizer, 0.1), lr_scheduler.ExponentialLR(optimizer, 0.9)], optimizer
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_torch_give_their_values_whatever_is_asked_first(name):
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))], lr=5e-3)
+    scheduler = SCHEDULERS[name](optimizer)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    forwards, at_once = (from_torch(SCHEDULERS[name], start=5e-3) for _ in range(2))
+    assert [forwards(step) for step in range(40)] == expected
+    assert at_once(39) == expected[39]
+    assert [at_once(step) for step in (3, 0, 17)] == [expected[step] for step in (3, 0, 17)]
+    assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_scheduler_drives_a_run_as_torch_does(compile, monkeypatch):
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)
+    make = SCHEDULERS["CosineAnnealingLR"]
+
+    def model(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    pv.fit(model, lambda x: None, X, epochs=20, lr=from_torch(make, start=0.1), compile=compile)
+    trained = pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    loc = pyro.param("loc", torch.zeros(2))
+    optimizer = torch.optim.Adam([loc], lr=0.1)
+    scheduler = make(optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-dist.Normal(loc, 1.0).to_event(1).log_prob(X).sum()).backward()
+        optimizer.step()
+        scheduler.step()
+    assert torch.allclose(trained, loc, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lr_scheduler.ReduceLROnPlateau, TypeError, "make: got <class.*ReduceLROnPlateau, which looks at losses"),
+        (
+            lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer),
+            TypeError,
+            "make: gives a ReduceLROnPlateau; acc",
+        ),
+        (lambda optimizer: 0.1, TypeError, "make: gives a float; accepted is a function from an optimizer to a sched"),
+        (0.1, TypeError, "make: got 0.1; accepted is a function"),
+        (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 9), ValueError, "momentum.*cycle_momentum=False"),
+    ],
+)
+def test_what_is_no_scheduler_of_the_step_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        from_torch(make)
+
+
+def test_a_scheduler_that_is_over_says_so():
+    schedule = from_torch(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 5, cycle_momentum=False))
+    assert schedule(4) < schedule(1)
+    with pytest.raises(ValueError, match=r"lr: OneCycleLR has no value for step 7.*as many steps as the run has"):
+        schedule(6)
+
+
+def test_a_start_that_is_no_rate_is_refused():
+    with pytest.raises(ValueError, match="start: got 0"):
+        from_torch(SCHEDULERS["StepLR"], start=0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+def test_a_constant_schedule_is_none(batch_size):
+    runs = []
+    for scheduled in (True, False):
+        vae = relaxed_vae()
+        constant = {value: exponential(value.item(), rate=0) for value in temperatures(vae)} if scheduled else None
+        fitted = pv.fit(vae.model, vae.guide, X, epochs=5, batch_size=batch_size, lr=1e-2, schedules=constant)
+        runs.append((fitted.history, [parameter.tolist() for parameter in vae.parameters()]))
+    assert runs[0] == runs[1]
+
+
+def test_a_checkpoint_holds_the_value_that_was_reached():
+    vae = relaxed_vae()
+    ours, _ = temperatures(vae)
+    pv.fit(vae.model, vae.guide, X, epochs=3, schedules={ours: lambda step: 0.3})
+    other = relaxed_vae()
+    other.load_state_dict(vae.state_dict())
+    assert temperatures(other)[0].item() == pytest.approx(0.3)
+
+
+def test_the_users_random_streams_are_as_before(random_states):
+    before = random_states()
+    Watched().fit(exponential(1.0, rate=0.1))
+    assert random_states() == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(1),
+        torch.ones(2, 2),
+        torch.tensor(1.0, requires_grad=True),
+        nn.Parameter(torch.tensor(1.0)),
+        torch.tensor(1),
+        torch.tensor(True),
+        "beta",
+    ],
+    ids=["one in a row", "a matrix", "with a gradient", "a parameter", "a whole number", "a switch", "a name"],
+)
+def test_other_keys_are_refused_before_the_first_step(value):
+    watched = Watched()
+    with pytest.raises(ValueError, match=r"schedules: got .* as a key; accepted is a 0-dim tensor without gradient"):
+        pv.fit(watched.model, watched.guide, X, epochs=1, schedules={value: exponential(1.0, 0.1)})
+    assert watched.seen == []
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_pairs_that_are_no_dict_are_refused_before_the_first_step(form):
+    watched = Watched()
+    pairs = form([(watched.scale, exponential(1.0, 0.1))])
+    with pytest.raises(TypeError, match=rf"schedules: got a {form.__name__}; accepted is a dict from tensors to"):
+        pv.fit(watched.model, watched.guide, X, epochs=1, schedules=pairs)
+    assert watched.seen == []
+
+
+def test_what_is_no_function_is_refused_before_the_first_step():
+    watched = Watched()
+    with pytest.raises(TypeError, match=r"schedules: got 0\.5; accepted is a function of the step"):
+        watched.fit(0.5)
+    assert watched.seen == []
