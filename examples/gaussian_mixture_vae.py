@@ -108,8 +108,8 @@ def main(args: argparse.Namespace) -> None:
     }
     exact = (standard.model, mixture.summed) if args.latent <= 2 else (None, None)
     rows = {
-        ONE: runs.judge(standard, x, seed=args.seed, exact=exact[0]),
-        MIXTURE: runs.judge(mixture, x, seed=args.seed, exact=exact[1], elbo=summing),
+        ONE: runs.evaluate(standard, x, seed=args.seed, exact=exact[0]),
+        MIXTURE: runs.evaluate(mixture, x, seed=args.seed, exact=exact[1], elbo=summing),
     }
     found = {
         ONE: clusters.of_codes(standard, train.x, x, args.components, args.seed),

@@ -32,7 +32,7 @@ import results
 import runs
 import torch
 import xarray as xr
-from imputed import LEVELS, Imputed, by_normals, by_regressions, coverage, judge, load
+from imputed import LEVELS, Imputed, by_normals, by_regressions, coverage, evaluate, load
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         found[name] = by_vae(vae, test.x, test.complete, args.draws)
         print(f"{name}: {fitted.seconds:.1f} s", flush=True)
 
-    rows = {name: judge(imputed, test) for name, imputed in found.items()}
+    rows = {name: evaluate(imputed, test) for name, imputed in found.items()}
     covered = {name: coverage(imputed, test.complete, test.x.isnan()) for name, imputed in found.items()}
     report = results.table(f"{int(test.x.isnan().sum())} hidden entries", rows, COLUMNS, NOTES)
     print(f"\n{report}\n")

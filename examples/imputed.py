@@ -71,7 +71,7 @@ def coverage(imputed: Imputed, complete: Tensor, hidden: Tensor) -> Tensor:
     return ((below - 0.5).abs()[:, None] <= LEVELS / 2).float().mean(0)
 
 
-def judge(imputed: Imputed, test: Table) -> dict[str, float]:
+def evaluate(imputed: Imputed, test: Table) -> dict[str, float]:
     """A row of the table, of the hidden entries of held-out rows; standard errors from row to row."""
     hidden = test.x.isnan()
     error = (imputed.guess - test.complete)[hidden]

@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         texts.append(f"{name.upper()}\n{inspection}\n")
         print(f"{texts[-1]}{page}\n", flush=True)
         log_p = inspection.evidence.log_evidence.mean().item()
-        found[name] = {"faults": inspection.faults, "cautions": inspection.cautions, "log_p": log_p}
+        found[name] = {"faults": inspection.faults, "cautions": inspection.warnings, "log_p": log_p}
         trees[name] = pv.to_datatree(
             vae.model,
             guide,

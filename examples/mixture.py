@@ -168,7 +168,7 @@ def null_band(num_points: int, repeats: int) -> tuple[float, float]:
     return low, high
 
 
-def judge(vae: pv.VAE, guide: Callable[..., Any] | None, test: pv.datasets.TwoGaussians, fresh: Tensor) -> dict:
+def evaluate(vae: pv.VAE, guide: Callable[..., Any] | None, test: pv.datasets.TwoGaussians, fresh: Tensor) -> dict:
     """A row of the table: exact log p(x), ELBO and KL, each from a sum or quadrature of its own."""
     evidence = pv.exact.log_evidence(vae.model, test.x)
     row = {"log_p": float(evidence.mean())}
@@ -256,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
         )
         histories[name] = fitted.history
         for title, (vae, guide) in method.judged.items():
-            rows[title] = judge(vae, guide, test, fresh) | {"seconds": fitted.seconds}
+            rows[title] = evaluate(vae, guide, test, fresh) | {"seconds": fitted.seconds}
             judged[title] = (vae, guide)
             generated[title] = vae.generate(1000)
             print(f"{title}: log p(x) = {rows[title]['log_p']:.4f} nats per point", flush=True)

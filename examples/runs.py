@@ -30,7 +30,7 @@ def fit(args: argparse.Namespace, model: Function, guide: Function, data: Any, *
     return pv.fit(model, guide, data, **told | options)
 
 
-def judge(
+def evaluate(
     pair: Any,
     *data: Tensor,
     seed: int,
@@ -127,7 +127,7 @@ def fit_resampled(
 
 def judged(args: argparse.Namespace, vae: pv.VAE, training: pv.Fitted, test: Tensor) -> Run:
     """What came of a VAE, judged on held-out images."""
-    found = judge(vae, test, seed=args.seed, samples=args.samples, compile=args.compile)
+    found = evaluate(vae, test, seed=args.seed, samples=args.samples, compile=args.compile)
     return Run(vae, training.history, found | {"steps": training.steps, "seconds": training.seconds})
 
 

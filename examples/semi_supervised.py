@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
         row = found[name] = {"accuracy": right.mean().item(), "accuracy_error": right.std().item() / len(x) ** 0.5}
         row |= {"seconds": fits[name].seconds, "steps": fits[name].steps}
         if name != "alone":
-            row |= runs.judge(judged, x, missing, seed=args.seed, samples=200, elbo=summing)
+            row |= runs.evaluate(judged, x, missing, seed=args.seed, samples=200, elbo=summing)
     rows = {TITLES[name]: row for name, row in found.items()}
     report = results.table(f"{args.labels} labels, {len(train)} images", rows, COLUMNS, NOTES)
     print(report)

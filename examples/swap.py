@@ -65,7 +65,7 @@ def swapped(prior: str, guide: str, hidden: int) -> pv.VAE:
     return pv.VAE(made, GUIDES[guide](network=network), likelihoods.Bernoulli(latent, PIXELS, network))
 
 
-def judge(vae: pv.VAE, x: Tensor, seed: int) -> dict[str, Any]:
+def evaluate(vae: pv.VAE, x: Tensor, seed: int) -> dict[str, Any]:
     """Mean log p(x), ELBO and what lies between them, in nats per image, exact if that can be."""
     try:
         log_p = pv.exact.log_evidence(vae.model, x, tolerance=1e-2)
@@ -133,9 +133,9 @@ def main(args: argparse.Namespace) -> None:
                 elbo=TraceEnum_ELBO(max_plate_nesting=1) if enumerated else Trace_ELBO(),
             )
             names = {"prior": prior, "guide": guide}
-            rows.append(names | judge(vae, x, args.seed) | {"seconds": fitted.seconds})
+            rows.append(names | evaluate(vae, x, args.seed) | {"seconds": fitted.seconds})
             if prior.startswith(("Relaxed", "Gumbel")):
-                rows.append({"prior": f"  twin of {prior}", "guide": ""} | judge(vae.discrete(), x, args.seed))
+                rows.append({"prior": f"  twin of {prior}", "guide": ""} | evaluate(vae.discrete(), x, args.seed))
             file = "_".join(re.findall(r"[a-z0-9]+", guide.lower()))
             trees[f"{len(trees)}_{file}"] = images.tree(vae, x[:20], labels[:20], args.draws, args.seed)
             print(f"{prior}, {guide}: {fitted.seconds:.1f} s", flush=True)

@@ -10,17 +10,17 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae._utils.param_store import register
-from pyro_vae._utils.validation import kind_of, number
+from pyro_vae._utils.validation import describe, number
 
-__all__ = ["Anew", "Drawn", "Rows", "SubsampleStatements", "WeightKL", "register"]
+__all__ = ["FixedSubsample", "ResampleObserved", "SubsampleRows", "SubsampleStatements", "WeightKL", "register"]
 
 
-class Anew(UnconditionMessenger):
+class ResampleObserved(UnconditionMessenger):
     """Draw the observed sites anew, as ``poutine.uncondition``; deterministic sites stay as they are: they are no data.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist
-    >>> with Anew():
+    >>> with ResampleObserved():
     ...     pyro.sample("x", dist.Normal(9.0, 1e-4), obs=torch.tensor(0.0)).round()
     tensor(9.)
     """
@@ -30,7 +30,7 @@ class Anew(UnconditionMessenger):
             super()._pyro_sample(msg)
 
 
-class Rows(Messenger):
+class SubsampleRows(Messenger):
     """Restrict a plate to these rows.
 
     Inside, ``pyro.subsample`` returns the rows, and the plate's sites are scaled by N/B: the ELBO of a mini-batch is
@@ -44,7 +44,7 @@ class Rows(Messenger):
     >>> def model(x):
     ...     with pyro.plate("data", len(x)):
     ...         return pyro.subsample(x, event_dim=0)
-    >>> with Rows("data", torch.tensor([3, 1])):
+    >>> with SubsampleRows("data", torch.tensor([3, 1])):
     ...     model(torch.arange(5.0))
     tensor([3., 1.])
     """
@@ -52,7 +52,7 @@ class Rows(Messenger):
     def __init__(self, plate: str, rows: Tensor):
         super().__init__()
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"rows: got {kind_of(rows)}; accepted are row numbers, integers of shape (B,)")
+            raise TypeError(f"rows: got {describe(rows)}; accepted are row numbers, integers of shape (B,)")
         if not len(rows):
             raise ValueError("rows: got none; accepted are one or more row numbers, (B,)")
         self.plate = plate
@@ -64,7 +64,7 @@ class Rows(Messenger):
             msg["done"] = True
 
 
-class Drawn(Messenger):
+class FixedSubsample(Messenger):
     """Let ``pyro.subsample`` of a tensor return these rows: drawn beforehand, the same for model and guide.
 
     Args:
@@ -79,7 +79,7 @@ class Drawn(Messenger):
     ...     with pyro.plate("data", len(x)):
     ...         return pyro.subsample(x, event_dim=0)
     >>> x = torch.arange(5.0)
-    >>> with Rows("data", torch.tensor([3, 1])), Drawn([x], [torch.tensor([-3.0, -1.0])]):
+    >>> with SubsampleRows("data", torch.tensor([3, 1])), FixedSubsample([x], [torch.tensor([-3.0, -1.0])]):
     ...     model(x)
     tensor([-3., -1.])
     """

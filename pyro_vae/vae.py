@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.validation import flag, kind_of, positive_int, word
+from pyro_vae._utils.validation import boolean, describe, nonempty_string, positive_int
 from pyro_vae.distributions.properties import base_support
 from pyro_vae.parts import guides
 from pyro_vae.parts.base import Part
@@ -61,17 +61,17 @@ class VAE(nn.Module):
         for role, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, nn.Module):
                 raise TypeError(
-                    f"{role}: got {kind_of(part)}; accepted is a module that returns a distribution, as those "
+                    f"{role}: got {describe(part)}; accepted is a module that returns a distribution, as those "
                     "of pyro_vae.parts.priors, guides and likelihoods"
                 )
-        self._put_together(prior, encoder, decoder, name)
-        self.data_shape = self._tell_own_story()
+        self._set_parts(prior, encoder, decoder, name)
+        self.data_shape = self._validate_parts()
 
-    def _put_together(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None) -> None:
+    def _set_parts(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None) -> None:
         self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
         self.prior = prior
         self.decoder = decoder
-        self.name = f"vae{next(_numbers)}" if name is None else word(name, "name")
+        self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
@@ -98,13 +98,13 @@ class VAE(nn.Module):
     def _check_rows(self, x: Tensor) -> None:
         shape = ", ".join(map(str, self.data_shape))
         if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {kind_of(x)}; accepted is a tensor, (N, {shape})")
+            raise TypeError(f"x: got {describe(x)}; accepted is a tensor, (N, {shape})")
         if x.shape[1:] != self.data_shape:
             raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
         if not len(x):
             raise ValueError(f"x: got shape {tuple(x.shape)}, without rows; accepted is (N, {shape}) with N >= 1")
         if x.dtype == torch.bool or x.is_complex():
-            raise TypeError(f"x: got {kind_of(x)}; accepted are real numbers, `x.float()` of what is true or false")
+            raise TypeError(f"x: got {describe(x)}; accepted are real numbers, `x.float()` of what is true or false")
 
     def forward(self, *args: Any) -> None:
         """A VAE is no function: raise, and say which two it has."""
@@ -121,7 +121,7 @@ class VAE(nn.Module):
     def code(self, z: Tensor) -> Tensor:
         """What the decoder reads of values of the site ``z``: of a relaxed latent, its sigmoid or exponential."""
         if not isinstance(z, Tensor):
-            raise TypeError(f"z: got {kind_of(z)}; accepted is a tensor of values of the site, such as a draw of it")
+            raise TypeError(f"z: got {describe(z)}; accepted is a tensor of values of the site, such as a draw of it")
         read = getattr(self.prior, "read", None)
         return z if read is None else read(z)
 
@@ -139,7 +139,9 @@ class VAE(nn.Module):
         >>> relaxed.discrete().prior().has_enumerate_support
         True
         """
-        return VAE(_twin("prior", self.prior), _twin("encoder", self.encoder), self.decoder, name=self.name)
+        return VAE(
+            _discrete_part("prior", self.prior), _discrete_part("encoder", self.encoder), self.decoder, name=self.name
+        )
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""
@@ -157,7 +159,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def generate(self, num_samples: int, mean: bool = False) -> Tensor:
         """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
-        flag(mean, "mean")
+        boolean(mean, "mean")
         p = self.decode(self.prior().sample(torch.Size([positive_int(num_samples, "num_samples")])))
         return p.mean if mean else p.sample()
 
@@ -247,15 +249,15 @@ class VAE(nn.Module):
         parts, data_shape = model_file.load(path, map_location, using)
         vae = VAE.__new__(VAE)
         nn.Module.__init__(vae)
-        vae._put_together(**dict(parts.items()), name=None)
+        vae._set_parts(**dict(parts.items()), name=None)
         vae.data_shape = data_shape  # without the story, which was told when it was built
         vae.training = parts.training
         return vae
 
-    def _tell_own_story(self) -> torch.Size:
+    def _validate_parts(self) -> torch.Size:
         """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""
         with torch.no_grad(), seeded(0), _evaluating(self):
-            with _blamed(f"prior: {_name(self.prior)} gives no p(z), without a context"):
+            with _error_context(f"prior: {_name(self.prior)} gives no p(z), without a context"):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
                 raise ValueError(
@@ -263,12 +265,12 @@ class VAE(nn.Module):
                     "one datum's z, all dimensions in its event shape: `.to_event()`"
                 )
             z = prior.sample(torch.Size([3]))
-            likelihood = self._feed("decoder", self.decoder, self.code(z), "prior", self.prior)
-            guide = self._feed("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
+            likelihood = self._run_part("decoder", self.decoder, self.code(z), "prior", self.prior)
+            guide = self._run_part("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
             self._check_guide(guide, prior)
         return likelihood.event_shape
 
-    def _feed(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
+    def _run_part(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
         given = context.shape[1:]
         accepted = getattr(part, "context_shape", given)
         complaint = f"{role}: {_name(part)} does not take what the {source} {_name(maker)} gives, shape {tuple(given)}"
@@ -278,7 +280,7 @@ class VAE(nn.Module):
             raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
         num_data = getattr(part, "num_data", None)  # of a guide with parameters for each datum
         context = context[:num_data]
-        with _blamed(complaint):
+        with _error_context(complaint):
             if num_data is None:
                 distribution = _distribution(part(context))
             else:
@@ -306,7 +308,7 @@ class VAE(nn.Module):
         )
 
 
-def _twin(role: str, part: nn.Module) -> Part:
+def _discrete_part(role: str, part: nn.Module) -> Part:
     if not isinstance(part, Part):
         raise TypeError(f"{role}: {type(part).__name__} has no discrete twin; a Part with `discrete()` has one")
     return part.discrete()
@@ -320,12 +322,12 @@ def _name(part: nn.Module) -> str:
 def _distribution(made: Any) -> Any:
     """What a part has made, if it is a distribution."""
     if not isinstance(made, torch.distributions.Distribution):
-        raise TypeError(f"it makes {kind_of(made)}; accepted is a distribution of one datum")
+        raise TypeError(f"it makes {describe(made)}; accepted is a distribution of one datum")
     return made
 
 
 @contextmanager
-def _blamed(complaint: str) -> Iterator[None]:
+def _error_context(complaint: str) -> Iterator[None]:
     """Say which part could not be run, and on what, before what it said itself."""
     try:
         yield

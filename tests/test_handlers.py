@@ -13,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae._utils.param_store import parameters_of
 from pyro_vae._utils.traces import latent_sites, observed_sites, recorded
-from pyro_vae.handlers import Rows, SubsampleStatements, WeightKL
+from pyro_vae.handlers import SubsampleRows, SubsampleStatements, WeightKL
 from pyro_vae.objectives.elbo_terms import elbo_terms
 from pyro_vae.parts.networks import linear
 
@@ -49,7 +49,7 @@ def trace(function, *handlers, x=X):
 
 
 def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone():
-    nodes = trace(model, Rows("data", ROWS)).nodes
+    nodes = trace(model, SubsampleRows("data", ROWS)).nodes
     assert torch.equal(nodes["_RETURN"]["value"], X[ROWS])
     assert torch.equal(nodes["x"]["value"], X[ROWS])
     assert nodes["z"]["value"].shape == (3,)
@@ -60,17 +60,17 @@ def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone():
 
 @pytest.mark.parametrize("size", [1, 4, 6])
 def test_scale_is_all_rows_over_these_rows(size):
-    assert trace(model, Rows("data", torch.arange(size))).nodes["x"]["scale"] == 6 / size
+    assert trace(model, SubsampleRows("data", torch.arange(size))).nodes["x"]["scale"] == 6 / size
 
 
 def test_rows_reach_model_and_guide_through_replay():
-    with Rows("data", ROWS):
+    with SubsampleRows("data", ROWS):
         guide_trace = trace(guide)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(X)
     assert torch.equal(model_trace.nodes["z"]["value"], guide_trace.nodes["z"]["value"])
     assert torch.equal(guide_trace.nodes["z"]["fn"].mean, X[ROWS] / 2)
     assert torch.equal(model_trace.nodes["x"]["value"], X[ROWS])
-    inner = trace(poutine.replay(model, guide_trace), Rows("data", ROWS))
+    inner = trace(poutine.replay(model, guide_trace), SubsampleRows("data", ROWS))
     assert torch.equal(inner.nodes["x"]["value"], X[ROWS])
 
 
@@ -85,18 +85,18 @@ def test_the_loss_of_rows_is_that_of_these_rows_scaled_and_unbiased_for_all():
 
     losses = []
     for rows in torch.arange(6).split(2):
-        with Rows("data", rows):
+        with SubsampleRows("data", rows):
             losses.append(Trace_ELBO().loss(local, nothing, X))
         assert losses[-1] == pytest.approx(-3 * dist.Normal(0.0, 1.0).log_prob(X[rows]).sum().item(), rel=1e-5)
     assert sum(losses) / 3 == pytest.approx(Trace_ELBO().loss(local, nothing, X), rel=1e-5)
 
 
 def test_a_plate_of_another_name_keeps_its_rows():
-    assert torch.equal(trace(model, Rows("other", ROWS)).nodes["x"]["value"], X)
+    assert torch.equal(trace(model, SubsampleRows("other", ROWS)).nodes["x"]["value"], X)
 
 
 def test_rows_leave_nothing_behind():
-    trace(model, Rows("data", ROWS))
+    trace(model, SubsampleRows("data", ROWS))
     assert torch.equal(trace(model).nodes["x"]["value"], X)
 
 
@@ -136,7 +136,7 @@ def test_weight_is_on_the_latents_and_neither_on_data_nor_on_what_is_determinist
 
 
 def test_weight_multiplies_the_scale_of_rows_and_of_other_weights():
-    nodes = trace(model, WeightKL(0.5), Rows("data", ROWS), WeightKL(3.0)).nodes
+    nodes = trace(model, WeightKL(0.5), SubsampleRows("data", ROWS), WeightKL(3.0)).nodes
     assert (nodes["z"]["scale"], nodes["mu"]["scale"], nodes["x"]["scale"]) == (3.0, 1.5, 2.0)
 
 
@@ -207,7 +207,7 @@ def test_recorded_passes_the_result_on_and_keeps_a_trace_of_each_run():
 
 def test_recorded_sees_what_outer_handlers_did():
     traces = []
-    with Rows("data", ROWS):
+    with SubsampleRows("data", ROWS):
         poutine.condition(recorded(model, traces), {"mu": torch.tensor(7.0)})(X)
     (kept,) = traces
     assert kept.nodes["mu"]["value"] == 7
@@ -224,7 +224,7 @@ def test_recorded_hides_nothing_from_outer_handlers():
 
 
 def test_sites_are_sorted_into_latent_observed_and_parameters():
-    kept = trace(model, Rows("data", ROWS))
+    kept = trace(model, SubsampleRows("data", ROWS))
     assert list(latent_sites(kept)) == ["mu", "z"]
     assert list(observed_sites(kept)) == ["x"]
     (unconstrained,) = parameters_of(kept).values()

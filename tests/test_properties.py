@@ -23,7 +23,7 @@ import pyro_vae as pv
 from pyro_vae import datasets, exact, families, guides, likelihoods, networks, priors, schedules
 from pyro_vae._utils import validation
 from pyro_vae.datasets import idx
-from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.parts.families import multivariate
 
 TANH = networks.mlp([4], activation=nn.Tanh)
@@ -199,7 +199,7 @@ def test_a_mini_batch_stands_for_all_rows(seed, rows):
     def log_joint(data, values):
         return poutine.trace(poutine.condition(vae.model, {"z": values})).get_trace(data).log_prob_sum()
 
-    with Rows("data", torch.tensor(rows)):
+    with SubsampleRows("data", torch.tensor(rows)):
         batch = log_joint(x, z[rows])
     torch.testing.assert_close(batch, log_joint(x[rows], z[rows]) * 7 / len(rows))
 

@@ -230,7 +230,7 @@ def test_nuts_runs_on_the_model(build):
 
 def test_subsampled_rows_are_the_ones_that_are_read(vae):
     rows = torch.tensor([4, 1])
-    with pv.handlers.Rows("data", rows):
+    with pv.handlers.SubsampleRows("data", rows):
         trace = poutine.trace(vae.model).get_trace(X)
     assert torch.equal(trace.nodes["x"]["value"], X[rows])
     assert trace.nodes["x"]["scale"] == 3

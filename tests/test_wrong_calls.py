@@ -44,7 +44,7 @@ from pyro_vae.parts.families.multivariate import LowRankNormal
 PACKAGE = Path(pv.__file__).parent
 
 
-class Still(nn.Linear):
+class DeterministicLinear(nn.Linear):
     """A linear map that starts the same each time, and draws no random numbers for it."""
 
     def reset_parameters(self):
@@ -54,10 +54,10 @@ class Still(nn.Linear):
 
 
 def decoder(latent, features, likelihood=likelihoods.Normal):
-    return likelihood(latent, features, Still)
+    return likelihood(latent, features, DeterministicLinear)
 
 
-def world(folder):
+def make_inputs(folder):
     """What the calls in the table are made with."""
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     torn = folder / "torn"
@@ -69,12 +69,18 @@ def world(folder):
         meta=x.to("meta"),
         nan=x.masked_fill(x > 1, math.nan),
         labels=torch.tensor([0, 1, 0, 1, 0, 1]),
-        vae=pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), decoder(1, 2)),
-        curved=pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), likelihoods.Normal(1, 2, bent)),
-        wide=pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(2, 3, Still), decoder(3, 2)),
-        discrete=pv.VAE(priors.Bernoulli(2), guides.Bernoulli(2, 2, Still), decoder(2, 2)),
+        vae=pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, DeterministicLinear), decoder(1, 2)),
+        curved=pv.VAE(
+            priors.StandardNormal(1),
+            guides.DiagonalNormal(2, 1, DeterministicLinear),
+            likelihoods.Normal(1, 2, nonlinear_net),
+        ),
+        wide=pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(2, 3, DeterministicLinear), decoder(3, 2)),
+        discrete=pv.VAE(priors.Bernoulli(2), guides.Bernoulli(2, 2, DeterministicLinear), decoder(2, 2)),
         binary=pv.VAE(
-            priors.StandardNormal(1), guides.DiagonalNormal(2, 1, Still), decoder(1, 2, likelihoods.Bernoulli)
+            priors.StandardNormal(1),
+            guides.DiagonalNormal(2, 1, DeterministicLinear),
+            decoder(1, 2, likelihoods.Bernoulli),
         ),
         folder=folder,
         torn=torn,
@@ -84,8 +90,8 @@ def world(folder):
     )
 
 
-def bent(in_features, out_features):
-    return nn.Sequential(Still(in_features, 3), nn.Tanh(), Still(3, out_features))
+def nonlinear_net(in_features, out_features):
+    return nn.Sequential(DeterministicLinear(in_features, 3), nn.Tanh(), DeterministicLinear(3, out_features))
 
 
 def no_plate(x):
@@ -152,11 +158,11 @@ MODELS = {
         TypeError, "prior", "guides.DiagonalNormal gives no p(z), without a context: ...needs a context",
     ),
     "a network as the decoder": Row(
-        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, Still(1, 2)),
+        lambda w: pv.VAE(w.vae.prior, w.vae.encoder, DeterministicLinear(1, 2)),
         TypeError, "decoder", "makes a torch.float32 tensor of shape (3, 2); accepted is a distribution",
     ),
     "a network as the encoder": Row(
-        lambda w: pv.VAE(w.vae.prior, Still(2, 1), w.vae.decoder),
+        lambda w: pv.VAE(w.vae.prior, DeterministicLinear(2, 1), w.vae.decoder),
         TypeError, "encoder", "makes a torch.float32 tensor of shape (3, 1); accepted is a distribution",
     ),
     "a decoder that does not fit the prior": Row(
@@ -164,11 +170,11 @@ MODELS = {
         ValueError, "decoder", "does not take what the prior priors.StandardNormal gives, ...What would fit: latent=1",
     ),
     "an encoder that does not fit the decoder": Row(
-        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(5, 1, Still), w.vae.decoder),
+        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(5, 1, DeterministicLinear), w.vae.decoder),
         ValueError, "encoder", "it was built for (5,). What would fit: in_features=2",
     ),
     "a discrete encoder for a continuous prior": Row(
-        lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, Still), w.wide.decoder),
+        lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, DeterministicLinear), w.wide.decoder),
         ValueError, "encoder", "is a mass of shape (3,)... What would fit: guides.DiagonalNormal(latent=3",
     ),
     "a decoder of another precision": Row(
@@ -176,7 +182,7 @@ MODELS = {
         TypeError, "decoder", "got a context of torch.float32; accepted is torch.float64",
     ),
     "an encoder on another device": Row(
-        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(2, 1, Still).to("meta"), w.vae.decoder),
+        lambda w: pv.VAE(w.vae.prior, guides.DiagonalNormal(2, 1, DeterministicLinear).to("meta"), w.vae.decoder),
         ValueError, "encoder", "got a context on cpu; accepted is meta, where its network is",
     ),
     "a number as the name": Row(
@@ -273,7 +279,7 @@ PARTS = {
         TypeError, "encoder", "got a PerDatum; accepted is an amortized guide",
     ),
     "a finished module where a factory is wanted": Row(
-        lambda w: guides.DiagonalNormal(2, 1, Still(2, 2)),
+        lambda w: guides.DiagonalNormal(2, 1, DeterministicLinear(2, 2)),
         TypeError, "network", "got a Still, a finished module; accepted is a factory",
     ),
     "a part where a factory is wanted": Row(
@@ -293,18 +299,18 @@ PARTS = {
         TypeError, "network", "gives a Independent; accepted is a tensor, (*, 2)",
     ),
     "a network that gives another number of outputs": Row(
-        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: Still(i, o + 1))(w.x),
+        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: DeterministicLinear(i, o + 1))(w.x),
         ValueError, "network", "gives 3 outputs; accepted are 2",
     ),
     "a network that mixes data": Row(
-        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: nn.Sequential(nn.Flatten(0), Still(12, o)))(w.x),
+        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: nn.Sequential(nn.Flatten(0), DeterministicLinear(12, o)))(w.x),
         ValueError, "network", "of a context of shape (6, 2) it makes one of (2,); accepted is a network that leaves",
     ),
     "a rank above the size": Row(
-        lambda w: guides.LowRankNormal(2, 2, Still, rank=3), ValueError, "rank", "got 3; accepted is 1 to 2"
+        lambda w: guides.LowRankNormal(2, 2, DeterministicLinear, rank=3), ValueError, "rank", "got 3; accepted is 1 to 2"
     ),
     "a latent of two dimensions with all correlations": Row(
-        lambda w: guides.FullRankNormal(2, (2, 3), Still), ValueError, "event_shape", "got (2, 3); accepted is (D,)"
+        lambda w: guides.FullRankNormal(2, (2, 3), DeterministicLinear), ValueError, "event_shape", "got (2, 3); accepted is (D,)"
     ),
     "the class of a family": Row(
         lambda w: guides.PerDatum(families.Normal, 3),
@@ -342,7 +348,7 @@ PARTS = {
         ValueError, "DiagonalNormal", "got a context with NaN, ...accepted is a network that",
     ),
     "images that were flattened": Row(
-        lambda w: guides.DiagonalNormal((1, 2, 3), 1, Still)(torch.zeros(5, 6)),
+        lambda w: guides.DiagonalNormal((1, 2, 3), 1, DeterministicLinear)(torch.zeros(5, 6)),
         ValueError, "DiagonalNormal", "got a context of shape (5, 6); accepted is (*, 1, 2, 3)",
     ),
     "too many raw outputs, some of which would not be read": Row(
@@ -361,22 +367,22 @@ PARTS = {
         ValueError, "raw", "got shape (3,); accepted are floats (*, 4)",
     ),
     "a factory where a network is wanted": Row(
-        lambda w: base.Conditional(families.Normal(2), 2, Still.__call__),
+        lambda w: base.Conditional(families.Normal(2), 2, DeterministicLinear.__call__),
         TypeError, "network", "got a function; accepted is a module",
     ),
     "a scale that is none": Row(
-        lambda w: likelihoods.Normal(1, 2, Still, scale="all"),
+        lambda w: likelihoods.Normal(1, 2, DeterministicLinear, scale="all"),
         ValueError, "scale", "got 'all'; accepted are 'network', 'shared', 'per_dimension' or a number",
     ),
     "a negative floor": Row(
-        lambda w: likelihoods.Normal(1, 2, Still, min_scale=-1.0),
+        lambda w: likelihoods.Normal(1, 2, DeterministicLinear, min_scale=-1.0),
         ValueError, "min_scale", "got -1.0; accepted is a finite number, 0 or more",
     ),
     "a weight of zero": Row(
-        lambda w: likelihoods.Normal.mse(1, 2, Still, kl_weight=0), ValueError, "kl_weight", f"got 0; {REAL}"
+        lambda w: likelihoods.Normal.mse(1, 2, DeterministicLinear, kl_weight=0), ValueError, "kl_weight", f"got 0; {REAL}"
     ),
     "half a class": Row(
-        lambda w: likelihoods.Categorical(1, 2, 2.5, Still), ValueError, "num_classes", f"got 2.5; {INT}"
+        lambda w: likelihoods.Categorical(1, 2, 2.5, DeterministicLinear), ValueError, "num_classes", f"got 2.5; {INT}"
     ),
     "a distribution whose entries cannot go missing": Row(
         lambda w: missing.with_missing(dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),
@@ -410,13 +416,13 @@ NETWORKS = {
         lambda w: networks.linear(bias="no"), TypeError, "bias", "got 'no'; accepted are True and False"
     ),
     "a location of NaN": Row(
-        lambda w: networks.standardized(Still, loc=math.nan), ValueError, "loc", "got nan; accepted is a finite number"
+        lambda w: networks.standardized(DeterministicLinear, loc=math.nan), ValueError, "loc", "got nan; accepted is a finite number"
     ),
     "a scale of zero": Row(
-        lambda w: networks.standardized(Still, scale=0.0), ValueError, "scale", "got 0.0; accepted are positive numbers"
+        lambda w: networks.standardized(DeterministicLinear, scale=0.0), ValueError, "scale", "got 0.0; accepted are positive numbers"
     ),
     "locations of another number of features": Row(
-        lambda w: networks.standardized(Still, loc=torch.zeros(3))(2, 1),
+        lambda w: networks.standardized(DeterministicLinear, loc=torch.zeros(3))(2, 1),
         ValueError, "loc", "got 3 numbers; accepted are 2",
     ),
     "an image of two sizes": Row(
@@ -436,10 +442,10 @@ NETWORKS = {
         ValueError, "channels", "got 16; accepted are one or more",
     ),
     "one class to read": Row(
-        lambda w: networks.one_hot(1, Still), ValueError, "num_classes", "got 1; accepted is an integer of 2 or more"
+        lambda w: networks.one_hot(1, DeterministicLinear), ValueError, "num_classes", "got 1; accepted is an integer of 2 or more"
     ),
     "a baseline of no features": Row(
-        lambda w: baselines.NeuralBaseline(0, Still), ValueError, "in_features", f"got 0; {INT}"
+        lambda w: baselines.NeuralBaseline(0, DeterministicLinear), ValueError, "in_features", f"got 0; {INT}"
     ),
     "a baseline that forgets nothing": Row(
         lambda w: baselines.RunningAverage(decay=1.0),
@@ -757,11 +763,11 @@ NUMBERS = {
         lambda w: handlers.WeightKL(-1), ValueError, "weight", "got -1; accepted is a finite number, 0 or more"
     ),
     "fractions as row numbers": Row(
-        lambda w: handlers.Rows("data", torch.tensor([1.0])),
+        lambda w: handlers.SubsampleRows("data", torch.tensor([1.0])),
         TypeError, "rows", "got a torch.float32 tensor of shape (1,); accepted are row numbers, integers",
     ),
     "no row numbers": Row(
-        lambda w: handlers.Rows("data", torch.tensor([], dtype=torch.long)),
+        lambda w: handlers.SubsampleRows("data", torch.tensor([], dtype=torch.long)),
         ValueError, "rows", "got none; accepted are one",
     ),
     "weights of one dimension": Row(
@@ -1165,7 +1171,7 @@ def state(w, random_states):
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 def test_a_wrong_call_is_refused_before_any_work_naming_the_argument_and_what_is_accepted(row, tmp_path, random_states):
-    w = world(tmp_path)
+    w = make_inputs(tmp_path)
     before = state(w, random_states)
     with pytest.raises(row.error) as caught:
         row.call(w)
@@ -1189,7 +1195,7 @@ def test_the_table_is_as_long_as_it_is_said_to_be():
 
 
 def test_a_folder_in_which_nothing_can_be_written_is_refused_before_any_draw(tmp_path, monkeypatch):
-    w = world(tmp_path)
+    w = make_inputs(tmp_path)
 
     def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")

@@ -40,7 +40,7 @@ def is_amortized(function: Function, data: tuple[Tensor, ...], plate: str) -> bo
     with pyro.get_param_store().scope(), torch.no_grad():
         try:
             run = poutine.trace(function).get_trace
-            with _moved(run(*(tensor[:3] for tensor in data))):
+            with _perturbed(run(*(tensor[:3] for tensor in data))):
                 first = run(*(tensor[:4] for tensor in data))
                 with seeded(0):
                     whole = run(*data)
@@ -74,7 +74,7 @@ def _same_rows(function: Function, whole: Trace, data: tuple[Tensor, ...], rows:
 
 
 @contextmanager
-def _moved(trace: Trace) -> Iterator[None]:
+def _perturbed(trace: Trace) -> Iterator[None]:
     """Shift the parameters of a trace by noise, and put them back: ones that start out equal then tell rows apart."""
     parameters = list(parameters_of(trace).values())
     values = [parameter.detach().clone() for parameter in parameters]

@@ -28,7 +28,7 @@ class ModuleTensors:
     ...     y = network(torch.ones(4, 2))
     >>> list(tensors.named())[:3], network[1].num_batches_tracked
     (['0.weight', '0.bias', '1.weight'], tensor(1))
-    >>> tensors.put_back()
+    >>> tensors.load_model_state()
     >>> network[1].num_batches_tracked
     tensor(0)
     """
@@ -72,7 +72,7 @@ class ModuleTensors:
         self._noted = _values(self._places)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def load_model_state(self) -> None:
         """Give the buffers the values that were noted last."""
         for module, name, tensor, value in self._noted:
             module._buffers[name] = tensor.copy_(value)
@@ -132,4 +132,4 @@ def buffers_kept() -> Iterator[None]:
         with tensors.noticed():
             yield
     finally:
-        tensors.put_back()
+        tensors.load_model_state()

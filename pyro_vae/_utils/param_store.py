@@ -9,15 +9,15 @@ import pyro
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-__all__ = ["borrowed_store", "none_left_if_refused", "parameters_of", "register", "registered_once"]
+__all__ = ["module_registry", "parameters_of", "register", "rollback_params_on_error", "scoped_param_store"]
 
 
 @contextmanager
-def borrowed_store() -> Iterator[None]:
+def scoped_param_store() -> Iterator[None]:
     """Run a block with the parameters of Pyro's store, and leave none there that were not there before.
 
     >>> import pyro, torch
-    >>> with borrowed_store():
+    >>> with scoped_param_store():
     ...     w = pyro.param("w", torch.zeros(2))
     >>> "w" in pyro.get_param_store()
     False
@@ -28,12 +28,12 @@ def borrowed_store() -> Iterator[None]:
 
 
 @contextmanager
-def none_left_if_refused() -> Iterator[None]:
+def rollback_params_on_error() -> Iterator[None]:
     """Run a block; if it raises, take the parameters that it added to Pyro's store out again.
 
     >>> import pyro, torch
     >>> try:
-    ...     with none_left_if_refused():
+    ...     with rollback_params_on_error():
     ...         w = pyro.param("w", torch.zeros(2))
     ...         raise ValueError
     ... except ValueError:
@@ -58,7 +58,7 @@ _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 
 
 @contextmanager
-def registered_once(modules: Registered, known: bool) -> Iterator[None]:
+def module_registry(modules: Registered, known: bool) -> Iterator[None]:
     """Inside, :func:`register` adds modules to this dict, by name.
 
     Args:

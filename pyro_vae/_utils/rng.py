@@ -11,16 +11,16 @@ from torch import Tensor
 
 from pyro_vae._utils.validation import seed_number
 
-__all__ = ["kept", "random_states", "seeded", "set_random_states"]
+__all__ = ["preserve_rng_state", "random_states", "seeded", "set_random_states"]
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Run a block, then put every random state back as it was: of torch (the CPU and the current CUDA device), NumPy
     and :mod:`random`.
 
     >>> before = torch.get_rng_state()
-    >>> with kept():
+    >>> with preserve_rng_state():
     ...     noise = torch.rand(3)
     >>> torch.equal(before, torch.get_rng_state())
     True
@@ -36,7 +36,7 @@ def kept() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block under ``pyro.set_rng_seed(seed)``, then put every random state back as it was, see :func:`kept`.
+    """Run a block under ``pyro.set_rng_seed(seed)``, then put every random state back as it was, see :func:`preserve_rng_state`.
 
     >>> with seeded(0):
     ...     first = torch.rand(3)
@@ -49,7 +49,7 @@ def seeded(seed: int) -> Iterator[None]:
         ValueError: if it is no integer from 0 to 2^32 - 1; the states are then as they were.
     """
     seed = seed_number(seed)
-    with kept():
+    with preserve_rng_state():
         pyro.set_rng_seed(seed)
         yield
 

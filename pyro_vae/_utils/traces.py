@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["deterministic_sites", "guide_sites", "latent_sites", "log_density", "observed_sites", "recorded"]
+__all__ = ["deterministic_sites", "guide_sites", "latent_sites", "log_density", "observed_sites", "record_traces"]
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
@@ -20,7 +20,7 @@ def log_density(site: dict[str, Any]) -> Tensor:
     return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
 
 
-def recorded(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
+def record_traces(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
     """``function``, appending a trace of each of its runs, with what outer handlers did to it, to ``traces``."""
 
     def recording(*args: Any, **kwargs: Any) -> Any:

@@ -13,25 +13,25 @@ from torch import Tensor
 
 __all__ = [
     "as_shape",
+    "boolean",
     "data_tensors",
+    "describe",
     "file_path",
-    "first_where",
-    "flag",
+    "first_index",
     "function",
     "image_size",
     "is_integer",
-    "kind_of",
     "mapping",
+    "nonempty_string",
     "number",
     "numbers",
     "positive",
     "positive_int",
-    "quiet",
     "real_tensor",
     "rows_like",
     "seed_number",
+    "tqdm_disable",
     "whole_numbers",
-    "word",
     "writable",
 ]
 
@@ -41,10 +41,10 @@ _LARGEST = 2**63 - 1  # that a tensor can have of anything
 _LARGEST_SEED = 2**32 - 1  # that NumPy takes
 
 
-def kind_of(value: object) -> str:
+def describe(value: object) -> str:
     """What came, in words: shape, dtype and device of a tensor, of anything else its type.
 
-    >>> kind_of(torch.zeros(3)), kind_of([1.0]), kind_of(None)
+    >>> describe(torch.zeros(3)), describe([1.0]), describe(None)
     ('a torch.float32 tensor of shape (3,)', 'a list', 'a NoneType')
     """
     if not isinstance(value, Tensor):
@@ -135,19 +135,19 @@ def numbers(value: object, name: str) -> Tensor:
         raise TypeError(f"{name}: got {value!r}; {accepted}") from error
 
 
-def flag(value: object, name: str) -> bool:
+def boolean(value: object, name: str) -> bool:
     """``value`` if it is ``True`` or ``False``: a word such as "no" would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}; accepted are True and False")
     return value
 
 
-def quiet(progress: bool | None) -> bool | None:
+def tqdm_disable(progress: bool | None) -> bool | None:
     """What ``tqdm`` takes for ``disable``: a bar is shown or not, or where it is left out, on a terminal alone."""
-    return None if progress is None else not flag(progress, "progress")
+    return None if progress is None else not boolean(progress, "progress")
 
 
-def word(value: object, name: str) -> str:
+def nonempty_string(value: object, name: str) -> str:
     """``value`` if it is a string that is not empty."""
     if not isinstance(value, str) or not value:
         raise TypeError(f"{name}: got {value!r}; accepted is a string that is not empty")
@@ -157,7 +157,7 @@ def word(value: object, name: str) -> str:
 def mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
     """``value`` if it is a mapping from names; an empty one if it is left out."""
     if not isinstance(value, Mapping | None):
-        raise TypeError(f"{name}: got {kind_of(value)}; accepted is a mapping, such as {example}")
+        raise TypeError(f"{name}: got {describe(value)}; accepted is a mapping, such as {example}")
     if wrong := [key for key in value or {} if not isinstance(key, str)]:
         raise TypeError(f"{name}: got the key {wrong[0]!r}; accepted are names, as in {example}")
     return value or {}
@@ -167,9 +167,9 @@ def function(value: Any, name: str) -> Any:
     """``value`` if it can be a Pyro model or guide: a pair of them in the place of one is what is handed over first."""
     example = f"`vae.{'model' if name == 'model' else 'guide'}`"
     if not isinstance(value, type) and hasattr(value, "model") and hasattr(value, "guide"):
-        raise TypeError(f"{name}: got {kind_of(value)}, a pair of functions; accepted is one of them, {example}")
+        raise TypeError(f"{name}: got {describe(value)}, a pair of functions; accepted is one of them, {example}")
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name}: got {kind_of(value)}; accepted is a Pyro function, such as {example}")
+        raise TypeError(f"{name}: got {describe(value)}; accepted is a Pyro function, such as {example}")
     return value
 
 
@@ -205,24 +205,24 @@ def real_tensor(value: Any, name: str, accepted: str) -> Tensor:
     ValueError: x: got a torch.float32 tensor of shape (2,) on meta, which holds no values; accepted is a tensor
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {kind_of(value)}; {accepted}")
+        raise TypeError(f"{name}: got {describe(value)}; {accepted}")
     if value.is_complex():
-        raise TypeError(f"{name}: got {kind_of(value)}; {accepted}, of real numbers")
+        raise TypeError(f"{name}: got {describe(value)}; {accepted}, of real numbers")
     if value.is_meta:
-        raise ValueError(f"{name}: got {kind_of(value)}, which holds no values; {accepted}")
+        raise ValueError(f"{name}: got {describe(value)}, which holds no values; {accepted}")
     if value.layout != torch.strided:
-        raise TypeError(f"{name}: got {kind_of(value)}, {value.layout}; {accepted}, dense: `x.to_dense()`")
+        raise TypeError(f"{name}: got {describe(value)}, {value.layout}; {accepted}, dense: `x.to_dense()`")
     return value
 
 
 _BLOCK = 2**22  # numbers that are looked at together
 
 
-def first_where(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:
+def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:
     """The first place in a tensor whose number passes a test, block of rows by block: the data may be larger than the
     memory, in a file that is mapped. Integers pass none.
 
-    >>> first_where(torch.isnan, torch.tensor([[0.0, 1.0], [torch.nan, 2.0]]))
+    >>> first_index(torch.isnan, torch.tensor([[0.0, 1.0], [torch.nan, 2.0]]))
     [1, 0]
     """
     if not tensor.is_floating_point() or not tensor.dim():
@@ -241,7 +241,7 @@ def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     try:
         found = real_tensor(torch.as_tensor(value), name, accepted)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {kind_of(value)}; {accepted}") from error
+        raise TypeError(f"{name}: got {describe(value)}; {accepted}") from error
     if found.shape != (count,):
         raise ValueError(f"{name}: got shape {tuple(found.shape)}; {accepted}")
     if (wrong := found != found.long()).any():
@@ -256,7 +256,7 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
     """
     accepted = "accepted is a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
     if not isinstance(data, Tensor | Sequence):
-        raise TypeError(f"{name}: got {kind_of(data)}; {accepted}")
+        raise TypeError(f"{name}: got {describe(data)}; {accepted}")
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
     for tensor in tensors:
         real_tensor(tensor, name, accepted)
@@ -268,7 +268,7 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
             raise ValueError(
                 f"{name}: got tensors on {tensors[0].device} and {tensor.device}; accepted is one device for all"
             )
-        if (place := first_where(torch.isinf, tensor)) is not None:
+        if (place := first_index(torch.isinf, tensor)) is not None:
             row, *column = place
             where = f"row {row}" + (f", column {tuple(column)}" if column else "")
             raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")

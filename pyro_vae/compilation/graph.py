@@ -22,10 +22,10 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae._utils.rng import kept, random_states
-from pyro_vae.compilation.kernels import SUBSTITUTES
+from pyro_vae._utils.rng import preserve_rng_state, random_states
+from pyro_vae.compilation.kernels import decompositions
 
-__all__ = ["CaptureError", "Forms", "Graph", "Replayed", "compiling", "forms"]
+__all__ = ["CaptureError", "CompiledFunction", "Forms", "Graph", "compiling", "input_signature"]
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -131,19 +131,19 @@ class Graph:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor]):
-        where = _Where()
-        undo = _Undo(where)
-        with kept(), pyro.validation_enabled(False), undo, where, _Answers(where):
+        where = _LastSite()
+        undo = _InPlaceRollback(where)
+        with preserve_rng_state(), pyro.validation_enabled(False), undo, where, _ValueAccessGuard(where):
             before = random_states()[0]
             try:
-                module = make_fx(lambda *args: list(function(*args)), decomposition_table=SUBSTITUTES)(*inputs)
+                module = make_fx(lambda *args: list(function(*args)), decomposition_table=decompositions)(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
                     raise
                 raise CaptureError(f"{where}: asks a tensor for its value") from error
             if random_states()[0] != before:
                 raise CaptureError(f"{where} {_OTHER_NOISE.format('NumPy or of the module `random`')}")
-        self._module, self._known = _lifted(module)
+        self._module, self._known = _lift_constants(module)
         if not all(isinstance(tensor, Tensor) for tensor in self._known):
             raise CaptureError(f"{where} {_OTHER_NOISE.format('a torch.Generator of its own')}")
         if any(_place(tensor) in undo.computed for tensor in self._known):
@@ -192,7 +192,7 @@ class Graph:
         return self._module.code
 
 
-class Replayed:
+class CompiledFunction:
     """A function of tensors, run as it is on the first inputs of some form, and by a compiled graph from then on.
 
     A graph is held against the function at its first inputs: to 1e-3, relative or absolute.
@@ -200,7 +200,7 @@ class Replayed:
     Args:
         function: of tensors, which returns tensors, the same operations each time.
 
-    >>> double = Replayed(lambda x: [2 * x])
+    >>> double = CompiledFunction(lambda x: [2 * x])
     >>> double(torch.ones(2)), double(torch.zeros(2))
     ([tensor([2., 2.])], [tensor([0., 0.])])
     """
@@ -215,7 +215,7 @@ class Replayed:
         Raises:
             CaptureError: if the function cannot be captured, or the graph gives other numbers than it does.
         """
-        form = forms(inputs)
+        form = input_signature(inputs)
         if form not in self._graphs:
             self._graphs[form] = None
             return list(self.function(*inputs))
@@ -226,9 +226,9 @@ class Replayed:
     def _captured(self, inputs: Sequence[Tensor]) -> Graph:
         graph = Graph(self.function, inputs)
         graph.compile(inputs)
-        with kept():
+        with preserve_rng_state():
             expected = self.function(*inputs)
-        with kept():
+        with preserve_rng_state():
             found = graph(*inputs)
         for one, other in zip(found, expected, strict=True):
             if not torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -254,12 +254,12 @@ def compiling() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def forms(inputs: Sequence[Tensor]) -> Forms:
+def input_signature(inputs: Sequence[Tensor]) -> Forms:
     """Shapes, strides, dtypes and devices: a graph takes inputs of those that it was captured with."""
     return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in inputs)
 
 
-class _Where(Messenger):
+class _LastSite(Messenger):
     """Which sample site was met last."""
 
     def __init__(self) -> None:
@@ -278,11 +278,11 @@ class _Where(Messenger):
         )
 
 
-class _Answers(TorchFunctionMode):
+class _ValueAccessGuard(TorchFunctionMode):
     """Answers questions for values: with the tensor itself where it is only added up, with the truth where it is only
     checked. All others branch on data, and are refused."""
 
-    def __init__(self, where: _Where):
+    def __init__(self, where: _LastSite):
         super().__init__()
         self.where = where
 
@@ -318,10 +318,10 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return (tensor[..., None] == torch.arange(num_classes, device=tensor.device)).long()
 
 
-class _Undo(TorchDispatchMode):
+class _InPlaceRollback(TorchDispatchMode):
     """Puts back what was changed in place, at the end; and refuses operations whose shape depends on values."""
 
-    def __init__(self, where: _Where) -> None:
+    def __init__(self, where: _LastSite) -> None:
         super().__init__()
         self.where = where
         self.written: list[Tensor] = []
@@ -387,7 +387,7 @@ def _indexes_by_numbers(func: Any, args: Any) -> bool:
     return not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
-def _lifted(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+def _lift_constants(module: torch.fx.GraphModule) -> tuple[torch.fx.GraphModule, list[Tensor]]:
     """The graph with the tensors that it knows as further inputs, after the others; and those tensors."""
     graph, tensors = module.graph, []
     last = [node for node in graph.nodes if node.op == "placeholder"]

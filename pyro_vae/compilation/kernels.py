@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SUBSTITUTES"]
+__all__ = ["decompositions"]
 
 _LARGE = 2**20  # products of numbers, from which on oneDNN pays
 
@@ -41,7 +41,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _pays(a: Tensor, b: Tensor) -> bool:
+def _use_onednn(a: Tensor, b: Tensor) -> bool:
     plain = a.dtype == torch.float32 and a.is_cpu and torch.backends.mkldnn.is_available()
     large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
     return plain and large and _is_matrix(a) and _is_matrix(b)
@@ -53,7 +53,7 @@ def _is_matrix(x: Tensor) -> bool:
     return (along == 1 and down >= columns) or (down == 1 and along >= rows)
 
 
-def _in_loops(a: Tensor, b: Tensor) -> Tensor | None:
+def _unrolled_matmul(a: Tensor, b: Tensor) -> Tensor | None:
     """The product, if it is of few rows, columns or terms: sums that a compiler makes a part of the loops around."""
     (rows, terms), columns = a.shape, b.shape[1]
     plain = a.dtype in (torch.float32, torch.float64) and a.is_cpu
@@ -90,8 +90,8 @@ def _stored(x: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor) -> Any:
-    product = _in_loops(a, b)
-    if product is None and _pays(a, b):
+    product = _unrolled_matmul(a, b)
+    if product is None and _use_onednn(a, b):
         if a.stride(0) == 1 and b.shape[1] <= min(_NARROW, a.shape[0]):
             product = torch.ops.pyro_vae.linear(b.t(), a, None).t().contiguous()
         else:
@@ -102,10 +102,10 @@ def _mm(a: Tensor, b: Tensor) -> Any:
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     if beta != 1 or alpha != 1:
         return NotImplemented
-    product = _in_loops(a, b)
+    product = _unrolled_matmul(a, b)
     if product is not None:
         return product + bias
-    fits = _pays(a, b) and bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == a.dtype
+    fits = _use_onednn(a, b) and bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == a.dtype
     return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
 
 
@@ -118,7 +118,7 @@ def _tanh(x: Tensor) -> Any:
     return torch.where(square < _NEAR, series, torch.copysign((1 - decay) / (1 + decay), x))
 
 
-SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+decompositions: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.mm.default: _mm,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.tanh.default: _tanh,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae._utils.validation import file_path
 
-__all__ = ["Published", "download", "find", "read"]
+__all__ = ["RemoteFile", "download", "find", "read"]
 
 _UNSIGNED_BYTES = 0x08
 
@@ -23,7 +23,7 @@ _MAX_DIMS = 8
 
 
 @dataclass(frozen=True)
-class Published:
+class RemoteFile:
     """A published file and its checksums.
 
     Attributes:
@@ -37,7 +37,7 @@ class Published:
     content: str
 
 
-def find(file: Published, folder: str | Path) -> Path:
+def find(file: RemoteFile, folder: str | Path) -> Path:
     """The file in a folder, packed or not.
 
     Raises:
@@ -50,7 +50,7 @@ def find(file: Published, folder: str | Path) -> Path:
     raise FileNotFoundError(f"folder: {str(folder)!r} {what}")
 
 
-def download(file: Published, mirrors: Sequence[str], cache: str | Path, attempts: int = 2) -> Path:
+def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attempts: int = 2) -> Path:
     """The packed file in the cache; fetched from the first mirror that gives the published bytes, if not yet there.
 
     A file reaches the cache whole and verified, or not at all; a spoilt one there is fetched again.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import kind_of, positive, positive_int, real_tensor, seed_number
+from pyro_vae._utils.validation import describe, positive, positive_int, real_tensor, seed_number
 from pyro_vae.datasets.base import Dataset
 
 __all__ = ["TwoGaussians", "two_gaussians"]
@@ -26,7 +26,7 @@ class TwoGaussians(Dataset):
 
     def _log_joint(self, x: Tensor) -> Tensor:
         if not real_tensor(x, "x", "accepted are points (*, 2)").is_floating_point() or x.shape[-1:] != (2,):
-            raise ValueError(f"x: got {kind_of(x)}; accepted are points (*, 2), floats")
+            raise ValueError(f"x: got {describe(x)}; accepted are points (*, 2), floats")
         centres = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=x.dtype, device=x.device)
         component = torch.distributions.Normal(centres, self.scale)
         return component.log_prob(x[..., None, :]).sum(-1) + math.log(0.5)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_vae._utils.traces import log_density
 from pyro_vae.distributions.properties import without_independent
-from pyro_vae.exact.densities import Problem, Values
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.densities import ModelDensity, Values
+from pyro_vae.exact.guide_density import GuideDensity
 
 __all__ = ["Aggregate", "Terms"]
 
@@ -29,7 +29,7 @@ class Terms(NamedTuple):
 class Aggregate:
     """The aggregate posterior of a guide on the data of a problem."""
 
-    def __init__(self, problem: Problem, q: Guide):
+    def __init__(self, problem: ModelDensity, q: GuideDensity):
         self.problem = problem
         self.q = q
         self.factors = q.factors()  # computed once, if no latent hangs on another

@@ -21,25 +21,25 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae._utils.amortization import is_amortized
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.validation import data_tensors, function, positive, positive_int
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.densities import Problem, Values, drawn
-from pyro_vae.exact.guide_density import Guide
-from pyro_vae.handlers import Anew
+from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.handlers import ResampleObserved
 
 __all__ = [
     "ALL",
     "JOINT",
     "Calibration",
-    "Compared",
-    "Effects",
+    "CalibrationErrors",
+    "SimulationResults",
     "calibrate",
-    "effects_of_errors",
-    "effects_of_remedies",
+    "calibration_errors",
+    "errors_after_elbo_corrections",
 ]
 
 JOINT = "log p(x, z)"
@@ -54,7 +54,7 @@ _EFFECTIVE = 20  # data that a coordinate's error must rest on to have a say in 
 
 
 @dataclass(frozen=True)
-class Effects:
+class CalibrationErrors:
     """How far q is off, by coordinate, ``(D,)``, and on the whole.
 
     Attributes:
@@ -109,8 +109,8 @@ class Calibration:
     ranks: Tensor
     num_draws: int
     p_values: Tensor
-    errors: Effects
-    remedies: Effects | None
+    errors: CalibrationErrors
+    elbo_corrections: CalibrationErrors | None
     divergence: float
     divergence_error: float
     tolerance: float
@@ -136,13 +136,13 @@ class Calibration:
         if self.is_exact:
             return {}
         sure = float(norm.isf(self.alpha / (4 * len(self.names))))  # two sides of two effects of each quantity
-        effects = self.errors if self.remedies is None or self.tolerance == 1 else self.remedies
-        allowed = _Allowed(self.tolerance, sure)
+        effects = self.errors if self.elbo_corrections is None or self.tolerance == 1 else self.elbo_corrections
+        allowed = _Tolerance(self.tolerance, sure)
         words = {ALL: allowed.words(*effects.overall)}
         for index, name in enumerate(self.names[:-1]):
             of_one = (effects.variance_ratio, effects.log_ratio_error, effects.bias, effects.bias_error)
-            words[name] = _Allowed(self.tolerance**2, sure).words(*(float(values[index]) for values in of_one))
-        if self.tolerance == 1 or self.remedies is None:
+            words[name] = _Tolerance(self.tolerance**2, sure).words(*(float(values[index]) for values in of_one))
+        if self.tolerance == 1 or self.elbo_corrections is None:
             for index, name in enumerate(self.names):
                 leaves = self.leaves_band(index)
                 off = [f"not as p(z | x) is, p = {self.p_values[index]:.1g}"] if self.tolerance == 1 else []
@@ -185,7 +185,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class _Allowed:
+class _Tolerance:
     """What is let pass: what is not for sure more than the effect of a normal's variance off by a factor."""
 
     ratio: float
@@ -203,7 +203,7 @@ class _Allowed:
 
 
 @dataclass(frozen=True)
-class Compared:
+class SimulationResults:
     """Truths beside draws, for N data.
 
     Attributes:
@@ -219,7 +219,7 @@ class Compared:
     excess: Tensor
 
 
-def effects_of_errors(found: Compared, count: int) -> Effects:
+def calibration_errors(found: SimulationResults, count: int) -> CalibrationErrors:
     """How far the truths lie from the mean of ``count`` draws, beside how far the draws do."""
     num, errors, variances = len(found.errors), found.errors.cpu(), found.variances.cpu()
     scale, centre = variances.mean(0), errors.mean(0)
@@ -233,7 +233,7 @@ def effects_of_errors(found: Compared, count: int) -> Effects:
     return _effects(ratio, influence, centre / deviation, errors.std(0) / deviation / num**0.5, told)
 
 
-def effects_of_remedies(curvature: Tensor, pull: Tensor) -> Effects:
+def errors_after_elbo_corrections(curvature: Tensor, pull: Tensor) -> CalibrationErrors:
     """What would make the ELBO stationary, from ``(N, D)``: h, and the gradient of log p in standard deviations."""
     curvature, pull = curvature.cpu(), pull.cpu()
     mean = curvature.mean(0).clamp(1e-9, 1e9)
@@ -242,7 +242,7 @@ def effects_of_remedies(curvature: Tensor, pull: Tensor) -> Effects:
     return _effects(1 / mean, influence, pull.mean(0) / mean, error, torch.ones_like(mean, dtype=torch.bool))
 
 
-def _effects(ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor, told: Tensor) -> Effects:
+def _effects(ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor, told: Tensor) -> CalibrationErrors:
     """With the whole: errors of ratios may go together, and each datum has its say on all of them at once."""
     log_ratio_error = influence.std(0) / len(influence) ** 0.5
     overall = (1.0, 0.0, 0.0, 0.0)
@@ -252,7 +252,7 @@ def _effects(ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor,
         error = float((bias * bias_error)[told].norm()) / int(told.sum()) / size if size else 0.0
         whole = float(influence[:, told].mean(1).std()) / len(influence) ** 0.5
         overall = (math.exp(float(ratio[told].log().mean())), whole, size, max(error, (chance / len(bias)) ** 0.5))
-    return Effects(ratio, log_ratio_error, bias, bias_error, overall)
+    return CalibrationErrors(ratio, log_ratio_error, bias, bias_error, overall)
 
 
 _ROWS = 128  # of a batch, for which the guide's network runs once
@@ -324,27 +324,29 @@ def calibrate(
     _check(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
     function(guide, "guide")
-    with borrowed_store(), seeded(seed):
-        Problem(model, data, plate)  # refuses what is of another form, which would next be told to hang on other rows
+    with scoped_param_store(), seeded(seed):
+        ModelDensity(
+            model, data, plate
+        )  # refuses what is of another form, which would next be told to hang on other rows
         _check_local(model, data, plate)
         simulated, truth = _simulated(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = [
-            _compared(Problem(model, part, plate), guide, values, num_draws)
+            _compared(ModelDensity(model, part, plate), guide, values, num_draws)
             for part, values in _batches(simulated, truth)
         ]
-        whole = Compared(
+        whole = SimulationResults(
             *(torch.cat(list(tensors)) for tensors in zip(*(vars(p).values() for p in parts), strict=True))
         )
-        remedies = _remedies(model, guide, data, plate, num_simulations, num_draws)
+        elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
     ranks = whole.ranks.cpu()
     return Calibration(
-        names=_names(Problem(model, tuple(tensor[:1] for tensor in simulated), plate)),
+        names=_names(ModelDensity(model, tuple(tensor[:1] for tensor in simulated), plate)),
         ranks=ranks,
         num_draws=num_draws,
         p_values=torch.tensor([p_value(column.numpy(), num_draws + 1) for column in ranks.T]).double(),
-        errors=effects_of_errors(whole, num_draws),
-        remedies=remedies,
+        errors=calibration_errors(whole, num_draws),
+        elbo_corrections=elbo_corrections,
         divergence=whole.excess.mean().item(),
         divergence_error=whole.excess.std().item() / num_simulations**0.5,
         tolerance=float(tolerance),
@@ -369,10 +371,10 @@ def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) 
     count, places = len(data[0]), torch.arange(num, device=data[0].device)
     rows = places * count // num if num < count else places % count
     template = tuple(tensor[rows] for tensor in data)
-    Problem(model, tuple(tensor[: min(num, 4)] for tensor in template), plate)  # refuses what is of another form
+    ModelDensity(model, tuple(tensor[: min(num, 4)] for tensor in template), plate)  # refuses what is of another form
     with poutine.block():
         observed = observed_sites(poutine.trace(model).get_trace(*template))
-        trace = poutine.trace(Anew()(model)).get_trace(*template)
+        trace = poutine.trace(ResampleObserved()(model)).get_trace(*template)
     roles = {name: _role(name, site["value"], template) for name, site in observed.items()}
     if len(set(roles.values())) < len(roles):
         raise ValueError(f"model: its observed sites {list(roles)} share a data tensor; accepted is one for each")
@@ -443,10 +445,10 @@ def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Te
         yield tuple(tensor[rows] for tensor in data), {name: value[rows] for name, value in truth.items()}
 
 
-def _compared(problem: Problem, guide: Function, truth: Values, count: int) -> Compared:
-    q = Guide(problem, guide)
+def _compared(problem: ModelDensity, guide: Function, truth: Values, count: int) -> SimulationResults:
+    q = GuideDensity(problem, guide)
     q.check_densities()
-    draws, log_q = drawn(guide, problem.data, count)
+    draws, log_q = sample_with_log_q(guide, problem.data, count)
     chunks = range(0, count, problem.chunk)
     log_p = torch.cat(
         [problem.log_joint({name: value[i : i + problem.chunk] for name, value in draws.items()}) for i in chunks]
@@ -458,18 +460,18 @@ def _compared(problem: Problem, guide: Function, truth: Values, count: int) -> C
     ties = (values == true).sum(0)
     ranks = (values < true).sum(0) + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
     excess = (true_log_p - true_log_q) - (log_p - log_q.double()).mean(0)
-    return Compared(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
+    return SimulationResults(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
 
 
-def _log_q(q: Guide, truth: Values) -> Tensor:
+def _log_q(q: GuideDensity, truth: Values) -> Tensor:
     """log q(z | x) at the truth, which may lie where q has no density at all."""
     with pyro.validation_enabled(False):
         return q.log_prob(truth).nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
 
 
-def _coordinates(problem: Problem, values: Values) -> Tensor:
+def _coordinates(problem: ModelDensity, values: Values) -> Tensor:
     """All latents in free coordinates, ``(C, N, D)``."""
-    return _side_by_side(_free(site["fn"], values[name]) for name, site in problem.latents.items())
+    return _side_by_side(_unconstrained(site["fn"], values[name]) for name, site in problem.latents.items())
 
 
 def _side_by_side(values: Iterable[Tensor]) -> Tensor:
@@ -477,7 +479,7 @@ def _side_by_side(values: Iterable[Tensor]) -> Tensor:
     return torch.cat([value.detach().reshape(*value.shape[:2], -1).double() for value in values], -1)
 
 
-def _free(fn: Any, value: Tensor) -> Tensor:
+def _unconstrained(fn: Any, value: Tensor) -> Tensor:
     """Values ``(C, N, *event)`` on the reals, or as indicators of classes, as ``(C, N, *shape)``."""
     if not fn.support.is_discrete:
         return biject_to(fn.support).inv(value)
@@ -485,34 +487,34 @@ def _free(fn: Any, value: Tensor) -> Tensor:
     return one_hot(value.long(), base.probs.shape[-1]) if isinstance(base, dist.Categorical) else value
 
 
-def _names(problem: Problem) -> tuple[str, ...]:
+def _names(problem: ModelDensity) -> tuple[str, ...]:
     names: list[str] = []
     for name, site in problem.latents.items():
-        shape = _free(site["fn"], site["value"][None]).shape[2:]
+        shape = _unconstrained(site["fn"], site["value"][None]).shape[2:]
         names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
     return (*names, JOINT)
 
 
-def _remedies(
+def _elbo_corrections(
     model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, count: int
-) -> Effects | None:
+) -> CalibrationErrors | None:
     """By the gradients of log p(x, z) at draws of q, on at most ``num`` of the data given."""
     if len(data[0]) == 1:
         return None  # the errors are from the spread over data
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
     found = []
     for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
-        problem = Problem(model, part, plate)
+        problem = ModelDensity(model, part, plate)
         if any(site["fn"].support.is_discrete for site in problem.latents.values()):
             return None
-        free, gradients = _gradients(problem, drawn(guide, part, count)[0])
+        free, gradients = _gradients(problem, sample_with_log_q(guide, part, count)[0])
         centred = free - free.mean(0)
         curvature = -(gradients * centred).sum(0) / (count - 1)
         found.append((curvature, gradients.mean(0) * free.std(0)))
-    return effects_of_remedies(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return errors_after_elbo_corrections(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _gradients(problem: Problem, draws: Values) -> tuple[Tensor, Tensor]:
+def _gradients(problem: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
     """Draws in free coordinates, and the gradients of log p(x, z) by them, both ``(C, N, D)``."""
     maps = {name: biject_to(site["fn"].support) for name, site in problem.latents.items()}
     count = len(next(iter(draws.values())))

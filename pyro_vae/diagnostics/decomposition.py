@@ -16,24 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import Aggregate, Terms
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
-from pyro_vae.exact.densities import Problem, draw
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.densities import ModelDensity, draw
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
-__all__ = ["MAX_SUMMED", "NOTHING", "Decomposition", "Estimate", "Units", "decompose"]
+__all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose"]
 
 MAX_SUMMED = 2**12
 """Discrete latents of at most so many joint states are summed over; of more, they are drawn."""
 
 
-NOTHING = 0.01
+COLLAPSE_NATS = 0.01
 """Nats at which a variable is said to carry nothing; and the variance at which a unit is said to be inactive."""
 
 
@@ -70,12 +70,12 @@ class Units:
     @property
     def active(self) -> Tensor:
         """Which variables are active units: those of an activity above 0.01."""
-        return self.activity > NOTHING
+        return self.activity > COLLAPSE_NATS
 
     @property
-    def silent(self) -> Tensor:
+    def collapsed(self) -> Tensor:
         """Which variables carry nothing: less than 0.01 nats or, where that is not known, inactive units."""
-        return ~self.active if self.information is None else self.information <= NOTHING
+        return ~self.active if self.information is None else self.information <= COLLAPSE_NATS
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,16 @@ class Decomposition:
     @property
     def collapse(self) -> tuple[str, ...]:
         """What carries nothing, in words; empty if there is none."""
-        if self.mutual_information.value <= NOTHING:
+        if self.mutual_information.value <= COLLAPSE_NATS:
             names = " and ".join(self.units)
             cost = (
                 "q(z|x) is the prior for every x"
-                if self.rate.value <= NOTHING
+                if self.rate.value <= COLLAPSE_NATS
                 else f"the rate of {self.rate.value:.2f} nats buys nothing: q(z|x) is not the prior, and the same for "
                 "every x"
             )
             return (f"{names} carries nothing about x: {self.mutual_information.value:.3f} nats; {cost}",)
-        return tuple(line for name, units in self.units.items() for line in _silence(name, units))
+        return tuple(line for name, units in self.units.items() for line in _collapse_threshold(name, units))
 
     def __str__(self) -> str:
         lower, upper = self.population_information
@@ -139,18 +139,18 @@ class Decomposition:
         return "\n".join(lines + [f"collapse: {line}" for line in self.collapse])
 
 
-def _silence(name: str, units: Units) -> Iterator[str]:
-    silent = units.silent
-    if not silent.any():
+def _collapse_threshold(name: str, units: Units) -> Iterator[str]:
+    collapsed = units.collapsed
+    if not collapsed.any():
         return
-    which = silent.nonzero().tolist()
+    which = collapsed.nonzero().tolist()
     spelled = [f"{name}{index}" if index else name for index in which]
     shown = ", ".join(spelled[:8]) + (f" and {len(spelled) - 8} more" if len(spelled) > 8 else "")
-    least = f"less than {NOTHING} nats each"
+    least = f"less than {COLLAPSE_NATS} nats each"
     if units.information is None:
-        least = f"the mean of q varies by less than {NOTHING} over the data"
-    yield f"{len(which)} of {silent.numel()} variables of {name} carry nothing about x ({least}): {shown}"
-    if units.rate is not None and (wasted := units.rate[silent].sum().item()) > NOTHING:
+        least = f"the mean of q varies by less than {COLLAPSE_NATS} over the data"
+    yield f"{len(which)} of {collapsed.numel()} variables of {name} carry nothing about x ({least}): {shown}"
+    if units.rate is not None and (wasted := units.rate[collapsed].sum().item()) > COLLAPSE_NATS:
         yield f"what carries nothing in {name} still costs a rate of {wasted:.2f} nats: there q is not the prior"
 
 
@@ -205,23 +205,23 @@ def decompose(
     """
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("num_samples: got 1; accepted is 2 or more: standard errors are from the spread of the draws")
-    with borrowed_store(), seeded(seed):
-        problem = Problem(model, data, plate)
-        q = Guide(problem, guide)
+    with scoped_param_store(), seeded(seed):
+        problem = ModelDensity(model, data, plate)
+        q = GuideDensity(problem, guide)
         q.check_densities()
         if problem.num_data < 2:
             raise ValueError("data: got 1 row; accepted are 2 or more, among which a code can tell")
         _check_prior(problem)
         mixture = Aggregate(problem, q)
         summed = _are_few(problem)
-        found = _Found(mixture)
+        found = _Accumulator(mixture)
         for count in _counts(num_samples, problem.chunk):
             found.add(draw(guide, problem.data, count), with_terms=not summed)
         terms, information = mixture.over_states() if summed else found.terms()
     return _assembled(terms, found.units(information), problem.num_data, 0 if summed else num_samples)
 
 
-def _are_few(problem: Problem) -> bool:
+def _are_few(problem: ModelDensity) -> bool:
     """Whether the joint states of the latents are to be summed over."""
     if not problem.is_discrete:
         return False
@@ -235,7 +235,7 @@ def _counts(total: int, chunk: int) -> list[int]:
     return [min(chunk, total - first) for first in range(0, total, chunk)]
 
 
-def _check_prior(problem: Problem) -> None:
+def _check_prior(problem: ModelDensity) -> None:
     """Refuse a prior that depends on the datum: the aggregate posterior is then held against no one p(z)."""
     drawn = {name: site["value"][:8, None] for name, site in problem.latents.items()}
     for name, site in problem.sites(drawn).items():
@@ -248,7 +248,7 @@ def _check_prior(problem: Problem) -> None:
             )
 
 
-class _Found:
+class _Accumulator:
     """What draws have told so far."""
 
     def __init__(self, mixture: Aggregate):

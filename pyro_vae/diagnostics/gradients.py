@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import parameters_of
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.exact.densities import MAX_STATES, Problem
-from pyro_vae.exact.guide_density import Guide
-from pyro_vae.objectives.base import PerDatum
+from pyro_vae.exact.densities import MAX_STATES, ModelDensity
+from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.objectives.base import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 
@@ -149,7 +149,7 @@ class Estimator:
     def __post_init__(self) -> None:
         if not isinstance(self.elbo, ELBO):
             raise TypeError(f"elbo: got {self.elbo!r}; accepted is an instance, such as Trace_ELBO()")
-        if not isinstance(self.elbo, PerDatum | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
+        if not isinstance(self.elbo, ParticleELBO | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
             raise ValueError(
                 f"elbo: got a {type(self.elbo).__name__}, whose weights are not of each datum; accepted are "
                 "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO and those of pyro_vae.objectives"
@@ -160,7 +160,7 @@ class Estimator:
     @property
     def num_draws(self) -> int:
         """Of the bound that is estimated: K of a K-sample bound, otherwise 1."""
-        return self.elbo.bound_draws if isinstance(self.elbo, PerDatum) else 1
+        return self.elbo.bound_draws if isinstance(self.elbo, ParticleELBO) else 1
 
     def evaluations(self, num_states: int) -> int:
         """Runs of the decoder for each datum and estimate: one for each draw, or for each state if it enumerates."""
@@ -232,7 +232,7 @@ def exact_gradient(
     torch.Size([2])
     """
     positive_int(num_draws, "num_draws")
-    problem = Problem(model, data, plate)
+    problem = ModelDensity(model, data, plate)
     if not problem.is_discrete:
         closed = [name for name, site in problem.latents.items() if not site["fn"].has_enumerate_support]
         raise ValueError(
@@ -240,7 +240,7 @@ def exact_gradient(
             "one as `distributions.Product(base, num_dims)`. Of a relaxed VAE name the twin, "
             "`target=(twin.model, twin.guide)`"
         )
-    q = Guide(problem, guide)
+    q = GuideDensity(problem, guide)
     parameters = _parameters(model, guide, data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     # Twice over the states, chunk by chunk: the densities of all of them, and then their gradients, each weighted with
@@ -344,7 +344,7 @@ def _run(
             f"target: {name} has no parameters {foreign}, which its target has; accepted is a pair of the same ones, "
             "such as that of `twin = vae.discrete()`"
         )
-    problem = Problem(pair[0], data, plate)
+    problem = ModelDensity(pair[0], data, plate)
     cost = estimator.evaluations(problem.num_states)
     averaged = 1 if evaluations is None else evaluations // cost
     if averaged < 1:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.evidence.importance_sampling import log_evidence
-from pyro_vae.exact.densities import Problem, draw
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.densities import ModelDensity, draw
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 
 __all__ = ["InferenceGap", "inference_gap"]
@@ -159,16 +159,16 @@ def inference_gap(
     positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("num_samples: got 1; accepted is 2 or more: standard errors are from the spread of the draws")
-    with borrowed_store(), seeded(seed):
+    with scoped_param_store(), seeded(seed):
         with torch.no_grad():
-            problem = Problem(model, data, plate)
-            q = Guide(problem, guide)
+            problem = ModelDensity(model, data, plate)
+            q = GuideDensity(problem, guide)
             q.check_densities()
         if refined is None:
             refined = refine(q, steps, lr, num_particles)
         function(refined, "refined")
         with torch.no_grad():
-            best = Guide(problem, refined)
+            best = GuideDensity(problem, refined)
             best.check_densities()
             log_p = _log_evidence_exactly(problem, tolerance)
             is_exact = log_p is not None
@@ -190,14 +190,14 @@ def inference_gap(
     )
 
 
-def _log_evidence_exactly(problem: Problem, tolerance: float) -> Tensor | None:
+def _log_evidence_exactly(problem: ModelDensity, tolerance: float) -> Tensor | None:
     with suppress(ValueError, exact.QuadratureError):
         return exact.log_evidence(problem.model, *problem.data, plate=problem.plate, tolerance=tolerance)
     return None
 
 
 def _elbos(
-    q: Guide, best: Guide, log_p: Tensor, num_samples: int, seed: int, tolerance: float
+    q: GuideDensity, best: GuideDensity, log_p: Tensor, num_samples: int, seed: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ELBO of q with its error, ELBO of q*, and the error of their difference, ``(N,)`` each."""
     both = [_elbo_exactly(guide, log_p, tolerance) for guide in (q, best)]
@@ -210,7 +210,7 @@ def _elbos(
     return mean[0], error, mean[1], difference_error
 
 
-def _elbo_exactly(q: Guide, log_p: Tensor, tolerance: float) -> Tensor | None:
+def _elbo_exactly(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
     problem = q.problem
     linear = linear_gaussian(problem)
     if linear is not None:
@@ -231,7 +231,7 @@ def _as_multivariate_normal(fn: Any) -> Any:
     return None
 
 
-def _elbo_terms(q: Guide, num_samples: int, seed: int) -> Tensor:
+def _elbo_terms(q: GuideDensity, num_samples: int, seed: int) -> Tensor:
     """log p(x, z) - log q(z | x) at draws, ``(K, N)``."""
     problem, parts = q.problem, []
     with seeded(seed):

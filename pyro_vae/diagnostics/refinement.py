@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae.exact.densities import MAX_STATES, Values
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.parts.base import Conditional
 from pyro_vae.training.schedules import decayed
 from pyro_vae.vae import VAE
@@ -25,7 +25,7 @@ Build = Callable[[list[Tensor]], Any]
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
 
 
-def refine(q: Guide, steps: int, lr: float, num_particles: int) -> Function:
+def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Function:
     """The guide with parameters of its own for each datum, each trained on its own ELBO from where the guide is.
 
     Draws from the current random stream; touches neither model nor guide.
@@ -68,7 +68,7 @@ def refine(q: Guide, steps: int, lr: float, num_particles: int) -> Function:
     return refined
 
 
-def _bound(q: Guide, fns: dict[str, Any], still: dict[str, Any], num_particles: int) -> Tensor:
+def _bound(q: GuideDensity, fns: dict[str, Any], still: dict[str, Any], num_particles: int) -> Tensor:
     """The ELBO of each datum, ``(N,)``: draws of continuous latents, and the sum over all states of discrete ones.
 
     ``still`` are the same distributions without gradient in their parameters: the score has expectation zero, and
@@ -106,7 +106,7 @@ _REMEDY = (
 )
 
 
-def _families(q: Guide) -> dict[str, tuple[list[Tensor], Build]]:
+def _families(q: GuideDensity) -> dict[str, tuple[list[Tensor], Build]]:
     """Of each latent, unconstrained parameters to start from and the distribution that they make."""
     with torch.no_grad():
         factors = q.factors()
@@ -135,7 +135,7 @@ def _families(q: Guide) -> dict[str, tuple[list[Tensor], Build]]:
         return {name: _rebuilt(name, fn) for name, fn in factors.items()}
 
 
-def _encoder(q: Guide) -> Conditional | None:
+def _encoder(q: GuideDensity) -> Conditional | None:
     """The amortized guide of a VAE, whose raw outputs are its free parameters."""
     owner = getattr(q.guide, "__self__", None)
     if not isinstance(owner, VAE) or getattr(q.guide, "__func__", None) is not VAE.guide:

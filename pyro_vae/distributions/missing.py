@@ -20,10 +20,10 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import observed_sites
-from pyro_vae._utils.validation import first_where, kind_of
+from pyro_vae._utils.validation import describe, first_index
 
 __all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
 
@@ -124,7 +124,7 @@ def with_missing(distribution: Any) -> Any:
     (tensor(-1.), torch.Size([3]))
     """
     if not hasattr(distribution, "log_prob"):
-        raise TypeError(f"distribution: got {kind_of(distribution)}; accepted is a distribution of single variables")
+        raise TypeError(f"distribution: got {describe(distribution)}; accepted is a distribution of single variables")
     if isinstance(distribution, torch.distributions.Independent):
         inner = with_missing(distribution.base_dist)
         return type(distribution)(inner, distribution.reinterpreted_batch_ndims)
@@ -146,7 +146,7 @@ def first_missing(data: Sequence[Tensor]) -> str | None:
     'row 1, column (0,)'
     """
     for tensor in data:
-        if (place := first_where(torch.isnan, tensor)) is not None:
+        if (place := first_index(torch.isnan, tensor)) is not None:
             row, *column = place or [0]
             return f"row {row}" + (f", column {tuple(column)}" if column else "")
     return None
@@ -164,7 +164,7 @@ def check_model(model: Function, data: Sequence[Tensor], name: str) -> None:
         f"{name}: holds nan at {where}; accepted are finite numbers, and NaN for what is missing where the likelihood "
         "says `missing=True`, as each of pyro_vae.parts.likelihoods can"
     )
-    with borrowed_store(), poutine.block(), torch.no_grad(), seeded(0):
+    with scoped_param_store(), poutine.block(), torch.no_grad(), seeded(0):
         try:
             observed = observed_sites(poutine.trace(model).get_trace(*data)).values()
         except ValueError as error:  # a parameter that is made of NaN, say

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.evidence.importance_sampling import Done, Evidence, Sampler, estimated
-from pyro_vae.exact.densities import Problem, Values, drawn
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.evidence.importance_sampling import Done, Evidence, Sampler, batched_estimate
+from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
 
 __all__ = ["annealed_log_evidence"]
 
@@ -33,7 +33,7 @@ Function = Callable[..., Any]
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def annealed_log_evidence(
     model: Function,
     guide: Function,
@@ -102,18 +102,18 @@ def annealed_log_evidence(
     positive_int(num_chains, "num_chains")
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
-    problem = Problem(model, data, plate)
-    Guide(problem, guide).check_densities()
+    problem = ModelDensity(model, data, plate)
+    GuideDensity(problem, guide).check_densities()
     _Coordinates(problem)
     betas = _temperatures(num_temperatures)
 
-    def sampler(part: Problem, guide: Function, done: Done) -> Sampler:
+    def sampler(part: ModelDensity, guide: Function, done: Done) -> Sampler:
         path = _Path(part, guide, num_leapfrog_steps)
         steps = path.step_sizes(betas)
         return lambda count: path.log_weights(count, betas, steps, done)
 
     with pyro.validation_enabled(False):  # a trajectory that goes astray ends in a rejected move, not in an error
-        return estimated(problem, guide, num_chains, sampler, seed, progress)
+        return batched_estimate(problem, guide, num_chains, sampler, seed, progress)
 
 
 def _temperatures(count: int) -> list[float]:
@@ -125,7 +125,7 @@ def _temperatures(count: int) -> list[float]:
 class _Coordinates:
     """Unconstrained coordinates ``(C, N, D)`` of all latents of a problem."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: ModelDensity):
         self.transforms, self.shapes = {}, {}
         for name, site in problem.latents.items():
             fn = site["fn"]
@@ -195,16 +195,16 @@ class _State:
 class _Path:
     """The distributions between q(z | x) and p(z | x), and moves that leave each as it is."""
 
-    def __init__(self, problem: Problem, guide: Function, num_leapfrog_steps: int):
+    def __init__(self, problem: ModelDensity, guide: Function, num_leapfrog_steps: int):
         self.problem = problem
         self.guide = guide
-        self.q = Guide(problem, guide)
+        self.q = GuideDensity(problem, guide)
         self.coordinates = _Coordinates(problem)
         self.num_leapfrog_steps = num_leapfrog_steps
 
     def start(self, count: int) -> _State:
         """Draws of the guide."""
-        return self.at(self.coordinates.points(drawn(self.guide, self.problem.data, count)[0]))
+        return self.at(self.coordinates.points(sample_with_log_q(self.guide, self.problem.data, count)[0]))
 
     def at(self, point: Tensor) -> _State:
         point = point.detach().requires_grad_()

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import kind_of, real_tensor
+from pyro_vae._utils.validation import describe, real_tensor
 from pyro_vae.evidence.importance_sampling import Evidence
 
 __all__ = ["compare_evidence"]
@@ -92,7 +92,9 @@ def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tenso
             found, error, unreliable = entry.log_evidence, entry.standard_error, entry.unreliable
         elif isinstance(entry, Tensor):
             if not real_tensor(entry, f"evidence: {name!r}", "accepted is (N,)").is_floating_point():
-                raise TypeError(f"evidence: {name!r} is {kind_of(entry)}; accepted are floats (N,), nats of each datum")
+                raise TypeError(
+                    f"evidence: {name!r} is {describe(entry)}; accepted are floats (N,), nats of each datum"
+                )
             found, error, unreliable = entry, torch.zeros_like(entry), torch.zeros(entry.shape, dtype=torch.bool)
         else:
             raise TypeError(

@@ -11,15 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae._utils.amortization import is_amortized
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.validation import flag, positive_int, quiet
-from pyro_vae.compilation.graph import Replayed
+from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
+from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
-from pyro_vae.exact.densities import Problem, drawn, log_joint
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.densities import ModelDensity, log_joint, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
 
-__all__ = ["Evidence", "estimated", "log_evidence"]
+__all__ = ["Evidence", "batched_estimate", "log_evidence"]
 
 _BUDGET = 2**22  # numbers in the largest tensor of one chunk
 
@@ -101,7 +101,7 @@ class Evidence:
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def log_evidence(
     model: Function,
     guide: Function,
@@ -152,29 +152,29 @@ def log_evidence(
     (torch.Size([10]), True, torch.Size([10]))
     """
     positive_int(num_samples, "num_samples")
-    flag(compile, "compile")
-    problem = Problem(model, data, plate)
-    Guide(problem, guide).check_densities()
-    replayed: dict[int, Replayed] = {}
+    boolean(compile, "compile")
+    problem = ModelDensity(model, data, plate)
+    GuideDensity(problem, guide).check_densities()
+    replayed: dict[int, CompiledFunction] = {}
 
-    def sampler(problem: Problem, guide: Function, done: Done) -> Sampler:
+    def sampler(problem: ModelDensity, guide: Function, done: Done) -> Sampler:
         def sample(count: int) -> Tensor:
             weights = partial(_log_weights, model, guide, count)
-            run = replayed.setdefault(count, Replayed(weights)) if compile else weights
+            run = replayed.setdefault(count, CompiledFunction(weights)) if compile else weights
             (log_weights,) = run(*problem.data)
             done(log_weights.numel())
             return log_weights
 
         return sample
 
-    return estimated(problem, guide, num_samples, sampler, seed, progress)
+    return batched_estimate(problem, guide, num_samples, sampler, seed, progress)
 
 
-def estimated(
-    problem: Problem,
+def batched_estimate(
+    problem: ModelDensity,
     guide: Function,
     num_samples: int,
-    sampler: Callable[[Problem, Function, Done], Sampler],
+    sampler: Callable[[ModelDensity, Function, Done], Sampler],
     seed: int,
     progress: bool | None,
 ) -> Evidence:
@@ -190,22 +190,22 @@ def estimated(
         progress: as in :func:`log_evidence`.
     """
     total = problem.num_data * num_samples
-    with seeded(seed), tqdm(total=total, disable=quiet(progress), unit="draw", unit_scale=True) as bar:
+    with seeded(seed), tqdm(total=total, disable=tqdm_disable(progress), unit="draw", unit_scale=True) as bar:
         parts = [_summed(part, sampler(part, guide, bar.update), num_samples) for part in _batches(problem, guide)]
     found, ess, khat = (torch.cat(list(part)).to(problem.dtype) for part in zip(*parts, strict=True))
     return Evidence(found, ess, khat, num_samples)
 
 
-def _batches(problem: Problem, guide: Function) -> list[Problem]:
+def _batches(problem: ModelDensity, guide: Function) -> list[ModelDensity]:
     """Some rows each, for which q(z | x) is computed once for many draws; all at once where rows need each other."""
     model, data, plate = problem.model, problem.data, problem.plate
     if problem.num_data <= _ROWS or not (is_amortized(model, data, plate) and is_amortized(guide, data, plate)):
         return [problem]
     parts = zip(*(tensor.split(_ROWS) for tensor in data), strict=True)
-    return [Problem(model, part, plate) for part in parts]
+    return [ModelDensity(model, part, plate) for part in parts]
 
 
-def _summed(problem: Problem, sampler: Sampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(problem: ModelDensity, sampler: Sampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each."""
     widths = [site["fn"].event_shape.numel() for site in (problem.latents | problem.observed).values()]
     chunk = max(1, _BUDGET // (problem.num_data * max(64, *widths)))
@@ -226,5 +226,5 @@ def _summed(problem: Problem, sampler: Sampler, num_samples: int) -> tuple[Tenso
 
 def _log_weights(model: Function, guide: Function, count: int, *data: Tensor) -> list[Tensor]:
     """log p(x, z) - log q(z | x) at draws z ~ q, ``(count, N)``."""
-    values, log_q = drawn(guide, data, count)
+    values, log_q = sample_with_log_q(guide, data, count)
     return [log_joint(model, values, data) - log_q]

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import kind_of, positive_int, real_tensor
+from pyro_vae._utils.validation import describe, positive_int, real_tensor
 
 __all__ = ["pareto_shape", "reliable_shape", "tail_length"]
 
@@ -84,7 +84,7 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
     tensor([-inf, -inf], dtype=torch.float64)
     """
     if not real_tensor(log_weights, "log_weights", "accepted is (S, N)").is_floating_point():
-        raise TypeError(f"log_weights: got {kind_of(log_weights)}; accepted are floats, (S, N)")
+        raise TypeError(f"log_weights: got {describe(log_weights)}; accepted are floats, (S, N)")
     if log_weights.dim() != 2:
         raise ValueError(f"log_weights: got shape {tuple(log_weights.shape)}; accepted is (S, N)")
     count = len(log_weights) if num_samples is None else num_samples

@@ -18,10 +18,10 @@ from pyro_vae.distributions.relaxed import (
 )
 from pyro_vae.exact.quadrature import Box
 
-__all__ = ["Chart"]
+__all__ = ["LatentCoordinates"]
 
 
-class Chart:
+class LatentCoordinates:
     """Coordinates ``(*, d)``, with d at most 2, of a continuous latent site."""
 
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
@@ -54,7 +54,7 @@ class Chart:
         points = AdditiveLogRatioTransform().inv(value) if self.on_simplex else value
         return points.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
 
-    def reach(self, fn: dist.TorchDistribution, num_data: int) -> Box:
+    def integration_box(self, fn: dist.TorchDistribution, num_data: int) -> Box:
         """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard.
 
         Of a Student-t it holds all but 1e-7.

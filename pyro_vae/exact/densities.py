@@ -19,9 +19,9 @@ from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.validation import data_tensors, function
 from pyro_vae.distributions.missing import check_model
 from pyro_vae.distributions.properties import is_normalized
-from pyro_vae.exact.coordinates import Chart
+from pyro_vae.exact.coordinates import LatentCoordinates
 
-__all__ = ["MAX_STATES", "Problem", "draw", "drawn", "log_joint"]
+__all__ = ["MAX_STATES", "ModelDensity", "draw", "log_joint", "sample_with_log_q"]
 
 MAX_STATES = 2**16
 """The most states of discrete latents that are summed over."""
@@ -36,7 +36,7 @@ Function = Callable[..., Any]
 Values = dict[str, Tensor]
 
 
-class Problem:
+class ModelDensity:
     """A model on its data, with its latents open: log p(x, z) at any z."""
 
     def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
@@ -81,10 +81,10 @@ class Problem:
             )
         return next(iter(self.latents.items()))
 
-    def chart(self) -> "Chart":
+    def chart(self) -> "LatentCoordinates":
         """Coordinates of the only latent, a continuous one."""
         name, site = self.single_site()
-        return Chart(name, site["fn"], self.dtype)
+        return LatentCoordinates(name, site["fn"], self.dtype)
 
     def zeros(self) -> Tensor:
         """``(N,)`` in float64, where the data are."""
@@ -184,7 +184,7 @@ def draw(guide: Function, data: tuple[Tensor, ...], count: int) -> dict[str, Any
         return latent_sites(poutine.trace(guide).get_trace(*data))
 
 
-def drawn(guide: Function, data: tuple[Tensor, ...], count: int) -> tuple[Values, Tensor]:
+def sample_with_log_q(guide: Function, data: tuple[Tensor, ...], count: int) -> tuple[Values, Tensor]:
     """The values of :func:`draw`, ``(count, N, *event)`` by site, and their log q(z | x), ``(count, N)``."""
     sites = draw(guide, data, count)
     log_q = sum((log_density(site) for site in sites.values()), torch.zeros(()))

@@ -12,16 +12,16 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import guide_sites, latent_sites
 from pyro_vae._utils.validation import function
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.densities import Function, Problem, Values, _check_frames, _is_masked, log_joint
-from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, Rule, refined
+from pyro_vae.exact.densities import Function, ModelDensity, Values, _check_frames, _is_masked, log_joint
+from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, QuadratureRule, refine_to_tolerance
 
-__all__ = ["Guide"]
+__all__ = ["GuideDensity"]
 
 
-class Guide:
+class GuideDensity:
     """A guide on the data of a problem: log q(z | x) at any z, and expectations under it."""
 
-    def __init__(self, problem: Problem, guide: Function):
+    def __init__(self, problem: ModelDensity, guide: Function):
         self.problem = problem
         self.guide = function(guide, "guide")
         with poutine.block(), seeded(0):
@@ -91,9 +91,9 @@ class Guide:
                         return None
         return {name: site["fn"] for name, site in self.sites.items()}
 
-    def reach(self) -> Box:
+    def integration_box(self) -> Box:
         """A box for each datum that holds q(z | x)."""
-        return self.problem.chart().reach(self.site()["fn"], self.problem.num_data)
+        return self.problem.chart().integration_box(self.site()["fn"], self.problem.num_data)
 
     def sum(self, integrand: Callable[[Values], Tensor]) -> Tensor:
         """The expectation over all states, ``(N,)``."""
@@ -108,7 +108,7 @@ class Guide:
         One box around all data and ``around`` is tried first, since a decoder then runs once for all of them; then
         boxes around each q(z | x).
         """
-        own = self.reach()
+        own = self.integration_box()
         try:
             return self._integral(integrand, own.join(around).union(), tolerance, SHARED_NODES)
         except QuadratureError:
@@ -122,7 +122,7 @@ class Guide:
 
         def estimate(panels: int) -> Tensor:
             total = mass.zero_().clone()
-            for nodes, log_weights, _ in Rule(box, panels).chunks(self.problem.chunk):
+            for nodes, log_weights, _ in QuadratureRule(box, panels).chunks(self.problem.chunk):
                 values = {chart.name: chart.to_site(nodes)}
                 log_mass = self.log_prob(values).double() + log_weights
                 total += _weighted_sum(log_mass, integrand(values).double())
@@ -131,7 +131,7 @@ class Guide:
 
         rounding = 8 * torch.finfo(self.problem.dtype).eps
         try:
-            return refined(estimate, chart.dims, tolerance, max_nodes[chart.dims], rounding)[0]
+            return refine_to_tolerance(estimate, chart.dims, tolerance, max_nodes[chart.dims], rounding)[0]
         except QuadratureError as error:
             found = f"; the mass of q(z | x) that it finds is {float(mass.min()):.6g} to {float(mass.max()):.6g}"
             raise QuadratureError(f"{error}{found}") from error

@@ -17,18 +17,18 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.validation import positive
-from pyro_vae.exact.densities import Function, Problem, Values
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.densities import Function, ModelDensity, Values
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
-from pyro_vae.exact.quadrature import Rule, log_integral
+from pyro_vae.exact.quadrature import QuadratureRule, log_integral
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
@@ -57,7 +57,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     torch.Size([5])
     """
     positive(tolerance, "tolerance")
-    problem = Problem(model, data, plate)
+    problem = ModelDensity(model, data, plate)
     if problem.is_discrete:
         return _summed_evidence(problem).to(problem.dtype)
     linear = linear_gaussian(problem)
@@ -67,7 +67,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
     r"""The exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
@@ -86,7 +86,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
     torch.Size([3, 100, 1])
     """
     positive(tolerance, "tolerance")
-    problem = Problem(model, data, plate)
+    problem = ModelDensity(model, data, plate)
     problem.single_site()
     if problem.is_discrete:
         return Posterior(problem, _summed_evidence(problem), None)
@@ -97,7 +97,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
@@ -117,19 +117,19 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     True
     """
     positive(tolerance, "tolerance")
-    problem = Problem(model, data, plate)
-    q = Guide(problem, guide)
+    problem = ModelDensity(model, data, plate)
+    q = GuideDensity(problem, guide)
 
     def integrand(values: Values) -> Tensor:
         return problem.log_joint(values) - q.log_prob(values)
 
     if problem.is_discrete:
         return q.sum(integrand).to(problem.dtype)
-    return q.integral(integrand, q.reach(), tolerance).to(problem.dtype)
+    return q.integral(integrand, q.integration_box(), tolerance).to(problem.dtype)
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
@@ -147,8 +147,8 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     True
     """
     positive(tolerance, "tolerance")
-    problem = Problem(model, data, plate)
-    q = Guide(problem, guide)
+    problem = ModelDensity(model, data, plate)
+    q = GuideDensity(problem, guide)
     if problem.is_discrete:
         evidence = _summed_evidence(problem)
         return q.sum(lambda values: q.log_prob(values) - (problem.log_joint(values) - evidence)).to(problem.dtype)
@@ -169,7 +169,7 @@ class Posterior(dist.TorchDistribution):
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, problem: Problem, evidence: Tensor, rule: Rule | None):
+    def __init__(self, problem: ModelDensity, evidence: Tensor, rule: QuadratureRule | None):
         self._problem = problem
         self._rule = rule
         self.log_evidence = evidence
@@ -259,11 +259,11 @@ class Posterior(dist.TorchDistribution):
         return drawn.to(self._problem.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
 
-def _summed_evidence(problem: Problem) -> Tensor:
+def _summed_evidence(problem: ModelDensity) -> Tensor:
     return torch.stack([problem.log_joint(values).double().logsumexp(0) for values in problem.states()]).logsumexp(0)
 
 
-def _integrated_evidence(problem: Problem, tolerance: float) -> tuple[Tensor, Rule]:
+def _integrated_evidence(problem: ModelDensity, tolerance: float) -> tuple[Tensor, QuadratureRule]:
     name, site = problem.single_site()
     if site["fn"].support.is_discrete:
         raise ValueError(
@@ -271,5 +271,5 @@ def _integrated_evidence(problem: Problem, tolerance: float) -> tuple[Tensor, Ru
             "`pyro_vae.distributions.product.Product(base, num_dims)` has it where `base.to_event(num_dims)` has not"
         )
     chart = problem.chart()
-    box = chart.reach(site["fn"], problem.num_data).union()
+    box = chart.integration_box(site["fn"], problem.num_data).union()
     return log_integral(lambda nodes: problem.log_joint({name: chart.to_site(nodes)}), box, tolerance, problem.chunk)

@@ -14,7 +14,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import observed_sites
 from pyro_vae.distributions.missing import WithMissing
 from pyro_vae.distributions.properties import without_independent
-from pyro_vae.exact.densities import Problem
+from pyro_vae.exact.densities import ModelDensity
 
 __all__ = ["LinearGaussian", "linear_gaussian"]
 
@@ -73,7 +73,7 @@ def _solve(solve: Callable[..., Tensor], matrices: Tensor, vectors: Tensor) -> T
     return solve(matrices, vectors[..., None]).squeeze(-1)
 
 
-def linear_gaussian(problem: Problem) -> LinearGaussian | None:
+def linear_gaussian(problem: ModelDensity) -> LinearGaussian | None:
     """The model as a linear Gaussian one, if it is: tried on probes near and far, to rounding error."""
     if len(problem.latents) != 1 or len(problem.observed) != 1:
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Box", "QuadratureError", "Rule", "log_integral", "refined"]
+__all__ = ["Box", "QuadratureError", "QuadratureRule", "log_integral", "refine_to_tolerance"]
 
 _ORDER = 8
 
@@ -67,12 +67,12 @@ class Box:
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         return Box(low, self.middle.clamp(low, high), high)
 
-    def grown(self) -> "Box":
+    def expanded(self) -> "Box":
         """Twice the width on either side of the break."""
         return Box(2 * self.low - self.middle, self.middle, 2 * self.high - self.middle)
 
 
-class Rule:
+class QuadratureRule:
     """Nodes, log-weights and cells of a tensor-product rule with this many panels for each axis of a box."""
 
     def __init__(self, box: Box, panels: int):
@@ -122,7 +122,7 @@ def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
     return start + position[:, None, None] * length
 
 
-def refined(
+def refine_to_tolerance(
     estimate: Callable[[int], Tensor], dims: int, tolerance: float, max_nodes: int, rounding: float = 0.0
 ) -> tuple[Tensor, int]:
     """The estimate at the first number of panels that agrees with half as many, and that number.
@@ -152,7 +152,7 @@ def refined(
 
 def log_integral(
     log_integrand: Callable[[Tensor], Tensor], box: Box, tolerance: float, chunk: int
-) -> tuple[Tensor, Rule]:
+) -> tuple[Tensor, QuadratureRule]:
     """The logarithm of an integral over all space.
 
     The box that is given is for all data. It grows until its edges do not matter. Where in two dimensions a rule on it
@@ -177,13 +177,13 @@ def log_integral(
         integral = _LogIntegral(log_integrand, box, chunk)
         failure: QuadratureError | None = None
         try:
-            value, panels = refined(integral, dims, tolerance, limits[0])
+            value, panels = refine_to_tolerance(integral, dims, tolerance, limits[0])
         except QuadratureError as error:
             failure = error
         if (integral.edge_share > tolerance).any():
-            box = box.grown()
+            box = box.expanded()
         elif failure is None:
-            return value, Rule(box, panels)
+            return value, QuadratureRule(box, panels)
         elif len(limits) > 1:
             box = integral.zoomed(math.isqrt(limits.pop(0)) // _ORDER)
         else:
@@ -204,7 +204,7 @@ class _LogIntegral:
         self.edge_share = torch.zeros(())
 
     def terms(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for nodes, log_weights, edge in Rule(self.box, panels).chunks(self.chunk):
+        for nodes, log_weights, edge in QuadratureRule(self.box, panels).chunks(self.chunk):
             yield nodes, self.log_integrand(nodes).double() + log_weights, edge
 
     def __call__(self, panels: int) -> Tensor:
@@ -250,7 +250,7 @@ class _LogIntegral:
 
     def _rows(self, panels: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Nodes and terms of each row of the grid in turn."""
-        rule = Rule(self.box, panels)
+        rule = QuadratureRule(self.box, panels)
         for first in range(0, len(rule), rule.per_axis):
             chunks = list(rule.chunks(self.chunk, first, first + rule.per_axis))
             terms = [self.log_integrand(nodes).double() + log_weights for nodes, log_weights, _ in chunks]

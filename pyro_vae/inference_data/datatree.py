@@ -15,12 +15,12 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.validation import flag, function, kind_of, mapping, positive_int, quiet
+from pyro_vae._utils.validation import boolean, describe, function, mapping, positive_int, tqdm_disable
 from pyro_vae.evidence.pareto import pareto_shape, tail_length
 from pyro_vae.inference_data.netcdf import check_space, new_path, writing
-from pyro_vae.inference_data.sampler import Drawing, Groups
+from pyro_vae.inference_data.sampler import Groups, JointSampler
 from pyro_vae.training.fit import Fitted
 
 __all__ = ["save_draws", "to_arviz", "to_datatree"]
@@ -43,7 +43,7 @@ _INDEPENDENT = "independent draws in one chain: r_hat and ess say nothing of the
 Function = Callable[..., Any]
 
 
-@borrowed_store()
+@scoped_param_store()
 def to_datatree(
     model: Function,
     guide: Function,
@@ -128,9 +128,9 @@ def to_datatree(
     2
     """
     positive_int(max_bytes, "max_bytes")
-    drawing = _drawing(
+    drawing = _joint_sampler(
         *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
-        permit=lambda drawing: _check_size(drawing, max_bytes),
+        check_size=lambda drawing: _check_size(drawing, max_bytes),
     )
     groups: Groups = {
         group: {name: np.empty((1, draws, *of.shape), of.dtype) for name, of in variables.items()}
@@ -146,7 +146,7 @@ def to_datatree(
     return _tree(drawing, seed, groups, largest)
 
 
-@borrowed_store()
+@scoped_param_store()
 def save_draws(
     path: str | os.PathLike[str],
     model: Function,
@@ -215,16 +215,16 @@ def save_draws(
     if chunk is not None:
         positive_int(chunk, "chunk")
     path = new_path(path)
-    drawing = _drawing(
+    drawing = _joint_sampler(
         *(model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel),
-        permit=lambda drawing: check_space(path, drawing.nbytes),
+        check_size=lambda drawing: check_space(path, drawing.nbytes),
     )
     largest = _Largest(drawing)
     with writing(path, _tree(drawing, seed)) as file:
         for group, variables in drawing.variables.items():
             for name, of in variables.items():
                 file.add(group, name, ("chain", "draw", *of.dims), of.dtype, of.attrs)
-        with seeded(seed), tqdm(total=draws, disable=quiet(progress), unit="draw") as bar:
+        with seeded(seed), tqdm(total=draws, disable=tqdm_disable(progress), unit="draw") as bar:
             for taken, values in drawing.chunks(chunk):
                 largest.add(values)
                 file.write(taken, values)
@@ -252,7 +252,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
     import arviz
 
     if not isinstance(tree, xr.DataTree):
-        raise TypeError(f"tree: got {kind_of(tree)}; accepted is what pv.to_datatree returns, or an `xarray.DataTree`")
+        raise TypeError(f"tree: got {describe(tree)}; accepted is what pv.to_datatree returns, or an `xarray.DataTree`")
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
@@ -265,7 +265,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
 class _Largest:
     """The largest weights of each datum, or of all data together: what k̂ is made of, as draws come in."""
 
-    def __init__(self, drawing: Drawing):
+    def __init__(self, drawing: JointSampler):
         self.draws = drawing.draws
         self.suffice = "log_weight" in drawing.statistics and tail_length(drawing.draws) >= _LEAST_TAIL
         self._kept = tail_length(drawing.draws) + 1
@@ -285,7 +285,7 @@ class _Largest:
         return khat.reshape(self._top.shape[1:]).numpy()
 
 
-def _drawing(
+def _joint_sampler(
     model: Function,
     guide: Function,
     data: tuple[Tensor, ...],
@@ -297,8 +297,8 @@ def _drawing(
     history: Fitted | Mapping[str, Sequence[float]] | None,
     constant_data: Mapping[str, Any] | None,
     parallel: bool,
-    permit: Callable[[Drawing], None],
-) -> Drawing:
+    check_size: Callable[[JointSampler], None],
+) -> JointSampler:
     """With the arguments that both exports take, as they were given."""
     recorded = history.history if isinstance(history, Fitted) else history
     if not isinstance(recorded, Mapping | None):
@@ -310,10 +310,10 @@ def _drawing(
         mapping(constant_data, "constant_data", "{'labels': labels}"),
     )
     pair = function(model, "model"), function(guide, "guide")
-    return Drawing(*pair, data, draws, seed, plate, *further, flag(parallel, "parallel"), permit)
+    return JointSampler(*pair, data, draws, seed, plate, *further, boolean(parallel, "parallel"), check_size)
 
 
-def _check_size(drawing: Drawing, max_bytes: int) -> None:
+def _check_size(drawing: JointSampler, max_bytes: int) -> None:
     if drawing.nbytes > max_bytes:
         sites = ", ".join(drawing.latents | drawing.deterministic | drawing.observed)
         raise ValueError(
@@ -323,10 +323,12 @@ def _check_size(drawing: Drawing, max_bytes: int) -> None:
         )
 
 
-def _tree(drawing: Drawing, seed: int, drawn: Groups | None = None, largest: _Largest | None = None) -> xr.DataTree:
+def _tree(
+    drawing: JointSampler, seed: int, drawn: Groups | None = None, largest: _Largest | None = None
+) -> xr.DataTree:
     """All groups; of those that are drawn, without draws only the coordinates."""
     attrs = attributes(drawing.draws, seed)
-    groups = dict(drawing.settled)
+    groups = dict(drawing.static_groups)
     for group, variables in drawing.variables.items():
         dims = {"chain", "draw"}.union(*(of.dims for of in variables.values()))
         arrays: dict[str, Any] = {}

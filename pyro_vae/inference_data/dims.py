@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-__all__ = ["Names", "parameters"]
+__all__ = ["DimensionNames", "parameters"]
 
 _LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
 
@@ -20,7 +20,7 @@ _STATISTICS = {"lp", "log_q", "log_weight", "khat"}
 _OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 
 
-class Names:
+class DimensionNames:
     """Dimension names and coordinates of sites, constants and histories.
 
     Args:

@@ -15,10 +15,10 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import deterministic_sites, latent_sites, observed_sites
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.exact.densities import Problem
-from pyro_vae.handlers import Anew
+from pyro_vae.exact.densities import ModelDensity
+from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.datatree import attributes
-from pyro_vae.inference_data.dims import Names
+from pyro_vae.inference_data.dims import DimensionNames
 
 __all__ = ["reference"]
 
@@ -76,7 +76,7 @@ def reference(
         positive_int(value, name)
     store = pyro.get_param_store()
     with store.scope(store.get_state()), seeded(seed):
-        problem = Problem(model, data, plate)
+        problem = ModelDensity(model, data, plate)
         discrete = [name for name, site in problem.latents.items() if site["fn"].support.is_discrete]
         if discrete:
             raise ValueError(
@@ -86,12 +86,18 @@ def reference(
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(model).get_trace(*data)
         latents, observed, deterministic = latent_sites(trace), observed_sites(trace), deterministic_sites(trace)
-        names = Names(latents | deterministic, observed, plate, dims or {}, coords or {}, draws, {}, {}, chains)
+        names = DimensionNames(
+            latents | deterministic, observed, plate, dims or {}, coords or {}, draws, {}, {}, chains
+        )
         runs = [_chain(model, data, draws, warmup) for _ in range(chains)]
         values = {name: torch.stack([run[name] for run, _, _ in runs]) for name in latents}
         flat = {name: value.flatten(0, 1) for name, value in values.items()}
         with torch.no_grad():
-            given = Predictive(Anew()(model), flat, return_sites=tuple(deterministic))(*data) if deterministic else {}
+            given = (
+                Predictive(ResampleObserved()(model), flat, return_sites=tuple(deterministic))(*data)
+                if deterministic
+                else {}
+            )
             log_p = torch.cat([_log_joint(problem, flat, first) for first in range(0, draws * chains, problem.chunk)])
 
     def by_chain(name: str, value: Tensor) -> np.ndarray:
@@ -130,5 +136,5 @@ def _chain(
     return sampler.get_samples(), diverging, float(found["acceptance rate"])
 
 
-def _log_joint(problem: Problem, values: dict[str, Tensor], first: int) -> Tensor:
+def _log_joint(problem: ModelDensity, values: dict[str, Tensor], first: int) -> Tensor:
     return problem.log_joint({name: value[first : first + problem.chunk] for name, value in values.items()}).sum(1)

@@ -22,10 +22,10 @@ from pyro_vae._utils.traces import deterministic_sites, guide_sites, latent_site
 from pyro_vae._utils.validation import data_tensors, positive_int
 from pyro_vae.distributions.missing import check_model
 from pyro_vae.distributions.properties import base_distribution, is_normalized
-from pyro_vae.handlers import Anew
-from pyro_vae.inference_data.dims import Names, parameters
+from pyro_vae.handlers import ResampleObserved
+from pyro_vae.inference_data.dims import DimensionNames, parameters
 
-__all__ = ["Drawing", "Groups", "Variable"]
+__all__ = ["Groups", "JointSampler", "Variable"]
 
 _CHUNK_BYTES = 2**26
 
@@ -52,7 +52,7 @@ class Variable:
     attrs: dict[str, str] = field(default_factory=dict)
 
 
-class Drawing:
+class JointSampler:
     """A model and guide on data, checked and named, from which draws are taken.
 
     One draw is made beforehand, for names and sizes; it leaves the stream of the others alone. Then ``permit`` is
@@ -80,12 +80,12 @@ class Drawing:
         history: Mapping[str, Sequence[float]],
         constants: Mapping[str, Any],
         parallel: bool,
-        permit: Callable[["Drawing"], None],
+        check_size: Callable[["JointSampler"], None],
     ):
         self.draws = positive_int(draws, "draws")
         self.data = data_tensors(data, "data")
         check_model(model, self.data, "data")
-        self.model, self.guide, self.generative = model, guide, Anew()(model)
+        self.model, self.guide, self.generative = model, guide, ResampleObserved()(model)
         self.seed, self.plate, self.parallel = seed, plate, parallel
         constants = {name: _constant(name, value) for name, value in constants.items()}
         epochs = {name: _epochs(name, value) for name, value in history.items()}
@@ -114,14 +114,14 @@ class Drawing:
         with seeded(seed):
             first = self._draw(None)
         self.nbytes = draws * sum(value.nbytes for values in first.values() for value in values.values())
-        permit(self)
-        self.names = Names(
+        check_size(self)
+        self.names = DimensionNames(
             self.latents | self.deterministic, self.observed, plate, dims, coords, draws, constants, epochs
         )
         self.variables = self._described(first)
         with seeded((seed + 1) % 2**32):  # other draws than those above, from which they are to be told
             parametric = {} if len(self.latents) < len(latent_sites(q)) else _given_data(self.latents, guide, self.data)
-        self.settled: dict[str, xr.Dataset] = {
+        self.static_groups: dict[str, xr.Dataset] = {
             "observed_data": self.names.dataset({name: _array(site["value"]) for name, site in self.observed.items()}),
             "constant_data": self.names.dataset(constants),
             "guide": self.names.guide(parametric),

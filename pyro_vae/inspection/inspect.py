@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.amortization import is_amortized
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import data_tensors, positive_int
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
-from pyro_vae.diagnostics.decomposition import NOTHING, Decomposition, decompose
+from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
 from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
 
@@ -62,7 +62,7 @@ class Inspection:
         return "no fault found" + ("" if self.calibration else ", but whether q(z|x) can be believed was not asked")
 
     @property
-    def cautions(self) -> tuple[str, ...]:
+    def warnings(self) -> tuple[str, ...]:
         """What to know before the numbers are believed, or more is made of the latents."""
         found = []
         share = self.evidence.unreliable.double().mean().item()
@@ -72,7 +72,7 @@ class Inspection:
                 "bound, and how much too low is not known. Draw more, or see pv.annealed_log_evidence"
             )
         found += () if self._carries_nothing else self._collapse
-        if self.calibration is not None and self.calibration.remedies is None:
+        if self.calibration is not None and self.calibration.elbo_corrections is None:
             found += self._unexplained(self.calibration)
         return (*found, *(f"{name} is not told: {reason}" for name, reason in self.skipped.items()))
 
@@ -91,14 +91,14 @@ class Inspection:
 
     @property
     def _carries_nothing(self) -> bool:
-        return self.nats is not None and self.nats.mutual_information.value <= NOTHING
+        return self.nats is not None and self.nats.mutual_information.value <= COLLAPSE_NATS
 
     def __str__(self) -> str:
         parts: list[Any] = [self.evidence, self.nats, self.gap]
         lines = [str(part) for part in parts if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
         lines += [f"FAULT: {fault}" for fault in self.faults] or [self.all_clear]
-        return "\n".join([*lines, *(f"caution: {caution}" for caution in self.cautions)])
+        return "\n".join([*lines, *(f"caution: {caution}" for caution in self.warnings)])
 
 
 def inspect(
@@ -157,7 +157,7 @@ def inspect(
     data = data_tensors(data, "data")
     told: dict[str, Any] = {"plate": plate, "seed": seed}
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, progress=progress, **told)
-    with borrowed_store(), seeded(seed):
+    with scoped_param_store(), seeded(seed):
         sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
     some, few = (_spaced(len(data[0]), count if sliced else len(data[0])) for count in (max_rows, max_refined))
 
@@ -168,9 +168,9 @@ def inspect(
     skipped: dict[str, str] = {}
     return Inspection(
         evidence=evidence,
-        nats=_told("nats", skipped, lambda: decompose(model, guide, *_taken(data, some), **told)),
-        gap=_told("gap", skipped, refined),
-        calibration=_told(
+        nats=_run_or_skip("nats", skipped, lambda: decompose(model, guide, *_taken(data, some), **told)),
+        gap=_run_or_skip("gap", skipped, refined),
+        calibration=_run_or_skip(
             "calibration",
             skipped,
             lambda: calibrate(model, guide, *data, num_simulations=num_simulations, **told),
@@ -189,7 +189,7 @@ def _taken(data: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor[rows.to(tensor.device)] for tensor in data)
 
 
-def _told(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found | None:
+def _run_or_skip(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found | None:
     """The answer, or ``None`` and the reason in ``skipped``: each part says what pairs it is not for."""
     try:
         return ask()

@@ -18,14 +18,22 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, observed_sites
-from pyro_vae._utils.validation import data_tensors, file_path, image_size, mapping, whole_numbers, word, writable
+from pyro_vae._utils.validation import (
+    data_tensors,
+    file_path,
+    image_size,
+    mapping,
+    nonempty_string,
+    whole_numbers,
+    writable,
+)
 from pyro_vae.diagnostics.calibration import Calibration
 from pyro_vae.diagnostics.decomposition import Decomposition
 from pyro_vae.diagnostics.inference_gap import InferenceGap
-from pyro_vae.handlers import Anew
+from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inspection.inspect import Inspection, inspect
 from pyro_vae.plots.elbo import check_history
 
@@ -104,7 +112,7 @@ def report(
     labels = None if labels is None else whole_numbers(labels, "labels", len(data[0]))
     if image_shape is not None:
         _check_image(image_shape, data[0])
-    word(title, "title")
+    nonempty_string(title, "title")
     _check_drawable(history, mapping(pictures, "pictures", "{'Are images sharp?': figure}"))
     found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
     drawn = _Pictures()
@@ -116,7 +124,7 @@ def report(
         drawn.draw(
             "Is the truth among draws of q(z|x) as one of them?", lambda ax: plots.calibration(calibration, ax=ax)
         )
-    with borrowed_store(), seeded(seed), torch.no_grad(), poutine.block():
+    with scoped_param_store(), seeded(seed), torch.no_grad(), poutine.block():
         if labels is not None:
             _draw_map(drawn, guide, data, labels)
         if image_shape is not None:
@@ -205,7 +213,7 @@ def _draw_images(
         return _mean(poutine.trace(poutine.replay(model, q)).get_trace(*data).nodes[name])[: len(x)]
 
     def generate(count: int) -> Tensor:
-        return _mean(poutine.trace(Anew()(model)).get_trace(*data).nodes[name])[:count]
+        return _mean(poutine.trace(ResampleObserved()(model)).get_trace(*data).nodes[name])[:count]
 
     drawn.draw(
         "What is left of an image in its code?",
@@ -253,10 +261,10 @@ def _page(title: str, found: Inspection, drawn: _Pictures) -> str:
 def _verdict(found: Inspection) -> str:
     """Faults and cautions, told apart by words and borders and not by colour alone."""
     faults = [f'<p class="fault"><b>Fault.</b> {escape(fault)}.</p>' for fault in found.faults]
-    cautions = [f'<p class="caution"><b>Caution.</b> {escape(caution)}.</p>' for caution in found.cautions]
+    warnings = [f'<p class="caution"><b>Caution.</b> {escape(caution)}.</p>' for caution in found.warnings]
     look = "sound" if found.calibration else "caution"
     clear = f'<p class="{look}"><b>{escape(found.all_clear.capitalize())}.</b></p>'
-    return "".join((faults or [clear]) + cautions)
+    return "".join((faults or [clear]) + warnings)
 
 
 def _section(heading: str, *parts: str) -> str:

@@ -9,9 +9,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_vae._utils.validation import is_integer
-from pyro_vae.objectives.particles import Draws
+from pyro_vae.objectives.particles import Particles
 
-__all__ = ["PerDatum", "sum_events"]
+__all__ = ["ParticleELBO", "sum_events"]
 
 Function = Callable[..., Any]
 
@@ -20,7 +20,7 @@ _NESTED = ('"num_particles_vectorized", collide', "plate stack overflow")
 """Pyro, where a plate of the model's is in the place of that of the draws."""
 
 
-class PerDatum(Trace_ELBO):
+class ParticleELBO(Trace_ELBO):
     """An ELBO with K draws side by side, and one surrogate for each datum.
 
     Args:
@@ -37,11 +37,11 @@ class PerDatum(Trace_ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
 
     @abstractmethod
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         """What is reported of each datum, ``(B,)``."""
 
     @abstractmethod
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         """What has the estimated gradient of each datum, ``(B,)``."""
 
     @property
@@ -49,7 +49,7 @@ class PerDatum(Trace_ELBO):
         """Draws in the bound whose gradient is estimated: 1 for the ELBO, K for a bound of K draws."""
         return 1
 
-    def _draws(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Draws:
+    def _draws(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Particles:
         try:
             ((model_trace, guide_trace),) = self._get_traces(model, guide, args, kwargs)
         except ValueError as error:
@@ -59,7 +59,7 @@ class PerDatum(Trace_ELBO):
                 f"{type(self).__name__}: a plate lies on the left of the data's, where the draws go; accepted is one "
                 "data plate around all sites, as the rightmost batch dimension. pyro.infer.Trace_ELBO has no such limit"
             ) from error
-        return Draws(type(self).__name__, model_trace, guide_trace, self.num_particles)
+        return Particles(type(self).__name__, model_trace, guide_trace, self.num_particles)
 
     def _losses(self, model: Function, guide: Function, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         draws = self._draws(model, guide, args, kwargs)

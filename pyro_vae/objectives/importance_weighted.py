@@ -8,15 +8,15 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.objectives.base import Function, PerDatum, sum_events
-from pyro_vae.objectives.particles import Draws
+from pyro_vae.objectives.base import Function, ParticleELBO, sum_events
+from pyro_vae.objectives.particles import Particles
 
 __all__ = ["ImportanceWeighted"]
 
 _GRADIENTS = ("pathwise", "sticking-the-landing", "doubly-reparameterized")
 
 
-class ImportanceWeighted(PerDatum):
+class ImportanceWeighted(ParticleELBO):
     r"""The K-sample bound of pathwise draws,
 
     .. math:: L_K = \mathbb{E}_{z_1, \dots, z_K \sim q}\Big[\log \frac1K \sum_k w_k\Big] \le \log p(x), \qquad
@@ -75,7 +75,7 @@ class ImportanceWeighted(PerDatum):
     def bound_draws(self) -> int:
         return self.num_particles
 
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         draws.check_one_scale(type(self).__name__)
         discrete = [name for name, site in draws.guide.items() if not site["fn"].has_rsample]
         if discrete:
@@ -85,7 +85,7 @@ class ImportanceWeighted(PerDatum):
             )
         return draws.f.logsumexp(0) - math.log(self.num_particles)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         if self.gradient == "pathwise":
             return self.bound(draws)
         weights = draws.f.detach().softmax(0)
@@ -100,7 +100,7 @@ class ImportanceWeighted(PerDatum):
         return (weights * (draws.log_likelihood + draws.log_prior)).sum(0) + through
 
 
-def _weight_of_latents(draws: Draws) -> Tensor:
+def _weight_of_latents(draws: Particles) -> Tensor:
     """β, with which log q enters log w, and so does the score that is reparameterised away."""
     weights = {name: torch.as_tensor(site["scale"] / draws.scale) for name, site in draws.guide.items()}
     first = next(iter(weights.values()))

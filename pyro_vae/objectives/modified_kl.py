@@ -9,14 +9,14 @@ from torch import Tensor
 from pyro_vae._utils.validation import positive
 from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
-from pyro_vae.objectives.base import PerDatum, sum_events
+from pyro_vae.objectives.base import ParticleELBO, sum_events
 from pyro_vae.objectives.elbo_terms import rate_by_variable
-from pyro_vae.objectives.particles import Draws
+from pyro_vae.objectives.particles import Particles
 
 __all__ = ["DiscreteKL", "FreeBits"]
 
 
-class DiscreteKL(PerDatum):
+class DiscreteKL(ParticleELBO):
     r"""Relaxed draws in the likelihood, and the KL of the **discrete** variables in closed form. **This is no bound.**
 
     .. math:: \mathbb{E}[\log p(x \mid y)] - \mathrm{KL}(q(z \mid x) \,\Vert\, p(z)),
@@ -45,10 +45,10 @@ class DiscreteKL(PerDatum):
     def __init__(self, num_particles: int = 1):
         super().__init__(num_particles)
 
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         return self.surrogate(draws)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         rate = torch.zeros(())
         for name, site, prior in draws.pairs("DiscreteKL"):
             q, p = (_discrete(name, one["fn"]) for one in (site, prior))
@@ -78,7 +78,7 @@ def _counted(site: dict[str, Any]) -> Tensor:
     return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
 
 
-class FreeBits(PerDatum):
+class FreeBits(ParticleELBO):
     r"""A KL that costs nothing below a floor, for each latent variable. **For a floor above zero this is no bound.**
 
     .. math:: \mathbb{E}_q[\log p(x \mid z)]
@@ -113,10 +113,10 @@ class FreeBits(PerDatum):
         super().__init__(num_particles)
         self.nats = positive(nats, "nats")
 
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         return self.surrogate(draws)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         rate = torch.zeros(())
         for name, site, prior in draws.pairs("FreeBits"):
             if not site["fn"].has_rsample:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 
-__all__ = ["Draws"]
+__all__ = ["Particles"]
 
 Site = dict[str, Any]
 
@@ -16,7 +16,7 @@ Site = dict[str, Any]
 Sites = dict[str, Site]
 
 
-class Draws:
+class Particles:
     """K draws of the latents of B data, from a pair of traces: sites, and their log-densities, each ``(K, B)``.
 
     Args:

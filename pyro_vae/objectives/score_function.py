@@ -20,24 +20,24 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae._utils.param_store import register
-from pyro_vae._utils.validation import word
+from pyro_vae._utils.validation import nonempty_string
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.objectives.base import Function, PerDatum, sum_events
-from pyro_vae.objectives.particles import Draws
+from pyro_vae.objectives.base import Function, ParticleELBO, sum_events
+from pyro_vae.objectives.particles import Particles
 
 __all__ = ["VIMCO", "DisARM", "LeaveOneOut", "ScoreFunction"]
 
 _numbers = count(1)
 
 
-class _OfELBO(PerDatum):
+class _OfELBO(ParticleELBO):
     """Estimators of the gradient of the ELBO itself."""
 
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         return draws.f.mean(0)
 
 
-def _scored(draws: Draws, signal: Tensor) -> Tensor:
+def _scored(draws: Particles, signal: Tensor) -> Tensor:
     """f, and the score of each draw times a signal ``(K, B)``."""
     # The gradient of log q itself is left out where its expectation is zero: it would be noise.
     f = draws.f + (draws.score - draws.score.detach())
@@ -78,9 +78,9 @@ class ScoreFunction(_OfELBO):
                 "take pyro.infer.Trace_ELBO()"
             )
         self.baseline: Any = baseline
-        self.name = f"baseline{next(_numbers)}" if name is None else word(name, "name")
+        self.name = f"baseline{next(_numbers)}" if name is None else nonempty_string(name, "name")
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         f = draws.f.detach()
         register(self.name, self.baseline)
         b = self.baseline(draws.x).to(f)
@@ -119,12 +119,12 @@ class LeaveOneOut(_OfELBO):
     def __init__(self, num_particles: int = 2):
         super().__init__(num_particles, least=2)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         f = draws.f.detach()
         return _scored(draws, (f - f.mean(0)) * (self.num_particles / (self.num_particles - 1)))
 
 
-class VIMCO(PerDatum):
+class VIMCO(ParticleELBO):
     r"""The gradient of the K-sample bound :math:`L = \log \frac1K \sum_k e^{f_k}`, not of the ELBO.
 
     The score of each draw is multiplied with :math:`L - L_{-k}`, where :math:`L_{-k}` has the geometric mean of the
@@ -146,11 +146,11 @@ class VIMCO(PerDatum):
     def bound_draws(self) -> int:
         return self.num_particles
 
-    def bound(self, draws: Draws) -> Tensor:
+    def bound(self, draws: Particles) -> Tensor:
         draws.check_one_scale("VIMCO")
         return draws.f.logsumexp(0) - math.log(self.num_particles)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         f, count = draws.f.detach(), self.num_particles
         others = (f.sum(0) - f) / (count - 1)
         without = torch.where(torch.eye(count, dtype=torch.bool, device=f.device)[..., None], others, f)  # (K, K, B)
@@ -187,7 +187,7 @@ class DisARM(_OfELBO):
         with _Antithetic(self.num_particles // 2):
             return super()._get_trace(model, guide, args, kwargs)
 
-    def surrogate(self, draws: Draws) -> Tensor:
+    def surrogate(self, draws: Particles) -> Tensor:
         half = self.num_particles // 2
         f = draws.f.detach()
         difference = 0.5 * (f[:half] - f[half:])  # (K/2, B)

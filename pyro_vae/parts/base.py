@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import as_shape, kind_of, real_tensor
+from pyro_vae._utils.validation import as_shape, describe, real_tensor
 from pyro_vae.parts.constructor_args import Recorded
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.families.relaxed import Relaxed
@@ -141,7 +141,7 @@ class Conditional(Part):
                 raise
             raise mismatch from error
         if not isinstance(raw, Tensor):
-            raise TypeError(f"network: gives {kind_of(raw)}; accepted is a tensor, (*, {self.family.num_raw})")
+            raise TypeError(f"network: gives {describe(raw)}; accepted is a tensor, (*, {self.family.num_raw})")
         if raw.shape[-1:] != (self.family.num_raw,):
             raise ValueError(
                 f"network: gives {raw.shape[-1] if raw.dim() else 'no'} outputs; accepted are {self.family.num_raw}, "
@@ -180,7 +180,7 @@ class Conditional(Part):
 def checked_family(family: Family) -> Family:
     """``family`` if it is one."""
     if not isinstance(family, Family):
-        raise TypeError(f"family: got {kind_of(family)}; accepted is a family, such as families.Normal(2)")
+        raise TypeError(f"family: got {describe(family)}; accepted is a family, such as families.Normal(2)")
     return family
 
 
@@ -188,7 +188,7 @@ def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
     """Free raw outputs, if they are numbers that a family can make a distribution of, and that can be trained."""
     accepted = f"accepted are floats ({lead}, {family.num_raw}), for {family}"
     if not real_tensor(raw, "raw", accepted).is_floating_point():
-        raise TypeError(f"raw: got {kind_of(raw)}; {accepted}")
+        raise TypeError(f"raw: got {describe(raw)}; {accepted}")
     if raw.shape[-1:] != (family.num_raw,) or not raw.numel():
         raise ValueError(f"raw: got shape {tuple(raw.shape)}; {accepted}")
     if raw.isnan().any():

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import as_shape, data_tensors, kind_of, positive_int
+from pyro_vae._utils.validation import as_shape, data_tensors, describe, positive_int
 from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional, Part, checked_family, checked_raw
 from pyro_vae.parts.families import multivariate
@@ -175,7 +175,7 @@ class PerDatum(Part):
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got {kind_of(encoder)}; accepted is an amortized guide of this package")
+            raise TypeError(f"encoder: got {describe(encoder)}; accepted is an amortized guide of this package")
         with torch.no_grad():
             raw = encoder.raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 from torch import Tensor
 
-from pyro_vae._utils.validation import as_shape, flag, positive
+from pyro_vae._utils.validation import as_shape, boolean, positive
 from pyro_vae.distributions.missing import with_missing
 from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional
@@ -25,7 +25,7 @@ class _Decoder(Conditional):
     def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory, missing: bool):
         features = as_shape(latent, "latent").numel()
         super().__init__(family, latent, build(network, features, family.num_raw))
-        self.missing = flag(missing, "missing")
+        self.missing = boolean(missing, "missing")
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         likelihood = super().forward(context)
@@ -168,7 +168,7 @@ class Bernoulli(_Decoder):
         soft_targets: bool = False,
         missing: bool = False,
     ):
-        family = families.SoftTargetBernoulli if flag(soft_targets, "soft_targets") else families.Bernoulli
+        family = families.SoftTargetBernoulli if boolean(soft_targets, "soft_targets") else families.Bernoulli
         super().__init__(family(out_features), latent, network, missing)
 
 

@@ -18,7 +18,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import flag, is_integer, kind_of, numbers
+from pyro_vae._utils.validation import boolean, describe, is_integer, numbers
 from pyro_vae.parts.constructor_args import factory, made_by
 
 __all__ = [
@@ -65,7 +65,7 @@ def linear(bias: bool = True) -> NetworkFactory:
     >>> linear()(2, 3)
     Linear(in_features=2, out_features=3, bias=True)
     """
-    flag(bias, "bias")
+    boolean(bias, "bias")
     return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
 
 
@@ -94,7 +94,7 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
 
 def _check_activation(activation: object) -> None:
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"activation: got {kind_of(activation)}; accepted is what makes a module, such as nn.Tanh")
+        raise TypeError(f"activation: got {describe(activation)}; accepted is what makes a module, such as nn.Tanh")
 
 
 class _Standardized(nn.Module):

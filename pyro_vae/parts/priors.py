@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import data_tensors, flag, kind_of, numbers, real_tensor
+from pyro_vae._utils.validation import boolean, data_tensors, describe, numbers, real_tensor
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional, Part, Unconditional
@@ -129,7 +129,7 @@ class VampPrior(Part):
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got {kind_of(encoder)}; accepted is an amortized guide of this package")
+            raise TypeError(f"encoder: got {describe(encoder)}; accepted is an amortized guide of this package")
         real_tensor(pseudo_data, "pseudo_data", "accepted is a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
@@ -236,7 +236,7 @@ class _RelaxedPrior(Unconditional):
 
     def __init__(self, family: families.Relaxed, raw: Tensor, straight_through: bool):
         super().__init__(family, raw)
-        self.straight_through = flag(straight_through, "straight_through")
+        self.straight_through = boolean(straight_through, "straight_through")
 
     def read(self, value: Tensor) -> Tensor:
         """The relaxed variable, or with ``straight_through`` the hard one with the relaxed one's gradient."""
@@ -303,7 +303,7 @@ class GumbelSoftmax(_RelaxedPrior):
 
 
 def _raw(values: Tensor, learnable: bool) -> Tensor:
-    return nn.Parameter(values) if flag(learnable, "learnable") else values
+    return nn.Parameter(values) if boolean(learnable, "learnable") else values
 
 
 def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor:

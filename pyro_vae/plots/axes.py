@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
-from pyro_vae._utils.validation import kind_of
+from pyro_vae._utils.validation import describe
 
 __all__ = ["MARKERS", "axes_or_new", "legend_below"]
 
@@ -18,7 +18,7 @@ MARKERS = "osv^D<>pP*"
 def axes_or_new(ax: Axes | None) -> Axes:
     """The axes that were given or, if none were, those of a new figure."""
     if not isinstance(ax, Axes | None):
-        raise TypeError(f"ax: got {kind_of(ax)}; accepted are matplotlib's axes, such as `plt.subplots()[1]`")
+        raise TypeError(f"ax: got {describe(ax)}; accepted are matplotlib's axes, such as `plt.subplots()[1]`")
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_vae._utils.validation import kind_of, number
+from pyro_vae._utils.validation import describe, number
 from pyro_vae.evidence.importance_sampling import Evidence
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
@@ -92,7 +92,7 @@ def check_history(history: Any) -> None:
     """Refuse what is no history, or one of which nothing could be drawn."""
     accepted = "accepted is `fitted.history`, numbers for each epoch by name"
     if not isinstance(history, Mapping):
-        raise TypeError(f"history: got {kind_of(history)}; {accepted}")
+        raise TypeError(f"history: got {describe(history)}; {accepted}")
     drawn = ("elbo", "surrogate", "distortion", "rate")
     if not any(name in history for name in drawn):
         raise ValueError(f"history: has {list(history)}; {accepted}, of them one or more of {list(drawn)}")

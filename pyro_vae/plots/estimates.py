@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae._utils.validation import flag, kind_of
+from pyro_vae._utils.validation import boolean, describe
 from pyro_vae.diagnostics.calibration import Calibration
 from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
@@ -41,7 +41,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     'bias / length of the exact gradient'
     """
     if not isinstance(comparison, Comparison):
-        raise TypeError(f"comparison: got {kind_of(comparison)}; accepted is what gradients.compare returns")
+        raise TypeError(f"comparison: got {describe(comparison)}; accepted is what gradients.compare returns")
     ax = axes_or_new(ax)
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
@@ -93,7 +93,7 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     """
     if not isinstance(evidence, Evidence):
         raise TypeError(f"evidence: got a {type(evidence).__name__}; accepted is what pv.log_evidence returns")
-    flag(sort, "sort")
+    boolean(sort, "sort")
     shapes, wrong = evidence.khat.double().numpy(), evidence.unreliable.numpy()
     if sort:
         order = np.argsort(-np.nan_to_num(shapes, nan=np.inf), kind="stable")
@@ -203,9 +203,9 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
         ax: where to draw.
 
     >>> import torch
-    >>> from pyro_vae.diagnostics.calibration import Effects
+    >>> from pyro_vae.diagnostics.calibration import CalibrationErrors
     >>> ranks = torch.arange(200)[:, None] % torch.tensor([20, 10])
-    >>> none = Effects(*torch.zeros(4, 1), (1.0, 0.0, 0.0, 0.0))
+    >>> none = CalibrationErrors(*torch.zeros(4, 1), (1.0, 0.0, 0.0, 0.0))
     >>> result = Calibration(
     ...     ("z", "log p(x, z)"), ranks, 19, torch.tensor([1.0, 0.0]), none, None, 0.0, 0.0, tolerance=1.4, alpha=1e-3
     ... )
@@ -213,7 +213,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ['within the band: z', 'log p(x, z)', 'band of an exact q']
     """
     if not isinstance(result, Calibration):
-        raise TypeError(f"result: got {kind_of(result)}; accepted is what pv.calibrate returns")
+        raise TypeError(f"result: got {describe(result)}; accepted is what pv.calibrate returns")
     ax = axes_or_new(ax)
     *coordinates, joint = range(len(result.names))
     outside = [index for index in coordinates if result.leaves_band(index)]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.validation import image_size, is_integer, kind_of, numbers, positive_int, real_tensor
+from pyro_vae._utils.validation import describe, image_size, is_integer, numbers, positive_int, real_tensor
 from pyro_vae.plots.axes import axes_or_new
 from pyro_vae.vae import VAE
 
@@ -108,7 +108,7 @@ def traversals(
     if taken.dim() != 1 or len(taken) == 0:
         raise ValueError(f"values: got shape {tuple(taken.shape)}; accepted are one or more numbers, (V,)")
     if not isinstance(coordinates, Iterable | None):
-        raise TypeError(f"coordinates: got {kind_of(coordinates)}; accepted are integers from 0 to {len(z) - 1}")
+        raise TypeError(f"coordinates: got {describe(coordinates)}; accepted are integers from 0 to {len(z) - 1}")
     chosen = list(range(len(z)) if coordinates is None else coordinates)
     wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
     if wrong or not chosen:

@@ -13,12 +13,12 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vae import exact
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import real_tensor, whole_numbers
-from pyro_vae.exact.coordinates import Chart
-from pyro_vae.exact.densities import Problem
-from pyro_vae.exact.guide_density import Guide
+from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.exact.densities import ModelDensity
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.quadrature import QuadratureError
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
@@ -72,7 +72,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
 
 
 @torch.no_grad()
-@borrowed_store()
+@scoped_param_store()
 def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
     r"""How close is q(z | x) to the exact p(z | x)? Both, for one datum and a latent of one or two variables.
 
@@ -101,11 +101,11 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    problem = Problem(model, datum, "data")
+    problem = ModelDensity(model, datum, "data")
     if problem.num_data != 1:
         raise ValueError(f"datum: got {problem.num_data} rows; accepted is one, `x[:1]`")
     problem.single_site()
-    q = Guide(problem, guide)
+    q = GuideDensity(problem, guide)
     flat = not problem.is_discrete and problem.chart().dims == 2
     draw = _regions if flat else _bars if problem.is_discrete else _curves
     p = exact.posterior(model, *datum)
@@ -122,7 +122,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     return ax
 
 
-def _bars(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+def _bars(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
     name, _ = problem.single_site()
     states = p.enumerate_support()
     places = np.arange(len(states))
@@ -134,7 +134,7 @@ def _bars(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
     return [exact_bars, guide_bars]
 
 
-def _curves(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
     chart = problem.chart()
     (low,), (high,) = _extent(chart, *_draws(q, p, 400))
     grid = torch.linspace(low, high, 600)
@@ -146,7 +146,7 @@ def _curves(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
     return [area, line]
 
 
-def _regions(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
+def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
     """Regions of highest density: a draw of p lies in that of mass m if its density is above the m-quantile."""
     chart = problem.chart()
     draws = _draws(q, p, 4000)
@@ -174,13 +174,13 @@ def _regions(problem: Problem, q: Guide, p: Any, ax: Axes) -> list[Any]:
     return handles
 
 
-def _draws(q: Guide, p: Any, count: int) -> tuple[Tensor, Tensor]:
+def _draws(q: GuideDensity, p: Any, count: int) -> tuple[Tensor, Tensor]:
     """Of the exact posterior and of the guide, values of the site ``(count, 1, *event)``."""
     with seeded(0):
         return p.sample((count,)), q.site()["fn"].sample((count,))
 
 
-def _extent(chart: Chart, *draws: Tensor) -> tuple[list[float], list[float]]:
+def _extent(chart: LatentCoordinates, *draws: Tensor) -> tuple[list[float], list[float]]:
     """Lowest and highest coordinates of what to show: nearly all draws, and some space around."""
     points = torch.cat([chart.to_points(values) for values in draws]).flatten(0, 1)
     low, high = points.quantile(torch.tensor([0.002, 0.998]).to(points), dim=0)

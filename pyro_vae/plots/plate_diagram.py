@@ -8,7 +8,7 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
-from pyro_vae._utils.param_store import borrowed_store
+from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import function
 from pyro_vae.plots.axes import axes_or_new
@@ -41,7 +41,7 @@ def plate_diagram(
     """
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
     ax = axes_or_new(ax)
-    with borrowed_store(), seeded(0):
+    with scoped_param_store(), seeded(0):
         relations = get_model_relations(model, data, include_deterministic=True)
     parents, kinds = relations["sample_sample"], relations["sample_dist"]
     observed = [name for name in relations["observed"] if kinds[name] != "Deterministic"]
@@ -64,7 +64,7 @@ def plate_diagram(
         for parent in parents[name]:
             _arrow(ax, circles[parent], circles[name], "-", 0.0)
     if guide is not None:
-        with borrowed_store(), seeded(0):
+        with scoped_param_store(), seeded(0):
             latents = get_model_relations(guide, data)["sample_sample"]
         for latent in latents:
             for name in observed:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import kept
+from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae.compilation.adam import CapturableAdam
-from pyro_vae.compilation.graph import CaptureError, Forms, Graph, compiling, forms
-from pyro_vae.training.step import Step, Take, record
+from pyro_vae.compilation.graph import CaptureError, Forms, Graph, compiling, input_signature
+from pyro_vae.training.step import BatchContext, Step, record
 
 __all__ = ["CapturedStep"]
 
@@ -28,7 +28,7 @@ class CapturedStep(Step):
     """A :class:`pyro_vae.training.step.Step` whose first step is eager, and all others a graph's.
 
     A step whose loss or gradient is not finite changes nothing. Unless it is skipped by choice, nor do those after it:
-    the state stays that of the last good step, and :meth:`explain` says what was wrong.
+    the state stays that of the last good step, and :meth:`diagnose_nonfinite` says what was wrong.
 
     Each graph is held against an eager run at its first replays, and every so often: sites, distributions, shapes and
     log-densities must be those that were captured.
@@ -41,24 +41,26 @@ class CapturedStep(Step):
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
         super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
         self.compiles = compiles
-        self._graphs: dict[tuple[Take, Forms], _Captured] = {}
-        self._going = torch.ones(())
-        self._look = True  # for parameters that the optimizer does not know
+        self._graphs: dict[tuple[BatchContext, Forms], _Captured] = {}
+        self._all_finite = torch.ones(())
+        self._sync_metrics = True  # for parameters that the optimizer does not know
 
-    def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
+    def __call__(self, take: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """As of the eager step, but a step that is not finite does not raise: its first number is 0."""
-        if self._look and (self.optimizer is None or self.without_optimizer()):
+        if self._sync_metrics and (self.optimizer is None or self.new_parameters()):
             return super().__call__(take, *inputs, validate=validate)
-        self._look = False
+        self._sync_metrics = False
         self.set_schedules(self.count)
         self.count += 1
-        key = take, forms(inputs)
+        key = take, input_signature(inputs)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._graphs[key] = _Captured(self, take, inputs)
         return captured(take, inputs)
 
-    def explain(self, take: Take, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]) -> FloatingPointError:
+    def diagnose_nonfinite(
+        self, take: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
+    ) -> FloatingPointError:
         """Why the last of some steps was not finite: run eagerly, on the numbers that were drawn for it.
 
         Args:
@@ -67,17 +69,17 @@ class CapturedStep(Step):
             rewind: puts the random states back to what they were before the first of them.
         """
         rewind()
-        self._going.zero_()  # so that the graphs draw their numbers and change nothing
+        self._all_finite.zero_()  # so that the graphs draw their numbers and change nothing
         self.set_schedules(self.count - 1)
         self.tensors.note()
         with pyro.validation_enabled(False), self.gradients_cleared():
             for inputs in done[:-1]:
-                if captured := self._graphs.get((take, forms(inputs))):
+                if captured := self._graphs.get((take, input_signature(inputs))):
                     captured.step(*inputs)
                 else:  # a step that was run eagerly
                     with take(*inputs) as arguments:
                         self.backward(arguments, *inputs)
-                    self.tensors.put_back()
+                    self.tensors.load_model_state()
         quiet = warnings.catch_warnings(action="ignore")
         with quiet, pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
             loss, _ = self.backward(arguments, *done[-1])
@@ -85,8 +87,8 @@ class CapturedStep(Step):
                 why = "the loss or a gradient is not finite, as it is compiled; run eagerly, it is"
             else:
                 why = self._what_is_not_finite(loss, tuple(done[-1]))
-        self._going.fill_(1.0)
-        self.back_to_last()
+        self._all_finite.fill_(1.0)
+        self.restore_previous()
         return FloatingPointError(f"step {self.count}: {why}")
 
     def norm_of_gradients(self) -> Tensor:
@@ -103,15 +105,15 @@ class CapturedStep(Step):
     def hold_on_device(self) -> None:
         """Keep what stops the graphs where the parameters are."""
         device = next((parameter.device for parameter in self.parameters.values()), None)
-        self._going = self._going.to(device)
+        self._all_finite = self._all_finite.to(device)
 
-    def forget(self) -> None:
+    def clear_parameter_cache(self) -> None:
         """Capture anew: some parameters have been frozen or thawed."""
-        super().forget()
+        super().clear_parameter_cache()
         self._graphs.clear()
-        self._look = True
+        self._sync_metrics = True
 
-    def body(self, take: Take, inputs: Sequence[Tensor]) -> Tensor:
+    def body(self, take: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
         """What the graph is captured from."""
         with self.gradients_cleared(), take(*inputs) as arguments:
             loss, terms = self.backward(arguments, *inputs)
@@ -120,15 +122,15 @@ class CapturedStep(Step):
             self.update()
             return record(loss.isfinite() & norm.isfinite(), loss, terms)
 
-    def guarded(self, take: Take, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
+    def guarded(self, take: BatchContext, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
         """The same, leaving all that it writes as it was where the step is not finite."""
         before = [tensor.detach().clone() for tensor in written]
         row = self.body(take, inputs)
         with torch.no_grad():
             taken = row[0] > 0
             if not self.skips:
-                taken = taken & (self._going > 0)
-                self._going.copy_(taken)
+                taken = taken & (self._all_finite > 0)
+                self._all_finite.copy_(taken)
             for tensor, old in zip(written, before, strict=True):
                 tensor.copy_(torch.where(taken, tensor, old))
             return torch.cat([taken.to(row.dtype)[None], row[1:]])
@@ -137,7 +139,7 @@ class CapturedStep(Step):
 class _Captured:
     """The graphs of inputs of one form: of the step, and of what it is checked by."""
 
-    def __init__(self, step: CapturedStep, take: Take, inputs: Sequence[Tensor]):
+    def __init__(self, step: CapturedStep, take: BatchContext, inputs: Sequence[Tensor]):
         self.owner = step
         self.calls = 0
         step.hold_on_device()
@@ -156,17 +158,17 @@ class _Captured:
         if step.compiles(*inputs):
             self.step.compile(inputs)
 
-    def __call__(self, take: Take, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, take: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
         if self.calls < _CHECKED or self.calls % _EVERY == 0:
             self._check(take, inputs)
         self.calls += 1
         return self.step(*inputs)[0]
 
-    def _check(self, take: Take, inputs: Sequence[Tensor]) -> None:
+    def _check(self, take: BatchContext, inputs: Sequence[Tensor]) -> None:
         with buffers_kept():  # which the graph changes as well, once the run has told which they are
-            with kept(), pyro.validation_enabled():
+            with preserve_rng_state(), pyro.validation_enabled():
                 sites = _Sites(self.owner, take, inputs)
-            with kept():
+            with preserve_rng_state():
                 (sums,) = self.densities(*inputs)
         if sites.signature != self.sites.signature:
             for now, then in zip(sites.signature, self.sites.signature, strict=False):
@@ -191,7 +193,7 @@ _REMEDY = (
 class _Sites:
     """What an ELBO meets: the sites of guide and model, and their log-densities."""
 
-    def __init__(self, step: Step, take: Take, inputs: Sequence[Tensor]):
+    def __init__(self, step: Step, take: BatchContext, inputs: Sequence[Tensor]):
         with torch.no_grad(), take(*inputs) as arguments:
             step.run.loss(*arguments)
         self.signature: list[str] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 
-__all__ = ["ElboRun"]
+__all__ = ["ElboEvaluator"]
 
 Function = Callable[..., Any]
 
@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 _SHOWN = 5  # rows that an error names
 
 
-class ElboRun:
+class ElboEvaluator:
     """Runs of one ELBO.
 
     Args:
@@ -52,12 +52,12 @@ class ElboRun:
 
     def _run(self, compute: Function, args: tuple[Any, ...]) -> Any:
         self.traces = []
-        with self._watched():
+        with self._capture_traces():
             loss = compute(self.model, self.guide, *args, **self.keywords)
         return loss[0] if isinstance(loss, tuple) else loss
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _capture_traces(self) -> Iterator[None]:
         """Keep the traces that the ELBO makes, with the log-densities that it computes."""
         make = self.elbo._get_trace
 
@@ -97,7 +97,7 @@ class ElboRun:
         )
 
     @torch.no_grad()
-    def blame(self, rows: Tensor | None = None) -> str | None:
+    def first_nonfinite_site(self, rows: Tensor | None = None) -> str | None:
         """The first site of the last run whose log-density is not finite, in the order in which guide and model ran.
 
         Args:
@@ -124,9 +124,9 @@ class ElboRun:
         return f", in rows {shown}{', ...' if len(found) > _SHOWN else ''} of the data"
 
     @torch.no_grad()
-    def blame_without_validation(self, args: tuple[Any, ...], rows: Tensor | None) -> str | None:
+    def first_nonfinite_site_unvalidated(self, args: tuple[Any, ...], rows: Tensor | None) -> str | None:
         """Validation stops at a distribution whose parameters are NaN, before it has a site: run on, to name that."""
         with pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.loss(*args)
-        return self.blame(rows)
+        return self.first_nonfinite_site(rows)

@@ -19,19 +19,19 @@ from torch import Tensor
 
 from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.param_store import borrowed_store, none_left_if_refused
-from pyro_vae._utils.rng import kept, seeded
-from pyro_vae._utils.validation import data_tensors, flag, function, positive, positive_int, quiet, rows_like
+from pyro_vae._utils.param_store import rollback_params_on_error, scoped_param_store
+from pyro_vae._utils.rng import preserve_rng_state, seeded
+from pyro_vae._utils.validation import boolean, data_tensors, function, positive, positive_int, rows_like, tqdm_disable
 from pyro_vae.distributions.missing import check_model, first_missing
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
-from pyro_vae.training.elbo_evaluator import ElboRun
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Callback, Loop
-from pyro_vae.training.minibatches import Batcher, Transform, following_autoguide, plan, transformed
-from pyro_vae.training.preflight import check_elbo, check_pair, comparing_shapes
+from pyro_vae.training.minibatches import Batcher, Transform, following_autoguide, make_batcher, transformed
+from pyro_vae.training.preflight import check_elbo, check_pair, explain_shape_mismatch
 from pyro_vae.training.schedules import Schedule, check_schedules
-from pyro_vae.training.state import told_by
-from pyro_vae.training.step import Step, Take
+from pyro_vae.training.state import data_fingerprint
+from pyro_vae.training.step import BatchContext, Step
 
 __all__ = ["Fitted", "evaluate", "fit"]
 
@@ -101,7 +101,7 @@ def fit(
         data: tensor of N rows, or a sequence of tensors with N rows each.
         epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, drawn anew each epoch; all N if left out. Mini-batches subsample the data plate, see
-            :func:`pyro_vae.training.minibatches.plan`.
+            :func:`pyro_vae.training.minibatches.make_batcher`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
         elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
             ``config_enumerate(guide)``.
@@ -167,10 +167,10 @@ def fit(
         positive_int(patience, "patience")
     if nonfinite not in ("stop", "skip"):
         raise ValueError(f"nonfinite: got {nonfinite!r}; accepted are 'stop' and 'skip'")
-    flag(compile, "compile")
+    boolean(compile, "compile")
     if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
         raise TypeError(f"callbacks: got {callbacks!r}; accepted is a sequence of functions of an Epoch")
-    quiet(progress)
+    tqdm_disable(progress)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     elbo = check_elbo(Trace_ELBO() if elbo is None else elbo)
@@ -178,22 +178,22 @@ def fit(
         checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
         checkpoints.prepare()
     device = tensors[0].device
-    run_is = {
+    run_config = {
         "batch_size": batch_size,
         "seed": seed,
         "elbo": type(elbo).__name__,
         "compile": compile,
-        "data": told_by(tensors),
-        "validation": None if held_out is None else told_by(held_out),
+        "data": data_fingerprint(tensors),
+        "validation": None if held_out is None else data_fingerprint(held_out),
     }
-    run = ElboRun(model, guide, elbo, plate)
+    run = ElboEvaluator(model, guide, elbo, plate)
     settings: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
     if compile:
         settings["compiles"] = lambda rows: len(rows) == batch_size
     step = (CapturedStep if compile else Step)(run, lr, schedules, **settings)
     started = time.perf_counter()
     with following_autoguide(guide):
-        with none_left_if_refused(), seeded(seed), buffers_kept():
+        with rollback_params_on_error(), seeded(seed), buffers_kept():
             _check_missing(model, tensors, "data", transform)
             _check_missing(model, held_out or (), "validation", transform)
             take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
@@ -210,17 +210,17 @@ def fit(
                 patience=patience,
                 callbacks=callbacks,
                 checkpoints=checkpoints,
-                run_is=run_is,
+                run_config=run_config,
             )
-            with none_left_if_refused():
+            with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
-                    _validate(ElboRun(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
+                    _validate(ElboEvaluator(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
             loop.run(epochs, progress)
-    if loop.stopped == "interrupted":
+    if loop.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
     return Fitted(
-        model, guide, loop.history, seed, step.count, time.perf_counter() - started, loop.stopped, loop.skipped
+        model, guide, loop.history, seed, step.count, time.perf_counter() - started, loop.stop_reason, loop.skipped
     )
 
 
@@ -260,9 +260,9 @@ def evaluate(
     tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
     check_model(model, tensors, "data")
-    run = ElboRun(model, guide, check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
-    comparing = comparing_shapes(model, guide, tensors)
-    with seeded(seed), buffers_kept(), borrowed_store(), poutine.block(), comparing:
+    run = ElboEvaluator(model, guide, check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
+    comparing = explain_shape_mismatch(model, guide, tensors)
+    with seeded(seed), buffers_kept(), scoped_param_store(), poutine.block(), comparing:
         check_pair(model, guide, run.elbo, tensors, plate, transforms=False)
     with seeded(seed), buffers_kept(), pyro.validation_enabled():
         return _terms(run, tensors, "data", num_samples)
@@ -291,8 +291,10 @@ def _prepare(
     def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
         return nullcontext(transformed(data, transform))
 
-    with comparing_shapes(model, guide, data, transform):
-        take = all_rows if batch_size == len(data[0]) else plan(model, guide, data, batch_size, plate, transform)
+    with explain_shape_mismatch(model, guide, data, transform):
+        take = (
+            all_rows if batch_size == len(data[0]) else make_batcher(model, guide, data, batch_size, plate, transform)
+        )
         with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
             check_pair(model, guide, elbo, arguments, plate, transform is not None)
     if held_out and not is_amortized(guide, transformed(tuple(tensor[:4] for tensor in data), transform), plate):
@@ -304,26 +306,28 @@ def _prepare(
 
 
 @torch.no_grad()
-def _terms(run: ElboRun, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
+def _terms(run: ElboEvaluator, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
     """Means of some runs on the data of that name, in nats per datum."""
     found: list[dict[str, Tensor]] = []
     for _ in range(num_samples):
         loss = run.loss(*data)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss is {loss}; {run.blame() or 'no one site is to blame'}")
+            raise FloatingPointError(
+                f"{name}: the loss is {loss}; {run.first_nonfinite_site() or 'no one site is to blame'}"
+            )
         found.append(run.terms(loss))
     return {name: float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
 
 
-def _held_out(run: ElboRun, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
+def _held_out(run: ElboEvaluator, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
     """Validation draws come from a stream of their own, so that looking does not change the run."""
     with seeded(seed):
         return _terms(run, data, "validation")
 
 
-def _validate(run: ElboRun, take: Take, num_data: int, batch_size: int, device: torch.device) -> None:
+def _validate(run: ElboEvaluator, take: BatchContext, num_data: int, batch_size: int, device: torch.device) -> None:
     """Run the pair once on all rows, with Pyro's validation: a captured step has none."""
-    with torch.no_grad(), kept(), buffers_kept(), pyro.validation_enabled():
+    with torch.no_grad(), preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
         for rows in torch.arange(num_data, device=device).split(batch_size):
             with take(rows) as arguments:
                 run.loss(*arguments)

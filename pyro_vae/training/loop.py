@@ -16,30 +16,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import kept, random_states, set_random_states
-from pyro_vae._utils.validation import quiet
+from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
+from pyro_vae._utils.validation import tqdm_disable
 from pyro_vae.training.checkpoints import Checkpoints, misfits
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.state import (
-    get_acquainted,
-    learnt,
+    discover_parameters,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
     optimizer_state,
-    put_back,
-    put_back_optimizer,
-    set_switches,
-    switches,
+    set_trainable_flags,
+    trainable_flags,
 )
-from pyro_vae.training.step import Step, Take
+from pyro_vae.training.step import BatchContext, Step
 
 __all__ = ["Callback", "Epoch", "Loop"]
 
-_LOOK = 0.2  # seconds between looks at what the steps returned: each waits for the device
+_SYNC_SECONDS = 0.2  # seconds between looks at what the steps returned: each waits for the device
 
 
 _SKIPPED = 100  # steps in a row that may be skipped
 
 
-_NUMBERS = ("epoch", "batch", "skipped", "in_a_row", "best_epoch", "stopped")
+_NUMBERS = ("epoch", "batch", "skipped", "consecutive_skips", "best_epoch", "stop_reason")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Loop:
         patience: epochs without a better validation ELBO after which training ends, with the best parameters.
         callbacks: called at the end of each epoch.
         checkpoints: where the state is written to.
-        run_is: what tells this run from others, by the names of arguments; written with its state.
+        run_config: what tells this run from others, by the names of arguments; written with its state.
 
     Attributes:
         history: by name, a number for each epoch.
@@ -85,7 +85,7 @@ class Loop:
         batch: how many of the epoch that is under way.
         stopped: why training ended: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         skipped: steps that were left out, as they were not finite.
-        in_a_row: how many of them were the last ones.
+        consecutive_skips: how many of them were the last ones.
         best: what was learnt by the epoch with the best validation ELBO.
         best_epoch: its number.
     """
@@ -93,7 +93,7 @@ class Loop:
     def __init__(
         self,
         step: Step,
-        take: Take,
+        take: BatchContext,
         num_data: int,
         batch_size: int,
         seed: int,
@@ -102,42 +102,42 @@ class Loop:
         patience: int | None = None,
         callbacks: Sequence[Callback] = (),
         checkpoints: Checkpoints | None = None,
-        run_is: dict[str, Any] | None = None,
+        run_config: dict[str, Any] | None = None,
     ):
         self.step, self.take = step, take
         self.num_data, self.batch_size, self.device = num_data, batch_size, device
         self.validate, self.patience, self.callbacks, self.checkpoints = validate, patience, callbacks, checkpoints
-        self.run_is = run_is or {}
+        self.run_config = run_config or {}
         self.order = torch.Generator().manual_seed(seed)
         self.history: dict[str, list[float]] = {}
-        self.epoch = self.batch = self.skipped = self.in_a_row = self.best_epoch = 0
-        self.stopped = "epochs"
+        self.epoch = self.batch = self.skipped = self.consecutive_skips = self.best_epoch = 0
+        self.stop_reason = "epochs"
         self.best: dict[str, Tensor] = {}
         self._order_of_epoch = self.order.get_state()
         self._all = [torch.arange(num_data, device=device)] if batch_size == num_data else []  # the batch of each epoch
         self._rows: list[list[float]] = []  # what steps returned, of the epoch that is under way
-        self._unseen: list[Tensor] = []  # the same, since the last look
+        self._pending: list[Tensor] = []  # the same, since the last look
         self._inputs: list[Tensor] = []  # of these steps
         self._best_written = 0
         self._interrupted = False
 
     def run(self, epochs: int, progress: bool | None) -> None:
         """Go on until so many epochs are done, or something ends it before."""
-        begun = self.epoch < epochs and self.stopped == "epochs"
+        begun = self.epoch < epochs and self.stop_reason == "epochs"
         with (
             self._deferring_interrupts(),
             warnings.catch_warnings(),
-            tqdm(total=epochs, disable=quiet(progress), unit="epoch") as bar,
+            tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch") as bar,
         ):
             warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
             self._open_window()
-            while self.epoch < epochs and self.stopped == "epochs":
+            while self.epoch < epochs and self.stop_reason == "epochs":
                 self._run_epoch(bar)
-            self._look(bar)
+            self._sync_metrics(bar)
         if begun:
             self._save()
         if self.patience is not None and self.best:
-            put_back(self.step, self.best)
+            load_model_state(self.step, self.best)
 
     def _run_epoch(self, bar: Any) -> None:
         """What is left of it."""
@@ -145,15 +145,15 @@ class Loop:
             self._inputs.append(rows)
             # What validation warns of, such as a scale at its floor, may come late; to look at each step costs time.
             validate = self.epoch == 0 or (self.batch == 0 and self.epoch.bit_count() == 1)
-            self._unseen.append(self.step(self.take, rows, validate=validate))
+            self._pending.append(self.step(self.take, rows, validate=validate))
             self.batch += 1
             due = self.checkpoints is not None and self.checkpoints.due(self.step.count)
             if due or self._interrupted or time.perf_counter() > self._next_look:
-                self._look(bar)
+                self._sync_metrics(bar)
             if due:
                 self._save()
             if self._interrupted:
-                self.stopped = "interrupted"
+                self.stop_reason = "interrupted"
                 break
         if self.batch * self.batch_size >= self.num_data:
             self._end_epoch(bar)
@@ -166,7 +166,7 @@ class Loop:
             self.checkpoints.save_best({"epoch": self.best_epoch, "validation": value[self.best_epoch - 1]}, self.best)
             self._best_written = self.best_epoch
         header, tensors = self.state()
-        self.checkpoints.save(header | {"run": self.run_is}, tensors)
+        self.checkpoints.save(header | {"run": self.run_config}, tensors)
 
     def _batches(self) -> Sequence[Tensor]:
         """What is left of the epoch's."""
@@ -178,17 +178,17 @@ class Loop:
 
     def _open_window(self) -> None:
         """From here on, what the steps return is not looked at."""
-        self._unseen.clear()
+        self._pending.clear()
         self._inputs.clear()
         self._states = random_states()
-        self._next_look = time.perf_counter() + _LOOK
+        self._next_look = time.perf_counter() + _SYNC_SECONDS
 
-    def _look(self, bar: Any) -> None:
+    def _sync_metrics(self, bar: Any) -> None:
         """Read what the steps have returned: means for the history, and whether one of them was not finite."""
-        table = torch.stack([row.to(self.device) for row in self._unseen]).tolist() if self._unseen else []
+        table = torch.stack([row.to(self.device) for row in self._pending]).tolist() if self._pending else []
         for index, row in enumerate(table):
             if row[0]:
-                self.in_a_row = 0
+                self.consecutive_skips = 0
             else:
                 self._not_finite(index)
         self._rows += table
@@ -207,14 +207,14 @@ class Loop:
 
     def _not_finite(self, index: int) -> None:
         """Count a step since the last look as skipped, or raise for it."""
-        number = self.step.count + index + 1 - len(self._unseen)
+        number = self.step.count + index + 1 - len(self._pending)
         self.skipped += 1
-        self.in_a_row += 1
+        self.consecutive_skips += 1
         if isinstance(self.step, CapturedStep) and not self.step.skips:
             self.step.count = number
             done = [(rows,) for rows in self._inputs[: index + 1]]
-            raise self.step.explain(self.take, done, partial(set_random_states, *self._states))
-        if self.in_a_row >= _SKIPPED:
+            raise self.step.diagnose_nonfinite(self.take, done, partial(set_random_states, *self._states))
+        if self.consecutive_skips >= _SKIPPED:
             raise FloatingPointError(
                 f"step {number}: it is the {_SKIPPED}th in a row whose loss or gradient is not finite"
             )
@@ -228,10 +228,10 @@ class Loop:
             "history": self.history,
             "rows": self._rows,
             "random": random,
-            "switches": switches(self.step),
+            "switches": trainable_flags(self.step),
         }
         groups = {
-            "learnt": learnt(self.step),
+            "learnt": model_state(self.step),
             "optimizer": optimizer_state(self.step),
             "best": self.best,
             "random": streams | {"order": self._order_of_epoch},
@@ -248,7 +248,7 @@ class Loop:
             return
         header, tensors = contents
         folder = repr(str(self.checkpoints.folder))
-        for name, value in self.run_is.items():
+        for name, value in self.run_config.items():
             if (saved := header["run"].get(name)) != value:
                 raise ValueError(
                     f"{name}: got {value!r}; accepted is {saved!r}, that of the run in {folder}, or another folder"
@@ -258,22 +258,22 @@ class Loop:
             group, _, name = name.partition("/")
             groups[group][name] = tensor
         rows = torch.arange(self.batch_size, device=self.device)
-        get_acquainted(self.step, self.take, rows)
-        if lines := misfits(groups["learnt"], learnt(self.step)):
+        discover_parameters(self.step, self.take, rows)
+        if lines := misfits(groups["learnt"], model_state(self.step)):
             raise ValueError(f"checkpoints: {folder} is of another model: {'; '.join(lines)}")
-        if header["switches"] != switches(self.step):
-            set_switches(self.step, header["switches"])
-            self.step.forget()
-            get_acquainted(self.step, self.take, rows)
+        if header["switches"] != trainable_flags(self.step):
+            set_trainable_flags(self.step, header["switches"])
+            self.step.clear_parameter_cache()
+            discover_parameters(self.step, self.take, rows)
         self._restore(header, groups)
 
     def _restore(self, header: dict[str, Any], groups: dict[str, dict[str, Tensor]]) -> None:
-        put_back(self.step, groups["learnt"])
-        put_back_optimizer(self.step, header["switches"]["optimized"], groups["optimizer"])
+        load_model_state(self.step, groups["learnt"])
+        load_optimizer_state(self.step, header["switches"]["optimized"], groups["optimizer"])
         for name in _NUMBERS:
             setattr(self, name, header[name])
-        if self.stopped == "interrupted":
-            self.stopped = "epochs"
+        if self.stop_reason == "interrupted":
+            self.stop_reason = "epochs"
         self.step.count, self.history, self._rows = header["steps"], header["history"], header["rows"]
         self.best = {name: tensor.to(self.device) for name, tensor in groups["best"].items()}
         self._order_of_epoch = groups["random"].pop("order")
@@ -286,37 +286,37 @@ class Loop:
             self._order_of_epoch = self.order.get_state()
         if self.validate is None and not self.callbacks:
             return
-        self._look(bar)
+        self._sync_metrics(bar)
         if self.validate is not None:
             with buffers_kept():
                 held_out = self.validate()
             for name, value in held_out.items():
                 self.history.setdefault(f"validation_{name}", []).append(value)
-            self._compare(self.history[f"validation_{next(iter(held_out))}"])
+            self._update_best(self.history[f"validation_{next(iter(held_out))}"])
         if self.callbacks:
             self._call_back()
 
     def _call_back(self) -> None:
         """Tell the callbacks, of which one may end the run, and others freeze parameters."""
-        before = switches(self.step)
+        before = trainable_flags(self.step)
         record = {name: values[-1] for name, values in self.history.items()}
-        with kept():
+        with preserve_rng_state():
             for call in self.callbacks:
                 if call(Epoch(self.epoch, self.step.count, record, self.history)) is True:
-                    self.stopped = "callback"
-        if switches(self.step) != before:
-            self.step.forget()
-            get_acquainted(self.step, self.take, torch.arange(self.batch_size, device=self.device))
+                    self.stop_reason = "callback"
+        if trainable_flags(self.step) != before:
+            self.step.clear_parameter_cache()
+            discover_parameters(self.step, self.take, torch.arange(self.batch_size, device=self.device))
 
-    def _compare(self, bounds: list[float]) -> None:
+    def _update_best(self, bounds: list[float]) -> None:
         """Keep what the best epoch has learnt, and stop where it lies too far back."""
         if self.patience is None and self.checkpoints is None:
             return
         if not self.best or bounds[-1] > bounds[self.best_epoch - 1]:
             self.best_epoch = self.epoch
-            self.best = {name: tensor.clone() for name, tensor in learnt(self.step).items()}
+            self.best = {name: tensor.clone() for name, tensor in model_state(self.step).items()}
         if self.patience is not None and self.epoch - self.best_epoch >= self.patience:
-            self.stopped = "patience"
+            self.stop_reason = "patience"
 
     @contextmanager
     def _deferring_interrupts(self) -> Iterator[None]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from pyro_vae._utils.amortization import _in_plate, is_amortized
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
-from pyro_vae.handlers import Drawn, Rows, SubsampleStatements
+from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
-__all__ = ["Batcher", "Transform", "following_autoguide", "plan", "transformed"]
+__all__ = ["Batcher", "Transform", "following_autoguide", "make_batcher", "transformed"]
 
 Batcher = Callable[[Tensor], Any]
 """Given row numbers, a context manager that yields the arguments to call the pair with."""
@@ -29,7 +29,7 @@ Transform = Callable[..., Tensor | Sequence[Tensor]]
 Function = Callable[..., Any]
 
 
-def plan(
+def make_batcher(
     model: Function,
     guide: Function,
     data: tuple[Tensor, ...],
@@ -53,19 +53,23 @@ def plan(
         data = tuple(tensor.view_as(tensor) for tensor in data)
     first = torch.arange(batch_size, device=data[0].device)
     drawn = _drawn(data, first, transform)
-    model_trace, subsamples = _first_run(model, data, Rows(plate, first), drawn, transform)
+    model_trace, subsamples = _first_run(model, data, SubsampleRows(plate, first), drawn, transform)
     _check_plate(model_trace, plate)
     if not subsamples:
         _check_slicing(model, model_trace, guide, transformed(data, transform), plate)
         return lambda rows: _sliced(data, rows, transform)
-    _check_subsampling(model, guide, data, Rows(plate, first), drawn)
+    _check_subsampling(model, guide, data, SubsampleRows(plate, first), drawn)
     if transform is not None:
-        _check_reading(model, guide, data, Rows(plate, first), drawn.rows)
+        _check_reading(model, guide, data, SubsampleRows(plate, first), drawn.rows)
     return lambda rows: _subsampled(data, rows, plate, transform)
 
 
 def _first_run(
-    model: Function, data: tuple[Tensor, ...], subsample: Rows, drawn: Drawn, transform: Transform | None
+    model: Function,
+    data: tuple[Tensor, ...],
+    subsample: SubsampleRows,
+    drawn: FixedSubsample,
+    transform: Transform | None,
 ) -> tuple[Trace, bool]:
     """A trace of the model, and whether it reads with ``pyro.subsample``: then of a few rows, and else of all."""
     with suppress(ValueError, RuntimeError, IndexError):
@@ -107,16 +111,18 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _drawn(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Drawn:
+def _drawn(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> FixedSubsample:
     """What ``pyro.subsample`` returns; without a transform that is left to the plate."""
-    return Drawn(*((), ()) if transform is None else (data, transformed(tuple(x[rows] for x in data), transform)))
+    return FixedSubsample(
+        *((), ()) if transform is None else (data, transformed(tuple(x[rows] for x in data), transform))
+    )
 
 
 @contextmanager
 def _subsampled(
     data: tuple[Tensor, ...], rows: Tensor, plate: str, transform: Transform | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    with Rows(plate, rows), _drawn(data, rows, transform):
+    with SubsampleRows(plate, rows), _drawn(data, rows, transform):
         yield data
 
 
@@ -156,7 +162,7 @@ def _check_plate(model_trace: Trace, plate: str) -> None:
 
 
 def _check_subsampling(
-    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: Rows, drawn: Drawn
+    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: SubsampleRows, drawn: FixedSubsample
 ) -> None:
     plate, rows = subsample.plate, subsample.rows
 
@@ -183,10 +189,10 @@ def _check_subsampling(
 
 
 def _check_reading(
-    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: Rows, rows: Sequence[Tensor]
+    model: Function, guide: Function, data: tuple[Tensor, ...], subsample: SubsampleRows, rows: Sequence[Tensor]
 ) -> None:
     """Refuse what sees data that are not transformed: at the same drawn rows, other data must change nothing."""
-    with poutine.block(), torch.no_grad(), subsample, Drawn(data, rows):
+    with poutine.block(), torch.no_grad(), subsample, FixedSubsample(data, rows):
         guide_trace = poutine.trace(guide).get_trace(*data)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*data)
     as_handed = "`pyro.subsample(x, event_dim=...)` as it is handed over"
@@ -197,7 +203,7 @@ def _check_reading(
         fixed = poutine.condition(function, data={name: site["value"] for name, site in latent_sites(trace).items()})
         found = []
         for given in (data, tuple(tensor[-1:].expand_as(tensor) for tensor in data)):
-            drawn = Drawn(given, rows)
+            drawn = FixedSubsample(given, rows)
             with poutine.block(), torch.no_grad(), seeded(0), subsample, drawn:
                 found.append(observed_sites(poutine.trace(fixed).get_trace(*given)))
         if who == "model" and not all(drawn.read):

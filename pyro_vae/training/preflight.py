@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_vae._utils.traces import latent_sites, observed_sites
 from pyro_vae.training.minibatches import Transform, transformed
 
-__all__ = ["check_elbo", "check_pair", "comparing_shapes"]
+__all__ = ["check_elbo", "check_pair", "explain_shape_mismatch"]
 
 Function = Callable[..., Any]
 
@@ -31,7 +31,7 @@ def check_elbo(elbo: ELBO) -> ELBO:
 
 
 @contextmanager
-def comparing_shapes(
+def explain_shape_mismatch(
     model: Function, guide: Function, data: tuple[Tensor, ...], transform: Transform | None = None
 ) -> Iterator[None]:
     """If a block fails, refuse the guide where a latent of it is of another shape than in the model: that is why."""

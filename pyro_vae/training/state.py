@@ -8,33 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import kept
-from pyro_vae.training.step import Step, Take
+from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
-    "get_acquainted",
-    "learnt",
+    "data_fingerprint",
+    "discover_parameters",
+    "load_model_state",
+    "load_optimizer_state",
+    "model_state",
     "optimizer_state",
-    "put_back",
-    "put_back_optimizer",
-    "set_switches",
-    "switches",
-    "told_by",
+    "set_trainable_flags",
+    "trainable_flags",
 ]
 
 _ROWS = 1000  # that a checksum looks at, or a few less
 
 
-def get_acquainted(step: Step, take: Take, rows: Tensor) -> None:
+def discover_parameters(step: Step, take: BatchContext, rows: Tensor) -> None:
     """Let a step find its parameters and modules, by a run that changes nothing."""
-    with kept(), buffers_kept(), step.gradients_cleared(), take(rows) as arguments:
+    with preserve_rng_state(), buffers_kept(), step.gradients_cleared(), take(rows) as arguments:
         step.backward(arguments, rows)
 
 
-def told_by(data: Sequence[Tensor]) -> str:
+def data_fingerprint(data: Sequence[Tensor]) -> str:
     """What tells data from others: their sizes, and a checksum of up to a thousand rows from first to last.
 
-    >>> told_by([torch.zeros(5, 2)]), told_by([torch.ones(5, 2)])
+    >>> data_fingerprint([torch.zeros(5, 2)]), data_fingerprint([torch.ones(5, 2)])
     ('(5, 2) float32, checksum 2c34ce1d', '(5, 2) float32, checksum 00e1a993')
     """
     digest = sha256()
@@ -45,7 +45,7 @@ def told_by(data: Sequence[Tensor]) -> str:
     return f"{sizes}, checksum {digest.hexdigest()[:8]}"
 
 
-def learnt(step: Step) -> dict[str, Tensor]:
+def model_state(step: Step) -> dict[str, Tensor]:
     """The parameters and buffers of a run, by their paths in their modules; those of no module by Pyro's names.
 
     Frozen parameters are among them: they may have been trained before.
@@ -63,13 +63,13 @@ def _named(step: Step) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_back(step: Step, saved: Mapping[str, Tensor]) -> None:
-    """Give the run the values of what :func:`learnt` returned, in place."""
-    for name, tensor in learnt(step).items():
+def load_model_state(step: Step, saved: Mapping[str, Tensor]) -> None:
+    """Give the run the values of what :func:`model_state` returned, in place."""
+    for name, tensor in model_state(step).items():
         tensor.copy_(saved[name])
 
 
-def switches(step: Step) -> dict[str, list[Any]]:
+def trainable_flags(step: Step) -> dict[str, list[Any]]:
     """Which parameters are frozen and which the optimizer has met, and whether each module is set to train."""
     groups = [] if step.optimizer is None else step.optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
@@ -84,8 +84,8 @@ def switches(step: Step) -> dict[str, list[Any]]:
     }
 
 
-def set_switches(step: Step, saved: Mapping[str, Any]) -> None:
-    """Set what :func:`switches` returned."""
+def set_trainable_flags(step: Step, saved: Mapping[str, Any]) -> None:
+    """Set what :func:`trainable_flags` returned."""
     for name, tensor in _named(step).items():
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             tensor.requires_grad_(name not in saved["frozen"])
@@ -104,7 +104,7 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
     }
 
 
-def put_back_optimizer(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
+def load_optimizer_state(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
     """The optimizer of these parameters as it was when :func:`optimizer_state` returned this."""
     named = _named(step)
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None

@@ -11,14 +11,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._utils.module_state import ModuleTensors
-from pyro_vae._utils.param_store import Registered, parameters_of, registered_once
+from pyro_vae._utils.param_store import Registered, module_registry, parameters_of
 from pyro_vae._utils.validation import number
-from pyro_vae.training.elbo_evaluator import ElboRun
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.schedules import Schedule
 
-__all__ = ["MakeOptimizer", "Step", "Take", "adam", "record"]
+__all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "record"]
 
-Take = Callable[..., AbstractContextManager[tuple[Any, ...]]]
+BatchContext = Callable[..., AbstractContextManager[tuple[Any, ...]]]
 """From the inputs of a step to the arguments to call model and guide with, within a context."""
 
 
@@ -60,7 +60,7 @@ class Step:
 
     def __init__(
         self,
-        run: ElboRun,
+        run: ElboEvaluator,
         lr: float | Schedule | None = None,
         schedules: Mapping[Tensor, Schedule] | None = None,
         make_optimizer: MakeOptimizer = adam,
@@ -82,7 +82,7 @@ class Step:
         self.modules: Registered = {}
         self.tensors = ModuleTensors(run.model, run.guide)
 
-    def __call__(self, take: Take, *inputs: Tensor, validate: bool = False) -> Tensor:
+    def __call__(self, take: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Loss, gradients and update on what ``take`` makes of the inputs.
 
         Returns:
@@ -102,7 +102,7 @@ class Step:
                 if not math.isfinite(loss) or not norm.isfinite():
                     raise FloatingPointError(f"step {self.count}: {self._what_is_not_finite(loss, inputs)}")
             except FloatingPointError:
-                self.back_to_last()
+                self.restore_previous()
                 if not self.skips:
                     raise
                 return torch.tensor([0.0] + [math.nan] * (1 + len(self.names)), dtype=torch.float64)
@@ -116,9 +116,9 @@ class Step:
             value.fill_(number(schedule(step), f"schedules: at step {step}"))
         self._set_lr(step)
 
-    def back_to_last(self) -> None:
+    def restore_previous(self) -> None:
         """Give buffers and scheduled values those of the step before, where this one must not count."""
-        self.tensors.put_back()
+        self.tensors.load_model_state()
         if self.count > 1:
             self.set_schedules(self.count - 2)
 
@@ -132,7 +132,7 @@ class Step:
             else:
                 group["lr"] = lr
 
-    def forget(self) -> None:
+    def clear_parameter_cache(self) -> None:
         """Look for parameters anew in the next run: some have been frozen or thawed."""
         self.modules.clear()
         self.parameters.clear()
@@ -141,11 +141,13 @@ class Step:
         """The loss and its terms; the gradients are left in the parameters."""
         known = bool(self.parameters)
         noticed = nullcontext() if known else self.tensors.noticed()
-        with poutine.trace(param_only=True) as tracer, registered_once(self.modules, known), noticed:
+        with poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
             try:
                 loss = self.run.loss_and_grads(*arguments)
             except ValueError as error:
-                if self.count > 1 and (blamed := self.run.blame_without_validation(arguments, self._rows(inputs))):
+                if self.count > 1 and (
+                    blamed := self.run.first_nonfinite_site_unvalidated(arguments, self._rows(inputs))
+                ):
                     raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
                 raise
             finally:
@@ -177,7 +179,7 @@ class Step:
 
     def update(self) -> None:
         """The optimizer's step."""
-        new = self.without_optimizer()
+        new = self.new_parameters()
         if new:
             if self.optimizer is None:
                 self.optimizer = self.make_optimizer(new)
@@ -188,7 +190,7 @@ class Step:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def without_optimizer(self) -> list[Tensor]:
+    def new_parameters(self) -> list[Tensor]:
         """The parameters that no step has updated yet."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         known = {parameter for group in groups for parameter in group["params"]}
@@ -208,7 +210,9 @@ class Step:
 
     def _what_is_not_finite(self, loss: float, inputs: tuple[Tensor, ...]) -> str:
         if not math.isfinite(loss):
-            return f"the loss is {loss}; {self.run.blame(self._rows(inputs)) or 'no one site is to blame'}"
+            return (
+                f"the loss is {loss}; {self.run.first_nonfinite_site(self._rows(inputs)) or 'no one site is to blame'}"
+            )
         bad = [
             name.replace("$$$", ".")
             for name, parameter in self.parameters.items()

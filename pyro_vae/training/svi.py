@@ -16,10 +16,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from pyro_vae._utils.validation import flag, positive
+from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.training.compiled_step import CapturedStep
-from pyro_vae.training.elbo_evaluator import ElboRun
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
@@ -72,11 +72,11 @@ class SVI:
     ):
         if not isinstance(loss, ELBO):
             raise TypeError(f"loss: got {loss!r}; accepted is an instance of an ELBO, such as Trace_ELBO()")
-        flag(compile, "compile")
+        boolean(compile, "compile")
         if clip_norm is not None:
             positive(clip_norm, "clip_norm")
         make_optimizer = partial(_optimizer, _checked(optim, compile), compile)
-        self._run = ElboRun(model, guide, loss)
+        self._run = ElboEvaluator(model, guide, loss)
         kind = CapturedStep if compile else Step
         self._step = kind(self._run, make_optimizer=make_optimizer, clip_norm=clip_norm)
 
@@ -95,7 +95,7 @@ class SVI:
             warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
             taken, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
         if not taken and isinstance(self._step, CapturedStep):
-            raise self._step.explain(call, [inputs], partial(torch.set_rng_state, before))
+            raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
         return loss
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ _PLACE = "<tensor>"
 class _Call:
     """The arguments of a step, with places for its tensors."""
 
-    run: ElboRun
+    run: ElboEvaluator
     form: TreeSpec
     others: tuple[Any, ...]
 

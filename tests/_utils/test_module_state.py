@@ -72,7 +72,7 @@ def test_modules_are_found_as_they_run(name):
     counts = [tensor for path, tensor in found.items() if path.endswith("num_batches_tracked")]
     assert counts[0] > 0
     before = counts[0].item()
-    tensors.put_back()
+    tensors.load_model_state()
     assert counts[0].item() == before - 1
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pyro_vae.compilation import graph
-from pyro_vae.compilation.graph import CaptureError, Graph, Replayed
+from pyro_vae.compilation.graph import CaptureError, CompiledFunction, Graph
 
 X = torch.linspace(-1.0, 1.0, 6)
 
@@ -162,7 +162,7 @@ def test_compiled_it_gives_the_same_numbers_with_the_same_noise():
 def test_replayed_from_the_second_inputs_of_a_form(monkeypatch):
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
     calls = []
-    double = Replayed(lambda x: calls.append(x.shape) or [2 * x])
+    double = CompiledFunction(lambda x: calls.append(x.shape) or [2 * x])
     for count in (3, 3, 3, 2, 3, 2, 2):
         x = torch.randn(count)
         assert torch.equal(double(x)[0], 2 * x)
@@ -173,7 +173,7 @@ def test_replayed_from_the_second_inputs_of_a_form(monkeypatch):
 def test_replayed_is_held_against_the_function(monkeypatch):
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
     calls = []
-    counted = Replayed(lambda x: calls.append(1) or [len(calls) * x])
+    counted = CompiledFunction(lambda x: calls.append(1) or [len(calls) * x])
     counted(torch.ones(3))
     with pytest.raises(CaptureError, match="captured gives numbers that are off by 1 from those"):
         counted(torch.ones(3))

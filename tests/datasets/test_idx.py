@@ -36,7 +36,7 @@ def packed(data):
 
 
 def published(name, data):
-    return idx.Published(name, *(hashlib.sha256(form).hexdigest() for form in (packed(data), data)))
+    return idx.RemoteFile(name, *(hashlib.sha256(form).hexdigest() for form in (packed(data), data)))
 
 
 CONTENTS = {"images": idx_bytes(IMAGES), "labels": idx_bytes(LABELS)}

@@ -94,7 +94,7 @@ def test_effects_and_coverage_of_the_exact_posterior_are_what_they_should_be():
     result = found(normal_guide(), num_simulations=4000)
     assert (result.errors.variance_ratio.log().abs() < 5 * result.errors.log_ratio_error).all()
     assert (result.errors.bias.abs() < 5 * result.errors.bias_error).all()
-    assert (result.remedies.variance_ratio.log().abs() < 0.2).all()
+    assert (result.elbo_corrections.variance_ratio.log().abs() < 0.2).all()
     for level in (0.5, 0.9):
         share, error = result.coverage(level)
         assert ((share - level).abs() < 5 * error).all()
@@ -112,7 +112,7 @@ def test_half_the_variance_is_found_and_named(seed):
     assert result.faults[ALL].startswith("too narrow, the variance of q is 0.")
     assert "too narrow" in str(result)
     assert float(result.errors.overall[0]) == pytest.approx(2, rel=0.2)
-    assert float(result.remedies.overall[0]) == pytest.approx(2, rel=0.2)
+    assert float(result.elbo_corrections.overall[0]) == pytest.approx(2, rel=0.2)
     assert result.divergence == pytest.approx(2 * 0.25, rel=0.3)  # (2 + 1 / 2) / 2 - 1 for each of two dimensions
     share, error = result.coverage(0.9)
     assert ((share - 0.755).abs() < 5 * error)[:2].all()  # of a normal of twice the variance
@@ -149,7 +149,7 @@ def test_an_overconfident_discrete_guide_is_too_narrow(as_class):
     model, guide = discrete_pair(3.0, as_class)
     result = found(guide, model=model, data=torch.zeros(8, 2))
     assert result.names == ("z[0]", "z[1]", "z[2]", "log p(x, z)")
-    assert result.remedies is None
+    assert result.elbo_corrections is None
     assert "too narrow" in result.faults[ALL]
 
 
@@ -243,7 +243,7 @@ def test_relaxed_latents_are_compared_in_free_coordinates():
     result = pv.calibrate(vae.model, vae.guide, torch.zeros(5, 3), num_simulations=200)
     assert result.names == ("z[0, 0]", "z[0, 1]", "z[1, 0]", "z[1, 1]", "log p(x, z)")
     assert result.ranks.shape == (200, 5)
-    assert result.remedies.variance_ratio.isfinite().all()
+    assert result.elbo_corrections.variance_ratio.isfinite().all()
 
 
 def test_covariates_stay_and_missing_entries_stay_missing():
@@ -275,7 +275,7 @@ def test_a_positive_latent_is_compared_by_its_logarithm():
 
     result = pv.calibrate(model, guide, torch.ones(7), tolerance=1)
     assert result.is_exact
-    assert (result.remedies.variance_ratio.log().abs() < 0.5).all()
+    assert (result.elbo_corrections.variance_ratio.log().abs() < 0.5).all()
 
 
 def test_one_seed_one_result_and_nothing_of_the_users_is_touched(random_states):

@@ -31,7 +31,7 @@ SMALL = networks.mlp([6], nn.Tanh)
 GRADIENTS = ("pathwise", "sticking-the-landing", "doubly-reparameterized")
 
 
-def bent(module, std=0.3):
+def nonlinear_net(module, std=0.3):
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=std)
     return module
@@ -39,12 +39,12 @@ def bent(module, std=0.3):
 
 def guide(latent=3, kind="affine", dtype=torch.float64, **options):
     build = {"affine": guides.InverseAutoregressiveFlow, "spline": guides.SplineFlow}[kind]
-    return bent(build(2, latent, SMALL, **{"transforms": 2, "hidden": [8], "context": 3, **options})).to(dtype)
+    return nonlinear_net(build(2, latent, SMALL, **{"transforms": 2, "hidden": [8], "context": 3, **options})).to(dtype)
 
 
 def small_vae(latent, kind, dtype=torch.float64, std=0.3):
-    prior = bent(priors.NormalizingFlow(latent, transforms=1, hidden=[6], kind=kind), std)
-    encoder = bent(guide(latent, kind, torch.float32, transforms=1, hidden=[6]), std)
+    prior = nonlinear_net(priors.NormalizingFlow(latent, transforms=1, hidden=[6], kind=kind), std)
+    encoder = nonlinear_net(guide(latent, kind, torch.float32, transforms=1, hidden=[6]), std)
     vae = pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, SMALL, scale=1.0))
     return vae.to(dtype)
 
@@ -152,7 +152,7 @@ def test_a_flow_starts_as_the_independent_normal_of_its_shift_and_scale(kind, la
 def test_affine_steps_of_one_variable_are_a_normal_and_splines_are_not():
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     for kind, is_normal in (("affine", True), ("spline", False)):
-        curvature = bent(priors.NormalizingFlow(1, kind=kind), std=1.0)().log_prob(z).diff(n=3)
+        curvature = nonlinear_net(priors.NormalizingFlow(1, kind=kind), std=1.0)().log_prob(z).diff(n=3)
         assert (curvature.abs().max() < 1e-9) == is_normal
 
 
@@ -171,7 +171,7 @@ def test_a_draw_of_a_guide_and_its_score_are_one_pass_and_another_value_is_many(
 
 
 def test_a_draw_of_a_prior_is_many_passes_and_any_score_is_one():
-    prior = bent(priors.NormalizingFlow(5, transforms=2, hidden=[8]))
+    prior = nonlinear_net(priors.NormalizingFlow(5, transforms=2, hidden=[8]))
     passes = Passes(prior)
     z = prior().rsample()
     assert passes.count == 2 * 5
@@ -263,7 +263,7 @@ def test_a_copy_of_the_distribution_knows_nothing_of_its_draws(copied):
 
 
 def test_a_prior_that_a_plate_expands_is_the_same_density():
-    p = bent(priors.NormalizingFlow((2, 2), transforms=2, hidden=[8]))()
+    p = nonlinear_net(priors.NormalizingFlow((2, 2), transforms=2, hidden=[8]))()
     wide = p.expand([3, 5])
     z = wide.rsample((2,))
     assert (wide.batch_shape, z.shape, wide.support.event_dim) == ((3, 5), (2, 3, 5, 2, 2), 2)

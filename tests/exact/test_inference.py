@@ -14,7 +14,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.exact import densities
-from pyro_vae.exact.densities import Problem
+from pyro_vae.exact.densities import ModelDensity
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 
@@ -159,7 +159,7 @@ def test_factor_analysis_agrees_with_scikit_learn():
 def test_quadrature_and_the_closed_form_agree_on_a_linear_model(latent):
     x = pv.datasets.digits("train").x[:50, 2:6].double()
     vae, _ = linear_vae(x, latent)
-    problem = Problem(vae.model, (x,), "data")
+    problem = ModelDensity(vae.model, (x,), "data")
     with torch.no_grad():
         evidence, rule = exact._integrated_evidence(problem, 1e-6)
     assert torch.allclose(evidence, exact.log_evidence(vae.model, x), atol=1e-6)
@@ -177,7 +177,7 @@ def test_quadrature_and_the_closed_form_agree_on_a_linear_model(latent):
 def test_a_posterior_by_quadrature_is_normalised_and_its_samples_follow_it(kind):
     vae, x = vae_of(kind), torch.tensor([[0.3, -0.5]])
     posterior = exact.posterior(vae.model, x)
-    chart = Problem(vae.model, (x,), "data").chart()
+    chart = ModelDensity(vae.model, (x,), "data").chart()
     grid = torch.linspace(-80, 80, 200_001, dtype=torch.float64)
     log_prob = torch.cat([posterior.log_prob(chart.to_site(part[:, None, None])) for part in grid.split(20_000)])
     density = log_prob[:, 0].double().exp()

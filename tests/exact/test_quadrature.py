@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_vae.exact.quadrature import Box, QuadratureError, Rule, log_integral, refined
+from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, log_integral, refine_to_tolerance
 
 
 def box(low, middle, high):
@@ -30,7 +30,7 @@ def test_a_normal_density_integrates_to_one(dims, scale):
 
 
 def test_a_rule_of_order_8_is_exact_for_polynomials_of_degree_15():
-    ((nodes, log_weights, _),) = list(Rule(box([-1.0], [0.25], [2.0]), 2).chunks(1000))
+    ((nodes, log_weights, _),) = list(QuadratureRule(box([-1.0], [0.25], [2.0]), 2).chunks(1000))
     integral = (log_weights.exp() * nodes[..., 0] ** 15).sum()
     assert math.isclose(float(integral), (2.0**16 - 1) / 16, rel_tol=1e-12)
 
@@ -45,7 +45,7 @@ def test_a_jump_at_the_break_costs_nothing():
 
 
 def test_chunks_do_not_change_the_sum():
-    rule = Rule(box([-1.0, 0.0], [0.0, 0.5], [1.0, 2.0]), 4)
+    rule = QuadratureRule(box([-1.0, 0.0], [0.0, 0.5], [1.0, 2.0]), 4)
     whole = torch.cat([log_weights.exp() for _, log_weights, _ in rule.chunks(10**6)])
     parts = torch.cat([log_weights.exp() for _, log_weights, _ in rule.chunks(37)])
     assert torch.equal(whole, parts)
@@ -53,7 +53,7 @@ def test_chunks_do_not_change_the_sum():
 
 
 def test_cells_tile_the_box_and_hold_their_nodes():
-    rule = Rule(box([-1.0], [0.5], [3.0]), 8)
+    rule = QuadratureRule(box([-1.0], [0.5], [3.0]), 8)
     starts, widths, nodes = rule.starts[:, 0, 0], rule.widths[:, 0, 0], rule.nodes[:, 0, 0]
     assert torch.allclose(starts[1:], (starts + widths)[:-1])
     assert ((starts < nodes) & (nodes < starts + widths)).all()
@@ -61,7 +61,7 @@ def test_cells_tile_the_box_and_hold_their_nodes():
 
 
 def test_draws_from_all_cells_by_their_widths_are_uniform():
-    rule = Rule(box([-1.0], [0.0], [3.0]), 4)
+    rule = QuadratureRule(box([-1.0], [0.0], [3.0]), 4)
     index = torch.multinomial(rule.widths[:, 0, 0], 4000, replacement=True)[:, None]
     draws = rule.draw(index).flatten().sort().values
     cdf = (draws + 1) / 4
@@ -92,7 +92,7 @@ def test_mass_that_never_ends_raises():
 
 def test_rounding_widens_the_tolerance_in_proportion():
     values = iter([torch.tensor([1000.0, 0.0]), torch.tensor([1000.01, 0.0])])
-    value, panels = refined(lambda panels: next(values), 1, tolerance=1e-4, max_nodes=512, rounding=1e-4)
+    value, panels = refine_to_tolerance(lambda panels: next(values), 1, tolerance=1e-4, max_nodes=512, rounding=1e-4)
     assert panels == 64
     assert value[0] == 1000.01
 

@@ -15,7 +15,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae.inference_data import netcdf
-from pyro_vae.inference_data.sampler import Drawing
+from pyro_vae.inference_data.sampler import JointSampler
 from pyro_vae.parts.networks import mlp
 
 NET = mlp([4], nn.Tanh)
@@ -181,7 +181,7 @@ def test_the_memory_does_not_grow_with_the_file(tmp_path):
 def test_the_default_chunk_is_of_at_most_64_mebibytes(rows):
     permitted = []
     given = (torch.zeros(rows, 3),), 1000, 0, "data", {}, {}, {}, {}, True, permitted.append
-    drawing = Drawing(*gaussian()[:2], *given)
+    drawing = JointSampler(*gaussian()[:2], *given)
     assert permitted == [drawing]
     assert 1 <= drawing.chunk <= max(1, 2**26 // (drawing.nbytes // 1000))
 

@@ -67,7 +67,7 @@ def inspected(model, guide, seed=0, **options):
 def test_a_sound_guide_has_no_fault_and_no_caution(seed):
     found = inspected(model, guide_of(), seed)
     assert found.faults == ()
-    assert found.cautions == ()
+    assert found.warnings == ()
     assert "no fault found" in str(found)
 
 
@@ -104,7 +104,7 @@ def test_collapse_is_a_fault_and_a_silent_variable_a_caution():
 
     found = inspected(half, guide)
     assert found.faults == ()
-    assert any("1 of 2 variables of z carry nothing" in caution for caution in found.cautions)
+    assert any("1 of 2 variables of z carry nothing" in caution for caution in found.warnings)
 
 
 def test_numbers_are_those_of_the_parts():
@@ -159,7 +159,7 @@ def test_a_guide_without_density_where_the_posterior_has_some_is_a_fault():
     found = inspected(model, boxed)
     assert found.calibration.divergence == float("inf")
     assert any("too narrow" in fault for fault in found.faults)
-    assert max(map(len, found.cautions)) < 700, "whole tensors are not for reading"
+    assert max(map(len, found.warnings)) < 700, "whole tensors are not for reading"
 
 
 def test_a_class_that_is_not_inferred_is_a_caution_though_all_its_ranks_are_uniform():
@@ -176,7 +176,7 @@ def test_a_class_that_is_not_inferred_is_a_caution_though_all_its_ranks_are_unif
 
     found = inspected(classes, guide)
     assert found.calibration.faults == {}
-    assert any("q(z|x) is certainly not p(z|x)" in caution for caution in found.cautions)
+    assert any("q(z|x) is certainly not p(z|x)" in caution for caution in found.warnings)
 
 
 def test_where_faults_could_not_be_looked_for_none_is_denied(tmp_path):
@@ -214,7 +214,7 @@ def test_one_datum_can_be_inspected():
 
 def test_draws_that_do_not_reach_the_posterior_are_a_caution():
     found = inspected(model, guide_of(covariance_factor=0.02))
-    assert any("k̂ is above" in caution for caution in found.cautions)
+    assert any("k̂ is above" in caution for caution in found.warnings)
 
 
 def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
@@ -228,7 +228,7 @@ def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
     assert found.calibration is None
     assert found.nats is not None
     assert "not amortized" in found.skipped["calibration"]
-    assert any(caution.startswith("calibration is not told: guide: is not amortized") for caution in found.cautions)
+    assert any(caution.startswith("calibration is not told: guide: is not amortized") for caution in found.warnings)
     assert found.num_data["gap"] == 20, "rows of a guide that is not amortized cannot be left out"
 
 

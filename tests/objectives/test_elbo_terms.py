@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae._utils.traces import log_density, recorded
-from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 from pyro_vae.parts.networks import linear
 
@@ -92,7 +92,7 @@ def test_terms_carry_no_gradient():
 
 def test_terms_of_a_mini_batch_estimate_those_of_all_data():
     vae = gaussian()
-    with Rows("data", ROWS):
+    with SubsampleRows("data", ROWS):
         loss, traces = run(Trace_ELBO(), vae.model, vae.guide)
     terms = elbo_terms(traces, N)
     assert_terms(terms, *by_hand(vae, traces, X[ROWS]))
@@ -108,7 +108,7 @@ def test_a_global_latent_is_not_scaled_up_with_the_rows():
     def guide(x):
         pyro.sample("mu", dist.Normal(torch.tensor(0.4, dtype=x.dtype), 0.5))
 
-    with Rows("data", ROWS):
+    with SubsampleRows("data", ROWS):
         loss, traces = run(Trace_ELBO(), model, guide)
     mu = traces[0][1].nodes["mu"]["value"]
     distortion = -dist.Normal(mu, 1.0).log_prob(X[ROWS]).sum(-1).mean()
@@ -156,7 +156,7 @@ def test_enumerated_terms_are_sums_over_all_states(rows, vectorize):
     vae = discrete()
     particles = {"num_particles": 2, "vectorize_particles": True} if vectorize else {}
     elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
-    with Rows("data", torch.arange(N) if rows is None else rows):
+    with SubsampleRows("data", torch.arange(N) if rows is None else rows):
         loss, traces = run(elbo, vae.model, config_enumerate(vae.guide))
     x = X if rows is None else X[rows]
     states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)), dtype=x.dtype)[:, None]

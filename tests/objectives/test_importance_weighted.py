@@ -16,7 +16,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, objectives, priors
-from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.objectives.importance_weighted import ImportanceWeighted
 from pyro_vae.objectives.modified_kl import FreeBits
 
@@ -257,7 +257,7 @@ def test_batches_have_on_average_the_loss_and_gradient_of_all_data(name):
 
     def run(rows):
         rows = torch.tensor(rows)
-        with Rows("data", rows), Noise(noise[:, rows]):
+        with SubsampleRows("data", rows), Noise(noise[:, rows]):
             loss = ImportanceWeighted(3, name).differentiable_loss(vae.model, vae.guide, X)
         return torch.cat([loss.detach()[None], flat(torch.autograd.grad(loss, parameters))])
 

@@ -20,7 +20,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae._utils.traces import latent_sites, recorded
 from pyro_vae.diagnostics.gradients import exact_gradient
-from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.objectives.baselines import NeuralBaseline, RunningAverage
 from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits
 from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
@@ -212,7 +212,7 @@ def sliced(elbo, vae, table, rows, parameters):
 
 
 def subsampled(elbo, vae, table, rows, parameters):
-    with Rows("data", rows):
+    with SubsampleRows("data", rows):
         return both(elbo, vae.model, vae.guide, X, table[:, rows], parameters)
 
 
@@ -246,7 +246,7 @@ def test_batches_are_unbiased_with_draws_of_their_own(name):
     expected = flat(exact_gradient(vae.model, vae.guide, X, num_draws=draws).values())
     estimates = []
     for _ in range(CALLS):
-        with Rows("data", torch.randperm(len(data))[: len(data) // 2]):
+        with SubsampleRows("data", torch.randperm(len(data))[: len(data) // 2]):
             estimates.append(gradient(elbo, vae.model, vae.guide, data, parameters))
     assert_mean(torch.stack(estimates), expected)
 
@@ -257,7 +257,7 @@ def test_a_baseline_learns_from_a_datum_as_much_in_a_batch_as_among_all():
     for rows in (torch.arange(4), torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3])):
         pyro.clear_param_store()
         elbo = neural()
-        with Rows("data", rows), Given(torch.tensor([1.0, 0.0, 1.0]).double().expand(1, len(rows), 3)):
+        with SubsampleRows("data", rows), Given(torch.tensor([1.0, 0.0, 1.0]).double().expand(1, len(rows), 3)):
             found.append(gradient(elbo, vae.model, vae.guide, X, list(elbo.baseline.parameters())))
     torch.testing.assert_close(torch.stack(found[1:]).sum(0), found[0], rtol=1e-10, atol=1e-12)
 

@@ -51,7 +51,7 @@ def test_every_concrete_family_is_in_some_part_listed_here():
 # --- The density -----------------------------------------------------------------------------------------------------
 
 
-class Chart:
+class LatentCoordinates:
     """A grid of midpoints on the coordinates of a continuous distribution's own manifold."""
 
     def __init__(self, q):
@@ -108,7 +108,7 @@ def test_density_or_mass_is_one_on_its_own_manifold(build):
     case = Case(build)
     q = case.part(*case.contexts())
     assert is_normalized(q)
-    total = q.log_prob(states_of(q)).exp().sum() if q.support.is_discrete else Chart(q).mass.sum()
+    total = q.log_prob(states_of(q)).exp().sum() if q.support.is_discrete else LatentCoordinates(q).mass.sum()
     assert total.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_samples_follow_the_log_density(build):
         counts, expected = pooled(torch.zeros_like(expected).index_add(0, place, times.double()), expected)
         assert chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue > UNLIKELY
     else:
-        chart = Chart(q)
+        chart = LatentCoordinates(q)
         for dim, coordinate in enumerate(chart.coordinates(samples).detach().T):
             assert kstest(coordinate.numpy(), chart.marginal_cdf(dim)).pvalue > UNLIKELY
 

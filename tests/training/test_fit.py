@@ -23,7 +23,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
-from pyro_vae.handlers import Rows, WeightKL
+from pyro_vae.handlers import SubsampleRows, WeightKL
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 
@@ -87,7 +87,7 @@ def test_mini_batches_are_those_of_svi_under_the_subsample_handler(x):
     for _ in range(4):
         losses = []
         for rows in torch.randperm(64, generator=order).split(20):
-            with Rows("data", rows):
+            with SubsampleRows("data", rows):
                 losses.append(svi.step(x))
         epochs.append(-np.mean(losses) / 64)
     fitted = pv.fit(ours.model, ours.guide, x, epochs=4, batch_size=20, lr=1e-2, seed=2)

@@ -19,8 +19,8 @@ import pyro_vae as pv
 import pyro_vae.training.fit as fit_module
 from pyro_vae import guides, likelihoods, networks, priors, schedules
 from pyro_vae.compilation.graph import Graph
-from pyro_vae.handlers import Rows
-from pyro_vae.training.state import learnt, optimizer_state
+from pyro_vae.handlers import SubsampleRows
+from pyro_vae.training.state import model_state, optimizer_state
 
 FORMS = pytest.mark.parametrize("compile", [False, True])
 X = pv.datasets.two_gaussians(50, seed=1).x
@@ -76,7 +76,7 @@ def run(vae, **options):
     return pv.fit(vae.model, vae.guide, X, **{"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4} | options)
 
 
-class Poisoned:
+class NaNInjectingPair:
     """A pair of which some steps give no number: by their numbers from 0, in the loss or in the gradient alone."""
 
     def __init__(self, bad, where="loss"):
@@ -118,7 +118,7 @@ class Poisoned:
 @FORMS
 @pytest.mark.parametrize(("where", "bad"), [("loss", 0), ("loss", 1), ("loss", 2), ("loss", 11), ("gradient", 4)])
 def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, bad, where, steps):
-    pair = Poisoned([bad], where)
+    pair = NaNInjectingPair([bad], where)
     before = {}
 
     def watch(step):
@@ -147,7 +147,7 @@ def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, ba
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
     monkeypatch.undo()
-    pair = Poisoned([4], where)
+    pair = NaNInjectingPair([4], where)
     before = {}
     pair.watched = lambda step: before or step < 4 or before.update(copied(pair.vae.state_dict()))
     with pytest.raises(FloatingPointError, match=rf"^step 5: the {where} is "):
@@ -160,13 +160,13 @@ def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
 def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
     """Beside a run whose learning rate and statistics stand still there, which is one without the steps."""
     bad = [0, 3, 4, 13]
-    pair = Poisoned(bad, where)
+    pair = NaNInjectingPair(bad, where)
     fitted = pair.fit(compile=compile, nonfinite="skip", epochs=6)
     assert (fitted.skipped, fitted.steps) == (4, 18)
     assert all(math.isfinite(value) for values in fitted.history.values() for value in values)
 
     twin = vae_of(normalized)
-    healthy = Poisoned([])
+    healthy = NaNInjectingPair([])
     healthy.vae = twin
     pyro.clear_param_store()
     pyro.set_rng_seed(4)
@@ -175,7 +175,7 @@ def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
     bounds = []
     for step, rows in enumerate(rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)):
         before = copied(twin.state_dict())
-        with Rows("data", rows):
+        with SubsampleRows("data", rows):
             loss = Trace_ELBO().differentiable_loss(healthy.model, healthy.guide, X)
         bounds.append(math.nan if step in bad else -loss.item() / 50)
         if step in bad:
@@ -191,10 +191,10 @@ def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
 
 @FORMS
 def test_a_hundred_in_a_row_stop_a_run_that_skips(compile):
-    pair = Poisoned(list(range(7, 500)))
+    pair = NaNInjectingPair(list(range(7, 500)))
     with pytest.raises(FloatingPointError, match=r"step 107: it is the 100th in a row"):
         pair.fit(compile=compile, nonfinite="skip", epochs=100)
-    pair = Poisoned([step for step in range(500) if step % 100])
+    pair = NaNInjectingPair([step for step in range(500) if step % 100])
     assert pair.fit(compile=compile, nonfinite="skip", epochs=50).skipped == 148
 
 
@@ -344,7 +344,7 @@ def test_callbacks_may_freeze_and_thaw(compile, steps):
     assert same(states[1], states[2])
     assert same(states[1], states[3])
     assert not same(states[3], states[4])
-    names = learnt(steps[0])
+    names = model_state(steps[0])
     assert {"encoder.network.0.weight", "decoder.family.log_scale"} <= names.keys()
 
     pyro.clear_param_store()
@@ -357,7 +357,7 @@ def test_callbacks_may_freeze_and_thaw(compile, steps):
         for rows in torch.randperm(50, generator=order).split(20):
             optimizer.param_groups[0]["lr"] = rate(step)
             optimizer.zero_grad()
-            with Rows("data", rows):
+            with SubsampleRows("data", rows):
                 Trace_ELBO().differentiable_loss(twin.model, twin.guide, X.double()).backward()
             optimizer.step()
             step += 1
@@ -510,7 +510,7 @@ def test_what_is_the_users_is_as_before(compile, ends, random_states):
         raise KeyboardInterrupt
 
     pyro.param("mine", torch.tensor(3.0))
-    pair = Poisoned([5] if ends == "stop" else [])
+    pair = NaNInjectingPair([5] if ends == "stop" else [])
     torch.rand(1)
     before = random_states()
     switches = torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args

@@ -204,7 +204,7 @@ def test_subsampled_rows_give_an_unbiased_loss():
     whole = elbo.loss(vae.model, guide, x)
     parts = []
     for rows in torch.arange(6).split(2):
-        with pv.handlers.Rows("data", rows):
+        with pv.handlers.SubsampleRows("data", rows):
             parts.append(elbo.loss(vae.model, guide, x))
     assert sum(parts) / 3 == pytest.approx(whole, rel=1e-10)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, priors
-from pyro_vae.handlers import Drawn, Rows
+from pyro_vae.handlers import FixedSubsample, SubsampleRows
 
 N, D = 20, 6
 GREY = torch.randint(0, 256, (N, D), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -461,7 +461,7 @@ def reader(*tensors, event_dim=1):
 
 def test_drawn_rows_take_the_place_of_the_subsample():
     rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    with Rows("data", torch.tensor([4, 0, 2])), Drawn([X], [rows]) as drawn:
+    with SubsampleRows("data", torch.tensor([4, 0, 2])), FixedSubsample([X], [rows]) as drawn:
         assert not any(drawn.read)
         assert same(reader(X), [rows])
         assert drawn.read == [True]
@@ -469,14 +469,14 @@ def test_drawn_rows_take_the_place_of_the_subsample():
 
 def test_drawn_rows_may_be_of_another_type_and_shape():
     rows = torch.ones(3, 4, 7, dtype=torch.float64)
-    with Rows("data", torch.tensor([4, 0, 2])), Drawn([X], [rows]):
+    with SubsampleRows("data", torch.tensor([4, 0, 2])), FixedSubsample([X], [rows]):
         assert same(reader(X), [rows])
 
 
 def test_only_the_very_tensor_is_replaced():
     rows, index = -torch.ones(3, 2), torch.tensor([4, 0, 2])
     twin = X.clone()
-    with Rows("data", index), Drawn([X], [rows]) as drawn:
+    with SubsampleRows("data", index), FixedSubsample([X], [rows]) as drawn:
         (left,) = reader(twin)
         assert drawn.read == [False]
     assert torch.equal(left, twin[index])
@@ -485,14 +485,14 @@ def test_only_the_very_tensor_is_replaced():
 def test_each_tensor_has_rows_of_its_own_and_is_counted():
     others = [X.clone(), X.clone()]
     rows = [torch.zeros(3, 2), torch.ones(3, 2), 2 * torch.ones(3, 2)]
-    with Rows("data", torch.tensor([4, 0, 2])), Drawn([X, *others], rows) as drawn:
+    with SubsampleRows("data", torch.tensor([4, 0, 2])), FixedSubsample([X, *others], rows) as drawn:
         assert same(reader(others[1], X), [rows[2], rows[0]])
         assert drawn.read == [True, False, True]
 
 
 def test_all_rows_are_drawn_as_well_as_some():
     rows = -X
-    with Rows("data", torch.arange(5)), Drawn([X], [rows]):
+    with SubsampleRows("data", torch.arange(5)), FixedSubsample([X], [rows]):
         assert same(reader(X), [rows])
 
 
@@ -501,13 +501,13 @@ def test_densities_are_scaled_to_all_data_as_without():
         with pyro.plate("data", 5):
             pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=pyro.subsample(x, event_dim=1))
 
-    with Rows("data", torch.tensor([4, 0])), Drawn([X], [torch.ones(2, 2)]):
+    with SubsampleRows("data", torch.tensor([4, 0])), FixedSubsample([X], [torch.ones(2, 2)]):
         site = poutine.trace(model).get_trace(X).nodes["x"]
     assert site["scale"] == 2.5
     assert torch.equal(site["value"], torch.ones(2, 2))
 
 
 def test_outside_the_handler_all_is_as_before():
-    with Drawn([X], [torch.ones(3, 2)]):
+    with FixedSubsample([X], [torch.ones(3, 2)]):
         pass
     assert same(reader(X), [X])

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import as_shape, kind_of, positive
+from pyro_vae._utils.validation import as_shape, describe, positive
 from pyro_vae.distributions import tabular
 from pyro_vae.parts import constructor_args
 
@@ -34,7 +34,7 @@ class Family(constructor_args.Recorded, nn.Module):
     def __call__(self, raw: Tensor) -> dist.TorchDistribution:
         """The distribution; of too many raw outputs some would be left unread, without a word."""
         if not isinstance(raw, Tensor) or raw.shape[-1:] != (self.num_raw,):
-            raise ValueError(f"raw: got {kind_of(raw)}; accepted is (*, {self.num_raw}), the raw outputs of {self}")
+            raise ValueError(f"raw: got {describe(raw)}; accepted is (*, {self.num_raw}), the raw outputs of {self}")
         return super().__call__(raw)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
