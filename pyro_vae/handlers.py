@@ -52,9 +52,9 @@ class SubsampleRows(Messenger):
     def __init__(self, plate: str, rows: Tensor):
         super().__init__()
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"rows: got {describe(rows)}; accepted are row numbers, integers of shape (B,)")
+            raise TypeError(f"`rows` must be row numbers, integers of shape (B,), got {describe(rows)}")
         if not len(rows):
-            raise ValueError("rows: got none; accepted are one or more row numbers, (B,)")
+            raise ValueError("`rows` must be one or more row numbers, (B,), got none")
         self.plate = plate
         self.rows = rows
 
@@ -131,7 +131,7 @@ class WeightKL(Messenger):
     def __init__(self, weight: float | Tensor):
         super().__init__()
         if isinstance(weight, Tensor) and weight.dim():
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}; accepted is one number, 0 or more")
+            raise ValueError(f"`weight` must be one number, 0 or more, got shape {tuple(weight.shape)}")
         number(weight.item() if isinstance(weight, Tensor) else weight, "weight", least=0)
         self.weight = weight
 

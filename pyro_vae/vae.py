@@ -61,8 +61,8 @@ class VAE(nn.Module):
         for role, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
             if not isinstance(part, nn.Module):
                 raise TypeError(
-                    f"{role}: got {describe(part)}; accepted is a module that returns a distribution, as those "
-                    "of pyro_vae.parts.priors, guides and likelihoods"
+                    f"`{role}` must be a module that returns a distribution, as those of pyro_vae.parts.priors, "
+                    f"guides and likelihoods, got {describe(part)}"
                 )
         self._set_parts(prior, encoder, decoder, name)
         self.data_shape = self._validate_parts()
@@ -98,13 +98,13 @@ class VAE(nn.Module):
     def _check_rows(self, x: Tensor) -> None:
         shape = ", ".join(map(str, self.data_shape))
         if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {describe(x)}; accepted is a tensor, (N, {shape})")
+            raise TypeError(f"`x` must be a tensor, (N, {shape}), got {describe(x)}")
         if x.shape[1:] != self.data_shape:
-            raise ValueError(f"x: got shape {tuple(x.shape)}; accepted is (N, {shape}), which the decoder gives")
+            raise ValueError(f"`x` must be (N, {shape}), which the decoder gives, got shape {tuple(x.shape)}")
         if not len(x):
-            raise ValueError(f"x: got shape {tuple(x.shape)}, without rows; accepted is (N, {shape}) with N >= 1")
+            raise ValueError(f"`x` must be (N, {shape}) with N >= 1, got shape {tuple(x.shape)}, without rows")
         if x.dtype == torch.bool or x.is_complex():
-            raise TypeError(f"x: got {describe(x)}; accepted are real numbers, `x.float()` of what is true or false")
+            raise TypeError(f"`x` must be real numbers, `x.float()` of what is true or false, got {describe(x)}")
 
     def forward(self, *args: Any) -> None:
         """A VAE is no function: raise, and say which two it has."""
@@ -121,7 +121,7 @@ class VAE(nn.Module):
     def code(self, z: Tensor) -> Tensor:
         """What the decoder reads of values of the site ``z``: of a relaxed latent, its sigmoid or exponential."""
         if not isinstance(z, Tensor):
-            raise TypeError(f"z: got {describe(z)}; accepted is a tensor of values of the site, such as a draw of it")
+            raise TypeError(f"`z` must be a tensor of values of the site, such as a draw of it, got {describe(z)}")
         read = getattr(self.prior, "read", None)
         return z if read is None else read(z)
 
@@ -261,8 +261,8 @@ class VAE(nn.Module):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
                 raise ValueError(
-                    f"prior: {_name(self.prior)} has batch shape {tuple(prior.batch_shape)}; accepted is that of "
-                    "one datum's z, all dimensions in its event shape: `.to_event()`"
+                    "`prior` must be that of one datum's z, all dimensions in its event shape: `.to_event()`: "
+                    f"{_name(self.prior)} has batch shape {tuple(prior.batch_shape)}"
                 )
             z = prior.sample(torch.Size([3]))
             likelihood = self._run_part("decoder", self.decoder, self.code(z), "prior", self.prior)
@@ -288,8 +288,8 @@ class VAE(nn.Module):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             raise ValueError(
-                f"{role}: {_name(part)} has batch shape {tuple(distribution.batch_shape)} for {len(context)} data; "
-                f"accepted is ({len(context)},), all dimensions of one datum in its event shape: `.to_event()`"
+                f"`{role}` must be ({len(context)},), all dimensions of one datum in its event shape: `.to_event()`: "
+                f"{_name(part)} has batch shape {tuple(distribution.batch_shape)} for {len(context)} data"
             )
         return distribution
 

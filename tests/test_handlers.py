@@ -178,7 +178,7 @@ def test_at_weight_0_the_prior_has_no_gradient():
 
 @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
 def test_a_weight_that_is_none_is_refused(weight):
-    with pytest.raises(ValueError, match=rf"weight: got {weight}; accepted is a finite number, 0 or more"):
+    with pytest.raises(ValueError, match=rf"`weight` must be a finite number, 0 or more.*got {weight}"):
         WeightKL(weight)
 
 
@@ -189,7 +189,7 @@ def test_a_weight_in_a_tensor_is_read_at_each_run():
     beta.fill_(2.0)
     second = trace(model, weight).nodes["z"]["scale"]
     assert (float(first), float(second)) == (0.5, 2.0)
-    with pytest.raises(ValueError, match=r"weight: got shape \(2,\); accepted is one number"):
+    with pytest.raises(ValueError, match=r"`weight` must be one number.*got shape \(2,\)"):
         WeightKL(torch.ones(2))
 
 

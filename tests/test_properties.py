@@ -289,7 +289,7 @@ def accepts(check, value):
         check(value)
     except (TypeError, ValueError) as error:
         refusal = str(error)
-    assert refusal is None or (refusal.startswith("argument: got ") and "; accepted " in refusal)
+    assert refusal is None or (refusal.startswith("`argument` must be ") and ", got " in refusal)
     return refusal is None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae._utils.param_store import parameters_of
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
-from pyro_vae.exact.densities import Function
+from pyro_vae._utils.typing import Function
 
 __all__ = ["is_amortized"]
 

@@ -53,8 +53,8 @@ def guide_sites(trace: Trace) -> dict[str, Any]:
     """The latent sites of a guide, by name; a model in its place is refused, whose likelihood would count into q."""
     if observed := observed_sites(trace):
         raise ValueError(
-            f"guide: it observes {list(observed)}, whose densities are none of q(z | x); accepted is a function with "
-            "latent sites alone, such as `vae.guide`"
+            f"`guide` must be a function with latent sites alone, such as `vae.guide`: it observes {list(observed)}, "
+            "whose densities are none of q(z | x)"
         )
     return latent_sites(trace)
 

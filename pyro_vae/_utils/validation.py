@@ -1,4 +1,4 @@
-"""Arguments that cannot be used are refused before any work, by name: what came, and what is accepted."""
+"""Validation of arguments: each error names the argument, what it must be and what came."""
 
 import math
 import os
@@ -64,12 +64,12 @@ def positive_int(value: object, name: str) -> int:
     >>> positive_int(True, "epochs")
     Traceback (most recent call last):
         ...
-    ValueError: epochs: got True; accepted is a positive integer
+    ValueError: `epochs` must be a positive integer, got True
     """
     if not is_integer(value) or value < 1:
-        raise ValueError(f"{name}: got {value!r}; accepted is a positive integer")
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
     if value > _LARGEST:
-        raise ValueError(f"{name}: got {value!r}; accepted is a positive integer below 2^63")
+        raise ValueError(f"`{name}` must be a positive integer below 2^63, got {value!r}")
     return int(value)
 
 
@@ -81,30 +81,30 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     """
     shape = tuple(size) if isinstance(size, Sequence) else (size,)
     if not shape or not all(is_integer(extent) and extent > 0 for extent in shape):
-        raise ValueError(f"{name}: got {size!r}; accepted is a positive integer or a tuple of them")
+        raise ValueError(f"`{name}` must be a positive integer or a tuple of them, got {size!r}")
     if math.prod(map(int, shape)) > _LARGEST:
-        raise ValueError(f"{name}: got {size!r}; accepted is a size below 2^63")
+        raise ValueError(f"`{name}` must be a size below 2^63, got {size!r}")
     return torch.Size(int(extent) for extent in shape)
 
 
 def image_size(shape: object, name: str) -> tuple[int, int]:
     """Height and width, if these are two positive integers."""
     if not isinstance(shape, Sequence) or len(shape) != 2 or not all(is_integer(n) and n > 0 for n in shape):
-        raise ValueError(f"{name}: got {shape!r}; accepted are height and width of an image, such as (28, 28)")
+        raise ValueError(f"`{name}` must be height and width of an image, such as (28, 28), got {shape!r}")
     return int(shape[0]), int(shape[1])
 
 
 def seed_number(value: object, name: str = "seed") -> int:
     """``value`` if it can seed torch, NumPy and :mod:`random` alike."""
     if not is_integer(value) or not 0 <= value <= _LARGEST_SEED:
-        raise ValueError(f"{name}: got {value!r}; accepted is an integer from 0 to 2^32 - 1")
+        raise ValueError(f"`{name}` must be an integer from 0 to 2^32 - 1, got {value!r}")
     return int(value)
 
 
 def positive(value: object, name: str) -> float:
     """``value`` as a float if it is a positive, finite number."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name}: got {value!r}; accepted is a positive, finite number")
+        raise ValueError(f"`{name}` must be a positive, finite number, got {value!r}")
     return float(value)
 
 
@@ -114,31 +114,31 @@ def number(value: object, name: str, least: float = -math.inf) -> float:
     >>> number("a", "rate", least=0)
     Traceback (most recent call last):
         ...
-    ValueError: rate: got 'a'; accepted is a finite number, 0 or more
+    ValueError: `rate` must be a finite number, 0 or more, got 'a'
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or float(value) < least:
         bound = "" if least == -math.inf else f", {least:g} or more"
-        raise ValueError(f"{name}: got {value!r}; accepted is a finite number{bound}")
+        raise ValueError(f"`{name}` must be a finite number{bound}, got {value!r}")
     return float(value)
 
 
 def numbers(value: object, name: str) -> Tensor:
     """``value``, a number or numbers, as a tensor of the default dtype."""
-    accepted = "accepted is a number or a tensor of them"
+    expected = "a number or a tensor of them"
     if isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; {accepted}")
+        raise TypeError(f"`{name}` must be {expected}, got {value!r}")
     if isinstance(value, Tensor):
-        real_tensor(value, name, accepted)
+        real_tensor(value, name, expected)
     try:
         return torch.as_tensor(value, dtype=torch.get_default_dtype())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {value!r}; {accepted}") from error
+        raise TypeError(f"`{name}` must be {expected}, got {value!r}") from error
 
 
 def boolean(value: object, name: str) -> bool:
     """``value`` if it is ``True`` or ``False``: a word such as "no" would count as true."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}; accepted are True and False")
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
     return value
 
 
@@ -150,16 +150,16 @@ def tqdm_disable(progress: bool | None) -> bool | None:
 def nonempty_string(value: object, name: str) -> str:
     """``value`` if it is a string that is not empty."""
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name}: got {value!r}; accepted is a string that is not empty")
+        raise TypeError(f"`{name}` must be a string that is not empty, got {value!r}")
     return value
 
 
 def mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
     """``value`` if it is a mapping from names; an empty one if it is left out."""
     if not isinstance(value, Mapping | None):
-        raise TypeError(f"{name}: got {describe(value)}; accepted is a mapping, such as {example}")
+        raise TypeError(f"`{name}` must be a mapping, such as {example}, got {describe(value)}")
     if wrong := [key for key in value or {} if not isinstance(key, str)]:
-        raise TypeError(f"{name}: got the key {wrong[0]!r}; accepted are names, as in {example}")
+        raise TypeError(f"`{name}` must have names as keys, as in {example}, got the key {wrong[0]!r}")
     return value or {}
 
 
@@ -167,16 +167,16 @@ def function(value: Any, name: str) -> Any:
     """``value`` if it can be a Pyro model or guide: a pair of them in the place of one is what is handed over first."""
     example = f"`vae.{'model' if name == 'model' else 'guide'}`"
     if not isinstance(value, type) and hasattr(value, "model") and hasattr(value, "guide"):
-        raise TypeError(f"{name}: got {describe(value)}, a pair of functions; accepted is one of them, {example}")
+        raise TypeError(f"`{name}` must be one Pyro function, {example}, got {describe(value)}, a pair of functions")
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name}: got {describe(value)}; accepted is a Pyro function, such as {example}")
+        raise TypeError(f"`{name}` must be a Pyro function, such as {example}, got {describe(value)}")
     return value
 
 
 def file_path(value: Any, name: str) -> Path:
     """``value`` as a path."""
     if not isinstance(value, str | os.PathLike) or not str(value):
-        raise TypeError(f"{name}: got {value!r}; accepted is a path, a string or a `pathlib.Path`")
+        raise TypeError(f"`{name}` must be a path, a string or a `pathlib.Path`, got {value!r}")
     return Path(value)
 
 
@@ -184,34 +184,34 @@ def writable(path: Path, name: str) -> Path:
     """``path`` if a file can be made in its folder: tried, for permissions do not tell of every file system."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"{name}: there is no folder {str(path.parent)!r} for {path.name!r}; accepted is a path in one there is"
+            f"`{name}` must be in a folder that exists: there is no folder {str(path.parent)!r} for {path.name!r}"
         )
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as error:
         raise PermissionError(
-            f"{name}: nothing can be written in {str(path.parent)!r} ({error.strerror}); accepted is a path in a "
-            "folder where it can"
+            f"`{name}` must be in a folder that can be written to: nothing can be written in {str(path.parent)!r} "
+            f"({error.strerror})"
         ) from error
 
 
-def real_tensor(value: Any, name: str, accepted: str) -> Tensor:
+def real_tensor(value: Any, name: str, expected: str) -> Tensor:
     """``value`` if it is a tensor of real numbers that are there: dense, and not on the device ``meta``.
 
-    >>> real_tensor(torch.zeros(2, device="meta"), "x", "accepted is a tensor")
+    >>> real_tensor(torch.zeros(2, device="meta"), "x", "a tensor")
     Traceback (most recent call last):
         ...
-    ValueError: x: got a torch.float32 tensor of shape (2,) on meta, which holds no values; accepted is a tensor
+    ValueError: `x` must be a tensor, got a torch.float32 tensor of shape (2,) on meta, which holds no values
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {describe(value)}; {accepted}")
+        raise TypeError(f"`{name}` must be {expected}, got {describe(value)}")
     if value.is_complex():
-        raise TypeError(f"{name}: got {describe(value)}; {accepted}, of real numbers")
+        raise TypeError(f"`{name}` must be {expected}, of real numbers, got {describe(value)}")
     if value.is_meta:
-        raise ValueError(f"{name}: got {describe(value)}, which holds no values; {accepted}")
+        raise ValueError(f"`{name}` must be {expected}, got {describe(value)}, which holds no values")
     if value.layout != torch.strided:
-        raise TypeError(f"{name}: got {describe(value)}, {value.layout}; {accepted}, dense: `x.to_dense()`")
+        raise TypeError(f"`{name}` must be {expected}, dense: `x.to_dense()`, got {describe(value)}, {value.layout}")
     return value
 
 
@@ -237,56 +237,56 @@ def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] |
 
 def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     """``value`` as whole numbers, ``(count,)``."""
-    accepted = f"accepted are whole numbers, ({count},), one for each datum"
+    expected = f"whole numbers, ({count},), one for each datum"
     try:
-        found = real_tensor(torch.as_tensor(value), name, accepted)
+        found = real_tensor(torch.as_tensor(value), name, expected)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: got {describe(value)}; {accepted}") from error
+        raise TypeError(f"`{name}` must be {expected}, got {describe(value)}") from error
     if found.shape != (count,):
-        raise ValueError(f"{name}: got shape {tuple(found.shape)}; {accepted}")
+        raise ValueError(f"`{name}` must be {expected}, got shape {tuple(found.shape)}")
     if (wrong := found != found.long()).any():
-        raise ValueError(f"{name}: got {found[wrong][0].item()}; {accepted}")
+        raise ValueError(f"`{name}` must be {expected}, got {found[wrong][0].item()}")
     return found.long()
 
 
 def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    """The data as tensors of one number of rows, all finite or NaN: whether NaN is accepted, the model will tell.
+    """The data as tensors of one number of rows, all finite or NaN: whether NaN is expected, the model will tell.
 
     :mod:`pyro_vae.distributions.missing` asks it.
     """
-    accepted = "accepted is a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
+    expected = "a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
     if not isinstance(data, Tensor | Sequence):
-        raise TypeError(f"{name}: got {describe(data)}; {accepted}")
+        raise TypeError(f"`{name}` must be {expected}, got {describe(data)}")
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
     for tensor in tensors:
-        real_tensor(tensor, name, accepted)
+        real_tensor(tensor, name, expected)
         if tensor.dim() == 0 or len(tensor) == 0:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, without rows; accepted is (N, ...) with N >= 1")
-        if len(tensor) != len(tensors[0]):
-            raise ValueError(f"{name}: got tensors of {len(tensors[0])} and {len(tensor)} rows; accepted is one number")
-        if tensor.device != tensors[0].device:
             raise ValueError(
-                f"{name}: got tensors on {tensors[0].device} and {tensor.device}; accepted is one device for all"
+                f"`{name}` must have shape (N, ...) with N >= 1, got shape {tuple(tensor.shape)}, without rows"
             )
+        if len(tensor) != len(tensors[0]):
+            raise ValueError(f"`{name}` must be tensors of one number of rows, got {len(tensors[0])} and {len(tensor)}")
+        if tensor.device != tensors[0].device:
+            raise ValueError(f"`{name}` must be tensors on one device, got {tensors[0].device} and {tensor.device}")
         if (place := first_index(torch.isinf, tensor)) is not None:
             row, *column = place
             where = f"row {row}" + (f", column {tuple(column)}" if column else "")
-            raise ValueError(f"{name}: holds {tensor[(row, *column)].item()} at {where}; accepted are finite numbers")
+            raise ValueError(f"`{name}` must hold finite numbers, got {tensor[(row, *column)].item()} at {where}")
     if not tensors:
-        raise ValueError(f"{name}: got no tensor; {accepted}")
+        raise ValueError(f"`{name}` must be {expected}, got no tensor")
     return tensors
 
 
 def rows_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
     """``held_out`` if its rows are like those of ``data``."""
     if len(held_out) != len(data):
-        raise ValueError(f"{name}: got {len(held_out)} tensors; accepted are {len(data)}, as data")
+        raise ValueError(f"`{name}` must be {len(data)} tensors, as `data`, got {len(held_out)}")
     for ours, theirs in zip(held_out, data, strict=True):
         if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
             raise ValueError(
-                f"{name}: got rows of shape {tuple(ours.shape[1:])}, {ours.dtype}; accepted are rows like those of "
-                f"data, shape {tuple(theirs.shape[1:])}, {theirs.dtype}"
+                f"`{name}` must have rows like those of `data`, shape {tuple(theirs.shape[1:])}, {theirs.dtype}, got "
+                f"shape {tuple(ours.shape[1:])}, {ours.dtype}"
             )
         if ours.device != theirs.device:
-            raise ValueError(f"{name}: got rows on {ours.device}; accepted are rows on {theirs.device}, as data")
+            raise ValueError(f"`{name}` must be on {theirs.device}, as `data`, got {ours.device}")
     return held_out

@@ -103,7 +103,7 @@ def read(path: str | Path, content: str | None = None) -> Tensor:
     """
     path = file_path(path, "path")
     if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}; accepted is that of an IDX file")
+        raise FileNotFoundError(f"`path` must be that of an IDX file: there is no file {str(path)!r}")
     raw = path.read_bytes()
     try:
         data = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -120,8 +120,8 @@ def read(path: str | Path, content: str | None = None) -> Tensor:
 def _array(path: Path, data: bytes) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTES or data[3] > _MAX_DIMS:
         raise ValueError(
-            f"{path}: begins with {data[:4].hex(' ')}; accepted is an IDX file of unsigned bytes, 00 00 08, "
-            f"in up to {_MAX_DIMS} dimensions"
+            f"`{path}` must be an IDX file of unsigned bytes, 00 00 08, in up to {_MAX_DIMS} dimensions: begins with "
+            f"{data[:4].hex(' ')}"
         )
     header = 4 + 4 * data[3]
     shape = [int(size) for size in np.frombuffer(data[4:header].ljust(header - 4, b"\0"), dtype=">u4")]

@@ -100,7 +100,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
     if folder is not None:
         folder = file_path(folder, "folder")
     if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
-        raise ValueError(f"mirrors: got {mirrors!r}; accepted is a sequence of URLs, such as `datasets.MIRRORS`")
+        raise ValueError(f"`mirrors` must be a sequence of URLs, such as `datasets.MIRRORS`, got {mirrors!r}")
     images, labels = (
         idx.read(idx.download(file, mirrors, _cache()) if folder is None else idx.find(file, folder), file.content)
         for file in _MNIST[split]
@@ -116,4 +116,4 @@ def _cache() -> Path:
 
 def _check_split(split: str, splits: Iterable[str]) -> None:
     if not isinstance(split, str) or split not in splits:
-        raise ValueError(f"split: got {split!r}; accepted are {', '.join(map(repr, splits))}")
+        raise ValueError(f"`split` must be {', '.join(map(repr, splits))}, got {split!r}")

@@ -16,14 +16,14 @@ def grey(x: Tensor) -> Tensor:
     >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
-    real_tensor(x, "x", "accepted are bytes (torch.uint8), or grey values from 0 to 1")
+    real_tensor(x, "x", "bytes (torch.uint8), or grey values from 0 to 1")
     if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
         raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
     if x.dtype == torch.uint8:
         return x.to(torch.get_default_dtype()) / 255
     if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):  # of NaN neither holds
         found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}" if x.numel() else f"no values, {x.dtype}"
-        raise ValueError(f"x: got {found}; accepted are bytes (torch.uint8), or grey values from 0 to 1")
+        raise ValueError(f"`x` must be bytes (torch.uint8), or grey values from 0 to 1, got {found}")
     return x
 
 

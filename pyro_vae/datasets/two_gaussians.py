@@ -25,8 +25,8 @@ class TwoGaussians(Dataset):
     scale: float
 
     def _log_joint(self, x: Tensor) -> Tensor:
-        if not real_tensor(x, "x", "accepted are points (*, 2)").is_floating_point() or x.shape[-1:] != (2,):
-            raise ValueError(f"x: got {describe(x)}; accepted are points (*, 2), floats")
+        if not real_tensor(x, "x", "points (*, 2)").is_floating_point() or x.shape[-1:] != (2,):
+            raise ValueError(f"`x` must be points (*, 2), floats, got {describe(x)}")
         centres = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=x.dtype, device=x.device)
         component = torch.distributions.Normal(centres, self.scale)
         return component.log_prob(x[..., None, :]).sum(-1) + math.log(0.5)

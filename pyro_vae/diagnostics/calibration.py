@@ -6,7 +6,7 @@ coordinate and for any quantity of z and x.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function, positive, positive_int
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
@@ -166,7 +167,7 @@ class Calibration:
         The ends are quantiles of the draws; a truth between two draws counts in part where an end lies there too.
         """
         if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
-            raise ValueError(f"level: got {level!r}; accepted is a number between 0 and 1, such as 0.9")
+            raise ValueError(f"`level` must be a number between 0 and 1, such as 0.9, got {level!r}")
         low, high = ((1 - level) / 2, (1 + level) / 2)
         start, width = self.ranks.double() / (self.num_draws + 1), 1 / (self.num_draws + 1)
         held = ((start + width).clamp(max=high) - start.clamp(min=low)).clamp(min=0) / width
@@ -256,9 +257,6 @@ def _effects(ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor,
 
 
 _ROWS = 128  # of a batch, for which the guide's network runs once
-
-
-Function = Callable[..., Any]
 
 
 @torch.no_grad()
@@ -359,11 +357,11 @@ def _check(num_simulations: int, num_draws: int, tolerance: float, alpha: float)
     positive_int(num_draws, "num_draws")
     for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws)):
         if value < 10:
-            raise ValueError(f"{name}: got {value}; accepted are 10 or more, of which ranks can be told uniform or not")
+            raise ValueError(f"`{name}` must be 10 or more, of which ranks can be told uniform or not, got {value}")
     if positive(tolerance, "tolerance") < 1:
-        raise ValueError(f"tolerance: got {tolerance!r}; accepted is a factor of 1 or more")
+        raise ValueError(f"`tolerance` must be a factor of 1 or more, got {tolerance!r}")
     if not positive(alpha, "alpha") < 1:
-        raise ValueError(f"alpha: got {alpha!r}; accepted is a chance between 0 and 1")
+        raise ValueError(f"`alpha` must be a chance between 0 and 1, got {alpha!r}")
 
 
 def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
@@ -377,7 +375,7 @@ def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) 
         trace = poutine.trace(ResampleObserved()(model)).get_trace(*template)
     roles = {name: _role(name, site["value"], template) for name, site in observed.items()}
     if len(set(roles.values())) < len(roles):
-        raise ValueError(f"model: its observed sites {list(roles)} share a data tensor; accepted is one for each")
+        raise ValueError(f"`model` must be one for each: its observed sites {list(roles)} share a data tensor")
     sites: dict[str, Any] = dict(trace.nodes)
     complete = list(template)
     for name, index in roles.items():
@@ -385,8 +383,8 @@ def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) 
         complete[index] = value.to(template[index])
         if not value.equal(complete[index].to(value)) and not template[index].is_floating_point():
             raise ValueError(
-                f"data: got {template[index].dtype} for {name!r}, of which the model draws {value.dtype} with "
-                "fractions; accepted are data of that dtype, `x.to(dtype)`"
+                f"`data` must be data of that dtype, `x.to(dtype)`, got {template[index].dtype} for {name!r}, of "
+                f"which the model draws {value.dtype} with fractions"
             )
     truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
     with poutine.block():
@@ -414,8 +412,8 @@ def _role(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"model: what it observes at {name!r} is {'several' if found else 'none'} of its {len(data)} data tensors, "
-            "so that what is drawn anew could not be handed to it; accepted is one of them as it is, `obs=x`"
+            f"`model` must be one of them as it is, `obs=x`: what it observes at {name!r} is {'several' if found else 'none'} "
+            f"of its {len(data)} data tensors, so that what is drawn anew could not be handed to it"
         )
     return found[0]
 

@@ -9,7 +9,7 @@ with the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z \mid x_n)`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import Aggregate, Terms
 from pyro_vae.distributions.properties import without_independent
@@ -35,9 +36,6 @@ MAX_SUMMED = 2**12
 
 COLLAPSE_NATS = 0.01
 """Nats at which a variable is said to carry nothing; and the variance at which a unit is said to be inactive."""
-
-
-Function = Callable[..., Any]
 
 
 class Estimate(NamedTuple):
@@ -204,13 +202,13 @@ def decompose(
     '1 of 2 variables of z carry nothing about x (less than 0.01 nats each): z[1]'
     """
     if positive_int(num_samples, "num_samples") < 2:
-        raise ValueError("num_samples: got 1; accepted is 2 or more: standard errors are from the spread of the draws")
+        raise ValueError("`num_samples` must be 2 or more: standard errors are from the spread of the draws, got 1")
     with scoped_param_store(), seeded(seed):
         problem = ModelDensity(model, data, plate)
         q = GuideDensity(problem, guide)
         q.check_densities()
         if problem.num_data < 2:
-            raise ValueError("data: got 1 row; accepted are 2 or more, among which a code can tell")
+            raise ValueError("`data` must be 2 or more, among which a code can tell, got 1 row")
         _check_prior(problem)
         mixture = Aggregate(problem, q)
         summed = _are_few(problem)
@@ -243,8 +241,8 @@ def _check_prior(problem: ModelDensity) -> None:
             log_density(site), log_density(site)[:, :1], rtol=1e-4, atol=1e-4
         ):
             raise ValueError(
-                f"model: the prior of its latent {name!r} is another for each datum; accepted is one p(z) for all, "
-                "which the aggregate posterior can be held against"
+                "`model` must be one p(z) for all, which the aggregate posterior can be held against: the prior of "
+                f"its latent {name!r} is another for each datum"
             )
 
 

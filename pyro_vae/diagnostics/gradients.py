@@ -7,7 +7,7 @@ its *own* target.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.param_store import parameters_of
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.exact.densities import MAX_STATES, ModelDensity
 from pyro_vae.exact.guide_density import GuideDensity
@@ -123,9 +124,6 @@ _BUDGET = 2**22  # numbers in the largest tensor of one chunk
 _WARM_UP = 50  # estimates from which a running average learns before they count
 
 
-Function = Callable[..., Any]
-
-
 @dataclass(frozen=True)
 class Estimator:
     """A way to estimate a gradient.
@@ -148,14 +146,14 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if not isinstance(self.elbo, ELBO):
-            raise TypeError(f"elbo: got {self.elbo!r}; accepted is an instance, such as Trace_ELBO()")
+            raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {self.elbo!r}")
         if not isinstance(self.elbo, ParticleELBO | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
             raise ValueError(
-                f"elbo: got a {type(self.elbo).__name__}, whose weights are not of each datum; accepted are "
-                "Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO and those of pyro_vae.objectives"
+                "`elbo` must be Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO and those of pyro_vae.objectives, got a "
+                f"{type(self.elbo).__name__}, whose weights are not of each datum"
             )
         if self.target is not None and not (isinstance(self.target, tuple) and len(self.target) == 2):
-            raise TypeError(f"target: got {self.target!r}; accepted is a pair, such as (twin.model, twin.guide)")
+            raise TypeError(f"`target` must be a pair, such as (twin.model, twin.guide), got {self.target!r}")
 
     @property
     def num_draws(self) -> int:
@@ -183,7 +181,7 @@ class Comparison:
         """What was found in one group of parameters, by estimator."""
         known = dict.fromkeys(name for groups in self.measured.values() for name in groups)
         if group not in known:
-            raise ValueError(f"group: got {group!r}; accepted are {', '.join(map(repr, known))}")
+            raise ValueError(f"`group` must be {', '.join(map(repr, known))}, got {group!r}")
         return {name: groups[group] for name, groups in self.measured.items() if group in groups}
 
     def table(self, group: str = "all") -> str:
@@ -236,9 +234,9 @@ def exact_gradient(
     if not problem.is_discrete:
         closed = [name for name, site in problem.latents.items() if not site["fn"].has_enumerate_support]
         raise ValueError(
-            f"model: its latents {closed} cannot be enumerated, each as one site; accepted are discrete ones, many in "
-            "one as `distributions.Product(base, num_dims)`. Of a relaxed VAE name the twin, "
-            "`target=(twin.model, twin.guide)`"
+            "`model` must be discrete ones, many in one as `distributions.Product(base, num_dims)`: its latents "
+            f"{closed} cannot be enumerated, each as one site. Of a relaxed VAE name the twin, `target=(twin.model, "
+            "twin.guide)`"
         )
     q = GuideDensity(problem, guide)
     parameters = _parameters(model, guide, data)
@@ -310,12 +308,12 @@ def compare(
         seed: of the draws.
     """
     if positive_int(repeats, "repeats") < 2:
-        raise ValueError("repeats: got 1; accepted is 2 or more, for a variance")
+        raise ValueError("`repeats` must be 2 or more, for a variance, got 1")
     if evaluations is not None:
         positive_int(evaluations, "evaluations")
     wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
     if wrong or not estimators:
-        raise TypeError(f"estimators: got {estimators!r}; accepted is a dict from names to Estimators")
+        raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
     store = pyro.get_param_store()
     with store.scope(store.get_state()):  # a baseline registers parameters too
         found = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
@@ -341,8 +339,8 @@ def _run(
     foreign = [path for path, parameter in parameters.items() if id(parameter) not in own]
     if foreign:
         raise ValueError(
-            f"target: {name} has no parameters {foreign}, which its target has; accepted is a pair of the same ones, "
-            "such as that of `twin = vae.discrete()`"
+            f"`target` must be a pair of the same ones, such as that of `twin = vae.discrete()`: {name} has no "
+            f"parameters {foreign}, which its target has"
         )
     problem = ModelDensity(pair[0], data, plate)
     cost = estimator.evaluations(problem.num_states)

@@ -6,7 +6,6 @@ r"""Where inference loses its nats: the gap of a guide, split into what its fami
 with :math:`q^*` the best member of q's family for each datum, found by refining q for each datum on its own.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributions import kl_divergence
 from pyro_vae import exact
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
@@ -27,8 +27,6 @@ from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 
 __all__ = ["InferenceGap", "inference_gap"]
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def inference_gap(
     positive(lr, "lr")
     positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
-        raise ValueError("num_samples: got 1; accepted is 2 or more: standard errors are from the spread of the draws")
+        raise ValueError("`num_samples` must be 2 or more: standard errors are from the spread of the draws, got 1")
     with scoped_param_store(), seeded(seed):
         with torch.no_grad():
             problem = ModelDensity(model, data, plate)

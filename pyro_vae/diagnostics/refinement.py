@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_vae._utils.typing import Function
 from pyro_vae.exact.densities import MAX_STATES, Values
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.parts.base import Conditional
@@ -15,8 +16,6 @@ from pyro_vae.training.schedules import decayed
 from pyro_vae.vae import VAE
 
 __all__ = ["refine"]
-
-Function = Callable[..., Any]
 
 
 Build = Callable[[list[Tensor]], Any]

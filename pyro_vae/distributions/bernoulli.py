@@ -118,7 +118,7 @@ class Bernoulli(SharedBernoulli):
 
     def _validate_sample(self, value: Tensor) -> None:
         if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
-            raise TypeError(f"value: got {value.dtype}; accepted are 0s and 1s, `x.float()` of what is true or false")
+            raise TypeError(f"`value` must be 0s and 1s, `x.float()` of what is true or false, got {value.dtype}")
         if isinstance(value, Tensor) and not self.support.check(value).all():
             low, high = float(value.min()), float(value.max())
             raise ValueError(_GREY.format(low=low, high=high, rescale=_RESCALE if low < 0 or high > 1 else ""))

@@ -10,7 +10,7 @@ right where the chance that an entry is missing does not hang on its value, give
 Source: Rubin 1976, "Inference and missing data".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,11 +23,10 @@ from torch.distributions import transform_to
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import describe, first_index
 
 __all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
-
-Function = Callable[..., Any]
 
 
 class _OrMissing(constraints.Constraint):
@@ -63,8 +62,8 @@ class WithMissing(dist.TorchDistribution):
     def __init__(self, base_dist: dist.TorchDistribution):
         if base_dist.event_shape:
             raise ValueError(
-                f"base_dist: got a {type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}; accepted "
-                "is a distribution of single variables, each of which is there or missing"
+                "`base_dist` must be a distribution of single variables, each of which is there or missing, got a "
+                f"{type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}"
             )
         self.base_dist = base_dist
         super().__init__(base_dist.batch_shape, validate_args=False)
@@ -124,7 +123,7 @@ def with_missing(distribution: Any) -> Any:
     (tensor(-1.), torch.Size([3]))
     """
     if not hasattr(distribution, "log_prob"):
-        raise TypeError(f"distribution: got {describe(distribution)}; accepted is a distribution of single variables")
+        raise TypeError(f"`distribution` must be a distribution of single variables, got {describe(distribution)}")
     if isinstance(distribution, torch.distributions.Independent):
         inner = with_missing(distribution.base_dist)
         return type(distribution)(inner, distribution.reinterpreted_batch_ndims)
@@ -161,8 +160,8 @@ def check_model(model: Function, data: Sequence[Tensor], name: str) -> None:
     if where is None:
         return
     refusal = ValueError(
-        f"{name}: holds nan at {where}; accepted are finite numbers, and NaN for what is missing where the likelihood "
-        "says `missing=True`, as each of pyro_vae.parts.likelihoods can"
+        f"`{name}` must be finite numbers, and NaN for what is missing where the likelihood says `missing=True`, as "
+        f"each of pyro_vae.parts.likelihoods can: holds nan at {where}"
     )
     with scoped_param_store(), poutine.block(), torch.no_grad(), seeded(0):
         try:

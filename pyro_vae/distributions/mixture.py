@@ -56,11 +56,11 @@ class MixtureOfNormals(TorchDistribution):
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, validate_args: bool | None = None):
         for name, value in (("logits", logits), ("loc", loc), ("scale", scale)):
-            real_tensor(value, name, "accepted is a tensor")
+            real_tensor(value, name, "a tensor")
         if loc.dim() < 2 or logits.shape[-1:] != loc.shape[-2:-1]:
             raise ValueError(
-                f"logits, loc: got shapes {tuple(logits.shape)} and {tuple(loc.shape)}; accepted are (*batch, K) and "
-                "(*batch, K, D)"
+                f"logits, loc must be (*batch, K) and (*batch, K, D), got shapes {tuple(logits.shape)} and "
+                f"{tuple(loc.shape)}"
             )
         loc, scale = torch.broadcast_tensors(loc, scale)
         self._components = loc, scale

@@ -154,7 +154,7 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
 
     def __init__(self, temperature: Tensor | float, logits: Tensor, validate_args: bool | None = None):
         if not isinstance(logits, Tensor) or logits.dim() == 0:
-            raise ValueError(f"logits: got {logits!r}; accepted is a tensor (*, k), of k classes")
+            raise ValueError(f"`logits` must be a tensor (*, k), of k classes, got {logits!r}")
         temperature = torch.as_tensor(temperature, dtype=logits.dtype, device=logits.device)
         batch_shape = torch.broadcast_shapes(temperature.shape, logits.shape[:-1])
         self.temperature = temperature.expand(batch_shape)

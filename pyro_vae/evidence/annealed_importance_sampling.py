@@ -1,8 +1,6 @@
 """Annealed importance sampling: log p(x) of continuous latents whose posterior the guide misses."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.evidence.importance_sampling import Done, Evidence, Sampler, batched_estimate
 from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
@@ -27,9 +26,6 @@ _PRELIMINARY_CHAINS = 8
 
 
 _PRELIMINARY_MOVES = 2  # at each temperature
-
-
-Function = Callable[..., Any]
 
 
 @torch.no_grad()

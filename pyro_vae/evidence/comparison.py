@@ -83,28 +83,26 @@ def _of_draws(errors: Tensor) -> float:
 def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of each model: log p(x), its standard errors of Monte Carlo, and whether each is unreliable, ``(N,)``."""
     if not isinstance(evidence, Mapping):
-        raise TypeError(f"evidence: got a {type(evidence).__name__}; accepted is a mapping from names to Evidence")
+        raise TypeError(f"`evidence` must be a mapping from names to Evidence, got a {type(evidence).__name__}")
     if not evidence:
-        raise ValueError("evidence: got no models; accepted is one or more")
+        raise ValueError("`evidence` must be one or more, got no models")
     entries = {}
     for name, entry in evidence.items():
         if isinstance(entry, Evidence):
             found, error, unreliable = entry.log_evidence, entry.standard_error, entry.unreliable
         elif isinstance(entry, Tensor):
-            if not real_tensor(entry, f"evidence: {name!r}", "accepted is (N,)").is_floating_point():
-                raise TypeError(
-                    f"evidence: {name!r} is {describe(entry)}; accepted are floats (N,), nats of each datum"
-                )
+            if not real_tensor(entry, f"evidence: {name!r}", "(N,)").is_floating_point():
+                raise TypeError(f"`evidence` must be floats (N,), nats of each datum: {name!r} is {describe(entry)}")
             found, error, unreliable = entry, torch.zeros_like(entry), torch.zeros(entry.shape, dtype=torch.bool)
         else:
             raise TypeError(
-                f"evidence: {name!r} is a {type(entry).__name__}; accepted are what pv.log_evidence returns, and "
-                "tensors (N,) of pv.exact.log_evidence"
+                "`evidence` must be what pv.log_evidence returns, and tensors (N,) of pv.exact.log_evidence: "
+                f"{name!r} is a {type(entry).__name__}"
             )
         if found.dim() != 1 or len(found) == 0:
-            raise ValueError(f"evidence: {name!r} has shape {tuple(found.shape)}; accepted is (N,) with N >= 1")
+            raise ValueError(f"`evidence` must be (N,) with N >= 1: {name!r} has shape {tuple(found.shape)}")
         entries[name] = (found.detach().cpu().double(), error.detach().cpu().double(), unreliable.cpu())
     sizes = {name: len(found) for name, (found, _, _) in entries.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"evidence: got {sizes} data; accepted are the same data, in the same order, for each model")
+        raise ValueError(f"`evidence` must be the same data, in the same order, for each model, got {sizes} data")
     return entries

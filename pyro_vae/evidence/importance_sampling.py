@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
@@ -25,9 +25,6 @@ _BUDGET = 2**22  # numbers in the largest tensor of one chunk
 
 
 _ROWS = 128  # of a batch
-
-
-Function = Callable[..., Any]
 
 
 Sampler = Callable[[int], Tensor]

@@ -83,15 +83,15 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
     >>> pareto_shape(torch.zeros(100, 2))
     tensor([-inf, -inf], dtype=torch.float64)
     """
-    if not real_tensor(log_weights, "log_weights", "accepted is (S, N)").is_floating_point():
-        raise TypeError(f"log_weights: got {describe(log_weights)}; accepted are floats, (S, N)")
+    if not real_tensor(log_weights, "log_weights", "(S, N)").is_floating_point():
+        raise TypeError(f"`log_weights` must be floats, (S, N), got {describe(log_weights)}")
     if log_weights.dim() != 2:
-        raise ValueError(f"log_weights: got shape {tuple(log_weights.shape)}; accepted is (S, N)")
+        raise ValueError(f"`log_weights` must be (S, N), got shape {tuple(log_weights.shape)}")
     count = len(log_weights) if num_samples is None else num_samples
     kept = min(tail_length(count) + 1, count)
     if len(log_weights) < kept:
         raise ValueError(
-            f"log_weights: got the {len(log_weights)} largest of {count}; accepted are the {kept} largest or more"
+            f"`log_weights` must be the {kept} largest or more, got the {len(log_weights)} largest of {count}"
         )
     if kept <= _LEAST:
         return torch.full(log_weights.shape[1:], math.nan, dtype=torch.float64, device=log_weights.device)

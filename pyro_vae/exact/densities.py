@@ -5,7 +5,7 @@ on many values at once, one more dimension on the left.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function
 from pyro_vae.distributions.missing import check_model
 from pyro_vae.distributions.properties import is_normalized
@@ -28,9 +29,6 @@ MAX_STATES = 2**16
 
 
 _BUDGET = 2**20  # numbers in the largest tensor of one chunk: larger ones only cost page faults
-
-
-Function = Callable[..., Any]
 
 
 Values = dict[str, Tensor]
@@ -76,8 +74,8 @@ class ModelDensity:
         """Name and site of the only latent."""
         if len(self.latents) != 1:
             raise ValueError(
-                f"model: has the latent sites {list(self.latents)}; accepted are several discrete ones, of at most "
-                f"{MAX_STATES} states together, or a single continuous one; a posterior is given of a single site"
+                f"`model` must be several discrete ones, of at most {MAX_STATES} states together, or a single "
+                f"continuous one; a posterior is given of a single site: has the latent sites {list(self.latents)}"
             )
         return next(iter(self.latents.items()))
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import guide_sites, latent_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import function
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.densities import Function, ModelDensity, Values, _check_frames, _is_masked, log_joint
+from pyro_vae.exact.densities import ModelDensity, Values, _check_frames, _is_masked, log_joint
 from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, QuadratureRule, refine_to_tolerance
 
 __all__ = ["GuideDensity"]

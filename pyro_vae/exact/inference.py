@@ -18,8 +18,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive
-from pyro_vae.exact.densities import Function, ModelDensity, Values
+from pyro_vae.exact.densities import ModelDensity, Values
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.quadrature import QuadratureRule, log_integral

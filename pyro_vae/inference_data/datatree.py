@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, describe, function, mapping, positive_int, tqdm_disable
 from pyro_vae.evidence.pareto import pareto_shape, tail_length
 from pyro_vae.inference_data.netcdf import check_space, new_path, writing
@@ -38,9 +39,6 @@ _LEAST_TAIL = 5  # draws that k̂ is fitted to
 
 
 _INDEPENDENT = "independent draws in one chain: r_hat and ess say nothing of them; use summary(kind='stats')"
-
-
-Function = Callable[..., Any]
 
 
 @scoped_param_store()
@@ -252,7 +250,7 @@ def to_arviz(tree: xr.DataTree) -> Any:
     import arviz
 
     if not isinstance(tree, xr.DataTree):
-        raise TypeError(f"tree: got {describe(tree)}; accepted is what pv.to_datatree returns, or an `xarray.DataTree`")
+        raise TypeError(f"`tree` must be what pv.to_datatree returns, or an `xarray.DataTree`, got {describe(tree)}")
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
@@ -302,7 +300,7 @@ def _joint_sampler(
     """With the arguments that both exports take, as they were given."""
     recorded = history.history if isinstance(history, Fitted) else history
     if not isinstance(recorded, Mapping | None):
-        raise TypeError(f"history: got {recorded!r}; accepted is what `fit` returned, or its `history`")
+        raise TypeError(f"`history` must be what `fit` returned, or its `history`, got {recorded!r}")
     further = (
         mapping(dims, "dims", "{'x': ['height', 'width']}"),
         mapping(coords, "coords", "{'obs': names}"),

@@ -68,13 +68,13 @@ class DimensionNames:
             self._take(name, (*batch, *event), (*batch.values(), *event_shape), drawn=True)
         for name, value in constants.items():
             if name in sites:
-                raise ValueError(f"constant_data: {name!r} is the name of a site; accepted is another")
+                raise ValueError(f"`constant_data` must be another: {name!r} is the name of a site")
             self._take(name, self._constant_dims(name, value, dims.get(name)), value.shape)
         self.history_dims: dict[str, tuple[str, ...]] = {}
         for name, value in history.items():
             named = ("epoch",) if name in self.dims else tuple(dims.get(name, ("epoch",)))
             if len(named) != 1:
-                raise ValueError(f"dims: names {list(named)} for {name} of the history; accepted is one dimension")
+                raise ValueError(f"`dims` must be one dimension: names {list(named)} for {name} of the history")
             self._measure(name, named, value.shape)
             self.history_dims[name] = named
         self.coords: dict[str, tuple[str, np.ndarray]] = {
@@ -88,7 +88,7 @@ class DimensionNames:
         unknown = sorted(set(dims) - set(sites) - set(constants) - set(history))
         for name, value in dims.items():
             if not isinstance(value, Sequence) or not all(isinstance(dim, str) and dim for dim in value):
-                raise TypeError(f"dims: got {value!r} for {name}; accepted are names, one for each dimension")
+                raise TypeError(f"`dims` must be names, one for each dimension, got {value!r} for {name}")
         if unknown:
             further = "".join(
                 f"; {name} has {sorted(names)}"
@@ -126,12 +126,12 @@ class DimensionNames:
         if coordinate.shape != (sizes.get(dim),):
             along = "" if name == dim else f", along {dim!r},"
             found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
-            raise ValueError(f"coords: {name!r}{along} has {found}; accepted are {sizes}")
+            raise ValueError(f"`coords` must be {sizes}: {name!r}{along} has {found}")
         if name in sizes and name != dim:
             raise ValueError(f"coords: {name!r} is a dimension, and its coordinate cannot lie along {dim!r}")
         if name in self.dims.keys() | self.history_dims.keys() | _STATISTICS:
             kind = "a site" if name in self.dims else "a variable"
-            raise ValueError(f"coords: {name!r} is the name of {kind}; accepted is another")
+            raise ValueError(f"`coords` must be another: {name!r} is the name of {kind}")
         self.coords[name] = (dim, coordinate)
 
     def _event_dims(self, name: str, shape: torch.Size, is_observed: bool) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ class DimensionNames:
                 )
         taken = sorted(arrays.keys() & self.coords.keys())
         if taken:
-            raise ValueError(f"coords: {taken[0]!r} is the name of a parameter of the guide; accepted is another")
+            raise ValueError(f"`coords` must be another: {taken[0]!r} is the name of a parameter of the guide")
         return self.named(arrays)
 
     def _parameter_dims(self, name: str, parameter: str, shape: tuple[int, ...], num_batch: int) -> tuple[str, ...]:

@@ -28,9 +28,9 @@ def new_path(path: str | os.PathLike[str]) -> Path:
     """
     path = file_path(path, "path")
     if path.suffix == ".zarr":
-        raise ValueError(f"path: got {str(path)!r}; accepted is a netCDF file, such as 'draws.nc': zarr is not written")
+        raise ValueError(f"`path` must be a netCDF file, such as 'draws.nc': zarr is not written, got {str(path)!r}")
     if path.is_dir():
-        raise ValueError(f"path: {str(path)!r} is a folder; accepted is a file in one, such as 'draws.nc'")
+        raise ValueError(f"`path` must be a file in one, such as 'draws.nc': {str(path)!r} is a folder")
     return writable(path, "path")
 
 

@@ -80,7 +80,7 @@ def reference(
         discrete = [name for name, site in problem.latents.items() if site["fn"].support.is_discrete]
         if discrete:
             raise ValueError(
-                f"model: its latents {discrete} are discrete; accepted are continuous ones. Over discrete ones "
+                f"`model` must be continuous ones: its latents {discrete} are discrete. Over discrete ones "
                 "pyro_vae.exact.inference.posterior sums"
             )
         with poutine.block(), torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import deterministic_sites, guide_sites, latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, positive_int
 from pyro_vae.distributions.missing import check_model
 from pyro_vae.distributions.properties import base_distribution, is_normalized
@@ -34,9 +35,6 @@ _WIDTH = 256  # numbers of a datum that a network may hold on the way
 
 
 _DRAWS = "num_draws"
-
-
-Function = Callable[..., Any]
 
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -96,9 +94,9 @@ class JointSampler:
                 p = poutine.trace(poutine.replay(model, q)).get_trace(*self.data)
             except (ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"guide: the model does not run on its draws of {list(self.latents)}, of the event shapes "
-                    f"{[tuple(site['fn'].event_shape) for site in self.latents.values()]}; accepted is a guide of this "
-                    f"model. It says: {error}"
+                    "`guide` must be a guide of this model: the model does not run on its draws of "
+                    f"{list(self.latents)}, of the event shapes {[tuple(site['fn'].event_shape) for site in self.latents.values()]}. "
+                    f"It says: {error}"
                 ) from error
             self.observed = observed_sites(p)
             _check_latents(latent_sites(p), self.latents)
@@ -287,11 +285,11 @@ def _constant(name: str, value: Any) -> np.ndarray:
     try:
         array = _array(value) if isinstance(value, Tensor) else np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"constant_data: {name!r} makes no array: {error}; accepted are rows of one length") from error
+        raise ValueError(f"`constant_data` must be rows of one length: {name!r} makes no array: {error}") from error
     if array.dtype.kind not in "biufUSM":
         raise TypeError(
-            f"constant_data: {name!r} is a {type(value).__name__} that makes an array of {array.dtype}; accepted are "
-            "tensors, arrays and lists of numbers, booleans or words"
+            f"`constant_data` must be tensors, arrays and lists of numbers, booleans or words: {name!r} is a "
+            f"{type(value).__name__} that makes an array of {array.dtype}"
         )
     return array
 
@@ -300,8 +298,8 @@ def _epochs(name: str, value: Sequence[float]) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
         raise ValueError(
-            f"history: {name!r} has shape {array.shape} and dtype {array.dtype}; accepted is one number for each "
-            "epoch, as in the history of `pyro_vae.fit`"
+            f"`history` must be one number for each epoch, as in the history of `pyro_vae.fit`: {name!r} has shape "
+            f"{array.shape} and dtype {array.dtype}"
         )
     return array
 
@@ -338,7 +336,7 @@ def _check_plate(plate: str, *traces: Trace) -> None:
     sites = [site for trace in traces for site in (latent_sites(trace) | observed_sites(trace)).values()]
     found = {frame.name for site in sites for frame in site["cond_indep_stack"]}
     if found and plate not in found:
-        raise ValueError(f"plate: got {plate!r}; accepted are {sorted(found)}, the plates of model and guide")
+        raise ValueError(f"`plate` must be {sorted(found)}, the plates of model and guide, got {plate!r}")
 
 
 def _check_latents(of_model: dict[str, Any], of_guide: dict[str, Any]) -> None:

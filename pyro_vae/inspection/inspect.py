@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, positive_int
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
 from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
@@ -20,9 +21,6 @@ from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
 __all__ = ["Inspection", "inspect"]
 
 _UNRELIABLE = 0.1  # share of the data at which k̂ is worth a word
-
-
-Function = Callable[..., Any]
 
 
 Found = TypeVar("Found")
@@ -151,7 +149,7 @@ def inspect(
     """
     for name, value, least in (("num_samples", num_samples, 2), ("num_simulations", num_simulations, 10)):
         if positive_int(value, name) < least:
-            raise ValueError(f"{name}: got {value}; accepted are {least} or more, whose spread tells of an error")
+            raise ValueError(f"`{name}` must be {least} or more, whose spread tells of an error, got {value}")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
     data = data_tensors(data, "data")

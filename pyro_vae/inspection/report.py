@@ -21,6 +21,7 @@ from pyro_vae import plots
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import (
     data_tensors,
     file_path,
@@ -38,8 +39,6 @@ from pyro_vae.inspection.inspect import Inspection, inspect
 from pyro_vae.plots.elbo import check_history
 
 __all__ = ["report"]
-
-Function = Callable[..., Any]
 
 
 Row = Sequence[object]
@@ -138,7 +137,7 @@ def report(
 def _free_path(path: str | os.PathLike[str]) -> Path:
     path = file_path(path, "path")
     if path.is_dir():
-        raise IsADirectoryError(f"path: got {str(path)!r}, a folder; accepted is that of a file in it")
+        raise IsADirectoryError(f"`path` must be that of a file in it, got {str(path)!r}, a folder")
     return writable(path, "path")
 
 
@@ -146,8 +145,8 @@ def _check_image(shape: Any, images: Tensor) -> None:
     size = images[0].numel()
     if math.prod(image_size(shape, "image_shape")) != size:
         raise ValueError(
-            f"image_shape: got {shape!r}; accepted are height and width of the first data tensor, whose rows have "
-            f"{size} pixels"
+            f"`image_shape` must be height and width of the first data tensor, whose rows have {size} pixels, got "
+            f"{shape!r}"
         )
 
 
@@ -156,7 +155,7 @@ def _check_drawable(history: Any, pictures: Mapping[str, Any]) -> None:
         check_history(history)
     for question, figure in pictures.items():
         if not isinstance(figure, Figure):
-            raise TypeError(f"pictures: got a {type(figure).__name__} at {question!r}; accepted is a Figure")
+            raise TypeError(f"`pictures` must be a Figure, got a {type(figure).__name__} at {question!r}")
 
 
 class _Pictures:

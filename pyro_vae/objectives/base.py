@@ -1,19 +1,17 @@
 """What ELBOs with a learning signal for each datum share: draws side by side, a bound and a surrogate."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import is_integer
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["ParticleELBO", "sum_events"]
-
-Function = Callable[..., Any]
 
 
 _NESTED = ('"num_particles_vectorized", collide', "plate stack overflow")
@@ -33,7 +31,7 @@ class ParticleELBO(Trace_ELBO):
         wrong = not is_integer(num_particles) or num_particles < least
         if wrong or (even and num_particles % 2):
             kind = "an even number" if even else "an integer"
-            raise ValueError(f"num_particles: got {num_particles!r}; accepted is {kind}, {least} or more")
+            raise ValueError(f"`num_particles` must be {kind}, {least} or more, got {num_particles!r}")
         super().__init__(num_particles=num_particles, vectorize_particles=True, max_plate_nesting=1)
 
     @abstractmethod
@@ -56,8 +54,8 @@ class ParticleELBO(Trace_ELBO):
             if not any(sign in str(error) for sign in _NESTED):
                 raise
             raise ValueError(
-                f"{type(self).__name__}: a plate lies on the left of the data's, where the draws go; accepted is one "
-                "data plate around all sites, as the rightmost batch dimension. pyro.infer.Trace_ELBO has no such limit"
+                f"`{type(self).__name__}` must be one data plate around all sites, as the rightmost batch dimension. "
+                "pyro.infer.Trace_ELBO has no such limit: a plate lies on the left of the data's, where the draws go"
             ) from error
         return Particles(type(self).__name__, model_trace, guide_trace, self.num_particles)
 

@@ -31,7 +31,7 @@ class RunningAverage(nn.Module):
     def __init__(self, decay: float = 0.9):
         super().__init__()
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-            raise ValueError(f"decay: got {decay!r}; accepted is a number from 0 to below 1")
+            raise ValueError(f"`decay` must be a number from 0 to below 1, got {decay!r}")
         self.decay = decay
         self.register_buffer("average", torch.zeros(()))
         self.register_buffer("steps", torch.zeros(()))

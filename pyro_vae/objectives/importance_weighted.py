@@ -60,7 +60,7 @@ class ImportanceWeighted(ParticleELBO):
     def __init__(self, num_particles: int, gradient: str = "pathwise"):
         super().__init__(num_particles)
         if gradient not in _GRADIENTS:
-            raise ValueError(f"gradient: got {gradient!r}; accepted are {', '.join(map(repr, _GRADIENTS))}")
+            raise ValueError(f"`gradient` must be {', '.join(map(repr, _GRADIENTS))}, got {gradient!r}")
         self.gradient = gradient
         self._leaves = _Leaves()
 
@@ -80,8 +80,8 @@ class ImportanceWeighted(ParticleELBO):
         discrete = [name for name, site in draws.guide.items() if not site["fn"].has_rsample]
         if discrete:
             raise ValueError(
-                f"ImportanceWeighted: latents {discrete} are not drawn pathwise; accepted are reparameterised ones. "
-                "objectives.VIMCO takes any"
+                f"`ImportanceWeighted` must be reparameterised ones. objectives.VIMCO takes any: latents {discrete} "
+                "are not drawn pathwise"
             )
         return draws.f.logsumexp(0) - math.log(self.num_particles)
 
@@ -106,7 +106,7 @@ def _weight_of_latents(draws: Particles) -> Tensor:
     first = next(iter(weights.values()))
     if any(not torch.equal(weight, first) for weight in weights.values()):
         found = {name: weight.tolist() for name, weight in weights.items()}
-        raise ValueError(f"ImportanceWeighted: got latents of the weights {found}; accepted is one for all of them")
+        raise ValueError(f"`ImportanceWeighted` must be one for all of them, got latents of the weights {found}")
     return first
 
 

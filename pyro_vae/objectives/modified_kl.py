@@ -121,15 +121,15 @@ class FreeBits(ParticleELBO):
         for name, site, prior in draws.pairs("FreeBits"):
             if not site["fn"].has_rsample:
                 raise ValueError(
-                    f"FreeBits: latent {name!r} is not drawn pathwise, and the likelihood would not train the guide; "
-                    "accepted are reparameterised ones"
+                    f"`FreeBits` must be reparameterised ones: latent {name!r} is not drawn pathwise, and the "
+                    "likelihood would not train the guide"
                 )
             each = rate_by_variable(site, prior)
             if each is None:
                 q, p = (type(base_distribution(one["fn"])).__name__ for one in (site, prior))
                 raise ValueError(
-                    f"FreeBits: site {name!r} is a {q} in the guide and a {p} in the model; accepted are products over "
-                    "the variables of z, such as guides.DiagonalNormal with priors.StandardNormal"
+                    "`FreeBits` must be products over the variables of z, such as guides.DiagonalNormal with "
+                    f"priors.StandardNormal: site {name!r} is a {q} in the guide and a {p} in the model"
                 )
             counted = _counted(site)
             average = _rows_where(counted, each).sum(0) / counted.sum()
@@ -146,6 +146,6 @@ def _discrete(name: str, fn: Any) -> Any:
     if isinstance(base, LogRelaxedOneHotCategorical):
         return torch.distributions.OneHotCategorical(logits=base.logits)
     raise ValueError(
-        f"DiscreteKL: site {name!r} is a {type(base).__name__}; accepted are relaxed variables, as those of "
-        "priors.RelaxedBernoulli and priors.GumbelSoftmax"
+        "`DiscreteKL` must be relaxed variables, as those of priors.RelaxedBernoulli and priors.GumbelSoftmax: site "
+        f"{name!r} is a {type(base).__name__}"
     )

@@ -38,8 +38,8 @@ class Particles:
         ours = {name for name, site in self.guide.items() if not site["infer"].get("is_auxiliary")}
         if self.prior.keys() != ours:
             raise ValueError(
-                f"{who}: the model's latents are {sorted(self.prior)}, those of the guide {sorted(ours)}; "
-                "accepted is a guide of the same latents"
+                f"`{who}` must be a guide of the same latents: the model's latents are {sorted(self.prior)}, those of "
+                f"the guide {sorted(ours)}"
             )
         if not self.observed or not self.guide:
             raise ValueError(f"{who}: the model has no {'latent' if self.observed else 'observed'} sites to learn from")
@@ -61,8 +61,8 @@ class Particles:
         auxiliary = sorted(self.guide.keys() - self.prior.keys())
         if auxiliary:
             raise ValueError(
-                f"{who}: the guide draws its latents from {auxiliary}, as autoguides do, and has no KL of each; "
-                "accepted is a guide that draws each latent from a distribution of its own"
+                f"`{who}` must be a guide that draws each latent from a distribution of its own: the guide draws its "
+                f"latents from {auxiliary}, as autoguides do, and has no KL of each"
             )
         return [(name, site, self.prior[name]) for name, site in self.guide.items()]
 
@@ -73,7 +73,7 @@ class Particles:
         """Raise if observed sites are weighted differently: no one factor is then outside of a logarithm."""
         scales = {name: torch.as_tensor(site["scale"]).flatten().tolist() for name, site in self.observed.items()}
         if len({tuple(scale) for scale in scales.values()}) > 1:
-            raise ValueError(f"{who}: observed sites have the scales {scales}; accepted is one scale for all")
+            raise ValueError(f"`{who}` must be one scale for all: observed sites have the scales {scales}")
 
     @property
     def f(self) -> Tensor:
@@ -94,6 +94,6 @@ def _check_plate(who: str, sites: Sites) -> None:
         first = first or (frames or [None])[0]
         if [frame.dim for frame in frames] != [-1] or (frames[0].name, frames[0].size) != (first.name, first.size):
             raise ValueError(
-                f"{who}: site {name!r} is in the plates {[frame.name for frame in frames]}; accepted is one data plate "
-                "around all sites, as the rightmost batch dimension. pyro.infer.Trace_ELBO has no such limit"
+                f"`{who}` must be one data plate around all sites, as the rightmost batch dimension. "
+                f"pyro.infer.Trace_ELBO has no such limit: site {name!r} is in the plates {[frame.name for frame in frames]}"
             )

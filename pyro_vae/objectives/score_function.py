@@ -74,8 +74,8 @@ class ScoreFunction(_OfELBO):
         super().__init__(num_particles)
         if not isinstance(baseline, nn.Module) or not hasattr(baseline, "learn"):
             raise TypeError(
-                f"baseline: got {baseline!r}; accepted is a module such as baselines.RunningAverage(). Without one, "
-                "take pyro.infer.Trace_ELBO()"
+                f"`baseline` must be a module such as baselines.RunningAverage(), got {baseline!r}. Without one, take "
+                "pyro.infer.Trace_ELBO()"
             )
         self.baseline: Any = baseline
         self.name = f"baseline{next(_numbers)}" if name is None else nonempty_string(name, "name")
@@ -93,8 +93,8 @@ class ScoreFunction(_OfELBO):
 def _check_rows(method: str, value: Tensor, f: Tensor) -> None:
     if value.shape not in ((), f.shape[1:]):
         raise ValueError(
-            f"baseline: its {method} gives shape {tuple(value.shape)}; accepted is {tuple(f.shape[1:])}, one number "
-            "for each datum"
+            f"`baseline` must be {tuple(f.shape[1:])}, one number for each datum: its {method} gives shape "
+            f"{tuple(value.shape)}"
         )
 
 
@@ -113,7 +113,7 @@ class LeaveOneOut(_OfELBO):
     >>> LeaveOneOut(num_particles=1)
     Traceback (most recent call last):
         ...
-    ValueError: num_particles: got 1; accepted is an integer, 2 or more
+    ValueError: `num_particles` must be an integer, 2 or more, got 1
     """
 
     def __init__(self, num_particles: int = 2):
@@ -177,7 +177,7 @@ class DisARM(_OfELBO):
     >>> DisARM(num_particles=3)
     Traceback (most recent call last):
         ...
-    ValueError: num_particles: got 3; accepted is an even number, 2 or more
+    ValueError: `num_particles` must be an even number, 2 or more, got 3
     """
 
     def __init__(self, num_particles: int = 2):
@@ -216,14 +216,13 @@ class _Antithetic(Messenger):
         transformed = isinstance(msg["fn"], torch.distributions.TransformedDistribution)
         if transformed or not isinstance(base, dist.Bernoulli | torch.distributions.Bernoulli):
             raise ValueError(
-                f"DisARM: site {msg['name']!r} of the guide is a {type(msg['fn'] if transformed else base).__name__}; "
-                "accepted are Bernoullis"
+                f"`DisARM` must be Bernoullis: site {msg['name']!r} of the guide is a {type(msg['fn'] if transformed else base).__name__}"
             )
         probs = base.probs
         if self._depends(probs):
             raise ValueError(
-                f"DisARM: site {msg['name']!r} of the guide depends on other latents; accepted are Bernoullis that "
-                "depend on the data alone. LeaveOneOut takes any"
+                f"`DisARM` must be Bernoullis that depend on the data alone: site {msg['name']!r} of the guide "
+                "depends on other latents. LeaveOneOut takes any"
             )
         probs = probs.detach()[: self.pairs]
         u = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device)

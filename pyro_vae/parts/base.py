@@ -99,7 +99,7 @@ class Conditional(Part):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(
-                f"network: got a {type(network).__name__}; accepted is a module, such as networks.linear()(2, 3)"
+                f"`network` must be a module, such as networks.linear()(2, 3), got a {type(network).__name__}"
             )
         self.family = checked_family(family)
         self.context_shape = as_shape(context, "context")
@@ -114,10 +114,10 @@ class Conditional(Part):
                 raise
             who = type(self).__name__
             if context.isinf().any():
-                raise ValueError(f"{who}: got a context with inf; accepted are finite numbers") from error
+                raise ValueError(f"`{who}` must be finite numbers, got a context with inf") from error
             raise ValueError(
-                f"{who}: got a context with NaN, for what is missing, and its network reads NaN as a number; accepted "
-                "is a network that knows better, networks.with_missing(network) or its like"
+                f"`{who}` must be a network that knows better, networks.with_missing(network) or its like, got a "
+                "context with NaN, for what is missing, and its network reads NaN as a number"
             ) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
@@ -130,8 +130,8 @@ class Conditional(Part):
         batch_dims = context.dim() - len(self.context_shape)
         if batch_dims < 0 or context.shape[batch_dims:] != self.context_shape:
             raise ValueError(
-                f"{type(self).__name__}: got a context of shape {tuple(context.shape)}; "
-                f"accepted is (*, {_spell(self.context_shape)})"
+                f"`{type(self).__name__}` must be (*, {_spell(self.context_shape)}), got a context of shape "
+                f"{tuple(context.shape)}"
             )
         try:
             raw = self.network(context.flatten(batch_dims))
@@ -141,16 +141,16 @@ class Conditional(Part):
                 raise
             raise mismatch from error
         if not isinstance(raw, Tensor):
-            raise TypeError(f"network: gives {describe(raw)}; accepted is a tensor, (*, {self.family.num_raw})")
+            raise TypeError(f"`network` must be a tensor, (*, {self.family.num_raw}): gives {describe(raw)}")
         if raw.shape[-1:] != (self.family.num_raw,):
             raise ValueError(
-                f"network: gives {raw.shape[-1] if raw.dim() else 'no'} outputs; accepted are {self.family.num_raw}, "
-                f"the raw ones of {self.family}"
+                f"`network` must be {self.family.num_raw}, the raw ones of {self.family}: gives {raw.shape[-1] if raw.dim() else 'no'} "
+                "outputs"
             )
         if raw.shape[:-1] != context.shape[:batch_dims]:
             raise ValueError(
-                f"network: of a context of shape {tuple(context.shape)} it makes one of {tuple(raw.shape)}; accepted "
-                "is a network that leaves the dimensions on the left as they are"
+                "`network` must be a network that leaves the dimensions on the left as they are: of a context of "
+                f"shape {tuple(context.shape)} it makes one of {tuple(raw.shape)}"
             )
         return raw
 
@@ -163,13 +163,13 @@ class Conditional(Part):
         devices, dtypes = ({getattr(one, kind) for one in parameters} for kind in ("device", "dtype"))
         if context.device not in devices:
             return ValueError(
-                f"{who}: got a context on {context.device}; accepted is {devices.pop()}, where its network is. Move "
-                "the data with `x.to(device)`, or the model with `vae.to(device)`"
+                f"`{who}` must be {devices.pop()}, where its network is, got a context on {context.device}. Move the "
+                "data with `x.to(device)`, or the model with `vae.to(device)`"
             )
         if context.dtype not in dtypes:
             return TypeError(
-                f"{who}: got a context of {context.dtype}; accepted is {dtypes.pop()}, that of its network. Convert "
-                "the data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
+                f"`{who}` must be {dtypes.pop()}, that of its network, got a context of {context.dtype}. Convert the "
+                "data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
             )
         return None
 
@@ -180,19 +180,19 @@ class Conditional(Part):
 def checked_family(family: Family) -> Family:
     """``family`` if it is one."""
     if not isinstance(family, Family):
-        raise TypeError(f"family: got {describe(family)}; accepted is a family, such as families.Normal(2)")
+        raise TypeError(f"`family` must be a family, such as families.Normal(2), got {describe(family)}")
     return family
 
 
 def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
     """Free raw outputs, if they are numbers that a family can make a distribution of, and that can be trained."""
-    accepted = f"accepted are floats ({lead}, {family.num_raw}), for {family}"
-    if not real_tensor(raw, "raw", accepted).is_floating_point():
-        raise TypeError(f"raw: got {describe(raw)}; {accepted}")
+    expected = f"floats ({lead}, {family.num_raw}), for {family}"
+    if not real_tensor(raw, "raw", expected).is_floating_point():
+        raise TypeError(f"`raw` must be {expected}, got {describe(raw)}")
     if raw.shape[-1:] != (family.num_raw,) or not raw.numel():
-        raise ValueError(f"raw: got shape {tuple(raw.shape)}; {accepted}")
+        raise ValueError(f"`raw` must be {expected}, got shape {tuple(raw.shape)}")
     if raw.isnan().any():
-        raise ValueError(f"raw: holds nan; {accepted}")
+        raise ValueError(f"`raw` must be {expected}: holds nan")
     return raw
 
 

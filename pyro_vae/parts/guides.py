@@ -152,7 +152,7 @@ class PerDatum(Part):
         self.family = checked_family(family)
         if isinstance(raw, Tensor):
             if checked_raw(raw, family, lead="N").dim() != 2:
-                raise ValueError(f"raw: got shape {tuple(raw.shape)}; accepted is (N, {family.num_raw}), for {family}")
+                raise ValueError(f"`raw` must be (N, {family.num_raw}), for {family}, got shape {tuple(raw.shape)}")
             self.raw = raw if isinstance(raw, nn.Parameter) else nn.Parameter(raw.detach().clone())
         else:
             self.raw = nn.Parameter(family.start(positive_int(raw, "raw")))
@@ -175,7 +175,7 @@ class PerDatum(Part):
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got {describe(encoder)}; accepted is an amortized guide of this package")
+            raise TypeError(f"`encoder` must be an amortized guide of this package, got {describe(encoder)}")
         with torch.no_grad():
             raw = encoder.raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)
@@ -190,7 +190,7 @@ class PerDatum(Part):
         raw = pyro.subsample(self.raw, event_dim=1)
         if context is not None and len(context) != len(raw):
             raise ValueError(
-                f"PerDatum: got {len(context)} rows; accepted are the {self.num_data} data that it was made for"
+                f"`PerDatum` must be the {self.num_data} data that it was made for, got {len(context)} rows"
             )
         return self.family(raw)
 

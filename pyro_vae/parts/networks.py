@@ -42,19 +42,21 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
     >>> build(nn.Linear(2, 3), 2, 3)
     Traceback (most recent call last):
         ...
-    TypeError: network: got a Linear, a finished module; accepted is a factory, ...
+    TypeError: `network` must be a factory, ..., got a Linear, a finished module
     """
-    accepted = "accepted is a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
+    expected = "a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
     if isinstance(network, nn.Module):
-        raise TypeError(f"network: got a {type(network).__name__}, a finished module; {accepted}")
+        raise TypeError(f"`network` must be {expected}, got a {type(network).__name__}, a finished module")
     try:
         module = network(in_features, out_features)
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"network: called with ({in_features}, {out_features}), it says: {error}; {accepted}"
+            f"`network` must be {expected}: called with ({in_features}, {out_features}), it says: {error}"
         ) from error
     if not isinstance(module, nn.Module):
-        raise TypeError(f"network: called with ({in_features}, {out_features}), it returned {module!r}; {accepted}")
+        raise TypeError(
+            f"`network` must be {expected}: called with ({in_features}, {out_features}), it returned {module!r}"
+        )
     return made_by(module, network, in_features, out_features)
 
 
@@ -81,7 +83,7 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
     )
     """
     if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
-        raise ValueError(f"hidden: got {hidden!r}; accepted is a list of positive sizes, such as [400] or [512, 256]")
+        raise ValueError(f"`hidden` must be a list of positive sizes, such as [400] or [512, 256], got {hidden!r}")
     _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
@@ -94,7 +96,7 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
 
 def _check_activation(activation: object) -> None:
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"activation: got {describe(activation)}; accepted is what makes a module, such as nn.Tanh")
+        raise TypeError(f"`activation` must be what makes a module, such as nn.Tanh, got {describe(activation)}")
 
 
 class _Standardized(nn.Module):
@@ -131,14 +133,14 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
     fixed = numbers(loc, "loc"), numbers(scale, "scale")  # in the dtype of the network
     for name, value in zip(("loc", "scale"), fixed, strict=True):
         if value.dim() > 1 or not value.isfinite().all():
-            raise ValueError(f"{name}: got {value}; accepted is a finite number, or a tensor of them, (in_features,)")
+            raise ValueError(f"`{name}` must be a finite number, or a tensor of them, (in_features,), got {value}")
     if not (fixed[1] > 0).all():
-        raise ValueError(f"scale: got {scale!r}; accepted are positive numbers")
+        raise ValueError(f"`scale` must be positive numbers, got {scale!r}")
 
     def build_behind(in_features: int, out_features: int) -> nn.Module:
         for name, value in zip(("loc", "scale"), fixed, strict=True):
             if value.dim() and len(value) != in_features:
-                raise ValueError(f"{name}: got {len(value)} numbers; accepted are {in_features}, one for each feature")
+                raise ValueError(f"`{name}` must be {in_features}, one for each feature, got {len(value)} numbers")
         inner = build(network, in_features, out_features)
         return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
 
@@ -205,7 +207,7 @@ def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     (tensor([0., 0., 1., 0., 0., 0.]), Linear(in_features=6, out_features=4, bias=True))
     """
     if not is_integer(num_classes) or num_classes < 2:
-        raise ValueError(f"num_classes: got {num_classes!r}; accepted is an integer of 2 or more")
+        raise ValueError(f"`num_classes` must be an integer of 2 or more, got {num_classes!r}")
     return lambda in_features, out_features: nn.Sequential(
         _OneHot(num_classes), build(network, num_classes * in_features, out_features)
     )
@@ -231,11 +233,11 @@ def _are_sizes(value: object) -> bool:
 def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> int:
     """How many raw outputs of each pixel there are, if the sizes fit."""
     if not _are_sizes(channels):
-        raise ValueError(f"channels: got {channels!r}; accepted are one or more positive sizes, such as (16, 32)")
+        raise ValueError(f"`channels` must be one or more positive sizes, such as (16, 32), got {channels!r}")
     fits = _are_sizes(image) and len(image) == 3
     if not fits or features % prod(image) or (name == "in_features" and features != prod(image)):
         raise ValueError(
-            f"image: got {image!r}; accepted is (channels, height, width) with a product of {name} = {features}"
+            f"`image` must be (channels, height, width) with a product of {name} = {features}, got {image!r}"
         )
     return features // prod(image)
 

@@ -129,17 +129,17 @@ class VampPrior(Part):
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"encoder: got {describe(encoder)}; accepted is an amortized guide of this package")
-        real_tensor(pseudo_data, "pseudo_data", "accepted is a tensor, such as x[:20]")
+            raise TypeError(f"`encoder` must be an amortized guide of this package, got {describe(encoder)}")
+        real_tensor(pseudo_data, "pseudo_data", "a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
             spelled = ", ".join(map(str, shape))
-            raise ValueError(f"pseudo_data: got shape {tuple(pseudo_data.shape)}; accepted is (K, {spelled}), K >= 1")
+            raise ValueError(f"`pseudo_data` must be (K, {spelled}), K >= 1, got shape {tuple(pseudo_data.shape)}")
         data_tensors(pseudo_data, "pseudo_data")
         self.encoder = encoder
         self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
         if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:
-            raise ValueError(f"encoder: got a {type(encoder).__name__}; accepted is a guide of Gaussian latents")
+            raise ValueError(f"`encoder` must be a guide of Gaussian latents, got a {type(encoder).__name__}")
 
     @property
     def family(self) -> families.Family:  # type: ignore[override]
@@ -309,7 +309,7 @@ def _raw(values: Tensor, learnable: bool) -> Tensor:
 def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor:
     probs = numbers(probs, "probs")
     if not ((probs > 0) & (probs < 1)).all():
-        raise ValueError(f"probs: got {probs.tolist()}; accepted are probabilities strictly between 0 and 1")
+        raise ValueError(f"`probs` must be probabilities strictly between 0 and 1, got {probs.tolist()}")
     return _raw(_expand(torch.logit(probs), shape), learnable)
 
 
@@ -318,7 +318,7 @@ def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tens
         return _raw(torch.zeros(shape.numel()), learnable)
     probs = numbers(probs, "probs")
     if not ((probs > 0).all() and torch.allclose(probs.sum(-1), probs.new_ones(()))):
-        raise ValueError(f"probs: got {probs.tolist()}; accepted are positive probabilities that sum to one by row")
+        raise ValueError(f"`probs` must be positive probabilities that sum to one by row, got {probs.tolist()}")
     return _raw(_expand(probs.log(), shape), learnable)
 
 
@@ -327,5 +327,5 @@ def _expand(values: Tensor, shape: torch.Size) -> Tensor:
         return values.expand(shape).flatten().clone()
     except RuntimeError as error:
         raise ValueError(
-            f"probs: got shape {tuple(values.shape)}; accepted is one that expands to {tuple(shape)}"
+            f"`probs` must be one that expands to {tuple(shape)}, got shape {tuple(values.shape)}"
         ) from error

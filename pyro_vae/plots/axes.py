@@ -18,7 +18,7 @@ MARKERS = "osv^D<>pP*"
 def axes_or_new(ax: Axes | None) -> Axes:
     """The axes that were given or, if none were, those of a new figure."""
     if not isinstance(ax, Axes | None):
-        raise TypeError(f"ax: got {describe(ax)}; accepted are matplotlib's axes, such as `plt.subplots()[1]`")
+        raise TypeError(f"`ax` must be matplotlib's axes, such as `plt.subplots()[1]`, got {describe(ax)}")
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 

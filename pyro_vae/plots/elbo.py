@@ -57,7 +57,7 @@ def training_curves(
     }
     unknown = terms if isinstance(terms, str) else sorted(set(terms) - set(labels))
     if unknown or not terms:
-        raise ValueError(f"terms: got {terms!r}; accepted are one or more of {list(labels)}")
+        raise ValueError(f"`terms` must be one or more of {list(labels)}, got {terms!r}")
     levels = [
         (prefix, _level(history, terms, given, prefix))
         for prefix, given in (("", log_evidence), ("validation_", validation_log_evidence))
@@ -90,16 +90,16 @@ def training_curves(
 
 def check_history(history: Any) -> None:
     """Refuse what is no history, or one of which nothing could be drawn."""
-    accepted = "accepted is `fitted.history`, numbers for each epoch by name"
+    expected = "`fitted.history`, numbers for each epoch by name"
     if not isinstance(history, Mapping):
-        raise TypeError(f"history: got {describe(history)}; {accepted}")
+        raise TypeError(f"`history` must be {expected}, got {describe(history)}")
     drawn = ("elbo", "surrogate", "distortion", "rate")
     if not any(name in history for name in drawn):
-        raise ValueError(f"history: has {list(history)}; {accepted}, of them one or more of {list(drawn)}")
+        raise ValueError(f"`history` must be {expected}, of them one or more of {list(drawn)}: has {list(history)}")
     for name, values in history.items():
         fits = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str) and len(values) > 0
         if not fits or not all(isinstance(value, Real) for value in np.asarray(values).tolist()):
-            raise ValueError(f"history: got {values!r} for {name!r}; {accepted}")
+            raise ValueError(f"`history` must be {expected}, got {values!r} for {name!r}")
 
 
 def _level(
@@ -167,9 +167,9 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 def _points(models: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
     """Rate and distortion of each, and their standard errors, 0 where there are none."""
     if not isinstance(models, Mapping):
-        raise TypeError(f"models: got a {type(models).__name__}; accepted is a mapping from names to models")
+        raise TypeError(f"`models` must be a mapping from names to models, got a {type(models).__name__}")
     if not models:
-        raise ValueError("models: got none; accepted are one or more")
+        raise ValueError("`models` must be one or more, got none")
     points = {}
     for name, model in models.items():
         words = ("rate", "distortion")
@@ -182,7 +182,7 @@ def _points(models: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], t
         elif isinstance(model, Sequence | Tensor | np.ndarray) and not isinstance(model, str) and len(model) == 2:
             pair = list(model)
         else:
-            raise TypeError(f"models: {name!r} is {model!r}; accepted are what has a rate and a distortion, or a pair")
+            raise TypeError(f"`models` must be what has a rate and a distortion, or a pair: {name!r} is {model!r}")
         values = [getattr(entry, "value", entry) for entry in pair]
         values = [entry.item() if isinstance(entry, torch.Tensor) and entry.numel() == 1 else entry for entry in values]
         checked = [number(value, f"models: {word} of {name!r}") for value, word in zip(values, words, strict=True)]

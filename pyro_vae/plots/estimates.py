@@ -41,7 +41,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     'bias / length of the exact gradient'
     """
     if not isinstance(comparison, Comparison):
-        raise TypeError(f"comparison: got {describe(comparison)}; accepted is what gradients.compare returns")
+        raise TypeError(f"`comparison` must be what gradients.compare returns, got {describe(comparison)}")
     ax = axes_or_new(ax)
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
@@ -92,7 +92,7 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     ['reliable: 3 of 4 data', 'not reliable: 1 of 4 data (25.0 %)', 'reliable up to 0.67, of 1000 draws each']
     """
     if not isinstance(evidence, Evidence):
-        raise TypeError(f"evidence: got a {type(evidence).__name__}; accepted is what pv.log_evidence returns")
+        raise TypeError(f"`evidence` must be what pv.log_evidence returns, got a {type(evidence).__name__}")
     boolean(sort, "sort")
     shapes, wrong = evidence.khat.double().numpy(), evidence.unreliable.numpy()
     if sort:
@@ -154,11 +154,11 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     needed = ["log_evidence", "difference", "difference_error", "difference_monte_carlo_error", "unreliable"]
     if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"table: got a {type(table).__name__}; accepted is what pv.compare_evidence returns")
+        raise TypeError(f"`table` must be what pv.compare_evidence returns, got a {type(table).__name__}")
     missing = [column for column in needed if column not in table.columns]
     if missing or len(table) == 0:
         what = f"lacks the columns {missing}" if missing else "has no rows"
-        raise ValueError(f"table: {what}; accepted is what pv.compare_evidence returns")
+        raise ValueError(f"`table` must be what pv.compare_evidence returns: {what}")
     ax = axes_or_new(ax)
     handles: dict[str, Any] = {}
     names = []
@@ -213,7 +213,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ['within the band: z', 'log p(x, z)', 'band of an exact q']
     """
     if not isinstance(result, Calibration):
-        raise TypeError(f"result: got {describe(result)}; accepted is what pv.calibrate returns")
+        raise TypeError(f"`result` must be what pv.calibrate returns, got {describe(result)}")
     ax = axes_or_new(ax)
     *coordinates, joint = range(len(result.names))
     outside = [index for index in coordinates if result.leaves_band(index)]

@@ -25,10 +25,10 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
     positive_int(columns, "columns")
     if not isinstance(images, Tensor) or images.dim() != 3 or len(images) == 0:
         got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise ValueError(f"images: got {got}; accepted is a tensor (N, height, width) with N >= 1")
-    real_tensor(images, "images", "accepted are values in [0, 1]")
+        raise ValueError(f"`images` must be a tensor (N, height, width) with N >= 1, got {got}")
+    real_tensor(images, "images", "values in [0, 1]")
     if not images.is_floating_point() and images.numel() and images.max() > 1:  # bytes, which would all be black
-        raise ValueError(f"images: got {images.dtype} up to {images.max()}; accepted are values in [0, 1], `x / 255`")
+        raise ValueError(f"`images` must be values in [0, 1], `x / 255`, got {images.dtype} up to {images.max()}")
     ax = axes_or_new(ax)
     count, height, width = images.shape
     rows = -(-count // columns)
@@ -103,16 +103,16 @@ def traversals(
     _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
     if not isinstance(z, Tensor) or z.dim() != 1 or len(z) == 0:
         got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise ValueError(f"z: got {got}; accepted is one code, a tensor (D,), such as `vae.encode(x[:1]).mean[0]`")
+        raise ValueError(f"`z` must be one code, a tensor (D,), such as `vae.encode(x[:1]).mean[0]`, got {got}")
     taken = numbers(values, "values").to(z)
     if taken.dim() != 1 or len(taken) == 0:
-        raise ValueError(f"values: got shape {tuple(taken.shape)}; accepted are one or more numbers, (V,)")
+        raise ValueError(f"`values` must be one or more numbers, (V,), got shape {tuple(taken.shape)}")
     if not isinstance(coordinates, Iterable | None):
-        raise TypeError(f"coordinates: got {describe(coordinates)}; accepted are integers from 0 to {len(z) - 1}")
+        raise TypeError(f"`coordinates` must be integers from 0 to {len(z) - 1}, got {describe(coordinates)}")
     chosen = list(range(len(z)) if coordinates is None else coordinates)
     wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
     if wrong or not chosen:
-        raise ValueError(f"coordinates: got {chosen}; accepted are one or more integers from 0 to {len(z) - 1}")
+        raise ValueError(f"`coordinates` must be one or more integers from 0 to {len(z) - 1}, got {chosen}")
     codes = z.repeat(len(chosen), len(taken), 1)
     for row, index in enumerate(chosen):
         codes[row, :, index] = taken
@@ -200,7 +200,7 @@ def samples(
 
 def _check_function(value: object, name: str, example: str) -> None:
     if not callable(value) or isinstance(value, VAE):
-        raise TypeError(f"{name}: got a {type(value).__name__}; accepted is a function, such as {example}")
+        raise TypeError(f"`{name}` must be a function, such as {example}, got a {type(value).__name__}")
 
 
 def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None) -> Tensor:
@@ -211,7 +211,7 @@ def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None
     if not fits or len(values) == 0 or count not in (None, len(values)):
         rows = "N" if count is None else count
         raise ValueError(
-            f"{name}: got {got}; accepted are images ({rows}, {height * width}), of {height} by {width} pixels"
+            f"`{name}` must be images ({rows}, {height * width}), of {height} by {width} pixels, got {got}"
         )
     return values.reshape(-1, height, width)
 

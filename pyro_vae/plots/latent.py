@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae import exact
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import real_tensor, whole_numbers
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.densities import ModelDensity
@@ -23,8 +24,6 @@ from pyro_vae.exact.quadrature import QuadratureError
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
 __all__ = ["latent_map", "posterior"]
-
-Function = Callable[..., Any]
 
 
 _EXACT, _GUIDE = "exact $p(z|x)$", "guide $q(z|x)$"
@@ -50,9 +49,9 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
     '$z_1$'
     """
-    accepted = "accepted is (N, 1) or (N, 2), such as two chosen columns"
-    if real_tensor(z, "z", accepted).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
-        raise ValueError(f"z: got shape {tuple(z.shape)}; {accepted}")
+    expected = "(N, 1) or (N, 2), such as two chosen columns"
+    if real_tensor(z, "z", expected).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
+        raise ValueError(f"`z` must be {expected}, got shape {tuple(z.shape)}")
     z, labels = z.detach().cpu(), whole_numbers(labels, "labels", len(z)).cpu()
     ax = axes_or_new(ax)
     for index, label in enumerate(labels.unique().tolist()):
@@ -103,7 +102,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     """
     problem = ModelDensity(model, datum, "data")
     if problem.num_data != 1:
-        raise ValueError(f"datum: got {problem.num_data} rows; accepted is one, `x[:1]`")
+        raise ValueError(f"`datum` must be one, `x[:1]`, got {problem.num_data} rows")
     problem.single_site()
     q = GuideDensity(problem, guide)
     flat = not problem.is_discrete and problem.chart().dims == 2

@@ -43,12 +43,12 @@ def of_users(using: Iterable[Any]) -> dict[str, Any]:
     """
     things: dict[str, Any] = {}
     if not isinstance(using, Iterable):
-        raise TypeError(f"using: got {using!r}; accepted is a list of classes and functions, such as [MyPrior]")
+        raise TypeError(f"`using` must be a list of classes and functions, such as [MyPrior], got {using!r}")
     for thing in using:
         if not isinstance(thing, FunctionType | type):
-            raise TypeError(f"using: got {thing!r}; accepted is a list of classes and functions, such as [MyPrior]")
+            raise TypeError(f"`using` must be a list of classes and functions, such as [MyPrior], got {thing!r}")
         if things.setdefault(thing.__name__, thing) is not thing:
-            raise ValueError(f"using: got two things named {thing.__name__!r}; accepted is one of each name")
+            raise ValueError(f"`using` must be one of each name, got two things named {thing.__name__!r}")
     return things
 
 
@@ -257,7 +257,7 @@ class Reader:
     def _named(self, name: str) -> Any:
         if name not in self._vocabulary:
             raise ValueError(
-                f"using: {self._path!r} needs {name!r}, which is not of this pyro_vae; accepted is your class or "
-                f"function of that name, as in `using=[{name}]`, if you trust the file to call it"
+                f"`using` must be your class or function of that name, as in `using=[{name}]`, if you trust the file "
+                f"to call it: {self._path!r} needs {name!r}, which is not of this pyro_vae"
             )
         return self._vocabulary[name]

@@ -146,9 +146,9 @@ def _check_same(whole: nn.Module, again: nn.Module) -> None:
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         if repr(ours.get(name)) != repr(theirs.get(name)):
             raise ValueError(
-                f"{name}: it is {ours.get(name, 'not there')}, and {theirs.get(name, 'not there')} when its part is "
-                "made again from the arguments that it was made with; accepted are parts that have not been changed "
-                "since but for their parameters and buffers, and networks by functions that make the same each time"
+                f"`{name}` must be parts that have not been changed since but for their parameters and buffers, and "
+                f"networks by functions that make the same each time: it is {ours.get(name, 'not there')}, and "
+                f"{theirs.get(name, 'not there')} when its part is made again from the arguments that it was made with"
             )
 
 

@@ -76,7 +76,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
     if path.exists():
         _check_regular(path)
     if not isinstance(header, dict):
-        raise TypeError(f"header: got a {type(header).__name__}; accepted is a dictionary")
+        raise TypeError(f"`header` must be a dictionary, got a {type(header).__name__}")
     _check_json(header, "header")
     try:
         line = json.dumps({"kind": kind, "header": header}) + "\n"
@@ -115,7 +115,7 @@ def read(path: str | os.PathLike[str], kind: str, map_location: Any = None) -> t
     """
     path = _as_path(path)
     if not path.exists():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}; accepted is a {kind} file of pyro_vae")
+        raise FileNotFoundError(f"`path` must be a {kind} file of pyro_vae: there is no file {str(path)!r}")
     _check_regular(path)
     with path.open("rb") as file:
         _check_whole(file, path, kind)
@@ -134,15 +134,15 @@ def read(path: str | os.PathLike[str], kind: str, map_location: Any = None) -> t
 
 def _as_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: got a {type(path).__name__}; accepted is the path of a file, a string or a Path")
+        raise TypeError(f"`path` must be the path of a file, a string or a Path, got a {type(path).__name__}")
     return Path(path)
 
 
 def _check_regular(path: Path) -> None:
     if path.is_dir():
-        raise ValueError(f"path: {str(path)!r} is a folder; accepted is a file in one")
+        raise ValueError(f"`path` must be a file in one: {str(path)!r} is a folder")
     if not path.is_file():
-        raise ValueError(f"path: {str(path)!r} is a device or the like; accepted is a file")
+        raise ValueError(f"`path` must be a file: {str(path)!r} is a device or the like")
 
 
 def _check_whole(file: io.BufferedReader, path: Path, kind: str) -> None:
@@ -150,7 +150,7 @@ def _check_whole(file: io.BufferedReader, path: Path, kind: str) -> None:
     first = _PATTERN.fullmatch(file.readline(_LONGEST))
     if first is None:
         raise FileFormatError(
-            f"path: {str(path)!r} is not a file of pyro_vae, or its beginning is lost; accepted is a {kind} file"
+            f"`path` must be a {kind} file: {str(path)!r} is not a file of pyro_vae, or its beginning is lost"
         )
     if int(first[1]) != VERSION:
         raise FileFormatError(
@@ -172,7 +172,7 @@ def _read_header(file: io.BufferedReader, path: Path, kind: str) -> dict[str, An
     except (ValueError, RecursionError, TypeError, KeyError) as error:
         raise FileFormatError(f"path: {str(path)!r} has no header that can be read: {error!r}") from error
     if kind_of_file != kind:
-        raise FileFormatError(f"path: {str(path)!r} is a {kind_of_file} file; accepted is a {kind} file")
+        raise FileFormatError(f"`path` must be a {kind} file: {str(path)!r} is a {kind_of_file} file")
     if not isinstance(header, dict) or payload != b"PK\3\4":
         raise FileFormatError(f"path: {str(path)!r} lacks a header or tensors")
     return header
@@ -183,15 +183,15 @@ def _check_json(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{where}: got the key {key!r}; accepted are strings")
+                raise ValueError(f"`{where}` must be strings, got the key {key!r}")
             _check_json(inner, f"{where}[{key!r}]")
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             _check_json(inner, f"{where}[{index}]")
     elif not isinstance(value, str | int | float | None):
         raise ValueError(
-            f"{where}: got a {type(value).__name__}; accepted are dictionaries, lists, strings, numbers of Python, "
-            "truth values and None"
+            f"`{where}` must be dictionaries, lists, strings, numbers of Python, truth values and None, got a "
+            f"{type(value).__name__}"
         )
 
 
@@ -200,14 +200,14 @@ def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies, by_place = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(name, str):
-            raise ValueError(f"tensors: got the name {name!r}; accepted are strings")
+            raise ValueError(f"`tensors` must be strings, got the name {name!r}")
         if (
             not isinstance(tensor, Tensor)
             or tensor.layout is not torch.strided
             or tensor.is_meta
             or tensor.is_quantized
         ):
-            raise ValueError(f"tensors[{name!r}]: got {_kind_of(tensor)}; accepted is a dense tensor that has values")
+            raise ValueError(f"`tensors[{name!r}]` must be a dense tensor that has values, got {_kind_of(tensor)}")
         place = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         if place not in by_place:
             copy = tensor.detach().cpu().resolve_conj().resolve_neg()

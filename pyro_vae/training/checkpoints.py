@@ -52,12 +52,10 @@ class Checkpoints:
         every_seconds: float | None = None,
     ):
         if not isinstance(folder, str | os.PathLike):
-            raise TypeError(f"folder: got a {type(folder).__name__}; accepted is the path of a folder")
+            raise TypeError(f"`folder` must be the path of a folder, got a {type(folder).__name__}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(
-                f"folder: {str(folder)!r} is a file; accepted is a folder, which is made if it is not there"
-            )
+            raise ValueError(f"`folder` must be a folder, which is made if it is not there: {str(folder)!r} is a file")
         self.every_steps = None if every_steps is None else positive_int(every_steps, "every_steps")
         if every_seconds is None:
             every_seconds = _SECONDS if every_steps is None else float("inf")
@@ -97,8 +95,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(
-                f"checkpoints: the folder {str(self.folder)!r} cannot be made ({error.strerror}); accepted is a folder "
-                "in which files can be written"
+                f"`checkpoints` must be a folder in which files can be written: the folder {str(self.folder)!r} "
+                f"cannot be made ({error.strerror})"
             ) from error
         writable(self.last, "checkpoints")
         for partial in self.folder.glob(".*.partial"):

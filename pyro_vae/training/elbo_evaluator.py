@@ -1,7 +1,7 @@
 """An ELBO run on a model and guide: its loss, where the nats went, and which site is to blame if there are none."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 
 __all__ = ["ElboEvaluator"]
-
-Function = Callable[..., Any]
 
 
 _SHOWN = 5  # rows that an error names

@@ -5,7 +5,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.param_store import rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, data_tensors, function, positive, positive_int, rows_like, tqdm_disable
 from pyro_vae.distributions.missing import check_model, first_missing
 from pyro_vae.training.checkpoints import Checkpoints
@@ -34,8 +35,6 @@ from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = ["Fitted", "evaluate", "fit"]
-
-Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -162,14 +161,14 @@ def fit(
     if clip_norm is not None:
         positive(clip_norm, "clip_norm")
     if patience is not None and held_out is None:
-        raise ValueError("patience: got no validation data to lose it on; accepted is `validation=` beside it")
+        raise ValueError("`patience` must be `validation=` beside it, got no validation data to lose it on")
     if patience is not None:
         positive_int(patience, "patience")
     if nonfinite not in ("stop", "skip"):
-        raise ValueError(f"nonfinite: got {nonfinite!r}; accepted are 'stop' and 'skip'")
+        raise ValueError(f"`nonfinite` must be 'stop' and 'skip', got {nonfinite!r}")
     boolean(compile, "compile")
     if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
-        raise TypeError(f"callbacks: got {callbacks!r}; accepted is a sequence of functions of an Epoch")
+        raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")
     tqdm_disable(progress)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)

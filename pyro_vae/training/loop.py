@@ -251,7 +251,7 @@ class Loop:
         for name, value in self.run_config.items():
             if (saved := header["run"].get(name)) != value:
                 raise ValueError(
-                    f"{name}: got {value!r}; accepted is {saved!r}, that of the run in {folder}, or another folder"
+                    f"`{name}` must be {saved!r}, that of the run in {folder}, or another folder, got {value!r}"
                 )
         groups: dict[str, dict[str, Tensor]] = {"learnt": {}, "optimizer": {}, "best": {}, "random": {}}
         for name, tensor in tensors.items():

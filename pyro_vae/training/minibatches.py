@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae._utils.amortization import _in_plate, is_amortized
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
 __all__ = ["Batcher", "Transform", "following_autoguide", "make_batcher", "transformed"]
@@ -24,9 +25,6 @@ Batcher = Callable[[Tensor], Any]
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
 """From the rows of each data tensor to the rows that the pair is run on."""
-
-
-Function = Callable[..., Any]
 
 
 def make_batcher(
@@ -85,23 +83,25 @@ def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[
     """What a transform makes of the rows of each data tensor."""
     if transform is None:
         return rows
-    accepted = "accepted is a function that makes a tensor of each, such as `pyro_vae.datasets.pixels.binarize`"
+    expected = "a function that makes a tensor of each, such as `pyro_vae.datasets.pixels.binarize`"
     if not callable(transform):
-        raise TypeError(f"transform: got {transform!r}; {accepted}")
+        raise TypeError(f"`transform` must be {expected}, got {transform!r}")
     versions = [_version(tensor) for tensor in rows]
     result = transform(*rows)
     if [_version(tensor) for tensor in rows] != versions:
         raise ValueError(
-            "transform: changes its rows in place, and so the data; accepted is a function that makes new tensors, "
-            "`x / 255` in place of `x.div_(255)`"
+            "`transform` must be a function that makes new tensors, `x / 255` in place of `x.div_(255)`: changes its "
+            "rows in place, and so the data"
         )
     seen = tuple(result) if isinstance(result, tuple | list) else (result,)
     if not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in seen):
-        raise TypeError(f"transform: of {len(rows)} tensors of {len(rows[0])} rows it makes {result!r}; {accepted}")
+        raise TypeError(
+            f"`transform` must be {expected}: of {len(rows)} tensors of {len(rows[0])} rows it makes {result!r}"
+        )
     if [len(tensor) for tensor in seen] != [len(tensor) for tensor in rows]:
         raise ValueError(
-            f"transform: of {len(rows)} tensors of {len(rows[0])} rows it makes tensors of "
-            f"{[len(tensor) for tensor in seen]} rows; accepted is one for each, of as many rows"
+            f"`transform` must be one for each, of as many rows: of {len(rows)} tensors of {len(rows[0])} rows it "
+            f"makes tensors of {[len(tensor) for tensor in seen]} rows"
         )
     return seen
 

@@ -1,8 +1,7 @@
 """Whether a model and a guide are a pair that an ELBO takes, found out before any training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,21 +10,20 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, observed_sites
+from pyro_vae._utils.typing import Function
 from pyro_vae.training.minibatches import Transform, transformed
 
 __all__ = ["check_elbo", "check_pair", "explain_shape_mismatch"]
-
-Function = Callable[..., Any]
 
 
 def check_elbo(elbo: ELBO) -> ELBO:
     """Refuse what is no ELBO, or one that needs TorchScript."""
     if not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo: got {elbo!r}; accepted is an instance, such as Trace_ELBO()")
+        raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {elbo!r}")
     if type(elbo).__name__.startswith("Jit"):
         raise ValueError(
-            f"elbo: got {type(elbo).__name__}, which needs TorchScript, deprecated in torch; accepted is the ELBO "
-            "of the same name without Jit"
+            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs "
+            "TorchScript, deprecated in torch"
         )
     return elbo
 
@@ -46,8 +44,8 @@ def explain_shape_mismatch(
         for name, shape in shapes[0].items() if len(shapes) == 2 else ():
             if shape != shapes[1].get(name, shape):
                 raise ValueError(
-                    f"guide: its latent {name!r} has shape {tuple(shape)}; accepted is {tuple(shapes[1][name])}, that "
-                    "of the model"
+                    f"`guide` must be {tuple(shapes[1][name])}, that of the model: its latent {name!r} has shape "
+                    f"{tuple(shape)}"
                 ) from error
         raise
 
@@ -63,14 +61,14 @@ def check_pair(
     plates = {frame.name for site in observed_sites(model_trace).values() for frame in site["cond_indep_stack"]}
     if plate not in plates:
         raise ValueError(
-            f"plate: got {plate!r}; accepted is the data plate of the model's observed sites, which are in "
-            f"{sorted(plates) or 'no plate'}"
+            f"`plate` must be the data plate of the model's observed sites, which are in {sorted(plates) or 'no plate'}, "
+            f"got {plate!r}"
         )
     data = observed_sites(guide_trace).items()
     if observed := [name for name, site in data if not isinstance(site["fn"], dist.Unit)]:  # a `pyro.factor` is no data
         raise ValueError(
-            f"guide: it observes {observed}, which a model does; accepted is a function with latent sites, such as "
-            "`vae.guide`"
+            f"`guide` must be a function with latent sites, such as `vae.guide`: it observes {observed}, which a "
+            "model does"
         )
     if transforms and elbo.max_plate_nesting == float("inf"):  # Pyro would find it out from data without transform
         frames = [
@@ -88,11 +86,11 @@ def check_pair(
     if not isinstance(elbo, TraceEnum_ELBO):
         if how - {None}:
             raise ValueError(
-                f"elbo: latents are marked for enumeration, and {type(elbo).__name__} would sample them; accepted is "
-                "TraceEnum_ELBO(max_plate_nesting=1)"
+                "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1): latents are marked for enumeration, and "
+                f"{type(elbo).__name__} would sample them"
             )
     elif "sequential" in how:
-        raise ValueError("elbo: sites are enumerated one state after another; accepted is enumerate='parallel'")
+        raise ValueError("`elbo` must be enumerate='parallel': sites are enumerated one state after another")
     elif "parallel" not in how:
         raise ValueError(
             "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark discrete latents, "

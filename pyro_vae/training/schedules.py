@@ -85,7 +85,7 @@ def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedu
     number(end, "end")
     positive_int(period, "period")
     if not 0 < number(rise, "rise") <= 1:
-        raise ValueError(f"rise: got {rise!r}; accepted is a share above 0, 1 at most")
+        raise ValueError(f"`rise` must be a share above 0, 1 at most, got {rise!r}")
     return lambda step: start + (end - start) * min(step % period / (rise * period), 1.0)
 
 
@@ -107,7 +107,7 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
     positive(start, "start")
     positive_int(steps, "steps")
     if not 0 <= number(hold, "hold") < 1 or not 0 <= number(end, "end") <= 1:
-        raise ValueError(f"hold, end: got {hold!r} and {end!r}; accepted are shares, hold from 0 to below 1, end to 1")
+        raise ValueError(f"hold, end must be shares, hold from 0 to below 1, end to 1, got {hold!r} and {end!r}")
 
     def value(step: int) -> float:
         fallen = min(max((step / steps - hold) / (1 - hold), 0.0), 1.0)
@@ -145,8 +145,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
         raise TypeError(f"make: gives a {type(scheduler).__name__}; {_SCHEDULER}")
     if optimizer.param_groups[0]["betas"] != betas:
         raise ValueError(
-            f"make: gives a {type(scheduler).__name__} that changes Adam's momentum, and only the learning rate is "
-            "taken; accepted is `cycle_momentum=False`"
+            f"`make` must be `cycle_momentum=False`: gives a {type(scheduler).__name__} that changes Adam's momentum, "
+            "and only the learning rate is taken"
         )
     values = array("d", [_current(optimizer)])
     lock = threading.Lock()
@@ -161,8 +161,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
                     scheduler.step()
                 except ValueError as error:
                     raise ValueError(
-                        f"lr: {type(scheduler).__name__} has no value for step {len(values) + 1}: {error}; accepted is "
-                        "a scheduler for as many steps as the run has"
+                        f"`lr` must be a scheduler for as many steps as the run has: {type(scheduler).__name__} has "
+                        f"no value for step {len(values) + 1}: {error}"
                     ) from error
                 values.append(_current(optimizer))
 
@@ -188,14 +188,14 @@ def _current(optimizer: torch.optim.Optimizer) -> float:
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:
     """The schedules, if each is a function for a tensor of one number."""
     if not isinstance(schedules, Mapping):
-        raise TypeError(f"schedules: got a {type(schedules).__name__}; accepted is a dict from tensors to schedules")
+        raise TypeError(f"`schedules` must be a dict from tensors to schedules, got a {type(schedules).__name__}")
     for value, schedule in schedules.items():
         if not isinstance(value, Tensor) or value.dim() != 0 or value.requires_grad or not value.is_floating_point():
             shape = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value
             raise ValueError(
-                f"schedules: got {shape!r} as a key; accepted is a 0-dim tensor without gradient, of floats, such as "
-                "`vae.encoder.family.temperature`"
+                "`schedules` must be a 0-dim tensor without gradient, of floats, such as "
+                f"`vae.encoder.family.temperature`, got {shape!r} as a key"
             )
         if not callable(schedule):
-            raise TypeError(f"schedules: got {schedule!r}; accepted is a function of the step, such as `exponential()`")
+            raise TypeError(f"`schedules` must be a function of the step, such as `exponential()`, got {schedule!r}")
     return schedules

@@ -2,7 +2,6 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.training.compiled_step import CapturedStep
@@ -23,8 +23,6 @@ from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
-
-Function = Callable[..., Any]
 
 
 class SVI:
@@ -71,7 +69,7 @@ class SVI:
         clip_norm: float | None = None,
     ):
         if not isinstance(loss, ELBO):
-            raise TypeError(f"loss: got {loss!r}; accepted is an instance of an ELBO, such as Trace_ELBO()")
+            raise TypeError(f"`loss` must be an instance of an ELBO, such as Trace_ELBO(), got {loss!r}")
         boolean(compile, "compile")
         if clip_norm is not None:
             positive(clip_norm, "clip_norm")
@@ -128,12 +126,12 @@ class _Call:
 
 def _checked(optim: Any, compile: bool) -> PyroOptim:
     if not isinstance(optim, PyroOptim):
-        raise TypeError(f'optim: got {optim!r}; accepted is one of pyro.optim, such as `Adam({{"lr": 1e-3}})`')
+        raise TypeError(f'`optim` must be one of pyro.optim, such as `Adam({{"lr": 1e-3}})`, got {optim!r}')
     if optim.pt_clip_args:
-        raise ValueError("optim: got clip_args, which clip each tensor by itself; accepted is `SVI(..., clip_norm=)`")
+        raise ValueError("`optim` must be `SVI(..., clip_norm=)`, got clip_args, which clip each tensor by itself")
     if hasattr(optim, "pt_scheduler_constructor"):
         raise ValueError(
-            f"optim: got {type(optim).__name__}, a scheduler; accepted is an optimizer. After the first step, "
+            f"`optim` must be an optimizer, got {type(optim).__name__}, a scheduler. After the first step, "
             "`svi.optimizer` is one of torch, which a scheduler of torch.optim.lr_scheduler drives"
         )
     constructor: Any = optim.pt_optim_constructor

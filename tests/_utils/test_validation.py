@@ -32,7 +32,7 @@ NUMBERS = {
 @pytest.mark.parametrize("word", ["0.5", None, True, float("nan"), [0.5]])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_no_number_is_refused_by_name(name, word):
-    with pytest.raises(ValueError, match=rf"{name}: got .*; accepted is a"):
+    with pytest.raises(ValueError, match=rf"`{name}` must be a.*got"):
         NUMBERS[name](word)
 
 
@@ -47,26 +47,26 @@ FLAGS = {
 @pytest.mark.parametrize("word", ["no", None, 1])
 @pytest.mark.parametrize("name", FLAGS)
 def test_what_is_neither_true_nor_false_is_refused_by_name(name, word):
-    with pytest.raises(TypeError, match=rf"{name}: got .*; accepted are True and False"):
+    with pytest.raises(TypeError, match=rf"`{name}` must be True and False.*got"):
         FLAGS[name](word)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: networks.standardized(LINEAR, loc="a"), "loc: got 'a'; accepted is a number or a tensor of them"),
-        (lambda: networks.standardized(LINEAR, scale=None), "scale: got None; accepted is a number"),
-        (lambda: priors.Bernoulli(2, probs="a"), "probs: got 'a'; accepted is a number"),
+        (lambda: networks.standardized(LINEAR, loc="a"), "`loc` must be a number or a tensor of them.*got 'a'"),
+        (lambda: networks.standardized(LINEAR, scale=None), "`scale` must be a number.*got None"),
+        (lambda: priors.Bernoulli(2, probs="a"), "`probs` must be a number.*got 'a'"),
         (
             lambda: priors.VampPrior(guides.DiagonalNormal(3, 2, LINEAR), [[0.0] * 3]),
-            "pseudo_data: got a list; accepted is a tensor",
+            "`pseudo_data` must be a tensor.*got a list",
         ),
         (
             lambda: pv.VAE(priors.StandardNormal, vae().encoder, vae().decoder),
-            "prior: got the class StandardNormal; accepted is a module",
+            "`prior` must be a module.*got the class StandardNormal",
         ),
-        (lambda: pv.VAE(vae().prior, None, vae().decoder), "encoder: got a NoneType; accepted is a module"),
-        (lambda: vae().model([[0.0] * 3]), r"x: got a list; accepted is a tensor, \(N, 3\)"),
+        (lambda: pv.VAE(vae().prior, None, vae().decoder), "`encoder` must be a module.*got a NoneType"),
+        (lambda: vae().model([[0.0] * 3]), r"`x` must be a tensor, \(N, 3\).*got a list"),
         (lambda: vae().encode([[0.0] * 3]), r"DiagonalNormal needs a context of shape \(\*, 3\); got a list"),
     ],
 )
@@ -77,7 +77,7 @@ def test_what_is_of_another_kind_is_refused_by_name(make, message):
 
 @pytest.mark.parametrize("hidden", ["ab", None, 2.5, [1.5], ["8"], [True]])
 def test_hidden_sizes_that_are_no_integers_are_refused(hidden):
-    with pytest.raises(ValueError, match=r"hidden: got .*; accepted is a list of positive sizes"):
+    with pytest.raises(ValueError, match=r"`hidden` must be a list of positive sizes.*got"):
         networks.mlp(hidden)
 
 

@@ -126,13 +126,13 @@ def test_the_users_random_streams_are_untouched(make, random_states):
 
 @pytest.mark.parametrize("scale", [0.0, -0.1, math.inf, math.nan])
 def test_an_unusable_scale_is_refused_with_what_was_given(scale):
-    with pytest.raises(ValueError, match=rf"scale: got {scale}; accepted is"):
+    with pytest.raises(ValueError, match=rf"`scale` must be .*got {scale}"):
         datasets.two_gaussians(10, scale=scale)
 
 
 @pytest.mark.parametrize("num_points", [0, -1, 2.5, True])
 def test_an_unusable_number_of_points_is_refused_with_what_was_given(num_points):
-    with pytest.raises(ValueError, match=rf"num_points: got {num_points}; accepted is a positive"):
+    with pytest.raises(ValueError, match=rf"`num_points` must be a positive.*got {num_points}"):
         datasets.two_gaussians(num_points)
 
 
@@ -185,7 +185,7 @@ def test_pixels_strictly_above_the_threshold_are_1(threshold):
     ("make", "accepted"), [(datasets.digits, "'train', 'test', 'all'"), (datasets.mnist, "'train', 'test'")]
 )
 def test_an_unknown_split_is_refused_with_the_known_ones(make, accepted):
-    with pytest.raises(ValueError, match=rf"split: got 'valid'; accepted are {accepted}$"):
+    with pytest.raises(ValueError, match=rf"`split` must be {accepted}$.*got 'valid'"):
         make("valid")
 
 
@@ -281,13 +281,13 @@ def test_nothing_is_drawn_where_nothing_is_random(recipe, random_states):
     ],
 )
 def test_what_is_neither_bytes_nor_grey_values_is_refused_with_what_was_given(recipe, x, found):
-    with pytest.raises(ValueError, match=rf"x: got {found}; accepted are bytes \(torch.uint8\), or grey values"):
+    with pytest.raises(ValueError, match=rf"`x` must be bytes \(torch.uint8\), or grey values.*got {found}"):
         recipe(x)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_grey_values_that_are_no_numbers_are_refused(recipe):
-    with pytest.raises(ValueError, match=r"x: got torch\.float32"):
+    with pytest.raises(ValueError, match=r"`x` must be .*got torch\.float32"):
         recipe(torch.tensor([0.5, math.nan]))
 
 
@@ -295,7 +295,7 @@ def test_grey_values_that_are_no_numbers_are_refused(recipe):
 def test_bytes_that_are_0_and_1_are_refused(recipe):
     """As grey values they would be black all over."""
     x = torch.tensor([[0, 1, 1]], dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"x: got bytes that are 0 and 1, .* binary as `x\.float\(\)`"):
+    with pytest.raises(ValueError, match=r"`x` must be .*got bytes that are 0 and 1, .* binary as `x\.float\(\)`"):
         recipe(x)
     recipe(0 * x)  # a black image is one
 
@@ -305,7 +305,7 @@ def test_no_values_at_all_are_grey_or_refused_by_their_type(recipe):
     for dtype in (torch.uint8, torch.float32):
         assert recipe(torch.zeros(0, 3, dtype=dtype)).shape == (0, 3)
         assert recipe(torch.zeros(3, 0, dtype=dtype)).shape == (3, 0)
-    with pytest.raises(ValueError, match=r"x: got no values, torch\.int64; accepted are bytes"):
+    with pytest.raises(ValueError, match=r"`x` must be bytes.*got no values, torch\.int64"):
         recipe(torch.zeros(0, 3, dtype=torch.int64))
 
 

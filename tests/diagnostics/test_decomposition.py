@@ -390,9 +390,9 @@ def point_guide(x):
 @pytest.mark.parametrize(
     ("model", "guide", "x", "num_samples", "message"),
     [
-        (two_sites_model, product_guide, torch.zeros(5, 2), 1, "num_samples: got 1; accepted is 2 or more"),
-        (two_sites_model, product_guide, torch.zeros(5, 2), 0, "num_samples: got 0"),
-        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "data: got 1 row; accepted are 2 or more"),
+        (two_sites_model, product_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
+        (two_sites_model, product_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
+        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "`data` must be 2 or more.*got 1 row"),
         (per_datum_prior, normal_guide, torch.randn(5, 2), 5, "the prior of its latent 'z' is another for each datum"),
         (point_model, point_guide, torch.randn(5, 2), 5, "its latent 'z' is a point"),
     ],

@@ -223,7 +223,7 @@ def test_more_combinations_than_can_be_summed_over_are_refused_with_their_count(
 @pytest.mark.parametrize("num_draws", [0, -1, 1.5, True])
 def test_no_number_of_draws_is_refused(num_draws):
     vae = vae_of("bernoulli")
-    with pytest.raises(ValueError, match=rf"num_draws: got {num_draws}"):
+    with pytest.raises(ValueError, match=rf"`num_draws` must be .*got {num_draws}"):
         exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
 
 
@@ -414,7 +414,7 @@ def test_enumeration_costs_a_run_for_each_state():
     vae = vae_of("bernoulli")
     assert compare({"exact": enumeration(vae)}, X, repeats=2).evaluations == {"exact": 8}
     assert compare({"exact": enumeration(vae)}, X, evaluations=17, repeats=2).evaluations == {"exact": 16}
-    with pytest.raises(ValueError, match=r"evaluations: got 7; exact takes 8 for each estimate"):
+    with pytest.raises(ValueError, match=r"`evaluations` must be .*got 7; exact takes 8 for each estimate"):
         compare({"exact": enumeration(vae)}, X, evaluations=7, repeats=2)
 
 
@@ -622,14 +622,14 @@ def test_outer_handlers_see_none_of_it():
 
 def test_fewer_evaluations_than_an_estimate_takes_are_refused():
     vae = vae_of("bernoulli")
-    with pytest.raises(ValueError, match=r"evaluations: got 3; four takes 4 for each estimate"):
+    with pytest.raises(ValueError, match=r"`evaluations` must be .*got 3; four takes 4 for each estimate"):
         compare({"four": estimator(vae, LeaveOneOut(4))}, X, evaluations=3)
 
 
 @pytest.mark.parametrize("repeats", [0, 1, -2, 1.5, True])
 def test_no_number_of_repeats_is_refused(repeats):
     vae = vae_of("bernoulli")
-    with pytest.raises(ValueError, match=rf"repeats: got {repeats}"):
+    with pytest.raises(ValueError, match=rf"`repeats` must be .*got {repeats}"):
         compare({"pairs": estimator(vae, DisARM())}, X, repeats=repeats)
 
 
@@ -649,13 +649,13 @@ def test_a_target_of_other_parameters_is_refused():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"elbo": Trace_ELBO}, TypeError, "elbo: got .*; accepted is an instance"),
+        ({"elbo": Trace_ELBO}, TypeError, "`elbo` must be an instance.*got"),
         (
             {"elbo": RenyiELBO(alpha=0, num_particles=3)},
             ValueError,
-            "elbo: got a RenyiELBO, whose weights are not",
+            "`elbo` must be .*got a RenyiELBO, whose weights are not",
         ),
-        ({"elbo": DisARM(), "target": vae_of}, TypeError, r"target: got .*; accepted is a pair"),
+        ({"elbo": DisARM(), "target": vae_of}, TypeError, r"`target` must be a pair.*got"),
     ],
 )
 def test_what_is_no_estimator_is_refused(options, error, message):
@@ -666,11 +666,11 @@ def test_what_is_no_estimator_is_refused(options, error, message):
 @pytest.mark.parametrize(
     ("estimators", "options", "error", "message"),
     [
-        ([], {}, TypeError, r"estimators: got \[\]; accepted is a dict from names to Estimators"),
-        ({}, {}, TypeError, "estimators: got {}"),
-        ({"a": 1}, {}, TypeError, "estimators: got {'a': 1}"),
-        (None, {"evaluations": 2.5}, ValueError, "evaluations: got 2.5"),
-        (None, {"evaluations": True}, ValueError, "evaluations: got True"),
+        ([], {}, TypeError, r"`estimators` must be a dict from names to Estimators.*got \[\]"),
+        ({}, {}, TypeError, "`estimators` must be .*got {}"),
+        ({"a": 1}, {}, TypeError, "`estimators` must be .*got {'a': 1}"),
+        (None, {"evaluations": 2.5}, ValueError, "`evaluations` must be .*got 2.5"),
+        (None, {"evaluations": True}, ValueError, "`evaluations` must be .*got True"),
     ],
 )
 def test_arguments_that_are_none_are_refused(estimators, options, error, message):
@@ -681,7 +681,7 @@ def test_arguments_that_are_none_are_refused(estimators, options, error, message
 
 def test_an_unknown_group_is_refused_with_those_that_are_known():
     found = compare({"pairs": estimator(vae_of("bernoulli"), DisARM())}, X, repeats=3)
-    with pytest.raises(ValueError, match="group: got 'encodr'; accepted are 'all', '"):
+    with pytest.raises(ValueError, match="`group` must be 'all', '.*got 'encodr'"):
         found.table("encodr")
 
 

@@ -119,11 +119,11 @@ def test_its_text_draws_no_random_numbers(random_states):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "cubic"}, "kind: got 'cubic'; accepted are 'affine', 'spline'"),
-        ({"transforms": 0}, "transforms: got 0; accepted is a positive integer"),
-        ({"hidden": [8, 0]}, r"hidden: got \[8, 0\]; accepted is a positive integer or a tuple of them"),
-        ({"context": -1}, "context: got -1; accepted is an integer, 0 or more"),
-        ({"context": 1.5}, "context: got 1.5; accepted is an integer, 0 or more"),
+        ({"kind": "cubic"}, "`kind` must be 'affine', 'spline'.*got 'cubic'"),
+        ({"transforms": 0}, "`transforms` must be a positive integer.*got 0"),
+        ({"hidden": [8, 0]}, r"`hidden` must be a positive integer or a tuple of them.*got \[8, 0\]"),
+        ({"context": -1}, "`context` must be an integer, 0 or more.*got -1"),
+        ({"context": 1.5}, "`context` must be an integer, 0 or more.*got 1.5"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
@@ -370,7 +370,7 @@ def test_a_guide_that_does_not_fit_a_flow_prior_is_told_which_would():
 
 def test_objectives_that_need_products_refuse_flows():
     vae = small_vae(2, "affine")
-    with pytest.raises(ValueError, match=r"FreeBits: site 'z' is a Flow .* accepted are products over the variables"):
+    with pytest.raises(ValueError, match=r"`FreeBits` must be products over the variables.*site 'z' is a Flow"):
         pv.fit(vae.model, vae.guide, torch.randn(9, 2, dtype=torch.float64), epochs=1, elbo=objectives.FreeBits(0.1))
 
 

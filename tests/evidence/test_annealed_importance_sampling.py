@@ -228,7 +228,7 @@ def test_discrete_latents_are_refused():
 
 @pytest.mark.parametrize("argument", ["num_chains", "num_temperatures", "num_leapfrog_steps"])
 def test_numbers_that_are_none_are_refused(argument):
-    with pytest.raises(ValueError, match=rf"{argument}: got 0; accepted is a positive integer"):
+    with pytest.raises(ValueError, match=rf"`{argument}` must be a positive integer.*got 0"):
         pv.annealed_log_evidence(model, guide_of(0.5, 0.4), Y, **{argument: 0})
 
 

@@ -133,11 +133,11 @@ def test_unreliable_estimates_show():
 @pytest.mark.parametrize(
     ("evidence", "error", "message"),
     [
-        ([drawn(5)], TypeError, "evidence: got a list; accepted is a mapping from names to Evidence"),
-        ({}, ValueError, "evidence: got no models; accepted is one or more"),
-        ({"a": -3.2}, TypeError, "evidence: 'a' is a float; accepted are what pv.log_evidence returns"),
-        ({"a": drawn(5, 1)}, ValueError, r"evidence: 'a' has shape \(5, 1\); accepted is \(N,\)"),
-        ({"a": drawn(5), "b": drawn(6)}, ValueError, r"evidence: got {'a': 5, 'b': 6} data; accepted are the same"),
+        ([drawn(5)], TypeError, "`evidence` must be a mapping from names to Evidence.*got a list"),
+        ({}, ValueError, "`evidence` must be one or more.*got no models"),
+        ({"a": -3.2}, TypeError, "`evidence` must be what pv.log_evidence returns.*'a' is a float"),
+        ({"a": drawn(5, 1)}, ValueError, r"`evidence` must be \(N,\).*'a' has shape \(5, 1\)"),
+        ({"a": drawn(5), "b": drawn(6)}, ValueError, r"`evidence` must be the same.*got {'a': 5, 'b': 6} data"),
     ],
 )
 def test_what_is_refused(evidence, error, message):

@@ -157,5 +157,5 @@ def test_discrete_latents_are_refused():
 
 @pytest.mark.parametrize("name", ["draws", "chains", "warmup"])
 def test_counts_are_positive(name):
-    with pytest.raises(ValueError, match=f"{name}: got 0; accepted is a positive integer"):
+    with pytest.raises(ValueError, match=f"`{name}` must be a positive integer.*got 0"):
         pv.reference(linear_vae().model, X, **{name: 0})

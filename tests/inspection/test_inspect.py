@@ -235,11 +235,11 @@ def test_what_a_pair_cannot_be_asked_is_said_with_the_reason():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_rows": 0}, "max_rows: got 0"),
-        ({"max_refined": "a"}, "max_refined: got 'a'"),
-        ({"num_samples": 0}, "num_samples: got 0"),
-        ({"num_samples": 1}, "num_samples: got 1; accepted are 2 or more"),
-        ({"num_simulations": 5}, "num_simulations: got 5; accepted are 10 or more"),
+        ({"max_rows": 0}, "`max_rows` must be .*got 0"),
+        ({"max_refined": "a"}, "`max_refined` must be .*got 'a'"),
+        ({"num_samples": 0}, "`num_samples` must be .*got 0"),
+        ({"num_samples": 1}, "`num_samples` must be 2 or more.*got 1"),
+        ({"num_simulations": 5}, "`num_simulations` must be 10 or more.*got 5"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -330,14 +330,19 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off(digits_page, width):
     ("path", "options", "error", "message"),
     [
         ("nowhere/page.html", {}, FileNotFoundError, "path: there is no folder .*nowhere"),
-        (".", {}, IsADirectoryError, "path: got .*, a folder"),
-        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"labels: got shape \(3,\); .* \(200,\)"),
-        ("page.html", {"labels": ["a"] * 200}, TypeError, "labels: got a list; accepted are whole numbers"),
-        ("page.html", {"labels": torch.arange(200) / 7}, ValueError, "labels: got 0.14.*; accepted are whole"),
-        ("page.html", {"image_shape": (28, 28)}, ValueError, r"image_shape: got \(28, 28\); .* have 4 pixels"),
-        ("page.html", {"image_shape": 2}, ValueError, "image_shape: got 2; accepted are height and width"),
-        ("page.html", {"history": [1.0]}, TypeError, "history: got a list; accepted is `fitted.history`"),
-        ("page.html", {"pictures": {"What?": 3}}, TypeError, "pictures: got a int at 'What.'; accepted is a Figure"),
+        (".", {}, IsADirectoryError, "`path` must be .*got .*, a folder"),
+        ("page.html", {"labels": torch.zeros(3)}, ValueError, r"`labels` must be .*got shape \(3,\); .* \(200,\)"),
+        ("page.html", {"labels": ["a"] * 200}, TypeError, "`labels` must be whole numbers.*got a list"),
+        ("page.html", {"labels": torch.arange(200) / 7}, ValueError, "`labels` must be whole.*got 0.14"),
+        (
+            "page.html",
+            {"image_shape": (28, 28)},
+            ValueError,
+            r"`image_shape` must be .*got \(28, 28\); .* have 4 pixels",
+        ),
+        ("page.html", {"image_shape": 2}, ValueError, "`image_shape` must be height and width.*got 2"),
+        ("page.html", {"history": [1.0]}, TypeError, "`history` must be `fitted.history`.*got a list"),
+        ("page.html", {"pictures": {"What?": 3}}, TypeError, "`pictures` must be a Figure.*got a int at 'What.'"),
     ],
 )
 def test_what_a_page_cannot_be_made_of_is_refused_before_any_work(tmp_path, path, options, error, message):

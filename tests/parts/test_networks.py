@@ -123,12 +123,12 @@ def test_standardized_takes_the_location_off_and_divides_by_the_scale():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((torch.zeros(3),), r"loc: got 3 numbers; accepted are 2, one for each feature"),
-        ((0.0, torch.ones(3)), r"scale: got 3 numbers; accepted are 2"),
-        ((torch.zeros(1, 2),), r"loc: got .*; accepted is a finite number, or a tensor of them, \(in_features,\)"),
-        ((float("nan"),), "loc: got nan; accepted is a finite number"),
-        ((0.0, 0.0), r"scale: got 0.0; accepted are positive numbers"),
-        ((0.0, torch.tensor([1.0, -1.0])), r"scale: got .*; accepted are positive numbers"),
+        ((torch.zeros(3),), r"`loc` must be 2, one for each feature.*got 3 numbers"),
+        ((0.0, torch.ones(3)), r"`scale` must be 2.*got 3 numbers"),
+        ((torch.zeros(1, 2),), r"`loc` must be a finite number, or a tensor of them, \(in_features,\).*got"),
+        ((float("nan"),), "`loc` must be a finite number.*got nan"),
+        ((0.0, 0.0), r"`scale` must be positive numbers.*got 0.0"),
+        ((0.0, torch.tensor([1.0, -1.0])), r"`scale` must be positive numbers.*got"),
     ],
 )
 def test_what_does_not_standardize_is_refused(arguments, complaint):
@@ -138,15 +138,15 @@ def test_what_does_not_standardize_is_refused(arguments, complaint):
 
 @pytest.mark.parametrize("hidden", [32, [0], [32, -1]])
 def test_hidden_sizes_that_are_none_are_refused(hidden):
-    with pytest.raises(ValueError, match=r"hidden: got .*; accepted is a list of positive sizes"):
+    with pytest.raises(ValueError, match=r"`hidden` must be a list of positive sizes.*got"):
         mlp(hidden)
 
 
 @pytest.mark.parametrize("image", [(1, 8, 8), (8, 8), (64,)])
 def test_images_that_do_not_hold_the_features_are_refused(image):
-    with pytest.raises(ValueError, match=r"image: got .*accepted is \(channels, height, width\).*in_features = 49"):
+    with pytest.raises(ValueError, match=r"`image` must be \(channels, height, width\).*in_features = 49.*got"):
         convolutional(image)(49, 2)
-    with pytest.raises(ValueError, match=r"image: got .*accepted is \(channels, height, width\).*out_features"):
+    with pytest.raises(ValueError, match=r"`image` must be \(channels, height, width\).*out_features.*got"):
         deconvolutional(image)(2, 49)
 
 

@@ -96,14 +96,14 @@ def test_temperatures_out_of_range_are_refused(temperature):
         lambda: guides.RelaxedBernoulli(2, 1, linear(), temperature),
         lambda: guides.GumbelSoftmax(2, (1, 2), linear(), temperature),
     ):
-        with pytest.raises(ValueError, match=r"temperature: got .*; accepted is a positive, finite number"):
+        with pytest.raises(ValueError, match=r"`temperature` must be a positive, finite number.*got"):
             build()
 
 
 @pytest.mark.parametrize("probs", [0.0, 1.0, -0.1, math.nan, torch.tensor([0.5, 1.0])])
 def test_bernoulli_probabilities_out_of_range_are_refused(probs):
     for build in (lambda: priors.Bernoulli(2, probs), lambda: priors.RelaxedBernoulli(2, 0.5, probs)):
-        with pytest.raises(ValueError, match=r"probs: got .*strictly between 0 and 1"):
+        with pytest.raises(ValueError, match=r"`probs` must be .*got .*strictly between 0 and 1"):
             build()
 
 
@@ -111,7 +111,7 @@ def test_bernoulli_probabilities_out_of_range_are_refused(probs):
 def test_class_probabilities_that_are_none_are_refused(probs):
     probs = torch.tensor(probs)
     for build in (lambda: priors.OneHotCategorical((1, 2), probs), lambda: priors.GumbelSoftmax((1, 2), 0.5, probs)):
-        with pytest.raises(ValueError, match=r"probs: got .*sum to one by row"):
+        with pytest.raises(ValueError, match=r"`probs` must be .*got .*sum to one by row"):
             build()
 
 
@@ -148,7 +148,7 @@ def test_numbers_of_classes_that_are_none_are_refused(num_classes):
 
 
 def test_missing_is_a_yes_or_no():
-    with pytest.raises(TypeError, match=r"missing: got 0\.3; accepted are True and False"):
+    with pytest.raises(TypeError, match=r"`missing` must be True and False.*got 0\.3"):
         likelihoods.Poisson(1, 2, linear(), missing=0.3)
 
 
@@ -215,9 +215,9 @@ def test_grey_pixels_are_refused_by_a_bernoulli_likelihood_and_taken_by_the_othe
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (torch.nn.Linear(1, 2), "network: got a Linear, a finished module"),
+        (torch.nn.Linear(1, 2), "`network` must be .*got a Linear, a finished module"),
         (linear, r"network: called with \(1, 2\), it says"),
-        (mlp, r"network: called with .*accepted is a factory"),
+        (mlp, r"`network` must be a factory.*called with"),
         (lambda in_features, out_features: 3, "it returned 3"),
     ],
 )
@@ -229,5 +229,5 @@ def test_what_is_no_factory_is_refused_as_one(network, message):
 @pytest.mark.parametrize("outputs", [1, 7])
 def test_a_network_of_another_number_of_outputs_is_refused(outputs):
     part = likelihoods.Normal(1, 2, lambda in_features, out_features: torch.nn.Linear(in_features, outputs))
-    with pytest.raises(ValueError, match=f"network: gives {outputs} outputs; accepted are 2"):
+    with pytest.raises(ValueError, match=f"`network` must be 2.*gives {outputs} outputs"):
         part(torch.zeros(3, 1))

@@ -268,7 +268,7 @@ def test_some_of_the_terms_are_drawn_alone(terms):
 
 @pytest.mark.parametrize("terms", [["loss"], []])
 def test_terms_that_there_are_not_are_refused(terms):
-    with pytest.raises(ValueError, match=r"terms: .* accepted are one or more of \['elbo', 'distortion', 'rate'\]"):
+    with pytest.raises(ValueError, match=r"`terms` must be one or more of \['elbo', 'distortion', 'rate'\]"):
         plots.training_curves(HISTORY, terms=terms)
 
 
@@ -313,8 +313,8 @@ def test_the_gap_is_from_the_last_elbo_to_log_evidence(given, words):
             ValueError,
             r"log_evidence: there is no elbo .* terms are \['rate'",
         ),
-        ({"log_evidence": float("nan")}, ValueError, "log_evidence: got nan; accepted is a finite number"),
-        ({"log_evidence": "-1"}, ValueError, "log_evidence: got '-1'"),
+        ({"log_evidence": float("nan")}, ValueError, "`log_evidence` must be a finite number.*got nan"),
+        ({"log_evidence": "-1"}, ValueError, "`log_evidence` must be .*got '-1'"),
     ],
 )
 def test_a_gap_that_there_is_not_is_refused(options, error, message):
@@ -378,9 +378,9 @@ def test_every_point_of_a_line_has_the_elbo_that_is_written_on_it(models):
 @pytest.mark.parametrize(
     ("models", "error", "message"),
     [
-        ({}, ValueError, "models: got none"),
-        ([(1.0, 2.0)], TypeError, "models: got a list"),
-        ({"a": 3.0}, TypeError, "models: 'a' is 3.0; accepted"),
+        ({}, ValueError, "`models` must be .*got none"),
+        ([(1.0, 2.0)], TypeError, "`models` must be .*got a list"),
+        ({"a": 3.0}, TypeError, "`models` must be .*'a' is 3.0"),
         ({"a": "ab"}, TypeError, "models: 'a' is 'ab'"),
         ({"a": (1.0, 2.0, 3.0)}, TypeError, "models: 'a' is"),
         ({"a": (1.0, float("inf"))}, ValueError, "models: distortion of 'a': got inf"),
@@ -478,9 +478,13 @@ def test_differences_in_the_picture_are_those_of_the_table():
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
-        (lambda: plots.khat(torch.zeros(3)), TypeError, "evidence: got a Tensor; accepted is what pv.log_evidence"),
-        (lambda: plots.khat(SHAPES, sort="no"), TypeError, "sort: got 'no'"),
-        (lambda: plots.evidence_comparison({"a": SHAPES}), TypeError, "table: got a dict; .*pv.compare_evidence"),
+        (lambda: plots.khat(torch.zeros(3)), TypeError, "`evidence` must be what pv.log_evidence.*got a Tensor"),
+        (lambda: plots.khat(SHAPES, sort="no"), TypeError, "`sort` must be .*got 'no'"),
+        (
+            lambda: plots.evidence_comparison({"a": SHAPES}),
+            TypeError,
+            "`table` must be .*got a dict; .*pv.compare_evidence",
+        ),
         (lambda: plots.evidence_comparison(table()[:0]), ValueError, "table: has no rows"),
         (lambda: plots.evidence_comparison(table()[["difference"]]), ValueError, r"table: lacks .*'log_evidence'"),
     ],
@@ -595,26 +599,50 @@ def test_draws_in_pictures_are_those_of_the_seed():
 @pytest.mark.parametrize(
     ("draw", "error", "message"),
     [
-        (lambda: plots.traversals(gaussian(), torch.zeros(1), (1, 2)), TypeError, "decode: got a VAE; .*vae.decode"),
-        (lambda: plots.traversals(decode, torch.zeros(1, 2), (3, 4)), ValueError, r"z: got shape \(1, 2\)"),
-        (lambda: plots.traversals(decode, [0.0, 1.0], (3, 4)), ValueError, "z: got a list"),
-        (lambda: plots.traversals(decode, torch.zeros(2), (3, 5)), ValueError, r"decode: got .*\(14, 15\), of 3 by 5"),
-        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), []), ValueError, r"values: got shape \(0,\)"),
-        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), "a"), TypeError, "values: got 'a'"),
+        (
+            lambda: plots.traversals(gaussian(), torch.zeros(1), (1, 2)),
+            TypeError,
+            "`decode` must be .*got a VAE; .*vae.decode",
+        ),
+        (lambda: plots.traversals(decode, torch.zeros(1, 2), (3, 4)), ValueError, r"`z` must be .*got shape \(1, 2\)"),
+        (lambda: plots.traversals(decode, [0.0, 1.0], (3, 4)), ValueError, "`z` must be .*got a list"),
+        (
+            lambda: plots.traversals(decode, torch.zeros(2), (3, 5)),
+            ValueError,
+            r"`decode` must be .*got .*\(14, 15\), of 3 by 5",
+        ),
+        (
+            lambda: plots.traversals(decode, torch.zeros(2), (3, 4), []),
+            ValueError,
+            r"`values` must be .*got shape \(0,\)",
+        ),
+        (lambda: plots.traversals(decode, torch.zeros(2), (3, 4), "a"), TypeError, "`values` must be .*got 'a'"),
         (
             lambda: plots.traversals(decode, torch.zeros(2), (3, 4), coordinates=[0, 2]),
             ValueError,
-            r"coordinates: got \[0, 2\]; accepted are one or more integers from 0 to 1",
+            r"`coordinates` must be one or more integers from 0 to 1.*got \[0, 2\]",
         ),
         (lambda: plots.reconstructions(gaussian(), IMAGES, (3, 4)), TypeError, "reconstruct: .*vae.reconstruct"),
-        (lambda: plots.reconstructions(lambda x: x, IMAGES, (4, 4)), ValueError, r"x: got .*\(5, 12\); .* 4 by 4 pix"),
+        (
+            lambda: plots.reconstructions(lambda x: x, IMAGES, (4, 4)),
+            ValueError,
+            r"`x` must be .*got .*\(5, 12\); .* 4 by 4 pix",
+        ),
         (lambda: plots.reconstructions(lambda x: x[:2], IMAGES, (3, 4)), ValueError, r"reconstruct: .*\(5, 12\), of"),
-        (lambda: plots.reconstructions(lambda x: x, IMAGES, (3, 4), columns=0), ValueError, "columns: got 0"),
+        (
+            lambda: plots.reconstructions(lambda x: x, IMAGES, (3, 4), columns=0),
+            ValueError,
+            "`columns` must be .*got 0",
+        ),
         (lambda: plots.samples(gaussian(), (3, 4)), TypeError, "generate: .*vae.generate"),
-        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=4), ValueError, r"generate: got .*\(5, 12\)"),
-        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=0), ValueError, "count: got 0"),
-        (lambda: plots.manifold(decode, (3, 5), size=2), ValueError, r"decode: got shape \(4, 12\)"),
-        (lambda: plots.image_grid(IMAGES, 3), ValueError, r"images: got shape \(5, 12\)"),
+        (
+            lambda: plots.samples(lambda count: IMAGES, (3, 4), count=4),
+            ValueError,
+            r"`generate` must be .*got .*\(5, 12\)",
+        ),
+        (lambda: plots.samples(lambda count: IMAGES, (3, 4), count=0), ValueError, "`count` must be .*got 0"),
+        (lambda: plots.manifold(decode, (3, 5), size=2), ValueError, r"`decode` must be .*got shape \(4, 12\)"),
+        (lambda: plots.image_grid(IMAGES, 3), ValueError, r"`images` must be .*got shape \(5, 12\)"),
     ],
 )
 def test_images_that_cannot_be_drawn_are_refused_by_name(draw, error, message):
@@ -732,7 +760,7 @@ def test_a_latent_of_three_variables_is_refused():
 
 def test_a_posterior_of_two_data_is_refused():
     vae = gaussian()
-    with pytest.raises(ValueError, match=r"datum: got 4 rows; accepted is one"):
+    with pytest.raises(ValueError, match=r"`datum` must be one.*got 4 rows"):
         plots.posterior(vae.model, vae.guide, X)
 
 
@@ -866,7 +894,7 @@ def test_more_than_can_be_drawn_is_refused():
     with pytest.raises(ValueError, match=r"accepted is \(N, 1\) or \(N, 2\)"):
         plots.latent_map(torch.zeros(4, 3), torch.zeros(4))
     vae = gaussian()
-    with pytest.raises(ValueError, match="datum: got 3 rows"):
+    with pytest.raises(ValueError, match="`datum` must be .*got 3 rows"):
         plots.posterior(vae.model, vae.guide, torch.zeros(3, 2))
 
 
@@ -874,5 +902,5 @@ def test_a_comparison_without_noise_has_nothing_to_draw_and_says_so():
     alone = Comparison({"enumerated": COMPARISON.measured["enumerated"]}, {"enumerated": 8})
     with pytest.raises(ValueError, match="comparison: has no estimator with noise"):
         plots.bias_variance(alone)
-    with pytest.raises(ValueError, match="group: got 'encodr'; accepted are 'all'"):
+    with pytest.raises(ValueError, match="`group` must be 'all'.*got 'encodr'"):
         plots.bias_variance(COMPARISON, "encodr")

@@ -202,7 +202,7 @@ def test_paths_that_are_no_file_are_refused_by_name(tmp_path):
             action(tmp_path)
         with pytest.raises(ValueError, match="'/dev/null' is a device or the like; accepted is a file"):
             action("/dev/null")
-        with pytest.raises(TypeError, match="path: got a int; accepted is the path of a file"):
+        with pytest.raises(TypeError, match="`path` must be the path of a file.*got a int"):
             action(3)
 
 
@@ -212,9 +212,9 @@ def test_paths_that_are_no_file_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"a": {1: 2}}, r"header\['a'\]: got the key 1; accepted are strings"),
-        ({"a": [0, torch.ones(1)]}, r"header\['a'\]\[1\]: got a Tensor; accepted are dictionaries, lists"),
-        ({"a": np.int64(3)}, r"header\['a'\]: got a int64; accepted are"),
+        ({"a": {1: 2}}, r"`header\['a'\]` must be strings.*got the key 1"),
+        ({"a": [0, torch.ones(1)]}, r"`header\['a'\]\[1\]` must be dictionaries, lists.*got a Tensor"),
+        ({"a": np.int64(3)}, r"`header\['a'\]` must be .*got a int64"),
         ({"a": 10**5000}, "header: Exceeds the limit"),
     ],
 )
@@ -228,8 +228,8 @@ def test_a_header_that_json_would_change_is_refused(path, header, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"w": 3.0}, r"tensors\['w'\]: got a float; accepted is a dense tensor"),
-        ({3: torch.ones(1)}, "tensors: got the name 3; accepted are strings"),
+        ({"w": 3.0}, r"`tensors\['w'\]` must be a dense tensor.*got a float"),
+        ({3: torch.ones(1)}, "`tensors` must be strings.*got the name 3"),
         ({"w": torch.ones(2).to_sparse()}, r"tensors\['w'\]: got a torch.sparse_coo tensor"),
         ({"w": torch.ones(2, device="meta")}, r"tensors\['w'\]: got a torch.strided tensor on meta"),
     ],
@@ -240,7 +240,7 @@ def test_what_is_no_plain_tensor_is_refused(path, tensors, message):
 
 
 def test_a_header_that_is_no_dictionary_is_refused(path):
-    with pytest.raises(TypeError, match="header: got a list; accepted is a dictionary"):
+    with pytest.raises(TypeError, match="`header` must be a dictionary.*got a list"):
         tensor_file.write(path, "model", [], {})
 
 

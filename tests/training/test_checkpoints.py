@@ -166,15 +166,15 @@ def test_where_all_are_damaged_nothing_is_done(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 15}, "batch_size: got 15; accepted is 10, that of the run in '.*', or another folder"),
-        ({"batch_size": None}, "batch_size: got 30; accepted is 10"),
-        ({"seed": 6}, "seed: got 6; accepted is 5"),
-        ({"compile": True}, "compile: got True; accepted is False"),
-        ({"elbo": TraceMeanField_ELBO()}, "elbo: got 'TraceMeanField_ELBO'; accepted is 'Trace_ELBO'"),
-        ({"data": X[:29]}, r"data: got '\(29, 2\) float32, .*; accepted is '\(30, 2\) float32"),
-        ({"data": X.flip(0)}, r"data: got '\(30, 2\) float32, checksum \w+'; accepted is '\(30, 2\) float32, checksum"),
-        ({"data": X + 1e-3}, "data: got .*checksum"),
-        ({"validation": HELD_OUT}, "validation: got .*; accepted is None"),
+        ({"batch_size": 15}, "`batch_size` must be 10, that of the run in '.*', or another folder.*got 15"),
+        ({"batch_size": None}, "`batch_size` must be 10.*got 30"),
+        ({"seed": 6}, "`seed` must be 5.*got 6"),
+        ({"compile": True}, "`compile` must be False.*got True"),
+        ({"elbo": TraceMeanField_ELBO()}, "`elbo` must be 'Trace_ELBO'.*got 'TraceMeanField_ELBO'"),
+        ({"data": X[:29]}, r"`data` must be '\(30, 2\) float32.*got '\(29, 2\) float32,"),
+        ({"data": X.flip(0)}, r"`data` must be '\(30, 2\) float32, checksum.*got '\(30, 2\) float32, checksum \w+'"),
+        ({"data": X + 1e-3}, "`data` must be .*got .*checksum"),
+        ({"validation": HELD_OUT}, "`validation` must be None.*got"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changes, message, tmp_path):
@@ -263,9 +263,9 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "error", "message"),
     [
-        (3, TypeError, "folder: got a int; accepted is the path of a folder"),
-        ("a file", ValueError, "folder: '.*' is a file; accepted is a folder"),
-        ("a file/in it", OSError, r"checkpoints: the folder '.*' cannot be made \(.*\); accepted is a folder in which"),
+        (3, TypeError, "`folder` must be the path of a folder.*got a int"),
+        ("a file", ValueError, "`folder` must be a folder.*'.*' is a file"),
+        ("a file/in it", OSError, r"`checkpoints` must be a folder in which.*the folder '.*' cannot be made \(.*\)"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_before_any_work(folder, error, message, tmp_path):
@@ -292,9 +292,9 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(tmp_path, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_steps": 0}, "every_steps: got 0"),
-        ({"every_seconds": 0}, "every_seconds: got 0"),
-        ({"every_seconds": float("nan")}, "every_seconds: got nan"),
+        ({"every_steps": 0}, "`every_steps` must be .*got 0"),
+        ({"every_seconds": 0}, "`every_seconds` must be .*got 0"),
+        ({"every_seconds": float("nan")}, "`every_seconds` must be .*got nan"),
     ],
 )
 def test_intervals_that_are_none_are_refused(options, message, tmp_path):

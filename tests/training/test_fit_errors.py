@@ -39,36 +39,36 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data": [1.0, 2.0]}, TypeError, "data: got a float"),
-        ({"data": np.zeros((3, 2))}, TypeError, "data: got a ndarray"),
-        ({"data": []}, ValueError, "data: got no tensor"),
-        ({"data": torch.zeros(0, 2)}, ValueError, r"data: got shape \(0, 2\), without rows"),
-        ({"data": torch.zeros(())}, ValueError, r"data: got shape \(\), without rows"),
-        ({"data": torch.zeros(4, 3)}, ValueError, r"x: got shape \(4, 3\); accepted is \(N, 2\)"),
+        ({"data": [1.0, 2.0]}, TypeError, "`data` must be .*got a float"),
+        ({"data": np.zeros((3, 2))}, TypeError, "`data` must be .*got a ndarray"),
+        ({"data": []}, ValueError, "`data` must be .*got no tensor"),
+        ({"data": torch.zeros(0, 2)}, ValueError, r"`data` must be .*got shape \(0, 2\), without rows"),
+        ({"data": torch.zeros(())}, ValueError, r"`data` must be .*got shape \(\), without rows"),
+        ({"data": torch.zeros(4, 3)}, ValueError, r"`x` must be \(N, 2\).*got shape \(4, 3\)"),
         ({"data": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, "got a context of torch.float64"),
         ({"data": torch.zeros(4, 2, dtype=torch.long)}, TypeError, "got a context of torch.int64"),
         ({"data": NAN}, ValueError, r"data: holds nan at row 1, column \(1,\)"),
         ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"data: holds inf at row 1"),
         ({"data": (torch.zeros(4, 2), torch.zeros(3, 2))}, ValueError, "4 and 3 rows"),
-        ({"epochs": 0}, ValueError, "epochs: got 0"),
-        ({"epochs": 2.5}, ValueError, "epochs: got 2.5"),
-        ({"batch_size": 0}, ValueError, "batch_size: got 0; accepted is a positive integer"),
-        ({"batch_size": -3}, ValueError, "batch_size: got -3"),
-        ({"batch_size": True}, ValueError, "batch_size: got True"),
-        ({"lr": 0.0}, ValueError, "lr: got 0.0"),
-        ({"lr": math.nan}, ValueError, "lr: got nan"),
-        ({"lr": lambda step: math.nan}, ValueError, "lr: at step 0: got nan; accepted is a finite number"),
-        ({"lr": lambda step: -1.0}, ValueError, "lr: at step 0: got -1.0; accepted is a finite number, 0 or more"),
+        ({"epochs": 0}, ValueError, "`epochs` must be .*got 0"),
+        ({"epochs": 2.5}, ValueError, "`epochs` must be .*got 2.5"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be a positive integer.*got 0"),
+        ({"batch_size": -3}, ValueError, "`batch_size` must be .*got -3"),
+        ({"batch_size": True}, ValueError, "`batch_size` must be .*got True"),
+        ({"lr": 0.0}, ValueError, "`lr` must be .*got 0.0"),
+        ({"lr": math.nan}, ValueError, "`lr` must be .*got nan"),
+        ({"lr": lambda step: math.nan}, ValueError, "`lr` must be a finite number.*at step 0: got nan"),
+        ({"lr": lambda step: -1.0}, ValueError, "`lr` must be a finite number, 0 or more.*at step 0: got -1.0"),
         (
             {"schedules": {torch.zeros(()): lambda step: "a"}},
             ValueError,
-            "schedules: at step 0: got 'a'; accepted is a",
+            "`schedules` must be a.*at step 0: got 'a'",
         ),
-        ({"validation": torch.zeros(3, 3)}, ValueError, r"validation: got rows of shape \(3,\)"),
+        ({"validation": torch.zeros(3, 3)}, ValueError, r"`validation` must be .*got rows of shape \(3,\)"),
         ({"validation": NAN}, ValueError, "validation: holds nan"),
         ({"elbo": TraceEnum_ELBO()}, ValueError, "TraceEnum_ELBO found nothing to enumerate"),
         ({"plate": "rows", "batch_size": 2}, ValueError, "plate 'rows'"),
-        ({"plate": "rows"}, ValueError, "plate: got 'rows'; accepted is"),
+        ({"plate": "rows"}, ValueError, "`plate` must be .*got 'rows'"),
     ],
 )
 def test_unusable_arguments_are_refused_by_name(changes, error, message):
@@ -165,9 +165,9 @@ def test_a_guide_marked_for_enumeration_needs_the_elbo_for_it(x):
 
 def test_a_class_in_place_of_an_elbo_and_a_vae_in_place_of_its_functions_are_refused(x):
     vae = gaussian_vae()
-    with pytest.raises(TypeError, match=r"elbo: got .*accepted is an instance"):
+    with pytest.raises(TypeError, match=r"`elbo` must be an instance.*got"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO)
-    with pytest.raises(TypeError, match=r"model: got a VAE, a pair of functions; accepted is one of them, `vae.model`"):
+    with pytest.raises(TypeError, match=r"`model` must be one of them, `vae.model`.*got a VAE, a pair of functions"):
         pv.fit(vae, vae.guide, x, epochs=1)
 
 

@@ -96,15 +96,15 @@ def test_very_many_steps_end_at_the_floor_and_not_in_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 0.0, "rate": 0.1}, "start: got 0.0; accepted is a positive"),
-        ({"start": -1.0, "rate": 0.1}, "start: got -1.0"),
-        ({"start": math.nan, "rate": 0.1}, "start: got nan"),
-        ({"start": 1.0, "rate": -0.1}, r"rate: got -0\.1; accepted is a finite number, 0 or more"),
-        ({"start": 1.0, "rate": math.inf}, "rate: got inf"),
-        ({"start": 1.0, "rate": 0.1, "floor": -0.5}, r"floor: got -0\.5"),
-        ({"start": 1.0, "rate": 0.1, "floor": math.nan}, "floor: got nan"),
-        ({"start": 1.0, "rate": 0.1, "every": 0}, "every: got 0; accepted is a positive integer"),
-        ({"start": 1.0, "rate": 0.1, "every": 2.5}, r"every: got 2\.5"),
+        ({"start": 0.0, "rate": 0.1}, "`start` must be a positive.*got 0.0"),
+        ({"start": -1.0, "rate": 0.1}, "`start` must be .*got -1.0"),
+        ({"start": math.nan, "rate": 0.1}, "`start` must be .*got nan"),
+        ({"start": 1.0, "rate": -0.1}, r"`rate` must be a finite number, 0 or more.*got -0\.1"),
+        ({"start": 1.0, "rate": math.inf}, "`rate` must be .*got inf"),
+        ({"start": 1.0, "rate": 0.1, "floor": -0.5}, r"`floor` must be .*got -0\.5"),
+        ({"start": 1.0, "rate": 0.1, "floor": math.nan}, "`floor` must be .*got nan"),
+        ({"start": 1.0, "rate": 0.1, "every": 0}, "`every` must be a positive integer.*got 0"),
+        ({"start": 1.0, "rate": 0.1, "every": 2.5}, r"`every` must be .*got 2\.5"),
     ],
 )
 def test_what_is_no_decay_is_refused(options, message):
@@ -132,12 +132,12 @@ def test_a_cycle_is_a_line_and_a_rest_over_and_over():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: linear(0.0, 1.0, steps=0), "steps: got 0; accepted is a positive integer"),
-        (lambda: linear(math.nan, 1.0, steps=3), "start: got nan; accepted is a finite number"),
-        (lambda: cyclical(0.0, math.inf, period=3), "end: got inf"),
-        (lambda: cyclical(0.0, 1.0, period=2.5), r"period: got 2\.5"),
-        (lambda: cyclical(0.0, 1.0, period=3, rise=0.0), "rise: got 0.0; accepted is a share above 0"),
-        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "rise: got 1.5"),
+        (lambda: linear(0.0, 1.0, steps=0), "`steps` must be a positive integer.*got 0"),
+        (lambda: linear(math.nan, 1.0, steps=3), "`start` must be a finite number.*got nan"),
+        (lambda: cyclical(0.0, math.inf, period=3), "`end` must be .*got inf"),
+        (lambda: cyclical(0.0, 1.0, period=2.5), r"`period` must be .*got 2\.5"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=0.0), "`rise` must be a share above 0.*got 0.0"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "`rise` must be .*got 1.5"),
     ],
 )
 def test_what_is_no_warm_up_is_refused(make, message):
@@ -308,14 +308,18 @@ def test_a_scheduler_drives_a_run_as_torch_does(compile, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lr_scheduler.ReduceLROnPlateau, TypeError, "make: got <class.*ReduceLROnPlateau, which looks at losses"),
+        (
+            lr_scheduler.ReduceLROnPlateau,
+            TypeError,
+            "`make` must be .*got <class.*ReduceLROnPlateau, which looks at losses",
+        ),
         (
             lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer),
             TypeError,
             "make: gives a ReduceLROnPlateau; acc",
         ),
-        (lambda optimizer: 0.1, TypeError, "make: gives a float; accepted is a function from an optimizer to a sched"),
-        (0.1, TypeError, "make: got 0.1; accepted is a function"),
+        (lambda optimizer: 0.1, TypeError, "`make` must be a function from an optimizer to a sched.*gives a float"),
+        (0.1, TypeError, "`make` must be a function.*got 0.1"),
         (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 9), ValueError, "momentum.*cycle_momentum=False"),
     ],
 )
@@ -332,7 +336,7 @@ def test_a_scheduler_that_is_over_says_so():
 
 
 def test_a_start_that_is_no_rate_is_refused():
-    with pytest.raises(ValueError, match="start: got 0"):
+    with pytest.raises(ValueError, match="`start` must be .*got 0"):
         from_torch(SCHEDULERS["StepLR"], start=0)
 
 
@@ -377,7 +381,7 @@ def test_the_users_random_streams_are_as_before(random_states):
 )
 def test_other_keys_are_refused_before_the_first_step(value):
     watched = Watched()
-    with pytest.raises(ValueError, match=r"schedules: got .* as a key; accepted is a 0-dim tensor without gradient"):
+    with pytest.raises(ValueError, match=r"`schedules` must be a 0-dim tensor without gradient.*got .* as a key"):
         pv.fit(watched.model, watched.guide, X, epochs=1, schedules={value: exponential(1.0, 0.1)})
     assert watched.seen == []
 
@@ -386,13 +390,13 @@ def test_other_keys_are_refused_before_the_first_step(value):
 def test_pairs_that_are_no_dict_are_refused_before_the_first_step(form):
     watched = Watched()
     pairs = form([(watched.scale, exponential(1.0, 0.1))])
-    with pytest.raises(TypeError, match=rf"schedules: got a {form.__name__}; accepted is a dict from tensors to"):
+    with pytest.raises(TypeError, match=rf"`schedules` must be a dict from tensors to.*got a {form.__name__}"):
         pv.fit(watched.model, watched.guide, X, epochs=1, schedules=pairs)
     assert watched.seen == []
 
 
 def test_what_is_no_function_is_refused_before_the_first_step():
     watched = Watched()
-    with pytest.raises(TypeError, match=r"schedules: got 0\.5; accepted is a function of the step"):
+    with pytest.raises(TypeError, match=r"`schedules` must be a function of the step.*got 0\.5"):
         watched.fit(0.5)
     assert watched.seen == []

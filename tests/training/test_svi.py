@@ -287,5 +287,5 @@ def test_the_popular_loss_has_the_gradients_of_the_gaussian_that_it_is():
 
 @pytest.mark.parametrize("kl_weight", [0.0, -1.0, float("nan"), "small"])
 def test_a_weight_of_the_kl_that_is_no_variance_is_refused(kl_weight):
-    with pytest.raises(ValueError, match=r"kl_weight: got .*accepted is a positive"):
+    with pytest.raises(ValueError, match=r"`kl_weight` must be a positive.*got"):
         likelihoods.Normal.mse(2, 3, NET, kl_weight)

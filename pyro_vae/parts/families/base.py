@@ -34,7 +34,7 @@ class Family(constructor_args.Recorded, nn.Module):
     def __call__(self, raw: Tensor) -> dist.TorchDistribution:
         """The distribution; of too many raw outputs some would be left unread, without a word."""
         if not isinstance(raw, Tensor) or raw.shape[-1:] != (self.num_raw,):
-            raise ValueError(f"raw: got {describe(raw)}; accepted is (*, {self.num_raw}), the raw outputs of {self}")
+            raise ValueError(f"`raw` must be (*, {self.num_raw}), the raw outputs of {self}, got {describe(raw)}")
         return super().__call__(raw)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
@@ -53,7 +53,7 @@ class Family(constructor_args.Recorded, nn.Module):
     def _declare(self, name: str, kind: str | float) -> int:
         """Make what a positive quantity of this kind is held in; how many raw outputs it takes."""
         if isinstance(kind, str) and kind not in _KINDS:
-            raise ValueError(f"{name}: got {kind!r}; accepted are {', '.join(map(repr, _KINDS))} or a number")
+            raise ValueError(f"`{name}` must be {', '.join(map(repr, _KINDS))} or a number, got {kind!r}")
         if not isinstance(kind, str):
             self.register_buffer(f"fixed_{name}", torch.tensor(positive(kind, name)))
         elif kind != "network":

@@ -66,7 +66,7 @@ class Categorical(Family):
         super().__init__(event_shape)
         self.num_classes = positive_int(num_classes, "num_classes")
         if num_classes < 2:
-            raise ValueError(f"num_classes: got {num_classes}; accepted is an integer of 2 or more")
+            raise ValueError(f"`num_classes` must be an integer of 2 or more, got {num_classes}")
         self.num_raw = self.num_classes * self.event_shape.numel()
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
@@ -129,7 +129,7 @@ class _OneHot(Family):
         super().__init__(event_shape)
         if len(self.event_shape) != 2 or self.event_shape[1] < 2:
             raise ValueError(
-                f"event_shape: got {tuple(self.event_shape)}; accepted is (n, k), n one-hot variables of k >= 2 classes"
+                f"`event_shape` must be (n, k), n one-hot variables of k >= 2 classes, got {tuple(self.event_shape)}"
             )
         self.num_raw = self.event_shape.numel()
 

@@ -22,7 +22,7 @@ class _Vector(Family):
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__(event_shape)
         if len(self.event_shape) != 1:
-            raise ValueError(f"event_shape: got {tuple(self.event_shape)}; accepted is (D,), one vector")
+            raise ValueError(f"`event_shape` must be (D,), one vector, got {tuple(self.event_shape)}")
         self.size = self.event_shape[0]
 
 
@@ -63,7 +63,7 @@ class LowRankNormal(_Vector):
         super().__init__(event_shape)
         self.rank = positive_int(rank, "rank")
         if rank > self.size:
-            raise ValueError(f"rank: got {rank}; accepted is 1 to {self.size}, the size of the vector")
+            raise ValueError(f"`rank` must be 1 to {self.size}, the size of the vector, got {rank}")
         self.num_raw = self.size * (2 + self.rank)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
@@ -167,9 +167,9 @@ class Flow(Family):
     ):
         super().__init__(event_shape)
         if kind not in flow.KINDS:
-            raise ValueError(f"kind: got {kind!r}; accepted are {', '.join(map(repr, flow.KINDS))}")
+            raise ValueError(f"`kind` must be {', '.join(map(repr, flow.KINDS))}, got {kind!r}")
         if type(context) is not int or context < 0:
-            raise ValueError(f"context: got {context!r}; accepted is an integer, 0 or more")
+            raise ValueError(f"`context` must be an integer, 0 or more, got {context!r}")
         self.kind = kind
         self.transforms = positive_int(transforms, "transforms")
         self.hidden = tuple(as_shape(hidden, "hidden"))

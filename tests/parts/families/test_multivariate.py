@@ -163,11 +163,11 @@ def _covariance(q):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: multivariate.FullRankNormal((2, 3)), r"event_shape: got \(2, 3\); accepted is \(D,\), one vector"),
-        (lambda: multivariate.LowRankNormal(3, 4), "rank: got 4; accepted is 1 to 3"),
-        (lambda: multivariate.LowRankNormal(3, 0), "rank: got 0"),
-        (lambda: guides.MixtureOfNormals(3, 2, TANH, num_components=0), "num_components: got 0"),
-        (lambda: priors.MixtureOfNormals(2, 1.5), "num_components: got 1.5"),
+        (lambda: multivariate.FullRankNormal((2, 3)), r"`event_shape` must be \(D,\), one vector.*got \(2, 3\)"),
+        (lambda: multivariate.LowRankNormal(3, 4), "`rank` must be 1 to 3.*got 4"),
+        (lambda: multivariate.LowRankNormal(3, 0), "`rank` must be .*got 0"),
+        (lambda: guides.MixtureOfNormals(3, 2, TANH, num_components=0), "`num_components` must be .*got 0"),
+        (lambda: priors.MixtureOfNormals(2, 1.5), "`num_components` must be .*got 1.5"),
     ],
 )
 def test_what_is_no_family_is_refused(make, message):
@@ -354,20 +354,32 @@ def test_the_optimal_prior_is_the_average_of_the_guide_over_the_data():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: priors.VampPrior(GUIDES["diagonal"](2), torch.randn(3)), ValueError, r"pseudo_data: got shape \(3,\)"),
+        (
+            lambda: priors.VampPrior(GUIDES["diagonal"](2), torch.randn(3)),
+            ValueError,
+            r"`pseudo_data` must be .*got shape \(3,\)",
+        ),
         (
             lambda: priors.VampPrior(GUIDES["diagonal"](2), torch.randn(4, 2)),
             ValueError,
             r"accepted is \(K, 3\), K >= 1",
         ),
         (lambda: priors.VampPrior(GUIDES["diagonal"](2), torch.randn(0, 3)), ValueError, "K >= 1"),
-        (lambda: priors.VampPrior(guides.Bernoulli(3, 2, TANH), torch.randn(4, 3)), ValueError, "encoder: got a Bern"),
+        (
+            lambda: priors.VampPrior(guides.Bernoulli(3, 2, TANH), torch.randn(4, 3)),
+            ValueError,
+            "`encoder` must be .*got a Bern",
+        ),
         (
             lambda: priors.VampPrior(guides.RelaxedBernoulli(3, 2, TANH, 0.5), torch.randn(4, 3)),
             ValueError,
-            "encoder: got a RelaxedBernoulli; accepted is a guide of Gaussian latents",
+            "`encoder` must be a guide of Gaussian latents.*got a RelaxedBernoulli",
         ),
-        (lambda: priors.VampPrior(GUIDES["per datum"](2), torch.randn(4, 3)), TypeError, "encoder: got a PerDatum"),
+        (
+            lambda: priors.VampPrior(GUIDES["per datum"](2), torch.randn(4, 3)),
+            TypeError,
+            "`encoder` must be .*got a PerDatum",
+        ),
     ],
 )
 def test_what_is_no_vamp_prior_is_refused(make, error, message):
@@ -476,7 +488,7 @@ def test_a_mixture_for_each_datum_starts_with_components_that_differ_and_finds_b
 
 def test_other_data_than_its_own_are_refused():
     vae = linear_vae(guides.PerDatum(families.Normal(2), 6))
-    with pytest.raises(ValueError, match="PerDatum: got 4 rows; accepted are the 6 data that it was made for"):
+    with pytest.raises(ValueError, match="`PerDatum` must be the 6 data that it was made for.*got 4 rows"):
         vae.encode(X[:4].float())
     with pytest.raises(ValueError, match="6"):
         vae.guide(X[:4].float())
@@ -487,14 +499,14 @@ def test_other_data_than_its_own_are_refused():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: guides.PerDatum(families.Normal(2), 0), ValueError, "raw: got 0"),
+        (lambda: guides.PerDatum(families.Normal(2), 0), ValueError, "`raw` must be .*got 0"),
         (
             lambda: guides.PerDatum(families.Normal(2), torch.zeros(5, 3)),
             ValueError,
-            r"raw: got shape \(5, 3\); .*\(N, 4\)",
+            r"`raw` must be .*got shape \(5, 3\); .*\(N, 4\)",
         ),
-        (lambda: guides.PerDatum.refining(priors.Normal(2), X), TypeError, "encoder: got a Normal"),
-        (lambda: guides.PerDatum(2, 5), TypeError, "family: got a int; accepted is a family"),
+        (lambda: guides.PerDatum.refining(priors.Normal(2), X), TypeError, "`encoder` must be .*got a Normal"),
+        (lambda: guides.PerDatum(2, 5), TypeError, "`family` must be a family.*got a int"),
     ],
 )
 def test_what_is_no_guide_for_each_datum_is_refused(make, error, message):
