@@ -53,6 +53,12 @@ def describe(value: object) -> str:
     return f"a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
 
 
+def _in_words(name: str) -> str:
+    """Quote the name of an argument, and not what follows a colon: ``lr: at step 3`` is "`lr` at step 3"."""
+    argument, _, where = name.partition(": ")
+    return f"`{argument}` {where}".rstrip()
+
+
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether ``value`` is an integer, of Python or NumPy; ``True`` is none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -118,7 +124,7 @@ def number(value: object, name: str, least: float = -math.inf) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or float(value) < least:
         bound = "" if least == -math.inf else f", {least:g} or more"
-        raise ValueError(f"`{name}` must be a finite number{bound}, got {value!r}")
+        raise ValueError(f"{_in_words(name)} must be a finite number{bound}, got {value!r}")
     return float(value)
 
 
@@ -205,13 +211,15 @@ def real_tensor(value: Any, name: str, expected: str) -> Tensor:
     ValueError: `x` must be a tensor, got a torch.float32 tensor of shape (2,) on meta, which holds no values
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be {expected}, got {describe(value)}")
+        raise TypeError(f"{_in_words(name)} must be {expected}, got {describe(value)}")
     if value.is_complex():
-        raise TypeError(f"`{name}` must be {expected}, of real numbers, got {describe(value)}")
+        raise TypeError(f"{_in_words(name)} must be {expected}, of real numbers, got {describe(value)}")
     if value.is_meta:
-        raise ValueError(f"`{name}` must be {expected}, got {describe(value)}, which holds no values")
+        raise ValueError(f"{_in_words(name)} must be {expected}, got {describe(value)}, which holds no values")
     if value.layout != torch.strided:
-        raise TypeError(f"`{name}` must be {expected}, dense: `x.to_dense()`, got {describe(value)}, {value.layout}")
+        raise TypeError(
+            f"{_in_words(name)} must be {expected}, dense: `x.to_dense()`, got {describe(value)}, {value.layout}"
+        )
     return value
 
 
@@ -249,11 +257,17 @@ def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     return found.long()
 
 
-def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    """The data as tensors of one number of rows, all finite or NaN: whether NaN is expected, the model will tell.
+class DataTensors(tuple[Tensor, ...]):
+    """Data that :func:`data_tensors` has checked."""
 
-    :mod:`pyro_vae.distributions.missing` asks it.
+
+def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
+    """Return the data as tensors of one number of rows, finite or NaN.
+
+    Whether the model accepts NaN is checked by :func:`pyro_vae.distributions.missing.check_missing`.
     """
+    if isinstance(data, DataTensors):
+        return data
     expected = "a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
     if not isinstance(data, Tensor | Sequence):
         raise TypeError(f"`{name}` must be {expected}, got {describe(data)}")
@@ -274,7 +288,7 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
             raise ValueError(f"`{name}` must hold finite numbers, got {tensor[(row, *column)].item()} at {where}")
     if not tensors:
         raise ValueError(f"`{name}` must be {expected}, got no tensor")
-    return tensors
+    return DataTensors(tensors)
 
 
 def rows_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:

@@ -20,7 +20,6 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
@@ -31,6 +30,7 @@ from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.handlers import ResampleObserved
+from pyro_vae.model_guide import is_amortized
 
 __all__ = [
     "ALL",

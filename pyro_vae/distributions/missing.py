@@ -10,23 +10,18 @@ right where the chance that an entry is missing does not hang on its value, give
 Source: Rubin 1976, "Inference and missing data".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae._utils.param_store import scoped_param_store
-from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import observed_sites
-from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import describe, first_index
 
-__all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
+__all__ = ["WithMissing", "accepts_missing", "check_missing", "first_missing", "with_missing"]
 
 
 class _OrMissing(constraints.Constraint):
@@ -130,11 +125,12 @@ def with_missing(distribution: Any) -> Any:
     return WithMissing(distribution)
 
 
-def _accepts(fn: Any) -> bool:
-    while not isinstance(fn, WithMissing):
-        if not hasattr(fn, "base_dist"):
+def accepts_missing(distribution: Any) -> bool:
+    """Whether a distribution takes NaN as a missing entry."""
+    while not isinstance(distribution, WithMissing):
+        if not hasattr(distribution, "base_dist"):
             return False
-        fn = fn.base_dist
+        distribution = distribution.base_dist
     return True
 
 
@@ -151,23 +147,26 @@ def first_missing(data: Sequence[Tensor]) -> str | None:
     return None
 
 
-def check_model(model: Function, data: Sequence[Tensor], name: str) -> None:
-    """Refuse NaN in the data of a model whose observed sites do not take it: none does, or one that is handed NaN.
+def check_missing(
+    observed: Iterable[dict[str, Any]], data: Sequence[Tensor], name: str, error: Exception | None = None
+) -> None:
+    """Raise if data hold NaN that a model does not accept.
 
-    Without NaN the model is not run.
+    Args:
+        observed: the observed sites of the model on these data, or on some of their rows.
+        data: what the model takes.
+        name: of the data in the error.
+        error: what the model raised on the data, such as for a parameter that is computed from NaN.
+
+    Raises:
+        ValueError: if an observed site that holds NaN does not accept it; or, where none of the sites holds the NaN of
+            the data, if one of all sites does not.
     """
     where = first_missing(data)
-    if where is None:
-        return
-    refusal = ValueError(
-        f"`{name}` must be finite numbers, and NaN for what is missing where the likelihood says `missing=True`, as "
-        f"each of pyro_vae.parts.likelihoods can: holds nan at {where}"
-    )
-    with scoped_param_store(), poutine.block(), torch.no_grad(), seeded(0):
-        try:
-            observed = observed_sites(poutine.trace(model).get_trace(*data)).values()
-        except ValueError as error:  # a parameter that is made of NaN, say
-            raise refusal from error
-    needed = [site for site in observed if first_missing([site["value"]]) is not None]
-    if not all(_accepts(site["fn"]) for site in needed or observed):
-        raise refusal
+    sites = list(observed) if where is not None else []
+    needed = [site for site in sites if first_missing([site["value"]]) is not None]
+    if where is not None and (error or not all(accepts_missing(site["fn"]) for site in needed or sites)):
+        raise ValueError(
+            f"`{name}` must hold finite numbers, and NaN for missing values only if the likelihood has `missing=True`, "
+            f"as each of pv.likelihoods can, got nan at {where}"
+        ) from error

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
@@ -18,6 +17,7 @@ from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
 from pyro_vae.exact.densities import ModelDensity, log_joint, sample_with_log_q
 from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.model_guide import is_amortized
 
 __all__ = ["Evidence", "batched_estimate", "log_evidence"]
 

@@ -17,10 +17,9 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, function
-from pyro_vae.distributions.missing import check_model
 from pyro_vae.distributions.properties import is_normalized
 from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["MAX_STATES", "ModelDensity", "draw", "log_joint", "sample_with_log_q"]
 
@@ -38,15 +37,12 @@ class ModelDensity:
     """A model on its data, with its latents open: log p(x, z) at any z."""
 
     def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
-        self.model = function(model, "model")
-        self.data = data_tensors(data, "data")
-        self.plate = plate
-        with poutine.block(), seeded(0), pyro.validation_enabled():
-            check_model(model, self.data, "data")
-            trace = poutine.trace(model).get_trace(*data)
-            trace.compute_log_prob()
-        self.latents = latent_sites(trace)
-        self.observed = observed_sites(trace)
+        with seeded(0):
+            pair = ModelGuide(model, None, data, plate)
+            with torch.no_grad(), pyro.validation_enabled():
+                pair.model_trace.compute_log_prob()
+        self.model, self.data, self.plate = pair.model, pair.data, plate
+        self.latents, self.observed = pair.latents, pair.observed
         self.num_data = _check_structure(self.latents, self.observed, plate)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]

@@ -21,7 +21,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import deterministic_sites, guide_sites, latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, positive_int
-from pyro_vae.distributions.missing import check_model
+from pyro_vae.distributions.missing import check_missing
 from pyro_vae.distributions.properties import base_distribution, is_normalized
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import DimensionNames, parameters
@@ -82,7 +82,6 @@ class JointSampler:
     ):
         self.draws = positive_int(draws, "draws")
         self.data = data_tensors(data, "data")
-        check_model(model, self.data, "data")
         self.model, self.guide, self.generative = model, guide, ResampleObserved()(model)
         self.seed, self.plate, self.parallel = seed, plate, parallel
         constants = {name: _constant(name, value) for name, value in constants.items()}
@@ -99,6 +98,7 @@ class JointSampler:
                     f"It says: {error}"
                 ) from error
             self.observed = observed_sites(p)
+            check_missing(self.observed.values(), self.data, "data")
             _check_latents(latent_sites(p), self.latents)
             _check_plate(plate, q, p)
             self.deterministic = deterministic_sites(p)

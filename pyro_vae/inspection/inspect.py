@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
@@ -17,6 +16,7 @@ from pyro_vae.diagnostics.calibration import Calibration, calibrate
 from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
 from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
+from pyro_vae.model_guide import is_amortized
 
 __all__ = ["Inspection", "inspect"]
 

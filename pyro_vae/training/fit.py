@@ -1,4 +1,4 @@
-"""The training loop: stochastic variational inference with Pyro's ELBOs, any model and guide."""
+"""Fit and evaluate any Pyro model and guide by stochastic variational inference."""
 
 import copy
 import math
@@ -6,33 +6,38 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae._utils.amortization import is_amortized
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.param_store import rollback_params_on_error, scoped_param_store
-from pyro_vae._utils.rng import preserve_rng_state, seeded
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.transform import Transform
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import boolean, data_tensors, function, positive, positive_int, rows_like, tqdm_disable
-from pyro_vae.distributions.missing import check_model, first_missing
+from pyro_vae._utils.validation import function, positive, positive_int
+from pyro_vae.model_guide import ModelGuide
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Callback, Loop
-from pyro_vae.training.minibatches import Batcher, Transform, following_autoguide, make_batcher, transformed
-from pyro_vae.training.preflight import check_elbo, check_pair, explain_shape_mismatch
+from pyro_vae.training.minibatches import autoguide_follows_subsample, make_batcher
+from pyro_vae.training.preflight import (
+    check_elbo,
+    check_missing_values,
+    check_options,
+    check_validation_data,
+    run_all_rows,
+    to_tensors,
+)
 from pyro_vae.training.schedules import Schedule, check_schedules
 from pyro_vae.training.state import data_fingerprint
-from pyro_vae.training.step import BatchContext, Step
+from pyro_vae.training.step import Step
 
 __all__ = ["Fitted", "evaluate", "fit"]
 
@@ -87,55 +92,55 @@ def fit(
 ) -> Fitted:
     r"""Maximise the ELBO of a Pyro model and guide with Adam.
 
-    A step is that of ``pyro.infer.SVI``, with one fused optimizer instead of one per parameter. Parameters stay in
-    the current param store, as ``SVI`` leaves them; random states, default dtype, threads and validation flag are
-    afterwards as before.
+    A step is that of ``pyro.infer.SVI``, with one fused optimizer instead of one for each parameter. Parameters stay in
+    the current param store, as ``SVI`` leaves them. Random states, default dtype, threads and the validation flag are
+    restored at the end.
 
-    Histories hold the ELBO at β = 1, -distortion - rate. If a likelihood is not normalised (soft targets), nothing is
-    bounded and the entry is called ``surrogate`` instead of ``elbo``.
+    The history holds the ELBO at β = 1, -distortion - rate. If a likelihood is not normalised (soft targets), there is
+    no bound, and the entry is called ``surrogate`` instead of ``elbo``.
 
     Args:
         model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
-        guide: its guide, called with the same.
+        guide: its guide, called with the same arguments.
         data: tensor of N rows, or a sequence of tensors with N rows each.
         epochs: passes over the data; without ``batch_size``, each is one step.
-        batch_size: rows per step, drawn anew each epoch; all N if left out. Mini-batches subsample the data plate, see
-            :func:`pyro_vae.training.minibatches.make_batcher`.
+        batch_size: rows per step, in a new random order in each epoch; all N if left out. Mini-batches subsample the
+            data plate, see :func:`pyro_vae.training.minibatches.make_batcher`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
         elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
             ``config_enumerate(guide)``.
-        validation: held-out data of the same form, evaluated at the end of each epoch, with the networks in the mode
+        validation: held-out data of the same form, evaluated at the end of each epoch. Networks stay in the mode
             (training or evaluation) that they are in.
-        transform: what to make of the rows of each step, such as :func:`pyro_vae.datasets.pixels.resample` of bytes: called
-            with the rows of each data tensor, once a step and once with the validation data, and a few times before to
-            see that it fits. Model and guide see the same rows. It must make new tensors.
-        schedules: values that change as training goes on: 0-dim tensors, such as the ``temperature`` of a relaxed
-            family, each with its schedule (see :mod:`pyro_vae.training.schedules`), called with the number of the step, from 0.
-            Take the tensor after ``vae.to(...)``, which puts another in its place.
+        transform: function of the rows of each step, such as :func:`pyro_vae.datasets.pixels.resample` for bytes. It is
+            called with the rows of each data tensor, once per step and once with the validation data, and a few times
+            before training as a check. Model and guide see the same rows. It must return new tensors.
+        schedules: values that change during training: 0-dim tensors, such as the ``temperature`` of a relaxed family,
+            each with its schedule (see :mod:`pyro_vae.training.schedules`), a function of the number of the step, from
+            0. Take the tensor after ``vae.to(...)``, which replaces it.
         plate: name of the data plate.
-        seed: of the random numbers of the run and the order of the data. Weights are drawn when parts are built: call
-            ``torch.manual_seed`` before that. To fit again goes on from where the parameters are.
+        seed: of the random numbers of the run and of the order of the data. Weights are drawn when parts are built:
+            call ``torch.manual_seed`` before that. A second call of ``fit`` continues from the current parameters.
         progress: whether to show a progress bar; only on a terminal if left out.
-        compile: whether to capture the step as one graph and replay it compiled, see
-            :mod:`pyro_vae.training.compiled_step`: the same numbers, many times faster, after some seconds in a C++ compiler.
-            Model and guide must run the same operations in every step.
-        clip_norm: to which the norm of all gradients together is scaled down, where it is larger.
+        compile: whether to capture the step as one graph and compile it, see
+            :mod:`pyro_vae.training.compiled_step`: the same numbers, many times faster, after some seconds in a C++
+            compiler. Model and guide must run the same operations in every step.
+        clip_norm: largest norm of all gradients together; larger gradients are scaled down to it.
         nonfinite: what to do with a step whose loss or gradient is not finite: ``"stop"``, or ``"skip"`` it; a hundred
-            in a row stop the run too.
-        patience: epochs without a better validation ELBO after which training ends. The parameters are then those of
-            the best epoch, as they are if ``epochs`` are over before.
-        callbacks: functions called at the end of each epoch with an :class:`pyro_vae.training.loop.Epoch`; training ends if
-            one returns ``True``.
-        checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If it
-            has one, the run goes on from there, to the same numbers as if it had not been stopped.
+            skipped steps in a row stop the run too.
+        patience: number of epochs without a better validation ELBO after which training ends. The parameters are then
+            those of the best epoch, also if ``epochs`` end first.
+        callbacks: functions called at the end of each epoch with an :class:`pyro_vae.training.loop.Epoch`; training
+            ends if one returns ``True``.
+        checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If the
+            folder has a checkpoint, the run resumes from it, with the same numbers as without the stop.
 
-    Ctrl-C ends the run after the step that it falls in, with a warning; what was learnt is kept.
+    Ctrl-C ends the run after the current step, with a warning; the parameters stay as trained so far.
 
     Raises:
-        TypeError, ValueError: on unusable arguments, before any training; :class:`pyro_vae.compilation.graph.CaptureError` is
-            one, if the step is not the same each time.
-        FloatingPointError: if the loss or a gradient is not finite, naming the step and the site, with the rows, or
-            the parameter. The parameters are then those of the last good step.
+        TypeError, ValueError: for unusable arguments, before any training;
+            :class:`pyro_vae.compilation.graph.CaptureError` is one, if the step is not the same each time.
+        FloatingPointError: if the loss or a gradient is not finite, with the step and the site and its rows, or the
+            parameter. The parameters are then those of the last good step.
 
     Source: Kingma and Welling 2014; Hoffman et al. 2013, "Stochastic variational inference".
 
@@ -153,50 +158,24 @@ def fit(
     """
     function(model, "model")
     function(guide, "guide")
-    tensors = data_tensors(data, "data")
-    held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
-    positive_int(epochs, "epochs")
-    lr = lr if callable(lr) else positive(lr, "lr")
-    schedules = check_schedules({} if schedules is None else schedules)
-    if clip_norm is not None:
-        positive(clip_norm, "clip_norm")
-    if patience is not None and held_out is None:
-        raise ValueError("`patience` must be `validation=` beside it, got no validation data to lose it on")
-    if patience is not None:
-        positive_int(patience, "patience")
-    if nonfinite not in ("stop", "skip"):
-        raise ValueError(f"`nonfinite` must be 'stop' and 'skip', got {nonfinite!r}")
-    boolean(compile, "compile")
-    if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
-        raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")
-    tqdm_disable(progress)
-    num_data = len(tensors[0])
+    tensors, held_out = to_tensors(data, validation)
+    check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
+    lr, schedules = lr if callable(lr) else positive(lr, "lr"), check_schedules({} if schedules is None else schedules)
+    num_data, device = len(tensors[0]), tensors[0].device
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
-    elbo = check_elbo(Trace_ELBO() if elbo is None else elbo)
-    if checkpoints is not None:
-        checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-        checkpoints.prepare()
-    device = tensors[0].device
-    run_config = {
-        "batch_size": batch_size,
-        "seed": seed,
-        "elbo": type(elbo).__name__,
-        "compile": compile,
-        "data": data_fingerprint(tensors),
-        "validation": None if held_out is None else data_fingerprint(held_out),
-    }
-    run = ElboEvaluator(model, guide, elbo, plate)
-    settings: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
-    if compile:
-        settings["compiles"] = lambda rows: len(rows) == batch_size
-    step = (CapturedStep if compile else Step)(run, lr, schedules, **settings)
+    evaluator = ElboEvaluator(model, guide, check_elbo(elbo), plate)
+    run_config = _run_config(evaluator, tensors, held_out, batch_size=batch_size, seed=seed, compile=compile)
+    checkpoints = _prepared(checkpoints)
     started = time.perf_counter()
-    with following_autoguide(guide):
+    with autoguide_follows_subsample(guide):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
-            _check_missing(model, tensors, "data", transform)
-            _check_missing(model, held_out or (), "validation", transform)
-            take = _prepare(model, guide, tensors, elbo, batch_size, plate, held_out is not None, transform)
-            held_out = held_out and transformed(held_out, transform)
+            pair, take = make_batcher(model, guide, tensors, batch_size, plate, transform)
+            pair.check_elbo(evaluator.elbo)
+            if transform is not None:
+                pair.set_plate_nesting(evaluator.elbo)
+            check_missing_values(pair, tensors, transform, "data")
+            held_out = check_validation_data(pair, held_out, transform)
+        step = _step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
         with seeded(seed):
             loop = Loop(
                 step,
@@ -205,7 +184,7 @@ def fit(
                 batch_size,
                 seed,
                 device,
-                validate=None if held_out is None else partial(_held_out, run, held_out, seed),
+                validate=None if held_out is None else partial(_held_out, evaluator, held_out, seed),
                 patience=patience,
                 callbacks=callbacks,
                 checkpoints=checkpoints,
@@ -214,13 +193,13 @@ def fit(
             with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
-                    _validate(ElboEvaluator(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
+                    validated = ElboEvaluator(model, guide, copy.copy(evaluator.elbo), plate)
+                    run_all_rows(validated, take, num_data, batch_size, device)
             loop.run(epochs, progress)
     if loop.stop_reason == "interrupted":
-        warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
-    return Fitted(
-        model, guide, loop.history, seed, step.count, time.perf_counter() - started, loop.stop_reason, loop.skipped
-    )
+        warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
+    seconds = time.perf_counter() - started
+    return Fitted(model, guide, loop.history, seed, step.count, seconds, loop.stop_reason, loop.skipped)
 
 
 def evaluate(
@@ -254,54 +233,53 @@ def evaluate(
     >>> sorted(pv.evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
     ['distortion', 'elbo', 'rate']
     """
-    function(model, "model")
-    function(guide, "guide")
-    tensors = data_tensors(data, "data")
     positive_int(num_samples, "num_samples")
-    check_model(model, tensors, "data")
-    run = ElboEvaluator(model, guide, check_elbo(Trace_ELBO() if elbo is None else elbo), plate)
-    comparing = explain_shape_mismatch(model, guide, tensors)
-    with seeded(seed), buffers_kept(), scoped_param_store(), poutine.block(), comparing:
-        check_pair(model, guide, run.elbo, tensors, plate, transforms=False)
+    evaluator = ElboEvaluator(function(model, "model"), function(guide, "guide"), check_elbo(elbo), plate)
+    with scoped_param_store(), seeded(seed), buffers_kept():
+        pair = ModelGuide(model, guide, data, plate)
+        pair.check_data_plate()
+        pair.check_elbo(evaluator.elbo)
     with seeded(seed), buffers_kept(), pyro.validation_enabled():
-        return _terms(run, tensors, "data", num_samples)
+        return _terms(evaluator, pair.data, "data", num_samples)
 
 
-def _check_missing(model: Function, data: tuple[Tensor, ...], name: str, transform: Transform | None) -> None:
-    """Refuse NaN that the model does not accept, as the transform leaves it."""
-    if first_missing(data) is not None:
-        check_model(model, transformed(tuple(tensor.clone() for tensor in data), transform), name)
+def _step(
+    evaluator: ElboEvaluator,
+    lr: float | Schedule,
+    schedules: Mapping[Tensor, Schedule],
+    clip_norm: float | None,
+    skips: bool,
+    compiled_rows: int | None,
+) -> Step:
+    """Return the step of a run, eager or compiled for batches of so many rows."""
+    if compiled_rows is None:
+        return Step(evaluator, lr, schedules, clip_norm=clip_norm, skips=skips, numbered=True)
+
+    def is_compiled(rows: Tensor) -> bool:
+        return len(rows) == compiled_rows
+
+    return CapturedStep(evaluator, lr, schedules, clip_norm=clip_norm, skips=skips, numbered=True, compiles=is_compiled)
 
 
-def _prepare(
-    model: Function,
-    guide: Function,
-    data: tuple[Tensor, ...],
-    elbo: ELBO,
-    batch_size: int,
-    plate: str,
-    held_out: bool,
-    transform: Transform | None,
-) -> Batcher:
-    """How rows are taken; refuses what the run could not do right, before it begins."""
+def _prepared(checkpoints: Checkpoints | str | os.PathLike[str] | None) -> Checkpoints | None:
+    """Return checkpoints whose folder can be written to."""
+    if checkpoints is None:
+        return None
+    checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
+    checkpoints.prepare()
+    return checkpoints
 
-    transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)  # refused before it touches the data
 
-    def all_rows(rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
-        return nullcontext(transformed(data, transform))
-
-    with explain_shape_mismatch(model, guide, data, transform):
-        take = (
-            all_rows if batch_size == len(data[0]) else make_batcher(model, guide, data, batch_size, plate, transform)
-        )
-        with poutine.block(), take(torch.arange(batch_size, device=data[0].device)) as arguments:
-            check_pair(model, guide, elbo, arguments, plate, transform is not None)
-    if held_out and not is_amortized(guide, transformed(tuple(tensor[:4] for tensor in data), transform), plate):
-        raise ValueError(
-            "validation: the guide is not amortized: it has parameters of its own for each datum, and none for data "
-            "that it was not trained on"
-        )
-    return take
+def _run_config(
+    evaluator: ElboEvaluator, data: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, **arguments: Any
+) -> dict[str, Any]:
+    """Return what must be equal for a run to resume from the checkpoint of another, by name of the argument."""
+    return {
+        **arguments,
+        "elbo": type(evaluator.elbo).__name__,
+        "data": data_fingerprint(data),
+        "validation": None if held_out is None else data_fingerprint(held_out),
+    }
 
 
 @torch.no_grad()
@@ -322,11 +300,3 @@ def _held_out(run: ElboEvaluator, data: tuple[Tensor, ...], seed: int) -> dict[s
     """Validation draws come from a stream of their own, so that looking does not change the run."""
     with seeded(seed):
         return _terms(run, data, "validation")
-
-
-def _validate(run: ElboEvaluator, take: BatchContext, num_data: int, batch_size: int, device: torch.device) -> None:
-    """Run the pair once on all rows, with Pyro's validation: a captured step has none."""
-    with torch.no_grad(), preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
-        for rows in torch.arange(num_data, device=device).split(batch_size):
-            with take(rows) as arguments:
-                run.loss(*arguments)

@@ -1,98 +1,102 @@
-"""Whether a model and a guide are a pair that an ELBO takes, found out before any training."""
+"""What is checked before training, so that a run that cannot end well does not begin."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from typing import Any
 
-import pyro.distributions as dist
+import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vae._utils.traces import latent_sites, observed_sites
-from pyro_vae._utils.typing import Function
-from pyro_vae.training.minibatches import Transform, transformed
+from pyro_vae._utils.module_state import buffers_kept
+from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae._utils.transform import Transform, transformed
+from pyro_vae._utils.validation import boolean, data_tensors, positive, positive_int, rows_like, tqdm_disable
+from pyro_vae.distributions.missing import check_missing, first_missing
+from pyro_vae.model_guide import ModelGuide, is_amortized
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
+from pyro_vae.training.minibatches import Batcher
 
-__all__ = ["check_elbo", "check_pair", "explain_shape_mismatch"]
+__all__ = ["check_elbo", "check_missing_values", "check_options", "check_validation_data", "run_all_rows", "to_tensors"]
+
+Data = Tensor | Sequence[Tensor]
 
 
-def check_elbo(elbo: ELBO) -> ELBO:
-    """Refuse what is no ELBO, or one that needs TorchScript."""
+def to_tensors(data: Data, validation: Data | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """Return data and held-out data as tensors with rows of one form."""
+    tensors = data_tensors(data, "data")
+    if validation is None:
+        return tensors, None
+    return tensors, rows_like(data_tensors(validation, "validation"), tensors, "validation")
+
+
+def check_options(
+    epochs: int,
+    compile: bool,
+    clip_norm: float | None,
+    nonfinite: str,
+    patience: int | None,
+    callbacks: Any,
+    progress: bool | None,
+    validates: bool,
+) -> None:
+    """Raise for an option of :func:`pyro_vae.fit` that has no meaning."""
+    positive_int(epochs, "epochs")
+    boolean(compile, "compile")
+    tqdm_disable(progress)
+    if clip_norm is not None:
+        positive(clip_norm, "clip_norm")
+    if patience is not None:
+        positive_int(patience, "patience")
+        if not validates:
+            raise ValueError("`patience` needs held-out data, `validation=`, got none")
+    if nonfinite not in ("stop", "skip"):
+        raise ValueError(f"`nonfinite` must be 'stop' or 'skip', got {nonfinite!r}")
+    if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
+        raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")
+
+
+def check_elbo(elbo: ELBO | None) -> ELBO:
+    """Return an ELBO, ``Trace_ELBO()`` for ``None``; raise for what is none, or needs TorchScript."""
+    if elbo is None:
+        return Trace_ELBO()
     if not isinstance(elbo, ELBO):
-        raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {elbo!r}")
+        raise TypeError(f"`elbo` must be an instance of an ELBO, such as Trace_ELBO(), got {elbo!r}")
     if type(elbo).__name__.startswith("Jit"):
         raise ValueError(
-            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs "
-            "TorchScript, deprecated in torch"
+            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs TorchScript: "
+            "that is deprecated in torch"
         )
     return elbo
 
 
-@contextmanager
-def explain_shape_mismatch(
-    model: Function, guide: Function, data: tuple[Tensor, ...], transform: Transform | None = None
-) -> Iterator[None]:
-    """If a block fails, refuse the guide where a latent of it is of another shape than in the model: that is why."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        shapes: list[dict[str, torch.Size]] = []
-        with suppress(ValueError, RuntimeError), torch.no_grad(), poutine.block():
-            for function in (guide, model):
-                latents = latent_sites(poutine.trace(function).get_trace(*transformed(data, transform)))
-                shapes.append({name: site["value"].shape for name, site in latents.items()})
-        for name, shape in shapes[0].items() if len(shapes) == 2 else ():
-            if shape != shapes[1].get(name, shape):
-                raise ValueError(
-                    f"`guide` must be {tuple(shapes[1][name])}, that of the model: its latent {name!r} has shape "
-                    f"{tuple(shape)}"
-                ) from error
-        raise
+def check_missing_values(pair: ModelGuide, data: tuple[Tensor, ...], transform: Transform | None, name: str) -> None:
+    """Raise for NaN that the model does not accept, in data as their transform leaves them."""
+    if first_missing(data) is not None:
+        data = transformed(tuple(tensor.clone() for tensor in data), transform)
+        check_missing(pair.observed.values(), data, name)
 
 
-def check_pair(
-    model: Function, guide: Function, elbo: ELBO, arguments: tuple[Tensor, ...], plate: str, transforms: bool
-) -> None:
-    """Refuse data in no plate of that name, a guide with latents of its own, and enumeration asked for by half."""
-    with torch.no_grad():
-        guide_trace = poutine.trace(guide).get_trace(*arguments)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments)
-    ours, theirs = latent_sites(guide_trace), latent_sites(model_trace)
-    plates = {frame.name for site in observed_sites(model_trace).values() for frame in site["cond_indep_stack"]}
-    if plate not in plates:
+def check_validation_data(
+    pair: ModelGuide, validation: tuple[Tensor, ...] | None, transform: Transform | None
+) -> tuple[Tensor, ...] | None:
+    """Return held-out data, transformed; raise if the guide has parameters for each training datum alone."""
+    if validation is None:
+        return None
+    check_missing_values(pair, validation, transform, "validation")
+    validation = transformed(validation, transform)
+    if not is_amortized(pair.guide, validation, pair.plate, pair.guide_trace):
         raise ValueError(
-            f"`plate` must be the data plate of the model's observed sites, which are in {sorted(plates) or 'no plate'}, "
-            f"got {plate!r}"
+            "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
+            "that it was not trained on"
         )
-    data = observed_sites(guide_trace).items()
-    if observed := [name for name, site in data if not isinstance(site["fn"], dist.Unit)]:  # a `pyro.factor` is no data
-        raise ValueError(
-            f"`guide` must be a function with latent sites, such as `vae.guide`: it observes {observed}, which a "
-            "model does"
-        )
-    if transforms and elbo.max_plate_nesting == float("inf"):  # Pyro would find it out from data without transform
-        frames = [
-            frame
-            for site in (ours | theirs | observed_sites(model_trace)).values()
-            for frame in site["cond_indep_stack"]
-            if frame.dim is not None
-        ]
-        particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
-        elbo.max_plate_nesting = particles + max((-frame.dim for frame in frames), default=0)
-    unknown = [name for name, site in ours.items() if name not in theirs and not site["infer"].get("is_auxiliary")]
-    if unknown:
-        raise ValueError(f"guide: its latents {unknown} are not in the model, whose latents are {list(theirs)}")
-    how = {site["infer"].get("enumerate") for site in (*theirs.values(), *ours.values())}
-    if not isinstance(elbo, TraceEnum_ELBO):
-        if how - {None}:
-            raise ValueError(
-                "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1): latents are marked for enumeration, and "
-                f"{type(elbo).__name__} would sample them"
-            )
-    elif "sequential" in how:
-        raise ValueError("`elbo` must be enumerate='parallel': sites are enumerated one state after another")
-    elif "parallel" not in how:
-        raise ValueError(
-            "elbo: TraceEnum_ELBO found nothing to enumerate and would only sample. Mark discrete latents, "
-            "`fit(model, config_enumerate(guide), ...)`; to sample them, and for continuous ones, use Trace_ELBO"
-        )
+    return validation
+
+
+@torch.no_grad()
+def run_all_rows(evaluator: ElboEvaluator, take: Batcher, num_data: int, batch_size: int, device: torch.device) -> None:
+    """Compute the loss on all rows with Pyro's validation, which a captured step does not have."""
+    with preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
+        for rows in torch.arange(num_data, device=device).split(batch_size):
+            with take(rows) as arguments:
+                evaluator.loss(*arguments)

@@ -173,14 +173,14 @@ def test_a_model_of_ones_own_says_for_itself():
 
     x, y = torch.randn(20, 2), holed(torch.randn(20))
     pv.fit(model, guide, (x, y), epochs=2)
-    with pytest.raises(ValueError, match=r"`data` must be .*holds nan at row \d+"):
+    with pytest.raises(ValueError, match=r"`data` must hold finite numbers, .*got nan at row \d+"):
         pv.fit(lambda x, y: model(x, y, missing=False), guide, (x, y), epochs=2)
     with pytest.raises(ValueError, match=r"data: holds nan at row \d+, column"):
         pv.fit(model, guide, (holed(x), y.nan_to_num()), epochs=2)
 
 
 def test_infinite_entries_are_refused_as_ever():
-    with pytest.raises(ValueError, match=r"data: holds inf at row 0, column \(1,\)"):
+    with pytest.raises(ValueError, match=r"`data` must hold finite numbers, got inf at row 0, column \(1,\)"):
         pv.evaluate(gaussian_vae().model, gaussian_vae().guide, torch.tensor([[NAN, math.inf]]))
 
 

@@ -42,14 +42,22 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ({"data": [1.0, 2.0]}, TypeError, "`data` must be .*got a float"),
         ({"data": np.zeros((3, 2))}, TypeError, "`data` must be .*got a ndarray"),
         ({"data": []}, ValueError, "`data` must be .*got no tensor"),
-        ({"data": torch.zeros(0, 2)}, ValueError, r"`data` must be .*got shape \(0, 2\), without rows"),
-        ({"data": torch.zeros(())}, ValueError, r"`data` must be .*got shape \(\), without rows"),
+        (
+            {"data": torch.zeros(0, 2)},
+            ValueError,
+            r"`data` must have shape .* with N >= 1, got shape \(0, 2\), without rows",
+        ),
+        ({"data": torch.zeros(())}, ValueError, r"`data` must have shape .* with N >= 1, got shape \(\), without rows"),
         ({"data": torch.zeros(4, 3)}, ValueError, r"`x` must be \(N, 2\).*got shape \(4, 3\)"),
         ({"data": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, "got a context of torch.float64"),
         ({"data": torch.zeros(4, 2, dtype=torch.long)}, TypeError, "got a context of torch.int64"),
-        ({"data": NAN}, ValueError, r"data: holds nan at row 1, column \(1,\)"),
-        ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"data: holds inf at row 1"),
-        ({"data": (torch.zeros(4, 2), torch.zeros(3, 2))}, ValueError, "4 and 3 rows"),
+        ({"data": NAN}, ValueError, r"`data` must hold finite numbers, .*got nan at row 1, column \(1,\)"),
+        ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"`data` must hold finite numbers, got inf at row 1"),
+        (
+            {"data": (torch.zeros(4, 2), torch.zeros(3, 2))},
+            ValueError,
+            "`data` must be tensors of one number of rows, got 4 and 3",
+        ),
         ({"epochs": 0}, ValueError, "`epochs` must be .*got 0"),
         ({"epochs": 2.5}, ValueError, "`epochs` must be .*got 2.5"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be a positive integer.*got 0"),
@@ -57,17 +65,21 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ({"batch_size": True}, ValueError, "`batch_size` must be .*got True"),
         ({"lr": 0.0}, ValueError, "`lr` must be .*got 0.0"),
         ({"lr": math.nan}, ValueError, "`lr` must be .*got nan"),
-        ({"lr": lambda step: math.nan}, ValueError, "`lr` must be a finite number.*at step 0: got nan"),
-        ({"lr": lambda step: -1.0}, ValueError, "`lr` must be a finite number, 0 or more.*at step 0: got -1.0"),
+        ({"lr": lambda step: math.nan}, ValueError, "`lr` at step 0 must be a finite number, 0 or more, got nan"),
+        ({"lr": lambda step: -1.0}, ValueError, "`lr` at step 0 must be a finite number, 0 or more, got -1.0"),
         (
             {"schedules": {torch.zeros(()): lambda step: "a"}},
             ValueError,
-            "`schedules` must be a.*at step 0: got 'a'",
+            "`schedules` at step 0 must be a finite number, got 'a'",
         ),
-        ({"validation": torch.zeros(3, 3)}, ValueError, r"`validation` must be .*got rows of shape \(3,\)"),
-        ({"validation": NAN}, ValueError, "validation: holds nan"),
-        ({"elbo": TraceEnum_ELBO()}, ValueError, "TraceEnum_ELBO found nothing to enumerate"),
-        ({"plate": "rows", "batch_size": 2}, ValueError, "plate 'rows'"),
+        (
+            {"validation": torch.zeros(3, 3)},
+            ValueError,
+            r"`validation` must have rows like those of `data`, .*got shape \(3,\)",
+        ),
+        ({"validation": NAN}, ValueError, "`validation` must hold finite numbers, .*got nan"),
+        ({"elbo": TraceEnum_ELBO()}, ValueError, "`elbo` must not be TraceEnum_ELBO where no latent is marked"),
+        ({"plate": "rows", "batch_size": 2}, ValueError, "`plate` must be .*got 'rows'"),
         ({"plate": "rows"}, ValueError, "`plate` must be .*got 'rows'"),
     ],
 )
@@ -138,7 +150,7 @@ def test_validation_of_a_guide_with_parameters_for_each_datum_is_refused(x):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="validation: the guide is not amortized"):
+    with pytest.raises(ValueError, match="`validation` needs an amortized guide"):
         pv.fit(model, AutoNormal(model), x[:, 0], epochs=1, validation=x[:, 1])
 
 
@@ -153,13 +165,13 @@ def test_a_guide_with_a_latent_that_the_model_lacks_is_refused(x):
         with pyro.plate("data", len(x)):
             pyro.sample("zz", dist.Normal(torch.zeros(1), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match=r"guide: its latents \['zz'\] are not in the model"):
+    with pytest.raises(ValueError, match=r"`guide` must draw latents of the model, \['z'\], got the latents \['zz'\]"):
         pv.fit(gaussian_vae().model, guide, x, epochs=1)
 
 
 def test_a_guide_marked_for_enumeration_needs_the_elbo_for_it(x):
     vae = pv.VAE(priors.Bernoulli(1), guides.Bernoulli(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
-    with pytest.raises(ValueError, match="accepted is TraceEnum_ELBO"):
+    with pytest.raises(ValueError, match="`elbo` must be TraceEnum_ELBO"):
         pv.fit(vae.model, config_enumerate(vae.guide), x, epochs=1)
 
 
@@ -167,7 +179,9 @@ def test_a_class_in_place_of_an_elbo_and_a_vae_in_place_of_its_functions_are_ref
     vae = gaussian_vae()
     with pytest.raises(TypeError, match=r"`elbo` must be an instance.*got"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO)
-    with pytest.raises(TypeError, match=r"`model` must be one of them, `vae.model`.*got a VAE, a pair of functions"):
+    with pytest.raises(
+        TypeError, match=r"`model` must be one Pyro function, `vae.model`, got a VAE, a pair of functions"
+    ):
         pv.fit(vae, vae.guide, x, epochs=1)
 
 

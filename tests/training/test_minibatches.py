@@ -44,7 +44,7 @@ def sliced_global_model(x):
 
 def mean_over_batches(model, guide, size):
     """The mean of the loss over all batches of a partition: equals that on all rows, if each is an unbiased part."""
-    take = make_batcher(model, guide, (X,), size, "data")
+    _, take = make_batcher(model, guide, (X,), size, "data")
     losses = []
     for rows in torch.arange(24).split(size):
         with take(rows) as arguments, torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_mean_over_a_partition_of_batches_is_the_loss_on_all_rows():
 
 def test_slices_of_an_amortized_pair_are_scaled_to_all_rows():
     guide = Amortized()
-    take = make_batcher(sliced_model, guide, (X,), 6, "data")
+    _, take = make_batcher(sliced_model, guide, (X,), 6, "data")
     with take(torch.tensor([1, 5, 7])) as (rows,):
         trace = poutine.trace(sliced_model).get_trace(rows)
     assert torch.equal(rows, X[[1, 5, 7]])
@@ -130,11 +130,11 @@ def unfollowing_guide(x):
 @pytest.mark.parametrize(
     ("model", "guide", "message"),
     [
-        (sliced_global_model, global_guide, r"latents \['mean'\] are global"),
+        (sliced_global_model, global_guide, r"latents are global, got \['mean'\]"),
         (sliced_model, per_datum, "not amortized"),
         (sliced_model, per_place, "not amortized"),
         (sliced_model, AutoNormal(sliced_model), "not amortized"),
-        (subsampled_model, unfollowing_guide, "the guide does not follow the subsample"),
+        (subsampled_model, unfollowing_guide, "a guide that follows the subsample"),
     ],
 )
 def test_pairs_that_batches_would_train_wrong_are_refused(model, guide, message):
@@ -168,7 +168,8 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own():
 def test_a_vae_is_subsampled():
     network = networks.mlp([8])
     vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, network), likelihoods.Normal(1, 2, network))
-    with make_batcher(vae.model, vae.guide, (X,), 6, "data")(torch.arange(6)) as arguments:
+    _, take = make_batcher(vae.model, vae.guide, (X,), 6, "data")
+    with take(torch.arange(6)) as arguments:
         assert arguments[0] is X
         trace = poutine.trace(vae.model).get_trace(*arguments)
     assert trace.nodes["z"]["value"].shape == (6, 1)

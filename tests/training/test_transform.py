@@ -322,11 +322,17 @@ def test_tensors_of_inference_mode_go_with_it(batch_size):
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 MISFITS = {
-    "fewer rows": (lambda x: x[:-1].float(), r"transform: of 1 tensors of \d+ rows it makes tensors of \[\d+\] rows"),
-    "two tensors": (lambda x: (x.float(), x.float()), r"transform: of 1 tensors of \d+ rows .*\[\d+, \d+\]"),
-    "no tensor": (lambda x: (), r"transform: of 1 tensors of \d+ rows it makes tensors of \[\] rows"),
-    "nothing": (lambda x: None, r"transform: "),
-    "a number": (lambda x: x.float().mean(), r"transform: "),
+    "fewer rows": (
+        lambda x: x[:-1].float(),
+        r"`transform` must .*got tensors of \[\d+\] rows for 1 tensors of \d+ rows",
+    ),
+    "two tensors": (
+        lambda x: (x.float(), x.float()),
+        r"`transform` must .*got tensors of \[\d+, \d+\] rows for 1 tensors of \d+ rows",
+    ),
+    "no tensor": (lambda x: (), r"`transform` must .*got tensors of \[\] rows for 1 tensors of \d+ rows"),
+    "nothing": (lambda x: None, "`transform` must be a function"),
+    "a number": (lambda x: x.float().mean(), "`transform` must be a function"),
 }
 
 
@@ -341,13 +347,13 @@ def test_other_tensors_than_it_was_given_are_refused_before_the_first_step(size,
 
 def test_a_transform_that_fits_all_rows_but_not_a_batch_is_refused():
     pair = Pair(READINGS["subsampled"])
-    with pytest.raises(ValueError, match=r"transform: of 1 tensors of 5 rows it makes tensors of \[20\] rows"):
+    with pytest.raises(ValueError, match=r"`transform` must .*got tensors of \[20\] rows for 1 tensors of 5 rows"):
         pv.fit(pair.model, pair.guide, IDS, epochs=1, batch_size=5, transform=lambda x: IDS.float())
 
 
 def test_what_is_no_function_is_refused():
     pair = Pair(READINGS["subsampled"])
-    with pytest.raises(TypeError, match="transform: "):
+    with pytest.raises(TypeError, match="`transform` must be a function"):
         pv.fit(pair.model, pair.guide, IDS, epochs=1, transform="binarize")
 
 
@@ -357,7 +363,9 @@ def test_what_is_no_function_is_refused():
 def test_a_model_that_subsamples_something_else_is_refused(change):
     """It would never see the transformed rows."""
     pair = Pair(lambda tensor: pyro.subsample(change(tensor), event_dim=1))
-    with pytest.raises(ValueError, match=r"transform: the model does not read data tensor 0 with `pyro\.subsample"):
+    with pytest.raises(
+        ValueError, match="`transform` needs a model that reads every data tensor .*does not read tensor 0"
+    ):
         pv.fit(pair.model, pair.guide, IDS.float(), epochs=1, batch_size=5, transform=torch.Tensor.double)
     pyro.clear_param_store()
     pv.fit(pair.model, pair.guide, IDS.float(), epochs=1, transform=lambda x: x)  # all rows at once are right
@@ -391,7 +399,7 @@ def test_who_reads_some_data_otherwise_is_refused_and_named(otherwise, who):
             pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.1)) * reading(x, "guide")[:, 0], 1.0))
 
     data, scaled = 100 * IDS.float(), lambda x: x / 100
-    with pytest.raises(ValueError, match=rf"transform: the {who} reads some of its data otherwise than with"):
+    with pytest.raises(ValueError, match=rf"`transform` needs a {who} that reads its data with .* alone, got"):
         pv.fit(model, guide, data, epochs=1, batch_size=5, transform=scaled)
     pv.fit(model, guide, data, epochs=1, transform=scaled)  # all rows at once are right
 
@@ -402,7 +410,7 @@ def test_a_guide_that_sees_nothing_of_the_transform_is_refused():
             pyro.sample("z", dist.Normal(pyro.subsample(x / 255, event_dim=1)[:, 0], 1.0))
 
     pair = Pair(READINGS["subsampled"])
-    with pytest.raises(ValueError, match=r"transform: the guide reads some of its data otherwise than with"):
+    with pytest.raises(ValueError, match="`transform` needs a guide that reads its data with .* alone, got"):
         pv.fit(pair.model, guide, IDS, epochs=1, batch_size=5, transform=lambda x: x.float())
 
 
@@ -420,7 +428,7 @@ def test_a_transform_in_place_is_refused_before_it_touches_the_data(batch_size, 
     pair = Pair(READINGS["subsampled"])
     with mode:
         data = IDS.float() + 1
-    with pytest.raises(ValueError, match="transform: changes its rows in place, and so the data"):
+    with pytest.raises(ValueError, match="`transform` must .*got one that changes its rows in place, and so the data"):
         pv.fit(pair.model, pair.guide, data, epochs=1, batch_size=batch_size, transform=IN_PLACE[change])
     assert torch.equal(data, IDS.float() + 1)
     assert pair.seen["model"] == []
@@ -433,7 +441,7 @@ def test_the_tensor_that_is_not_read_is_named():
             pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0).expand([2]).to_event(1), obs=x + y)
 
     data = (IDS.float(), IDS.float() + 1)
-    with pytest.raises(ValueError, match="transform: the model does not read data tensor 1"):
+    with pytest.raises(ValueError, match="`transform` needs a model .*does not read tensor 1"):
         pv.fit(model, lambda x, y: None, data, epochs=1, batch_size=5, transform=lambda x, y: (x, y))
 
 

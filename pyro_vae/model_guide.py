@@ -1,0 +1,332 @@
+"""One door: a Pyro model and its guide on their data, run once, and what that run shows.
+
+Training, evaluation, exact answers, evidence, diagnostics and export start from a :class:`ModelGuide`. A check of
+the pair stands here once, with one wording, and holds for all of them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import deterministic_sites, latent_sites, log_density, observed_sites
+from pyro_vae._utils.typing import Function
+from pyro_vae._utils.validation import data_tensors, function
+from pyro_vae.distributions.missing import accepts_missing, check_missing
+
+__all__ = ["ModelGuide", "RunError", "check_one_plate", "is_amortized", "trace_pair"]
+
+_PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
+_MAX_ROWS = 10_000  # on which rows are compared with each other
+
+Site = dict[str, Any]
+Sites = dict[str, Site]
+
+
+class RunError(ValueError):
+    """A model or guide that does not run on its data.
+
+    Attributes:
+        who: ``"model"`` or ``"guide"``.
+        error: what it raised.
+    """
+
+    def __init__(self, who: str, error: Exception):
+        super().__init__(f"the {who} does not run on its data: {error}")
+        self.who, self.error = who, error
+
+
+def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
+    """Run a guide, then its model at the guide's draws, and return both traces, the model's first.
+
+    Raises:
+        RunError: if one of them does not run.
+    """
+    with torch.no_grad(), pyro.validation_enabled():
+        guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
+        return _trace("model", poutine.replay(model, guide_trace), data), guide_trace
+
+
+def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
+    try:
+        return poutine.trace(run).get_trace(*data)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise RunError(who, error) from error
+
+
+class ModelGuide:
+    """A Pyro model and guide on their data, run once.
+
+    Args:
+        model: a Pyro model, called as ``model(*data)``.
+        guide: its guide, called with the same; none for what needs the model alone.
+        data: a tensor of N rows, or a sequence of them.
+        plate: name of the data plate.
+        name: of the data in errors.
+        traces: the traces of a run of the pair, if it has been run; the data may then be larger than what it ran on.
+
+    Attributes:
+        model_trace: the trace of the model, at the guide's draws.
+        guide_trace: the trace of the guide; empty without one.
+        latents: the latent sites of the model, by name.
+        guide_latents: the latent sites of the guide that are not auxiliary, by name.
+        auxiliary: the names of the sites that an autoguide draws for itself.
+        observed: the observed sites of the model that count into its density, by name.
+        deterministic: the sites of ``pyro.deterministic`` in the model, by name.
+
+    Raises:
+        TypeError, ValueError: if data, model or guide cannot be used: data with NaN that the model does not accept, a
+            guide that observes data, or with a latent that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: Function,
+        guide: Function | None,
+        data: Tensor | Sequence[Tensor],
+        plate: str = "data",
+        name: str = "data",
+        traces: tuple[Trace, Trace] | None = None,
+    ):
+        self.model = function(model, "model")
+        self.guide: Any = None if guide is None else function(guide, "guide")
+        self.data = data_tensors(data, name)
+        self.plate = plate
+        try:
+            with poutine.block():
+                self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data)
+        except RunError as failure:
+            self._explain(failure.error, name)
+            raise failure.error from failure.error.__cause__
+        self.latents = latent_sites(self.model_trace)
+        self.observed = observed_sites(self.model_trace)
+        self.deterministic = deterministic_sites(self.model_trace)
+        drawn = latent_sites(self.guide_trace)
+        self.auxiliary = [site for site in drawn if drawn[site]["infer"].get("is_auxiliary")]
+        self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
+        if traces is None:
+            check_missing(self.observed.values(), self.data, name)
+        self._check_pair()
+
+    def _explain(self, error: Exception, name: str) -> None:
+        """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
+        observed, shapes = [], []
+        with suppress(RunError), poutine.block():
+            alone, _ = trace_pair(self.model, None, self.data)
+            observed, shapes = list(observed_sites(alone).values()), [_shapes(alone)]
+            if self.guide is not None:
+                _, drawn = trace_pair(lambda *_: None, self.guide, self.data)
+                shapes.append(_shapes(drawn))
+        if not shapes or not all(accepts_missing(site["fn"]) for site in observed):
+            check_missing([], self.data, name, error)
+        for site, shape in shapes[0].items() if len(shapes) == 2 else ():
+            if shapes[1].get(site, shape) != shape:
+                raise ValueError(
+                    f"`guide` must draw {site!r} with the shape that it has in the model, {shape}, got {shapes[1][site]}"
+                ) from error
+
+    def _check_pair(self) -> None:
+        observed = observed_sites(self.guide_trace).items()
+        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
+            raise ValueError(
+                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
+                "does"
+            )
+        if unknown := [name for name in self.guide_latents if name not in self.latents]:
+            raise ValueError(
+                f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
+            )
+
+    @property
+    def num_data(self) -> int:
+        """N, the number of rows."""
+        return len(self.data[0])
+
+    @property
+    def sites(self) -> list[tuple[str, str, Site]]:
+        """Owner, name and site of all latent and observed sites, the guide's first."""
+        guide = [("guide", name, site) for name, site in latent_sites(self.guide_trace).items()]
+        return guide + [("model", name, site) for name, site in (self.latents | self.observed).items()]
+
+    @property
+    def plates(self) -> list[str]:
+        """The names of the plates around latent and observed sites."""
+        return sorted({frame.name for _, _, site in self.sites for frame in site["cond_indep_stack"]})
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """How many dimensions the plates take."""
+        frames = [frame for _, _, site in self.sites for frame in site["cond_indep_stack"]]
+        return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+
+    def is_local(self, site: Site) -> bool:
+        """Whether a site lies in the data plate, so that it has a value for each datum; else it is global."""
+        return any(frame.name == self.plate for frame in site["cond_indep_stack"])
+
+    @property
+    def global_latents(self) -> list[str]:
+        """The names of the model's latents outside of the data plate."""
+        return [name for name, site in self.latents.items() if not self.is_local(site)]
+
+    @property
+    def enumerated(self) -> set[str]:
+        """How latents are marked for enumeration: ``"parallel"``, ``"sequential"``."""
+        sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
+        return {site["infer"].get("enumerate") for site in sites} - {None}
+
+    def check_data_plate(self) -> None:
+        """Raise if the observed sites are not all in the data plate."""
+        outside = [name for name, site in self.observed.items() if not self.is_local(site)]
+        if outside or not self.observed:
+            raise ValueError(
+                f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
+                f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
+            )
+
+    def check_all_drawn(self, purpose: str) -> None:
+        """Raise if the model has a latent that the guide does not draw."""
+        if missing := [name for name in self.latents if name not in self.guide_latents]:
+            raise ValueError(f"`guide` must draw every latent of the model for {purpose}, got one without {missing}")
+
+    def check_one_plate(self, purpose: str) -> None:
+        """Raise if a site of model or guide lies in other plates than the data plate."""
+        check_one_plate(purpose, self.sites, self.plate)
+
+    def set_plate_nesting(self, elbo: ELBO) -> None:
+        """Give an ELBO the nesting of the plates, which Pyro would find by a run on data without their transform."""
+        if elbo.max_plate_nesting == float("inf"):
+            particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
+            elbo.max_plate_nesting = particles + self.max_plate_nesting
+
+    def check_elbo(self, elbo: ELBO) -> None:
+        """Raise if an ELBO and the latents' marks for enumeration do not fit."""
+        if not isinstance(elbo, TraceEnum_ELBO):
+            if self.enumerated:
+                raise ValueError(
+                    "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1) for latents that are marked for enumeration, "
+                    f"got {type(elbo).__name__}, which would sample them"
+                )
+        elif "sequential" in self.enumerated:
+            raise ValueError(
+                "`elbo` needs latents marked with enumerate='parallel', got sites that are enumerated one state after "
+                "another"
+            )
+        elif "parallel" not in self.enumerated:
+            raise ValueError(
+                "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
+                "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
+            )
+
+
+def check_one_plate(
+    purpose: str, sites: Iterable[tuple[str, str, Site]], plate: str | None = None, size: int | None = None
+) -> None:
+    """Raise if a site lies in other plates than one data plate, the rightmost dimension of its batch.
+
+    Args:
+        purpose: what needs that, the subject of the error.
+        sites: owner, name and site.
+        plate: name of the data plate; that of the first site if left out.
+        size: rows of the plate; that of the first site if left out.
+    """
+    for owner, name, site in sites:
+        frames = [frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES]
+        found = [frame.name for frame in frames]
+        plate = plate or (found or ["data"])[0]
+        if found != [plate] or frames[0].dim != -1:
+            raise ValueError(
+                f"{purpose} needs every site in one plate, {plate!r}, as the rightmost batch dimension: site {name!r} "
+                f"of the {owner} is in the plates {found}"
+            )
+        size = size or frames[0].size
+        if frames[0].size != size:
+            raise ValueError(
+                f"{purpose} needs one number of rows: site {name!r} of the {owner} has {frames[0].size} where other "
+                f"sites have {size}"
+            )
+
+
+def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:
+    """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
+
+    The rows are run twice: as they are, and in reverse with the first row many times over. At the same values of the
+    latents every row must have the same density in both runs. Parameters are shifted by noise for it, since those that
+    start out equal do not tell rows apart. Autoguides are judged by their plates. Above 10,000 rows, that many of them
+    are compared, evenly spread.
+
+    Args:
+        run: a model or guide.
+        data: what it takes.
+        plate: name of the data plate.
+        trace: a trace of it, from which its parameters are known; it is run for one if left out.
+    """
+    step = -(-len(data[0]) // _MAX_ROWS)
+    rows = tuple(tensor[::step] for tensor in data)
+    with scoped_param_store(), poutine.block(), torch.no_grad():
+        try:
+            trace = trace or poutine.trace(run).get_trace(*rows)
+            if isinstance(run, AutoGuide):
+                return not any(_dims_of(trace, plate))
+            with _perturbed(trace):
+                with seeded(0):
+                    whole = poutine.trace(run).get_trace(*rows)
+                return _has_same_rows(run, whole, rows, plate)
+        except (ValueError, RuntimeError, IndexError):
+            return False
+
+
+def _shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(site["value"].shape) for name, site in latent_sites(trace).items()}
+
+
+def _dims_of(trace: Trace, plate: str) -> dict[str, int]:
+    """The dimension of the data plate in each site that lies in it, by name."""
+    return {
+        name: frame.dim
+        for name, site in (latent_sites(trace) | observed_sites(trace)).items()
+        for frame in site["cond_indep_stack"]
+        if frame.name == plate
+    }
+
+
+def _has_same_rows(run: Function, whole: Trace, data: tuple[Tensor, ...], plate: str) -> bool:
+    """Whether each row has the density that it has in ``whole``, when rows are run in reverse and the first often."""
+    count = len(data[0])
+    backwards = torch.arange(count - 1, -1, -1, device=data[0].device)
+    index = torch.cat([backwards, backwards.new_zeros(-(-count // 2))])
+    dims = _dims_of(whole, plate)
+    values = {
+        name: site["value"].index_select(dims[name] - site["fn"].event_dim, index) if name in dims else site["value"]
+        for name, site in latent_sites(whole).items()
+    }
+    again = poutine.trace(poutine.condition(run, data=values)).get_trace(*(tensor[index] for tensor in data))
+    ours, theirs = latent_sites(whole) | observed_sites(whole), observed_sites(again)
+    return all(
+        torch.allclose(
+            log_density(ours[name]).index_select(dim, index), log_density(theirs[name]), rtol=1e-3, atol=1e-3
+        )
+        for name, dim in dims.items()
+    )
+
+
+@contextmanager
+def _perturbed(trace: Trace) -> Iterator[None]:
+    """Shift the parameters of a trace by noise inside the block, and restore them after it."""
+    stored = dict(pyro.get_param_store().named_parameters())  # unconstrained
+    parameters = [stored[name] for name, site in trace.nodes.items() if site["type"] == "param"]
+    values = [parameter.detach().clone() for parameter in parameters]
+    with ExitStack() as stack:
+        for parameter, value in zip(parameters, values, strict=True):
+            stack.callback(parameter.copy_, value)
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        yield
