@@ -129,7 +129,7 @@ class Checkpoints:
                     errors.append(error)
                     continue
                 if errors:
-                    warnings.warn(f"checkpoints: {_told(errors[0])}. The previous one is used", stacklevel=4)
+                    warnings.warn(f"checkpoints: {_told(errors[0])}. The previous one is used", stacklevel=5)
                 self._damaged = bool(errors)
                 return contents
         if errors:

@@ -27,7 +27,7 @@ from pyro_vae.distributions.missing import check_model, first_missing
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
-from pyro_vae.training.loop import Callback, Loop
+from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
 from pyro_vae.training.minibatches import Batcher, Transform, following_autoguide, make_batcher, transformed
 from pyro_vae.training.preflight import check_elbo, check_pair, explain_shape_mismatch
 from pyro_vae.training.schedules import Schedule, check_schedules
@@ -200,26 +200,22 @@ def fit(
         with seeded(seed):
             loop = Loop(
                 step,
-                take,
-                num_data,
-                batch_size,
-                seed,
-                device,
+                Batches(take, num_data, batch_size, seed, device),
                 validate=None if held_out is None else partial(_held_out, run, held_out, seed),
                 patience=patience,
                 callbacks=callbacks,
-                checkpoints=checkpoints,
-                run_config=run_config,
+                checkpoints=None if checkpoints is None else RunCheckpoints(checkpoints, run_config),
             )
             with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
                     _validate(ElboEvaluator(model, guide, copy.copy(elbo), plate), take, num_data, batch_size, device)
             loop.run(epochs, progress)
-    if loop.stop_reason == "interrupted":
+    state = loop.state
+    if state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; what was learnt is kept", stacklevel=2)
     return Fitted(
-        model, guide, loop.history, seed, step.count, time.perf_counter() - started, loop.stop_reason, loop.skipped
+        model, guide, state.history, seed, step.count, time.perf_counter() - started, state.stop_reason, state.skipped
     )
 
 
