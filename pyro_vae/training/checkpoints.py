@@ -85,6 +85,13 @@ class Checkpoints:
         by_steps = self.every_steps is not None and steps % self.every_steps == 0
         return by_steps or time.monotonic() - self._written >= self.every_seconds
 
+    @classmethod
+    def at(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
+        """Return checkpoints in a folder, or as they are, whose folder is there and can be written to."""
+        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
+        checkpoints.prepare()
+        return checkpoints
+
     def prepare(self) -> None:
         """Make the folder, and clear away what a run left there that was killed while it wrote.
 
@@ -129,7 +136,7 @@ class Checkpoints:
                     errors.append(error)
                     continue
                 if errors:
-                    warnings.warn(f"checkpoints: {_told(errors[0])}. The previous one is used", stacklevel=4)
+                    warnings.warn(f"checkpoints: {_told(errors[0])}. The previous one is used", stacklevel=5)
                 self._damaged = bool(errors)
                 return contents
         if errors:

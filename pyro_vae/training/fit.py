@@ -25,12 +25,12 @@ from pyro_vae.model_guide import ModelGuide
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
-from pyro_vae.training.loop import Callback, Loop
+from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
 from pyro_vae.training.minibatches import autoguide_follows_subsample, make_batcher
 from pyro_vae.training.preflight import (
     check_elbo,
-    check_missing_values,
     check_options,
+    check_pair,
     check_validation_data,
     run_all_rows,
     to_tensors,
@@ -161,45 +161,31 @@ def fit(
     tensors, held_out = to_tensors(data, validation)
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
     lr, schedules = lr if callable(lr) else positive(lr, "lr"), check_schedules({} if schedules is None else schedules)
-    num_data, device = len(tensors[0]), tensors[0].device
+    num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     evaluator = ElboEvaluator(model, guide, check_elbo(elbo), plate)
     run_config = _run_config(evaluator, tensors, held_out, batch_size=batch_size, seed=seed, compile=compile)
-    checkpoints = _prepared(checkpoints)
+    saved = None if checkpoints is None else RunCheckpoints(Checkpoints.at(checkpoints), run_config)
     started = time.perf_counter()
     with autoguide_follows_subsample(guide):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair, take = make_batcher(model, guide, tensors, batch_size, plate, transform)
-            pair.check_elbo(evaluator.elbo)
-            if transform is not None:
-                pair.set_plate_nesting(evaluator.elbo)
-            check_missing_values(pair, tensors, transform, "data")
+            check_pair(pair, evaluator.elbo, tensors, transform)
             held_out = check_validation_data(pair, held_out, transform)
-        step = _step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
+        step = _make_step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
+        batches = Batches(take, num_data, batch_size, seed, tensors[0].device)
+        validate = None if held_out is None else partial(_evaluate_held_out, evaluator, held_out, seed)
+        loop = Loop(step, batches, validate, patience, callbacks, saved)
         with seeded(seed):
-            loop = Loop(
-                step,
-                take,
-                num_data,
-                batch_size,
-                seed,
-                device,
-                validate=None if held_out is None else partial(_held_out, evaluator, held_out, seed),
-                patience=patience,
-                callbacks=callbacks,
-                checkpoints=checkpoints,
-                run_config=run_config,
-            )
             with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
-                    validated = ElboEvaluator(model, guide, copy.copy(evaluator.elbo), plate)
-                    run_all_rows(validated, take, num_data, batch_size, device)
+                    run_all_rows(ElboEvaluator(model, guide, copy.copy(evaluator.elbo), plate), batches)
             loop.run(epochs, progress)
-    if loop.stop_reason == "interrupted":
+    if loop.state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
-    seconds = time.perf_counter() - started
-    return Fitted(model, guide, loop.history, seed, step.count, seconds, loop.stop_reason, loop.skipped)
+    seconds, state = time.perf_counter() - started, loop.state
+    return Fitted(model, guide, state.history, seed, step.count, seconds, state.stop_reason, state.skipped)
 
 
 def evaluate(
@@ -243,7 +229,7 @@ def evaluate(
         return _terms(evaluator, pair.data, "data", num_samples)
 
 
-def _step(
+def _make_step(
     evaluator: ElboEvaluator,
     lr: float | Schedule,
     schedules: Mapping[Tensor, Schedule],
@@ -261,15 +247,6 @@ def _step(
     return CapturedStep(evaluator, lr, schedules, clip_norm=clip_norm, skips=skips, numbered=True, compiles=is_compiled)
 
 
-def _prepared(checkpoints: Checkpoints | str | os.PathLike[str] | None) -> Checkpoints | None:
-    """Return checkpoints whose folder can be written to."""
-    if checkpoints is None:
-        return None
-    checkpoints = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
-    checkpoints.prepare()
-    return checkpoints
-
-
 def _run_config(
     evaluator: ElboEvaluator, data: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, **arguments: Any
 ) -> dict[str, Any]:
@@ -283,20 +260,19 @@ def _run_config(
 
 
 @torch.no_grad()
-def _terms(run: ElboEvaluator, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
-    """Means of some runs on the data of that name, in nats per datum."""
+def _terms(evaluator: ElboEvaluator, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
+    """Return the ELBO and its terms, means over some runs, in nats per datum."""
     found: list[dict[str, Tensor]] = []
     for _ in range(num_samples):
-        loss = run.loss(*data)
+        loss = evaluator.loss(*data)
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{name}: the loss is {loss}; {run.first_nonfinite_site() or 'no one site is to blame'}"
-            )
-        found.append(run.terms(loss))
+            cause = evaluator.first_nonfinite_site() or "the log_prob of every site is finite"
+            raise FloatingPointError(f"{name}: the loss is {loss}; {cause}")
+        found.append(evaluator.terms(loss))
     return {name: float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
 
 
-def _held_out(run: ElboEvaluator, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
-    """Validation draws come from a stream of their own, so that looking does not change the run."""
+def _evaluate_held_out(evaluator: ElboEvaluator, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
+    """Evaluate with random numbers of a stream of its own, so that validation does not change the run."""
     with seeded(seed):
-        return _terms(run, data, "validation")
+        return _terms(evaluator, data, "validation")

@@ -1,12 +1,11 @@
-"""The loop over epochs: what it records, when it stops, and the state that it can go on from."""
+"""The loop over epochs, and its parts: batches, metrics, guard, early stopping, checkpoints, progress bar, Ctrl-C."""
 
 import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,39 +17,31 @@ from tqdm.auto import tqdm
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
 from pyro_vae._utils.validation import tqdm_disable
-from pyro_vae.training.checkpoints import Checkpoints, misfits
+from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.state import (
+    RunState,
     discover_parameters,
     load_model_state,
-    load_optimizer_state,
+    load_run_state,
     model_state,
-    optimizer_state,
-    set_trainable_flags,
+    run_state,
     trainable_flags,
 )
 from pyro_vae.training.step import BatchContext, Step
 
-__all__ = ["Callback", "Epoch", "Loop"]
-
-_SYNC_SECONDS = 0.2  # seconds between looks at what the steps returned: each waits for the device
-
-
-_SKIPPED = 100  # steps in a row that may be skipped
-
-
-_NUMBERS = ("epoch", "batch", "skipped", "consecutive_skips", "best_epoch", "stop_reason")
+__all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints"]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a callback is told at the end of an epoch.
+    """The argument of a callback: the progress of the run at the end of an epoch.
 
     Attributes:
-        number: of epochs that are done.
-        steps: that are done.
-        record: the epoch's entries in the history.
-        history: of all epochs so far, and as it goes on.
+        number: number of finished epochs.
+        steps: number of finished steps.
+        record: the history's entries for this epoch.
+        history: the history of all epochs so far.
     """
 
     number: int
@@ -60,279 +51,352 @@ class Epoch:
 
 
 Callback = Callable[[Epoch], Any]
-"""Called at the end of each epoch; training ends if it returns ``True``."""
+"""Function called at the end of each epoch; training ends if it returns ``True``."""
 
 
 class Loop:
-    """Epochs of steps, on rows in random order.
+    """Train a step for some epochs, each over all rows in a new random order.
 
     Args:
-        step: what is done with each batch.
-        take: from row numbers to arguments.
-        num_data: N.
-        batch_size: rows per step; N for all of them in order.
-        seed: of the order.
-        device: of the row numbers.
-        validate: called at the end of each epoch, for the ELBO and its terms on held-out data.
-        patience: epochs without a better validation ELBO after which training ends, with the best parameters.
+        step: updates the parameters on one batch.
+        batches: the rows of each batch.
+        validate: returns the ELBO and its terms on held-out data; called at the end of each epoch.
+        patience: number of epochs without a better validation ELBO after which training ends; the parameters are then
+            those of the best epoch.
         callbacks: called at the end of each epoch.
-        checkpoints: where the state is written to.
-        run_config: what tells this run from others, by the names of arguments; written with its state.
+        checkpoints: where the state of the run is written to.
 
     Attributes:
-        history: by name, a number for each epoch.
-        epoch: how many are done.
-        batch: how many of the epoch that is under way.
-        stopped: why training ended: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
-        skipped: steps that were left out, as they were not finite.
-        consecutive_skips: how many of them were the last ones.
-        best: what was learnt by the epoch with the best validation ELBO.
-        best_epoch: its number.
+        state: the progress of the run.
     """
 
     def __init__(
         self,
         step: Step,
-        take: BatchContext,
-        num_data: int,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
+        batches: "Batches",
         validate: Callable[[], dict[str, float]] | None = None,
         patience: int | None = None,
         callbacks: Sequence[Callback] = (),
-        checkpoints: Checkpoints | None = None,
-        run_config: dict[str, Any] | None = None,
+        checkpoints: "RunCheckpoints | None" = None,
     ):
-        self.step, self.take = step, take
-        self.num_data, self.batch_size, self.device = num_data, batch_size, device
-        self.validate, self.patience, self.callbacks, self.checkpoints = validate, patience, callbacks, checkpoints
-        self.run_config = run_config or {}
-        self.order = torch.Generator().manual_seed(seed)
-        self.history: dict[str, list[float]] = {}
-        self.epoch = self.batch = self.skipped = self.consecutive_skips = self.best_epoch = 0
-        self.stop_reason = "epochs"
-        self.best: dict[str, Tensor] = {}
-        self._order_of_epoch = self.order.get_state()
-        self._all = [torch.arange(num_data, device=device)] if batch_size == num_data else []  # the batch of each epoch
-        self._rows: list[list[float]] = []  # what steps returned, of the epoch that is under way
-        self._pending: list[Tensor] = []  # the same, since the last look
-        self._inputs: list[Tensor] = []  # of these steps
-        self._best_written = 0
-        self._interrupted = False
-
-    def run(self, epochs: int, progress: bool | None) -> None:
-        """Go on until so many epochs are done, or something ends it before."""
-        begun = self.epoch < epochs and self.stop_reason == "epochs"
-        with (
-            self._deferring_interrupts(),
-            warnings.catch_warnings(),
-            tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch") as bar,
-        ):
-            warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
-            self._open_window()
-            while self.epoch < epochs and self.stop_reason == "epochs":
-                self._run_epoch(bar)
-            self._sync_metrics(bar)
-        if begun:
-            self._save()
-        if self.patience is not None and self.best:
-            load_model_state(self.step, self.best)
-
-    def _run_epoch(self, bar: Any) -> None:
-        """What is left of it."""
-        for rows in self._batches():
-            self._inputs.append(rows)
-            # What validation warns of, such as a scale at its floor, may come late; to look at each step costs time.
-            validate = self.epoch == 0 or (self.batch == 0 and self.epoch.bit_count() == 1)
-            self._pending.append(self.step(self.take, rows, validate=validate))
-            self.batch += 1
-            due = self.checkpoints is not None and self.checkpoints.due(self.step.count)
-            if due or self._interrupted or time.perf_counter() > self._next_look:
-                self._sync_metrics(bar)
-            if due:
-                self._save()
-            if self._interrupted:
-                self.stop_reason = "interrupted"
-                break
-        if self.batch * self.batch_size >= self.num_data:
-            self._end_epoch(bar)
-
-    def _save(self) -> None:
-        if self.checkpoints is None:
-            return
-        if self.best_epoch > self._best_written:
-            value = next(values for name, values in self.history.items() if name.startswith("validation_"))
-            self.checkpoints.save_best({"epoch": self.best_epoch, "validation": value[self.best_epoch - 1]}, self.best)
-            self._best_written = self.best_epoch
-        header, tensors = self.state()
-        self.checkpoints.save(header | {"run": self.run_config}, tensors)
-
-    def _batches(self) -> Sequence[Tensor]:
-        """What is left of the epoch's."""
-        if self._all:
-            return self._all[self.batch :]
-        self.order.set_state(self._order_of_epoch)
-        shuffled = torch.randperm(self.num_data, generator=self.order).to(self.device)
-        return shuffled.split(self.batch_size)[self.batch :]
-
-    def _open_window(self) -> None:
-        """From here on, what the steps return is not looked at."""
-        self._pending.clear()
-        self._inputs.clear()
-        self._states = random_states()
-        self._next_look = time.perf_counter() + _SYNC_SECONDS
-
-    def _sync_metrics(self, bar: Any) -> None:
-        """Read what the steps have returned: means for the history, and whether one of them was not finite."""
-        table = torch.stack([row.to(self.device) for row in self._pending]).tolist() if self._pending else []
-        for index, row in enumerate(table):
-            if row[0]:
-                self.consecutive_skips = 0
-            else:
-                self._not_finite(index)
-        self._rows += table
-        length = -(-self.num_data // self.batch_size)
-        while len(self._rows) >= length:
-            self._record([row for row in self._rows[:length] if row[0]])
-            del self._rows[:length]
-        self._open_window()
-        bar.set_postfix({name: f"{values[-1]:.4g}" for name, values in self.history.items()}, refresh=False)
-        bar.update(self.epoch - bar.n)
-
-    def _record(self, rows: list[list[float]]) -> None:
-        columns = list(zip(*rows, strict=True))[2:] if rows else [(math.nan,)] * len(self.step.names)
-        for name, column in zip(self.step.names, columns, strict=True):
-            self.history.setdefault(name, []).append(math.fsum(column) / len(column))
-
-    def _not_finite(self, index: int) -> None:
-        """Count a step since the last look as skipped, or raise for it."""
-        number = self.step.count + index + 1 - len(self._pending)
-        self.skipped += 1
-        self.consecutive_skips += 1
-        if isinstance(self.step, CapturedStep) and not self.step.skips:
-            self.step.count = number
-            done = [(rows,) for rows in self._inputs[: index + 1]]
-            raise self.step.diagnose_nonfinite(self.take, done, partial(set_random_states, *self._states))
-        if self.consecutive_skips >= _SKIPPED:
-            raise FloatingPointError(
-                f"step {number}: it is the {_SKIPPED}th in a row whose loss or gradient is not finite"
-            )
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that the run goes on from, for :func:`pyro_vae.saving.tensor_file.write`."""
-        numbers = {name: getattr(self, name) for name in _NUMBERS}
-        random, streams = random_states()
-        header = numbers | {
-            "steps": self.step.count,
-            "history": self.history,
-            "rows": self._rows,
-            "random": random,
-            "switches": trainable_flags(self.step),
-        }
-        groups = {
-            "learnt": model_state(self.step),
-            "optimizer": optimizer_state(self.step),
-            "best": self.best,
-            "random": streams | {"order": self._order_of_epoch},
-        }
-        return header, {f"{group}/{name}": tensor for group, found in groups.items() for name, tensor in found.items()}
+        self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
+        self.checkpoints = checkpoints
+        self.state = RunState()
+        self._pending = PendingMetrics(batches.device)
+        self._guard = NonfiniteGuard(step, batches.context)
+        self._early_stopping = EarlyStopping(step, patience)
+        self._keeps_best = patience is not None or checkpoints is not None
+        self._interrupt = DeferredInterrupt()
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the folder, if it has one.
+        """Continue from the newest checkpoint in the folder, if there is one.
 
         Raises:
-            ValueError: if it is of another run or model, by the name of what differs.
+            ValueError: if it belongs to another run or model, with the names of what differs.
         """
-        if self.checkpoints is None or (contents := self.checkpoints.load()) is None:
-            return
-        header, tensors = contents
-        folder = repr(str(self.checkpoints.folder))
-        for name, value in self.run_config.items():
-            if (saved := header["run"].get(name)) != value:
-                raise ValueError(
-                    f"`{name}` must be {saved!r}, that of the run in {folder}, or another folder, got {value!r}"
-                )
-        groups: dict[str, dict[str, Tensor]] = {"learnt": {}, "optimizer": {}, "best": {}, "random": {}}
-        for name, tensor in tensors.items():
-            group, _, name = name.partition("/")
-            groups[group][name] = tensor
-        rows = torch.arange(self.batch_size, device=self.device)
-        discover_parameters(self.step, self.take, rows)
-        if lines := misfits(groups["learnt"], model_state(self.step)):
-            raise ValueError(f"checkpoints: {folder} is of another model: {'; '.join(lines)}")
-        if header["switches"] != trainable_flags(self.step):
-            set_trainable_flags(self.step, header["switches"])
-            self.step.clear_parameter_cache()
-            discover_parameters(self.step, self.take, rows)
-        self._restore(header, groups)
+        if self.checkpoints is not None:
+            self.checkpoints.resume(self.step, self.batches, self.state)
 
-    def _restore(self, header: dict[str, Any], groups: dict[str, dict[str, Tensor]]) -> None:
-        load_model_state(self.step, groups["learnt"])
-        load_optimizer_state(self.step, header["switches"]["optimized"], groups["optimizer"])
-        for name in _NUMBERS:
-            setattr(self, name, header[name])
-        if self.stop_reason == "interrupted":
-            self.stop_reason = "epochs"
-        self.step.count, self.history, self._rows = header["steps"], header["history"], header["rows"]
-        self.best = {name: tensor.to(self.device) for name, tensor in groups["best"].items()}
-        self._order_of_epoch = groups["random"].pop("order")
-        set_random_states(header["random"], groups["random"])
+    def run(self, epochs: int, progress: bool | None) -> None:
+        """Train until this number of epochs is finished, or a part of the loop ends the run earlier."""
+        state = self.state
+        unfinished = state.epoch < epochs and state.stop_reason == "epochs"
+        with self._interrupt, warnings.catch_warnings(), ProgressBar(epochs, progress) as self._progress:
+            warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
+            self._pending.clear()
+            while state.epoch < epochs and state.stop_reason == "epochs":
+                self._run_epoch()
+            self._sync_metrics()
+        if unfinished and self.checkpoints is not None:
+            self.checkpoints.save(self.step, self.batches, state)
+        self._early_stopping.load_best(state)
 
-    def _end_epoch(self, bar: Any) -> None:
-        self.epoch += 1
-        self.batch = 0
-        if not self._all:
-            self._order_of_epoch = self.order.get_state()
-        if self.validate is None and not self.callbacks:
-            return
-        self._sync_metrics(bar)
+    def _run_epoch(self) -> None:
+        """Run the steps of the current epoch that are not yet done."""
+        state, step, batches, pending, checkpoints = (
+            self.state,
+            self.step,
+            self.batches,
+            self._pending,
+            self.checkpoints,
+        )
+        for rows in batches.remaining(state.batch):
+            # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
+            validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
+            pending.add(rows, step(batches.context, rows, validate=validate))
+            state.batch += 1
+            due = checkpoints is not None and checkpoints.due(step.count)
+            if due or self._interrupt.pressed or pending.due():
+                self._sync_metrics()
+            if due and checkpoints is not None:
+                checkpoints.save(step, batches, state)
+            if self._interrupt.pressed:
+                state.stop_reason = "interrupted"
+                break
+        if state.batch == batches.per_epoch:
+            self._end_epoch()
+
+    def _sync_metrics(self) -> None:
+        """Read the metrics of the pending steps: check that they are finite, and average finished epochs."""
+        table = self._pending.read()
+        self._guard.check(self.state, self._pending, table)
+        self.state.metrics += table
+        self._record_epochs()
+        self._pending.clear()
+        self._progress.show(self.state)
+
+    def _record_epochs(self) -> None:
+        """Append to the history the mean of each metric over the finite steps of each finished epoch."""
+        names, metrics, length = self.step.names, self.state.metrics, self.batches.per_epoch
+        while len(metrics) >= length:
+            finite = [row[2:] for row in metrics[:length] if row[0]] or [[math.nan] * len(names)]
+            for name, column in zip(names, zip(*finite, strict=True), strict=True):
+                self.state.history.setdefault(name, []).append(math.fsum(column) / len(column))
+            del metrics[:length]
+
+    def _end_epoch(self) -> None:
+        state = self.state
+        state.epoch += 1
+        state.batch = 0
+        self.batches.next_epoch()
+        if self.validate is not None or self.callbacks:
+            self._sync_metrics()
         if self.validate is not None:
             with buffers_kept():
-                held_out = self.validate()
-            for name, value in held_out.items():
-                self.history.setdefault(f"validation_{name}", []).append(value)
-            self._update_best(self.history[f"validation_{next(iter(held_out))}"])
+                terms = self.validate()
+            for name, value in terms.items():
+                state.history.setdefault(f"validation_{name}", []).append(value)
+            if self._keeps_best:
+                self._early_stopping.update(state, next(iter(terms.values())))
         if self.callbacks:
-            self._call_back()
+            self._call_callbacks()
 
-    def _call_back(self) -> None:
-        """Tell the callbacks, of which one may end the run, and others freeze parameters."""
-        before = trainable_flags(self.step)
-        record = {name: values[-1] for name, values in self.history.items()}
+    def _call_callbacks(self) -> None:
+        """Call each callback: it may end the run, freeze parameters, and draw random numbers."""
+        state, flags = self.state, trainable_flags(self.step)
+        record = {name: values[-1] for name, values in state.history.items()}
         with preserve_rng_state():
             for call in self.callbacks:
-                if call(Epoch(self.epoch, self.step.count, record, self.history)) is True:
-                    self.stop_reason = "callback"
-        if trainable_flags(self.step) != before:
+                if call(Epoch(state.epoch, self.step.count, record, state.history)) is True:
+                    state.stop_reason = "callback"
+        if trainable_flags(self.step) != flags:
             self.step.clear_parameter_cache()
-            discover_parameters(self.step, self.take, torch.arange(self.batch_size, device=self.device))
+            discover_parameters(self.step, self.batches.context, self.batches.first)
 
-    def _update_best(self, bounds: list[float]) -> None:
-        """Keep what the best epoch has learnt, and stop where it lies too far back."""
-        if self.patience is None and self.checkpoints is None:
+
+class Batches:
+    """The rows of each batch of an epoch: all rows in random order, or in one batch that holds them in order.
+
+    Args:
+        context: turns the rows of a batch into the arguments of model and guide.
+        num_data: N.
+        batch_size: rows per step, at most N.
+        seed: of the random order.
+        device: of the row numbers.
+
+    Attributes:
+        per_epoch: number of batches.
+        first: the numbers of the first rows of the data, as many as a batch has.
+        order: random state that the order of the current epoch is drawn from.
+    """
+
+    def __init__(self, context: BatchContext, num_data: int, batch_size: int, seed: int, device: torch.device):
+        self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
+        self.per_epoch = -(-num_data // batch_size)
+        self.first = torch.arange(batch_size, device=device)
+        self._generator = torch.Generator().manual_seed(seed)
+        self.order = self._generator.get_state()
+
+    def remaining(self, done: int) -> Sequence[Tensor]:
+        """Return the row numbers of each batch of the current epoch, without the first ``done`` batches."""
+        if self.per_epoch == 1:
+            return [self.first][done:]
+        self._generator.set_state(self.order)
+        shuffled = torch.randperm(self.num_data, generator=self._generator).to(self.device)
+        return shuffled.split(self.batch_size)[done:]
+
+    def next_epoch(self) -> None:
+        """Continue with the order of the next epoch."""
+        if self.per_epoch > 1:
+            self.order = self._generator.get_state()
+
+
+_SYNC_SECONDS = 0.2
+
+
+class PendingMetrics:
+    """Metrics of the latest steps that are still on the device: to read them waits for it, which is done rarely.
+
+    Attributes:
+        rows: the rows of each of these steps.
+        random_states: the random states before the first of them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rows: list[Tensor] = []
+        self._metrics: list[Tensor] = []
+
+    def clear(self) -> None:
+        """Begin with no steps, at the current random states."""
+        self.rows.clear()
+        self._metrics.clear()
+        self.random_states = random_states()
+        self._next_sync = time.perf_counter() + _SYNC_SECONDS
+
+    def add(self, rows: Tensor, metrics: Tensor) -> None:
+        """Append a step."""
+        self.rows.append(rows)
+        self._metrics.append(metrics)
+
+    def due(self) -> bool:
+        """Whether it is time to read the metrics."""
+        return time.perf_counter() > self._next_sync
+
+    def read(self) -> list[list[float]]:
+        """Return the metrics of each step, as :class:`pyro_vae.training.step.Step` describes them."""
+        return torch.stack([row.to(self.device) for row in self._metrics]).tolist() if self._metrics else []
+
+
+_MAX_CONSECUTIVE_SKIPS = 100
+
+
+class NonfiniteGuard:
+    """Count the steps whose loss or gradient was not finite, and end the run if they were not to be skipped."""
+
+    def __init__(self, step: Step, context: BatchContext):
+        self.step, self.context = step, context
+
+    def check(self, state: RunState, pending: PendingMetrics, table: list[list[float]]) -> None:
+        """Check the metrics that were read from the pending steps.
+
+        Raises:
+            FloatingPointError: if a step was not finite, and the run stops there or skipped 99 steps just before it.
+        """
+        for index, metrics in enumerate(table):
+            if metrics[0]:
+                state.consecutive_skips = 0
+                continue
+            state.skipped += 1
+            state.consecutive_skips += 1
+            number = self.step.count + index + 1 - len(table)
+            if isinstance(self.step, CapturedStep) and not self.step.skips:
+                self.step.count = number
+                inputs = [(rows,) for rows in pending.rows[: index + 1]]
+                rewind = partial(set_random_states, *pending.random_states)
+                raise self.step.diagnose_nonfinite(self.context, inputs, rewind)
+            if state.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
+                raise FloatingPointError(
+                    f"step {number}: it is the {_MAX_CONSECUTIVE_SKIPS}th in a row whose loss or gradient is not finite"
+                )
+
+
+class EarlyStopping:
+    """Keep the parameters of the epoch with the best validation ELBO, and end the run ``patience`` epochs after it."""
+
+    def __init__(self, step: Step, patience: int | None):
+        self.step, self.patience = step, patience
+
+    def update(self, state: RunState, bound: float) -> None:
+        """Compare the validation ELBO of the epoch that has ended with the best one."""
+        if state.best_epoch == 0 or bound > state.best_bound:
+            state.best_epoch, state.best_bound = state.epoch, bound
+            state.best_parameters = {name: tensor.clone() for name, tensor in model_state(self.step).items()}
+        if self.patience is not None and state.epoch - state.best_epoch >= self.patience:
+            state.stop_reason = "patience"
+
+    def load_best(self, state: RunState) -> None:
+        """Set the parameters to those of the best epoch, if ``patience`` was given."""
+        if self.patience is not None and state.best_epoch:
+            load_model_state(self.step, state.best_parameters)
+
+
+class RunCheckpoints:
+    """The checkpoints of one run: its state is written to their folder, and read back to resume.
+
+    Args:
+        checkpoints: the folder, and when to write.
+        run_config: arguments that must be the same when the run is resumed, by name; written with its state.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, run_config: dict[str, Any]):
+        self.due = checkpoints.due
+        self._checkpoints, self._run_config = checkpoints, run_config
+        self._best_written = 0
+
+    def save(self, step: Step, batches: Batches, state: RunState) -> None:
+        """Write the state of the run, and the parameters of the best epoch if it is new."""
+        if state.best_epoch > self._best_written:
+            header = {"epoch": state.best_epoch, "validation": state.best_bound}
+            self._checkpoints.save_best(header, state.best_parameters)
+            self._best_written = state.best_epoch
+        header, tensors = run_state(step, state, batches.order)
+        self._checkpoints.save(header | {"run": self._run_config}, tensors)
+
+    def resume(self, step: Step, batches: Batches, state: RunState) -> None:
+        """Set the run to the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: if it belongs to another run or model, with the names of what differs.
+        """
+        contents = self._checkpoints.load()
+        if contents is None:
             return
-        if not self.best or bounds[-1] > bounds[self.best_epoch - 1]:
-            self.best_epoch = self.epoch
-            self.best = {name: tensor.clone() for name, tensor in model_state(self.step).items()}
-        if self.patience is not None and self.epoch - self.best_epoch >= self.patience:
-            self.stop_reason = "patience"
+        header, tensors = contents
+        folder = repr(str(self._checkpoints.folder))
+        for name, value in self._run_config.items():
+            if (saved := header["run"].get(name)) != value:
+                raise ValueError(
+                    f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
+                    "another run"
+                )
+        discover = partial(discover_parameters, step, batches.context, batches.first)
+        batches.order = load_run_state(step, state, discover, header, tensors, folder)
 
-    @contextmanager
-    def _deferring_interrupts(self) -> Iterator[None]:
-        """Let Ctrl-C end the run after the step that it falls in; a second one ends it at once."""
 
-        def interrupt(*_: Any) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
+class ProgressBar:
+    """A bar of finished epochs with the latest entries of the history."""
 
-        ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield
-            return
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
+    def __init__(self, epochs: int, progress: bool | None):
+        self._bar: Any = tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch")
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.close()
+
+    def show(self, state: RunState) -> None:
+        """Draw the current state."""
+        latest = {name: f"{values[-1]:.4g}" for name, values in state.history.items()}
+        self._bar.set_postfix(latest, refresh=False)
+        self._bar.update(state.epoch - self._bar.n)
+
+
+class DeferredInterrupt:
+    """Let Ctrl-C end the run after the current step; a second one raises ``KeyboardInterrupt`` at once.
+
+    Only in the main thread, and where the user has no handler of their own.
+
+    Attributes:
+        pressed: whether Ctrl-C was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = self._installed = False
+
+    def __enter__(self) -> "DeferredInterrupt":
+        main = threading.current_thread() is threading.main_thread()
+        self._installed = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._installed:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _press(self, *_: Any) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True

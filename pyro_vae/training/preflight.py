@@ -15,9 +15,9 @@ from pyro_vae._utils.validation import boolean, data_tensors, positive, positive
 from pyro_vae.distributions.missing import check_missing, first_missing
 from pyro_vae.model_guide import ModelGuide, is_amortized
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
-from pyro_vae.training.minibatches import Batcher
+from pyro_vae.training.loop import Batches
 
-__all__ = ["check_elbo", "check_missing_values", "check_options", "check_validation_data", "run_all_rows", "to_tensors"]
+__all__ = ["check_elbo", "check_options", "check_pair", "check_validation_data", "run_all_rows", "to_tensors"]
 
 Data = Tensor | Sequence[Tensor]
 
@@ -64,13 +64,21 @@ def check_elbo(elbo: ELBO | None) -> ELBO:
         raise TypeError(f"`elbo` must be an instance of an ELBO, such as Trace_ELBO(), got {elbo!r}")
     if type(elbo).__name__.startswith("Jit"):
         raise ValueError(
-            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs TorchScript: "
-            "that is deprecated in torch"
+            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs TorchScript, "
+            "deprecated in torch"
         )
     return elbo
 
 
-def check_missing_values(pair: ModelGuide, data: tuple[Tensor, ...], transform: Transform | None, name: str) -> None:
+def check_pair(pair: ModelGuide, elbo: ELBO, data: tuple[Tensor, ...], transform: Transform | None) -> None:
+    """Raise if a pair does not fit its ELBO or its data."""
+    pair.check_elbo(elbo)
+    if transform is not None:
+        pair.set_plate_nesting(elbo)
+    _check_missing_values(pair, data, transform, "data")
+
+
+def _check_missing_values(pair: ModelGuide, data: tuple[Tensor, ...], transform: Transform | None, name: str) -> None:
     """Raise for NaN that the model does not accept, in data as their transform leaves them."""
     if first_missing(data) is not None:
         data = transformed(tuple(tensor.clone() for tensor in data), transform)
@@ -83,7 +91,7 @@ def check_validation_data(
     """Return held-out data, transformed; raise if the guide has parameters for each training datum alone."""
     if validation is None:
         return None
-    check_missing_values(pair, validation, transform, "validation")
+    _check_missing_values(pair, validation, transform, "validation")
     validation = transformed(validation, transform)
     if not is_amortized(pair.guide, validation, pair.plate, pair.guide_trace):
         raise ValueError(
@@ -94,9 +102,9 @@ def check_validation_data(
 
 
 @torch.no_grad()
-def run_all_rows(evaluator: ElboEvaluator, take: Batcher, num_data: int, batch_size: int, device: torch.device) -> None:
+def run_all_rows(evaluator: ElboEvaluator, batches: Batches) -> None:
     """Compute the loss on all rows with Pyro's validation, which a captured step does not have."""
     with preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
-        for rows in torch.arange(num_data, device=device).split(batch_size):
-            with take(rows) as arguments:
+        for rows in torch.arange(batches.num_data, device=batches.device).split(batches.batch_size):
+            with batches.context(rows) as arguments:
                 evaluator.loss(*arguments)

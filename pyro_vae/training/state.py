@@ -1,6 +1,7 @@
-"""What a training run has learnt: parameters, buffers and optimizer as named tensors, and back."""
+"""The state of a training run, as named tensors and numbers of a checkpoint, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -8,31 +9,137 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
+from pyro_vae.training.checkpoints import misfits
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
+    "RunState",
     "data_fingerprint",
     "discover_parameters",
     "load_model_state",
     "load_optimizer_state",
+    "load_run_state",
     "model_state",
     "optimizer_state",
+    "run_state",
     "set_trainable_flags",
     "trainable_flags",
 ]
 
-_ROWS = 1000  # that a checksum looks at, or a few less
+
+@dataclass
+class RunState:
+    """The progress of a run: what a checkpoint holds besides parameters, buffers, optimizer and random states.
+
+    Attributes:
+        epoch: number of finished epochs.
+        batch: number of finished batches of the current epoch.
+        skipped: number of skipped steps: their loss or gradient was not finite.
+        consecutive_skips: number of skipped steps since the last finite one.
+        stop_reason: why the run ended: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
+        history: one number per epoch, by name.
+        metrics: those of the finished steps of the current epoch, as far as they were read from the device.
+        best_epoch: number of the epoch with the best validation ELBO; 0 before the first one.
+        best_bound: its validation ELBO.
+        best_parameters: its parameters and buffers.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    skipped: int = 0
+    consecutive_skips: int = 0
+    stop_reason: str = "epochs"
+    history: dict[str, list[float]] = field(default_factory=dict)
+    metrics: list[list[float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_bound: float = 0.0
+    best_parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def discover_parameters(step: Step, take: BatchContext, rows: Tensor) -> None:
-    """Let a step find its parameters and modules, by a run that changes nothing."""
-    with preserve_rng_state(), buffers_kept(), step.gradients_cleared(), take(rows) as arguments:
+def run_state(step: Step, state: RunState, order: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Collect everything that a run resumes from: numbers for a file's header, and named tensors.
+
+    Args:
+        step: with the parameters, buffers and optimizer.
+        state: the progress of the run.
+        order: random state that the order of the current epoch is drawn from.
+    """
+    random, streams = random_states()
+    header = vars(state) | {"steps": step.count, "random": random, "trainable_flags": trainable_flags(step)}
+    groups = {
+        "model": model_state(step),
+        "optimizer": optimizer_state(step),
+        "best": header.pop("best_parameters"),
+        "random": streams | {"order": order},
+    }
+    return header, {f"{group}/{name}": tensor for group, found in groups.items() for name, tensor in found.items()}
+
+
+def load_run_state(
+    step: Step,
+    state: RunState,
+    discover: Callable[[], None],
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: str,
+) -> Tensor:
+    """Set a run to what :func:`run_state` returned.
+
+    Args:
+        step: receives parameters, buffers and optimizer.
+        state: receives the progress of the run.
+        discover: lets the step find its parameters, see :func:`discover_parameters`.
+        header: the numbers.
+        tensors: the tensors.
+        source: where they were read from, for the error.
+
+    Returns:
+        The random state that the order of the current epoch is drawn from.
+
+    Raises:
+        ValueError: if the tensors belong to another model, with the names and shapes that differ.
+    """
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
+    for path, tensor in tensors.items():
+        group, _, name = path.partition("/")
+        groups[group][name] = tensor
+    discover()
+    own = model_state(step)
+    if differences := misfits(groups["model"], own):
+        raise ValueError(
+            f"`checkpoints` must be those of this model, got {source}, which is of another model: "
+            + "; ".join(differences)
+        )
+    flags = header["trainable_flags"]
+    if flags != trainable_flags(step):
+        set_trainable_flags(step, flags)
+        step.clear_parameter_cache()
+        discover()
+    load_model_state(step, groups["model"])
+    load_optimizer_state(step, flags["optimized"], groups["optimizer"])
+    step.count = header["steps"]
+    for name in vars(state).keys() & header.keys():
+        setattr(state, name, header[name])
+    state.best_parameters = {name: tensor.to(own[name].device) for name, tensor in groups["best"].items()}
+    if state.stop_reason == "interrupted":
+        state.stop_reason = "epochs"
+    order = groups["random"].pop("order")
+    set_random_states(header["random"], groups["random"])
+    return order
+
+
+def discover_parameters(step: Step, batch_context: BatchContext, rows: Tensor) -> None:
+    """Let a step find its parameters and modules in a run that changes nothing."""
+    with preserve_rng_state(), buffers_kept(), step.gradients_cleared(), batch_context(rows) as arguments:
         step.backward(arguments, rows)
 
 
+_ROWS = 1000  # an upper bound on the rows in a checksum
+
+
 def data_fingerprint(data: Sequence[Tensor]) -> str:
-    """What tells data from others: their sizes, and a checksum of up to a thousand rows from first to last.
+    """Describe data by their sizes and a checksum of up to a thousand evenly spaced rows.
 
     >>> data_fingerprint([torch.zeros(5, 2)]), data_fingerprint([torch.ones(5, 2)])
     ('(5, 2) float32, checksum 2c34ce1d', '(5, 2) float32, checksum 00e1a993')

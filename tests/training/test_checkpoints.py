@@ -166,7 +166,7 @@ def test_where_all_are_damaged_nothing_is_done(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 15}, "`batch_size` must be 10, that of the run in '.*', or another folder.*got 15"),
+        ({"batch_size": 15}, "`batch_size` must be 10, as in the run of '.*', got 15; use another folder"),
         ({"batch_size": None}, "`batch_size` must be 10.*got 30"),
         ({"seed": 6}, "`seed` must be 5.*got 6"),
         ({"compile": True}, "`compile` must be False.*got True"),
