@@ -19,6 +19,7 @@ from pyro_vae.distributions.properties import base_support
 from pyro_vae.parts import guides
 from pyro_vae.parts.base import Part
 from pyro_vae.saving import model_file
+from pyro_vae.saving.files import FileFormatError
 
 __all__ = ["VAE"]
 
@@ -251,6 +252,9 @@ class VAE(nn.Module):
         True
         """
         vae = model_file.load(path, VAE, map_location, using)
+        parts = [getattr(vae, role, None) for role in ("prior", "encoder", "decoder")]
+        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(vae.data_shape, torch.Size):
+            raise FileFormatError(f"`path` must be a model file: the VAE in {os.fspath(path)!r} lacks parts")
         vae.name = f"vae{next(_numbers)}"
         return vae
 

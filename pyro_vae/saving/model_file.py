@@ -22,7 +22,7 @@ What is guaranteed:
 """
 
 import hashlib
-import importlib.util
+import importlib
 import io
 import os
 import re
@@ -49,7 +49,7 @@ _VERSION = 2
 _COMMENT = "pyro_vae model file, version {}, sha256 {}"
 
 
-_PATTERN = re.compile(_COMMENT.format(r"(\d{1,9})", "([0-9a-f]{64})").encode())
+_PATTERN = re.compile(_COMMENT.format(r"(\d{1,9})", r"([0-9a-f]{64})\Z").encode())
 
 
 def save(path: str | os.PathLike[str], module: nn.Module) -> None:
@@ -172,13 +172,12 @@ def _check_whole(content: bytes, name: str) -> None:
             f"`path` must be a model file of version {_VERSION}: {name} has version 1, which pyro_vae wrote before "
             "0.1.0. Load the model with that pyro_vae, and save its `state_dict()` with `torch.save`"
         )
-    size = len(_COMMENT.format(_VERSION, "0" * 64))
-    found = _PATTERN.fullmatch(content[-size:])
+    found = _PATTERN.search(content[-200:])
     if found is None:
         raise FileFormatError(f"`path` must be a model file: {name} is another file, or its end is lost")
     if int(found[1]) != _VERSION:
         raise FileFormatError(f"`path` must be a model file of version {_VERSION}: {name} has version {int(found[1])}")
-    if hashlib.sha256(content[:-size]).hexdigest().encode() != found[2]:
+    if hashlib.sha256(content[: -len(found[0])]).hexdigest().encode() != found[2]:
         raise FileFormatError(f"`path` must be a whole model file: {name} is damaged, its checksum does not agree")
 
 
@@ -203,9 +202,10 @@ def _resolve(module: str, name: str, users: Mapping[str, Any]) -> Any:
     if package in ("pyro_vae", "zuko") or module.startswith(("torch.nn.modules.", "torch.distributions.constraints")):
         if package == "zuko":
             import_zuko()
-        if not module.replace(".", "").isidentifier() or importlib.util.find_spec(module) is None:
+        try:
+            thing = getattr(importlib.import_module(module), name, None)
+        except (ImportError, ValueError):  # there is no such module, or its name is no name
             return None
-        thing = getattr(importlib.import_module(module), name, None)
         inert = (nn.Module, Constraint, torch.distributions.Transform)
         if isinstance(thing, type) and issubclass(thing, inert) and thing.__module__ == module:
             return thing
