@@ -19,6 +19,7 @@ from pyro_vae.distributions.properties import base_support
 from pyro_vae.parts import guides
 from pyro_vae.parts.base import Part
 from pyro_vae.saving import model_file
+from pyro_vae.saving.files import FileFormatError
 
 __all__ = ["VAE"]
 
@@ -72,6 +73,15 @@ class VAE(nn.Module):
         self.prior = prior
         self.decoder = decoder
         self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, without the weak references that Pyro adds to parameters and that pickle refuses.
+
+        Pyro sets them again when it next reads the parameters.
+        """
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return vars(self).copy()
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
@@ -195,63 +205,57 @@ class VAE(nn.Module):
         return torch.where(x.isnan(), drawn, x)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the VAE to a file that :meth:`load` makes it from again, on any device.
+        """Write the VAE to a file that :meth:`load` and ``torch.load`` read.
 
-        In it are the arguments that the parts were made with, their parameters and buffers (the temperature is one) in
-        their dtypes, which parameters are frozen, which modules are set to evaluate, and what is shared. The parts are
-        made again once, to see that they can be. The file is written whole or not at all, with a checksum.
+        The file has all parts as they are now: parameters and buffers (the temperature is one) in their dtypes, frozen
+        parameters, training and evaluation modes, what parts share, and modules of your own. It is written whole or not
+        at all, with a checksum.
 
         Args:
-            path: the file, such as ``"model.pt"``. One that is there is replaced.
+            path: the file, such as ``"model.pt"``. A file that is there is replaced.
 
         Raises:
-            ValueError: if a part is of a kind that a file cannot describe, or has been changed since it was made, other
-                than in its parameters and buffers. The message names the argument. Functions and classes of your own
-                need a name; modules derive from :class:`pyro_vae.parts.base.Part`.
+            ValueError: if an attribute of a module cannot be stored, such as a lambda. The message names it. Classes
+                and functions of your own are stored by name, so they must be at the top level of a Python module.
         """
-        if type(self) is not VAE:
-            raise TypeError(f"got a {type(self).__name__}; a file holds a VAE: subclasses can save their state_dict()")
-        model_file.save(path, self, self.data_shape)
+        model_file.save(path, self)
 
     @staticmethod
     def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
-        """The VAE that :meth:`save` wrote: the same densities to the bit, in another process or on another device.
+        """Return the VAE that :meth:`save` wrote: the same densities to the bit, in another process or device.
 
-        It has a new name in Pyro's param store, as a copy has, so that it does not meet the one that it was saved from
-        or another loaded from the same file. Nothing in the file is unpickled or run, and nothing is called but what
-        pyro_vae and ``using`` have.
+        It has a new name in Pyro's param store, so that its parameters are not mixed up with those of the VAE that was
+        saved, or of another that is loaded from the same file. The file cannot run code, see
+        :mod:`pyro_vae.saving.model_file`.
 
         Args:
             path: the file.
             map_location: where parameters and buffers go, as in ``torch.load``; the CPU if left out.
-            using: your own classes and functions that the VAE was made with, found by their names.
+            using: your own classes of modules, and functions that they store, found by their names.
 
         Raises:
-            FileFormatError: if the file is damaged, or no file of a model, see :mod:`pyro_vae.saving.tensor_file`.
-            FileNotFoundError: if there is none.
-            ValueError: if something is missing in ``using``, or its tensors do not fit what that makes.
+            FileFormatError: if the file is damaged, or no model file, or does more than describe a model.
+            FileNotFoundError: if there is no such file.
+            ValueError: if a class or function is missing in ``using``.
 
         >>> import tempfile
         >>> from pyro_vae import priors, guides, likelihoods, networks
-        >>> def residual(in_features, out_features):
-        ...     return nn.Sequential(nn.Linear(in_features, 8), nn.Tanh(), nn.Linear(8, out_features))
         >>> vae = VAE(
         ...     prior=priors.MixtureOfNormals(2, num_components=3),
         ...     encoder=guides.DiagonalNormal(5, 2, networks.mlp([32])),
-        ...     decoder=likelihoods.Normal(2, 5, residual),
+        ...     decoder=likelihoods.Normal(2, 5, networks.mlp([32])),
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     vae.save(f"{folder}/model.pt")
-        ...     again = VAE.load(f"{folder}/model.pt", using=[residual])
+        ...     again = VAE.load(f"{folder}/model.pt")
         >>> torch.equal(again.prior().log_prob(torch.zeros(2)), vae.prior().log_prob(torch.zeros(2)))
         True
         """
-        parts, data_shape = model_file.load(path, map_location, using)
-        vae = VAE.__new__(VAE)
-        nn.Module.__init__(vae)
-        vae._set_parts(**dict(parts.items()), name=None)
-        vae.data_shape = data_shape  # without the story, which was told when it was built
-        vae.training = parts.training
+        vae = model_file.load(path, VAE, map_location, using)
+        parts = [getattr(vae, role, None) for role in ("prior", "encoder", "decoder")]
+        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(vae.data_shape, torch.Size):
+            raise FileFormatError(f"`path` must be a model file: the VAE in {os.fspath(path)!r} lacks parts")
+        vae.name = f"vae{next(_numbers)}"
         return vae
 
     def _validate_parts(self) -> torch.Size:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["KINDS", "Flow", "autoregressive"]
+__all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
 
 KINDS = ("affine", "spline")
 """Of an autoregressive step: what it does to one variable, given those before it."""
@@ -47,7 +47,7 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
     >>> steps(None)(torch.tensor([0.5, -1.0]))
     tensor([ 0.5000, -1.0000], grad_fn=<WhereBackward0>)
     """
-    zuko = _zuko()
+    zuko = import_zuko()
     univariate: dict[str, Any] = {}
     if kind == "spline":
         shapes = [(_BINS,), (_BINS,), (_BINS - 1,)]
@@ -65,7 +65,7 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
     return zuko.lazy.LazyComposedTransform(*steps)
 
 
-def _zuko() -> Any:
+def import_zuko() -> Any:
     """zuko, with torch's validation of distributions as it was: importing zuko switches it off for all."""
     validate = bool(Distribution._validate_args)
     try:

@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.validation import as_shape, describe, real_tensor
-from pyro_vae.parts.constructor_args import Recorded
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.families.relaxed import Relaxed
 
 __all__ = ["Conditional", "Part", "Unconditional", "checked_family", "checked_raw"]
 
 
-class Part(Recorded, nn.Module):
+class Part(nn.Module):
     """A module that returns a distribution.
 
     Any module with ``forward(context=None) -> Distribution`` can stand in a :class:`pyro_vae.VAE`; this base adds
-    ``event_shape``, the discrete twin and ``read``, and keeps the arguments of its constructor, so that a model with it
-    can be saved.
+    ``event_shape``, the discrete twin and ``read``.
     """
 
     family: Family

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.validation import boolean, describe, is_integer, numbers
-from pyro_vae.parts.constructor_args import factory, made_by
 
 __all__ = [
     "NetworkFactory",
@@ -57,10 +56,9 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
         raise TypeError(
             f"`network` must be {expected}: called with ({in_features}, {out_features}), it returned {module!r}"
         )
-    return made_by(module, network, in_features, out_features)
+    return module
 
 
-@factory
 def linear(bias: bool = True) -> NetworkFactory:
     """One affine map.
 
@@ -71,7 +69,6 @@ def linear(bias: bool = True) -> NetworkFactory:
     return lambda in_features, out_features: nn.Linear(in_features, out_features, bias=bias)
 
 
-@factory
 def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> NetworkFactory:
     """A multilayer perceptron with these hidden sizes.
 
@@ -85,9 +82,10 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
     if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
         raise ValueError(f"`hidden` must be a list of positive sizes, such as [400] or [512, 256], got {hidden!r}")
     _check_activation(activation)
+    widths = [int(size) for size in hidden]  # numbers of NumPy could not be saved with the layers
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        *inner, last = pairwise([in_features, *hidden, out_features])
+        *inner, last = pairwise([in_features, *widths, out_features])
         layers = [layer for sizes in inner for layer in (nn.Linear(*sizes), activation())]
         return nn.Sequential(*layers, nn.Linear(*last))
 
@@ -114,7 +112,6 @@ class _Standardized(nn.Module):
         return (inputs - self.loc) / self.scale
 
 
-@factory
 def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
     r"""A network behind :math:`(x - \mathrm{loc}) / \mathrm{scale}`, which are not trained.
 
@@ -155,7 +152,6 @@ class _Masked(nn.Module):
         return torch.cat([inputs.masked_fill(missing, 0.0), (~missing).to(inputs.dtype)], dim=-1)
 
 
-@factory
 def with_missing(network: NetworkFactory) -> NetworkFactory:
     r"""A network that reads missing entries, NaN: :math:`(m \odot x, m)` with the mask :math:`m` of what is observed.
 
@@ -192,7 +188,6 @@ class _OneHot(nn.Module):
         return f"num_classes={self.num_classes}"
 
 
-@factory
 def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
 
@@ -242,7 +237,6 @@ def _check_image(image: Sequence[int], channels: Sequence[int], features: int, n
     return features // prod(image)
 
 
-@factory
 def convolutional(
     image: tuple[int, int, int], channels: Sequence[int] = (16, 32), activation: Callable[[], nn.Module] = nn.ReLU
 ) -> NetworkFactory:
@@ -273,7 +267,6 @@ def convolutional(
     return build
 
 
-@factory
 def deconvolutional(
     image: tuple[int, int, int], channels: Sequence[int] = (32, 16), activation: Callable[[], nn.Module] = nn.ReLU
 ) -> NetworkFactory:

@@ -1,176 +1,237 @@
-"""Models in files: a description of the parts, and their parameters and buffers."""
+"""Files of models: what ``torch.save`` writes of a module, and ``torch.load`` reads with an allow-list.
 
+The comment of the archive, which is the end of the file, names the kind and version of the file, and has a SHA-256
+checksum of all bytes before the comment.
+
+Why a pickle, and not parameters with a record of how each module was made: such a record needs every constructor call,
+misses what is changed later, and works for classes that take part. A pickle has the modules as they *are*: replaced
+layers, shared parameters, modes, buffers, frozen parameters, classes of any origin.
+
+What is guaranteed:
+
+- A file is written whole or not at all. Damage is found before anything else is read.
+- A file cannot run code. Every name in its pickle must be in the allow-list: modules of torch, zuko and pyro_vae, a few
+  plain types, and what the user lists in ``using``. Classes are created without their constructors, and only functions
+  that rebuild tensors and containers are called. :mod:`pyro_vae.saving.pickle_check` finds out without executing the
+  pickle. Then ``torch.load(weights_only=True)`` reads the file, and is given these names alone.
+- A file cannot claim more memory than it has bytes: no record is compressed, and no tensor is larger than its record.
+- A file that was written can be read: :func:`save` makes the same checks as :func:`load`.
+
+``weights_only=True`` alone is not enough: a file may then call each allowed class with any arguments, such as
+``bytearray(10**12)`` or ``nn.Linear(10**6, 10**6)``.
+"""
+
+import hashlib
+import importlib
+import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Number
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import activation
+from torch import nn
+from torch.distributions.constraints import Constraint
 
-from pyro_vae._utils.rng import seeded
-from pyro_vae.parts import base as base_parts
-from pyro_vae.parts import families, guides, likelihoods, networks, priors
-from pyro_vae.parts.constructor_args import kept
-from pyro_vae.parts.families import multivariate
-from pyro_vae.saving import tensor_file
-from pyro_vae.saving.description import Reader, Writer, is_recorded, of_users
-from pyro_vae.saving.tensor_file import FileFormatError
+from pyro_vae.distributions.flow import import_zuko
+from pyro_vae.saving.files import FileFormatError, read_file, write_file
+from pyro_vae.saving.pickle_check import CALLS, STORAGES, Created, follow, global_names
 
-__all__ = ["ROLES", "load", "save"]
+__all__ = ["load", "save"]
 
-ROLES = ("prior", "encoder", "decoder")
-"""The parts of a model, in the order of the story."""
+_VERSION = 2
 
 
-_ROOMS = (families, guides, likelihoods, multivariate, networks, base_parts, priors)
+_COMMENT = "pyro_vae model file, version {}, sha256 {}"
 
 
-_VOCABULARY = {
-    f"{room.__name__.rpartition('.')[2]}.{name}": getattr(room, name)
-    for room in _ROOMS
-    for name in room.__all__
-    if is_recorded(getattr(room, name))
-} | {f"nn.{name}": getattr(activation, name) for name in activation.__all__}
-"""What a file may call without being asked: what describes a distribution or a network, and torch's activations."""
+_PATTERN = re.compile(_COMMENT.format(r"(\d{1,9})", r"([0-9a-f]{64})\Z").encode())
 
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
-
-def save(path: str | os.PathLike[str], whole: nn.Module, data_shape: Sequence[int]) -> None:
-    """Write the prior, the encoder and the decoder of ``whole``.
-
-    They are made again once, in memory, to see that they can be: a file that is written can be read.
+def save(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Write a module to a file. A file that is there is replaced.
 
     Raises:
-        ValueError: if something in the parts cannot be described, or they are no longer what they were made as.
+        ValueError: if an attribute cannot be stored, such as a lambda; the message names it.
     """
-    parts = nn.ModuleDict({role: whole.get_submodule(role) for role in ROLES})
-    extra = [name for name in parts.state_dict() if name.rpartition(".")[2] == "_extra_state"]
-    if extra:
-        raise ValueError(f"{extra[0]}: modules with a state of their own beside tensors cannot be saved")
-    state = _tensors(parts)
-    writer = Writer(_VOCABULARY, {id(tensor): name for name, tensor in state.items()})
-    described = {role: writer.describe(part, role) for role, part in parts.items()}
-    tensors = {name: tensor.detach() for name, tensor in {**state, **writer.tensors}.items()}
-    modules = {**dict(parts.named_modules()), "": whole}
-    header = {
-        "parts": described,
-        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
-        "data_shape": list(data_shape),
-        "evaluating": [name for name, module in modules.items() if not module.training],
-        "frozen": [name for name, parameter in parts.named_parameters() if not parameter.requires_grad],
-    }
-    _check_same(parts, _made(header, tensors, {**_VOCABULARY, **writer.used}, os.fspath(path)))
-    tensor_file.write(path, "model", header, tensors)
+    content = _pickled(module)
+    comment_size = struct.pack("<H", len(_COMMENT.format(_VERSION, "0" * 64)))
+    content = content[:-2] + comment_size  # an archive without a comment ends with the size 0
+    digest = hashlib.sha256(content).hexdigest()
+    write_file(path, content + _COMMENT.format(_VERSION, digest).encode())
 
 
-def load(path: str | os.PathLike[str], map_location: Any, using: Iterable[Any]) -> tuple[nn.ModuleDict, torch.Size]:
-    """The prior, the encoder and the decoder, and the shape of a datum.
+def load(path: str | os.PathLike[str], base: type[nn.Module], map_location: Any, using: Iterable[Any]) -> Any:
+    """Return the module in a file, an instance of ``base``.
+
+    Args:
+        path: the file.
+        base: class that the module must have.
+        map_location: where tensors go, as in ``torch.load``; the CPU if ``None``.
+        using: classes and functions of the user, found by their names.
 
     Raises:
-        FileFormatError: if the file is damaged, of another kind, or describes no model.
-        ValueError: if it needs a class or function that is not in ``using``, or its tensors do not fit what those make.
+        FileFormatError: if the file is damaged, of another kind or version, or would call or allocate something.
+        ValueError: if it needs classes or functions that are not in ``using``.
     """
-    own = of_users(using)
-    header, tensors = tensor_file.read(path, "model", map_location)
-    parts = _made(header, tensors, {**_VOCABULARY, **own}, os.fspath(path))
-    state = _tensors(parts)
-    saved = {name: tensor for name, tensor in tensors.items() if not name.startswith("argument ")}
-    _check_fit(state, saved, os.fspath(path))
-    for name, tensor in state.items():
-        tensor.data = saved[name]  # of the dtype and on the device of what was read
-    for name, module in parts.named_modules():
-        module.training = name not in header["evaluating"]
-    for name, parameter in parts.named_parameters():
-        parameter.requires_grad = name not in header["frozen"]
-    return parts, torch.Size(header["data_shape"])
-
-
-def _tensors(whole: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once, by the first of its names; buffers that no ``state_dict`` has, too."""
-    return {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-
-
-def _made(
-    header: dict[str, Any], tensors: Mapping[str, Tensor], vocabulary: Mapping[str, Any], path: str
-) -> nn.ModuleDict:
-    """The modules that a header describes, with parameters as at their start."""
-    described, shape = header.get("parts"), header.get("data_shape")
-    dtype = _DTYPES.get(str(header.get("dtype")))
-    lists = isinstance(header.get("evaluating"), list) and isinstance(header.get("frozen"), list)
-    if not lists or dtype is None or not isinstance(described, dict) or described.keys() != set(ROLES):
-        raise FileFormatError(f"path: {path!r} describes no model: its header has {list(header)}")
-    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
-        raise FileFormatError(f"path: {path!r} describes no model: its data are of shape {shape!r}")
-    reader = Reader(vocabulary, tensors, path)
-    with seeded(0), torch.device("cpu"), _default_dtype(dtype):
-        made = {role: reader.make(node) for role, node in described.items()}
-    for role, module in made.items():
-        if not isinstance(module, nn.Module):
-            raise FileFormatError(f"path: {path!r} describes no model: its {role} is a {type(module).__name__}")
-    return nn.ModuleDict({role: made[role] for role in ROLES})
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    users = _by_name(using)
+    content = read_file(path, "model")
+    name = repr(os.fspath(path))
+    _check_whole(content, name)
     try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _check_fit(state: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: str) -> None:
-    faults = [f"{name} is only in the file" for name in saved.keys() - state.keys()]
-    faults += [f"{name} is only in the model that it describes" for name in state.keys() - saved.keys()]
-    faults += [
-        f"{name} is {tuple(saved[name].shape)} in the file and {tuple(tensor.shape)} in the model that it describes"
-        for name, tensor in state.items()
-        if name in saved and saved[name].shape != tensor.shape
-    ]
-    if faults:
+        records = _records(content)
+        names = global_names(records["data.pkl"])
+    except Exception as error:  # of a file with the right checksum, made by hand
+        raise FileFormatError(f"`path` must be a model file: {name} is no archive of torch: {error!r}") from error
+    things = {key: _resolve(*key, users) for key in names}
+    if missing := sorted(f"{module}.{attribute}" for (module, attribute), thing in things.items() if thing is None):
+        wanted = ", ".join(one.rpartition(".")[2] for one in missing)
         raise ValueError(
-            f"path: the tensors in {path!r} do not fit: {'; '.join(sorted(faults))}. Were the classes and functions in "
-            "`using` changed since?"
+            f"`using` must have your classes and functions that the model is made of, as in `using=[{wanted}]`, if you "
+            f"trust the file to use them: {name} needs {', '.join(missing)}"
         )
+    try:
+        root = follow(records, things, len(content))
+    except Exception as error:
+        raise FileFormatError(f"`path` must be a model file: {name} is not used: {error}") from error
+    if not (isinstance(root, Created) and issubclass(root.cls, base)):
+        raise FileFormatError(f"`path` must be a model file: {name} holds no {base.__name__}")
+    return _unpickle(records, things, "cpu" if map_location is None else map_location, name)
 
 
-def _check_same(whole: nn.Module, again: nn.Module) -> None:
-    """An error if modules are not what they are when made again: changed by hand, or made differently each time."""
-    ours, theirs = _structure(whole), _structure(again)
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        if repr(ours.get(name)) != repr(theirs.get(name)):
-            raise ValueError(
-                f"`{name}` must be parts that have not been changed since but for their parameters and buffers, and "
-                f"networks by functions that make the same each time: it is {ours.get(name, 'not there')}, and "
-                f"{theirs.get(name, 'not there')} when its part is made again from the arguments that it was made with"
-            )
+def _by_name(using: Iterable[Any]) -> dict[str, Any]:
+    """Return classes and functions by their names.
+
+    >>> _by_name([nn.Linear])
+    {'Linear': <class 'torch.nn.modules.linear.Linear'>}
+    """
+    things: dict[str, Any] = {}
+    listed = list(using) if isinstance(using, Iterable) else [using]
+    for thing in listed:
+        if not isinstance(using, Iterable) or not isinstance(thing, FunctionType | type):
+            raise TypeError(f"`using` must be a list of classes and functions, such as [MyPrior], got {thing!r}")
+        if things.setdefault(thing.__name__, thing) is not thing:
+            raise ValueError(f"`using` must have one thing of each name, got two that are named {thing.__name__!r}")
+    return things
 
 
-def _structure(whole: nn.Module) -> dict[str, Any]:
-    """By path: of each module its class and settings, of each tensor its shape, or of what it is another name."""
-    structure: dict[str, Any] = {}
-    first: dict[int, str] = {}
-    for name, module in whole.named_modules(remove_duplicate=False):
-        shared = first.setdefault(id(module), name) != name
-        structure[name] = f"the same as {first[id(module)]}" if shared else f"a {type(module).__name__}"
-        for key, value in vars(module).items():
-            if not shared and _is_setting(module, key, value):
-                structure[f"{name}.{key}"] = kept(value)
-    for named in (whole.named_parameters, whole.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            shared = first.setdefault(id(tensor), name) != name
-            structure[name] = f"the same as {first[id(tensor)]}" if shared else f"a tensor of {tuple(tensor.shape)}"
-    return structure
+# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _is_setting(module: nn.Module, key: str, value: Any) -> bool:
-    """Of classes of a user's own, an attribute may be a counter or a cache."""
-    known = type(module).__module__.partition(".")[0] in ("torch", "pyro_vae")
-    plain = isinstance(value, bool | Number | str | tuple | None)
-    return known and plain and not key.startswith("_") and key != "training"
+def _pickled(module: nn.Module) -> bytes:
+    try:
+        return _checked_pickle(module)
+    except Exception as error:
+        for path, child in module.named_modules():
+            for key, value in {"__class__": type(child), **vars(child)}.items():
+                if isinstance(value, nn.Module) or key == "_modules":
+                    continue
+                try:
+                    _checked_pickle(value)
+                except Exception as reason:
+                    where = f"{path}.{key}".removesuffix(".__class__").removeprefix(".") or "the model"
+                    raise ValueError(
+                        f"`{where}` must be something that a file can hold: tensors, numbers, strings, lists, tuples, "
+                        "dictionaries, modules, and classes and functions that are defined at the top level of a "
+                        f"Python module (no lambda), got {value!r} ({reason})"
+                    ) from error
+        raise ValueError(f"the model cannot be stored in a file: {error}") from error
+
+
+def _checked_pickle(value: Any) -> bytes:
+    """Return what ``torch.save`` writes, if :func:`load` can read it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    content = buffer.getvalue()
+    records = _records(content)
+    things: dict[tuple[str, str], Any] = {}
+    users: dict[str, Any] = {}
+    for module, name in global_names(records["data.pkl"]):
+        thing = things[module, name] = _resolve(module, name, {})
+        if thing is not None:
+            continue
+        thing = things[module, name] = getattr(sys.modules.get(module), name, None)
+        if not isinstance(thing, FunctionType | type) or module == "builtins":
+            raise ValueError(f"it needs {module}.{name}, which is not a class or function of Python code")
+        if users.setdefault(name, thing) is not thing:
+            raise ValueError(f"two classes or functions are named {name!r}: rename one")
+    follow(records, things, len(content))
+    return content
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _check_whole(content: bytes, name: str) -> None:
+    if content.startswith(b"pyro_vae file, version 1,"):
+        raise FileFormatError(
+            f"`path` must be a model file of version {_VERSION}: {name} has version 1, which pyro_vae wrote before "
+            "0.1.0. Load the model with that pyro_vae, and save its `state_dict()` with `torch.save`"
+        )
+    found = _PATTERN.search(content[-200:])
+    if found is None:
+        raise FileFormatError(f"`path` must be a model file: {name} is another file, or its end is lost")
+    if int(found[1]) != _VERSION:
+        raise FileFormatError(f"`path` must be a model file of version {_VERSION}: {name} has version {int(found[1])}")
+    if hashlib.sha256(content[: -len(found[0])]).hexdigest().encode() != found[2]:
+        raise FileFormatError(f"`path` must be a whole model file: {name} is damaged, its checksum does not agree")
+
+
+def _records(content: bytes) -> dict[str, bytes]:
+    """Return the records of an archive by their names, without the folder that all are in."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it has compressed records")
+        if sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError("its records claim more bytes than the file has")
+        return {entry.filename.partition("/")[2]: archive.read(entry) for entry in entries}
+
+
+def _resolve(module: str, name: str, users: Mapping[str, Any]) -> Any:
+    """Return what a name in a pickle stands for; ``None`` if it is not allowed."""
+    if (module, name) in CALLS:
+        return CALLS[module, name][0]
+    if module == "torch" and (name in STORAGES or isinstance(getattr(torch, name, None), torch.dtype)):
+        return name
+    package = module.partition(".")[0]
+    if package in ("pyro_vae", "zuko") or module.startswith(("torch.nn.modules.", "torch.distributions.constraints")):
+        if package == "zuko":
+            import_zuko()
+        try:
+            thing = getattr(importlib.import_module(module), name, None)
+        except (ImportError, ValueError):  # there is no such module, or its name is no name
+            return None
+        inert = (nn.Module, Constraint, torch.distributions.Transform)
+        if isinstance(thing, type) and issubclass(thing, inert) and thing.__module__ == module:
+            return thing
+    return users.get(name)
+
+
+def _unpickle(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], where: Any, name: str) -> Any:
+    """Read the records that were checked, packed again, so that no other reading of the file is possible."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for record, data in records.items():
+            if record in ("data.pkl", "byteorder", "version") or record.startswith("data/"):
+                archive.writestr(f"archive/{record}", data)
+    allowed = [(thing, f"{module}.{attribute}") for (module, attribute), thing in things.items() if callable(thing)]
+    known = torch.serialization.get_safe_globals()
+
+    def unpickle(location: Any) -> Any:
+        buffer.seek(0)
+        with torch.serialization.safe_globals([one for one in allowed if one not in known]):
+            return torch.load(buffer, map_location=location, weights_only=True)
+
+    try:
+        return unpickle(where)
+    except Exception as error:
+        try:
+            unpickle("cpu")
+        except Exception:
+            raise FileFormatError(f"`path` must be a model file: {name} cannot be read: {error}") from error
+        raise  # the file is sound, and `map_location` is what failed

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written while it goes on, so that it can be killed at any moment and go on later."""
+"""Checkpoints of a training run: its state, written to files while it trains, from which a killed run resumes."""
 
 import os
 import time
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.validation import positive, positive_int, writable
-from pyro_vae.saving.tensor_file import FileFormatError, read, write
+from pyro_vae.saving.files import FileFormatError
+from pyro_vae.saving.tensor_file import read, write
 
 __all__ = ["Checkpoints", "misfits"]
 
@@ -24,19 +25,17 @@ _KIND_OF_BEST = "best parameters"
 _SECONDS = 60.0
 
 
-Contents = tuple[dict[str, Any], dict[str, Tensor]]
-
-
 class Checkpoints:
-    """A folder that a run writes its state to, and goes on from if it has one. It is for one run at a time.
+    """A folder that a run writes its state to, and resumes from if it has one. Each run needs a folder of its own.
 
-    The folder holds ``last.ckpt``, ``previous.ckpt``, and with validation data ``best.ckpt``, the parameters of the
-    best epoch. Each is written beside its place and moved there: it is whole or not there.
+    The folder holds ``last.safetensors``, ``previous.safetensors``, and with validation data ``best.safetensors``, the
+    parameters of the best epoch. Each file is written whole or not at all, and has a checksum.
 
     Args:
-        folder: made if it is not there.
-        every_steps: how many steps lie between two checkpoints.
-        every_seconds: how many seconds; 60 if neither is given. A last one is written at the end of the run.
+        folder: is made if it does not exist.
+        every_steps: number of steps between two checkpoints.
+        every_seconds: number of seconds between two checkpoints; 60 if neither is given. The end of the run writes one
+            in any case.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -55,33 +54,18 @@ class Checkpoints:
             raise TypeError(f"`folder` must be the path of a folder, got a {type(folder).__name__}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`folder` must be a folder, which is made if it is not there: {str(folder)!r} is a file")
+            raise ValueError(f"`folder` must be a folder, or a path where one can be made: {str(folder)!r} is a file")
+        self.last = self.folder / "last.safetensors"
+        self.previous = self.folder / "previous.safetensors"
+        self.best = self.folder / "best.safetensors"
         self.every_steps = None if every_steps is None else positive_int(every_steps, "every_steps")
-        if every_seconds is None:
-            every_seconds = _SECONDS if every_steps is None else float("inf")
-        else:
-            positive(every_seconds, "every_seconds")
-        self.every_seconds = every_seconds
+        default = _SECONDS if every_steps is None else float("inf")
+        self.every_seconds = default if every_seconds is None else positive(every_seconds, "every_seconds")
         self._written = time.monotonic()
-        self._damaged = False  # the last one, which then must not take the place of the one before
-
-    @property
-    def last(self) -> Path:
-        """The newest checkpoint."""
-        return self.folder / "last.ckpt"
-
-    @property
-    def previous(self) -> Path:
-        """The one before it."""
-        return self.folder / "previous.ckpt"
-
-    @property
-    def best(self) -> Path:
-        """The parameters of the epoch with the best validation ELBO."""
-        return self.folder / "best.ckpt"
+        self._damaged = False  # whether the last one is: it must not replace the previous one
 
     def due(self, steps: int) -> bool:
-        """Whether it is time for one, after so many steps."""
+        """Whether to write a checkpoint after this number of steps."""
         by_steps = self.every_steps is not None and steps % self.every_steps == 0
         return by_steps or time.monotonic() - self._written >= self.every_seconds
 
@@ -93,7 +77,7 @@ class Checkpoints:
         return checkpoints
 
     def prepare(self) -> None:
-        """Make the folder, and clear away what a run left there that was killed while it wrote.
+        """Make the folder, and remove the temporary files of a run that was killed while it wrote.
 
         Raises:
             OSError: if nothing can be written there.
@@ -110,7 +94,7 @@ class Checkpoints:
             partial.unlink(missing_ok=True)
 
     def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the newest, and keep the one before it."""
+        """Write the last checkpoint, and keep the one before it as the previous one."""
         if self.last.exists() and not self._damaged:
             os.replace(self.last, self.previous)
         write(self.last, _KIND, header, tensors)
@@ -118,69 +102,65 @@ class Checkpoints:
         self._written = time.monotonic()
 
     def save_best(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the best."""
+        """Write the parameters of the best epoch."""
         write(self.best, _KIND_OF_BEST, header, tensors)
 
-    def load(self) -> Contents | None:
-        """The newest that can be read; ``None`` if there is none.
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return header and tensors of the newest checkpoint that can be read, or ``None`` if there is none.
 
         Raises:
-            FileFormatError: if there are some and none can be read.
+            FileFormatError: if there are checkpoints, and none can be read.
         """
-        errors: list[FileFormatError] = []
-        for path in (self.last, self.previous):
-            if path.exists():
-                try:
-                    contents = read(path, _KIND)
-                except FileFormatError as error:
-                    errors.append(error)
-                    continue
-                if errors:
-                    warnings.warn(f"checkpoints: {_told(errors[0])}. The previous one is used", stacklevel=5)
-                self._damaged = bool(errors)
-                return contents
+        errors: list[str] = []
+        for path in (self.last, self.previous, self.folder / "last.ckpt"):  # the name before version 0.1.0
+            if not path.exists():
+                continue
+            try:
+                contents = read(path, _KIND)
+            except FileFormatError as error:
+                errors.append(str(error).partition(": ")[2])  # without the name of the argument
+                continue
+            if errors:
+                warnings.warn(f"`checkpoints`: {errors[0]}. The previous checkpoint is used", stacklevel=5)
+            self._damaged = bool(errors)
+            return contents
         if errors:
             raise FileFormatError(
-                f"checkpoints: none of those in {str(self.folder)!r} can be read: {_told(errors[0])}. Another folder "
-                "is accepted, or this one when it is empty"
+                f"`checkpoints` must be an empty folder, or one with a checkpoint that can be read: {errors[0]}"
             )
         return None
 
     @torch.no_grad()
     def load_best(self, module: nn.Module) -> int:
-        """Give a module, such as a VAE, the parameters and buffers of the best epoch, and return its number.
+        """Copy the parameters and buffers of the best epoch to a module, such as a VAE; return the epoch's number.
 
         Raises:
-            FileNotFoundError: if there is no best yet: the run had no validation data, or was too short.
-            FileFormatError: if it is damaged.
-            ValueError: if it is of another model, with the names and shapes that differ.
+            FileNotFoundError: if there is no best epoch yet: the run had no validation data, or was too short.
+            FileFormatError: if the file is damaged.
+            ValueError: if the file is of another model, with the names and shapes that differ.
         """
         header, tensors = read(self.best, _KIND_OF_BEST)
         own = dict(module.named_parameters()) | dict(module.named_buffers())
         if lines := misfits(tensors, own):
-            raise ValueError(f"module: {str(self.best)!r} is of another model: {'; '.join(lines)}")
+            raise ValueError(f"`module` must be the model of {str(self.best)!r}: {'; '.join(lines)}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         return header["epoch"]
 
 
-def _told(error: FileFormatError) -> str:
-    return str(error).removeprefix("path: ")
-
-
 def misfits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """In what names, shapes and dtypes saved tensors differ from those of a model, in words.
+    """Return a sentence for each name, shape or dtype in which saved tensors differ from those of a model.
 
     >>> misfits({"w": torch.zeros(2), "b": torch.zeros(1)}, {"w": torch.zeros(3)})
     ['b (1,) float32 is not in the model', 'w is (2,) float32 in the file and (3,) float32 in the model']
     """
-    lines = [f"{name} {_form(saved[name])} is not in the model" for name in saved if name not in own]
-    lines += [f"{name} {_form(own[name])} is not in the file" for name in own if name not in saved]
+    lines = [f"{name} {_describe(saved[name])} is not in the model" for name in saved if name not in own]
+    lines += [f"{name} {_describe(own[name])} is not in the file" for name in own if name not in saved]
     for name in own.keys() & saved.keys():
-        if _form(own[name]) != _form(saved[name]):
-            lines.append(f"{name} is {_form(saved[name])} in the file and {_form(own[name])} in the model")
+        if _describe(own[name]) != _describe(saved[name]):
+            lines.append(f"{name} is {_describe(saved[name])} in the file and {_describe(own[name])} in the model")
     return sorted(lines)
 
 
-def _form(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -12,7 +12,8 @@ from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
-from pyro_vae.saving.tensor_file import FileFormatError, read
+from pyro_vae.saving.files import FileFormatError
+from pyro_vae.saving.tensor_file import read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "killed_runs.py"
@@ -35,7 +36,7 @@ def run_script(*arguments, cache):
 
 def same(ours, theirs):
     """Whether two folders hold the same checkpoints, to the bit: parameters, optimizer, random states, history."""
-    kinds = {"last.ckpt": "checkpoint", "best.ckpt": "best parameters"}
+    kinds = {"last.safetensors": "checkpoint", "best.safetensors": "best parameters"}
     for name, kind in kinds.items():
         (header, tensors), (other_header, other_tensors) = (read(folder / name, kind) for folder in (ours, theirs))
         differing = [name for name in header | other_header if header.get(name) != other_header.get(name)]
@@ -68,7 +69,7 @@ def test_fresh_processes_go_on_as_forked_ones_do(tmp_path):
     for size in (1, 5, 12):  # checkpoints, of 24
         script = [sys.executable, str(SCRIPT), "continuous", str(killed)]
         child = subprocess.Popen(script, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        while not (killed / "last.ckpt").exists() or steps_in(killed) < size:
+        while not (killed / "last.safetensors").exists() or steps_in(killed) < size:
             assert child.poll() is None
         child.kill()
         child.wait()
@@ -78,7 +79,7 @@ def test_fresh_processes_go_on_as_forked_ones_do(tmp_path):
 
 def steps_in(folder):
     try:
-        return read(folder / "last.ckpt", "checkpoint")[0]["steps"]
+        return read(folder / "last.safetensors", "checkpoint")[0]["steps"]
     except FileNotFoundError:  # between the move of the old one and that of the new one
         return 0
 
@@ -119,7 +120,7 @@ def damage(path, how):
     elif how == "a model":
         vae_of().save(path)
     else:
-        path.write_bytes(path.with_name("best.ckpt").read_bytes())
+        path.write_bytes(path.with_name("best.safetensors").read_bytes())
 
 
 DAMAGES = ["cut off", "empty", "a bit", "a pickle", "a model", "the best"]
@@ -130,8 +131,8 @@ def test_where_the_last_is_damaged_the_previous_is_used_with_a_warning(how, tmp_
     whole, vae = vae_of(), vae_of()
     expected = run(tmp_path / "whole", whole, validation=HELD_OUT)
     run(tmp_path / "damaged", validation=HELD_OUT)
-    damage(tmp_path / "damaged" / "last.ckpt", how)
-    with pytest.warns(UserWarning, match=r"checkpoints: '.*last\.ckpt' .*\. The previous one is used") as warned:
+    damage(tmp_path / "damaged" / "last.safetensors", how)
+    with pytest.warns(UserWarning, match=r"`checkpoints`: '.*last\.safetensors' .*\. The previous checkpoint is used") as warned:
         found = run(tmp_path / "damaged", vae, validation=HELD_OUT)
     assert warned[0].filename == __file__
     assert found.history == expected.history
@@ -141,25 +142,29 @@ def test_where_the_last_is_damaged_the_previous_is_used_with_a_warning(how, tmp_
 
 def test_a_damaged_one_never_takes_the_place_of_the_previous(tmp_path, monkeypatch):
     run(tmp_path)
-    damage(tmp_path / "last.ckpt", "cut off")
-    previous = (tmp_path / "previous.ckpt").read_bytes()
+    damage(tmp_path / "last.safetensors", "cut off")
+    previous = (tmp_path / "previous.safetensors").read_bytes()
 
     def die(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyro_vae.training.checkpoints.write", die)
-    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="The previous one is used"):
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="The previous checkpoint is used"):
         run(tmp_path, epochs=5)
-    assert (tmp_path / "previous.ckpt").read_bytes() == previous
+    assert (tmp_path / "previous.safetensors").read_bytes() == previous
 
 
 def test_where_all_are_damaged_nothing_is_done(tmp_path):
     run(tmp_path)
-    for name in ("last.ckpt", "previous.ckpt"):
+    for name in ("last.safetensors", "previous.safetensors"):
         damage(tmp_path / name, "cut off")
-    with pytest.raises(
-        FileFormatError, match=r"checkpoints: none of those in .* can be read: '.*last\.ckpt' is damaged"
-    ):
+    with pytest.raises(FileFormatError, match=r"`checkpoints` must be an empty folder.*last\.safetensors' is damaged"):
+        run(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_as_one(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"pyro_vae file, version 1, sha256 ...")
+    with pytest.raises(FileFormatError, match=r"last\.ckpt' has version 1, which pyro_vae wrote before 0\.1\.0"):
         run(tmp_path)
 
 
@@ -251,9 +256,9 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
     bounds = fitted.history["validation_elbo"]
     assert bounds[number - 1] == max(bounds)
     assert all(torch.equal(tensor, states[number - 1][name]) for name, tensor in fresh.state_dict().items())
-    with pytest.raises(ValueError, match=r"module: .*best.ckpt' is of another model: decoder.network.0.weight is"):
+    with pytest.raises(ValueError, match=r"`module` must be the model of .*best.safetensors': decoder.network.0.weight is"):
         pv.Checkpoints(tmp_path).load_best(vae_of(latent=2))
-    with pytest.raises(FileNotFoundError, match=r"best\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
         pv.Checkpoints(tmp_path / "elsewhere").load_best(vae_of())
 
 
@@ -285,7 +290,7 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(tmp_path, monk
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(PermissionError, match="checkpoints: nothing can be written in"):
+    with pytest.raises(PermissionError, match="`checkpoints` must be in a folder.*nothing can be written in"):
         run(tmp_path)
 
 
@@ -307,7 +312,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     (tmp_path / ".0123.partial").touch()
     (tmp_path / "mine.txt").touch()
     run(tmp_path, epochs=4)
-    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt", "mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", "mine.txt"}
 
 
 def test_seconds_count_from_the_last_checkpoint(tmp_path, monkeypatch):

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.validation import as_shape, describe, positive
 from pyro_vae.distributions import tabular
-from pyro_vae.parts import constructor_args
 
 __all__ = ["Family"]
 
 _KINDS = ("network", "shared", "per_dimension")
 
 
-class Family(constructor_args.Recorded, nn.Module):
+class Family(nn.Module):
     """A map from raw outputs ``(*, num_raw)`` to a distribution of batch shape ``(*)`` and event shape ``event_shape``.
 
     Subclasses set ``num_raw`` and define ``forward(raw)``.
