@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import boolean, describe, nonempty_string, positive_int
-from pyro_vae.distributions.properties import base_support
-from pyro_vae.parts import guides
+from pyro_vae.distributions.properties import same_support, spell_support
 from pyro_vae.parts.base import Part
 from pyro_vae.saving import model_file
 
@@ -294,17 +293,16 @@ class VAE(nn.Module):
         return distribution
 
     def _check_guide(self, guide: Any, prior: Any) -> None:
-        if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
+        if guide.event_shape == prior.event_shape and same_support(guide, prior):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
-        normal = {"StandardNormal", "Normal", "Laplace", "StudentT", "MixtureOfNormals", "VampPrior", "NormalizingFlow"}
-        partner = "DiagonalNormal" if type(self.prior).__name__ in normal else type(self.prior).__name__
+        partner = getattr(getattr(self.prior, "family", None), "fitting_guide", None)
         shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
-        hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""
+        hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner else ""
         raise ValueError(
-            f"encoder: {_name(self.encoder)} is a {kinds[0]} of shape {tuple(guide.event_shape)} on {guide.support}, "
-            f"the prior {_name(self.prior)} a {kinds[1]} of shape {tuple(prior.event_shape)} on {prior.support}; "
-            f"log p(z) - log q(z | x) needs both to be of one kind, shape and support.{hint}"
+            f"`encoder` must be of one kind, shape and support with the prior, for log p(z) - log q(z | x); got a "
+            f"{kinds[0]} of shape {tuple(guide.event_shape)} on {spell_support(guide)}, {_name(self.encoder)}, and "
+            f"{_name(self.prior)}, a {kinds[1]} of shape {tuple(prior.event_shape)} on {spell_support(prior)}.{hint}"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-from pyro_vae.distributions.relaxed import _open_uniform
+from pyro_vae.distributions.relaxed import open_uniform
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "SharedBernoulli", "SoftTargetBernoulli"]
 
@@ -205,4 +205,4 @@ class ContinuousBernoulli(TorchDistribution):
         return torch.where(small, series, torch.where(positive, 1 - lower, lower)).clamp(0, 1)
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        return self.icdf(_open_uniform(self._extended_shape(sample_shape), self.logits))
+        return self.icdf(open_uniform(self._extended_shape(sample_shape), self.logits))

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_vae.distributions.extent import Extent
+
 __all__ = ["KINDS", "Flow", "autoregressive"]
 
 KINDS = ("affine", "spline")
@@ -200,10 +202,10 @@ class Flow(TorchDistribution):
     def _rows(self, shape: torch.Size) -> torch.Size:
         return shape[: len(shape) - len(self.event_shape)]
 
-    def extent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A box that holds all but e^-36 of the flow: lower corner, a point inside, upper corner, ``(*batch, *event)``.
+    def extent(self) -> Extent:
+        """A box that holds all but e^-36 of the flow.
 
-        Around the images of noise out to 8.5 standard deviations, for at most two variables.
+        It is around the images of noise out to 8.5 standard deviations, for at most two variables.
         """
         size = self.event_shape.numel()
         radii = torch.linspace(0, _REACH, 18, dtype=self.shift.dtype, device=self.shift.device)
@@ -214,4 +216,4 @@ class Flow(TorchDistribution):
             noise = (radii[:, None, None] * torch.stack([angles.cos(), angles.sin()], dim=-1)).flatten(0, 1)
         images = self.transform(noise.reshape(-1, *[1] * len(self.batch_shape), size))
         points = self.shift + self.scale * images.reshape(*images.shape[:-1], *self.event_shape)
-        return points.amin(0), points[0], points.amax(0)
+        return Extent(points.amin(0), points[0], points.amax(0))

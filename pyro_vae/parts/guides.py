@@ -20,6 +20,8 @@ __all__ = [
     "FullRankNormal",
     "GumbelSoftmax",
     "InverseAutoregressiveFlow",
+    "LogNormal",
+    "LogitNormal",
     "LowRankNormal",
     "MixtureOfNormals",
     "OneHotCategorical",
@@ -53,6 +55,53 @@ class DiagonalNormal(_Encoder):
 
     def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
         super().__init__(families.Normal(latent), in_features, network)
+
+
+class LogNormal(_Encoder):
+    r"""Positive variables, :math:`\log z_d \sim N(\mu_d(x), \sigma_d(x)^2)`, for a prior such as ``priors.Gamma``.
+
+    Args:
+        in_features: size or shape of x.
+        latent: size or shape of z.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> bool((LogNormal(2, 3, networks.linear())(torch.zeros(5, 2)).sample() > 0).all())
+    True
+    """
+
+    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+        super().__init__(families.LogNormal(latent), in_features, network)
+
+
+class LogitNormal(_Encoder):
+    r"""Variables in a box, :math:`\mathrm{logit}\frac{z_d - a_d}{b_d - a_d} \sim N(\mu_d(x), \sigma_d(x)^2)`.
+
+    For a prior on the same box, such as ``priors.Uniform``.
+
+    Args:
+        in_features: size or shape of x.
+        latent: size or shape of z.
+        network: factory, see :mod:`pyro_vae.parts.networks`.
+        low: lower corner a, a number or a tensor that expands to the shape of z.
+        high: upper corner b, above a.
+
+    >>> import torch
+    >>> from pyro_vae import networks
+    >>> LogitNormal(2, 3, networks.linear(), low=-1.0, high=1.0)(torch.zeros(5, 2)).event_shape
+    torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        latent: int | Sequence[int],
+        network: NetworkFactory,
+        low: float | Tensor = 0.0,
+        high: float | Tensor = 1.0,
+    ):
+        super().__init__(families.LogitNormal(latent, low, high), in_features, network)
 
 
 class FullRankNormal(_Encoder):

@@ -14,6 +14,7 @@ from pyro_vae.parts.families import multivariate
 
 __all__ = [
     "Bernoulli",
+    "Gamma",
     "GumbelSoftmax",
     "Laplace",
     "MixtureOfNormals",
@@ -23,6 +24,7 @@ __all__ = [
     "RelaxedBernoulli",
     "StandardNormal",
     "StudentT",
+    "Uniform",
     "VampPrior",
 ]
 
@@ -87,6 +89,55 @@ class StudentT(Unconditional):
     def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
         family = families.StudentT(latent, df)
         super().__init__(family, _raw(family.start(), learnable))
+
+
+class Gamma(Unconditional):
+    r"""Independent positive variables, :math:`p(z) = \prod_d \frac{b_d^{a_d}}{\Gamma(a_d)} z_d^{a_d - 1} e^{-b_d z_d}`.
+
+    A guide that fits is :class:`pyro_vae.parts.guides.LogNormal`.
+
+    Args:
+        latent: size or shape of z.
+        concentration: :math:`a`, positive, a number or a tensor that expands to the shape of z.
+        rate: :math:`b`, likewise.
+        learnable: whether both are trained, starting from these.
+
+    >>> Gamma(2, concentration=3.0, rate=2.0)().mean
+    tensor([1.5000, 1.5000])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        concentration: float | Tensor = 1.0,
+        rate: float | Tensor = 1.0,
+        learnable: bool = False,
+    ):
+        family = families.Gamma(latent)
+        logs = [
+            _expand(_positive(value, name).log(), family.event_shape, name)
+            for name, value in (("concentration", concentration), ("rate", rate))
+        ]
+        super().__init__(family, _raw(torch.cat(logs), learnable))
+
+
+class Uniform(Unconditional):
+    r"""The flat density on a box, :math:`p(z) = \prod_d \frac{1}{b_d - a_d}` for :math:`a_d < z_d < b_d`.
+
+    A guide that fits is :class:`pyro_vae.parts.guides.LogitNormal` on the same box: the KL of a guide with mass outside
+    of it is infinite.
+
+    Args:
+        latent: size or shape of z.
+        low: lower corner a, a number or a tensor that expands to the shape of z.
+        high: upper corner b, above a.
+
+    >>> Uniform(2, low=-1.0, high=1.0)().log_prob(torch.zeros(2))
+    tensor(-1.3863)
+    """
+
+    def __init__(self, latent: int | Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+        super().__init__(families.Uniform(latent, low, high))
 
 
 class MixtureOfNormals(Unconditional):
@@ -310,7 +361,7 @@ def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor
     probs = numbers(probs, "probs")
     if not ((probs > 0) & (probs < 1)).all():
         raise ValueError(f"`probs` must be probabilities strictly between 0 and 1, got {probs.tolist()}")
-    return _raw(_expand(torch.logit(probs), shape), learnable)
+    return _raw(_expand(torch.logit(probs), shape, "probs"), learnable)
 
 
 def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tensor:
@@ -319,13 +370,18 @@ def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tens
     probs = numbers(probs, "probs")
     if not ((probs > 0).all() and torch.allclose(probs.sum(-1), probs.new_ones(()))):
         raise ValueError(f"`probs` must be positive probabilities that sum to one by row, got {probs.tolist()}")
-    return _raw(_expand(probs.log(), shape), learnable)
+    return _raw(_expand(probs.log(), shape, "probs"), learnable)
 
 
-def _expand(values: Tensor, shape: torch.Size) -> Tensor:
+def _positive(value: float | Tensor, name: str) -> Tensor:
+    found = numbers(value, name)
+    if not ((found > 0) & found.isfinite()).all():
+        raise ValueError(f"`{name}` must be positive, finite numbers, got {found.tolist()}")
+    return found
+
+
+def _expand(values: Tensor, shape: torch.Size, name: str) -> Tensor:
     try:
         return values.expand(shape).flatten().clone()
     except RuntimeError as error:
-        raise ValueError(
-            f"`probs` must be one that expands to {tuple(shape)}, got shape {tuple(values.shape)}"
-        ) from error
+        raise ValueError(f"`{name}` must expand to shape {tuple(shape)}, got shape {tuple(values.shape)}") from error

@@ -5,7 +5,7 @@ parameters (a prior), :class:`pyro_vae.parts.base.Conditional` a network (a guid
 """
 
 from pyro_vae.parts.families.base import Family
-from pyro_vae.parts.families.continuous import Laplace, Normal, StudentT
+from pyro_vae.parts.families.continuous import Gamma, Laplace, LogitNormal, LogNormal, Normal, StudentT, Uniform
 from pyro_vae.parts.families.discrete import (
     Bernoulli,
     Categorical,
@@ -22,7 +22,10 @@ __all__ = [
     "Categorical",
     "ContinuousBernoulli",
     "Family",
+    "Gamma",
     "Laplace",
+    "LogNormal",
+    "LogitNormal",
     "NegativeBinomial",
     "Normal",
     "OneHotCategorical",
@@ -32,4 +35,5 @@ __all__ = [
     "RelaxedOneHotCategorical",
     "SoftTargetBernoulli",
     "StudentT",
+    "Uniform",
 ]

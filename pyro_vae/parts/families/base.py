@@ -26,6 +26,8 @@ class Family(constructor_args.Recorded, nn.Module):
     """
 
     num_raw: int
+    fitting_guide: str | None = None
+    """The class in :mod:`pyro_vae.parts.guides` of the same support, which an error names where another one does not fit."""
 
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__()

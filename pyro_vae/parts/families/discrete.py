@@ -96,6 +96,8 @@ class Bernoulli(_Binary):
     torch.Size([8, 5, 3])
     """
 
+    fitting_guide = "Bernoulli"
+
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return distributions.Product(distributions.Bernoulli(logits=self.logits(raw)), len(self.event_shape))
 
@@ -143,6 +145,8 @@ class OneHotCategorical(_OneHot):
     >>> OneHotCategorical((2, 3))(torch.zeros(6)).enumerate_support().shape
     torch.Size([9, 2, 3])
     """
+
+    fitting_guide = "OneHotCategorical"
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return distributions.Product(dist.OneHotCategorical(logits=self.logits(raw)), 1)

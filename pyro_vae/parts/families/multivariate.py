@@ -19,6 +19,8 @@ __all__ = ["Flow", "FullRankNormal", "LowRankNormal", "MixtureOfNormals"]
 class _Vector(Family):
     """Families of one vector, event shape ``(D,)``."""
 
+    fitting_guide = "DiagonalNormal"
+
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__(event_shape)
         if len(self.event_shape) != 1:
@@ -155,6 +157,8 @@ class Flow(Family):
     >>> family(torch.randn(5, family.num_raw)).rsample().shape
     torch.Size([5, 2])
     """
+
+    fitting_guide = "DiagonalNormal"
 
     def __init__(
         self,

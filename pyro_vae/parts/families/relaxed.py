@@ -47,6 +47,8 @@ class RelaxedBernoulli(Relaxed, _Binary):
     (tensor([0.2689]), tensor([0.]))
     """
 
+    fitting_guide = "RelaxedBernoulli"
+
     def __init__(self, event_shape: int | Sequence[int], temperature: float):
         super().__init__(event_shape)
         self._set_temperature(temperature)
@@ -72,6 +74,8 @@ class RelaxedOneHotCategorical(Relaxed, _OneHot):
     >>> family.hard(torch.tensor([[0.2, 0.7, 0.1]]).log())
     tensor([[0., 1., 0.]])
     """
+
+    fitting_guide = "GumbelSoftmax"
 
     def __init__(self, event_shape: Sequence[int], temperature: float):
         super().__init__(event_shape)
