@@ -5,6 +5,7 @@ Boxes are in *unconstrained coordinates*, those of ``biject_to`` of the support 
 log-simplex. A distribution of our own has a method ``extent()``; one of torch or Pyro is registered here.
 """
 
+import math
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -54,15 +55,14 @@ def find_extent(distribution: Any) -> Extent:
     """
     if hasattr(distribution, "extent"):
         return distribution.extent()
-    name = type(distribution).__name__
     if base_support(distribution) is not torch.distributions.constraints.real:
-        raise NotImplementedError(f"the extent of {name} is not known")
+        raise NotImplementedError("its extent is not known")
     try:
         box = Extent.around(distribution.mean, NORMAL_REACH * distribution.variance.sqrt())
     except NotImplementedError as error:
-        raise NotImplementedError(f"{name} has no known mean and variance") from error
+        raise NotImplementedError("its mean and variance are not known") from error
     if not all(corner.isfinite().all() for corner in box):
-        raise NotImplementedError(f"{name} has no finite mean and variance")
+        raise NotImplementedError("it is without a finite mean and variance")
     return box
 
 
@@ -123,3 +123,17 @@ def _(distribution: torch.distributions.Gamma) -> Extent:
     low = ((a + 1).lgamma() - LOG_TAIL) / a
     high = (a + (2 * LOG_TAIL * a).sqrt() + LOG_TAIL).log()
     return Extent(low - log_rate, a.log() - log_rate, high - log_rate)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Exponential) -> Extent:
+    return find_extent(torch.distributions.Gamma(torch.ones_like(distribution.rate), distribution.rate))
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Beta) -> Extent:
+    r"""By :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))` for :math:`\epsilon \le \frac12`, likewise above."""
+    a, b = distribution.concentration1, distribution.concentration0
+    log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
+    low, high = ((c.log() + log_beta - math.log(2) - LOG_TAIL) / c for c in (a, b))
+    return Extent(low, a.log() - b.log(), -high)

@@ -60,7 +60,7 @@ class LogitNormal(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape=()) -> Tensor:
         noise = torch.randn(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
         share = (self.loc + self.scale * noise).sigmoid()
         return clamp_inside(self.low + (self.high - self.low) * share, self.low, self.high)

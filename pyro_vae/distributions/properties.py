@@ -107,7 +107,10 @@ def support_bounds(distribution: Any) -> tuple[Any, Any]:
 def same_support(first: Any, second: Any) -> bool:
     """Whether two distributions of one event shape have the same support, up to its boundary.
 
-    >>> same_support(dist.Gamma(2.0, 1.0), dist.LogNormal(0.0, 1.0)), same_support(dist.Beta(1.0, 1.0), dist.Uniform(0, 2))
+    >>> (
+    ...     same_support(dist.Gamma(2.0, 1.0), dist.LogNormal(0.0, 1.0)),
+    ...     same_support(dist.Beta(1.0, 1.0), dist.Uniform(0, 2)),
+    ... )
     (True, False)
     """
     one, other = base_support(first), base_support(second)
@@ -134,16 +137,18 @@ def spell_support(distribution: Any) -> str:
     return f"[{', '.join(ends)}]"
 
 
-def clamp_inside(value: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Values strictly between two bounds: one that rounding put on a bound moves inside by the least that dtype holds.
+def clamp_inside(value: Tensor, low: Tensor | float, high: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """Clamp values to the interior of an interval, so that they stay there when they are rounded to ``dtype``.
 
     >>> clamp_inside(torch.tensor([0.0, 0.5, 1.0]), 0.0, 1.0).logit().isfinite()
     tensor([True, True, True])
     """
-    eps, tiny = torch.finfo(value.dtype).eps, torch.finfo(value.dtype).tiny
+    rounding = torch.finfo(dtype or value.dtype)
     low, high = (torch.as_tensor(bound, dtype=value.dtype, device=value.device) for bound in (low, high))
-    least = torch.where(low.isfinite(), low + (low.abs() * eps).clamp(min=tiny), low)
-    most = torch.where(high.isfinite(), high - (high.abs() * eps).clamp(min=tiny), high)
+    least, most = (
+        torch.where(bound.isfinite(), bound + sign * (bound.abs() * rounding.eps).clamp(min=rounding.tiny), bound)
+        for bound, sign in ((low, 1), (high, -1))
+    )
     return value.clamp(least, most)
 
 

@@ -1,4 +1,4 @@
-"""Relaxed distributions in logit or log space, where float32 keeps their digits."""
+"""Relaxed distributions in logit or log space, where float32 keeps full precision."""
 
 import math
 
@@ -71,7 +71,7 @@ def _to_log_simplex(constraint: _LogSimplex) -> AdditiveLogRatioTransform:
 
 
 def open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
-    """Uniform noise that never touches 0 or 1, so that its logit is finite."""
+    """Uniform noise strictly between 0 and 1, so that its logit is finite."""
     half_step = torch.finfo(like.dtype).eps / 2
     return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(half_step, 1 - half_step)
 
@@ -84,9 +84,9 @@ class LogitRelaxedBernoulli(TorchDistribution):
     .. math:: \log p(y) = \log\lambda - \mathrm{softplus}(d) - \mathrm{softplus}(-d), \qquad
               y = \frac{l + \log u - \log(1 - u)}{\lambda},\ u \sim U(0, 1).
 
-    ``sigmoid(y)`` is the relaxed variable in (0, 1) and ``y > 0`` has exactly the law of the discrete twin
-    ``Bernoulli(logits=l)``, at every temperature. Unlike torch's ``LogitRelaxedBernoulli``, the density is finite
-    wherever its arguments are, samples carry gradients at large logits, and ``has_rsample`` is true.
+    ``sigmoid(y)`` is the relaxed variable in (0, 1), and ``y > 0`` has exactly the law of the discrete twin
+    ``Bernoulli(logits=l)``, at every temperature. Unlike torch's ``LogitRelaxedBernoulli``, the density is finite for
+    all finite arguments, draws carry gradients at large logits, and ``has_rsample`` is true.
 
     Args:
         temperature: positive, any shape that broadcasts with ``logits``.
@@ -115,7 +115,7 @@ class LogitRelaxedBernoulli(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape=()) -> Tensor:
         noise = torch.logit(open_uniform(self._extended_shape(sample_shape), self.logits))
         return (self.logits + noise) / self.temperature
 
@@ -179,7 +179,7 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape=()) -> Tensor:
         gumbel = -(-open_uniform(self._extended_shape(sample_shape), self.logits).log()).log()
         return ((self.logits + gumbel) / self.temperature[..., None]).log_softmax(-1)
 

@@ -9,12 +9,12 @@ from torch.distributions import biject_to
 
 from pyro_vae.distributions.extent import find_extent
 from pyro_vae.distributions.properties import (
-    base_distribution,
     base_support,
     clamp_inside,
     same_support,
     spell_support,
     support_bounds,
+    without_independent,
 )
 from pyro_vae.exact.quadrature import Box
 
@@ -37,29 +37,32 @@ class LatentCoordinates:
             self.transform = biject_to(base_support(fn))
         except NotImplementedError as error:
             raise ValueError(
-                f"`model` must have a latent {name!r} whose support has coordinates for quadrature, got a "
-                f"{type(base_distribution(fn)).__name__} on {fn.support}. Write the latent on the real line and "
-                "transform it after the site"
+                "`model` must have a latent whose support has unconstrained coordinates for quadrature, got a "
+                f"{_kind(fn)} on {fn.support} at {name!r}; write the latent on the real line and transform it after "
+                "the site"
             ) from error
         self.is_elementwise = self.transform.domain.event_dim == 0
         self.coordinate_shape = tuple(self.transform.inverse_shape(self.event_shape))
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
             raise ValueError(
-                f"model: its latent {name!r} has {self.dims} dimensions, and quadrature goes up to 2. Discrete "
-                "latents are enumerated; of a linear Gaussian model, log p(x) and p(z | x) have a closed form"
+                f"`model` must have a continuous latent of at most 2 dimensions for quadrature, got {self.dims} at "
+                f"{name!r}; discrete latents are enumerated, and linear Gaussian models are solved in closed form"
             )
 
     def to_site(self, points: Tensor) -> Tensor:
         """Values of the site at coordinates ``(*, d)``, strictly inside its support."""
-        value = self.transform(self._shaped(points)).to(self.dtype)
-        return clamp_inside(self._once(value, points), *support_bounds(self.fn))
+        value = self._once(self.transform(self._shaped(points)), points)
+        # On a bound, where rounding to the dtype of the distribution may put it, the density may be infinite.
+        value = clamp_inside(value, *support_bounds(self.fn), dtype=_parameter_dtype(self.fn) or self.dtype)
+        return value.to(self.dtype)
 
     def log_jacobian(self, points: Tensor) -> Tensor:
         """The logarithm of the volume of the site's values for that of coordinates ``(*, d)``, as ``(*)``."""
         shaped = self._shaped(points)
         each = self.transform.log_abs_det_jacobian(shaped, self.transform(shaped))
-        return self._once(each, points).flatten(points.dim() - 1).sum(-1)
+        each = self._once(each, points)
+        return each.flatten(points.dim() - 1).sum(-1) if each.dim() >= points.dim() else each
 
     def _shaped(self, points: Tensor) -> Tensor:
         return points.reshape(*points.shape[:-1], *self.coordinate_shape)
@@ -67,7 +70,9 @@ class LatentCoordinates:
     def _once(self, values: Tensor, points: Tensor) -> Tensor:
         """The values of one row for all, where bounds that were expanded to all data have repeated them."""
         row = points.dim() - 2
-        repeated = row >= 0 and values.shape[row] > points.shape[row] and bool((values == values.narrow(row, 0, 1)).all())
+        repeated = (
+            row >= 0 and values.shape[row] > points.shape[row] and bool((values == values.narrow(row, 0, 1)).all())
+        )
         return values.narrow(row, 0, 1) if repeated else values
 
     def to_points(self, value: Tensor) -> Tensor:
@@ -80,23 +85,31 @@ class LatentCoordinates:
         Raises:
             ValueError: if the extent of the distribution is not known, or its support is not that of the latent.
         """
-        kind = type(base_distribution(fn)).__name__
         try:
             corners = find_extent(fn)
         except NotImplementedError as error:
             raise ValueError(
-                f"`model` must have a site {self.name!r} whose extent is known to quadrature: {error}. Register it "
-                "with `pyro_vae.distributions.find_extent`"
+                f"`model` must have distributions of known extent for quadrature, got a {_kind(fn)} at {self.name!r}: "
+                f"{error}. Write the latent on the real line and transform it after the site, or register the extent "
+                "with `pyro_vae.distributions.find_extent.register`"
             ) from error
         if not same_support(fn, self.fn):
-            if base_support(self.fn) is not torch.distributions.constraints.real:
-                raise ValueError(
-                    f"`guide` must have its latent {self.name!r} on {spell_support(self.fn)}, as the model has, got a "
-                    f"{kind} on {spell_support(fn)}: where p(z) is 0 and q(z | x) is not, the KL is infinite"
-                )
-            corners = type(corners)(*map(biject_to(base_support(fn)), corners))
+            raise ValueError(
+                f"`guide` must have its latent {self.name!r} on {spell_support(self.fn)}, as the model has, got a "
+                f"{_kind(fn)} on {spell_support(fn)}; mass outside of the support of p(z) makes the KL infinite"
+            )
         low, middle, high = (
             corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
             for corner in torch.broadcast_tensors(*corners)
         )
         return Box(low, middle.clamp(low, high), high).shared()
+
+
+def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:
+    variables = without_independent(fn)
+    values = [getattr(variables, name) for name in getattr(variables, "arg_constraints", {})]
+    return next((value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
+def _kind(fn: dist.TorchDistribution) -> str:
+    return type(without_independent(fn)).__name__

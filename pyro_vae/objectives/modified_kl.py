@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import positive
-from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked
+from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.base import ParticleELBO, sum_events
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 from pyro_vae.objectives.particles import Particles
@@ -58,9 +58,7 @@ class DiscreteKL(ParticleELBO):
 def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
     """The rate of the data that the site's mask lets through."""
     if is_masked(site["fn"]):
-        raise ValueError(
-            f"latent {name!r} must not be a masked distribution: put poutine.mask around model and guide"
-        )
+        raise ValueError(f"latent {name!r} must not be a masked distribution: put poutine.mask around model and guide")
     return torch.where(_counted(site), rate, 0.0)
 
 
@@ -141,6 +139,6 @@ def _discrete(name: str, fn: Any) -> Any:
     if twin is None:
         raise ValueError(
             "`DiscreteKL` must be used with relaxed latents, as those of priors.RelaxedBernoulli and "
-            f"priors.GumbelSoftmax, got a {type(base_distribution(fn)).__name__} at site {name!r}"
+            f"priors.GumbelSoftmax, got a {type(without_independent(fn)).__name__} at site {name!r}"
         )
     return twin

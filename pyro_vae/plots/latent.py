@@ -141,7 +141,9 @@ def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
     shown = values.flatten() if chart.is_elementwise else grid
     area = ax.fill_between(shown, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
     (line,) = ax.plot(shown, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
-    label = f"log-ratio of the classes of ${chart.name}$" if not chart.is_elementwise else f"value of site ${chart.name}$"
+    label = (
+        f"log-ratio of the classes of ${chart.name}$" if not chart.is_elementwise else f"value of site ${chart.name}$"
+    )
     ax.set(xlabel=label, ylabel="density", ylim=(0, None))
     return [area, line]
 

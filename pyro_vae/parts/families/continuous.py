@@ -57,9 +57,8 @@ class Normal(_LocationScale):
     * ``"per_dimension"``: a free parameter for each dimension;
     * a positive number: fixed.
 
-    The floor ``min_scale`` :math:`m` keeps a likelihood from growing without bound where the data have a constant
-    dimension; its binding (:math:`\sigma < 1.01 m`) is warned about, since the density then says more about the floor
-    than about the data.
+    The floor ``min_scale`` :math:`m` bounds the likelihood where the data have a constant dimension. A warning is given
+    where the floor binds (:math:`\sigma < 1.01 m`): the density then depends on the floor.
 
     >>> Normal(2, scale="shared")(torch.zeros(5, 2)).stddev[0]
     tensor([1., 1.], grad_fn=<SelectBackward0>)
@@ -73,7 +72,9 @@ class Normal(_LocationScale):
 
 
 class Laplace(_LocationScale):
-    r"""Independent Laplace variables, :math:`p(x_d) = e^{-|x_d - \mu_d| / b_d} / 2 b_d`, b as the scale of a normal.
+    r"""Independent Laplace variables, :math:`p(x_d) = e^{-|x_d - \mu_d| / b_d} / 2 b_d`.
+
+    The scale b is as in :class:`Normal`.
 
     >>> Laplace(1, scale=1.0)(torch.zeros(1)).log_prob(torch.zeros(1))
     tensor(-0.6931)
@@ -91,7 +92,7 @@ class StudentT(_LocationScale):
     :math:`\nu`: normals with outliers.
 
     The scale is as in :class:`Normal`; ``df`` is one of the same four kinds. Learned or from a network it is
-    :math:`\nu = 2 + e^{s}`, above 2 so that mean and variance are finite; a fixed one is any positive number.
+    :math:`\nu = 2 + e^{s}`, above 2 so that mean and variance are finite. A fixed one may be any positive number.
 
     >>> StudentT(2, df=4.0, scale=1.0)(torch.zeros(5, 2)).variance[0]
     tensor([2., 2.])
@@ -151,9 +152,7 @@ class Gamma(Family):
         self.num_raw = 2 * self.event_shape.numel()
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        concentration, rate = (
-            self._shaped(tabular.log_of_bounded_exp(part).exp()) for part in raw.chunk(2, dim=-1)
-        )
+        concentration, rate = (self._shaped(tabular.log_of_bounded_exp(part).exp()) for part in raw.chunk(2, dim=-1))
         return dist.Gamma(concentration, rate).to_event(len(self.event_shape))
 
 

@@ -1,4 +1,4 @@
-"""Relaxed families: continuous stand-ins for discrete variables."""
+"""Relaxed families: continuous variables with a temperature in place of discrete ones."""
 
 from collections.abc import Sequence
 
@@ -16,20 +16,20 @@ __all__ = ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical"]
 
 
 class Relaxed(Family):
-    """Families with a temperature, held in a 0-dim buffer that a schedule or a checkpoint can change."""
+    """Families with a temperature, in a 0-dim buffer that a schedule or a checkpoint can change."""
 
     temperature: Tensor
 
     def soft(self, value: Tensor) -> Tensor:
-        """The relaxed variable, from a value of its site."""
+        """The relaxed variable at a value of its site."""
         raise NotImplementedError
 
     def hard(self, value: Tensor) -> Tensor:
-        """The discrete variable, from a value of the site; its law is the twin's."""
+        """The discrete variable at a value of the site. It has the law of the discrete twin."""
         raise NotImplementedError
 
     def discrete(self) -> Family:
-        """The family of the discrete twin, which takes the same raw outputs."""
+        """The family of the discrete twin. It takes the same raw outputs."""
         raise NotImplementedError
 
     def _set_temperature(self, temperature: float) -> None:
