@@ -33,16 +33,16 @@ __all__ = ["WithMissing", "check_model", "first_missing", "with_missing"]
 class _OrMissing(constraints.Constraint):
     """A constraint that NaN satisfies too."""
 
-    def __init__(self, observed: Any):
-        self.observed = observed
-        self.is_discrete = observed.is_discrete
+    def __init__(self, base_constraint: Any):
+        self.base_constraint = base_constraint
+        self.is_discrete = base_constraint.is_discrete
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        return value.isnan() | self.observed.check(value)
+        return value.isnan() | self.base_constraint.check(value)
 
     def __repr__(self) -> str:
-        return f"OrMissing({self.observed!r})"
+        return f"OrMissing({self.base_constraint!r})"
 
 
 class WithMissing(dist.TorchDistribution):
