@@ -1,4 +1,4 @@
-"""Effect handlers: what the package does to a Pyro model or guide from outside, without touching its code."""
+"""Effect handlers that change a Pyro model or guide from outside: rows of a plate, resampling, the weight of the KL."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ __all__ = ["FixedSubsample", "ResampleObserved", "SubsampleRows", "SubsampleStat
 
 
 class ResampleObserved(UnconditionMessenger):
-    """Draw the observed sites anew, as ``poutine.uncondition``; deterministic sites stay as they are: they are no data.
+    """Draw the observed sites again, as ``poutine.uncondition`` does, but leave deterministic sites as they are.
 
     >>> import pyro, torch
     >>> import pyro.distributions as dist
@@ -33,12 +33,12 @@ class ResampleObserved(UnconditionMessenger):
 class SubsampleRows(Messenger):
     """Restrict a plate to these rows.
 
-    Inside, ``pyro.subsample`` returns the rows, and the plate's sites are scaled by N/B: the ELBO of a mini-batch is
-    an unbiased estimate of that of all data.
+    Inside, ``pyro.subsample`` returns the rows, and the sites of the plate are scaled by N/B, so that the ELBO of a
+    mini-batch is an unbiased estimate of the ELBO of all data.
 
     Args:
         plate: name of the plate.
-        rows: row numbers, ``(B,)``. All rows at once stay in the order that they have: there Pyro reads none by number.
+        rows: row numbers, ``(B,)``. With all N rows the order of the data is kept: Pyro does not index them then.
 
     >>> import pyro, torch
     >>> def model(x):
@@ -65,11 +65,11 @@ class SubsampleRows(Messenger):
 
 
 class FixedSubsample(Messenger):
-    """Let ``pyro.subsample`` of a tensor return these rows: drawn beforehand, the same for model and guide.
+    """Make ``pyro.subsample`` of a tensor return given rows, the same for model and guide.
 
     Args:
-        data: the tensors as the model reads them.
-        rows: for each, the rows that a subsampled plate is given.
+        data: the tensors that the model reads.
+        rows: for each tensor, its rows in the subsampled plate.
 
     Attributes:
         read: whether each tensor has been read.
@@ -95,7 +95,7 @@ class FixedSubsample(Messenger):
             if msg["args"][0] is tensor:
                 self.read[index] = True
                 msg["value"], msg["done"] = self.rows[index], True
-                msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # which tells the plate to leave the rows alone
+                msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # so that the plate does not index the rows
 
 
 class SubsampleStatements(Messenger):
@@ -113,16 +113,17 @@ class WeightKL(Messenger):
     r"""Weight the log-densities of the latents by β, in model and guide: the objective
     :math:`\mathbb{E}_q[\log p(x \mid z)] - \beta\,\mathrm{KL}(q \Vert p(z))` of a β-VAE.
 
-    For β other than 1 that is no ELBO. :func:`pyro_vae.fit` reports the ELBO at β = 1 whatever the weight.
+    For β other than 1 that is no ELBO. :func:`pyro_vae.fit` reports the ELBO at β = 1 for every weight.
 
     Args:
-        weight: β, zero or more. At 0 the prior plays no part, and codes drift apart. A 0-dim tensor is read anew in
-            each run, so that a schedule can change it: ``fit(..., schedules={beta: schedules.linear(0, 1, 1000)})``.
+        weight: β, zero or more. At 0 the prior has no effect. A 0-dim tensor is read in each run, so that a schedule
+            can change it: ``fit(..., schedules={beta: schedules.linear(0, 1, 1000)})``.
 
     Source: Higgins et al. 2017, "beta-VAE", equation 4.
 
     >>> import pyro
     >>> import pyro.distributions as dist
+    >>> from pyro import poutine
     >>> guide = WeightKL(0.5)(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
     >>> poutine.trace(guide).get_trace().nodes["z"]["scale"]
     0.5

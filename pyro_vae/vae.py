@@ -1,4 +1,4 @@
-"""The variational autoencoder: a prior, a decoder and an encoder, assembled into a Pyro model and guide."""
+"""The variational autoencoder: a prior, a decoder and an encoder as a Pyro model and guide."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import boolean, describe, nonempty_string, positive_int
-from pyro_vae.distributions.properties import base_support
-from pyro_vae.parts import guides
+from pyro_vae.distributions.properties import same_support, spell_support
 from pyro_vae.parts.base import Part
 from pyro_vae.saving import model_file
 from pyro_vae.saving.files import FileFormatError
@@ -32,18 +31,19 @@ class VAE(nn.Module):
     .. math:: z_i \sim p(z),\quad x_i \sim p(x \mid z_i)\qquad\text{and}\qquad z_i \sim q(z \mid x_i),
               \quad i = 1, \dots, N.
 
-    ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``: hand them to
+    ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``, for
     ``pyro.infer.SVI``, ``Predictive``, ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and
-    ``code``, what the decoder reads, where that is not ``z`` itself.
+    ``code``, the input of the decoder, where it is not ``z`` itself.
 
     Args:
         prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`.
         encoder: part with the context x, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
-        decoder: part with what the prior reads of z as context, such as :class:`pyro_vae.parts.likelihoods.Normal`.
-        name: prefix of the parameters in Pyro's param store; unique in the process if left out.
+        decoder: part with the context ``prior.read(z)``, which is z for most priors, such as
+            :class:`pyro_vae.parts.likelihoods.Normal`.
+        name: prefix of the parameters in Pyro's param store; by default unique in the process.
 
     Raises:
-        ValueError: if the parts do not fit each other: event shapes, density against mass, supports.
+        ValueError: if the parts do not fit: different event shapes or supports, or a density and a mass.
 
     >>> from pyro_vae import priors, guides, likelihoods, networks
     >>> vae = VAE(
@@ -59,17 +59,21 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
         super().__init__()
-        for role, part in (("prior", prior), ("encoder", encoder), ("decoder", decoder)):
+        for role, role_module, part in (
+            ("prior", "priors", prior),
+            ("encoder", "guides", encoder),
+            ("decoder", "likelihoods", decoder),
+        ):
             if not isinstance(part, nn.Module):
                 raise TypeError(
-                    f"`{role}` must be a module that returns a distribution, as those of pyro_vae.parts.priors, "
-                    f"guides and likelihoods, got {describe(part)}"
+                    f"`{role}` must be a module that returns a distribution, such as those of pyro_vae.{role_module}, "
+                    f"got {describe(part)}"
                 )
         self._set_parts(prior, encoder, decoder, name)
         self.data_shape = self._validate_parts()
 
     def _set_parts(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None) -> None:
-        self.encoder = encoder  # first: parameters that a prior shares with it go by the encoder's names
+        self.encoder = encoder  # first, so that parameters shared with the prior have the encoder's names
         self.prior = prior
         self.decoder = decoder
         self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
@@ -89,7 +93,7 @@ class VAE(nn.Module):
         self.name = f"{self.name}_copy{next(_numbers)}"
 
     def model(self, x: Tensor) -> None:
-        """The generative story, p(x, z)."""
+        """The generative model, p(x, z)."""
         self._check_rows(x)
         self.register()
         with pyro.plate("data", len(x)):
@@ -98,7 +102,7 @@ class VAE(nn.Module):
             pyro.sample("x", self.decoder(self._read(z)), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Its approximate inverse, q(z | x)."""
+        """The approximate posterior, q(z | x)."""
         self._check_rows(x)
         self.register()
         with pyro.plate("data", len(x)):
@@ -110,15 +114,15 @@ class VAE(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"`x` must be a tensor, (N, {shape}), got {describe(x)}")
         if x.shape[1:] != self.data_shape:
-            raise ValueError(f"`x` must be (N, {shape}), which the decoder gives, got shape {tuple(x.shape)}")
+            raise ValueError(f"`x` must be (N, {shape}), as the decoder returns, got shape {tuple(x.shape)}")
         if not len(x):
             raise ValueError(f"`x` must be (N, {shape}) with N >= 1, got shape {tuple(x.shape)}, without rows")
         if x.dtype == torch.bool or x.is_complex():
-            raise TypeError(f"`x` must be real numbers, `x.float()` of what is true or false, got {describe(x)}")
+            raise TypeError(f"`x` must be real numbers (convert booleans with `x.float()`), got {describe(x)}")
 
     def forward(self, *args: Any) -> None:
-        """A VAE is no function: raise, and say which two it has."""
-        raise TypeError("a VAE is a pair of functions: hand over `vae.model` and `vae.guide`")
+        """Raise a TypeError: a VAE is a pair of functions."""
+        raise TypeError("a VAE is not a function but a pair of functions: pass `vae.model` and `vae.guide`")
 
     def register(self) -> None:
         """Register the parameters with Pyro under the VAE's name, see :func:`pyro_vae._utils.param_store.register`."""
@@ -129,16 +133,16 @@ class VAE(nn.Module):
         return code if code is z else pyro.deterministic("code", code, event_dim=self.prior().event_dim)
 
     def code(self, z: Tensor) -> Tensor:
-        """What the decoder reads of values of the site ``z``: of a relaxed latent, its sigmoid or exponential."""
+        """The input of the decoder at values of the site ``z``: for a relaxed latent, its sigmoid or exponential."""
         if not isinstance(z, Tensor):
-            raise TypeError(f"`z` must be a tensor of values of the site, such as a draw of it, got {describe(z)}")
+            raise TypeError(f"`z` must be a tensor, such as a draw of the site, got {describe(z)}")
         read = getattr(self.prior, "read", None)
         return z if read is None else read(z)
 
     def discrete(self) -> "VAE":
-        """The discrete VAE that a relaxed one stands for. It shares the parameters: training one trains the other.
+        """The discrete VAE that a relaxed one approximates. It shares the parameters: training one trains the other.
 
-        Buffers, such as fixed probabilities, are those of now: convert dtype or device first.
+        Buffers, such as fixed probabilities, are the current ones: convert dtype or device first.
 
         >>> from pyro_vae import priors, guides, likelihoods, networks
         >>> relaxed = VAE(
@@ -175,20 +179,20 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def impute(self, x: Tensor, num_samples: int) -> Tensor:
-        r"""Draws of what is missing in x, NaN, given what is there: :math:`z \sim q(z \mid x_\mathrm{obs})`,
+        r"""Draws of the missing entries of x, NaN, given the observed ones: :math:`z \sim q(z \mid x_\mathrm{obs})`,
         :math:`x_\mathrm{mis} \sim p(x_\mathrm{mis} \mid z)`.
 
-        Their mean is the best guess, and their quantiles are an interval; exact where q is the posterior.
+        Their mean is a point estimate, and their quantiles are an interval; exact where q is the posterior.
 
         Args:
             x: ``(N, *data_shape)``, with NaN where entries are missing.
-            num_samples: how many draws.
+            num_samples: number of draws.
 
         Returns:
             ``(num_samples, N, *data_shape)``. Observed entries are those of x in every draw.
 
-        Source: Rezende, Mohamed and Wierstra 2014, "Stochastic backpropagation", appendix F, whose Markov chain this is
-        the first step of, from an encoder that reads missing entries.
+        Source: Rezende, Mohamed and Wierstra 2014, "Stochastic backpropagation", appendix F: this is the
+        first step of its Markov chain, from an encoder that reads missing entries.
 
         >>> from pyro_vae import priors, guides, likelihoods, networks
         >>> vae = VAE(
@@ -259,14 +263,14 @@ class VAE(nn.Module):
         return vae
 
     def _validate_parts(self) -> torch.Size:
-        """Run the parts on each other once and return the shape of a datum, or raise that they do not fit."""
+        """Run the parts once, check that they fit, and return the shape of a datum."""
         with torch.no_grad(), seeded(0), _evaluating(self):
-            with _error_context(f"prior: {_name(self.prior)} gives no p(z), without a context"):
+            with _error_context(f"`prior` must return p(z) without a context, got {_name(self.prior)}"):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
                 raise ValueError(
-                    "`prior` must be that of one datum's z, all dimensions in its event shape: `.to_event()`: "
-                    f"{_name(self.prior)} has batch shape {tuple(prior.batch_shape)}"
+                    f"`prior` must have an empty batch shape (use `.to_event()`), got {_name(self.prior)} of "
+                    f"batch shape {tuple(prior.batch_shape)}"
                 )
             z = prior.sample(torch.Size([3]))
             likelihood = self._run_part("decoder", self.decoder, self.code(z), "prior", self.prior)
@@ -277,44 +281,45 @@ class VAE(nn.Module):
     def _run_part(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
         given = context.shape[1:]
         accepted = getattr(part, "context_shape", given)
-        complaint = f"{role}: {_name(part)} does not take what the {source} {_name(maker)} gives, shape {tuple(given)}"
+        must = f"`{role}` must take shape {tuple(given)} from the {source} {_name(maker)}, got {_name(part)}"
         if accepted != given:
             size = "latent" if role == "decoder" else "in_features"
             fitting = given[0] if len(given) == 1 else tuple(given)
-            raise ValueError(f"{complaint}: it was built for {tuple(accepted)}. What would fit: {size}={fitting}")
+            raise ValueError(f"{must}, which takes {tuple(accepted)}. What would fit: {size}={fitting}")
         num_data = getattr(part, "num_data", None)  # of a guide with parameters for each datum
         context = context[:num_data]
-        with _error_context(complaint):
+        with _error_context(must):
             if num_data is None:
                 distribution = _distribution(part(context))
             else:
-                with poutine.block(), pyro.plate("story", num_data, subsample=torch.arange(len(context))):
+                with poutine.block(), pyro.plate("validation", num_data, subsample=torch.arange(len(context))):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             raise ValueError(
-                f"`{role}` must be ({len(context)},), all dimensions of one datum in its event shape: `.to_event()`: "
-                f"{_name(part)} has batch shape {tuple(distribution.batch_shape)} for {len(context)} data"
+                f"`{role}` must have batch shape ({len(context)},) for {len(context)} data (use `.to_event()`), got "
+                f"{_name(part)} of batch shape {tuple(distribution.batch_shape)}"
             )
         return distribution
 
     def _check_guide(self, guide: Any, prior: Any) -> None:
-        if guide.event_shape == prior.event_shape and repr(base_support(guide)) == repr(base_support(prior)):
+        if guide.event_shape == prior.event_shape and same_support(guide, prior):
             return
         kinds = ["mass" if q.support.is_discrete else "density" for q in (guide, prior)]
-        normal = {"StandardNormal", "Normal", "Laplace", "StudentT", "MixtureOfNormals", "VampPrior", "NormalizingFlow"}
-        partner = "DiagonalNormal" if type(self.prior).__name__ in normal else type(self.prior).__name__
+        partner = getattr(getattr(self.prior, "family", None), "fitting_guide", None)
         shape = prior.event_shape[0] if len(prior.event_shape) == 1 else tuple(prior.event_shape)
-        hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner in guides.__all__ else ""
+        hint = f" What would fit: guides.{partner}(latent={shape}, ...)" if partner else ""
         raise ValueError(
-            f"encoder: {_name(self.encoder)} is a {kinds[0]} of shape {tuple(guide.event_shape)} on {guide.support}, "
-            f"the prior {_name(self.prior)} a {kinds[1]} of shape {tuple(prior.event_shape)} on {prior.support}; "
-            f"log p(z) - log q(z | x) needs both to be of one kind, shape and support.{hint}"
+            f"`encoder` must be of one kind, shape and support with the prior, for log p(z) - log q(z | x); got a "
+            f"{kinds[0]} of shape {tuple(guide.event_shape)} on {spell_support(guide)}, {_name(self.encoder)}, and "
+            f"{_name(self.prior)}, a {kinds[1]} of shape {tuple(prior.event_shape)} on {spell_support(prior)}.{hint}"
         )
 
 
 def _discrete_part(role: str, part: nn.Module) -> Part:
     if not isinstance(part, Part):
-        raise TypeError(f"{role}: {type(part).__name__} has no discrete twin; a Part with `discrete()` has one")
+        raise TypeError(
+            f"`{role}` must be a Part with `discrete()`, got {type(part).__name__}, which has no discrete twin"
+        )
     return part.discrete()
 
 
@@ -324,26 +329,26 @@ def _name(part: nn.Module) -> str:
 
 
 def _distribution(made: Any) -> Any:
-    """What a part has made, if it is a distribution."""
+    """Return the output of a part if it is a distribution."""
     if not isinstance(made, torch.distributions.Distribution):
-        raise TypeError(f"it makes {describe(made)}; accepted is a distribution of one datum")
+        raise TypeError(f"it returns {describe(made)} in place of a distribution")
     return made
 
 
 @contextmanager
-def _error_context(complaint: str) -> Iterator[None]:
-    """Say which part could not be run, and on what, before what it said itself."""
+def _error_context(message: str) -> Iterator[None]:
+    """Put this message before that of an error inside."""
     try:
         yield
     except TypeError as error:
-        raise TypeError(f"{complaint}: {error}") from error
+        raise TypeError(f"{message}: {error}") from error
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{complaint}: {error}") from error
+        raise ValueError(f"{message}: {error}") from error
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that running statistics stay as they are; then each module's own mode again."""
+    """Set evaluation mode, so that running statistics do not change, and restore the modes afterwards."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

@@ -20,6 +20,8 @@ PRIORS = {
     "Normal": ("real", lambda q: priors.Normal(2)),
     "Laplace": ("real", lambda q: priors.Laplace(2)),
     "StudentT": ("real", lambda q: priors.StudentT(2)),
+    "Gamma": ("positive", lambda q: priors.Gamma(2, 2.0, learnable=True)),
+    "Uniform": ("box", lambda q: priors.Uniform(2, low=-1.0, high=2.0)),
     "MixtureOfNormals": ("real", lambda q: priors.MixtureOfNormals(2, 3)),
     "VampPrior": ("real", lambda q: priors.VampPrior(q, torch.rand(3, D))),
     "NormalizingFlow": ("real", lambda q: priors.NormalizingFlow(2, transforms=1, hidden=[4])),
@@ -30,6 +32,8 @@ PRIORS = {
 }
 GUIDES = {
     "DiagonalNormal": ("real", lambda: guides.DiagonalNormal(D, 2, NET)),
+    "LogNormal": ("positive", lambda: guides.LogNormal(D, 2, NET)),
+    "LogitNormal": ("box", lambda: guides.LogitNormal(D, 2, NET, low=-1.0, high=2.0)),
     "FullRankNormal": ("real", lambda: guides.FullRankNormal(D, 2, NET)),
     "LowRankNormal": ("real", lambda: guides.LowRankNormal(D, 2, NET)),
     "MixtureOfNormals": ("real", lambda: guides.MixtureOfNormals(D, 2, NET)),
@@ -54,12 +58,13 @@ LIKELIHOODS = {
     "Poisson": (lambda z: likelihoods.Poisson(z, D, NET), COUNTS),
     "NegativeBinomial": (lambda z: likelihoods.NegativeBinomial(z, D, NET), COUNTS),
 }
-ANY = {"real", "bits", "classes", "relaxed bits", "relaxed classes"}
-PATHWISE = {"real", "relaxed bits", "relaxed classes"}
+CONTINUOUS = {"real", "positive", "box"}
+PATHWISE = CONTINUOUS | {"relaxed bits", "relaxed classes"}
+ANY = PATHWISE | {"bits", "classes"}
 # The kinds of latent that each objective is for, and how to build it.
 OBJECTIVES = {
     "Trace_ELBO": (ANY, lambda: Trace_ELBO()),
-    "TraceMeanField_ELBO": ({"real"}, lambda: TraceMeanField_ELBO()),
+    "TraceMeanField_ELBO": (CONTINUOUS, lambda: TraceMeanField_ELBO()),
     "TraceEnum_ELBO": ({"bits", "classes"}, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
     "ImportanceWeighted": (PATHWISE, lambda: objectives.ImportanceWeighted(3)),
     "ImportanceWeighted-stl": (PATHWISE, lambda: objectives.ImportanceWeighted(1, "sticking-the-landing")),

@@ -23,6 +23,9 @@ PRIORS = [
     ("Laplace-learnable", lambda: priors.Laplace((1, 1), learnable=True)),
     ("StudentT", lambda: priors.StudentT(2, df=4.0)),
     ("StudentT-learnable", lambda: priors.StudentT(1, df=3.0, learnable=True)),
+    ("Gamma", lambda: priors.Gamma(2, concentration=PAIR + 1, rate=2.0)),
+    ("Gamma-learnable", lambda: priors.Gamma((1, 1), concentration=1.5, learnable=True)),
+    ("Uniform", lambda: priors.Uniform(2, low=-PAIR, high=2.0)),
     ("MixtureOfNormals", lambda: priors.MixtureOfNormals(2, 3)),
     ("VampPrior", lambda: priors.VampPrior(guides.DiagonalNormal(3, 2, NET), torch.randn(4, 3))),
     ("VampPrior-full_rank", lambda: priors.VampPrior(guides.FullRankNormal((3, 1), 1, NET), torch.randn(2, 3, 1))),
@@ -42,6 +45,8 @@ PRIORS = [
 ]
 GUIDES = [
     ("DiagonalNormal", lambda: guides.DiagonalNormal(3, 2, NET)),
+    ("LogNormal", lambda: guides.LogNormal(3, 2, NET)),
+    ("LogitNormal", lambda: guides.LogitNormal(3, 2, NET, low=-PAIR, high=2.0)),
     ("FullRankNormal", lambda: guides.FullRankNormal(3, 2, NET)),
     ("FullRankNormal-one", lambda: guides.FullRankNormal(3, 1, NET)),
     ("LowRankNormal", lambda: guides.LowRankNormal(3, 2, NET, rank=1)),

@@ -22,8 +22,7 @@ from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import Aggregate, Terms
-from pyro_vae.distributions.properties import without_independent
-from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
+from pyro_vae.distributions.properties import conditional_mean
 from pyro_vae.exact.densities import ModelDensity, draw
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.objectives.elbo_terms import rate_by_variable
@@ -265,8 +264,8 @@ class _Accumulator:
         count = len(next(iter(values.values())))
         self.count += count
         for name, site in sites.items():
-            mean, self.classes[name] = _conditional_mean(site)
-            mean = mean.double()
+            known, self.classes[name] = conditional_mean(site["fn"])
+            mean = (site["value"] if known is None else known).double()  # the draw in place of an unknown mean
             sums = torch.stack([mean.sum(0), (mean**2).sum(0)])
             self.means[name] = [old + new for old, new in zip(self.means.get(name, [0.0, 0.0]), sums, strict=True)]
             rate = rate_by_variable(site, model_sites[name])
@@ -299,25 +298,6 @@ class _Accumulator:
             known = None if known is None or known.numel() != activity.numel() else known.reshape(activity.shape)
             result[name] = Units(activity, rate if rate is None or rate.shape == activity.shape else None, known)
         return result
-
-
-def _conditional_mean(site: dict[str, Any]) -> tuple[Tensor, bool]:
-    """The mean of each variable at each draw, given the latents before it; and whether its last dimension is classes.
-
-    Where the mean is not known, the draw stands for it.
-    """
-    fn = without_independent(site["fn"])
-    if isinstance(fn, LogitRelaxedBernoulli):
-        return fn.logits.sigmoid(), False
-    if isinstance(fn, LogRelaxedOneHotCategorical):
-        return fn.logits.softmax(-1), True
-    if isinstance(fn, torch.distributions.OneHotCategorical | torch.distributions.Categorical):
-        return fn.probs, True
-    try:
-        mean = fn.mean
-    except NotImplementedError:
-        return site["value"], False
-    return (mean if mean.isfinite().all() else site["value"]), False
 
 
 def _assembled(terms: Terms, units: dict[str, Units], num_data: int, num_samples: int) -> Decomposition:

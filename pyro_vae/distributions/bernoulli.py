@@ -1,4 +1,4 @@
-"""Bernoulli variables whose logits are shared by many data, as where states are enumerated."""
+"""Bernoulli distributions: of logits shared by many data, with soft targets, and the continuous Bernoulli."""
 
 import math
 from typing import Any
@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
-from pyro_vae.distributions.relaxed import _open_uniform
+from pyro_vae.distributions.relaxed import open_uniform
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "SharedBernoulli", "SoftTargetBernoulli"]
 
 
 class SharedBernoulli(dist.Bernoulli):
-    r"""Pyro's Bernoulli, with the logarithms taken of its logits as they were before they were expanded.
+    r"""Pyro's Bernoulli, with logarithms computed before its logits are expanded.
 
     .. math:: \log p(x) = x \log \sigma(l) + (1 - x) \log \sigma(-l)
 
-    Of S states and N data, logits ``(S, 1, D)`` have S D logarithms, where torch's takes S N D. Gradients are those of
-    the logits that it was made with; ``logits`` of an expanded one has none.
+    For S states and N data, logits ``(S, 1, D)`` need S D logarithms, where torch computes S N D. Gradients go to the
+    original logits; the attribute ``logits`` of an expanded distribution has none.
 
     >>> x = torch.tensor([[0.0], [1.0]])
     >>> SharedBernoulli(logits=torch.tensor([[[1.0]], [[-2.0]]])).expand([2, 2, 1]).log_prob(x)[..., 0]
@@ -33,7 +33,7 @@ class SharedBernoulli(dist.Bernoulli):
     _before_expansion: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        """The same for a larger batch."""
+        """The same distribution for a larger batch."""
         new = super().expand(batch_shape, _instance)
         new._before_expansion = self._logits
         return new
@@ -50,11 +50,11 @@ class SharedBernoulli(dist.Bernoulli):
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def joint_log_prob(self, value: Tensor, num_dims: int) -> Tensor:
-        r"""The log-mass of all variables of the last ``num_dims`` dimensions together, of the shape of the others.
+        r"""The log-mass, summed over the last ``num_dims`` dimensions.
 
-        Where logits are those of states alone and values those of data alone, or the other way round, it is two matrix
-        products, :math:`X \log\sigma(L)^\top + (1 - X) \log\sigma(-L)^\top`, without a number for each of S N D. They
-        are in float64, which neither autocast nor TF32 makes less of.
+        Where logits vary over states alone and values over data alone, or the reverse, it is two matrix
+        products, :math:`X \log\sigma(L)^\top + (1 - X) \log\sigma(-L)^\top`, without a tensor of S N D numbers. They
+        are in float64, which neither autocast nor TF32 reduces.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -77,7 +77,7 @@ class SharedBernoulli(dist.Bernoulli):
         return log_p.expand(torch.broadcast_shapes(batch, self.batch_shape[: len(self.batch_shape) - num_dims]))
 
     def _log_mass(self, value: Tensor) -> Tensor:
-        """Of each variable, of the shape of value and logits before they were expanded."""
+        """The log-mass of each variable, in the shape of value and original logits."""
         logits = self._logits
         shape = torch.broadcast_shapes(logits.shape, value.shape)
         if shape == logits.shape or value.dtype != logits.dtype:
@@ -87,9 +87,9 @@ class SharedBernoulli(dist.Bernoulli):
 
 
 def _varying(tensor: Tensor, event: torch.Size, batch_dims: int) -> set[int]:
-    """Along which batch dimensions there is more than one event; none if its own are not whole.
+    """The batch dimensions, counted from the left of ``batch_dims``, with more than one event.
 
-    Dimensions are counted from the left of ``batch_dims``.
+    The set is empty if the event dimensions are not complete.
     """
     batch = tensor.shape[: tensor.dim() - len(event)]
     if tensor.shape[len(batch) :] != event:
@@ -98,8 +98,8 @@ def _varying(tensor: Tensor, event: torch.Size, batch_dims: int) -> set[int]:
 
 
 _GREY = (
-    "a Bernoulli likelihood is the mass of 0s and 1s, and the data hold others, {low:.4g} to {high:.4g}. {rescale}"
-    "Ways out: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use `likelihoods."
+    "the data of a Bernoulli likelihood must be 0s and 1s, got {low:.4g} to {high:.4g}. {rescale}"
+    "Alternatives: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use `likelihoods."
     "ContinuousBernoulli`, a density; or `likelihoods.Bernoulli(..., soft_targets=True)`, a cross-entropy, no density."
 )
 
@@ -108,17 +108,17 @@ _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 
 class Bernoulli(SharedBernoulli):
-    """Pyro's Bernoulli, with an error that helps when it is asked to score grey values.
+    """Pyro's Bernoulli, with an error for grey values that names the alternatives.
 
     >>> Bernoulli(logits=torch.zeros(2)).log_prob(torch.tensor([0.0, 0.3]))
     Traceback (most recent call last):
         ...
-    ValueError: a Bernoulli likelihood is the mass of 0s and 1s, and the data hold others, 0 to 0.3. Ways out: ...
+    ValueError: the data of a Bernoulli likelihood must be 0s and 1s, got 0 to 0.3. Alternatives: ...
     """
 
     def _validate_sample(self, value: Tensor) -> None:
         if isinstance(value, Tensor) and (value.dtype == torch.bool or value.is_complex()):
-            raise TypeError(f"`value` must be 0s and 1s, `x.float()` of what is true or false, got {value.dtype}")
+            raise TypeError(f"`value` must be 0s and 1s (convert booleans with `x.float()`), got {value.dtype}")
         if isinstance(value, Tensor) and not self.support.check(value).all():
             low, high = float(value.min()), float(value.max())
             raise ValueError(_GREY.format(low=low, high=high, rescale=_RESCALE if low < 0 or high > 1 else ""))
@@ -129,7 +129,7 @@ class SoftTargetBernoulli(SharedBernoulli):
     r"""The cross-entropy :math:`x \log p + (1 - x) \log(1 - p)` for targets :math:`x` in [0, 1].
 
     It does not integrate to one over [0, 1], so it is **no likelihood** (``normalized`` is false): exact evidence
-    refuses it, and training reports the objective as a surrogate, not as an ELBO. Samples are zeros and ones.
+    raises an error, and training reports a surrogate in place of an ELBO. Samples are zeros and ones.
 
     >>> SoftTargetBernoulli(logits=torch.tensor(0.0)).log_prob(torch.tensor(0.3))
     tensor(-0.6931)
@@ -145,7 +145,7 @@ class ContinuousBernoulli(TorchDistribution):
 
     .. math:: \log p(x) = x\,l - \mathrm{softplus}(l) + \log C(l), \qquad C(l) = \frac{l}{\tanh(l / 2)} .
 
-    Computed from logits :math:`l`, with a series near :math:`l = 0`, so that it keeps its digits in float32 at large
+    It is computed from logits :math:`l`, with a series near :math:`l = 0`, and keeps full precision in float32 at large
     logits, where torch's ``ContinuousBernoulli`` clamps its probabilities.
 
     Source: Loaiza-Ganem and Cunningham 2019, "The continuous Bernoulli".
@@ -190,7 +190,7 @@ class ContinuousBernoulli(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # x l - softplus(l), written so that x near 1 at a large l loses no digits.
+        # x l - softplus(l), in a form that keeps precision for x near 1 at large l.
         above = (value - 1) * self.logits - softplus(-self.logits)
         below = value * self.logits - softplus(self.logits)
         return torch.where(self.logits > 0, above, below) + self.log_normalizer
@@ -204,5 +204,5 @@ class ContinuousBernoulli(TorchDistribution):
         lower = -torch.log1p(torch.where(positive, 1 - value, value) * torch.expm1(-magnitude)) / magnitude
         return torch.where(small, series, torch.where(positive, 1 - lower, lower)).clamp(0, 1)
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        return self.icdf(_open_uniform(self._extended_shape(sample_shape), self.logits))
+    def rsample(self, sample_shape=()) -> Tensor:
+        return self.icdf(open_uniform(self._extended_shape(sample_shape), self.logits))

@@ -1,4 +1,4 @@
-"""Normalizing flows as Pyro distributions: an invertible map of standard normal noise, out of zuko.
+"""Normalizing flows as Pyro distributions: invertible maps of standard normal noise, built with zuko.
 
 zuko is an optional extra, ``pip install 'pyro-vae[flows]'``, and is imported when the first flow is built.
 """
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_vae.distributions.extent import Extent
+
 __all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
 
 KINDS = ("affine", "spline")
-"""Of an autoregressive step: what it does to one variable, given those before it."""
+"""Kinds of autoregressive steps: the map of one variable, given the previous ones."""
 
 
 _BINS = 8
@@ -30,8 +32,8 @@ _REACH = 8.5  # standard deviations: all but e^-36 of a normal of two dimensions
 def autoregressive(features: int, context: int, kind: str, transforms: int, hidden: Sequence[int]) -> nn.Module:
     r"""Masked autoregressive steps, :math:`y_d = \tau(x_d;\ h(x_{<d}, c))`, each in the reverse order of the last.
 
-    They start as the identity. Called with a context ``(*, context)``, or ``None`` if that is 0, the module returns a
-    transform of ``(*, features)`` that goes forward in one pass and back in as many as there are features.
+    They are initialised to the identity. Called with a context ``(*, context)``, or ``None`` if that is 0, the module
+    returns a transform of ``(*, features)``: forward in one pass, inverse in one pass per feature.
 
     Args:
         features: number of variables.
@@ -52,13 +54,13 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
     if kind == "spline":
         shapes = [(_BINS,), (_BINS,), (_BINS - 1,)]
         univariate = {"univariate": partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3), "shapes": shapes}
-    # SiLU is smooth, and so is then the density of affine steps: quadrature wants few nodes.
+    # SiLU makes the density of affine steps smooth, so that quadrature needs few nodes.
     network = {"hidden_features": tuple(hidden), "activation": nn.SiLU}
     steps = []
     for number in range(transforms):
         order = torch.arange(features) if number % 2 == 0 else torch.arange(features).flip(0)
         step = zuko.flows.MaskedAutoregressiveTransform(features, context, order=order, **univariate, **network)
-        # One variable without a context has no network: its parameters are free.
+        # One variable without a context has free parameters in place of a network.
         for parameter in (step.hyper[-1] if hasattr(step, "hyper") else step).parameters():
             nn.init.zeros_(parameter)
         steps.append(step)
@@ -66,7 +68,7 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
 
 
 def import_zuko() -> Any:
-    """zuko, with torch's validation of distributions as it was: importing zuko switches it off for all."""
+    """Import zuko, and restore torch's validation of distributions, which the import switches off globally."""
     validate = bool(Distribution._validate_args)
     try:
         import zuko
@@ -80,7 +82,7 @@ def import_zuko() -> Any:
 
 
 def _with_log_slope(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The image of x and the logarithm of the determinant, for zuko's transforms in one pass."""
+    """The image of x and the log-determinant, in one pass for the transforms of zuko."""
     if hasattr(transform, "call_and_ladj"):
         return transform.call_and_ladj(x)
     y = transform(x)
@@ -94,20 +96,20 @@ class Flow(TorchDistribution):
               - \log \left|\det \frac{\partial f}{\partial \epsilon}\right|,
               \qquad \epsilon = f^{-1}\big((z - b) / s\big).
 
-    Where f is fast and its inverse slow, a draw is better scored as it is made: with ``scores_draws``, ``log_prob`` of
-    a draw returns what is known of it, and f is not inverted (which loses digits, too, where f bends strongly). What is
-    known is kept as long as the draw is, and is not used where it would be wrong: for another tensor of the same
-    values, such as a detached one; for a draw changed in place; and for one made without gradients, when gradients are
-    asked for. The score of a draw by ``rsample`` then has the gradient in the parameters of the *whole* formula, the
-    way through the draw included, but none in the draw: take that of a detached copy.
+    Where f is fast and its inverse slow, a draw should be scored when it is made. With ``scores_draws``, ``log_prob``
+    of a draw returns that stored score, and f is not inverted (which would also lose precision where f is strongly
+    curved). The score is stored as long as the draw exists. It is not used where it would be wrong: for another tensor
+    of the same values, such as a detached one; for a draw changed in place; and for one made without gradients, when
+    gradients are needed. The stored score of a draw by ``rsample`` has the gradient of the *whole* formula in the
+    parameters, also through the draw, but no gradient in the draw: use a detached copy for that.
 
-    Mean and variance are not known.
+    Mean and variance have no closed form.
 
     Args:
         transform: f, from ``(*, D)`` to ``(*, D)``, with D the number of variables.
         shift: b, ``(*batch, *event)``.
         scale: s, positive, of a shape that broadcasts with that of ``shift``.
-        event_dim: how many dimensions on the right are one event.
+        event_dim: number of dimensions on the right that are one event.
         scores_draws: whether a draw is scored as it is made.
 
     Source: Papamakarios, Nalisnick, Rezende, Mohamed and Lakshminarayanan 2021, "Normalizing flows for probabilistic
@@ -136,12 +138,12 @@ class Flow(TorchDistribution):
         self.transform = transform
         self.shift, self.scale = torch.broadcast_tensors(shift, scale)
         self.scores_draws = scores_draws
-        self._scored: Any = None  # by draw
+        self._scored: Any = None  # scores by draw
         cut = self.shift.dim() - event_dim
         super().__init__(self.shift.shape[:cut], self.shift.shape[cut:], validate_args=validate_args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy knows nothing of the draws of this one."""
+        """Leave the stored scores out of a copy."""
         return {**self.__dict__, "_scored": None}
 
     @constraints.dependent_property
@@ -157,14 +159,14 @@ class Flow(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
+    def rsample(self, sample_shape=()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         noise = torch.randn(shape, dtype=self.shift.dtype, device=self.shift.device).reshape(*self._rows(shape), -1)
         if not self.scores_draws:
             return self.shift + self.scale * self.transform(noise).reshape(shape)
         standardized, log_slope = _with_log_slope(self.transform, noise)
         value = self.shift + self.scale * standardized.reshape(shape)
-        if not value.is_inference():  # those do not tell whether they have been changed
+        if not value.is_inference():  # inference tensors have no version number
             if self._scored is None:
                 self._scored = WeakTensorKeyDictionary()
             self._scored[value] = (value._version, torch.is_grad_enabled(), self._log_density(noise, log_slope))
@@ -173,16 +175,16 @@ class Flow(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        known = self._known(value)
-        if known is not None:
-            return known
+        stored = self._stored_score(value)
+        if stored is not None:
+            return stored
         standardized = (value - self.shift) / self.scale
         rows = standardized.reshape(*self._rows(standardized.shape), -1)
         noise, log_slope = _with_log_slope(self.transform.inv, rows)
         return self._log_density(noise, -log_slope)
 
-    def _known(self, value: Tensor) -> Tensor | None:
-        """The score of a draw, if it is still that, and has the gradient that is asked for."""
+    def _stored_score(self, value: Tensor) -> Tensor | None:
+        """The stored score of a draw, if the draw is unchanged and the score has the gradient that is needed."""
         if self._scored is None or value not in self._scored:
             return None
         version, has_graph, score = self._scored[value]
@@ -200,10 +202,10 @@ class Flow(TorchDistribution):
     def _rows(self, shape: torch.Size) -> torch.Size:
         return shape[: len(shape) - len(self.event_shape)]
 
-    def extent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A box that holds all but e^-36 of the flow: lower corner, a point inside, upper corner, ``(*batch, *event)``.
+    def extent(self) -> Extent:
+        """A box that holds all but e^-36 of the flow.
 
-        Around the images of noise out to 8.5 standard deviations, for at most two variables.
+        It is around the images of noise out to 8.5 standard deviations, for at most two variables.
         """
         size = self.event_shape.numel()
         radii = torch.linspace(0, _REACH, 18, dtype=self.shift.dtype, device=self.shift.device)
@@ -214,4 +216,4 @@ class Flow(TorchDistribution):
             noise = (radii[:, None, None] * torch.stack([angles.cos(), angles.sin()], dim=-1)).flatten(0, 1)
         images = self.transform(noise.reshape(-1, *[1] * len(self.batch_shape), size))
         points = self.shift + self.scale * images.reshape(*images.shape[:-1], *self.event_shape)
-        return points.amin(0), points[0], points.amax(0)
+        return Extent(points.amin(0), points[0], points.amax(0))

@@ -5,7 +5,8 @@ A likelihood that is a product over the entries of x leaves out the missing ones
 .. math:: p(x_\mathrm{obs} \mid z) = \int p(x \mid z)\,dx_\mathrm{mis} = \prod_{d\ \mathrm{observed}} p(x_d \mid z),
 
 so that :math:`\log p(x_\mathrm{obs})`, its bounds and its gradients are those of the observed entries. Maximising it is
-right where the chance that an entry is missing does not hang on its value, given what is observed (missing at random).
+right where the probability that an entry is missing does not depend on its value, given the observed entries
+(missing at random).
 
 Source: Rubin 1976, "Inference and missing data".
 """
@@ -25,24 +26,24 @@ __all__ = ["WithMissing", "accepts_missing", "check_missing", "first_missing", "
 
 
 class _OrMissing(constraints.Constraint):
-    """A constraint that NaN fulfils too."""
+    """A constraint that NaN satisfies too."""
 
-    def __init__(self, observed: Any):
-        self.observed = observed
-        self.is_discrete = observed.is_discrete
+    def __init__(self, base_constraint: Any):
+        self.base_constraint = base_constraint
+        self.is_discrete = base_constraint.is_discrete
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        return value.isnan() | self.observed.check(value)
+        return value.isnan() | self.base_constraint.check(value)
 
     def __repr__(self) -> str:
-        return f"OrMissing({self.observed!r})"
+        return f"OrMissing({self.base_constraint!r})"
 
 
 class WithMissing(dist.TorchDistribution):
-    """A distribution of single variables some of whose values may be missing: NaN has a ``log_prob`` of 0.
+    """A distribution of single variables whose values may be missing: NaN has a ``log_prob`` of 0.
 
-    Samples are complete. A missing value has no part in any gradient.
+    Samples are complete. A missing value does not contribute to any gradient.
 
     Args:
         base_dist: of event shape ``()``; the variables of a datum are its rightmost batch dimensions.
@@ -57,7 +58,7 @@ class WithMissing(dist.TorchDistribution):
     def __init__(self, base_dist: dist.TorchDistribution):
         if base_dist.event_shape:
             raise ValueError(
-                "`base_dist` must be a distribution of single variables, each of which is there or missing, got a "
+                "`base_dist` must be a distribution of single variables, event shape (), got a "
                 f"{type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}"
             )
         self.base_dist = base_dist
@@ -86,10 +87,10 @@ class WithMissing(dist.TorchDistribution):
     def variance(self) -> Tensor:
         return self.base_dist.variance
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         return self.base_dist.sample(sample_shape)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
         return self.base_dist.rsample(sample_shape)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -97,7 +98,7 @@ class WithMissing(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         missing = value.isnan()
-        # A value inside the support in place of NaN, before the density: 0 times NaN is NaN in a gradient.
+        # NaN is replaced before the density is computed: 0 times NaN would be NaN in the gradient.
         log_prob = self.base_dist.log_prob(torch.where(missing, _inside(self.base_dist.support, value), value))
         return torch.where(missing, 0.0, log_prob)
 
@@ -111,7 +112,7 @@ def _inside(support: Any, like: Tensor) -> Tensor:
 
 
 def with_missing(distribution: Any) -> Any:
-    """The distribution of a datum with a :class:`WithMissing` inside its ``to_event``.
+    """Wrap the variables of a distribution of a datum in :class:`WithMissing`, inside its ``to_event``.
 
     >>> q = with_missing(dist.Poisson(torch.ones(3)).to_event(1))
     >>> q.log_prob(torch.tensor([0.0, torch.nan, torch.nan])), q.event_shape
@@ -135,7 +136,7 @@ def accepts_missing(distribution: Any) -> bool:
 
 
 def first_missing(data: Sequence[Tensor]) -> str | None:
-    """The place of the first NaN in some data tensors, in words; none if there is none.
+    """The place of the first NaN in the data tensors, in words; ``None`` without NaN.
 
     >>> first_missing([torch.tensor([[0.0, 1.0], [torch.nan, 2.0]])])
     'row 1, column (0,)'
@@ -167,6 +168,6 @@ def check_missing(
     needed = [site for site in sites if first_missing([site["value"]]) is not None]
     if where is not None and (error or not all(accepts_missing(site["fn"]) for site in needed or sites)):
         raise ValueError(
-            f"`{name}` must hold finite numbers, and NaN for missing values only if the likelihood has `missing=True`, "
-            f"as each of pv.likelihoods can, got nan at {where}"
+            f"`{name}` must hold finite numbers, got nan at {where}. For missing values, use a likelihood of "
+            "pv.likelihoods with `missing=True`"
         ) from error

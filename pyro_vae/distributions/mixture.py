@@ -1,4 +1,4 @@
-r"""A mixture of normals whose draws carry gradients to every parameter, the weights of the components included."""
+r"""A mixture of normals whose draws carry gradients to every parameter, also to the weights of the components."""
 
 import math
 from typing import Any
@@ -19,18 +19,18 @@ class MixtureOfNormals(TorchDistribution):
 
     .. math:: p(z) = \sum_k \pi_k \prod_d N(z_d;\ \mu_{kd}, \sigma_{kd}^2).
 
-    Draws are reparameterised implicitly: with the conditional distribution functions
-    :math:`F_d(z_d \mid z_1, \dots, z_{d-1})`, whose values at a draw are uniform noise, a draw moves with the
-    parameters so that this noise stays,
+    Draws are reparameterised implicitly. The values of the conditional distribution functions
+    :math:`F_d(z_d \mid z_1, \dots, z_{d-1})` at a draw are uniform noise. A draw changes with the parameters so that
+    this noise stays constant,
 
     .. math:: \mathrm{d}z_d = -\frac{\mathrm{d}F_d(z_d \mid z_{<d})}{p(z_d \mid z_{<d})},
 
-    one dimension after the other. Pyro's ``MixtureOfDiagNormals`` has pathwise draws too, by another transport that
-    divides by zero where two components coincide, and not in one dimension; this one takes any K and D.
+    one dimension after the other. Pyro's ``MixtureOfDiagNormals`` has pathwise draws too, but divides by zero where two
+    components coincide, and does not take one dimension. This one takes any K and D.
 
-    The gradient of the weights rests on draws between the components, which have to cross over. Where those lie more
-    than 8 scales apart there are none in practice: that of an ELBO is unbiased, but zero in every run, and the weights
-    stay what they were when the components parted.
+    The gradient of the weights comes from draws between the components. Between components more than 8 scales apart
+    there are none in practice: the gradient of an ELBO is unbiased, but zero in every run, and the weights do not
+    change any more.
 
     Args:
         logits: of the components, ``(*batch, K)``.
@@ -59,7 +59,7 @@ class MixtureOfNormals(TorchDistribution):
             real_tensor(value, name, "a tensor")
         if loc.dim() < 2 or logits.shape[-1:] != loc.shape[-2:-1]:
             raise ValueError(
-                f"logits, loc must be (*batch, K) and (*batch, K, D), got shapes {tuple(logits.shape)} and "
+                f"`logits` and `loc` must be (*batch, K) and (*batch, K, D), got shapes {tuple(logits.shape)} and "
                 f"{tuple(loc.shape)}"
             )
         loc, scale = torch.broadcast_tensors(loc, scale)
@@ -90,8 +90,8 @@ class MixtureOfNormals(TorchDistribution):
             each = _log_normal(value[..., None, :], self.loc, self.scale).sum(-1)
         return (self.logits.log_softmax(-1) + each).logsumexp(-1)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """A component, and then a draw of it."""
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw a component, then a value of it."""
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
             component = torch.distributions.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
@@ -102,12 +102,12 @@ class MixtureOfNormals(TorchDistribution):
             )
             return loc + scale * torch.randn_like(loc)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """A draw with its gradient in all parameters."""
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """A draw with gradients to all parameters."""
         z = self.sample(sample_shape)
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.logits, self.loc, self.scale))):
             return z
-        log_weight = self.logits.log_softmax(-1)  # of each component, given the dimensions so far
+        log_weight = self.logits.log_softmax(-1)  # of each component, given the previous dimensions
         moving = []
         for dim in range(z.shape[-1]):
             loc, scale, fixed = self.loc[..., dim], self.scale[..., dim], z[..., dim : dim + 1]
@@ -135,9 +135,9 @@ def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def _log_normals(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """The log-density of each of K components that are the same for all values, ``(*, K)``.
+    """The log-density of K components that are shared by all values, ``(*, K)``.
 
-    Squared distances are matrix products, without a tensor of ``(*, K, D)``; in float64, for they cancel.
+    Squared distances are matrix products, without a tensor of ``(*, K, D)``; in float64, since they cancel.
     """
     centre = loc.detach().mean(0)
     z, centred, precision = (value - centre).double(), (loc - centre).double(), scale.double() ** -2

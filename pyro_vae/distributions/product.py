@@ -1,4 +1,4 @@
-"""The joint distribution of independent latents, as one event."""
+"""The joint distribution of independent discrete variables, enumerable as one event."""
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +12,7 @@ __all__ = ["Product"]
 class Product(dist.Independent):
     r"""Independent discrete variables that enumerate *jointly*, as one site.
 
-    ``Bernoulli(...).to_event(1)`` refuses to enumerate in Pyro; this does, in one new dimension of
+    ``Bernoulli(...).to_event(1)`` cannot be enumerated in Pyro; this can, in one new dimension of
     :math:`S = s^n` states for :math:`n` variables of :math:`s` values each.
 
     Args:
@@ -41,9 +41,9 @@ class Product(dist.Independent):
         count = len(values) ** variables.numel()
         if count > self.max_states:
             raise ValueError(
-                f"enumerate_support: {variables.numel()} variables of {len(values)} values have {count} states; "
-                f"at most {self.max_states} are enumerated. To train, take a relaxed estimator or one of "
-                "pyro_vae.objectives; for log p(x), the estimate pyro_vae.log_evidence"
+                f"a Product must have at most {self.max_states} states to be enumerated, got {count} states: "
+                f"{variables.numel()} variables of {len(values)} values. For training use relaxed latents or one of "
+                "pyro_vae.objectives; for log p(x) use pyro_vae.log_evidence"
             )
         grid = torch.cartesian_prod(*[torch.arange(len(values), device=values.device)] * variables.numel())
         states = values.reshape(len(values), *base.event_shape)[grid.reshape(count, -1)]

@@ -1,29 +1,34 @@
-r"""Distributions that Pyro lacks, or has in a form that loses digits.
+"""Properties of any distribution that the rest of the package reads: support, normalisation, wrappers, discrete twin.
 
-Relaxed variables live where they are safe in float32: a relaxed Bernoulli as its *logit*, a relaxed one-hot
-(Gumbel-softmax) as its *logarithm* on the log-simplex. Squash a sample with ``sigmoid`` or ``exp`` after the sample
-site; the KL divergence between two such distributions is the same on either side of that bijection.
+A distribution of our own has them as attributes; those of torch and Pyro are known here. No other module needs to know
+the class of a prior or a guide.
 """
 
+import math
+from functools import singledispatch
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
+from torch import Tensor
 
-__all__ = ["base_distribution", "base_support", "is_normalized", "without_independent"]
+__all__ = [
+    "base_distribution",
+    "base_support",
+    "clamp_inside",
+    "class_probabilities",
+    "conditional_mean",
+    "discrete_twin",
+    "is_masked",
+    "is_normalized",
+    "same_support",
+    "spell_support",
+    "support_bounds",
+    "without_independent",
+]
 
 
-def is_normalized(distribution: dist.Distribution) -> bool:
-    """Whether ``log_prob`` is the logarithm of a density or mass: it sums to one over the support.
-
-    Soft targets are none, and ``pyro.factor`` (which is a ``Unit``) may be any number.
-
-    >>> is_normalized(dist.Normal(0.0, 1.0)), is_normalized(SoftTargetBernoulli(logits=torch.zeros(3)).to_event(1))
-    (True, False)
-    """
-    base = base_distribution(distribution)
-    return getattr(base, "normalized", not isinstance(base, dist.Unit))
+# --- Wrappers --------------------------------------------------------------------------------------------------------
 
 
 def base_distribution(distribution: Any) -> Any:
@@ -38,7 +43,7 @@ def base_distribution(distribution: Any) -> Any:
 
 
 def without_independent(distribution: Any) -> Any:
-    """The distribution inside ``to_event`` alone: a masked or transformed one is another than its base.
+    """The distribution inside ``to_event`` alone: a masked or transformed one differs from its base.
 
     >>> without_independent(dist.Normal(torch.zeros(2), 1.0).to_event(1)).event_shape
     torch.Size([])
@@ -48,7 +53,36 @@ def without_independent(distribution: Any) -> Any:
     return distribution
 
 
-def base_support(distribution: Any) -> constraints.Constraint:
+def is_masked(distribution: Any) -> bool:
+    """Whether a ``MaskedDistribution`` is one of the wrappers.
+
+    >>> is_masked(dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1))
+    True
+    """
+    while hasattr(distribution, "base_dist"):
+        if isinstance(distribution, dist.MaskedDistribution):
+            return True
+        distribution = distribution.base_dist
+    return False
+
+
+# --- Density and support ---------------------------------------------------------------------------------------------
+
+
+def is_normalized(distribution: dist.Distribution) -> bool:
+    """Whether ``log_prob`` is the logarithm of a density or mass: it sums to one over the support.
+
+    Soft targets are not normalised: their class has ``normalized = False``. ``pyro.factor``, a ``Unit``, may be any
+    number.
+
+    >>> is_normalized(dist.Normal(0.0, 1.0)), is_normalized(dist.Unit(torch.tensor(3.0)))
+    (True, False)
+    """
+    base = base_distribution(distribution)
+    return getattr(base, "normalized", not isinstance(base, dist.Unit))
+
+
+def base_support(distribution: Any) -> Any:
     """The constraint on one variable: that inside all ``independent`` ones, and of a mixture that of its components.
 
     >>> base_support(dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -58,3 +92,118 @@ def base_support(distribution: Any) -> constraints.Constraint:
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def support_bounds(distribution: Any) -> tuple[Any, Any]:
+    """The ends of the support of one variable, numbers or tensors, infinite where there is none.
+
+    >>> support_bounds(dist.Gamma(2.0, 1.0))
+    (0.0, inf)
+    """
+    support = base_support(distribution)
+    return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+
+
+def same_support(first: Any, second: Any) -> bool:
+    """Whether two distributions of one event shape have the same support, up to its boundary.
+
+    >>> (
+    ...     same_support(dist.Gamma(2.0, 1.0), dist.LogNormal(0.0, 1.0)),
+    ...     same_support(dist.Beta(1.0, 1.0), dist.Uniform(0, 2)),
+    ... )
+    (True, False)
+    """
+    one, other = base_support(first), base_support(second)
+    if one.is_discrete != other.is_discrete or _is_bounded(one) != _is_bounded(other):
+        return False
+    if not _is_bounded(one):
+        return repr(one) == repr(other)
+    pairs = zip(support_bounds(first), support_bounds(second), strict=True)
+    return all(bool((_as_double(ours) == _as_double(theirs)).all()) for ours, theirs in pairs)
+
+
+def spell_support(distribution: Any) -> str:
+    """The support in words, for messages.
+
+    >>> spell_support(dist.Uniform(torch.zeros(3, 2), 1.0).to_event(1)), spell_support(dist.Normal(0.0, 1.0))
+    ('[0, 1]', 'Real()')
+    """
+    if not _is_bounded(base_support(distribution)):
+        return str(distribution.support)
+    ends = []
+    for bound in map(_as_double, support_bounds(distribution)):
+        low, high = bound.min().item(), bound.max().item()
+        ends.append(f"{low:g}" if low == high else f"{low:g}...{high:g}")
+    return f"[{', '.join(ends)}]"
+
+
+def clamp_inside(value: Tensor, low: Tensor | float, high: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
+    """Clamp values to the interior of an interval, so that they stay there when they are rounded to ``dtype``.
+
+    >>> clamp_inside(torch.tensor([0.0, 0.5, 1.0]), 0.0, 1.0).logit().isfinite()
+    tensor([True, True, True])
+    """
+    rounding = torch.finfo(dtype or value.dtype)
+    low, high = (torch.as_tensor(bound, dtype=value.dtype, device=value.device) for bound in (low, high))
+    least, most = (
+        torch.where(bound.isfinite(), bound + sign * (bound.abs() * rounding.eps).clamp(min=rounding.tiny), bound)
+        for bound, sign in ((low, 1), (high, -1))
+    )
+    return value.clamp(least, most)
+
+
+def _is_bounded(support: Any) -> bool:
+    return hasattr(support, "lower_bound") or hasattr(support, "upper_bound")
+
+
+def _as_double(bound: Any) -> Tensor:
+    return torch.as_tensor(bound).detach().to("cpu", torch.float64)
+
+
+# --- Discrete twins and means ----------------------------------------------------------------------------------------
+
+
+def discrete_twin(distribution: Any) -> Any:
+    """The distribution of the discrete variables that relaxed ones stand for; ``None`` if they are not relaxed.
+
+    A relaxed distribution has a method ``discrete()``.
+    """
+    twin = getattr(base_distribution(distribution), "discrete", None)
+    return None if twin is None else twin()
+
+
+@singledispatch
+def class_probabilities(distribution: Any) -> Tensor | None:
+    """The probability of each class of categorical variables, ``(*batch, k)``; ``None`` of variables without classes.
+
+    >>> class_probabilities(dist.OneHotCategorical(torch.tensor([1.0, 3.0])))
+    tensor([0.2500, 0.7500])
+    """
+    return None
+
+
+@class_probabilities.register(torch.distributions.OneHotCategorical)
+@class_probabilities.register(torch.distributions.Categorical)
+def _(distribution: Any) -> Tensor:
+    return distribution.probs
+
+
+def conditional_mean(distribution: Any) -> tuple[Tensor | None, bool]:
+    """The mean of each variable, and whether its last dimension is classes; ``None`` where the mean is not known.
+
+    Of categorical variables it is the probability of each class; of relaxed ones that of their discrete twin.
+
+    >>> conditional_mean(dist.Categorical(torch.ones(2)))
+    (tensor([0.5000, 0.5000]), True)
+    """
+    variables = without_independent(distribution)
+    twin = discrete_twin(variables)
+    variables = variables if twin is None else twin
+    classes = class_probabilities(variables)
+    if classes is not None:
+        return classes, True
+    try:
+        mean = variables.mean
+    except NotImplementedError:
+        return None, False
+    return (mean if mean.isfinite().all() else None), False

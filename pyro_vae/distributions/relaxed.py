@@ -1,4 +1,4 @@
-"""Relaxed distributions in logit or log space, where float32 keeps their digits."""
+"""Relaxed distributions in logit or log space, where float32 keeps full precision."""
 
 import math
 
@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
+
+from pyro_vae.distributions.extent import LOG_TAIL, Extent
 
 __all__ = ["AdditiveLogRatioTransform", "LogRelaxedOneHotCategorical", "LogitRelaxedBernoulli", "log_simplex"]
 
@@ -68,8 +70,8 @@ def _to_log_simplex(constraint: _LogSimplex) -> AdditiveLogRatioTransform:
     return AdditiveLogRatioTransform()
 
 
-def _open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
-    """Uniform noise that never touches 0 or 1, so that its logit is finite."""
+def open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
+    """Uniform noise strictly between 0 and 1, so that its logit is finite."""
     half_step = torch.finfo(like.dtype).eps / 2
     return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(half_step, 1 - half_step)
 
@@ -82,9 +84,9 @@ class LogitRelaxedBernoulli(TorchDistribution):
     .. math:: \log p(y) = \log\lambda - \mathrm{softplus}(d) - \mathrm{softplus}(-d), \qquad
               y = \frac{l + \log u - \log(1 - u)}{\lambda},\ u \sim U(0, 1).
 
-    ``sigmoid(y)`` is the relaxed variable in (0, 1) and ``y > 0`` has exactly the law of the discrete twin
-    ``Bernoulli(logits=l)``, at every temperature. Unlike torch's ``LogitRelaxedBernoulli``, the density is finite
-    wherever its arguments are, samples carry gradients at large logits, and ``has_rsample`` is true.
+    ``sigmoid(y)`` is the relaxed variable in (0, 1), and ``y > 0`` has exactly the law of the discrete twin
+    ``Bernoulli(logits=l)``, at every temperature. Unlike torch's ``LogitRelaxedBernoulli``, the density is finite for
+    all finite arguments, draws carry gradients at large logits, and ``has_rsample`` is true.
 
     Args:
         temperature: positive, any shape that broadcasts with ``logits``.
@@ -113,8 +115,8 @@ class LogitRelaxedBernoulli(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        noise = torch.logit(_open_uniform(self._extended_shape(sample_shape), self.logits))
+    def rsample(self, sample_shape=()) -> Tensor:
+        noise = torch.logit(open_uniform(self._extended_shape(sample_shape), self.logits))
         return (self.logits + noise) / self.temperature
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -122,6 +124,14 @@ class LogitRelaxedBernoulli(TorchDistribution):
             self._validate_sample(value)
         difference = self.logits - self.temperature * value
         return self.temperature.log() + logsigmoid(difference) + logsigmoid(-difference)
+
+    def discrete(self) -> torch.distributions.Bernoulli:
+        """The discrete twin, ``Bernoulli(logits=l)``."""
+        return torch.distributions.Bernoulli(logits=self.logits)
+
+    def extent(self) -> Extent:
+        """The box, broken at 0: there a hard reading jumps."""
+        return _logistic_extent(self.logits, self.temperature)
 
 
 class LogRelaxedOneHotCategorical(TorchDistribution):
@@ -169,8 +179,8 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape=torch.Size()) -> Tensor:
-        gumbel = -(-_open_uniform(self._extended_shape(sample_shape), self.logits).log()).log()
+    def rsample(self, sample_shape=()) -> Tensor:
+        gumbel = -(-open_uniform(self._extended_shape(sample_shape), self.logits).log()).log()
         return ((self.logits + gumbel) / self.temperature[..., None]).log_softmax(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -179,3 +189,18 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
         k = self.event_shape[0]
         score = (self.logits - self.temperature[..., None] * value).log_softmax(-1).sum(-1)
         return math.lgamma(k) + (k - 1) * self.temperature.log() + score
+
+    def discrete(self) -> torch.distributions.OneHotCategorical:
+        """The discrete twin, ``OneHotCategorical(logits=l)``."""
+        return torch.distributions.OneHotCategorical(logits=self.logits)
+
+    def extent(self) -> Extent:
+        """The box of the log-ratios, broken at 0: there a hard reading jumps."""
+        return _logistic_extent(self.logits[..., :-1] - self.logits[..., -1:], self.temperature[..., None])
+
+
+def _logistic_extent(logits: Tensor, temperature: Tensor) -> Extent:
+    """The box of logistic variables of location l / λ and scale 1 / λ."""
+    loc, radius = logits / temperature, LOG_TAIL / temperature
+    low, high = loc - radius, loc + radius
+    return Extent(low, torch.zeros_like(loc).clamp(low, high), high)

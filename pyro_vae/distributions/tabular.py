@@ -1,7 +1,7 @@
 r"""Distributions for tables: counts, classes by number, and numbers with outliers, finite in float32.
 
-The terms of a count's log-mass cancel: of 10,000, :math:`\log x!` is 82,000 nats, of which a float32 has no second
-decimal. They are computed in float64, and rounded at the end.
+The terms of the log-mass of a count cancel: :math:`\log 10000!` is 82,000 nats, which float32 holds to one decimal
+only. They are computed in float64, and rounded at the end.
 """
 
 import math
@@ -17,10 +17,10 @@ from torch.nn.functional import logsigmoid, relu
 
 __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
 
-_BEND = 16.0  # e^16 = 9e6: a float32 cannot tell neighbouring counts much above
+_BEND = 16.0  # e^16 = 9e6: far above it, float32 cannot represent neighbouring counts
 
 
-_STIRLING = 1e4  # above, the series is exact to 1e-22, and a difference of log-gammas is not
+_STIRLING = 1e4  # above it, the series is exact to 1e-22; a difference of log-gammas is not
 
 
 _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
@@ -29,8 +29,7 @@ _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
 def log_of_bounded_exp(raw: Tensor) -> Tensor:
     r"""The logarithm of :math:`e^r` up to :math:`r = 16`, and of its tangent :math:`e^{16}(1 + r - 16)` beyond.
 
-    A mean of counts that does not overflow in float32, and whose gradient does not vanish, however large the output of
-    a network.
+    As the mean of counts it does not overflow in float32 at any output of a network, and its gradient does not vanish.
 
     >>> log_of_bounded_exp(torch.tensor([-3.0, 16.0, 1e6]))
     tensor([-3.0000, 16.0000, 29.8155])
@@ -48,7 +47,7 @@ def _log_gamma_ratio(theta: Tensor, x: Tensor | float) -> Tensor:
 
 
 def _draw_counts(mean: Tensor) -> Tensor:
-    """Poisson counts; of a large mean rounded normals, which float32 cannot tell from them."""
+    """Draw Poisson counts; rounded normals for a large mean, where float32 cannot show the difference."""
     counts = torch.poisson(mean.clamp(max=_NORMAL))
     if (mean <= _NORMAL).all():
         return counts
@@ -56,7 +55,7 @@ def _draw_counts(mean: Tensor) -> Tensor:
 
 
 class Poisson(TorchDistribution):
-    r"""Counts, :math:`\log p(x) = x\,l - e^l - \log x!` with the log-rate :math:`l`.
+    r"""Poisson counts, :math:`\log p(x) = x\,l - e^l - \log x!` with the log-rate :math:`l`.
 
     >>> Poisson(torch.tensor([-200.0, 0.0, 80.0])).log_prob(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-2.0000e+02, -1.6931e+00, -5.5406e+34])
@@ -85,7 +84,7 @@ class Poisson(TorchDistribution):
         return self.log_rate.exp()
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         return _draw_counts(self.mean.expand(self._extended_shape(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ class Poisson(TorchDistribution):
 
 
 class NegativeBinomial(TorchDistribution):
-    r"""Counts that vary more than Poisson's: a Poisson whose rate is gamma-distributed.
+    r"""Overdispersed counts: a Poisson variable whose rate is gamma-distributed.
 
     With mean :math:`\mu` and dispersion :math:`\alpha`, the variance is :math:`\mu + \alpha\mu^2`. With
     :math:`\theta = 1/\alpha`, the ``total_count`` of torch, and its logits :math:`l = \log \alpha\mu`,
@@ -135,7 +134,7 @@ class NegativeBinomial(TorchDistribution):
         return self.mean + self.dispersion * self.mean**2
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         scale = (self.dispersion * self.mean).expand(shape)
         return _draw_counts(torch._standard_gamma((1 / self.dispersion).expand(shape).contiguous()) * scale)
@@ -150,10 +149,10 @@ class NegativeBinomial(TorchDistribution):
 
 
 class Categorical(dist.Categorical):
-    """Pyro's Categorical on class numbers 0, ..., k - 1 in the dtype of its logits, as an encoder reads them.
+    """Pyro's Categorical on class numbers 0, ..., k - 1 in the dtype of its logits, for an encoder to read.
 
-    ``log_prob`` takes integers of any dtype. ``mean`` and ``variance`` are those of the class *number*, and mean
-    something where the classes are ordered; ``mode`` is the likeliest class.
+    ``log_prob`` takes integers of any dtype. ``mean`` and ``variance`` are those of the class *number*, useful where
+    the classes are ordered; ``mode`` is the likeliest class.
 
     >>> q = Categorical(logits=torch.tensor([0.2, 0.3, 0.5]).log())
     >>> q.log_prob(torch.tensor(2.0)).exp(), q.log_prob(torch.tensor(2)).exp(), q.sample().dtype
@@ -176,7 +175,7 @@ class Categorical(dist.Categorical):
     def _numbers(self) -> Tensor:
         return torch.arange(self.logits.shape[-1], dtype=self.logits.dtype, device=self.logits.device)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         return super().sample(torch.Size(sample_shape)).to(self.logits.dtype)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -184,7 +183,7 @@ class Categorical(dist.Categorical):
 
 
 class StudentT(dist.StudentT):
-    r"""Pyro's Student-t, with its digits kept at many degrees of freedom and far from the centre.
+    r"""Pyro's Student-t, with full precision at many degrees of freedom and far from the centre.
 
     With :math:`u = (x - \mu) / (\sigma\sqrt{\nu})`,
 

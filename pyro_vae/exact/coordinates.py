@@ -1,20 +1,20 @@
-"""Coordinates of continuous latents: from a support to an unconstrained space."""
+"""Coordinates of a continuous latent for quadrature: from its support to an unconstrained space."""
 
 import math
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from scipy.stats import t as student_t
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pyro_vae.distributions.flow import Flow
-from pyro_vae.distributions.properties import base_distribution, base_support
-from pyro_vae.distributions.relaxed import (
-    AdditiveLogRatioTransform,
-    LogitRelaxedBernoulli,
-    LogRelaxedOneHotCategorical,
-    log_simplex,
+from pyro_vae.distributions.extent import find_extent
+from pyro_vae.distributions.properties import (
+    base_support,
+    clamp_inside,
+    same_support,
+    spell_support,
+    support_bounds,
+    without_independent,
 )
 from pyro_vae.exact.quadrature import Box
 
@@ -22,77 +22,94 @@ __all__ = ["LatentCoordinates"]
 
 
 class LatentCoordinates:
-    """Coordinates ``(*, d)``, with d at most 2, of a continuous latent site."""
+    """Unconstrained coordinates ``(*, d)``, with d at most 2, of a continuous latent site.
+
+    They are those of ``biject_to``: x itself on the reals, log x on the positive numbers, a logit on an interval. An
+    integral over them has the Jacobian of the map, :meth:`log_jacobian`.
+    """
 
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
         self.name = name
+        self.fn = fn
         self.dtype = dtype
         self.event_shape = fn.event_shape
-        self.on_simplex = isinstance(base_distribution(fn), LogRelaxedOneHotCategorical)
-        if base_support(fn) not in (constraints.real, log_simplex):
-            kind = type(base_distribution(fn)).__name__
+        try:
+            self.transform = biject_to(base_support(fn))
+        except NotImplementedError as error:
             raise ValueError(
-                f"model: its latent {name!r} is a {kind} on {fn.support}; quadrature is "
-                "over the reals or the log-simplex. Write the latent on the real line and transform it after the site"
-            )
-        *variables, last = self.event_shape if self.event_shape else (1,)
-        self.coordinate_shape = (*variables, last - 1) if self.on_simplex else tuple(self.event_shape)
+                "`model` must have a latent whose support has unconstrained coordinates for quadrature, got a "
+                f"{_kind(fn)} on {fn.support} at {name!r}; write the latent on the real line and transform it after "
+                "the site"
+            ) from error
+        self.is_elementwise = self.transform.domain.event_dim == 0
+        self.coordinate_shape = tuple(self.transform.inverse_shape(self.event_shape))
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
             raise ValueError(
-                f"model: its latent {name!r} has {self.dims} dimensions, and quadrature goes up to 2. Discrete "
-                "latents are enumerated; of a linear Gaussian model, log p(x) and p(z | x) have a closed form"
+                f"`model` must have a continuous latent of at most 2 dimensions for quadrature, got {self.dims} at "
+                f"{name!r}; discrete latents are enumerated, and linear Gaussian models are solved in closed form"
             )
 
     def to_site(self, points: Tensor) -> Tensor:
-        """Values of the site at coordinates ``(*, d)``."""
-        shaped = points.reshape(*points.shape[:-1], *self.coordinate_shape)
-        return (AdditiveLogRatioTransform()(shaped) if self.on_simplex else shaped).to(self.dtype)
+        """Values of the site at coordinates ``(*, d)``, strictly inside its support."""
+        value = self._once(self.transform(self._shaped(points)), points)
+        # On a bound, where rounding to the dtype of the distribution may put it, the density may be infinite.
+        value = clamp_inside(value, *support_bounds(self.fn), dtype=_parameter_dtype(self.fn) or self.dtype)
+        return value.to(self.dtype)
+
+    def log_jacobian(self, points: Tensor) -> Tensor:
+        """The logarithm of the volume of the site's values for that of coordinates ``(*, d)``, as ``(*)``."""
+        shaped = self._shaped(points)
+        each = self.transform.log_abs_det_jacobian(shaped, self.transform(shaped))
+        each = self._once(each, points)
+        return each.flatten(points.dim() - 1).sum(-1) if each.dim() >= points.dim() else each
+
+    def _shaped(self, points: Tensor) -> Tensor:
+        return points.reshape(*points.shape[:-1], *self.coordinate_shape)
+
+    def _once(self, values: Tensor, points: Tensor) -> Tensor:
+        """The values of one row for all, where bounds that were expanded to all data have repeated them."""
+        row = points.dim() - 2
+        repeated = (
+            row >= 0 and values.shape[row] > points.shape[row] and bool((values == values.narrow(row, 0, 1)).all())
+        )
+        return values.narrow(row, 0, 1) if repeated else values
 
     def to_points(self, value: Tensor) -> Tensor:
         """Coordinates ``(*, d)`` of values of the site ``(*, *event)``."""
-        points = AdditiveLogRatioTransform().inv(value) if self.on_simplex else value
-        return points.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
+        return self.transform.inv(value).reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
 
     def integration_box(self, fn: dist.TorchDistribution, num_data: int) -> Box:
-        """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard.
+        """A box for each datum that holds all but a negligible mass of p(z) or q(z | x).
 
-        Of a Student-t it holds all but 1e-7.
+        Raises:
+            ValueError: if the extent of the distribution is not known, or its support is not that of the latent.
         """
-        base = base_distribution(fn)
-        if isinstance(base, LogRelaxedOneHotCategorical):
-            temperature = base.temperature[..., None]
-            loc, spread = (base.logits[..., :-1] - base.logits[..., -1:]) / temperature, 36 / temperature
-            middle = torch.zeros_like(loc)
-        elif isinstance(base, LogitRelaxedBernoulli):
-            loc, spread = base.logits / base.temperature, 36 / base.temperature
-            middle = torch.zeros_like(loc)
-        elif isinstance(base, dist.Laplace):
-            loc, spread, middle = base.loc, 36 * base.scale, base.loc
-        elif isinstance(base, dist.StudentT):
-            tails = student_t.isf(5e-8, base.df.double().cpu().numpy())  # all but 1e-7 of the mass
-            loc, spread, middle = base.loc, torch.as_tensor(tails).to(base.scale) * base.scale, base.loc
-        elif isinstance(base, Flow):
-            low, middle, high = base.extent()
-            loc, spread = (low + high) / 2, (high - low) / 2
-        else:
-            try:
-                loc, spread = fn.mean, 9 * fn.variance.sqrt()
-            except NotImplementedError as error:
-                raise ValueError(
-                    f"model: site {self.name!r} has a {type(base).__name__}, whose mean and variance are not known, so "
-                    "that quadrature does not know where to look"
-                ) from error
-            middle = loc
-            if not (loc.isfinite() & spread.isfinite()).all():
-                raise ValueError(
-                    f"model: site {self.name!r} has a {type(base).__name__} without a finite mean and variance, so "
-                    "that quadrature does not know where to look"
-                )
-        shape = (num_data, self.dims)
-        loc, spread, middle = (
-            tensor.expand(num_data, *self.coordinate_shape).reshape(shape).double()
-            for tensor in (loc, spread.expand_as(loc), middle)
+        try:
+            corners = find_extent(fn)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"`model` must have distributions of known extent for quadrature, got a {_kind(fn)} at {self.name!r}: "
+                f"{error}. Write the latent on the real line and transform it after the site, or register the extent "
+                "with `pyro_vae.distributions.find_extent.register`"
+            ) from error
+        if not same_support(fn, self.fn):
+            raise ValueError(
+                f"`guide` must have its latent {self.name!r} on {spell_support(self.fn)}, as the model has, got a "
+                f"{_kind(fn)} on {spell_support(fn)}; mass outside of the support of p(z) makes the KL infinite"
+            )
+        low, middle, high = (
+            corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
+            for corner in torch.broadcast_tensors(*corners)
         )
-        low, high = loc - spread, loc + spread
         return Box(low, middle.clamp(low, high), high).shared()
+
+
+def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:
+    variables = without_independent(fn)
+    values = [getattr(variables, name) for name in getattr(variables, "arg_constraints", {})]
+    return next((value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
+def _kind(fn: dist.TorchDistribution) -> str:
+    return type(without_independent(fn)).__name__

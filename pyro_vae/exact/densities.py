@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import is_normalized
+from pyro_vae.distributions.properties import is_masked, is_normalized
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.model_guide import ModelGuide
 
@@ -130,7 +129,7 @@ def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: s
                 f"model: site {name!r} is subsampled or scaled (scale {site['scale']}); exact answers need all "
                 "data, and densities as they are"
             )
-    masked = [name for name, site in latents.items() if site["mask"] is not None or _is_masked(site["fn"])]
+    masked = [name for name, site in latents.items() if site["mask"] is not None or is_masked(site["fn"])]
     if masked:
         raise ValueError(f"model: its latents {masked} are masked, and their prior is then no distribution")
     unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
@@ -151,14 +150,6 @@ def _check_frames(who: str, name: str, site: dict[str, Any], plate: str, size: i
         )
     if size is not None and frames[0].size != size:
         raise ValueError(f"{who}: site {name!r} has {frames[0].size} rows, and the model has {size}")
-
-
-def _is_masked(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            return True
-        fn = fn.base_dist
-    return False
 
 
 def _sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:

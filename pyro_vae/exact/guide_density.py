@@ -12,8 +12,8 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import guide_sites, latent_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import function
-from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.densities import ModelDensity, Values, _check_frames, _is_masked, log_joint
+from pyro_vae.distributions.properties import base_distribution, is_masked
+from pyro_vae.exact.densities import ModelDensity, Values, _check_frames, log_joint
 from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, QuadratureRule, refine_to_tolerance
 
 __all__ = ["GuideDensity"]
@@ -38,7 +38,7 @@ class GuideDensity:
                     f"guide: site {name!r} is subsampled or scaled (scale {site['scale']}); exact answers need all "
                     "data, and densities as they are"
                 )
-            if site["mask"] is not None or _is_masked(site["fn"]):
+            if site["mask"] is not None or is_masked(site["fn"]):
                 raise ValueError(f"guide: its latent {name!r} is masked, and its q(z | x) is then no distribution")
             if site["fn"].event_shape != problem.latents[name]["fn"].event_shape:
                 raise ValueError(
@@ -125,7 +125,7 @@ class GuideDensity:
             total = mass.zero_().clone()
             for nodes, log_weights, _ in QuadratureRule(box, panels).chunks(self.problem.chunk):
                 values = {chart.name: chart.to_site(nodes)}
-                log_mass = self.log_prob(values).double() + log_weights
+                log_mass = self.log_prob(values).double() + log_weights + chart.log_jacobian(nodes)
                 total += _weighted_sum(log_mass, integrand(values).double())
                 mass.add_(log_mass.exp().sum(0))
             return torch.where((mass - 1).abs() <= tolerance, total, torch.nan)  # nan agrees with nothing

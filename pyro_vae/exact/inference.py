@@ -202,7 +202,8 @@ class Posterior(dist.TorchDistribution):
             chart = problem.chart()
             for nodes, log_weights, _ in self._rule.chunks(problem.chunk):
                 values = chart.to_site(nodes)
-                yield values, problem.log_joint({self._name: values}).double() + log_weights - self.log_evidence
+                log_mass = problem.log_joint({self._name: values}).double() + log_weights + chart.log_jacobian(nodes)
+                yield values, log_mass - self.log_evidence
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
@@ -273,4 +274,8 @@ def _integrated_evidence(problem: ModelDensity, tolerance: float) -> tuple[Tenso
         )
     chart = problem.chart()
     box = chart.integration_box(site["fn"], problem.num_data).union()
-    return log_integral(lambda nodes: problem.log_joint({name: chart.to_site(nodes)}), box, tolerance, problem.chunk)
+
+    def log_integrand(nodes: Tensor) -> Tensor:
+        return problem.log_joint({name: chart.to_site(nodes)}) + chart.log_jacobian(nodes)
+
+    return log_integral(log_integrand, box, tolerance, problem.chunk)

@@ -2,13 +2,11 @@ r"""Objectives whose rate is another than that of the ELBO: **none of them is a 
 
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import positive
-from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
+from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.base import ParticleELBO, sum_events
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 from pyro_vae.objectives.particles import Particles
@@ -59,11 +57,8 @@ class DiscreteKL(ParticleELBO):
 
 def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
     """The rate of the data that the site's mask lets through."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            raise ValueError(f"site {name!r} is a masked distribution; accepted is poutine.mask around model and guide")
-        fn = fn.base_dist
+    if is_masked(site["fn"]):
+        raise ValueError(f"latent {name!r} must not be a masked distribution: put poutine.mask around model and guide")
     return torch.where(_counted(site), rate, 0.0)
 
 
@@ -140,12 +135,10 @@ class FreeBits(ParticleELBO):
 
 def _discrete(name: str, fn: Any) -> Any:
     """The discrete variables that relaxed ones stand for."""
-    base = base_distribution(fn)
-    if isinstance(base, LogitRelaxedBernoulli):
-        return torch.distributions.Bernoulli(logits=base.logits)
-    if isinstance(base, LogRelaxedOneHotCategorical):
-        return torch.distributions.OneHotCategorical(logits=base.logits)
-    raise ValueError(
-        "`DiscreteKL` must be relaxed variables, as those of priors.RelaxedBernoulli and priors.GumbelSoftmax: site "
-        f"{name!r} is a {type(base).__name__}"
-    )
+    twin = discrete_twin(fn)
+    if twin is None:
+        raise ValueError(
+            "`DiscreteKL` must be used with relaxed latents, as those of priors.RelaxedBernoulli and "
+            f"priors.GumbelSoftmax, got a {type(without_independent(fn)).__name__} at site {name!r}"
+        )
+    return twin

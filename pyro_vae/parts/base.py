@@ -1,7 +1,8 @@
 """Parts: modules that return a distribution, ``forward(context=None) -> Distribution``.
 
-A part is a family (:mod:`pyro_vae.parts.families`) and what feeds it: free parameters, or a network of a context. The words
-of :mod:`pyro_vae.parts.priors`, :mod:`pyro_vae.parts.guides` and :mod:`pyro_vae.parts.likelihoods` are these two with a family filled in.
+A part is a family (:mod:`pyro_vae.parts.families`) and the source of its raw outputs: free parameters
+(:class:`Unconditional`) or a network of a context (:class:`Conditional`). The classes of :mod:`pyro_vae.parts.priors`,
+:mod:`pyro_vae.parts.guides` and :mod:`pyro_vae.parts.likelihoods` are these two with a family filled in.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ __all__ = ["Conditional", "Part", "Unconditional", "checked_family", "checked_ra
 class Part(nn.Module):
     """A module that returns a distribution.
 
-    Any module with ``forward(context=None) -> Distribution`` can stand in a :class:`pyro_vae.VAE`; this base adds
+    Any module with ``forward(context=None) -> Distribution`` can be a part of a :class:`pyro_vae.VAE`. This base adds
     ``event_shape``, the discrete twin and ``read``.
     """
 
@@ -31,11 +32,11 @@ class Part(nn.Module):
         return self.family.event_shape
 
     def read(self, value: Tensor) -> Tensor:
-        """What the decoder sees of a site's value: for most priors, the value."""
+        """The decoder's input for a value of the site: for most priors, the value itself."""
         return value
 
     def discrete(self) -> "Part":
-        """The discrete twin of a relaxed part: the same parameters, shared, under the discrete distribution."""
+        """The discrete twin of a relaxed part: a discrete distribution with the same parameters, shared."""
         raise self._no_twin()
 
     def _discrete_family(self) -> Family:
@@ -45,17 +46,18 @@ class Part(nn.Module):
 
     def _no_twin(self) -> TypeError:
         return TypeError(
-            f"{type(self).__name__} has no discrete twin; relaxed parts have one: RelaxedBernoulli, GumbelSoftmax"
+            f"{type(self).__name__} has no discrete twin: only relaxed parts have one, such as "
+            "RelaxedBernoulli and GumbelSoftmax"
         )
 
 
 class Unconditional(Part):
-    """A family fed with free outputs of its own.
+    """A family with free raw outputs of its own.
 
     Args:
         family: the map from raw outputs to a distribution.
-        raw: the raw outputs, ``(family.num_raw,)``. An ``nn.Parameter`` is trained; a plain tensor is fixed. Zeros
-            and fixed if left out.
+        raw: the raw outputs, ``(family.num_raw,)``. An ``nn.Parameter`` is trained, a plain tensor is fixed. The
+            default is fixed zeros.
 
     >>> from pyro_vae import families
     >>> Unconditional(families.Normal(2))().mean
@@ -79,7 +81,7 @@ class Unconditional(Part):
 
 
 class Conditional(Part):
-    """A family fed by a network of a context.
+    """A family whose raw outputs are a network's output for a context.
 
     Args:
         family: the map from raw outputs to a distribution.
@@ -96,9 +98,7 @@ class Conditional(Part):
     def __init__(self, family: Family, context: int | Sequence[int], network: nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise TypeError(
-                f"`network` must be a module, such as networks.linear()(2, 3), got a {type(network).__name__}"
-            )
+            raise TypeError(f"`network` must be a module, such as networks.linear()(2, 3), got {describe(network)}")
         self.family = checked_family(family)
         self.context_shape = as_shape(context, "context")
         self.network = network
@@ -112,23 +112,23 @@ class Conditional(Part):
                 raise
             who = type(self).__name__
             if context.isinf().any():
-                raise ValueError(f"`{who}` must be finite numbers, got a context with inf") from error
+                raise ValueError(f"the context of {who} must be finite numbers, got inf") from error
             raise ValueError(
-                f"`{who}` must be a network that knows better, networks.with_missing(network) or its like, got a "
-                "context with NaN, for what is missing, and its network reads NaN as a number"
+                f"the network of {who} must accept missing entries, such as networks.with_missing(network), got a "
+                "context with NaN"
             ) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
-        """What the network makes of a context, ``(*, family.num_raw)``."""
+        """The network's output for a context, ``(*, family.num_raw)``."""
         if not isinstance(context, Tensor):
-            given = "none" if context is None else f"a {type(context).__name__}"
+            given = "none" if context is None else describe(context)
             raise TypeError(
-                f"{type(self).__name__} needs a context of shape (*, {_spell(self.context_shape)}); got {given}"
+                f"the context of {type(self).__name__} must be a tensor (*, {_spell(self.context_shape)}), got {given}"
             )
         batch_dims = context.dim() - len(self.context_shape)
         if batch_dims < 0 or context.shape[batch_dims:] != self.context_shape:
             raise ValueError(
-                f"`{type(self).__name__}` must be (*, {_spell(self.context_shape)}), got a context of shape "
+                f"the context of {type(self).__name__} must be (*, {_spell(self.context_shape)}), got shape "
                 f"{tuple(context.shape)}"
             )
         try:
@@ -139,21 +139,21 @@ class Conditional(Part):
                 raise
             raise mismatch from error
         if not isinstance(raw, Tensor):
-            raise TypeError(f"`network` must be a tensor, (*, {self.family.num_raw}): gives {describe(raw)}")
+            raise TypeError(f"`network` must return a tensor, (*, {self.family.num_raw}), got {describe(raw)}")
         if raw.shape[-1:] != (self.family.num_raw,):
+            count = raw.shape[-1] if raw.dim() else "no"
             raise ValueError(
-                f"`network` must be {self.family.num_raw}, the raw ones of {self.family}: gives {raw.shape[-1] if raw.dim() else 'no'} "
-                "outputs"
+                f"`network` must return {self.family.num_raw} outputs, the raw outputs of {self.family}, got {count}"
             )
         if raw.shape[:-1] != context.shape[:batch_dims]:
             raise ValueError(
-                "`network` must be a network that leaves the dimensions on the left as they are: of a context of "
-                f"shape {tuple(context.shape)} it makes one of {tuple(raw.shape)}"
+                "`network` must keep the dimensions on the left, got outputs of shape "
+                f"{tuple(raw.shape)} for a context of shape {tuple(context.shape)}"
             )
         return raw
 
     def _mismatch(self, context: Tensor) -> Exception | None:
-        """What a network may have failed at: a context of another dtype or device."""
+        """The error for a context of another dtype or device than the network's, if it is that."""
         parameters = list(self.network.parameters())
         if not parameters:
             return None
@@ -161,13 +161,13 @@ class Conditional(Part):
         devices, dtypes = ({getattr(one, kind) for one in parameters} for kind in ("device", "dtype"))
         if context.device not in devices:
             return ValueError(
-                f"`{who}` must be {devices.pop()}, where its network is, got a context on {context.device}. Move the "
+                f"the context of {who} must be on {devices.pop()}, as its network is, got {context.device}. Move the "
                 "data with `x.to(device)`, or the model with `vae.to(device)`"
             )
         if context.dtype not in dtypes:
             return TypeError(
-                f"`{who}` must be {dtypes.pop()}, that of its network, got a context of {context.dtype}. Convert the "
-                "data with `x.to(dtype)`, or bytes with `datasets.grey(x)` and its like"
+                f"the context of {who} must be {dtypes.pop()}, as its network is, got {context.dtype}. Convert the "
+                "data with `x.to(dtype)`, or bytes with `datasets.grey(x)`"
             )
         return None
 
@@ -176,21 +176,21 @@ class Conditional(Part):
 
 
 def checked_family(family: Family) -> Family:
-    """``family`` if it is one."""
+    """Return ``family`` if it is a family."""
     if not isinstance(family, Family):
         raise TypeError(f"`family` must be a family, such as families.Normal(2), got {describe(family)}")
     return family
 
 
 def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
-    """Free raw outputs, if they are numbers that a family can make a distribution of, and that can be trained."""
+    """Return free raw outputs if they are floats of the family's shape, without NaN."""
     expected = f"floats ({lead}, {family.num_raw}), for {family}"
     if not real_tensor(raw, "raw", expected).is_floating_point():
         raise TypeError(f"`raw` must be {expected}, got {describe(raw)}")
     if raw.shape[-1:] != (family.num_raw,) or not raw.numel():
         raise ValueError(f"`raw` must be {expected}, got shape {tuple(raw.shape)}")
     if raw.isnan().any():
-        raise ValueError(f"`raw` must be {expected}: holds nan")
+        raise ValueError(f"`raw` must be {expected}, got nan in it")
     return raw
 
 

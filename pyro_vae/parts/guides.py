@@ -1,4 +1,4 @@
-"""Guides q(z | x), also called encoders: parts with the datum as their context."""
+"""Guides q(z | x), also called encoders: parts whose context is the datum."""
 
 from collections.abc import Sequence
 
@@ -20,6 +20,8 @@ __all__ = [
     "FullRankNormal",
     "GumbelSoftmax",
     "InverseAutoregressiveFlow",
+    "LogNormal",
+    "LogitNormal",
     "LowRankNormal",
     "MixtureOfNormals",
     "OneHotCategorical",
@@ -45,7 +47,6 @@ class DiagonalNormal(_Encoder):
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 3.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> DiagonalNormal(2, 1, networks.mlp([32]))(torch.zeros(5, 2)).event_shape
     torch.Size([1])
@@ -55,17 +56,56 @@ class DiagonalNormal(_Encoder):
         super().__init__(families.Normal(latent), in_features, network)
 
 
+class LogNormal(_Encoder):
+    r"""Positive variables, :math:`\log z_d \sim N(\mu_d(x), \sigma_d(x)^2)`, for a prior such as ``priors.Gamma``.
+
+    Args:
+        in_features, latent, network: as for :class:`DiagonalNormal`.
+
+    >>> from pyro_vae import networks
+    >>> bool((LogNormal(2, 3, networks.linear())(torch.zeros(5, 2)).sample() > 0).all())
+    True
+    """
+
+    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+        super().__init__(families.LogNormal(latent), in_features, network)
+
+
+class LogitNormal(_Encoder):
+    r"""Variables in a box, :math:`\mathrm{logit}\frac{z_d - a_d}{b_d - a_d} \sim N(\mu_d(x), \sigma_d(x)^2)`.
+
+    For a prior on the same box, such as ``priors.Uniform``.
+
+    Args:
+        in_features, latent, network: as for :class:`DiagonalNormal`.
+        low: lower corner a, a number or a tensor that expands to the shape of z.
+        high: upper corner b, above a.
+
+    >>> from pyro_vae import networks
+    >>> LogitNormal(2, 3, networks.linear(), low=-1.0, high=1.0)(torch.zeros(5, 2)).event_shape
+    torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        latent: int | Sequence[int],
+        network: NetworkFactory,
+        low: float | Tensor = 0.0,
+        high: float | Tensor = 1.0,
+    ):
+        super().__init__(families.LogitNormal(latent, low, high), in_features, network)
+
+
 class FullRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), L(x) L(x)^\top)`, with all correlations.
 
-    The network has D(D + 3)/2 outputs: for tens of dimensions take :class:`LowRankNormal`.
+    The network has D(D + 3)/2 outputs: for tens of dimensions use :class:`LowRankNormal`.
 
     Args:
-        in_features: size or shape of x.
+        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> FullRankNormal(2, 3, networks.linear())(torch.zeros(5, 2)).covariance_matrix.shape
     torch.Size([5, 3, 3])
@@ -79,14 +119,12 @@ class LowRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), W(x) W(x)^\top + \mathrm{diag}\,\sigma(x)^2)`.
 
     Args:
-        in_features: size or shape of x.
+        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
         rank: columns of W, from 1 to D.
 
     Source: Ong, Nott and Smith 2018, "Gaussian variational approximation with a factor covariance structure".
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> LowRankNormal(2, 3, networks.linear(), rank=1)(torch.zeros(5, 2)).event_shape
     torch.Size([3])
@@ -99,20 +137,18 @@ class LowRankNormal(_Encoder):
 class MixtureOfNormals(_Encoder):
     r""":math:`q(z \mid x) = \sum_k \pi_k(x)\,N(\mu_k(x), \mathrm{diag}\,\sigma_k(x)^2)`.
 
-    For posteriors of several modes. Draws are pathwise in the weights of the components too, as long as the components
-    touch: those more than 8 scales apart find their places, but keep the weights that they had when they parted, see
+    It fits posteriors of several modes. Draws carry gradients to the weights too, as long as the components overlap:
+    the weights of components more than 8 scales apart do not change any more, see
     :class:`pyro_vae.distributions.mixture.MixtureOfNormals`.
 
     Args:
-        in_features: size or shape of x.
+        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
         num_components: K.
 
     Source: Graves 2016, "Stochastic backpropagation through mixture density distributions"; Figurnov, Mohamed and Mnih
     2018, "Implicit reparameterization gradients".
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> MixtureOfNormals(2, 3, networks.linear(), num_components=4)(torch.zeros(5, 2)).has_rsample
     True
@@ -123,16 +159,15 @@ class MixtureOfNormals(_Encoder):
 
 
 class PerDatum(Part):
-    r"""Not amortized: raw outputs of its own for each datum, :math:`q_i(z) = q(z;\ \lambda_i)`.
+    r"""A guide with free raw outputs for each datum, not amortized, :math:`q_i(z) = q(z;\ \lambda_i)`.
 
-    The best guide of its family for each datum, at the price of a search for each: new data need a new one. It is in
-    the place of an encoder, and takes from x only how many rows there are; inside a subsampled data plate it takes the
-    rows that the plate does.
+    It can be the best guide of its family for each datum, but each new datum needs a new fit. It takes the role of an
+    encoder and reads only the number of rows of x. Inside a subsampled data plate it takes the rows of the plate.
 
     Args:
         family: of q, such as ``families.Normal(2)``.
-        raw: the raw outputs to start from, ``(N, family.num_raw)``, or the number of data N, to start where the family
-            does: at zeros, and a mixture at locations from :math:`N(0, I)`.
+        raw: initial raw outputs, ``(N, family.num_raw)``, or the number of data N for those of ``family.start``:
+            zeros, and for a mixture locations from :math:`N(0, I)`.
 
     Source: Hoffman, Blei, Wang and Paisley 2013, "Stochastic variational inference"; on the gap to an amortized guide,
     Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
@@ -159,9 +194,9 @@ class PerDatum(Part):
 
     @classmethod
     def refining(cls, encoder: Conditional, x: Tensor) -> "PerDatum":
-        """Start from what an amortized guide says of these data, to close the gap that amortization leaves.
+        """Start from the outputs of an amortized guide for these data, to close the amortization gap.
 
-        Freeze the rest, and the ELBO of these very data is the tightest that the family has:
+        With the other parts frozen, training finds the tightest ELBO of the family for these data:
 
         >>> import pyro_vae as pv
         >>> from pyro_vae import guides, likelihoods, networks, priors
@@ -175,7 +210,9 @@ class PerDatum(Part):
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"`encoder` must be an amortized guide of this package, got {describe(encoder)}")
+            raise TypeError(
+                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
+            )
         with torch.no_grad():
             raw = encoder.raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)
@@ -186,11 +223,12 @@ class PerDatum(Part):
         return len(self.raw)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        """q of each datum, or of those in the subsample of the plate around it."""
+        """q of each datum, or of the rows in the subsample of the enclosing plate."""
         raw = pyro.subsample(self.raw, event_dim=1)
         if context is not None and len(context) != len(raw):
             raise ValueError(
-                f"`PerDatum` must be the {self.num_data} data that it was made for, got {len(context)} rows"
+                f"the context of PerDatum must be the {self.num_data} data that it was made for, got "
+                f"{len(context)} rows"
             )
         return self.family(raw)
 
@@ -204,7 +242,7 @@ class PerDatum(Part):
 
 
 class _FlowEncoder(_Encoder):
-    """A flow that is fast to draw from, with shift, scale and context from the network."""
+    """A flow with fast draws. The network gives its shift, scale and context."""
 
     kind: str
 
@@ -224,23 +262,20 @@ class _FlowEncoder(_Encoder):
 class InverseAutoregressiveFlow(_FlowEncoder):
     r""":math:`z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x))`, with noise :math:`\epsilon \sim N(0, I)`.
 
-    The steps of f are autoregressive, and affine in each variable.
-    The network gives :math:`\mu`, :math:`\sigma` and a context h, which every step reads. Before f is trained, this is
-    :class:`DiagonalNormal`. Kingma et al. apply :math:`\mu` and :math:`\sigma` before f; either way the first or the
-    last affine step can take them in, and the family is the same. Of a single variable it is a normal again: take
-    :class:`SplineFlow` there.
+    The steps of f are autoregressive, and affine in each variable. The network gives :math:`\mu`, :math:`\sigma` and a
+    context h, which every step reads. Before f is trained, this is :class:`DiagonalNormal`. Kingma et al. apply
+    :math:`\mu` and :math:`\sigma` before f; the family is the same, since an affine step can absorb them. For a single
+    variable it is a normal: use :class:`SplineFlow` there.
 
-    A draw and its density are one pass through the steps. The density of any other value takes as many as z has
-    variables: it is met in exact answers and in ``objectives.ImportanceWeighted`` with other gradients than
-    ``"pathwise"``. There is no KL in closed form: ``TraceMeanField_ELBO`` falls back on the draws.
+    A draw and its density take one pass through the steps. The density of any other value takes one pass per variable
+    of z: exact answers and ``objectives.ImportanceWeighted`` with gradients other than ``"pathwise"`` need it. There is
+    no KL in closed form: ``TraceMeanField_ELBO`` estimates it from the draws.
 
     Args:
-        in_features: size or shape of x.
-        latent: size or shape of z.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        in_features, latent, network: as for :class:`DiagonalNormal`.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
-        context: size of h; at 0 the steps are the same for every x.
+        context: size of h; with 0 the steps are the same for every x.
 
     Raises:
         ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
@@ -248,7 +283,6 @@ class InverseAutoregressiveFlow(_FlowEncoder):
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with inverse
     autoregressive flow", algorithm 1.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> q = InverseAutoregressiveFlow(5, 2, networks.mlp([32]))(torch.zeros(7, 5))
     >>> z = q.rsample()
@@ -262,23 +296,20 @@ class InverseAutoregressiveFlow(_FlowEncoder):
 class SplineFlow(_FlowEncoder):
     r""":math:`z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x))` with f autoregressive, a spline in each variable.
 
-    As :class:`InverseAutoregressiveFlow`, with rational-quadratic splines in the place of affine maps. They make
-    several modes of one, of a single variable too.
+    It is :class:`InverseAutoregressiveFlow` with rational-quadratic splines in place of affine maps. They can turn one
+    mode into several, also for a single variable.
 
     Args:
-        in_features: size or shape of x.
-        latent: size or shape of z.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        in_features, latent, network: as for :class:`DiagonalNormal`.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
-        context: size of h; at 0 the steps are the same for every x.
+        context: size of h; with 0 the steps are the same for every x.
 
     Raises:
         ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
 
     Source: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural spline flows".
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> SplineFlow(5, 1, networks.mlp([32]))(torch.zeros(7, 5)).rsample().shape
     torch.Size([7, 1])
@@ -290,15 +321,12 @@ class SplineFlow(_FlowEncoder):
 class Bernoulli(_Encoder):
     r"""Independent :math:`q(z_j \mid x) = \mathrm{Bernoulli}(\pi_j(x))`.
 
-    Under ``TraceEnum_ELBO`` and ``config_enumerate(vae.guide)`` the ELBO is a sum over all states; under
-    ``Trace_ELBO`` its gradient is the score-function estimator.
+    With ``TraceEnum_ELBO`` and ``config_enumerate(vae.guide)`` the ELBO is a sum over all states. With ``Trace_ELBO``
+    its gradient is the score-function estimator.
 
     Args:
-        in_features: size or shape of x.
-        latent: number of variables.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        in_features, latent, network: as for :class:`DiagonalNormal`.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> Bernoulli(2, 3, networks.linear())(torch.zeros(5, 2)).sample().shape
     torch.Size([5, 3])
@@ -312,11 +340,9 @@ class OneHotCategorical(_Encoder):
     r"""Independent one-hot variables, :math:`q(z_j \mid x) = \mathrm{Categorical}(\pi_j(x))`.
 
     Args:
-        in_features: size or shape of x.
+        in_features, network: as for :class:`DiagonalNormal`.
         latent: ``(n, k)``, n variables of k classes.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> OneHotCategorical(2, (1, 3), networks.linear())(torch.zeros(5, 2)).sample().shape
     torch.Size([5, 1, 3])
@@ -327,15 +353,12 @@ class OneHotCategorical(_Encoder):
 
 
 class RelaxedBernoulli(_Encoder):
-    r"""Independent relaxed Bernoulli variables with logits from the network; the site is in logit space.
+    r"""Independent relaxed Bernoulli variables with logits from the network. A value of the site is the logit.
 
     Args:
-        in_features: size or shape of x.
-        latent: number of variables.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        in_features, latent, network: as for :class:`DiagonalNormal`.
         temperature: :math:`\lambda > 0`. Maddison et al. 2017 use 2/3 here with 1/2 in the prior.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> RelaxedBernoulli(2, 3, networks.linear(), temperature=0.66)(torch.zeros(5, 2)).has_rsample
     True
@@ -348,15 +371,13 @@ class RelaxedBernoulli(_Encoder):
 
 
 class GumbelSoftmax(_Encoder):
-    r"""Independent relaxed one-hot variables with logits from the network; the site is on the log-simplex.
+    r"""Independent relaxed one-hot variables with logits from the network. The site is on the log-simplex.
 
     Args:
-        in_features: size or shape of x.
+        in_features, network: as for :class:`DiagonalNormal`.
         latent: ``(n, k)``, n variables of k classes.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
         temperature: :math:`\lambda > 0`.
 
-    >>> import torch
     >>> from pyro_vae import networks
     >>> GumbelSoftmax(2, (1, 3), networks.linear(), temperature=0.5)(torch.zeros(5, 2)).sample().exp().sum(-1).shape
     torch.Size([5, 1])

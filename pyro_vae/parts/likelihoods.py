@@ -1,8 +1,8 @@
-"""Likelihoods p(x | z), also called decoders: parts with what the prior lets them read of z as their context.
+"""Likelihoods p(x | z), also called decoders: parts whose context is z, as the prior's ``read`` returns it.
 
-Each is a product over the entries of x, so that each can go without some of them: with ``missing=True``, NaN in x is
-an entry that was not observed, and log p(x | z) is that of the others, see :mod:`pyro_vae.distributions.missing`. The encoder then
-needs a network that reads NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
+Each is a product over the entries of x. With ``missing=True``, NaN in x is an entry that was not observed, and
+log p(x | z) is that of the observed entries, see :mod:`pyro_vae.distributions.missing`. The encoder then needs a
+network that accepts NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
 """
 
 import math
@@ -38,7 +38,7 @@ class _Decoder(Conditional):
 class Normal(_Decoder):
     r""":math:`p(x \mid z) = N(\mu(z), \mathrm{diag}\,\sigma^2)`, a density with respect to Lebesgue measure.
 
-    With a fixed scale this is the mean-squared error that many texts train on, up to a constant, see :meth:`mse`:
+    With a fixed scale, -log p is the squared error that many texts minimise, up to a constant, see :meth:`mse`:
     :math:`-\log p(x \mid z) = \frac{1}{2\sigma^2}\lVert x - \mu(z)\rVert^2 + \frac{D}{2}\log 2\pi\sigma^2`.
 
     Args:
@@ -47,9 +47,9 @@ class Normal(_Decoder):
         network: factory, see :mod:`pyro_vae.parts.networks`.
         scale: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of z), or
             a fixed positive number.
-        min_scale: floor under a learned scale, in the units of x. Without one, a constant dimension sends the density
-            to infinity.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
+        min_scale: floor of a learned scale, in the units of x. Without a floor, the density of a constant dimension
+            goes to infinity.
+        missing: whether NaN in x is a missing entry; by default it is an error.
 
     >>> import torch
     >>> from pyro_vae import networks
@@ -77,7 +77,7 @@ class Normal(_Decoder):
         kl_weight: float,
         missing: bool = False,
     ) -> "Normal":
-        r"""The loss "mean-squared error plus a weight times the KL" as the model that it is: a normal of a fixed scale.
+        r"""The likelihood behind the loss "mean-squared error plus weight times KL": a normal of fixed scale.
 
         With the mean over the D elements of x, and the KL of a datum summed over its latents,
 
@@ -85,7 +85,7 @@ class Normal(_Decoder):
                   = -w \Bigl(\log N(x; \mu(z), \sigma^2 I) - \mathrm{KL} + \tfrac D2 \log 2\pi\sigma^2\Bigr),
                   \qquad \sigma^2 = \frac{wD}{2}.
 
-        To choose the weight is to choose σ. Of squared errors that are summed and not averaged, σ² is w/2.
+        To choose the weight is to choose σ. For a sum of squared errors in place of their mean, σ² is w/2.
 
         Args:
             latent: size or shape of z.
@@ -106,18 +106,14 @@ class Normal(_Decoder):
 class StudentT(_Decoder):
     r""":math:`p(x \mid z) = \prod_d t_\nu(x_d;\ \mu_d(z), \sigma_d)`, a density for numbers with outliers.
 
-    An error of many scales costs the logarithm of its size and not its square, so that a few outliers do not decide
-    where :math:`\mu` goes.
+    A large error costs the logarithm of its size in place of its square, so that a few outliers do not determine
+    :math:`\mu`.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        latent, out_features, network, missing: as for :class:`Normal`.
         df: degrees of freedom: ``"shared"`` (the default), ``"per_dimension"`` or ``"network"``, learned and above 2;
-            or a fixed positive number. The mean of a fixed one at or below 1 is NaN.
-        scale: as for :class:`Normal`.
-        min_scale: as for :class:`Normal`.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
+            or a fixed positive number. At or below 1 the mean is NaN.
+        scale, min_scale: as for :class:`Normal`.
 
     Source: Lange, Little and Taylor 1989, "Robust statistical modeling using the t distribution".
 
@@ -144,15 +140,12 @@ class Bernoulli(_Decoder):
     r""":math:`p(x \mid z) = \prod_d \pi_d(z)^{x_d} (1 - \pi_d(z))^{1 - x_d}`, a mass on 0s and 1s.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        latent, out_features, network, missing: as for :class:`Normal`.
         soft_targets: accept grey values in [0, 1] and score them with the cross-entropy. That is **no likelihood**:
-            exact evidence then refuses the model, and training reports a surrogate instead of an ELBO.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
+            exact evidence raises an error, and training reports a surrogate instead of an ELBO.
 
     Raises:
-        ValueError: when it scores data other than 0 and 1 without ``soft_targets``; the message names the ways out.
+        ValueError: for data other than 0 and 1 without ``soft_targets``; the message names the alternatives.
 
     >>> import torch
     >>> from pyro_vae import networks
@@ -176,10 +169,7 @@ class ContinuousBernoulli(_Decoder):
     r"""A density on [0, 1] for grey values, :math:`p(x \mid z) \propto \pi(z)^{x} (1 - \pi(z))^{1 - x}`.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
+        latent, out_features, network, missing: as for :class:`Normal`.
 
     Source: Loaiza-Ganem and Cunningham 2019.
 
@@ -202,16 +192,15 @@ class ContinuousBernoulli(_Decoder):
 class Categorical(_Decoder):
     r""":math:`p(x \mid z) = \prod_d \pi_{d, x_d}(z)`, a mass on class numbers 0 to k - 1.
 
-    The data hold the number of each entry's class, ``(N, D)``, in the dtype of the network, as samples do; no one-hot
-    vectors. An encoder reads them best through :func:`pyro_vae.parts.networks.one_hot`. The ``mean`` is that of the class
-    number, which means something where classes are ordered; ``probs`` of ``base_dist`` are the probabilities.
+    The data are class numbers, ``(N, D)``, in the dtype of the network, not one-hot vectors. For the encoder,
+    :func:`pyro_vae.parts.networks.one_hot` turns them into one-hot vectors. The ``mean`` is that of the class number,
+    useful where classes are ordered; ``probs`` of ``base_dist`` are the probabilities.
 
     Args:
         latent: size or shape of z.
         out_features: size or shape of x.
-        num_classes: k, of every entry.
+        num_classes: k, the same for every entry.
         network: factory, see :mod:`pyro_vae.parts.networks`.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
 
     >>> import torch
     >>> from pyro_vae import networks
@@ -233,14 +222,11 @@ class Categorical(_Decoder):
 class Poisson(_Decoder):
     r""":math:`p(x \mid z) = \prod_d \lambda_d(z)^{x_d} e^{-\lambda_d(z)} / x_d!`, a mass on counts 0, 1, 2, ...
 
-    The network gives :math:`\log\lambda`. Mean and variance are one: counts that vary more, as most do, need
+    The network gives :math:`\log\lambda`. Mean and variance are equal: counts that vary more, as most do, need
     :class:`NegativeBinomial`.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
+        latent, out_features, network, missing: as for :class:`Normal`.
 
     >>> import torch
     >>> from pyro_vae import networks
@@ -264,12 +250,9 @@ class NegativeBinomial(_Decoder):
     The network gives :math:`\log\mu`. A dispersion :math:`\alpha` near 0 is :class:`Poisson`.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
+        latent, out_features, network, missing: as for :class:`Normal`.
         dispersion: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of
             z), or a fixed positive number.
-        missing: whether NaN in x is a missing entry; otherwise it is refused.
 
     Source: Lopez, Regier, Cole, Jordan and Yosef 2018, "Deep generative modeling for single-cell transcriptomics".
 

@@ -1,14 +1,14 @@
 """Networks, by factory: a function ``(in_features, out_features) -> nn.Module``.
 
-A part such as :class:`pyro_vae.parts.guides.DiagonalNormal` knows how many features go in and how many raw outputs its
-distribution needs; the factory builds whatever stands between. Any function of two integers will do:
+A part such as :class:`pyro_vae.parts.guides.DiagonalNormal` knows the number of input features and of the raw outputs
+that its distribution needs; the factory builds the network between them. Any function of two integers is a factory:
 
 >>> from torch import nn
 >>> def residual(in_features, out_features):
 ...     return nn.Sequential(nn.Linear(in_features, 64), nn.Tanh(), nn.Linear(64, out_features))
 
 The module that it returns maps ``(*, in_features)`` to ``(*, out_features)``, with any number of dimensions on the
-left: particles and enumeration put theirs there.
+left: particles and enumerated states add some.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,11 @@ NetworkFactory = Callable[[int, int], nn.Module]
 
 
 def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Module:
-    """What a factory makes for these sizes; an error that names the argument if it is no factory.
+    """Build the network of a factory for these sizes.
+
+    Raises:
+        TypeError: if ``network`` is not a factory.
+
 
     >>> build(nn.Linear(2, 3), 2, 3)
     Traceback (most recent call last):
@@ -50,7 +54,7 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
         module = network(in_features, out_features)
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"`network` must be {expected}: called with ({in_features}, {out_features}), it says: {error}"
+            f"`network` must be {expected}: called with ({in_features}, {out_features}), it raised: {error}"
         ) from error
     if not isinstance(module, nn.Module):
         raise TypeError(
@@ -60,7 +64,7 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
 
 
 def linear(bias: bool = True) -> NetworkFactory:
-    """One affine map.
+    """A single affine map.
 
     >>> linear()(2, 3)
     Linear(in_features=2, out_features=3, bias=True)
@@ -94,11 +98,13 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
 
 def _check_activation(activation: object) -> None:
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"`activation` must be what makes a module, such as nn.Tanh, got {describe(activation)}")
+        raise TypeError(
+            f"`activation` must be a class or function of a module, such as nn.Tanh, got {describe(activation)}"
+        )
 
 
 class _Standardized(nn.Module):
-    """Takes a fixed location off its input, and divides by a fixed scale."""
+    """Subtract a fixed location from the input and divide by a fixed scale."""
 
     loc: Tensor
     scale: Tensor
@@ -113,15 +119,15 @@ class _Standardized(nn.Module):
 
 
 def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
-    r"""A network behind :math:`(x - \mathrm{loc}) / \mathrm{scale}`, which are not trained.
+    r"""A network of standardized inputs :math:`(x - \mathrm{loc}) / \mathrm{scale}`; both numbers are fixed.
 
-    For an encoder loc is the mean of the data; for a decoder the mean and standard deviation of the prior: bits are
-    read as ±1 with 0.5 and 0.5.
+    For an encoder use the mean of the data as loc; for a decoder the mean and standard deviation of the prior: with
+    0.5 and 0.5, bits become ±1.
 
     Args:
-        network: factory of what comes after it.
+        network: factory of the network that follows.
         loc: a number, or one for each feature, ``(in_features,)``.
-        scale: positive, of the same kinds.
+        scale: positive, likewise.
 
     >>> decoder = standardized(mlp([32]), loc=0.5, scale=0.5)(2, 3)
     >>> decoder[0](torch.tensor([0.0, 1.0]))
@@ -130,22 +136,22 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
     fixed = numbers(loc, "loc"), numbers(scale, "scale")  # in the dtype of the network
     for name, value in zip(("loc", "scale"), fixed, strict=True):
         if value.dim() > 1 or not value.isfinite().all():
-            raise ValueError(f"`{name}` must be a finite number, or a tensor of them, (in_features,), got {value}")
+            raise ValueError(f"`{name}` must be a finite number or a tensor of them, (in_features,), got {value}")
     if not (fixed[1] > 0).all():
         raise ValueError(f"`scale` must be positive numbers, got {scale!r}")
 
-    def build_behind(in_features: int, out_features: int) -> nn.Module:
+    def build_standardized(in_features: int, out_features: int) -> nn.Module:
         for name, value in zip(("loc", "scale"), fixed, strict=True):
             if value.dim() and len(value) != in_features:
-                raise ValueError(f"`{name}` must be {in_features}, one for each feature, got {len(value)} numbers")
+                raise ValueError(f"`{name}` must have {in_features} numbers, one for each feature, got {len(value)}")
         inner = build(network, in_features, out_features)
         return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
 
-    return build_behind
+    return build_standardized
 
 
 class _Masked(nn.Module):
-    """Zeros for NaN, and beside them what is observed as 0s and 1s."""
+    """Replace NaN by zeros, and append the mask of observed entries as 0s and 1s."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         missing = inputs.isnan()
@@ -153,14 +159,14 @@ class _Masked(nn.Module):
 
 
 def with_missing(network: NetworkFactory) -> NetworkFactory:
-    r"""A network that reads missing entries, NaN: :math:`(m \odot x, m)` with the mask :math:`m` of what is observed.
+    r"""A network that reads missing entries, NaN, as :math:`(m \odot x, m)` with the mask :math:`m` of observed ones.
 
-    Without the mask a missing entry would look like an observed zero. What goes before it leaves NaN as it is:
-    ``standardized(with_missing(mlp([32])), loc, scale)`` puts the mean of each column in place of what is missing.
+    Without the mask a missing entry would look like an observed zero. ``standardized`` keeps NaN:
+    ``standardized(with_missing(mlp([32])), loc, scale)`` puts the mean of each column in place of missing entries.
 
     Args:
-        network: factory of what comes after it, which is asked for twice as many inputs; for images of c channels, a
-            network of 2c.
+        network: factory of the network that follows, with twice as many inputs; for images of c channels, a network of
+            2c channels.
 
     Source: Nazábal, Olmos, Ghahramani and Valera 2020, "Handling incomplete heterogeneous data using VAEs", for the
     zeros; Collier, Nazábal and Williams 2020, "VAEs in the presence of missing data", for the mask.
@@ -173,7 +179,7 @@ def with_missing(network: NetworkFactory) -> NetworkFactory:
 
 
 class _OneHot(nn.Module):
-    """Class numbers as one-hot vectors, side by side; NaN as zeros."""
+    """Turn class numbers into concatenated one-hot vectors; NaN into zeros."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -191,11 +197,11 @@ class _OneHot(nn.Module):
 def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
 
-    A missing entry, NaN, is of no class and becomes zeros, which need no mask beside them.
+    A missing entry, NaN, becomes zeros. No class has them, so that no mask is needed.
 
     Args:
-        num_classes: k, of every entry.
-        network: factory of what comes after it, which is asked for k times as many inputs.
+        num_classes: k, the same for every entry.
+        network: factory of the network that follows, with k times as many inputs.
 
     >>> encoder = one_hot(3, linear())(2, 4)
     >>> encoder[0](torch.tensor([2.0, torch.nan])), encoder[1]
@@ -209,7 +215,7 @@ def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
 
 
 class _OnImages(nn.Module):
-    """Folds all left dimensions into the one that convolutions take, and unfolds them after."""
+    """Merge all dimensions on the left into the one that convolutions take, and restore them afterwards."""
 
     def __init__(self, network: nn.Module, in_shape: tuple[int, ...]):
         super().__init__()
@@ -226,7 +232,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> int:
-    """How many raw outputs of each pixel there are, if the sizes fit."""
+    """Return the number of raw outputs of each pixel, if the sizes fit."""
     if not _are_sizes(channels):
         raise ValueError(f"`channels` must be one or more positive sizes, such as (16, 32), got {channels!r}")
     fits = _are_sizes(image) and len(image) == 3
@@ -243,7 +249,7 @@ def convolutional(
     """Convolutions of stride 2 from an image to features, for encoders.
 
     Args:
-        image: ``(channels, height, width)`` of the input, which arrives flattened.
+        image: ``(channels, height, width)`` of the input, which is flattened.
         channels: output channels of each 3 × 3 convolution; each halves height and width, rounding up.
         activation: the module after each convolution.
 
@@ -273,11 +279,11 @@ def deconvolutional(
     """Transposed convolutions of stride 2 from features to an image, for decoders.
 
     Args:
-        image: ``(channels, height, width)`` of the output, which leaves flattened.
+        image: ``(channels, height, width)`` of the output, which is flattened.
         channels: input channels of each transposed convolution; each doubles height and width.
         activation: the module before each transposed convolution.
 
-    The raw outputs per pixel may be more than one (a location and a scale, say): they come as further channels.
+    Several raw outputs per pixel, such as a location and a scale, are further channels.
 
     >>> import torch
     >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
@@ -294,7 +300,7 @@ def deconvolutional(
         ]
         steps = zip(pairwise([*channels, image[0] * repeats]), pairwise(sizes), strict=True)
         for (before, after), (small, large) in steps:
-            # A stride of 2 makes 2n - 1 of n; one row or column more where the target is even.
+            # A stride of 2 maps n to 2n - 1; an even target needs one row or column more.
             extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
             layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)]
         return _OnImages(nn.Sequential(*layers), (in_features,))

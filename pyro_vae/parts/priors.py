@@ -1,4 +1,4 @@
-"""Priors p(z): parts without a context. The prior also owns what the decoder reads of z."""
+"""Priors p(z): parts without a context. Their ``read`` also defines the input of the decoder for a value of z."""
 
 from collections.abc import Sequence
 
@@ -14,6 +14,7 @@ from pyro_vae.parts.families import multivariate
 
 __all__ = [
     "Bernoulli",
+    "Gamma",
     "GumbelSoftmax",
     "Laplace",
     "MixtureOfNormals",
@@ -23,6 +24,7 @@ __all__ = [
     "RelaxedBernoulli",
     "StandardNormal",
     "StudentT",
+    "Uniform",
     "VampPrior",
 ]
 
@@ -42,7 +44,7 @@ class StandardNormal(Unconditional):
 
 
 class Normal(Unconditional):
-    r""":math:`z \sim N(\mu, \mathrm{diag}\,\sigma^2)` with learnable location and scale, from :math:`N(0, I)`.
+    r""":math:`z \sim N(\mu, \mathrm{diag}\,\sigma^2)` with learnable location and scale, initially :math:`N(0, I)`.
 
     Args:
         latent: size or shape of z.
@@ -57,7 +59,7 @@ class Normal(Unconditional):
 
 
 class Laplace(Unconditional):
-    r""":math:`p(z) = \prod_d \tfrac{1}{2 b_d} e^{-|z_d - \mu_d| / b_d}`, which favours few large coordinates.
+    r""":math:`p(z) = \prod_d \tfrac{1}{2 b_d} e^{-|z_d - \mu_d| / b_d}`, a sparse prior: few coordinates are large.
 
     Args:
         latent: size or shape of z.
@@ -89,10 +91,59 @@ class StudentT(Unconditional):
         super().__init__(family, _raw(family.start(), learnable))
 
 
+class Gamma(Unconditional):
+    r"""Independent positive variables, :math:`p(z) = \prod_d \frac{b_d^{a_d}}{\Gamma(a_d)} z_d^{a_d - 1} e^{-b_d z_d}`.
+
+    A guide that fits is :class:`pyro_vae.parts.guides.LogNormal`.
+
+    Args:
+        latent: size or shape of z.
+        concentration: :math:`a`, positive, a number or a tensor that expands to the shape of z.
+        rate: :math:`b`, likewise.
+        learnable: whether both are trained, starting from these.
+
+    >>> Gamma(2, concentration=3.0, rate=2.0)().mean
+    tensor([1.5000, 1.5000])
+    """
+
+    def __init__(
+        self,
+        latent: int | Sequence[int],
+        concentration: float | Tensor = 1.0,
+        rate: float | Tensor = 1.0,
+        learnable: bool = False,
+    ):
+        family = families.Gamma(latent)
+        logs = [
+            _expand(_positive(value, name).log(), family.event_shape, name)
+            for name, value in (("concentration", concentration), ("rate", rate))
+        ]
+        super().__init__(family, _raw(torch.cat(logs), learnable))
+
+
+class Uniform(Unconditional):
+    r"""The flat density on a box, :math:`p(z) = \prod_d \frac{1}{b_d - a_d}` for :math:`a_d < z_d < b_d`.
+
+    A guide that fits is :class:`pyro_vae.parts.guides.LogitNormal` on the same box: the KL of a guide with mass outside
+    of it is infinite.
+
+    Args:
+        latent: size or shape of z.
+        low: lower corner a, a number or a tensor that expands to the shape of z.
+        high: upper corner b, above a.
+
+    >>> Uniform(2, low=-1.0, high=1.0)().log_prob(torch.zeros(2))
+    tensor(-1.3863)
+    """
+
+    def __init__(self, latent: int | Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+        super().__init__(families.Uniform(latent, low, high))
+
+
 class MixtureOfNormals(Unconditional):
     r""":math:`z \sim \sum_k \pi_k\,N(\mu_k, \mathrm{diag}\,\sigma_k^2)` with learnable weights, locations and scales.
 
-    Locations start at draws from :math:`N(0, I)`, so that no two components are alike.
+    Initial locations are drawn from :math:`N(0, I)`, so that the components differ.
 
     Args:
         latent: size of z.
@@ -110,15 +161,15 @@ class MixtureOfNormals(Unconditional):
 class VampPrior(Part):
     r"""The guide's average over learned pseudo-data, :math:`p(z) = \frac1K \sum_k q(z \mid u_k)`.
 
-    The best prior for a guide is its average over all data, the aggregate posterior; this is one over K data that do
-    not exist. It shares the encoder's parameters, which are then trained through the prior too.
+    The best prior for a guide is the aggregate posterior, its average over all data. This prior averages over K learned
+    pseudo-data. It shares the encoder's parameters, which get gradients through the prior too.
 
     Args:
         encoder: the guide, amortized and continuous, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
-        pseudo_data: :math:`u_k` to start from, ``(K, *data)``, such as some rows of the data; they are trained.
+        pseudo_data: initial :math:`u_k`, ``(K, *data)``, such as some rows of the data; they are trained.
 
-    Source: Tomczak and Welling 2018, "VAE with a VampPrior", equation 9. Theirs keeps the pseudo-data of images in
-    [0, 1]; these are free.
+    Source: Tomczak and Welling 2018, "VAE with a VampPrior", equation 9. There the pseudo-data of images stay in
+    [0, 1]; here they are free.
 
     >>> from pyro_vae import guides, networks
     >>> encoder = guides.DiagonalNormal(3, 2, networks.mlp([8]))
@@ -129,7 +180,9 @@ class VampPrior(Part):
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
         if not isinstance(encoder, Conditional):
-            raise TypeError(f"`encoder` must be an amortized guide of this package, got {describe(encoder)}")
+            raise TypeError(
+                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
+            )
         real_tensor(pseudo_data, "pseudo_data", "a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
@@ -139,7 +192,9 @@ class VampPrior(Part):
         self.encoder = encoder
         self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
         if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:
-            raise ValueError(f"`encoder` must be a guide of Gaussian latents, got a {type(encoder).__name__}")
+            raise ValueError(
+                f"`encoder` must be a guide of continuous latents that are not relaxed, got a {type(encoder).__name__}"
+            )
 
     @property
     def family(self) -> families.Family:  # type: ignore[override]
@@ -147,7 +202,7 @@ class VampPrior(Part):
         return self.encoder.family
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        """The mixture, with the components where the pseudo-data and the guide are now."""
+        """The mixture for the current pseudo-data and guide."""
         components = self.encoder(self.pseudo_data)
         logits = self.pseudo_data.new_zeros(len(self.pseudo_data))
         if isinstance(self.family, families.Normal) and len(components.event_shape) == 1:
@@ -162,15 +217,15 @@ class VampPrior(Part):
 class NormalizingFlow(Unconditional):
     r"""A learnable density of :math:`z = b + s \odot f^{-1}(\epsilon)`, :math:`\epsilon \sim N(0, I)`.
 
-    Before training it is :math:`N(0, I)`. f is a masked autoregressive flow: a density is one pass through its
-    networks, a draw as many as z has variables.
+    Before training it is :math:`N(0, I)`. f is a masked autoregressive flow: a density takes one pass through its
+    networks, a draw one pass per variable of z.
 
     Args:
         latent: size or shape of z.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
-        kind: of step: ``"affine"``, or ``"spline"``, which bends more for its cost, within 5 scales of b. Affine steps
-            of a single variable make a normal of it: take splines there.
+        kind: of step: ``"affine"``, or ``"spline"``, which is more flexible, within 5 scales of b. Affine steps of a
+            single variable are a normal: use splines there.
 
     Raises:
         ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
@@ -230,7 +285,7 @@ class OneHotCategorical(Unconditional):
 
 
 class _RelaxedPrior(Unconditional):
-    """A relaxed prior: the decoder reads its site's value squashed, softly or straight through."""
+    """A relaxed prior: the decoder reads the relaxed variable, or straight through the hard one."""
 
     family: families.Relaxed
 
@@ -239,7 +294,7 @@ class _RelaxedPrior(Unconditional):
         self.straight_through = boolean(straight_through, "straight_through")
 
     def read(self, value: Tensor) -> Tensor:
-        """The relaxed variable, or with ``straight_through`` the hard one with the relaxed one's gradient."""
+        """The relaxed variable, or with ``straight_through`` the hard one with the gradient of the relaxed one."""
         soft = self.family.soft(value)
         return self.family.hard(value) + (soft - soft.detach()) if self.straight_through else soft
 
@@ -248,11 +303,11 @@ class _RelaxedPrior(Unconditional):
 
 
 class RelaxedBernoulli(_RelaxedPrior):
-    r"""Independent relaxed Bernoulli variables; the site is the logit, the decoder reads its sigmoid.
+    r"""Independent relaxed Bernoulli variables. A value of the site is the logit; the decoder reads its sigmoid.
 
     Args:
         latent: number of variables.
-        temperature: :math:`\lambda > 0`; at 0 the twin, :class:`Bernoulli`.
+        temperature: :math:`\lambda > 0`; the limit at 0 is the discrete twin, :class:`Bernoulli`.
         probs: probabilities of the twin.
         learnable: whether they are trained.
         straight_through: whether the decoder reads 0s and 1s, with the gradient of the sigmoid. The relaxed ELBO is
@@ -276,11 +331,11 @@ class RelaxedBernoulli(_RelaxedPrior):
 
 
 class GumbelSoftmax(_RelaxedPrior):
-    r"""Independent relaxed one-hot variables; the site is on the log-simplex, the decoder reads its exponential.
+    r"""Independent relaxed one-hot variables. The site is on the log-simplex; the decoder reads its exponential.
 
     Args:
         latent: ``(n, k)``, n variables of k classes.
-        temperature: :math:`\lambda > 0`; at 0 the twin, :class:`OneHotCategorical`.
+        temperature: :math:`\lambda > 0`; the limit at 0 is the discrete twin, :class:`OneHotCategorical`.
         probs: probabilities of the twin; uniform if left out.
         learnable: whether they are trained.
         straight_through: whether the decoder reads one-hot vectors, with the gradient of the soft ones.
@@ -309,8 +364,8 @@ def _raw(values: Tensor, learnable: bool) -> Tensor:
 def _logits(shape: torch.Size, probs: float | Tensor, learnable: bool) -> Tensor:
     probs = numbers(probs, "probs")
     if not ((probs > 0) & (probs < 1)).all():
-        raise ValueError(f"`probs` must be probabilities strictly between 0 and 1, got {probs.tolist()}")
-    return _raw(_expand(torch.logit(probs), shape), learnable)
+        raise ValueError(f"`probs` must be strictly between 0 and 1, got {probs.tolist()}")
+    return _raw(_expand(torch.logit(probs), shape, "probs"), learnable)
 
 
 def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tensor:
@@ -319,13 +374,18 @@ def _log_probs(shape: torch.Size, probs: Tensor | None, learnable: bool) -> Tens
     probs = numbers(probs, "probs")
     if not ((probs > 0).all() and torch.allclose(probs.sum(-1), probs.new_ones(()))):
         raise ValueError(f"`probs` must be positive probabilities that sum to one by row, got {probs.tolist()}")
-    return _raw(_expand(probs.log(), shape), learnable)
+    return _raw(_expand(probs.log(), shape, "probs"), learnable)
 
 
-def _expand(values: Tensor, shape: torch.Size) -> Tensor:
+def _positive(value: float | Tensor, name: str) -> Tensor:
+    found = numbers(value, name)
+    if not ((found > 0) & found.isfinite()).all():
+        raise ValueError(f"`{name}` must be positive, finite numbers, got {found.tolist()}")
+    return found
+
+
+def _expand(values: Tensor, shape: torch.Size, name: str) -> Tensor:
     try:
         return values.expand(shape).flatten().clone()
     except RuntimeError as error:
-        raise ValueError(
-            f"`probs` must be one that expands to {tuple(shape)}, got shape {tuple(values.shape)}"
-        ) from error
+        raise ValueError(f"`{name}` must expand to shape {tuple(shape)}, got shape {tuple(values.shape)}") from error

@@ -138,9 +138,12 @@ def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
     (low,), (high,) = _extent(chart, *_draws(q, p, 400))
     grid = torch.linspace(low, high, 600)
     values = chart.to_site(grid[:, None, None])
-    area = ax.fill_between(grid, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
-    (line,) = ax.plot(grid, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
-    label = f"log-ratio of the classes of ${chart.name}$" if chart.on_simplex else f"value of site ${chart.name}$"
+    shown = values.flatten() if chart.is_elementwise else grid
+    area = ax.fill_between(shown, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
+    (line,) = ax.plot(shown, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
+    label = (
+        f"log-ratio of the classes of ${chart.name}$" if not chart.is_elementwise else f"value of site ${chart.name}$"
+    )
     ax.set(xlabel=label, ylabel="density", ylim=(0, None))
     return [area, line]
 
@@ -152,6 +155,8 @@ def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
     low, high = _extent(chart, *draws)
     across, up = (torch.linspace(start, end, 200) for start, end in zip(low, high, strict=True))
     nodes = torch.cartesian_prod(up, across).flip(1)
+    sites = chart.to_site(nodes[:, None])
+    shown = (sites if chart.is_elementwise else nodes).reshape(200, 200, 2).unbind(-1)
     handles: list[Any] = []
     for of, values in ((p.log_prob, draws[0]), (lambda z: q.log_prob({chart.name: z}), draws[1])):
 
@@ -159,16 +164,16 @@ def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
             return torch.cat([of(part)[:, 0] for part in z.split(problem.chunk)])
 
         levels = density(values).double().quantile(1 - torch.tensor(_MASSES, dtype=torch.float64)).tolist()
-        heights = density(chart.to_site(nodes[:, None])).double().reshape(200, 200)
+        heights = density(sites).double().reshape(200, 200)
         if not handles:
-            ax.contourf(across, up, heights, levels=[*levels, math.inf], colors=_GREYS)
+            ax.contourf(*shown, heights, levels=[*levels, math.inf], colors=_GREYS)
             names = zip(_GREYS, _MASSES, strict=True)
             handles = [Patch(color=grey, label=f"{mass:.0%} of exact $p(z|x)$") for grey, mass in names]
         else:
-            ax.contour(across, up, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
+            ax.contour(*shown, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
             for style, mass in zip(_STYLES, _MASSES, strict=True):
                 handles.append(Line2D([], [], color="tab:red", ls=style, label=f"{mass:.0%} of guide $q(z|x)$"))
-    what = "log-ratio {} of ${}$" if chart.on_simplex else "variable {} of site ${}$"
+    what = "log-ratio {} of ${}$" if not chart.is_elementwise else "variable {} of site ${}$"
     ax.set(xlabel=what.format(1, chart.name), ylabel=what.format(2, chart.name))
     return handles
 

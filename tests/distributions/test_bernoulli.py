@@ -1,12 +1,15 @@
-"""The continuous Bernoulli against formulas of fifty digits."""
+"""Bernoulli distributions compared with torch, and the continuous Bernoulli with formulas of fifty digits."""
+
+import math
 
 import mpmath
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import kstest
 
-from pyro_vae.distributions.bernoulli import ContinuousBernoulli
+from pyro_vae.distributions.bernoulli import Bernoulli, ContinuousBernoulli, SoftTargetBernoulli
 from pyro_vae.distributions.properties import is_normalized
 
 mpmath.mp.dps = 50
@@ -34,6 +37,65 @@ def icdf(logit, u):
 
 def log_prob(logit, x):
     return mpmath.mpf(x) * mpmath.mpf(logit) - mpmath.log1p(mpmath.exp(mpmath.mpf(logit))) + log_c(logit)
+
+
+# --- Bernoulli and soft targets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, SoftTargetBernoulli])
+@pytest.mark.parametrize("batch", [None, (4, 5, 3), (2, 4, 5, 3)], ids=["as it is", "expanded", "expanded beyond"])
+def test_a_bernoulli_of_logits_that_many_data_share_is_that_of_torch(kind, batch):
+    torch.manual_seed(0)
+    x = (torch.rand(5, 3, dtype=torch.float64) > 0.5).double()
+    if kind is SoftTargetBernoulli:
+        x[0] = torch.rand(3, dtype=torch.float64)
+    found = []
+    for of in (kind, torch.distributions.Bernoulli):
+        logits = torch.linspace(-40, 40, 12, dtype=torch.float64).view(4, 1, 3).requires_grad_()
+        value = x.clone().requires_grad_()
+        q = of(logits=logits, validate_args=False)
+        log_p = (q if batch is None else q.expand(batch)).log_prob(value)
+        found.append([log_p, *torch.autograd.grad(log_p.sum(), [logits, value])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bernoulli_of_shared_logits_keeps_its_digits_and_refuses_grey_values():
+    q = Bernoulli(logits=torch.tensor([[60.0], [-60.0]]), validate_args=True).expand([2, 2])
+    certain = math.exp(-60)
+    expected = torch.tensor([[-60.0, -certain], [-certain, -60.0]], dtype=torch.float64)
+    torch.testing.assert_close(q.log_prob(torch.tensor([0.0, 1.0])).double(), expected, rtol=1e-6, atol=0.0)
+    with pytest.raises(ValueError, match="is the mass of 0s and 1s"):
+        q.log_prob(torch.tensor([0.0, 0.3]))
+
+
+def test_bernoulli_refuses_grey_values_and_names_four_ways_out():
+    with pytest.raises(ValueError, match=r"0 to 0\.3") as caught:
+        Bernoulli(logits=torch.zeros(2)).log_prob(torch.tensor([0.0, 0.3]))
+    for way in ("datasets.binarize(x)", "datasets.resample(x)", "ContinuousBernoulli", "soft_targets=True"):
+        assert way in str(caught.value)
+
+
+def test_bernoulli_is_pyros_on_zeros_and_ones():
+    logits, x = torch.randn(6), torch.tensor([0.0, 1.0] * 3)
+    assert torch.equal(Bernoulli(logits=logits).log_prob(x), dist.Bernoulli(logits=logits).log_prob(x))
+
+
+def test_soft_targets_are_the_cross_entropy_and_not_normalized():
+    logits = torch.tensor([1.5], dtype=torch.float64)
+    q = SoftTargetBernoulli(logits=logits)
+    x = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    p = logits.sigmoid()
+    torch.testing.assert_close(q.log_prob(x), x * p.log() + (1 - x) * (1 - p).log())
+    assert float(torch.trapezoid(q.log_prob(x).exp(), x)) < 0.9
+    assert not is_normalized(q)
+    assert not is_normalized(q.expand((3,)).to_event(1).mask(True))
+    assert is_normalized(Bernoulli(logits=logits).to_event(1))
+    with pytest.raises(ValueError, match="support"):
+        q.log_prob(torch.tensor([1.2], dtype=torch.float64))
+
+
+# --- The continuous Bernoulli -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=LOGITS, ids="{:.10g}".format)

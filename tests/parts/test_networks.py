@@ -1,4 +1,4 @@
-"""Network factories: every row is mapped alone, whatever dimensions stand on its left."""
+"""Network factories: each row is mapped alone, with any dimensions on its left."""
 
 import pytest
 import torch
@@ -123,10 +123,10 @@ def test_standardized_takes_the_location_off_and_divides_by_the_scale():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((torch.zeros(3),), r"`loc` must be 2, one for each feature.*got 3 numbers"),
-        ((0.0, torch.ones(3)), r"`scale` must be 2.*got 3 numbers"),
-        ((torch.zeros(1, 2),), r"`loc` must be a finite number, or a tensor of them, \(in_features,\).*got"),
-        ((float("nan"),), "`loc` must be a finite number.*got nan"),
+        ((torch.zeros(3),), "`loc` must have 2 numbers, one for each feature, got 3"),
+        ((0.0, torch.ones(3)), "`scale` must have 2 numbers, one for each feature, got 3"),
+        ((torch.zeros(1, 2),), r"`loc` must be a finite number or a tensor of them, \(in_features,\), got"),
+        ((float("nan"),), "`loc` must be a finite number or a tensor.*got nan"),
         ((0.0, 0.0), r"`scale` must be positive numbers.*got 0.0"),
         ((0.0, torch.tensor([1.0, -1.0])), r"`scale` must be positive numbers.*got"),
     ],
@@ -152,7 +152,7 @@ def test_images_that_do_not_hold_the_features_are_refused(image):
 
 @pytest.mark.parametrize("channels", [[], [0]])
 def test_channels_that_are_none_are_refused(channels):
-    with pytest.raises(ValueError, match="channels: got"):
+    with pytest.raises(ValueError, match="`channels` must be one or more positive sizes.*got"):
         convolutional((1, 8, 8), channels)(64, 2)
-    with pytest.raises(ValueError, match="channels: got"):
+    with pytest.raises(ValueError, match="`channels` must be one or more positive sizes.*got"):
         deconvolutional((1, 8, 8), channels)(2, 64)

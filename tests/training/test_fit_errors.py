@@ -51,7 +51,7 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ({"data": torch.zeros(4, 3)}, ValueError, r"`x` must be \(N, 2\).*got shape \(4, 3\)"),
         ({"data": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, "got a context of torch.float64"),
         ({"data": torch.zeros(4, 2, dtype=torch.long)}, TypeError, "got a context of torch.int64"),
-        ({"data": NAN}, ValueError, r"`data` must hold finite numbers, .*got nan at row 1, column \(1,\)"),
+        ({"data": NAN}, ValueError, r"`data` must hold finite numbers, got nan at row 1, column \(1,\)"),
         ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"`data` must hold finite numbers, got inf at row 1"),
         (
             {"data": (torch.zeros(4, 2), torch.zeros(3, 2))},
@@ -77,7 +77,7 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
             ValueError,
             r"`validation` must have rows like those of `data`, .*got shape \(3,\)",
         ),
-        ({"validation": NAN}, ValueError, "`validation` must hold finite numbers, .*got nan"),
+        ({"validation": NAN}, ValueError, "`validation` must hold finite numbers, got nan"),
         ({"elbo": TraceEnum_ELBO()}, ValueError, "`elbo` must not be TraceEnum_ELBO where no latent is marked"),
         ({"plate": "rows", "batch_size": 2}, ValueError, "`plate` must be .*got 'rows'"),
         ({"plate": "rows"}, ValueError, "`plate` must be .*got 'rows'"),

@@ -1,11 +1,11 @@
 """Families: maps from raw, unconstrained outputs to a Pyro distribution, each written once.
 
-A family knows nothing of where its raw outputs come from. :class:`pyro_vae.parts.base.Unconditional` feeds it free
-parameters (a prior), :class:`pyro_vae.parts.base.Conditional` a network (a guide, a likelihood, a conditional prior).
+A family does not depend on the source of its raw outputs. In :class:`pyro_vae.parts.base.Unconditional` they are free
+parameters (a prior), in :class:`pyro_vae.parts.base.Conditional` the output of a network (a guide or a likelihood).
 """
 
 from pyro_vae.parts.families.base import Family
-from pyro_vae.parts.families.continuous import Laplace, Normal, StudentT
+from pyro_vae.parts.families.continuous import Gamma, Laplace, LogitNormal, LogNormal, Normal, StudentT, Uniform
 from pyro_vae.parts.families.discrete import (
     Bernoulli,
     Categorical,
@@ -22,7 +22,10 @@ __all__ = [
     "Categorical",
     "ContinuousBernoulli",
     "Family",
+    "Gamma",
     "Laplace",
+    "LogNormal",
+    "LogitNormal",
     "NegativeBinomial",
     "Normal",
     "OneHotCategorical",
@@ -32,4 +35,5 @@ __all__ = [
     "RelaxedOneHotCategorical",
     "SoftTargetBernoulli",
     "StudentT",
+    "Uniform",
 ]

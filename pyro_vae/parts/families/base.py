@@ -1,8 +1,4 @@
-"""Families: maps from raw, unconstrained outputs to a Pyro distribution, each written once.
-
-A family knows nothing of where its raw outputs come from. :class:`pyro_vae.parts.base.Unconditional` feeds it free
-parameters (a prior), :class:`pyro_vae.parts.base.Conditional` a network (a guide, a likelihood, a conditional prior).
-"""
+"""The base class of families: the shape of the event, the raw outputs, and positive quantities of four kinds."""
 
 from collections.abc import Sequence
 
@@ -25,13 +21,15 @@ class Family(nn.Module):
     """
 
     num_raw: int
+    fitting_guide: str | None = None
+    """The name of a guide of the same support, for the error when another one does not fit."""
 
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__()
         self.event_shape = as_shape(event_shape, "event_shape")
 
     def __call__(self, raw: Tensor) -> dist.TorchDistribution:
-        """The distribution; of too many raw outputs some would be left unread, without a word."""
+        """The distribution. The number of raw outputs is checked: surplus ones would be ignored silently."""
         if not isinstance(raw, Tensor) or raw.shape[-1:] != (self.num_raw,):
             raise ValueError(f"`raw` must be (*, {self.num_raw}), the raw outputs of {self}, got {describe(raw)}")
         return super().__call__(raw)
@@ -40,7 +38,7 @@ class Family(nn.Module):
         raise NotImplementedError
 
     def start(self, *batch: int) -> Tensor:
-        """Raw outputs for free parameters to start from, ``(*batch, num_raw)``: zeros, where those can learn."""
+        """Initial values of free raw outputs, ``(*batch, num_raw)``: zeros by default."""
         return torch.zeros(*batch, self.num_raw)
 
     def extra_repr(self) -> str:
@@ -50,7 +48,7 @@ class Family(nn.Module):
         return raw.reshape(*raw.shape[:-1], *self.event_shape)
 
     def _declare(self, name: str, kind: str | float) -> int:
-        """Make what a positive quantity of this kind is held in; how many raw outputs it takes."""
+        """Create the parameter or buffer of a positive quantity, and return how many raw outputs it takes."""
         if isinstance(kind, str) and kind not in _KINDS:
             raise ValueError(f"`{name}` must be {', '.join(map(repr, _KINDS))} or a number, got {kind!r}")
         if not isinstance(kind, str):
@@ -61,7 +59,7 @@ class Family(nn.Module):
         return self.event_shape.numel() if kind == "network" else 0
 
     def _declared(self, name: str, kind: str | float, raw: Tensor, floor: float) -> Tensor:
-        """Its value: fixed as it is, and otherwise the exponential of a raw output or parameter, above a floor."""
+        """The quantity: fixed, or the exponential of a raw output or parameter plus a floor."""
         if not isinstance(kind, str):
             return getattr(self, f"fixed_{name}")
         log_value = self._shaped(raw) if kind == "network" else getattr(self, f"log_{name}")

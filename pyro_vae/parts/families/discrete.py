@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from pyro_vae import distributions
@@ -10,11 +11,19 @@ from pyro_vae._utils.validation import positive_int
 from pyro_vae.distributions import tabular
 from pyro_vae.parts.families.base import Family
 
-__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial", "OneHotCategorical", "Poisson"]
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "NegativeBinomial",
+    "OneHotCategorical",
+    "Poisson",
+    "SoftTargetBernoulli",
+]
 
 
 class Poisson(Family):
-    r"""Independent Poisson counts, with the log-rate a raw output; from :math:`e^{16}` on the rate grows linearly.
+    r"""Independent Poisson counts. The raw output is the log-rate; above :math:`e^{16}` the rate grows linearly.
 
     >>> Poisson(2)(torch.tensor([0.0, 1e4])).mean
     tensor([1.0000e+00, 8.8728e+10])
@@ -54,9 +63,9 @@ class NegativeBinomial(Family):
 
 
 class Categorical(Family):
-    """Independent variables of k classes, by number 0 to k - 1, enumerable as one site.
+    """Independent variables of k classes, numbered 0 to k - 1, enumerable as one site.
 
-    The raw outputs are k logits for each, the classes first, as a network that makes images has them for channels.
+    The raw outputs are k logits of each variable. The classes come first, as the channels of an image do.
 
     >>> Categorical(2, num_classes=3)(torch.zeros(5, 6)).enumerate_support().shape
     torch.Size([9, 5, 2])
@@ -71,7 +80,7 @@ class Categorical(Family):
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)
-        logits = by_class.movedim(raw.dim() - 1, -1)
+        logits = torch.movedim(by_class, raw.dim() - 1, -1)
         return distributions.Product(tabular.Categorical(logits=logits), len(self.event_shape))
 
     def extra_repr(self) -> str:
@@ -96,12 +105,14 @@ class Bernoulli(_Binary):
     torch.Size([8, 5, 3])
     """
 
+    fitting_guide = "Bernoulli"
+
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return distributions.Product(distributions.Bernoulli(logits=self.logits(raw)), len(self.event_shape))
 
 
 class SoftTargetBernoulli(_Binary):
-    """The cross-entropy of targets in [0, 1]: no likelihood, see :class:`distributions.SoftTargetBernoulli`.
+    """The cross-entropy of targets in [0, 1], which is no likelihood, see :class:`distributions.SoftTargetBernoulli`.
 
     >>> distributions.is_normalized(SoftTargetBernoulli(3)(torch.zeros(3)))
     False
@@ -143,6 +154,8 @@ class OneHotCategorical(_OneHot):
     >>> OneHotCategorical((2, 3))(torch.zeros(6)).enumerate_support().shape
     torch.Size([9, 2, 3])
     """
+
+    fitting_guide = "OneHotCategorical"
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return distributions.Product(dist.OneHotCategorical(logits=self.logits(raw)), 1)

@@ -19,6 +19,8 @@ __all__ = ["Flow", "FullRankNormal", "LowRankNormal", "MixtureOfNormals"]
 class _Vector(Family):
     """Families of one vector, event shape ``(D,)``."""
 
+    fitting_guide = "DiagonalNormal"
+
     def __init__(self, event_shape: int | Sequence[int]):
         super().__init__(event_shape)
         if len(self.event_shape) != 1:
@@ -71,18 +73,18 @@ class LowRankNormal(_Vector):
         factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
         try:
             return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
-        except torch.linalg.LinAlgError as error:  # which torch meets before it looks at the values
-            raise ValueError(f"raw: of {self} has values that are no finite numbers, or too large") from error
+        except torch.linalg.LinAlgError as error:  # torch raises it before its check of the values
+            raise ValueError(f"`raw` must be finite numbers, not too large, for {self}") from error
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
 
 
 class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
-    """Pyro's, with its digits kept where the scales are small beside W.
+    """Pyro's, with full precision where the scales are small compared with W.
 
-    The squared distance is a difference of two terms as large as the square of their ratio, of which a float32 keeps
-    nothing at 1:1000; it is computed in float64.
+    The squared distance is a difference of two large terms. In float32 they cancel to noise at a ratio of 1:1000, so it
+    is computed in float64.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class MixtureOfNormals(_Vector):
         return Mixture(logits, loc.reshape(shape), log_scale.reshape(shape).exp())
 
     def start(self, *batch: int) -> Tensor:
-        """With locations from N(0, I): components that are alike have the same gradient, and would stay alike."""
+        """Locations are drawn from N(0, I): equal components have equal gradients, and would stay equal."""
         raw = super().start(*batch)
         raw[..., self.num_components : self.num_components * (1 + self.size)].normal_()
         return raw
@@ -132,8 +134,8 @@ class Flow(Family):
     b, the logarithm of the scale s, and a context h that every step reads. Before training the steps are the identity,
     and the flow is the independent normal :math:`N(b, s^2)`.
 
-    A masked network is evaluated in one pass, and inverted in as many as there are variables. As it stands, the one
-    pass is from value to noise, and densities are fast (a masked autoregressive flow). ``inverse`` turns it round:
+    A masked network is evaluated in one pass, and inverted in one pass per variable. By default the one pass is from
+    value to noise, and densities are fast (a masked autoregressive flow). With ``inverse`` it is from noise to value:
     draws are fast, and so are the densities of draws (an inverse autoregressive flow).
 
     Args:
@@ -142,7 +144,7 @@ class Flow(Family):
         transforms: number of steps.
         hidden: sizes of the hidden layers of each step's masked network.
         context: size of h.
-        inverse: whether draws are fast, and not densities.
+        inverse: whether draws are fast in place of densities.
 
     Raises:
         ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
@@ -155,6 +157,8 @@ class Flow(Family):
     >>> family(torch.randn(5, family.num_raw)).rsample().shape
     torch.Size([5, 2])
     """
+
+    fitting_guide = "DiagonalNormal"
 
     def __init__(
         self,
@@ -195,14 +199,14 @@ class Flow(Family):
         )
 
     def __repr__(self) -> str:
-        """Without the steps, whose own text draws random numbers."""
+        """The options without the steps, whose own ``repr`` draws random numbers."""
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
 @register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
 @register_kl(torch.distributions.LowRankMultivariateNormal, torch.distributions.Independent)
 def _kl_from_diagonal_normal(q: torch.distributions.Distribution, p: torch.distributions.Independent) -> Tensor:
-    """KL(q || p) for a normal q and independent normal variables, which torch lacks: -H(q) - E[log p]."""
+    """KL(q || p) = -H(q) - E[log p] for a normal q and independent normal variables, which torch lacks."""
     if type(p.base_dist) not in (dist.Normal, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
     cross = (q.variance + (q.mean - p.base_dist.loc) ** 2) / p.base_dist.variance

@@ -1,4 +1,4 @@
-"""Relaxed families: continuous stand-ins for discrete variables."""
+"""Relaxed families: continuous variables with a temperature in place of discrete ones."""
 
 from collections.abc import Sequence
 
@@ -16,20 +16,20 @@ __all__ = ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical"]
 
 
 class Relaxed(Family):
-    """Families with a temperature, held in a 0-dim buffer that a schedule or a checkpoint can change."""
+    """Families with a temperature, in a 0-dim buffer that a schedule or a checkpoint can change."""
 
     temperature: Tensor
 
     def soft(self, value: Tensor) -> Tensor:
-        """The relaxed variable, from a value of its site."""
+        """The relaxed variable at a value of its site."""
         raise NotImplementedError
 
     def hard(self, value: Tensor) -> Tensor:
-        """The discrete variable, from a value of the site; its law is the twin's."""
+        """The discrete variable at a value of the site. It has the law of the discrete twin."""
         raise NotImplementedError
 
     def discrete(self) -> Family:
-        """The family of the discrete twin, which takes the same raw outputs."""
+        """The family of the discrete twin. It takes the same raw outputs."""
         raise NotImplementedError
 
     def _set_temperature(self, temperature: float) -> None:
@@ -46,6 +46,8 @@ class RelaxedBernoulli(Relaxed, _Binary):
     >>> family.soft(torch.tensor([-1.0])), family.hard(torch.tensor([-1.0]))
     (tensor([0.2689]), tensor([0.]))
     """
+
+    fitting_guide = "RelaxedBernoulli"
 
     def __init__(self, event_shape: int | Sequence[int], temperature: float):
         super().__init__(event_shape)
@@ -72,6 +74,8 @@ class RelaxedOneHotCategorical(Relaxed, _OneHot):
     >>> family.hard(torch.tensor([[0.2, 0.7, 0.1]]).log())
     tensor([[0., 1., 0.]])
     """
+
+    fitting_guide = "GumbelSoftmax"
 
     def __init__(self, event_shape: Sequence[int], temperature: float):
         super().__init__(event_shape)

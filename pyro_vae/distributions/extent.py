@@ -1,0 +1,139 @@
+r"""The extent of a distribution: a box that holds all but a negligible mass, which quadrature integrates over.
+
+Boxes are in *unconstrained coordinates*, those of ``biject_to`` of the support of one variable: x itself on the reals,
+:math:`\log x` on the positive numbers, :math:`\mathrm{logit}\frac{x - a}{b - a}` on an interval, log-ratios on the
+log-simplex. A distribution of our own has a method ``extent()``; one of torch or Pyro is registered here.
+"""
+
+import math
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.distributions.properties import base_support
+
+__all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "find_extent"]
+
+LOG_TAIL = 36.0
+"""A box leaves out a mass of about e^-36 = 2e-16."""
+
+
+NORMAL_REACH = 9.0
+"""Standard deviations of a normal on either side of its mean, all but a mass of 2e-19."""
+
+
+class Extent(NamedTuple):
+    """Lower corner, a point inside, and upper corner of a box, ``(*batch, *coordinates)``.
+
+    Quadrature breaks each axis at the point inside: put it where the density, or what reads the value, has a kink.
+    """
+
+    low: Tensor
+    middle: Tensor
+    high: Tensor
+
+    @classmethod
+    def around(cls, middle: Tensor, radius: Tensor) -> "Extent":
+        """The box that reaches as far down as up."""
+        return cls(middle - radius, middle, middle + radius)
+
+
+@singledispatch
+def find_extent(distribution: Any) -> Extent:
+    """Return the box of a distribution, by its own method, or 9 standard deviations around the mean on the real line.
+
+    Register another distribution with ``@find_extent.register``, or give the class a method ``extent()``.
+
+    Raises:
+        NotImplementedError: if the extent is not known.
+
+    >>> find_extent(dist.Normal(torch.zeros(2), 1.0).to_event(1)).high
+    tensor([9., 9.])
+    """
+    if hasattr(distribution, "extent"):
+        return distribution.extent()
+    if base_support(distribution) is not torch.distributions.constraints.real:
+        raise NotImplementedError("its extent is not known")
+    try:
+        box = Extent.around(distribution.mean, NORMAL_REACH * distribution.variance.sqrt())
+    except NotImplementedError as error:
+        raise NotImplementedError("its mean and variance are not known") from error
+    if not all(corner.isfinite().all() for corner in box):
+        raise NotImplementedError("it is without a finite mean and variance")
+    return box
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Independent) -> Extent:
+    return find_extent(distribution.base_dist)
+
+
+@find_extent.register
+def _(distribution: dist.MaskedDistribution) -> Extent:
+    return find_extent(distribution.base_dist)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.MixtureSameFamily) -> Extent:
+    """The box around those of the components."""
+    each = find_extent(distribution.component_distribution)
+    dim = len(distribution.batch_shape)
+    low, high = each.low.amin(dim), each.high.amax(dim)
+    return Extent(low, (low + high) / 2, high)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Laplace) -> Extent:
+    return Extent.around(distribution.loc, LOG_TAIL * distribution.scale)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.StudentT) -> Extent:
+    """All but a mass of 1e-7: the tails are heavy."""
+    from scipy.stats import t  # slow to import
+
+    radius = torch.as_tensor(t.isf(5e-8, distribution.df.double().cpu().numpy())).to(distribution.scale)
+    return Extent.around(distribution.loc, radius * distribution.scale)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.LogNormal) -> Extent:
+    return Extent.around(distribution.loc, NORMAL_REACH * distribution.scale)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Uniform) -> Extent:
+    """In its coordinates a uniform variable is a standard logistic one."""
+    zero = torch.zeros_like(distribution.low)
+    return Extent.around(zero, zero + LOG_TAIL)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Gamma) -> Extent:
+    r"""By bounds on both tails of a gamma variable x of concentration a and rate 1, with t = 36:
+
+    :math:`P(x < \epsilon) \le \epsilon^a / \Gamma(a + 1)` and :math:`P(x > a + \sqrt{2at} + t) \le e^{-t}`.
+
+    Source: Boucheron, Lugosi and Massart 2013, "Concentration inequalities", section 2.4, for the upper one.
+    """
+    a, log_rate = distribution.concentration, distribution.rate.log()
+    low = ((a + 1).lgamma() - LOG_TAIL) / a
+    high = (a + (2 * LOG_TAIL * a).sqrt() + LOG_TAIL).log()
+    return Extent(low - log_rate, a.log() - log_rate, high - log_rate)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Exponential) -> Extent:
+    return find_extent(torch.distributions.Gamma(torch.ones_like(distribution.rate), distribution.rate))
+
+
+@find_extent.register
+def _(distribution: torch.distributions.Beta) -> Extent:
+    r"""By :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))` for :math:`\epsilon \le \frac12`, likewise above."""
+    a, b = distribution.concentration1, distribution.concentration0
+    log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
+    low, high = ((c.log() + log_beta - math.log(2) - LOG_TAIL) / c for c in (a, b))
+    return Extent(low, a.log() - b.log(), -high)

@@ -1,0 +1,112 @@
+"""The mixture of normals: its density, moments and pathwise gradients, compared with torch and quadrature."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae.distributions.mixture import MixtureOfNormals
+
+SCORES = 6.5
+
+
+def mixture(k=3, d=2, seed=0, batch=()):
+    torch.manual_seed(seed)
+    logits, loc, log_scale = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((*batch, k), (*batch, k, d), (*batch, k, d))
+    )
+    return [logits, loc, log_scale], MixtureOfNormals(logits, loc, (0.3 * log_scale).exp())
+
+
+def test_a_mixture_is_torchs_with_its_moments():
+    (logits, loc, log_scale), q = mixture(batch=(4,))
+    normal = dist.Normal(loc, (0.3 * log_scale).exp()).to_event(1)
+    other = dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits), normal)
+    value = torch.randn(7, 4, 2).double()
+    torch.testing.assert_close(q.log_prob(value), other.log_prob(value))
+    torch.testing.assert_close(q.mean, other.mean)
+    torch.testing.assert_close(q.variance, other.variance)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["alone", "in a plate"])
+def test_components_of_all_values_keep_their_digits_in_float32(batch):
+    """Far from zero, narrow and wide, far apart: what the squares lose in float32 they must not lose."""
+    torch.manual_seed(0)
+    loc = (1000 + 3 * torch.randn(20, 8)).requires_grad_()
+    log_scale = (2 * torch.randn(20, 8) - 3).requires_grad_()
+    logits = torch.randn(20, requires_grad=True)
+    value = loc.detach()[:3] + 0.1 * torch.randn(5, 3, 8)
+    found = MixtureOfNormals(logits, loc, log_scale.exp()).expand(batch).log_prob(value)
+    normals = dist.Normal(loc.double(), log_scale.double().exp()).to_event(1)
+    expected = dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits.double()), normals).log_prob(
+        value.double()
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    of_found, of_expected = (torch.autograd.grad(log_p.sum(), [logits, loc, log_scale]) for log_p in (found, expected))
+    for one, other in zip(of_found, of_expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 2), (4, 2)])
+def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d):
+    """Of a function without symmetry, against quadrature."""
+    parameters, q = mixture(k, d)
+
+    def function(z):
+        return torch.sin(z[..., 0]) * z[..., -1] + 0.3 * z[..., -1] ** 2 + torch.tanh(2 * z).sum(-1)
+
+    axis = torch.linspace(-9, 9, 500).double()
+    points = torch.cartesian_prod(*[axis] * d).reshape(-1, d)
+    mass = q.log_prob(points).exp() * (axis[1] - axis[0]) ** d
+    expected = torch.autograd.grad((mass * function(points)).sum(), parameters, retain_graph=True)
+    estimates = [
+        torch.autograd.grad(function(q.rsample((5000,))).mean(), parameters, retain_graph=True) for _ in range(100)
+    ]
+    for index, wanted in enumerate(expected):
+        found = torch.stack([estimate[index] for estimate in estimates])
+        assert ((found.mean(0) - wanted).abs() < SCORES * found.std(0) / 10 + 1e-9).all()
+
+
+@pytest.mark.parametrize(("distance", "found"), [(4.0, 0.3217), (16.0, 0.0)])
+def test_weights_of_a_guide_have_a_gradient_as_long_as_components_touch(distance, found):
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[0.0], [distance]]), torch.ones(2, 1)
+    logits = torch.zeros(2, requires_grad=True)
+    q, p = MixtureOfNormals(logits, loc, scale), MixtureOfNormals(torch.tensor([0.2, 0.8]).log(), loc, scale)
+    z = q.rsample((200_000,))
+    slope = torch.autograd.grad((p.log_prob(z) - q.log_prob(z)).mean(), logits)[0][1].item()
+    # By quadrature 0.3217 and 0.3452: far apart no draw is where it crosses over, as the docstring says.
+    assert slope == pytest.approx(found, abs=0.02)
+
+
+def test_gradients_are_finite_where_components_coincide_or_are_far_apart_in_float32():
+    for spread in (0.0, 100.0):
+        loc = (spread * torch.randn(4, 5, 50)).requires_grad_()
+        logits = torch.zeros(4, 5, requires_grad=True)
+        z = MixtureOfNormals(logits, loc, torch.full((4, 5, 50), 0.01)).rsample((20,))
+        slopes = torch.autograd.grad(z.sum(), [logits, loc])
+        assert all(slope.isfinite().all() for slope in slopes)
+        torch.testing.assert_close(slopes[1].sum(), torch.tensor(20.0 * 4 * 50), rtol=1e-3, atol=0)
+
+
+def test_draws_without_gradient_are_the_same():
+    _, q = mixture()
+    pyro.set_rng_seed(0)
+    moving = q.rsample((10,))
+    pyro.set_rng_seed(0)
+    torch.testing.assert_close(q.sample((10,)), moving.detach(), rtol=1e-14, atol=0)
+    with torch.no_grad():
+        assert not q.rsample((3,)).requires_grad
+
+
+def test_a_mixture_expands_and_broadcasts():
+    _, q = mixture()
+    wide = q.expand((4, 3))
+    assert (wide.batch_shape, wide.event_shape, wide.rsample((2,)).shape) == ((4, 3), (2,), (2, 4, 3, 2))
+    value = torch.randn(4, 3, 2).double()
+    torch.testing.assert_close(wide.log_prob(value), q.log_prob(value))
+    with pytest.raises(ValueError, match=r"logits, loc: got shapes \(2,\) and \(3, 2\)"):
+        MixtureOfNormals(torch.zeros(2), torch.zeros(3, 2), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="scale"):
+        MixtureOfNormals(torch.zeros(3), torch.zeros(3, 2), -torch.ones(3, 2), validate_args=True)

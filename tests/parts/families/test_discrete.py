@@ -1,0 +1,60 @@
+"""Families of classes and counts at any output of a network, and the order of their logits."""
+
+import pytest
+import torch
+
+from pyro_vae import families, guides, priors
+from pyro_vae.parts.networks import linear
+
+FAMILIES = {
+    "Categorical": lambda: families.Categorical(2, 3),
+    "Poisson": lambda: families.Poisson(2),
+    "NegativeBinomial": lambda: families.NegativeBinomial(2, "network"),
+    "StudentT": lambda: families.StudentT(2, df="network", scale="network", min_scale=1e-3),
+    "Normal": lambda: families.Normal(2, min_scale=1e-3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:min_scale")
+@pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
+def test_density_and_gradient_are_finite_at_any_output_of_a_network(build, size):
+    family = build()
+    for corner in torch.cartesian_prod(*[torch.tensor([-size, size])] * family.num_raw):
+        raw = corner.clone().requires_grad_()
+        q = family(raw)
+        for x in (torch.zeros(2), torch.tensor([0.0, 2.0])):
+            log_prob = q.log_prob(x)
+            assert log_prob.isfinite()
+            assert torch.autograd.grad(log_prob, raw, retain_graph=True)[0].isfinite().all()
+        assert q.mean.isfinite().all()
+        assert q.sample().isfinite().all()
+
+
+def test_logits_of_classes_come_as_channels_do():
+    family = families.Categorical((2, 2), num_classes=3)
+    raw = torch.randn(5, 12)
+    channels = raw.reshape(5, 3, 2, 2)
+    torch.testing.assert_close(family(raw).base_dist.logits, channels.movedim(1, -1).log_softmax(-1))
+
+
+@pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
+def test_expanded_distributions_score_and_draw_as_before(build):
+    family = build()
+    q = family(torch.randn(family.num_raw))
+    wide = q.expand([4, 3])
+    x = q.sample((4, 3))
+    torch.testing.assert_close(wide.log_prob(x), q.log_prob(x))
+    assert wide.sample().shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize("latent", [3, (3,), (2, 1), (2, 2, 2)])
+def test_one_hot_families_need_variables_and_classes(latent):
+    for build in (
+        lambda: priors.OneHotCategorical(latent),
+        lambda: priors.GumbelSoftmax(latent, temperature=0.5),
+        lambda: guides.OneHotCategorical(2, latent, linear()),
+        lambda: guides.GumbelSoftmax(2, latent, linear(), temperature=0.5),
+    ):
+        with pytest.raises(ValueError, match=r"`event_shape` must be \(n, k\), n one-hot variables .* got"):
+            build()
