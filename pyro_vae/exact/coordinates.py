@@ -1,4 +1,4 @@
-"""Coordinates of continuous latents: from a support to an unconstrained space."""
+"""Unconstrained coordinates of a continuous latent, in which quadrature integrates over it."""
 
 import math
 
@@ -22,7 +22,16 @@ __all__ = ["LatentCoordinates"]
 
 
 class LatentCoordinates:
-    """Coordinates ``(*, d)``, with d at most 2, of a continuous latent site."""
+    """Coordinates ``(*, d)``, with d at most 2, of a continuous latent site.
+
+    Args:
+        name: of the site.
+        fn: its distribution in the model.
+        dtype: of the values.
+
+    Raises:
+        ValueError: if the latent is not on the real line or the log-simplex, or d is larger.
+    """
 
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
         self.name = name
@@ -32,32 +41,32 @@ class LatentCoordinates:
         if base_support(fn) not in (constraints.real, log_simplex):
             kind = type(base_distribution(fn)).__name__
             raise ValueError(
-                f"model: its latent {name!r} is a {kind} on {fn.support}; quadrature is "
-                "over the reals or the log-simplex. Write the latent on the real line and transform it after the site"
+                "`model` must have a latent on the real line or the log-simplex for quadrature, got a "
+                f"{kind} on {fn.support} at {name!r}; write the latent on the real line and transform it after the site"
             )
         *variables, last = self.event_shape if self.event_shape else (1,)
         self.coordinate_shape = (*variables, last - 1) if self.on_simplex else tuple(self.event_shape)
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
             raise ValueError(
-                f"model: its latent {name!r} has {self.dims} dimensions, and quadrature goes up to 2. Discrete "
-                "latents are enumerated; of a linear Gaussian model, log p(x) and p(z | x) have a closed form"
+                f"`model` must have a continuous latent of at most 2 dimensions for quadrature, got {self.dims} at "
+                f"{name!r}; discrete latents are enumerated, and linear Gaussian models are solved in closed form"
             )
 
     def to_site(self, points: Tensor) -> Tensor:
-        """Values of the site at coordinates ``(*, d)``."""
+        """Map coordinates ``(*, d)`` to values of the site ``(*, *event)``."""
         shaped = points.reshape(*points.shape[:-1], *self.coordinate_shape)
         return (AdditiveLogRatioTransform()(shaped) if self.on_simplex else shaped).to(self.dtype)
 
     def to_points(self, value: Tensor) -> Tensor:
-        """Coordinates ``(*, d)`` of values of the site ``(*, *event)``."""
+        """Map values of the site ``(*, *event)`` to coordinates ``(*, d)``."""
         points = AdditiveLogRatioTransform().inv(value) if self.on_simplex else value
         return points.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
 
     def integration_box(self, fn: dist.TorchDistribution, num_data: int) -> Box:
-        """A box for each datum that holds all but e^-36 of a distribution, broken where a relaxed one is read hard.
+        """Return a box for each datum that contains all but e^-36 of the mass of a distribution, 1e-7 of a Student-t.
 
-        Of a Student-t it holds all but 1e-7.
+        Its break point is where a relaxed value is rounded to the other state.
         """
         base = base_distribution(fn)
         if isinstance(base, LogRelaxedOneHotCategorical):

@@ -69,7 +69,7 @@ class ScoreFunction(_ELBOEstimator):
         super().__init__(num_particles)
         if not isinstance(baseline, nn.Module) or not hasattr(baseline, "learn"):
             raise TypeError(
-                f"`baseline` must be a module such as baselines.RunningAverage(), got {baseline!r}; for no baseline, use "
+                f"`baseline` must be a module such as baselines.RunningAverage(), got {baseline!r}; without one, use "
                 "pyro.infer.Trace_ELBO()"
             )
         self.baseline: Any = baseline

@@ -423,7 +423,7 @@ def test_enumeration_costs_a_run_for_each_state():
 def test_it_is_the_same_in_chunks_of_any_size(monkeypatch, chunk, num_draws):
     vae = vae_of("one-hot")
     whole = exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
-    monkeypatch.setattr("pyro_vae.exact.densities._BUDGET", chunk * 64 * len(X))
+    monkeypatch.setattr("pyro_vae.exact.model_density._BUDGET", chunk * 64 * len(X))
     monkeypatch.setattr("pyro_vae.diagnostics.gradients._BUDGET", chunk)  # and over data: one, or a few
     found = exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
     for name, value in whole.items():
