@@ -24,7 +24,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
-from pyro_vae.objectives.base import ParticleELBO
+from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 

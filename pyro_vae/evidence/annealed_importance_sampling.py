@@ -41,7 +41,7 @@ def annealed_log_evidence(
               \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log \frac{p(x, z_{t-1})}{q(z_{t-1} \mid x)},
 
     with :math:`0 = \beta_0 < \dots < \beta_T = 1` and :math:`z_0 \sim q`. Each :math:`z_t` is a move of Hamiltonian
-    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` invariant. Each chain gives one weight. Their mean is
+    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` invariant. Each chain gives one weight. The mean is
     unbiased for p(x) for any length of the chains. So its logarithm is a lower bound in expectation, as that of
     :func:`pyro_vae.log_evidence`, which is the case T = 1. If a guide is too narrow, its weights have a large k̂ and a
     mean that is too low. Chains reach the values that it never draws, and as T grows their weights become equal.

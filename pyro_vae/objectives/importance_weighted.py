@@ -9,7 +9,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae._utils.typing import Function
-from pyro_vae.objectives.base import ParticleELBO, sum_events
+from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["ImportanceWeighted"]

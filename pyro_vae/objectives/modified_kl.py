@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_vae._utils.validation import positive
 from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli, LogRelaxedOneHotCategorical
-from pyro_vae.objectives.base import ParticleELBO, sum_events
 from pyro_vae.objectives.elbo_terms import rate_by_variable
+from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["DiscreteKL", "FreeBits"]

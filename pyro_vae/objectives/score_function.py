@@ -23,7 +23,7 @@ from pyro_vae._utils.param_store import register
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import nonempty_string
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.objectives.base import ParticleELBO, sum_events
+from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["VIMCO", "DisARM", "LeaveOneOut", "ScoreFunction"]
