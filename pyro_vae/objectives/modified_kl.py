@@ -123,7 +123,7 @@ class FreeBits(_ModifiedKL):
             )
         counted = _mask(site)
         rows = counted.reshape(counted.shape + (1,) * (each.dim() - counted.dim()))
-        average = torch.where(rows, each, 0.0).sum(0) / counted.sum()
+        average = torch.where(rows, each, 0.0).flatten(0, counted.dim() - 1).sum(0) / counted.sum()
         return torch.where(average > self.nats, each, self.nats)
 
 

@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae._utils.traces import log_density, recorded
+from pyro_vae._utils.traces import log_density, record_traces
 from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 from pyro_vae.parts.networks import linear
@@ -34,7 +34,7 @@ def discrete():
 def run(elbo, model, guide, x=X):
     """The loss, and the (model, guide) traces of the runs that it was computed from."""
     models, guides_ = [], []
-    loss = elbo.loss(recorded(model, models), recorded(guide, guides_), x)
+    loss = elbo.loss(record_traces(model, models), record_traces(guide, guides_), x)
     used = 1 if elbo.vectorize_particles else elbo.num_particles
     return loss, list(zip(models[-used:], guides_[-used:], strict=True))
 
@@ -297,7 +297,9 @@ def test_a_factor_is_no_likelihood():
 
     assert set(pv.evaluate(model, guide, x)) == {"surrogate", "distortion", "rate"}
     for refuses in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
-        with pytest.raises(ValueError, match=r"\['bonus'\] is not normalised \(soft targets, or pyro.factor\)"):
+        with pytest.raises(
+            ValueError, match=r"must have a normalised likelihood, got soft targets or pyro.factor at \['bonus'\]"
+        ):
             refuses()
 
 
