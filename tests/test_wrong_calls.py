@@ -445,7 +445,7 @@ NETWORKS = {
         lambda w: networks.one_hot(1, DeterministicLinear), ValueError, "num_classes", "must be an integer of 2 or more...got 1"
     ),
     "a baseline of no features": Row(
-        lambda w: baselines.NeuralBaseline(0, DeterministicLinear), ValueError, "in_features", f"got 0; {INT}"
+        lambda w: baselines.NeuralBaseline(0, DeterministicLinear), ValueError, "in_features", f"{INT}...got 0"
     ),
     "a baseline that forgets nothing": Row(
         lambda w: baselines.RunningAverage(decay=1.0),
@@ -613,11 +613,11 @@ PAIRS = {
     ),
     "the guide in place of the model": Row(
         lambda w: exact.log_evidence(w.vae.guide, w.x),
-        ValueError, "model", "needs latent and observed sites; has ['z'] and []",
+        ValueError, "model", "must have latent and observed sites...got the latents ['z'] and the observed sites []",
     ),
     "the guide of another model": Row(
         lambda w: exact.kl(w.vae.model, w.wide.guide, w.x),
-        ValueError, "guide", "site 'z' has event shape (3,), and the model (1,)",
+        ValueError, "guide", "must have the event shape of the model at site 'z'...(1,), got (3,)",
     ),
     "the guide of another model, to draw from": Row(
         lambda w: pv.to_datatree(w.vae.model, w.wide.guide, w.x),
@@ -626,7 +626,7 @@ PAIRS = {
     ),
     "a guide without latents": Row(
         lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
-        ValueError, "guide", "its latents [] are not those of the model, ['z']",
+        ValueError, "guide", "must have the latents of the model, ['z'], got []",
     ),
     "a refined guide that is none": Row(
         lambda w: pv.inference_gap(w.vae.model, w.vae.guide, w.x, refined=3),
@@ -634,11 +634,11 @@ PAIRS = {
     ),
     "a model without a plate": Row(
         lambda w: exact.log_evidence(no_plate, w.x),
-        ValueError, "model", "site 'z' is in the plates []; exact answers need",
+        ValueError, "model", "must have every site in one plate, 'data'...got site 'z' in the plates []",
     ),
     "an unknown plate": Row(
         lambda w: pv.log_evidence(w.vae.model, w.vae.guide, w.x, plate="rows"),
-        ValueError, "model", "site 'z' is in the plates ['data']; exact answers need every site in one plate, 'rows'",
+        ValueError, "model", "must have every site in one plate, 'rows'...got site 'z' in the plates ['data']",
     ),
     "an unknown plate to calibrate on": Row(
         lambda w: pv.calibrate(w.vae.model, w.vae.guide, w.x, plate="rows"), ValueError, "model", "in one plate, 'rows'"
@@ -648,11 +648,11 @@ PAIRS = {
     ),
     "too many dimensions for quadrature": Row(
         lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
-        ValueError, "model", "its latent 'z' has 3 dimensions, and quadrature goes up to 2",
+        ValueError, "model", "at most 2 dimensions for quadrature, got 3 at 'z'",
     ),
     "a discrete latent to anneal": Row(
         lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
-        ValueError, "model", "its latent 'z' is discrete, and annealing moves latents along gradients",
+        ValueError, "model", "must have continuous latents, which annealing moves along gradients, got the discrete 'z'",
     ),
     "a discrete latent to walk": Row(
         lambda w: pv.reference(w.discrete.model, w.x),
@@ -1032,7 +1032,7 @@ EXPORTS = {
         lambda w: idx.read(w.foreign), ValueError, "foreign.gz", "is truncated or corrupted, and not used"
     ),
     "a comparison of no models": Row(
-        lambda w: pv.compare_evidence({}), ValueError, "evidence", "must be one or more...got no models"
+        lambda w: pv.compare_evidence({}), ValueError, "evidence", "must have one or more models, got none"
     ),
     "a list of evidence": Row(
         lambda w: pv.compare_evidence([w.x[:, 0]]),
@@ -1040,11 +1040,11 @@ EXPORTS = {
     ),
     "evidence of different data": Row(
         lambda w: pv.compare_evidence({"a": w.x[:, 0], "b": w.x[:3, 0]}),
-        ValueError, "evidence", "must be the same data...got {'a': 6, 'b': 3} data",
+        ValueError, "evidence", "must have the same data...got {'a': 6, 'b': 3} data",
     ),
     "truth values as evidence": Row(
         lambda w: pv.compare_evidence({"a": w.x[:, 0] > 0}),
-        TypeError, "evidence", "must be floats (N,)...'a' is a torch.bool tensor of shape (6,)",
+        TypeError, "evidence", "['a']` must be floats (N,)...got a torch.bool tensor of shape (6,)",
     ),
 }  # fmt: skip
 

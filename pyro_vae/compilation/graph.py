@@ -45,7 +45,7 @@ _BETWEEN = ("torch.fx.", "torch._tensor", "torch.functional", "torch.overrides")
 """Modules through which a question passes."""
 
 
-_SUMS = ("pyro.infer.", "pyro_vae.objectives.base")
+_SUMS = ("pyro.infer.", "pyro_vae.objectives.particle_elbo")
 """Modules that take the value of a loss only to add it up and return it."""
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_vae._utils.traces import log_density
 from pyro_vae.distributions.properties import without_independent
-from pyro_vae.exact.densities import ModelDensity, Values
 from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.model_density import ModelDensity, Values
 
 __all__ = ["Aggregate", "Terms"]
 

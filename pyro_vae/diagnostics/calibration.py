@@ -27,8 +27,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function, positive, positive_int
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
-from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.model_guide import is_amortized
 

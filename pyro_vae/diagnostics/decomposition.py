@@ -23,8 +23,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import Aggregate, Terms
 from pyro_vae.distributions.properties import conditional_mean
-from pyro_vae.exact.densities import ModelDensity, draw
-from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.guide_density import GuideDensity, sample_sites
+from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
 __all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose"]
@@ -213,7 +213,7 @@ def decompose(
         summed = _are_few(problem)
         found = _Accumulator(mixture)
         for count in _counts(num_samples, problem.chunk):
-            found.add(draw(guide, problem.data, count), with_terms=not summed)
+            found.add(sample_sites(guide, problem.data, count), with_terms=not summed)
         terms, information = mixture.over_states() if summed else found.terms()
     return _assembled(terms, found.units(information), problem.num_data, 0 if summed else num_samples)
 

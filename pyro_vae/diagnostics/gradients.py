@@ -22,9 +22,9 @@ from pyro_vae._utils.param_store import parameters_of
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.exact.densities import MAX_STATES, ModelDensity
 from pyro_vae.exact.guide_density import GuideDensity
-from pyro_vae.objectives.base import ParticleELBO
+from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
+from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 

@@ -22,9 +22,9 @@ from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.evidence.importance_sampling import log_evidence
-from pyro_vae.exact.densities import ModelDensity, draw
-from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.guide_density import GuideDensity, sample_sites
 from pyro_vae.exact.linear_gaussian import linear_gaussian
+from pyro_vae.exact.model_density import ModelDensity
 
 __all__ = ["InferenceGap", "inference_gap"]
 
@@ -209,7 +209,7 @@ def _elbos(
 
 
 def _elbo_exactly(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
-    problem = q.problem
+    problem = q.p
     linear = linear_gaussian(problem)
     if linear is not None:
         ours = _as_multivariate_normal(q.site()["fn"])
@@ -231,10 +231,10 @@ def _as_multivariate_normal(fn: Any) -> Any:
 
 def _elbo_terms(q: GuideDensity, num_samples: int, seed: int) -> Tensor:
     """log p(x, z) - log q(z | x) at draws, ``(K, N)``."""
-    problem, parts = q.problem, []
+    problem, parts = q.p, []
     with seeded(seed):
         for first in range(0, num_samples, problem.chunk):
-            sites = draw(q.guide, problem.data, min(problem.chunk, num_samples - first))
+            sites = sample_sites(q.guide, problem.data, min(problem.chunk, num_samples - first))
             values = {name: site["value"] for name, site in sites.items()}
             log_q = sum(site["fn"].log_prob(site["value"]) for site in sites.values())
             parts.append((problem.log_joint(values) - log_q).double())

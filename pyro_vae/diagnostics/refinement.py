@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae._utils.typing import Function
-from pyro_vae.exact.densities import MAX_STATES, Values
 from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.model_density import MAX_STATES, Values
 from pyro_vae.parts.base import Conditional
 from pyro_vae.training.schedules import decayed
 from pyro_vae.vae import VAE
@@ -57,7 +57,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
     with torch.no_grad():
         remaining = iter(averages)
         fns = {name: build([next(remaining) for _ in start]) for name, (start, build) in families.items()}
-    plate, num_data = q.problem.plate, q.problem.num_data
+    plate, num_data = q.p.plate, q.p.num_data
 
     def refined(*data: Tensor) -> None:
         with pyro.plate(plate, num_data, dim=-1):
@@ -73,7 +73,7 @@ def _bound(q: GuideDensity, fns: dict[str, Any], still: dict[str, Any], num_part
     ``still`` are the same distributions without gradient in their parameters: the score has expectation zero, and
     without it the gradient has no variance left where q is the posterior.
     """
-    problem = q.problem
+    problem = q.p
     discrete = [name for name in fns if fns[name].support.is_discrete]
     drawn = {name: fn.rsample(torch.Size([num_particles])) for name, fn in fns.items() if name not in discrete}
     count = num_particles if drawn else 1
@@ -129,7 +129,7 @@ def _families(q: GuideDensity) -> dict[str, tuple[list[Tensor], Build]]:
             )
         encoder = _encoder(q)
         if encoder is not None:
-            raw = encoder.raw_outputs(*q.problem.data).clone()
+            raw = encoder.raw_outputs(*q.p.data).clone()
             return {"z": ([raw], lambda parameters: encoder.family(parameters[0]))}
         return {name: _rebuilt(name, fn) for name, fn in factors.items()}
 

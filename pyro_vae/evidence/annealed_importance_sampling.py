@@ -1,4 +1,4 @@
-"""Annealed importance sampling: log p(x) of continuous latents whose posterior the guide misses."""
+"""Annealed importance sampling: log p(x) of models with continuous latents, even if the guide is poor."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,15 @@ from torch.distributions import biject_to
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.evidence.importance_sampling import Done, Evidence, Sampler, batched_estimate
-from pyro_vae.exact.densities import ModelDensity, Values, sample_with_log_q
-from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate
+from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.model_density import ModelDensity, Values
 
 __all__ = ["annealed_log_evidence"]
 
-_STEEPNESS = 4  # of the schedule of temperatures at its ends
-
-
-_ACCEPTED = 0.8  # share of the proposals that step sizes aim at
-
-
+_STEEPNESS = 4  # of the temperature schedule at its ends
+_ACCEPTANCE = 0.8  # target of the step sizes
 _PRELIMINARY_CHAINS = 8
-
-
 _PRELIMINARY_MOVES = 2  # at each temperature
 
 
@@ -41,43 +35,43 @@ def annealed_log_evidence(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Evidence:
-    r"""Estimate the log marginal likelihood of each datum by annealed importance sampling, from the guide on,
+    r"""Estimate the log marginal likelihood of each datum by annealed importance sampling, starting at the guide,
 
     .. math:: f_\beta(z) = q(z \mid x)^{1 - \beta}\, p(x, z)^\beta, \qquad
               \log w = \sum_{t=1}^T (\beta_t - \beta_{t-1}) \log \frac{p(x, z_{t-1})}{q(z_{t-1} \mid x)},
 
-    with :math:`0 = \beta_0 < \dots < \beta_T = 1` and :math:`z_0 \sim q`, and each :math:`z_t` a move of Hamiltonian
-    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` as it is. Each chain gives one weight. Their mean
-    is unbiased for p(x) however short the chains are, so that its logarithm is a lower bound in expectation, as that
-    of :func:`pyro_vae.log_evidence`, which is the case of T = 1. Where a guide is too narrow, its weights' k̂ is large
-    and their mean too low; chains walk to where it never draws, and as T grows their weights become equal.
+    with :math:`0 = \beta_0 < \dots < \beta_T = 1` and :math:`z_0 \sim q`. Each :math:`z_t` is a move of Hamiltonian
+    Monte Carlo from :math:`z_{t-1}` that leaves :math:`f_{\beta_t}` invariant. Each chain gives one weight. The mean is
+    unbiased for p(x) for any length of the chains. So its logarithm is a lower bound in expectation, as that of
+    :func:`pyro_vae.log_evidence`, which is the case T = 1. If a guide is too narrow, its weights have a large k̂ and a
+    mean that is too low. Chains reach the values that it never draws, and as T grows their weights become equal.
 
-    Step sizes are of each datum and temperature. They are found in a preliminary pass of 8 chains whose weights are
-    thrown away, and then frozen: given them, the mean is unbiased, which it would not be if moves adapted to the chains
-    that they move. Temperatures are the sigmoidal ones of Wu et al., close at both ends. Latents on a part of the real
-    line move in unconstrained coordinates (``biject_to`` of their support).
+    Each datum and temperature has its own step size. A preliminary pass of 8 chains finds the step sizes, which then
+    stay fixed: the mean would be biased if moves adapted to the chains that they move. The temperatures are the
+    sigmoidal ones of Wu et al., with small steps at both ends. Latents on a part of the real line move in unconstrained
+    coordinates (``biject_to`` of their support).
 
-    Wu et al. start from the prior, which misses no part of the posterior and is far from it. For that, the guide is a
-    function that draws from the prior, as in the example; in one for a VAE, ``pyro.sample("z", vae.prior())``.
+    Wu et al. start at the prior, which covers the whole posterior but is far from it. To do the same, pass a guide that
+    draws from the prior, as in the example; for a VAE, ``pyro.sample("z", vae.prior())``.
 
-    Chains that never find a mode of the posterior that is far from the guide miss its share of p(x), and neither k̂ nor
-    the standard error knows.
+    If all chains miss a mode of the posterior, its share of p(x) is missing, and neither k̂ nor the standard error shows
+    that.
 
     Args:
-        model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites; its latents are
+        model: a Pyro model with one data plate, the rightmost dimension, that contains all its sites. Its latents are
             continuous, and its density has a gradient in them.
         guide: its guide.
-        data: what both take.
-        num_chains: K, weights of each datum. Above 20 they have a k̂, which up to some hundred is drawn to 1/2.
-        num_temperatures: T. The error falls with it; the time is proportional to K × T × leapfrog steps.
-        num_leapfrog_steps: of a move, each with a gradient of log p(x, z) and log q(z | x).
+        data: arguments of both.
+        num_chains: K, weights of each datum. More than 20 have a k̂; up to some hundred, a prior pulls it to 1/2.
+        num_temperatures: T. The error falls as T grows. The time is proportional to K × T × leapfrog steps.
+        num_leapfrog_steps: of a move. Each computes a gradient of log p(x, z) and log q(z | x).
         plate: name of the data plate.
         seed: of the draws.
-        progress: whether to show a progress bar; only on a terminal if left out.
+        progress: whether to show a progress bar; by default only on a terminal.
 
     Raises:
-        ValueError: if model and guide are not of this form, a latent is discrete or has a support without coordinates,
-            or the likelihood is not normalised.
+        ValueError: if model and guide are not of this form, a latent is discrete or has a support without unconstrained
+            coordinates, or the likelihood is not normalised.
 
     Source: Neal 2001, "Annealed importance sampling"; Wu, Burda, Salakhutdinov and Grosse 2017, "On the quantitative
     analysis of decoder-based generative models".
@@ -98,53 +92,54 @@ def annealed_log_evidence(
     positive_int(num_chains, "num_chains")
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
-    problem = ModelDensity(model, data, plate)
-    GuideDensity(problem, guide).check_densities()
-    _Coordinates(problem)
+    p = ModelDensity(model, data, plate)
+    GuideDensity(p, guide).check_densities()
+    _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 
-    def sampler(part: ModelDensity, guide: Function, done: Done) -> Sampler:
-        path = _Path(part, guide, num_leapfrog_steps)
+    def make_sampler(p: ModelDensity, guide: Function, report: ReportProgress) -> WeightSampler:
+        path = _Path(p, guide, num_leapfrog_steps)
         steps = path.step_sizes(betas)
-        return lambda count: path.log_weights(count, betas, steps, done)
+        return lambda count: path.log_weights(count, betas, steps, report)
 
-    with pyro.validation_enabled(False):  # a trajectory that goes astray ends in a rejected move, not in an error
-        return batched_estimate(problem, guide, num_chains, sampler, seed, progress)
+    with pyro.validation_enabled(False):  # a diverging trajectory is rejected, and is no error
+        return batched_estimate(p, guide, num_chains, make_sampler, seed, progress)
 
 
 def _temperatures(count: int) -> list[float]:
-    """From 0 to 1, ``count + 1`` of them, evenly spaced before a logistic function."""
+    """The ``count + 1`` temperatures from 0 to 1, a logistic function of evenly spaced numbers."""
     curve = (torch.linspace(-_STEEPNESS, _STEEPNESS, count + 1, dtype=torch.float64)).sigmoid()
     return ((curve - curve[0]) / (curve[-1] - curve[0])).tolist()
 
 
 class _Coordinates:
-    """Unconstrained coordinates ``(C, N, D)`` of all latents of a problem."""
+    """Unconstrained coordinates ``(C, N, D)`` of all latents of a model."""
 
-    def __init__(self, problem: ModelDensity):
+    def __init__(self, p: ModelDensity):
         self.transforms, self.shapes = {}, {}
-        for name, site in problem.latents.items():
+        for name, site in p.latents.items():
             fn = site["fn"]
             if fn.support.is_discrete:
                 raise ValueError(
-                    f"model: its latent {name!r} is discrete, and annealing moves latents along gradients. Use "
-                    "pv.exact.log_evidence, which sums over states, or pv.log_evidence"
+                    f"`model` must have continuous latents, which annealing moves along gradients, got the discrete "
+                    f"{name!r}; use pv.exact.log_evidence, which sums over states, or pv.log_evidence"
                 )
             try:
                 self.transforms[name] = biject_to(fn.support)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"model: its latent {name!r} is on {fn.support}, of which `torch.distributions.biject_to` knows no "
-                    "coordinates; write it on the real line and transform it after the site, or use pv.log_evidence"
+                    f"`model` must have latents with unconstrained coordinates (torch.distributions.biject_to), got "
+                    f"{name!r} on {fn.support}; write it on the real line and transform it after the site, or use "
+                    "pv.log_evidence"
                 ) from error
             self.shapes[name] = self.transforms[name].inverse_shape(fn.event_shape)
 
     def points(self, values: Values) -> Tensor:
-        """Of values ``(C, N, *event)``."""
+        """Map values ``(C, N, *event)`` to coordinates."""
         return torch.cat([_flat(self.transforms[name].inv(values[name])) for name in self.shapes], -1)
 
     def values(self, points: Tensor) -> tuple[Values, Tensor]:
-        """The values at points, and the log-volume ``(C, N)`` that they take there."""
+        """Map coordinates to values, with the log-determinant of the Jacobian, ``(C, N)``."""
         values, volume = {}, points.new_zeros(points.shape[:2])
         parts = points.split([shape.numel() for shape in self.shapes.values()], -1)
         for (name, transform), part in zip(self.transforms.items(), parts, strict=True):
@@ -160,7 +155,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _State:
-    """Where C chains for each of N data are; densities and gradients are those of guide and model, in this order."""
+    """Positions of C chains for each of N data, with densities and gradients of guide and model, in this order."""
 
     point: Tensor  # (C, N, D)
     log_densities: tuple[Tensor, Tensor]  # (C, N) each
@@ -176,45 +171,43 @@ class _State:
         return self.log_densities[1] - self.log_densities[0]
 
     def replaced(self, where: Tensor, other: "_State") -> "_State":
-        """With ``other`` where ``(C, N)`` says so."""
-
-        def pair(theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.where(at, theirs[0], ours[0]), torch.where(at, theirs[1], ours[1])
-
+        """Take the positions of ``other`` where ``where``, ``(C, N)``, is True."""
+        (new_q, new_p), (old_q, old_p) = other.log_densities, self.log_densities
+        (new_dq, new_dp), (old_dq, old_dp) = other.gradients, self.gradients
+        each = where[..., None]
         return _State(
-            torch.where(where[..., None], other.point, self.point),
-            pair(other.log_densities, self.log_densities, where),
-            pair(other.gradients, self.gradients, where[..., None]),
+            torch.where(each, other.point, self.point),
+            (torch.where(where, new_q, old_q), torch.where(where, new_p, old_p)),
+            (torch.where(each, new_dq, old_dq), torch.where(each, new_dp, old_dp)),
         )
 
 
 class _Path:
-    """The distributions between q(z | x) and p(z | x), and moves that leave each as it is."""
+    """The distributions between q(z | x) and p(z | x), and moves that leave each of them invariant."""
 
-    def __init__(self, problem: ModelDensity, guide: Function, num_leapfrog_steps: int):
-        self.problem = problem
-        self.guide = guide
-        self.q = GuideDensity(problem, guide)
-        self.coordinates = _Coordinates(problem)
+    def __init__(self, p: ModelDensity, guide: Function, num_leapfrog_steps: int):
+        self.p = p
+        self.q = GuideDensity(p, guide)
+        self.coordinates = _Coordinates(p)
         self.num_leapfrog_steps = num_leapfrog_steps
 
     def start(self, count: int) -> _State:
-        """Draws of the guide."""
-        return self.at(self.coordinates.points(sample_with_log_q(self.guide, self.problem.data, count)[0]))
+        """Start chains at draws of the guide."""
+        return self.at(self.coordinates.points(sample_with_log_q(self.q.guide, self.p.data, count)[0]))
 
     def at(self, point: Tensor) -> _State:
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             values, volume = self.coordinates.values(point)
-            log_q, log_p = self.q.log_prob(values) + volume, self.problem.log_joint(values) + volume
-            (of_q,) = torch.autograd.grad(log_q.sum(), point, retain_graph=True)
-            (of_p,) = torch.autograd.grad(log_p.sum(), point)
-        return _State(point.detach(), (log_q.detach(), log_p.detach()), (of_q, of_p))
+            log_q, log_p = self.q.log_prob(values) + volume, self.p.log_joint(values) + volume
+            (grad_q,) = torch.autograd.grad(log_q.sum(), point, retain_graph=True)
+            (grad_p,) = torch.autograd.grad(log_p.sum(), point)
+        return _State(point.detach(), (log_q.detach(), log_p.detach()), (grad_q, grad_p))
 
     def move(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
-        """The state after a move, and the probability ``(C, N)`` with which its proposal was accepted.
+        """Move the chains; return their state, and the acceptance probabilities ``(C, N)`` of the proposals.
 
-        Step sizes, ``(N,)``, are varied by a fifth at random, so that no trajectory closes upon itself.
+        Step sizes, ``(N,)``, vary at random by a fifth, so that no trajectory is periodic.
         """
         sizes = (step * (0.8 + 0.4 * torch.rand_like(state.log_densities[0])))[..., None]
         momentum = torch.randn_like(state.point)
@@ -229,7 +222,7 @@ class _Path:
         return state.replaced(torch.rand_like(probability) < probability, proposal), probability
 
     def step_sizes(self, betas: list[float]) -> list[Tensor]:
-        """Of each temperature between the first and the last, ``(N,)``, from chains of their own."""
+        """Find step sizes ``(N,)`` for each temperature between the first and the last, with preliminary chains."""
         state = self.start(_PRELIMINARY_CHAINS)
         dims = state.point.shape[-1]
         step = state.point.std(0).mean(-1).clamp(min=1e-6) * dims**-0.25
@@ -237,17 +230,17 @@ class _Path:
         for beta in betas[1:-1]:
             for _ in range(_PRELIMINARY_MOVES):
                 state, probability = self.move(state, beta, step)
-                step = step * (probability.mean(0) - _ACCEPTED).exp()
+                step = step * (probability.mean(0) - _ACCEPTANCE).exp()
             steps.append(step)
         return steps
 
-    def log_weights(self, count: int, betas: list[float], steps: list[Tensor], done: Done) -> Tensor:
-        """One of each chain, ``(count, N)``."""
+    def log_weights(self, count: int, betas: list[float], steps: list[Tensor], report: ReportProgress) -> Tensor:
+        """Compute the log-weights of new chains, ``(count, N)``."""
         state = self.start(count)
         log_weight, share = torch.zeros_like(state.log_densities[0]), state.log_densities[0].numel() / (len(betas) - 1)
         for index in range(1, len(betas)):
             log_weight = log_weight + (betas[index] - betas[index - 1]) * state.log_ratio()
             if index < len(betas) - 1:
                 state, _ = self.move(state, betas[index], steps[index - 1])
-            done(share)
+            report(share)
         return log_weight

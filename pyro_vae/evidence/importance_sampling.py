@@ -1,4 +1,4 @@
-"""Estimates of log p(x) where there is no exact answer: importance sampling with the guide as the proposal."""
+"""Importance sampling with the guide as proposal: estimates of log p(x), with their error and reliability."""
 
 import math
 from collections.abc import Callable
@@ -15,34 +15,32 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
-from pyro_vae.exact.densities import ModelDensity, log_joint, sample_with_log_q
-from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.model_density import ModelDensity, log_prob_at
 from pyro_vae.model_guide import is_amortized
 
-__all__ = ["Evidence", "batched_estimate", "log_evidence"]
+__all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "log_evidence"]
 
-_BUDGET = 2**22  # numbers in the largest tensor of one chunk
+WeightSampler = Callable[[int], Tensor]
+"""From a number of draws to their log-weights, ``(count, N)``."""
 
+ReportProgress = Callable[[float], object]
+"""Receives the number of weights that were computed since the last call."""
 
-_ROWS = 128  # of a batch
-
-
-Sampler = Callable[[int], Tensor]
-
-
-Done = Callable[[float], object]
+_BUDGET = 2**22  # numbers in the largest tensor of a chunk
+_ROWS = 128  # in a batch
 
 
 @dataclass(frozen=True)
 class Evidence:
-    r"""Estimates of :math:`\log p(x_i)` from K weighted draws each. Printed, it says what they come to.
+    r"""Estimates of :math:`\log p(x_i)` from K weighted draws each. ``print`` shows a summary.
 
     Attributes:
         log_evidence: ``(N,)``, in nats: a lower bound in expectation.
         ess: ``(N,)``, the effective number of draws :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K. An estimate
-            that rests on a few draws of many is too low, by more than its standard error tells.
+            that depends on a few of many draws is too low, by more than its standard error.
         khat: ``(N,)``, the shape of the tail of the weights, see :func:`pyro_vae.evidence.pareto.pareto_shape`. Above
-            :attr:`reliable_khat` neither the estimate nor its standard error is to be trusted.
+            :attr:`reliable_khat` neither the estimate nor its standard error is reliable.
         num_samples: K.
 
     >>> constant = torch.full((4,), -1.5)
@@ -59,37 +57,40 @@ class Evidence:
 
     @property
     def standard_error(self) -> Tensor:
-        """``(N,)``, in nats, by the delta method: that of the mean weight, relative to it. NaN of one draw."""
+        """Standard errors ``(N,)``, in nats, by the delta method: those of the mean weight, relative to it.
+
+        NaN for one draw.
+        """
         if self.num_samples == 1:
             return torch.full_like(self.ess, math.nan)
         return (1 / self.ess - 1 / self.num_samples).clamp(min=0).sqrt()
 
     @property
     def bias_corrected(self) -> Tensor:
-        r"""``(N,)``, in nats: with the bias of the logarithm taken off, to first order in 1/K, and no bound any more.
+        r"""Estimates ``(N,)``, in nats, without the bias of the logarithm to first order in 1/K; they are no bounds.
 
         The mean weight is unbiased for p(x), and its logarithm too low by half its relative variance,
-        :math:`\mathbb{E}[\log\hat p] \approx \log p(x) - \mathrm{se}^2 / 2`. NaN of one draw. Where k̂ is not
-        reliable the bias is larger than this.
+        :math:`\mathbb{E}[\log\hat p] \approx \log p(x) - \mathrm{se}^2 / 2`. NaN for one draw. If k̂ is not reliable,
+        the bias is larger than this.
         """
         return self.log_evidence + self.standard_error**2 / 2
 
     @property
     def reliable_khat(self) -> float:
-        r"""The k̂ up to which an estimate is to be trusted, :math:`\min(1 - 1/\log_{10} K, 0.7)`."""
+        r"""The largest k̂ of a reliable estimate, :math:`\min(1 - 1/\log_{10} K, 0.7)`."""
         return reliable_shape(self.num_samples)
 
     @property
     def unreliable(self) -> Tensor:
-        """``(N,)``, whether k̂ is above :attr:`reliable_khat`, or unknown for want of draws."""
+        """Whether k̂ is above :attr:`reliable_khat`, or unknown because there are too few draws, ``(N,)``."""
         return ~(self.khat <= self.reliable_khat)
 
     def __str__(self) -> str:
-        found, noise = self.log_evidence.double(), self.standard_error.double()
-        count = len(found)
-        spread = float(found.std() / count**0.5) if count > 1 else math.nan
+        estimate, noise = self.log_evidence.double(), self.standard_error.double()
+        count = len(estimate)
+        spread = float(estimate.std() / count**0.5) if count > 1 else math.nan
         return (
-            f"log p(x), in expectation at least {float(found.mean()):.3f} nats per datum\n"
+            f"log p(x), in expectation at least {float(estimate.mean()):.3f} nats per datum\n"
             f"standard error {spread:.3f} over {count} data, of it "
             f"{float(noise.square().sum().sqrt() / count):.3f} from {self.num_samples} draws each\n"
             f"median ess {float(self.ess.median()):.1f} of {self.num_samples}; "
@@ -114,26 +115,26 @@ def log_evidence(
     .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K w_k, \qquad
               w_k = \frac{p(x, z_k)}{q(z_k \mid x)},\quad z_k \sim q(z \mid x).
 
-    In expectation a lower bound that tightens as K grows; at K = 1 the ELBO. Where :func:`pyro_vae.exact.inference.log_evidence`
-    has an answer, that is better; where k̂ says that the guide is too far from the posterior, so may be
-    :func:`pyro_vae.annealed_log_evidence`. Latents may be continuous, discrete, or both.
+    In expectation this is a lower bound, which is the ELBO at K = 1 and tightens as K grows. Prefer
+    :func:`pyro_vae.exact.inference.log_evidence` where it has an answer. If k̂ is large, the guide is too far from the
+    posterior, and :func:`pyro_vae.annealed_log_evidence` may be better. Latents may be continuous, discrete, or both.
 
     Args:
-        model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
+        model: a Pyro model with one data plate, the rightmost dimension, that contains all its sites.
         guide: its guide.
-        data: what both take.
-        num_samples: K, draws of each datum's latents; in batches of rows and chunks of draws that bound the memory. Of
-            the weights only running sums are kept, and the largest, about 3 sqrt(K) of each datum, for k̂.
+        data: arguments of both.
+        num_samples: K, draws for each datum. They are computed in batches of rows and chunks of draws, which bound the
+            memory: only running sums of the weights are stored, and the 3 sqrt(K) largest ones of each datum, for k̂.
         plate: name of the data plate.
         seed: of the draws.
-        progress: whether to show a progress bar; only on a terminal if left out.
-        compile: whether to capture the weights of a chunk as one graph and replay it compiled, see
-            :mod:`pyro_vae.compilation.graph`: the same draws and, but for rounding, the same numbers, faster after some seconds
-            in a C++ compiler. It pays for many draws of many data: each call captures its own.
+        progress: whether to show a progress bar; by default only on a terminal.
+        compile: whether to capture the weights of a chunk as a graph and compile it, see
+            :mod:`pyro_vae.compilation.graph`. The draws are the same, and so are the results except for rounding. The
+            C++ compiler takes some seconds in each call, which pays for many draws of many data.
 
     Raises:
         ValueError: if model and guide are not of this form, or the likelihood is not normalised;
-            :class:`pyro_vae.compilation.graph.CaptureError` is one, if they cannot be captured.
+            :class:`pyro_vae.compilation.graph.CaptureError`, a subclass, if they cannot be captured.
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", equation 8.
 
@@ -150,70 +151,69 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     boolean(compile, "compile")
-    problem = ModelDensity(model, data, plate)
-    GuideDensity(problem, guide).check_densities()
-    replayed: dict[int, CompiledFunction] = {}
+    p = ModelDensity(model, data, plate)
+    GuideDensity(p, guide).check_densities()
+    compiled: dict[int, CompiledFunction] = {}
 
-    def sampler(problem: ModelDensity, guide: Function, done: Done) -> Sampler:
+    def make_sampler(p: ModelDensity, guide: Function, report: ReportProgress) -> WeightSampler:
         def sample(count: int) -> Tensor:
             weights = partial(_log_weights, model, guide, count)
-            run = replayed.setdefault(count, CompiledFunction(weights)) if compile else weights
-            (log_weights,) = run(*problem.data)
-            done(log_weights.numel())
+            run = compiled.setdefault(count, CompiledFunction(weights)) if compile else weights
+            (log_weights,) = run(*p.data)
+            report(log_weights.numel())
             return log_weights
 
         return sample
 
-    return batched_estimate(problem, guide, num_samples, sampler, seed, progress)
+    return batched_estimate(p, guide, num_samples, make_sampler, seed, progress)
 
 
 def batched_estimate(
-    problem: ModelDensity,
+    p: ModelDensity,
     guide: Function,
     num_samples: int,
-    sampler: Callable[[ModelDensity, Function, Done], Sampler],
+    make_sampler: Callable[[ModelDensity, Function, ReportProgress], WeightSampler],
     seed: int,
     progress: bool | None,
 ) -> Evidence:
-    """The evidence from K log-weights of each datum, in batches of rows and chunks of draws.
+    """Estimate the evidence from K log-weights of each datum, in batches of rows and chunks of draws.
 
     Args:
-        problem: the model on its data.
+        p: the density of the model.
         guide: its guide.
         num_samples: K.
-        sampler: makes of a batch of rows and the guide the function that draws log-weights, ``count -> (count, N)``,
-            and tells its third argument how many are done.
+        make_sampler: returns the function that draws the log-weights of a batch of rows.
         seed: of the draws.
         progress: as in :func:`log_evidence`.
     """
-    total = problem.num_data * num_samples
+    total = p.num_data * num_samples
     with seeded(seed), tqdm(total=total, disable=tqdm_disable(progress), unit="draw", unit_scale=True) as bar:
-        parts = [_summed(part, sampler(part, guide, bar.update), num_samples) for part in _batches(problem, guide)]
-    found, ess, khat = (torch.cat(list(part)).to(problem.dtype) for part in zip(*parts, strict=True))
-    return Evidence(found, ess, khat, num_samples)
+        parts = [
+            _summarize_weights(part, make_sampler(part, guide, bar.update), num_samples) for part in _batches(p, guide)
+        ]
+    log_evidence, ess, khat = (torch.cat(list(part)).to(p.dtype) for part in zip(*parts, strict=True))
+    return Evidence(log_evidence, ess, khat, num_samples)
 
 
-def _batches(problem: ModelDensity, guide: Function) -> list[ModelDensity]:
-    """Some rows each, for which q(z | x) is computed once for many draws; all at once where rows need each other."""
-    model, data, plate = problem.model, problem.data, problem.plate
-    if problem.num_data <= _ROWS or not (is_amortized(model, data, plate) and is_amortized(guide, data, plate)):
-        return [problem]
+def _batches(p: ModelDensity, guide: Function) -> list[ModelDensity]:
+    """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
+    model, data, plate = p.model, p.data, p.plate
+    if p.num_data <= _ROWS or not (is_amortized(model, data, plate) and is_amortized(guide, data, plate)):
+        return [p]
     parts = zip(*(tensor.split(_ROWS) for tensor in data), strict=True)
     return [ModelDensity(model, part, plate) for part in parts]
 
 
-def _summed(problem: ModelDensity, sampler: Sampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _summarize_weights(p: ModelDensity, sampler: WeightSampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each."""
-    widths = [site["fn"].event_shape.numel() for site in (problem.latents | problem.observed).values()]
-    chunk = max(1, _BUDGET // (problem.num_data * max(64, *widths)))
-    kept = tail_length(num_samples) + 1
-    total, total_of_squares = problem.zeros() - math.inf, problem.zeros() - math.inf
-    top = problem.zeros()[:0].reshape(0, problem.num_data)
+    chunk, top_size = p.chunk_size(_BUDGET), tail_length(num_samples) + 1
+    total, total_of_squares = p.zeros() - math.inf, p.zeros() - math.inf
+    top = p.zeros()[:0].reshape(0, p.num_data)
     for first in range(0, num_samples, chunk):
         log_weight = sampler(min(chunk, num_samples - first))
-        # The tail keeps its dtype: k̂ knows by it what is rounding.
+        # The largest weights keep their dtype, from which k̂ takes the size of a rounding error.
         top = torch.cat([top.to(log_weight.dtype), log_weight])
-        top = top.topk(min(kept, len(top)), dim=0, sorted=False).values
+        top = top.topk(min(top_size, len(top)), dim=0, sorted=False).values
         log_weight = log_weight.double()
         total = torch.logaddexp(total, log_weight.logsumexp(0))
         total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
@@ -224,4 +224,4 @@ def _summed(problem: ModelDensity, sampler: Sampler, num_samples: int) -> tuple[
 def _log_weights(model: Function, guide: Function, count: int, *data: Tensor) -> list[Tensor]:
     """log p(x, z) - log q(z | x) at draws z ~ q, ``(count, N)``."""
     values, log_q = sample_with_log_q(guide, data, count)
-    return [log_joint(model, values, data) - log_q]
+    return [log_prob_at(model, values, data) - log_q]

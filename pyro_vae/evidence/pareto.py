@@ -1,9 +1,9 @@
-r"""The generalised Pareto shape k̂ of the largest importance weights: whether their mean can be trusted.
+r"""The generalised Pareto shape k̂ of the largest importance weights, which shows whether their mean is reliable.
 
-Above a high cutoff nearly every law of weights looks like a generalised Pareto distribution, and its shape k tells how
-many moments the weights have: :math:`\mathbb{E}[w^m]` is finite for :math:`m < 1/k`. From k = 1/2 the variance of the
-mean is infinite, and already below that a mean of few weights is mostly too low, without a word from its standard
-error.
+Above a high cutoff, nearly every distribution of weights is close to a generalised Pareto distribution. Its shape k
+determines how many moments the weights have: :math:`\mathbb{E}[w^m]` is finite for :math:`m < 1/k`. From k = 1/2 on,
+the variance of the mean is infinite. Already below that, the mean of few weights is mostly too low, by more than its
+standard error.
 
 Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, "Pareto smoothed importance sampling"; Zhang and Stephens 2009, "A
 new and efficient estimation method for the generalized Pareto distribution".
@@ -18,17 +18,13 @@ from pyro_vae._utils.validation import describe, positive_int, real_tensor
 
 __all__ = ["pareto_shape", "reliable_shape", "tail_length"]
 
-_LEAST = 5  # draws above the cutoff that a shape is fitted to
-
-
-_ROUNDING = 16  # of the last digit of a log-weight
-
-
-_PRIOR_DRAWS = 10  # of the weak prior, whose shape is 1/2
+_MIN_TAIL = 5  # draws above the cutoff, to fit a shape
+_ROUNDING = 16  # units of the last digit of a log-weight
+_PRIOR_DRAWS = 10  # weight of the prior, whose shape is 1/2
 
 
 def tail_length(num_samples: int) -> int:
-    r"""How many of S draws make the tail, :math:`\lceil\min(S/5, 3\sqrt S)\rceil`.
+    r"""Return the number of draws in the tail of S draws, :math:`\lceil\min(S/5, 3\sqrt S)\rceil`.
 
     >>> tail_length(100), tail_length(5000)
     (20, 213)
@@ -38,9 +34,9 @@ def tail_length(num_samples: int) -> int:
 
 
 def reliable_shape(num_samples: int) -> float:
-    r"""The k̂ up to which a mean of S weights is to be trusted, :math:`\min(1 - 1/\log_{10} S, 0.7)`.
+    r"""Return the largest k̂ of a reliable mean of S weights, :math:`\min(1 - 1/\log_{10} S, 0.7)`.
 
-    Source: Vehtari et al. 2024, equation 13. Minus infinity of one draw, 0 or less up to ten: nothing is.
+    Minus infinity for one draw, and 0 or less up to ten draws. Source: Vehtari et al. 2024, equation 13.
 
     >>> reliable_shape(100), reliable_shape(5000)
     (0.5, 0.7)
@@ -50,32 +46,32 @@ def reliable_shape(num_samples: int) -> float:
 
 
 def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
-    r"""k̂ of the weights of each datum, all data at once.
+    r"""Compute k̂ of the weights of each datum, for all data at once, in float64.
 
-    The tail is what lies above the :math:`(T+1)`-th largest of S weights, T of :func:`tail_length`. To its exceedances
-    a generalised Pareto distribution is fitted by the posterior mean of Zhang and Stephens, and the shape is drawn
-    towards 1/2 as if by ten more draws, :math:`\hat k = (T k + 5) / (T + 10)`. In float64; equal to ``psislw`` of ArviZ
-    0.23 to rounding, where that has an answer; ArviZ 1.x rounds T down.
+    The tail is the part above the :math:`(T+1)`-th largest of S weights, with T of :func:`tail_length`. A generalised
+    Pareto distribution is fitted to its exceedances by the posterior mean of Zhang and Stephens. A prior of ten draws
+    pulls the shape towards 1/2, :math:`\hat k = (T k + 5) / (T + 10)`. The result equals ``psislw`` of ArviZ 0.23 up to
+    rounding, where that is finite; ArviZ 1.x rounds T down.
 
-    * **All weights equal at the top**, to rounding: there is no tail, and k̂ is ``-inf``. So it is of an exact guide,
-      whose weights all are p(x), and of a discrete latent whose largest weight is drawn again and again.
-    * **One to four draws above the cutoff**, and ties below them: too few to fit, and k̂ is ``inf``: what was seen so
-      rarely may well weigh more than is known. (ArviZ says ``inf`` in the case above too.)
-    * **Too few draws at all**, up to 20, whose tail has no five: k̂ is ``NaN``.
-    * **Weights of zero**, ``-inf``, are draws like others, below the tail. If all are zero, k̂ is ``inf``; of a weight
-      that is ``NaN`` or infinite it is ``NaN``.
+    * **All of the largest weights equal**, up to rounding: there is no tail, and k̂ is ``-inf``. Examples are an exact
+      guide, whose weights all are p(x), and a discrete latent whose largest weight is drawn again and again.
+    * **One to four draws above the cutoff**, and ties below them: too few to fit, and k̂ is ``inf``, since weights that
+      were drawn so rarely may be larger than observed. (ArviZ returns ``inf`` in the case above too.)
+    * **At most 20 draws**, whose tail has fewer than five: k̂ is ``NaN``.
+    * **Weights of zero**, ``-inf``, are draws below the tail. If all are zero, k̂ is ``inf``. If a weight is ``NaN`` or
+      infinite, k̂ is ``NaN``.
 
-    Of a state of a discrete latent that was never drawn, no k̂ can know.
+    No k̂ can detect a state of a discrete latent that was never drawn.
 
     Args:
-        log_weights: ``(S, N)``, or only the T + 1 largest or more of each datum, in any order.
-        num_samples: S, where ``log_weights`` are only the largest.
+        log_weights: ``(S, N)``, or at least the T + 1 largest of each datum, in any order.
+        num_samples: S, if ``log_weights`` are only the largest.
 
     Returns:
-        ``(N,)``, without a unit.
+        ``(N,)``.
 
     Raises:
-        ValueError: if the shape is another, or there are fewer weights than the tail needs.
+        TypeError, ValueError: if the weights have another type or shape, or are fewer than T + 1.
 
     >>> uniform = 1 - torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)).double()
     >>> pareto_shape(-torch.tensor([0.2, 1.0]) * uniform.log()) < reliable_shape(4000)  # w = u^-k
@@ -90,10 +86,8 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
     count = len(log_weights) if num_samples is None else num_samples
     kept = min(tail_length(count) + 1, count)
     if len(log_weights) < kept:
-        raise ValueError(
-            f"`log_weights` must be the {kept} largest or more, got the {len(log_weights)} largest of {count}"
-        )
-    if kept <= _LEAST:
+        raise ValueError(f"`log_weights` must be at least the {kept} largest of {count}, got {len(log_weights)}")
+    if kept <= _MIN_TAIL:
         return torch.full(log_weights.shape[1:], math.nan, dtype=torch.float64, device=log_weights.device)
     rounding = _ROUNDING * torch.finfo(log_weights.dtype).eps
     top = log_weights.topk(kept, dim=0).values.double()
@@ -103,16 +97,16 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
     above = relative[:-1] > cutoff
     number = above.sum(0)
     exceedances = torch.where(above, cutoff.exp() * (relative[:-1] - cutoff).expm1(), 0.0)
-    shape = torch.where(number < _LEAST, math.inf, _fitted(exceedances, number.clamp(min=_LEAST)))
+    shape = torch.where(number < _MIN_TAIL, math.inf, _fit_shape(exceedances, number.clamp(min=_MIN_TAIL)))
     shape = torch.where(-cutoff <= rounding * (1 + largest.abs()), -math.inf, shape)
     shape = torch.where(largest == -math.inf, math.inf, shape)
     return torch.where(largest.isnan() | (largest == math.inf), math.nan, shape)
 
 
-def _fitted(exceedances: Tensor, number: Tensor) -> Tensor:
-    """The shape of each column, of which the first ``number`` exceedances count: falling, and 0 from there on.
+def _fit_shape(exceedances: Tensor, number: Tensor) -> Tensor:
+    """Fit the shape of each column to its first ``number`` exceedances, in falling order, followed by zeros.
 
-    The profile likelihood of b = -k/σ is averaged on a grid, whose size depends on the number, over a prior whose scale
+    The profile likelihood of b = -k/σ is averaged on a grid, whose size depends on the number, with a prior whose scale
     is that of the first quartile.
     """
     size = 30 + number.double().sqrt().floor()

@@ -1,11 +1,11 @@
-r"""Exact answers: log p(x) and p(z | x), the ELBO and KL(q || p(z | x)), where they can be computed.
+r"""Exact log p(x), p(z | x), ELBO and KL(q || p(z | x)) of a Pyro model.
 
-* discrete latents: by a sum over all states;
-* Gaussian latents and flows of one or two dimensions, relaxed latents of one logit: by quadrature that refines until
-  two resolutions agree;
-* a linear Gaussian model of any size: in closed form.
+* Discrete latents: a sum over all states.
+* Gaussian latents and flows of one or two dimensions, relaxed latents of one logit: quadrature, refined until two
+  resolutions agree.
+* Linear Gaussian models of any size: closed form.
 
-Every function takes a Pyro model with one data plate, as the rightmost dimension, whose latents are all inside it.
+Every function takes a Pyro model with one data plate, the rightmost dimension, that contains all latents.
 """
 
 import math
@@ -20,9 +20,9 @@ from torch import Tensor
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive
-from pyro_vae.exact.densities import ModelDensity, Values
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
+from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.exact.quadrature import QuadratureRule, log_integral
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
@@ -31,21 +31,21 @@ __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 @torch.no_grad()
 @scoped_param_store()
 def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
-    r"""The log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
+    r"""Compute the log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
     Args:
         model: a Pyro model, called as ``model(*data)``.
-        data: what the model takes.
+        data: its arguments.
         plate: name of its data plate.
-        tolerance: to which two resolutions of a quadrature must agree, in nats per datum.
+        tolerance: largest difference between two resolutions of a quadrature, in nats per datum.
 
     Returns:
-        ``(N,)``, in nats. By quadrature, as good as the agreement of two resolutions tells: a feature of the decoder
-        that is narrower than a hundredth of the prior and touches neither can be missed.
+        ``(N,)``, in nats. The error of a quadrature is judged by two resolutions: both can miss a feature of the
+        decoder that is narrower than a hundredth of the prior.
 
     Raises:
-        ValueError: if there is no exact answer, saying why, with the count of states.
-        QuadratureError: if the quadrature does not settle, with the discrepancy.
+        ValueError: if there is no exact answer, with the reason, for example the number of states.
+        QuadratureError: if the quadrature does not converge, with the discrepancy.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -58,22 +58,22 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     torch.Size([5])
     """
     positive(tolerance, "tolerance")
-    problem = ModelDensity(model, data, plate)
-    if problem.is_discrete:
-        return _summed_evidence(problem).to(problem.dtype)
-    linear = linear_gaussian(problem)
+    p = ModelDensity(model, data, plate)
+    if p.is_discrete:
+        return _summed_evidence(p).to(p.dtype)
+    linear = linear_gaussian(p)
     if linear is not None:
-        return linear.log_evidence().to(problem.dtype)
-    return _integrated_evidence(problem, tolerance)[0].to(problem.dtype)
+        return linear.log_evidence().to(p.dtype)
+    return _integrated_evidence(p, tolerance)[0].to(p.dtype)
 
 
 @torch.no_grad()
 @scoped_param_store()
 def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
-    r"""The exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
+    r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
-    A :class:`Posterior`, or for a linear Gaussian model a ``MultivariateNormal``. Arguments and errors are those of
-    :func:`log_evidence`; the model must have one latent site.
+    The result is a :class:`Posterior`, or a ``MultivariateNormal`` for a linear Gaussian model. Arguments and errors
+    are those of :func:`log_evidence`. The model must have one latent site.
 
     >>> import pyro_vae as pv
     >>> x = pv.datasets.two_gaussians(100, seed=0).x
@@ -87,22 +87,22 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
     torch.Size([3, 100, 1])
     """
     positive(tolerance, "tolerance")
-    problem = ModelDensity(model, data, plate)
-    problem.single_site()
-    if problem.is_discrete:
-        return Posterior(problem, _summed_evidence(problem), None)
-    linear = linear_gaussian(problem)
+    p = ModelDensity(model, data, plate)
+    p.single_site()
+    if p.is_discrete:
+        return Posterior(p, _summed_evidence(p), None)
+    linear = linear_gaussian(p)
     if linear is not None:
         return linear.posterior()
-    return Posterior(problem, *_integrated_evidence(problem, tolerance))
+    return Posterior(p, *_integrated_evidence(p, tolerance))
 
 
 @torch.no_grad()
 @scoped_param_store()
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
-    r"""The ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
+    r"""Compute the ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
-    A sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
+    It is a sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
     :func:`log_evidence`.
 
     >>> import pyro_vae as pv
@@ -118,24 +118,25 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     True
     """
     positive(tolerance, "tolerance")
-    problem = ModelDensity(model, data, plate)
-    q = GuideDensity(problem, guide)
+    p = ModelDensity(model, data, plate)
+    q = GuideDensity(p, guide)
 
     def integrand(values: Values) -> Tensor:
-        return problem.log_joint(values) - q.log_prob(values)
+        return p.log_joint(values) - q.log_prob(values)
 
-    if problem.is_discrete:
-        return q.sum(integrand).to(problem.dtype)
-    return q.integral(integrand, q.integration_box(), tolerance).to(problem.dtype)
+    if p.is_discrete:
+        return q.sum(integrand).to(p.dtype)
+    return q.integral(integrand, q.integration_box(), tolerance).to(p.dtype)
 
 
 @torch.no_grad()
 @scoped_param_store()
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
-    r"""The gap of the guide, :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
+    r"""Compute the inference gap :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
-    From the normalised exact posterior. For a continuous latent the quadrature is on a box around posterior and q,
-    where that of :func:`elbo` is around q alone: their sum equals :func:`log_evidence` only if all three are right.
+    It uses the normalised exact posterior. For a continuous latent, the quadrature is on a box around posterior and q;
+    that of :func:`elbo` is around q alone. So their sum equals :func:`log_evidence` only if all three are right.
+    Arguments and errors are those of :func:`log_evidence`.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -148,61 +149,61 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     True
     """
     positive(tolerance, "tolerance")
-    problem = ModelDensity(model, data, plate)
-    q = GuideDensity(problem, guide)
-    if problem.is_discrete:
-        evidence = _summed_evidence(problem)
-        return q.sum(lambda values: q.log_prob(values) - (problem.log_joint(values) - evidence)).to(problem.dtype)
-    evidence, rule = _integrated_evidence(problem, tolerance)
+    p = ModelDensity(model, data, plate)
+    q = GuideDensity(p, guide)
+    if p.is_discrete:
+        evidence = _summed_evidence(p)
+        return q.sum(lambda values: q.log_prob(values) - (p.log_joint(values) - evidence)).to(p.dtype)
+    evidence, rule = _integrated_evidence(p, tolerance)
 
     def integrand(values: Values) -> Tensor:
-        return q.log_prob(values) - (problem.log_joint(values) - evidence)
+        return q.log_prob(values) - (p.log_joint(values) - evidence)
 
-    return q.integral(integrand, rule.box, tolerance).to(problem.dtype)
+    return q.integral(integrand, rule.box, tolerance).to(p.dtype)
 
 
 class Posterior(dist.TorchDistribution):
     """An exact posterior p(z | x) of a discrete latent, or of a continuous one by quadrature.
 
-    Batch shape ``(N,)``, the event shape of the latent site. ``log_prob`` evaluates the model; ``sample`` draws a
-    state, or a quadrature cell and a uniform point in it. ``mean`` is the posterior mean, ``(N, *event)``.
+    The batch shape is ``(N,)``, the event shape that of the latent site. ``log_prob`` runs the model. ``sample`` draws
+    a state, or a quadrature cell and a uniform point in it.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
 
-    def __init__(self, problem: ModelDensity, evidence: Tensor, rule: QuadratureRule | None):
-        self._problem = problem
+    def __init__(self, p: ModelDensity, evidence: Tensor, rule: QuadratureRule | None):
+        self._p = p
         self._rule = rule
         self.log_evidence = evidence
-        self._name, site = problem.single_site()
+        self._name, site = p.single_site()
         self._support = site["fn"].support
-        super().__init__(torch.Size([problem.num_data]), site["fn"].event_shape, validate_args=False)
+        super().__init__(torch.Size([p.num_data]), site["fn"].event_shape, validate_args=False)
 
     @property
     def support(self) -> constraints.Constraint:
-        """That of the latent site."""
+        """The support of the latent site."""
         return self._support
 
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(z | x) at ``(*, N, *event)`` or ``(*, 1, *event)``, as ``(*, N)``."""
+        """Compute log p(z | x) at ``(*, N, *event)`` or ``(*, 1, *event)``, as ``(*, N)``."""
         sample_shape = value.shape[: value.dim() - 1 - self.event_dim]
         flat = value.reshape(-1, *value.shape[len(sample_shape) :])
-        log_joint = self._problem.log_joint({self._name: flat})
-        result = (log_joint.double() - self.log_evidence).to(self._problem.dtype)
+        log_joint = self._p.log_joint({self._name: flat})
+        result = (log_joint.double() - self.log_evidence).to(self._p.dtype)
         return result.reshape(*sample_shape, -1)
 
     def _weighted(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Chunks of site values ``(C, 1, *event)`` and their log-masses ``(C, N)`` under the posterior."""
-        problem = self._problem
+        """Iterate over chunks of site values ``(C, 1, *event)`` and their log-masses ``(C, N)`` under the posterior."""
+        p = self._p
         if self._rule is None:
-            for states in problem.states():
-                yield states[self._name], problem.log_joint(states).double() - self.log_evidence
+            for states in p.states():
+                yield states[self._name], p.log_joint(states).double() - self.log_evidence
         else:
-            chart = problem.chart()
-            for nodes, log_weights, _ in self._rule.chunks(problem.chunk):
-                values = chart.to_site(nodes)
-                log_mass = problem.log_joint({self._name: values}).double() + log_weights + chart.log_jacobian(nodes)
+            coordinates = p.coordinates()
+            for nodes, log_weights, _ in self._rule.chunks(p.chunk):
+                values = coordinates.to_site(nodes)
+                log_mass = p.log_joint({self._name: values}).double() + log_weights + coordinates.log_jacobian(nodes)
                 yield values, log_mass - self.log_evidence
 
     @property
@@ -211,8 +212,8 @@ class Posterior(dist.TorchDistribution):
         return self._rule is None
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """The states of a discrete latent, ``(S, N or 1, *event)``."""
-        states = torch.cat([values[self._name] for values in self._problem.states()])
+        """Return the states of a discrete latent, ``(S, N or 1, *event)``."""
+        states = torch.cat([values[self._name] for values in self._p.states()])
         return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
 
     @cached_property
@@ -227,21 +228,21 @@ class Posterior(dist.TorchDistribution):
                 )
                 for values, log_mass in self._weighted()
             ]
-        return torch.stack(parts).sum(0).reshape(self.batch_shape + self.event_shape).to(self._problem.dtype)
+        return torch.stack(parts).sum(0).reshape(self.batch_shape + self.event_shape).to(self._p.dtype)
 
     @cached_property
     def probs(self) -> Tensor:
-        """The probability of each state of a discrete latent, ``(S, N)``, in the order of ``enumerate_support``."""
+        """The probability of each state of a discrete latent, ``(S, N)``, ordered as ``enumerate_support``."""
         if self._rule is not None:
-            raise AttributeError("a continuous posterior has no `probs`; use log_prob")
+            raise AttributeError("a continuous posterior has no `probs`, use `log_prob`")
         with torch.no_grad():
-            return torch.cat([log_mass.exp() for _, log_mass in self._weighted()]).to(self._problem.dtype)
+            return torch.cat([log_mass.exp() for _, log_mass in self._weighted()]).to(self._p.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """Draws ``(*sample_shape, N, *event)``, by the inverse of the cumulated masses of states or nodes."""
+        """Draw ``(*sample_shape, N, *event)`` by inverting the cumulated masses of states or nodes."""
         shape = torch.Size([*self.batch_shape, math.prod(sample_shape)])
-        # The masses sum to one to rounding, for they gave log_evidence; the factor keeps every draw below the sum.
+        # The masses sum to one up to rounding, since log_evidence is their sum. The factor keeps every draw below it.
         uniform = torch.rand(shape, dtype=torch.float64, device=self.log_evidence.device) * (1 - 1e-9)
         chosen = torch.zeros_like(uniform, dtype=torch.long)
         reached = self.log_evidence.new_zeros(shape[0])
@@ -255,27 +256,27 @@ class Posterior(dist.TorchDistribution):
             if self._rule is None:
                 states.append(values[:, 0])
         if self._rule is None:
-            drawn = torch.cat(states)[chosen.T]
+            values = torch.cat(states)[chosen.T]
         else:
-            drawn = self._problem.chart().to_site(self._rule.draw(chosen.T))
-        return drawn.to(self._problem.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+            values = self._p.coordinates().to_site(self._rule.draw(chosen.T))
+        return values.to(self._p.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
 
-def _summed_evidence(problem: ModelDensity) -> Tensor:
-    return torch.stack([problem.log_joint(values).double().logsumexp(0) for values in problem.states()]).logsumexp(0)
+def _summed_evidence(p: ModelDensity) -> Tensor:
+    return torch.stack([p.log_joint(values).double().logsumexp(0) for values in p.states()]).logsumexp(0)
 
 
-def _integrated_evidence(problem: ModelDensity, tolerance: float) -> tuple[Tensor, QuadratureRule]:
-    name, site = problem.single_site()
+def _integrated_evidence(p: ModelDensity, tolerance: float) -> tuple[Tensor, QuadratureRule]:
+    name, site = p.single_site()
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"model: its latent {name!r} is discrete and has no enumerate_support. Of independent variables, "
-            "`pyro_vae.distributions.product.Product(base, num_dims)` has it where `base.to_event(num_dims)` has not"
+            f"`model` must have discrete latents with `enumerate_support`, got {name!r} without it; for independent "
+            "variables, replace `base.to_event(num_dims)` by pyro_vae.distributions.product.Product(base, num_dims)"
         )
-    chart = problem.chart()
-    box = chart.integration_box(site["fn"], problem.num_data).union()
+    coordinates = p.coordinates()
+    box = coordinates.integration_box(site["fn"], p.num_data).union()
 
     def log_integrand(nodes: Tensor) -> Tensor:
-        return problem.log_joint({name: chart.to_site(nodes)}) + chart.log_jacobian(nodes)
+        return p.log_joint({name: coordinates.to_site(nodes)}) + coordinates.log_jacobian(nodes)
 
-    return log_integral(log_integrand, box, tolerance, problem.chunk)
+    return log_integral(log_integrand, box, tolerance, p.chunk)

@@ -1,4 +1,4 @@
-"""Linear Gaussian models in closed form: factor analysis, and pPCA where the noise is one number."""
+"""Linear Gaussian models in closed form: factor analysis, and pPCA if all dimensions have the same noise."""
 
 import math
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import observed_sites
 from pyro_vae.distributions.missing import WithMissing
 from pyro_vae.distributions.properties import without_independent
-from pyro_vae.exact.densities import ModelDensity
+from pyro_vae.exact.model_density import ModelDensity
 
 __all__ = ["LinearGaussian", "linear_gaussian"]
 
 
 @dataclass(frozen=True)
 class LinearGaussian:
-    """z ~ N(mean, factor factor'), x = weight z + bias + N(0, diag noise), x with NaN if missing: all in float64."""
+    """z ~ N(mean, factor factor'), x = weight z + bias + N(0, diag noise), in float64; missing entries of x are NaN."""
 
     mean: Tensor
     factor: Tensor
@@ -31,35 +31,35 @@ class LinearGaussian:
     x: Tensor
     dtype: torch.dtype
 
-    def _seen(self, loc: Tensor) -> tuple[Tensor, Tensor]:
-        """What of x is observed, as 0s and 1s, in one row if it is all; and x - loc, with 0 for what is missing."""
+    def _observed(self, loc: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether entries of x are observed, as 0s and 1s, in one row if all are; and x - loc, 0 at missing entries."""
         missing = self.x.isnan()
-        seen = (~missing).to(self.x)
-        return seen if missing.any() else seen[:1], (self.x - loc).masked_fill(missing, 0.0)
+        observed = (~missing).to(self.x)
+        return observed if missing.any() else observed[:1], (self.x - loc).masked_fill(missing, 0.0)
 
-    def _precision(self, weight: Tensor, seen: Tensor) -> Tensor:
-        """What the observed entries of each datum add to the precision of z, ``(N or 1, k, k)``."""
-        if len(seen) == 1:
-            return ((weight.T * (seen / self.noise)) @ weight)[None]
+    def _precision(self, weight: Tensor, observed: Tensor) -> Tensor:
+        """The contribution of the observed entries of each datum to the precision of z, ``(N or 1, k, k)``."""
+        if len(observed) == 1:
+            return ((weight.T * (observed / self.noise)) @ weight)[None]
         each = weight[:, :, None] * weight[:, None, :] / self.noise[:, None, None]
-        return (seen @ each.flatten(1)).unflatten(1, each.shape[1:])
+        return (observed @ each.flatten(1)).unflatten(1, each.shape[1:])
 
     def log_evidence(self) -> Tensor:
-        """log p(x) of each datum, from the normal that its observed entries are: by the matrix inversion lemma."""
-        seen, residual = self._seen(self.bias + self.weight @ self.mean)
-        weight = self.weight @ self.factor  # of a standard normal in place of z
-        capacitance = torch.eye(len(self.mean)).to(weight) + self._precision(weight, seen)
+        """Compute log p(x) of each datum, the normal density of its observed entries, by the matrix inversion lemma."""
+        observed, residual = self._observed(self.bias + self.weight @ self.mean)
+        weight = self.weight @ self.factor  # for a standard normal z
+        capacitance = torch.eye(len(self.mean)).to(weight) + self._precision(weight, observed)
         root = torch.linalg.cholesky(capacitance)
         pulled = _solve(partial(torch.linalg.solve_triangular, upper=False), root, (residual / self.noise) @ weight)
         quadratic = (residual**2 / self.noise).sum(1) - (pulled**2).sum(1)
-        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + seen @ self.noise.log()
-        return -0.5 * (quadratic + log_det + seen.sum(1) * math.log(2 * math.pi))
+        log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + observed @ self.noise.log()
+        return -0.5 * (quadratic + log_det + observed.sum(1) * math.log(2 * math.pi))
 
     def posterior(self) -> dist.TorchDistribution:
-        """p(z | x) of each datum, a multivariate normal."""
-        seen, residual = self._seen(self.bias)
+        """Compute p(z | x) of each datum, a multivariate normal."""
+        observed, residual = self._observed(self.bias)
         prior_precision = torch.cholesky_inverse(self.factor)
-        precision = prior_precision + self._precision(self.weight, seen)
+        precision = prior_precision + self._precision(self.weight, observed)
         pull = (residual / self.noise) @ self.weight + prior_precision @ self.mean
         loc = _solve(torch.linalg.solve, precision, pull)
         scale_tril = dist.MultivariateNormal(torch.zeros_like(loc), precision_matrix=precision).scale_tril
@@ -67,17 +67,17 @@ class LinearGaussian:
 
 
 def _solve(solve: Callable[..., Tensor], matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Each of N vectors through its matrix, or through the one matrix of all, which is then not copied N times."""
+    """Solve for each of N vectors with its matrix, or with one common matrix, which is then not copied N times."""
     if len(matrices) == 1:
         return solve(matrices[0], vectors.T).T
     return solve(matrices, vectors[..., None]).squeeze(-1)
 
 
-def linear_gaussian(problem: ModelDensity) -> LinearGaussian | None:
-    """The model as a linear Gaussian one, if it is: tried on probes near and far, to rounding error."""
-    if len(problem.latents) != 1 or len(problem.observed) != 1:
+def linear_gaussian(p: ModelDensity) -> LinearGaussian | None:
+    """Return the model as a linear Gaussian one, or ``None``. Linearity is tested on probes, to rounding error."""
+    if len(p.latents) != 1 or len(p.observed) != 1:
         return None
-    (name, latent), (x_name, observed) = next(iter(problem.latents.items())), next(iter(problem.observed.items()))
+    (name, latent), (x_name, observed) = next(iter(p.latents.items())), next(iter(p.observed.items()))
     prior = _normal_moments(latent["fn"])
     if prior is None or observed["mask"] is not None:
         return None
@@ -88,31 +88,31 @@ def linear_gaussian(problem: ModelDensity) -> LinearGaussian | None:
     steps = torch.cat([torch.zeros(1, dims), torch.eye(dims), far]).to(mean)  # in standard deviations of the prior
     probes = mean + steps @ factor.T
     with poutine.block():
-        conditioned = poutine.condition(problem.model, data={name: probes[:, None].to(problem.dtype)})
-        trace = poutine.trace(conditioned).get_trace(*problem.data)
+        conditioned = poutine.condition(p.model, data={name: probes[:, None].to(p.dtype)})
+        trace = poutine.trace(conditioned).get_trace(*p.data)
     likelihood = without_independent(observed_sites(trace)[x_name]["fn"])
     if isinstance(likelihood, WithMissing):
         likelihood = likelihood.base_dist
     if not isinstance(likelihood, dist.Normal):
         return None
-    shape = (len(probes), problem.num_data, *observed["fn"].event_shape)  # a likelihood may not read z, or x
+    shape = (len(probes), p.num_data, *observed["fn"].event_shape)  # smaller if the likelihood does not read z or x
     loc, scale = (moment.expand(shape) for moment in (likelihood.loc, likelihood.scale))
     if (loc != loc[:, :1]).any() or (scale != scale[:, :1]).any():
-        return None  # it depends on the datum by more than z
+        return None  # the likelihood depends on the datum
     loc, scale = (moment[:, 0].double().flatten(1) for moment in (loc, scale))
     slope = (loc[1 : dims + 1] - loc[0]).T
-    rounding = 64 * torch.finfo(problem.dtype).eps * (loc[0].abs() + steps.abs() @ slope.abs().T)
+    rounding = 64 * torch.finfo(p.dtype).eps * (loc[0].abs() + steps.abs() @ slope.abs().T)
     if ((loc - loc[0] - steps @ slope.T).abs() > rounding + 1e-30).any():
         return None
     if (scale - scale[0]).abs().max() > 1e-6 * scale[0].min():
         return None
     weight = torch.linalg.solve(factor.T, slope.T).T
     x = observed["value"].double().flatten(1)
-    return LinearGaussian(mean, factor, weight, loc[0] - weight @ mean, scale[0] ** 2, x, problem.dtype)
+    return LinearGaussian(mean, factor, weight, loc[0] - weight @ mean, scale[0] ** 2, x, p.dtype)
 
 
 def _normal_moments(fn: dist.TorchDistribution) -> tuple[Tensor, Tensor] | None:
-    """Mean and a factor of the covariance of a normal of one event dimension that is the same for all data."""
+    """Mean and a factor of the covariance of a normal with one event dimension, the same for all data; or ``None``."""
     base = without_independent(fn)
     if len(fn.event_shape) != 1 or not isinstance(base, dist.Normal | dist.MultivariateNormal):
         return None

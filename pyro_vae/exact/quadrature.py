@@ -1,7 +1,7 @@
-"""Integrals over one or two dimensions that know their own error.
+"""Quadrature over one or two dimensions that estimates its own error.
 
-Composite Gauss-Legendre rules on a box, refined by doubling the panels until two resolutions agree. Each axis breaks
-at a point of its own, where an integrand may jump: a relaxed Bernoulli read hard jumps where its logit is 0.
+Composite Gauss-Legendre rules on a box. The number of panels doubles until two resolutions agree. Each axis has a break
+point, where an integrand may jump: a relaxed Bernoulli that is rounded to 0 or 1 jumps where its logit is 0.
 """
 
 import math
@@ -16,32 +16,19 @@ from torch.nn.functional import pad
 
 __all__ = ["Box", "QuadratureError", "QuadratureRule", "log_integral", "refine_to_tolerance"]
 
+SHARED_NODES = {1: 2**16, 2: 2**16}
+"""Largest number of nodes, by dimensions, on one box around all data, for which a decoder runs once."""
+
+MAX_NODES = {1: 2**16, 2: 2**18}
+"""Largest number of nodes on a box of each datum."""
+
+_ZOOM_NODES = 2**12  # on a box of each datum in two dimensions, before the box is narrowed
 _ORDER = 8
-
-
 _FIRST_PANELS = {1: 32, 2: 4}
 
 
-SHARED_NODES = {1: 2**16, 2: 2**16}
-"""How many nodes, by dimensions, are tried on one box around all data: a decoder runs once for all of them."""
-
-
-ZOOM_NODES = {2: 2**12}
-"""How many are tried on boxes of each datum's own before these are drawn closer, in two dimensions."""
-
-
-MAX_NODES = {1: 2**16, 2: 2**18}
-"""How many are tried at last."""
-
-
 class QuadratureError(ArithmeticError):
-    """The integral did not settle: two resolutions differ by more than the tolerance at the finest that is tried."""
-
-
-@cache
-def _panel() -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.legendre.leggauss(_ORDER)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+    """The quadrature did not converge: the two finest resolutions differ by more than the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +40,22 @@ class Box:
     high: Tensor
 
     def shared(self) -> "Box":
-        """One box, ``(1, d)``, if all of the batch are equal; else these."""
+        """Return one box, ``(1, d)``, if all of the batch are equal, else all of them."""
         corners = torch.stack([self.low, self.middle, self.high])
         return self.union() if (corners == corners[:, :1]).all() else self
 
     def union(self) -> "Box":
-        """One box around all of the batch, ``(1, d)``, broken at the first one's break point."""
+        """Return one box around the batch, ``(1, d)``, with the break point of the first one."""
         low, high = self.low.amin(0, keepdim=True), self.high.amax(0, keepdim=True)
         return Box(low, self.middle[:1].clamp(low, high), high)
 
     def join(self, other: "Box") -> "Box":
-        """Boxes around those of both, datum by datum, broken where these are."""
+        """Return boxes around those of both, datum by datum, with the break points of ``self``."""
         low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
         return Box(low, self.middle.clamp(low, high), high)
 
     def expanded(self) -> "Box":
-        """Twice the width on either side of the break."""
+        """Return boxes of twice the width on either side of the break point."""
         return Box(2 * self.low - self.middle, self.middle, 2 * self.high - self.middle)
 
 
@@ -82,7 +69,7 @@ class QuadratureRule:
         position = ((starts[:, None] + position) / half).flatten()
         weight = (weight / half).repeat(half)
         start = weight.cumsum(0) - weight
-        # Quadrature cells: those of Gauss-Legendre tile the interval and hold one node each.
+        # The cells of Gauss-Legendre tile the interval, and each contains one node.
         below, above = box.middle - box.low, box.high - box.middle
         self.nodes = torch.cat([_span(box.low, below, position), _span(box.middle, above, position)])
         self.widths = torch.cat([_span(0 * below, below, weight), _span(0 * above, above, weight)])
@@ -95,7 +82,7 @@ class QuadratureRule:
         return self.per_axis**self.dims
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Nodes ``(C, B, d)``, their log-weights ``(C, B)`` and whether they lie in an outermost panel ``(C, 1)``."""
+        """Iterate over nodes ``(C, B, d)``, log-weights ``(C, B)``, whether they are in an outer panel ``(C, 1)``."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, size):
             index = self._index(torch.arange(first, min(first + size, stop), device=self.nodes.device))
@@ -104,7 +91,7 @@ class QuadratureRule:
             yield self._take(self.nodes, index), log_weights, edge
 
     def draw(self, flat: Tensor) -> Tensor:
-        """A uniform draw from the cell of each node number, ``(*, B)``, as points ``(*, B, d)``."""
+        """Draw uniformly from the cell of each node number ``(*, B)``, as points ``(*, B, d)``."""
         index = self._index(flat)
         batch = torch.arange(self.nodes.shape[1], device=flat.device)
         axes = torch.arange(self.dims, device=flat.device)
@@ -118,6 +105,12 @@ class QuadratureRule:
         return torch.stack([values[index[:, axis], :, axis] for axis in range(self.dims)], dim=-1)
 
 
+@cache
+def _panel() -> tuple[Tensor, Tensor]:
+    nodes, weights = np.polynomial.legendre.leggauss(_ORDER)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
 def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
     return start + position[:, None, None] * length
 
@@ -125,54 +118,53 @@ def _span(start: Tensor, length: Tensor, position: Tensor) -> Tensor:
 def refine_to_tolerance(
     estimate: Callable[[int], Tensor], dims: int, tolerance: float, max_nodes: int, rounding: float = 0.0
 ) -> tuple[Tensor, int]:
-    """The estimate at the first number of panels that agrees with half as many, and that number.
+    """Double the panels until two estimates agree; return the last estimate and its number of panels.
 
-    They agree if they differ by no more than ``tolerance``, plus ``rounding`` times the estimate: an integrand in
-    float32 cannot do better.
+    They agree if they differ by at most ``tolerance``, plus ``rounding`` times the estimate, for integrands in float32.
 
     Raises:
-        QuadratureError: if none within ``max_nodes`` nodes does, with the discrepancy.
+        QuadratureError: if no two agree within ``max_nodes`` nodes, with the discrepancy.
     """
     panels = _FIRST_PANELS[dims]
     previous = estimate(panels)
     while (2 * panels * _ORDER) ** dims <= max_nodes:
         panels *= 2
         current = estimate(panels)
-        # Where both are -inf there is no mass at either resolution.
+        # Both are -inf if there is no mass at either resolution.
         gap = torch.where(current == previous, 0.0, (current - previous).abs())
         if (gap <= tolerance + rounding * current.abs()).all():
             return current, panels
         previous = current
     worst = int(gap.nan_to_num(float("inf")).argmax())
     raise QuadratureError(
-        f"quadrature did not settle: with {(panels * _ORDER) ** dims} nodes and half as many in each dimension, the "
-        f"integral of datum {worst} differs by {gap[worst]:.3g} nats, and {tolerance:.3g} are asked for"
+        f"quadrature did not converge: with {(panels * _ORDER) ** dims} nodes and half as many in each dimension, the "
+        f"integral of datum {worst} differs by {gap[worst]:.3g} nats, more than the tolerance of {tolerance:.3g}"
     )
 
 
 def log_integral(
     log_integrand: Callable[[Tensor], Tensor], box: Box, tolerance: float, chunk: int
 ) -> tuple[Tensor, QuadratureRule]:
-    """The logarithm of an integral over all space.
+    """Compute the logarithm of an integral over all space.
 
-    The box that is given is for all data. It grows until its edges do not matter. Where in two dimensions a rule on it
-    does not settle, each datum gets a box of its own around all that the rule leaves possible, drawn closer twice
-    before the last, finest rule.
+    The first box is one for all data. It grows until the mass at its edges is negligible. If a rule on it does not
+    converge in two dimensions, each datum gets its own box, which contains all mass that the rule can have missed. That
+    box is narrowed twice before the last, finest rule.
 
     Args:
         log_integrand: from points ``(C, B, d)`` to ``(C, N)``, with B = 1 or N.
-        box: where to start.
-        tolerance: to which two resolutions must agree, in nats.
-        chunk: how many points to evaluate at once.
+        box: the first box.
+        tolerance: largest difference between two resolutions, in nats.
+        chunk: number of points to evaluate at once.
 
     Returns:
-        The logarithm, ``(N,)`` in float64, and the rule that gave it.
+        The logarithm, ``(N,)`` in float64, and the last rule.
 
     Raises:
-        QuadratureError: if it does not settle, with the discrepancy.
+        QuadratureError: if it does not converge, with the discrepancy.
     """
     dims = box.low.shape[-1]
-    limits = [SHARED_NODES[1]] if dims == 1 else [SHARED_NODES[2], ZOOM_NODES[2], ZOOM_NODES[2], MAX_NODES[2]]
+    limits = [SHARED_NODES[1]] if dims == 1 else [SHARED_NODES[2], _ZOOM_NODES, _ZOOM_NODES, MAX_NODES[2]]
     for _ in range(12):
         integral = _LogIntegral(log_integrand, box, chunk)
         failure: QuadratureError | None = None
@@ -189,7 +181,7 @@ def log_integral(
         else:
             raise failure
     raise QuadratureError(
-        f"quadrature did not settle: {float(integral.edge_share.max()):.3g} of the mass lies at the edge of the box of "
+        f"quadrature did not converge: {float(integral.edge_share.max()):.3g} of the mass is at the edge of the box of "
         f"datum {int(integral.edge_share.argmax())}"
     )
 
@@ -217,25 +209,25 @@ class _LogIntegral:
         return total
 
     def zoomed(self, panels: int) -> Box:
-        """For each datum of two dimensions, a box around the nodes within e^-30 of its largest term, and a margin.
+        """Return a box for each datum in two dimensions: the nodes within e^-30 of its largest term, and a margin.
 
-        A peak narrower than the nodes' distance may stand beside a node. Of a normal one, the drop from the node to its
-        neighbour bounds how high: so a node counts by its term plus that drop.
+        A peak that is narrower than the distance of two nodes may lie between them. For a normal peak, its height above
+        a node is bounded by the difference to the neighbouring node. So this difference is added to the term of a node.
         """
         top = torch.stack([terms.amax(0) for _, terms, _ in self.terms(panels)]).amax(0)
         low = torch.full((*top.shape, 2), torch.inf, dtype=torch.float64, device=top.device)
         high = -low
         for nodes, terms, drop in self._rows_with_drops(panels):
-            counts = (terms + drop > top - 30)[..., None]
-            low = torch.minimum(low, nodes.masked_fill(~counts, torch.inf).amin(0))
-            high = torch.maximum(high, nodes.masked_fill(~counts, -torch.inf).amax(0))
+            keep = (terms + drop > top - 30)[..., None]
+            low = torch.minimum(low, nodes.masked_fill(~keep, torch.inf).amin(0))
+            high = torch.maximum(high, nodes.masked_fill(~keep, -torch.inf).amax(0))
         widest = 2 * torch.maximum(self.box.middle - self.box.low, self.box.high - self.box.middle) / panels
         margin = 2 * widest / _ORDER
         low, high = low - margin, high + margin
         return Box(low, self.box.middle.clamp(low, high), high)
 
     def _rows_with_drops(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows of nodes with their terms, and the largest difference of each to its neighbours on either axis."""
+        """Iterate over rows of nodes, their terms, and the largest difference to a neighbour on either axis."""
         before: tuple[Tensor, Tensor, Tensor] | None = None
         for nodes, terms in self._rows(panels):
             along = (terms[1:] - terms[:-1]).abs().nan_to_num()
@@ -249,7 +241,7 @@ class _LogIntegral:
             yield before
 
     def _rows(self, panels: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Nodes and terms of each row of the grid in turn."""
+        """Iterate over the rows of the grid: nodes and terms."""
         rule = QuadratureRule(self.box, panels)
         for first in range(0, len(rule), rule.per_axis):
             chunks = list(rule.chunks(self.chunk, first, first + rule.per_axis))

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import deterministic_sites, latent_sites, observed_sites
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.exact.densities import ModelDensity
+from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.datatree import attributes
 from pyro_vae.inference_data.dims import DimensionNames

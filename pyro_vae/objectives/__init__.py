@@ -1,12 +1,13 @@
-r"""ELBOs that Pyro lacks, each with a bound and a learning signal of its own for each datum.
+r"""ELBOs that Pyro lacks. Each computes a bound and a learning signal for every datum.
 
-* for latents whose draws pass no gradient on, estimators from the score function (:mod:`pyro_vae.objectives.score_function`);
-* for pathwise draws, the importance-weighted bound, and gradients of less noise (:mod:`pyro_vae.objectives.importance_weighted`);
-* objectives with another rate, which are no bounds (:mod:`pyro_vae.objectives.modified_kl`).
+* Score-function estimators, for latents whose draws pass no gradient: :mod:`pyro_vae.objectives.score_function`.
+* The importance-weighted bound of pathwise draws, and gradients with less noise:
+  :mod:`pyro_vae.objectives.importance_weighted`.
+* Objectives with another rate, which are no bounds: :mod:`pyro_vae.objectives.modified_kl`.
 
-Each is a ``pyro.infer.ELBO``: hand it to :func:`pyro_vae.fit`, or to ``pyro.infer.SVI``. All need a model and guide
-whose latents lie in one data plate, as the rightmost dimension. Draws are side by side in a plate on its left. The
-scale N/B of a mini-batch multiplies the estimate of each datum from outside.
+Each is a ``pyro.infer.ELBO``: pass it to :func:`pyro_vae.fit` or to ``pyro.infer.SVI``. All need a model and a guide
+with all latents in one data plate, the rightmost dimension. The K draws are a plate on its left. The scale N/B of a
+mini-batch multiplies the estimate of each datum.
 """
 
 from pyro_vae.objectives import baselines as baselines

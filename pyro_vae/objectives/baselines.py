@@ -1,7 +1,7 @@
-"""Baselines of the score function: what is taken off the learning signal of each datum to make it quieter.
+"""Baselines of the score function: they are subtracted from the learning signal of each datum to reduce its variance.
 
-A baseline is a module with ``forward(x) -> (B,)``, its guess of f before it is drawn, and ``learn(f, b) -> (B,)``,
-which is told the ``(K, B)`` values that came and says what it wants to make small. It must not depend on the draws.
+A baseline is a module with two methods. ``forward(x) -> (B,)`` predicts f before the draws, and must not depend on
+them. ``learn(f, b) -> (B,)`` receives the ``(K, B)`` values of f and returns a loss of each datum, which is minimized.
 """
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ["NeuralBaseline", "RunningAverage"]
 
 
 class RunningAverage(nn.Module):
-    r"""A baseline: the average of f over earlier steps, :math:`b \leftarrow \beta b + (1 - \beta)\,\bar f`.
+    r"""The average of f over earlier steps, :math:`b \leftarrow \beta b + (1 - \beta)\,\bar f`.
 
     Args:
         decay: :math:`\beta`, at least 0 and below 1.
@@ -37,30 +37,31 @@ class RunningAverage(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The average so far, without the bias of its start at zero; 0 at first."""
+        """Return the average so far, corrected for its start at zero; 0 before the first step."""
         return torch.where(self.steps > 0, self.average / (1 - self.decay**self.steps).clamp(min=1e-12), 0.0)
 
     def learn(self, f: Tensor, b: Tensor) -> Tensor:
-        """Take in the values of this step, after b has been used; there is nothing to train."""
+        """Update the average with the values of this step. The loss is 0: there is nothing to train."""
         with torch.no_grad():
             self.average.mul_(self.decay).add_((1 - self.decay) * f.mean().to(self.average))
             self.steps.add_(1)
         return torch.zeros_like(b)
 
     def extra_repr(self) -> str:
+        """Return the arguments, for ``repr``."""
         return f"decay={self.decay}"
 
 
 class NeuralBaseline(nn.Module):
-    r"""A baseline: a network's prediction of f from x, on top of a running average, trained by least squares (NVIL).
+    r"""A network's prediction of f from x, added to a running average and trained by least squares (NVIL).
 
     Args:
         in_features: number of features of x.
         network: factory, see :mod:`pyro_vae.parts.networks`.
         decay: of the running average.
 
-    The division of the signal by its running standard deviation, which NVIL has too, is left out: it makes the
-    gradient that of another objective from step to step, and Adam does the like.
+    NVIL also divides the signal by its running standard deviation. That is left out here: it changes the objective from
+    step to step, and Adam has a similar effect.
 
     Source: Mnih and Gregor 2014, sections 2.3 and 2.4.
 
@@ -76,16 +77,17 @@ class NeuralBaseline(nn.Module):
         self.centre = RunningAverage(decay)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Predict f of each datum, ``(B,)``."""
         dtype = next((parameter.dtype for parameter in self.network.parameters()), x.dtype)
         try:
             return self.network(x.to(dtype)).squeeze(-1) + self.centre(x)
         except RuntimeError as error:
             raise ValueError(
-                f"baseline: its network takes {self.in_features} features, and a datum has {x.shape[-1]} in the first "
-                f"observed site: {error}"
+                f"`baseline` must have a network for the {x.shape[-1]} features of the first observed site, got one "
+                f"for {self.in_features} features: {error}"
             ) from error
 
     def learn(self, f: Tensor, b: Tensor) -> Tensor:
-        """The squared error of each datum, ``(B,)``, to be made small."""
+        """Update the running average, and return the squared error of each datum, ``(B,)``."""
         self.centre.learn(f, b)
         return ((f - b) ** 2).mean(0)

@@ -1,9 +1,9 @@
-r"""Where the nats go: ELBO = -distortion - rate, from the traces of a step.
+r"""The terms of the ELBO, computed from the traces of a step: ELBO = -distortion - rate.
 
 .. math:: \mathrm{distortion} = -\mathbb{E}_q[\log p(x \mid z)], \qquad
           \mathrm{rate} = \mathbb{E}_q[\log q(z \mid x) - \log p(z)].
 
-All in nats per datum and at β = 1, whatever scale the objective gave its terms.
+All are in nats per datum and at β = 1. Scales of the objective are removed.
 """
 
 import math
@@ -24,10 +24,10 @@ _PARTICLES = "num_particles_vectorized"
 
 
 def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
-    """``"elbo"``, or ``"surrogate"`` where nothing is bounded.
+    """Return ``"elbo"``, or ``"surrogate"`` if the objective is no bound.
 
-    That is so where an observed site has no normalised density, and where the guide is all points (``Delta``, as in
-    ``AutoDelta``): it has no density, and the objective is that of a mode.
+    It is no bound if an observed site has no normalised density. It is none either if all sites of the guide are points
+    (``Delta``, as in ``AutoDelta``): such a guide has no density, and the objective finds a mode.
     """
     bounded = all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values())
     latents = latent_sites(guide_trace).values()
@@ -35,31 +35,32 @@ def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
     return "elbo" if bounded and not points else "surrogate"
 
 
-def rate_by_variable(ours: dict[str, Any], theirs: dict[str, Any]) -> Tensor | None:
-    """KL(q || p) of each variable of a site, ``(*batch, *variables)``, or its estimate from the draws of the guide.
+def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | None:
+    """Compute KL(q || p) of each variable of a site, ``(*batch, *variables)``, or estimate it from the guide's draws.
 
-    ``None`` if guide or prior is no product over the variables.
+    The arguments are the sites of the guide and of the model. ``None`` if guide or prior is no product over the
+    variables.
     """
-    q, p = ours["fn"], theirs["fn"]
-    if p.batch_shape != q.batch_shape:  # which some of torch's KLs do not broadcast
+    q, p = site["fn"], prior["fn"]
+    if p.batch_shape != q.batch_shape:  # some of torch's KLs do not broadcast
         p = p.expand(q.batch_shape)
     while isinstance(q, torch.distributions.Independent) and isinstance(p, torch.distributions.Independent):
         q, p = q.base_dist, p.base_dist
-    if q.event_shape != p.event_shape or (q is ours["fn"] and q.event_shape):
+    if q.event_shape != p.event_shape or (q is site["fn"] and q.event_shape):
         return None
     try:
         return torch.distributions.kl_divergence(q, p)
     except NotImplementedError:
-        return q.log_prob(ours["value"]) - p.log_prob(ours["value"])
+        return q.log_prob(site["value"]) - p.log_prob(site["value"])
 
 
 @torch.no_grad()
 def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str, Tensor] | None:
-    """ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
+    """Compute ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
-    Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
-    guide does not have: its nats are neither rate nor distortion; and if two latents of the guide are enumerated in one
-    dimension, as ``pyro.markov`` lets them: there the sums are the ELBO's own.
+    Latents that the guide enumerates are summed over exactly. ``None`` in two cases: if the model marginalises a latent
+    that the guide does not have, whose nats are neither rate nor distortion; and if two latents of the guide are
+    enumerated in one dimension, which ``pyro.markov`` allows.
     """
     distortion: Any = 0.0
     rate: Any = 0.0
@@ -76,13 +77,13 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
 
 
 def _share_dimensions(sites: dict[str, Any]) -> bool:
-    """Whether two sites are enumerated in one."""
+    """Whether two sites are enumerated in the same dimension."""
     dims = [site["infer"].get("_enumerate_dim") for site in sites.values()]
     return any(dims.count(dim) > 1 for dim in dims if dim is not None)
 
 
 def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
-    """The log-weights of enumerated sites, by the dimension that each has been given."""
+    """The log-weights of enumerated sites, by their enumeration dimensions."""
     return {
         site["infer"]["_enumerate_dim"]: _log_weight(site)
         for site in sites.values()
@@ -91,9 +92,9 @@ def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
 
 
 def _log_weight(site: dict[str, Any]) -> Tensor:
-    """log q of a state that is summed over; of one of K draws in its place, -log K.
+    """log q of an enumerated state, or -log K if K draws replace the states.
 
-    Not masked: a mask takes a site's nats from the bound, and leaves its states their probabilities.
+    It is not masked: a mask removes the nats of a site from the bound, but not the probabilities of its states.
     """
     draws, log_q = site["infer"].get("num_samples"), site["fn"].score_parts(site["value"]).score_function
     return log_q if draws is None else torch.full_like(log_q, -math.log(draws))
@@ -104,24 +105,24 @@ def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Any:
 
 
 def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
-    """A site's expected log-density under the guide, summed over plates and scaled to all data."""
+    """The expected log-density of a site under the guide, summed over plates and scaled to all data."""
     term = log_density(site)
     frames = site["cond_indep_stack"]
     scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
     particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
-    summed = {dim: weight for dim, weight in weights.items() if _extent(term, dim) > 1}
+    summed = {dim: weight for dim, weight in weights.items() if _size(term, dim) > 1}
     pending = list(summed)
-    while pending:  # a variable's weight may depend on others, over which it is summed as well
+    while pending:  # the weight of a variable may depend on others, which are then summed over as well
         weight = summed[pending.pop()]
-        found = [dim for dim in weights if dim not in summed and _extent(weight, dim) > 1]
-        summed |= {dim: weights[dim] for dim in found}
-        pending += found
-    while summed:  # one after the other, each before those that its weight depends on
-        dim = next(dim for dim in summed if all(_extent(w, dim) == 1 for other, w in summed.items() if other != dim))
+        new = [dim for dim in weights if dim not in summed and _size(weight, dim) > 1]
+        summed |= {dim: weights[dim] for dim in new}
+        pending += new
+    while summed:  # sum over each variable before those that its weight depends on
+        dim = next(dim for dim in summed if all(_size(w, dim) == 1 for other, w in summed.items() if other != dim))
         weight = summed.pop(dim).exp()
         term = torch.where(weight > 0, weight * term, 0.0).sum(dim, keepdim=True)
     return term.sum(dtype=torch.float64) * (scale / particles)
 
 
-def _extent(tensor: Tensor, dim: int) -> int:
+def _size(tensor: Tensor, dim: int) -> int:
     return tensor.shape[dim] if tensor.dim() >= -dim else 1

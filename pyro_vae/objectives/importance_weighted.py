@@ -1,4 +1,4 @@
-r"""The importance-weighted bound of pathwise draws, and gradients that leave out what is noise."""
+"""The importance-weighted bound of pathwise draws, with three estimators of its gradient in the guide."""
 
 import math
 from typing import Any
@@ -8,7 +8,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.objectives.base import Function, ParticleELBO, sum_events
+from pyro_vae._utils.typing import Function
+from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["ImportanceWeighted"]
@@ -25,22 +26,23 @@ class ImportanceWeighted(ParticleELBO):
     the ELBO at K = 1, and tighter as K grows. With the normalised weights :math:`\tilde w_k = w_k / \sum_j w_j` its
     gradient in the parameters of the guide is one of
 
-    * ``"pathwise"``: that of the formula as it is, :math:`\sum_k \tilde w_k \nabla \log w_k`. Its signal-to-noise
+    * ``"pathwise"``: the gradient of the formula, :math:`\sum_k \tilde w_k \nabla \log w_k`. Its signal-to-noise ratio
       falls with K.
     * ``"doubly-reparameterized"``: :math:`\sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \nabla z_k`,
-      with the score of q reparameterised away. Unbiased, and the signal-to-noise grows with K. Where the latents have
-      a weight β, the factor is :math:`(1 - \beta) \tilde w_k + \beta \tilde w_k^2`.
+      where a second reparameterization removes the score of q. Unbiased, and the signal-to-noise ratio grows with K.
+      If the latents have a weight β, the factor is :math:`(1 - \beta) \tilde w_k + \beta \tilde w_k^2`.
     * ``"sticking-the-landing"``: :math:`\sum_k \tilde w_k \frac{\partial \log w_k}{\partial z_k} \nabla z_k`. At
-      K = 1 the same as the last: unbiased, and without noise where q is the posterior. For K > 1 it is **biased**.
+      K = 1 it equals the doubly reparameterized gradient: unbiased, and without noise where q is the posterior. For
+      K > 1 it is **biased**.
 
     The gradient in all other parameters is that of the formula.
 
     Args:
         num_particles: K.
-        gradient: of the guide, as above.
+        gradient: estimator of the gradient in the guide, as above.
 
     Raises:
-        ValueError: when it runs, if a latent is not drawn pathwise (VIMCO takes discrete ones).
+        ValueError: at the first step, if a latent is not reparameterised (VIMCO takes discrete latents).
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders"; Roeder, Wu and Duvenaud 2017,
     "Sticking the landing"; Tucker, Lawson, Gu and Maddison 2019, "Doubly reparameterized gradient estimators for Monte
@@ -60,66 +62,72 @@ class ImportanceWeighted(ParticleELBO):
     def __init__(self, num_particles: int, gradient: str = "pathwise"):
         super().__init__(num_particles)
         if gradient not in _GRADIENTS:
-            raise ValueError(f"`gradient` must be {', '.join(map(repr, _GRADIENTS))}, got {gradient!r}")
+            raise ValueError(f"`gradient` must be one of {', '.join(map(repr, _GRADIENTS))}, got {gradient!r}")
         self.gradient = gradient
-        self._leaves = _Leaves()
+        self._cut = _CutGraph()
 
     def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Any:
         if self.gradient == "pathwise":
             return super()._get_trace(model, guide, args, kwargs)
-        self._leaves = _Leaves()
-        with self._leaves:
+        self._cut = _CutGraph()
+        with self._cut:
             return super()._get_trace(model, guide, args, kwargs)
 
     @property
     def bound_draws(self) -> int:
+        """K."""
         return self.num_particles
 
-    def bound(self, draws: Particles) -> Tensor:
-        draws.check_one_scale(type(self).__name__)
-        discrete = [name for name, site in draws.guide.items() if not site["fn"].has_rsample]
+    def bound(self, particles: Particles) -> Tensor:
+        """Compute the K-sample bound."""
+        particles.check_one_scale()
+        discrete = [name for name, site in particles.guide.items() if not site["fn"].has_rsample]
         if discrete:
             raise ValueError(
-                f"`ImportanceWeighted` must be reparameterised ones. objectives.VIMCO takes any: latents {discrete} "
-                "are not drawn pathwise"
+                f"ImportanceWeighted needs reparameterised latents, got {discrete} without pathwise gradients; "
+                "objectives.VIMCO takes any latents"
             )
-        return draws.f.logsumexp(0) - math.log(self.num_particles)
+        return particles.log_weight.logsumexp(0) - math.log(self.num_particles)
 
-    def surrogate(self, draws: Particles) -> Tensor:
+    def surrogate(self, particles: Particles) -> Tensor:
+        """Compute the bound, or a sum with the gradient of the chosen estimator."""
         if self.gradient == "pathwise":
-            return self.bound(draws)
-        weights = draws.f.detach().softmax(0)
-        share = weights
-        if self.gradient == "doubly-reparameterized":  # at a weight of 1, that of the draw squared
-            share = weights - _weight_of_latents(draws) * (weights - weights**2)
-        signal = self._leaves.passed_on((share * draws.f).sum())
-        through = sum(
-            (sum_events(slope * value, draws.guide[name]).expand(draws.shape).sum(0) for name, value, slope in signal),
+            return self.bound(particles)
+        weights = particles.log_weight.detach().softmax(0)
+        factor = weights
+        if self.gradient == "doubly-reparameterized":  # for β = 1, the squared weight
+            factor = weights - _latent_weight(particles) * (weights - weights**2)
+        slopes = self._cut.total_derivatives((factor * particles.log_weight).sum())
+        through_draws = sum(
+            (
+                sum_events(slope * value, particles.guide[name]).expand(particles.shape).sum(0)
+                for name, value, slope in slopes
+            ),
             torch.zeros(()),
         )
-        return (weights * (draws.log_likelihood + draws.log_prior)).sum(0) + through
+        return (weights * (particles.log_likelihood + particles.log_prior)).sum(0) + through_draws
 
 
-def _weight_of_latents(draws: Particles) -> Tensor:
-    """β, with which log q enters log w, and so does the score that is reparameterised away."""
-    weights = {name: torch.as_tensor(site["scale"] / draws.scale) for name, site in draws.guide.items()}
+def _latent_weight(particles: Particles) -> Tensor:
+    """The weight β of log q in log w, and so of the score that the second reparameterization removes."""
+    weights = {name: torch.as_tensor(site["scale"] / particles.scale) for name, site in particles.guide.items()}
     first = next(iter(weights.values()))
     if any(not torch.equal(weight, first) for weight in weights.values()):
-        found = {name: weight.tolist() for name, weight in weights.items()}
-        raise ValueError(f"`ImportanceWeighted` must be one for all of them, got latents of the weights {found}")
+        got = {name: weight.tolist() for name, weight in weights.items()}
+        raise ValueError(f"ImportanceWeighted needs one weight for all latents, got {got}")
     return first
 
 
-class _Leaves(Messenger):
-    """Cut the graph at the draws of a guide: what comes after depends on leaves of the same values."""
+class _CutGraph(Messenger):
+    """Cut the graph at the draws of a guide: later sites depend on leaves with the same values."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open: set[str] = set()
-        self._drawn: list[tuple[str, Tensor, Tensor]] = []
+        self._draws: list[tuple[str, Tensor, Tensor]] = []  # name, value, leaf
 
     def _pyro_sample(self, msg: Any) -> None:
-        # Runs after the handlers inside: what they have not given a value, as `replay` does in the model, is drawn.
+        # This handler runs after the inner ones: a site without a value will be drawn. In the model, `replay` sets it.
         if msg["value"] is None and not msg["is_observed"] and not site_is_subsample(msg):
             self._open.add(msg["name"])
 
@@ -129,19 +137,19 @@ class _Leaves(Messenger):
             value = msg["value"]
             if value.requires_grad:
                 msg["value"] = value.detach().requires_grad_()
-                self._drawn.append((msg["name"], value, msg["value"]))
+                self._draws.append((msg["name"], value, msg["value"]))
 
-    def passed_on(self, signal: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """Name and value of each draw, and the derivative of the signal in it, the way through later draws included."""
-        if not self._drawn:
+    def total_derivatives(self, signal: Tensor) -> list[tuple[str, Tensor, Tensor]]:
+        """List name and value of each draw with the derivative of the signal in it, also through later draws."""
+        if not self._draws:
             return []
-        leaves = [leaf for *_, leaf in self._drawn]
+        leaves = [leaf for *_, leaf in self._draws]
         slopes = list(torch.autograd.grad(signal, leaves, retain_graph=True))
         for index in reversed(range(1, len(leaves))):
             earlier = torch.autograd.grad(
-                self._drawn[index][1], leaves[:index], slopes[index], retain_graph=True, allow_unused=True
+                self._draws[index][1], leaves[:index], slopes[index], retain_graph=True, allow_unused=True
             )
             for place, slope in enumerate(earlier):
                 if slope is not None:
                     slopes[place] = slopes[place] + slope
-        return [(name, value, slope) for (name, value, _), slope in zip(self._drawn, slopes, strict=True)]
+        return [(name, value, slope) for (name, value, _), slope in zip(self._draws, slopes, strict=True)]

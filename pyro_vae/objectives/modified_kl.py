@@ -1,34 +1,55 @@
-r"""Objectives whose rate is another than that of the ELBO: **none of them is a bound.**"""
+"""Objectives whose rate differs from that of the ELBO. **None of them is a bound.**"""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import positive
-from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
-from pyro_vae.objectives.base import ParticleELBO, sum_events
+from pyro_vae.distributions.properties import base_distribution, discrete_twin, without_independent
 from pyro_vae.objectives.elbo_terms import rate_by_variable
+from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["DiscreteKL", "FreeBits"]
 
 
-class DiscreteKL(ParticleELBO):
-    r"""Relaxed draws in the likelihood, and the KL of the **discrete** variables in closed form. **This is no bound.**
+class _ModifiedKL(ParticleELBO):
+    """The mean log-likelihood of the draws minus a rate that the subclass defines."""
+
+    @abstractmethod
+    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
+        """Compute the rate of each variable of a latent, from its sites in guide and model."""
+
+    def bound(self, particles: Particles) -> Tensor:
+        """Compute the objective, which is no bound."""
+        return self.surrogate(particles)
+
+    def surrogate(self, particles: Particles) -> Tensor:
+        """Compute the objective."""
+        total = torch.zeros(())
+        for name, site, prior in particles.pairs():
+            rate = _masked_sum(self.rate(name, site, prior), name, site)
+            total = total + rate * (site["scale"] / particles.scale)
+        return (particles.log_likelihood - total).mean(0)
+
+
+class DiscreteKL(_ModifiedKL):
+    r"""Relaxed draws in the likelihood and the KL of the **discrete** variables in closed form. **This is no bound.**
 
     .. math:: \mathbb{E}[\log p(x \mid y)] - \mathrm{KL}(q(z \mid x) \,\Vert\, p(z)),
               \qquad y \text{ relaxed},\ z \text{ its discrete twin.}
 
-    The rate of one variable with the distortion of another: it bounds log p(x) neither of the relaxed model nor of the
-    twin. It is what many programs train on, and often trains the twin well. :func:`pyro_vae.fit` reports the ELBO of
-    the relaxed model beside it, as always; judge ``vae.discrete()``.
+    Rate and distortion are those of different variables, so their sum bounds log p(x) neither of the relaxed model nor
+    of its twin. Many programs use this objective, and it often trains the twin well. :func:`pyro_vae.fit` reports the
+    ELBO of the relaxed model; evaluate ``vae.discrete()``.
 
     Args:
         num_particles: K, draws for the likelihood.
 
     Source: Jang, Gu and Poole 2017, "Categorical reparameterization with Gumbel-softmax", section 3; Maddison, Mnih and
-    Teh 2017, appendix C.3, on why it is no bound.
+    Teh 2017, appendix C.3, which shows that it is no bound.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -43,53 +64,29 @@ class DiscreteKL(ParticleELBO):
     def __init__(self, num_particles: int = 1):
         super().__init__(num_particles)
 
-    def bound(self, draws: Particles) -> Tensor:
-        return self.surrogate(draws)
-
-    def surrogate(self, draws: Particles) -> Tensor:
-        rate = torch.zeros(())
-        for name, site, prior in draws.pairs("DiscreteKL"):
-            q, p = (_discrete(name, one["fn"]) for one in (site, prior))
-            each = torch.distributions.kl_divergence(q, p)  # of each variable
-            rate = rate + _masked(sum_events(each, site), name, site) * (site["scale"] / draws.scale)
-        return (draws.log_likelihood - rate).mean(0)
+    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
+        """Compute the KL of the discrete variables."""
+        q, p = (_discrete(name, one["fn"]) for one in (site, prior))
+        return torch.distributions.kl_divergence(q, p)
 
 
-def _masked(rate: Tensor, name: str, site: dict[str, Any]) -> Tensor:
-    """The rate of the data that the site's mask lets through."""
-    if is_masked(site["fn"]):
-        raise ValueError(f"latent {name!r} must not be a masked distribution: put poutine.mask around model and guide")
-    return torch.where(_counted(site), rate, 0.0)
-
-
-def _rows_where(counted: Tensor, values: Tensor) -> Tensor:
-    """The values of the data that count, and zeros."""
-    return torch.where(counted.reshape(counted.shape + (1,) * (values.dim() - counted.dim())), values, 0.0)
-
-
-def _counted(site: dict[str, Any]) -> Tensor:
-    """Which data the site's mask lets through, ``(*batch)``."""
-    mask = True if site["mask"] is None else site["mask"]
-    return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
-
-
-class FreeBits(ParticleELBO):
-    r"""A KL that costs nothing below a floor, for each latent variable. **For a floor above zero this is no bound.**
+class FreeBits(_ModifiedKL):
+    r"""An ELBO whose KL has a floor for each latent variable. **With a floor above zero this is no bound.**
 
     .. math:: \mathbb{E}_q[\log p(x \mid z)]
               - \sum_d \max\big(\lambda,\ \overline{\mathrm{KL}}(q(z_d \mid x) \Vert p(z_d))\big),
 
-    where the bar is a mean over the batch, without the data that a mask leaves out: a variable that carries less than
-    :math:`\lambda` nats on average has no reason to give them up, which keeps it from collapsing in the first epochs.
-    The KL is in closed form where torch has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit`
-    reports the ELBO, as always.
+    where the bar is a mean over the unmasked data of the batch. The rate of a variable below :math:`\lambda` nats has
+    no gradient, which keeps the variable from collapsing in the first epochs. The KL is computed in closed form where
+    torch has one, and is otherwise estimated from the draws. :func:`pyro_vae.fit` reports the ELBO.
 
     Args:
         nats: :math:`\lambda`, for each variable.
-        num_particles: K, draws.
+        num_particles: K.
 
     Raises:
-        ValueError: when it runs, if prior and guide are not products over the variables of z, drawn pathwise.
+        ValueError: at the first step, if prior or guide is no product over the variables of z, or the latents are not
+            reparameterised.
 
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with
     inverse autoregressive flow", appendix C.8.
@@ -108,37 +105,47 @@ class FreeBits(ParticleELBO):
         super().__init__(num_particles)
         self.nats = positive(nats, "nats")
 
-    def bound(self, draws: Particles) -> Tensor:
-        return self.surrogate(draws)
+    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
+        """Compute the KL of each variable, or the floor where the mean over data is below it."""
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"FreeBits needs reparameterised latents, got {name!r} without pathwise gradients; from others the "
+                "guide would get no gradient of the likelihood"
+            )
+        each = rate_by_variable(site, prior)
+        if each is None:
+            q, p = (type(base_distribution(one["fn"])).__name__ for one in (site, prior))
+            raise ValueError(
+                "FreeBits needs products over the variables of z, such as guides.DiagonalNormal with "
+                f"priors.StandardNormal, got a {q} in the guide and a {p} in the model for site {name!r}"
+            )
+        counted = _mask(site)
+        rows = counted.reshape(counted.shape + (1,) * (each.dim() - counted.dim()))
+        average = torch.where(rows, each, 0.0).flatten(0, counted.dim() - 1).sum(0) / counted.sum()
+        return torch.where(average > self.nats, each, self.nats)
 
-    def surrogate(self, draws: Particles) -> Tensor:
-        rate = torch.zeros(())
-        for name, site, prior in draws.pairs("FreeBits"):
-            if not site["fn"].has_rsample:
-                raise ValueError(
-                    f"`FreeBits` must be reparameterised ones: latent {name!r} is not drawn pathwise, and the "
-                    "likelihood would not train the guide"
-                )
-            each = rate_by_variable(site, prior)
-            if each is None:
-                q, p = (type(base_distribution(one["fn"])).__name__ for one in (site, prior))
-                raise ValueError(
-                    "`FreeBits` must be products over the variables of z, such as guides.DiagonalNormal with "
-                    f"priors.StandardNormal: site {name!r} is a {q} in the guide and a {p} in the model"
-                )
-            counted = _counted(site)
-            average = _rows_where(counted, each).sum(0) / counted.sum()
-            floored = torch.where(average > self.nats, each, self.nats)
-            rate = rate + _masked(sum_events(floored, site), name, site) * (site["scale"] / draws.scale)
-        return (draws.log_likelihood - rate).mean(0)
+
+def _masked_sum(rates: Tensor, name: str, site: dict[str, Any]) -> Tensor:
+    """Sum rates over the variables of a site, with 0 for masked data."""
+    if is_masked(site["fn"]):
+        raise ValueError(
+            f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
+        )
+    return torch.where(_mask(site), sum_events(rates, site), 0.0)
+
+
+def _mask(site: dict[str, Any]) -> Tensor:
+    """The mask of the data at a site, ``(*batch)``: False for data that do not count."""
+    mask = True if site["mask"] is None else site["mask"]
+    return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
 
 
 def _discrete(name: str, fn: Any) -> Any:
-    """The discrete variables that relaxed ones stand for."""
+    """Return the discrete variables that relaxed ones approximate."""
     twin = discrete_twin(fn)
     if twin is None:
         raise ValueError(
-            "`DiscreteKL` must be used with relaxed latents, as those of priors.RelaxedBernoulli and "
-            f"priors.GumbelSoftmax, got a {type(without_independent(fn)).__name__} at site {name!r}"
+            "DiscreteKL needs relaxed latents, such as those of priors.RelaxedBernoulli or priors.GumbelSoftmax, got a "
+            f"{type(without_independent(fn)).__name__} for site {name!r}"
         )
     return twin

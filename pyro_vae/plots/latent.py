@@ -18,8 +18,8 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import real_tensor, whole_numbers
 from pyro_vae.exact.coordinates import LatentCoordinates
-from pyro_vae.exact.densities import ModelDensity
 from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.exact.quadrature import QuadratureError
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
@@ -105,7 +105,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
         raise ValueError(f"`datum` must be one, `x[:1]`, got {problem.num_data} rows")
     problem.single_site()
     q = GuideDensity(problem, guide)
-    flat = not problem.is_discrete and problem.chart().dims == 2
+    flat = not problem.is_discrete and problem.coordinates().dims == 2
     draw = _regions if flat else _bars if problem.is_discrete else _curves
     p = exact.posterior(model, *datum)
     ax = axes_or_new(ax)
@@ -134,7 +134,7 @@ def _bars(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]
 
 
 def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
-    chart = problem.chart()
+    chart = problem.coordinates()
     (low,), (high,) = _extent(chart, *_draws(q, p, 400))
     grid = torch.linspace(low, high, 600)
     values = chart.to_site(grid[:, None, None])
@@ -150,7 +150,7 @@ def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
 
 def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
     """Regions of highest density: a draw of p lies in that of mass m if its density is above the m-quantile."""
-    chart = problem.chart()
+    chart = problem.coordinates()
     draws = _draws(q, p, 4000)
     low, high = _extent(chart, *draws)
     across, up = (torch.linspace(start, end, 200) for start, end in zip(low, high, strict=True))

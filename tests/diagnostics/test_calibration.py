@@ -309,7 +309,7 @@ def test_a_point_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Delta(x[:, :2]).to_event(1))
 
-    with pytest.raises(ValueError, match="is a point"):
+    with pytest.raises(ValueError, match="got a point"):
         found(guide)
 
 

@@ -394,7 +394,7 @@ def point_guide(x):
         (two_sites_model, product_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
         (two_sites_model, product_guide, torch.zeros(1, 2), 5, "`data` must be 2 or more.*got 1 row"),
         (per_datum_prior, normal_guide, torch.randn(5, 2), 5, "the prior of its latent 'z' is another for each datum"),
-        (point_model, point_guide, torch.randn(5, 2), 5, "its latent 'z' is a point"),
+        (point_model, point_guide, torch.randn(5, 2), 5, r"got a point \(Delta, as in AutoDelta\) for 'z'"),
     ],
 )
 def test_what_has_no_answer_is_refused(model, guide, x, num_samples, message):

@@ -261,7 +261,7 @@ def squashed(x):
         ((mixed_model, chained_guide), r"guide: its latents \['kind', 'z'\] hang on one another given x.*`refined=`"),
         (one_site(dist.Poisson(2.0), lambda x: dist.Poisson(x[:, 0].exp())), "'z' does not enumerate.*`refined=`"),
         (one_site(dist.Normal(0.0, 1.0), squashed), "a TransformedDistribution, which does not rebuild.*`refined=`"),
-        (one_site(dist.Normal(0.0, 1.0), lambda x: dist.Delta(x[:, 0])), "its latent 'z' is a point"),
+        (one_site(dist.Normal(0.0, 1.0), lambda x: dist.Delta(x[:, 0])), r"got a point \(Delta, as in AutoDelta\) for 'z'"),
     ],
     ids=["chained", "poisson", "transformed", "point"],
 )

@@ -1,12 +1,11 @@
-"""Models compared by held-out log p(x): means, paired differences, and errors that are the spread of new tables."""
+"""Comparison of models by held-out log p(x): means, paired differences, and errors that equal the spread of tables."""
 
 import math
 
 import pandas as pd
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
+from exact_cases import conjugate
 
 import pyro_vae as pv
 
@@ -16,7 +15,7 @@ COLUMNS = [
 ]
 
 
-def drawn(*shape, seed=0):
+def normals(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -27,7 +26,7 @@ def estimate(log_evidence, ess=50.0, khat=0.1, num_samples=100):
     return pv.Evidence(log_evidence, full(ess), full(khat), num_samples)
 
 
-def test_the_numbers_are_those_of_a_pencil():
+def test_the_table_equals_a_calculation_by_hand():
     a, b = torch.tensor([-1.0, -2.0, -3.0, -4.0]).double(), torch.tensor([-1.5, -2.5, -3.0, -5.0]).double()
     khat = torch.tensor([0.1, 0.6, math.nan, -math.inf]).double()
     table = pv.compare_evidence({"b": estimate(b, khat=khat), "a": estimate(a)})
@@ -45,8 +44,8 @@ def test_the_numbers_are_those_of_a_pencil():
     pd.testing.assert_frame_equal(table, expected)
 
 
-def test_exact_answers_stand_beside_estimates_without_noise_of_draws():
-    found = drawn(40)
+def test_exact_answers_have_no_monte_carlo_error():
+    found = normals(40)
     table = pv.compare_evidence({"exact": found + 1, "estimate": estimate(found.float().double())})
     assert list(table["monte_carlo_error"]) == [0.0, pytest.approx(0.1 / 40**0.5)]
     assert table.loc["estimate", "difference_monte_carlo_error"] == pytest.approx(0.1 / 40**0.5)
@@ -54,76 +53,61 @@ def test_exact_answers_stand_beside_estimates_without_noise_of_draws():
     assert list(table["unreliable"]) == [0.0, 0.0]
 
 
-def test_what_is_hard_for_all_drops_out_of_the_difference():
-    hard = 10 * drawn(200)
-    table = pv.compare_evidence({"a": hard, "b": hard - 0.1 + 0.1 * drawn(200, seed=1)})
+def test_the_difference_does_not_vary_with_data_that_are_hard_for_all_models():
+    hard = 10 * normals(200)
+    table = pv.compare_evidence({"a": hard, "b": hard - 0.1 + 0.1 * normals(200, seed=1)})
     assert table.loc["b", "standard_error"] > 0.5
     assert table.loc["b", "difference_error"] < 0.01
 
 
-def test_one_model_ties_one_datum_and_no_answer():
-    table = pv.compare_evidence({"a": drawn(5)})
+def test_one_model_ties_one_datum_and_nan():
+    table = pv.compare_evidence({"a": normals(5)})
     assert table.loc["a", "difference"] == 0
     assert table["difference_error"].isna().all()
-    assert list(pv.compare_evidence({"a": drawn(5), "b": drawn(5)}).index) == ["a", "b"]
-    assert pv.compare_evidence({"a": drawn(1), "b": drawn(1)})["standard_error"].isna().all()
+    assert list(pv.compare_evidence({"a": normals(5), "b": normals(5)}).index) == ["a", "b"]
+    assert pv.compare_evidence({"a": normals(1), "b": normals(1)})["standard_error"].isna().all()
     nan = torch.full((5,), math.nan)
-    assert list(pv.compare_evidence({"nan": nan, "a": drawn(5)}).index) == ["a", "nan"]
-
-
-def model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-
-def guide_of(scale):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.5 * x, scale))
-
-    return guide
+    assert list(pv.compare_evidence({"nan": nan, "a": normals(5)}).index) == ["a", "nan"]
 
 
 def tables(x, repeats):
-    """Comparisons of two guides on each of ``repeats`` parts of x, 50 draws for each datum."""
-    found = {
-        name: pv.log_evidence(model, guide_of(scale), x, num_samples=50, seed=seed)
+    """Comparisons of two guides on each of ``repeats`` parts of x, with 50 draws for each datum."""
+    evidence = {
+        name: pv.log_evidence(*conjugate(0.5, scale), x, num_samples=50, seed=seed)
         for name, scale, seed in (("wide", 1.5, 0), ("wider", 3.0, 1))
     }
     size = len(x) // repeats
     for first in range(0, len(x), size):
         part = slice(first, first + size)
         yield pv.compare_evidence(
-            {name: pv.Evidence(e.log_evidence[part], e.ess[part], e.khat[part], 50) for name, e in found.items()}
+            {name: pv.Evidence(e.log_evidence[part], e.ess[part], e.khat[part], 50) for name, e in evidence.items()}
         )
 
 
 @pytest.mark.parametrize(("data", "rows", "off"), [("new", 0, 0.2), ("the same", 1, 0.25)])
 def test_the_errors_are_the_spread_of_tables(data, rows, off):
-    """Over new data and draws, and over new draws for the same data: each error is that of one, and not their sum.
+    """Each error has one source: new data and draws, or new draws for the same data.
 
-    0.2 are 4.9 standard errors of a standard deviation of 300; the delta method of 50 draws adds to it.
+    0.2 is 4.9 standard errors of a standard deviation of 300 numbers; the delta method of 50 draws adds to it.
     """
     repeats = 300
-    x = 2**0.5 * (drawn(50 * repeats) if data == "new" else drawn(50).repeat(repeats))
+    x = 2**0.5 * (normals(50 * repeats) if data == "new" else normals(50).repeat(repeats))
     columns = [
         ("standard_error", "difference_error"),
         ("monte_carlo_error", "difference_monte_carlo_error"),
     ][rows]
-    found, told = [], []
+    found, expected = [], []
     for table in tables(x, repeats):
         mean = table["log_evidence"]
         found.append([mean["wider"], mean["wider"] - mean["wide"]])
-        told.append([table.loc["wider", columns[0]], table.loc[table.index[1], columns[1]]])
-    typical = torch.tensor(told).square().mean(0).sqrt()
+        expected.append([table.loc["wider", columns[0]], table.loc[table.index[1], columns[1]]])
+    typical = torch.tensor(expected).square().mean(0).sqrt()
     assert ((torch.tensor(found).std(0) / typical - 1).abs() < off).all()
 
 
-def test_unreliable_estimates_show():
-    x = 2**0.5 * drawn(200)
-    good = pv.log_evidence(model, guide_of(1.0), x, num_samples=500)
-    bad = pv.log_evidence(model, guide_of(0.05), x, num_samples=500)
+def test_the_table_shows_unreliable_estimates():
+    x = 2**0.5 * normals(200)
+    good, bad = (pv.log_evidence(*conjugate(0.5, scale), x, num_samples=500) for scale in (1.0, 0.05))
     table = pv.compare_evidence({"good": good, "bad": bad})
     assert table.loc["good", "unreliable"] < 0.02
     assert table.loc["bad", "unreliable"] > 0.6
@@ -133,13 +117,13 @@ def test_unreliable_estimates_show():
 @pytest.mark.parametrize(
     ("evidence", "error", "message"),
     [
-        ([drawn(5)], TypeError, "`evidence` must be a mapping from names to Evidence.*got a list"),
-        ({}, ValueError, "`evidence` must be one or more.*got no models"),
-        ({"a": -3.2}, TypeError, "`evidence` must be what pv.log_evidence returns.*'a' is a float"),
-        ({"a": drawn(5, 1)}, ValueError, r"`evidence` must be \(N,\).*'a' has shape \(5, 1\)"),
-        ({"a": drawn(5), "b": drawn(6)}, ValueError, r"`evidence` must be the same.*got {'a': 5, 'b': 6} data"),
+        ([normals(5)], TypeError, "`evidence` must be a mapping from names to Evidence.*got a list"),
+        ({}, ValueError, "`evidence` must have one or more models, got none"),
+        ({"a": -3.2}, TypeError, r"`evidence\['a'\]` must be the result of pv.log_evidence.*got a float"),
+        ({"a": normals(5, 1)}, ValueError, r"`evidence\['a'\]` must be \(N,\).*got shape \(5, 1\)"),
+        ({"a": normals(5), "b": normals(6)}, ValueError, r"`evidence` must have the same.*got {'a': 5, 'b': 6} data"),
     ],
 )
-def test_what_is_refused(evidence, error, message):
+def test_wrong_evidence_is_refused(evidence, error, message):
     with pytest.raises(error, match=message):
         pv.compare_evidence(evidence)

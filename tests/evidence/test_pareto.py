@@ -1,4 +1,4 @@
-"""The Pareto shape of weights: ArviZ's for each datum, the truth for laws that have one, and words for odd weights."""
+"""The Pareto shape of weights against ArviZ, against known distributions, and for special weights."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ from torch.distributions import Cauchy, Normal, StudentT
 
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
 
-with warnings.catch_warnings():  # ArviZ 0.23 warns on import that version 1 will be another
+with warnings.catch_warnings():  # ArviZ 0.23 warns on import of changes in version 1
     warnings.simplefilter("ignore")
     import arviz
 
@@ -23,15 +23,15 @@ def of_arviz(log_weights):
         return torch.from_numpy(arviz.psislw(rows)[1])
 
 
-def drawn(shape, seed=0):
+def normals(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-LAWS = {
+DISTRIBUTIONS = {
     "Pareto": lambda u: -torch.linspace(0.1, 1.5, u.shape[1]).double() * u.log(),
     "light": lambda u: u.log(),
     "normal under a narrower one": lambda u: 3 * (2 * u - 1).erfinv() ** 2,
-    "far below what a float holds": lambda u: -1e5 - 0.5 * u.log(),
+    "far below the range of floats": lambda u: -1e5 - 0.5 * u.log(),
     "of wide range": lambda u: 300 * u.log(),
     "with ties": lambda u: (-4 * u.log()).round() / 4,
     "with zeros": lambda u: torch.where(u < 0.97, -math.inf, -0.5 * u.log()),
@@ -40,10 +40,10 @@ LAWS = {
 
 @pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1.x rounds the length of the tail down, not up")
 @pytest.mark.parametrize("count", [21, 26, 100, 225, 226, 1000, 5000])
-@pytest.mark.parametrize("law", LAWS)
-def test_it_is_that_of_arviz_for_each_datum(law, count):
-    uniform = (drawn((count, 30)) / 2**0.5).erf() / 2 + 0.5
-    log_weights = LAWS[law](uniform)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_it_is_that_of_arviz_for_each_datum(name, count):
+    uniform = (normals((count, 30)) / 2**0.5).erf() / 2 + 0.5
+    log_weights = DISTRIBUTIONS[name](uniform)
     ours, theirs = pareto_shape(log_weights), of_arviz(log_weights)
     compared = theirs.isfinite() & ours.isfinite()
     assert (ours == math.inf).logical_or(compared | (ours == -math.inf)).all()
@@ -52,9 +52,9 @@ def test_it_is_that_of_arviz_for_each_datum(law, count):
 
 
 @pytest.mark.parametrize("k", [0.1, 0.4, 0.7, 1.0])
-def test_the_mean_over_data_is_the_shape_of_a_pareto_law(k):
-    """The tail of u^-k is exactly generalised Pareto; what ten draws at 1/2 add to it is known."""
-    uniform = (drawn((4000, 2000)) / 2**0.5).erf() / 2 + 0.5
+def test_the_mean_over_data_is_the_shape_of_a_pareto_distribution(k):
+    """The tail of u^-k is exactly generalised Pareto, and the effect of the prior of ten draws is known."""
+    uniform = (normals((4000, 2000)) / 2**0.5).erf() / 2 + 0.5
     tail = tail_length(4000)
     found = (pareto_shape(-k * uniform.log()) * (tail + 10) - 5) / tail
     assert abs(float(found.mean()) - k) < 0.02
@@ -62,7 +62,7 @@ def test_the_mean_over_data_is_the_shape_of_a_pareto_law(k):
 
 
 def test_proposals_of_known_tails():
-    """Weights of a Cauchy under a Student-t of three degrees have shape (3 - 1) / 3: too heavy; the other way, none."""
+    """The weights of a Cauchy under a Student-t of 3 degrees have shape 2/3; those of a normal under a Cauchy none."""
     torch.manual_seed(0)
     heavy, light = Cauchy(0.0, 1.0), StudentT(3.0)
     z = light.sample((100_000, 20))
@@ -71,8 +71,8 @@ def test_proposals_of_known_tails():
     assert (pareto_shape((Normal(0.0, 1.0).log_prob(z) - heavy.log_prob(z)).double()) < 0).all()
 
 
-def test_the_largest_are_enough_in_any_order():
-    log_weights = -0.6 * drawn((1000, 7)).abs().log()
+def test_the_largest_weights_are_enough_in_any_order():
+    log_weights = -0.6 * normals((1000, 7)).abs().log()
     top = log_weights.topk(tail_length(1000) + 1, dim=0).values
     shuffled = top[torch.randperm(len(top))]
     assert torch.equal(pareto_shape(shuffled, 1000), pareto_shape(log_weights))
@@ -80,16 +80,16 @@ def test_the_largest_are_enough_in_any_order():
 
 
 def test_scale_and_order_of_data_make_no_difference():
-    log_weights = drawn((500, 9))
+    log_weights = normals((500, 9))
     torch.testing.assert_close(pareto_shape(log_weights + 1000.0), pareto_shape(log_weights), rtol=1e-9, atol=0)
     torch.testing.assert_close(pareto_shape(log_weights.flip(1)), pareto_shape(log_weights).flip(0), rtol=0, atol=1e-12)
 
 
-# --- Odd weights -----------------------------------------------------------------------------------------------------
+# --- Special weights -------------------------------------------------------------------------------------------------
 
 
 def test_equal_weights_have_no_tail():
-    noise = 1e-7 * drawn((200, 3)).float()
+    noise = 1e-7 * normals((200, 3)).float()
     for level in (0.0, -100.0, 1e4):
         assert (pareto_shape(torch.full((200, 3), level)) == -math.inf).all()
         assert (pareto_shape(level + noise * (1 + abs(level))) == -math.inf).all()  # the rounding of an exact guide
@@ -101,12 +101,12 @@ def test_two_values_by_how_often_the_larger_one_is_drawn():
         log_weights[:often, datum] = 1.0
     found = pareto_shape(log_weights)
     assert found[0] == math.inf  # seen three times
-    assert (found[1:4] < 0.5).all()  # bounded from above, says the fit
+    assert (found[1:4] < 0.5).all()  # the fit is a distribution with an upper bound
     assert found[1:4].isfinite().all()
     assert found[4] == -math.inf
 
 
-def test_a_flat_tail_has_a_shape_where_the_grid_meets_zero():
+def test_a_flat_tail_has_a_finite_shape_if_the_grid_contains_zero():
     """100 equal exceedances and a grid of 40 points, of which one is b = 0."""
     log_weights = torch.zeros(2000, 1).double()
     log_weights[:100] = 1.0
@@ -114,7 +114,7 @@ def test_a_flat_tail_has_a_shape_where_the_grid_meets_zero():
 
 
 def test_zeros_infinities_and_few_draws():
-    log_weights = drawn((100, 5))
+    log_weights = normals((100, 5))
     log_weights[:, 0] = -math.inf
     log_weights[3:, 1] = -math.inf
     log_weights[0, 2] = math.nan
@@ -124,8 +124,8 @@ def test_zeros_infinities_and_few_draws():
     assert found[2:4].isnan().all()
     assert found[4].isfinite()
     for few in (1, 2, 5, 20):
-        assert pareto_shape(drawn((few, 4))).isnan().all()
-    assert pareto_shape(drawn((21, 4))).isfinite().all()
+        assert pareto_shape(normals((few, 4))).isnan().all()
+    assert pareto_shape(normals((21, 4))).isfinite().all()
 
 
 def test_thresholds():
@@ -136,10 +136,10 @@ def test_thresholds():
     assert reliable_shape(10**6) == 0.7
 
 
-def test_what_is_refused():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"`log_weights` must be \(S, N\).*got shape \(5,\)"):
         pareto_shape(torch.zeros(5))
-    with pytest.raises(ValueError, match=r"`log_weights` must be the 96 largest.*got the 90 largest of 1000"):
+    with pytest.raises(ValueError, match=r"`log_weights` must be at least the 96 largest of 1000, got 90"):
         pareto_shape(torch.zeros(90, 2), 1000)
-    with pytest.raises(ValueError, match="`num_samples` must be a positive integer.*got 0"):
+    with pytest.raises(ValueError, match=r"`num_samples` must be a positive integer, got 0"):
         tail_length(0)

@@ -14,7 +14,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.exact import densities
-from pyro_vae.exact.densities import ModelDensity
+from pyro_vae.exact.model_density import ModelDensity
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 

@@ -754,7 +754,7 @@ def test_a_guide_whose_gap_is_not_to_be_had_is_drawn_without_it():
 
 
 def test_a_latent_of_three_variables_is_refused():
-    with pytest.raises(ValueError, match=r"'z' has 3 dimensions, and quadrature goes up to 2"):
+    with pytest.raises(ValueError, match=r"at most 2 dimensions for quadrature, got 3 at 'z'"):
         posterior_of(lambda: gaussian(3))
 
 

@@ -1,0 +1,182 @@
+"""The joint density log p(x, z) of a Pyro model with one data plate, at any values of its latents.
+
+The model runs once with its latents conditioned on many values, which are one more batch dimension on the left.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import log_density, observed_sites
+from pyro_vae._utils.typing import Function
+from pyro_vae.distributions.properties import is_masked, is_normalized
+from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.model_guide import ModelGuide
+
+__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_site", "conditioned_sites", "log_prob_at"]
+
+MAX_STATES = 2**16
+"""The largest number of joint states of discrete latents that is summed over."""
+
+Values = dict[str, Tensor]
+"""Values of latents by site name, ``(C, 1 or N, *event)`` each."""
+
+_BUDGET = 2**20  # numbers in the largest tensor of a chunk; larger tensors are slower because of page faults
+
+
+class ModelDensity:
+    """A model on its data: log p(x, z) at any z, and its latents.
+
+    Args:
+        model: a Pyro model, called as ``model(*data)``.
+        data: its arguments.
+        plate: name of the data plate.
+
+    Raises:
+        ValueError: if the model does not have latent and observed sites, all in the data plate and unscaled; if a
+            latent is masked, or a likelihood not normalised; if two runs give different densities.
+    """
+
+    def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
+        with seeded(0):
+            pair = ModelGuide(model, None, data, plate)
+            with torch.no_grad(), pyro.validation_enabled():
+                pair.model_trace.compute_log_prob()
+        self.model, self.data, self.plate = pair.model, pair.data, plate
+        self.latents, self.observed = pair.latents, pair.observed
+        self.num_data = _check_structure(self.latents, self.observed, plate)
+        self.dtype = log_density(next(iter(self.observed.values()))).dtype
+        self.chunk = self.chunk_size(_BUDGET)
+        self._check_repeatable()
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether every latent can be enumerated."""
+        return all(site["fn"].has_enumerate_support for site in self.latents.values())
+
+    @property
+    def num_states(self) -> int:
+        """The number of joint states of the discrete latents."""
+        return math.prod(map(len, self._supports()))
+
+    def single_site(self) -> tuple[str, dict[str, Any]]:
+        """Return name and site of the only latent."""
+        if len(self.latents) != 1:
+            raise ValueError(
+                f"`model` must have discrete latents with at most {MAX_STATES} states together, or a single continuous "
+                f"latent, got the latents {list(self.latents)}; a posterior is computed for a single latent only"
+            )
+        return next(iter(self.latents.items()))
+
+    def coordinates(self) -> LatentCoordinates:
+        """Return the coordinates of the only latent, a continuous one."""
+        name, site = self.single_site()
+        return LatentCoordinates(name, site["fn"], self.dtype)
+
+    def chunk_size(self, budget: int) -> int:
+        """Return how many values of the latents fit a budget of numbers in the largest tensor."""
+        widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
+        return max(1, budget // (self.num_data * max(64, *widths)))
+
+    def zeros(self) -> Tensor:
+        """Return zeros ``(N,)`` in float64, on the device of the data."""
+        return torch.zeros(self.num_data, dtype=torch.float64, device=self.data[0].device)
+
+    def log_joint(self, values: Values) -> Tensor:
+        """Compute log p(x, z) at values of every latent, ``(C, N)``."""
+        return log_prob_at(self.model, values, self.data)
+
+    def sites(self, values: Values) -> dict[str, Any]:
+        """Return the sites of the model, latent and observed, at values of every latent."""
+        return conditioned_sites(self.model, values, self.data)
+
+    def states(self) -> Iterator[Values]:
+        """Iterate over the joint states of all latents in chunks, as values ``(C, 1, *event)``."""
+        supports, count = self._supports(), self.num_states
+        if count > MAX_STATES:
+            raise ValueError(
+                f"`model` must have discrete latents with at most {MAX_STATES} states together, got {count} states of "
+                f"{list(self.latents)}"
+            )
+        for first in range(0, count, self.chunk):
+            index = torch.arange(first, min(first + self.chunk, count), device=supports[0].device)
+            values = {}
+            for name, support in zip(self.latents, supports, strict=True):
+                values[name] = support[index % len(support)]
+                index = index // len(support)
+            yield values
+
+    def _supports(self) -> list[Tensor]:
+        return [
+            site["fn"].enumerate_support(expand=False).reshape(-1, 1, *site["fn"].event_shape)
+            for site in self.latents.values()
+        ]
+
+    def _check_repeatable(self) -> None:
+        """Run the model twice at the same latents, alone and with others in a batch. Dropout, for example, fails."""
+        alone = {name: site["value"][None] for name, site in self.latents.items()}
+        with_others = {name: torch.cat([value, value.roll(1, 1)]) for name, value in alone.items()}
+        with torch.no_grad(), seeded(0):
+            first, second = self.log_joint(alone)[0], self.log_joint(with_others)[0]
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "`model` must have one log p(x, z) at each z, got two different ones at the same z; put dropout and "
+                "batch normalisation into evaluation mode, `vae.eval()`"
+            )
+
+
+def conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Return the sites of a model or guide at values of every latent."""
+    with poutine.block():
+        trace = poutine.trace(poutine.condition(function, data=values)).get_trace(*data)
+    return observed_sites(trace)
+
+
+def log_prob_at(function: Function, values: Values, data: tuple[Tensor, ...]) -> Tensor:
+    """Compute the log-density of a model or guide at values of every latent, ``(C, N)``."""
+    return sum((log_density(site) for site in conditioned_sites(function, values, data).values()), torch.zeros(()))
+
+
+def check_site(role: str, name: str, site: dict[str, Any], plate: str) -> None:
+    """Raise if a site is not in the data plate alone, is scaled, or is a masked latent.
+
+    ``role`` is ``"model"`` or ``"guide"``, for the message.
+    """
+    frames = site["cond_indep_stack"]
+    if [frame.name for frame in frames] != [plate] or frames[0].dim != -1:
+        raise ValueError(
+            f"`{role}` must have every site in one plate, {plate!r}, as the rightmost batch dimension, got site "
+            f"{name!r} in the plates {[frame.name for frame in frames]}"
+        )
+    if torch.as_tensor(site["scale"]).ne(1).any():
+        raise ValueError(
+            f"`{role}` must use all data, with densities that are not scaled, got site {name!r} with the scale "
+            f"{site['scale']}"
+        )
+    if not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
+        raise ValueError(
+            f"`{role}` must have latents without a mask, got {name!r} with one: its masked density is no distribution"
+        )
+
+
+def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
+    if not latents or not observed:
+        raise ValueError(
+            f"`model` must have latent and observed sites, got the latents {list(latents)} and the observed sites "
+            f"{list(observed)}"
+        )
+    for name, site in (latents | observed).items():
+        check_site("model", name, site, plate)
+    unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
+    if unnormalised:
+        raise ValueError(
+            f"`model` must have a normalised likelihood, got soft targets or pyro.factor at {unnormalised}; use "
+            "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
+        )
+    return next(iter(observed.values()))["cond_indep_stack"][0].size
