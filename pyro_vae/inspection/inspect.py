@@ -1,9 +1,9 @@
-"""One look at a fitted pair: how good the model is, how good its q(z | x), and what is wrong with them, in words."""
+"""Inspection of a fitted model and guide: evidence, ELBO, inference gap and calibration, with a verdict in words."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from textwrap import shorten
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,23 +20,23 @@ from pyro_vae.model_guide import is_amortized
 
 __all__ = ["Inspection", "inspect"]
 
-_UNRELIABLE = 0.1  # share of the data at which k̂ is worth a word
+_MAX_UNRELIABLE = 0.1  # fraction of the data with an unreliable k̂ above which there is a warning
+_MAX_REASON = 600  # characters of an error message that are kept: messages of Pyro contain whole tensors
 
-
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect` found. Printed, it is a page of text; :func:`pyro_vae.inspection.report` makes one with pictures.
+    """The results of :func:`inspect`. ``print`` shows them as text; :func:`pyro_vae.report` writes them with pictures.
 
     Attributes:
         evidence: log p(x) of each datum.
-        nats: where the ELBO goes.
-        gap: of the guide, in two.
-        calibration: of q(z | x) on the model's own data.
-        skipped: what could not be told of this pair, and why; its attribute is then ``None``.
-        num_data: of the rows that ``evidence``, ``nats`` and ``gap`` are of.
+        nats: the terms of the ELBO.
+        gap: the gap between log p(x) and the ELBO, split into approximation and amortization.
+        calibration: the calibration of q(z | x) on data drawn from the model.
+        skipped: the parts that could not be computed for this pair, with the reason. Their attributes are ``None``.
+        num_data: the number of rows used for ``evidence``, ``nats`` and ``gap``.
     """
 
     evidence: Evidence
@@ -48,55 +48,54 @@ class Inspection:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What is wrong, in words, and would be mended by a better guide or model; empty if nothing is."""
-        found = []
-        if self.calibration is not None:
-            found += [f"q(z|x), {name}: {fault}" for name, fault in self.calibration.faults.items()]
-        return (*found, *(self._collapse if self._carries_nothing else ()))
+        """Errors that a better guide or model would remove, in words; empty if none was found."""
+        calibration = {} if self.calibration is None else self.calibration.faults
+        found = [f"q(z|x), {name}: {fault}" for name, fault in calibration.items()]
+        return (*found, *(self._collapse if self._all_collapsed else ()))
 
     @property
     def all_clear(self) -> str:
-        """Where there are no faults: whether they were looked for."""
-        return "no fault found" + ("" if self.calibration else ", but whether q(z|x) can be believed was not asked")
+        """The verdict if there are no faults, which says whether the calibration was tested."""
+        return "no fault found" + ("" if self.calibration else ", but the calibration of q(z|x) was not tested")
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to know before the numbers are believed, or more is made of the latents."""
+        """Reasons to read the numbers, or to use the latents, with care; empty if there are none."""
         found = []
         share = self.evidence.unreliable.double().mean().item()
-        if share > _UNRELIABLE:
+        if share > _MAX_UNRELIABLE:
             found.append(
-                f"k̂ is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their log p(x) is a lower "
-                "bound, and how much too low is not known. Draw more, or see pv.annealed_log_evidence"
+                f"k̂ is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated log p(x) "
+                "is probably too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
             )
-        found += () if self._carries_nothing else self._collapse
-        if self.calibration is not None and self.calibration.elbo_corrections is None:
-            found += self._unexplained(self.calibration)
-        return (*found, *(f"{name} is not told: {reason}" for name, reason in self.skipped.items()))
-
-    @staticmethod
-    def _unexplained(calibration: Calibration) -> Iterator[str]:
-        """What ranks tell of discrete latents where no coordinate is at fault, such as of a q that does not read x."""
-        if not calibration.is_exact and not calibration.faults:
-            yield (
-                "q(z|x) is certainly not p(z|x), by the ranks, and which of its latents is off they do not tell: "
-                f"{calibration.divergence:.2f} ± {calibration.divergence_error:.2f} nats, both KL divergences together"
-            )
+        found += () if self._all_collapsed else self._collapse
+        found += self._unexplained_divergence
+        return (*found, *(f"{name} was skipped: {reason}" for name, reason in self.skipped.items()))
 
     @property
     def _collapse(self) -> tuple[str, ...]:
         return () if self.nats is None else self.nats.collapse
 
     @property
-    def _carries_nothing(self) -> bool:
+    def _all_collapsed(self) -> bool:
         return self.nats is not None and self.nats.mutual_information.value <= COLLAPSE_NATS
 
+    @property
+    def _unexplained_divergence(self) -> tuple[str, ...]:
+        """A warning if q with discrete latents is not exact, but no coordinate is at fault: q may ignore x."""
+        found = self.calibration
+        if found is None or found.elbo_corrections is not None or found.is_exact or found.faults:
+            return ()
+        return (
+            "the ranks show that q(z|x) is not the exact posterior, but not which latent is wrong: both KL divergences "
+            f"add up to {found.divergence:.2f} ± {found.divergence_error:.2f} nats per datum",
+        )
+
     def __str__(self) -> str:
-        parts: list[Any] = [self.evidence, self.nats, self.gap]
-        lines = [str(part) for part in parts if part is not None]
+        lines = [str(part) for part in (self.evidence, self.nats, self.gap) if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
         lines += [f"FAULT: {fault}" for fault in self.faults] or [self.all_clear]
-        return "\n".join([*lines, *(f"caution: {caution}" for caution in self.warnings)])
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def inspect(
@@ -111,28 +110,29 @@ def inspect(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Inspection:
-    r"""Inspect a fitted model and guide on data, best on held-out data.
+    r"""Inspect a fitted model and guide, best on held-out data.
 
-    How good is the model: :func:`pyro_vae.log_evidence`. Where do its nats go: :func:`pyro_vae.decompose`. What does
-    the guide lose, and why: :func:`pyro_vae.inference_gap`. Can q(z | x) be believed: :func:`pyro_vae.calibrate`. Each
-    but the first, which takes all rows, is bounded in its cost by default, and the result says by how many rows.
+    :func:`pyro_vae.log_evidence` tests how good the model is, :func:`pyro_vae.decompose` what the ELBO consists of,
+    :func:`pyro_vae.inference_gap` how much the guide loses and why, and :func:`pyro_vae.calibrate` whether q(z | x) can
+    be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded by default; ``num_data`` of the result
+    holds the numbers of rows used.
 
     Args:
-        model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
+        model: a Pyro model with all sites in one data plate, the rightmost dimension.
         guide: its guide.
-        data: what both take.
-        num_samples: draws of each datum for log p(x).
-        num_simulations: data drawn from the model, for calibration.
-        max_rows: of the data for the decomposition, whose cost grows with their square; evenly spaced ones if there are
-            more. All, of a guide that is not amortized.
-        max_refined: of the data for the gap, each of which is refined; in the same way.
+        data: the arguments of both.
+        num_samples: draws per datum for log p(x).
+        num_simulations: data drawn from the model for the calibration.
+        max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
+            spaced ones are used; if the guide is not amortized, all rows are used.
+        max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way.
         plate: name of the data plate.
-        seed: of all draws.
-        progress: whether to show a progress bar; only on a terminal if left out.
+        seed: seed of all draws.
+        progress: whether to show a progress bar; by default only on a terminal.
 
     Raises:
-        ValueError: if model and guide are not of this form, or the likelihood is not normalised. What only one of the
-            parts cannot take is in :attr:`Inspection.skipped`.
+        ValueError: if model and guide do not have this form, or the likelihood is not normalised. Errors of a single
+            part do not stop the others: they are in :attr:`Inspection.skipped`.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -144,53 +144,45 @@ def inspect(
     ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
     ... )
     >>> found = inspect(vae.model, vae.guide, vae.generate(200), max_refined=20)
-    >>> found.faults[0]  # nobody has trained it
+    >>> found.faults[0]  # the guide is not trained
     'q(z|x), all coordinates: too ...'
     """
     for name, value, least in (("num_samples", num_samples, 2), ("num_simulations", num_simulations, 10)):
         if positive_int(value, name) < least:
-            raise ValueError(f"`{name}` must be {least} or more, whose spread tells of an error, got {value}")
+            raise ValueError(f"`{name}` must be {least} or more, to estimate a standard error, got {value}")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
     data = data_tensors(data, "data")
-    told: dict[str, Any] = {"plate": plate, "seed": seed}
-    evidence = log_evidence(model, guide, *data, num_samples=num_samples, progress=progress, **told)
+    count = len(data[0])
+    evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed, progress=progress)
     with scoped_param_store(), seeded(seed):
-        sliced = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
-    some, few = (_spaced(len(data[0]), count if sliced else len(data[0])) for count in (max_rows, max_refined))
-
-    def refined() -> InferenceGap:
-        rows = few.to(data[0].device)
-        return replace(inference_gap(model, guide, *_taken(data, few), num_samples=num_samples, **told), rows=rows)
-
+        amortized = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
+    rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))
     skipped: dict[str, str] = {}
+
+    def run_or_skip(
+        name: str, diagnostic: Callable[..., Result], rows: Tensor | None = None, **options: int
+    ) -> Result | None:
+        """Run a diagnostic on some rows; if it fails, return ``None`` and keep the reason."""
+        chosen = data if rows is None else [tensor[rows.to(tensor.device)] for tensor in data]
+        try:
+            return diagnostic(model, guide, *chosen, plate=plate, seed=seed, **options)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            skipped[name] = shorten(str(error), _MAX_REASON, placeholder=" ...")
+            return None
+
+    nats = run_or_skip("nats", decompose, rows)
+    gap = run_or_skip("gap", inference_gap, refined_rows, num_samples=num_samples)
     return Inspection(
         evidence=evidence,
-        nats=_run_or_skip("nats", skipped, lambda: decompose(model, guide, *_taken(data, some), **told)),
-        gap=_run_or_skip("gap", skipped, refined),
-        calibration=_run_or_skip(
-            "calibration",
-            skipped,
-            lambda: calibrate(model, guide, *data, num_simulations=num_simulations, **told),
-        ),
+        nats=nats,
+        gap=None if gap is None else replace(gap, rows=refined_rows.to(data[0].device)),
+        calibration=run_or_skip("calibration", calibrate, num_simulations=num_simulations),
         skipped=skipped,
-        num_data={"evidence": len(data[0]), "nats": len(some), "gap": len(few)},
+        num_data={"evidence": count, "nats": len(rows), "gap": len(refined_rows)},
     )
 
 
-def _spaced(count: int, most: int) -> Tensor:
-    """The numbers of at most so many rows, evenly spaced."""
+def _evenly_spaced(count: int, most: int) -> Tensor:
+    """Indices of at most ``most`` of ``count`` rows."""
     return torch.arange(min(most, count)) * count // min(most, count)
-
-
-def _taken(data: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor[rows.to(tensor.device)] for tensor in data)
-
-
-def _run_or_skip(name: str, skipped: dict[str, str], ask: Callable[[], Found]) -> Found | None:
-    """The answer, or ``None`` and the reason in ``skipped``: each part says what pairs it is not for."""
-    try:
-        return ask()
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        skipped[name] = shorten(str(error), 600, placeholder=" ...")  # Pyro's own hold whole tensors
-        return None

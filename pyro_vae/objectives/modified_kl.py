@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import positive
-from pyro_vae.distributions.properties import base_distribution, discrete_twin, without_independent
+from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles

@@ -1,13 +1,13 @@
-"""Pictures, each on matplotlib axes, each answering one question.
+"""Pictures by matplotlib; each one answers one question.
 
-* of the nats: :mod:`pyro_vae.plots.elbo`;
-* of estimates, and whether to trust them: :mod:`pyro_vae.plots.estimates`;
-* of the latent space: :mod:`pyro_vae.plots.latent`;
-* of images: :mod:`pyro_vae.plots.images`;
-* of the model itself: :mod:`pyro_vae.plots.plate_diagram`.
+* the ELBO and its terms: :mod:`pyro_vae.plots.elbo`;
+* estimates, and whether to trust them: :mod:`pyro_vae.plots.estimates`;
+* the latent space: :mod:`pyro_vae.plots.latent`;
+* images: :mod:`pyro_vae.plots.images`;
+* the model itself: :mod:`pyro_vae.plots.plate_diagram`.
 
-Functions draw on ``ax``, or on axes of a new figure if it is left out, and return them; none calls ``plt.show()``.
-Clusters, methods and models differ in marker, line style or hatching as well as in colour, so that a picture reads in
+Functions draw on ``ax``, by default on the axes of a new figure, and return the axes; none calls ``plt.show()``.
+Clusters, methods and models differ in marker, line style or hatching as well as in colour: a picture can be read in
 black and white.
 """
 

@@ -1,4 +1,4 @@
-"""What all pictures share: the axes they are drawn on, and markers that tell lines apart without colour."""
+"""Helpers of all pictures: axes, a legend below them, and markers that distinguish lines without colour."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from pyro_vae._utils.validation import describe
 __all__ = ["MARKERS", "axes_or_new", "legend_below"]
 
 MARKERS = "osv^D<>pP*"
-"""In their order, again from the first where there are more things than markers."""
+"""Markers in the order of use; after the last comes the first again."""
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """The axes that were given or, if none were, those of a new figure."""
+    """Return ``ax`` or, if it is ``None``, the axes of a new figure."""
     if not isinstance(ax, Axes | None):
-        raise TypeError(f"`ax` must be matplotlib's axes, such as `plt.subplots()[1]`, got {describe(ax)}")
+        raise TypeError(f"`ax` must be matplotlib axes, such as `plt.subplots()[1]`, got {describe(ax)}")
     return plt.subplots(layout="constrained")[1] if ax is None else ax
 
 
 def legend_below(ax: Axes, handles: Sequence[Any], columns: int, title: str | None = None) -> None:
-    """A legend under the label of the x-axis, where it can't cover anything that is drawn."""
+    """Add a legend under the label of the x-axis, where it covers nothing."""
     under = ax.transAxes + ScaledTranslation(0, -42 / 72, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": under}
     look: dict[str, Any] = {"fontsize": 9, "title_fontsize": 9, "frameon": False, "borderaxespad": 0.0}

@@ -1,4 +1,4 @@
-"""Pictures of the nats: how the ELBO came to be, what it lacks, and what it is made of."""
+"""Pictures of the ELBO: its course in training, its gap to log p(x), and its rate and distortion."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -25,23 +25,25 @@ def training_curves(
     log_evidence: float | Tensor | Evidence | None = None,
     validation_log_evidence: float | Tensor | Evidence | None = None,
 ) -> Axes:
-    r"""Has training converged, does it overfit, and what does the ELBO lack?
+    r"""Has training converged, does it overfit, and how large is the gap of the ELBO?
 
-    The ELBO is the sum of -distortion and -rate; validation is dashed. A level is log p(x) of the trained model, and
-    the arrow at the last epoch the gap, the mean of :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))` over the data.
+    The ELBO is the sum of -distortion and -rate; validation is dashed. A horizontal line is log p(x) of the trained
+    model. The arrow at the last epoch is the gap, the mean of :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))`
+    over the data.
 
     Args:
-        history: that of :class:`pyro_vae.Fitted`.
-        ax: where to draw.
-        terms: which to draw. Of images, the rate is best seen on axes of its own.
-        log_evidence: log p(x) of the training data by the trained model, in nats: ``(N,)`` of
-            :func:`pyro_vae.exact.inference.log_evidence`, the :class:`pyro_vae.Evidence` of :func:`pyro_vae.log_evidence`, or the
-            mean. An epoch's ELBO is the mean over its steps: while parameters still move, the gap is not of one model.
-        validation_log_evidence: the same of the validation data.
+        history: the history of :class:`pyro_vae.Fitted`.
+        ax: axes to draw on.
+        terms: the terms to draw. For images, draw the rate on separate axes: it is much smaller than the others.
+        log_evidence: log p(x) of the training data under the trained model, in nats: ``(N,)`` from
+            :func:`pyro_vae.exact.log_evidence`, the :class:`pyro_vae.Evidence` from :func:`pyro_vae.log_evidence`, or
+            the mean. The ELBO of an epoch is the mean over its steps: it is the ELBO of one model only when the
+            parameters have stopped moving.
+        validation_log_evidence: the same for the validation data.
 
     Raises:
-        TypeError, ValueError: if terms are unknown, or log p(x) is no finite number, or there is no ELBO to hold
-            against it: none drawn, none of validation data, or a surrogate, which bounds nothing.
+        TypeError, ValueError: if terms are unknown, log p(x) is not a finite number, or no ELBO is drawn that it can be
+            compared with. A surrogate is not a bound.
 
     >>> history = {"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}
     >>> ax = training_curves(history, log_evidence=-0.7)
@@ -64,22 +66,22 @@ def training_curves(
         if given is not None
     ]
     ax = axes_or_new(ax)
-    ways = {"": ("-", ""), "validation_": ("--", ", validation")}
+    styles = {"": ("-", ""), "validation_": ("--", ", validation")}
     for name, label, sign, colour, marker in (labels[term] for term in terms):
-        for prefix, (style, suffix) in ways.items():
+        for prefix, (style, suffix) in styles.items():
             if prefix + name in history:
                 values = [sign * value for value in history[prefix + name]]
                 epochs, every = range(1, len(values) + 1), max(1, len(values) // 8)
-                shape = marker or ("o" if len(values) == 1 else "")
+                shape = marker or ("o" if len(values) == 1 else "")  # a line with one point would be invisible
                 look: dict[str, Any] = {"linestyle": style, "linewidth": 1.2 if marker else 2.0, "color": colour}
                 look |= {"marker": shape, "markevery": every, "markersize": 5}
                 ax.plot(epochs, values, label=label + suffix, **look)
     for prefix, (level, what) in levels:
-        style, suffix = ways[prefix]
+        style, suffix = styles[prefix]
         last = history[prefix + "elbo"][-1]
         label = f"{what}{suffix}: a gap of {level - last:.3f} nats"
         ax.axhline(level, color="0.45", linestyle=style, linewidth=2.5, zorder=1, label=label)
-        epoch = len(history[prefix + "elbo"]) * (1.02 if prefix else 1.0)  # beside the other arrow
+        epoch = len(history[prefix + "elbo"]) * (1.02 if prefix else 1.0)  # next to the other arrow
         arrow: dict[str, Any] = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", (epoch, level), (epoch, last), arrowprops=arrow)
     ax.set(xlabel="epoch", ylabel="nats per datum")
@@ -89,13 +91,13 @@ def training_curves(
 
 
 def check_history(history: Any) -> None:
-    """Refuse what is no history, or one of which nothing could be drawn."""
-    expected = "`fitted.history`, numbers for each epoch by name"
+    """Raise unless ``history`` has a term to draw, and a number for each epoch of each term."""
+    expected = "`fitted.history`, a mapping from names to a number for each epoch"
     if not isinstance(history, Mapping):
         raise TypeError(f"`history` must be {expected}, got {describe(history)}")
-    drawn = ("elbo", "surrogate", "distortion", "rate")
-    if not any(name in history for name in drawn):
-        raise ValueError(f"`history` must be {expected}, of them one or more of {list(drawn)}: has {list(history)}")
+    terms = ["elbo", "surrogate", "distortion", "rate"]
+    if not any(name in history for name in terms):
+        raise ValueError(f"`history` must be {expected}, with one or more of the names {terms}, got {list(history)}")
     for name, values in history.items():
         fits = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str) and len(values) > 0
         if not fits or not all(isinstance(value, Real) for value in np.asarray(values).tolist()):
@@ -105,13 +107,13 @@ def check_history(history: Any) -> None:
 def _level(
     history: Mapping[str, Sequence[float]], terms: Sequence[str], given: float | Tensor | Evidence, prefix: str
 ) -> tuple[float, str]:
-    """The mean of log p(x) and what it is, if there is an ELBO that it belongs to."""
+    """Return the mean of log p(x) and its label; raise if the ELBO of the same data is not drawn."""
     name = f"{prefix}log_evidence"
     if f"{prefix}elbo" not in history or "elbo" not in terms:
         has = [key for key in history if key.endswith(("elbo", "surrogate"))]
         raise ValueError(
-            f"{name}: there is no {prefix}elbo drawn to hold against it; the history has {has}, and terms are "
-            f"{list(terms)}"
+            f"`{name}` must be left out unless the history has '{prefix}elbo' and the terms have 'elbo', got {has} in "
+            f"the history and the terms {list(terms)}"
         )
     if isinstance(given, Evidence):
         return number(given.log_evidence.double().mean().item(), name), "log p(x), estimated"
@@ -121,20 +123,20 @@ def _level(
 
 
 def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    r"""How do models divide their nats: how much does the code say, and how well is the datum told from it?
+    r"""How much information about the datum is in the code, and how well does the code reconstruct the datum?
 
-    Each model is a point. Models on one of the lines, distortion + rate = -ELBO, have the same ELBO; the further down
-    on the left, the higher it is. At a rate of 0 the code says nothing, whatever the ELBO.
+    Each model is a point. Models on one of the lines, distortion + rate = -ELBO, have the same ELBO, which is higher
+    further down and to the left. At a rate of 0 the code contains no information, whatever the ELBO.
 
     Args:
-        models: by name, in nats per datum: what :func:`pyro_vae.evaluate` returns, anything else that has ``rate`` and
-            ``distortion`` as keys or attributes, or a pair (rate, distortion). Numbers that have a ``value`` and a
-            ``standard_error`` are drawn with it.
-        ax: where to draw.
+        models: by name, in nats per datum: results of :func:`pyro_vae.evaluate`, other objects with ``rate`` and
+            ``distortion`` as keys or attributes, or pairs (rate, distortion). Numbers with a ``value`` and a
+            ``standard_error`` are drawn with error bars.
+        ax: axes to draw on.
 
     Raises:
-        TypeError, ValueError: if there is nothing to draw, or a model has no finite rate and distortion, or they are
-            those of a surrogate, whose sum is no ELBO.
+        TypeError, ValueError: if there are no models, or a model has no finite rate and distortion, or has those of a
+            surrogate, which do not add up to an ELBO.
 
     Source: Alemi, Poole, Fischer, Dillon, Saurous and Murphy 2018, "Fixing a broken ELBO", figure 1.
 
@@ -155,7 +157,7 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ends = np.array([middle for middle, _ in points.values()])
     low, high = ends.min(0), ends.max(0)
     room = np.maximum(0.18 * (high - low), 0.1 * max((high - low).max(), 0.5))
-    left = low[0] - room[0] * (0.3 if 0 <= low[0] < room[0] else 1.0)  # there is little to be seen below a rate of 0
+    left = low[0] - room[0] * (0.3 if 0 <= low[0] < room[0] else 1.0)  # rates below 0 are impossible
     ax.set(xlim=(left, high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
     _equal_elbos(ax, ends)
     handles.append(Line2D([], [], color="0.6", linewidth=0.8, label="equal ELBO"))
@@ -165,34 +167,38 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
 
 def _points(models: Mapping[str, Any]) -> dict[str, tuple[tuple[float, float], tuple[float, float]]]:
-    """Rate and distortion of each, and their standard errors, 0 where there are none."""
+    """Return rate and distortion of each model, and their standard errors, which are 0 if not known."""
     if not isinstance(models, Mapping):
-        raise TypeError(f"`models` must be a mapping from names to models, got a {type(models).__name__}")
+        raise TypeError(f"`models` must be a mapping from names to models, got {describe(models)}")
     if not models:
-        raise ValueError("`models` must be one or more, got none")
-    points = {}
+        raise ValueError("`models` must be a mapping with one model or more, got none")
+    points, terms = {}, ("rate", "distortion")
     for name, model in models.items():
-        words = ("rate", "distortion")
         if isinstance(model, Mapping) and "surrogate" in model:
-            raise ValueError(f"models: {name!r} is of a surrogate, whose rate and distortion add up to no ELBO")
-        if isinstance(model, Mapping) and set(words) <= model.keys():
-            pair = [model[word] for word in words]
-        elif all(hasattr(model, word) for word in words):
-            pair = [getattr(model, word) for word in words]
+            raise ValueError(
+                f"`models` must have a rate and a distortion of an ELBO, got those of a surrogate, {name!r}"
+            )
+        if isinstance(model, Mapping) and set(terms) <= model.keys():
+            pair = [model[term] for term in terms]
+        elif all(hasattr(model, term) for term in terms):
+            pair = [getattr(model, term) for term in terms]
         elif isinstance(model, Sequence | Tensor | np.ndarray) and not isinstance(model, str) and len(model) == 2:
             pair = list(model)
         else:
-            raise TypeError(f"`models` must be what has a rate and a distortion, or a pair: {name!r} is {model!r}")
+            raise TypeError(
+                f"`models` must have a rate and a distortion each, as keys, attributes or a pair, got {model!r} for "
+                f"{name!r}"
+            )
         values = [getattr(entry, "value", entry) for entry in pair]
         values = [entry.item() if isinstance(entry, torch.Tensor) and entry.numel() == 1 else entry for entry in values]
-        checked = [number(value, f"models: {word} of {name!r}") for value, word in zip(values, words, strict=True)]
+        checked = [number(value, f"{term} of models[{name!r}]") for value, term in zip(values, terms, strict=True)]
         errors = [float(getattr(entry, "standard_error", 0.0)) for entry in pair]
         points[name] = (checked[0], checked[1]), (errors[0], errors[1])
     return points
 
 
 def _equal_elbos(ax: Axes, points: np.ndarray) -> None:
-    """Lines of equal ELBO in the limits of the axes, each named where it is far from points and other names."""
+    """Draw lines of equal ELBO within the limits of the axes, with labels far from points and other labels."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     corner, size = np.array([left, bottom]), np.array([right - left, top - bottom])
     taken = list((points - corner) / size)
@@ -204,7 +210,7 @@ def _equal_elbos(ax: Axes, points: np.ndarray) -> None:
         line = np.stack([rates, -elbo - rates], 1)
         ax.plot(*line.T, color="0.6", linewidth=0.8, zorder=0)
         places = (line - corner) / size
-        places = places[((places > (0.14, 0.07)) & (places < (0.86, 0.93))).all(1)]  # where there is space for it
+        places = places[((places > (0.14, 0.07)) & (places < (0.86, 0.93))).all(1)]  # where the label fits
         if len(places) == 0:
             continue
         clear = np.linalg.norm(places[:, None] - np.array(taken), axis=-1).min(1)

@@ -1,9 +1,8 @@
-"""Pictures of estimates: how far from the truth, how noisy, and whether to be trusted."""
+"""Pictures of estimates: their bias, their noise, and whether they can be trusted."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -16,22 +15,25 @@ from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
 __all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
-_LINES = ("-", "--", "-.", ":")
+if TYPE_CHECKING:
+    import pandas as pd
 
-
-_NAMED = 16  # quantities in a legend
+_MAX_NAMED = 16  # quantities in a legend
 
 
 def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = None) -> Axes:
-    """What does each gradient estimator cost, in bias and in noise, relative to the exact gradient?
+    """How large are the bias and the noise of each gradient estimator, relative to the exact gradient?
 
-    Hollow markers at the bottom: no bias that could be told from chance, with the error up to which none was found.
-    What has no noise at all, such as enumeration, is not drawn.
+    A hollow marker at the bottom means that no significant bias was found; the dots end at the standard error of the
+    bias. Estimators without noise, such as enumeration, are not drawn.
 
     Args:
-        comparison: of :func:`pyro_vae.diagnostics.gradients.compare`.
-        group: of parameters.
-        ax: where to draw.
+        comparison: the result of :func:`pyro_vae.diagnostics.gradients.compare`.
+        group: the group of parameters.
+        ax: axes to draw on.
+
+    Raises:
+        TypeError, ValueError: if ``comparison`` is something else, or no estimator has noise and a gradient.
 
     >>> from pyro_vae.diagnostics.gradients import Measured
     >>> found = Measured(
@@ -41,44 +43,45 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     'bias / length of the exact gradient'
     """
     if not isinstance(comparison, Comparison):
-        raise TypeError(f"`comparison` must be what gradients.compare returns, got {describe(comparison)}")
-    ax = axes_or_new(ax)
+        raise TypeError(f"`comparison` must be a result of `gradients.compare`, got {describe(comparison)}")
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
-        raise ValueError("comparison: has no estimator with noise, of a gradient longer than zero, to draw")
+        raise ValueError(
+            f"`comparison` must have an estimator with noise, and a gradient that is not zero, got none in {group!r}"
+        )
+    ax = axes_or_new(ax)
     biased = {name for name, row in shown.items() if row.p_value < 1e-3 and row.bias > 0}
     heights = [(row.bias if name in biased else row.bias_error) / row.target_norm for name, row in shown.items()]
     floor = 0.3 * min(heights)
     for index, (name, row) in enumerate(shown.items()):
-        noise, sure = row.variance**0.5 / row.target_norm, name in biased
-        height = row.bias / row.target_norm if sure else floor
+        noise, significant = row.variance**0.5 / row.target_norm, name in biased
+        height = row.bias / row.target_norm if significant else floor
         marker, colour = MARKERS[index % len(MARKERS)], f"C{index % 10}"
-        face = colour if sure else "none"
+        face = colour if significant else "none"
         ax.plot(noise, height, marker, color=colour, markerfacecolor=face, markersize=9, linestyle="none", label=name)
-        if not sure:
+        if not significant:
             ax.plot([noise] * 2, [floor, row.bias_error / row.target_norm], ":", color=colour, linewidth=1)
     ax.set(xscale="log", yscale="log", xlabel="standard deviation / length of the exact gradient")
     ax.set_ylabel("bias / length of the exact gradient")
     if len(biased) < len(shown):
-        ax.plot(
-            [], [], "o:", color="0.4", markerfacecolor="none", label="hollow: no bias found;\nwith dots up to its error"
-        )
+        label = "hollow: no bias found;\ndots up to its standard error"
+        ax.plot([], [], "o:", color="0.4", markerfacecolor="none", label=label)
     ax.legend(fontsize=8)
     return ax
 
 
 def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes:
-    r"""Of which data can the estimate of log p(x) be trusted? The k̂ of each, and the line up to which it is reliable.
+    r"""For which data is the estimate of log p(x) reliable? The k̂ of each datum, and the threshold of reliability.
 
-    Data above the line are crosses. There the guide misses some of the posterior, a few draws carry the estimate, and
-    it is mostly too low, by more than its standard error tells. Where k̂ can't be drawn, it is at the edge: minus
-    infinity, of weights without a tail, at the bottom, and unknown, for want of draws, at the top.
+    Data above the threshold are crosses. There the guide misses a part of the posterior, the estimate depends on a few
+    draws, and it is usually too low, by more than its standard error. If k̂ is not finite, it is drawn at the edge:
+    minus infinity, for weights without a tail, at the bottom; unknown, from too few draws, at the top.
 
     Args:
-        evidence: of :func:`pyro_vae.log_evidence`.
-        sort: from the largest k̂ to the smallest, which shows the share above the line, instead of by number of the
-            datum, which shows where they are.
-        ax: where to draw.
+        evidence: the result of :func:`pyro_vae.log_evidence`.
+        sort: whether to sort the data from the largest k̂ to the smallest, which shows the fraction above the
+            threshold. By default they are in the order of the data.
+        ax: axes to draw on.
 
     Raises:
         TypeError: if ``evidence`` is something else.
@@ -89,15 +92,15 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     >>> shapes = torch.tensor([0.1, 0.9, 0.3, 0.2])
     >>> ax = khat(Evidence(torch.zeros(4), ess=torch.ones(4), khat=shapes, num_samples=1000))
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['reliable: 3 of 4 data', 'not reliable: 1 of 4 data (25.0 %)', 'reliable up to 0.67, of 1000 draws each']
+    ['reliable: 3 of 4 data', 'not reliable: 1 of 4 data (25.0 %)', 'reliable up to 0.67 (1000 draws each)']
     """
     if not isinstance(evidence, Evidence):
-        raise TypeError(f"`evidence` must be what pv.log_evidence returns, got a {type(evidence).__name__}")
+        raise TypeError(f"`evidence` must be a result of `pv.log_evidence`, got {describe(evidence)}")
     boolean(sort, "sort")
-    shapes, wrong = evidence.khat.double().numpy(), evidence.unreliable.numpy()
+    shapes, unreliable = evidence.khat.double().numpy(), evidence.unreliable.numpy()
     if sort:
         order = np.argsort(-np.nan_to_num(shapes, nan=np.inf), kind="stable")
-        shapes, wrong = shapes[order], wrong[order]
+        shapes, unreliable = shapes[order], unreliable[order]
     limit = evidence.reliable_khat
     finite = np.array([0.0, *(number for number in (*shapes, limit) if np.isfinite(number))])
     room = 0.15 * (finite.max() - finite.min() + 0.1)
@@ -107,39 +110,42 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     ax = axes_or_new(ax)
     handles: list[Any] = []
     marks: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        f"reliable: {(~wrong).sum()} of {count} data": (~wrong, {"marker": "o", "markersize": 4, "color": "tab:blue"}),
-        f"not reliable: {wrong.sum()} of {count} data ({100 * wrong.mean():.1f} %)": (
-            wrong,
+        f"reliable: {(~unreliable).sum()} of {count} data": (
+            ~unreliable,
+            {"marker": "o", "markersize": 4, "color": "tab:blue"},
+        ),
+        f"not reliable: {unreliable.sum()} of {count} data ({100 * unreliable.mean():.1f} %)": (
+            unreliable,
             {"marker": "x", "markersize": 7, "markeredgewidth": 1.8, "color": "tab:red"},
         ),
     }
     for label, (which, look) in marks.items():
         handles += ax.plot(numbers[which], heights[which], linestyle="none", label=label, clip_on=False, **look)
     if np.isfinite(limit):
-        label = f"reliable up to {limit:.2f}, of {evidence.num_samples} draws each"
+        label = f"reliable up to {limit:.2f} ({evidence.num_samples} draws each)"
         handles.append(ax.axhline(limit, color="black", linestyle="--", linewidth=1.2, label=label))
     edges = {bottom: ("no tail", np.isneginf(shapes)), top: ("unknown", np.isnan(shapes))}
     for height, (words, which) in edges.items():
         if which.any():
             ax.axhline(height, color="0.7", linestyle=":", linewidth=1, zorder=0)
             ax.text(1.0, height, f" {words}", transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    where = "data, from the largest to the smallest" if sort else "number of the datum"
-    ax.set(xlabel=where, ylabel=r"$\hat{k}$, the shape of the tail of its weights")
+    xlabel = r"data, sorted by $\hat{k}$" if sort else "index of the datum"
+    ax.set(xlabel=xlabel, ylabel=r"$\hat{k}$, tail shape of the importance weights")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     legend_below(ax, handles, 1)
     return ax
 
 
-def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Which model gives held-out data more, and is the difference more than chance? Each beside the best.
+def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
+    """Which model has the highest log p(x) of held-out data, and are the differences significant?
 
-    A row is a model, under its name the mean of log p(x). Its difference to the best has a bar of one standard error to
-    either side, of the differences datum by datum, and on it a thick one: the part that is of the draws and not of the
-    data. Hollow markers are of estimates that are held too low where k̂ is unreliable: the model may be better.
+    Each row is a model, with the mean of log p(x) under its name. The thin bar is the difference to the best model, ±
+    one standard error of the differences per datum. The thick bar is the part of the error due to the draws. A hollow
+    marker means that k̂ is unreliable for some data: the estimate may be too low, and the model better.
 
     Args:
-        table: of :func:`pyro_vae.compare_evidence`.
-        ax: where to draw.
+        table: the result of :func:`pyro_vae.compare_evidence`.
+        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if ``table`` is something else, or has no rows.
@@ -152,22 +158,24 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['true\\n-1.433 nats', 'wide\\n-1.741 nats']
     """
+    import pandas as pd
+
     needed = ["log_evidence", "difference", "difference_error", "difference_monte_carlo_error", "unreliable"]
     if not isinstance(table, pd.DataFrame):
-        raise TypeError(f"`table` must be what pv.compare_evidence returns, got a {type(table).__name__}")
+        raise TypeError(f"`table` must be a result of `pv.compare_evidence`, got {describe(table)}")
     missing = [column for column in needed if column not in table.columns]
     if missing or len(table) == 0:
-        what = f"lacks the columns {missing}" if missing else "has no rows"
-        raise ValueError(f"`table` must be what pv.compare_evidence returns: {what}")
+        got = f"a table without the columns {missing}" if missing else "a table without rows"
+        raise ValueError(f"`table` must be a result of `pv.compare_evidence`, got {got}")
     ax = axes_or_new(ax)
     handles: dict[str, Any] = {}
     names = []
     for row, (name, entry) in enumerate(table.iterrows()):
         middle, colour = float(entry["difference"]), "black" if row == 0 else "tab:blue"
-        doubtful = entry["unreliable"] > 0
+        unreliable = entry["unreliable"] > 0
         for column, width, label in (
             ("difference_error", 1.5, "± one standard error"),
-            ("difference_monte_carlo_error", 5.0, "its part that more draws would take away"),
+            ("difference_monte_carlo_error", 5.0, "part of it due to the draws"),
         ):
             error = float(entry[column])
             if error > 0:
@@ -175,32 +183,36 @@ def evidence_comparison(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 (handles[label],) = ax.plot(ends, [row, row], color="0.45", linewidth=width, label=label, zorder=2)
         look: dict[str, Any] = {"marker": "D" if row == 0 else "o", "markersize": 8, "linestyle": "none"}
         label = "the best" if row == 0 else "difference to the best"
-        face = "white" if doubtful else colour
+        face = "white" if unreliable else colour
         ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **look)
         handles.setdefault(label, Line2D([], [], color=colour, label=label, **look))
-        share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if doubtful else ""
+        share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if unreliable else ""
         names.append(f"{name}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
-        label = "hollow: held too low, may be better"
+        label = "hollow: unreliable, may be better"
         look = {"marker": "o", "markersize": 8, "linestyle": "none"}
         handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **look)
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)
     ax.set_yticks(range(len(table)), names)
-    ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) less that of the best, nats per datum", ylabel="")
+    ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) minus that of the best, nats per datum", ylabel="")
     legend_below(ax, list(handles.values()), 1)
     return ax
 
 
 def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
-    """Can draws of q(z | x) be told from the truth? The ranks of the truth, in the band where those of an exact q stay.
+    """Is q(z | x) calibrated? The ranks of the truth among draws of q, and the band that contains them if q is exact.
 
-    A quantity that leaves the band is drawn with a style and, up to 16 of them, a name of its own, the others thin and
-    grey; log p(x, z), which reads the data, is black. Above zero on the left and below on the right: the truth lies far
-    out too often, q is too narrow. The other way about it is too wide; above or below zero throughout it is biased.
+    A quantity that leaves the band has its own line style and, for the first 16, its own name; the others are thin and
+    grey. log p(x, z), which depends on the data, is black. If a curve is above zero on the left and below zero on the
+    right, the truth is too often in the tails of q: q is too narrow. In the opposite case q is too wide. A curve on one
+    side of zero means that q is biased.
 
     Args:
-        result: of :func:`pyro_vae.calibrate`.
-        ax: where to draw.
+        result: the result of :func:`pyro_vae.calibrate`.
+        ax: axes to draw on.
+
+    Raises:
+        TypeError: if ``result`` is something else.
 
     >>> import torch
     >>> from pyro_vae.diagnostics.calibration import CalibrationErrors
@@ -210,29 +222,29 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     ...     ("z", "log p(x, z)"), ranks, 19, torch.tensor([1.0, 0.0]), none, None, 0.0, 0.0, tolerance=1.4, alpha=1e-3
     ... )
     >>> [text.get_text() for text in calibration(result).get_legend().get_texts()]
-    ['within the band: z', 'log p(x, z)', 'band of an exact q']
+    ['within the band: z', 'log p(x, z)', 'band if q is exact']
     """
     if not isinstance(result, Calibration):
-        raise TypeError(f"`result` must be what pv.calibrate returns, got {describe(result)}")
+        raise TypeError(f"`result` must be a result of `pv.calibrate`, got {describe(result)}")
     ax = axes_or_new(ax)
     *coordinates, joint = range(len(result.names))
     outside = [index for index in coordinates if result.leaves_band(index)]
     within = [index for index in coordinates if index not in outside]
-    told = result.names[within[0]] if len(within) == 1 else f"{len(within)} coordinates"
+    inside = result.names[within[0]] if len(within) == 1 else f"{len(within)} coordinates"
     for index in [*within, *outside, joint]:
         places, difference, lower, upper = result.ecdf_difference(index)
         style: dict[str, Any] = {"color": "black", "linewidth": 2, "label": result.names[index]}
         if index in within:
             first = index == within[0]
-            style = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {told}" if first else None}
+            style = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {inside}" if first else None}
         elif index in outside:
             number = outside.index(index)
-            style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": _LINES[1 + number % 3]}
+            style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": ("--", "-.", ":")[number % 3]}
             style |= {"marker": MARKERS[number % len(MARKERS)], "markevery": (3 * number % 14, 14), "markersize": 4}
-            if number >= _NAMED:
-                style["label"] = f"{len(outside) - _NAMED} further ones" if number == _NAMED else None
+            if number >= _MAX_NAMED:
+                style["label"] = f"{len(outside) - _MAX_NAMED} more" if number == _MAX_NAMED else None
         ax.plot(places, difference, **style)
-    ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band of an exact q")
-    ax.set(xlabel="u, the share of draws below the truth", ylabel="share of data below u, less u", xlim=(0, 1))
+    ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band if q is exact")
+    ax.set(xlabel="u, fraction of draws below the truth", ylabel="fraction of data below u, minus u", xlim=(0, 1))
     ax.legend(fontsize=8, ncols=1 + (len(outside) > 5))
     return ax

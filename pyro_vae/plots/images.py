@@ -1,4 +1,4 @@
-"""Pictures of images: what a model of them makes of a code, of a datum, and of its prior."""
+"""Pictures of images: grids, decoded codes, reconstructions and samples."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,18 +17,22 @@ Shape = tuple[int, int]
 
 
 def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
-    """Images ``(N, height, width)`` with values in [0, 1], row by row, black on white.
+    """Draw images ``(N, height, width)`` with values in [0, 1] in a grid, row by row, black on white.
+
+    Raises:
+        TypeError, ValueError: if the images are not such a tensor.
 
     >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
     (17, 26)
     """
     positive_int(columns, "columns")
     if not isinstance(images, Tensor) or images.dim() != 3 or len(images) == 0:
-        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-        raise ValueError(f"`images` must be a tensor (N, height, width) with N >= 1, got {got}")
-    real_tensor(images, "images", "values in [0, 1]")
+        raise ValueError(f"`images` must be a tensor (N, height, width) with N >= 1, got {_shape_or_type(images)}")
+    real_tensor(images, "images", "a tensor of values in [0, 1]")
     if not images.is_floating_point() and images.numel() and images.max() > 1:  # bytes, which would all be black
-        raise ValueError(f"`images` must be values in [0, 1], `x / 255`, got {images.dtype} up to {images.max()}")
+        raise ValueError(
+            f"`images` must have values in [0, 1], such as `x / 255`, got {images.dtype} up to {images.max()}"
+        )
     ax = axes_or_new(ax)
     count, height, width = images.shape
     rows = -(-count // columns)
@@ -43,16 +47,17 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 def manifold(decode: Callable[[Tensor], Tensor], shape: Shape, size: int = 15, ax: Axes | None = None) -> Axes:
-    """What does each place in a latent space of two standard normal dimensions decode to?
+    """Which image does each point of a latent space with two standard normal dimensions decode to?
 
     Args:
-        decode: from ``(S, 2)`` to mean images, ``(S, height * width)``: of a VAE, ``lambda z: vae.decode(z).mean``.
+        decode: function from codes ``(S, 2)`` to mean images ``(S, height * width)``, such as
+            ``lambda z: vae.decode(z).mean``.
         shape: height and width of an image.
-        size: images a side, at the quantiles 1/(2 size), ... of the prior.
-        ax: where to draw.
+        size: images per row and column, at the quantiles 1/(2 size), ... of the prior.
+        ax: axes to draw on.
 
     Raises:
-        TypeError, ValueError: if ``decode`` is no function, or gives images of another shape.
+        TypeError, ValueError: if ``decode`` is not a function, or returns images of another shape.
 
     >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
     '$z_1$, at quantiles of the prior'
@@ -76,23 +81,23 @@ def traversals(
     coordinates: Sequence[int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """What does each latent coordinate do? In each row one of them takes other values, and all others stay.
+    """What does each latent coordinate do? In each row one coordinate varies, and the others are fixed.
 
-    A row in which nothing changes is of a coordinate that the decoder does not read.
+    If nothing changes in a row, the decoder ignores that coordinate.
 
     Args:
-        decode: from ``(S, D)`` to mean images, ``(S, height * width)``: of a VAE, ``lambda z: vae.decode(z).mean``.
-        z: ``(D,)``, where to start: the code of a datum, such as ``vae.encode(x[:1]).mean[0]``, or the mean of the
-            prior.
+        decode: function from codes ``(S, D)`` to mean images ``(S, height * width)``, such as
+            ``lambda z: vae.decode(z).mean``.
+        z: ``(D,)``, the code to vary: that of a datum, such as ``vae.encode(x[:1]).mean[0]``, or the mean of the prior.
         shape: height and width of an image.
-        values: that the coordinate takes, one a column. Of a standard normal prior those from -3 to 3 hold most of it,
-            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))`` are quantiles, and of a binary one there are 0
+        values: values of the coordinate, one per column. -3 to 3 cover a standard normal prior,
+            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))`` are its quantiles, and a binary latent has 0
             and 1.
-        coordinates: which, a row each and in this order; all, if left out.
-        ax: where to draw.
+        coordinates: the coordinates to vary, one per row; by default all.
+        ax: axes to draw on.
 
     Raises:
-        TypeError, ValueError: if an argument is of another kind or shape, or there is no such coordinate.
+        TypeError, ValueError: if an argument has another type or shape, or a coordinate does not exist.
 
     >>> def decode(z):
     ...     return z[:, :1].sigmoid().expand(-1, 64)
@@ -102,25 +107,25 @@ def traversals(
     """
     _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
     if not isinstance(z, Tensor) or z.dim() != 1 or len(z) == 0:
-        got = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise ValueError(f"`z` must be one code, a tensor (D,), such as `vae.encode(x[:1]).mean[0]`, got {got}")
-    taken = numbers(values, "values").to(z)
-    if taken.dim() != 1 or len(taken) == 0:
-        raise ValueError(f"`values` must be one or more numbers, (V,), got shape {tuple(taken.shape)}")
+        example = "`vae.encode(x[:1]).mean[0]`"
+        raise ValueError(f"`z` must be one code, a tensor (D,), such as {example}, got {_shape_or_type(z)}")
+    steps = numbers(values, "values").to(z)
+    if steps.dim() != 1 or len(steps) == 0:
+        raise ValueError(f"`values` must be one or more numbers, (V,), got shape {tuple(steps.shape)}")
     if not isinstance(coordinates, Iterable | None):
         raise TypeError(f"`coordinates` must be integers from 0 to {len(z) - 1}, got {describe(coordinates)}")
     chosen = list(range(len(z)) if coordinates is None else coordinates)
     wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
     if wrong or not chosen:
         raise ValueError(f"`coordinates` must be one or more integers from 0 to {len(z) - 1}, got {chosen}")
-    codes = z.repeat(len(chosen), len(taken), 1)
+    codes = z.repeat(len(chosen), len(steps), 1)
     for row, index in enumerate(chosen):
-        codes[row, :, index] = taken
-    images = _as_images(decode(codes.flatten(0, 1)), shape, "decode", len(chosen) * len(taken))
-    ax = image_grid(images, len(taken), ax)
+        codes[row, :, index] = steps
+    images = _as_images(decode(codes.flatten(0, 1)), shape, "decode", len(chosen) * len(steps))
+    ax = image_grid(images, len(steps), ax)
     rows = [f"z[{index}] = {round(float(z[index]), 2) + 0.0:.2f}" for index in chosen]
-    _label(ax, shape, rows, [f"{value:.3g}" for value in taken.tolist()])
-    ax.set(xlabel="value that the coordinate of the row takes; the others stay", ylabel="coordinate and its own value")
+    _label(ax, shape, rows, [f"{value:.3g}" for value in steps.tolist()])
+    ax.set(xlabel="value of the row's coordinate; the others are fixed", ylabel="coordinate and its value in z")
     return ax
 
 
@@ -133,19 +138,19 @@ def reconstructions(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """What of an image does its code keep? Each image is above the mean of p(x | z) at its code.
+    """How well are images reconstructed from their codes? Each image is above the mean of p(x | z) at its code.
 
     Args:
-        reconstruct: from ``(N, height * width)`` to means of the same shape: ``vae.reconstruct``, at one draw
-            z ~ q(z | x), or at the mean of a normal q, ``lambda x: vae.decode(vae.encode(x).mean).mean``.
+        reconstruct: function from images ``(N, height * width)`` to means of the same shape: ``vae.reconstruct`` for
+            one draw z ~ q(z | x), or ``lambda x: vae.decode(vae.encode(x).mean).mean`` for the mean of a normal q.
         x: images, ``(N, height * width)``.
         shape: height and width of an image.
-        columns: images a row.
-        seed: of the draws.
-        ax: where to draw.
+        columns: images per row.
+        seed: seed of the draws.
+        ax: axes to draw on.
 
     Raises:
-        TypeError, ValueError: if ``reconstruct`` is no function, or images are of another shape.
+        TypeError, ValueError: if ``reconstruct`` is not a function, or images have another shape.
 
     >>> ax = reconstructions(lambda x: 0.5 * x, torch.rand(6, 64), (8, 8), columns=6)
     >>> [label.get_text() for label in ax.get_yticklabels()]
@@ -174,19 +179,19 @@ def samples(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """What does the model take for data? Images of codes drawn from the prior.
+    """Which images does the model generate, from codes that are drawn from the prior?
 
     Args:
-        generate: from a number of images to these, ``(count, height * width)``: ``vae.generate``, draws of x, or the
-            means of p(x | z), which look better than draws, ``lambda count: vae.generate(count, mean=True)``.
+        generate: function from a count to images ``(count, height * width)``: ``vae.generate`` for draws of x, or
+            ``lambda count: vae.generate(count, mean=True)`` for the means of p(x | z), which look better than draws.
         shape: height and width of an image.
-        count: how many.
-        columns: images a row.
-        seed: of the draws.
-        ax: where to draw.
+        count: number of images.
+        columns: images per row.
+        seed: seed of the draws.
+        ax: axes to draw on.
 
     Raises:
-        TypeError, ValueError: if ``generate`` is no function, or gives images of another shape or number.
+        TypeError, ValueError: if ``generate`` is not a function, or returns images of another shape or number.
 
     >>> samples(lambda count: torch.rand(count, 64), (8, 8), count=20).images[0].get_array().shape
     (17, 89)
@@ -200,24 +205,28 @@ def samples(
 
 def _check_function(value: object, name: str, example: str) -> None:
     if not callable(value) or isinstance(value, VAE):
-        raise TypeError(f"`{name}` must be a function, such as {example}, got a {type(value).__name__}")
+        raise TypeError(f"`{name}` must be a function, such as {example}, got {describe(value)}")
+
+
+def _shape_or_type(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else describe(value)
 
 
 def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None) -> Tensor:
-    """``(N, height * width)``, or already as images, as ``(N, height, width)``."""
+    """Reshape ``x``, or the return value of a function, from ``(N, height * width)`` to ``(N, height, width)``."""
     height, width = image_size(shape, "shape")
-    got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
     fits = isinstance(values, Tensor) and values.dim() > 1 and values.shape[1:].numel() == height * width
     if not fits or len(values) == 0 or count not in (None, len(values)):
-        rows = "N" if count is None else count
+        verb, rows = ("be", "N") if count is None else ("return", count)
         raise ValueError(
-            f"`{name}` must be images ({rows}, {height * width}), of {height} by {width} pixels, got {got}"
+            f"`{name}` must {verb} images ({rows}, {height * width}), of {height} by {width} pixels, got "
+            f"{_shape_or_type(values)}"
         )
     return values.reshape(-1, height, width)
 
 
 def _label(ax: Axes, shape: Shape, rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Of a grid of images, the rows and the columns by name, each beside its middle."""
+    """Label the rows and columns of a grid of images, at their middles."""
     middles = [
         [index * (size + 1) + (size - 1) / 2 for index in range(len(names))]
         for size, names in zip(shape, (rows, columns), strict=True)

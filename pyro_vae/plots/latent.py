@@ -1,4 +1,4 @@
-"""Pictures of the latent space: where codes lie, and how close the guide is to the posterior."""
+"""Pictures of the latent space: a map of the codes, and the guide q(z | x) next to the exact posterior p(z | x)."""
 
 import math
 from collections.abc import Callable
@@ -28,13 +28,8 @@ __all__ = ["latent_map", "posterior"]
 
 _EXACT, _GUIDE = "exact $p(z|x)$", "guide $q(z|x)$"
 
-
 _MASSES = (0.99, 0.9, 0.5)
-
-
 _GREYS = ("0.9", "0.78", "0.6")
-
-
 _STYLES: tuple[Any, ...] = (":", "--", "-")
 
 
@@ -42,30 +37,33 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     """Where in the latent space does each class lie? Each point is drawn as its label.
 
     Args:
-        z: ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, jittered.
-        labels: ``(N,)``.
-        ax: where to draw.
+        z: codes, ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, with jitter.
+        labels: whole numbers, ``(N,)``.
+        ax: axes to draw on.
+
+    Raises:
+        TypeError, ValueError: if codes or labels have another type or shape.
 
     >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
     '$z_1$'
     """
-    expected = "(N, 1) or (N, 2), such as two chosen columns"
+    expected = "a tensor (N, 1) or (N, 2), such as two columns of the codes"
     if real_tensor(z, "z", expected).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
         raise ValueError(f"`z` must be {expected}, got shape {tuple(z.shape)}")
     z, labels = z.detach().cpu(), whole_numbers(labels, "labels", len(z)).cpu()
+    planar, classes = z.shape[1] == 2, labels.unique().tolist()
     ax = axes_or_new(ax)
-    for index, label in enumerate(labels.unique().tolist()):
+    for index, label in enumerate(classes):
         rows = z[labels == label]
-        marker = f"${label}$" if z.shape[1] > 1 else MARKERS[index % len(MARKERS)]
         jitter = torch.rand(len(rows), generator=torch.Generator().manual_seed(index)) - 0.5
-        across = rows[:, 1] if z.shape[1] > 1 else index + 0.6 * jitter
-        size = 30 if z.shape[1] > 1 else 9
-        colour = f"C{int(label) % 10}"  # a label has its colour in every picture, whichever others are there
-        ax.scatter(rows[:, 0], across, s=size, marker=marker, color=colour, alpha=0.7, linewidths=0)
-    if z.shape[1] > 1:
+        y, size, marker = index + 0.6 * jitter, 9, MARKERS[index % len(MARKERS)]
+        if planar:
+            y, size, marker = rows[:, 1], 30, f"${label}$"
+        colour = f"C{label % 10}"  # a label has the same colour in every picture, whatever the other labels are
+        ax.scatter(rows[:, 0], y, s=size, marker=marker, color=colour, alpha=0.7, linewidths=0)
+    if planar:
         ax.set(xlabel="$z_1$", ylabel="$z_2$")
     else:
-        classes = labels.unique().tolist()
         ax.set(xlabel="$z$", ylabel="label (with jitter)", yticks=range(len(classes)), yticklabels=classes)
     return ax
 
@@ -73,22 +71,22 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
 @torch.no_grad()
 @scoped_param_store()
 def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
-    r"""How close is q(z | x) to the exact p(z | x)? Both, for one datum and a latent of one or two variables.
+    r"""How close is q(z | x) to the exact p(z | x), for one datum and a latent of one or two variables?
 
-    A discrete latent is drawn as bars, one for each state. A continuous one is drawn over the value of its site or, of
-    Gumbel-softmax variables, over log-ratios of their classes: of one variable as densities; of two as the regions of
-    highest density that hold 50, 90 and 99 % of each, those of p filled and those of q as lines. The gap
-    :math:`\mathrm{KL}(q \Vert p)` in nats is said above the legend, where :func:`pyro_vae.exact.inference.kl` has it.
+    Each state of a discrete latent has two bars. A continuous latent of one variable has two densities; one of two
+    variables has regions of highest density with a probability of 50, 90 and 99 %, filled for p and lines for q. The
+    axes are the values of the site or, for Gumbel-softmax variables, the log-ratios of their classes. The title of the
+    legend is the gap :math:`\mathrm{KL}(q \Vert p)` in nats, if :func:`pyro_vae.exact.kl` can compute it.
 
     Args:
-        model: a Pyro model of one latent site.
+        model: a Pyro model with one latent site.
         guide: its guide.
         datum: one row of the data, ``(1, *data_shape)``.
-        ax: where to draw.
+        ax: axes to draw on.
 
     Raises:
         ValueError: if there is more than one row, or the latent has more variables.
-        pyro_vae.exact.quadrature.QuadratureError: if the exact posterior is not to be had.
+        pyro_vae.exact.QuadratureError: if the exact posterior cannot be computed.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -100,32 +98,32 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    problem = ModelDensity(model, datum, "data")
-    if problem.num_data != 1:
-        raise ValueError(f"`datum` must be one, `x[:1]`, got {problem.num_data} rows")
-    problem.single_site()
-    q = GuideDensity(problem, guide)
-    flat = not problem.is_discrete and problem.coordinates().dims == 2
-    draw = _regions if flat else _bars if problem.is_discrete else _curves
+    density = ModelDensity(model, datum, "data")
+    if density.num_data != 1:
+        raise ValueError(f"`datum` must have one row, such as `x[:1]`, got {density.num_data} rows")
+    density.single_site()
+    q = GuideDensity(density, guide)
+    planar = not density.is_discrete and density.coordinates().dims == 2
+    draw = _regions if planar else _bars if density.is_discrete else _curves
     p = exact.posterior(model, *datum)
     ax = axes_or_new(ax)
-    handles = draw(problem, q, p, ax)
+    handles = draw(density, q, p, ax)
     try:
         gap = f"KL(q ‖ p) = {float(exact.kl(model, guide, *datum)):.2g} nats"
-    except (QuadratureError, ValueError):  # of a q whose place or tails are not known
+    except (QuadratureError, ValueError):  # quadrature needs to know where q is and how heavy its tails are
         gap = None
-    if flat:
+    if planar:
         legend_below(ax, handles, 2, gap)
     else:
         ax.legend(handles=handles, title=gap, fontsize=9, title_fontsize=9)
     return ax
 
 
-def _bars(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
-    name, _ = problem.single_site()
+def _bars(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
+    name, _ = density.single_site()
     states = p.enumerate_support()
     places = np.arange(len(states))
-    truth, guess = p.log_prob(states)[:, 0].exp().tolist(), q.log_prob({name: states})[:, 0].exp().tolist()
+    truth, guess = (log_prob[:, 0].exp().tolist() for log_prob in (p.log_prob(states), q.log_prob({name: states})))
     exact_bars = ax.bar(places - 0.2, truth, 0.4, label=_EXACT, color="0.75")
     guide_bars = ax.bar(places + 0.2, guess, 0.4, label=_GUIDE, color="tab:red", hatch="//")
     ax.set(xlabel=f"state of ${name}$", ylabel="probability", ylim=(0, 1.05))
@@ -133,8 +131,8 @@ def _bars(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]
     return [exact_bars, guide_bars]
 
 
-def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
-    chart = problem.coordinates()
+def _curves(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
+    chart = density.coordinates()
     (low,), (high,) = _extent(chart, *_draws(q, p, 400))
     grid = torch.linspace(low, high, 600)
     values = chart.to_site(grid[:, None, None])
@@ -148,9 +146,9 @@ def _curves(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
     return [area, line]
 
 
-def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
-    """Regions of highest density: a draw of p lies in that of mass m if its density is above the m-quantile."""
-    chart = problem.coordinates()
+def _regions(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
+    """Draw regions of highest density: that of mass m is where the density is above the (1 - m)-quantile of draws."""
+    chart = density.coordinates()
     draws = _draws(q, p, 4000)
     low, high = _extent(chart, *draws)
     across, up = (torch.linspace(start, end, 200) for start, end in zip(low, high, strict=True))
@@ -158,13 +156,13 @@ def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
     sites = chart.to_site(nodes[:, None])
     shown = (sites if chart.is_elementwise else nodes).reshape(200, 200, 2).unbind(-1)
     handles: list[Any] = []
-    for of, values in ((p.log_prob, draws[0]), (lambda z: q.log_prob({chart.name: z}), draws[1])):
+    for log_prob, values in ((p.log_prob, draws[0]), (lambda z: q.log_prob({chart.name: z}), draws[1])):
 
-        def density(z: Tensor, of: Callable[[Tensor], Tensor] = of) -> Tensor:
-            return torch.cat([of(part)[:, 0] for part in z.split(problem.chunk)])
+        def in_chunks(z: Tensor, log_prob: Callable[[Tensor], Tensor] = log_prob) -> Tensor:
+            return torch.cat([log_prob(part)[:, 0] for part in z.split(density.chunk)]).double()
 
-        levels = density(values).double().quantile(1 - torch.tensor(_MASSES, dtype=torch.float64)).tolist()
-        heights = density(sites).double().reshape(200, 200)
+        levels = in_chunks(values).quantile(1 - torch.tensor(_MASSES, dtype=torch.float64)).tolist()
+        heights = in_chunks(sites).reshape(200, 200)
         if not handles:
             ax.contourf(*shown, heights, levels=[*levels, math.inf], colors=_GREYS)
             names = zip(_GREYS, _MASSES, strict=True)
@@ -173,19 +171,19 @@ def _regions(problem: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
             ax.contour(*shown, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
             for style, mass in zip(_STYLES, _MASSES, strict=True):
                 handles.append(Line2D([], [], color="tab:red", ls=style, label=f"{mass:.0%} of guide $q(z|x)$"))
-    what = "log-ratio {} of ${}$" if not chart.is_elementwise else "variable {} of site ${}$"
-    ax.set(xlabel=what.format(1, chart.name), ylabel=what.format(2, chart.name))
+    label = "log-ratio {} of ${}$" if not chart.is_elementwise else "variable {} of site ${}$"
+    ax.set(xlabel=label.format(1, chart.name), ylabel=label.format(2, chart.name))
     return handles
 
 
 def _draws(q: GuideDensity, p: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Of the exact posterior and of the guide, values of the site ``(count, 1, *event)``."""
+    """Draw from the exact posterior and the guide; values of the site ``(count, 1, *event)``."""
     with seeded(0):
         return p.sample((count,)), q.site()["fn"].sample((count,))
 
 
 def _extent(chart: LatentCoordinates, *draws: Tensor) -> tuple[list[float], list[float]]:
-    """Lowest and highest coordinates of what to show: nearly all draws, and some space around."""
+    """Return the lowest and highest coordinates to show: those of nearly all draws, with a margin."""
     points = torch.cat([chart.to_points(values) for values in draws]).flatten(0, 1)
     low, high = points.quantile(torch.tensor([0.002, 0.998]).to(points), dim=0)
     return (low - 0.2 * (high - low)).tolist(), (high + 0.2 * (high - low)).tolist()

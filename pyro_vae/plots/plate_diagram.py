@@ -1,7 +1,6 @@
-"""The plate diagram of a model and its guide, by matplotlib alone."""
+"""The plate diagram of a model and its guide, drawn by matplotlib without Graphviz."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
@@ -10,26 +9,27 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import function
 from pyro_vae.plots.axes import axes_or_new
 
 __all__ = ["plate_diagram"]
 
 
-def plate_diagram(
-    model: Callable[..., Any], *data: Tensor, guide: Callable[..., Any] | None = None, ax: Axes | None = None
-) -> Axes:
-    """What depends on what? The model as circles, arrows and plates; the guide as dashed arrows.
+def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None, ax: Axes | None = None) -> Axes:
+    """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.
 
-    Observed sites are filled, and what is deterministic given its parents has a dashed outline.
-
-    A drawing with matplotlib alone of what ``pyro.render_model`` draws with Graphviz.
+    Observed sites are filled. Deterministic sites have a dashed outline. ``pyro.render_model`` draws the same diagram
+    with Graphviz.
 
     Args:
         model: a Pyro model.
-        data: what it takes.
+        data: the arguments of the model.
         guide: its guide; dashed arrows go from the observed sites to its latents.
-        ax: where to draw.
+        ax: axes to draw on.
+
+    Raises:
+        TypeError: if model or guide is not a function.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> def model(x):
@@ -83,35 +83,36 @@ def plate_diagram(
 def _layout(
     parents: Mapping[str, Sequence[str]], plates: Mapping[str, Sequence[str]], width: float
 ) -> dict[str, tuple[float, float]]:
-    """Each site below all of its parents; side by side, and where a plate would hold another's site, apart."""
+    """Place each site below its parents, and sites of different plates apart if a plate would enclose other sites."""
     depth: dict[str, int] = {}
     for name in parents:
         depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
-    home = {name: frozenset(plate for plate, members in plates.items() if name in members) for name in parents}
+    plates_of = {name: frozenset(plate for plate, members in plates.items() if name in members) for name in parents}
 
     def place(bands: list[set[frozenset[str]]]) -> dict[str, tuple[float, float]]:
         places, start = {}, 0
         for band in bands:
             levels: dict[int, list[str]] = {}
-            for name in (name for name in parents if home[name] in band):
+            for name in (name for name in parents if plates_of[name] in band):
                 levels.setdefault(depth[name], []).append(name)
                 places[name] = ((0.9 + width) * (start + levels[depth[name]].index(name)), -1.3 * depth[name])
             start += max(len(level) for level in levels.values())
         return places
 
-    compact = place([set(home.values())])
+    compact = place([set(plates_of.values())])
     for plate, members in plates.items():
         left, bottom, right, top = _box(members, compact, width, 0)
         for name in parents:
-            if plate not in home[name] and left < compact[name][0] < right and bottom < compact[name][1] < top:
-                return place([{plates_of} for plates_of in sorted(set(home.values()), key=len, reverse=True)])
+            x, y = compact[name]
+            if plate not in plates_of[name] and left < x < right and bottom < y < top:
+                return place([{own} for own in sorted(set(plates_of.values()), key=len, reverse=True)])
     return compact
 
 
 def _box(
     members: Sequence[str], places: Mapping[str, tuple[float, float]], width: float, inner: int
 ) -> tuple[float, float, float, float]:
-    """Left, bottom, right and top of a plate, which has ``inner`` others within."""
+    """Return left, bottom, right and top of a plate that encloses ``inner`` other plates."""
     columns, rows = zip(*(places[name] for name in members), strict=True)
     left, right = min(columns) - 0.7 - 0.1 * inner, max(columns) + 0.4 + width
     return left, min(rows) - 0.65 - 0.2 * inner, right, max(rows) + 0.45
