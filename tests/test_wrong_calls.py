@@ -1,4 +1,4 @@
-"""A table of wrong calls: each raises an error, before any work, that names the argument, what it must be and what came."""
+"""Wrong calls, in a table: before any work, each raises an error that names argument, expectation and what came."""
 
 import math
 import re
