@@ -483,7 +483,7 @@ PAIRS = {
         ValueError, "guide", "site 'z' has event shape (3,), and the model (1,)"),
     "the guide of another model, to draw from": Row(
         lambda w: pv.to_datatree(w.vae.model, w.wide.guide, w.x),
-        ValueError, "guide", "must be a guide of this model...its draws of ['z'], of the event shapes [(3,)]"),
+        ValueError, "guide", "must be a guide of this model, got latents of event shapes {'z': (3,)}, with which"),
     "a guide without latents": Row(
         lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
         ValueError, "guide", "its latents [] are not those of the model, ['z']"),
@@ -499,7 +499,7 @@ PAIRS = {
     "an unknown plate to calibrate on": Row(
         lambda w: pv.calibrate(*w.pair, w.x, plate="rows"), ValueError, "model", "...in one plate, 'rows'"),
     "an unknown plate to name dimensions by": Row(
-        lambda w: tree(w, plate="rows"), ValueError, "plate", "must be ['data']...got 'rows'"),
+        lambda w: tree(w, plate="rows"), ValueError, "plate", "must be one of the plates...['data'], got 'rows'"),
     "too many dimensions for quadrature": Row(
         lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
         ValueError, "model", "its latent 'z' has 3 dimensions, and quadrature goes up to 2"),
@@ -508,7 +508,7 @@ PAIRS = {
         ValueError, "model", "its latent 'z' is discrete, and annealing moves latents along gradients"),
     "a discrete latent to walk": Row(
         lambda w: pv.reference(w.discrete.model, w.x),
-        ValueError, "model", "must be continuous ones: its latents ['z'] are discrete"),
+        ValueError, "model", "must have continuous latents, got the discrete ['z']"),
 }  # fmt: skip
 
 NUMBERS = {
@@ -693,33 +693,33 @@ EXPORTS = {
     "no draws": positive_int(lambda w: pv.to_datatree(*w.pair, w.x, draws=0), "draws", 0),
     "more draws than the memory holds": Row(
         lambda w: pv.to_datatree(*w.pair, w.x, draws=10**9),
-        ValueError, "draws", "1000000000 draws of z, x from posterior and prior...at most 4294967296 are kept"),
+        ValueError, "draws", "must take at most 4294967296 bytes...got 1000000000 draws of z, x from posterior"),
     "a word for a truth value": boolean(lambda w: tree(w, parallel="no"), "parallel", "no"),
     "dimensions of an unknown site": Row(
-        lambda w: tree(w, dims={"y": ["a"]}), ValueError, "dims", "names the sites ['y']; the model has ['x', 'z']"),
+        lambda w: tree(w, dims={"y": ["a"]}), ValueError, "dims", "must have variables as keys...got ['y']"),
     "a list of dimensions": Row(lambda w: tree(w, dims=["row"]), TypeError, "dims", "must be a mapping...got a list"),
     "numbers as names of dimensions": Row(
-        lambda w: tree(w, dims={"x": [3]}), TypeError, "dims", "must be names, one for each dimension, got [3] for x"),
+        lambda w: tree(w, dims={"x": [3]}), TypeError, "dims", "must be names...got [3] for 'x'"),
     "a list of coordinates": Row(lambda w: tree(w, coords=[1]), TypeError, "coords", "must be a mapping...got a list"),
     "coordinates of another size": Row(
         lambda w: tree(w, coords={"obs": [1, 2]}),
-        ValueError, "coords", "must be {'chain'...'obs': 6...'obs' has 2 entries"),
+        ValueError, "coords", "must have one entry for each element...'obs': 6...got 2 entries for 'obs'"),
     "a number as the history": Row(
-        lambda w: tree(w, history=3), TypeError, "history", "must be what `fit` returned, or its `history`, got 3"),
+        lambda w: tree(w, history=3), TypeError, "history", "must be the result of `fit`, or its `history`, got 3"),
     "constant data without names": Row(
         lambda w: tree(w, constant_data=[1]), TypeError, "constant_data", "must be a mapping...got a list"),
     "constant data of rows of different lengths": Row(
         lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
-        ValueError, "constant_data", "must be rows of one length...'c' makes no array:"),
+        ValueError, "constant_data", "must have rows of one length, got 'c':"),
     "a dictionary for ArviZ": Row(
-        lambda w: pv.to_arviz({}), TypeError, "tree", "must be what pv.to_datatree returns...got a dict"),
+        lambda w: pv.to_arviz({}), TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
     "draws into a folder that is not there": Row(
         lambda w: save(w, w.folder / "gone" / "draws.nc"),
         FileNotFoundError, "path", "must be in a folder that exists: there is no folder '...gone' for 'draws.nc'"),
     "draws into a file of another format": Row(
         lambda w: save(w, w.folder / "draws.zarr"), ValueError, "path", "must be a netCDF file...got '...draws.zarr'"),
     "draws over a folder": Row(
-        lambda w: save(w, w.folder), ValueError, "path", "must be a file in one, such as 'draws.nc'...is a folder"),
+        lambda w: save(w, w.folder), ValueError, "path", "must be a file, such as 'draws.nc', got the folder '"),
     "draws to nowhere": Row(lambda w: save(w, None), TypeError, "path", "must be a path...got None"),
     "no draws at a time": positive_int(lambda w: save(w, w.folder / "d.nc", chunk=0), "chunk", 0),
     "a page in a folder that is not there": Row(
