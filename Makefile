@@ -40,7 +40,7 @@ bench: $(BENCH)  ## time and memory beside Pyro, PyTorch and NumPyro, in results
 
 arviz1: $(DEV) $(ARVIZ1)  ## read and draw the package's files with ArviZ 1, in an environment of its own
 	PYRO_VAE_ARVIZ1_PYTHON=$(abspath $(VENV1))/bin/python OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest tests/test_arviz.py -k arviz_1
+		$(BIN)/python -m pytest tests/inference_data/test_arviz.py -k arviz_1
 
 lint: $(DEV)  ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -86,7 +86,7 @@ class ModelGuide:
 
     Raises:
         TypeError, ValueError: if data, model or guide cannot be used: data with NaN that the model does not accept, a
-            guide that observes data, or with a latent that the model does not have.
+            guide that observes data, or draws a latent with another shape than the model.
     """
 
     def __init__(
@@ -142,10 +142,6 @@ class ModelGuide:
                 f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
                 "does"
             )
-        if unknown := [name for name in self.guide_latents if name not in self.latents]:
-            raise ValueError(
-                f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
-            )
 
     @property
     def num_data(self) -> int:
@@ -171,7 +167,7 @@ class ModelGuide:
 
     def is_local(self, site: Site) -> bool:
         """Whether a site lies in the data plate, so that it has a value for each datum; else it is global."""
-        return any(frame.name == self.plate for frame in site["cond_indep_stack"])
+        return any(frame.name == self.plate and frame.vectorized for frame in site["cond_indep_stack"])
 
     @property
     def global_latents(self) -> list[str]:
@@ -184,13 +180,28 @@ class ModelGuide:
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
 
-    def check_data_plate(self) -> None:
-        """Raise if the observed sites are not all in the data plate."""
+    def check_data_plate(self, every_site: bool = True) -> None:
+        """Raise if the observed sites are not all in the data plate; or if no site is, though some are in plates."""
         outside = [name for name, site in self.observed.items() if not self.is_local(site)]
-        if outside or not self.observed:
+        if (outside or not self.observed) if every_site else (self.plates and self.plate not in self.plates):
             raise ValueError(
                 f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
                 f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
+            )
+
+    def check_factors(self) -> None:
+        """Raise if the guide has ``pyro.factor`` statements, whose terms are no density of q(z | x)."""
+        if factors := list(observed_sites(self.guide_trace)):
+            raise ValueError(
+                f"`guide` must have latent sites alone, got pyro.factor statements {factors}, which are no densities of "
+                "q(z | x)"
+            )
+
+    def check_known_latents(self) -> None:
+        """Raise if the guide draws a latent that the model does not have."""
+        if unknown := [name for name in self.guide_latents if name not in self.latents]:
+            raise ValueError(
+                f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
             )
 
     def check_all_drawn(self, purpose: str) -> None:
@@ -209,7 +220,8 @@ class ModelGuide:
             elbo.max_plate_nesting = particles + self.max_plate_nesting
 
     def check_elbo(self, elbo: ELBO) -> None:
-        """Raise if an ELBO and the latents' marks for enumeration do not fit."""
+        """Raise if an ELBO does not fit the latents and their marks for enumeration."""
+        self.check_known_latents()
         if not isinstance(elbo, TraceEnum_ELBO):
             if self.enumerated:
                 raise ValueError(

@@ -1,1 +1,1 @@
-"""Draws for ArviZ."""
+"""Exports of draws for ArviZ."""

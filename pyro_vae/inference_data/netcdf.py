@@ -1,4 +1,4 @@
-"""A netCDF file that draws are written to piece by piece, and that is there when it is whole."""
+"""A netCDF file to which draws are written piece by piece, and which appears only when it is complete."""
 
 import os
 import shutil
@@ -6,12 +6,15 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5netcdf
 import numpy as np
-import xarray as xr
 
 from pyro_vae._utils.validation import file_path, writable
+
+if TYPE_CHECKING:
+    import h5netcdf
+    import xarray as xr
 
 __all__ = ["DrawFile", "check_space", "new_path", "writing"]
 
@@ -19,39 +22,41 @@ Groups = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def new_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a netCDF file can be written there.
+    """Return the path, if a netCDF file can be written there.
 
     Raises:
-        ValueError: if it is a folder, or of another format by its name.
-        FileNotFoundError: if its folder is not there.
-        PermissionError: if nothing can be written in it.
+        ValueError: if it is a folder, or the name is that of another format.
+        FileNotFoundError: if its folder does not exist.
+        PermissionError: if nothing can be written in its folder.
     """
     path = file_path(path, "path")
     if path.suffix == ".zarr":
-        raise ValueError(f"`path` must be a netCDF file, such as 'draws.nc': zarr is not written, got {str(path)!r}")
+        raise ValueError(f"`path` must be a netCDF file, such as 'draws.nc', and not a zarr store, got {str(path)!r}")
     if path.is_dir():
-        raise ValueError(f"`path` must be a file in one, such as 'draws.nc': {str(path)!r} is a folder")
+        raise ValueError(f"`path` must be a file, such as 'draws.nc', got the folder {str(path)!r}")
     return writable(path, "path")
 
 
 def check_space(path: Path, num_bytes: int) -> None:
-    """Raise an ``OSError`` if the disk has not as many bytes left."""
+    """Raise an ``OSError`` if the disk has fewer free bytes."""
     free = shutil.disk_usage(path.parent).free
     if num_bytes > free:
-        raise OSError(f"path: the draws take {num_bytes} bytes, and {str(path.parent)!r} has {free} left")
+        raise OSError(
+            f"`path` must be on a disk with {num_bytes} free bytes for the draws, got {free} in {str(path.parent)!r}"
+        )
 
 
 class DrawFile:
-    """A file whose groups have their dimensions and coordinates, and get their variables.
+    """An open file whose groups already have their dimensions and coordinates.
 
-    Layout and attributes are those that ``xarray`` gives a whole tree.
+    Layout and attributes are those that ``xarray`` writes for a whole tree.
     """
 
-    def __init__(self, file: h5netcdf.File):
+    def __init__(self, file: "h5netcdf.File"):
         self._file = file
 
     def add(self, group: str, name: str, dims: tuple[str, ...], dtype: np.dtype, attrs: Mapping[str, str]) -> None:
-        """A variable, whose values are still to be written."""
+        """Create a variable whose values will be written later."""
         floating, boolean = dtype.kind == "f", dtype.kind == "b"
         variable = self._file[group].create_variable(
             name, dims, np.dtype(np.int8) if boolean else dtype, fillvalue=dtype.type(np.nan) if floating else None
@@ -60,25 +65,30 @@ class DrawFile:
         variable.attrs.update(attrs)
 
     def write(self, draws: slice, values: Groups) -> None:
-        """Some draws of the one chain."""
+        """Write some draws of the one chain."""
         for group, variables in values.items():
             for name, value in variables.items():
                 self._file[group][name][0, draws] = value
 
     def put(self, group: str, name: str, dims: tuple[str, ...], values: np.ndarray) -> None:
-        """A variable without draws, with its values."""
+        """Create a variable without draws, and write its values."""
         self.add(group, name, dims, values.dtype, {})
         self._file[group][name][...] = values
 
 
 @contextmanager
-def writing(path: Path, template: xr.DataTree) -> Iterator[DrawFile]:
-    """Write beside the path, and move there in the end; after an error or interruption nothing is left."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+def writing(path: Path, template: "xr.DataTree") -> Iterator[DrawFile]:
+    """Write to a temporary file in the same folder, and move it to the path at the end.
+
+    After an error or an interruption the temporary file is removed, and the path is unchanged.
+    """
+    import h5netcdf
+
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        template.to_netcdf(beside, engine="h5netcdf")
-        with h5netcdf.File(beside, "a") as file:
+        template.to_netcdf(partial, engine="h5netcdf")
+        with h5netcdf.File(partial, "a") as file:
             yield DrawFile(file)
-        os.replace(beside, path)
+        os.replace(partial, path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Read a file that the package wrote with ArviZ 1, in an environment without Pyro and torch: see `test_arviz.py`.
+"""Read a file of the package with ArviZ 1, in an environment without Pyro and torch: see `test_arviz.py`.
 
 Usage: python arviz1_script.py FILE FOLDER
 
-Pictures go to the folder; the means of a summary are printed as JSON.
+The script writes pictures to the folder and prints the means of a summary as JSON.
 """
 
 import json
@@ -13,7 +13,7 @@ import xarray as xr
 
 
 def pictures(az, tree: xr.DataTree) -> dict:
-    """What each picture is drawn by."""
+    """Functions that draw the pictures, by name."""
     two = {"obs": tree["posterior"].coords["obs"].values[:2]}
     drawn = {
         "density": lambda: az.plot_dist(tree, var_names=["z"], coords=two),
@@ -38,7 +38,7 @@ def pictures(az, tree: xr.DataTree) -> dict:
 
 def main(path: Path, folder: Path) -> None:
     """Summarise the file and draw it."""
-    import arviz as az  # here, since collecting tests must not import the ArviZ of another environment
+    import arviz as az  # here, since the collection of tests must not import ArviZ
 
     with xr.open_datatree(path) as tree:
         tree.load()

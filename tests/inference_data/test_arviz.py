@@ -1,7 +1,7 @@
-"""ArviZ of both lines reads what the package writes: 0.23 in this process, 1.x in an environment of its own.
+"""Both versions of ArviZ read the files of the package: 0.23 in this process, 1.x in another environment.
 
-ArviZ 1 needs Python 3.12 and other versions of what we use. The variable ``PYRO_VAE_ARVIZ1_PYTHON`` names an
-interpreter that has it, and ``make arviz1`` makes one and runs these tests with it.
+ArviZ 1 needs Python 3.12 and other versions of the dependencies. The variable ``PYRO_VAE_ARVIZ1_PYTHON`` names an
+interpreter that has it; ``make arviz1`` creates one and runs these tests with it.
 """
 
 import json
@@ -14,60 +14,31 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyro
-import pyro.distributions as dist
+import pairs
 import pytest
 import torch
 import xarray as xr
+from common import SHARED, X
 from matplotlib import MatplotlibDeprecationWarning
-from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors
 
 SCRIPT = Path(__file__).with_name("arviz1_script.py")
 ARVIZ1 = os.environ.get("PYRO_VAE_ARVIZ1_PYTHON")
 HOW = "set PYRO_VAE_ARVIZ1_PYTHON to a Python that has ArviZ 1, or run `make arviz1`"
-
-NET = networks.mlp([4], nn.Tanh)
-N, DRAWS = 6, 60
-X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+DRAWS = 60
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 
 
-def gaussian():
-    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET))
+def on_data(vae):
     return vae.model, vae.guide, X
 
 
-def relaxed():
-    vae = pv.VAE(
-        priors.RelaxedBernoulli(2, temperature=0.5),
-        guides.RelaxedBernoulli(3, 2, NET, temperature=0.66),
-        likelihoods.Normal(2, 3, NET),
-    )
-    return vae.model, vae.guide, X
-
-
-def own():
-    """A user's pair, with a global latent and local ones."""
-
-    def model(x):
-        mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(mu, 1.0))
-            pyro.deterministic("twice", 2 * z)
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        pyro.sample("mu", dist.Normal(0.7, 0.3))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(0.5 * x, 0.4))
-
-    return model, guide, X[:, 0]
-
-
-PAIRS = {"gaussian": gaussian, "relaxed": relaxed, "own": own}
+PAIRS = {
+    "gaussian": lambda: on_data(pairs.gaussian()),
+    "relaxed": lambda: on_data(pairs.relaxed()),
+    "own": lambda: SHARED,
+}
 COORDS = {
     "plain": {},
     "labelled": {"label": ("obs", LABELS)},
@@ -92,7 +63,7 @@ def tree_of(pair, coords):
 
 
 def share_of_colour(pixels):
-    """How much of a picture is drawn in colour: axes, ticks and words are black, and what shows the data is not."""
+    """The coloured share of a picture: axes, ticks and words are black, and data are not."""
     pixels = np.asarray(pixels)[..., :3] / (255 if np.asarray(pixels).dtype == np.uint8 else 1)
     return float((pixels.max(-1) - pixels.min(-1) > 0.12).mean())
 
@@ -116,14 +87,14 @@ def test_axes_without_data_are_blank():
 
 @pytest.fixture
 def az():
-    """ArviZ 0.23, which warns of its future once a day on import, and whose plots lag behind matplotlib 3.11."""
+    """ArviZ 0.23, which warns on import once a day, and whose plots use deprecated parts of matplotlib 3.11."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
         warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping", MatplotlibDeprecationWarning)
         import arviz
 
         if arviz.__version__ >= "1":
-            pytest.skip("the ArviZ of this environment takes the tree itself; it is tested below")
+            pytest.skip("this environment has ArviZ 1, which is tested below")
         yield arviz
 
 
@@ -145,7 +116,7 @@ def test_arviz_0_summarises_the_draws(az, tree):
 
 
 def test_arviz_0_names_each_row_of_its_summary(az):
-    tree = tree_of(own(), "named and labelled")
+    tree = tree_of(SHARED, "named and labelled")
     summary = az.summary(pv.to_arviz(tree), kind="stats", round_to="none")
     assert list(summary.index) == ["mu", *(f"{name}[{row}]" for name in ("z", "twice") for row in "abcdef")]
     assert summary.loc["z[c]", "mean"] == pytest.approx(float(tree["posterior"]["z"].sel(obs="c").mean()), rel=1e-4)
@@ -162,20 +133,11 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_arviz_0_draws_its_pictures(az, pair, picture):
-    tree = tree_of(pair, "labelled")
-    two = {"obs": list(tree["posterior"].coords["obs"].values[:2])}
-    axes = PICTURES[picture](az, pv.to_arviz(tree), two)
-    figure = np.ravel(axes)[0].figure
-    figure.canvas.draw()
-    assert_drawn(figure.canvas.buffer_rgba())
-
-
-def test_arviz_0_draws_the_data_of_one_label(az, pair):
+def test_arviz_0_draws_its_pictures_of_the_data_of_one_label(az, pair, picture):
     data = pv.to_arviz(tree_of(pair, "labelled"))
     ones = {"obs": data.posterior.obs.values[data.posterior.label == 1]}
     assert list(ones["obs"]) == [1, 4]
-    figure = np.ravel(az.plot_posterior(data, var_names=["z"], coords=ones))[0].figure
+    figure = np.ravel(PICTURES[picture](az, data, ones))[0].figure
     figure.canvas.draw()
     assert_drawn(figure.canvas.buffer_rgba())
 
@@ -183,8 +145,8 @@ def test_arviz_0_draws_the_data_of_one_label(az, pair):
 # --- ArviZ 1 ---------------------------------------------------------------------------------------------------------
 
 
-def test_arviz_1_is_handed_the_tree_itself(monkeypatch):
-    """Of ArviZ 1 nothing but that it lacks ``from_datatree``; the rest is told by the test that runs it."""
+def test_arviz_1_receives_the_tree_itself(monkeypatch):
+    """A substitute for ArviZ 1, which lacks ``from_datatree``; the next test runs the real one."""
     monkeypatch.setitem(sys.modules, "arviz", SimpleNamespace(__version__="1.0"))
     tree = xr.DataTree.from_dict({"posterior": xr.Dataset({"z": (("chain", "draw"), np.zeros((1, 9)))})})
     assert pv.to_arviz(tree) is tree
@@ -192,7 +154,7 @@ def test_arviz_1_is_handed_the_tree_itself(monkeypatch):
 
 @pytest.fixture(scope="module")
 def arviz1(tmp_path_factory):
-    """A function that runs a program by the interpreter that has ArviZ 1, warnings as errors."""
+    """A function that runs a program with the interpreter that has ArviZ 1; warnings are errors."""
     if not ARVIZ1:
         pytest.skip(f"PYRO_VAE_ARVIZ1_PYTHON is not set: {HOW}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -217,11 +179,11 @@ def test_arviz_1_summarises_and_draws_the_file(arviz1, tree, tmp_path):
     tree.to_netcdf(path, engine="h5netcdf")
     done = arviz1(SCRIPT, path, folder)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["groups"], told["heavy"]) == (list(tree.children), [])
-    assert int(told["version"].partition(".")[0]) >= 1
-    assert told["means"].keys() == set(tree["posterior"].data_vars)
-    for name, means in told["means"].items():
+    found = json.loads(done.stdout)
+    assert (found["groups"], found["heavy"]) == (list(tree.children), [])
+    assert int(found["version"].partition(".")[0]) >= 1
+    assert found["means"].keys() == set(tree["posterior"].data_vars)
+    for name, means in found["means"].items():
         draws = tree["posterior"][name].values.reshape(DRAWS, -1)
         np.testing.assert_allclose(means, draws.mean(0), rtol=1e-4, atol=1e-6)
     pictures = sorted(folder.glob("*.png"))

@@ -1,26 +1,21 @@
-"""A file of draws is the tree of the same seed, in a memory that does not grow with it, and whole or not there."""
+"""A file of draws equals the tree of the same seed, needs no memory of its own size, and is complete or not there."""
 
 import json
 import subprocess
 import sys
 
 import numpy as np
+import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from torch import nn
+from common import N, X
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, priors
 from pyro_vae.inference_data import netcdf
-from pyro_vae.inference_data.sampler import JointSampler
-from pyro_vae.parts.networks import mlp
 
-NET = mlp([4], nn.Tanh)
-N = 6
-X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
 LABELS = ["cat", "dog", "cat", "fox", "dog", "cat"]
 NAMED = {
     "dims": {"covariates": ["axis"]},
@@ -31,21 +26,17 @@ NAMED = {
 
 
 def gaussian():
-    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, NET), likelihoods.Normal(2, 3, NET))
+    vae = pairs.gaussian()
     return vae.model, vae.guide, X
 
 
 def gumbel():
-    vae = pv.VAE(
-        priors.GumbelSoftmax((1, 2), temperature=0.5),
-        guides.GumbelSoftmax(3, (1, 2), NET, temperature=0.66),
-        likelihoods.Bernoulli((1, 2), 3, NET),
-    )
-    return vae.model, vae.guide, (X > 0).float()
+    vae = pairs.gumbel()
+    return vae.model, vae.guide, X
 
 
 def shared():
-    """A pair of a user's: a global latent, integers and truth values."""
+    """A user's pair with a global latent, integers and booleans."""
 
     def model(x):
         mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
@@ -78,7 +69,7 @@ def engine(request):
 
 
 def assert_same(loaded, tree):
-    """But for the time at which it was made."""
+    """Compare everything except the time of creation."""
     for node in (*loaded.subtree, *tree.subtree):
         node.attrs.pop("created_at")
     assert list(loaded.children) == list(tree.children)
@@ -108,14 +99,10 @@ def test_every_engine_reads_the_file(pair, engine, tmp_path):
         assert_same(loaded.load(), pv.to_datatree(*pair, draws=30, parallel=True, **NAMED))
 
 
-def test_beside_each_other_the_draws_of_a_seed_hang_on_the_chunk_and_have_the_same_law(tmp_path):
-    trees = []
-    for chunk in (1500, 4000):
-        path = pv.save_draws(tmp_path / f"{chunk}.nc", *gaussian(), draws=4000, chunk=chunk, parallel=True)
-        torch.manual_seed(0)
-        with xr.open_datatree(path) as loaded:
-            trees.append(loaded.load())
-    for tree in trees:
+@pytest.mark.parametrize("chunk", [1500, 4000])
+def test_parallel_draws_have_the_same_law_for_every_chunk_and_chunks_differ(chunk, tmp_path):
+    path = pv.save_draws(tmp_path / "draws.nc", *gaussian(), draws=4000, chunk=chunk, parallel=True)
+    with xr.open_datatree(path) as tree:
         loc, scale = tree["guide"]["z_loc"], tree["guide"]["z_scale"]
         z = tree["posterior"]["z"].isel(chain=0)
         assert (abs(z.mean("draw") - loc) < 5 * scale / 4000**0.5).all()
@@ -123,17 +110,17 @@ def test_beside_each_other_the_draws_of_a_seed_hang_on_the_chunk_and_have_the_sa
         assert (abs((noise[1:] * noise[:-1]).mean(0)) < 5 / 4000**0.5).all(), "chunks repeat draws"
 
 
-def test_random_states_and_parameters_are_as_before(random_states, tmp_path):
+def test_random_states_are_unchanged(random_states, tmp_path):
     pair = gaussian()
     state = random_states()
     pv.save_draws(tmp_path / "draws.nc", *pair, draws=30)
     assert random_states() == state
 
 
-# --- A bounded memory ------------------------------------------------------------------------------------------------
+# --- Memory ----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-import json, resource, sys, time
+import json, resource, sys
 import numpy as np, torch, xarray as xr
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -148,45 +135,32 @@ vae = pv.VAE(
 )
 peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pv.save_draws(sys.argv[1], vae.model, vae.guide, x, draws=30, parallel=True)
-before, start = peak(), time.perf_counter()
+before = peak()
 path = pv.save_draws(sys.argv[1], vae.model, vae.guide, x, draws=1000, parallel=True)
-after, seconds = peak(), time.perf_counter() - start
+after = peak()
 with xr.open_datatree(path) as tree:
     rows = slice(0, 50)
     z, loc, scale = tree["posterior"]["z"][0, :, rows], tree["guide"]["z_loc"][rows], tree["guide"]["z_scale"][rows]
     off = float(abs((z.mean("draw") - loc) / scale).max())
-    told = {"sizes": dict(tree["posterior_predictive"]["x"].sizes), "off": off, "seconds": seconds}
-    told["khat"] = bool(np.isfinite(tree["sample_stats"]["khat"][rows]).all())
-print(json.dumps(told | {"bytes": path.stat().st_size, "grown": after - before}))
+    found = {"sizes": dict(tree["posterior_predictive"]["x"].sizes), "off": off}
+    found["khat"] = bool(np.isfinite(tree["sample_stats"]["khat"][rows]).all())
+print(json.dumps(found | {"bytes": path.stat().st_size, "grown": after - before}))
 """
 
 
 def test_the_memory_does_not_grow_with_the_file(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MEMORY, tmp_path / "draws.nc"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "error", "-c", MEMORY, tmp_path / "draws.nc"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["sizes"] == {"chain": 1, "draw": 1000, "obs": 5000, "feature": 4}
-    assert told["bytes"] > 250 * 2**20
-    assert told["grown"] < 120 * 2**20, "a third of the file at most"
-    assert told["off"] < 6 / 1000**0.5
-    assert told["khat"]
+    found = json.loads(done.stdout)
+    assert found["sizes"] == {"chain": 1, "draw": 1000, "obs": 5000, "feature": 4}
+    assert found["bytes"] > 250 * 2**20
+    assert found["grown"] < 120 * 2**20, "a third of the file at most"
+    assert found["off"] < 6 / 1000**0.5
+    assert found["khat"]
 
 
-@pytest.mark.parametrize("rows", [5000, 50_000, 500_000])
-def test_the_default_chunk_is_of_at_most_64_mebibytes(rows):
-    permitted = []
-    given = (torch.zeros(rows, 3),), 1000, 0, "data", {}, {}, {}, {}, True, permitted.append
-    drawing = JointSampler(*gaussian()[:2], *given)
-    assert permitted == [drawing]
-    assert 1 <= drawing.chunk <= max(1, 2**26 // (drawing.nbytes // 1000))
-
-
-# --- Whole or not there ----------------------------------------------------------------------------------------------
+# --- Complete or not there -------------------------------------------------------------------------------------------
 
 
 class Stop(BaseException):
@@ -194,7 +168,7 @@ class Stop(BaseException):
 
 
 def stopping(pair, after):
-    """The pair, whose guide stops after some runs."""
+    """A pair whose guide stops after some runs."""
     model, guide, x = pair
     left = [after]
 
@@ -209,7 +183,7 @@ def stopping(pair, after):
 
 @pytest.mark.parametrize("before", [None, b"an older file"])
 @pytest.mark.parametrize("after", [0, 20])
-def test_an_interrupted_export_leaves_what_was_there(before, after, tmp_path):
+def test_an_interrupted_export_leaves_an_older_file_unchanged(before, after, tmp_path):
     path = tmp_path / "draws.nc"
     if before:
         path.write_bytes(before)
@@ -218,7 +192,7 @@ def test_an_interrupted_export_leaves_what_was_there(before, after, tmp_path):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([before] if before else [])
 
 
-def test_a_file_that_is_there_is_replaced(tmp_path):
+def test_an_older_file_is_replaced(tmp_path):
     path = tmp_path / "draws.nc"
     path.write_bytes(b"an older file")
     pv.save_draws(path, *gaussian(), draws=5)
@@ -229,31 +203,31 @@ def test_a_file_that_is_there_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("path", "options", "error", "message"),
     [
-        ("draws.zarr", {}, ValueError, r"`path` must be a netCDF file, such as 'draws\.nc'.*got '.*draws\.zarr'"),
-        (".", {}, ValueError, "path: '.*' is a folder"),
-        ("gone/draws.nc", {}, FileNotFoundError, "path: there is no folder '.*gone' for 'draws.nc'"),
-        ("draws.nc", {"draws": 10**15}, OSError, r"path: the draws take \d+ bytes, and '.*' has \d+ left"),
-        ("draws.nc", {"chunk": 0}, ValueError, "`chunk` must be a positive integer.*got 0"),
-        ("draws.nc", {"draws": 0}, ValueError, "`draws` must be .*got 0"),
-        ("draws.nc", {"dims": {"y": ["pixel"]}}, ValueError, "dims: names the sites"),
+        ("draws.zarr", {}, ValueError, r"`path` must be a netCDF file, such as 'draws\.nc', .*got '.*draws\.zarr'"),
+        (".", {}, ValueError, "`path` must be a file, such as 'draws.nc', got the folder '.*'"),
+        ("gone/draws.nc", {}, FileNotFoundError, "`path` must be in a folder that exists.*'.*gone'"),
+        ("draws.nc", {"draws": 10**15}, OSError, rf"`path` must .* {312 * 10**15} free bytes .*, got \d+ in '.*'"),
+        ("draws.nc", {"chunk": 0}, ValueError, "`chunk` must be a positive integer, got 0"),
+        ("draws.nc", {"draws": 0}, ValueError, "`draws` must be a positive integer, got 0"),
+        ("draws.nc", {"dims": {"y": ["pixel"]}}, ValueError, r"`dims` must have variables as keys.*got \['y'\]"),
     ],
 )
-def test_what_will_not_do_is_refused_before_it_is_drawn(path, options, error, message, tmp_path):
+def test_unusable_arguments_are_refused_before_the_first_draw(path, options, error, message, tmp_path):
     with pytest.raises(error, match=message):
         pv.save_draws(tmp_path / path, *gaussian(), **({"draws": 5} | options))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_of_before_it_is_full(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_the_first_draw(tmp_path, monkeypatch):
     monkeypatch.setattr(netcdf.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
-    with pytest.raises(OSError, match=r"path: the draws take 2496 bytes, .* has 100 left"):
+    with pytest.raises(OSError, match=r"`path` must be on a disk with 2496 free bytes .*, got 100 in"):
         pv.save_draws(tmp_path / "draws.nc", *stopping(gaussian(), 3), draws=8)
 
 
-# --- What is given beside the data -----------------------------------------------------------------------------------
+# --- Constant data and histories -------------------------------------------------------------------------------------
 
 
-def test_a_history_is_told_by_epoch():
+def test_a_history_lies_along_epochs():
     model, guide, x = gaussian()
     fitted = pv.fit(model, guide, x, epochs=4, validation=x, seed=0)
     for history in (fitted, fitted.history):
@@ -298,25 +272,37 @@ def test_names_of_every_axis_of_a_constant_and_of_a_history():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"history": 3}, TypeError, "`history` must be what `fit` returned.*got 3"),
-        ({"history": {"elbo": 3.0}}, ValueError, r"history: 'elbo' has shape \(\)"),
-        ({"history": {"elbo": ["a"]}}, ValueError, "history: 'elbo' has shape .* dtype <U1"),
-        ({"history": {"elbo": [1.0], "rate": [1.0, 2.0]}}, ValueError, "dims: 'epoch' of rate has size 2, and 1"),
+        ({"history": 3}, TypeError, "`history` must be the result of `fit`, or its `history`, got 3"),
+        ({"history": {"elbo": 3.0}}, ValueError, r"`history` must have one number per epoch, got 'elbo' of shape \(\)"),
+        ({"history": {"elbo": ["a"]}}, ValueError, "`history` must .*got 'elbo' of shape .* and dtype <U1"),
+        (
+            {"history": {"elbo": [1.0], "rate": [1.0, 2.0]}},
+            ValueError,
+            "`dims` must .*got 'epoch' of size 2 for 'rate', and of size 1 elsewhere",
+        ),
         ({"constant_data": [1, 2]}, TypeError, "`constant_data` must be a mapping.*got a list"),
-        ({"constant_data": {"c": object()}}, TypeError, "constant_data: 'c' is a object"),
-        ({"constant_data": {"z": [1.0]}}, ValueError, "constant_data: 'z' is the name of a site"),
+        ({"constant_data": {"c": object()}}, TypeError, "`constant_data` must have numbers.*got 'c', a object"),
+        ({"constant_data": {"z": [1.0]}}, ValueError, "`constant_data` must have other names than the sites, got 'z'"),
         (
             {"constant_data": {"c": np.eye(N)}, "dims": {"c": ["obs", "a", "b"]}},
             ValueError,
-            r"dims: names \['obs', 'a', 'b'\] for c of constant_data, whose shape is \(6, 6\)",
+            r"`dims` must .* 'c' in `constant_data`, of shape \(6, 6\), got \['obs', 'a', 'b'\]",
         ),
-        ({"constant_data": {"c": [1]}, "dims": {"y": ["a"]}}, ValueError, r"dims: .*; constant_data has \['c'\]"),
-        ({"coords": {"lp": ("obs", range(N))}}, ValueError, "coords: 'lp' is the name of a variable"),
-        ({"max_bytes": 0}, ValueError, "`max_bytes` must be .*got 0"),
-        ({"draws": 10**15}, ValueError, f"draws: {10**15} draws .* take {312 * 10**15} bytes; at most {4 * 2**30} "),
-        ({"max_bytes": 1000}, ValueError, r"take 1560 bytes; at most 1000 .*fewer draws.*fewer rows.*save_draws"),
+        (
+            {"constant_data": {"c": [1]}, "dims": {"y": ["a"]}},
+            ValueError,
+            r"`dims` .* of \['c', 'x', 'z'\], got \['y'\]",
+        ),
+        ({"coords": {"lp": ("obs", range(N))}}, ValueError, "`coords` must have other names .*, got 'lp'"),
+        ({"max_bytes": 0}, ValueError, "`max_bytes` must be a positive integer, got 0"),
+        (
+            {"draws": 10**15},
+            ValueError,
+            rf"`draws` .* at most {4 * 2**30} bytes .*got {10**15} draws .*{312 * 10**15} bytes",
+        ),
+        ({"max_bytes": 1000}, ValueError, r"at most 1000 bytes.*of 1560 bytes.*fewer draws.*fewer rows.*save_draws"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, error, message):
+def test_constant_data_and_histories_that_do_not_fit_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         pv.to_datatree(*gaussian(), **({"draws": 5} | options))

@@ -1,4 +1,4 @@
-"""Log-densities beside the draws: those that a pencil gives, of the very draws, or none where there is no density."""
+"""Log-densities of draws: they equal those computed by hand for the same draws, and are left out if none exists."""
 
 import math
 
@@ -7,85 +7,36 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from common import SHARED, SIGMAS, TWO_PLATES, VAES, X, drawn, local_pair, shared_guide, shared_model
+from pairs import NET, bernoulli, gaussian
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
-from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, handlers, likelihoods, priors
+from pyro_vae import guides, handlers, likelihoods
 from pyro_vae.evidence.pareto import pareto_shape
-from pyro_vae.parts.networks import mlp, with_missing
+from pyro_vae.inference_data.sampler import JointSampler
+from pyro_vae.inference_data.settings import ExportSettings
+from pyro_vae.parts.networks import with_missing
 
-NET = mlp([4], nn.Tanh)
-N = 6
-X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
 STATISTICS = ["lp", "log_q", "log_weight"]
-SIGMAS = 5
-
-
-def gaussian(latent=2):
-    return pv.VAE(
-        priors.StandardNormal(latent), guides.DiagonalNormal(3, latent, NET), likelihoods.Normal(latent, 3, NET)
-    )
-
-
-def relaxed():
-    return pv.VAE(
-        priors.RelaxedBernoulli(2, temperature=0.5, probs=0.3),
-        guides.RelaxedBernoulli(3, 2, NET, temperature=0.66),
-        likelihoods.Normal(2, 3, NET),
-    )
-
-
-def gumbel():
-    return pv.VAE(
-        priors.GumbelSoftmax((1, 2), temperature=0.5, straight_through=True),
-        guides.GumbelSoftmax(3, (1, 2), NET, temperature=0.66),
-        likelihoods.Normal((1, 2), 3, NET),
-    )
-
-
-def discrete():
-    return pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, NET), likelihoods.Normal(2, 3, NET))
-
-
-def one_hot():
-    return pv.VAE(
-        priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(3, (2, 3), NET), likelihoods.Normal((2, 3), 3, NET)
-    )
-
-
-VAES = {"gaussian": gaussian, "relaxed": relaxed, "gumbel": gumbel, "discrete": discrete, "one_hot": one_hot}
-
-
-@pytest.fixture(params=[False, True], ids=["one by one", "parallel"])
-def parallel(request):
-    return request.param
 
 
 def statistics(model, guide, *data, **options):
     tree = pv.to_datatree(model, guide, *data, **({"draws": 8} | options))
-    found = {
-        name: torch.from_numpy(values.values[0])
-        for name, values in tree["sample_stats"].data_vars.items()
-        if "draw" in values.dims
-    }
-    return tree, found
+    names = [name for name, values in tree["sample_stats"].data_vars.items() if "draw" in values.dims]
+    return tree, {name: drawn(tree, name, "sample_stats") for name in names}
 
 
-def drawn(tree, name):
-    return torch.from_numpy(tree["posterior"][name].values[0])
-
-
-def assert_pencil(found, lp, log_q):
-    """The numbers, and that their difference is the weight."""
+def assert_densities(found, lp, log_q):
+    """The densities are these, and the weight is their difference."""
     assert list(found) == STATISTICS
     for name, expected in (("lp", lp), ("log_q", log_q), ("log_weight", lp - log_q)):
         torch.testing.assert_close(found[name].double(), expected.detach().double(), rtol=1e-4, atol=1e-4)
 
 
-# --- The numbers of a pencil -----------------------------------------------------------------------------------------
+# --- Densities computed by hand --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", VAES.values(), ids=VAES)
@@ -94,29 +45,25 @@ def test_densities_of_a_vae_at_its_own_draws(make, parallel):
     tree, found = statistics(vae.model, vae.guide, X, parallel=parallel)
     z = drawn(tree, "z")
     lp = vae.prior().log_prob(z) + vae.decode(z).log_prob(X)
-    assert_pencil(found, lp, vae.encode(X).log_prob(z))
+    assert_densities(found, lp, vae.encode(X).log_prob(z))
     for name in STATISTICS:
         assert tree["sample_stats"][name].dims == ("chain", "draw", "obs")
         assert tree["sample_stats"][name].attrs == {"units": "nats"}
 
 
-def test_missing_entries_have_no_part_in_the_densities(parallel):
-    vae = pv.VAE(
-        priors.StandardNormal(2),
-        guides.DiagonalNormal(3, 2, with_missing(NET)),
-        likelihoods.Normal(2, 3, NET, missing=True),
-    )
-    x = X.clone()
+def test_missing_entries_do_not_enter_the_densities(parallel):
+    encoder, decoder = guides.DiagonalNormal(3, 2, with_missing(NET)), likelihoods.Normal(2, 3, NET, missing=True)
+    vae, x = gaussian(encoder=encoder, decoder=decoder), X.clone()
     x[0, 1] = x[3] = torch.nan
     tree, found = statistics(vae.model, vae.guide, x, parallel=parallel)
     z = drawn(tree, "z")
-    assert_pencil(found, vae.prior().log_prob(z) + vae.decode(z).log_prob(x), vae.encode(x).log_prob(z))
-    torch.testing.assert_close(found["lp"][:, 3], vae.prior().log_prob(z[:, 3]))  # all of it missing
+    assert_densities(found, vae.prior().log_prob(z) + vae.decode(z).log_prob(x), vae.encode(x).log_prob(z))
+    torch.testing.assert_close(found["lp"][:, 3], vae.prior().log_prob(z[:, 3]))  # a row of missing entries
     assert all(values.isfinite().all() for values in found.values())
 
 
 def mixed_model(x):
-    """A discrete latent and two continuous ones, of which one hangs on it."""
+    """A discrete latent and two continuous ones, one of which depends on it."""
     with pyro.plate("data", len(x)):
         c = pyro.sample("c", dist.Bernoulli(0.3))
         z = pyro.sample("z", dist.Normal(c, 1.0))
@@ -138,25 +85,16 @@ def test_several_latents_of_both_kinds(parallel):
     lp = dist.Bernoulli(0.3).log_prob(c) + dist.Normal(c, 1.0).log_prob(z) + dist.LogNormal(0.0, 0.5).log_prob(s)
     lp = lp + dist.Normal(z, s).log_prob(x)
     log_q = dist.Bernoulli(torch.sigmoid(x)).log_prob(c) + dist.Normal(0.5 * x + c, 0.7).log_prob(z)
-    assert_pencil(found, lp, log_q + dist.LogNormal(0.1, 0.4).log_prob(s))
+    assert_densities(found, lp, log_q + dist.LogNormal(0.1, 0.4).log_prob(s))
 
 
-def test_another_plate_is_summed_over(parallel):
-    def model(x):
-        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
-            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
-            pyro.sample("z", dist.Normal(x, 0.1))
-
-    x = X[:, :2].T
-    for plate, summed in (("days", 1), ("people", 2)):
-        tree, found = statistics(model, guide, x, plate=plate, parallel=parallel)
-        z = drawn(tree, "z")
-        lp = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
-        assert_pencil(found, lp.sum(summed), dist.Normal(x, 0.1).log_prob(z).sum(summed))
-        assert tree["sample_stats"]["lp"].dims == ("chain", "draw", "obs")
+@pytest.mark.parametrize(("plate", "summed"), [("days", 1), ("people", 2)])
+def test_another_plate_is_summed_over(plate, summed, parallel):
+    tree, found = statistics(*TWO_PLATES, plate=plate, parallel=parallel)
+    z, x = drawn(tree, "z"), TWO_PLATES[2]
+    lp = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
+    assert_densities(found, lp.sum(summed), dist.Normal(x, 0.1).log_prob(z).sum(summed))
+    assert tree["sample_stats"]["lp"].dims == ("chain", "draw", "obs")
 
 
 def test_weights_of_an_objective_change_no_density():
@@ -167,10 +105,10 @@ def test_weights_of_an_objective_change_no_density():
     assert all(torch.equal(plain[name], weighted[name]) for name in STATISTICS)
 
 
-# --- What they are good for ------------------------------------------------------------------------------------------
+# --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [lambda: gaussian(1), discrete], ids=["gaussian", "discrete"])
+@pytest.mark.parametrize("make", [lambda: gaussian(1), bernoulli], ids=["gaussian", "bernoulli"])
 def test_the_mean_weight_is_the_evidence_and_the_mean_log_weight_the_elbo(make):
     vae, draws = make(), 4000
     _, found = statistics(vae.model, vae.guide, X, draws=draws, parallel=True)
@@ -194,36 +132,22 @@ def test_khat_is_that_of_the_weights(parallel):
     np.testing.assert_array_equal(khat, pareto_shape(found["log_weight"]))
 
 
-@pytest.mark.parametrize(("draws", "there"), [(20, False), (21, True)])
-def test_khat_of_too_few_draws_is_not_there(draws, there):
+@pytest.mark.parametrize(("draws", "exists"), [(20, False), (21, True)])
+def test_khat_needs_21_draws(draws, exists):
     vae = gaussian()
     tree, _ = statistics(vae.model, vae.guide, X, draws=draws)
-    assert ("khat" in tree["sample_stats"]) == there
+    assert ("khat" in tree["sample_stats"]) == exists
 
 
-# --- Latents that data share -----------------------------------------------------------------------------------------
-
-
-def shared_model(x):
-    mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mu, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-
-def shared_guide(x):
-    pyro.sample("mu", dist.Normal(0.7, 0.3))
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(0.5 * x, 0.4))
+# --- Global latents --------------------------------------------------------------------------------------------------
 
 
 def test_with_a_global_latent_the_densities_are_those_of_all_data(parallel):
-    x = X[:, 0]
-    tree, found = statistics(shared_model, shared_guide, x, parallel=parallel)
-    mu, z = drawn(tree, "mu"), drawn(tree, "z")
+    tree, found = statistics(*SHARED, parallel=parallel)
+    mu, z, x = drawn(tree, "mu"), drawn(tree, "z"), X[:, 0]
     local = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
     log_q = dist.Normal(0.7, 0.3).log_prob(mu) + dist.Normal(0.5 * x, 0.4).log_prob(z).sum(-1)
-    assert_pencil(found, dist.Normal(1.0, 0.5).log_prob(mu) + local.sum(-1), log_q)
+    assert_densities(found, dist.Normal(1.0, 0.5).log_prob(mu) + local.sum(-1), log_q)
     assert all(tree["sample_stats"][name].dims == ("chain", "draw") for name in STATISTICS)
 
 
@@ -249,22 +173,19 @@ def positive_model(x):
 
 
 @pytest.mark.parametrize(("autoguide", "by_datum"), [(AutoNormal, True), (AutoDiagonalNormal, False)])
-def test_the_density_of_an_autoguide_is_that_of_the_latent_that_it_transforms(autoguide, by_datum):
+def test_the_density_of_an_autoguide_is_that_of_the_transformed_latent(autoguide, by_datum):
     x = X[:, 0]
     guide = autoguide(positive_model, init_scale=0.3)
     guide(x)
     tree, found = statistics(positive_model, guide, x)
     s = drawn(tree, "s")
-    if by_datum:
-        loc, scale = guide.locs.s, guide.scales.s
-    else:
-        loc, scale = guide.loc, guide.scale
+    loc, scale = (guide.locs.s, guide.scales.s) if by_datum else (guide.loc, guide.scale)
     log_q = dist.LogNormal(loc, scale).log_prob(s)
     lp = dist.LogNormal(0.0, 0.5).log_prob(s) + dist.Normal(0.0, s).log_prob(x)
-    assert_pencil(found, *((lp, log_q) if by_datum else (lp.sum(-1), log_q.sum(-1))))
+    assert_densities(found, *((lp, log_q) if by_datum else (lp.sum(-1), log_q.sum(-1))))
 
 
-# --- What is no density ----------------------------------------------------------------------------------------------
+# --- Densities that do not exist -------------------------------------------------------------------------------------
 
 
 def test_a_point_has_no_density():
@@ -279,17 +200,13 @@ def test_a_point_has_no_density():
 
 
 def test_soft_targets_have_no_likelihood():
-    vae = pv.VAE(
-        priors.StandardNormal(2),
-        guides.DiagonalNormal(3, 2, NET),
-        likelihoods.Bernoulli(2, 3, NET, soft_targets=True),
-    )
+    vae = gaussian(decoder=likelihoods.Bernoulli(2, 3, NET, soft_targets=True))
     tree, found = statistics(vae.model, vae.guide, X.sigmoid(), draws=30)
     assert list(found) == ["log_q"]
     torch.testing.assert_close(found["log_q"], vae.encode(X.sigmoid()).log_prob(drawn(tree, "z")).detach())
 
 
-def test_a_latent_that_the_model_has_not_leaves_no_weight():
+def test_a_latent_that_the_model_does_not_have_leaves_no_weight():
     def guide(x):
         with pyro.plate("data", len(x)):
             shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
@@ -300,14 +217,32 @@ def test_a_latent_that_the_model_has_not_leaves_no_weight():
 
 
 def test_a_relaxed_draw_has_no_mass_under_a_discrete_prior():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.5))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.RelaxedBernoulli(torch.tensor(0.5), logits=x))
-
-    _, found = statistics(model, guide, X[:, 0], draws=30)
+    pair = local_pair(dist.Bernoulli(0.5), lambda x: dist.RelaxedBernoulli(torch.tensor(0.5), logits=x))
+    _, found = statistics(*pair, X[:, 0], draws=30)
     assert list(found) == ["log_q"]
+
+
+# --- Chunks and runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5000, 50_000, 500_000])
+def test_the_default_chunk_takes_at_most_64_mebibytes(rows):
+    vae = gaussian()
+    found = JointSampler(vae.model, vae.guide, (torch.zeros(rows, 3),), ExportSettings(draws=1000, parallel=True))
+    assert 1 <= found.chunk <= max(1, 2**26 // (found.nbytes // 1000))
+
+
+def test_a_sampler_runs_model_and_guide_at_most_four_times_before_the_first_draw():
+    runs = {"model": 0, "guide": 0}
+
+    def counted(name, function):
+        def run(x):
+            runs[name] += 1
+            return function(x)
+
+        return run
+
+    model, guide = counted("model", shared_model), counted("guide", shared_guide)
+    found = JointSampler(model, guide, SHARED[2:], ExportSettings(draws=3))
+    found.parametric_latents()
+    assert max(runs.values()) <= 4

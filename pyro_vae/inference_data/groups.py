@@ -1,0 +1,102 @@
+"""The groups of an export: their variables, dimensions, coordinates and attributes."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+
+from pyro_vae._utils.rng import seeded
+from pyro_vae.inference_data.dims import DimensionNames
+from pyro_vae.inference_data.sampler import Groups, JointSampler
+from pyro_vae.inference_data.settings import as_array
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["GroupLayout", "attributes", "tree_of"]
+
+_GROUPS = (
+    *("posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"),
+    *("observed_data", "constant_data", "guide", "training"),
+)
+
+
+_INDEPENDENT = "independent draws in one chain, to which r_hat and ess do not apply; use summary(kind='stats')"
+
+
+class GroupLayout:
+    """Dimensions and coordinates of everything that a sampler draws, and the groups without draws.
+
+    Args:
+        sampler: the sampler.
+
+    Attributes:
+        attrs: attributes of the tree and of each group.
+        dims: dimensions of each drawn variable, without chain and draw, by group and name.
+    """
+
+    def __init__(self, sampler: JointSampler):
+        settings = sampler.settings
+        unobserved = sampler.latents | sampler.deterministic
+        names = DimensionNames(unobserved, sampler.observed, settings)
+        of_statistics = ("obs",) if sampler.by_datum else ()
+        self.attrs = attributes(settings.draws, settings.seed)
+        self.dims = {
+            group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
+            for group, variables in sampler.variables.items()
+        }
+        observed = {name: as_array(site["value"]) for name, site in sampler.observed.items()}
+        with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
+            parametric = sampler.parametric_latents()
+        self._names = names
+        self._static = {
+            "observed_data": names.dataset(observed),
+            "constant_data": names.dataset(settings.constants),
+            "guide": names.guide(parametric),
+            "training": names.training(settings.history),
+        }
+
+    def units(self, group: str) -> dict[str, str]:
+        """Return the attributes of the drawn variables of a group."""
+        return {"units": "nats"} if group == "sample_stats" else {}
+
+    def tree(self, drawn: Groups | None = None, khat: np.ndarray | None = None) -> "xr.DataTree":
+        """Make the tree of all groups; without values the drawn groups have coordinates alone."""
+        import xarray as xr
+
+        groups = {name: group for name, group in self._static.items() if group}
+        for group, variables in self.dims.items():
+            dims = {"chain", "draw"}.union(*variables.values())
+            arrays: dict[str, Any] = {}
+            for name, values in (drawn[group] if drawn else {}).items():
+                arrays[name] = (("chain", "draw", *variables[name]), values, self.units(group))
+            if group == "sample_stats" and khat is not None:
+                arrays["khat"] = (variables["log_weight"], khat)
+            groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))
+        return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self.attrs)
+
+
+def tree_of(groups: Mapping[str, "xr.Dataset"], attrs: dict[str, Any]) -> "xr.DataTree":
+    """Make a tree of groups, with the same attributes at the root and at each group."""
+    import xarray as xr
+
+    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree.attrs = attrs
+    return tree
+
+
+def attributes(draws: int, seed: int) -> dict[str, str | int]:
+    """Return the attributes that ArviZ reads, and those that say how the draws were made."""
+    return {
+        "created_at": datetime.now(UTC).isoformat(),
+        "creation_library": "pyro_vae",
+        "creation_library_version": importlib.metadata.version("pyro-vae"),
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "sampling": _INDEPENDENT,
+        "draws": draws,
+        "seed": seed,
+    }

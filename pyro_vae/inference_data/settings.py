@@ -1,0 +1,78 @@
+"""The settings that all exports of draws share, validated when they are made."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.validation import boolean, mapping, positive_int
+from pyro_vae.training.fit import Fitted
+
+__all__ = ["ExportSettings", "as_array"]
+
+
+class ExportSettings:
+    """How many draws an export has, what its dimensions are called, and which given values it contains.
+
+    The arguments are those of :func:`pyro_vae.to_datatree`.
+
+    Attributes:
+        history: values of each epoch, ``(epochs)``, by name.
+        constants: constant data as arrays, by name.
+
+    >>> ExportSettings(history={"elbo": [-3.0, -2.0]}).history
+    {'elbo': array([-3., -2.])}
+    """
+
+    def __init__(
+        self,
+        draws: int = 1000,
+        seed: int = 0,
+        plate: str = "data",
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+        history: Fitted | Mapping[str, Sequence[float]] | None = None,
+        constant_data: Mapping[str, Any] | None = None,
+        parallel: bool = False,
+    ):
+        epochs = history.history if isinstance(history, Fitted) else history
+        if not isinstance(epochs, Mapping | None):
+            raise TypeError(f"`history` must be the result of `fit`, or its `history`, got {history!r}")
+        self.draws = positive_int(draws, "draws")
+        self.seed, self.plate, self.parallel = seed, plate, boolean(parallel, "parallel")
+        self.dims: Mapping[str, Sequence[str]] = mapping(dims, "dims", "{'x': ['height', 'width']}")
+        self.coords = mapping(coords, "coords", "{'obs': names}")
+        epochs = mapping(epochs, "history", "`fitted.history`")
+        constants = mapping(constant_data, "constant_data", "{'labels': labels}")
+        self.history = {name: _epochs(name, value) for name, value in epochs.items()}
+        self.constants = {name: _constant(name, value) for name, value in constants.items()}
+
+
+def as_array(value: Tensor) -> np.ndarray:
+    """Convert a tensor to an array; ``bfloat16``, which NumPy lacks, to single precision."""
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _epochs(name: str, value: Sequence[float]) -> np.ndarray:
+    array = np.asarray(value)
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"`history` must have one number per epoch, got {name!r} of shape {array.shape} and dtype {array.dtype}"
+        )
+    return array
+
+
+def _constant(name: str, value: Any) -> np.ndarray:
+    try:
+        array = as_array(value) if isinstance(value, Tensor) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"`constant_data` must have rows of one length, got {name!r}: {error}") from error
+    if array.dtype.kind not in "biufUSM":
+        raise TypeError(
+            f"`constant_data` must have numbers, booleans or strings, got {name!r}, a {type(value).__name__} of dtype "
+            f"{array.dtype}"
+        )
+    return array

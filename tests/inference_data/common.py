@@ -1,0 +1,70 @@
+"""Data, and pairs of a user's own, for the tests of exports."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pairs import bernoulli, gaussian, gumbel, one_hot, relaxed
+
+N = 6
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
+SIGMAS = 5
+VAES = {
+    "gaussian": gaussian,
+    "relaxed": partial(relaxed, straight_through=True),
+    "gumbel": gumbel,
+    "bernoulli": bernoulli,
+    "one_hot": one_hot,
+}
+
+
+def shared_model(x):
+    """A global latent and local ones."""
+    mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.deterministic("twice", 2 * z)
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def shared_guide(x):
+    pyro.sample("mu", dist.Normal(pyro.param("mean", torch.tensor(0.7)), 0.3))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.5 * x, 0.4))
+
+
+SHARED = (shared_model, shared_guide, X[:, 0])
+
+
+def local_pair(prior, q):
+    """One latent of each datum, with this prior and ``q(x)``, and a normal likelihood around it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z.float(), 1.0).to_event(x.dim() - 1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return model, guide
+
+
+def two_plate_model(x):
+    with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+
+def two_plate_guide(x):
+    with pyro.plate("people", 2, dim=-2), pyro.plate("days", N, dim=-1):
+        pyro.sample("z", dist.Normal(x, 0.1))
+
+
+TWO_PLATES = (two_plate_model, two_plate_guide, X[:, :2].T)
+
+
+def drawn(tree, name, group="posterior"):
+    """The values of a variable, draws first."""
+    return torch.from_numpy(tree[group][name].values[0])
