@@ -1,1 +1,1 @@
-"""A step captured as a graph and compiled."""
+"""Capture of functions as graphs of operations, their compilation, and an Adam for captured steps."""

@@ -1,4 +1,4 @@
-"""Adam for a captured step: what depends on the number of the step lies ready in tensors before it."""
+"""Adam for a captured step: the numbers that depend on the count of steps are kept in tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ class CapturableAdam(torch.optim.Optimizer):
               \theta \leftarrow \theta
               - \eta\,\frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon},
 
-    the same numbers as ``torch.optim.Adam``. The corrections for step t are made in step t - 1: a compiler puts what it
-    can into the loop over parameters, and powers would be taken for each of them.
+    the same numbers as ``torch.optim.Adam``. Step t - 1 computes the corrections :math:`1 / (1 - \beta^t)` for step t:
+    otherwise a compiler would put them into its loop over the parameters, and compute the powers for each number.
 
     Args:
         params: parameters, or groups of them.
-        lr: :math:`\eta`; kept in a tensor, whose value may change between steps.
+        lr: :math:`\eta`, kept in a tensor whose value may change between steps.
         betas: :math:`\beta_1, \beta_2`.
         eps: :math:`\epsilon`.
 
@@ -39,7 +39,7 @@ class CapturableAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Begin at step 1 with further parameters."""
+        """Add parameters; their count of steps starts at zero."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         number = {"dtype": torch.float64, "device": group["params"][0].device}
@@ -56,38 +56,38 @@ class CapturableAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; ``closure`` is called before, with gradients, to give them."""
+        """Update all parameters that have a gradient, after a call of ``closure``, if given, which computes them."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            self._part(moving, [parameter for parameter in group["params"] if parameter.grad is None])
-            for parameter in moving:
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._untie(updated, [parameter for parameter in group["params"] if parameter.grad is None])
+            for parameter in updated:
                 state, gradient = self.state[parameter], parameter.grad
                 mean = state["mean"].lerp_(gradient, 1 - beta1)
                 square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
                 scale = square.sqrt() * state["scale_correction"] + group["eps"]
                 parameter.sub_(group["lr"] * state["mean_correction"] * mean / scale)
-            for state in {id(self.state[one]["powers"]): self.state[one] for one in moving}.values():
+            for state in {id(self.state[one]["powers"]): self.state[one] for one in updated}.values():
                 betas = torch.tensor([beta1, beta2], dtype=torch.float64, device=state["powers"].device)
                 powers = state["powers"].mul_(betas)
                 state["mean_correction"].copy_(1 / (1 - powers[0]))
                 state["scale_correction"].copy_((1 - powers[1]).rsqrt())
         return loss
 
-    def part(self) -> None:
-        """Give frozen parameters corrections of their own, which a captured step cannot."""
+    def untie_frozen(self) -> None:
+        """Give frozen parameters corrections of their own, before a capture: a captured step cannot do that."""
         for group in self.param_groups:
-            moving, resting = ([p for p in group["params"] if p.requires_grad is on] for on in (True, False))
-            self._part(moving, resting)
+            trained, frozen = ([p for p in group["params"] if p.requires_grad is flag] for flag in (True, False))
+            self._untie(trained, frozen)
 
-    def _part(self, moving: list[Tensor], resting: list[Tensor]) -> None:
-        """Give what rests corrections of its own: it counts its steps from where it is."""
-        shared = {id(self.state[parameter]["powers"]) for parameter in moving}
-        for parameter in resting:
+    def _untie(self, updated: list[Tensor], unchanged: list[Tensor]) -> None:
+        """Give parameters that are not updated corrections of their own: their count of steps stands still."""
+        shared = {id(self.state[parameter]["powers"]) for parameter in updated}
+        for parameter in unchanged:
             state = self.state[parameter]
             if id(state["powers"]) in shared:
                 state |= {name: state[name].clone() for name in ("powers", "mean_correction", "scale_correction")}

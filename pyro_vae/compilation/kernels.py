@@ -1,8 +1,9 @@
-"""Operations that take the place of others in a captured step, on processors, where they are faster.
+"""Faster replacements for some operations of a captured step on CPUs.
 
-Large matrix products go to oneDNN: MKL, which torch takes, chooses its instructions by the maker of the processor and
-not by what it can do, and takes twice as long on some. Products with up to four rows, columns or terms become a part of
-the loops around them. The hyperbolic tangent is made of an exponential, in a third of the time.
+- Large matrix products are computed by oneDNN. Torch's own choice, MKL, selects its instructions by the maker of the
+  processor and not by its abilities, and takes twice as long on some.
+- Matrix products with up to four rows, columns or terms become sums, which a compiler joins with the loops around them.
+- The hyperbolic tangent is computed from an exponential, in a third of the time.
 """
 
 from collections.abc import Callable
@@ -11,29 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.compilation.torch_private import onednn_linear
+
 __all__ = ["decompositions"]
 
-_LARGE = 2**20  # products of numbers, from which on oneDNN pays
-
-
-_NARROW = 64  # columns, up to which the gradient of a weight takes up to a tenth of the time the other way round
-
-
-_FEW = 4  # rows, columns or terms, up to which loops do
-
-
+_LARGE = 2**20  # multiplications from which on oneDNN is faster
+_NARROW = 64  # columns up to which the transposed product, a weight's gradient, takes as little as a tenth of the time
+_FEW = 4  # rows, columns or terms up to which sums are faster
 _NEAR = 0.04  # square below which the series of tanh has all digits of float32
 
-
 _library = torch.library.Library("pyro_vae", "DEF")
-
-
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
-
-_library.impl(
-    "linear", lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""), "CPU"
-)
+_library.impl("linear", onednn_linear, "CPU")
 
 
 @torch.library.register_fake("pyro_vae::linear")
@@ -48,19 +38,19 @@ def _use_onednn(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_matrix(x: Tensor) -> bool:
-    """Whether it lies in memory by rows or by columns, of which none overlap: what libraries of products take."""
+    """Whether ``x`` is stored by rows or by columns without overlap, as BLAS libraries require."""
     (rows, columns), (down, along) = x.shape, x.stride()
     return (along == 1 and down >= columns) or (down == 1 and along >= rows)
 
 
 def _unrolled_matmul(a: Tensor, b: Tensor) -> Tensor | None:
-    """The product, if it is of few rows, columns or terms: sums that a compiler makes a part of the loops around."""
+    """Return the product as sums if it has few rows, columns or terms, otherwise ``None``."""
     (rows, terms), columns = a.shape, b.shape[1]
     plain = a.dtype in (torch.float32, torch.float64) and a.is_cpu
     if not plain or not 0 < min(rows, terms, columns) <= _FEW:
         return None
     if terms <= _FEW:
-        b = b if b.is_contiguous() else _stored(b.contiguous())  # to be read in the order of the columns
+        b = b if b.is_contiguous() else _stored(b.contiguous())  # so that it is read in the order of the columns
         product = a[:, :1] * b[0]
         for k in range(1, terms):
             product = product + a[:, k : k + 1] * b[k]
@@ -77,14 +67,14 @@ def _unrolled_matmul(a: Tensor, b: Tensor) -> Tensor | None:
 
 
 def _is_whole(x: Tensor) -> bool:
-    """Whether numbers lie one after the other, and nothing else in their storage."""
+    """Whether ``x`` is contiguous and fills its storage."""
     return x.is_contiguous() and x.numel() > 1 and x.untyped_storage().nbytes() == x.nbytes
 
 
 def _stored(x: Tensor) -> Tensor:
-    """The same, which a compiler is to store, and not to compute anew wherever it is needed.
+    """Return ``x`` so that a compiler stores it, instead of computing it again at each use.
 
-    For inductor that is so by ``as_strided``, if it is whole; of parts of a tensor it would make something else.
+    Inductor does so for ``as_strided``. On a part of a tensor, ``as_strided`` would address other numbers.
     """
     return x.as_strided(x.shape, x.stride())
 
@@ -110,7 +100,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
 
 
 def _tanh(x: Tensor) -> Any:
-    """tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|); near zero, where digits would cancel, its series."""
+    """Compute tanh |x| = (1 - e^-2|x|) / (1 + e^-2|x|), and its series near zero, where digits would cancel."""
     if x.dtype != torch.float32 or not x.is_cpu:
         return NotImplemented
     decay, square = torch.exp(-2 * x.abs()), x * x
@@ -123,4 +113,4 @@ decompositions: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.tanh.default: _tanh,
 }
-"""For ``make_fx``: from operations to what takes their place, which leaves to them what it is not for."""
+"""Replacements of operations for ``make_fx``; each returns ``NotImplemented`` for arguments that it is not made for."""

@@ -1,4 +1,4 @@
-"""The step of SVI captured as one graph, loss, gradients and update together, for each shape of its inputs."""
+"""The step of SVI captured as one graph, with loss, gradients and update, for each signature of its inputs."""
 
 import math
 import warnings
@@ -13,119 +13,116 @@ from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae.compilation.adam import CapturableAdam
-from pyro_vae.compilation.graph import CaptureError, Forms, Graph, compiling, input_signature
-from pyro_vae.training.step import BatchContext, Step, record
+from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
+from pyro_vae.training.step import BatchContext, Step, metrics_row
 
 __all__ = ["CapturedStep"]
 
-_CHECKED = 3  # replays from the first that are held against an eager run
-
-
-_EVERY = 1000  # and then every so many
-
 
 class CapturedStep(Step):
-    """A :class:`pyro_vae.training.step.Step` whose first step is eager, and all others a graph's.
+    """A :class:`pyro_vae.training.step.Step` that runs its first step eagerly, and replays graphs in all others.
 
-    A step whose loss or gradient is not finite changes nothing. Unless it is skipped by choice, nor do those after it:
-    the state stays that of the last good step, and :meth:`diagnose_nonfinite` says what was wrong.
+    A step whose loss or gradient is not finite changes nothing. If ``skips`` is false, later steps change nothing
+    either: the state stays that of the last good step, and :meth:`diagnose_nonfinite` finds the cause.
 
-    Each graph is held against an eager run at its first replays, and every so often: sites, distributions, shapes and
-    log-densities must be those that were captured.
+    The first replays of each graph, and every thousandth one, are compared with an eager run: sites, distributions,
+    shapes and log-densities must be those of the capture.
 
     Args:
-        compiles: whether the graph of inputs of these shapes is compiled, or replayed as it is.
+        compiles: whether the graph for these inputs is compiled, or replayed as it is.
         kwargs: as for the eager step.
     """
 
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
         super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
         self.compiles = compiles
-        self._graphs: dict[tuple[BatchContext, Forms], _Captured] = {}
-        self._all_finite = torch.ones(())
-        self._sync_metrics = True  # for parameters that the optimizer does not know
+        self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
+        self._all_finite = torch.ones(())  # read and written by the graphs
+        self._may_have_new_parameters = True
 
-    def __call__(self, take: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
-        """As of the eager step, but a step that is not finite does not raise: its first number is 0."""
-        if self._sync_metrics and (self.optimizer is None or self.new_parameters()):
-            return super().__call__(take, *inputs, validate=validate)
-        self._sync_metrics = False
+    def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
+        """Update the parameters on one batch; return 0 first, and raise nothing, if a replayed step is not finite."""
+        if self._may_have_new_parameters and (self.optimizer is None or self.new_parameters()):
+            return super().__call__(batch_context, *inputs, validate=validate)
+        self._may_have_new_parameters = False
         self.set_schedules(self.count)
         self.count += 1
-        key = take, input_signature(inputs)
-        captured = self._graphs.get(key)
-        if captured is None:
-            captured = self._graphs[key] = _Captured(self, take, inputs)
-        return captured(take, inputs)
+        key = batch_context, input_signature(inputs)
+        graphs = self._graphs.get(key)
+        if graphs is None:
+            graphs = self._graphs[key] = _StepGraphs(self, batch_context, inputs)
+        return graphs(batch_context, inputs)
 
     def diagnose_nonfinite(
-        self, take: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
+        self, batch_context: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
     ) -> FloatingPointError:
-        """Why the last of some steps was not finite: run eagerly, on the numbers that were drawn for it.
+        """Find out why the last of some steps was not finite: run it eagerly on the same random numbers.
 
         Args:
-            take: as for the steps.
-            done: their inputs, of which the last was not finite.
-            rewind: puts the random states back to what they were before the first of them.
+            batch_context: as for the steps.
+            done: the inputs of the steps, of which the last was not finite.
+            rewind: sets the random states to those before the first of the steps.
         """
         rewind()
-        self._all_finite.zero_()  # so that the graphs draw their numbers and change nothing
+        self._all_finite.zero_()  # the graphs then draw their random numbers and change nothing
         self.set_schedules(self.count - 1)
         self.tensors.note()
-        with pyro.validation_enabled(False), self.gradients_cleared():
+        with pyro.validation_enabled(False), self.discard_gradients():
             for inputs in done[:-1]:
-                if captured := self._graphs.get((take, input_signature(inputs))):
-                    captured.step(*inputs)
-                else:  # a step that was run eagerly
-                    with take(*inputs) as arguments:
+                if graphs := self._graphs.get((batch_context, input_signature(inputs))):
+                    graphs.step(*inputs)
+                else:  # an eager step
+                    with batch_context(*inputs) as arguments:
                         self.backward(arguments, *inputs)
                     self.tensors.load_model_state()
         quiet = warnings.catch_warnings(action="ignore")
-        with quiet, pyro.validation_enabled(False), self.gradients_cleared(), take(*done[-1]) as arguments:
+        with quiet, pyro.validation_enabled(False), self.discard_gradients(), batch_context(*done[-1]) as arguments:
             loss, _ = self.backward(arguments, *done[-1])
-            if math.isfinite(loss) and self.norm_of_gradients().isfinite():
-                why = "the loss or a gradient is not finite, as it is compiled; run eagerly, it is"
+            if math.isfinite(loss) and self.gradient_norm().isfinite():
+                cause = "the loss or a gradient is not finite in the compiled step, but it is in an eager one"
             else:
-                why = self._what_is_not_finite(loss, tuple(done[-1]))
+                cause = self._describe_nonfinite(loss, tuple(done[-1]))
         self._all_finite.fill_(1.0)
         self.restore_previous()
-        return FloatingPointError(f"step {self.count}: {why}")
+        return FloatingPointError(f"step {self.count}: {cause}")
 
-    def norm_of_gradients(self) -> Tensor:
-        """The norm of all gradients together, in what a compiler makes one loop of."""
+    def gradient_norm(self) -> Tensor:
+        """Compute the norm of all gradients together, by operations that a compiler joins in one loop."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         squares = [gradient.square().sum() for gradient in gradients]
         return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
     def update(self) -> None:
-        """The optimizer's step, in the form that can be captured from the first on."""
-        with compiling():
+        """Update the parameters, from the first step on by operations that can be captured."""
+        with capturable_optimizers():
             super().update()
 
-    def hold_on_device(self) -> None:
-        """Keep what stops the graphs where the parameters are."""
+    def prepare_capture(self) -> None:
+        """Move the flag that the graphs read to the device, and untie the optimizer's frozen parameters."""
         device = next((parameter.device for parameter in self.parameters.values()), None)
         self._all_finite = self._all_finite.to(device)
+        if isinstance(self.optimizer, CapturableAdam):
+            self.optimizer.untie_frozen()
 
     def clear_parameter_cache(self) -> None:
-        """Capture anew: some parameters have been frozen or thawed."""
+        """Find the parameters and capture the step again, after some were frozen or unfrozen."""
         super().clear_parameter_cache()
         self._graphs.clear()
-        self._sync_metrics = True
+        self._may_have_new_parameters = True
 
-    def body(self, take: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
-        """What the graph is captured from."""
-        with self.gradients_cleared(), take(*inputs) as arguments:
+    def unguarded(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
+        """Run the operations of the step, for a capture."""
+        with self.discard_gradients(), batch_context(*inputs) as arguments:
             loss, terms = self.backward(arguments, *inputs)
-            norm = self.norm_of_gradients()
+            norm = self.gradient_norm()
             self.clip(norm)
             self.update()
-            return record(loss.isfinite() & norm.isfinite(), loss, terms)
+            return metrics_row(loss.isfinite() & norm.isfinite(), loss, terms)
 
-    def guarded(self, take: BatchContext, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
-        """The same, leaving all that it writes as it was where the step is not finite."""
+    def guarded(self, batch_context: BatchContext, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
+        """Run the operations of the step, then undo all that it has written if it is not finite, for a capture."""
         before = [tensor.detach().clone() for tensor in written]
-        row = self.body(take, inputs)
+        row = self.unguarded(batch_context, inputs)
         with torch.no_grad():
             taken = row[0] > 0
             if not self.skips:
@@ -136,78 +133,77 @@ class CapturedStep(Step):
             return torch.cat([taken.to(row.dtype)[None], row[1:]])
 
 
-class _Captured:
-    """The graphs of inputs of one form: of the step, and of what it is checked by."""
-
-    def __init__(self, step: CapturedStep, take: BatchContext, inputs: Sequence[Tensor]):
-        self.owner = step
-        self.calls = 0
-        step.hold_on_device()
-        if isinstance(step.optimizer, CapturableAdam):
-            step.optimizer.part()
-        found: list[_Sites] = []
-
-        def densities(*inputs: Tensor) -> list[Tensor]:
-            found.append(_Sites(step, take, inputs))
-            return [found[-1].sums]
-
-        self.densities = Graph(densities, inputs)
-        self.sites = found[-1]
-        written = Graph(lambda *inputs: [step.body(take, inputs)], inputs).written
-        self.step = Graph(lambda *inputs: [step.guarded(take, inputs, written)], inputs)
-        if step.compiles(*inputs):
-            self.step.compile(inputs)
-
-    def __call__(self, take: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
-        if self.calls < _CHECKED or self.calls % _EVERY == 0:
-            self._check(take, inputs)
-        self.calls += 1
-        return self.step(*inputs)[0]
-
-    def _check(self, take: BatchContext, inputs: Sequence[Tensor]) -> None:
-        with buffers_kept():  # which the graph changes as well, once the run has told which they are
-            with preserve_rng_state(), pyro.validation_enabled():
-                sites = _Sites(self.owner, take, inputs)
-            with preserve_rng_state():
-                (sums,) = self.densities(*inputs)
-        if sites.signature != self.sites.signature:
-            for now, then in zip(sites.signature, self.sites.signature, strict=False):
-                if now != then:
-                    break
-            raise CaptureError(f"compile: step {self.owner.count} runs {now}, where {then} was captured; {_REMEDY}")
-        close = torch.isclose(sites.sums, sums, rtol=1e-3, atol=1e-3, equal_nan=True)
-        if not close.all():
-            name = sites.signature[int((~close).nonzero()[0])]
-            raise CaptureError(
-                f"compile: step {self.owner.count} has another log_prob of {name} than the captured operations give; "
-                f"{_REMEDY}"
-            )
-
+_FIRST_CHECKS = 3  # replays that are compared with an eager run
+_CHECK_EVERY = 1000  # replays between two later comparisons
 
 _REMEDY = (
-    "what is captured must run the same operations in every step, on numbers in tensors: a number that changes, such "
-    "as a weight, is a 0-dim tensor that `schedules` fill. Or leave `compile` out"
+    "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
 )
 
 
+class _StepGraphs:
+    """The graphs for inputs of one signature: of the step, and of the log-densities that it is checked by."""
+
+    def __init__(self, step: CapturedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
+        self.owner = step
+        self.calls = 0
+        step.prepare_capture()
+        found: list[_Sites] = []
+
+        def log_probs(*inputs: Tensor) -> list[Tensor]:
+            found.append(_Sites(step, batch_context, inputs))
+            return [found[-1].log_probs]
+
+        self.log_probs = Graph(log_probs, inputs)
+        self.sites = found[-1]
+        written = Graph(lambda *inputs: [step.unguarded(batch_context, inputs)], inputs).written
+        self.step = Graph(lambda *inputs: [step.guarded(batch_context, inputs, written)], inputs)
+        if step.compiles(*inputs):
+            self.step.compile(inputs)
+
+    def __call__(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
+        if self.calls < _FIRST_CHECKS or self.calls % _CHECK_EVERY == 0:
+            self._check(batch_context, inputs)
+        self.calls += 1
+        return self.step(*inputs)[0]
+
+    def _check(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
+        with buffers_kept():  # the eager run finds the modules whose buffers the graph changes as well
+            with preserve_rng_state(), pyro.validation_enabled():
+                sites = _Sites(self.owner, batch_context, inputs)
+            with preserve_rng_state():
+                (log_probs,) = self.log_probs(*inputs)
+        changed = f"`compile` must be False where steps run different operations: step {self.owner.count} "
+        if sites.descriptions != self.sites.descriptions:
+            for now, captured in zip(sites.descriptions, self.sites.descriptions, strict=False):
+                if now != captured:
+                    break
+            raise CaptureError(f"{changed}runs {now}, but {captured} was captured. {_REMEDY}")
+        close = torch.isclose(sites.log_probs, log_probs, rtol=1e-3, atol=1e-3, equal_nan=True)
+        if not close.all():
+            site = sites.descriptions[int((~close).nonzero()[0])]
+            raise CaptureError(f"{changed}has another log_prob of {site} than its captured operations. {_REMEDY}")
+
+
 class _Sites:
-    """What an ELBO meets: the sites of guide and model, and their log-densities."""
+    """The sites of guide and model in an evaluation of the ELBO, and the sum of each one's log-densities."""
 
-    def __init__(self, step: Step, take: BatchContext, inputs: Sequence[Tensor]):
-        with torch.no_grad(), take(*inputs) as arguments:
-            step.run.loss(*arguments)
-        self.signature: list[str] = []
-        sums: list[Tensor] = []
-        for model_trace, guide_trace in step.run.traces:
-            for who, trace in (("guide", guide_trace), ("model", model_trace)):
+    def __init__(self, step: Step, batch_context: BatchContext, inputs: Sequence[Tensor]):
+        with torch.no_grad(), batch_context(*inputs) as arguments:
+            step.evaluator.loss(*arguments)
+        self.descriptions: list[str] = []
+        log_probs: list[Tensor] = []
+        for model_trace, guide_trace in step.evaluator.traces:
+            for source, trace in (("guide", guide_trace), ("model", model_trace)):
                 for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                    density = log_density(site)
                     shape = tuple(site["fn"].batch_shape) + tuple(site["fn"].event_shape)
-                    self.signature.append(f"site {name!r} of the {who}, a {_kind(site['fn'])} of shape {shape}")
-                    sums.append(density.sum(dtype=torch.float64))
-        self.sums = torch.stack(sums)
+                    self.descriptions.append(
+                        f"site {name!r} of the {source}, a {_class_name(site['fn'])} of shape {shape}"
+                    )
+                    log_probs.append(log_density(site).sum(dtype=torch.float64))
+        self.log_probs = torch.stack(log_probs)
 
 
-def _kind(distribution: Any) -> str:
-    inside = getattr(distribution, "base_dist", None)
-    return type(distribution).__name__ + (f"({_kind(inside)})" if inside is not None else "")
+def _class_name(distribution: Any) -> str:
+    base = getattr(distribution, "base_dist", None)
+    return type(distribution).__name__ + (f"({_class_name(base)})" if base is not None else "")

@@ -1,4 +1,4 @@
-"""Schedules: values that change as training goes on, such as a temperature; functions from the step to a number."""
+"""Schedules of values that change during training, such as a temperature: functions from the step to a number."""
 
 import math
 import threading
@@ -16,7 +16,7 @@ from pyro_vae._utils.validation import number, positive, positive_int
 __all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "from_torch", "linear"]
 
 Schedule = Callable[[int], float]
-"""From the number of steps that are done to the value for the next."""
+"""From the number of finished steps to the value for the next step."""
 
 
 def constant(value: float) -> Schedule:
@@ -34,9 +34,9 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
 
     Args:
         start: value at step 0.
-        rate: by which the logarithm falls at each step.
-        floor: below which the value does not fall.
-        every: t is the step, rounded down to a multiple of this, such as the number of steps in an epoch.
+        rate: decrease of the logarithm per step.
+        floor: lower bound of the value.
+        every: t is the step rounded down to a multiple of this number, such as the number of steps in an epoch.
 
     Source: Jang, Gu and Poole 2017, section 4.1: start 1, floor 0.5, rates of 1e-5 and 1e-4, every 500 to 1000 steps.
 
@@ -52,7 +52,7 @@ def exponential(start: float, rate: float, floor: float = 0.0, every: int = 1) -
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
-    """A straight line from ``start`` at step 0 to ``end`` at ``steps``, and ``end`` from there on: a warm-up.
+    """A warm-up: a straight line from ``start`` at step 0 to ``end`` at step ``steps``, then ``end``.
 
     Source: Bowman, Vilnis, Vinyals, Dai, Jozefowicz and Bengio 2016, section 3.1; Sønderby et al. 2016, section 2.3.
 
@@ -67,13 +67,13 @@ def linear(start: float, end: float, steps: int) -> Schedule:
 
 
 def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedule:
-    """A warm-up over and over: in each period a straight line from ``start`` to ``end``, then ``end``.
+    """A repeated warm-up: in each period a straight line from ``start`` to ``end``, then ``end``.
 
     Args:
         start: value at the beginning of each period.
         end: value after the rise.
-        period: steps of one cycle.
-        rise: share of the period that the line takes, above 0 and at most 1.
+        period: number of steps of one cycle.
+        rise: share of the period in which the value rises, above 0 and at most 1.
 
     Source: Fu, Li, Liu, Gao, Celikyilmaz and Carin 2019, "Cyclical annealing schedule", equation 6.
 
@@ -85,18 +85,18 @@ def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedu
     number(end, "end")
     positive_int(period, "period")
     if not 0 < number(rise, "rise") <= 1:
-        raise ValueError(f"`rise` must be a share above 0, 1 at most, got {rise!r}")
+        raise ValueError(f"`rise` must be a share above 0 and at most 1, got {rise!r}")
     return lambda step: start + (end - start) * min(step % period / (rise * period), 1.0)
 
 
 def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule:
-    r"""Held at ``start``, then falling along half a cosine to ``end * start`` at the last step: for a learning rate.
+    r"""A learning rate: ``start`` at first, then half a cosine down to ``end * start`` at the last step.
 
     Args:
-        start: value over the first part.
-        steps: of the whole run.
-        hold: share of the steps before the fall.
-        end: share of ``start`` that is left.
+        start: value of the first steps.
+        steps: number of steps of the run.
+        hold: share of the steps that have this value.
+        end: final value as a share of ``start``.
 
     Source: Loshchilov and Hutter 2017, "SGDR: stochastic gradient descent with warm restarts", equation 5.
 
@@ -107,7 +107,9 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
     positive(start, "start")
     positive_int(steps, "steps")
     if not 0 <= number(hold, "hold") < 1 or not 0 <= number(end, "end") <= 1:
-        raise ValueError(f"hold, end must be shares, hold from 0 to below 1, end to 1, got {hold!r} and {end!r}")
+        raise ValueError(
+            f"`hold, end` must be shares, `hold` from 0 to below 1 and `end` from 0 to 1, got {hold!r} and {end!r}"
+        )
 
     def value(step: int) -> float:
         fallen = min(max((step / steps - hold) / (1 - hold), 0.0), 1.0)
@@ -117,18 +119,19 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
 
 
 def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Schedule:
-    """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, which is stepped once for each step.
+    """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, with one call of its ``step()`` per step.
 
-    It drives an optimizer of its own, which trains nothing: the schedule is a function of the step alone, and a run
-    that goes on from a checkpoint needs no state of it.
+    The scheduler has its own optimizer, which trains nothing. The schedule is therefore a function of the step alone,
+    and a checkpoint holds no state of it.
 
     Args:
         make: from an optimizer to its scheduler.
-        start: the optimizer's learning rate, from which most schedulers begin.
+        start: the optimizer's learning rate, where most schedulers begin.
 
     Raises:
-        TypeError: if what comes is no scheduler, or ``ReduceLROnPlateau``, which is no function of the step.
-        ValueError: if it changes Adam's momentum too; and when it is called, past the last step of ``OneCycleLR``.
+        TypeError: if ``make`` does not return a scheduler, or returns ``ReduceLROnPlateau``, which depends on losses.
+        ValueError: if the scheduler also changes Adam's momentum; from the schedule, after the last step of a
+            scheduler with a fixed number of steps, such as ``OneCycleLR``.
 
     >>> from torch.optim.lr_scheduler import CosineAnnealingLR
     >>> lr = from_torch(lambda optimizer: CosineAnnealingLR(optimizer, 1000), start=1e-3)
@@ -136,24 +139,25 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
     [0.001, 0.0005, 0.0]
     """
     if not callable(make) or (isinstance(make, type) and issubclass(make, ReduceLROnPlateau)):
-        raise TypeError(f"make: got {make!r}; {_SCHEDULER}")
+        raise TypeError(f"`make` must be {_SCHEDULER}, got {make!r}{_PLATEAU}")
     optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
     betas = optimizer.param_groups[0]["betas"]
-    maker: Any = make  # which mypy would call no function any more
+    maker: Any = make  # mypy does not accept a call of `make` after the check above
     scheduler = maker(optimizer)
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-        raise TypeError(f"make: gives a {type(scheduler).__name__}; {_SCHEDULER}")
+        returned = type(scheduler).__name__
+        raise TypeError(f"`make` must be {_SCHEDULER}, got a function that returns a {returned}{_PLATEAU}")
     if optimizer.param_groups[0]["betas"] != betas:
         raise ValueError(
-            f"`make` must be `cycle_momentum=False`: gives a {type(scheduler).__name__} that changes Adam's momentum, "
-            "and only the learning rate is taken"
+            f"`make` must return a scheduler of the learning rate alone, got a {type(scheduler).__name__} that changes "
+            "Adam's momentum; use `cycle_momentum=False`"
         )
     values = array("d", [_current(optimizer)])
     lock = threading.Lock()
 
     def extend(steps: int) -> None:
         with lock, warnings.catch_warnings():
-            # SequentialLR steps the schedulers in it as torch itself says one should not.
+            # SequentialLR itself calls its schedulers in the way that torch warns of.
             warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
             while len(values) < steps:
                 optimizer.step()
@@ -161,8 +165,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
                     scheduler.step()
                 except ValueError as error:
                     raise ValueError(
-                        f"`lr` must be a scheduler for as many steps as the run has: {type(scheduler).__name__} has "
-                        f"no value for step {len(values) + 1}: {error}"
+                        f"`lr` must be a scheduler for all steps of the run, got a {type(scheduler).__name__} without "
+                        f"a value for step {len(values) + 1}: {error}"
                     ) from error
                 values.append(_current(optimizer))
 
@@ -175,10 +179,10 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
 
 
 _SCHEDULER = (
-    "accepted is a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda optimizer: "
-    "CosineAnnealingLR(optimizer, 1000)`; ReduceLROnPlateau, which looks at losses, is no function of the step: "
-    "`patience` ends a run that no longer gets better"
+    "a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda optimizer: "
+    "CosineAnnealingLR(optimizer, 1000)`"
 )
+_PLATEAU = ". ReduceLROnPlateau depends on losses; `patience` ends a run that no longer improves"
 
 
 def _current(optimizer: torch.optim.Optimizer) -> float:
@@ -186,16 +190,18 @@ def _current(optimizer: torch.optim.Optimizer) -> float:
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:
-    """The schedules, if each is a function for a tensor of one number."""
+    """Return the schedules if each is a function and belongs to a tensor of one number."""
     if not isinstance(schedules, Mapping):
         raise TypeError(f"`schedules` must be a dict from tensors to schedules, got a {type(schedules).__name__}")
     for value, schedule in schedules.items():
         if not isinstance(value, Tensor) or value.dim() != 0 or value.requires_grad or not value.is_floating_point():
             shape = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value
             raise ValueError(
-                "`schedules` must be a 0-dim tensor without gradient, of floats, such as "
+                "each key of `schedules` must be a 0-dim tensor without gradient, of floats, such as "
                 f"`vae.encoder.family.temperature`, got {shape!r} as a key"
             )
         if not callable(schedule):
-            raise TypeError(f"`schedules` must be a function of the step, such as `exponential()`, got {schedule!r}")
+            raise TypeError(
+                f"each value of `schedules` must be a function of the step, such as `exponential()`, got {schedule!r}"
+            )
     return schedules

@@ -131,7 +131,7 @@ def load_run_state(
 
 def discover_parameters(step: Step, batch_context: BatchContext, rows: Tensor) -> None:
     """Let a step find its parameters and modules in a run that changes nothing."""
-    with preserve_rng_state(), buffers_kept(), step.gradients_cleared(), batch_context(rows) as arguments:
+    with preserve_rng_state(), buffers_kept(), step.discard_gradients(), batch_context(rows) as arguments:
         step.backward(arguments, rows)
 
 
@@ -153,15 +153,15 @@ def data_fingerprint(data: Sequence[Tensor]) -> str:
 
 
 def model_state(step: Step) -> dict[str, Tensor]:
-    """The parameters and buffers of a run, by their paths in their modules; those of no module by Pyro's names.
+    """Return the parameters and buffers of a run, by their paths in modules, or by Pyro's names outside of modules.
 
-    Frozen parameters are among them: they may have been trained before.
+    Frozen parameters are included: they may have been trained before.
     """
     return {name: tensor.detach() for name, tensor in _named(step).items()}
 
 
 def _named(step: Step) -> dict[str, Tensor]:
-    found = step.tensors.named()  # by path: Pyro's names of modules are numbered, in another process otherwise
+    found = step.tensors.named()  # by path: Pyro's names of modules have numbers that differ between processes
     known = {id(tensor) for tensor in found.values()}
     for name, parameter in step.parameters.items():
         if id(parameter) not in known:
@@ -171,13 +171,13 @@ def _named(step: Step) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_model_state(step: Step, saved: Mapping[str, Tensor]) -> None:
-    """Give the run the values of what :func:`model_state` returned, in place."""
+    """Set parameters and buffers, in place, to what :func:`model_state` returned."""
     for name, tensor in model_state(step).items():
         tensor.copy_(saved[name])
 
 
 def trainable_flags(step: Step) -> dict[str, list[Any]]:
-    """Which parameters are frozen and which the optimizer has met, and whether each module is set to train."""
+    """Return which parameters are frozen, which the optimizer has, and whether each module is in training mode."""
     groups = [] if step.optimizer is None else step.optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
     return {
@@ -192,7 +192,7 @@ def trainable_flags(step: Step) -> dict[str, list[Any]]:
 
 
 def set_trainable_flags(step: Step, saved: Mapping[str, Any]) -> None:
-    """Set what :func:`trainable_flags` returned."""
+    """Set the flags to what :func:`trainable_flags` returned."""
     for name, tensor in _named(step).items():
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             tensor.requires_grad_(name not in saved["frozen"])
@@ -201,7 +201,7 @@ def set_trainable_flags(step: Step, saved: Mapping[str, Any]) -> None:
 
 
 def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """The optimizer's tensors for each parameter, named ``parameter/name``; none before the first step."""
+    """Return the optimizer's tensors for each parameter, named ``parameter/name``; none before the first step."""
     state = {} if step.optimizer is None else step.optimizer.state
     return {
         f"{name}/{kind}": value
@@ -212,14 +212,14 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
-    """The optimizer of these parameters as it was when :func:`optimizer_state` returned this."""
+    """Make an optimizer of the named parameters with the tensors that :func:`optimizer_state` returned."""
     named = _named(step)
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
-    copies: dict[int, Tensor] = {}  # by place: what parameters share, they share again
+    copies: dict[int, Tensor] = {}  # by address: parameters that shared a tensor share its copy
     for path, value in saved.items():
         name, _, kind = path.rpartition("/")
         assert optimizer is not None
-        place = value.data_ptr()
-        if place not in copies:
-            copies[place] = value.to(named[name].device, copy=True)
-        optimizer.state[named[name]][kind] = copies[place]
+        address = value.data_ptr()
+        if address not in copies:
+            copies[address] = value.to(named[name].device, copy=True)
+        optimizer.state[named[name]][kind] = copies[address]

@@ -1,4 +1,4 @@
-"""One step of stochastic variational inference: that of ``pyro.infer.SVI``, with one optimizer for all parameters."""
+"""One step of stochastic variational inference: as in ``pyro.infer.SVI``, with one optimizer for all parameters."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,51 +16,50 @@ from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.schedules import Schedule
 
-__all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "record"]
+__all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "metrics_row"]
 
 BatchContext = Callable[..., AbstractContextManager[tuple[Any, ...]]]
-"""From the inputs of a step to the arguments to call model and guide with, within a context."""
-
+"""From the inputs of a step to a context that returns the arguments of model and guide."""
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 """From parameters to their optimizer."""
 
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Adam, in one kernel for all parameters."""
+    """Make an Adam that updates all parameters in one kernel."""
     return torch.optim.Adam(parameters, fused=True)
 
 
-def record(taken: float | Tensor, loss: Any, terms: list[Tensor]) -> Tensor:
-    """What a step returns, in one tensor."""
+def metrics_row(finite: float | Tensor, loss: Any, terms: list[Tensor]) -> Tensor:
+    """Join the results of a step in one tensor of float64, ``(2 + T,)`` for T terms."""
     device = next((value.device for value in (*terms, loss) if isinstance(value, Tensor)), None)
-    first = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (taken, loss)]
+    first = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in (finite, loss)]
     return torch.stack(first + terms)
 
 
 class Step:
-    """One step of SVI on some rows, and its terms in nats per datum.
+    """One step of SVI on a batch: loss, gradients and update.
 
     Args:
-        run: the ELBO of a model and guide.
-        lr: learning rate, or a schedule of it; that of the optimizer if left out.
-        schedules: of 0-dim tensors.
+        evaluator: the ELBO of a model and guide.
+        lr: learning rate, or a schedule of it; the optimizer's own if left out.
+        schedules: by 0-dim tensor, the schedule of its value.
         make_optimizer: called at the first step.
-        clip_norm: to which the norm of all gradients together is scaled down.
-        skips: whether a step whose loss or gradient is not finite is left out; otherwise it raises.
-        numbered: whether its input is the numbers of the rows, which an error names.
+        clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
+        skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
+        numbered: whether the first input of a step is the numbers of its rows, which errors then name.
 
     Attributes:
-        names: of the terms, once a step has been done.
-        count: of the steps that are done.
+        names: of the terms of the ELBO, after the first step.
+        count: number of finished steps.
         parameters: by name in Pyro's param store.
-        modules: that have been registered.
+        modules: the registered ones.
         tensors: of the modules that model, guide and ELBO run.
     """
 
     def __init__(
         self,
-        run: ElboEvaluator,
+        evaluator: ElboEvaluator,
         lr: float | Schedule | None = None,
         schedules: Mapping[Tensor, Schedule] | None = None,
         make_optimizer: MakeOptimizer = adam,
@@ -68,7 +67,7 @@ class Step:
         skips: bool = False,
         numbered: bool = False,
     ):
-        self.run = run
+        self.evaluator = evaluator
         self.lr: Schedule | None = lr if callable(lr) or lr is None else lambda step: lr
         self.schedules = schedules or {}
         self.make_optimizer = make_optimizer
@@ -80,13 +79,19 @@ class Step:
         self.names: list[str] = []
         self.count = 0
         self.modules: Registered = {}
-        self.tensors = ModuleTensors(run.model, run.guide)
+        self.tensors = ModuleTensors(evaluator.model, evaluator.guide)
 
-    def __call__(self, take: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
-        """Loss, gradients and update on what ``take`` makes of the inputs.
+    def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
+        """Update the parameters on one batch.
+
+        Args:
+            batch_context: turns the inputs into the arguments of model and guide.
+            inputs: of the step.
+            validate: whether Pyro validates the model and guide.
 
         Returns:
-            1, or 0 if the step was skipped; the loss; the terms that :attr:`names` names, ``(2 + T,)`` in float64.
+            1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
+            float64.
 
         Raises:
             FloatingPointError: if loss or gradient is not finite. Parameters and buffers are those of the step before.
@@ -94,13 +99,13 @@ class Step:
         self.tensors.note()
         self.set_schedules(self.count)
         self.count += 1
-        # The first step is validated even where validation is off: some libraries turn it off on import.
-        with pyro.validation_enabled(validate or self.count == 1), self.gradients_cleared(), take(*inputs) as arguments:
+        validate = validate or self.count == 1  # some libraries turn validation off on import
+        with pyro.validation_enabled(validate), self.discard_gradients(), batch_context(*inputs) as arguments:
             try:
                 loss, terms = self.backward(arguments, *inputs)
-                norm = self.norm_of_gradients()
+                norm = self.gradient_norm()
                 if not math.isfinite(loss) or not norm.isfinite():
-                    raise FloatingPointError(f"step {self.count}: {self._what_is_not_finite(loss, inputs)}")
+                    raise FloatingPointError(f"step {self.count}: {self._describe_nonfinite(loss, inputs)}")
             except FloatingPointError:
                 self.restore_previous()
                 if not self.skips:
@@ -108,16 +113,16 @@ class Step:
                 return torch.tensor([0.0] + [math.nan] * (1 + len(self.names)), dtype=torch.float64)
             self.clip(norm)
             self.update()
-        return record(1.0, loss, terms)
+        return metrics_row(1.0, loss, terms)
 
     def set_schedules(self, step: int) -> None:
-        """Give the values that have a schedule that of a step, counted from 0."""
+        """Set the learning rate and the values with a schedule to those of a step, counted from 0."""
         for value, schedule in self.schedules.items():
             value.fill_(number(schedule(step), f"schedules: at step {step}"))
         self._set_lr(step)
 
     def restore_previous(self) -> None:
-        """Give buffers and scheduled values those of the step before, where this one must not count."""
+        """Set buffers and scheduled values to those of the step before: the current one does not count."""
         self.tensors.load_model_state()
         if self.count > 1:
             self.set_schedules(self.count - 2)
@@ -133,44 +138,44 @@ class Step:
                 group["lr"] = lr
 
     def clear_parameter_cache(self) -> None:
-        """Look for parameters anew in the next run: some have been frozen or thawed."""
+        """Find the parameters again in the next run, after some were frozen or unfrozen."""
         self.modules.clear()
         self.parameters.clear()
 
     def backward(self, arguments: tuple[Any, ...], *inputs: Tensor) -> tuple[Any, list[Tensor]]:
-        """The loss and its terms; the gradients are left in the parameters."""
+        """Compute the gradients of the parameters; return the loss and its terms."""
         known = bool(self.parameters)
         noticed = nullcontext() if known else self.tensors.noticed()
         with poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
             try:
-                loss = self.run.loss_and_grads(*arguments)
+                loss = self.evaluator.loss_and_grads(*arguments)
             except ValueError as error:
-                if self.count > 1 and (
-                    blamed := self.run.first_nonfinite_site_unvalidated(arguments, self._rows(inputs))
-                ):
-                    raise FloatingPointError(f"step {self.count}: the loss is not finite; {blamed}") from error
+                if self.count > 1:
+                    site = self.evaluator.first_nonfinite_site_unvalidated(arguments, self._rows(inputs))
+                    if site is not None:
+                        raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
                 raise
             finally:
                 self._add(parameters_of(tracer.trace))
-        terms = self.run.terms(loss)
+        terms = self.evaluator.terms(loss)
         self.names = list(terms)
         return loss, list(terms.values())
 
     def _add(self, found: dict[str, Tensor]) -> None:
-        """Each once: a module may be registered under two names."""
+        """Add each parameter once: a module may be registered under two names."""
         known = {id(parameter) for parameter in self.parameters.values()}
         for name, parameter in found.items():
             if name in self.parameters or id(parameter) not in known:
                 self.parameters[name] = parameter
                 known.add(id(parameter))
 
-    def norm_of_gradients(self) -> Tensor:
-        """The norm of all gradients together."""
+    def gradient_norm(self) -> Tensor:
+        """Compute the norm of all gradients together."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
 
     def clip(self, norm: Tensor) -> None:
-        """Scale the gradients down to the norm that is allowed."""
+        """Scale the gradients, of this norm together, down to ``clip_norm``."""
         if self.clip_norm < math.inf:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for parameter in self.parameters.values():
@@ -178,7 +183,7 @@ class Step:
                     parameter.grad.mul_(factor)
 
     def update(self) -> None:
-        """The optimizer's step."""
+        """Update the parameters by their gradients."""
         new = self.new_parameters()
         if new:
             if self.optimizer is None:
@@ -191,14 +196,14 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
 
     def new_parameters(self) -> list[Tensor]:
-        """The parameters that no step has updated yet."""
+        """Return the parameters that the optimizer does not have yet."""
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         known = {parameter for group in groups for parameter in group["params"]}
         return [parameter for parameter in self.parameters.values() if parameter not in known]
 
     @contextmanager
-    def gradients_cleared(self) -> Iterator[None]:
-        """Leave no gradient behind, if the block breaks off or leaves one: it would be added to the next."""
+    def discard_gradients(self) -> Iterator[None]:
+        """Run a block and remove the gradients that it leaves, which the next step would add to its own."""
         try:
             yield
         finally:
@@ -208,11 +213,10 @@ class Step:
     def _rows(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         return inputs[0] if self.numbered else None
 
-    def _what_is_not_finite(self, loss: float, inputs: tuple[Tensor, ...]) -> str:
+    def _describe_nonfinite(self, loss: float, inputs: tuple[Tensor, ...]) -> str:
         if not math.isfinite(loss):
-            return (
-                f"the loss is {loss}; {self.run.first_nonfinite_site(self._rows(inputs)) or 'no one site is to blame'}"
-            )
+            site = self.evaluator.first_nonfinite_site(self._rows(inputs))
+            return f"the loss is {loss}; {site or 'log_prob of every site is finite'}"
         bad = [
             name.replace("$$$", ".")
             for name, parameter in self.parameters.items()

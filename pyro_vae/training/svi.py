@@ -1,4 +1,4 @@
-"""Pyro's SVI for loops of one's own: one optimizer for all parameters, and the step captured if that is wanted."""
+"""Pyro's ``SVI`` for training loops of the user: one optimizer for all parameters, and an optional captured step."""
 
 import inspect
 import warnings
@@ -13,11 +13,11 @@ from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdam
+from pyro_vae.compilation.torch_private import TreeSpec, tree_flatten, tree_unflatten
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.step import Step
@@ -28,8 +28,8 @@ __all__ = ["SVI"]
 class SVI:
     """Stochastic variational inference, with the interface of ``pyro.infer.SVI``.
 
-    A step runs the same estimator on the same random numbers. One optimizer drives all parameters, where Pyro makes one
-    for each. A loss or gradient that is not finite raises, and changes nothing.
+    A step runs the same estimator on the same random numbers. One optimizer updates all parameters, where Pyro has one
+    for each. A step whose loss or gradient is not finite raises an error and changes nothing.
 
     Args:
         model: a Pyro model.
@@ -37,14 +37,14 @@ class SVI:
         optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``.
         loss: any ELBO of ``pyro.infer`` or of :mod:`pyro_vae.objectives`.
         compile: whether to capture the step as a graph and replay it compiled. Tensors among the arguments of
-            :meth:`step` may change their values; other shapes, and other arguments, are captured anew. Those of
-            ``torch.optim`` can be captured.
-        clip_norm: to which the norm of all gradients together is scaled down, where it is larger.
+            :meth:`step` may change their values; for other shapes, or other arguments, another graph is captured. The
+            optimizer must be one of ``torch.optim``.
+        clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
 
     Raises:
-        TypeError, ValueError: on unusable arguments; :class:`pyro_vae.compilation.graph.CaptureError`, when it runs, if the step
-            is not the same each time.
-        FloatingPointError: when it runs, naming the step, and the site or parameter.
+        TypeError, ValueError: if an argument cannot be used; in a step, the ``ValueError``
+            :class:`pyro_vae.compilation.graph.CaptureError` if steps do not run the same operations.
+        FloatingPointError: in a step, if loss or gradient is not finite, with the step and the site or parameter.
 
     >>> import pyro_vae as pv
     >>> from pyro.infer import Trace_ELBO
@@ -69,82 +69,87 @@ class SVI:
         clip_norm: float | None = None,
     ):
         if not isinstance(loss, ELBO):
-            raise TypeError(f"`loss` must be an instance of an ELBO, such as Trace_ELBO(), got {loss!r}")
+            raise TypeError(
+                f"`loss` must be an ELBO of pyro.infer or pyro_vae.objectives, such as Trace_ELBO(), got {loss!r}"
+            )
         boolean(compile, "compile")
         if clip_norm is not None:
             positive(clip_norm, "clip_norm")
-        make_optimizer = partial(_optimizer, _checked(optim, compile), compile)
-        self._run = ElboEvaluator(model, guide, loss)
-        kind = CapturedStep if compile else Step
-        self._step = kind(self._run, make_optimizer=make_optimizer, clip_norm=clip_norm)
+        _check_optim(optim, compile)
+        self._evaluator = ElboEvaluator(model, guide, loss)
+        step_class = CapturedStep if compile else Step
+        make_optimizer = partial(_make_optimizer, optim, compile)
+        self._step = step_class(self._evaluator, make_optimizer=make_optimizer, clip_norm=clip_norm)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Of torch, which a scheduler of ``torch.optim.lr_scheduler`` may drive; ``None`` before the first step."""
+        """Torch's optimizer, which ``torch.optim.lr_scheduler`` can schedule; ``None`` before the first step."""
         return self._step.optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One gradient step; the loss, as ``pyro.infer.SVI.step`` returns it."""
+        """Take one gradient step and return the loss, as ``pyro.infer.SVI.step`` does."""
         leaves, form = tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        call = _Call(self._run, form, tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+        others = tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        call = _CallContext(self._evaluator, form, others)
         before = torch.get_rng_state()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # of Pyro, where an error of ours says more
-            taken, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
-        if not taken and isinstance(self._step, CapturedStep):
+            warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
+            finite, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
+        if not finite and isinstance(self._step, CapturedStep):
             raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
         return loss
 
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss alone."""
-        self._run.keywords = kwargs
-        return float(self._run.loss(*args))
+        """Compute the loss without updating parameters."""
+        self._evaluator.keywords = kwargs
+        return float(self._evaluator.loss(*args))
 
 
 _PLACE = "<tensor>"
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments of a step, with places for its tensors."""
+class _CallContext:
+    """The arguments of a step without its tensors, which are the inputs that it turns into the arguments."""
 
-    run: ElboEvaluator
+    evaluator: ElboEvaluator
     form: TreeSpec
     others: tuple[Any, ...]
 
     def __call__(self, *inputs: Tensor) -> AbstractContextManager[tuple[Any, ...]]:
         tensors = iter(inputs)
         leaves = [next(tensors) if other is _PLACE else other for other in self.others]
-        args, self.run.keywords = tree_unflatten(leaves, self.form)
+        args, self.evaluator.keywords = tree_unflatten(leaves, self.form)
         return nullcontext(args)
 
     def __hash__(self) -> int:
         return hash((self.form.num_leaves, repr(self.others)))
 
 
-def _checked(optim: Any, compile: bool) -> PyroOptim:
+def _check_optim(optim: Any, compile: bool) -> None:
     if not isinstance(optim, PyroOptim):
         raise TypeError(f'`optim` must be one of pyro.optim, such as `Adam({{"lr": 1e-3}})`, got {optim!r}')
     if optim.pt_clip_args:
-        raise ValueError("`optim` must be `SVI(..., clip_norm=)`, got clip_args, which clip each tensor by itself")
+        raise ValueError(
+            "`optim` must have no clip_args, which clip each tensor by itself, got some; use `SVI(..., clip_norm=)`"
+        )
     if hasattr(optim, "pt_scheduler_constructor"):
         raise ValueError(
-            f"`optim` must be an optimizer, got {type(optim).__name__}, a scheduler. After the first step, "
-            "`svi.optimizer` is one of torch, which a scheduler of torch.optim.lr_scheduler drives"
+            f"`optim` must be an optimizer, got {type(optim).__name__}, a scheduler. Use a scheduler of "
+            "torch.optim.lr_scheduler on `svi.optimizer` after the first step"
         )
     constructor: Any = optim.pt_optim_constructor
     if compile and not getattr(constructor, "__module__", "").startswith("torch.optim"):
         raise ValueError(
-            f"optim: got {getattr(constructor, '__name__', constructor)}, which counts its steps outside of tensors; "
-            "accepted with compile=True are those of torch.optim, such as Adam, AdamW, RMSprop and SGD"
+            "`optim` must be an optimizer of torch.optim with compile=True, such as Adam, AdamW, RMSprop or SGD, got "
+            f"{getattr(constructor, '__name__', constructor)}, which counts its steps outside of tensors"
         )
-    return optim
 
 
-def _optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Pyro's optimizer as one of torch; each parameter is a group of its own if it has settings of its own."""
+def _make_optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Make torch's optimizer for Pyro's, with one group per parameter if the settings depend on the parameter."""
     constructor: Any = optim.pt_optim_constructor
     accepted = inspect.signature(constructor).parameters
     name_of = pyro.get_param_store().param_name

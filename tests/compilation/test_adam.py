@@ -1,4 +1,4 @@
-"""The Adam of captured steps is torch's."""
+"""The Adam of captured steps gives the numbers of torch's Adam."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def weights():
 
 
 def trained(make, closure):
-    """Forty steps, of which the second weight rests in some; the third joins late, with settings of its own."""
+    """Take forty steps: the second weight has no gradient in some, the third joins late with its own settings."""
     first, second, third = weights()
     optimizer = make([first, second], **SETTINGS)
 
@@ -39,7 +39,7 @@ def trained(make, closure):
 
 
 @pytest.mark.parametrize("closure", [False, True])
-def test_steps_are_those_of_torch_for_parameters_that_rest_and_that_join_late(closure):
+def test_steps_are_those_of_torch_for_parameters_that_pause_or_join_late(closure):
     losses, ours = trained(CapturableAdam, closure)
     expected, theirs = trained(torch.optim.Adam, closure)
     assert losses == pytest.approx(expected, rel=1e-10)

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong, or is over before its time: eagerly, and captured alike."""
+"""Runs that are not finite, stop early, call back, are interrupted or repeated: the same eagerly and captured."""
 
 import math
 import os
@@ -8,6 +8,7 @@ import time
 import warnings
 
 import numpy as np
+import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,51 +17,40 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-import pyro_vae.training.fit as fit_module
-from pyro_vae import guides, likelihoods, networks, priors, schedules
+from pyro_vae import likelihoods, schedules
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.handlers import SubsampleRows
+from pyro_vae.training.loop import Loop
 from pyro_vae.training.state import model_state, optimizer_state
 
-FORMS = pytest.mark.parametrize("compile", [False, True])
+EAGER_AND_CAPTURED = pytest.mark.parametrize("compile", [False, True])
 X = pv.datasets.two_gaussians(50, seed=1).x
 HELD_OUT = pv.datasets.two_gaussians(30, seed=2).x
 
 
 @pytest.fixture(autouse=True)
-def _replayed_as_it_is(monkeypatch):
-    """A compiler takes its time: what is captured is replayed uncompiled here."""
+def _uncompiled(monkeypatch):
+    """Replay graphs without compiling them, which takes seconds."""
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """The steps that ``fit`` makes."""
+    """The steps of each ``Loop``."""
     made = []
-
-    def noting(kind):
-        def make(*args, **kwargs):
-            made.append(kind(*args, **kwargs))
-            return made[-1]
-
-        return make
-
-    for name in ("Step", "CapturedStep"):
-        monkeypatch.setattr(fit_module, name, noting(getattr(fit_module, name)))
+    init = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", lambda self, step, *a, **k: made.append(step) or init(self, step, *a, **k))
     return made
 
 
-def normalized(in_features, out_features):
+def batch_norm(in_features, out_features):
     first, last = nn.Linear(in_features, 8, bias=False), nn.Linear(8, out_features)
     return nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), last)
 
 
-MLP = networks.mlp([8])
-
-
-def vae_of(network=MLP):
+def vae_of(network=pairs.NET):
     torch.manual_seed(0)
-    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, MLP), likelihoods.Normal(2, 2, network))
+    return pairs.gaussian(2, 2, decoder=likelihoods.Normal(2, 2, network))
 
 
 def copied(tensors):
@@ -71,16 +61,27 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def run(vae, **options):
+SETTINGS = {"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4}
+
+
+def run(vae, data=X, **options):
     pyro.clear_param_store()
-    return pv.fit(vae.model, vae.guide, X, **{"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4} | options)
+    return pv.fit(vae.model, vae.guide, data, **SETTINGS | options)
+
+
+def batches():
+    """The rows of each step of :func:`run`, with its random numbers."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(4)
+    order = torch.Generator().manual_seed(4)
+    return [rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)]
 
 
 class NaNInjectingPair:
-    """A pair of which some steps give no number: by their numbers from 0, in the loss or in the gradient alone."""
+    """A pair whose loss, or whose gradient alone, is NaN in some steps, counted from 0."""
 
     def __init__(self, bad, where="loss"):
-        self.vae = vae_of(normalized)
+        self.vae = vae_of(batch_norm)
         self.bad, self.where = torch.tensor(bad, dtype=torch.float32), where
         self.step = torch.tensor(-1.0)
         self.watched = lambda step: None
@@ -94,7 +95,7 @@ class NaNInjectingPair:
             loc = self.vae.decoder(z).mean
             if self.where == "loss":
                 loc = torch.where(hit, math.nan, loc)
-            else:  # the root of zero has no gradient
+            else:  # the gradient of the root is NaN at zero
                 loc = loc + torch.where(hit, 0.0 * loc, 1.0).sqrt() - torch.where(hit, 0.0, 1.0)
             pyro.sample("x", dist.Normal(loc, 1.0, validate_args=False).to_event(1), obs=x)
 
@@ -108,16 +109,15 @@ class NaNInjectingPair:
             self.watched(step)
             return float(step)
 
-        settings = {"epochs": 6, "batch_size": 20, "lr": 1e-2, "seed": 4, "schedules": {self.step: number}}
-        return pv.fit(self.model, self.guide, X, **settings | options)
+        return run(self, schedules={self.step: number}, **options)
 
 
-# --- Not finite ------------------------------------------------------------------------------------------------------
+# --- Steps that are not finite ---------------------------------------------------------------------------------------
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 @pytest.mark.parametrize(("where", "bad"), [("loss", 0), ("loss", 1), ("loss", 2), ("loss", 11), ("gradient", 4)])
-def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, bad, where, steps):
+def test_a_stop_names_step_site_and_rows_and_leaves_the_last_good_state_to_the_bit(compile, bad, where, steps):
     pair = NaNInjectingPair([bad], where)
     before = {}
 
@@ -127,7 +127,7 @@ def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, ba
             before.update({f"optimizer {name}": t for name, t in copied(optimizer_state(steps[0])).items()})
 
     pair.watched = watch
-    # With three steps an epoch, the last of 10 rows: the second graph is captured before the first is used again.
+    # An epoch has batches of 20, 20 and 10 rows, hence two graphs.
     with pytest.raises(FloatingPointError) as error:
         pair.fit(compile=compile, callbacks=[lambda epoch: None])
     after = {f"optimizer {name}": tensor for name, tensor in optimizer_state(steps[0]).items()}
@@ -136,8 +136,7 @@ def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, ba
     if where == "gradient":
         assert f"step {bad + 1}: the gradient is not finite in vae.encoder.network.0.weight, " in message
         return
-    order = torch.Generator().manual_seed(4)
-    rows = [rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)][bad]
+    rows = batches()[bad]
     shown = ", ".join(map(str, rows[:5].tolist()))
     assert message.startswith(f"step {bad + 1}: the loss is nan; log_prob of site 'x' in the model is not finite at ")
     assert f"{len(rows)} of {len(rows)}, in rows {shown}, ... of the data" in message
@@ -145,7 +144,7 @@ def test_a_stop_says_where_and_leaves_the_last_good_state_to_the_bit(compile, ba
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
+def test_a_stop_leaves_the_last_good_state_in_a_compiled_run(where, monkeypatch):
     monkeypatch.undo()
     pair = NaNInjectingPair([4], where)
     before = {}
@@ -155,25 +154,21 @@ def test_a_stop_leaves_the_last_good_state_compiled_too(where, monkeypatch):
     assert same(pair.vae.state_dict(), before)
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
-    """Beside a run whose learning rate and statistics stand still there, which is one without the steps."""
+    """Compared with a loop of torch without the updates of these steps."""
     bad = [0, 3, 4, 13]
     pair = NaNInjectingPair(bad, where)
-    fitted = pair.fit(compile=compile, nonfinite="skip", epochs=6)
+    fitted = pair.fit(compile=compile, nonfinite="skip")
     assert (fitted.skipped, fitted.steps) == (4, 18)
     assert all(math.isfinite(value) for values in fitted.history.values() for value in values)
 
-    twin = vae_of(normalized)
     healthy = NaNInjectingPair([])
-    healthy.vae = twin
-    pyro.clear_param_store()
-    pyro.set_rng_seed(4)
-    order = torch.Generator().manual_seed(4)
+    twin = healthy.vae
     optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2)
     bounds = []
-    for step, rows in enumerate(rows for _ in range(6) for rows in torch.randperm(50, generator=order).split(20)):
+    for step, rows in enumerate(batches()):
         before = copied(twin.state_dict())
         with SubsampleRows("data", rows):
             loss = Trace_ELBO().differentiable_loss(healthy.model, healthy.guide, X)
@@ -189,8 +184,8 @@ def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
     assert np.allclose(fitted.history["elbo"], np.nanmean(np.reshape(bounds, (6, 3)), axis=1), rtol=1e-5)
 
 
-@FORMS
-def test_a_hundred_in_a_row_stop_a_run_that_skips(compile):
+@EAGER_AND_CAPTURED
+def test_a_hundred_skipped_steps_in_a_row_stop_the_run(compile):
     pair = NaNInjectingPair(list(range(7, 500)))
     with pytest.raises(FloatingPointError, match=r"step 107: it is the 100th in a row"):
         pair.fit(compile=compile, nonfinite="skip", epochs=100)
@@ -198,7 +193,7 @@ def test_a_hundred_in_a_row_stop_a_run_that_skips(compile):
     assert pair.fit(compile=compile, nonfinite="skip", epochs=50).skipped == 148
 
 
-def test_a_step_that_validation_stops_is_skipped_as_well():
+def test_a_step_that_fails_in_validation_is_skipped():
     vae = vae_of()
     calls = torch.zeros(())
 
@@ -208,13 +203,11 @@ def test_a_step_that_validation_stops_is_skipped_as_well():
             loc = vae.encoder(pyro.subsample(x, event_dim=1)).mean
             pyro.sample("z", dist.Normal(torch.where(calls == 1, math.nan, loc), 1.0).to_event(1))
 
-    fitted = pv.fit(
-        vae.model, guide, X, epochs=2, batch_size=25, nonfinite="skip", schedules={calls: lambda step: float(step)}
-    )
-    assert fitted.skipped == 1
+    settings = {"epochs": 2, "batch_size": 25, "nonfinite": "skip", "schedules": {calls: float}}
+    assert pv.fit(vae.model, guide, X, **settings).skipped == 1
 
 
-def test_validation_data_without_an_elbo_are_named():
+def test_the_error_names_validation_data_whose_elbo_is_not_finite():
     vae = vae_of()
     scale = torch.tensor(1.0)
 
@@ -236,7 +229,7 @@ def test_validation_data_without_an_elbo_are_named():
 # --- Clipping --------------------------------------------------------------------------------------------------------
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 def test_gradients_are_clipped_as_torch_clips_them(compile):
     ours, theirs = vae_of().double(), vae_of().double()
     pv.fit(ours.model, ours.guide, X.double(), epochs=20, lr=1e-2, seed=3, clip_norm=2.0, compile=compile)
@@ -249,18 +242,17 @@ def test_gradients_are_clipped_as_torch_clips_them(compile):
         norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), 2.0))
         optimizer.step()
     assert max(norms) > 2.0
-    assert all(
-        torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-    )
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 # --- Early stopping --------------------------------------------------------------------------------------------------
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 @pytest.mark.parametrize("ends", ["patience", "epochs", "callback"])
 def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile, ends):
-    vae = vae_of(normalized)
+    vae = vae_of(batch_norm)
     states = []
 
     def keep(epoch):
@@ -280,49 +272,41 @@ def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile,
     assert best < len(bounds) - 1
 
 
-def test_validation_leaves_no_trace_in_buffers_or_random_numbers():
-    ours, theirs = vae_of(normalized), vae_of(normalized)
+def test_validation_and_evaluation_change_neither_buffers_nor_random_numbers():
+    ours, theirs = vae_of(batch_norm), vae_of(batch_norm)
     run(ours, validation=HELD_OUT)
     run(theirs)
+    pv.evaluate(ours.model, ours.guide, X)
     assert same(ours.state_dict(), theirs.state_dict())
     assert ours.decoder.network[1].num_batches_tracked == 18
-
-
-def test_evaluation_leaves_no_trace_in_buffers():
-    vae = vae_of(normalized)
-    before = copied(vae.state_dict())
-    pv.evaluate(vae.model, vae.guide, X)
-    assert same(vae.state_dict(), before)
 
 
 # --- Callbacks -------------------------------------------------------------------------------------------------------
 
 
-@FORMS
-def test_callbacks_are_told_of_each_epoch_and_may_end_the_run(compile):
-    told = []
+@EAGER_AND_CAPTURED
+def test_callbacks_receive_each_epoch_and_may_end_the_run(compile):
+    received = []
 
     def note(epoch):
-        told.append(
-            (epoch.number, epoch.steps, epoch.record, {name: len(rows) for name, rows in epoch.history.items()})
-        )
-        torch.rand(3)  # which must not move the run
+        received.append((epoch.number, epoch.steps, epoch.record, {len(rows) for rows in epoch.history.values()}))
+        torch.rand(3)  # must not change the run
         return "yes" if epoch.number < 4 else epoch.number == 4
 
     ours, theirs = vae_of(), vae_of()
     fitted = run(ours, validation=HELD_OUT, callbacks=[note], compile=compile)
     assert (fitted.stopped, fitted.steps) == ("callback", 12)
-    assert [row[:2] for row in told] == [(1, 3), (2, 6), (3, 9), (4, 12)]
-    for number, (_, _, record, lengths) in enumerate(told):
+    assert [row[:2] for row in received] == [(1, 3), (2, 6), (3, 9), (4, 12)]
+    for number, (_, _, record, lengths) in enumerate(received):
         assert record == {name: values[number] for name, values in fitted.history.items()}
-        assert set(lengths.values()) == {number + 1}
+        assert lengths == {number + 1}
     alone = run(theirs, epochs=4, validation=HELD_OUT, compile=compile)
     assert alone.history == fitted.history
     assert same(ours.state_dict(), theirs.state_dict())
 
 
-@FORMS
-def test_callbacks_may_freeze_and_thaw(compile, steps):
+@EAGER_AND_CAPTURED
+def test_callbacks_may_freeze_and_unfreeze(compile, steps):
     vae, twin = vae_of().double(), vae_of().double()
     states = []
 
@@ -332,44 +316,34 @@ def test_callbacks_may_freeze_and_thaw(compile, steps):
 
     vae.decoder.family.log_scale.requires_grad_(False)
 
-    def thaw(epoch):
+    def unfreeze(epoch):
         vae.decoder.family.log_scale.requires_grad_(epoch.number >= 3)
 
     rate = schedules.linear(1e-2, 3e-2, 10)
-    pyro.clear_param_store()
-    pv.fit(
-        vae.model, vae.guide, X.double(), epochs=6, batch_size=20, lr=rate, seed=4, callbacks=[freeze, thaw],
-        compile=compile,
-    )  # fmt: skip
+    run(vae, X.double(), lr=rate, callbacks=[freeze, unfreeze], compile=compile)
     assert same(states[1], states[2])
     assert same(states[1], states[3])
     assert not same(states[3], states[4])
     names = model_state(steps[0])
     assert {"encoder.network.0.weight", "decoder.family.log_scale"} <= names.keys()
 
-    pyro.clear_param_store()
-    pyro.set_rng_seed(4)
-    order = torch.Generator().manual_seed(4)
     optimizer = torch.optim.Adam(twin.parameters())
-    twin.decoder.family.log_scale.requires_grad_(False)
-    step = 0
-    for epoch in range(6):
-        for rows in torch.randperm(50, generator=order).split(20):
-            optimizer.param_groups[0]["lr"] = rate(step)
-            optimizer.zero_grad()
-            with SubsampleRows("data", rows):
-                Trace_ELBO().differentiable_loss(twin.model, twin.guide, X.double()).backward()
-            optimizer.step()
-            step += 1
-        twin.encoder.requires_grad_(not 2 <= epoch + 1 < 4)
-        twin.decoder.family.log_scale.requires_grad_(epoch + 1 >= 3)
+    for step, rows in enumerate(batches()):
+        epochs = step // 3
+        twin.encoder.requires_grad_(not 2 <= epochs < 4)
+        twin.decoder.family.log_scale.requires_grad_(epochs >= 3)
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.zero_grad()
+        with SubsampleRows("data", rows):
+            Trace_ELBO().differentiable_loss(twin.model, twin.guide, X.double()).backward()
+        optimizer.step()
     for name, tensor in vae.state_dict().items():
         assert torch.allclose(tensor, twin.state_dict()[name], rtol=1e-7, atol=1e-9), name
 
 
-@FORMS
-def test_callbacks_may_set_modules_to_evaluate(compile):
-    vae = vae_of(normalized)
+@EAGER_AND_CAPTURED
+def test_callbacks_may_set_modules_to_evaluation_mode(compile):
+    vae = vae_of(batch_norm)
     means = []
 
     def evaluating(epoch):
@@ -381,11 +355,11 @@ def test_callbacks_may_set_modules_to_evaluate(compile):
     assert torch.equal(means[1], means[3])
 
 
-def test_what_a_callback_raises_comes_through_and_leaves_the_signal_handler():
+def test_an_error_in_a_callback_ends_the_run_and_restores_the_signal_handler():
     def fail(epoch):
-        raise RuntimeError("of the callback")
+        raise RuntimeError("an error")
 
-    with pytest.raises(RuntimeError, match="of the callback"):
+    with pytest.raises(RuntimeError, match="an error"):
         run(vae_of(), callbacks=[fail])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -394,15 +368,15 @@ def test_what_a_callback_raises_comes_through_and_leaves_the_signal_handler():
 
 
 @pytest.fixture(autouse=True)
-def _ctrl_c_is_heard():
-    """As in a terminal: a shell lets what it starts in the background ignore it."""
+def _default_handler():
+    """A shell lets the processes in its background ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def pressing(times, begun=None, between=0.3):
-    """Ctrl-C from a thread, a while after something has begun."""
+def press_ctrl_c(times, begun=None, between=0.3):
+    """Press Ctrl-C from a thread, some time after an event."""
 
     def press():
         if begun is not None:
@@ -417,11 +391,11 @@ def pressing(times, begun=None, between=0.3):
     return thread
 
 
-@FORMS
-def test_ctrl_c_keeps_what_was_learnt(compile, tmp_path):
+@EAGER_AND_CAPTURED
+def test_ctrl_c_ends_a_run_that_can_be_resumed(compile, tmp_path):
     vae, whole = vae_of(), vae_of()
     begun = threading.Event()
-    thread = pressing(1, begun, between=0.05)
+    thread = press_ctrl_c(1, begun, between=0.05)
     with pytest.warns(UserWarning, match=r"fit: interrupted after \d+ steps; what was learnt is kept"):
         fitted = run(vae, epochs=10**6, compile=compile, checkpoints=tmp_path, callbacks=[lambda epoch: begun.set()])
     thread.join()
@@ -444,7 +418,7 @@ def test_a_second_ctrl_c_ends_at_once():
             return super().loss_and_grads(*args)
 
     started = threading.Event()
-    thread = pressing(2, started)
+    thread = press_ctrl_c(2, started)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(vae_of(), epochs=100, elbo=Slow())
@@ -453,11 +427,11 @@ def test_a_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_of_the_users_own_is_left_in_charge():
+def test_a_handler_of_the_user_stays():
     caught = []
     ours = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
     try:
-        thread = pressing(1)
+        thread = press_ctrl_c(1)
         fitted = run(vae_of(), epochs=10**6, callbacks=[lambda epoch: bool(caught)])
         thread.join()
         assert fitted.stopped == "callback"
@@ -465,7 +439,7 @@ def test_a_handler_of_the_users_own_is_left_in_charge():
         signal.signal(signal.SIGINT, ours)
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 def test_a_run_in_another_thread_gives_the_same_numbers(compile):
     ours, theirs = vae_of(), vae_of()
     found = []
@@ -478,22 +452,22 @@ def test_a_run_in_another_thread_gives_the_same_numbers(compile):
 # --- Determinism -----------------------------------------------------------------------------------------------------
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 def test_a_seed_gives_the_same_run_twice_to_the_bit(compile):
     def noisy(x):
         return x + 0.1 * torch.randn_like(x)
 
-    vaes = [vae_of(normalized) for _ in range(2)]
+    vaes = [vae_of(batch_norm) for _ in range(2)]
     runs = [run(vae, compile=compile, transform=noisy, validation=HELD_OUT, clip_norm=10.0) for vae in vaes]
     assert runs[0].history == runs[1].history
     assert same(vaes[0].state_dict(), vaes[1].state_dict())
-    other = run(vae_of(normalized), compile=compile, transform=noisy, validation=HELD_OUT, clip_norm=10.0, seed=5)
+    other = run(vae_of(batch_norm), compile=compile, transform=noisy, validation=HELD_OUT, clip_norm=10.0, seed=5)
     assert other.history != runs[0].history
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_eager_and_captured_agree(dtype, tolerance):
-    vaes = [vae_of(normalized).to(dtype) for _ in range(2)]
+def test_eager_and_captured_runs_agree(dtype, tolerance):
+    vaes = [vae_of(batch_norm).to(dtype) for _ in range(2)]
     runs = []
     for vae, compile in zip(vaes, (False, True), strict=True):
         pyro.clear_param_store()
@@ -503,9 +477,9 @@ def test_eager_and_captured_agree(dtype, tolerance):
         assert torch.allclose(tensor, vaes[1].state_dict()[name], rtol=0, atol=tolerance), name
 
 
-@FORMS
+@EAGER_AND_CAPTURED
 @pytest.mark.parametrize("ends", ["well", "stop", "interrupt"])
-def test_what_is_the_users_is_as_before(compile, ends, random_states):
+def test_global_state_is_as_before(compile, ends, random_states):
     def fail(epoch):
         raise KeyboardInterrupt
 
@@ -513,12 +487,12 @@ def test_what_is_the_users_is_as_before(compile, ends, random_states):
     pair = NaNInjectingPair([5] if ends == "stop" else [])
     torch.rand(1)
     before = random_states()
-    switches = torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    settings = torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args
     filters = list(warnings.filters)
     with pytest.raises((FloatingPointError, KeyboardInterrupt)) if ends != "well" else warnings.catch_warnings():
         pair.fit(compile=compile, callbacks=[fail] if ends == "interrupt" else [], validation=HELD_OUT)
     assert random_states() == before
-    assert switches == (
+    assert settings == (
         torch.get_num_threads(), torch.get_default_dtype(), torch.distributions.Distribution._validate_args
     )  # fmt: skip
     assert warnings.filters == filters

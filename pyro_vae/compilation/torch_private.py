@@ -1,0 +1,85 @@
+"""The private interfaces of torch that the package uses: they are imported here and nowhere else.
+
+A new version of torch may change them without notice. ``pyproject.toml`` therefore bounds the version of torch, and the
+tests of this chapter run for each version in these bounds.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor  # inductor's tensors without values, which a capture must not keep
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,  # a check runs on the values of tensors and stays out of the graph
+    make_fx,  # records the operations of a function, those of its backward pass and optimizer included
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # sees each operation and what it writes
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
+
+__all__ = [
+    "FakeTensor",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "compile_graph",
+    "disable_proxy_modes_tracing",
+    "forced_compiling_flag",
+    "is_compiler_missing",
+    "make_fx",
+    "onednn_linear",
+    "operation_schema",
+    "tree_flatten",
+    "tree_unflatten",
+]
+
+_OPTIONS: dict[str, Any] = {
+    "fallback_random": True,  # draws the random numbers of the eager step
+    "size_asserts": False,
+}
+
+_CPU_OPTIONS: dict[str, Any] = {
+    "cpp_wrapper": True,  # calls one kernel after the other without Python; for CUDA it needs headers torch lacks
+    "cpp.min_chunk_size": 2**14,  # numbers per thread: to start a thread for fewer takes longer than to compute them
+}
+
+
+def compile_graph(module: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a graph of operations with inductor, without its warnings and logs."""
+    from torch import _inductor  # takes a second to import
+
+    options = _OPTIONS | (_CPU_OPTIONS if all(tensor.is_cpu for tensor in examples) else {})
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _inductor.compile(module, list(examples), options=options)
+    finally:
+        logger.setLevel(level)
+
+
+def is_compiler_missing(error: BaseException) -> bool:
+    """Whether inductor raised an error because there is no working C++ compiler."""
+    return type(error).__name__ in ("InvalidCxxCompiler", "CppCompileError")
+
+
+@contextmanager
+def forced_compiling_flag() -> Iterator[None]:
+    """Make ``torch.compiler.is_compiling()`` true in a block: torch's optimizers then read no value of a tensor."""
+    with patch.object(torch.compiler, "_is_compiling_flag", True):
+        yield
+
+
+def operation_schema(operation: Any) -> Any:
+    """Return the signature of an operation, which names the arguments that it writes to."""
+    return operation._schema
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``x @ weight.T + bias`` with oneDNN, which torch calls by itself in compiled inference only."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

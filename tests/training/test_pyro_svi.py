@@ -1,0 +1,286 @@
+"""Pyro's own SVI trains every combination of parts, and its losses and gradients are the exact ones."""
+
+from itertools import product
+
+import pairs
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.optim import Adam
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae import guides, likelihoods, priors
+from pyro_vae.parts.networks import convolutional, deconvolutional, linear
+
+NET = pairs.NET
+PROBS = torch.tensor([0.2, 0.5, 0.3])
+
+
+def normal_guide():
+    return guides.DiagonalNormal(3, 2, NET)
+
+
+def relaxed_guide():
+    return guides.RelaxedBernoulli(3, 2, NET, temperature=0.66)
+
+
+def gumbel_guide():
+    return guides.GumbelSoftmax(3, (2, 3), NET, temperature=0.66)
+
+
+def bernoulli_guide():
+    return guides.Bernoulli(3, 3, NET)
+
+
+def one_hot_guide():
+    return guides.OneHotCategorical(3, (2, 3), NET)
+
+
+HARD = {"learnable": True, "straight_through": True}
+# latent shape, prior, guide
+CONTINUOUS = {
+    "standard normal": (2, lambda: priors.StandardNormal(2), normal_guide),
+    "normal": (2, lambda: priors.Normal(2), normal_guide),
+    "relaxed Bernoulli": (2, lambda: priors.RelaxedBernoulli(2, 0.5), relaxed_guide),
+    "relaxed Bernoulli, hard, learnable": (2, lambda: priors.RelaxedBernoulli(2, 0.5, **HARD), relaxed_guide),
+    "Gumbel-softmax": ((2, 3), lambda: priors.GumbelSoftmax((2, 3), 0.5, probs=PROBS), gumbel_guide),
+    "Gumbel-softmax, hard, learnable": ((2, 3), lambda: priors.GumbelSoftmax((2, 3), 0.5, **HARD), gumbel_guide),
+    "logistic prior, normal guide": (2, lambda: priors.RelaxedBernoulli(2, 0.9), normal_guide),
+}
+DISCRETE = {
+    "Bernoulli": (3, lambda: priors.Bernoulli(3, probs=0.3), bernoulli_guide),
+    "Bernoulli, learnable": (3, lambda: priors.Bernoulli(3, learnable=True), bernoulli_guide),
+    "one-hot": ((2, 3), lambda: priors.OneHotCategorical((2, 3), PROBS), one_hot_guide),
+    "one-hot, learnable": ((2, 3), lambda: priors.OneHotCategorical((2, 3), learnable=True), one_hot_guide),
+}
+LIKELIHOODS = {
+    "normal, shared": lambda latent: likelihoods.Normal(latent, 3, NET),
+    "normal, per dimension": lambda latent: likelihoods.Normal(latent, 3, NET, scale="per_dimension"),
+    "normal, network": lambda latent: likelihoods.Normal(latent, 3, NET, scale="network"),
+    "normal, fixed": lambda latent: likelihoods.Normal(latent, 3, NET, scale=0.5),
+    "Bernoulli": lambda latent: likelihoods.Bernoulli(latent, 3, NET),
+    "soft targets": lambda latent: likelihoods.Bernoulli(latent, 3, NET, soft_targets=True),
+    "continuous Bernoulli": lambda latent: likelihoods.ContinuousBernoulli(latent, 3, NET),
+}
+PARTICLES = {"one particle": {}, "vectorized": {"num_particles": 3, "vectorize_particles": True}}
+
+
+def vae_of(latents, decoder):
+    latent, prior, encoder = latents
+    return pv.VAE(prior(), encoder(), decoder(latent))
+
+
+def data(likelihood, rows=6):
+    x = torch.rand(rows, 3)
+    return x.round() if likelihood == "Bernoulli" else x
+
+
+@pytest.mark.parametrize("particles", PARTICLES.values(), ids=PARTICLES.keys())
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("latent", CONTINUOUS)
+def test_trace_elbo_updates_every_parameter_of_every_continuous_combination(latent, likelihood, particles):
+    vae = vae_of(CONTINUOUS[latent], LIKELIHOODS[likelihood])
+    assert_every_parameter_is_updated(vae, vae.guide, Trace_ELBO(**particles), data(likelihood))
+
+
+@pytest.mark.parametrize("particles", PARTICLES.values(), ids=PARTICLES.keys())
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("latent", DISCRETE)
+def test_trace_enum_elbo_updates_every_parameter_of_every_discrete_combination(latent, likelihood, particles):
+    vae = vae_of(DISCRETE[latent], LIKELIHOODS[likelihood])
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
+    assert_every_parameter_is_updated(vae, config_enumerate(vae.guide), elbo, data(likelihood))
+
+
+@pytest.mark.parametrize("latent", DISCRETE)
+def test_trace_elbo_updates_every_parameter_of_a_discrete_vae_by_score_functions(latent):
+    vae = vae_of(DISCRETE[latent], LIKELIHOODS["Bernoulli"])
+    assert_every_parameter_is_updated(vae, vae.guide, Trace_ELBO(num_particles=3), data("Bernoulli"))
+
+
+def test_trace_mean_field_elbo_takes_the_gaussian_vae():
+    vae = vae_of(CONTINUOUS["standard normal"], LIKELIHOODS["normal, shared"])
+    assert_every_parameter_is_updated(vae, vae.guide, TraceMeanField_ELBO(), data("normal"))
+
+
+@pytest.mark.parametrize("particles", PARTICLES.values(), ids=PARTICLES.keys())
+def test_convolutional_vaes_take_particles_and_enumerated_states(particles):
+    image = (1, 7, 7)
+    vae = pv.VAE(
+        priors.Bernoulli(2),
+        guides.Bernoulli(image, 2, convolutional(image, [2], nn.Tanh)),
+        likelihoods.Bernoulli(2, image, deconvolutional(image, [2], nn.Tanh)),
+    )
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
+    assert_every_parameter_is_updated(vae, config_enumerate(vae.guide), elbo, torch.rand(4, *image).round())
+
+
+def assert_every_parameter_is_updated(vae, guide, elbo, x):
+    svi = SVI(vae.model, guide, Adam({"lr": 1e-2}), elbo)
+    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
+    losses = torch.tensor([svi.step(x) for _ in range(2)])
+    assert losses.isfinite().all()
+    for name, parameter in vae.named_parameters():
+        assert parameter.isfinite().all()
+        assert not torch.equal(parameter, before[name]), name
+
+
+# --- The enumerated ELBO and its gradient ----------------------------------------------------------------------------
+
+
+def hand_marginalised_loss(vae, x):
+    """Compute -sum_i sum_z q(z | x_i) [log p(z) + log p(x_i | z) - log q(z | x_i)] over a list of all states z."""
+    latent = vae.prior.event_shape
+    if isinstance(vae.prior, priors.Bernoulli):
+        states = torch.tensor(list(product([0.0, 1.0], repeat=latent.numel())), dtype=x.dtype).reshape(-1, *latent)
+    else:
+        n, k = latent
+        states = torch.eye(k, dtype=x.dtype)[torch.tensor(list(product(range(k), repeat=n)))]
+    loss = 0
+    for state in states:
+        z = state.expand(len(x), *latent)
+        log_q = vae.encoder(x).log_prob(z)
+        log_joint = vae.prior().log_prob(z) + vae.decoder(z).log_prob(x)
+        loss = loss - (log_q.exp() * (log_joint - log_q)).sum()
+    return loss
+
+
+def gradients(loss, vae):
+    return torch.autograd.grad(loss, list(vae.parameters()))
+
+
+@pytest.mark.parametrize("particles", PARTICLES.values(), ids=PARTICLES.keys())
+@pytest.mark.parametrize("latent", DISCRETE)
+@pytest.mark.parametrize("likelihood", ["normal, per dimension", "Bernoulli"])
+def test_enumerated_loss_and_gradients_equal_the_hand_marginalised_ones(latent, likelihood, particles):
+    vae = vae_of(DISCRETE[latent], LIKELIHOODS[likelihood]).double()
+    x = data(likelihood).double()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
+    loss = elbo.differentiable_loss(vae.model, config_enumerate(vae.guide), x)
+    expected = hand_marginalised_loss(vae, x)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for got, wanted in zip(gradients(loss, vae), gradients(expected, vae), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("latent", DISCRETE)
+def test_the_enumerated_elbo_is_exact_and_below_the_evidence(latent):
+    vae = vae_of(DISCRETE[latent], LIKELIHOODS["normal, shared"]).double()
+    x = data("normal").double()
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(vae.model, config_enumerate(vae.guide), x)
+    assert loss == pytest.approx(-pv.exact.elbo(vae.model, vae.guide, x).sum().item(), rel=1e-10)
+    assert -loss < pv.exact.log_evidence(vae.model, x).sum().item()
+
+
+@pytest.mark.parametrize("latent", ["Bernoulli", "one-hot"])
+def test_score_function_gradient_is_that_of_the_enumerated_elbo_in_the_mean(latent):
+    shape, prior, _ = DISCRETE[latent]
+    encoder = guides.Bernoulli if latent == "Bernoulli" else guides.OneHotCategorical
+    vae = pv.VAE(prior(), encoder(3, shape, linear(bias=False)), likelihoods.Normal(shape, 3, linear())).double()
+    x = data("normal", rows=2).double()
+    exact = gradients(hand_marginalised_loss(vae, x), vae)
+    elbo = Trace_ELBO(num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    draws = []
+    for _ in range(300):
+        vae.zero_grad()
+        elbo.loss_and_grads(vae.model, vae.guide, x)
+        draws.append(torch.cat([parameter.grad.flatten() for parameter in vae.parameters()]))
+    draws = torch.stack(draws)
+    error = draws.mean(0) - torch.cat([gradient.flatten() for gradient in exact])
+    assert (error.abs() < 4.5 * draws.std(0) / len(draws) ** 0.5 + 1e-12).all()
+
+
+def test_subsampled_rows_give_an_unbiased_loss():
+    vae = vae_of(DISCRETE["Bernoulli"], LIKELIHOODS["Bernoulli"]).double()
+    x = data("Bernoulli").double()
+    elbo, guide = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(vae.guide)
+    whole = elbo.loss(vae.model, guide, x)
+    parts = []
+    for rows in torch.arange(6).split(2):
+        with pv.handlers.SubsampleRows("data", rows):
+            parts.append(elbo.loss(vae.model, guide, x))
+    assert sum(parts) / 3 == pytest.approx(whole, rel=1e-10)
+
+
+# --- Relaxed and discrete models -------------------------------------------------------------------------------------
+
+STRAIGHT_THROUGH = {
+    "Bernoulli": lambda temperature: pv.VAE(
+        priors.RelaxedBernoulli(1, temperature=0.5, probs=0.3, straight_through=True),
+        guides.RelaxedBernoulli(3, 1, NET, temperature=temperature),
+        likelihoods.Normal(1, 3, linear()),
+    ),
+    "Gumbel-softmax": lambda temperature: pv.VAE(
+        priors.GumbelSoftmax((1, 2), temperature=0.5, probs=torch.tensor([0.3, 0.7]), straight_through=True),
+        guides.GumbelSoftmax(3, (1, 2), NET, temperature=temperature),
+        likelihoods.Normal((1, 2), 3, linear()),
+    ),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("latent", STRAIGHT_THROUGH)
+def test_a_straight_through_elbo_is_below_that_of_the_discrete_twin_for_each_datum(latent, temperature):
+    relaxed = STRAIGHT_THROUGH[latent](temperature).double()
+    twin = relaxed.discrete()
+    x = 2 * torch.randn(20, 3, dtype=torch.float64)
+    relaxed_elbo = pv.exact.elbo(relaxed.model, relaxed.guide, x)
+    twin_elbo = pv.exact.elbo(twin.model, twin.guide, x)
+    evidence = pv.exact.log_evidence(twin.model, x)
+    assert (relaxed_elbo <= twin_elbo + 1e-4).all()
+    assert (twin_elbo <= evidence + 1e-10).all()
+    assert relaxed_elbo.mean() < twin_elbo.mean() < evidence.mean()
+    # The decoder receives discrete values, so both models have the same evidence.
+    torch.testing.assert_close(pv.exact.log_evidence(relaxed.model, x), evidence, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("latent", STRAIGHT_THROUGH)
+def test_training_a_relaxed_vae_trains_its_twin(latent):
+    relaxed = STRAIGHT_THROUGH[latent](0.66)
+    twin = relaxed.discrete()
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in relaxed.parameters()]
+    x = torch.randn(20, 3)
+    before = pv.exact.log_evidence(twin.model, x).mean()
+    svi = SVI(relaxed.model, relaxed.guide, Adam({"lr": 3e-2}), Trace_ELBO(num_particles=10, vectorize_particles=True))
+    for _ in range(30):
+        svi.step(x)
+    assert pv.exact.log_evidence(twin.model, x).mean() > before
+    enumerated = SVI(twin.model, config_enumerate(twin.guide), Adam({"lr": 1e-2}), TraceEnum_ELBO(max_plate_nesting=1))
+    held = set(pyro.get_param_store().keys())
+    enumerated.step(x)
+    assert set(pyro.get_param_store().keys()) == held
+
+
+@pytest.mark.parametrize("latent", ["standard normal", "Bernoulli"])
+def test_parts_without_a_relaxed_distribution_have_no_twin(latent):
+    vae = vae_of((CONTINUOUS | DISCRETE)[latent], LIKELIHOODS["Bernoulli"])
+    with pytest.raises(TypeError, match="no discrete twin"):
+        vae.discrete()
+
+
+def test_squared_error_plus_weighted_kl_has_the_gradients_of_its_gaussian_likelihood():
+    torch.manual_seed(0)
+    x, kl_weight = torch.randn(7, 3), 0.2
+    vae = pv.VAE(
+        priors.StandardNormal(2),
+        guides.DiagonalNormal(3, 2, NET),
+        likelihoods.Normal.mse(2, 3, NET, kl_weight),
+    )
+    parameters = list(vae.parameters())
+    torch.manual_seed(1)
+    loss = TraceMeanField_ELBO().differentiable_loss(vae.model, vae.guide, x) / len(x)
+    torch.manual_seed(1)
+    q = vae.encode(x)
+    kl = 0.5 * (q.mean**2 + q.variance - 1 - q.variance.log()).sum(1)
+    popular = ((x - vae.decode(q.rsample()).mean) ** 2).mean(1) + kl_weight * kl
+    expected = torch.autograd.grad(popular.mean(), parameters)
+    for found, gradient in zip(torch.autograd.grad(kl_weight * loss, parameters), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, -1.0, float("nan"), "small"])
+def test_a_weight_of_the_kl_that_gives_no_variance_is_refused(kl_weight):
+    with pytest.raises(ValueError, match=r"`kl_weight` must be a positive.*got"):
+        likelihoods.Normal.mse(2, 3, NET, kl_weight)
