@@ -108,7 +108,7 @@ def test_the_exact_posterior_has_no_errors_and_nominal_coverage():
         assert ((share - level).abs() < 5 * error).all()
     error = (0.9 * 0.1 / 4000) ** 0.5
     assert (result.coverage(0.9)[1] < 1.1 * error).all()
-    with pytest.raises(ValueError, match="`level` must be .*got 90"):
+    with pytest.raises(ValueError, match=r"`level` must be .*got 90"):
         result.coverage(90)
 
 
