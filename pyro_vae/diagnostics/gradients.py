@@ -49,7 +49,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if not isinstance(self.elbo, ELBO):
-            raise TypeError(f"`elbo` must be an instance of an ELBO, such as Trace_ELBO(), got {self.elbo!r}")
+            raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {self.elbo!r}")
         if not isinstance(self.elbo, ParticleELBO | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
             raise ValueError(
                 "`elbo` must be Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO or one of pyro_vae.objectives, got a "

@@ -250,6 +250,18 @@ def test_wrong_calls_of_exact_gradient_raise():
         exact_gradient(vae.requires_grad_(False).model, vae.guide, X)
 
 
+def test_a_guide_with_a_scale_or_dropout_raises():
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=r"guide: site 'z' is subsampled or scaled"):
+        exact_gradient(vae.model, poutine.scale(vae.guide, scale=5.0), X)
+    noisy = guides.Bernoulli(2, 3, lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.Dropout(0.5)))
+    other = gaussian(3, 2, prior=priors.Bernoulli(3), encoder=noisy).double()
+    with pytest.raises(ValueError, match=r"guide: gives another log q\(z \| x\) at the same z.*vae.eval"):
+        exact_gradient(other.model, other.guide, X)
+    other.eval()
+    assert exact_gradient(other.model, other.guide, X).keys() == dict(other.named_parameters()).keys()
+
+
 # --- Estimators compared with it -------------------------------------------------------------------------------------
 
 
