@@ -9,6 +9,11 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 
 
+def test_every_public_name_is_imported_on_demand_and_listed():
+    assert set(pv.__all__) <= set(dir(pv))
+    assert [name for name in pv.__all__ if getattr(pv, name, None) is None] == []
+
+
 def test_a_gaussian_vae_is_trained_compared_with_the_exact_answer_and_exported():
     x = pv.datasets.two_gaussians(1000, seed=0).x
     assert x.shape == (1000, 2)
