@@ -1,4 +1,4 @@
-"""Properties of the public functions that hold whatever they are called with, tried on many calls."""
+"""Properties of public functions that hold for all arguments, tested on random ones."""
 
 import copy
 import gzip
@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pairs
 import pyro
 import pytest
 import torch
@@ -17,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import datasets, exact, families, guides, likelihoods, networks, priors, schedules
@@ -26,11 +26,10 @@ from pyro_vae.datasets import idx
 from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.parts.families import multivariate
 
-TANH = networks.mlp([4], activation=nn.Tanh)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def tried(count):
+def examples(count):
     return settings(max_examples=count, deadline=None, derandomize=True)
 
 
@@ -39,7 +38,7 @@ def seeded(seed):
 
 
 def randomized(vae, seed, size):
-    """With parameters from N(0, size^2), and a name of its own."""
+    """The VAE with parameters from N(0, size^2)."""
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -48,15 +47,12 @@ def randomized(vae, seed, size):
 
 
 def binary(seed=0, size=1.0, latent=3):
-    vae = pv.VAE(
-        priors.Bernoulli(latent, learnable=True), guides.Bernoulli(2, latent, TANH), likelihoods.Normal(latent, 2, TANH)
-    )
-    return randomized(vae, seed, size)
+    prior, encoder = priors.Bernoulli(latent, learnable=True), guides.Bernoulli(2, latent, pairs.NET)
+    return randomized(pairs.gaussian(latent, 2, prior=prior, encoder=encoder), seed, size)
 
 
 def gaussian(seed=0, size=1.0):
-    vae = pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
-    return randomized(vae, seed, size)
+    return randomized(pairs.gaussian(1, 2, prior=priors.Normal(1)), seed, size)
 
 
 # --- Densities -------------------------------------------------------------------------------------------------------
@@ -85,8 +81,8 @@ if find_spec("zuko") is None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(seed=SEEDS, size=st.floats(0.1, 5.0), rows=st.integers(1, 4))
-@tried(15)
-def test_a_draw_has_a_finite_log_density_that_single_and_double_precision_agree_on(name, seed, size, rows):
+@examples(15)
+def test_the_log_density_of_a_draw_is_finite_and_agrees_in_single_and_double_precision(name, seed, size, rows):
     family = FAMILIES[name]()
     raw = size * torch.randn(rows, family.num_raw, generator=seeded(seed)).clamp(-2.0, 2.0)
     with torch.no_grad(), torch.random.fork_rng():
@@ -97,7 +93,7 @@ def test_a_draw_has_a_finite_log_density_that_single_and_double_precision_agree_
         truth = copy.deepcopy(family).double()(raw.double()).log_prob(value.double())
     assert found.shape == (rows,)
     assert truth.isfinite().all()
-    # A location that float32 holds to 24 bits is off by more where the scale is small: the far end of these sizes.
+    # Rounding a location to 24 bits matters most where the scale is small, at the largest sizes.
     torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=2e-2)
 
 
@@ -107,8 +103,8 @@ BATCHES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 
 
 @given(batch=BATCHES, event=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), latent=st.integers(1, 3))
-@tried(20)
-def test_dimensions_on_the_left_stay_whatever_the_shapes_of_datum_and_latent(batch, event, latent):
+@examples(20)
+def test_batch_dimensions_on_the_left_are_kept_for_all_event_shapes(batch, event, latent):
     vae = pv.VAE(
         priors.RelaxedBernoulli(latent, temperature=0.5),
         guides.RelaxedBernoulli(event, latent, networks.linear(), temperature=0.5),
@@ -125,11 +121,14 @@ def test_dimensions_on_the_left_stay_whatever_the_shapes_of_datum_and_latent(bat
     assert vae.reconstruct(x).shape == x.shape
 
 
-# --- Bounds and where they go ----------------------------------------------------------------------------------------
+# --- Bounds and their terms ------------------------------------------------------------------------------------------
+
+
+ENUMERATED = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
 
 
 @given(seed=SEEDS, size=st.floats(0.1, 3.0), latent=st.integers(1, 4), rows=st.integers(1, 5))
-@tried(20)
+@examples(20)
 def test_the_elbo_is_below_log_p_by_the_kl_and_is_minus_distortion_minus_rate(seed, size, latent, rows):
     vae = binary(seed, size, latent).double()
     x = size * torch.randn(rows, 2, generator=seeded(seed)).double()
@@ -137,19 +136,14 @@ def test_the_elbo_is_below_log_p_by_the_kl_and_is_minus_distortion_minus_rate(se
     gap = exact.kl(vae.model, vae.guide, x)
     assert (gap >= -1e-9).all()
     torch.testing.assert_close(log_p - elbo, gap, rtol=1e-6, atol=1e-7)
-    terms = pv.evaluate(
-        vae.model,
-        config_enumerate(vae.guide),
-        x,
-        elbo=TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
-    )
+    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=ENUMERATED)
     assert terms["elbo"] == pytest.approx(-terms["distortion"] - terms["rate"], rel=1e-9)
     assert terms["elbo"] == pytest.approx(elbo.mean().item(), rel=1e-6, abs=1e-6)
     assert terms["rate"] >= -1e-9
 
 
 @given(seed=SEEDS, size=st.floats(0.1, 2.0), rows=st.integers(2, 6))
-@tried(8)
+@examples(8)
 def test_a_decomposition_adds_up(seed, size, rows):
     vae = binary(seed, size)
     nats = pv.decompose(vae.model, vae.guide, torch.randn(rows, 2, generator=seeded(seed)))
@@ -160,24 +154,23 @@ def test_a_decomposition_adds_up(seed, size, rows):
 
 
 @given(seed=SEEDS, size=st.floats(0.1, 2.0), weight=st.floats(0.0, 4.0))
-@tried(10)
-def test_terms_are_those_at_a_weight_of_one_whatever_the_weight_of_the_kl(seed, size, weight):
+@examples(10)
+def test_terms_do_not_depend_on_the_weight_of_the_kl(seed, size, weight):
     vae, x = binary(seed, size).double(), torch.randn(4, 2, generator=seeded(seed)).double()
-    elbo = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
-    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=elbo)
-    weighted = WeightKL(weight)(vae.model), WeightKL(weight)(config_enumerate(vae.guide))
-    told = pv.evaluate(*weighted, x, elbo=elbo)
-    assert told["elbo"] == pytest.approx(terms["elbo"], rel=1e-9)
-    assert told["rate"] == pytest.approx(terms["rate"], rel=1e-9, abs=1e-12)
+    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=ENUMERATED)
+    pair = WeightKL(weight)(vae.model), WeightKL(weight)(config_enumerate(vae.guide))
+    weighted = pv.evaluate(*pair, x, elbo=ENUMERATED)
+    assert weighted["elbo"] == pytest.approx(terms["elbo"], rel=1e-9)
+    assert weighted["rate"] == pytest.approx(terms["rate"], rel=1e-9, abs=1e-12)
 
 
-# --- Data in another order, or only some of them ---------------------------------------------------------------------
+# --- Permutations and subsets of the data ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [binary, gaussian])
 @given(seed=SEEDS, order=st.permutations(range(5)), kept=st.integers(1, 5))
-@tried(6)
-def test_what_is_of_each_datum_goes_with_its_row(build, seed, order, kept):
+@examples(6)
+def test_exact_answers_of_each_datum_follow_its_row(build, seed, order, kept):
     vae, x = build(seed), torch.randn(5, 2, generator=seeded(seed))
     rows = torch.tensor(order[:kept])
     for found in (
@@ -190,23 +183,22 @@ def test_what_is_of_each_datum_goes_with_its_row(build, seed, order, kept):
 
 
 @given(seed=SEEDS, rows=st.lists(st.integers(0, 6), min_size=1, max_size=6, unique=True))
-@tried(15)
-def test_a_mini_batch_stands_for_all_rows(seed, rows):
-    vae, x = gaussian(seed), torch.randn(7, 2, generator=seeded(seed))
-    vae = vae.double()
-    x, z = x.double(), torch.randn(7, 1, generator=seeded(seed)).double()
+@examples(15)
+def test_a_mini_batch_is_scaled_to_all_rows(seed, rows):
+    vae, x = gaussian(seed).double(), torch.randn(7, 2, generator=seeded(seed)).double()
+    z = torch.randn(7, 1, generator=seeded(seed)).double()
 
-    def log_joint(data, values):
+    def log_prob_at(data, values):
         return poutine.trace(poutine.condition(vae.model, {"z": values})).get_trace(data).log_prob_sum()
 
     with SubsampleRows("data", torch.tensor(rows)):
-        batch = log_joint(x, z[rows])
-    torch.testing.assert_close(batch, log_joint(x[rows], z[rows]) * 7 / len(rows))
+        batch = log_prob_at(x, z[rows])
+    torch.testing.assert_close(batch, log_prob_at(x[rows], z[rows]) * 7 / len(rows))
 
 
 @given(seed=SEEDS, order=st.permutations(range(6)))
-@tried(10)
-def test_a_comparison_does_not_ask_in_which_order_data_and_models_come(seed, order):
+@examples(10)
+def test_a_comparison_does_not_depend_on_the_order_of_data_and_models(seed, order):
     found = torch.randn(3, 6, generator=seeded(seed)).double()
     names, rows = ["a", "b", "c"], torch.tensor(order)
     table = pv.compare_evidence(dict(zip(names, found, strict=True)))
@@ -217,8 +209,8 @@ def test_a_comparison_does_not_ask_in_which_order_data_and_models_come(seed, ord
 
 
 @given(seed=SEEDS, draws=st.integers(1, 40))
-@tried(10)
-def test_an_effective_number_of_draws_is_from_one_to_all_of_them(seed, draws):
+@examples(10)
+def test_the_effective_sample_size_is_between_one_and_the_number_of_draws(seed, draws):
     vae, x = gaussian(seed), torch.randn(3, 2, generator=seeded(seed))
     found = pv.log_evidence(vae.model, vae.guide, x, num_samples=draws, seed=seed)
     assert (found.ess >= 1 - 1e-4).all()
@@ -234,47 +226,47 @@ POSITIVE = st.floats(1e-3, 1e3)
 STEPS = st.lists(st.integers(0, 10_000), min_size=2, max_size=20).map(sorted)
 
 
+def assert_monotone(values, start, end, rounding):
+    """Assert that values go from ``start`` towards ``end``, and never leave the interval between them."""
+    sign = 1 if end >= start else -1
+    assert all(sign * (after - before) >= -rounding for before, after in pairwise(values))
+    assert all(min(start, end) - rounding <= value <= max(start, end) + rounding for value in values)
+
+
 @given(start=POSITIVE, rate=st.floats(0, 1), floor=st.floats(0, 10), every=st.integers(1, 500), steps=STEPS)
-@tried(50)
-def test_a_decay_falls_and_stays_between_floor_and_start(start, rate, floor, every, steps):
+@examples(50)
+def test_an_exponential_decay_falls_from_its_start_to_its_floor(start, rate, floor, every, steps):
     values = [schedules.exponential(start, rate, floor, every)(step) for step in steps]
-    assert values == sorted(values, reverse=True)
-    assert all(floor <= value <= max(start, floor) for value in values)
+    assert_monotone(values, max(start, floor), floor, rounding=0)
 
 
 @given(start=st.floats(-10, 10), end=st.floats(-10, 10), length=st.integers(1, 5000), steps=STEPS)
-@tried(50)
-def test_a_warm_up_goes_one_way_from_its_start_to_its_end(start, end, length, steps):
+@examples(50)
+def test_a_linear_schedule_is_monotone_from_its_start_to_its_end(start, end, length, steps):
     schedule = schedules.linear(start, end, length)
-    values = [schedule(step) for step in steps]
     rounding = 1e-12 * max(1.0, abs(start), abs(end))
-    way = 1 if end >= start else -1
-    assert all(way * (after - before) >= -rounding for before, after in pairwise(values))
-    assert all(min(start, end) - rounding <= value <= max(start, end) + rounding for value in values)
+    assert_monotone([schedule(step) for step in steps], start, end, rounding)
     assert schedule(0) == start
     assert schedule(length) == pytest.approx(end, abs=rounding)
 
 
 @given(period=st.integers(1, 500), rise=st.floats(0.01, 1.0), step=st.integers(0, 5000))
-@tried(50)
-def test_a_cycle_repeats_and_stays_within_its_ends(period, rise, step):
+@examples(50)
+def test_a_cyclical_schedule_repeats_between_its_ends(period, rise, step):
     schedule = schedules.cyclical(0.0, 1.0, period, rise)
     assert 0.0 <= schedule(step) <= 1.0
     assert schedule(step) == schedule(step + period)
 
 
 @given(start=POSITIVE, length=st.integers(1, 5000), hold=st.floats(0, 0.99), end=st.floats(0, 1), steps=STEPS)
-@tried(50)
-def test_a_learning_rate_falls_from_its_start_to_the_share_that_is_left(start, length, hold, end, steps):
+@examples(50)
+def test_a_decayed_learning_rate_falls_from_its_start_to_its_final_share(start, length, hold, end, steps):
     schedule = schedules.decayed(start, length, hold, end)
-    values = [schedule(step) for step in steps]
-    rounding = 1e-12 * start
-    assert all(after <= before + rounding for before, after in pairwise(values))
-    assert all(start * end - rounding <= value <= start + rounding for value in values)
-    assert schedule(length) == pytest.approx(start * end, abs=rounding)
+    assert_monotone([schedule(step) for step in steps], start, start * end, rounding=1e-12 * start)
+    assert schedule(length) == pytest.approx(start * end, abs=1e-12 * start)
 
 
-# --- Checks ----------------------------------------------------------------------------------------------------------
+# --- Validation ------------------------------------------------------------------------------------------------------
 
 ANYTHING = st.one_of(
     st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3), st.none(), st.lists(st.integers()),
@@ -282,11 +274,11 @@ ANYTHING = st.one_of(
 )  # fmt: skip
 
 
-def accepts(check, value):
-    """Whether a check lets a value pass; if not, it must say so by name."""
+def accepts(check, value, **options):
+    """Whether a check accepts a value; if not, its message must name the argument and the value."""
     refusal = None
     try:
-        check(value)
+        check(value, "argument", **options)
     except (TypeError, ValueError) as error:
         refusal = str(error)
     assert refusal is None or (refusal.startswith("`argument` must be ") and ", got " in refusal)
@@ -294,31 +286,31 @@ def accepts(check, value):
 
 
 @given(value=ANYTHING)
-@tried(300)
-def test_checks_of_numbers_accept_exactly_what_they_say(value):
+@examples(300)
+def test_checks_accept_exactly_what_their_messages_describe(value):
     is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     is_number = is_integer or isinstance(value, float | np.floating)
     finite = is_number and math.isfinite(value)
     assert validation.is_integer(value) == is_integer
-    assert accepts(lambda v: validation.positive_int(v, "argument"), value) == (is_integer and 1 <= value < 2**63)
-    assert accepts(lambda v: validation.as_shape(v, "argument"), value) == (
+    assert accepts(validation.positive_int, value) == (is_integer and 1 <= value < 2**63)
+    assert accepts(validation.as_shape, value) == (
         (is_integer and 1 <= value < 2**63)
         or (isinstance(value, list) and bool(value) and min(value) > 0 and math.prod(value) < 2**63)
     )
-    assert accepts(lambda v: validation.seed_number(v, "argument"), value) == (is_integer and 0 <= value < 2**32)
-    assert accepts(lambda v: validation.positive(v, "argument"), value) == (finite and value > 0)
-    assert accepts(lambda v: validation.number(v, "argument"), value) == finite
-    assert accepts(lambda v: validation.number(v, "argument", least=0), value) == (finite and value >= 0)
-    assert accepts(lambda v: validation.flag(v, "argument"), value) == isinstance(value, bool)
-    assert accepts(lambda v: validation.word(v, "argument"), value) == (isinstance(value, str) and value != "")
+    assert accepts(validation.seed_number, value) == (is_integer and 0 <= value < 2**32)
+    assert accepts(validation.positive, value) == (finite and value > 0)
+    assert accepts(validation.number, value) == finite
+    assert accepts(validation.number, value, least=0) == (finite and value >= 0)
+    assert accepts(validation.boolean, value) == isinstance(value, bool)
+    assert accepts(validation.nonempty_string, value) == (isinstance(value, str) and value != "")
 
 
 # --- Data and files --------------------------------------------------------------------------------------------------
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=SEEDS, as_bytes=st.booleans())
-@tried(30)
-def test_pixels_are_resampled_to_zeros_and_ones_of_their_own_grey(shape, seed, as_bytes):
+@examples(30)
+def test_resampled_and_binarized_pixels_are_zeros_and_ones_of_the_same_grey(shape, seed, as_bytes):
     x = torch.rand(shape, generator=seeded(seed))
     x = (1 + 254 * x).to(torch.uint8) if as_bytes else x
     x.flatten()[0] = 0
@@ -338,8 +330,8 @@ def test_pixels_are_resampled_to_zeros_and_ones_of_their_own_grey(shape, seed, a
 @given(
     shape=st.lists(st.integers(0, 4), min_size=1, max_size=4), seed=SEEDS, packed=st.booleans(), cut=st.integers(1, 20)
 )
-@tried(30)
-def test_a_file_of_bytes_comes_back_whole_or_is_refused(shape, seed, packed, cut):
+@examples(30)
+def test_an_idx_file_is_read_whole_or_raises(shape, seed, packed, cut):
     array = torch.randint(0, 256, shape, generator=seeded(seed), dtype=torch.uint8)
     header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
     content = header + array.numpy().tobytes()
@@ -354,8 +346,8 @@ def test_a_file_of_bytes_comes_back_whole_or_is_refused(shape, seed, packed, cut
 
 
 @given(seed=SEEDS, draws=st.integers(1, 30), chunk=st.integers(1, 40), rows=st.integers(1, 4))
-@tried(6)
-def test_draws_come_back_from_a_file_as_they_are_in_memory(seed, draws, chunk, rows):
+@examples(6)
+def test_draws_read_from_a_file_equal_those_in_memory(seed, draws, chunk, rows):
     vae, x = binary(seed), torch.randn(rows, 2, generator=seeded(seed))
     before = set(pyro.get_param_store().keys())
     tree = pv.to_datatree(vae.model, vae.guide, x, draws=draws, seed=seed)

@@ -1,4 +1,4 @@
-"""The user's view that the package was designed from, as it was written down: its names and calls are a contract."""
+"""The public names and calls of the documentation, which are a contract."""
 
 import torch
 import xarray as xr
@@ -9,7 +9,12 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 
 
-def test_a_gaussian_vae_trains_and_is_held_against_the_exact_answer():
+def test_every_public_name_is_imported_on_demand_and_listed():
+    assert set(pv.__all__) <= set(dir(pv))
+    assert [name for name in pv.__all__ if getattr(pv, name, None) is None] == []
+
+
+def test_a_gaussian_vae_is_trained_compared_with_the_exact_answer_and_exported():
     x = pv.datasets.two_gaussians(1000, seed=0).x
     assert x.shape == (1000, 2)
     vae = pv.VAE(
@@ -34,7 +39,7 @@ def test_a_gaussian_vae_trains_and_is_held_against_the_exact_answer():
     assert dict(tree["posterior"]["z"].sizes) == {"chain": 1, "draw": 1000, "obs": 1000, "latent": 1}
 
 
-def test_discrete_and_relaxed_vaes_differ_in_their_words_alone():
+def test_a_discrete_and_a_relaxed_vae_differ_only_in_their_parts():
     x = pv.datasets.two_gaussians(1000, seed=0).x
     discrete = pv.VAE(
         prior=priors.Bernoulli(1),

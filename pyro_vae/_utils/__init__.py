@@ -1,1 +1,1 @@
-"""What several chapters need: validation of arguments, random states, the param store, traces."""
+"""Helpers of several chapters: validation of arguments, random states, the param store, traces."""

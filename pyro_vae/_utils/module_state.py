@@ -1,4 +1,4 @@
-"""The modules that run inside a block, and the tensors that they hold: to be saved, or put back as they were."""
+"""Find the modules that run inside a block, to save their tensors or to restore their buffers."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ __all__ = ["ModuleTensors", "buffers_kept"]
 
 
 class ModuleTensors:
-    """Parameters and buffers of the modules that functions are, are bound to, or run.
+    """Parameters and buffers of modules that functions are, are bound to, or run.
 
-    What a function runs is not read off its code, but seen when it runs: closures, globals, handlers of Pyro and
-    objects of any class may stand between it and its modules.
+    The modules are found when a function runs, not in its code: they may be in closures, globals, handlers of Pyro or
+    objects of any class.
 
     Args:
-        functions: such as a model and guide.
+        functions: functions such as a model and a guide.
 
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> tensors = ModuleTensors()
@@ -43,7 +43,7 @@ class ModuleTensors:
 
     @contextmanager
     def noticed(self) -> Iterator[None]:
-        """Add the modules that this thread runs inside, and note the values that their buffers have before."""
+        """Add the modules that this thread runs inside the block, with the values of their buffers before."""
         thread = threading.get_ident()
 
         def notice(module: nn.Module, _: Any) -> None:
@@ -68,17 +68,17 @@ class ModuleTensors:
                 self._noted += _values(places)
 
     def note(self) -> None:
-        """Remember the values that the buffers have now."""
+        """Store the present values of the buffers."""
         self._noted = _values(self._places)
 
     @torch.no_grad()
     def load_model_state(self) -> None:
-        """Give the buffers the values that were noted last."""
+        """Restore the values of the buffers that were stored last."""
         for module, name, tensor, value in self._noted:
             module._buffers[name] = tensor.copy_(value)
 
     def named(self) -> dict[str, Tensor]:
-        """Parameters and buffers, each once: of the first module by their paths, of others with its number before."""
+        """Parameters and buffers by path, each once; paths of all but the first module begin with its number."""
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for number, root in enumerate(self._roots):
@@ -95,7 +95,7 @@ class ModuleTensors:
 
 
 def _values(places: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Each buffer, where it is held, and a copy of its values."""
+    """Each buffer with its module, its name and a copy of its values."""
     return [
         (module, name, tensor, tensor.detach().clone())
         for module, name in places
@@ -104,7 +104,7 @@ def _values(places: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, T
 
 
 def _bound(function: Callable[..., Any]) -> nn.Module | None:
-    """The module that a function is or is bound to, whatever is wrapped around it: partial, decorators, handlers."""
+    """The module that a function is or is bound to, inside any partial, decorators and handlers."""
     while not isinstance(function, nn.Module):
         if isinstance(function, partial):
             handled = len(function.args) == 2 and isinstance(function.args[0], Messenger)
@@ -119,7 +119,7 @@ def _bound(function: Callable[..., Any]) -> nn.Module | None:
 
 @contextmanager
 def buffers_kept() -> Iterator[None]:
-    """Run a block, then put the buffers of the modules that it ran back as they were: to look without a trace.
+    """Run a block, then restore the buffers of the modules that ran inside.
 
     >>> norm = nn.BatchNorm1d(3)
     >>> with buffers_kept():

@@ -14,7 +14,7 @@ __all__ = ["module_registry", "parameters_of", "register", "rollback_params_on_e
 
 @contextmanager
 def scoped_param_store() -> Iterator[None]:
-    """Run a block with the parameters of Pyro's store, and leave none there that were not there before.
+    """Run a block with the parameters of Pyro's store, then remove the parameters that it added.
 
     >>> import pyro, torch
     >>> with scoped_param_store():
@@ -29,7 +29,7 @@ def scoped_param_store() -> Iterator[None]:
 
 @contextmanager
 def rollback_params_on_error() -> Iterator[None]:
-    """Run a block; if it raises, take the parameters that it added to Pyro's store out again.
+    """Run a block; if it raises, remove the parameters that it added to Pyro's store.
 
     >>> import pyro, torch
     >>> try:
@@ -51,7 +51,7 @@ def rollback_params_on_error() -> Iterator[None]:
 
 
 Registered = dict[str, tuple[nn.Module, str, Tensor]]
-"""By name: a module, and the name and value of one of its parameters."""
+"""Modules by name, each with the name and value of one of its parameters."""
 
 
 _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
@@ -59,12 +59,12 @@ _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 
 @contextmanager
 def module_registry(modules: Registered, known: bool) -> Iterator[None]:
-    """Inside, :func:`register` adds modules to this dict, by name.
+    """Make :func:`register` add modules to a dict inside the block.
 
     Args:
-        modules: by name.
-        known: whether one parameter is enough of those that are there: a loop knows the others from its first step,
-            and Pyro's ELBOs are told by one that there are some.
+        modules: the dict, by name.
+        known: whether to register only one parameter of the modules in the dict: a loop knows the others from its first
+            step, and one is enough for Pyro's ELBOs to find that there are parameters.
     """
     token = _registered.set((modules, known))
     try:
@@ -74,10 +74,12 @@ def module_registry(modules: Registered, known: bool) -> Iterator[None]:
 
 
 def register(name: str, module: nn.Module) -> None:
-    """Register the parameters of a module with Pyro, as ``pyro.module(name, module)`` does, each once.
+    """Register the parameters of a module with Pyro, each once, as ``pyro.module(name, module)`` does.
 
-    Where ``pyro.module`` would warn at every step of frozen parameters, this passes over them; where it would leave a
-    second module of the same name untrained without a word, this raises.
+    Unlike ``pyro.module``, it ignores frozen parameters without a warning at every step.
+
+    Raises:
+        ValueError: if another module has the same name, whose parameters would be trained in place of these.
     """
     modules, known = _registered.get(({}, False))
     if known and name in modules and modules[name][0] is module:
@@ -90,14 +92,14 @@ def register(name: str, module: nn.Module) -> None:
             continue
         if key in store and store[key] is not parameter:
             raise ValueError(
-                f"name: Pyro's param store holds other parameters under {name!r} ({path}), and these would not be "
-                "trained. Give each a name of its own (leave it out and it is), or call pyro.clear_param_store()."
+                f"`name` must be one that no other module in Pyro's param store has, got {name!r}, which has another "
+                f"{path!r}. Leave the name out to get a unique one, or call pyro.clear_param_store()"
             )
         pyro.param(key, parameter)
         modules[name] = module, key, parameter
 
 
 def parameters_of(trace: Trace) -> dict[str, Tensor]:
-    """The unconstrained parameters that a trace has met, by their names in the param store."""
+    """The unconstrained parameters in a trace, by their names in the param store."""
     nodes: dict[str, Any] = dict(trace.nodes)
     return {name: site["value"].unconstrained() for name, site in nodes.items() if site["type"] == "param"}

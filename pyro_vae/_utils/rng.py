@@ -1,4 +1,4 @@
-"""Random streams that leave the user's own untouched."""
+"""Random states: seed a block without a change to the user's random streams, and save or restore them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,7 @@ __all__ = ["preserve_rng_state", "random_states", "seeded", "set_random_states"]
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Run a block, then put every random state back as it was: of torch (the CPU and the current CUDA device), NumPy
-    and :mod:`random`.
+    """Run a block, then restore the random states of torch (CPU and current CUDA device), NumPy and :mod:`random`.
 
     >>> before = torch.get_rng_state()
     >>> with preserve_rng_state():
@@ -36,7 +35,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block under ``pyro.set_rng_seed(seed)``, then put every random state back as it was, see :func:`preserve_rng_state`.
+    """Run a block under ``pyro.set_rng_seed(seed)``, then restore all random states, see :func:`preserve_rng_state`.
 
     >>> with seeded(0):
     ...     first = torch.rand(3)
@@ -46,7 +45,7 @@ def seeded(seed: int) -> Iterator[None]:
     True
 
     Raises:
-        ValueError: if it is no integer from 0 to 2^32 - 1; the states are then as they were.
+        ValueError: if it is no integer from 0 to 2^32 - 1.
     """
     seed = seed_number(seed)
     with preserve_rng_state():
@@ -55,7 +54,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Every random state, as what JSON has and as tensors: to be put back in another process."""
+    """All random states, as JSON values and tensors, to restore in another process."""
     state = pyro.util.get_rng_state()
     name, keys, *rest = state["numpy"]
     tensors = {"torch": state["torch"]}
@@ -65,7 +64,7 @@ def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def set_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Put back what :func:`random_states` returned.
+    """Restore the states that :func:`random_states` returned.
 
     >>> saved = random_states()
     >>> first = torch.rand(2)

@@ -13,7 +13,7 @@ __all__ = ["deterministic_sites", "guide_sites", "latent_sites", "log_density", 
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
-    """``log_prob`` of a site, masked but not scaled; as an ELBO has computed it, if one has."""
+    """``log_prob`` of a site, masked but not scaled; reused if an ELBO has computed it."""
     value = site.get("unscaled_log_prob")
     if value is None:
         value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -21,7 +21,7 @@ def log_density(site: dict[str, Any]) -> Tensor:
 
 
 def record_traces(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
-    """``function``, appending a trace of each of its runs, with what outer handlers did to it, to ``traces``."""
+    """Wrap ``function`` to append a trace of each run, with the effects of outer handlers, to ``traces``."""
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         with poutine.trace() as tracer:
@@ -50,11 +50,11 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
 
 
 def guide_sites(trace: Trace) -> dict[str, Any]:
-    """The latent sites of a guide, by name; a model in its place is refused, whose likelihood would count into q."""
+    """The latent sites of a guide, by name; raise for observed sites, whose likelihood would count as part of q."""
     if observed := observed_sites(trace):
         raise ValueError(
             f"`guide` must be a function with latent sites alone, such as `vae.guide`: it observes {list(observed)}, "
-            "whose densities are none of q(z | x)"
+            "whose densities are no part of q(z | x)"
         )
     return latent_sites(trace)
 

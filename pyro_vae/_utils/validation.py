@@ -1,4 +1,4 @@
-"""Validation of arguments: each error names the argument, what it must be and what came."""
+"""Validation of arguments: each error names the argument, what it must be and what it was."""
 
 import math
 import os
@@ -35,14 +35,12 @@ __all__ = [
     "writable",
 ]
 
-_LARGEST = 2**63 - 1  # that a tensor can have of anything
-
-
-_LARGEST_SEED = 2**32 - 1  # that NumPy takes
+_LARGEST = 2**63 - 1  # the largest size of a tensor
+_LARGEST_SEED = 2**32 - 1  # the largest seed of NumPy
 
 
 def describe(value: object) -> str:
-    """What came, in words: shape, dtype and device of a tensor, of anything else its type.
+    """Describe a value: shape, dtype and device of a tensor, the type of any other value.
 
     >>> describe(torch.zeros(3)), describe([1.0]), describe(None)
     ('a torch.float32 tensor of shape (3,)', 'a list', 'a NoneType')
@@ -60,12 +58,12 @@ def _in_words(name: str) -> str:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether ``value`` is an integer, of Python or NumPy; ``True`` is none."""
+    """Whether ``value`` is an integer of Python or NumPy, but not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def positive_int(value: object, name: str) -> int:
-    """``value`` if it is a positive integer.
+    """Return ``value`` if it is a positive integer.
 
     >>> positive_int(True, "epochs")
     Traceback (most recent call last):
@@ -80,7 +78,7 @@ def positive_int(value: object, name: str) -> int:
 
 
 def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
-    """An event shape from ``3`` or ``(3, 2)``.
+    """Return an event shape from ``3`` or ``(3, 2)``.
 
     >>> as_shape(3, "latent"), as_shape((20, 10), "latent")
     (torch.Size([3]), torch.Size([20, 10]))
@@ -94,28 +92,28 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
 
 
 def image_size(shape: object, name: str) -> tuple[int, int]:
-    """Height and width, if these are two positive integers."""
+    """Return height and width if these are two positive integers."""
     if not isinstance(shape, Sequence) or len(shape) != 2 or not all(is_integer(n) and n > 0 for n in shape):
         raise ValueError(f"`{name}` must be height and width of an image, such as (28, 28), got {shape!r}")
     return int(shape[0]), int(shape[1])
 
 
 def seed_number(value: object, name: str = "seed") -> int:
-    """``value`` if it can seed torch, NumPy and :mod:`random` alike."""
+    """Return ``value`` if it can seed torch, NumPy and :mod:`random`."""
     if not is_integer(value) or not 0 <= value <= _LARGEST_SEED:
         raise ValueError(f"`{name}` must be an integer from 0 to 2^32 - 1, got {value!r}")
     return int(value)
 
 
 def positive(value: object, name: str) -> float:
-    """``value`` as a float if it is a positive, finite number."""
+    """Return ``value`` as a float if it is a positive, finite number."""
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
         raise ValueError(f"`{name}` must be a positive, finite number, got {value!r}")
     return float(value)
 
 
 def number(value: object, name: str, least: float = -math.inf) -> float:
-    """``value`` as a float if it is a finite number, ``least`` or more.
+    """Return ``value`` as a float if it is a finite number, ``least`` or more.
 
     >>> number("a", "rate", least=0)
     Traceback (most recent call last):
@@ -129,7 +127,7 @@ def number(value: object, name: str, least: float = -math.inf) -> float:
 
 
 def numbers(value: object, name: str) -> Tensor:
-    """``value``, a number or numbers, as a tensor of the default dtype."""
+    """Return a number or several numbers as a tensor of the default dtype."""
     expected = "a number or a tensor of them"
     if isinstance(value, bool):
         raise TypeError(f"`{name}` must be {expected}, got {value!r}")
@@ -142,26 +140,26 @@ def numbers(value: object, name: str) -> Tensor:
 
 
 def boolean(value: object, name: str) -> bool:
-    """``value`` if it is ``True`` or ``False``: a word such as "no" would count as true."""
+    """Return ``value`` if it is ``True`` or ``False``; a string such as "no" would otherwise count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}")
     return value
 
 
 def tqdm_disable(progress: bool | None) -> bool | None:
-    """What ``tqdm`` takes for ``disable``: a bar is shown or not, or where it is left out, on a terminal alone."""
+    """Return the ``disable`` argument of ``tqdm``; ``None`` shows the progress bar only on a terminal."""
     return None if progress is None else not boolean(progress, "progress")
 
 
 def nonempty_string(value: object, name: str) -> str:
-    """``value`` if it is a string that is not empty."""
+    """Return ``value`` if it is a string that is not empty."""
     if not isinstance(value, str) or not value:
         raise TypeError(f"`{name}` must be a string that is not empty, got {value!r}")
     return value
 
 
 def mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
-    """``value`` if it is a mapping from names; an empty one if it is left out."""
+    """Return ``value`` if it is a mapping from names; an empty one for ``None``."""
     if not isinstance(value, Mapping | None):
         raise TypeError(f"`{name}` must be a mapping, such as {example}, got {describe(value)}")
     if wrong := [key for key in value or {} if not isinstance(key, str)]:
@@ -170,7 +168,7 @@ def mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
 
 
 def function(value: Any, name: str) -> Any:
-    """``value`` if it can be a Pyro model or guide: a pair of them in the place of one is what is handed over first."""
+    """Return ``value`` if it can be a Pyro model or guide, and not, say, a VAE, which is a pair of them."""
     example = f"`vae.{'model' if name == 'model' else 'guide'}`"
     if not isinstance(value, type) and hasattr(value, "model") and hasattr(value, "guide"):
         raise TypeError(f"`{name}` must be one Pyro function, {example}, got {describe(value)}, a pair of functions")
@@ -180,14 +178,14 @@ def function(value: Any, name: str) -> Any:
 
 
 def file_path(value: Any, name: str) -> Path:
-    """``value`` as a path."""
+    """Return ``value`` as a path."""
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise TypeError(f"`{name}` must be a path, a string or a `pathlib.Path`, got {value!r}")
     return Path(value)
 
 
 def writable(path: Path, name: str) -> Path:
-    """``path`` if a file can be made in its folder: tried, for permissions do not tell of every file system."""
+    """Return ``path`` if a file can be created in its folder; on some file systems only a trial shows it."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"`{name}` must be in a folder that exists: there is no folder {str(path.parent)!r} for {path.name!r}"
@@ -203,7 +201,7 @@ def writable(path: Path, name: str) -> Path:
 
 
 def real_tensor(value: Any, name: str, expected: str) -> Tensor:
-    """``value`` if it is a tensor of real numbers that are there: dense, and not on the device ``meta``.
+    """Return ``value`` if it is a dense tensor of real numbers, and not on the device ``meta``.
 
     >>> real_tensor(torch.zeros(2, device="meta"), "x", "a tensor")
     Traceback (most recent call last):
@@ -223,12 +221,13 @@ def real_tensor(value: Any, name: str, expected: str) -> Tensor:
     return value
 
 
-_BLOCK = 2**22  # numbers that are looked at together
+_BLOCK = 2**22  # numbers that are tested at once
 
 
 def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:
-    """The first place in a tensor whose number passes a test, block of rows by block: the data may be larger than the
-    memory, in a file that is mapped. Integers pass none.
+    """Find the index of the first number in a tensor that passes a test; ``None`` for a tensor of integers.
+
+    It tests one block of rows at a time, since the data may be in a memory-mapped file that is larger than the memory.
 
     >>> first_index(torch.isnan, torch.tensor([[0.0, 1.0], [torch.nan, 2.0]]))
     [1, 0]
@@ -244,7 +243,7 @@ def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] |
 
 
 def whole_numbers(value: Any, name: str, count: int) -> Tensor:
-    """``value`` as whole numbers, ``(count,)``."""
+    """Return ``value`` as a tensor of whole numbers, ``(count,)``."""
     expected = f"whole numbers, ({count},), one for each datum"
     try:
         found = real_tensor(torch.as_tensor(value), name, expected)
@@ -262,9 +261,9 @@ class DataTensors(tuple[Tensor, ...]):
 
 
 def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    """Return the data as tensors of one number of rows, finite or NaN.
+    """Return the data as tensors with the same number of rows and without infinities.
 
-    Whether the model accepts NaN is checked by :func:`pyro_vae.distributions.missing.check_missing`.
+    NaN is accepted here: whether a model allows missing values is checked by :mod:`pyro_vae.distributions.missing`.
     """
     if isinstance(data, DataTensors):
         return data
@@ -292,7 +291,7 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
 
 
 def rows_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
-    """``held_out`` if its rows are like those of ``data``."""
+    """Return ``held_out`` if its rows have the shapes, dtypes and device of those of ``data``."""
     if len(held_out) != len(data):
         raise ValueError(f"`{name}` must be {len(data)} tensors, as `data`, got {len(held_out)}")
     for ours, theirs in zip(held_out, data, strict=True):

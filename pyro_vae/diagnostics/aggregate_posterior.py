@@ -1,4 +1,4 @@
-"""The aggregate posterior, the mixture of q(z | x) over the data, at draws of its components."""
+"""The aggregate posterior q(z), the mixture of q(z | x_n) over the data, and its log-densities at draws of z."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,55 +9,47 @@ from torch import Tensor
 from pyro_vae._utils.traces import log_density
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.exact.guide_density import GuideDensity
-from pyro_vae.exact.model_density import ModelDensity, Values
+from pyro_vae.exact.model_density import Values
 
-__all__ = ["Aggregate", "Terms"]
+__all__ = ["AggregatePosterior", "LogDensities"]
 
 _BUDGET = 2**21  # numbers in the largest tensor of one chunk
 
 
-class Terms(NamedTuple):
-    """Log-densities at draws of each datum's latents, or their expectations, ``(K, N)``."""
+class LogDensities(NamedTuple):
+    """Log-densities at K draws of the latents of each datum, or their expectations, ``(K, N)`` each.
+
+    ``log_aggregate`` is log q(z), the mixture over all data; ``log_others`` is the mixture without the datum itself.
+    """
 
     log_likelihood: Tensor
     log_prior: Tensor
     log_q: Tensor
-    log_mixture: Tensor
+    log_aggregate: Tensor
     log_others: Tensor
 
 
-class Aggregate:
-    """The aggregate posterior of a guide on the data of a problem."""
+class AggregatePosterior:
+    """The mixture of q(z | x_n) over the N data of a model and a guide."""
 
-    def __init__(self, problem: ModelDensity, q: GuideDensity):
-        self.problem = problem
+    def __init__(self, q: GuideDensity):
+        self.p = q.p
         self.q = q
-        self.factors = q.factors()  # computed once, if no latent hangs on another
+        self.num_data = q.p.num_data
+        self.factors = q.factors()  # computed once, if no latent site depends on another
         width = sum(site["fn"].event_shape.numel() for site in q.sites.values())
-        self.chunk = max(1, _BUDGET // (problem.num_data * max(16, width)))
-
-    def _log_q(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """log q(z | x_n) of every n at values ``(C, 1, *event)``, ``(C, N)``; of each variable too, ``(C, N, V)``."""
-        shape = (len(next(iter(values.values()))), self.problem.num_data)
-        if self.factors is None:
-            wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
-            return self.q.log_prob(wide).double().expand(shape), {}
-        total, by_variable = self.problem.zeros().expand(shape), {}
-        for name, fn in self.factors.items():
-            each = without_independent(fn).log_prob(values[name])
-            each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
-            total = total + each.sum(-1, dtype=total.dtype)
-            by_variable[name] = each
-        return total, by_variable
+        self.chunk = max(1, _BUDGET // (self.num_data * max(16, width)))
 
     def at_draws(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """At draws ``(K, N, *event)``: log q of their own datum, log q(z) with and without it, ``(3, K, N)``.
+        """Evaluate q at draws ``(K, N, *event)``, row n from q(z | x_n).
 
-        And the information of each variable, summed over the draws, ``(V,)``.
+        Returns:
+            log q(z | x_n), log q(z), and log q(z) without datum n, stacked, ``(3, K, N)``; and for each site the
+            mutual information of each variable and n, summed over draws, ``(V,)``.
         """
-        count, num_data = next(iter(values.values())).shape[:2]
+        count = len(next(iter(values.values())))
         flat = {name: value.flatten(0, 1)[:, None] for name, value in values.items()}
-        owners = torch.arange(num_data, device=self.problem.data[0].device).repeat(count)
+        owners = torch.arange(self.num_data, device=self.p.data[0].device).repeat(count)
         parts: list[Tensor] = []
         information: dict[str, Tensor] = {}
         for first in range(0, len(owners), self.chunk):
@@ -67,40 +59,57 @@ class Aggregate:
             others = log_q.scatter(1, owner, -math.inf).logsumexp(1, keepdim=True)
             parts.append(torch.cat([own, torch.logaddexp(own, others), others], dim=1))
             for name, each in by_variable.items():
-                mine = each.gather(1, owner[..., None].expand(-1, -1, each.shape[-1]))[:, 0]
-                found = (mine - each.logsumexp(1) + math.log(num_data)).sum(0, dtype=log_q.dtype)
-                information[name] = information.get(name, torch.zeros_like(found)) + found
-        own, all_of_them, others = torch.cat(parts).T.unflatten(1, (count, num_data))
-        return torch.stack([own, all_of_them - math.log(num_data), others - math.log(num_data - 1)]), information
+                own_each = each.gather(1, owner[..., None].expand(-1, -1, each.shape[-1]))[:, 0]
+                gain = (own_each - each.logsumexp(1) + math.log(self.num_data)).sum(0, dtype=log_q.dtype)
+                information[name] = information.get(name, torch.zeros_like(gain)) + gain
+        own, aggregate, others = torch.cat(parts).T.unflatten(1, (count, self.num_data))
+        aggregate, others = aggregate - math.log(self.num_data), others - math.log(self.num_data - 1)
+        return torch.stack([own, aggregate, others]), information
 
-    def over_states(self) -> tuple[Terms, dict[str, Tensor]]:
-        """The expectations of each datum without error, as ``(1, N)``; and the information of each variable."""
-        total = torch.stack([self.problem.zeros()] * 5)
+    def over_states(self) -> tuple[LogDensities, dict[str, Tensor]]:
+        """Sum over all states of discrete latents.
+
+        Returns:
+            the exact expectation of each log-density for each datum, ``(1, N)``; and for each site the mutual
+            information of each variable and n, ``(V,)``.
+        """
+        total = torch.stack([self.p.zeros()] * 5)
         information: dict[str, Tensor] = {}
-        num_data = self.problem.num_data
-        for values in self.problem.states():
+        for values in self.p.states():
             log_q, by_variable = self._log_q(values)
             log_sum = log_q.logsumexp(1, keepdim=True).expand_as(log_q)
-            without = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
-            terms = torch.stack(
-                [
-                    *(part.expand_as(log_q) for part in self.model_terms(self.problem.sites(values))),
-                    log_q,
-                    log_sum - math.log(num_data),
-                    without - math.log(num_data - 1),
-                ]
-            )
+            others = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
+            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(self.p.sites(values)))
+            aggregate, others = log_sum - math.log(self.num_data), others - math.log(self.num_data - 1)
             weight = log_q.exp()
+            terms = torch.stack([likelihood, prior, log_q, aggregate, others])
             total = total + torch.where(weight > 0, weight * terms, 0.0).sum(1)
             for name, each in by_variable.items():
-                gain = each - each.logsumexp(1, keepdim=True) + math.log(num_data)
-                found = torch.where(weight[..., None] > 0, weight[..., None] * gain, 0.0).sum(0).mean(0)
-                information[name] = information.get(name, torch.zeros_like(found)) + found
-        return Terms(*total[:, None]), information
+                gain = each - each.logsumexp(1, keepdim=True) + math.log(self.num_data)
+                gain = torch.where(weight[..., None] > 0, weight[..., None] * gain, 0.0).sum(0).mean(0)
+                information[name] = information.get(name, torch.zeros_like(gain)) + gain
+        return LogDensities(*total[:, None]), information
 
     def model_terms(self, sites: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """log p(x | z) and log p(z) apart, from the sites of the model."""
-        parts = [self.problem.zeros(), self.problem.zeros()]
+        """Compute log p(x | z) and log p(z) from the sites of the model."""
+        likelihood, prior = self.p.zeros(), self.p.zeros()
         for name, site in sites.items():
-            parts[name in self.problem.latents] = parts[name in self.problem.latents] + log_density(site).double()
-        return parts[0], parts[1]
+            if name in self.p.latents:
+                prior = prior + log_density(site).double()
+            else:
+                likelihood = likelihood + log_density(site).double()
+        return likelihood, prior
+
+    def _log_q(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
+        """log q(z | x_n) for every n at values ``(C, 1, *event)``, ``(C, N)``, and of each variable, ``(C, N, V)``."""
+        shape = (len(next(iter(values.values()))), self.num_data)
+        if self.factors is None:
+            wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
+            return self.q.log_prob(wide).double().expand(shape), {}
+        total, by_variable = self.p.zeros().expand(shape), {}
+        for name, fn in self.factors.items():
+            each = without_independent(fn).log_prob(values[name])
+            each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
+            total = total + each.sum(-1, dtype=total.dtype)
+            by_variable[name] = each
+        return total, by_variable

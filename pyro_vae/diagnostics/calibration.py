@@ -1,14 +1,14 @@
-r"""Whether a guide's q(z | x) can be believed: simulation-based calibration on data drawn from the model itself.
+r"""Simulation-based calibration: test whether a guide's q(z | x) is the exact posterior, on data drawn from the model.
 
-Where z* is drawn from the prior and x* from the likelihood at z*, z* is a draw from the exact posterior p(z | x*). So
-it must not be told from draws of q(z | x*): its rank among L of them is uniform on 0, ..., L, for each latent
-coordinate and for any quantity of z and x.
+If z* is drawn from the prior and x* from the likelihood at z*, then z* is a draw from the exact posterior p(z | x*).
+If q(z | x*) is that posterior, the rank of z* among L draws of q(z | x*) is uniform on 0, ..., L, for each latent
+coordinate and for any function of z and x.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -16,7 +16,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.transforms import biject_to
-from scipy.stats import norm
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -32,39 +31,27 @@ from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.model_guide import is_amortized
 
-__all__ = [
-    "ALL",
-    "JOINT",
-    "Calibration",
-    "CalibrationErrors",
-    "SimulationResults",
-    "calibrate",
-    "calibration_errors",
-    "errors_after_elbo_corrections",
-]
+__all__ = ["ALL", "JOINT", "Calibration", "CalibrationErrors", "calibrate"]
 
 JOINT = "log p(x, z)"
-"""The name of the quantity that reads the data."""
+"""The name of the one quantity that depends on the data."""
 
 
 ALL = "all coordinates"
-"""The name of what they have in common."""
-
-
-_EFFECTIVE = 20  # data that a coordinate's error must rest on to have a say in that of all
+"""The key of the faults that all coordinates have in common."""
 
 
 @dataclass(frozen=True)
 class CalibrationErrors:
-    """How far q is off, by coordinate, ``(D,)``, and on the whole.
+    """Errors of the variance and the mean of q, for each coordinate, ``(D,)``, and overall.
 
     Attributes:
-        variance_ratio: the variance that q should have over the one it has: 2 if q's is half of what it must be.
-        log_ratio_error: standard error of its logarithm.
-        bias: how far the mean of q should move, in standard deviations of q.
-        bias_error: its standard error.
-        overall: of all coordinates: the geometric mean of the ratios, the error of its logarithm; the root mean square
-            of the biases, what chance explains taken off, and its error.
+        variance_ratio: the variance that q should have over the variance of q: 2 if q has half the variance.
+        log_ratio_error: standard error of the logarithm of ``variance_ratio``.
+        bias: by how much the mean of q should move, in standard deviations of q.
+        bias_error: standard error of ``bias``.
+        overall: four numbers for all coordinates: the geometric mean of the variance ratios, the standard error of its
+            logarithm, the root mean square of the biases after the share of chance is subtracted, its standard error.
     """
 
     variance_ratio: Tensor
@@ -76,29 +63,30 @@ class CalibrationErrors:
 
 @dataclass(frozen=True)
 class Calibration:
-    r"""What R data drawn from the model tell of a guide, by L draws of each q(z | x).
+    r"""The result of :func:`calibrate`: ranks of R simulated truths among L draws of each q(z | x), and their tests.
 
     There are Q quantities: the coordinates of the latents, and last log p(x, z). A latent on the reals is its own
-    coordinate, one with constraints is told in free ones (a point of the log-simplex in log-ratios), and a class by an
-    indicator of each.
+    coordinate. A latent with constraints is compared in unconstrained coordinates (a point of the log-simplex in
+    log-ratios), and a class by an indicator of each value.
 
     Attributes:
-        names: of the quantities, such as ``"z[0]"``.
-        ranks: ``(R, Q)``, of the truth among the L draws, from 0 to L; ties broken at random.
+        names: names of the quantities, such as ``"z[0]"``.
+        ranks: ranks of the truth among the L draws, from 0 to L, ``(R, Q)``; ties are broken at random.
         num_draws: L.
-        p_values: ``(Q,)``, each exact, of the uniformity of the ranks.
-        errors: of the truths about q: their mean squared distance from q's mean, but for a constant bias, over the mean
-            variance of q, and that bias.
-        remedies: of a continuous q, on the data that were given: the variance and the shift, the same for all data,
-            that would raise the ELBO. Where :math:`h = -\mathbb{E}_q[\partial_z \log p(x, z)\,(z - \mathbb{E}_q z)]`,
-            the ELBO is stationary in the variance at a mean h of 1; 1 / h is the factor for a normal p(z | x). None if
-            a latent is discrete, or of one datum.
-        divergence: in nats per datum, an unbiased estimate of the whole distance to the exact posterior,
+        p_values: exact p-values of the uniformity of the ranks, ``(Q,)``.
+        errors: errors of q on the simulated data. The variance ratio is the mean squared distance of the truth from
+            the mean of q, after a constant bias is subtracted, over the mean variance of q.
+        elbo_corrections: the variance ratio and the shift of the mean, the same for all data, that would raise the ELBO
+            on the given data. With :math:`h = -\mathbb{E}_q[\partial_z \log p(x, z)\,(z - \mathbb{E}_q z)]`, the ELBO
+            is stationary in the variance where the mean of h is 1; the ratio is 1 / h, exact for a normal p(z | x).
+            ``None`` if a latent is discrete, or for a single datum.
+        divergence: unbiased estimate of
             :math:`\mathbb{E}_{p(x)}[\mathrm{KL}(q \Vert p(z|x)) + \mathrm{KL}(p(z|x) \Vert q)]`, in which log p(x)
-            cancels. What averages out in the ranks, one datum too narrow and one too wide, adds up here.
-        divergence_error: its standard error. The estimate has heavy tails where q is far too narrow.
-        tolerance: the ratio of variances that is let pass.
-        alpha: the chance of any false alarm.
+            cancels, in nats per datum. Errors of single data that cancel in the ranks, one q too narrow and another too
+            wide, add up here.
+        divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow.
+        tolerance: the largest ratio of variances that is no fault.
+        alpha: the probability of any false alarm.
 
     Source: Talts et al. 2018, "Validating Bayesian inference algorithms with simulation-based calibration"; Modrák et
     al. 2023, "Simulation-based calibration checking for Bayesian computation", for log p(x, z), without which a guide
@@ -119,63 +107,79 @@ class Calibration:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no rank tells q from the exact posterior; if q is exact, that fails with a chance of ``alpha``."""
+        """Whether all ranks agree with an exact q; false with probability ``alpha`` if q is exact."""
         return not any(self.leaves_band(index) for index in range(len(self.names)))
 
     def leaves_band(self, index: int) -> bool:
-        """Whether the ranks of a quantity are certainly not uniform, at ``alpha`` for all quantities together."""
+        """Whether the ranks of a quantity are not uniform, at level ``alpha`` for all quantities together."""
         return float(self.p_values[index]) <= self.alpha / len(self.names)
 
     @property
     def faults(self) -> dict[str, str]:
-        """What is wrong, in words, by quantity: what is certain, and more than the tolerance lets pass.
+        """Descriptions of the faults of q, by quantity, or by :data:`ALL`.
 
-        Certain: some ranks leave their band, at ``alpha`` for all quantities together. Material: a remedy of the
-        variances by a factor of more than ``tolerance``, or of the means by as much, by a bound as sure as that; its
-        square for one of several coordinates. With a tolerance of 1, and of discrete latents, the errors are named.
+        There is a fault only if some ranks leave their band, at level ``alpha`` for all quantities together, and if the
+        ELBO corrections, at the same level, change the variances by a factor of more than ``tolerance``, or the means
+        by as many nats; for a single coordinate the factor is squared. With ``tolerance=1``, and for discrete latents,
+        ``errors`` are used in place of the corrections.
         """
         if self.is_exact:
             return {}
-        sure = float(norm.isf(self.alpha / (4 * len(self.names))))  # two sides of two effects of each quantity
-        effects = self.errors if self.elbo_corrections is None or self.tolerance == 1 else self.elbo_corrections
-        allowed = _Tolerance(self.tolerance, sure)
-        words = {ALL: allowed.words(*effects.overall)}
-        for index, name in enumerate(self.names[:-1]):
-            of_one = (effects.variance_ratio, effects.log_ratio_error, effects.bias, effects.bias_error)
-            words[name] = _Tolerance(self.tolerance**2, sure).words(*(float(values[index]) for values in of_one))
-        if self.tolerance == 1 or self.elbo_corrections is None:
-            for index, name in enumerate(self.names):
-                leaves = self.leaves_band(index)
-                off = [f"not as p(z | x) is, p = {self.p_values[index]:.1g}"] if self.tolerance == 1 else []
-                words[name] = (words.get(name) or off) if leaves else []
-        return {name: "; ".join(found) for name, found in words.items() if found}
+        from scipy.stats import norm
+
+        num_tests = 4 * len(self.names)  # two sides of two errors for each quantity
+        z_score = float(norm.isf(self.alpha / num_tests))
+        strict = self.tolerance == 1
+        errors = self.errors if strict or self.elbo_corrections is None else self.elbo_corrections
+        found = {ALL: _describe_errors(errors.overall, self.tolerance, z_score)}
+        for index, name in enumerate(self.names):
+            found[name] = []
+            if errors is self.errors and not self.leaves_band(index):
+                continue
+            if name != JOINT:
+                columns = (errors.variance_ratio, errors.log_ratio_error, errors.bias, errors.bias_error)
+                numbers = [float(column[index]) for column in columns]
+                found[name] = _describe_errors(numbers, self.tolerance**2, z_score)
+            if strict and not found[name]:
+                found[name] = [f"differs from p(z | x), p-value {self.p_values[index]:.1g}"]
+        return {name: "; ".join(lines) for name, lines in found.items() if lines}
 
     def ecdf_difference(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of a quantity's ranks: places u, the share of ranks below u less u, and the band's two edges; ``(L,)`` each.
+        """Compare the empirical distribution function (ECDF) of a quantity's ranks with the uniform one.
 
-        If q is exact, all quantities stay within their bands with a chance of 1 - ``alpha``.
+        If q is exact, all quantities stay within their bands with probability 1 - ``alpha``.
+
+        Returns:
+            points u, the ECDF at u minus u, the lower and the upper edge of its band, ``(L,)`` each.
         """
         cells = self.num_draws + 1
-        places = np.arange(1, cells) / cells
-        share = np.bincount(self.ranks[:, index].numpy(), minlength=cells).cumsum()[:-1] / len(self.ranks)
+        points = np.arange(1, cells) / cells
+        ecdf = np.bincount(self.ranks[:, index].numpy(), minlength=cells).cumsum()[:-1] / len(self.ranks)
         lower, upper = simultaneous_band(len(self.ranks), cells, 1 - self.alpha / len(self.names))
-        return places, share - places, lower - places, upper - places
+        return points, ecdf - points, lower - points, upper - points
 
     def coverage(self, level: float) -> tuple[Tensor, Tensor]:
-        """How often the central interval of q holds the truth, ``(Q,)``, which should be ``level``; and its error.
+        """Compute how often the central interval of q at ``level`` contains the truth, and the standard error.
 
-        The ends are quantiles of the draws; a truth between two draws counts in part where an end lies there too.
+        The ends of the interval are quantiles of the draws. If a truth and an end lie between the same two draws, the
+        truth counts in part.
+
+        Returns:
+            the share of truths, ``(Q,)``, which is ``level`` if q is exact, and its standard error, ``(Q,)``.
+
+        Raises:
+            ValueError: if ``level`` is no float between 0 and 1.
         """
         if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
             raise ValueError(f"`level` must be a number between 0 and 1, such as 0.9, got {level!r}")
         low, high = ((1 - level) / 2, (1 + level) / 2)
         start, width = self.ranks.double() / (self.num_draws + 1), 1 / (self.num_draws + 1)
-        held = ((start + width).clamp(max=high) - start.clamp(min=low)).clamp(min=0) / width
-        return held.mean(0), held.std(0) / len(held) ** 0.5
+        covered = ((start + width).clamp(max=high) - start.clamp(min=low)).clamp(min=0) / width
+        return covered.mean(0), covered.std(0) / len(covered) ** 0.5
 
     @property
     def headline(self) -> str:
-        """How far q is from the exact posterior, in words."""
+        """One line with the estimated divergence of q from the exact posterior."""
         return (
             f"q(z | x) of {len(self.ranks)} data drawn from the model, {self.num_draws} draws each: "
             f"{self.divergence:.2f} ± {self.divergence_error:.2f} nats from p(z | x), both KL divergences together"
@@ -185,78 +189,20 @@ class Calibration:
         return "\n".join([self.headline, *(f"  {name}: {fault}" for name, fault in self.faults.items())])
 
 
-@dataclass(frozen=True)
-class _Tolerance:
-    """What is let pass: what is not for sure more than the effect of a normal's variance off by a factor."""
+def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) -> list[str]:
+    """Describe errors (ratio, error of its logarithm, bias, its error) that exceed the tolerance.
 
-    ratio: float
-    sure: float
-
-    def words(self, ratio: float, log_ratio_error: float, bias: float, bias_error: float) -> list[str]:
-        """What is beyond it. A bias is allowed that is as many nats away, by both KL divergences together."""
-        found = []
-        if abs(math.log(ratio)) - self.sure * log_ratio_error > math.log(self.ratio):
-            kind = "narrow" if ratio > 1 else "wide"
-            found.append(f"too {kind}, the variance of q is {1 / ratio:.2f} times what it should be")
-        if abs(bias) - self.sure * bias_error > math.sqrt(max((self.ratio + 1 / self.ratio) / 2 - 1, 0.0)):
-            found.append(f"biased, the mean of q is off by {abs(bias):.2f} of its standard deviations")
-        return found
-
-
-@dataclass(frozen=True)
-class SimulationResults:
-    """Truths beside draws, for N data.
-
-    Attributes:
-        ranks: ``(N, Q)``, of the truth.
-        errors: ``(N, D)``, the truth less the mean of the draws.
-        variances: ``(N, D)``, of the draws.
-        excess: ``(N,)``, log p(x, z) - log q(z | x) at the truth less its mean over the draws.
+    They exceed it by more than ``z_score`` standard errors. The tolerated bias costs as many nats, in both KL
+    divergences together, as the tolerated ratio of variances.
     """
-
-    ranks: Tensor
-    errors: Tensor
-    variances: Tensor
-    excess: Tensor
-
-
-def calibration_errors(found: SimulationResults, count: int) -> CalibrationErrors:
-    """How far the truths lie from the mean of ``count`` draws, beside how far the draws do."""
-    num, errors, variances = len(found.errors), found.errors.cpu(), found.variances.cpu()
-    scale, centre = variances.mean(0), errors.mean(0)
-    squared = (errors - centre) ** 2 * num / (num - 1) - variances / count  # less what the mean of the draws errs by
-    mean_squared = squared.mean(0)
-    constant = (scale == 0) & (mean_squared == 0)
-    ratio = torch.where(constant, 1.0, (mean_squared / scale).clamp(1e-9, 1e9))
-    influence = torch.where(constant, 0.0, (squared - ratio * variances) / mean_squared.abs().clamp(min=1e-300))
-    deviation = scale.clamp(min=1e-300).sqrt()
-    told = (squared.sum(0) ** 2 >= _EFFECTIVE * (squared**2).sum(0)) & ~constant & (scale > 0)
-    return _effects(ratio, influence, centre / deviation, errors.std(0) / deviation / num**0.5, told)
-
-
-def errors_after_elbo_corrections(curvature: Tensor, pull: Tensor) -> CalibrationErrors:
-    """What would make the ELBO stationary, from ``(N, D)``: h, and the gradient of log p in standard deviations."""
-    curvature, pull = curvature.cpu(), pull.cpu()
-    mean = curvature.mean(0).clamp(1e-9, 1e9)
-    influence = -(curvature - mean) / mean
-    error = pull.std(0) / mean / len(pull) ** 0.5
-    return _effects(1 / mean, influence, pull.mean(0) / mean, error, torch.ones_like(mean, dtype=torch.bool))
-
-
-def _effects(ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor, told: Tensor) -> CalibrationErrors:
-    """With the whole: errors of ratios may go together, and each datum has its say on all of them at once."""
-    log_ratio_error = influence.std(0) / len(influence) ** 0.5
-    overall = (1.0, 0.0, 0.0, 0.0)
-    if told.any():
-        chance = float((bias_error[told] ** 2).mean())
-        size = max(float((bias[told] ** 2).mean()) - chance, 0.0) ** 0.5
-        error = float((bias * bias_error)[told].norm()) / int(told.sum()) / size if size else 0.0
-        whole = float(influence[:, told].mean(1).std()) / len(influence) ** 0.5
-        overall = (math.exp(float(ratio[told].log().mean())), whole, size, max(error, (chance / len(bias)) ** 0.5))
-    return CalibrationErrors(ratio, log_ratio_error, bias, bias_error, overall)
-
-
-_ROWS = 128  # of a batch, for which the guide's network runs once
+    ratio, log_ratio_error, bias, bias_error = errors
+    found = []
+    if abs(math.log(ratio)) - z_score * log_ratio_error > math.log(tolerance):
+        kind = "narrow" if ratio > 1 else "wide"
+        found.append(f"too {kind}, the variance of q is {1 / ratio:.2f} times what it should be")
+    if abs(bias) - z_score * bias_error > math.sqrt(max((tolerance + 1 / tolerance) / 2 - 1, 0.0)):
+        found.append(f"biased, the mean of q is off by {abs(bias):.2f} of its standard deviations")
+    return found
 
 
 @torch.no_grad()
@@ -271,40 +217,41 @@ def calibrate(
     plate: str = "data",
     seed: int = 0,
 ) -> Calibration:
-    r"""Simulation-based calibration of a guide, on data drawn from the model.
+    r"""Test a guide by simulation-based calibration, on data drawn from the model.
 
-    For each simulation :math:`z^* \sim p(z)` and :math:`x^* \sim p(x \mid z^*)`; L draws of :math:`q(z \mid x^*)`
-    follow, and for each quantity f the rank :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`. If q is the exact
-    posterior, r is uniform.
+    Each simulation draws :math:`z^* \sim p(z)`, :math:`x^* \sim p(x \mid z^*)` and L times
+    :math:`z_l \sim q(z \mid x^*)`. The rank of a quantity f is :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`. If q is
+    the exact posterior, r is uniform.
 
-    An encoder that is trained is hardly ever exact, and enough simulations will tell: its means err by more than its
-    variances admit. That is a limit of encoder and family, and no training longer would mend it. What
-    :attr:`Calibration.faults` names is certain by the ranks, and **a fault**: another variance, or another mean, the
-    same for all data, would raise the ELBO on the data given, by more than a factor of ``tolerance``. Wherever training
-    has converged no such remedy is left, whatever the ranks say.
+    A trained encoder is hardly ever exact, and enough simulations show it: the errors of its means are larger than its
+    variances allow. That is a limit of the encoder and the family, which longer training does not remove.
+    :attr:`Calibration.faults` therefore lists only deviations that the ranks make certain **and** that training should
+    have removed: another variance, or another mean, the same for all data, would raise the ELBO on the given data, by
+    more than a factor of ``tolerance``. Where training has converged there are none, whatever the ranks are.
 
-    The default tolerance is :math:`\sqrt 2`, half way between a sound q and one of half the variance, for which the
-    factor is 2. At :math:`\sqrt 2` an interval of 90 % of a normal holds 83 %, and the two KL divergences add up to
-    0.06 nats a dimension; at 2 it holds 76 %, at 0.25 nats. With ``tolerance=1`` whatever the ranks tell is named.
+    The default tolerance :math:`\sqrt 2` is half way, on a log scale, between a sound q and a q of half the variance,
+    whose factor is 2. At :math:`\sqrt 2` an interval of 90 % of a normal covers 83 %, and the two KL divergences add up
+    to 0.06 nats per dimension; at 2 it covers 76 %, at 0.25 nats. With ``tolerance=1`` all deviations of the ranks are
+    faults.
 
-    All of this is on average over data: that a few are wrong can hide in it. Of each datum
-    :func:`pyro_vae.exact.inference.kl` tells, where there is an exact answer.
+    All results are averages over data, in which a few data with a wrong q can be hidden.
+    :func:`pyro_vae.exact.inference.kl` has the KL divergence of each datum, where there is an exact answer.
 
     Args:
         model: a Pyro model of one data plate, as the rightmost dimension, that holds all its sites.
-        guide: its guide, amortized: of new data it makes a q(z | x) without being fitted to them.
-        data: what both take. Their rows, repeated, are the template of the simulations: covariates stay, and so does
-            which entries are missing (NaN); what the model observes is drawn anew.
-        num_simulations: R.
-        num_draws: L of each datum.
-        tolerance: the factor in the variance that is let pass, 1 or more.
-        alpha: the chance of any false alarm if q is exact.
+        guide: its guide, amortized: it gives a q(z | x) of new data without being fitted to them.
+        data: arguments of both. Their rows, repeated, are the template of the simulations: covariates and the pattern
+            of missing entries (NaN) stay, and observed values are simulated.
+        num_simulations: R, 10 or more.
+        num_draws: L for each datum, 10 or more.
+        tolerance: the largest ratio of variances that is no fault, 1 or more.
+        alpha: the probability of any false alarm if q is exact.
         plate: name of the data plate.
-        seed: of all draws.
+        seed: seed of all draws.
 
     Raises:
-        ValueError: if the guide is not amortized or the model holds something of its own for each datum, if the data
-            plate does not hold all sites, or if an observed value is not one of the data tensors, as it was given.
+        ValueError: if the guide is not amortized, if the model has values of its own for each datum, if the data plate
+            does not hold all sites, or if an observed value is not one of the data tensors, unchanged.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
@@ -319,112 +266,43 @@ def calibrate(
     >>> before.is_exact, calibrate(vae.model, vae.guide, x).faults
     (False, {})
     """
-    _check(num_simulations, num_draws, tolerance, alpha)
+    _check_arguments(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
     function(guide, "guide")
     with scoped_param_store(), seeded(seed):
-        ModelDensity(
-            model, data, plate
-        )  # refuses what is of another form, which would next be told to hang on other rows
+        ModelDensity(model, data, plate)  # first, since its errors are more precise than those of the next check
         _check_local(model, data, plate)
-        simulated, truth = _simulated(model, data, plate, num_simulations)
+        simulated, truth = _simulate(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = [
-            _compared(ModelDensity(model, part, plate), guide, values, num_draws)
+            _rank_truth(ModelDensity(model, part, plate), guide, values, num_draws)
             for part, values in _batches(simulated, truth)
         ]
-        whole = SimulationResults(
-            *(torch.cat(list(tensors)) for tensors in zip(*(vars(p).values() for p in parts), strict=True))
-        )
+        results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
         elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
-    ranks = whole.ranks.cpu()
+    p_values = [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]
     return Calibration(
         names=_names(ModelDensity(model, tuple(tensor[:1] for tensor in simulated), plate)),
-        ranks=ranks,
+        ranks=results.ranks,
         num_draws=num_draws,
-        p_values=torch.tensor([p_value(column.numpy(), num_draws + 1) for column in ranks.T]).double(),
-        errors=calibration_errors(whole, num_draws),
+        p_values=torch.tensor(p_values).double(),
+        errors=_simulation_errors(results, num_draws),
         elbo_corrections=elbo_corrections,
-        divergence=whole.excess.mean().item(),
-        divergence_error=whole.excess.std().item() / num_simulations**0.5,
+        divergence=results.excess.mean().item(),
+        divergence_error=results.excess.std().item() / num_simulations**0.5,
         tolerance=float(tolerance),
         alpha=alpha,
     )
 
 
-def _check(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
-    positive_int(num_simulations, "num_simulations")
-    positive_int(num_draws, "num_draws")
+def _check_arguments(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
     for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws)):
-        if value < 10:
-            raise ValueError(f"`{name}` must be 10 or more, of which ranks can be told uniform or not, got {value}")
+        if positive_int(value, name) < 10:
+            raise ValueError(f"`{name}` must be 10 or more, for a test of uniform ranks, got {value}")
     if positive(tolerance, "tolerance") < 1:
         raise ValueError(f"`tolerance` must be a factor of 1 or more, got {tolerance!r}")
     if not positive(alpha, "alpha") < 1:
-        raise ValueError(f"`alpha` must be a chance between 0 and 1, got {alpha!r}")
-
-
-def _simulated(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
-    """Data like those given, of ``num`` rows, but drawn from the model; and the latents that they were drawn from."""
-    count, places = len(data[0]), torch.arange(num, device=data[0].device)
-    rows = places * count // num if num < count else places % count
-    template = tuple(tensor[rows] for tensor in data)
-    ModelDensity(model, tuple(tensor[: min(num, 4)] for tensor in template), plate)  # refuses what is of another form
-    with poutine.block():
-        observed = observed_sites(poutine.trace(model).get_trace(*template))
-        trace = poutine.trace(ResampleObserved()(model)).get_trace(*template)
-    roles = {name: _role(name, site["value"], template) for name, site in observed.items()}
-    if len(set(roles.values())) < len(roles):
-        raise ValueError(f"`model` must be one for each: its observed sites {list(roles)} share a data tensor")
-    sites: dict[str, Any] = dict(trace.nodes)
-    complete = list(template)
-    for name, index in roles.items():
-        value = sites[name]["value"].reshape(template[index].shape)
-        complete[index] = value.to(template[index])
-        if not value.equal(complete[index].to(value)) and not template[index].is_floating_point():
-            raise ValueError(
-                f"`data` must be data of that dtype, `x.to(dtype)`, got {template[index].dtype} for {name!r}, of "
-                f"which the model draws {value.dtype} with fractions"
-            )
-    truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
-    with poutine.block():
-        again = observed_sites(poutine.trace(poutine.condition(model, data=truth)).get_trace(*complete))
-    for name in roles:
-        drawn_density, density = (log_density(one[name]).double() for one in (sites, again))
-        if not torch.allclose(drawn_density, density, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"model: what it draws for {name!r} has another density when it is handed back as data. Accepted is a "
-                "likelihood that reads the latents and covariates, but not the observed values themselves"
-            )
-    for index, nan in enumerate(tensor.isnan() for tensor in template):
-        complete[index] = complete[index].masked_fill(nan, math.nan) if nan.any() else complete[index]
-    return tuple(complete), truth
-
-
-def _role(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
-    """Which of the data tensors an observed site has for its value."""
-    found = [index for index, tensor in enumerate(data) if tensor is value]
-    found = found or [
-        index
-        for index, tensor in enumerate(data)
-        if tensor.numel() == value.numel()
-        and torch.allclose(tensor.double().flatten(), value.double().flatten(), equal_nan=True)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"`model` must be one of them as it is, `obs=x`: what it observes at {name!r} is {'several' if found else 'none'} "
-            f"of its {len(data)} data tensors, so that what is drawn anew could not be handed to it"
-        )
-    return found[0]
-
-
-def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
-    if not is_amortized(guide, data, plate):
-        raise ValueError(
-            "guide: is not amortized: its q(z | x) of a datum hangs on more than that datum, such as parameters of its "
-            "own, and there is none of data drawn anew. Accepted is an encoder, such as guides.DiagonalNormal, in "
-            "evaluation mode; hold other guides against pyro_vae.exact.inference.posterior or pyro_vae.reference"
-        )
+        raise ValueError(f"`alpha` must be a probability between 0 and 1, got {alpha!r}")
 
 
 def _check_local(model: Function, data: tuple[Tensor, ...], plate: str) -> None:
@@ -432,99 +310,211 @@ def _check_local(model: Function, data: tuple[Tensor, ...], plate: str) -> None:
         local = is_amortized(model, data, plate)
     if not local:
         raise ValueError(
-            "model: its p(x, z) of a datum hangs on more than that datum, such as a covariate that it holds itself and "
-            "indexes by the plate, and data drawn anew have none of their own. Hand covariates over as data"
+            "`model` must have a p(x, z) of each datum that depends on that datum alone, got one that depends on other "
+            "rows or on values that the model has for each row, such as a covariate indexed by the plate: simulated "
+            "data have no such values. Pass covariates as data"
         )
 
 
+def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> None:
+    if not is_amortized(guide, data, plate):
+        raise ValueError(
+            "`guide` must be amortized, such as guides.DiagonalNormal in evaluation mode, got a q(z | x) of a datum "
+            "that depends on more than that datum, such as free parameters for each datum: simulated data have none. "
+            "Compare other guides with pyro_vae.exact.inference.posterior or pyro_vae.reference"
+        )
+
+
+def _simulate(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
+    """Draw data of ``num`` rows from the model, like the given ones, with the latents that they were drawn from."""
+    count, index = len(data[0]), torch.arange(num, device=data[0].device)
+    rows = index * count // num if num < count else index % count
+    template = tuple(tensor[rows] for tensor in data)
+    with poutine.block():
+        observed = observed_sites(poutine.trace(model).get_trace(*template))
+        trace = poutine.trace(ResampleObserved()(model)).get_trace(*template)
+    sources = {name: _source_tensor(name, site["value"], template) for name, site in observed.items()}
+    if len(set(sources.values())) < len(sources):
+        raise ValueError(f"`model` must observe each data tensor at one site, got one tensor at {list(sources)}")
+    sites: dict[str, Any] = dict(trace.nodes)
+    simulated = list(template)
+    for name, place in sources.items():
+        value = sites[name]["value"].reshape(template[place].shape)
+        simulated[place] = value.to(template[place])
+        if not value.equal(simulated[place].to(value)) and not template[place].is_floating_point():
+            raise ValueError(
+                f"`data` must have a dtype that holds the draws of {name!r}, {value.dtype} with fractions, got "
+                f"{template[place].dtype}. Convert it by `x.to(dtype)`"
+            )
+    truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
+    with poutine.block():
+        again = observed_sites(poutine.trace(poutine.condition(model, data=truth)).get_trace(*simulated))
+    for name in sources:
+        if not torch.allclose(log_density(sites[name]), log_density(again[name]), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"`model` must have a likelihood of {name!r} that depends on latents and covariates, not on the "
+                "observed values themselves, got draws that have another density when they are passed as data"
+            )
+    for place, nan in enumerate(tensor.isnan() for tensor in template):
+        simulated[place] = simulated[place].masked_fill(nan, math.nan) if nan.any() else simulated[place]
+    return tuple(simulated), truth
+
+
+def _source_tensor(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
+    """Find the data tensor that is the value of an observed site."""
+    found = [index for index, tensor in enumerate(data) if tensor is value] or [
+        index
+        for index, tensor in enumerate(data)
+        if tensor.numel() == value.numel()
+        and torch.allclose(tensor.double().flatten(), value.double().flatten(), equal_nan=True)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"`model` must observe one of its {len(data)} data tensors, unchanged, at {name!r}, as in `obs=x`, got "
+            f"values that are equal to {'several' if found else 'none'} of them"
+        )
+    return found[0]
+
+
+_BATCH = 128  # rows for which the guide's network runs once
+
+
 def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Tensor, ...], Values]]:
-    for first in range(0, len(data[0]), _ROWS):
-        rows = slice(first, first + _ROWS)
+    for first in range(0, len(data[0]), _BATCH):
+        rows = slice(first, first + _BATCH)
         yield tuple(tensor[rows] for tensor in data), {name: value[rows] for name, value in truth.items()}
 
 
-def _compared(problem: ModelDensity, guide: Function, truth: Values, count: int) -> SimulationResults:
-    q = GuideDensity(problem, guide)
+class SimulationResults(NamedTuple):
+    """The truth compared with draws of q, for N simulated data.
+
+    Attributes:
+        ranks: ranks of the truth, ``(N, Q)``.
+        errors: the truth minus the mean of the draws, ``(N, D)``.
+        variances: variances of the draws, ``(N, D)``.
+        excess: log p(x, z) - log q(z | x) at the truth minus its mean over the draws, ``(N,)``.
+    """
+
+    ranks: Tensor
+    errors: Tensor
+    variances: Tensor
+    excess: Tensor
+
+
+def _rank_truth(p: ModelDensity, guide: Function, truth: Values, count: int) -> SimulationResults:
+    q = GuideDensity(p, guide)
     q.check_densities()
-    draws, log_q = sample_with_log_q(guide, problem.data, count)
-    chunks = range(0, count, problem.chunk)
-    log_p = torch.cat(
-        [problem.log_joint({name: value[i : i + problem.chunk] for name, value in draws.items()}) for i in chunks]
-    ).double()
+    draws, log_q = sample_with_log_q(guide, p.data, count)
+    chunks = range(0, count, p.chunk)
+    log_p = torch.cat([p.log_joint({name: v[i : i + p.chunk] for name, v in draws.items()}) for i in chunks]).double()
     at_truth = {name: value[None] for name, value in truth.items()}
-    true_log_p, true_log_q = problem.log_joint(at_truth)[0].double(), _log_q(q, at_truth)[0].double()
-    values = torch.cat([_coordinates(problem, draws), log_p[..., None]], -1)
-    true = torch.cat([_coordinates(problem, at_truth)[0], true_log_p[:, None]], -1)
+    true_log_p = p.log_joint(at_truth)[0].double()
+    with pyro.validation_enabled(False):  # the truth may lie where q has no density
+        true_log_q = q.log_prob(at_truth)[0].double().nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
+    values = torch.cat([_coordinates(p, draws), log_p[..., None]], -1)
+    true = torch.cat([_coordinates(p, at_truth)[0], true_log_p[:, None]], -1)
     ties = (values == true).sum(0)
     ranks = (values < true).sum(0) + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
     excess = (true_log_p - true_log_q) - (log_p - log_q.double()).mean(0)
     return SimulationResults(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
 
 
-def _log_q(q: GuideDensity, truth: Values) -> Tensor:
-    """log q(z | x) at the truth, which may lie where q has no density at all."""
-    with pyro.validation_enabled(False):
-        return q.log_prob(truth).nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
+def _coordinates(p: ModelDensity, values: Values) -> Tensor:
+    """All latents in unconstrained coordinates, ``(C, N, D)``."""
+    return _concatenate(_unconstrained(site["fn"], values[name]) for name, site in p.latents.items())
 
 
-def _coordinates(problem: ModelDensity, values: Values) -> Tensor:
-    """All latents in free coordinates, ``(C, N, D)``."""
-    return _side_by_side(_unconstrained(site["fn"], values[name]) for name, site in problem.latents.items())
-
-
-def _side_by_side(values: Iterable[Tensor]) -> Tensor:
-    """From ``(C, N, ...)`` each to ``(C, N, D)``."""
+def _concatenate(values: Iterable[Tensor]) -> Tensor:
+    """Concatenate values ``(C, N, ...)`` to ``(C, N, D)``."""
     return torch.cat([value.detach().reshape(*value.shape[:2], -1).double() for value in values], -1)
 
 
 def _unconstrained(fn: Any, value: Tensor) -> Tensor:
-    """Values ``(C, N, *event)`` on the reals, or as indicators of classes, as ``(C, N, *shape)``."""
+    """Map values ``(C, N, *event)`` to the reals, or classes to indicators, ``(C, N, *shape)``."""
     if not fn.support.is_discrete:
         return biject_to(fn.support).inv(value)
     base = base_distribution(fn)
     return one_hot(value.long(), base.probs.shape[-1]) if isinstance(base, dist.Categorical) else value
 
 
-def _names(problem: ModelDensity) -> tuple[str, ...]:
+def _names(p: ModelDensity) -> tuple[str, ...]:
     names: list[str] = []
-    for name, site in problem.latents.items():
+    for name, site in p.latents.items():
         shape = _unconstrained(site["fn"], site["value"][None]).shape[2:]
         names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
     return (*names, JOINT)
 
 
+_EFFECTIVE = 20  # effective number of data that a coordinate needs to count in the overall errors
+
+
+def _simulation_errors(results: SimulationResults, num_draws: int) -> CalibrationErrors:
+    """Compare the distances of the truth from the mean of the draws with the variance of the draws."""
+    num, errors, variances = len(results.errors), results.errors, results.variances
+    scale, centre = variances.mean(0), errors.mean(0)
+    squared = (errors - centre) ** 2 * num / (num - 1) - variances / num_draws  # less the variance of the draws' mean
+    mean_squared = squared.mean(0)
+    constant = (scale == 0) & (mean_squared == 0)
+    ratio = torch.where(constant, 1.0, (mean_squared / scale).clamp(1e-9, 1e9))
+    influence = torch.where(constant, 0.0, (squared - ratio * variances) / mean_squared.abs().clamp(min=1e-300))
+    deviation = scale.clamp(min=1e-300).sqrt()
+    reliable = (squared.sum(0) ** 2 >= _EFFECTIVE * (squared**2).sum(0)) & ~constant & (scale > 0)
+    return _with_overall(ratio, influence, centre / deviation, errors.std(0) / deviation / num**0.5, reliable)
+
+
 def _elbo_corrections(
-    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, count: int
+    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, num_draws: int
 ) -> CalibrationErrors | None:
-    """By the gradients of log p(x, z) at draws of q, on at most ``num`` of the data given."""
+    """Compute what would make the ELBO stationary, from gradients of log p(x, z) on at most ``num`` of the data."""
     if len(data[0]) == 1:
-        return None  # the errors are from the spread over data
+        return None  # standard errors come from the spread over data
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
-    found = []
-    for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
-        problem = ModelDensity(model, part, plate)
-        if any(site["fn"].support.is_discrete for site in problem.latents.values()):
-            return None
-        free, gradients = _gradients(problem, sample_with_log_q(guide, part, count)[0])
-        centred = free - free.mean(0)
-        curvature = -(gradients * centred).sum(0) / (count - 1)
-        found.append((curvature, gradients.mean(0) * free.std(0)))
-    return errors_after_elbo_corrections(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-
-def _gradients(problem: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
-    """Draws in free coordinates, and the gradients of log p(x, z) by them, both ``(C, N, D)``."""
-    maps = {name: biject_to(site["fn"].support) for name, site in problem.latents.items()}
-    count = len(next(iter(draws.values())))
     parts = []
-    for first in range(0, count, problem.chunk):
-        free = {name: maps[name].inv(draws[name][first : first + problem.chunk]).detach() for name in maps}
+    for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
+        p = ModelDensity(model, part, plate)
+        if any(site["fn"].support.is_discrete for site in p.latents.values()):
+            return None
+        z, gradients = _gradients(p, sample_with_log_q(guide, part, num_draws)[0])
+        h = -(gradients * (z - z.mean(0))).sum(0) / (num_draws - 1)
+        parts.append((h, gradients.mean(0) * z.std(0)))
+    h, slope = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))  # (N, D); slope per deviation of q
+    mean = h.mean(0).clamp(1e-9, 1e9)
+    bias_error = slope.std(0) / mean / len(slope) ** 0.5
+    return _with_overall(1 / mean, -(h - mean) / mean, slope.mean(0) / mean, bias_error, torch.ones_like(mean).bool())
+
+
+def _gradients(p: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
+    """Draws in unconstrained coordinates, and the gradients of log p(x, z) in them, ``(C, N, D)`` each."""
+    maps = {name: biject_to(site["fn"].support) for name, site in p.latents.items()}
+    parts = []
+    for first in range(0, len(next(iter(draws.values()))), p.chunk):
+        values = {name: maps[name].inv(draws[name][first : first + p.chunk]).detach() for name in maps}
         with torch.enable_grad():
-            values = {name: value.requires_grad_() for name, value in free.items()}
+            values = {name: value.requires_grad_() for name, value in values.items()}
             sites = {name: maps[name](value) for name, value in values.items()}
-            log_p = problem.log_joint(sites).sum()
+            log_p = p.log_joint(sites).sum()
             log_p = log_p + sum(maps[name].log_abs_det_jacobian(values[name], sites[name]).sum() for name in maps)
             gradients = torch.autograd.grad(log_p, list(values.values()))
-        parts.append((_side_by_side(free.values()), _side_by_side(gradients)))
-    whole, slopes = (torch.cat(list(tensors)) for tensors in zip(*parts, strict=True))
-    return whole, slopes
+        parts.append((_concatenate(values.values()), _concatenate(gradients)))
+    z, slopes = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return z, slopes
+
+
+def _with_overall(
+    ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor, reliable: Tensor
+) -> CalibrationErrors:
+    """Add the overall errors, over the reliable coordinates.
+
+    The error of the overall ratio is the spread over data of the influence ``(N, D)`` averaged over coordinates, since
+    the errors of the coordinates may be correlated.
+    """
+    log_ratio_error = influence.std(0) / len(influence) ** 0.5
+    overall = (1.0, 0.0, 0.0, 0.0)
+    if reliable.any():
+        chance = float((bias_error[reliable] ** 2).mean())
+        size = max(float((bias[reliable] ** 2).mean()) - chance, 0.0) ** 0.5
+        error = float((bias * bias_error)[reliable].norm()) / int(reliable.sum()) / size if size else 0.0
+        ratio_error = float(influence[:, reliable].mean(1).std()) / len(influence) ** 0.5
+        mean_ratio = math.exp(float(ratio[reliable].log().mean()))
+        overall = (mean_ratio, ratio_error, size, max(error, (chance / len(bias)) ** 0.5))
+    return CalibrationErrors(ratio, log_ratio_error, bias, bias_error, overall)

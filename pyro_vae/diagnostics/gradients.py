@@ -1,24 +1,22 @@
-r"""Gradient estimators against the exact gradient: bias, variance and signal-to-noise, by group of parameters.
+r"""Gradient estimators compared with the exact gradient: bias, variance and signal-to-noise ratio, by parameter group.
 
-Where the discrete latents of a model can be enumerated, so can the ELBO, its K-sample bounds and their gradients. An
-estimator is run many times on the same parameters and data, and its mean and spread are held against the gradient of
-its *own* target.
+If the discrete latents of a model can be enumerated, so can its ELBO, its K-sample bounds and their gradients. Each
+estimator runs many times on the same parameters and data. The mean and the spread of its estimates are compared with
+the exact gradient of the estimator's *own* target.
 """
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from pyro_vae._utils.param_store import parameters_of
+from pyro_vae._utils.param_store import parameters_of, scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
@@ -28,23 +26,62 @@ from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 
-_EFFECTIVE = 20  # estimates that a parameter's variance must rest on to be tested
+
+@dataclass(frozen=True)
+class Estimator:
+    """A gradient estimator: an ELBO on a model and a guide.
+
+    Attributes:
+        model: a Pyro model.
+        guide: its guide.
+        elbo: the ELBO whose ``loss_and_grads`` is one estimate.
+        target: the discrete (model, guide) whose gradient is estimated, with the same parameters; the pair itself if
+            left out. For a relaxed VAE it is the discrete twin: ``(twin.model, twin.guide)``.
+
+    Raises:
+        TypeError, ValueError: if ``elbo`` is no instance of an ELBO whose target can be enumerated.
+    """
+
+    model: Function
+    guide: Function
+    elbo: Any
+    target: tuple[Function, Function] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.elbo, ELBO):
+            raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {self.elbo!r}")
+        if not isinstance(self.elbo, ParticleELBO | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
+            raise ValueError(
+                "`elbo` must be Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO or one of pyro_vae.objectives, got a "
+                f"{type(self.elbo).__name__}, whose weights are not computed for each datum"
+            )
+        if self.target is not None and not (isinstance(self.target, tuple) and len(self.target) == 2):
+            raise TypeError(f"`target` must be a pair, such as (twin.model, twin.guide), got {self.target!r}")
+
+    @property
+    def num_draws(self) -> int:
+        """K if the target is a K-sample bound, otherwise 1."""
+        return self.elbo.bound_draws if isinstance(self.elbo, ParticleELBO) else 1
+
+    def evaluations(self, num_states: int) -> int:
+        """Count the decoder runs per datum and estimate: one for each draw, and each state if it enumerates."""
+        return self.elbo.num_particles * (num_states if isinstance(self.elbo, TraceEnum_ELBO) else 1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one estimator in one group of parameters; gradients are of nats per datum.
+    """Bias and variance of one estimator in one group of parameters; gradients are of nats per datum.
 
     Attributes:
         target_norm: length of the exact gradient.
-        bias: length of the estimator's bias, what chance explains taken off; 0 if that is all of it.
-        bias_error: standard error of the bias. Where the bias is 0, the bias that chance could hide.
-        variance: of one estimate, summed over parameters.
-        max_z: the largest deviation of the mean from the target among the parameters tested, in standard errors.
-        num_parameters: how many there are.
-        num_tested: how many were tested: those whose variance does not rest on a few rare estimates. Where a guide is
-            nearly sure of its codes, a state that is never drawn has a gradient that is never seen.
-        repeats: how many estimates there were.
+        bias: length of the estimator's bias, after the share of chance is subtracted; 0 if chance explains all of it.
+        bias_error: standard error of the bias. Where the bias is 0, the largest bias that chance could hide.
+        variance: variance of one estimate, summed over parameters.
+        max_z: the largest deviation of the mean from the target among the tested parameters, in standard errors.
+        num_parameters: number of parameters.
+        num_tested: number of tested parameters: those whose variance does not depend on a few rare estimates. If a
+            guide is nearly certain of a discrete latent, it may never draw a state, nor a gradient of that state.
+        repeats: number of estimates.
     """
 
     target_norm: float
@@ -63,17 +100,275 @@ class Measured:
 
     @property
     def p_value(self) -> float:
-        """Of the largest deviation, for all that were tested at once (Bonferroni, Student's t): tiny if biased."""
+        """p-value of the largest deviation under no bias, for all tests together (Bonferroni, Student's t)."""
+        from scipy.stats import t as student_t
+
         tails = 2 * float(student_t.sf(self.max_z, self.repeats - 1))
         return min(1.0, self.num_tested * tails) if self.num_tested else 1.0
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`.
+
+    Attributes:
+        measured: by estimator and by group of parameters; the group ``"all"`` has all of them.
+        evaluations: runs of the decoder for each datum and estimate, by estimator.
+    """
+
+    measured: dict[str, dict[str, Measured]]
+    evaluations: dict[str, int] = field(repr=False)
+
+    def of(self, group: str) -> dict[str, Measured]:
+        """Select the results of one group of parameters, by estimator."""
+        known = dict.fromkeys(name for groups in self.measured.values() for name in groups)
+        if group not in known:
+            raise ValueError(f"`group` must be {', '.join(map(repr, known))}, got {group!r}")
+        return {name: groups[group] for name, groups in self.measured.items() if group in groups}
+
+    def table(self, group: str = "all") -> str:
+        """Format a row for each estimator, for one group of parameters; p is :attr:`Measured.p_value`."""
+        import pandas as pd
+
+        titles = ["evaluations", "|gradient|", "bias", "error", "variance", "SNR", "max z", "p"]
+        rows = {}
+        for name, row in self.of(group).items():
+            numbers = (row.target_norm, row.bias, row.bias_error, row.variance, row.signal_to_noise)
+            cells = [f"{number:.4g}" for number in numbers]
+            rows[name] = [str(self.evaluations[name]), *cells, f"{row.max_z:.1f}", f"{row.p_value:.1e}"]
+        columns = pd.Index(titles, name=group)
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string(col_space=11)
+
+
+def compare(
+    estimators: Mapping[str, Estimator],
+    *data: Tensor,
+    evaluations: int | None = None,
+    repeats: int = 1000,
+    plate: str = "data",
+    seed: int = 0,
+) -> Comparison:
+    """Run each estimator many times at the present parameters and compare it with the gradient of its target.
+
+    A running average learns from one estimate to the next, as in training, also from some estimates before the first
+    that counts; its state is restored at the end. The network of a baseline is not trained here: train it first.
+
+    Args:
+        estimators: by name.
+        data: arguments of models and guides.
+        evaluations: runs of the decoder per datum that each estimate may cost: estimators with fewer draws are averaged
+            over several estimates. If left out, each estimate costs what its estimator takes.
+        repeats: number of estimates, 2 or more.
+        plate: name of the data plate.
+        seed: seed of the draws.
+
+    Raises:
+        TypeError: if ``estimators`` is no mapping from names to estimators.
+        ValueError: if ``evaluations`` are fewer than an estimator takes, or a target has other parameters.
+        FloatingPointError: if an estimate is not finite.
+    """
+    if positive_int(repeats, "repeats") < 2:
+        raise ValueError("`repeats` must be 2 or more, for a variance, got 1")
+    if evaluations is not None:
+        positive_int(evaluations, "evaluations")
+    wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
+    if wrong or not estimators:
+        raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
+    with scoped_param_store():  # a baseline registers parameters, too
+        results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
+    return Comparison(
+        {name: groups for name, (groups, _) in results.items()}, {name: cost for name, (_, cost) in results.items()}
+    )
+
+
+def exact_gradient(
+    model: Function, guide: Function, *data: Tensor, num_draws: int = 1, plate: str = "data"
+) -> dict[str, Tensor]:
+    r"""Compute the gradient of the ELBO, or of the K-sample bound, by enumeration, in nats per datum.
+
+    .. math:: \nabla\,\mathbb{E}_{z_1, \dots, z_K \sim q}\Big[\log \frac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}\Big]
+
+    Args:
+        model: a Pyro model with discrete latents.
+        guide: its guide.
+        data: arguments of both.
+        num_draws: K; 1 for the ELBO.
+        plate: name of the data plate.
+
+    Returns:
+        gradients of the unconstrained parameters, by name: for a VAE as in ``vae.named_parameters()``.
+
+    Raises:
+        ValueError: if there are more than 2^16 combinations of K states, or no parameters to train.
+        FloatingPointError: if the bound is not finite, as when a state of the guide has no mass in the model.
+
+    >>> import pyro_vae as pv
+    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> vae = pv.VAE(
+    ...     prior=priors.Bernoulli(2),
+    ...     encoder=guides.Bernoulli(2, 2, networks.linear()),
+    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
+    ... )
+    >>> gradient = exact_gradient(vae.model, vae.guide, torch.randn(5, 2))
+    >>> gradient["encoder.network.bias"].shape
+    torch.Size([2])
+    """
+    positive_int(num_draws, "num_draws")
+    p = ModelDensity(model, data, plate)
+    if not p.is_discrete:
+        continuous = [name for name, site in p.latents.items() if not site["fn"].has_enumerate_support]
+        raise ValueError(
+            "`model` must have latents that can be enumerated, several variables of one site by "
+            f"`distributions.Product(base, num_dims)`, got {continuous}, which cannot. For a relaxed VAE pass its "
+            "twin, `target=(twin.model, twin.guide)`"
+        )
+    q = GuideDensity(p, guide)
+    parameters = _parameters(model, guide, data)
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    # Two passes over chunks of states: first the densities of all states, then their gradients, each weighted with the
+    # derivative of the bound in its density.
+    with torch.no_grad():
+        pieces = [(p.log_joint(values), q.log_prob(values)) for values in p.states()]
+    log_joint, log_q = (torch.cat(piece).double() for piece in zip(*pieces, strict=True))  # (S, N)
+    slopes = _slopes(log_joint, log_q, num_draws)
+    sizes = [len(piece[0]) for piece in pieces]
+    for values, *slope in zip(p.states(), *(one.split(sizes) for one in slopes), strict=True):
+        with torch.enable_grad():
+            densities = p.log_joint(values), q.log_prob(values)
+            weighted = [torch.where(w != 0, one * w, 0.0).sum() for one, w in zip(densities, slope, strict=True)]
+        found = torch.autograd.grad(sum(weighted, torch.zeros(())), list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                gradients[name] += gradient
+    return gradients
+
+
+_BUDGET = 2**22  # numbers in the largest tensor of one chunk
+
+
+def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, ...]:
+    """The derivatives of the bound, in nats per datum, in log p(x, z) and in log q(z | x), ``(S, N)`` each."""
+    count = len(log_q) ** num_draws
+    if count > MAX_STATES:
+        raise ValueError(
+            f"`num_draws` must give at most {MAX_STATES} combinations of states, got {num_draws}: {len(log_q)} states "
+            f"have {count} combinations"
+        )
+    chosen = torch.cartesian_prod(*[torch.arange(len(log_q), device=log_q.device)] * num_draws).reshape(count, -1)
+    size = max(1, _BUDGET // chosen.numel())
+    chunks = zip(log_joint.split(size, 1), log_q.split(size, 1), strict=True)
+    slopes = [_slopes_of_chunk(joint.clone(), q.clone(), chosen) for joint, q in chunks]
+    return tuple(torch.cat(parts, 1) / log_q.shape[1] for parts in zip(*slopes, strict=True))
+
+
+@torch.enable_grad()
+def _slopes_of_chunk(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
+    log_joint, log_q = log_joint.requires_grad_(), log_q.requires_grad_()
+    f = torch.where(log_q > -math.inf, log_joint - log_q, 0.0)  # states that q never draws have no weight
+    bound = f[chosen].logsumexp(1) - math.log(chosen.shape[1])  # (S^K, n)
+    total = (log_q[chosen].sum(1).exp() * bound).sum()
+    if not total.isfinite():
+        raise FloatingPointError(f"the bound is {total.item()}: the guide draws states that have no mass in the model")
+    return torch.autograd.grad(total, (log_joint, log_q))
+
+
+def _run(
+    name: str,
+    estimator: Estimator,
+    data: tuple[Tensor, ...],
+    evaluations: int | None,
+    repeats: int,
+    plate: str,
+    seed: int,
+) -> tuple[dict[str, Measured], int]:
+    """Measure one estimator by group of parameters, and count the evaluations per estimate."""
+    pair = estimator.target or (estimator.model, estimator.guide)
+    target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
+    parameters = _parameters(*pair, data)
+    own = {id(parameter) for parameter in _parameters(estimator.model, estimator.guide, data).values()}
+    foreign = [path for path, parameter in parameters.items() if id(parameter) not in own]
+    if foreign:
+        raise ValueError(
+            f"`target` must have only parameters of its estimator, as `vae.discrete()` has, got {foreign} in that of "
+            f"{name!r}"
+        )
+    p = ModelDensity(pair[0], data, plate)
+    cost = estimator.evaluations(p.num_states)
+    averaged = 1 if evaluations is None else evaluations // cost
+    if averaged < 1:
+        raise ValueError(
+            f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {evaluations}"
+        )
+    with seeded(seed):
+        estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * p.num_data)
+    if not estimates.isfinite().all():
+        raise FloatingPointError(f"the gradient that {name!r} estimates is not finite")
+    groups = {group: measure(estimates[:, own], _flat(target.values())[own]) for group, own in _groups(target).items()}
+    return groups, cost * averaged
+
+
+def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The unconstrained parameters of a pair, by name."""
+    with poutine.block(), poutine.trace(param_only=True) as tracer, torch.no_grad(), seeded(0):
+        trace = poutine.trace(guide).get_trace(*data)
+        poutine.replay(model, trace)(*data)
+    found = {name: value for name, value in parameters_of(tracer.trace).items() if value.requires_grad}
+    if not found:
+        raise ValueError("`model` and `guide` must have parameters that require gradients, got none")
+    owners = {name.rpartition("$$$")[0] for name in found}
+    if len(owners) == 1:  # of one module, such as a VAE: its own names of its parameters
+        return {name.rpartition("$$$")[2]: value for name, value in found.items()}
+    return {name.replace("$$$", "."): value for name, value in found.items()}
+
+
+_WARM_UP = 50  # estimates from which a running average learns before the first that counts
+
+
+def _estimates(
+    estimator: Estimator, parameters: dict[str, Tensor], data: tuple[Tensor, ...], repeats: int, averaged: int
+) -> Tensor:
+    """Gradients of the loss, summed over runs and data, ``(repeats, P)``; gradients and baselines are then restored."""
+    baseline = getattr(estimator.elbo, "baseline", nn.Module())
+    own = _parameters(estimator.model, estimator.guide, data)
+    touched = list(dict.fromkeys([*own.values(), *baseline.parameters()]))
+    gradients, learned = [parameter.grad for parameter in touched], copy.deepcopy(baseline.state_dict())
+    warm_up = _WARM_UP if list(baseline.buffers()) else 0
+    rows = []
+    try:
+        for repeat in range(-warm_up, repeats):
+            for parameter in touched:
+                parameter.grad = None
+            for _ in range(averaged if repeat >= 0 else 1):
+                estimator.elbo.loss_and_grads(estimator.model, estimator.guide, *data)
+            rows.append(_flat([p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters.values()]))
+    finally:
+        for parameter, gradient in zip(touched, gradients, strict=True):
+            parameter.grad = gradient
+        baseline.load_state_dict(learned)
+    return torch.stack(rows[warm_up:])
+
+
+def _flat(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([value.detach().double().flatten() for value in values])
+
+
+def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Columns of all parameters, and of each group: the first part of their names, such as ``encoder``."""
+    parts = [name.partition(".")[0] for name, value in values.items() for _ in range(value.numel())]
+    parts = ["all (a parameter)" if part == "all" else part for part in parts]
+    columns = {part: [index for index, other in enumerate(parts) if other == part] for part in dict.fromkeys(parts)}
+    return {"all": torch.arange(len(parts)), **{part: torch.tensor(own) for part, own in columns.items()}}
+
+
+_EFFECTIVE = 20  # effective number of estimates that a parameter needs to be tested
+
+
 def measure(estimates: Tensor, target: Tensor) -> Measured:
-    r"""Hold estimates ``(R, P)`` against the vector that they are of, ``(P,)``.
+    r"""Compare estimates ``(R, P)`` with the vector that they estimate, ``(P,)``.
 
     With d the deviation of their mean and C their covariance, the squared bias is :math:`|d|^2 - \mathrm{tr}\,C / R`,
-    without the share of chance; its variance is :math:`4\,b^\top C b / R + 2\,|C|_F^2 / R^2`. Both C are estimated
-    without their own bias, through the products of the R estimates. Below rounding no bias is told.
+    without the share of chance; its variance is :math:`4\,b^\top C b / R + 2\,|C|_F^2 / R^2`. Both terms in C are
+    estimated without bias, from the products of the R estimates. A bias below rounding error is 0.
 
     >>> import torch
     >>> estimates = 1 + torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -93,7 +388,7 @@ def measure(estimates: Tensor, target: Tensor) -> Measured:
     spread = math.sqrt(max(4 * along / repeats - noise, noise))
     error = (variance / repeats).sqrt()
     effective = (centred**2).sum(0) ** 2 / (centred**4).sum(0).clamp(min=1e-300)
-    constant = (variance <= (1e-6 * mean) ** 2) & (mean != 0)  # as of enumeration; what is always 0 was never seen
+    constant = (variance <= (1e-6 * mean) ** 2) & (mean != 0)  # by enumeration; a constant 0 may be a rare event unseen
     tested = (effective >= _EFFECTIVE) | constant
     scores = (deviation.abs() / error.clamp(min=rounding / 4))[tested]
     return Measured(
@@ -116,300 +411,3 @@ def _squared_covariance(centred: Tensor, trace: float) -> float:
         return found
     unbiased = (repeats - 1) ** 2 / ((repeats - 2) * (repeats + 1)) * (found - trace**2 / (repeats - 1))
     return max(unbiased, 0.0)
-
-
-_BUDGET = 2**22  # numbers in the largest tensor of one chunk
-
-
-_WARM_UP = 50  # estimates from which a running average learns before they count
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """A way to estimate a gradient.
-
-    Attributes:
-        model: a Pyro model.
-        guide: its guide.
-        elbo: whose ``loss_and_grads`` is the estimate.
-        target: the discrete (model, guide) whose gradient is meant, with the same parameters; the pair itself if left
-            out. Of a relaxed VAE it is the twin: ``(twin.model, twin.guide)``.
-
-    Raises:
-        TypeError, ValueError: if ``elbo`` is no instance of an ELBO whose target can be enumerated.
-    """
-
-    model: Function
-    guide: Function
-    elbo: Any
-    target: tuple[Function, Function] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.elbo, ELBO):
-            raise TypeError(f"`elbo` must be an instance, such as Trace_ELBO(), got {self.elbo!r}")
-        if not isinstance(self.elbo, ParticleELBO | Trace_ELBO | TraceGraph_ELBO | TraceEnum_ELBO):
-            raise ValueError(
-                "`elbo` must be Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO and those of pyro_vae.objectives, got a "
-                f"{type(self.elbo).__name__}, whose weights are not of each datum"
-            )
-        if self.target is not None and not (isinstance(self.target, tuple) and len(self.target) == 2):
-            raise TypeError(f"`target` must be a pair, such as (twin.model, twin.guide), got {self.target!r}")
-
-    @property
-    def num_draws(self) -> int:
-        """Of the bound that is estimated: K of a K-sample bound, otherwise 1."""
-        return self.elbo.bound_draws if isinstance(self.elbo, ParticleELBO) else 1
-
-    def evaluations(self, num_states: int) -> int:
-        """Runs of the decoder for each datum and estimate: one for each draw, or for each state if it enumerates."""
-        return self.elbo.num_particles * (num_states if isinstance(self.elbo, TraceEnum_ELBO) else 1)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What :func:`compare` has found.
-
-    Attributes:
-        measured: by estimator, and within by group of parameters, ``"all"`` among them.
-        evaluations: runs of the decoder for each datum and estimate, by estimator.
-    """
-
-    measured: dict[str, dict[str, Measured]]
-    evaluations: dict[str, int] = field(repr=False)
-
-    def of(self, group: str) -> dict[str, Measured]:
-        """What was found in one group of parameters, by estimator."""
-        known = dict.fromkeys(name for groups in self.measured.values() for name in groups)
-        if group not in known:
-            raise ValueError(f"`group` must be {', '.join(map(repr, known))}, got {group!r}")
-        return {name: groups[group] for name, groups in self.measured.items() if group in groups}
-
-    def table(self, group: str = "all") -> str:
-        """A line for each estimator, of one group of parameters; p is that of the largest deviation from no bias."""
-        rows = self.of(group)
-        width = max(map(len, [group, *rows])) + 2
-        titles = ["evaluations", "|gradient|", "bias", "error", "variance", "SNR", "max z", "p"]
-        lines = [f"{group:{width}s}" + "".join(f"{title:>12s}" for title in titles)]
-        for name, row in rows.items():
-            numbers = (row.target_norm, row.bias, row.bias_error, row.variance, row.signal_to_noise)
-            line = f"{name:{width}s}{self.evaluations[name]:12d}" + "".join(f"{number:12.4g}" for number in numbers)
-            lines.append(f"{line}{row.max_z:12.1f}{row.p_value:12.1e}")
-        return "\n".join(lines)
-
-
-def exact_gradient(
-    model: Function, guide: Function, *data: Tensor, num_draws: int = 1, plate: str = "data"
-) -> dict[str, Tensor]:
-    r"""The gradient of the ELBO, or of the K-sample bound, by enumeration, in nats per datum.
-
-    .. math:: \nabla\,\mathbb{E}_{z_1, \dots, z_K \sim q}\Big[\log \frac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}\Big]
-
-    Args:
-        model: a Pyro model of discrete latents.
-        guide: its guide.
-        data: what both take.
-        num_draws: K; 1 for the ELBO.
-        plate: name of the data plate.
-
-    Returns:
-        by name, of the unconstrained parameters: for a VAE as in ``vae.named_parameters()``.
-
-    Raises:
-        ValueError: if there are more than 2^16 states, or combinations of K states; if nothing is to be trained.
-        FloatingPointError: if the bound is not finite, as where a state of the guide has no mass in the model.
-
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.Bernoulli(2),
-    ...     encoder=guides.Bernoulli(2, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
-    ... )
-    >>> gradient = exact_gradient(vae.model, vae.guide, torch.randn(5, 2))
-    >>> gradient["encoder.network.bias"].shape
-    torch.Size([2])
-    """
-    positive_int(num_draws, "num_draws")
-    problem = ModelDensity(model, data, plate)
-    if not problem.is_discrete:
-        closed = [name for name, site in problem.latents.items() if not site["fn"].has_enumerate_support]
-        raise ValueError(
-            "`model` must be discrete ones, many in one as `distributions.Product(base, num_dims)`: its latents "
-            f"{closed} cannot be enumerated, each as one site. Of a relaxed VAE name the twin, `target=(twin.model, "
-            "twin.guide)`"
-        )
-    q = GuideDensity(problem, guide)
-    parameters = _parameters(model, guide, data)
-    gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    # Twice over the states, chunk by chunk: the densities of all of them, and then their gradients, each weighted with
-    # the slope of the bound in its density.
-    with torch.no_grad():
-        pieces = [(problem.log_joint(values), q.log_prob(values)) for values in problem.states()]
-    log_joint, log_q = (torch.cat(list(piece)).double() for piece in zip(*pieces, strict=True))  # (S, N)
-    slopes = _slopes(log_joint, log_q, num_draws)
-    sizes = [len(piece[0]) for piece in pieces]
-    for values, *slope in zip(problem.states(), *(one.split(sizes) for one in slopes), strict=True):
-        with torch.enable_grad():
-            densities = problem.log_joint(values), q.log_prob(values)
-            weighted = [torch.where(w != 0, one * w, 0.0).sum() for one, w in zip(densities, slope, strict=True)]
-        found = torch.autograd.grad(sum(weighted, torch.zeros(())), list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                gradients[name] += gradient
-    return gradients
-
-
-def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, ...]:
-    """The derivative of the bound, in nats per datum, in log p(x, z) and in log q(z | x), each ``(S, N)``."""
-    count = len(log_q) ** num_draws
-    if count > MAX_STATES:
-        raise ValueError(
-            f"num_draws: {len(log_q)} states have {count} combinations of {num_draws}; at most {MAX_STATES} are "
-            "summed over"
-        )
-    chosen = torch.cartesian_prod(*[torch.arange(len(log_q), device=log_q.device)] * num_draws).reshape(count, -1)
-    size = max(1, _BUDGET // chosen.numel())
-    parts = zip(log_joint.split(size, 1), log_q.split(size, 1), strict=True)
-    slopes = [_slopes_of_data(part.clone(), own.clone(), chosen) for part, own in parts]
-    return tuple(torch.cat(list(parts), 1) / log_q.shape[1] for parts in zip(*slopes, strict=True))
-
-
-@torch.enable_grad()
-def _slopes_of_data(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[Tensor, ...]:
-    log_joint, log_q = log_joint.requires_grad_(), log_q.requires_grad_()
-    f = torch.where(log_q > -math.inf, log_joint - log_q, 0.0)  # what q does not draw has no weight in the mean
-    bound = f[chosen].logsumexp(1) - math.log(chosen.shape[1])  # (S^K, n)
-    total = (log_q[chosen].sum(1).exp() * bound).sum()
-    if not total.isfinite():
-        raise FloatingPointError(f"the bound is {total.item()}: the guide draws states that the model gives no mass")
-    return torch.autograd.grad(total, (log_joint, log_q))
-
-
-def compare(
-    estimators: Mapping[str, Estimator],
-    *data: Tensor,
-    evaluations: int | None = None,
-    repeats: int = 1000,
-    plate: str = "data",
-    seed: int = 0,
-) -> Comparison:
-    """Run each estimator many times, at the parameters as they are, and hold it against the gradient of its target.
-
-    A running average learns from one estimate to the next, as in training, and from some before the first that counts;
-    it is put back afterwards. The network of a baseline is taken as it is: train it first.
-
-    Args:
-        estimators: by name.
-        data: what models and guides take.
-        evaluations: runs of the decoder that each estimate may cost for each datum: estimators with fewer draws are
-            averaged over several. As many as each takes if left out.
-        repeats: how many estimates, 2 or more.
-        plate: name of the data plate.
-        seed: of the draws.
-    """
-    if positive_int(repeats, "repeats") < 2:
-        raise ValueError("`repeats` must be 2 or more, for a variance, got 1")
-    if evaluations is not None:
-        positive_int(evaluations, "evaluations")
-    wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
-    if wrong or not estimators:
-        raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()):  # a baseline registers parameters too
-        found = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
-    return Comparison(
-        {name: groups for name, (groups, _) in found.items()}, {name: cost for name, (_, cost) in found.items()}
-    )
-
-
-def _run(
-    name: str,
-    estimator: Estimator,
-    data: tuple[Tensor, ...],
-    evaluations: int | None,
-    repeats: int,
-    plate: str,
-    seed: int,
-) -> tuple[dict[str, Measured], int]:
-    """What is found of one estimator, by group, and what each estimate cost."""
-    pair = estimator.target or (estimator.model, estimator.guide)
-    target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
-    parameters = _parameters(*pair, data)
-    own = {id(parameter) for parameter in _parameters(estimator.model, estimator.guide, data).values()}
-    foreign = [path for path, parameter in parameters.items() if id(parameter) not in own]
-    if foreign:
-        raise ValueError(
-            f"`target` must be a pair of the same ones, such as that of `twin = vae.discrete()`: {name} has no "
-            f"parameters {foreign}, which its target has"
-        )
-    problem = ModelDensity(pair[0], data, plate)
-    cost = estimator.evaluations(problem.num_states)
-    averaged = 1 if evaluations is None else evaluations // cost
-    if averaged < 1:
-        raise ValueError(f"evaluations: got {evaluations}; {name} takes {cost} for each estimate")
-    with seeded(seed):
-        estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * problem.num_data)
-    if not estimates.isfinite().all():
-        raise FloatingPointError(f"{name}: estimates a gradient that is not finite")
-    groups = {group: measure(estimates[:, own], _flat(target)[own]) for group, own in _groups(target).items()}
-    return groups, cost * averaged
-
-
-def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The unconstrained parameters of a pair, by name."""
-    with poutine.block(), poutine.trace(param_only=True) as tracer, torch.no_grad(), seeded(0):
-        trace = poutine.trace(guide).get_trace(*data)
-        poutine.replay(model, trace)(*data)
-    found = {name: value for name, value in parameters_of(tracer.trace).items() if value.requires_grad}
-    if not found:
-        raise ValueError("model, guide: have no parameters that are trained, and so no gradient")
-    owners = {name.rpartition("$$$")[0] for name in found}
-    if len(owners) == 1:  # the parameters of one module, such as a VAE, go by its own names
-        return {name.rpartition("$$$")[2]: value for name, value in found.items()}
-    return {name.replace("$$$", "."): value for name, value in found.items()}
-
-
-def _estimates(
-    estimator: Estimator, parameters: dict[str, Tensor], data: tuple[Tensor, ...], repeats: int, averaged: int
-) -> Tensor:
-    """The gradient of the loss, summed over runs and data, of each repeat, ``(repeats, P)``; all is left as it was."""
-    baseline = getattr(estimator.elbo, "baseline", nn.Module())
-    own = _parameters(estimator.model, estimator.guide, data)
-    touched = list(dict.fromkeys([*own.values(), *baseline.parameters()]))
-    gradients, learned = [parameter.grad for parameter in touched], copy.deepcopy(baseline.state_dict())
-    warm_up = _WARM_UP if list(baseline.buffers()) else 0
-    rows = []
-    try:
-        for repeat in range(-warm_up, repeats):
-            for parameter in touched:
-                parameter.grad = None
-            for _ in range(averaged if repeat >= 0 else 1):
-                estimator.elbo.loss_and_grads(estimator.model, estimator.guide, *data)
-            rows.append(_flat({name: _grad(parameter) for name, parameter in parameters.items()}))
-    finally:
-        for parameter, gradient in zip(touched, gradients, strict=True):
-            parameter.grad = gradient
-        baseline.load_state_dict(learned)
-    return torch.stack(rows[warm_up:])
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _flat(values: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([value.detach().double().flatten() for value in values.values()])
-
-
-def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Columns of all parameters, and of those of each part: ``encoder``, ``decoder``, or what the name says."""
-    columns: dict[str, list[int]] = {"all": []}
-    first = 0
-    for name, value in values.items():
-        part = name.partition(".")[0]
-        part = "all (a parameter)" if part == "all" else part
-        own = list(range(first, first + value.numel()))
-        columns["all"] += own
-        columns.setdefault(part, []).extend(own)
-        first += value.numel()
-    return {group: torch.tensor(own) for group, own in columns.items()}

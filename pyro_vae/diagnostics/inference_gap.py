@@ -1,9 +1,9 @@
-r"""Where inference loses its nats: the gap of a guide, split into what its family and what its network leaves.
+r"""The inference gap of a guide, split into the gap of its family (approximation) and of its network (amortization).
 
 .. math:: \log p(x) - \mathrm{ELBO}(q) = \underbrace{\log p(x) - \mathrm{ELBO}(q^*)}_{\text{approximation}}
           + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortization}},
 
-with :math:`q^*` the best member of q's family for each datum, found by refining q for each datum on its own.
+with :math:`q^*` the best member of q's family for each datum, found by refining q for each datum separately.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.evidence.importance_sampling import log_evidence
-from pyro_vae.exact.guide_density import GuideDensity, sample_sites
+from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity
 
@@ -31,18 +31,18 @@ __all__ = ["InferenceGap", "inference_gap"]
 
 @dataclass(frozen=True)
 class InferenceGap:
-    r"""What :func:`inference_gap` returns, in nats, ``(N,)`` each.
+    r"""The result of :func:`inference_gap`, in nats, ``(N,)`` each.
 
     Attributes:
         log_evidence: log p(x), exact or an estimate that is in expectation a lower bound.
-        elbo: of the guide.
-        refined_elbo: of the guide refined for each datum.
+        elbo: the ELBO of the guide.
+        refined_elbo: the ELBO of the guide refined for each datum.
         log_evidence_error: standard error of ``log_evidence``; 0 where it is exact.
         elbo_error: standard error of ``elbo``; 0 where it is exact.
-        amortization_error: standard error of ``amortization``, from the same noise for q and for q*.
+        amortization_error: standard error of ``amortization``, with the same noise for q and q*.
         is_exact: whether ``log_evidence`` is exact.
-        rows: the number of each datum: of :func:`pyro_vae.inspect`, which takes some of many, among all of them.
-        refined: the refined guide, a Pyro guide of these very data.
+        rows: the index of each datum; :func:`pyro_vae.inspect` takes a subset and sets their indices among all data.
+        refined: the refined guide, a Pyro guide of these data.
     """
 
     log_evidence: Tensor
@@ -57,9 +57,9 @@ class InferenceGap:
 
     @property
     def worst(self) -> tuple[float, int]:
-        """The largest gap, and the number of the datum that has it."""
-        place = self.gap.argmax()
-        return self.gap[place].item(), int(self.rows[place])
+        """The largest gap, and the index of its datum."""
+        index = self.gap.argmax()
+        return self.gap[index].item(), int(self.rows[index])
 
     @property
     def gap(self) -> Tensor:
@@ -68,12 +68,12 @@ class InferenceGap:
 
     @property
     def approximation(self) -> Tensor:
-        r""":math:`\log p(x) - \mathrm{ELBO}(q^*)`: what a richer family would win."""
+        r""":math:`\log p(x) - \mathrm{ELBO}(q^*)`: the gain of a richer family."""
         return self.log_evidence - self.refined_elbo
 
     @property
     def amortization(self) -> Tensor:
-        r""":math:`\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)`: what a larger network, or longer training, would win."""
+        r""":math:`\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)`: the gain of a larger network or longer training."""
         return self.refined_elbo - self.elbo
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ class InferenceGap:
 
 
 def _mean(values: Tensor, errors: Tensor) -> str:
-    """The mean over data, with the standard error of the draws."""
+    """Format the mean over data with the standard error of the draws."""
     return f"{values.mean().item():.3f} ± {errors.square().sum().sqrt().item() / len(values):.3f}"
 
 
@@ -109,33 +109,34 @@ def inference_gap(
     seed: int = 0,
     tolerance: float = 1e-4,
 ) -> InferenceGap:
-    r"""The gap of each datum between log p(x) and the ELBO, split into approximation and amortization.
+    r"""Compute the gap between log p(x) and the ELBO for each datum, and split it into approximation and amortization.
 
-    The model is fixed. Each datum gets parameters of its own for q, which start at what the guide says of it and climb
-    its ELBO with Adam, on pathwise gradients without the score, or by an exact sum over discrete latents. A guide of a
-    :class:`pyro_vae.VAE` is refined in the raw outputs of its encoder, any other in the parameters of its
-    distributions.
+    The model is fixed. Each datum gets its own free parameters of q. They start at the guide's values and maximize the
+    ELBO of that datum with Adam, on pathwise gradients without the score, or on the exact sum over discrete latents.
+    The guide of a :class:`pyro_vae.VAE` is refined in the raw outputs of its encoder, any other guide in the parameters
+    of its distributions.
 
-    log p(x) is exact where :mod:`pyro_vae.exact` has it; the ELBOs are where that or a closed form has them. Otherwise
-    log p(x) is importance-weighted from q*, in expectation a lower bound, and so are then gap and approximation.
-    A refinement that has not arrived books as approximation what is amortization: take more ``steps``. Their sum does
-    not depend on it.
+    log p(x) is exact if :mod:`pyro_vae.exact` can compute it; the ELBOs are exact if it or a closed form can. Otherwise
+    log p(x) is importance-weighted from q*, in expectation a lower bound, and so are the gap and the approximation. If
+    the refinement has not converged, the approximation is too large and the amortization too small by the same amount:
+    take more ``steps``.
 
     Args:
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
-        guide: its guide; its latents, given x, must not hang on one another.
-        data: what both take, N rows. All are refined at once: some hundreds tell the mean.
-        refined: q*, a guide of these data that has been refined elsewhere; in the place of the refinement here.
-        steps: of Adam.
-        lr: its learning rate, held for half the steps and then decayed.
-        num_particles: draws of each datum in a step; continuous latents only.
+        guide: its guide; given x, its latent sites must be independent.
+        data: arguments of both, N rows. All are refined at once: some hundreds are enough for the mean.
+        refined: q*, a guide of these data that is refined already, in place of a refinement here.
+        steps: steps of Adam.
+        lr: its learning rate, constant for half the steps and then decayed.
+        num_particles: draws of continuous latents of each datum in a step.
         num_samples: K, draws of each datum for ELBOs without a closed form and for the importance-weighted log p(x).
         plate: name of the data plate.
-        seed: of all draws.
-        tolerance: of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`.
+        seed: seed of all draws.
+        tolerance: tolerance of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`.
 
     Raises:
-        ValueError: if model and guide are not of this form, or the guide cannot be refined, saying why and what to do.
+        ValueError: if model and guide are not of this form, or the guide cannot be refined.
+        FloatingPointError: if a gradient of the refinement is not finite.
 
     Source: Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders"; Roeder, Wu and Duvenaud
     2017, "Sticking the landing", on the gradient.
@@ -156,67 +157,65 @@ def inference_gap(
     positive(lr, "lr")
     positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
-        raise ValueError("`num_samples` must be 2 or more: standard errors are from the spread of the draws, got 1")
+        raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     with scoped_param_store(), seeded(seed):
         with torch.no_grad():
-            problem = ModelDensity(model, data, plate)
-            q = GuideDensity(problem, guide)
+            p = ModelDensity(model, data, plate)
+            q = GuideDensity(p, guide)
             q.check_densities()
         if refined is None:
             refined = refine(q, steps, lr, num_particles)
         function(refined, "refined")
         with torch.no_grad():
-            best = GuideDensity(problem, refined)
+            best = GuideDensity(p, refined)
             best.check_densities()
-            log_p = _log_evidence_exactly(problem, tolerance)
+            log_p, log_p_error = _exact_log_evidence(p, tolerance), p.zeros()
             is_exact = log_p is not None
-            log_p_error = problem.zeros()
             if log_p is None:
                 estimate = log_evidence(model, refined, *data, num_samples=num_samples, plate=plate, seed=seed)
                 log_p, log_p_error = estimate.log_evidence, estimate.standard_error
-            elbo, error, refined_elbo, difference_error = _elbos(q, best, log_p, num_samples, seed, tolerance)
+            elbos = _elbos(q, best, log_p, num_samples, seed, tolerance)
+    elbo, elbo_error, refined_elbo, difference_error = (tensor.to(p.dtype) for tensor in elbos)
     return InferenceGap(
-        log_evidence=log_p.to(problem.dtype),
-        elbo=elbo.to(problem.dtype),
-        refined_elbo=refined_elbo.to(problem.dtype),
-        log_evidence_error=log_p_error.to(problem.dtype),
-        elbo_error=error.to(problem.dtype),
-        amortization_error=difference_error.to(problem.dtype),
+        log_evidence=log_p.to(p.dtype),
+        elbo=elbo,
+        refined_elbo=refined_elbo,
+        log_evidence_error=log_p_error.to(p.dtype),
+        elbo_error=elbo_error,
+        amortization_error=difference_error,
         is_exact=is_exact,
-        rows=torch.arange(problem.num_data, device=problem.data[0].device),
+        rows=torch.arange(p.num_data, device=p.data[0].device),
         refined=refined,
     )
 
 
-def _log_evidence_exactly(problem: ModelDensity, tolerance: float) -> Tensor | None:
+def _exact_log_evidence(p: ModelDensity, tolerance: float) -> Tensor | None:
     with suppress(ValueError, exact.QuadratureError):
-        return exact.log_evidence(problem.model, *problem.data, plate=problem.plate, tolerance=tolerance)
+        return exact.log_evidence(p.model, *p.data, plate=p.plate, tolerance=tolerance)
     return None
 
 
 def _elbos(
     q: GuideDensity, best: GuideDensity, log_p: Tensor, num_samples: int, seed: int, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ELBO of q with its error, ELBO of q*, and the error of their difference, ``(N,)`` each."""
-    both = [_elbo_exactly(guide, log_p, tolerance) for guide in (q, best)]
-    if both[0] is not None and both[1] is not None:
-        zeros = torch.zeros_like(both[0])
-        return both[0], zeros, both[1], zeros
-    terms = torch.stack([_elbo_terms(guide, num_samples, seed) for guide in (q, best)])  # (2, K, N), of the same noise
-    mean = terms.mean(1)
-    error, difference_error = (t.std(0) / num_samples**0.5 for t in (terms[0], terms[1] - terms[0]))
-    return mean[0], error, mean[1], difference_error
+    """The ELBO of q with its error, the ELBO of q*, and the error of their difference, ``(N,)`` each."""
+    elbo, refined_elbo = (_exact_elbo(guide, log_p, tolerance) for guide in (q, best))
+    if elbo is not None and refined_elbo is not None:
+        zeros = torch.zeros_like(elbo)
+        return elbo, zeros, refined_elbo, zeros
+    terms, refined_terms = (_elbo_terms(guide, num_samples, seed) for guide in (q, best))  # (K, N), of the same noise
+    error, difference_error = (t.std(0) / num_samples**0.5 for t in (terms, refined_terms - terms))
+    return terms.mean(0), error, refined_terms.mean(0), difference_error
 
 
-def _elbo_exactly(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
-    problem = q.p
-    linear = linear_gaussian(problem)
-    if linear is not None:
-        ours = _as_multivariate_normal(q.site()["fn"])
-        if ours is not None:
-            return log_p - kl_divergence(ours, linear.posterior())
+def _exact_elbo(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
+    p = q.p
+    if (linear := linear_gaussian(p)) is not None:
+        normal = _as_multivariate_normal(q.site()["fn"])
+        if normal is not None:
+            return log_p - kl_divergence(normal, linear.posterior())
     with suppress(ValueError, exact.QuadratureError):
-        return exact.elbo(problem.model, q.guide, *problem.data, plate=problem.plate, tolerance=tolerance)
+        return exact.elbo(p.model, q.guide, *p.data, plate=p.plate, tolerance=tolerance)
     return None
 
 
@@ -230,12 +229,10 @@ def _as_multivariate_normal(fn: Any) -> Any:
 
 
 def _elbo_terms(q: GuideDensity, num_samples: int, seed: int) -> Tensor:
-    """log p(x, z) - log q(z | x) at draws, ``(K, N)``."""
-    problem, parts = q.p, []
+    """log p(x, z) - log q(z | x) at draws of q, ``(K, N)``."""
+    p, parts = q.p, []
     with seeded(seed):
-        for first in range(0, num_samples, problem.chunk):
-            sites = sample_sites(q.guide, problem.data, min(problem.chunk, num_samples - first))
-            values = {name: site["value"] for name, site in sites.items()}
-            log_q = sum(site["fn"].log_prob(site["value"]) for site in sites.values())
-            parts.append((problem.log_joint(values) - log_q).double())
+        for first in range(0, num_samples, p.chunk):
+            values, log_q = sample_with_log_q(q.guide, p.data, min(p.chunk, num_samples - first))
+            parts.append((p.log_joint(values) - log_q).double())
     return torch.cat(parts)

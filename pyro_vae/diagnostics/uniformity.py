@@ -1,15 +1,14 @@
-"""Whether whole numbers are uniform: the simultaneous band of their empirical distribution function, and a test."""
+"""Test whether integers are uniform: the simultaneous band of their empirical distribution function, and a p-value."""
 
 import numpy as np
-from scipy.stats import binom, poisson
 
 __all__ = ["p_value", "simultaneous_band"]
 
 
 def simultaneous_band(num: int, cells: int, level: float) -> tuple[np.ndarray, np.ndarray]:
-    r"""Bounds within which the whole empirical distribution function stays with a probability of ``level`` or more.
+    r"""Compute a band that contains the whole empirical distribution function with probability ``level`` or more.
 
-    Of ``num`` independent numbers, uniform on 0, ..., ``cells`` - 1, the count :math:`S_i` of those less than i is
+    For ``num`` independent integers, uniform on 0, ..., ``cells`` - 1, the count :math:`S_i` of those less than i is
     binomial. The band is the central interval of each count at one pointwise level, the largest at which all hold at
     once. That probability is computed, not simulated.
 
@@ -33,40 +32,50 @@ def simultaneous_band(num: int, cells: int, level: float) -> tuple[np.ndarray, n
 
 
 def p_value(numbers: np.ndarray, cells: int) -> float:
-    """Of whole numbers in 0, ..., ``cells`` - 1, that they are uniform: small where one band would not hold them.
+    """Compute the p-value of the hypothesis that integers are uniform on 0, ..., ``cells`` - 1.
 
-    The chance of a count as unlikely, at its own place, as the most unlikely of these; exact for any number of them.
+    The statistic is the least likely count, as in :func:`simultaneous_band`. The p-value is exact for any number of
+    integers; below 1e-12 it is an upper bound.
 
     >>> rng = np.random.default_rng(0)
     >>> p_value(rng.integers(0, 20, 500), 20) > 0.01, p_value(rng.binomial(19, 0.5, 500), 20) < 1e-9
     (True, True)
     """
+    from scipy.stats import binom
+
     num = len(numbers)
     counts = np.bincount(numbers, minlength=cells).cumsum()[:-1]
     edges = np.arange(1, cells) / cells
     tails = np.minimum(binom.cdf(counts, num, edges), binom.cdf(num - counts, num, 1 - edges))
     pointwise = min(1.0, 2 * float(tails.min()))
-    if pointwise < 1e-12:  # beyond the digits of what follows: a bound, the sum over places
+    if pointwise < 1e-12:  # beyond the precision of what follows: bound it by the sum over counts
         return pointwise * cells
     within = _probability_within(*_limits(num, cells, pointwise * (1 + 1e-9)), num, cells)
     return float(np.clip(1 - within, pointwise, 1.0))
 
 
 def _limits(num: int, cells: int, pointwise: float) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest count at each place, neither of whose tails is below half of ``pointwise``."""
+    """The smallest and largest value of each count whose tails are at least half of ``pointwise``."""
+    from scipy.stats import binom
+
     edges = np.arange(1, cells) / cells
     lower = binom.ppf(pointwise / 2, num, edges).astype(int).clip(0)
     return lower, num - lower[::-1]
 
 
 def _probability_within(lower: np.ndarray, upper: np.ndarray, num: int, cells: int) -> float:
-    """That all counts stay within: cell by cell as independent Poisson numbers, given that they sum to ``num``."""
+    """The probability that all counts are within limits.
+
+    The numbers per cell are independent Poisson variables, given that they sum to ``num``.
+    """
+    from scipy.stats import poisson
+
     if (lower > upper).any():
         return 0.0
     rate = num / cells
     first, last = (int(poisson.ppf(tail, rate)) for tail in (1e-17, 1 - 1e-16))
     cell = poisson.pmf(np.arange(first, last + 20), rate)
-    reached, start = np.ones(1), 0  # the chances of counts start, start + 1, ...
+    reached, start = np.ones(1), 0  # probabilities of the counts start, start + 1, ...
     for low, high in zip([*lower, num], [*upper, num], strict=True):
         summed = np.convolve(reached, cell)
         padded = np.zeros(high - low + 1)

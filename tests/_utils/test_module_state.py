@@ -1,4 +1,4 @@
-"""Modules are found whatever stands between them and a function, and their buffers can be put back."""
+"""Modules are found behind any wrapper of a function, and their buffers can be restored."""
 
 import threading
 from functools import partial, wraps
@@ -7,11 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import gaussian
 from pyro.infer import config_enumerate
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae._utils.module_state import ModuleTensors, buffers_kept
 from pyro_vae.handlers import WeightKL
 
@@ -28,7 +28,7 @@ def decorated(function):
 
 
 class Holder:
-    """No module, and holds some."""
+    """An object that is no module but has one."""
 
     def __init__(self):
         self.norms = {"a": [nn.BatchNorm1d(2)]}
@@ -80,13 +80,12 @@ def test_modules_are_found_as_they_run(name):
     "wrap",
     [lambda f: f, decorated, partial, config_enumerate, WeightKL(0.5), lambda f: WeightKL(0.5)(config_enumerate(f))],
 )
-def test_a_pair_is_known_by_the_vae_that_it_is_bound_to(wrap):
-    net = networks.linear()
-    vae = pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+def test_the_vae_of_a_bound_method_is_found_behind_wrappers(wrap):
+    vae = gaussian()
     assert ModuleTensors(wrap(vae.model), wrap(vae.guide)).named().keys() == vae.state_dict().keys()
 
 
-def test_modules_of_another_thread_are_not_taken():
+def test_modules_of_another_thread_are_not_found():
     tensors = ModuleTensors()
     with tensors.noticed():
         thread = threading.Thread(target=lambda: NORM(X))
@@ -95,7 +94,7 @@ def test_modules_of_another_thread_are_not_taken():
     assert tensors.named() == {}
 
 
-def test_a_buffer_that_was_replaced_is_put_back_as_the_same_tensor():
+def test_a_replaced_buffer_is_restored_as_the_same_tensor():
     class Average(nn.Module):
         def __init__(self):
             super().__init__()
@@ -113,7 +112,7 @@ def test_a_buffer_that_was_replaced_is_put_back_as_the_same_tensor():
     assert torch.equal(mean, torch.zeros(2))
 
 
-def test_buffers_are_put_back_after_an_error():
+def test_buffers_are_restored_after_an_error():
     norm = nn.BatchNorm1d(2)
     with pytest.raises(RuntimeError), buffers_kept():
         nn.Sequential(norm, nn.Linear(3, 1))(X)

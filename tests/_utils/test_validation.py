@@ -1,8 +1,9 @@
-"""Arguments that cannot be used are refused by name, wherever they are taken; NumPy's numbers are numbers."""
+"""Errors for invalid arguments name the argument, in all chapters; numbers of NumPy are accepted."""
 
 import numpy as np
 import pytest
 import torch
+from pairs import gaussian
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, objectives, priors, schedules
@@ -11,44 +12,40 @@ from pyro_vae.handlers import WeightKL
 LINEAR = networks.linear()
 
 
-def vae():
-    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, LINEAR), likelihoods.Normal(2, 3, LINEAR))
-
-
 NUMBERS = {
-    "rate": lambda word: schedules.exponential(1.0, word),
-    "floor": lambda word: schedules.exponential(1.0, 0.1, floor=word),
-    "start": lambda word: schedules.linear(word, 1.0, 3),
-    "end": lambda word: schedules.decayed(1.0, 3, end=word),
-    "hold": lambda word: schedules.decayed(1.0, 3, hold=word),
-    "rise": lambda word: schedules.cyclical(0.0, 1.0, 3, rise=word),
-    "value": lambda word: schedules.constant(word),
-    "weight": lambda word: WeightKL(word),
-    "min_scale": lambda word: likelihoods.Normal(2, 3, LINEAR, min_scale=word),
-    "num_samples": lambda word: vae().generate(word),
+    "rate": lambda value: schedules.exponential(1.0, value),
+    "floor": lambda value: schedules.exponential(1.0, 0.1, floor=value),
+    "start": lambda value: schedules.linear(value, 1.0, 3),
+    "end": lambda value: schedules.decayed(1.0, 3, end=value),
+    "hold": lambda value: schedules.decayed(1.0, 3, hold=value),
+    "rise": lambda value: schedules.cyclical(0.0, 1.0, 3, rise=value),
+    "value": lambda value: schedules.constant(value),
+    "weight": lambda value: WeightKL(value),
+    "min_scale": lambda value: likelihoods.Normal(2, 3, LINEAR, min_scale=value),
+    "num_samples": lambda value: gaussian().generate(value),
 }
 
 
-@pytest.mark.parametrize("word", ["0.5", None, True, float("nan"), [0.5]])
+@pytest.mark.parametrize("value", ["0.5", None, True, float("nan"), [0.5]])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_what_is_no_number_is_refused_by_name(name, word):
+def test_a_value_that_is_no_number_raises(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must be a.*got"):
-        NUMBERS[name](word)
+        NUMBERS[name](value)
 
 
 FLAGS = {
-    "missing": lambda word: likelihoods.Poisson(2, 3, LINEAR, missing=word),
-    "soft_targets": lambda word: likelihoods.Bernoulli(2, 3, LINEAR, soft_targets=word),
-    "learnable": lambda word: priors.Laplace(2, learnable=word),
-    "straight_through": lambda word: priors.RelaxedBernoulli(2, 0.5, straight_through=word),
+    "missing": lambda value: likelihoods.Poisson(2, 3, LINEAR, missing=value),
+    "soft_targets": lambda value: likelihoods.Bernoulli(2, 3, LINEAR, soft_targets=value),
+    "learnable": lambda value: priors.Laplace(2, learnable=value),
+    "straight_through": lambda value: priors.RelaxedBernoulli(2, 0.5, straight_through=value),
 }
 
 
-@pytest.mark.parametrize("word", ["no", None, 1])
+@pytest.mark.parametrize("value", ["no", None, 1])
 @pytest.mark.parametrize("name", FLAGS)
-def test_what_is_neither_true_nor_false_is_refused_by_name(name, word):
-    with pytest.raises(TypeError, match=rf"`{name}` must be True and False.*got"):
-        FLAGS[name](word)
+def test_a_value_that_is_not_boolean_raises(name, value):
+    with pytest.raises(TypeError, match=rf"`{name}` must be True or False, got"):
+        FLAGS[name](value)
 
 
 @pytest.mark.parametrize(
@@ -62,26 +59,26 @@ def test_what_is_neither_true_nor_false_is_refused_by_name(name, word):
             "`pseudo_data` must be a tensor.*got a list",
         ),
         (
-            lambda: pv.VAE(priors.StandardNormal, vae().encoder, vae().decoder),
+            lambda: pv.VAE(priors.StandardNormal, gaussian().encoder, gaussian().decoder),
             "`prior` must be a module.*got the class StandardNormal",
         ),
-        (lambda: pv.VAE(vae().prior, None, vae().decoder), "`encoder` must be a module.*got a NoneType"),
-        (lambda: vae().model([[0.0] * 3]), r"`x` must be a tensor, \(N, 3\).*got a list"),
-        (lambda: vae().encode([[0.0] * 3]), r"DiagonalNormal needs a context of shape \(\*, 3\); got a list"),
+        (lambda: pv.VAE(gaussian().prior, None, gaussian().decoder), "`encoder` must be a module.*got a NoneType"),
+        (lambda: gaussian().model([[0.0] * 3]), r"`x` must be a tensor, \(N, 3\).*got a list"),
+        (lambda: gaussian().encode([[0.0] * 3]), r"DiagonalNormal needs a context of shape \(\*, 3\); got a list"),
     ],
 )
-def test_what_is_of_another_kind_is_refused_by_name(make, message):
+def test_a_value_of_another_type_raises(make, message):
     with pytest.raises(TypeError, match=message):
         make()
 
 
 @pytest.mark.parametrize("hidden", ["ab", None, 2.5, [1.5], ["8"], [True]])
-def test_hidden_sizes_that_are_no_integers_are_refused(hidden):
+def test_hidden_sizes_that_are_no_integers_raise(hidden):
     with pytest.raises(ValueError, match=r"`hidden` must be a list of positive sizes.*got"):
         networks.mlp(hidden)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_are_accepted():
     two, half = np.int64(2), np.float32(0.5)
     encoder = guides.LowRankNormal(np.int64(3), two, networks.mlp([two]), rank=two)
     decoder = likelihoods.Normal(two, np.int64(3), LINEAR, scale=half)

@@ -1,15 +1,16 @@
-"""Calibration: what is exact passes in every seed, what is off is found and named."""
+"""Calibration: an exact guide passes with every seed, and the errors of a wrong one are found and named."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import gaussian, gumbel
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, priors
 from pyro_vae.diagnostics.calibration import ALL
-from pyro_vae.parts.networks import linear, mlp
+from pyro_vae.parts.networks import mlp
 
 WEIGHT = torch.tensor([[1.0, 0.5], [-0.5, 1.0], [0.3, 0.2]])
 NOISE = 0.6
@@ -24,7 +25,7 @@ def linear_model(x):
 
 
 def normal_guide(share=1.0, shift=0.0, only=None):
-    """The exact posterior of the linear model, but for its variance and its mean; of one coordinate, if told."""
+    """The exact posterior of the linear model with another variance and mean, of all coordinates or ``only`` one."""
     which = torch.ones(2) if only is None else torch.eye(2)[only]
     root = torch.linalg.cholesky(PRECISION.inverse()) * (1 + (share**0.5 - 1) * which)[:, None]
 
@@ -42,7 +43,7 @@ def prior_guide(x):
 
 
 def discrete_pair(sharpness=1.0, as_class=False):
-    """Three classes beside each other, and a guide that is exact, over- or underconfident."""
+    """A mixture of three normals; its guide is exact at a sharpness of 1 and overconfident above."""
     centres = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
     make = dist.Categorical if as_class else dist.OneHotCategorical
 
@@ -59,11 +60,18 @@ def discrete_pair(sharpness=1.0, as_class=False):
     return model, guide
 
 
-def found(guide, seed=0, model=linear_model, data=ROWS, **options):
+def scalar_model(x):
+    """p(z | x) is normal with mean x / 2 and variance 1 / 2."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def calibrated(guide, seed=0, model=linear_model, data=ROWS, **options):
     return pv.calibrate(model, guide, data, seed=seed, **options)
 
 
-# --- What is exact ---------------------------------------------------------------------------------------------------
+# --- Exact guides ----------------------------------------------------------------------------------------------------
 
 EXACT = {
     "linear": (linear_model, normal_guide(), ROWS),
@@ -73,10 +81,10 @@ EXACT = {
 
 
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT.keys())
-def test_the_exact_posterior_passes_in_every_seed(case):
+def test_the_exact_posterior_passes_with_every_seed(case):
     model, guide, data = case
     for seed in range(20):
-        result = found(guide, seed, model, data, num_simulations=500, tolerance=1)
+        result = calibrated(guide, seed, model, data, num_simulations=500, tolerance=1)
         assert result.is_exact, (seed, result.p_values)
         assert result.faults == {}
         assert "\n" not in str(result)
@@ -84,14 +92,14 @@ def test_the_exact_posterior_passes_in_every_seed(case):
 
 
 def test_p_values_of_the_exact_posterior_are_uniform():
-    p_values = torch.cat([found(normal_guide(), seed, num_simulations=300).p_values for seed in range(40)])
+    p_values = torch.cat([calibrated(normal_guide(), seed, num_simulations=300).p_values for seed in range(40)])
     for level in (0.05, 0.2, 0.5):
-        error = (level * (1 - level) / 40) ** 0.5  # the three quantities of a seed may go together
+        error = (level * (1 - level) / 40) ** 0.5  # the three quantities of a seed may be correlated
         assert abs((p_values <= level).double().mean() - level) < 5 * error
 
 
-def test_effects_and_coverage_of_the_exact_posterior_are_what_they_should_be():
-    result = found(normal_guide(), num_simulations=4000)
+def test_the_exact_posterior_has_no_errors_and_nominal_coverage():
+    result = calibrated(normal_guide(), num_simulations=4000)
     assert (result.errors.variance_ratio.log().abs() < 5 * result.errors.log_ratio_error).all()
     assert (result.errors.bias.abs() < 5 * result.errors.bias_error).all()
     assert (result.elbo_corrections.variance_ratio.log().abs() < 0.2).all()
@@ -100,14 +108,16 @@ def test_effects_and_coverage_of_the_exact_posterior_are_what_they_should_be():
         assert ((share - level).abs() < 5 * error).all()
     error = (0.9 * 0.1 / 4000) ** 0.5
     assert (result.coverage(0.9)[1] < 1.1 * error).all()
+    with pytest.raises(ValueError, match=r"`level` must be .*got 90"):
+        result.coverage(90)
 
 
-# --- What is off -----------------------------------------------------------------------------------------------------
+# --- Wrong guides ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_half_the_variance_is_found_and_named(seed):
-    result = found(normal_guide(0.5), seed)
+def test_half_the_variance_is_a_fault(seed):
+    result = calibrated(normal_guide(0.5), seed)
     assert not result.is_exact
     assert result.faults[ALL].startswith("too narrow, the variance of q is 0.")
     assert "too narrow" in str(result)
@@ -118,26 +128,23 @@ def test_half_the_variance_is_found_and_named(seed):
     assert ((share - 0.755).abs() < 5 * error)[:2].all()  # of a normal of twice the variance
 
 
-def test_twice_the_variance_is_too_wide():
-    assert found(normal_guide(2.0)).faults[ALL].startswith("too wide, the variance of q is 2.")
-
-
-def test_a_shift_is_a_bias_and_nothing_else():
-    fault = found(normal_guide(shift=1.0)).faults[ALL]
+def test_twice_the_variance_is_too_wide_and_a_shift_is_only_a_bias():
+    assert calibrated(normal_guide(2.0)).faults[ALL].startswith("too wide, the variance of q is 2.")
+    fault = calibrated(normal_guide(shift=1.0)).faults[ALL]
     assert fault.startswith("biased, the mean of q is off by")
     assert "narrow" not in fault
 
 
-def test_a_fault_of_one_coordinate_is_named_by_it():
-    faults = found(normal_guide(0.2, only=1)).faults
+def test_a_fault_of_one_coordinate_has_its_name():
+    faults = calibrated(normal_guide(0.2, only=1)).faults
     assert "z[1]" in faults
     assert "z[0]" not in faults
 
 
-def test_a_guide_that_returns_the_prior_is_told_by_the_joint_density_alone():
-    """Of each coordinate its ranks are uniform: on average over x the posterior is the prior."""
+def test_a_guide_that_returns_the_prior_is_detected_by_the_joint_density_alone():
+    """The ranks of each coordinate are uniform: on average over x the posterior is the prior."""
     for seed in range(5):
-        result = found(prior_guide, seed)
+        result = calibrated(prior_guide, seed)
         level = result.alpha / len(result.names)
         assert (result.p_values[:-1] > level).all()
         assert result.p_values[-1] < 1e-12
@@ -147,99 +154,69 @@ def test_a_guide_that_returns_the_prior_is_told_by_the_joint_density_alone():
 @pytest.mark.parametrize("as_class", [False, True])
 def test_an_overconfident_discrete_guide_is_too_narrow(as_class):
     model, guide = discrete_pair(3.0, as_class)
-    result = found(guide, model=model, data=torch.zeros(8, 2))
+    result = calibrated(guide, model=model, data=torch.zeros(8, 2))
     assert result.names == ("z[0]", "z[1]", "z[2]", "log p(x, z)")
     assert result.elbo_corrections is None
     assert "too narrow" in result.faults[ALL]
 
 
-def test_less_than_the_tolerance_is_let_pass_and_yet_not_exact():
-    slightly = normal_guide(0.8)
-    let_pass, strict = (found(slightly, num_simulations=4000, tolerance=t) for t in (2**0.5, 1))
-    assert not let_pass.is_exact
-    assert let_pass.faults == {}
+def test_an_error_below_the_tolerance_is_no_fault_but_not_exact():
+    tolerant, strict = (calibrated(normal_guide(0.8), num_simulations=4000, tolerance=t) for t in (2**0.5, 1))
+    assert not tolerant.is_exact
+    assert tolerant.faults == {}
     assert any("too narrow" in fault for fault in strict.faults.values())
 
 
-def test_a_few_wrong_data_hide_in_the_average_and_are_told_by_the_exact_distance_of_each():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
+def test_a_few_wrong_data_are_hidden_in_the_average_but_not_in_the_exact_divergence_of_each():
     def guide(x):
-        mean = torch.where((x - 2.5).abs() < 0.05, -x / 2, x / 2)  # of one datum in two hundred its sign is wrong
+        mean = torch.where((x - 2.5).abs() < 0.05, -x / 2, x / 2)  # wrong sign for one datum in two hundred
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(mean, 0.5**0.5).to_event(1))
 
     x = torch.linspace(-4, 4, 33)[:, None]
-    result = found(guide, model=model, data=x)
-    assert result.is_exact, "no rank tells, on average over the data"
+    result = calibrated(guide, model=scalar_model, data=x)
+    assert result.is_exact
     assert result.faults == {}
-    kl = pv.exact.kl(model, guide, x)
+    kl = pv.exact.kl(scalar_model, guide, x)
     wrong = (x[:, 0] - 2.5).abs() < 0.05
     torch.testing.assert_close(kl, torch.where(wrong, 2.5**2, 0.0), atol=1e-3, rtol=1e-3)
 
 
-def test_what_averages_out_adds_up_in_the_divergence():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
+def test_errors_that_cancel_in_the_ranks_add_up_in_the_divergence():
     def guide(x):
         with pyro.plate("data", len(x)):
             variance = torch.where(x > 0, 0.7, 1.35) / 2
             pyro.sample("z", dist.Normal(x / 2, variance.sqrt()).to_event(1))
 
-    result = found(guide, model=model, data=ROWS[:, :1])
+    result = calibrated(guide, model=scalar_model, data=ROWS[:, :1])
     exact = sum((share + 1 / share) / 2 - 1 for share in (0.7, 1.35)) / 2
     assert result.errors.overall[0] == pytest.approx(1, abs=0.2)
     assert abs(result.divergence - exact) < 5 * result.divergence_error < exact
 
 
-# --- A trained encoder -----------------------------------------------------------------------------------------------
+def test_a_trained_encoder_is_not_exact_but_has_no_fault_until_its_variance_is_halved():
+    net = mlp([32], nn.Tanh)
+    vae = pv.VAE(priors.StandardNormal(5), guides.DiagonalNormal(64, 5, net), likelihoods.Bernoulli(5, 64, net))
+    x = datasets.binarize(datasets.digits("train").x)
+    pv.fit(vae.model, vae.guide, x, epochs=40, batch_size=100, lr=5e-3, seed=0)
 
-
-def narrowed(vae, share):
-    def guide(x):
+    def narrowed(x):
         with pyro.plate("data", len(x)):
             q = vae.encode(x).base_dist
-            pyro.sample("z", dist.Normal(q.loc, q.scale * share**0.5).to_event(1))
+            pyro.sample("z", dist.Normal(q.loc, q.scale * 0.5**0.5).to_event(1))
 
-    return guide
-
-
-@pytest.fixture(scope="module")
-def digits():
-    with pyro.get_param_store().scope():
-        torch.manual_seed(0)
-        net = mlp([32], nn.Tanh)
-        vae = pv.VAE(priors.StandardNormal(5), guides.DiagonalNormal(64, 5, net), likelihoods.Bernoulli(5, 64, net))
-        x = datasets.binarize(datasets.digits("train").x)
-        pv.fit(vae.model, vae.guide, x, epochs=40, batch_size=100, lr=5e-3, seed=0)
-    return vae, x
-
-
-def test_a_trained_encoder_is_not_exact_but_without_fault_and_half_its_variance_is_one(digits):
-    vae, x = digits
     for seed in range(5):
-        sound = pv.calibrate(vae.model, vae.guide, x, num_draws=49, seed=seed)
-        assert sound.faults == {}
-        assert not sound.is_exact
-    planted = pv.calibrate(vae.model, narrowed(vae, 0.5), x, num_draws=49)
-    assert "too narrow" in planted.faults[ALL]
+        trained = pv.calibrate(vae.model, vae.guide, x, num_draws=49, seed=seed)
+        assert trained.faults == {}
+        assert not trained.is_exact
+    assert "too narrow" in pv.calibrate(vae.model, narrowed, x, num_draws=49).faults[ALL]
 
 
-# --- Any model -------------------------------------------------------------------------------------------------------
+# --- Other models ----------------------------------------------------------------------------------------------------
 
 
-def test_relaxed_latents_are_compared_in_free_coordinates():
-    vae = pv.VAE(
-        priors.GumbelSoftmax((2, 3), temperature=0.5),
-        guides.GumbelSoftmax(3, (2, 3), linear(), temperature=0.66),
-        likelihoods.Normal((2, 3), 3, linear()),
-    )
+def test_relaxed_latents_are_compared_in_unconstrained_coordinates():
+    vae = gumbel()
     result = pv.calibrate(vae.model, vae.guide, torch.zeros(5, 3), num_simulations=200)
     assert result.names == ("z[0, 0]", "z[0, 1]", "z[1, 0]", "z[1, 1]", "log p(x, z)")
     assert result.ranks.shape == (200, 5)
@@ -278,11 +255,11 @@ def test_a_positive_latent_is_compared_by_its_logarithm():
     assert (result.elbo_corrections.variance_ratio.log().abs() < 0.5).all()
 
 
-def test_one_seed_one_result_and_nothing_of_the_users_is_touched(random_states):
-    vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
+def test_a_seed_fixes_the_result_and_the_users_state_stays(random_states):
+    vae = gaussian()
     vae.register()
     state, stored = random_states(), set(pyro.get_param_store().keys())
-    first, again, other = (found(vae.guide, seed, vae.model, num_simulations=50) for seed in (0, 0, 1))
+    first, again, other = (calibrated(vae.guide, seed, vae.model, num_simulations=50) for seed in (0, 0, 1))
     assert torch.equal(first.ranks, again.ranks)
     assert not torch.equal(first.ranks, other.ranks)
     assert random_states() == state
@@ -290,47 +267,47 @@ def test_one_seed_one_result_and_nothing_of_the_users_is_touched(random_states):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
 
 
-# --- What is refused -------------------------------------------------------------------------------------------------
+# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_guide_that_is_not_amortized_is_refused():
-    x = torch.randn(6, 3)
-    vae = pv.VAE(
-        priors.StandardNormal(2),
-        guides.PerDatum.refining(guides.DiagonalNormal(3, 2, linear()), x),
-        likelihoods.Normal(2, 3, linear()),
-    )
-    with pytest.raises(ValueError, match="guide: is not amortized"):
-        pv.calibrate(vae.model, vae.guide, x)
+def observing(loc, value):
+    """A model of one latent with a likelihood that may read the data."""
 
-
-def test_a_point_is_refused():
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(x[:, :2]).to_event(1))
-
-    with pytest.raises(ValueError, match="got a point"):
-        found(guide)
-
-
-def test_data_that_are_changed_before_they_are_observed_are_refused():
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=2 * x)
+            pyro.sample("x", dist.Normal(loc(z, x), 1.0), obs=value(x))
 
-    with pytest.raises(ValueError, match="what it observes at 'x' is none of its 1 data tensors"):
-        pv.calibrate(model, lambda x: None, torch.ones(4))
+    return model
 
 
-def test_a_likelihood_that_reads_its_own_data_is_refused():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z + x.detach(), 1.0), obs=x)
+def point_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(x[:, :2]).to_event(1))
 
-    with pytest.raises(ValueError, match="another density when it is handed back"):
-        pv.calibrate(model, lambda x: None, torch.ones(4))
+
+REFINED = gaussian(encoder=guides.PerDatum.refining(gaussian().encoder, torch.randn(6, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "data", "message"),
+    [
+        (REFINED.model, REFINED.guide, torch.randn(6, 3), "`guide` must be amortized.*got a q.* more than that datum"),
+        (linear_model, point_guide, ROWS, "is a point"),
+        (
+            observing(lambda z, x: z, lambda x: 2 * x), prior_guide, torch.ones(4),
+            "`model` must observe one of its 1 data tensors.*at 'x'.*got values that are equal to none",
+        ),
+        (
+            observing(lambda z, x: z + x.detach(), lambda x: x), prior_guide, torch.ones(4),
+            "`model` must have a likelihood of 'x' that depends on latents.*got draws that have another density",
+        ),
+    ],
+    ids=["per datum", "point", "changed data", "data in the likelihood"],
+)  # fmt: skip
+def test_pairs_that_cannot_be_calibrated_raise(model, guide, data, message):
+    with pytest.raises(ValueError, match=message):
+        pv.calibrate(model, guide, data)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +316,9 @@ def test_a_likelihood_that_reads_its_own_data_is_refused():
         ({"num_simulations": 0}, "`num_simulations` must be .*got 0"),
         ({"num_draws": 5}, "`num_draws` must be 10 or more.*got 5"),
         ({"tolerance": 0.5}, "`tolerance` must be a factor of 1 or more.*got 0.5"),
-        ({"alpha": 2}, "`alpha` must be a chance between 0 and 1.*got 2"),
+        ({"alpha": 2}, "`alpha` must be a probability between 0 and 1.*got 2"),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
-        found(normal_guide(), **options)
-
-
-def test_a_level_of_no_interval_is_refused():
-    with pytest.raises(ValueError, match="`level` must be .*got 90"):
-        found(normal_guide(), num_simulations=20).coverage(90)
+        calibrated(normal_guide(), **options)

@@ -1,4 +1,4 @@
-"""Where the nats go, held against the closed forms of linear Gaussian codes, against quadrature and enumeration."""
+"""Decomposition of the ELBO, compared with closed forms of linear Gaussian guides, quadrature and enumeration."""
 
 import math
 
@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import gaussian, gumbel, one_hot, relaxed
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -24,19 +25,18 @@ def population(num_data, seed=0):
     return torch.randn(num_data, 3, generator=torch.Generator().manual_seed(seed)) @ ROOT.T
 
 
-def linear_vae(weight=A, shift=SHIFT, scale=SCALE, latent=2):
+def linear_vae(weight=A, shift=SHIFT, scale=SCALE):
     """q(z | x) = N(weight x + shift, scale^2)."""
-    vae = pv.VAE(
-        priors.StandardNormal(latent),
-        guides.DiagonalNormal(3, latent, networks.linear()),
-        likelihoods.Normal(latent, 3, networks.linear(), scale=1.0),
+    vae = gaussian(
+        encoder=guides.DiagonalNormal(3, 2, networks.linear()),
+        decoder=likelihoods.Normal(2, 3, networks.linear(), scale=1.0),
     )
     with torch.no_grad():
         network = vae.encoder.network
         network.weight.zero_()
-        network.weight[:latent] = weight
-        network.bias[:latent] = shift
-        network.bias[latent:] = scale.log()
+        network.weight[:2] = weight
+        network.bias[:2] = shift
+        network.bias[2:] = scale.log()
     return vae
 
 
@@ -47,9 +47,10 @@ def close(estimate, expected):
 # --- Closed forms ----------------------------------------------------------------------------------------------------
 
 
-def test_a_linear_gaussian_code_has_its_closed_forms():
+def test_a_linear_gaussian_guide_has_the_closed_forms():
     x = population(2000)
-    nats = pv.decompose(linear_vae().model, linear_vae().guide, x)
+    vae = linear_vae()
+    nats = pv.decompose(vae.model, vae.guide, x)
     mean = x @ A.T + SHIFT
     rate = 0.5 * (SCALE**2 + mean**2 - 1 - 2 * SCALE.log())
     close(nats.rate, rate.sum(1).mean().item())
@@ -61,7 +62,7 @@ def test_a_linear_gaussian_code_has_its_closed_forms():
     assert lower.value < truth + SURE * lower.standard_error
     assert upper.value > truth - SURE * upper.standard_error
     marginal_kl = 0.5 * (MARGINAL.trace() + SHIFT @ SHIFT - 2 - MARGINAL.logdet()).item()
-    error = math.hypot(lower.standard_error, 3 / math.sqrt(len(x)))  # also that of the rate over data
+    error = math.hypot(lower.standard_error, 3 / math.sqrt(len(x)))  # and that of the rate over data
     assert abs(nats.marginal_kl.value - marginal_kl) < SURE * error
     for d in range(2):
         alone = 0.5 * math.log(MARGINAL[d, d] / SCALE[d] ** 2)
@@ -81,8 +82,8 @@ def test_the_terms_add_up_and_are_those_of_evaluate():
         assert abs(estimate.value - terms[name]) < SURE * 1.1 * estimate.standard_error
 
 
-def test_the_bracket_holds_the_information_of_the_population_in_expectation():
-    """Its ends are on either side, by more than chance, where data are few."""
+def test_the_bracket_contains_the_information_of_the_population_in_expectation():
+    """With few data, its ends differ from the truth by more than chance."""
     truth = 0.5 * (MARGINAL.logdet() - 2 * SCALE.log().sum()).item()
     vae = linear_vae()
     found = [pv.decompose(vae.model, vae.guide, population(8, seed), seed=seed) for seed in range(60)]
@@ -94,20 +95,16 @@ def test_the_bracket_holds_the_information_of_the_population_in_expectation():
     assert all(nats.population_information[0].value <= nats.population_information[1].value for nats in found)
 
 
-def test_codes_that_do_not_overlap_tell_each_datum_and_no_more():
+def test_without_overlap_the_information_is_that_of_the_index():
     vae = linear_vae(weight=100 * A, scale=torch.full((2,), 1e-3))
     nats = pv.decompose(vae.model, vae.guide, population(50))
     assert nats.mutual_information.value == pytest.approx(math.log(50), abs=1e-5)
-    assert nats.population_information[1].value > 100  # of the population more is not known
+    assert nats.population_information[1].value > 100  # for the population there is no upper bound
 
 
-def test_on_the_mixture_it_agrees_with_quadrature():
+def test_it_agrees_with_quadrature_on_the_mixture():
     x = pv.datasets.two_gaussians(300, seed=0).x
-    vae = pv.VAE(
-        priors.StandardNormal(1),
-        guides.DiagonalNormal(2, 1, networks.linear()),
-        likelihoods.Normal(1, 2, networks.mlp([8])),
-    )
+    vae = gaussian(1, 2, encoder=guides.DiagonalNormal(2, 1, networks.linear()))
     with torch.no_grad():
         vae.encoder.network.weight.copy_(torch.tensor([[0.6, 0.5], [0.2, -0.1]]))
         vae.encoder.network.bias.copy_(torch.tensor([0.1, -0.8]))
@@ -125,19 +122,15 @@ def test_on_the_mixture_it_agrees_with_quadrature():
     assert nats.units["z"].information.item() == pytest.approx(nats.mutual_information.value, abs=1e-6)
 
 
-def bits(latent=3):
+def bits():
     torch.manual_seed(1)
-    vae = pv.VAE(
-        priors.Bernoulli(latent),
-        guides.Bernoulli(2, latent, networks.linear()),
-        likelihoods.Normal(latent, 2, networks.linear(), scale=0.5),
-    )
+    vae = gaussian(3, 2, prior=priors.Bernoulli(3), encoder=guides.Bernoulli(2, 3, networks.linear()))
     with torch.no_grad():
         vae.encoder.network.weight.copy_(torch.tensor([[2.0, 1.0], [0.5, -1.0], [-1.0, 2.0]]))
     return vae
 
 
-def test_bits_are_summed_over_and_drawn_alike(monkeypatch):
+def test_sums_over_states_and_draws_agree(monkeypatch):
     x, vae = pv.datasets.two_gaussians(40, seed=0).x, bits()
     with torch.no_grad():
         states = vae.prior().enumerate_support(expand=False).reshape(8, 1, 3)
@@ -164,35 +157,11 @@ def test_bits_are_summed_over_and_drawn_alike(monkeypatch):
     torch.testing.assert_close(drawn.units["z"].information, exactly.units["z"].information, rtol=0, atol=0.03)
 
 
-# --- Pairs of all kinds ----------------------------------------------------------------------------------------------
-
-
-def relaxed():
-    return pv.VAE(
-        priors.RelaxedBernoulli(2, temperature=0.5),
-        guides.RelaxedBernoulli(3, 2, networks.linear(), temperature=0.66),
-        likelihoods.Normal(2, 3, networks.linear()),
-    )
-
-
-def gumbel():
-    return pv.VAE(
-        priors.GumbelSoftmax((2, 3), temperature=0.5),
-        guides.GumbelSoftmax(3, (2, 3), networks.linear(), temperature=0.5),
-        likelihoods.Normal((2, 3), 3, networks.linear()),
-    )
-
-
-def one_hot():
-    return pv.VAE(
-        priors.OneHotCategorical((2, 3)),
-        guides.OneHotCategorical(3, (2, 3), networks.linear()),
-        likelihoods.Normal((2, 3), 3, networks.linear()),
-    )
+# --- Kinds of latents and guides -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [relaxed, gumbel, one_hot])
-def test_relaxed_and_discrete_codes_have_a_number_for_each_variable(build):
+def test_relaxed_and_discrete_latents_have_numbers_for_each_variable(build):
     vae, x = build(), population(60)
     nats = pv.decompose(vae.model, vae.guide, x, num_samples=50)
     units = nats.units["z"]
@@ -202,7 +171,7 @@ def test_relaxed_and_discrete_codes_have_a_number_for_each_variable(build):
 
 
 @pytest.mark.parametrize("build", [relaxed, gumbel])
-def test_a_relaxed_code_is_as_active_as_its_twin_and_tells_more(build):
+def test_a_relaxed_latent_is_as_active_as_its_twin_and_carries_more_information(build):
     vae, x = build(), population(60)
     nats, twin = (pv.decompose(pair.model, pair.guide, x, num_samples=100) for pair in (vae, vae.discrete()))
     torch.testing.assert_close(nats.units["z"].activity, twin.units["z"].activity)
@@ -211,8 +180,8 @@ def test_a_relaxed_code_is_as_active_as_its_twin_and_tells_more(build):
 
 
 @pytest.mark.parametrize("part", [guides.FullRankNormal, guides.LowRankNormal, guides.MixtureOfNormals])
-def test_a_guide_that_is_no_product_tells_of_all_variables_at_once(part):
-    vae = pv.VAE(priors.StandardNormal(2), part(3, 2, networks.linear()), likelihoods.Normal(2, 3, networks.linear()))
+def test_a_guide_that_is_no_product_has_only_the_information_of_all_variables(part):
+    vae = gaussian(encoder=part(3, 2, networks.linear()))
     nats = pv.decompose(vae.model, vae.guide, population(40))
     assert nats.units["z"].information is None
     assert nats.units["z"].rate is None
@@ -223,10 +192,10 @@ def test_a_guide_that_is_no_product_tells_of_all_variables_at_once(part):
     torch.testing.assert_close(nats.units["z"].activity, means.var(0).double(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_flow_is_a_guide_like_any_other():
+def test_an_identity_flow_agrees_with_its_normal_guide():
     pytest.importorskip("zuko")
     encoder = guides.InverseAutoregressiveFlow(3, 2, networks.linear(), transforms=1, hidden=(8,))
-    vae = pv.VAE(priors.StandardNormal(2), encoder, likelihoods.Normal(2, 3, networks.linear()))
+    vae = gaussian(encoder=encoder)
     normal = linear_vae(encoder.network.weight[:2], encoder.network.bias[:2], torch.ones(2))
     with torch.no_grad():
         encoder.network.weight[2:4] = 0.0
@@ -265,8 +234,8 @@ def chained_guide(x):
 
 
 @pytest.mark.parametrize("guide", [product_guide, chained_guide])
-def test_two_latent_sites_of_a_users_own_pair(guide):
-    """The information of both is at most that of a grid of z for each kind."""
+def test_two_latent_sites_agree_with_a_grid(guide):
+    """The information of both sites agrees with a grid of z for each kind."""
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     nats = pv.decompose(two_sites_model, guide, x, num_samples=200)
     z, step = torch.linspace(-9, 9, 3001)[:, None], 18 / 3000
@@ -286,22 +255,20 @@ def test_two_latent_sites_of_a_users_own_pair(guide):
 # --- Collapse --------------------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_that_says_nothing_is_called_collapsed():
+def test_a_guide_without_information_has_collapsed():
     vae = linear_vae(weight=torch.zeros(2, 3), shift=torch.zeros(2), scale=torch.ones(2))
     nats = pv.decompose(vae.model, vae.guide, population(50))
     assert nats.collapse == ("z carries nothing about x: 0.000 nats; q(z|x) is the prior for every x",)
     assert nats.rate.value == pytest.approx(0, abs=1e-6)
     assert "collapse: z carries nothing" in str(nats)
     assert not nats.units["z"].active.any()
-
-
-def test_a_rate_that_buys_nothing_is_called_so():
     vae = linear_vae(weight=torch.zeros(2, 3))
     (line,) = pv.decompose(vae.model, vae.guide, population(50)).collapse
     assert "carries nothing about x: 0.000 nats; the rate of" in line
+    assert "is wasted: q(z|x) is the same for every x" in line
 
 
-def test_a_variable_that_carries_nothing_is_named():
+def test_a_variable_without_information_is_named():
     weight = A.clone()
     weight[1] = 0
     vae = linear_vae(weight, shift=torch.zeros(2), scale=torch.tensor([0.4, 1.0]))
@@ -310,10 +277,10 @@ def test_a_variable_that_carries_nothing_is_named():
     assert nats.units["z"].active.tolist() == [True, False]
     vae = linear_vae(weight, shift=torch.tensor([0.0, 1.0]), scale=torch.tensor([0.4, 1.0]))
     lines = pv.decompose(vae.model, vae.guide, population(50)).collapse
-    assert lines[1] == "what carries nothing in z still costs a rate of 0.50 nats: there q is not the prior"
+    assert lines[1] == "these variables of z still cost a rate of 0.50 nats: their q is not the prior"
 
 
-def test_a_code_in_the_scale_alone_is_no_collapse():
+def test_information_in_the_scale_alone_is_no_collapse():
     vae = linear_vae(weight=torch.zeros(2, 3), shift=torch.zeros(2))
     with torch.no_grad():
         vae.encoder.network.weight[2:] = A
@@ -322,7 +289,7 @@ def test_a_code_in_the_scale_alone_is_no_collapse():
     assert nats.collapse == ()
 
 
-def test_bits_that_say_nothing_are_named():
+def test_a_bit_without_information_is_named():
     x, vae = pv.datasets.two_gaussians(40, seed=0).x, bits()
     with torch.no_grad():
         vae.encoder.network.weight[1] = 0.0
@@ -331,7 +298,7 @@ def test_bits_that_say_nothing_are_named():
     assert lines == ("1 of 3 variables of z carry nothing about x (less than 0.01 nats each): z[1]",)
 
 
-# --- Draws, seeds, memory and errors ---------------------------------------------------------------------------------
+# --- Draws, chunks and errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [1, 3 * 40 * 16, 10**9])
@@ -350,11 +317,11 @@ def test_the_standard_error_is_the_spread_over_seeds():
     found = [pv.decompose(vae.model, vae.guide, x, num_samples=4, seed=seed) for seed in range(100)]
     for name in ("elbo", "rate", "mutual_information", "marginal_kl"):
         values = torch.tensor([getattr(nats, name).value for nats in found])
-        told = torch.tensor([getattr(nats, name).standard_error for nats in found]).square().mean().sqrt()
-        assert 0.65 < (told / values.std()).item() < 1.5
+        reported = torch.tensor([getattr(nats, name).standard_error for nats in found]).square().mean().sqrt()
+        assert 0.65 < (reported / values.std()).item() < 1.5
 
 
-def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states):
+def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
     vae, x = linear_vae(), population(20)
     before = random_states()
     first = pv.decompose(vae.model, vae.guide, x)
@@ -365,26 +332,21 @@ def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states)
     assert first.rate == again.rate != other.rate
 
 
-def per_datum_prior(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x[:, 0], 1.0))
-        pyro.sample("x", dist.Normal(z[..., None] * WEIGHTS, 1.0).to_event(1), obs=x)
+def one_site(prior, q):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(x[:, 0]))
+            pyro.sample("x", dist.Normal(z[..., None] * WEIGHTS, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x[:, 0]))
+
+    return model, guide
 
 
-def normal_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x[:, 0], 1.0))
-
-
-def point_model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z[..., None] * WEIGHTS, 1.0).to_event(1), obs=x)
-
-
-def point_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Delta(x[:, 0]))
+PER_DATUM_PRIOR = one_site(lambda x: dist.Normal(x, 1.0), lambda x: dist.Normal(x, 1.0))
+POINT_GUIDE = one_site(lambda x: dist.Normal(0.0, 1.0), dist.Delta)
 
 
 @pytest.mark.parametrize(
@@ -392,23 +354,19 @@ def point_guide(x):
     [
         (two_sites_model, product_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
         (two_sites_model, product_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
-        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "`data` must be 2 or more.*got 1 row"),
-        (per_datum_prior, normal_guide, torch.randn(5, 2), 5, "the prior of its latent 'z' is another for each datum"),
-        (point_model, point_guide, torch.randn(5, 2), 5, r"got a point \(Delta, as in AutoDelta\) for 'z'"),
+        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
+        (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
+        (*POINT_GUIDE, torch.randn(5, 2), 5, "'z' is a point"),
     ],
 )
-def test_what_has_no_answer_is_refused(model, guide, x, num_samples, message):
+def test_invalid_arguments_raise(model, guide, x, num_samples, message):
     with pytest.raises(ValueError, match=message):
         pv.decompose(model, guide, x, num_samples=num_samples)
 
 
-def test_of_many_discrete_variables_the_states_are_drawn():
+def test_many_discrete_variables_are_sampled():
     torch.manual_seed(0)
-    vae = pv.VAE(
-        priors.Bernoulli(200, probs=0.3),
-        guides.Bernoulli(3, 200, networks.linear()),
-        likelihoods.Normal(200, 3, networks.linear()),
-    )
+    vae = gaussian(200, prior=priors.Bernoulli(200, probs=0.3), encoder=guides.Bernoulli(3, 200, networks.linear()))
     x = population(60)
     found = pv.decompose(vae.model, vae.guide, x)
     q, p = vae.encode(x).base_dist, dist.Bernoulli(0.3)

@@ -1,9 +1,10 @@
-"""The gap of a guide in two, held against posteriors that are known: linear Gaussian models, and enumerated ones."""
+"""The inference gap and the refinement, compared with known posteriors of linear Gaussian and discrete models."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import gaussian
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -15,7 +16,7 @@ SURE = 4.5  # standard errors
 WEIGHT = torch.tensor([[1.0, 0.8], [0.2, -0.9], [0.7, 0.6], [-0.4, 0.5]]).double()
 NOISE = 0.75  # a number that float32 holds
 PRECISION = WEIGHT.T @ WEIGHT / NOISE**2 + torch.eye(2).double()
-SOLVE = torch.linalg.solve(PRECISION, WEIGHT.T) / NOISE**2  # from x to the mean of its posterior
+SOLVE = torch.linalg.solve(PRECISION, WEIGHT.T) / NOISE**2  # maps x to the posterior mean
 MEAN_FIELD = (0.5 * (PRECISION.diagonal().log().sum() - PRECISION.logdet())).item()
 
 
@@ -25,11 +26,10 @@ def data(num_data, seed=0):
     return z @ WEIGHT.T + NOISE * torch.randn(num_data, 4, generator=generator, dtype=torch.float64)
 
 
-def linear_vae(part, moved=0.0, stretched=1.0):
-    """Its encoder has the best mean and spread of its family, but for a move and a factor."""
-    torch.manual_seed(0)
+def linear_vae(part, shift=0.0, factor=1.0):
+    """The best encoder of its family, except for a shift of its mean and a factor of its scale."""
     decoder = likelihoods.Normal(2, 4, networks.linear(), scale=NOISE)
-    vae = pv.VAE(priors.StandardNormal(2), part(4, 2, networks.linear()), decoder).double()
+    vae = gaussian(2, 4, encoder=part(4, 2, networks.linear()), decoder=decoder).double()
     covariance_root = torch.linalg.cholesky(torch.linalg.inv(PRECISION))
     with torch.no_grad():
         vae.decoder.network.weight.copy_(WEIGHT)
@@ -37,12 +37,12 @@ def linear_vae(part, moved=0.0, stretched=1.0):
         network = vae.encoder.network
         network.weight.zero_()
         network.weight[:2] = SOLVE
-        network.bias[:2] = moved
+        network.bias[:2] = shift
         if part is guides.DiagonalNormal:
-            network.bias[2:] = torch.log(stretched / PRECISION.diagonal().sqrt())
+            network.bias[2:] = torch.log(factor / PRECISION.diagonal().sqrt())
         else:
-            network.bias[2:4] = torch.log(stretched * covariance_root.diagonal())
-            network.bias[4] = stretched * covariance_root[1, 0]
+            network.bias[2:4] = torch.log(factor * covariance_root.diagonal())
+            network.bias[4] = factor * covariance_root[1, 0]
     return vae
 
 
@@ -55,11 +55,11 @@ def test_the_best_diagonal_guide_has_the_mean_field_gap_and_nothing_to_amortize(
     assert found.is_exact
     torch.testing.assert_close(found.gap, torch.full((20,), MEAN_FIELD).double(), rtol=0, atol=1e-6)
     assert MEAN_FIELD > 0.03
-    assert found.amortization.abs().max() < 5e-3  # the gradient keeps noise where q is not the posterior
+    assert found.amortization.abs().max() < 5e-3  # the gradient is noisy since q is not the posterior
     assert (found.approximation + found.amortization - found.gap).abs().max() < 1e-9
 
 
-def test_an_exact_guide_has_no_gap_and_its_refinement_stays_where_it_is():
+def test_an_exact_guide_has_no_gap_and_is_not_changed_by_refinement():
     vae = linear_vae(guides.FullRankNormal)
     found = pv.inference_gap(vae.model, vae.guide, data(20), steps=50)
     for part in (found.gap, found.approximation, found.amortization):
@@ -67,12 +67,12 @@ def test_an_exact_guide_has_no_gap_and_its_refinement_stays_where_it_is():
 
 
 @pytest.mark.parametrize("part", [guides.DiagonalNormal, guides.FullRankNormal])
-def test_what_a_perturbed_encoder_loses_is_amortization(part):
-    moved, stretched = torch.tensor([0.3, -0.2]).double(), 1.5
-    vae = linear_vae(part, moved, stretched)
+def test_the_loss_of_a_perturbed_encoder_is_amortization(part):
+    shift, factor = torch.tensor([0.3, -0.2]).double(), 1.5
+    vae = linear_vae(part, shift, factor)
     found = pv.inference_gap(vae.model, vae.guide, data(20), steps=500)
-    spread = stretched**2 - 1 - 2 * torch.tensor(stretched).log()
-    expected = (0.5 * moved @ PRECISION @ moved + spread).item()  # of two dimensions, half a spread each
+    scale_kl = factor**2 - 1 - 2 * torch.tensor(factor).log()
+    expected = (0.5 * shift @ PRECISION @ shift + scale_kl).item()  # two dimensions, half of it each
     assert expected > 0.5
     torch.testing.assert_close(found.amortization, torch.full((20,), expected).double(), rtol=0, atol=0.01)
     left = MEAN_FIELD if part is guides.DiagonalNormal else 0.0
@@ -80,15 +80,15 @@ def test_what_a_perturbed_encoder_loses_is_amortization(part):
 
 
 def test_the_refined_guide_is_a_pyro_guide_of_these_data():
-    vae, x = linear_vae(guides.FullRankNormal, moved=0.5), data(20)
+    vae, x = linear_vae(guides.FullRankNormal, shift=0.5), data(20)
     found = pv.inference_gap(vae.model, vae.guide, x, steps=400)
     with pyro.plate("draws", 4000, dim=-2):
         z = pyro.poutine.trace(found.refined).get_trace(x).nodes["z"]["value"]
     assert (z.mean(0) - x @ SOLVE.T).abs().max() < 0.06
 
 
-def test_a_guide_refined_elsewhere_takes_the_place_of_the_refinement():
-    vae, x = linear_vae(guides.DiagonalNormal, moved=0.5), data(20)
+def test_a_guide_that_is_refined_already_can_be_passed():
+    vae, x = linear_vae(guides.DiagonalNormal, shift=0.5), data(20)
     vae.decoder.requires_grad_(False)
     refined = pv.VAE(vae.prior, PerDatum.refining(vae.encoder, x), vae.decoder)
     pv.fit(refined.model, refined.guide, x, epochs=400, lr=pv.schedules.decayed(2e-2, 400))
@@ -99,20 +99,25 @@ def test_a_guide_refined_elsewhere_takes_the_place_of_the_refinement():
     assert abs(theirs.amortization.mean().item() - ours.amortization.mean().item()) < 0.02
 
 
-def test_a_users_own_pair_is_refined_in_the_parameters_of_its_distributions():
-    vae, x = linear_vae(guides.DiagonalNormal, moved=0.3), data(20)
+def test_a_plain_guide_is_refined_in_the_parameters_of_its_distributions():
+    vae, x = linear_vae(guides.DiagonalNormal, shift=0.3), data(20)
     found = pv.inference_gap(vae.model, lambda x: vae.guide(x), x, steps=400)
     same = pv.inference_gap(vae.model, vae.guide, x, steps=400)
     torch.testing.assert_close(found.amortization, same.amortization, rtol=0, atol=0.01)
 
 
-# --- Other exact answers, and none -----------------------------------------------------------------------------------
+# --- Other models ----------------------------------------------------------------------------------------------------
+
+
+def bits(num):
+    torch.manual_seed(0)
+    decoder = likelihoods.Normal(num, 2, networks.linear(), scale=0.8)
+    encoder = guides.Bernoulli(2, num, networks.linear())
+    return gaussian(num, 2, prior=priors.Bernoulli(num), encoder=encoder, decoder=decoder)
 
 
 def test_one_bit_has_a_gap_of_amortization_alone():
-    torch.manual_seed(0)
-    decoder = likelihoods.Normal(1, 2, networks.linear(), scale=0.8)
-    vae = pv.VAE(priors.Bernoulli(1), guides.Bernoulli(2, 1, networks.linear()), decoder)
+    vae = bits(1)
     x = pv.datasets.two_gaussians(30, seed=0).x
     found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
     torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-5)
@@ -120,13 +125,10 @@ def test_one_bit_has_a_gap_of_amortization_alone():
     assert found.amortization.mean() > 0.01
 
 
-def test_of_a_product_of_bits_approximation_is_what_a_search_leaves():
-    torch.manual_seed(0)
-    vae = pv.VAE(
-        priors.Bernoulli(2), guides.Bernoulli(2, 2, networks.linear()), likelihoods.Normal(2, 2, networks.linear())
-    )
+def test_the_approximation_of_a_product_of_bits_agrees_with_a_grid_search():
+    vae = bits(2)
     with torch.no_grad():
-        vae.decoder.network.weight.fill_(1.5)  # the bits explain each other away
+        vae.decoder.network.weight.fill_(1.5)  # given x, the bits are dependent
     x = torch.tensor([[0.7, 0.9]])
     found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
     grid = torch.linspace(-9, 9, 181)
@@ -141,11 +143,9 @@ def test_of_a_product_of_bits_approximation_is_what_a_search_leaves():
     assert expected > 0.02
 
 
-def test_by_quadrature_of_one_dimension():
+def test_one_dimension_is_exact_by_quadrature():
     x = pv.datasets.two_gaussians(30, seed=0).x
-    torch.manual_seed(0)
-    tanh = networks.mlp([8], activation=torch.nn.Tanh)
-    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, tanh), likelihoods.Normal(1, 2, tanh))
+    vae = gaussian(1, 2)
     found = pv.inference_gap(vae.model, vae.guide, x, steps=300)
     torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-3)
     assert found.is_exact
@@ -153,11 +153,8 @@ def test_by_quadrature_of_one_dimension():
     assert found.amortization.min() > -1e-3
 
 
-def test_without_an_exact_answer_it_says_so():
-    torch.manual_seed(0)
-    tanh = networks.mlp([8], activation=torch.nn.Tanh)
-    vae = pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(4, 3, tanh), likelihoods.Normal(3, 4, tanh))
-    x = data(30).float()
+def test_without_an_exact_answer_log_evidence_is_a_lower_bound():
+    vae, x = gaussian(3, 4), data(30).float()
     found = pv.inference_gap(vae.model, vae.guide, x, steps=300)
     assert not found.is_exact
     assert "in expectation a lower bound" in str(found)
@@ -185,7 +182,7 @@ def mixed_guide(x):
 
 
 def mixed_evidence(x):
-    """The bit summed over, z integrated in closed form: x is normal."""
+    """A sum over the bit; given the bit, x is normal."""
     both = torch.full((2, 2), 1.0) + 0.25 * torch.eye(2)
     kinds = [dist.MultivariateNormal(torch.tensor([2.0 * kind, 0.0]), both).log_prob(x) for kind in (0, 1)]
     return torch.logaddexp(kinds[0] + torch.tensor(0.6).log(), kinds[1] + torch.tensor(0.4).log())
@@ -198,10 +195,10 @@ def test_a_pair_of_a_bit_and_a_number():
     assert ((found.log_evidence - mixed_evidence(x)).abs() < SURE * error + 1e-3).all()
     assert (found.amortization > 0.01).all()
     assert (found.approximation > -SURE * (error**2 + found.elbo_error**2 + found.amortization_error**2).sqrt()).all()
-    assert found.approximation.max() < 0.6  # where the bit and the number hang together
+    assert found.approximation.max() < 0.6  # the bit and the number are dependent
 
 
-# --- Rebuilding, refusals and leaks ----------------------------------------------------------------------------------
+# --- Refinement, errors and side effects -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,8 +221,8 @@ def test_a_pair_of_a_bit_and_a_number():
     ],
     ids=lambda fn: type(fn).__name__,
 )
-def test_a_distribution_rebuilt_is_the_same(fn):
-    start, build = refinement._rebuilt("z", fn)
+def test_a_rebuilt_distribution_is_the_same(fn):
+    start, build = refinement._rebuildable("z", fn)
     value = fn.sample()
     torch.testing.assert_close(build(start).log_prob(value), fn.log_prob(value), rtol=1e-4, atol=1e-4)
     assert build(start).event_shape == fn.event_shape
@@ -258,29 +255,33 @@ def squashed(x):
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ((mixed_model, chained_guide), r"guide: its latents \['kind', 'z'\] hang on one another given x.*`refined=`"),
-        (one_site(dist.Poisson(2.0), lambda x: dist.Poisson(x[:, 0].exp())), "'z' does not enumerate.*`refined=`"),
-        (one_site(dist.Normal(0.0, 1.0), squashed), "a TransformedDistribution, which does not rebuild.*`refined=`"),
-        (one_site(dist.Normal(0.0, 1.0), lambda x: dist.Delta(x[:, 0])), r"got a point \(Delta, as in AutoDelta\) for 'z'"),
+        (
+            (mixed_model, chained_guide),
+            r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`",
+        ),
+        (
+            one_site(dist.Poisson(2.0), lambda x: dist.Poisson(x[:, 0].exp())),
+            "enumerated, got 'z'.*`refined`",
+        ),
+        (one_site(dist.Normal(0.0, 1.0), squashed), "rebuilt.*got a TransformedDistribution for 'z'.*`refined`"),
+        (one_site(dist.Normal(0.0, 1.0), lambda x: dist.Delta(x[:, 0])), "its latent 'z' is a point"),
     ],
     ids=["chained", "poisson", "transformed", "point"],
 )
-def test_a_guide_that_cannot_be_refined_is_refused_with_a_way_out(pair, message):
+def test_a_guide_that_cannot_be_refined_raises(pair, message):
     with pytest.raises(ValueError, match=message):
         pv.inference_gap(*pair, torch.randn(5, 2))
 
 
 @pytest.mark.parametrize("argument", [{"steps": 0}, {"lr": -1.0}, {"num_particles": 0}, {"num_samples": 1}])
-def test_arguments_that_cannot_be_are_refused(argument):
-    (name,) = argument
-    with pytest.raises(ValueError, match=f"{name}: got"):
+def test_invalid_arguments_raise(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(ValueError, match=f"`{name}` must be .*got {value}"):
         pv.inference_gap(mixed_model, mixed_guide, torch.randn(5, 2), **argument)
 
 
-def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states):
-    torch.manual_seed(0)
-    tanh = networks.mlp([8], activation=torch.nn.Tanh)
-    vae = pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(4, 3, tanh), likelihoods.Normal(3, 4, tanh))
+def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
+    vae = gaussian(3, 4)
     vae.decoder.requires_grad_(False)
     x, before = data(10).float(), random_states()
     values = {name: parameter.clone() for name, parameter in vae.named_parameters()}
@@ -298,7 +299,7 @@ def test_nothing_is_left_behind_and_a_seed_gives_the_same_numbers(random_states)
     assert not any(tensor.requires_grad for tensor in (first.gap, first.approximation, first.amortization))
 
 
-def test_parameters_in_the_store_are_read_and_not_moved():
+def test_parameters_in_the_store_are_read_and_not_changed():
     pyro.param("weight", torch.tensor(0.7))
 
     def guide(x):
@@ -314,9 +315,9 @@ def test_parameters_in_the_store_are_read_and_not_moved():
     assert pyro.param("weight").grad is None
 
 
-def test_exact_answers_are_taken_where_they_are(monkeypatch):
+def test_the_importance_weighted_log_evidence_agrees_with_the_exact_one(monkeypatch):
     vae, x = linear_vae(guides.DiagonalNormal), data(10)
-    monkeypatch.setattr(inference_gap, "_log_evidence_exactly", lambda problem, tolerance: None)
+    monkeypatch.setattr(inference_gap, "_exact_log_evidence", lambda p, tolerance: None)
     estimate = pv.inference_gap(vae.model, vae.guide, x, steps=20)
     exactly = pv.exact.log_evidence(vae.model, x)
     assert not estimate.is_exact
