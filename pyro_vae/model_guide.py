@@ -5,7 +5,7 @@ the pair stands here once, with one wording, and holds for all of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -24,7 +24,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function
 from pyro_vae.distributions.missing import accepts_missing, check_missing
 
-__all__ = ["ModelGuide", "RunError", "check_one_plate", "is_amortized", "trace_pair"]
+__all__ = ["ModelGuide", "RunError", "check_one_plate", "check_same_latents", "is_amortized", "trace_pair"]
 
 _PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
 _MAX_ROWS = 10_000  # on which rows are compared with each other
@@ -51,9 +51,16 @@ def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]
 
     Raises:
         RunError: if one of them does not run.
+        ValueError: if the guide observes data.
     """
     with torch.no_grad(), pyro.validation_enabled():
         guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
+        observed = observed_sites(guide_trace).items()
+        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
+            raise ValueError(
+                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
+                "does"
+            )
         return _trace("model", poutine.replay(model, guide_trace), data), guide_trace
 
 
@@ -74,6 +81,7 @@ class ModelGuide:
         plate: name of the data plate.
         name: of the data in errors.
         traces: the traces of a run of the pair, if it has been run; the data may then be larger than what it ran on.
+        seed: of the random numbers of the run; ``None`` for those of the current stream.
 
     Attributes:
         model_trace: the trace of the model, at the guide's draws.
@@ -97,13 +105,15 @@ class ModelGuide:
         plate: str = "data",
         name: str = "data",
         traces: tuple[Trace, Trace] | None = None,
+        seed: int | None = 0,
     ):
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
         self.data = data_tensors(data, name)
         self.plate = plate
+        self._amortized: dict[str, bool] = {}
         try:
-            with poutine.block():
+            with poutine.block(), nullcontext() if seed is None else seeded(seed):
                 self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data)
         except RunError as failure:
             self._explain(failure.error, name)
@@ -116,7 +126,6 @@ class ModelGuide:
         self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
         if traces is None:
             check_missing(self.observed.values(), self.data, name)
-        self._check_pair()
 
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
@@ -132,16 +141,8 @@ class ModelGuide:
         for site, shape in shapes[0].items() if len(shapes) == 2 else ():
             if shapes[1].get(site, shape) != shape:
                 raise ValueError(
-                    f"`guide` must draw {site!r} with the shape that it has in the model, {shape}, got {shapes[1][site]}"
+                    f"`guide` must draw {site!r} with the shape of the model's latent, {shape}, got {shapes[1][site]}"
                 ) from error
-
-    def _check_pair(self) -> None:
-        observed = observed_sites(self.guide_trace).items()
-        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
-            raise ValueError(
-                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
-                "does"
-            )
 
     @property
     def num_data(self) -> int:
@@ -193,8 +194,8 @@ class ModelGuide:
         """Raise if the guide has ``pyro.factor`` statements, whose terms are no density of q(z | x)."""
         if factors := list(observed_sites(self.guide_trace)):
             raise ValueError(
-                f"`guide` must have latent sites alone, got pyro.factor statements {factors}, which are no densities of "
-                "q(z | x)"
+                f"`guide` must have latent sites alone, got pyro.factor statements {factors}, whose terms are no "
+                "densities of q(z | x)"
             )
 
     def check_known_latents(self) -> None:
@@ -204,14 +205,22 @@ class ModelGuide:
                 f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
             )
 
-    def check_all_drawn(self, purpose: str) -> None:
+    def check_all_drawn(self) -> None:
         """Raise if the model has a latent that the guide does not draw."""
         if missing := [name for name in self.latents if name not in self.guide_latents]:
-            raise ValueError(f"`guide` must draw every latent of the model for {purpose}, got one without {missing}")
+            raise ValueError(
+                f"`guide` must draw every latent of the model, {list(self.latents)}, got one that lacks {missing}"
+            )
 
-    def check_one_plate(self, purpose: str) -> None:
-        """Raise if a site of model or guide lies in other plates than the data plate."""
-        check_one_plate(purpose, self.sites, self.plate)
+    def is_amortized(self, owner: str, data: tuple[Tensor, ...] | None = None) -> bool:
+        """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone.
+
+        It is found once: what holds on the data of the pair holds on ``data``, such as held-out rows, as well.
+        """
+        if not self._amortized.get(owner):
+            run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
+            self._amortized[owner] = is_amortized(run, data or self.data, self.plate, trace)
+        return self._amortized[owner]
 
     def set_plate_nesting(self, elbo: ELBO) -> None:
         """Give an ELBO the nesting of the plates, which Pyro would find by a run on data without their transform."""
@@ -241,15 +250,15 @@ class ModelGuide:
 
 
 def check_one_plate(
-    purpose: str, sites: Iterable[tuple[str, str, Site]], plate: str | None = None, size: int | None = None
+    sites: Iterable[tuple[str, str, Site]], plate: str | None = None, size: int | None = None, purpose: str = ""
 ) -> None:
     """Raise if a site lies in other plates than one data plate, the rightmost dimension of its batch.
 
     Args:
-        purpose: what needs that, the subject of the error.
-        sites: owner, name and site.
+        sites: owner, ``"model"`` or ``"guide"``, name and site.
         plate: name of the data plate; that of the first site if left out.
         size: rows of the plate; that of the first site if left out.
+        purpose: what needs that, for the message.
     """
     for owner, name, site in sites:
         frames = [frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES]
@@ -257,15 +266,21 @@ def check_one_plate(
         plate = plate or (found or ["data"])[0]
         if found != [plate] or frames[0].dim != -1:
             raise ValueError(
-                f"{purpose} needs every site in one plate, {plate!r}, as the rightmost batch dimension: site {name!r} "
-                f"of the {owner} is in the plates {found}"
+                f"`{owner}` must have every site in one plate, {plate!r}, as the rightmost batch dimension{purpose}, "
+                f"got site {name!r} in the plates {found}"
             )
         size = size or frames[0].size
         if frames[0].size != size:
             raise ValueError(
-                f"{purpose} needs one number of rows: site {name!r} of the {owner} has {frames[0].size} where other "
-                f"sites have {size}"
+                f"`{owner}` must have one number of rows at all sites, {size}, got {frames[0].size} at site {name!r}"
             )
+
+
+def check_same_latents(latents: Sites, drawn: Sites) -> None:
+    """Raise if a guide draws other latents than those of the model; auxiliary ones of an autoguide do not count."""
+    names = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
+    if latents.keys() != names:
+        raise ValueError(f"`guide` must draw the latents of the model, {sorted(latents)}, got {sorted(names)}")
 
 
 def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:
@@ -284,14 +299,13 @@ def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Tra
     """
     step = -(-len(data[0]) // _MAX_ROWS)
     rows = tuple(tensor[::step] for tensor in data)
-    with scoped_param_store(), poutine.block(), torch.no_grad():
+    with scoped_param_store(), poutine.block(), torch.no_grad(), seeded(0):
         try:
             trace = trace or poutine.trace(run).get_trace(*rows)
             if isinstance(run, AutoGuide):
                 return not any(_dims_of(trace, plate))
             with _perturbed(trace):
-                with seeded(0):
-                    whole = poutine.trace(run).get_trace(*rows)
+                whole = poutine.trace(run).get_trace(*rows)
                 return _has_same_rows(run, whole, rows, plate)
         except (ValueError, RuntimeError, IndexError):
             return False

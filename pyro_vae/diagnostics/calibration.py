@@ -29,7 +29,7 @@ from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.handlers import ResampleObserved
-from pyro_vae.model_guide import is_amortized
+from pyro_vae.model_guide import ModelGuide, is_amortized
 
 __all__ = ["ALL", "JOINT", "Calibration", "CalibrationErrors", "calibrate"]
 
@@ -270,19 +270,20 @@ def calibrate(
     data = data_tensors(data, "data")
     function(guide, "guide")
     with scoped_param_store(), seeded(seed):
-        ModelDensity(model, data, plate)  # first, since its errors are more precise than those of the next check
-        _check_local(model, data, plate)
+        pair = ModelGuide(model, guide, data, plate)
+        ModelDensity(pair)  # first, since its errors are more precise than those of the next check
+        _check_local(pair)
         simulated, truth = _simulate(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = [
-            _rank_truth(ModelDensity(model, part, plate), guide, values, num_draws)
+            _rank_truth(ModelDensity(ModelGuide(model, guide, part, plate)), values, num_draws)
             for part, values in _batches(simulated, truth)
         ]
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
         elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
     p_values = [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]
     return Calibration(
-        names=_names(ModelDensity(model, tuple(tensor[:1] for tensor in simulated), plate)),
+        names=_names(pair),
         ranks=results.ranks,
         num_draws=num_draws,
         p_values=torch.tensor(p_values).double(),
@@ -305,10 +306,8 @@ def _check_arguments(num_simulations: int, num_draws: int, tolerance: float, alp
         raise ValueError(f"`alpha` must be a probability between 0 and 1, got {alpha!r}")
 
 
-def _check_local(model: Function, data: tuple[Tensor, ...], plate: str) -> None:
-    with seeded(0):
-        local = is_amortized(model, data, plate)
-    if not local:
+def _check_local(pair: ModelGuide) -> None:
+    if not pair.is_amortized("model"):
         raise ValueError(
             "`model` must have a p(x, z) of each datum that depends on that datum alone, got one that depends on other "
             "rows or on values that the model has for each row, such as a covariate indexed by the plate: simulated "
@@ -401,10 +400,10 @@ class SimulationResults(NamedTuple):
     excess: Tensor
 
 
-def _rank_truth(p: ModelDensity, guide: Function, truth: Values, count: int) -> SimulationResults:
-    q = GuideDensity(p, guide)
+def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:
+    q = GuideDensity(p)
     q.check_densities()
-    draws, log_q = sample_with_log_q(guide, p.data, count)
+    draws, log_q = sample_with_log_q(q.guide, p.data, count)
     chunks = range(0, count, p.chunk)
     log_p = torch.cat([p.log_joint({name: v[i : i + p.chunk] for name, v in draws.items()}) for i in chunks]).double()
     at_truth = {name: value[None] for name, value in truth.items()}
@@ -437,9 +436,9 @@ def _unconstrained(fn: Any, value: Tensor) -> Tensor:
     return one_hot(value.long(), base.probs.shape[-1]) if isinstance(base, dist.Categorical) else value
 
 
-def _names(p: ModelDensity) -> tuple[str, ...]:
+def _names(pair: ModelGuide) -> tuple[str, ...]:
     names: list[str] = []
-    for name, site in p.latents.items():
+    for name, site in pair.latents.items():
         shape = _unconstrained(site["fn"], site["value"][None]).shape[2:]
         names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
     return (*names, JOINT)
@@ -471,7 +470,7 @@ def _elbo_corrections(
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
     parts = []
     for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
-        p = ModelDensity(model, part, plate)
+        p = ModelDensity(ModelGuide(model, None, part, plate))
         if any(site["fn"].support.is_discrete for site in p.latents.values()):
             return None
         z, gradients = _gradients(p, sample_with_log_q(guide, part, num_draws)[0])

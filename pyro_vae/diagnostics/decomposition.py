@@ -25,6 +25,7 @@ from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, LogDens
 from pyro_vae.distributions.properties import conditional_mean
 from pyro_vae.exact.guide_density import GuideDensity, sample_sites
 from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
 __all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose"]
@@ -202,8 +203,8 @@ def decompose(
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     with scoped_param_store(), seeded(seed):
-        p = ModelDensity(model, data, plate)
-        q = GuideDensity(p, guide)
+        p = ModelDensity(ModelGuide(model, guide, data, plate))
+        q = GuideDensity(p)
         q.check_densities()
         if p.num_data < 2:
             raise ValueError("`data` must have 2 rows or more, for a mutual information with their index, got 1 row")

@@ -22,6 +22,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
+from pyro_vae.model_guide import ModelGuide
 from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
@@ -214,7 +215,7 @@ def exact_gradient(
     torch.Size([2])
     """
     positive_int(num_draws, "num_draws")
-    p = ModelDensity(model, data, plate)
+    p = ModelDensity(ModelGuide(model, guide, data, plate))
     if not p.is_discrete:
         continuous = [name for name, site in p.latents.items() if not site["fn"].has_enumerate_support]
         raise ValueError(
@@ -222,7 +223,7 @@ def exact_gradient(
             f"`distributions.Product(base, num_dims)`, got {continuous}, which cannot. For a relaxed VAE pass its "
             "twin, `target=(twin.model, twin.guide)`"
         )
-    q = GuideDensity(p, guide)
+    q = GuideDensity(p)
     parameters = _parameters(model, guide, data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     # Two passes over chunks of states: first the densities of all states, then their gradients, each weighted with the
@@ -292,7 +293,7 @@ def _run(
             f"`target` must have only parameters of its estimator, as `vae.discrete()` has, got {foreign} in that of "
             f"{name!r}"
         )
-    p = ModelDensity(pair[0], data, plate)
+    p = ModelDensity(ModelGuide(pair[0], None, data, plate))
     cost = estimator.evaluations(p.num_states)
     averaged = 1 if evaluations is None else evaluations // cost
     if averaged < 1:

@@ -25,6 +25,7 @@ from pyro_vae.evidence.importance_sampling import log_evidence
 from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["InferenceGap", "inference_gap"]
 
@@ -160,14 +161,14 @@ def inference_gap(
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     with scoped_param_store(), seeded(seed):
         with torch.no_grad():
-            p = ModelDensity(model, data, plate)
-            q = GuideDensity(p, guide)
+            p = ModelDensity(ModelGuide(model, guide, data, plate))
+            q = GuideDensity(p)
             q.check_densities()
         if refined is None:
             refined = refine(q, steps, lr, num_particles)
         function(refined, "refined")
         with torch.no_grad():
-            best = GuideDensity(p, refined)
+            best = GuideDensity(ModelDensity(ModelGuide(model, refined, data, plate)))
             best.check_densities()
             log_p, log_p_error = _exact_log_evidence(p, tolerance), p.zeros()
             is_exact = log_p is not None

@@ -13,6 +13,7 @@ from pyro_vae._utils.validation import positive_int
 from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate
 from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.model_density import ModelDensity, Values
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["annealed_log_evidence"]
 
@@ -92,18 +93,19 @@ def annealed_log_evidence(
     positive_int(num_chains, "num_chains")
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
-    p = ModelDensity(model, data, plate)
-    GuideDensity(p, guide).check_densities()
+    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    q = GuideDensity(p)
+    q.check_densities()
     _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 
-    def make_sampler(p: ModelDensity, guide: Function, report: ReportProgress) -> WeightSampler:
-        path = _Path(p, guide, num_leapfrog_steps)
+    def make_sampler(part: ModelDensity, report: ReportProgress) -> WeightSampler:
+        path = _Path(q.of_rows(part), num_leapfrog_steps)
         steps = path.step_sizes(betas)
         return lambda count: path.log_weights(count, betas, steps, report)
 
     with pyro.validation_enabled(False):  # a diverging trajectory is rejected, and is no error
-        return batched_estimate(p, guide, num_chains, make_sampler, seed, progress)
+        return batched_estimate(p, num_chains, make_sampler, seed, progress)
 
 
 def _temperatures(count: int) -> list[float]:
@@ -185,10 +187,9 @@ class _State:
 class _Path:
     """The distributions between q(z | x) and p(z | x), and moves that leave each of them invariant."""
 
-    def __init__(self, p: ModelDensity, guide: Function, num_leapfrog_steps: int):
-        self.p = p
-        self.q = GuideDensity(p, guide)
-        self.coordinates = _Coordinates(p)
+    def __init__(self, q: GuideDensity, num_leapfrog_steps: int):
+        self.p, self.q = q.p, q
+        self.coordinates = _Coordinates(q.p)
         self.num_leapfrog_steps = num_leapfrog_steps
 
     def start(self, count: int) -> _State:

@@ -17,7 +17,7 @@ from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
 from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.model_density import ModelDensity, log_prob_at
-from pyro_vae.model_guide import is_amortized
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "log_evidence"]
 
@@ -151,11 +151,11 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     boolean(compile, "compile")
-    p = ModelDensity(model, data, plate)
-    GuideDensity(p, guide).check_densities()
+    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    GuideDensity(p).check_densities()
     compiled: dict[int, CompiledFunction] = {}
 
-    def make_sampler(p: ModelDensity, guide: Function, report: ReportProgress) -> WeightSampler:
+    def make_sampler(p: ModelDensity, report: ReportProgress) -> WeightSampler:
         def sample(count: int) -> Tensor:
             weights = partial(_log_weights, model, guide, count)
             run = compiled.setdefault(count, CompiledFunction(weights)) if compile else weights
@@ -165,14 +165,13 @@ def log_evidence(
 
         return sample
 
-    return batched_estimate(p, guide, num_samples, make_sampler, seed, progress)
+    return batched_estimate(p, num_samples, make_sampler, seed, progress)
 
 
 def batched_estimate(
     p: ModelDensity,
-    guide: Function,
     num_samples: int,
-    make_sampler: Callable[[ModelDensity, Function, ReportProgress], WeightSampler],
+    make_sampler: Callable[[ModelDensity, ReportProgress], WeightSampler],
     seed: int,
     progress: bool | None,
 ) -> Evidence:
@@ -180,7 +179,6 @@ def batched_estimate(
 
     Args:
         p: the density of the model.
-        guide: its guide.
         num_samples: K.
         make_sampler: returns the function that draws the log-weights of a batch of rows.
         seed: of the draws.
@@ -188,20 +186,16 @@ def batched_estimate(
     """
     total = p.num_data * num_samples
     with seeded(seed), tqdm(total=total, disable=tqdm_disable(progress), unit="draw", unit_scale=True) as bar:
-        parts = [
-            _summarize_weights(part, make_sampler(part, guide, bar.update), num_samples) for part in _batches(p, guide)
-        ]
+        parts = [_summarize_weights(part, make_sampler(part, bar.update), num_samples) for part in _batches(p)]
     log_evidence, ess, khat = (torch.cat(list(part)).to(p.dtype) for part in zip(*parts, strict=True))
     return Evidence(log_evidence, ess, khat, num_samples)
 
 
-def _batches(p: ModelDensity, guide: Function) -> list[ModelDensity]:
+def _batches(p: ModelDensity) -> list[ModelDensity]:
     """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
-    model, data, plate = p.model, p.data, p.plate
-    if p.num_data <= _ROWS or not (is_amortized(model, data, plate) and is_amortized(guide, data, plate)):
+    if p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
         return [p]
-    parts = zip(*(tensor.split(_ROWS) for tensor in data), strict=True)
-    return [ModelDensity(model, part, plate) for part in parts]
+    return p.batches(_ROWS)
 
 
 def _summarize_weights(p: ModelDensity, sampler: WeightSampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The density log q(z | x) of a guide at any values of its latents, and expectations under it."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pyro
@@ -10,12 +11,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import guide_sites, latent_sites, log_density
+from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import function
 from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.exact.model_density import ModelDensity, Values, check_site, log_prob_at
 from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, QuadratureRule, refine_to_tolerance
+from pyro_vae.model_guide import check_one_plate
 
 __all__ = ["GuideDensity", "sample_sites", "sample_with_log_q"]
 
@@ -24,21 +25,25 @@ class GuideDensity:
     """A guide on the data of a model: log q(z | x) at any z, and expectations under it.
 
     Args:
-        p: the density of the model.
-        guide: a Pyro guide, called with the data of the model.
+        p: the density of the model, of a pair with a guide.
 
     Raises:
         ValueError: if the guide does not have the latents of the model, all in the data plate, unscaled and unmasked;
             if two runs give different densities.
     """
 
-    def __init__(self, p: ModelDensity, guide: Function):
-        self.p = p
-        self.guide = function(guide, "guide")
-        with poutine.block(), seeded(0):
-            self.sites = guide_sites(poutine.trace(guide).get_trace(*p.data))
+    def __init__(self, p: ModelDensity):
+        self.p, self.guide = p, p.pair.guide
+        self.sites = latent_sites(p.pair.guide_trace)
+        p.pair.check_factors()
         _check_structure(self.sites, p)
         self._check_repeatable()
+
+    def of_rows(self, p: ModelDensity) -> "GuideDensity":
+        """Return the density of the guide on a batch of rows, one of :meth:`ModelDensity.batches`."""
+        part = copy(self)
+        part.p = p
+        return part
 
     def site(self) -> dict[str, Any]:
         """Return the site of the only latent."""
@@ -119,11 +124,12 @@ class GuideDensity:
             raise QuadratureError(f"{error}{masses}") from error
 
     def _check_repeatable(self) -> None:
-        """Run the guide twice at the same latents. Dropout, for example, fails."""
+        """Run the guide again at the same latents. Dropout, for example, fails."""
         values = {name: site["value"][None] for name, site in self.sites.items()}
-        with torch.no_grad(), seeded(0):
-            first, second = self.log_prob(values), self.log_prob(values)
-        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        with torch.no_grad(), seeded(1):
+            again = self.log_prob(values)[0]
+        first = sum((log_density(site) for site in self.sites.values()), torch.zeros(()))
+        if not torch.allclose(first, again, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 "`guide` must have one log q(z | x) at each z, got two different ones at the same z; put dropout and "
                 "batch normalisation into evaluation mode, `vae.eval()`"
@@ -150,13 +156,11 @@ def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
 
 def _check_structure(sites: dict[str, Any], p: ModelDensity) -> None:
     if sites.keys() != p.latents.keys():
-        raise ValueError(f"`guide` must have the latents of the model, {sorted(p.latents)}, got {sorted(sites)}")
+        raise ValueError(f"`guide` must draw the latents of the model, {sorted(p.latents)}, got {sorted(sites)}")
+    check_one_plate([("guide", name, site) for name, site in sites.items()], p.plate, p.num_data)
     for name, site in sites.items():
-        check_site("guide", name, site, p.plate)
-        size, shape = site["cond_indep_stack"][0].size, tuple(site["fn"].event_shape)
-        if size != p.num_data:
-            raise ValueError(f"`guide` must have the {p.num_data} rows of the model at site {name!r}, got {size}")
-        expected = tuple(p.latents[name]["fn"].event_shape)
+        check_site("guide", name, site)
+        expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, sites))
         if shape != expected:
             raise ValueError(
                 f"`guide` must have the event shape of the model at site {name!r}, {expected}, got {shape}"

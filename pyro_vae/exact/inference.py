@@ -24,6 +24,7 @@ from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.exact.quadrature import QuadratureRule, log_integral
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 
@@ -58,7 +59,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     torch.Size([5])
     """
     positive(tolerance, "tolerance")
-    p = ModelDensity(model, data, plate)
+    p = ModelDensity(ModelGuide(model, None, data, plate))
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
     linear = linear_gaussian(p)
@@ -87,7 +88,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
     torch.Size([3, 100, 1])
     """
     positive(tolerance, "tolerance")
-    p = ModelDensity(model, data, plate)
+    p = ModelDensity(ModelGuide(model, None, data, plate))
     p.single_site()
     if p.is_discrete:
         return Posterior(p, _summed_evidence(p), None)
@@ -118,8 +119,8 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     True
     """
     positive(tolerance, "tolerance")
-    p = ModelDensity(model, data, plate)
-    q = GuideDensity(p, guide)
+    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    q = GuideDensity(p)
 
     def integrand(values: Values) -> Tensor:
         return p.log_joint(values) - q.log_prob(values)
@@ -149,8 +150,8 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     True
     """
     positive(tolerance, "tolerance")
-    p = ModelDensity(model, data, plate)
-    q = GuideDensity(p, guide)
+    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    q = GuideDensity(p)
     if p.is_discrete:
         evidence = _summed_evidence(p)
         return q.sum(lambda values: q.log_prob(values) - (p.log_joint(values) - evidence)).to(p.dtype)

@@ -5,6 +5,7 @@ The model runs once with its latents conditioned on many values, which are one m
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import pyro
@@ -15,9 +16,10 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density, observed_sites
 from pyro_vae._utils.typing import Function
+from pyro_vae._utils.validation import DataTensors
 from pyro_vae.distributions.properties import is_masked, is_normalized
 from pyro_vae.exact.coordinates import LatentCoordinates
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae.model_guide import ModelGuide, check_one_plate
 
 __all__ = ["MAX_STATES", "ModelDensity", "Values", "check_site", "conditioned_sites", "log_prob_at"]
 
@@ -34,23 +36,19 @@ class ModelDensity:
     """A model on its data: log p(x, z) at any z, and its latents.
 
     Args:
-        model: a Pyro model, called as ``model(*data)``.
-        data: its arguments.
-        plate: name of the data plate.
+        pair: the model on its data.
 
     Raises:
         ValueError: if the model does not have latent and observed sites, all in the data plate and unscaled; if a
             latent is masked, or a likelihood not normalised; if two runs give different densities.
     """
 
-    def __init__(self, model: Function, data: tuple[Tensor, ...], plate: str):
-        with seeded(0):
-            pair = ModelGuide(model, None, data, plate)
-            with torch.no_grad(), pyro.validation_enabled():
-                pair.model_trace.compute_log_prob()
-        self.model, self.data, self.plate = pair.model, pair.data, plate
+    def __init__(self, pair: ModelGuide):
+        with torch.no_grad(), pyro.validation_enabled():
+            pair.model_trace.compute_log_prob()
+        self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
         self.latents, self.observed = pair.latents, pair.observed
-        self.num_data = _check_structure(self.latents, self.observed, plate)
+        self.num_data = _check_structure(self.latents, self.observed, self.plate)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
         self._check_repeatable()
@@ -83,6 +81,17 @@ class ModelDensity:
         """Return how many values of the latents fit a budget of numbers in the largest tensor."""
         widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
         return max(1, budget // (self.num_data * max(64, *widths)))
+
+    def batches(self, size: int) -> "list[ModelDensity]":
+        """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
+        parts = zip(*(tensor.split(size) for tensor in self.data), strict=True)
+        return [self._of_rows(DataTensors(part)) for part in parts]
+
+    def _of_rows(self, data: DataTensors) -> "ModelDensity":
+        part = copy(self)
+        part.data, part.num_data = data, len(data[0])
+        part.chunk = part.chunk_size(_BUDGET)
+        return part
 
     def zeros(self) -> Tensor:
         """Return zeros ``(N,)`` in float64, on the device of the data."""
@@ -119,12 +128,12 @@ class ModelDensity:
         ]
 
     def _check_repeatable(self) -> None:
-        """Run the model twice at the same latents, alone and with others in a batch. Dropout, for example, fails."""
-        alone = {name: site["value"][None] for name, site in self.latents.items()}
-        with_others = {name: torch.cat([value, value.roll(1, 1)]) for name, value in alone.items()}
-        with torch.no_grad(), seeded(0):
-            first, second = self.log_joint(alone)[0], self.log_joint(with_others)[0]
-        if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        """Run the model again at the same latents, in a batch with others. Dropout, for example, fails."""
+        values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
+        with torch.no_grad(), seeded(1):
+            again = self.log_joint(values)[0]
+        first = sum((log_density(site) for site in (self.latents | self.observed).values()), torch.zeros(()))
+        if not torch.allclose(first, again, rtol=1e-3, atol=1e-3):
             raise ValueError(
                 "`model` must have one log p(x, z) at each z, got two different ones at the same z; put dropout and "
                 "batch normalisation into evaluation mode, `vae.eval()`"
@@ -143,25 +152,16 @@ def log_prob_at(function: Function, values: Values, data: tuple[Tensor, ...]) ->
     return sum((log_density(site) for site in conditioned_sites(function, values, data).values()), torch.zeros(()))
 
 
-def check_site(role: str, name: str, site: dict[str, Any], plate: str) -> None:
-    """Raise if a site is not in the data plate alone, is scaled, or is a masked latent.
-
-    ``role`` is ``"model"`` or ``"guide"``, for the message.
-    """
-    frames = site["cond_indep_stack"]
-    if [frame.name for frame in frames] != [plate] or frames[0].dim != -1:
-        raise ValueError(
-            f"`{role}` must have every site in one plate, {plate!r}, as the rightmost batch dimension, got site "
-            f"{name!r} in the plates {[frame.name for frame in frames]}"
-        )
+def check_site(owner: str, name: str, site: dict[str, Any]) -> None:
+    """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent."""
     if torch.as_tensor(site["scale"]).ne(1).any():
         raise ValueError(
-            f"`{role}` must use all data, with densities that are not scaled, got site {name!r} with the scale "
+            f"`{owner}` must use all data, with densities that are not scaled, got site {name!r} with the scale "
             f"{site['scale']}"
         )
     if not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
         raise ValueError(
-            f"`{role}` must have latents without a mask, got {name!r} with one: its masked density is no distribution"
+            f"`{owner}` must have latents without a mask, got {name!r} with one: its masked density is no distribution"
         )
 
 
@@ -171,8 +171,10 @@ def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: s
             f"`model` must have latent and observed sites, got the latents {list(latents)} and the observed sites "
             f"{list(observed)}"
         )
-    for name, site in (latents | observed).items():
-        check_site("model", name, site, plate)
+    sites = latents | observed
+    check_one_plate([("model", name, site) for name, site in sites.items()], plate)
+    for name, site in sites.items():
+        check_site("model", name, site)
     unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
     if unnormalised:
         raise ValueError(

@@ -19,6 +19,7 @@ from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import DimensionNames
 from pyro_vae.inference_data.groups import attributes, tree_of
 from pyro_vae.inference_data.settings import ExportSettings, as_array
+from pyro_vae.model_guide import ModelGuide
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -80,7 +81,7 @@ def reference(
     settings = ExportSettings(draws, seed, plate, dims, coords)
     store = pyro.get_param_store()
     with store.scope(store.get_state()), seeded(seed):
-        density = ModelDensity(model, data, plate)
+        density = ModelDensity(ModelGuide(model, None, data, plate))
         _check_continuous(density)
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(model).get_trace(*data)

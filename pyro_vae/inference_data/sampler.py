@@ -72,9 +72,9 @@ class JointSampler:
     def __init__(self, model: Function, guide: Function, data: tuple[Tensor, ...], settings: ExportSettings):
         self.settings = settings
         with seeded(settings.seed), poutine.block(), torch.no_grad():
-            self.pair = pair = ModelGuide(model, guide, data, settings.plate)
+            self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
             pair.check_data_plate(every_site=False)
-            pair.check_all_drawn("posterior draws")
+            pair.check_all_drawn()
             pair.check_factors()
             self.model, self.guide, self.data = pair.model, pair.guide, pair.data
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic

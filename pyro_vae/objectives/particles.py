@@ -7,6 +7,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae.model_guide import check_one_plate, check_same_latents
 
 __all__ = ["Particles"]
 
@@ -78,21 +79,11 @@ class Particles:
 
 
 def _check_sites(objective: str, observed: Sites, prior: Sites, guide: Sites) -> None:
-    first: Any = None
-    for name, site in (observed | prior | guide).items():
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name != "num_particles_vectorized"]
-        first = first or (frames or [None])[0]
-        if [frame.dim for frame in frames] != [-1] or (frames[0].name, frames[0].size) != (first.name, first.size):
-            raise ValueError(
-                f"{objective} needs all sites in one data plate, as the rightmost batch dimension, got site {name!r} "
-                f"in the plates {[frame.name for frame in frames]}; pyro.infer.Trace_ELBO has no such limit"
-            )
+    sites = [("model", name, site) for name, site in (observed | prior).items()]
+    sites += [("guide", name, site) for name, site in guide.items()]
+    check_one_plate(sites, purpose=f" for {objective} (pyro.infer.Trace_ELBO has no such limit)")
     # An autoguide draws an auxiliary site, and the latent is a Delta with the Jacobian: together they are q.
-    latents = {name for name, site in guide.items() if not site["infer"].get("is_auxiliary")}
-    if prior.keys() != latents:
-        raise ValueError(
-            f"{objective} needs a guide with the latents of the model, {sorted(prior)}, got one with {sorted(latents)}"
-        )
+    check_same_latents(prior, guide)
     if not observed or not guide:
         missing = "latent" if observed else "observed"
         raise ValueError(f"{objective} needs a model with latent and observed sites, got no {missing} sites")

@@ -21,6 +21,7 @@ from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.exact.quadrature import QuadratureError
+from pyro_vae.model_guide import ModelGuide
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
 __all__ = ["latent_map", "posterior"]
@@ -98,11 +99,11 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    density = ModelDensity(model, datum, "data")
+    density = ModelDensity(ModelGuide(model, guide, datum))
     if density.num_data != 1:
         raise ValueError(f"`datum` must have one row, such as `x[:1]`, got {density.num_data} rows")
     density.single_site()
-    q = GuideDensity(density, guide)
+    q = GuideDensity(density)
     planar = not density.is_discrete and density.coordinates().dims == 2
     draw = _regions if planar else _bars if density.is_discrete else _curves
     p = exact.posterior(model, *datum)

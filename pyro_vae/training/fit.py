@@ -221,8 +221,8 @@ def evaluate(
     """
     positive_int(num_samples, "num_samples")
     evaluator = ElboEvaluator(function(model, "model"), function(guide, "guide"), check_elbo(elbo), plate)
-    with scoped_param_store(), seeded(seed), buffers_kept():
-        pair = ModelGuide(model, guide, data, plate)
+    with scoped_param_store(), buffers_kept():
+        pair = ModelGuide(model, guide, data, plate, seed=seed)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
     with seeded(seed), buffers_kept(), pyro.validation_enabled():

@@ -17,7 +17,7 @@ from pyro_vae._utils.transform import Transform, transformed
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
-from pyro_vae.model_guide import ModelGuide, RunError, is_amortized, trace_pair
+from pyro_vae.model_guide import ModelGuide, RunError, trace_pair
 
 __all__ = ["Batcher", "autoguide_follows_subsample", "make_batcher"]
 
@@ -48,7 +48,7 @@ def make_batcher(
     # A transform that works in place is refused on a copy, before it changes the data.
     transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)
     if batch_size == len(data[0]):
-        pair = ModelGuide(model, guide, transformed(data, transform), plate)
+        pair = ModelGuide(model, guide, transformed(data, transform), plate, seed=None)
         pair.check_data_plate()
         return pair, lambda rows: _all_rows(data, transform)
     if transform is not None:  # `FixedSubsample` knows a tensor by its identity, and one may be given in two roles
@@ -57,7 +57,7 @@ def make_batcher(
     within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
     found, subsamples = _first_batch(model, guide, data, within)
     if not subsamples or isinstance(found, RunError):
-        pair = ModelGuide(model, guide, transformed(data, transform), plate)
+        pair = ModelGuide(model, guide, transformed(data, transform), plate, seed=None)
         pair.check_data_plate()
         if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
             raise _no_subsample(found.who, plate, str(found.error)) from found.error
@@ -191,8 +191,8 @@ def _check_slicing(pair: ModelGuide) -> None:
             f"`batch_size` needs a model that reads its data with pyro.subsample where latents are global, got "
             f"{pair.global_latents} outside of the plate {pair.plate!r}. {remedy}"
         )
-    for who, run, trace in (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace)):
-        if not is_amortized(run, pair.data, pair.plate, trace):
+    for who in ("model", "guide"):
+        if not pair.is_amortized(who):
             raise ValueError(
                 f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
                 f"a row's distribution in it depends on more than that row, such as parameters for each datum. {remedy}"

@@ -13,7 +13,7 @@ from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.transform import Transform, transformed
 from pyro_vae._utils.validation import boolean, data_tensors, positive, positive_int, rows_like, tqdm_disable
 from pyro_vae.distributions.missing import check_missing, first_missing
-from pyro_vae.model_guide import ModelGuide, is_amortized
+from pyro_vae.model_guide import ModelGuide
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches
 
@@ -64,8 +64,8 @@ def check_elbo(elbo: ELBO | None) -> ELBO:
         raise TypeError(f"`elbo` must be an instance of an ELBO, such as Trace_ELBO(), got {elbo!r}")
     if type(elbo).__name__.startswith("Jit"):
         raise ValueError(
-            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs TorchScript, "
-            "deprecated in torch"
+            f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs "
+            "TorchScript, deprecated in torch"
         )
     return elbo
 
@@ -93,7 +93,7 @@ def check_validation_data(
         return None
     _check_missing_values(pair, validation, transform, "validation")
     validation = transformed(validation, transform)
-    if not is_amortized(pair.guide, validation, pair.plate, pair.guide_trace):
+    if not pair.is_amortized("guide", validation):
         raise ValueError(
             "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
             "that it was not trained on"
