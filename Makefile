@@ -42,9 +42,10 @@ arviz1: $(DEV) $(ARVIZ1)  ## read and draw the package's files with ArviZ 1, in 
 	PYRO_VAE_ARVIZ1_PYTHON=$(abspath $(VENV1))/bin/python OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest tests/inference_data/test_arviz.py -k arviz_1
 
-lint: $(DEV)  ## ruff: rules and format
+lint: $(DEV)  ## rules, format, and the layers of the package
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports --no-logo
 
 types: $(DEV)  ## mypy
 	$(BIN)/mypy
