@@ -67,7 +67,7 @@ def test_what_is_neither_true_nor_false_is_refused_by_name(name, word):
         ),
         (lambda: pv.VAE(vae().prior, None, vae().decoder), "`encoder` must be a module.*got a NoneType"),
         (lambda: vae().model([[0.0] * 3]), r"`x` must be a tensor, \(N, 3\).*got a list"),
-        (lambda: vae().encode([[0.0] * 3]), r"DiagonalNormal needs a context of shape \(\*, 3\); got a list"),
+        (lambda: vae().encode([[0.0] * 3]), r"context of DiagonalNormal must be a tensor \(\*, 3\), got a list"),
     ],
 )
 def test_what_is_of_another_kind_is_refused_by_name(make, message):
