@@ -14,7 +14,7 @@ D, N = 3, 6  # features of a datum, and data
 NET = networks.mlp([4])
 CLASSES = (1, 3)
 
-# By name in __all__: the kind of latent, and how to build it. A VampPrior is handed the guide.
+# By name in __all__: the kind of latent, and how to build it from the guide, which a VampPrior needs.
 PRIORS = {
     "StandardNormal": ("real", lambda q: priors.StandardNormal(2)),
     "Normal": ("real", lambda q: priors.Normal(2)),
@@ -80,15 +80,15 @@ OBJECTIVES = {
 
 
 def fits(prior, guide):
-    """A relaxed bit is a number on the real line, as its logit: a normal may be its guide, or its prior."""
+    """Whether prior and guide have one support: the logit of a relaxed bit is a real number, as a normal is."""
     kinds = {PRIORS[prior][0], GUIDES[guide][0]}
     if prior == "VampPrior":
-        return kinds == {"real"} and guide != "PerDatum"
+        return GUIDES[guide][0] in CONTINUOUS and guide != "PerDatum"
     return len(kinds) == 1 or kinds == {"real", "relaxed bits"}
 
 
 def takes(objective, prior, guide):
-    """Whether an objective is for this pair: of free bits, one whose variables have a rate of their own."""
+    """Whether an objective is for this pair: free bits need independent variables."""
     kinds = {PRIORS[prior][0], GUIDES[guide][0]}
     if objective == "FreeBits" and "real" in kinds:
         products = {"StandardNormal", "Normal", "Laplace", "StudentT", "RelaxedBernoulli"}

@@ -43,11 +43,11 @@ def relaxed(latent=2, features=3, temperature=0.5, straight_through=False):
     )
 
 
-def gumbel(latent=(2, 3), features=3, temperature=0.5):
+def gumbel(latent=(2, 3), features=3, temperature=0.5, straight_through=False):
     """Gumbel-softmax latents; ``.discrete()`` is their discrete twin."""
     return gaussian(
         latent,
         features,
-        prior=priors.GumbelSoftmax(latent, temperature),
+        prior=priors.GumbelSoftmax(latent, temperature, straight_through=straight_through),
         encoder=guides.GumbelSoftmax(features, latent, NET, 0.66),
     )

@@ -1,4 +1,4 @@
-"""Effect handlers: rows of a plate, the weight of the KL, and what a run leaves on record."""
+"""Effect handlers: rows of a plate, the weight of the KL, and traces of runs."""
 
 import math
 
@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae._utils.param_store import parameters_of
-from pyro_vae._utils.traces import latent_sites, observed_sites, recorded
+from pyro_vae._utils.traces import latent_sites, observed_sites, record_traces
 from pyro_vae.handlers import SubsampleRows, SubsampleStatements, WeightKL
 from pyro_vae.objectives.elbo_terms import elbo_terms
 from pyro_vae.parts.networks import linear
@@ -144,7 +144,7 @@ def weighted_loss_and_terms(elbo, model, guide, x, weight):
     """The loss per datum of the weighted pair, and the terms at weight 1 of the very same draws."""
     models, guides_ = [], []
     pyro.set_rng_seed(0)
-    loss = elbo.loss(recorded(WeightKL(weight)(model), models), recorded(WeightKL(weight)(guide), guides_), x)
+    loss = elbo.loss(record_traces(WeightKL(weight)(model), models), record_traces(WeightKL(weight)(guide), guides_), x)
     return loss / len(x), elbo_terms([(models[-1], guides_[-1])], len(x))
 
 
@@ -196,19 +196,19 @@ def test_a_weight_in_a_tensor_is_read_at_each_run():
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 
-def test_recorded_passes_the_result_on_and_keeps_a_trace_of_each_run():
+def test_record_traces_passes_the_result_on_and_keeps_a_trace_of_each_run():
     traces = []
-    function = recorded(model, traces)
+    function = record_traces(model, traces)
     assert torch.equal(function(X), X)
     function(x=X[:2])
     assert [len(kept.nodes["x"]["value"]) for kept in traces] == [6, 2]
     assert not torch.equal(traces[0].nodes["mu"]["value"], traces[1].nodes["mu"]["value"])
 
 
-def test_recorded_sees_what_outer_handlers_did():
+def test_record_traces_sees_what_outer_handlers_did():
     traces = []
     with SubsampleRows("data", ROWS):
-        poutine.condition(recorded(model, traces), {"mu": torch.tensor(7.0)})(X)
+        poutine.condition(record_traces(model, traces), {"mu": torch.tensor(7.0)})(X)
     (kept,) = traces
     assert kept.nodes["mu"]["value"] == 7
     assert kept.nodes["mu"]["is_observed"]
@@ -216,9 +216,9 @@ def test_recorded_sees_what_outer_handlers_did():
     assert kept.nodes["x"]["scale"] == 2
 
 
-def test_recorded_hides_nothing_from_outer_handlers():
+def test_record_traces_hides_nothing_from_outer_handlers():
     inner = []
-    outer = trace(recorded(model, inner))
+    outer = trace(record_traces(model, inner))
     assert {"mu", "z", "x", "scale"} <= set(outer.nodes)
     assert outer.nodes["z"]["value"] is inner[0].nodes["z"]["value"]
 

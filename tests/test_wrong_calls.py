@@ -168,28 +168,28 @@ MODELS = {
         TypeError, "prior", "must be a module that returns a distribution...got a function"),
     "an encoder as the prior": Row(
         lambda w: vae_with(w, prior=w.vae.encoder),
-        TypeError, "prior", "guides.DiagonalNormal gives no p(z), without a context: ...needs a context"),
+        TypeError, "prior", "must return p(z) without a context, got guides.DiagonalNormal"),
     "a network as the decoder": Row(
         lambda w: vae_with(w, decoder=NET(1, 2)),
-        TypeError, "decoder", "...does not take what the prior...it makes a torch.float32 tensor of shape (3, 2)"),
+        TypeError, "decoder", "must take shape (1,) from the prior...it returns a torch.float32 tensor of shape (3, 2)"),
     "a network as the encoder": Row(
         lambda w: vae_with(w, encoder=NET(2, 1)),
-        TypeError, "encoder", "...does not take what the decoder...it makes a torch.float32 tensor of shape (3, 1)"),
+        TypeError, "encoder", "must take shape (2,) from the decoder...it returns a torch.float32 tensor of shape (3, 1)"),
     "a decoder that does not fit the prior": Row(
         lambda w: vae_with(w, decoder=w.wide.decoder),
-        ValueError, "decoder", "...does not take what the prior...it was built for (3,). What would fit: latent=1"),
+        ValueError, "decoder", "must take shape (1,) from the prior...which takes (3,). What would fit: latent=1"),
     "an encoder that does not fit the decoder": Row(
         lambda w: vae_with(w, encoder=guides.DiagonalNormal(5, 1, NET)),
-        ValueError, "encoder", "...it was built for (5,). What would fit: in_features=2"),
+        ValueError, "encoder", "must take shape (2,)...which takes (5,). What would fit: in_features=2"),
     "a discrete encoder for a continuous prior": Row(
         lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, NET), w.wide.decoder),
-        ValueError, "encoder", "...is a mass of shape (3,)...What would fit: guides.DiagonalNormal(latent=3"),
+        ValueError, "encoder", "must be of one kind, shape and support with the prior...a mass of shape (3,)...What would fit: guides.DiagonalNormal(latent=3"),
     "a decoder of another precision": Row(
         lambda w: vae_with(w, decoder=decoder(1, 2).double()),
-        TypeError, "decoder", "...must be torch.float64...got a context of torch.float32"),
+        TypeError, "decoder", "...must be torch.float64, as its network is, got torch.float32"),
     "an encoder on another device": Row(
         lambda w: vae_with(w, encoder=guides.DiagonalNormal(2, 1, NET).to("meta")),
-        ValueError, "encoder", "...must be meta, where its network is...got a context on cpu"),
+        ValueError, "encoder", "...must be on meta, as its network is, got cpu"),
     "a number as the name": Row(
         lambda w: vae_with(w, name=3), TypeError, "name", "must be a string that is not empty, got 3"),
     "an empty name": Row(
@@ -203,7 +203,7 @@ MODELS = {
         lambda w: exact.log_evidence(w.vae.model, w.x > 0),
         TypeError, "x", "must be real numbers...got a torch.bool tensor of shape (6, 2)"),
     "a list where the decoder wants a tensor": Row(
-        lambda w: w.vae.decode([0.0]), TypeError, "z", "must be a tensor of values of the site...got a list"),
+        lambda w: w.vae.decode([0.0]), TypeError, "z", "must be a tensor, such as a draw of the site, got a list"),
     "half a datum to generate": positive_int(lambda w: w.vae.generate(2.5), "num_samples", 2.5),
     "more data to generate than there are numbers for": Row(
         lambda w: w.vae.generate(10**30),
@@ -211,7 +211,7 @@ MODELS = {
     "a word for a truth value": boolean(lambda w: w.vae.generate(3, mean="no"), "mean", "no"),
     "no draws of what is missing": positive_int(lambda w: w.vae.impute(w.x, 0), "num_samples", 0),
     "the twin of what is not relaxed": Row(
-        lambda w: w.vae.discrete(), TypeError, "StandardNormal", "has no discrete twin; relaxed parts have one"),
+        lambda w: w.vae.discrete(), TypeError, "StandardNormal", "has no discrete twin: only relaxed parts have one"),
 }  # fmt: skip
 
 PARTS = {
@@ -225,7 +225,7 @@ PARTS = {
     "infinite degrees of freedom": positive(lambda w: priors.StudentT(1, df=math.inf), "df", math.inf),
     "a probability of one": Row(
         lambda w: priors.Bernoulli(2, probs=1.0),
-        ValueError, "probs", "must be probabilities strictly between 0 and 1, got 1.0"),
+        ValueError, "probs", "must be strictly between 0 and 1, got 1.0"),
     "complex probabilities": Row(
         lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5 + 0j)),
         TypeError, "probs", "must be a number or a tensor of them...got a torch.complex64 tensor of shape (2,)"),
@@ -234,7 +234,7 @@ PARTS = {
         ValueError, "probs", "must be a number or a tensor of them...got a torch.float32 tensor of shape (2,) on meta"),
     "probabilities of another number of variables": Row(
         lambda w: priors.Bernoulli(2, probs=torch.full((3,), 0.5)),
-        ValueError, "probs", "must be one that expands to (2,), got shape (3,)"),
+        ValueError, "probs", "must expand to shape (2,), got shape (3,)"),
     "no components": positive_int(lambda w: priors.MixtureOfNormals(2, 0), "num_components", 0),
     "a temperature of NaN": positive(lambda w: priors.RelaxedBernoulli(2, math.nan), "temperature", math.nan),
     "one class": Row(
@@ -247,7 +247,7 @@ PARTS = {
         ValueError, "pseudo_data", "must hold finite numbers, got inf at row 0, column (0,)"),
     "pseudo-data for a guide that is not amortized": Row(
         lambda w: priors.VampPrior(guides.PerDatum(families.Normal(1), 3), w.x),
-        TypeError, "encoder", "must be an amortized guide of this package, got a PerDatum"),
+        TypeError, "encoder", "must be an amortized guide of this package, a Conditional, got a PerDatum"),
     "a finished module where a factory is wanted": Row(
         lambda w: guides.DiagonalNormal(2, 1, NET(2, 2)),
         TypeError, "network", "must be a factory...got a DeterministicLinear, a finished module"),
@@ -256,19 +256,19 @@ PARTS = {
         TypeError, "network", "must be a factory...got a StandardNormal, a finished module"),
     "sizes where a factory is wanted": Row(
         lambda w: likelihoods.Normal(1, 2, [32]),
-        TypeError, "network", "must be a factory...called with (1, 2), it says: 'list' object is not callable"),
+        TypeError, "network", "must be a factory...called with (1, 2), it raised: 'list' object is not callable"),
     "a factory that makes a class": Row(
         lambda w: likelihoods.Normal(1, 2, lambda i, o: nn.Linear),
         TypeError, "network", "must be a factory...called with (1, 2), it returned <class 'torch...Linear'>"),
     "a factory that makes a part": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: w.vae.encoder)(w.x),
-        TypeError, "network", "must be a tensor, (*, 2): gives a Independent"),
+        TypeError, "network", "must return a tensor, (*, 2), got a Independent"),
     "a network that gives another number of outputs": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: NET(i, o + 1))(w.x),
-        ValueError, "network", "must be 2, the raw ones of Normal(event_shape=(1,), scale='network'): gives 3 outputs"),
+        ValueError, "network", "must return 2 outputs...got 3"),
     "a network that mixes data": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: nn.Sequential(nn.Flatten(0), NET(12, o)))(w.x),
-        ValueError, "network", "must be a network that leaves...of a context of shape (6, 2) it makes one of (2,)"),
+        ValueError, "network", "must keep the dimensions on the left, got outputs of shape (2,)"),
     "a rank above the size": Row(
         lambda w: guides.LowRankNormal(2, 2, NET, rank=3), ValueError, "rank", "must be 1 to 2...got 3"),
     "a latent of two dimensions with all correlations": Row(
@@ -277,7 +277,7 @@ PARTS = {
         lambda w: guides.PerDatum(families.Normal, 3), TypeError, "family", "must be a family...got the class Normal"),
     "raw outputs of NaN": Row(
         lambda w: guides.PerDatum(families.Normal(1), torch.full((3, 2), math.nan)),
-        ValueError, "raw", "must be floats (N, 2), for Normal(event_shape=(1,), scale='network'): holds nan"),
+        ValueError, "raw", "must be floats (N, 2), for Normal(event_shape=(1,), scale='network'), got nan"),
     "raw outputs of no data": Row(
         lambda w: guides.PerDatum(families.Normal(1), torch.zeros(0, 2)),
         ValueError, "raw", "must be floats (N, 2), for Normal(event_shape=(1,), scale='network'), got shape (0, 2)"),
@@ -291,16 +291,16 @@ PARTS = {
         lambda w: guides.PerDatum(families.Normal(1), 3)(w.x),
         ValueError, "PerDatum", "must be the 3 data that it was made for, got 6 rows"),
     "data on another device than the network": Row(
-        lambda w: w.vae.encode(w.meta), ValueError, "DiagonalNormal", "must be cpu...got a context on meta"),
+        lambda w: w.vae.encode(w.meta), ValueError, "DiagonalNormal", "must be on cpu, as its network is, got meta"),
     "infinite data for an encoder": Row(
         lambda w: w.vae.encode(w.x * math.inf),
-        ValueError, "DiagonalNormal", "must be finite numbers, got a context with inf"),
+        ValueError, "DiagonalNormal", "must be finite numbers, got inf"),
     "missing data for an encoder that cannot read them": Row(
         lambda w: w.vae.encode(w.nan),
-        ValueError, "DiagonalNormal", "must be a network that knows better...got a context with NaN"),
+        ValueError, "DiagonalNormal", "must accept missing entries...got a context with NaN"),
     "images that were flattened": Row(
         lambda w: guides.DiagonalNormal((1, 2, 3), 1, NET)(torch.zeros(5, 6)),
-        ValueError, "DiagonalNormal", "must be (*, 1, 2, 3), got a context of shape (5, 6)"),
+        ValueError, "DiagonalNormal", "must be (*, 1, 2, 3), got shape (5, 6)"),
     "too many raw outputs, some of which would not be read": Row(
         lambda w: families.StudentT(2)(torch.zeros(3, 9)),
         ValueError, "raw", "must be (*, 4)...got a torch.float32 tensor of shape (3, 9)"),
@@ -309,7 +309,7 @@ PARTS = {
         ValueError, "raw", "must be (*, 3)...got a torch.float32 tensor of shape (5, 2)"),
     "raw outputs that make no covariance": Row(
         lambda w: LowRankNormal(2, 1)(torch.full((6,), math.nan)),
-        ValueError, "raw", "...has values that are no finite numbers"),
+        ValueError, "raw", "must be finite numbers, not too large"),
     "free outputs of another size": Row(
         lambda w: base.Unconditional(families.Normal(2), torch.zeros(3)),
         ValueError, "raw", "must be floats (*, 4), for Normal(event_shape=(2,), scale='network'), got shape (3,)"),
@@ -334,7 +334,7 @@ PARTS = {
         ValueError, "logits", "must be a tensor (*, k), of k classes, got tensor(1.)"),
     "components that do not match their weights": Row(
         lambda w: MixtureOfNormals(torch.zeros(3), torch.zeros(2, 2), torch.ones(2, 2)),
-        ValueError, "logits, loc", "must be (*batch, K) and (*batch, K, D), got shapes (3,) and (2, 2)"),
+        ValueError, "loc", "must be (*batch, K) and (*batch, K, D), got shapes (3,) and (2, 2)"),
 }  # fmt: skip
 
 NETWORKS = {
@@ -342,17 +342,17 @@ NETWORKS = {
         lambda w: networks.mlp([0]), ValueError, "hidden", "must be a list of positive sizes...got [0]"),
     "a finished activation": Row(
         lambda w: networks.mlp([3], activation=nn.ReLU()),
-        TypeError, "activation", "must be what makes a module, such as nn.Tanh, got a ReLU"),
+        TypeError, "activation", "must be a class or function of a module, such as nn.Tanh, got a ReLU"),
     "the name of an activation": Row(
         lambda w: networks.convolutional((1, 2, 2), activation="relu"),
-        TypeError, "activation", "must be what makes a module, such as nn.Tanh, got a str"),
+        TypeError, "activation", "must be a class or function of a module, such as nn.Tanh, got a str"),
     "a word for a bias": boolean(lambda w: networks.linear(bias="no"), "bias", "no"),
     "a location of NaN": Row(
         lambda w: networks.standardized(NET, loc=math.nan), ValueError, "loc", "must be a finite number...got nan"),
     "a scale of zero": Row(
         lambda w: networks.standardized(NET, scale=0.0), ValueError, "scale", "must be positive numbers, got 0.0"),
     "locations of another number of features": Row(
-        lambda w: networks.standardized(NET, loc=torch.zeros(3))(2, 1), ValueError, "loc", "must be 2...got 3 numbers"),
+        lambda w: networks.standardized(NET, loc=torch.zeros(3))(2, 1), ValueError, "loc", "must have 2 numbers, one for each feature, got 3"),
     "an image of two sizes": Row(
         lambda w: networks.convolutional((8, 8))(64, 1),
         ValueError, "image", "must be (channels, height, width) with a product of in_features = 64, got (8, 8)"),
@@ -396,13 +396,13 @@ DATA = {
         lambda w: pv.reference(w.vae.model, torch.zeros(4, 3)), ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
     "double precision for a model of single": Row(
         lambda w: pv.log_evidence(*w.pair, w.x.double()),
-        TypeError, "DiagonalNormal", "must be torch.float32, that of its network, got a context of torch.float64"),
+        TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
     "double precision to calibrate on": Row(
         lambda w: pv.calibrate(*w.pair, w.x.double()),
-        TypeError, "DiagonalNormal", "must be torch.float32, that of its network, got a context of torch.float64"),
+        TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
     "integers for an encoder": Row(
         lambda w: pv.to_datatree(*w.pair, w.x.long(), draws=2),
-        TypeError, "DiagonalNormal", "must be torch.float32, that of its network, got a context of torch.int64"),
+        TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.int64"),
     "integers where the model draws fractions": Row(
         lambda w: pv.calibrate(*w.pair, w.x.long()),
         ValueError, "data", "must be data of that dtype...got torch.int64 for 'x'"),
@@ -417,7 +417,7 @@ DATA = {
         ValueError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2) on meta"),
     "NaN where nothing may be missing": Row(
         lambda w: pv.calibrate(*w.pair, w.nan),
-        ValueError, "data", "must be finite numbers, and NaN for what is missing...holds nan at row 0, column (0,)"),
+        ValueError, "data", "must be finite numbers, got nan at row 0, column (0,)"),
     "infinity": Row(
         lambda w: pv.decompose(*w.pair, -w.x * math.inf),
         ValueError, "data", "must hold finite numbers, got -inf at row 0, column (0,)"),
@@ -426,10 +426,10 @@ DATA = {
         ValueError, "data", "must be tensors of one number of rows, got 6 and 3"),
     "grey values for a Bernoulli likelihood": Row(
         lambda w: exact.log_evidence(w.binary.model, w.x.sigmoid()),
-        ValueError, "data", "hold others, ...Ways out: threshold the data, `datasets.binarize(x)`"),
+        ValueError, "data", "of a Bernoulli likelihood must be 0s and 1s, got...Alternatives: threshold the data, `datasets.binarize(x)`"),
     "bytes for a Bernoulli likelihood": Row(
         lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)),
-        ValueError, "data", "hold others, 255 to 255. Bring them to [0, 1] first, such as `x / 255`"),
+        ValueError, "data", "of a Bernoulli likelihood must be 0s and 1s, got 255 to 255. Bring them to [0, 1] first, such as `x / 255`"),
     "a single row to tell codes apart by": Row(
         lambda w: pv.decompose(*w.pair, w.x[:1]), ValueError, "data", "must be 2 or more...got 1 row"),
     "a list of grey values": Row(
@@ -502,7 +502,7 @@ PAIRS = {
         lambda w: tree(w, plate="rows"), ValueError, "plate", "must be one of the plates...['data'], got 'rows'"),
     "too many dimensions for quadrature": Row(
         lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
-        ValueError, "model", "its latent 'z' has 3 dimensions, and quadrature goes up to 2"),
+        ValueError, "model", "must have a continuous latent of at most 2 dimensions for quadrature, got 3 at 'z'"),
     "a discrete latent to anneal": Row(
         lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
         ValueError, "model", "its latent 'z' is discrete, and annealing moves latents along gradients"),
@@ -603,7 +603,7 @@ TRAINING = {
     "data of another shape": Row(
         lambda w: fit(w, data=torch.zeros(4, 3)), ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
     "data with NaN": Row(
-        lambda w: fit(w, data=w.nan), ValueError, "data", "must be finite numbers...holds nan at row 0"),
+        lambda w: fit(w, data=w.nan), ValueError, "data", "must be finite numbers, got nan at row 0"),
     "validation data of another precision": Row(
         lambda w: fit(w, validation=w.x.double()),
         ValueError, "validation", "must have rows like those of `data`...got shape (2,), torch.float64"),
@@ -679,7 +679,7 @@ TRAINING = {
         ValueError, "plate", "must be the data plate of the model's observed sites, which are in ['data'], got 'rows'"),
     "data of another precision": Row(
         lambda w: fit(w, data=w.x.double()),
-        TypeError, "DiagonalNormal", "must be torch.float32, that of its network, got a context of torch.float64"),
+        TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
     "training on enumeration of what is not discrete": Row(
         lambda w: fit(w, elbo=TraceEnum_ELBO()),
         ValueError, "elbo", "TraceEnum_ELBO found nothing to enumerate and would only sample"),
@@ -908,5 +908,5 @@ def test_a_folder_in_which_nothing_can_be_written_is_refused_before_any_draw(tmp
 
 @pytest.mark.parametrize("value", [torch.tensor([True, False]), torch.tensor([1 + 0j, 0j])])
 def test_a_bernoulli_refuses_what_is_no_real_number(value):
-    with pytest.raises(TypeError, match=r"`value` must be 0s and 1s, .*, got torch\.(bool|complex64)"):
+    with pytest.raises(TypeError, match=r"`value` must be 0s and 1s .*, got torch\.(bool|complex64)"):
         Bernoulli(logits=torch.zeros(2)).log_prob(value)

@@ -64,7 +64,7 @@ def test_a_value_that_is_not_boolean_raises(name, value):
         ),
         (lambda: pv.VAE(gaussian().prior, None, gaussian().decoder), "`encoder` must be a module.*got a NoneType"),
         (lambda: gaussian().model([[0.0] * 3]), r"`x` must be a tensor, \(N, 3\).*got a list"),
-        (lambda: gaussian().encode([[0.0] * 3]), r"DiagonalNormal needs a context of shape \(\*, 3\); got a list"),
+        (lambda: gaussian().encode([[0.0] * 3]), r"context of DiagonalNormal must be a tensor \(\*, 3\), got a list"),
     ],
 )
 def test_a_value_of_another_type_raises(make, message):

@@ -364,7 +364,7 @@ def test_every_objective_of_pathwise_draws_trains_flows(elbo, latent):
 
 
 def test_a_guide_that_does_not_fit_a_flow_prior_is_told_which_would():
-    with pytest.raises(ValueError, match=r"the prior priors\.NormalizingFlow a density .* guides\.DiagonalNormal\("):
+    with pytest.raises(ValueError, match=r"and priors\.NormalizingFlow, a density .* guides\.DiagonalNormal\("):
         pv.VAE(priors.NormalizingFlow(2), guides.Bernoulli(2, 2, SMALL), likelihoods.Normal(2, 2, SMALL))
 
 

@@ -106,7 +106,7 @@ def test_a_mixture_expands_and_broadcasts():
     assert (wide.batch_shape, wide.event_shape, wide.rsample((2,)).shape) == ((4, 3), (2,), (2, 4, 3, 2))
     value = torch.randn(4, 3, 2).double()
     torch.testing.assert_close(wide.log_prob(value), q.log_prob(value))
-    with pytest.raises(ValueError, match=r"logits, loc: got shapes \(2,\) and \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"`logits` and `loc` must be .*got shapes \(2,\) and \(3, 2\)"):
         MixtureOfNormals(torch.zeros(2), torch.zeros(3, 2), torch.ones(3, 2))
     with pytest.raises(ValueError, match="scale"):
         MixtureOfNormals(torch.zeros(3), torch.zeros(3, 2), -torch.ones(3, 2), validate_args=True)

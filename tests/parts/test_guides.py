@@ -88,7 +88,7 @@ def test_other_data_than_its_own_are_refused():
         vae.encode(X[:4].float())
     with pytest.raises(ValueError, match="6"):
         vae.guide(X[:4].float())
-    with pytest.raises(ValueError, match="validation.*not amortized"):
+    with pytest.raises(ValueError, match=r"validation.*not amortized"):
         pv.fit(vae.model, vae.guide, X.float(), epochs=1, validation=X.float())
 
 

@@ -152,7 +152,7 @@ def test_images_that_do_not_hold_the_features_are_refused(image):
 
 @pytest.mark.parametrize("channels", [[], [0]])
 def test_channels_that_are_none_are_refused(channels):
-    with pytest.raises(ValueError, match="`channels` must be one or more positive sizes.*got"):
+    with pytest.raises(ValueError, match=r"`channels` must be one or more positive sizes.*got"):
         convolutional((1, 8, 8), channels)(64, 2)
-    with pytest.raises(ValueError, match="`channels` must be one or more positive sizes.*got"):
+    with pytest.raises(ValueError, match=r"`channels` must be one or more positive sizes.*got"):
         deconvolutional((1, 8, 8), channels)(2, 64)

@@ -132,7 +132,9 @@ def test_where_the_last_is_damaged_the_previous_is_used_with_a_warning(how, tmp_
     expected = run(tmp_path / "whole", whole, validation=HELD_OUT)
     run(tmp_path / "damaged", validation=HELD_OUT)
     damage(tmp_path / "damaged" / "last.safetensors", how)
-    with pytest.warns(UserWarning, match=r"`checkpoints`: '.*last\.safetensors' .*\. The previous checkpoint is used") as warned:
+    with pytest.warns(
+        UserWarning, match=r"`checkpoints`: '.*last\.safetensors' .*\. The previous checkpoint is used"
+    ) as warned:
         found = run(tmp_path / "damaged", vae, validation=HELD_OUT)
     assert warned[0].filename == __file__
     assert found.history == expected.history
@@ -256,7 +258,9 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
     bounds = fitted.history["validation_elbo"]
     assert bounds[number - 1] == max(bounds)
     assert all(torch.equal(tensor, states[number - 1][name]) for name, tensor in fresh.state_dict().items())
-    with pytest.raises(ValueError, match=r"`module` must be the model of .*best.safetensors': decoder.network.0.weight is"):
+    with pytest.raises(
+        ValueError, match=r"`module` must be the model of .*best.safetensors': decoder.network.0.weight is"
+    ):
         pv.Checkpoints(tmp_path).load_best(vae_of(latent=2))
     with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
         pv.Checkpoints(tmp_path / "elsewhere").load_best(vae_of())
