@@ -708,7 +708,8 @@ NUMBERS = {
         ValueError, "alpha", "must be a chance...got 2.0",
     ),
     "a negative number of rows": Row(
-        lambda w: pv.inspect(w.vae.model, w.vae.guide, w.x, max_rows=-1), ValueError, "max_rows", f"got -1; {INT}"
+        lambda w: pv.inspect(w.vae.model, w.vae.guide, w.x, max_rows=-1),
+        ValueError, "max_rows", "must be a positive integer...got -1",
     ),
     "no chains": Row(lambda w: pv.reference(w.vae.model, w.x, chains=0), ValueError, "chains", f"got 0; {INT}"),
     "a negative seed": Row(
@@ -980,10 +981,10 @@ EXPORTS = {
     "no draws at a time": Row(lambda w: save(w, w.folder / "d.nc", chunk=0), ValueError, "chunk", f"got 0; {INT}"),
     "a page in a folder that is not there": Row(
         lambda w: page(w, "gone/page.html"),
-        FileNotFoundError, "path", "there is no folder '...gone' for 'page.html'; accepted",
+        FileNotFoundError, "path", "must be in a folder that exists...'...gone' for 'page.html'",
     ),
     "a page in the place of a folder": Row(
-        lambda w: page(w, "."), IsADirectoryError, "path", "must be that of a file in it...got '...', a folder"
+        lambda w: page(w, "."), IsADirectoryError, "path", "must be the path of a file...got '...', a folder"
     ),
     "a page nowhere": Row(lambda w: page(w, None), TypeError, "path", "must be a path, a string or...got None"),
     "labels of other data": Row(
@@ -1003,7 +1004,7 @@ EXPORTS = {
     ),
     "a history of nothing that is known": Row(
         lambda w: page(w, history={"loss": [1.0]}),
-        ValueError, "history", "must be `fitted.history`, ...of them one or more of ['elbo'...has ['loss']",
+        ValueError, "history", "must be `fitted.history`, ...with one or more of the names ['elbo'...got ['loss']",
     ),
     "a list of pictures": Row(
         lambda w: page(w, pictures=[3]), TypeError, "pictures", "must be a mapping, such as...got a list"
@@ -1050,11 +1051,11 @@ EXPORTS = {
 
 PLOTS = {
     "a figure in place of axes": Row(
-        lambda w: plots.training_curves(w.history, ax=3), TypeError, "ax", "must be matplotlib's axes...got a int"
+        lambda w: plots.training_curves(w.history, ax=3), TypeError, "ax", "must be matplotlib axes...got a int"
     ),
     "what fit returned in place of its history": Row(
         lambda w: plots.training_curves(SimpleNamespace()),
-        TypeError, "history", "must be `fitted....got a SimpleNamespace",
+        TypeError, "history", "must be `fitted.history`...got a SimpleNamespace",
     ),
     "a history without epochs": Row(
         lambda w: plots.training_curves({"elbo": []}),
@@ -1066,29 +1067,29 @@ PLOTS = {
     ),
     "a rate of NaN": Row(
         lambda w: plots.rate_distortion({"a": (math.nan, 1.0)}),
-        ValueError, "models", "must be a finite number...got nan",
+        ValueError, "rate of models['a']", "must be a finite number...got nan",
     ),
     "a tensor in place of evidence": Row(
-        lambda w: plots.khat(w.x), TypeError, "evidence", "must be what pv.log_evidence returns...got a Tensor"
+        lambda w: plots.khat(w.x), TypeError, "evidence", "must be a result of `pv.log_evidence`...got a torch.float32 tensor"
     ),
     "a dictionary in place of a table": Row(
         lambda w: plots.evidence_comparison({}),
-        TypeError, "table", "must be what pv.compare_evidence returns...got a dict",
+        TypeError, "table", "must be a result of `pv.compare_evidence`...got a dict",
     ),
     "a dictionary in place of a comparison": Row(
         lambda w: plots.bias_variance({}),
-        TypeError, "comparison", "must be what gradients.compare returns...got a dict",
+        TypeError, "comparison", "must be a result of `gradients.compare`...got a dict",
     ),
     "a VAE in place of a calibration": Row(
-        lambda w: plots.calibration(w.vae), TypeError, "result", "must be what pv.calibrate returns...got a VAE"
+        lambda w: plots.calibration(w.vae), TypeError, "result", "must be a result of `pv.calibrate`...got a VAE"
     ),
     "an array of codes": Row(
         lambda w: plots.latent_map(np.zeros((6, 2)), w.labels),
-        TypeError, "z", "must be (N, 1) or (N, 2)...got a ndarray",
+        TypeError, "z", "must be a tensor (N, 1) or (N, 2)...got a ndarray",
     ),
     "codes of three dimensions": Row(
         lambda w: plots.latent_map(torch.zeros(6, 3), w.labels),
-        ValueError, "z", "must be (N, 1) or...got shape (6, 3)",
+        ValueError, "z", "must be a tensor (N, 1) or...got shape (6, 3)",
     ),
     "labels of other codes": Row(
         lambda w: plots.latent_map(w.x, w.labels[:3]),
@@ -1096,18 +1097,18 @@ PLOTS = {
     ),
     "several data where one is drawn": Row(
         lambda w: plots.posterior(w.vae.model, w.vae.guide, w.x),
-        ValueError, "datum", "must be one, `x[:1]`...got 6 rows",
+        ValueError, "datum", "must have one row, such as `x[:1]`...got 6 rows",
     ),
     "bytes as images, which would be black": Row(
         lambda w: plots.image_grid(w.dark, 2),
-        ValueError, "images", "must be values in [0, 1]...got torch.uint8 up to 200",
+        ValueError, "images", "must have values in [0, 1]...got torch.uint8 up to 200",
     ),
     "flat images": Row(
         lambda w: plots.image_grid(w.x, 2),
         ValueError, "images", "must be a tensor (N, height, width)...got shape (6, 2)",
     ),
     "no columns of images": Row(
-        lambda w: plots.image_grid(torch.zeros(4, 8, 8), 0), ValueError, "columns", f"got 0; {INT}"
+        lambda w: plots.image_grid(torch.zeros(4, 8, 8), 0), ValueError, "columns", "must be a positive integer...got 0"
     ),
     "a VAE in place of its decoder": Row(
         lambda w: plots.manifold(w.vae, (8, 8)), TypeError, "decode", "must be a function, such as...got a VAE"
@@ -1117,7 +1118,7 @@ PLOTS = {
     ),
     "images of another size than the decoder's": Row(
         lambda w: plots.manifold(grey_image, (7, 7), size=2),
-        ValueError, "decode", "must be images (4, 49), of 7 by 7 pixels...got shape (4, 64)",
+        ValueError, "decode", "must return images (4, 49), of 7 by 7 pixels...got shape (4, 64)",
     ),
     "a coordinate that is not there": Row(
         lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=[5]),
@@ -1129,11 +1130,11 @@ PLOTS = {
     ),
     "fewer images than asked for": Row(
         lambda w: plots.samples(lambda count: torch.zeros(3, 64), (8, 8)),
-        ValueError, "generate", "must be images (50, 64)...got shape (3, 64)",
+        ValueError, "generate", "must return images (50, 64)...got shape (3, 64)",
     ),
     "a VAE as a model to draw": Row(
         lambda w: plots.plate_diagram(w.vae, w.x),
-        TypeError, "model", "must be one of...got a VAE, a pair of functions",
+        TypeError, "model", "must be one Pyro function...got a VAE, a pair of functions",
     ),
 }  # fmt: skip
 
