@@ -1070,7 +1070,7 @@ PLOTS = {
         ValueError, "rate of models['a']", "must be a finite number...got nan",
     ),
     "a tensor in place of evidence": Row(
-        lambda w: plots.khat(w.x), TypeError, "evidence", "must be a result of `pv.log_evidence`...got a torch.float32 tensor"
+        lambda w: plots.khat(w.x), TypeError, "evidence", "must be a result of `pv.log_evidence`...got a torch.float32"
     ),
     "a dictionary in place of a table": Row(
         lambda w: plots.evidence_comparison({}),
