@@ -108,19 +108,12 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     heights = np.where(np.isnan(shapes), top, shapes).clip(bottom, top)
     count, numbers = len(shapes), np.arange(len(shapes))
     ax = axes_or_new(ax)
-    handles: list[Any] = []
-    marks: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        f"reliable: {(~unreliable).sum()} of {count} data": (
-            ~unreliable,
-            {"marker": "o", "markersize": 4, "color": "tab:blue"},
-        ),
-        f"not reliable: {unreliable.sum()} of {count} data ({100 * unreliable.mean():.1f} %)": (
-            unreliable,
-            {"marker": "x", "markersize": 7, "markeredgewidth": 1.8, "color": "tab:red"},
-        ),
-    }
-    for label, (which, options) in marks.items():
-        handles += ax.plot(numbers[which], heights[which], linestyle="none", label=label, clip_on=False, **options)
+    common: dict[str, Any] = {"linestyle": "none", "clip_on": False}
+    x, y, label = numbers[~unreliable], heights[~unreliable], f"reliable: {(~unreliable).sum()} of {count} data"
+    handles: list[Any] = ax.plot(x, y, "o", markersize=4, color="tab:blue", label=label, **common)
+    x, y, share = numbers[unreliable], heights[unreliable], f"{100 * unreliable.mean():.1f} %"
+    label = f"not reliable: {unreliable.sum()} of {count} data ({share})"
+    handles += ax.plot(x, y, "x", markersize=7, markeredgewidth=1.8, color="tab:red", label=label, **common)
     if np.isfinite(limit):
         label = f"reliable up to {limit:.2f} ({evidence.num_samples} draws each)"
         handles.append(ax.axhline(limit, color="black", linestyle="--", linewidth=1.2, label=label))
