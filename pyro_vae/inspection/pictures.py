@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -53,14 +53,10 @@ def draw_pictures(
     """Draw all pictures of a report. The arguments are those of :func:`pyro_vae.report`."""
     drawn = []
     if history is not None:
-        drawn.append(
-            _draw("Has training converged, and does it overfit?", lambda ax: plots.training_curves(history, ax))
-        )
-    drawn.append(
-        _draw("Which estimates of log p(x) are reliable?", lambda ax: plots.khat(found.evidence, sort=True, ax=ax))
-    )
-    if (calibration := found.calibration) is not None:
-        drawn.append(_draw("Is q(z|x) calibrated?", lambda ax: plots.calibration(calibration, ax=ax)))
+        drawn.append(_draw("Has training converged, and does it overfit?", plots.training_curves, history))
+    drawn.append(_draw("Which estimates of log p(x) are reliable?", plots.khat, found.evidence, sort=True))
+    if found.calibration is not None:
+        drawn.append(_draw("Is q(z|x) calibrated?", plots.calibration, found.calibration))
     with scoped_param_store(), seeded(seed), torch.no_grad(), poutine.block():
         if labels is not None:
             drawn += _latent_map(guide, data, labels)
@@ -69,11 +65,11 @@ def draw_pictures(
     return drawn + [(question, _png(figure)) for question, figure in pictures.items()]
 
 
-def _draw(question: str, draw: Callable[[Axes], object], size: tuple[float, float] = (6.4, 4.4)) -> Picture:
-    """Draw a picture in a new figure, and close the figure."""
+def _draw(question: str, plot: Function, *args: Any, size: tuple[float, float] = (6.4, 4.4), **options: Any) -> Picture:
+    """Draw a plot in a new figure, and close the figure."""
     figure, ax = plt.subplots(figsize=size, layout="constrained")
     try:
-        draw(ax)
+        plot(*args, ax=ax, **options)
         return question, _png(figure)
     finally:
         plt.close(figure)
@@ -101,7 +97,7 @@ def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: Tensor) -> It
         names = [f"{kind} of {name}[{index}]" for index in chosen.tolist()]
         ax.set(**dict(zip(("xlabel", "ylabel"), names, strict=False)))
 
-    yield _draw("Where does each label lie, in the latent variables that vary most?", draw, (6.4, 5.6))
+    yield _draw("Where does each label lie, in the latent variables that vary most?", draw, size=(6.4, 5.6))
 
 
 def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: tuple[int, int]) -> Iterator[Picture]:
@@ -115,16 +111,10 @@ def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: t
     def generate(count: int) -> Tensor:
         return _mean_or_value(poutine.trace(ResampleObserved()(model)).get_trace(*data).nodes[name])[:count]
 
-    yield _draw(
-        "How well does the model reconstruct images?",
-        lambda ax: plots.reconstructions(reconstruct, data[0][:12], shape, ax=ax),
-        (8.0, 2.2),
-    )
-    yield _draw(
-        "Which images does the model generate?",
-        lambda ax: plots.samples(generate, shape, count=min(50, len(data[0])), ax=ax),
-        (8.0, 4.4),
-    )
+    first = data[0][:12]
+    yield _draw("How well are images reconstructed?", plots.reconstructions, reconstruct, first, shape, size=(8.0, 2.2))
+    count = min(50, len(data[0]))
+    yield _draw("Which images does the model generate?", plots.samples, generate, shape, count, size=(8.0, 4.4))
 
 
 def _mean_or_value(site: Any) -> Tensor:

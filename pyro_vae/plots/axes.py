@@ -26,5 +26,5 @@ def legend_below(ax: Axes, handles: Sequence[Any], columns: int, title: str | No
     """Add a legend under the label of the x-axis, where it covers nothing."""
     under = ax.transAxes + ScaledTranslation(0, -42 / 72, ax.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "bbox_transform": under}
-    look: dict[str, Any] = {"fontsize": 9, "title_fontsize": 9, "frameon": False, "borderaxespad": 0.0}
-    ax.legend(handles=handles, ncols=columns, title=title, **place, **look)
+    options: dict[str, Any] = {"fontsize": 9, "title_fontsize": 9, "frameon": False, "borderaxespad": 0.0}
+    ax.legend(handles=handles, ncols=columns, title=title, **place, **options)

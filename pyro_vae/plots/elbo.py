@@ -73,13 +73,13 @@ def training_curves(
                 values = [sign * value for value in history[prefix + name]]
                 epochs, every = range(1, len(values) + 1), max(1, len(values) // 8)
                 shape = marker or ("o" if len(values) == 1 else "")  # a line with one point would be invisible
-                look: dict[str, Any] = {"linestyle": style, "linewidth": 1.2 if marker else 2.0, "color": colour}
-                look |= {"marker": shape, "markevery": every, "markersize": 5}
-                ax.plot(epochs, values, label=label + suffix, **look)
-    for prefix, (level, what) in levels:
+                options: dict[str, Any] = {"linestyle": style, "linewidth": 1.2 if marker else 2.0, "color": colour}
+                options |= {"marker": shape, "markevery": every, "markersize": 5}
+                ax.plot(epochs, values, label=label + suffix, **options)
+    for prefix, (level, kind) in levels:
         style, suffix = styles[prefix]
         last = history[prefix + "elbo"][-1]
-        label = f"{what}{suffix}: a gap of {level - last:.3f} nats"
+        label = f"{kind}{suffix}: a gap of {level - last:.3f} nats"
         ax.axhline(level, color="0.45", linestyle=style, linewidth=2.5, zorder=1, label=label)
         epoch = len(history[prefix + "elbo"]) * (1.02 if prefix else 1.0)  # next to the other arrow
         arrow: dict[str, Any] = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
@@ -150,10 +150,10 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     for index, (name, ((rate, distortion), errors)) in enumerate(points.items()):
         colour, marker = f"C{index % 10}", MARKERS[index % len(MARKERS)]
         face = colour if index // len(MARKERS) % 2 == 0 else "none"
-        look: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 8}
+        options: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 8}
         if any(errors):
             ax.errorbar(rate, distortion, errors[1], errors[0], fmt="none", ecolor=colour, capsize=3, zorder=3)
-        handles += ax.plot(rate, distortion, linestyle="none", label=name, zorder=3, **look)
+        handles += ax.plot(rate, distortion, linestyle="none", label=name, zorder=3, **options)
     ends = np.array([middle for middle, _ in points.values()])
     low, high = ends.min(0), ends.max(0)
     room = np.maximum(0.18 * (high - low), 0.1 * max((high - low).max(), 0.5))
@@ -216,8 +216,8 @@ def _equal_elbos(ax: Axes, points: np.ndarray) -> None:
         clear = np.linalg.norm(places[:, None] - np.array(taken), axis=-1).min(1)
         best = places[clear.argmax()]
         taken.append(best)
-        look: dict[str, Any] = {"color": "0.3", "fontsize": 8, "ha": "center", "va": "center", "zorder": 1}
+        options: dict[str, Any] = {"color": "0.3", "fontsize": 8, "ha": "center", "va": "center", "zorder": 1}
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         turn: dict[str, Any] = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True}
         across, up = (corner + best * size).tolist()
-        ax.text(across, up, f"{elbo:.6g} nats", bbox=box, **look, **turn)
+        ax.text(across, up, f"{elbo:.6g} nats", bbox=box, **options, **turn)

@@ -108,19 +108,12 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     heights = np.where(np.isnan(shapes), top, shapes).clip(bottom, top)
     count, numbers = len(shapes), np.arange(len(shapes))
     ax = axes_or_new(ax)
-    handles: list[Any] = []
-    marks: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        f"reliable: {(~unreliable).sum()} of {count} data": (
-            ~unreliable,
-            {"marker": "o", "markersize": 4, "color": "tab:blue"},
-        ),
-        f"not reliable: {unreliable.sum()} of {count} data ({100 * unreliable.mean():.1f} %)": (
-            unreliable,
-            {"marker": "x", "markersize": 7, "markeredgewidth": 1.8, "color": "tab:red"},
-        ),
-    }
-    for label, (which, look) in marks.items():
-        handles += ax.plot(numbers[which], heights[which], linestyle="none", label=label, clip_on=False, **look)
+    common: dict[str, Any] = {"linestyle": "none", "clip_on": False}
+    x, y, label = numbers[~unreliable], heights[~unreliable], f"reliable: {(~unreliable).sum()} of {count} data"
+    handles: list[Any] = ax.plot(x, y, "o", markersize=4, color="tab:blue", label=label, **common)
+    x, y, share = numbers[unreliable], heights[unreliable], f"{100 * unreliable.mean():.1f} %"
+    label = f"not reliable: {unreliable.sum()} of {count} data ({share})"
+    handles += ax.plot(x, y, "x", markersize=7, markeredgewidth=1.8, color="tab:red", label=label, **common)
     if np.isfinite(limit):
         label = f"reliable up to {limit:.2f} ({evidence.num_samples} draws each)"
         handles.append(ax.axhline(limit, color="black", linestyle="--", linewidth=1.2, label=label))
@@ -181,17 +174,17 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
             if error > 0:
                 ends = [middle - error, middle + error]
                 (handles[label],) = ax.plot(ends, [row, row], color="0.45", linewidth=width, label=label, zorder=2)
-        look: dict[str, Any] = {"marker": "D" if row == 0 else "o", "markersize": 8, "linestyle": "none"}
+        options: dict[str, Any] = {"marker": "D" if row == 0 else "o", "markersize": 8, "linestyle": "none"}
         label = "the best" if row == 0 else "difference to the best"
         face = "white" if unreliable else colour
-        ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **look)
-        handles.setdefault(label, Line2D([], [], color=colour, label=label, **look))
+        ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **options)
+        handles.setdefault(label, Line2D([], [], color=colour, label=label, **options))
         share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if unreliable else ""
         names.append(f"{name}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
         label = "hollow: unreliable, may be better"
-        look = {"marker": "o", "markersize": 8, "linestyle": "none"}
-        handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **look)
+        options = {"marker": "o", "markersize": 8, "linestyle": "none"}
+        handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **options)
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)
     ax.set_yticks(range(len(table)), names)
     ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) minus that of the best, nats per datum", ylabel="")

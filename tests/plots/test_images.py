@@ -1,0 +1,95 @@
+"""Each image lies in its cell, and is the image of its own code, datum or draw."""
+
+import numpy as np
+import pytest
+import torch
+from pairs import gaussian
+
+from plots.plot_inputs import IMAGES, decode
+from pyro_vae import plots
+from pyro_vae._utils.rng import seeded
+
+
+def cells(ax, shape):
+    """The images of a grid, (rows, columns, height, width)."""
+    (height, width), sheet = shape, torch.as_tensor(np.asarray(ax.images[0].get_array()))
+    rows, columns = (sheet.shape[0] + 1) // (height + 1), (sheet.shape[1] + 1) // (width + 1)
+    padded = torch.nn.functional.pad(sheet, (0, 1, 0, 1)).reshape(rows, height + 1, columns, width + 1)
+    return padded[:, :height, :, :width].transpose(1, 2)
+
+
+def test_image_grid_contains_every_image_in_reading_order():
+    images = torch.rand(5, 3, 4)
+    sheet = plots.image_grid(images, columns=2).images[0].get_array()
+    assert sheet.shape == (3 * 4 - 1, 2 * 5 - 1)
+    for index, image in enumerate(images):
+        top, left = 4 * (index // 2), 5 * (index % 2)
+        np.testing.assert_array_equal(sheet[top : top + 3, left : left + 4], image)
+
+
+def test_manifold_runs_with_z_1_to_the_right_and_z_2_upwards():
+    centres = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([1 / 6, 3 / 6, 5 / 6]))
+    for axis, expected in ((0, centres.expand(3, 3)), (1, centres.flip(0)[:, None].expand(3, 3))):
+        ax = plots.manifold(lambda z, axis=axis: z[:, [axis]].sigmoid(), (1, 1), size=3)
+        sheet = torch.as_tensor(ax.images[0].get_array()[::2, ::2]).logit()
+        torch.testing.assert_close(sheet, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("coordinates", [None, [1], [1, 0]])
+def test_a_row_of_traversals_varies_its_coordinate_and_no_other(coordinates):
+    z, values = torch.tensor([0.5, -1.0]), [-2.0, 0.0, 3.0]
+    ax = plots.traversals(decode, z, (3, 4), values=values, coordinates=coordinates)
+    chosen = coordinates or [0, 1]
+    codes = z.repeat(len(chosen), 3, 1)
+    for row, index in enumerate(chosen):
+        codes[row, :, index] = torch.tensor(values)
+    torch.testing.assert_close(cells(ax, (3, 4)), decode(codes.flatten(0, 1)).reshape(-1, 3, 3, 4))
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"z[{i}] = {z[i]:.2f}" for i in chosen]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "0", "3"]
+    assert z.tolist() == [0.5, -1.0], "the user's code was changed"
+
+
+@pytest.mark.parametrize("columns", [2, 5, 12])
+def test_an_image_is_above_its_own_reconstruction(columns):
+    ax = plots.reconstructions(lambda x: 0.5 * x, IMAGES, (3, 4), columns=columns)
+    shown = cells(ax, (3, 4))
+    data, means = (shown[start::2].reshape(-1, 12)[:5] for start in (0, 1))
+    torch.testing.assert_close(data, IMAGES)
+    torch.testing.assert_close(means, 0.5 * IMAGES)
+    assert not shown[::2].reshape(-1, 12)[5:].any(), "cells without an image are not blank"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["data", "mean of p(x|z)"] * (len(shown) // 2)
+
+
+def test_draws_in_pictures_depend_only_on_the_seed():
+    vae = gaussian(1, 2)
+    with seeded(3):
+        expected = vae.generate(4)
+    shown = [cells(plots.samples(vae.generate, (1, 2), 4, 2, seed), (1, 2)).reshape(4, 2) for seed in (3, 3, 4)]
+    torch.testing.assert_close(shown[0], expected)
+    torch.testing.assert_close(shown[1], expected)
+    assert not torch.equal(shown[2], expected)
+
+
+CODE, SHAPE = torch.zeros(2), (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("plot", "arguments", "error", "message"),
+    [
+        ("traversals", (gaussian(), CODE, SHAPE), TypeError, "`decode` must .*vae.decode.*got a VAE"),
+        ("reconstructions", (gaussian(), IMAGES, SHAPE), TypeError, "`reconstruct` must .*vae.reconstruct.*got a VAE"),
+        ("samples", (gaussian(), SHAPE), TypeError, "`generate` must .*vae.generate.*got a VAE"),
+        ("traversals", (decode, CODE[None], SHAPE), ValueError, r"`z` must be .*got shape \(1, 2\)"),
+        ("traversals", (decode, [0.0, 1.0], SHAPE), ValueError, "`z` must be .*got a list"),
+        ("traversals", (decode, CODE, SHAPE, []), ValueError, r"`values` must be .*got shape \(0,\)"),
+        ("traversals", (decode, CODE, SHAPE, "a"), TypeError, "`values` must be .*got 'a'"),
+        ("traversals", (decode, CODE, (3, 5)), ValueError, r"`decode` must .* 3 by 5 pixels, got .*\(14, 12\)"),
+        ("reconstructions", (abs, IMAGES, (4, 4)), ValueError, r"`x` must be .* 4 by 4 pixels, got .*\(5, 12\)"),
+        ("reconstructions", (lambda x: x[:2], IMAGES, SHAPE), ValueError, r"`reconstruct` must .*got .*\(2, 12\)"),
+        ("reconstructions", (abs, IMAGES, SHAPE, 0), ValueError, "`columns` must be .*got 0"),
+        ("samples", (lambda count: IMAGES, SHAPE, 0), ValueError, "`count` must be .*got 0"),
+    ],
+)
+def test_images_that_cannot_be_drawn_are_refused(plot, arguments, error, message):
+    with pytest.raises(error, match=message):
+        getattr(plots, plot)(*arguments)
