@@ -342,16 +342,15 @@ class RunCheckpoints:
         contents = self._checkpoints.load()
         if contents is None:
             return
-        header, tensors = contents
-        folder = repr(str(self._checkpoints.folder))
+        folder, saved_config = repr(str(self._checkpoints.folder)), contents[0]["run"]
         for name, value in self._run_config.items():
-            if (saved := header["run"].get(name)) != value:
+            if (saved := saved_config.get(name)) != value:
                 raise ValueError(
                     f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
                     "another run"
                 )
         discover = partial(discover_parameters, step, batches.context, batches.first)
-        batches.order = load_run_state(step, state, discover, header, tensors, folder)
+        batches.order = load_run_state(step, state, discover, contents, folder)
 
 
 class ProgressBar:

@@ -57,13 +57,14 @@ class RunState:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run_state(step: Step, state: RunState, order: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Collect everything that a run resumes from: numbers for a file's header, and named tensors.
+Contents = tuple[dict[str, Any], dict[str, Tensor]]
+"""The header and the tensors of a checkpoint."""
 
-    Args:
-        step: with the parameters, buffers and optimizer.
-        state: the progress of the run.
-        order: random state that the order of the current epoch is drawn from.
+
+def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
+    """Collect all that a run resumes from, as a header of numbers and as named tensors.
+
+    The order of the current epoch is drawn from the random state ``order``.
     """
     random, streams = random_states()
     header = vars(state) | {"steps": step.count, "random": random, "trainable_flags": trainable_flags(step)}
@@ -77,29 +78,18 @@ def run_state(step: Step, state: RunState, order: Tensor) -> tuple[dict[str, Any
 
 
 def load_run_state(
-    step: Step,
-    state: RunState,
-    discover: Callable[[], None],
-    header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    source: str,
+    step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str
 ) -> Tensor:
-    """Set a run to what :func:`run_state` returned.
+    """Set ``step`` and ``state`` to what :func:`run_state` returned, and return ``order``.
 
     Args:
-        step: receives parameters, buffers and optimizer.
-        state: receives the progress of the run.
         discover: lets the step find its parameters, see :func:`discover_parameters`.
-        header: the numbers.
-        tensors: the tensors.
-        source: where they were read from, for the error.
-
-    Returns:
-        The random state that the order of the current epoch is drawn from.
+        source: the folder, for the error.
 
     Raises:
         ValueError: if the tensors belong to another model, with the names and shapes that differ.
     """
+    header, tensors = contents
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
     for path, tensor in tensors.items():
         group, _, name = path.partition("/")

@@ -465,18 +465,6 @@ def test_a_seed_gives_the_same_run_twice_to_the_bit(compile):
     assert other.history != runs[0].history
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_eager_and_captured_runs_agree(dtype, tolerance):
-    vaes = [vae_of(batch_norm).to(dtype) for _ in range(2)]
-    runs = []
-    for vae, compile in zip(vaes, (False, True), strict=True):
-        pyro.clear_param_store()
-        runs.append(pv.fit(vae.model, vae.guide, X.to(dtype), epochs=100, lr=1e-3, seed=1, compile=compile))
-    assert np.abs(np.subtract(runs[0].history["elbo"], runs[1].history["elbo"])).max() < tolerance
-    for name, tensor in vaes[0].state_dict().items():
-        assert torch.allclose(tensor, vaes[1].state_dict()[name], rtol=0, atol=tolerance), name
-
-
 @EAGER_AND_CAPTURED
 @pytest.mark.parametrize("ends", ["well", "stop", "interrupt"])
 def test_global_state_is_as_before(compile, ends, random_states):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import pyro_vae as pv
-from pyro_vae import exact
+from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import WeightKL
 from pyro_vae.training.schedules import check_schedules, cyclical, exponential, from_torch, linear
 
@@ -121,7 +121,8 @@ def test_wrong_numbers_are_refused(make, message):
 
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_histories_hold_the_elbo_while_the_weight_of_the_kl_changes(batch_size):
-    vae = pairs.gaussian(1, 2)
+    net = networks.mlp([8], activation=nn.Tanh)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     beta, seen = torch.tensor(1.0), []
     weight = WeightKL(beta)
 
