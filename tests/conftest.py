@@ -1,4 +1,4 @@
-"""Every test starts from an empty param store and a fixed seed, and must leave the process as it found it."""
+"""Every test starts with an empty param store and a fixed seed, and must not change the global state of the process."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)
 
-collect_ignore = ["benchmarks"]  # scripts that import their neighbours, and one of them JAX
+collect_ignore = ["benchmarks"]  # scripts that import modules of their own folder, one of them JAX
 
 
 def _global_switches():
@@ -43,7 +43,7 @@ def _clean_process():
 
 @pytest.fixture
 def random_states():
-    """A function that tells the state of every random stream that a library could touch."""
+    """A function that returns the state of every random stream that a library could change."""
 
     def states():
         numpy_state = np.random.get_state()  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The benchmarks run in a short form, and their contestants compute the same. Times are never asserted."""
+"""The benchmarks run in a short form, and their contestants compute the same; times are never asserted."""
 
 import importlib
 import importlib.util
@@ -13,22 +13,19 @@ import pytest
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 try:
-    cases = importlib.import_module("cases")
-    inputs = importlib.import_module("inputs")
-    measuring = importlib.import_module("measuring")
-    tables = importlib.import_module("tables")
+    cases, inputs, measuring, tables = map(importlib.import_module, ("cases", "inputs", "measuring", "tables"))
 finally:
     sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(autouse=True)
 def _benchmarks_on_path(monkeypatch):
-    """The benchmarks import their neighbours, as a script does."""
+    """The benchmarks import modules of their own folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def bench(out, *options):
-    """Run the short form with these options; what it has written."""
+    """Run the short form with these options, and return its results."""
     command = [sys.executable, str(BENCHMARKS), "--quick", "--threads", "1", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(out / 'log.txt').read_text()}"
@@ -37,13 +34,13 @@ def bench(out, *options):
 
 
 def losses(module, case, given, runs, **options):
-    """What a contestant tells of some runs, in this process."""
+    """Return the mean losses of a contestant for some seeds, in this process."""
     run = importlib.import_module(module).runner(case.task, **options)
     found = [run(case, given, lambda _: None, epochs=case.check, rows=case.check_rows, seed=seed) for seed in runs]
     return {name: [sum(each[name]) / len(each[name]) for each in found] for name in found[0]}
 
 
-def given(case, folder):
+def inputs_of(case, folder):
     inputs.write(case, folder)
     return inputs.read(case, folder)
 
@@ -51,7 +48,7 @@ def given(case, folder):
 @pytest.mark.parametrize("name", cases.CASES)
 def test_contestants_compute_the_same(name, tmp_path):
     case = cases.shortened(cases.CASES[name])
-    data = given(case, tmp_path)
+    data = inputs_of(case, tmp_path)
     reference = "plain_pyro" if case.task == "export" else "handwritten"
     results = {reference: {"losses": losses(reference, case, data, range(100, 108))}}
     results["ours"] = {"losses": losses("ours", case, data, range(3))}
@@ -73,19 +70,19 @@ def test_contestants_compute_the_same(name, tmp_path):
         ("enumerated", {"guide": "normal"}),
     ],
 )
-def test_another_model_is_found_out(name, change, tmp_path):
+def test_another_model_is_detected(name, change, tmp_path):
     case = cases.CASES[name] if name == "mixture" else cases.shortened(cases.CASES[name])
     another = replace(case, **change)
     results = {
-        "handwritten": {"losses": losses("handwritten", case, given(case, tmp_path), range(16))},
-        "another": {"losses": losses("handwritten", another, given(another, tmp_path), range(100, 104))},
+        "handwritten": {"losses": losses("handwritten", case, inputs_of(case, tmp_path), range(16))},
+        "another": {"losses": losses("handwritten", another, inputs_of(another, tmp_path), range(100, 104))},
     }
     compared = measuring.agreement(results, "handwritten")["contestants"]
     assert compared
     assert not all(judged["agrees"] for judged in compared)
 
 
-def test_the_floor_has_the_products_of_a_step(tmp_path):
+def test_the_floor_computes_the_products_of_a_step(tmp_path):
     floor = importlib.import_module("floor")
     layers = [(784, 400), (400, 40)]
     products = [*floor.forward(layers, 128), *floor.backward(layers, 128, reach_inputs=False)]
@@ -94,7 +91,7 @@ def test_the_floor_has_the_products_of_a_step(tmp_path):
     assert all(out.shape == (left.shape[0], right.shape[1]) for out, left, right in products)
 
 
-def test_a_target_is_missed_by_what_is_slower():
+def test_a_slower_contestant_misses_its_target():
     found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
     report = tables.of_targets(found)
     assert report.count("missed") == report.count("met") == 1
@@ -120,7 +117,7 @@ def test_the_short_form(tmp_path):
     assert [point["case"]["rows"] for point in found["growth"]["mapped"]["points"]] == [20_000]
 
 
-def test_what_no_contestant_can_do_is_an_empty_table(tmp_path):
+def test_a_task_without_a_contestant_gives_an_empty_table(tmp_path):
     found = bench(tmp_path, "--cases", "--growth", "evidence-draws", "--contestants", "captured")
     assert all(point["contestants"] == {} for point in found["growth"]["evidence-draws"]["points"])
 
@@ -143,8 +140,8 @@ print(json.dumps(found))
 @pytest.mark.skipif(not HAS_NUMPYRO, reason="needs the extra `bench`")
 def test_numpyro_computes_the_same(tmp_path):
     names = ["gumbel", "importance", "enumerated", "evidence"]  # and the mixture above
-    data = {name: given(cases.shortened(cases.CASES[name]), tmp_path / name) for name in names}
-    # In a process of its own: JAX starts threads that the other tests have no use for.
+    data = {name: inputs_of(cases.shortened(cases.CASES[name]), tmp_path / name) for name in names}
+    # In a separate process, since JAX starts threads.
     command = [sys.executable, "-c", NUMPYRO, str(tmp_path), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
@@ -161,7 +158,7 @@ def test_numpyro_computes_the_same(tmp_path):
 @pytest.mark.parametrize("name", [name for name, case in cases.CASES.items() if case.task == "train"])
 def test_the_captured_step_computes_the_same(name, by_step, tmp_path):
     case = cases.shortened(cases.CASES[name])
-    data = given(case, tmp_path)
+    data = inputs_of(case, tmp_path)
     results = {"handwritten": {"losses": losses("handwritten", case, data, range(100, 116))}}
     results["captured"] = {"losses": losses("ours", case, data, [0], compiled=True, by_step=by_step)}
     (judged,) = measuring.agreement(results, "handwritten")["contestants"]

@@ -1,8 +1,8 @@
-"""Time beside peers, and that they compute the same: ``python tests/benchmarks --help``.
+"""Compare times with other implementations that compute the same: ``python tests/benchmarks --help``.
 
-Each contestant has a process of its own and as many threads as the others. It first trains from the weights that all
-start from, and its losses must agree with the others'. Then contestants take turns, and a time is the median over the
-rounds of seconds per unit of work. What happens once, such as compilation, is told apart.
+Each contestant has its own process and the same number of threads. It first trains from the same initial weights, and
+its losses must agree with the others'. Then contestants take turns, and a time is the median over the rounds of seconds
+per unit of work. One-off costs, such as compilation, are listed separately.
 """
 
 import argparse
@@ -17,37 +17,36 @@ from typing import Any
 
 import tables
 from cases import CASES, Case, shortened
-from growth import GROWTHS, grow, shown
+from growth import GROWTHS, measure_growth, to_markdown
 from measuring import Settings, measure
 from processes import CONTESTANTS
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(
-        "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="which to measure; all")
-    parser.add_argument("--growth", nargs="*", choices=GROWTHS, default=list(GROWTHS), help="of what, in which; all")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="whom; all")
+    """Parse the options."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=raw)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="cases to measure; all")
+    parser.add_argument("--growth", nargs="*", choices=GROWTHS, default=list(GROWTHS), help="growth to measure; all")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="all")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant (7)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn (3)")
-    parser.add_argument("--threads", type=int, default=2, help="of each contestant (2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: no times to quote")
-    parser.add_argument("--folder", type=Path, help="with MNIST's files, for real images; speed is the same without")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn (3)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each contestant (2)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the benchmark, not the speed")
+    parser.add_argument("--folder", type=Path, help="folder of MNIST, for real images at the same speed")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="folder for JSON and Markdown")
     return parser.parse_args(arguments)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Those that the options ask for."""
+    """Make the settings from the options."""
     if args.quick:
         return Settings(rounds=2, seconds=0.05, threads=args.threads, reference_seeds=8, seeds=2, pause=0.0)
     return Settings(rounds=args.rounds, seconds=args.seconds, threads=args.threads)
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What it was measured on."""
+    """Describe the machine."""
     packages = {}
     for name in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
         try:
@@ -72,14 +71,14 @@ def _processor() -> str:
     return named[0] if named else platform.processor()
 
 
-def sound(found: dict[str, Any]) -> bool:
-    """Whether no contestant failed, and all that were compared agree."""
+def passed(found: dict[str, Any]) -> bool:
+    """Whether no contestant failed, and all compared losses agree."""
     agree = all(judged["agrees"] for judged in found["agreement"]["contestants"])
     return agree and not any("failed" in result for result in found["contestants"].values())
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, print, write; 1 if a contestant failed or computes something else."""
+    """Measure, print and write the results; return 1 if a contestant failed or computes something else."""
     args.out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(args)
     described = machine(args.threads)
@@ -95,9 +94,9 @@ def main(args: argparse.Namespace) -> int:
             written.append(f"## {case.title}\n\n{tables.of_case(result, case.unit)}")
             print(f"{written[-1]}\n", flush=True)
         for name in args.growth:
-            grown = grow(name, args.contestants, settings, Path(folder) / name, log, args.quick)
+            grown = measure_growth(name, args.contestants, settings, Path(folder) / name, log, args.quick)
             found["growth"][name] = grown
-            written.append(shown(name, grown))
+            written.append(to_markdown(name, grown))
             print(f"{written[-1]}\n", flush=True)
     if not args.quick:
         written.append(f"## Targets\n\n{tables.of_targets(found['cases'])}")
@@ -105,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     (args.out / "results.json").write_text(json.dumps(found, indent=2))
     (args.out / "results.md").write_text("\n\n".join(written) + "\n")
     print(f"\nIn {args.out}: results.json, results.md, log.txt")
-    return 0 if all(map(sound, found["cases"].values())) else 1
+    return 0 if all(map(passed, found["cases"].values())) else 1
 
 
 if __name__ == "__main__":

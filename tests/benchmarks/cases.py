@@ -1,4 +1,4 @@
-"""What is measured: sizes and settings, once, for all contestants. No torch and no JAX in here."""
+"""The cases that are measured: sizes and settings for all contestants, without torch or JAX."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,12 +12,12 @@ class Case:
     """A model, its data and its training.
 
     Attributes:
-        name: by which it is asked for.
-        title: for the tables.
-        task: what contestants do: ``"train"``, ``"evaluate"`` (log p(x) by importance weighting) or ``"export"``.
+        name: name in the options.
+        title: title in the tables.
+        task: ``"train"``, ``"evaluate"`` (log p(x) by importance weighting) or ``"export"``.
         data: ``"two_gaussians"``, ``"digits"`` or ``"mnist"``.
-        rows: of the data; a whole number of batches, so that all steps are alike.
-        features: of a datum.
+        rows: rows of the data, a whole number of batches, so that all steps are equal.
+        features: features of a datum.
         hidden: units of the encoder's hidden layers; the decoder has them in reverse.
         activation: ``"tanh"`` or ``"relu"``.
         guide: ``"normal"``, ``"gumbel"`` (a relaxed one-hot) or ``"bernoulli"``, which is enumerated.
@@ -25,11 +25,11 @@ class Case:
         likelihood: ``"normal"``, with one learned scale, or ``"bernoulli"``.
         batch_size: rows of a step.
         lr: Adam's learning rate.
-        particles: draws of each datum; more than one are importance-weighted.
-        temperatures: of prior and guide, where they are relaxed.
-        check: epochs of the run by which it is seen that all contestants compute the same.
+        particles: draws of each datum; several are importance-weighted.
+        temperatures: temperatures of prior and guide, if they are relaxed.
+        check: epochs of the run that compares the contestants.
         check_rows: rows of that run.
-        mapped: whether the data stay in a file, of which pages are read as they are needed.
+        mapped: whether the data stay in a file, whose pages are read when they are needed.
     """
 
     name: str
@@ -58,19 +58,19 @@ class Case:
 
     @property
     def binarized(self) -> bool:
-        """Whether pixels are bytes, drawn as 0 or 1 anew for each batch."""
+        """Whether pixels are bytes, which are sampled as 0 or 1 for each batch."""
         return self.data == "mnist"
 
     @property
     def bound(self) -> str:
-        """What a loss is minus one of: contestants are compared by losses of the same name."""
+        """Name of the negative loss; contestants are compared by losses of the same name."""
         if self.task == "export":
             return "mean square of the draws"
         return "elbo" if self.task == "train" and self.particles == 1 else "log p(x), K draws"
 
     @property
     def unit(self) -> str:
-        """Of the work that is timed."""
+        """Unit of the timed work."""
         return {"train": "step", "evaluate": "image-sample", "export": "draw"}[self.task]
 
     @property
@@ -86,115 +86,56 @@ class Case:
 
     @property
     def decoded(self) -> int:
-        """Codes that the decoder is given in a step."""
+        """Number of codes that are decoded in a step."""
         return 2 ** prod(self.latent) if self.guide == "bernoulli" else self.batch_size * self.particles
 
 
 MIXTURE = Case(
-    name="mixture",
-    title="Mixture of two Gaussians, 1000 points, full batch, 2-32-1",
-    data="two_gaussians",
-    rows=1000,
-    features=2,
-    hidden=(32,),
-    latent=(1,),
-    batch_size=1000,
-    activation="tanh",
-    likelihood="normal",
-    lr=1e-2,
-    check=50,
-    check_rows=1000,
-)
-
+    name="mixture", title="Mixture of two Gaussians, 1000 points, full batch, 2-32-1", data="two_gaussians",
+    rows=1000, features=2, hidden=(32,), latent=(1,), batch_size=1000, activation="tanh", likelihood="normal", lr=1e-2,
+    check=50, check_rows=1000,
+)  # fmt: skip
 DIGITS = Case(
-    name="digits",
-    title="Digits of 8 × 8 pixels, 64-128-2, batch 100",
-    data="digits",
-    rows=1500,
-    features=64,
-    hidden=(128,),
-    latent=(2,),
-    batch_size=100,
-    activation="tanh",
-    lr=3e-3,
-    check=4,
-    check_rows=1500,
-)
-
+    name="digits", title="Digits of 8 × 8 pixels, 64-128-2, batch 100", data="digits",
+    rows=1500, features=64, hidden=(128,), latent=(2,), batch_size=100, activation="tanh", lr=3e-3,
+    check=4, check_rows=1500,
+)  # fmt: skip
 MNIST = Case(
-    name="mnist-128",
-    title="MNIST 784-400-20, batch 128",
-    data="mnist",
-    rows=468 * 128,
-    features=784,
-    hidden=(400,),
-    latent=(20,),
-    batch_size=128,
-    check=1,
-    check_rows=50 * 128,
-)
-
-CASES = {
-    case.name: case
-    for case in (
-        MIXTURE,
-        DIGITS,
-        MNIST,
-        replace(
-            MNIST,
-            name="mnist-1024",
-            title="MNIST 784-400-20, batch 1024",
-            rows=58 * 1024,
-            batch_size=1024,
-            check_rows=50 * 1024,
-        ),
-        replace(
-            MNIST,
-            name="gumbel",
-            title="MNIST, Gumbel-softmax 20 × 10, 784-400-200, batch 128",
-            guide="gumbel",
-            latent=(20, 10),
-        ),
-        replace(
-            MNIST,
-            name="importance",
-            title="MNIST 784-400-20, importance-weighted K = 50, batch 20",
-            rows=50 * 20,
-            batch_size=20,
-            particles=50,
-            check_rows=50 * 20,
-        ),
-        replace(
-            DIGITS,
-            name="enumerated",
-            title="Digits, 10 Bernoulli variables enumerated, 64-128-10, batch 100",
-            guide="bernoulli",
-            latent=(10,),
-        ),
-        replace(
-            MNIST,
-            name="evidence",
-            title="log p(x) of MNIST images, 784-400-20, 1000 draws each",
-            task="evaluate",
-            rows=100,
-            batch_size=100,
-            particles=1000,
-            check_rows=100,
-        ),
-        replace(
-            MIXTURE,
-            name="export",
-            title="200 draws of 1000 points for ArviZ, a tree of all; of Pyro's Predictive z and x alone",
-            task="export",
-            particles=200,
-            check=1,
-        ),
-    )
-}
+    name="mnist-128", title="MNIST 784-400-20, batch 128", data="mnist",
+    rows=468 * 128, features=784, hidden=(400,), latent=(20,), batch_size=128,
+    check=1, check_rows=50 * 128,
+)  # fmt: skip
+VARIANTS = (
+    replace(
+        MNIST, name="mnist-1024", title="MNIST 784-400-20, batch 1024",
+        rows=58 * 1024, batch_size=1024, check_rows=50 * 1024,
+    ),
+    replace(
+        MNIST, name="gumbel", title="MNIST, Gumbel-softmax 20 × 10, 784-400-200, batch 128",
+        guide="gumbel", latent=(20, 10),
+    ),
+    replace(
+        MNIST, name="importance", title="MNIST 784-400-20, importance-weighted K = 50, batch 20",
+        rows=50 * 20, batch_size=20, particles=50, check_rows=50 * 20,
+    ),
+    replace(
+        DIGITS, name="enumerated", title="Digits, 10 Bernoulli variables enumerated, 64-128-10, batch 100",
+        guide="bernoulli", latent=(10,),
+    ),
+    replace(
+        MNIST, name="evidence", title="log p(x) of MNIST images, 784-400-20, 1000 draws each", task="evaluate",
+        rows=100, batch_size=100, particles=1000, check_rows=100,
+    ),
+    replace(
+        MIXTURE, name="export", title="200 draws of 1000 points: a tree for ArviZ; z and x alone by Pyro's Predictive",
+        task="export", particles=200, check=1,
+    ),
+)  # fmt: skip
+CASES = {case.name: case for case in (MIXTURE, DIGITS, MNIST, *VARIANTS)}
 
 
 def shortened(case: Case) -> Case:
-    """The same in a second or so: what is measured then says nothing, but that the harness works."""
+    """Return a case of about a second, to test the benchmark; its times mean nothing."""
     batch = min(case.batch_size, 20)
     return replace(
         case,
@@ -209,7 +150,7 @@ def shortened(case: Case) -> Case:
 
 
 def initial_weights(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights ``(out, in)`` and biases of each layer, drawn as torch does, by names such as ``encoder.0.weight``."""
+    """Draw weights ``(out, in)`` and biases of each layer as torch does, by names such as ``encoder.0.weight``."""
     random = np.random.default_rng(seed)
     weights = {}
     for part, layers in (("encoder", case.encoder), ("decoder", case.decoder)):

@@ -1,30 +1,24 @@
-"""The floor: the matrix products of the networks alone, forward and backward, into memory that is there already."""
+"""A lower bound on the time: the matrix products of the networks alone, forward and backward, into allocated memory."""
 
 from collections.abc import Callable
 
 import torch
 from cases import Case
-from inputs import Inputs
+from inputs import Inputs, Losses, Tick
 from torch import Tensor
 
-Tick = Callable[[float], None]
 Product = tuple[Tensor, Tensor, Tensor]
 
 
-def set_threads(threads: int) -> None:
-    """Of torch."""
-    torch.set_num_threads(threads)
-
-
-def runner(task: str) -> Callable[..., dict[str, list[float]]]:
-    """What does the task."""
+def runner(task: str) -> Callable[..., Losses]:
+    """Return the function that performs the task."""
     if task == "export":
-        raise NotImplementedError("export: it is no matter of matrix products")
+        raise NotImplementedError("export: its time is not that of matrix products")
     return {"train": train, "evaluate": evaluate}[task]
 
 
 def forward(layers: list[tuple[int, int]], rows: int) -> list[Product]:
-    """The products of each layer, y = x W', as ``(out, left, right)``."""
+    """Return the product of each layer, y = x W', as ``(out, left, right)``."""
     return [
         (torch.empty(rows, outputs), torch.randn(rows, inputs), torch.randn(outputs, inputs).T)
         for inputs, outputs in layers
@@ -32,7 +26,7 @@ def forward(layers: list[tuple[int, int]], rows: int) -> list[Product]:
 
 
 def backward(layers: list[tuple[int, int]], rows: int, reach_inputs: bool) -> list[Product]:
-    """The gradients of each layer: those of the weights, and of the inputs of all but what nothing stands before."""
+    """Return the products for the gradients of weights and inputs; the first layer's inputs only if they need one."""
     products = []
     for number, (inputs, outputs) in enumerate(layers):
         gradient = torch.randn(rows, outputs)
@@ -48,8 +42,8 @@ def _repeat(products: list[Product], times: int) -> None:
             torch.mm(left, right, out=out)
 
 
-def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> dict[str, list[float]]:
-    """The products of as many steps. No loss comes of them."""
+def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+    """Compute the products of all steps, without a loss."""
     torch.manual_seed(seed)
     products = [
         *forward(case.encoder, case.batch_size),
@@ -64,8 +58,8 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
     return {}
 
 
-def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> dict[str, list[float]]:
-    """The products of the decoder at so many draws, and of the encoder once."""
+def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+    """Compute the products of the encoder once, and of the decoder for all draws."""
     torch.manual_seed(seed)
     chunk = min(case.particles, 50)
     encode, decode = forward(case.encoder, rows), forward(case.decoder, rows * chunk)

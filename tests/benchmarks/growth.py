@@ -1,4 +1,4 @@
-"""How time and memory grow: with data, latents, particles and epochs, and with data that stay in a file."""
+"""Growth of time and memory with data, latents, particles and epochs, and with data that stay in a file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from cases import CASES, DIGITS, MIXTURE, MNIST, Case, shortened
 from measuring import Settings, measure
-from tables import absent, peak, span, table
+from tables import absent, format_seconds, peak, table
 
 OURS = ("captured", "eager")
 
@@ -18,12 +18,12 @@ class Series:
     """A case at several sizes.
 
     Attributes:
-        title: for the tables.
+        title: title in the tables.
         base: the case.
-        grows: what does: ``"rows"``, ``"latent"`` or ``"particles"``.
-        values: its sizes.
-        quick: those of the short form.
-        each: of what the time is told: a ``"unit"`` of work, or an ``"epoch"`` or ``"call"``.
+        grows: the size that grows: ``"rows"``, ``"latent"`` or ``"particles"``.
+        values: its values.
+        quick: its values in the short form.
+        each: the time is that of a ``"step"``, an ``"epoch"`` or a ``"call"``.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Series:
     each: str = "step"
 
     def case(self, value: int, quick: bool) -> Case:
-        """The case of this size."""
+        """Return the case of this size."""
         base = shortened(self.base) if quick else self.base
         if self.grows == "latent":
             return replace(base, latent=(value,))
@@ -43,7 +43,7 @@ class Series:
         return replace(base, rows=value, batch_size=value if self.base.full_batch else base.batch_size)
 
     def work(self, case: Case) -> int:
-        """Units of work in what the time is told of."""
+        """Return the units of work in a step, epoch or call."""
         if self.each == "epoch":
             return case.rows // case.batch_size
         if self.each == "call":
@@ -53,64 +53,41 @@ class Series:
 
 SERIES = {
     "data": Series(
-        "An epoch of MNIST 784-400-20 at batch 128, by images",
-        MNIST,
-        "rows",
-        (50 * 128, 100 * 128, 200 * 128, 400 * 128),
-        each="epoch",
+        "An epoch of MNIST 784-400-20 at batch 128, by images", MNIST, "rows",
+        (50 * 128, 100 * 128, 200 * 128, 400 * 128), each="epoch",
     ),
     "full-batch": Series("A step on all points of the mixture, by points", MIXTURE, "rows", (1000, 10_000, 100_000)),
     "latents": Series("A step of MNIST 784-400 at batch 128, by latents", MNIST, "latent", (5, 20, 80, 320), (2, 4)),
     "states": Series(
-        "A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent", (4, 6, 8, 10, 12), (2, 3)
+        "A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent", (4, 6, 8, 10, 12), (2, 3),
     ),
     "particles": Series(
-        "A step of MNIST 784-400-20 at batch 20, importance-weighted, by K",
-        CASES["importance"],
-        "particles",
-        (2, 10, 50, 250),
-        (2, 4),
+        "A step of MNIST 784-400-20 at batch 20, importance-weighted, by K", CASES["importance"], "particles",
+        (2, 10, 50, 250), (2, 4),
     ),
     "evidence-draws": Series(
-        "log p(x) of 100 MNIST images, by draws of each",
-        CASES["evidence"],
-        "particles",
-        (250, 1000, 4000),
-        (5, 10),
-        each="call",
+        "log p(x) of 100 MNIST images, by draws of each", CASES["evidence"], "particles",
+        (250, 1000, 4000), (5, 10), each="call",
     ),
     "export-draws": Series(
-        "Draws of 1000 points of the mixture for ArviZ, by draws",
-        CASES["export"],
-        "particles",
-        (50, 200, 800),
-        (5, 10),
-        each="call",
+        "Draws of 1000 points of the mixture for ArviZ, by draws", CASES["export"], "particles",
+        (50, 200, 800), (5, 10), each="call",
     ),
-}
-
-EPOCHS = replace(DIGITS, name="epochs", title="Memory as epochs go by: digits, 64-128-2, batch 100")
-
+}  # fmt: skip
+EPOCHS = replace(DIGITS, name="epochs", title="Memory by epochs: digits, 64-128-2, batch 100")
 MAPPED = replace(
-    MNIST,
-    name="mapped",
-    title="Data in a file that is mapped: 784-16-2, batch 1000",
-    rows=300_000,
-    hidden=(16,),
-    latent=(2,),
-    batch_size=1000,
-    mapped=True,
-)
-
+    MNIST, name="mapped", title="Data in a mapped file: 784-16-2, batch 1000",
+    rows=300_000, hidden=(16,), latent=(2,), batch_size=1000, mapped=True,
+)  # fmt: skip
 MAPPED_ROWS, QUICK_MAPPED_ROWS = (30_000, 300_000), (20_000,)
 
 GROWTHS = (*SERIES, "epochs", "mapped")
 
 
-def grow(
+def measure_growth(
     name: str, names: Sequence[str], settings: Settings, folder: Path, log_file: TextIO, quick: bool
 ) -> dict[str, Any]:
-    """What came of one of :data:`GROWTHS`, ready for JSON."""
+    """Measure one of :data:`GROWTHS`; the result can be written as JSON."""
     settings = replace(settings, seeds=0, rounds=min(3, settings.rounds), seconds=settings.seconds / 2)
     names = [name for name in names if name in OURS]
     if name == "epochs":
@@ -132,8 +109,8 @@ def grow(
     return {"grows": series.grows, "each": series.each, "points": points}
 
 
-def shown(name: str, found: dict[str, Any]) -> str:
-    """It as tables, under a title."""
+def to_markdown(name: str, found: dict[str, Any]) -> str:
+    """Format a result as tables, under a title."""
     if name == "epochs":
         return f"## {EPOCHS.title}\n\n{_of_epochs(found)}"
     if name == "mapped":
@@ -142,7 +119,7 @@ def shown(name: str, found: dict[str, Any]) -> str:
 
 
 def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
-    """A row for each size; the exponent is that of the power law through a point and the one before it."""
+    """Format a row for each size; the exponent is that of the power law through a point and its predecessor."""
     rows = []
     for number, point in enumerate(points):
         for name, result in point["contestants"].items():
@@ -154,12 +131,14 @@ def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
             if before:
                 growth = log(point["value"] / points[number - 1]["value"])
                 exponent = f"{log(result['time'] / before) / growth:.2f}"
-            rows.append([f"{point['value']:,}", result["title"], span(result["time"]), exponent, *peak(result)])
+            rows.append(
+                [f"{point['value']:,}", result["title"], format_seconds(result["time"]), exponent, *peak(result)]
+            )
     return table([series.grows, "", f"time per {series.each}", "exponent", "peak MB", "grown by"], rows)
 
 
 def _of_epochs(found: dict[str, Any]) -> str:
-    """Memory when the first round was over and when the last was."""
+    """Format the memory after the first round and after the last."""
     steps = found["case"]["rows"] // found["case"]["batch_size"]
     rows = []
     for result in found["contestants"].values():
@@ -175,7 +154,7 @@ def _of_epochs(found: dict[str, Any]) -> str:
 
 
 def _of_mapped(points: list[dict[str, Any]]) -> str:
-    """The most memory that was in no file, since libraries were loaded: little more where the file is ten times it."""
+    """Format the growth of anonymous memory: a file of ten times the size should need little more."""
     rows = []
     for point in points:
         size = f"{point['case']['rows'] * point['case']['features'] / 2**20:.0f}"
@@ -184,5 +163,5 @@ def _of_mapped(points: list[dict[str, Any]]) -> str:
                 rows.append([size, result["title"], absent(result), ""])
                 continue
             grown = max(turn["most_anonymous"] for turn in result["turns"]) - result["begun_with"]["anonymous"]
-            rows.append([size, result["title"], span(result["time"]), f"{grown:.0f}"])
-    return table(["MB of data", "", "time per step", "MB of memory in no file"], rows)
+            rows.append([size, result["title"], format_seconds(result["time"]), f"{grown:.0f}"])
+    return table(["MB of data", "", "time per step", "MB of anonymous memory"], rows)

@@ -1,7 +1,7 @@
-"""PyTorch without a framework: the loss written out for the case, tensors and ``torch.optim.Adam``, eager.
+"""Eager PyTorch by hand: a loss for each case, tensors and ``torch.optim.Adam``.
 
-The arithmetic is that of the other contestants: a Monte-Carlo estimate of the KL where they take one, all states where
-they enumerate them. No algebra that a framework does not do.
+The arithmetic is that of the other contestants: a Monte-Carlo estimate of the KL where they use one, and all states
+where they enumerate them, without algebra that a framework does not do.
 """
 
 import math
@@ -9,32 +9,25 @@ from collections.abc import Callable
 
 import torch
 from cases import Case
-from inputs import Inputs
+from inputs import Inputs, Losses, Tick
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, linear, logsigmoid
 
-Tick = Callable[[float], None]
 Weights = dict[str, Tensor]
-Losses = dict[str, list[float]]
 Loss = Callable[[Case, Weights, Tensor], dict[str, Tensor]]
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-def set_threads(threads: int) -> None:
-    """Of torch."""
-    torch.set_num_threads(threads)
-
-
 def runner(task: str) -> Callable[..., Losses]:
-    """What does the task."""
+    """Return the function that performs the task."""
     if task == "export":
-        raise NotImplementedError("export: arrays without names are no peer")
+        raise NotImplementedError("export: arrays without names are not comparable")
     return {"train": train, "evaluate": evaluate}[task]
 
 
 def network(case: Case, weights: Weights, part: str, inputs: Tensor) -> Tensor:
-    """What an encoder or decoder makes of its inputs."""
+    """Compute the output of an encoder or decoder."""
     activation = torch.tanh if case.activation == "tanh" else torch.relu
     for number in range(len(case.hidden) + 1):
         inputs = activation(inputs) if number else inputs
@@ -43,7 +36,7 @@ def network(case: Case, weights: Weights, part: str, inputs: Tensor) -> Tensor:
 
 
 def log_likelihood(case: Case, weights: Weights, z: Tensor, x: Tensor) -> Tensor:
-    """log p(x | z) of each datum."""
+    """Compute log p(x | z) of each datum."""
     raw = network(case, weights, "decoder", z)
     if case.likelihood == "normal":
         scale = weights["log_scale"].exp() + 1e-3
@@ -53,7 +46,7 @@ def log_likelihood(case: Case, weights: Weights, z: Tensor, x: Tensor) -> Tensor
 
 
 def normal_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
-    """The ELBO of a Gaussian latent with one draw, or the importance-weighted bound with several."""
+    """Compute the ELBO of a Gaussian latent for one draw, or the importance-weighted bound for several."""
     loc, log_scale = network(case, weights, "encoder", x).chunk(2, dim=-1)
     noise = torch.randn(*(case.particles,) * (case.particles > 1), *loc.shape)
     z = loc + log_scale.exp() * noise
@@ -67,14 +60,14 @@ def normal_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
 
 
 def log_concrete(y: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """The density of a relaxed one-hot variable at its logarithm, summed over variables."""
+    """Compute the log-density of the logarithm of relaxed one-hot variables, summed over variables."""
     classes = y.shape[-1]
     score = (logits - temperature * y).log_softmax(-1).sum(-1)
     return (score + math.lgamma(classes) + (classes - 1) * math.log(temperature)).sum(-1)
 
 
 def gumbel_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
-    """The ELBO of Gumbel-softmax variables, relaxed densities in guide and prior."""
+    """Compute the ELBO of Gumbel-softmax variables, with relaxed densities in guide and prior."""
     cold, warm = case.temperatures
     logits = network(case, weights, "encoder", x).reshape(len(x), *case.latent)
     uniform = torch.rand_like(logits).clamp(torch.finfo(logits.dtype).eps / 2, 1 - torch.finfo(logits.dtype).eps / 2)
@@ -84,7 +77,7 @@ def gumbel_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
 
 
 def enumerated_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
-    """The ELBO of Bernoulli variables, summed over all their states."""
+    """Compute the ELBO of Bernoulli variables as a sum over all states."""
     logits = network(case, weights, "encoder", x)
     bits = torch.arange(case.latent[0])
     states = ((torch.arange(2 ** case.latent[0])[:, None] >> bits) & 1).to(x.dtype)
@@ -98,7 +91,7 @@ LOSSES: dict[str, Loss] = {"normal": normal_loss, "gumbel": gumbel_loss, "bernou
 
 
 def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Loss, gradients and a fused Adam."""
+    """Train with a fused Adam."""
     torch.manual_seed(seed)
     weights = {name: torch.from_numpy(value.copy()).requires_grad_() for name, value in given.weights.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=case.lr, fused=True)
@@ -121,7 +114,7 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
 
 @torch.no_grad()
 def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Mean log p(x) by importance weighting, so many draws at once as keep the memory in bounds."""
+    """Estimate the mean log p(x) by importance weighting, 50 draws at a time to limit the memory."""
     torch.manual_seed(seed)
     weights = {name: torch.from_numpy(value.copy()) for name, value in given.weights.items()}
     x = (torch.from_numpy(given.x[:rows]) > 127).float()

@@ -1,20 +1,23 @@
-"""The data of a case and the weights that all contestants start from, in files that any of them can read."""
+"""Files with the data of a case and the initial weights, which all contestants can read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from cases import Case, initial_weights
 
+Tick = Callable[[float], None]
+Losses = dict[str, list[float]]
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a contestant is given.
+    """The data and initial weights of a contestant.
 
     Attributes:
-        x: ``(rows, features)``, float32, or bytes of grey values where they are to be binarized.
-        weights: those to start from, by name.
+        x: ``(rows, features)``, float32, or grey values as bytes if batches are binarized.
+        weights: initial weights, by name.
     """
 
     x: np.ndarray
@@ -22,7 +25,7 @@ class Inputs:
 
 
 def write(case: Case, folder: Path, mnist: Path | None = None) -> None:
-    """Write what :func:`read` reads."""
+    """Write the files that :func:`read` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     if case.mapped:
         _write_large(case, folder / "x.npy")
@@ -32,15 +35,15 @@ def write(case: Case, folder: Path, mnist: Path | None = None) -> None:
 
 
 def read(case: Case, folder: Path) -> Inputs:
-    """What was written; data that are mapped stay in their file."""
+    """Read the inputs; mapped data stay in their file."""
     with np.load(folder / "weights.npz") as file:
         weights = dict(file)
-    # Copy on write, and nothing is written: torch warns of arrays that can't be.
+    # Mode c, since torch warns about arrays that are read-only; nothing is written.
     return Inputs(np.load(folder / "x.npy", mmap_mode="c" if case.mapped else None), weights)
 
 
 def _data(case: Case, mnist: Path | None) -> np.ndarray:
-    from pyro_vae import datasets  # which brings torch, and the process that runs JAX has no use for it
+    from pyro_vae import datasets  # here, since the process of JAX needs no torch
 
     if case.data == "two_gaussians":
         return datasets.two_gaussians(case.rows, seed=0).x.numpy()
@@ -53,7 +56,7 @@ def _data(case: Case, mnist: Path | None) -> np.ndarray:
 
 
 def _enlarged(digits: np.ndarray) -> np.ndarray:
-    """Bytes of 28 × 28 pixels from the digits of 8 × 8: the speed is that of MNIST, which needs a download."""
+    """Enlarge digits of 8 × 8 pixels to 28 × 28 bytes: the speed is that of MNIST, without a download."""
     images = np.kron(digits.reshape(-1, 8, 8), np.ones((3, 3)))
     return np.pad(255 * images, ((0, 0), (2, 2), (2, 2))).round().astype(np.uint8).reshape(len(digits), -1)
 
@@ -63,7 +66,7 @@ def _repeated(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _write_large(case: Case, path: Path) -> None:
-    """Bytes in a file, by parts: the whole is never in memory."""
+    """Write bytes in parts, so that the whole is never in memory."""
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(case.rows, case.features))
     random = np.random.default_rng(0)
     for start in range(0, case.rows, 10_000):

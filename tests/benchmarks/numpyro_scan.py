@@ -1,4 +1,4 @@
-"""NumPyro at its best: SVI with an epoch in one ``lax.scan`` under ``jax.jit``, mini-batches drawn in JAX."""
+"""NumPyro: SVI with an epoch in one ``lax.scan`` under ``jax.jit``, and mini-batches drawn in JAX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from cases import Case
-from inputs import Inputs
+from inputs import Inputs, Losses, Tick
 from jax import Array, lax
 from jax.scipy.special import gammaln, logsumexp
 from numpyro.distributions import constraints
@@ -17,16 +17,14 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 jax.config.update("jax_platforms", "cpu")
 
-Tick = Callable[[float], None]
-Losses = dict[str, list[float]]
 
-STEPS = 500  # of a full batch in one scan, where an epoch is a step
+STEPS = 500  # in one scan, if an epoch is one step on all data
 
 
 def runner(task: str) -> Callable[..., Losses]:
-    """What does the task."""
+    """Return the function that performs the task."""
     if task == "export":
-        raise NotImplementedError("export: its draws are no tree for ArviZ")
+        raise NotImplementedError("export: NumPyro makes no tree for ArviZ")
     return {"train": train, "evaluate": evaluate}[task]
 
 
@@ -41,19 +39,19 @@ class LogConcrete(dist.Distribution):
         super().__init__(logits.shape[:-1], logits.shape[-1:])
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """By Gumbel noise."""
+        """Add Gumbel noise."""
         noise = jax.random.gumbel(key, sample_shape + self.logits.shape)
         return jax.nn.log_softmax((self.logits + noise) / self.temperature)
 
     def log_prob(self, value: Array) -> Array:
-        """With respect to the log-ratios to the last class."""
+        """Compute the density with respect to the log-ratios to the last class."""
         classes = self.logits.shape[-1]
         score = jax.nn.log_softmax(self.logits - self.temperature * value).sum(-1)
         return score + gammaln(classes) + (classes - 1) * jnp.log(self.temperature)
 
 
 class ScanVAE:
-    """A NumPyro model and guide with their parameters by name."""
+    """A NumPyro model and guide."""
 
     def __init__(self, case: Case, given: Inputs):
         self.case, self.given = case, given
@@ -62,7 +60,7 @@ class ScanVAE:
             self.states = (bits & 1).astype(jnp.float32)
 
     def network(self, part: str, inputs: Array) -> Array:
-        """What an encoder or decoder makes of its inputs."""
+        """Compute the output of an encoder or decoder."""
         activation = jnp.tanh if self.case.activation == "tanh" else jax.nn.relu
         for number in range(len(self.case.hidden) + 1):
             inputs = activation(inputs) if number else inputs
@@ -72,7 +70,7 @@ class ScanVAE:
         return inputs
 
     def likelihood(self, z: Array) -> dist.Distribution:
-        """p(x | z)."""
+        """The distribution p(x | z)."""
         raw = self.network("decoder", z)
         if self.case.likelihood == "normal":
             log_scale = numpyro.param("log_scale", jnp.asarray(self.given.weights["log_scale"]))
@@ -80,7 +78,7 @@ class ScanVAE:
         return dist.Bernoulli(logits=raw).to_event(1)
 
     def model(self, x: Array) -> None:
-        """p(x, z)."""
+        """Sample from p(x, z)."""
         with numpyro.plate("data", len(x)):
             if self.case.guide == "gumbel":
                 prior = LogConcrete(self.case.temperatures[0], jnp.zeros(self.case.latent)).to_event(1)
@@ -90,7 +88,7 @@ class ScanVAE:
             numpyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Array) -> None:
-        """q(z | x)."""
+        """Sample from q(z | x)."""
         raw = self.network("encoder", x)
         with numpyro.plate("data", len(x)):
             if self.case.guide == "gumbel":
@@ -101,7 +99,7 @@ class ScanVAE:
                 numpyro.sample("z", dist.Normal(loc, jnp.exp(log_scale)).to_event(1))
 
     def enumerated(self, x: Array) -> None:
-        """The ELBO of Bernoulli variables as a factor, summed by hand: NumPyro enumerates no several as one."""
+        """Add the ELBO of Bernoulli variables as a factor, summed by hand: NumPyro does not enumerate them jointly."""
         logits = self.network("encoder", x)
         on, off = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
         log_guide = self.states @ on.T + (1 - self.states) @ off.T  # (states, rows)
@@ -109,7 +107,7 @@ class ScanVAE:
         numpyro.factor("elbo", (jnp.exp(log_guide) * (log_joint - log_guide)).sum())
 
     def svi(self) -> SVI:
-        """What trains them."""
+        """Make the SVI of the case."""
         adam = numpyro.optim.Adam(self.case.lr)
         if self.case.guide == "bernoulli":
             return SVI(self.enumerated, lambda x: None, adam, Trace_ELBO())
@@ -118,7 +116,7 @@ class ScanVAE:
 
 
 def _epoch(svi: SVI, case: Case, state: Any, x: Array, key: Array) -> tuple[Any, Array]:
-    """All steps of an epoch, and the loss of each, in nats per datum; of full batches a number of epochs."""
+    """Run all steps of an epoch, or several epochs of full batches; return each loss, in nats per datum."""
 
     def step(state: Any, given: Any) -> tuple[Any, Array]:
         key, index = given
@@ -135,7 +133,7 @@ def _epoch(svi: SVI, case: Case, state: Any, x: Array, key: Array) -> tuple[Any,
 
 
 def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """One compiled call after another."""
+    """Train with one compiled call per epoch."""
     svi = ScanVAE(case, given).svi()
     x = jnp.asarray(given.x[:rows])
     key = jax.random.key(seed)
@@ -152,7 +150,7 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
 
 
 def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Mean log p(x) by importance weighting, in one compiled call that bounds its memory by a loop."""
+    """Estimate the mean log p(x) by importance weighting, in one compiled call with a loop to limit the memory."""
     vae, chunk = ScanVAE(case, given), min(case.particles, 50)
     x = (jnp.asarray(given.x[:rows]) > 127).astype(jnp.float32)
 

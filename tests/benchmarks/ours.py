@@ -1,4 +1,4 @@
-"""pyro_vae, captured and eager: the model as its users write it, trained by ``pyro_vae.fit``."""
+"""pyro_vae, compiled and eager: a model as users write it, trained by ``pyro_vae.fit``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from inputs import Inputs
+from inputs import Inputs, Losses, Tick
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch import Tensor, nn
@@ -16,24 +16,19 @@ import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
 from pyro_vae._utils.rng import seeded
 
-Tick = Callable[[float], None]
-Losses = dict[str, list[float]]
-
-
-def set_threads(threads: int) -> None:
-    """Of torch."""
-    torch.set_num_threads(threads)
-
 
 def runner(task: str, compiled: bool = False, by_step: bool = False) -> Callable[..., Losses]:
-    """What does the task: with ``compiled`` by the captured step, with ``by_step`` in a loop of the caller's.
+    """Return the function that performs the task.
 
-    A caller's loop is that of ``pyro.infer.SVI``, or of the captured step with the same interface.
+    Args:
+        task: the task of a case.
+        compiled: whether the step is captured and compiled.
+        by_step: whether the caller's loop calls ``step`` of ``pyro.infer.SVI``, or of ``pyro_vae.SVI``.
     """
     if task == "train":
         return _stepper(compiled) if by_step else _fitter(compiled)
     if by_step or (compiled and task == "export"):
-        raise NotImplementedError(f"{task}: nothing of it is captured")
+        raise NotImplementedError(f"{task}: it is not compiled")
     return {"evaluate": evaluate_captured if compiled else evaluate, "export": export}[task]
 
 
@@ -56,7 +51,7 @@ def _fitter(compiled: bool) -> Callable[..., Losses]:
                 progress=False,
                 **options,
             )
-        # The history has the ELBO also where a tighter bound is trained on.
+        # The history has the ELBO even if the objective is a tighter bound.
         return {"elbo": [-nats for nats in fitted.history["elbo"]]}
 
     return train
@@ -84,18 +79,18 @@ def _stepper(compiled: bool) -> Callable[..., Losses]:
 
 @contextmanager
 def _ticking(tick: Tick, total: int, work: int) -> Iterator[None]:
-    """Let the progress bar of a run tell the stopwatch of its work, whether it is shown or not: it has no other ear."""
+    """Call ``tick`` for each update of a run's progress bar, shown or not: `fit` has no other hook."""
     update = tqdm.update
 
-    def told(bar: tqdm, n: float | None = 1) -> bool | None:
+    def update_and_tick(bar: tqdm, n: float | None = 1) -> bool | None:
         shown = update(bar, n)
-        if bar.disable:  # counts nothing then, and the loop asks it how far it is
+        if bar.disable:  # such a bar counts nothing, and the loop reads the count
             bar.n += 1 if n is None else n
         if bar.total == total and n != 0:
             tick(work * (1 if n is None else n))
         return shown
 
-    tqdm.update = told
+    tqdm.update = update_and_tick
     try:
         yield
     finally:
@@ -103,7 +98,7 @@ def _ticking(tick: Tick, total: int, work: int) -> Iterator[None]:
 
 
 def vae_of(case: Case, given: Inputs) -> pv.VAE:
-    """The VAE of a case, with the weights that all start from."""
+    """Make the VAE of a case with the initial weights."""
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[case.activation]
     encode, decode = networks.mlp(case.hidden, activation), networks.mlp(case.hidden[::-1], activation)
     cold, warm = case.temperatures
@@ -125,7 +120,7 @@ def vae_of(case: Case, given: Inputs) -> pv.VAE:
 
 
 def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
-    """Model, guide and what trains them."""
+    """Return model, guide and objective of a case."""
     vae = vae_of(case, given)
     if case.guide == "bernoulli":
         return vae.model, config_enumerate(vae.guide), TraceEnum_ELBO(max_plate_nesting=1)
@@ -134,41 +129,33 @@ def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Mean log p(x) by importance weighting, again and again."""
+    """Estimate the mean log p(x) by importance weighting."""
     vae = vae_of(case, given)
     x = binary(given, rows)
     found = []
     for number in range(epochs):
-        estimate = pv.log_evidence(
-            vae.model, vae.guide, x, num_samples=case.particles, seed=seed + number, progress=False
-        )
+        options = {"num_samples": case.particles, "seed": seed + number, "progress": False}
+        estimate = pv.log_evidence(vae.model, vae.guide, x, **options)
         found.append(-float(estimate.log_evidence.mean()))
         tick(rows * case.particles)
     return {case.bound: found}
 
 
 def evaluate_captured(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """The same by a graph. Each call captures one of its own, so that calls that are timed have more draws."""
+    """Estimate it with a compiled graph. Each call captures its own graph, so timed calls have more draws."""
     vae = vae_of(case, given)
     draws = case.particles if epochs <= case.check else 100 * case.particles
     found = []
     for number in range(epochs):
         with _ticking(tick, rows * draws, 1):
-            estimate = pv.log_evidence(
-                vae.model,
-                vae.guide,
-                binary(given, rows),
-                num_samples=draws,
-                seed=seed + number,
-                progress=False,
-                compile=True,
-            )
+            options = {"num_samples": draws, "seed": seed + number, "progress": False, "compile": True}
+            estimate = pv.log_evidence(vae.model, vae.guide, binary(given, rows), **options)
         found.append(-float(estimate.log_evidence.mean()))
     return {case.bound: found}
 
 
 def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Draws of everything in a tree for ArviZ, and the mean square of those of z."""
+    """Export draws of everything as a tree for ArviZ; return the mean square of those of z."""
     vae = vae_of(case, given)
     x = torch.from_numpy(given.x)[:rows]
     found = []
@@ -180,5 +167,5 @@ def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, see
 
 
 def binary(given: Inputs, rows: int) -> Tensor:
-    """The first images, with pixels of 0 and 1 by a threshold: those of all contestants are then the same."""
+    """Return the first images, binarized by a threshold, so that they are the same for all contestants."""
     return datasets.binarize(torch.from_numpy(given.x[:rows]))

@@ -1,4 +1,4 @@
-"""Plain Pyro: a model and guide as its tutorials write them, trained by ``pyro.infer.SVI``."""
+"""Plain Pyro: model and guide as in its tutorials, trained by ``pyro.infer.SVI``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,28 +7,20 @@ import pyro
 import pyro.distributions as dist
 import torch
 from cases import Case
-from inputs import Inputs
+from inputs import Inputs, Losses, Tick
 from pyro.infer import SVI, Predictive, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-Tick = Callable[[float], None]
-Losses = dict[str, list[float]]
-
-
-def set_threads(threads: int) -> None:
-    """Of torch."""
-    torch.set_num_threads(threads)
-
 
 def runner(task: str) -> Callable[..., Losses]:
-    """What does the task."""
+    """Return the function that performs the task."""
     return {"train": train, "evaluate": evaluate, "export": export}[task]
 
 
 def network(case: Case, given: Inputs, part: str) -> nn.Sequential:
-    """An encoder or decoder, with the weights that all start from."""
+    """Make an encoder or decoder with the initial weights."""
     layers: list[nn.Module] = []
     for number, sizes in enumerate(case.encoder if part == "encoder" else case.decoder):
         layers += [nn.Tanh() if case.activation == "tanh" else nn.ReLU()] if number else []
@@ -41,7 +33,7 @@ def network(case: Case, given: Inputs, part: str) -> nn.Sequential:
 
 
 class PlainVAE(nn.Module):
-    """The classes that tutorials write: two networks, a model and a guide."""
+    """Two networks, a model and a guide, as in a tutorial."""
 
     def __init__(self, case: Case, given: Inputs):
         super().__init__()
@@ -55,16 +47,16 @@ class PlainVAE(nn.Module):
             self.register_buffer("states", (bits & 1).float())
 
     def prior(self, like: Tensor) -> Any:
-        """p(z)."""
+        """The distribution p(z)."""
         if self.case.guide == "gumbel":
             cold = like.new_tensor(self.case.temperatures[0])
             return dist.RelaxedOneHotCategorical(cold, logits=like.new_zeros(self.case.latent)).to_event(1)
-        if self.case.guide == "bernoulli":  # a number for each of the states: Pyro does not enumerate several as one
+        if self.case.guide == "bernoulli":  # one number for all bits: Pyro does not enumerate them jointly
             return dist.Categorical(logits=like.new_zeros(len(self.states)))
         return dist.Normal(like.new_zeros(self.case.latent), 1.0).to_event(1)
 
     def likelihood(self, z: Tensor) -> Any:
-        """p(x | z)."""
+        """The distribution p(x | z)."""
         if self.case.guide == "bernoulli":
             z = self.states[z]
         elif self.case.guide == "gumbel":
@@ -75,20 +67,20 @@ class PlainVAE(nn.Module):
         return dist.Bernoulli(logits=raw).to_event(1)
 
     def model(self, x: Tensor) -> None:
-        """p(x, z)."""
+        """Sample from p(x, z)."""
         pyro.module("vae", self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(x if x.is_floating_point() else x.float()))
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(z | x)."""
+        """Sample from q(z | x)."""
         pyro.module("vae", self)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.posterior(self.encoder(x)))
 
     def posterior(self, raw: Tensor) -> Any:
-        """q(z | x), of the raw outputs of the encoder."""
+        """Make q(z | x) from the raw outputs of the encoder."""
         if self.case.guide == "gumbel":
             warm = raw.new_tensor(self.case.temperatures[1])
             logits = raw.reshape(*raw.shape[:-1], *self.case.latent)
@@ -100,7 +92,7 @@ class PlainVAE(nn.Module):
 
 
 def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """SVI, one step after another."""
+    """Train with SVI, step by step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]
@@ -124,7 +116,7 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
 
 @torch.no_grad()
 def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Mean log p(x) by Pyro's importance weights, as many draws at once as keep the memory in bounds."""
+    """Estimate the mean log p(x) by Pyro's importance weights, 50 draws at a time to limit the memory."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), (torch.from_numpy(given.x[:rows]) > 127).float()
@@ -139,7 +131,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
 
 
 def _log_weights(vae: PlainVAE, x: Tensor, count: int) -> Tensor:
-    """log w of each draw and datum, ``(count, rows)``."""
+    """Compute log w of each draw and datum, ``(count, rows)``."""
     _, model, guide = vectorized_importance_weights(
         vae.model, vae.guide, x, num_samples=count, max_plate_nesting=1, normalized=False
     )
@@ -149,7 +141,7 @@ def _log_weights(vae: PlainVAE, x: Tensor, count: int) -> Tensor:
 
 
 def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Draws of the posterior and of new data by ``Predictive``, as arrays; the mean square of those of z."""
+    """Draw the posterior and new data by ``Predictive``, as arrays; return the mean square of the draws of z."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]

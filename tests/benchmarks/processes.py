@@ -1,4 +1,4 @@
-"""The parent's side: contestants in processes of their own, told in turn what to do."""
+"""Processes of contestants, and the commands that the parent sends them."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any, TextIO
 
 from cases import Case
@@ -16,14 +17,14 @@ WORKER = Path(__file__).parent / "worker.py"
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who does the work.
+    """An implementation that takes part in the benchmark.
 
     Attributes:
-        title: for the tables.
-        module: which has ``runner(task, **options)``.
-        options: what it is told.
-        compiles: whether a run begins with seconds of compilation: it is then checked with one seed. Such a one may be
-            missing from this version of the package, or unable to compile a case.
+        title: title in the tables.
+        module: module with ``runner(task, **options)``.
+        options: its options.
+        compiles: whether a run begins with seconds of compilation, so that one seed is checked. Such a contestant may
+            be unable to compile a case, or missing in another version of the package.
     """
 
     title: str
@@ -45,7 +46,7 @@ CONTESTANTS = {
 
 
 class Unusable(Exception):
-    """The contestant can't do this, or broke down."""
+    """The contestant cannot do this, or failed."""
 
     def __init__(self, answer: Mapping[str, str]):
         self.missing = "missing" in answer
@@ -53,26 +54,21 @@ class Unusable(Exception):
 
 
 class Process:
-    """A contestant at work on a case.
+    """The process of a contestant on a case.
 
     Args:
-        contestant: who.
-        case: on what.
-        folder: where its inputs are.
-        threads: how many it may use.
-        log: for what it prints.
+        contestant: the contestant.
+        case: the case.
+        folder: folder of the inputs.
+        threads: number of threads.
+        log: file for its output.
     """
 
     def __init__(self, contestant: Contestant, case: Case, folder: Path, threads: int, log: TextIO):
-        # Compiled code is not kept from one run of the benchmark to the next: to compile is timed too.
+        # Compiled code is not kept for the next run of the benchmark, since compilation is timed too.
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
+            [sys.executable, str(WORKER)], stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment
         )
         self._send(
             case=asdict(case),
@@ -84,18 +80,18 @@ class Process:
         )
         self.begun_with = self._answer()
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Tell it to do something, and wait until it has."""
+    def request(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and wait for the answer."""
         self._send(do=do, **arguments)
         return self._answer()
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End the process."""
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
         try:
-            self.process.wait(timeout=2)  # the end of its input tells it to stop
+            self.process.wait(timeout=2)  # the end of its input stops it
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

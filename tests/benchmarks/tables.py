@@ -1,4 +1,4 @@
-"""Results as tables: on the terminal and, being Markdown, in a file."""
+"""Tables of the results, in Markdown, for the terminal and a file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """That the time of one contestant is at most so many times that of another."""
+    """An upper bound on the ratio of the times of two contestants."""
 
     case: str
     contestant: str
@@ -29,7 +29,7 @@ TARGETS = (
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, in columns: the first to the left, the others to the right."""
+    """Format a Markdown table; the first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -40,8 +40,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def span(seconds: float) -> str:
-    """A time in a unit that reads well."""
+def format_seconds(seconds: float) -> str:
+    """Format a time in a suitable unit."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
@@ -49,7 +49,7 @@ def span(seconds: float) -> str:
 
 
 def of_case(found: Result, unit: str) -> str:
-    """A row for each contestant, and whether they agree."""
+    """Format a row for each contestant, and whether they agree."""
     results = found["contestants"]
     base = next((name for name in ("captured", "eager") if "time" in results.get(name, {})), None)
     header = [f"time per {unit}", "median", "fastest", "slowest", f"{base or '–'} = 1", "per second"]
@@ -60,7 +60,7 @@ def of_case(found: Result, unit: str) -> str:
             rows.append([result["title"], absent(result), *[""] * (len(header) - 2)])
             continue
         ratio = f"{result['time'] / results[base]['time']:.2f}" if base else ""
-        times = [span(result[key]) for key in ("time", "fastest", "slowest")]
+        times = [format_seconds(result[key]) for key in ("time", "fastest", "slowest")]
         starts = [f"{result[key]:.1f} s" for key in ("start", "start_again")]
         rows.append([result["title"], *times, ratio, f"{1 / result['time']:,.0f}", *starts, *peak(result)])
     reasons = [
@@ -73,32 +73,32 @@ def of_case(found: Result, unit: str) -> str:
 
 
 def absent(result: Result) -> str:
-    """What stands in the place of a time."""
+    """Return the entry of a contestant without a time."""
     return "failed" if "failed" in result else "not available"
 
 
 def peak(result: Result) -> list[str]:
-    """The most memory that a contestant held, and how much of it came after its libraries and data."""
+    """Format the peak memory of a contestant, and its growth after libraries and data were loaded."""
     return [f"{result['peak']:.0f}", f"{result['peak'] - result['begun_with']['peak']:.0f}"]
 
 
 def agreement(found: Result, results: Mapping[str, Result]) -> str:
-    """The losses by which contestants were judged to compute the same."""
+    """Format the comparison of losses."""
     if not found["contestants"]:
         return "Loss: no two contestants that could be compared."
     runs = results[found["reference"]]
     rows = []
     for judged in found["contestants"]:
-        says = "yes" if judged["agrees"] else "NO"
         numbers = f"{judged['loss']:.4f}", f"{judged['reference_loss']:.4f}", f"{judged['off']:+.4f}"
         name = results[judged["contestant"]]["title"]
-        rows.append([name, judged["bound"], *numbers, f"± {judged['allowed']:.4f}", says])
+        agrees = "yes" if judged["agrees"] else "NO"
+        rows.append([name, judged["bound"], *numbers, f"± {judged['allowed']:.4f}", agrees])
     header = ["mean loss of the first steps, nats per datum", "of", "loss", runs["title"], "off by", "allowed", "same"]
     return table(header, rows)
 
 
 def of_targets(found: Mapping[str, Result]) -> str:
-    """Ratios that were promised, of the cases that were measured."""
+    """Format the ratios that have a target, of the measured cases."""
     rows = []
     for target in TARGETS:
         results = found.get(target.case, {}).get("contestants", {})
@@ -106,8 +106,7 @@ def of_targets(found: Mapping[str, Result]) -> str:
         if None in times:
             continue
         ratio = times[0] / times[1]
-        said = "met" if ratio <= target.at_most else "missed"
-        rows.append(
-            [target.case, f"{target.contestant} / {target.peer}", f"{ratio:.2f}", f"{target.at_most:.2f}", said]
-        )
+        verdict = "met" if ratio <= target.at_most else "missed"
+        pair = f"{target.contestant} / {target.peer}"
+        rows.append([target.case, pair, f"{ratio:.2f}", f"{target.at_most:.2f}", verdict])
     return table(["case", "ratio of times", "found", "at most", ""], rows) if rows else "None of them was measured."

@@ -1,8 +1,7 @@
-"""A contestant in a process of its own, which does what it is told on its standard input, a line of JSON each time.
+"""The process of one contestant, which reads commands from its standard input, one line of JSON each.
 
-``check`` trains with each of some seeds and answers with the mean losses of each; ``start`` begins the run that is
-timed and answers when it is warm; ``round`` lets it go on for so many seconds and answers with the work done; ``stop``
-ends it.
+``check`` trains with some seeds and answers with the mean losses of each; ``start`` begins the timed run and answers
+after the warm-up; ``round`` continues it for some seconds and answers with the work done; ``stop`` ends it.
 """
 
 import importlib
@@ -17,44 +16,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EPOCHS = 10**6  # of the run that is timed: more than it ever gets to
+EPOCHS = 10**6  # of the timed run, which is stopped long before
 
 
 class Stopped(BaseException):
-    """The run is told to end. No ``Exception``: a library may catch those."""
+    """Ends a run. It is no ``Exception``, which a library may catch."""
 
 
 class Channel:
-    """Lines of JSON in and out. What the contestant itself prints goes to the standard error."""
+    """Lines of JSON, in and out; prints of the contestant go to the standard error."""
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
-    def tell(self, **answer: Any) -> None:
-        """Answer."""
+    def send(self, **answer: Any) -> None:
+        """Send an answer."""
         self.out.write(json.dumps(answer) + "\n")
         self.out.flush()
 
-    def hear(self) -> dict[str, Any]:
-        """The next command; the end of the input is one to stop."""
+    def receive(self) -> dict[str, Any]:
+        """Wait for the next command; the end of the input means ``stop``."""
         line = sys.stdin.readline()
         return json.loads(line) if line else {"do": "stop"}
 
 
 class Stopwatch:
-    """Is told of work as it is done; stands still while its process waits for the next round.
+    """Counts work and its time, and stops the clock while the process waits for the next round.
 
     Args:
-        channel: where commands come from.
-        warm_up: seconds that the run goes on after the first work, unmeasured.
-        watch: on the memory.
+        channel: source of the commands.
+        warm_up: seconds after the first unit of work that are not measured.
+        memory_monitor: a monitor of the memory.
     """
 
-    def __init__(self, channel: Channel, warm_up: float, watch: "Watch | None" = None):
-        self.channel = channel
-        self.watch = watch
-        self.warm_up = warm_up
+    def __init__(self, channel: Channel, warm_up: float, memory_monitor: "MemoryMonitor | None" = None):
+        self.channel, self.warm_up, self.memory_monitor = channel, warm_up, memory_monitor
         self.begun = time.perf_counter()
         self.first: dict[str, float] = {}
         self.done = 0.0
@@ -69,11 +66,12 @@ class Stopwatch:
             self._go(self.warm_up)
         elif now >= self.until:
             answer = {"work": self.done, "seconds": now - self.begun} if self.measuring else self.first
-            self.channel.tell(**answer, **memory(), most_anonymous=self.watch.most if self.watch else None)
+            most = self.memory_monitor.most if self.memory_monitor else None
+            self.channel.send(**answer, **memory(), most_anonymous=most)
             self._wait()
 
     def _wait(self) -> None:
-        command = self.channel.hear()
+        command = self.channel.receive()
         if command["do"] == "stop":
             raise Stopped
         self.measuring = True
@@ -85,37 +83,34 @@ class Stopwatch:
         self.until = self.begun + seconds
 
 
-class Watch(threading.Thread):
-    """Looks again and again how much the process holds that is in no file: the system keeps no peak of that."""
+class MemoryMonitor(threading.Thread):
+    """Records the peak of anonymous memory, which is not mapped from files; the system records no such peak."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most = 0.0
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Poll until the process ends."""
         while True:
             self.most = max(self.most, memory().get("anonymous", 0.0))
             time.sleep(0.01)
 
 
 def memory() -> dict[str, float]:
-    """MB that the process holds now, of them without files that are mapped, and the most it ever held."""
+    """Measure the memory of the process in MB: now, now without mapped files, and the peak."""
     status = Path("/proc/self/status")
     if not status.exists():
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"peak": most / (2**20 if sys.platform == "darwin" else 2**10)}
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     kilobytes = {name: float(fields[name].split()[0]) for name in ("VmRSS", "RssAnon", "VmHWM")}
-    return {
-        "resident": kilobytes["VmRSS"] / 1024,
-        "anonymous": kilobytes["RssAnon"] / 1024,
-        "peak": kilobytes["VmHWM"] / 1024,
-    }
+    names = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
+    return {name: kilobytes[field] / 1024 for name, field in names.items()}
 
 
 def _limit(threads: int) -> None:
-    """So many threads and processors: before any library asks how many there are."""
+    """Limit threads and processors, before a library counts them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     if hasattr(os, "sched_setaffinity"):
@@ -129,41 +124,41 @@ def _check(run: Callable[..., Any], case: Any, given: Any, seeds: list[int]) -> 
         started = time.perf_counter()
         found = run(case, given, lambda work: None, epochs=case.check, rows=case.check_rows, seed=seed)
         seconds.append(time.perf_counter() - started)
-        for name, values in found.items():  # none, of the floor
+        for name, values in found.items():  # the floor has none
             losses.setdefault(name, []).append(sum(values) / len(values))
     return {"losses": losses, "seconds": seconds}
 
 
 def serve(channel: Channel, order: dict[str, Any]) -> None:
-    """Set the contestant up, and do what comes."""
+    """Set up the contestant and execute commands."""
     from cases import Case
     from inputs import read
 
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in order["case"].items()}
     case = Case(**fields)
     contestant = importlib.import_module(order["module"])
-    if hasattr(contestant, "set_threads"):
-        contestant.set_threads(order["threads"])
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(order["threads"])
     run = contestant.runner(case.task, **order["options"])
     given = read(case, Path(order["folder"]))
-    watch = Watch() if case.mapped else None
-    if watch:
-        watch.start()
-    channel.tell(**memory())
-    while (command := channel.hear())["do"] != "stop":
+    monitor = MemoryMonitor() if case.mapped else None
+    if monitor:
+        monitor.start()
+    channel.send(**memory())
+    while (command := channel.receive())["do"] != "stop":
         if command["do"] == "check":
-            channel.tell(**_check(run, case, given, command["seeds"]))
+            channel.send(**_check(run, case, given, command["seeds"]))
             continue
         try:
-            run(case, given, Stopwatch(channel, command["warm_up"], watch), epochs=EPOCHS, rows=case.rows, seed=0)
+            run(case, given, Stopwatch(channel, command["warm_up"], monitor), epochs=EPOCHS, rows=case.rows, seed=0)
         except Stopped:
             break
 
 
 def main() -> None:
-    """Take the order, which is the first line of the input, and serve it."""
+    """Read the order, the first line of the input, and serve it."""
     channel = Channel()
-    order = channel.hear()
+    order = channel.receive()
     _limit(order["threads"])
     try:
         serve(channel, order)
@@ -172,8 +167,8 @@ def main() -> None:
         missing = isinstance(error, (ModuleNotFoundError, NotImplementedError)) or (
             order["optional"] and isinstance(error, (TypeError, AttributeError))
         )
-        said = str(error).splitlines()[0] if str(error) else ""
-        channel.tell(**{"missing" if missing else "failed": f"{type(error).__name__}: {said}"})
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        channel.send(**{"missing" if missing else "failed": f"{type(error).__name__}: {first_line}"})
 
 
 if __name__ == "__main__":
