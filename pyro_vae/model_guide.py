@@ -1,10 +1,11 @@
 """One door: a Pyro model and its guide on their data, run once, and what that run shows.
 
-Training, evaluation, exact answers, evidence, diagnostics and export start from a :class:`ModelGuide`. A check of
-the pair stands here once, with one wording, and holds for all of them.
+Training, evaluation, exact answers, evidence, diagnostics and export start from a :class:`ModelGuide`. It has the sites
+of the pair by their role, the way in which rows are taken, and every check of whether model and guide are a pair: once,
+with one wording.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -21,54 +22,34 @@ from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import deterministic_sites, latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, function
-from pyro_vae.distributions.missing import accepts_missing, check_missing
+from pyro_vae._utils.validation import DataTensors, data_tensors, function
+from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
+from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
-__all__ = ["ModelGuide", "RunError", "check_one_plate", "check_same_latents", "is_amortized", "trace_pair"]
+__all__ = [
+    "Batcher",
+    "ModelGuide",
+    "RunError",
+    "Transform",
+    "autoguide_follows_subsample",
+    "check_one_plate",
+    "check_same_latents",
+    "is_amortized",
+    "trace_pair",
+    "transformed",
+]
 
-_PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
-_MAX_ROWS = 10_000  # on which rows are compared with each other
+Transform = Callable[..., Tensor | Sequence[Tensor]]
+"""From the rows of each data tensor to the rows that model and guide run on."""
+
+Batcher = Callable[[Tensor], Any]
+"""From row numbers to a context manager that yields the arguments of model and guide for these rows."""
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
 
-
-class RunError(ValueError):
-    """A model or guide that does not run on its data.
-
-    Attributes:
-        who: ``"model"`` or ``"guide"``.
-        error: what it raised.
-    """
-
-    def __init__(self, who: str, error: Exception):
-        super().__init__(f"the {who} does not run on its data: {error}")
-        self.who, self.error = who, error
-
-
-def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
-    """Run a guide, then its model at the guide's draws, and return both traces, the model's first.
-
-    Raises:
-        RunError: if one of them does not run.
-        ValueError: if the guide observes data.
-    """
-    with torch.no_grad(), pyro.validation_enabled():
-        guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
-        observed = observed_sites(guide_trace).items()
-        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
-            raise ValueError(
-                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
-                "does"
-            )
-        return _trace("model", poutine.replay(model, guide_trace), data), guide_trace
-
-
-def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
-    try:
-        return poutine.trace(run).get_trace(*data)
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise RunError(who, error) from error
+_PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
+_MAX_ROWS = 10_000  # on which rows are compared with each other
 
 
 class ModelGuide:
@@ -91,6 +72,7 @@ class ModelGuide:
         auxiliary: the names of the sites that an autoguide draws for itself.
         observed: the observed sites of the model that count into its density, by name.
         deterministic: the sites of ``pyro.deterministic`` in the model, by name.
+        take: the right way to run the pair on some of its rows, see :meth:`on_batches`.
 
     Raises:
         TypeError, ValueError: if data, model or guide cannot be used: data with NaN that the model does not accept, a
@@ -111,6 +93,8 @@ class ModelGuide:
         self.guide: Any = None if guide is None else function(guide, "guide")
         self.data = data_tensors(data, name)
         self.plate = plate
+        self.transform: Transform | None = None
+        self.take: Batcher = self._all_rows
         self._amortized: dict[str, bool] = {}
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
@@ -126,6 +110,69 @@ class ModelGuide:
         self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
         if traces is None:
             check_missing(self.observed.values(), self.data, name)
+
+    @classmethod
+    def on_batches(
+        cls,
+        model: Function,
+        guide: Function,
+        data: tuple[Tensor, ...],
+        batch_size: int,
+        plate: str = "data",
+        transform: Transform | None = None,
+    ) -> "ModelGuide":
+        """Run a pair on its first rows, and find the right way to run it on any of them, :attr:`take`.
+
+        With all N rows in a batch they stay as they are. A model that reads its data with ``pyro.subsample`` gets all
+        of them, and a handler sets the subsample of the plate: right for global latents, per-datum guides and
+        autoguides alike. A model without may take slices of the data, only if every latent is local to the plate and
+        the guide is amortized, so that a row's q(z | x) depends on that row alone.
+
+        A ``transform`` is called once for each batch, so that model and guide see the same rows. Random numbers are
+        those of the current stream.
+
+        Raises:
+            ValueError: if no way is right, with the reason and what to do.
+        """
+        # A transform that works in place is refused on a copy, before it changes the data.
+        transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)
+        if batch_size == len(data[0]):
+            return cls._on_all_rows(model, guide, data, plate, transform)
+        if transform is not None:  # `FixedSubsample` knows a tensor by its identity, and one may have two roles
+            data = tuple(tensor.view_as(tensor) for tensor in data)
+        first = torch.arange(batch_size, device=data[0].device)
+        within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
+        found, subsamples = _run_first_batch(model, guide, data, within)
+        if not subsamples or isinstance(found, RunError):
+            pair = cls._on_all_rows(model, guide, data, plate, transform)
+            if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
+                raise _no_subsample(found.who, plate, str(found.error)) from found.error
+            _check_slicing(pair)
+            pair.take = lambda rows: _sliced(data, rows, transform)
+            return pair
+        pair = cls(model, guide, DataTensors(data), plate, traces=found)
+        pair.transform = transform
+        pair.check_data_plate()
+        _check_subsampling(pair, batch_size)
+        if transform is not None:
+            _check_reading(pair, *within)
+        if first_missing(data) is not None:
+            check_missing(pair.observed.values(), transformed(tuple(x.clone() for x in data), transform), "data")
+        pair.take = lambda rows: _subsampled(data, rows, plate, transform)
+        return pair
+
+    @classmethod
+    def _on_all_rows(
+        cls, model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, transform: Transform | None
+    ) -> "ModelGuide":
+        pair = cls(model, guide, transformed(data, transform), plate, seed=None)
+        pair.transform = transform
+        pair.check_data_plate()
+        pair.take = lambda rows: nullcontext(transformed(data, transform))
+        return pair
+
+    def _all_rows(self, rows: Tensor) -> Any:
+        return nullcontext(self.data)
 
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
@@ -181,6 +228,17 @@ class ModelGuide:
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
 
+    def held_out(self, data: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return held-out data, transformed; raise if the guide has parameters for its training data alone."""
+        seen = transformed(data, self.transform)
+        check_missing(self.observed.values(), seen, "validation")
+        if not self.is_amortized("guide", seen):
+            raise ValueError(
+                "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
+                "that it was not trained on"
+            )
+        return seen
+
     def check_data_plate(self, every_site: bool = True) -> None:
         """Raise if the observed sites are not all in the data plate; or if no site is, though some are in plates."""
         outside = [name for name, site in self.observed.items() if not self.is_local(site)]
@@ -222,15 +280,13 @@ class ModelGuide:
             self._amortized[owner] = is_amortized(run, data or self.data, self.plate, trace)
         return self._amortized[owner]
 
-    def set_plate_nesting(self, elbo: ELBO) -> None:
-        """Give an ELBO the nesting of the plates, which Pyro would find by a run on data without their transform."""
-        if elbo.max_plate_nesting == float("inf"):
-            particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
-            elbo.max_plate_nesting = particles + self.max_plate_nesting
-
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
         self.check_known_latents()
+        if self.transform is not None and elbo.max_plate_nesting == float("inf"):
+            # Pyro would find the nesting of the plates by a run on data without their transform.
+            particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
+            elbo.max_plate_nesting = particles + self.max_plate_nesting
         if not isinstance(elbo, TraceEnum_ELBO):
             if self.enumerated:
                 raise ValueError(
@@ -247,6 +303,44 @@ class ModelGuide:
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
             )
+
+
+class RunError(ValueError):
+    """A model or guide that does not run on its data.
+
+    Attributes:
+        who: ``"model"`` or ``"guide"``.
+        error: what it raised.
+    """
+
+    def __init__(self, who: str, error: Exception):
+        super().__init__(f"the {who} does not run on its data: {error}")
+        self.who, self.error = who, error
+
+
+def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
+    """Run a guide, then its model at the guide's draws, and return both traces, the model's first.
+
+    Raises:
+        RunError: if one of them does not run.
+        ValueError: if the guide observes data.
+    """
+    with torch.no_grad(), pyro.validation_enabled():
+        guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
+        observed = observed_sites(guide_trace).items()
+        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
+            raise ValueError(
+                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
+                "does"
+            )
+        return _trace("model", poutine.replay(model, guide_trace), data), guide_trace
+
+
+def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
+    try:
+        return poutine.trace(run).get_trace(*data)
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise RunError(who, error) from error
 
 
 def check_one_plate(
@@ -281,6 +375,171 @@ def check_same_latents(latents: Sites, drawn: Sites) -> None:
     names = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
     if latents.keys() != names:
         raise ValueError(f"`guide` must draw the latents of the model, {sorted(latents)}, got {sorted(names)}")
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
+    """Apply a transform to the rows of each data tensor.
+
+    Raises:
+        TypeError: if it is no function, or does not return tensors.
+        ValueError: if it changes its rows in place, or returns another number of rows or tensors.
+    """
+    if transform is None:
+        return rows
+    expected = "`transform` must be a function that returns a tensor for each data tensor, as `pv.datasets.binarize`"
+    if not callable(transform):
+        raise TypeError(f"{expected}, got {transform!r}")
+    versions = [_version(tensor) for tensor in rows]
+    result = transform(*rows)
+    if [_version(tensor) for tensor in rows] != versions:
+        raise ValueError(
+            "`transform` must be a function that makes new tensors, `x / 255` instead of `x.div_(255)`, got one that "
+            "changes its rows in place, and so the data"
+        )
+    new = tuple(result) if isinstance(result, tuple | list) else (result,)
+    given = f"for {len(rows)} tensors of {len(rows[0])} rows"
+    if not all(isinstance(tensor, Tensor) and tensor.dim() > 0 for tensor in new):
+        raise TypeError(f"{expected}, got {result!r} {given}")
+    if [len(tensor) for tensor in new] != [len(tensor) for tensor in rows]:
+        raise ValueError(
+            f"`transform` must return one tensor for each data tensor, with as many rows, got tensors of "
+            f"{[len(tensor) for tensor in new]} rows {given}"
+        )
+    return new
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that grows when a tensor is changed in place; 0 for tensors of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _run_first_batch(
+    model: Function, guide: Function, data: tuple[Tensor, ...], within: tuple[SubsampleRows, FixedSubsample]
+) -> tuple[tuple[Trace, Trace] | RunError, bool]:
+    """The traces of a pair under a subsample, or why it does not run there, and whether it uses ``pyro.subsample``."""
+    with poutine.block(), SubsampleStatements() as statements, within[0], within[1]:
+        found: tuple[Trace, Trace] | RunError
+        try:
+            found = trace_pair(model, guide, data)
+        except RunError as failure:
+            found = failure
+        if isinstance(found, RunError) and found.who == "guide":  # then the model has not run
+            with suppress(RunError):
+                trace_pair(model, None, data)
+    return found, statements.count > 0
+
+
+def _fixed_subsample(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> FixedSubsample:
+    """Transformed rows for ``pyro.subsample`` to return; without a transform the plate subsamples by itself."""
+    if transform is None:
+        return FixedSubsample((), ())
+    return FixedSubsample(data, transformed(tuple(tensor[rows] for tensor in data), transform))
+
+
+@contextmanager
+def _subsampled(
+    data: tuple[Tensor, ...], rows: Tensor, plate: str, transform: Transform | None
+) -> Iterator[tuple[Tensor, ...]]:
+    with SubsampleRows(plate, rows), _fixed_subsample(data, rows, transform):
+        yield data
+
+
+@contextmanager
+def _sliced(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Iterator[tuple[Tensor, ...]]:
+    with poutine.scale(scale=len(data[0]) / len(rows)):
+        yield transformed(tuple(tensor[rows] for tensor in data), transform)
+
+
+@contextmanager
+def autoguide_follows_subsample(guide: Function) -> Iterator[None]:
+    """Let an autoguide's plates take any subsample; Pyro fixes their size at that of the first call.
+
+    Other guides, and autoguides with ``create_plates`` of their own, are not changed.
+    """
+    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+        yield
+        return
+    guide.create_plates = lambda *args, **kwargs: [
+        pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
+        for name, frame in guide._prototype_frames.items()
+    ]
+    try:
+        yield
+    finally:
+        guide.create_plates = None
+
+
+def _no_subsample(who: str, plate: str, reason: str) -> ValueError:
+    return ValueError(
+        f"`batch_size` needs a {who} that follows the subsample of the plate {plate!r}: {reason}. Read its data with "
+        "`pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full batches"
+    )
+
+
+def _check_subsampling(pair: ModelGuide, batch_size: int) -> None:
+    """Raise if a site in the data plate has another number of rows than the subsample."""
+    for who, name, site in pair.sites:
+        sizes = [frame.size for frame in site["cond_indep_stack"] if frame.name == pair.plate]
+        if sizes and sizes != [batch_size]:
+            raise _no_subsample(who, pair.plate, f"site {name!r} has {sizes[0]} rows instead of {batch_size}")
+
+
+def _check_reading(pair: ModelGuide, subsample: SubsampleRows, drawn: FixedSubsample) -> None:
+    """Raise if a function reads data that are not transformed: at the same rows, other data must change nothing."""
+    other = tuple(tensor[-1:].expand_as(tensor) for tensor in pair.data)
+    statement = "`pyro.subsample(x, event_dim=...)` of the tensor that it is given"
+    remedy = "Read it so, or transform the data before"
+    for who, run, trace in (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace)):
+        if isinstance(run, AutoGuide):  # never reads data
+            continue
+        if who == "model" and not all(drawn.read):
+            raise ValueError(
+                f"`transform` needs a model that reads every data tensor with {statement}, got one that does not read "
+                f"tensor {drawn.read.index(False)} so. {remedy}"
+            )
+        fixed = poutine.condition(run, data={name: site["value"] for name, site in latent_sites(trace).items()})
+
+        def densities(data: tuple[Tensor, ...], fixed: Function = fixed) -> dict[str, Tensor]:
+            with poutine.block(), torch.no_grad(), seeded(0), subsample, FixedSubsample(data, drawn.rows):
+                sites = observed_sites(poutine.trace(fixed).get_trace(*data))
+            return {name: log_density(site) for name, site in sites.items()}
+
+        ours = {name: log_density(site) for name, site in (latent_sites(trace) | observed_sites(trace)).items()}
+        theirs = densities(other)
+        if not _allclose(ours, theirs) and not _allclose(densities(pair.data), theirs):  # not by random numbers alone
+            raise ValueError(
+                f"`transform` needs a {who} that reads its data with {statement} alone, got one that reads some of "
+                f"them in another way, without the transform. {remedy}"
+            )
+
+
+def _allclose(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(value, theirs[name]) for name, value in ours.items())
+
+
+def _check_slicing(pair: ModelGuide) -> None:
+    """Raise if slices of the data would train a pair wrong."""
+    remedy = (
+        "Read the data in model and guide with `pyro.subsample(x, event_dim=...)` inside the plate, or leave "
+        "batch_size out for full batches"
+    )
+    if pair.global_latents:
+        raise ValueError(
+            f"`batch_size` needs a model that reads its data with pyro.subsample where latents are global, got "
+            f"{pair.global_latents} outside of the plate {pair.plate!r}. {remedy}"
+        )
+    for who in ("model", "guide"):
+        if not pair.is_amortized(who):
+            raise ValueError(
+                f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
+                f"a row's distribution in it depends on more than that row, such as parameters for each datum. {remedy}"
+            )
+
+
+# --- Amortization -----------------------------------------------------------------------------------------------------
 
 
 def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:

@@ -18,23 +18,14 @@ from torch import Tensor
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.param_store import rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.transform import Transform
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import function, positive, positive_int
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae._utils.validation import data_tensors, function, positive, positive_int, rows_like
+from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
-from pyro_vae.training.minibatches import autoguide_follows_subsample, make_batcher
-from pyro_vae.training.preflight import (
-    check_elbo,
-    check_options,
-    check_pair,
-    check_validation_data,
-    run_all_rows,
-    to_tensors,
-)
+from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
 from pyro_vae.training.schedules import Schedule, check_schedules
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
@@ -105,7 +96,7 @@ def fit(
         data: tensor of N rows, or a sequence of tensors with N rows each.
         epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, in a new random order in each epoch; all N if left out. Mini-batches subsample the
-            data plate, see :func:`pyro_vae.training.minibatches.make_batcher`.
+            data plate, see :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
         elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
             ``config_enumerate(guide)``.
@@ -158,22 +149,23 @@ def fit(
     """
     function(model, "model")
     function(guide, "guide")
-    tensors, held_out = to_tensors(data, validation)
+    tensors = data_tensors(data, "data")
+    held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
     lr, schedules = lr if callable(lr) else positive(lr, "lr"), check_schedules({} if schedules is None else schedules)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
-    evaluator = ElboEvaluator(model, guide, check_elbo(elbo), plate)
+    evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)
     run_config = _run_config(evaluator, tensors, held_out, batch_size=batch_size, seed=seed, compile=compile)
     saved = None if checkpoints is None else RunCheckpoints(Checkpoints.at(checkpoints), run_config)
     started = time.perf_counter()
     with autoguide_follows_subsample(guide):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
-            pair, take = make_batcher(model, guide, tensors, batch_size, plate, transform)
-            check_pair(pair, evaluator.elbo, tensors, transform)
-            held_out = check_validation_data(pair, held_out, transform)
+            pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
+            pair.check_elbo(evaluator.elbo)
+            held_out = None if held_out is None else pair.held_out(held_out)
         step = _make_step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
-        batches = Batches(take, num_data, batch_size, seed, tensors[0].device)
+        batches = Batches(pair.take, num_data, batch_size, seed, tensors[0].device)
         validate = None if held_out is None else partial(_evaluate_held_out, evaluator, held_out, seed)
         loop = Loop(step, batches, validate, patience, callbacks, saved)
         with seeded(seed):
@@ -220,7 +212,7 @@ def evaluate(
     ['distortion', 'elbo', 'rate']
     """
     positive_int(num_samples, "num_samples")
-    evaluator = ElboEvaluator(function(model, "model"), function(guide, "guide"), check_elbo(elbo), plate)
+    evaluator = ElboEvaluator(function(model, "model"), function(guide, "guide"), as_elbo(elbo), plate)
     with scoped_param_store(), buffers_kept():
         pair = ModelGuide(model, guide, data, plate, seed=seed)
         pair.check_data_plate()

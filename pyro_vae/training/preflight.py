@@ -6,28 +6,14 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor
 
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
-from pyro_vae._utils.transform import Transform, transformed
-from pyro_vae._utils.validation import boolean, data_tensors, positive, positive_int, rows_like, tqdm_disable
-from pyro_vae.distributions.missing import check_missing, first_missing
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae._utils.validation import boolean, positive, positive_int, tqdm_disable
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches
 
-__all__ = ["check_elbo", "check_options", "check_pair", "check_validation_data", "run_all_rows", "to_tensors"]
-
-Data = Tensor | Sequence[Tensor]
-
-
-def to_tensors(data: Data, validation: Data | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """Return data and held-out data as tensors with rows of one form."""
-    tensors = data_tensors(data, "data")
-    if validation is None:
-        return tensors, None
-    return tensors, rows_like(data_tensors(validation, "validation"), tensors, "validation")
+__all__ = ["as_elbo", "check_options", "run_all_rows"]
 
 
 def check_options(
@@ -56,7 +42,7 @@ def check_options(
         raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")
 
 
-def check_elbo(elbo: ELBO | None) -> ELBO:
+def as_elbo(elbo: ELBO | None) -> ELBO:
     """Return an ELBO, ``Trace_ELBO()`` for ``None``; raise for what is none, or needs TorchScript."""
     if elbo is None:
         return Trace_ELBO()
@@ -68,37 +54,6 @@ def check_elbo(elbo: ELBO | None) -> ELBO:
             "TorchScript, deprecated in torch"
         )
     return elbo
-
-
-def check_pair(pair: ModelGuide, elbo: ELBO, data: tuple[Tensor, ...], transform: Transform | None) -> None:
-    """Raise if a pair does not fit its ELBO or its data."""
-    pair.check_elbo(elbo)
-    if transform is not None:
-        pair.set_plate_nesting(elbo)
-    _check_missing_values(pair, data, transform, "data")
-
-
-def _check_missing_values(pair: ModelGuide, data: tuple[Tensor, ...], transform: Transform | None, name: str) -> None:
-    """Raise for NaN that the model does not accept, in data as their transform leaves them."""
-    if first_missing(data) is not None:
-        data = transformed(tuple(tensor.clone() for tensor in data), transform)
-        check_missing(pair.observed.values(), data, name)
-
-
-def check_validation_data(
-    pair: ModelGuide, validation: tuple[Tensor, ...] | None, transform: Transform | None
-) -> tuple[Tensor, ...] | None:
-    """Return held-out data, transformed; raise if the guide has parameters for each training datum alone."""
-    if validation is None:
-        return None
-    _check_missing_values(pair, validation, transform, "validation")
-    validation = transformed(validation, transform)
-    if not pair.is_amortized("guide", validation):
-        raise ValueError(
-            "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
-            "that it was not trained on"
-        )
-    return validation
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
-from pyro_vae.training.minibatches import make_batcher
+from pyro_vae.model_guide import ModelGuide
 
 X = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +44,7 @@ def sliced_global_model(x):
 
 def mean_over_batches(model, guide, size):
     """The mean of the loss over all batches of a partition: equals that on all rows, if each is an unbiased part."""
-    _, take = make_batcher(model, guide, (X,), size, "data")
+    take = ModelGuide.on_batches(model, guide, (X,), size, "data").take
     losses = []
     for rows in torch.arange(24).split(size):
         with take(rows) as arguments, torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_mean_over_a_partition_of_batches_is_the_loss_on_all_rows():
 
 def test_slices_of_an_amortized_pair_are_scaled_to_all_rows():
     guide = Amortized()
-    _, take = make_batcher(sliced_model, guide, (X,), 6, "data")
+    take = ModelGuide.on_batches(sliced_model, guide, (X,), 6, "data").take
     with take(torch.tensor([1, 5, 7])) as (rows,):
         trace = poutine.trace(sliced_model).get_trace(rows)
     assert torch.equal(rows, X[[1, 5, 7]])
@@ -94,7 +94,7 @@ def test_planning_leaves_no_parameter_of_its_own_and_moves_none():
     before = {name: value.clone() for name, value in guide.state_dict().items()}
     guide(X)
     names = set(pyro.get_param_store().keys())
-    make_batcher(sliced_model, guide, (X,), 6, "data")
+    ModelGuide.on_batches(sliced_model, guide, (X,), 6, "data")
     assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
     assert set(pyro.get_param_store().keys()) == names | {"loading"}
     assert pyro.param("amortized$$$network.weight") is guide.network.weight
@@ -168,7 +168,7 @@ def test_every_row_is_seen_once_an_epoch_in_an_order_of_its_own():
 def test_a_vae_is_subsampled():
     network = networks.mlp([8])
     vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, network), likelihoods.Normal(1, 2, network))
-    _, take = make_batcher(vae.model, vae.guide, (X,), 6, "data")
+    take = ModelGuide.on_batches(vae.model, vae.guide, (X,), 6, "data").take
     with take(torch.arange(6)) as arguments:
         assert arguments[0] is X
         trace = poutine.trace(vae.model).get_trace(*arguments)
@@ -244,6 +244,6 @@ def test_planning_runs_a_pair_that_subsamples_on_no_more_rows_than_a_batch(trans
         for module in getattr(vae, part).modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(len(inputs[0])))
-    make_batcher(vae.model, vae.guide, (X,), 6, "data", transform)
+    ModelGuide.on_batches(vae.model, vae.guide, (X,), 6, "data", transform)
     assert all(seen.values())
     assert max(seen["encoder"] + seen["decoder"]) <= 6
