@@ -137,7 +137,8 @@ class NegativeBinomial(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(sample_shape)
         scale = (self.dispersion * self.mean).expand(shape)
-        return _draw_counts(torch._standard_gamma((1 / self.dispersion).expand(shape).contiguous()) * scale)
+        shape_parameter = (1 / self.dispersion).expand(shape).contiguous()
+        return _draw_counts(dist.Gamma(shape_parameter, 1.0, validate_args=False).sample() * scale)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

@@ -31,7 +31,9 @@ def gaussian():
 
 
 def batch_norm(in_features, out_features):
-    return nn.Sequential(nn.Linear(in_features, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features))
+    return nn.Sequential(
+        nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features)
+    )
 
 
 def bernoulli():

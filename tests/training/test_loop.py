@@ -109,7 +109,7 @@ class NaNInjectingPair:
             self.watched(step)
             return float(step)
 
-        return run(self, schedules={self.step: number}, **options)
+        return pv.fit(self.model, self.guide, X, **SETTINGS | {"schedules": {self.step: number}} | options)
 
 
 # --- Steps that are not finite ---------------------------------------------------------------------------------------
