@@ -2,9 +2,9 @@
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import torch
+from pairs import guide_of, model_of
 from torch import nn
 
 import pyro_vae as pv
@@ -40,15 +40,8 @@ def vae_of(kind, features=3, scale=1.0):
 def conjugate(slope, scale):
     """z ~ N(0, 1), x ~ N(z, 1), and a guide N(slope x, scale^2). At 1/2 and 1/sqrt 2 it is the exact posterior."""
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(slope * x, scale))
-
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+    guide = guide_of(lambda x: dist.Normal(slope * x, scale))
     return model, guide
 
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_cases import KINDS, TANH, conjugate, conjugate_evidence, vae_of
-from pairs import gaussian
+from pairs import gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -58,9 +58,6 @@ def assert_exact(estimate, x, tolerance=1e-9):
     torch.testing.assert_close(estimate.ess, count, rtol=1e-6, atol=0)
 
 
-# --- Agreement with exact answers ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_the_exact_evidence_within_its_standard_error(kind):
     vae = vae_of(kind)
@@ -102,17 +99,10 @@ def test_weights_may_be_far_outside_the_range_of_floats():
 def test_the_weights_of_an_exact_posterior_of_the_package_are_p_of_x():
     vae = vae_of("linear 8-D").double()
     posterior = exact.posterior(vae.model, X.double())
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", posterior)
-
+    guide = guide_of(lambda x: posterior)
     estimate = pv.log_evidence(vae.model, guide, X.double(), num_samples=3)
     torch.testing.assert_close(estimate.log_evidence, exact.log_evidence(vae.model, X.double()), rtol=0, atol=1e-8)
     assert (estimate.ess > 3 - 1e-6).all()
-
-
-# --- Compiled --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -168,8 +158,6 @@ def test_a_branch_on_data_cannot_be_captured(graphs):
         pv.log_evidence(model, EXACT[1], Y, num_samples=100, compile=True)
 
 
-# --- A lower bound ---------------------------------------------------------------------------------------------------
-
 REPEATS = 20_000
 
 
@@ -214,9 +202,6 @@ def test_the_estimate_grows_with_the_number_of_draws_and_stays_below_the_truth()
 def test_the_exponential_is_unbiased_for_few_draws(count):
     x = Y[:4]
     assert_mean(repeated(x, WIDER, count).exp(), conjugate_evidence(x).exp())
-
-
-# --- Errors and diagnostics ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", [WIDER, conjugate(0.5, 1.2)], ids=["shifted", "wider"])
@@ -329,9 +314,6 @@ def test_progress_is_shown_on_request(capsys):
     assert "100%" in capsys.readouterr().err
 
 
-# --- Chunks, seeds and memory ----------------------------------------------------------------------------------------
-
-
 def test_shapes_types_and_gradients():
     for x in (Y, WIDE):
         estimate = pv.log_evidence(*WIDER, x, num_samples=7)
@@ -397,9 +379,6 @@ def test_a_guide_marked_for_enumeration_is_sampled():
     assert_agree(estimate, exact.log_evidence(vae.model, X))
 
 
-# --- Refusals --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_samples", [0, -1, 2.5, True])
 def test_a_wrong_number_of_draws_is_refused(num_samples):
     with pytest.raises(ValueError, match=rf"`num_samples` must be a positive integer, got {num_samples}"):
@@ -420,10 +399,7 @@ def test_a_guide_of_other_latents_is_refused():
 
 
 def test_a_guide_of_another_shape_is_refused():
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-
+    guide = guide_of(lambda x: dist.Normal(torch.zeros(3), 1.0).to_event(1))
     with pytest.raises(ValueError, match=r"the event shape of the model at site 'z', \(2,\), got \(3,\)"):
         pv.log_evidence(vae_of("normal 2-D").model, guide, X)
 
@@ -437,15 +413,8 @@ def test_a_point_of_a_continuous_latent_is_refused():
 
 
 def test_a_point_of_a_discrete_latent_is_allowed():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.3))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta((x > 0.5).float()))
-
+    model = model_of(dist.Bernoulli(0.3), lambda z: dist.Normal(z, 1.0))
+    guide = guide_of(lambda x: dist.Delta((x > 0.5).float()))
     z = (Y > 0.5).float()
     expected = dist.Bernoulli(0.3).log_prob(z) + dist.Normal(z, 1.0).log_prob(Y)
     torch.testing.assert_close(pv.log_evidence(model, guide, Y, num_samples=3).log_evidence, expected)

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli
+from pairs import bernoulli, guide_of
 from pyro import poutine
 from torch import nn
 
@@ -35,9 +35,7 @@ def fewer_rows(x):
         pyro.sample("z", dist.Bernoulli(torch.full((1,), 0.3)).to_event(1))
 
 
-def wide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Bernoulli(torch.full((4,), 0.3)).to_event(1))
+wide = guide_of(lambda x: dist.Bernoulli(torch.full((4,), 0.3)).to_event(1))
 
 
 @pytest.mark.parametrize(

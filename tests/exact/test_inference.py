@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_cases import TANH, vae_of
-from pairs import gaussian
+from pairs import gaussian, guide_of, model_of
 from sklearn.mixture import GaussianMixture
 
 import pyro_vae as pv
@@ -133,10 +133,10 @@ def test_several_discrete_sites_are_summed_over_jointly():
 
 
 def test_the_box_grows_to_a_datum_far_out_in_the_prior():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z + 1e-3 * z**3, 0.1).to_event(1), obs=x)
+    model = model_of(
+        dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1),
+        lambda z: dist.Normal(z + 1e-3 * z**3, 0.1).to_event(1),
+    )
 
     x = torch.tensor([[0.5], [20.0]], dtype=torch.float64)
     z = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
@@ -146,11 +146,7 @@ def test_the_box_grows_to_a_datum_far_out_in_the_prior():
 
 
 def test_scalar_latents_have_a_posterior_mean():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(torch.sinh(z), 1.0), obs=x)
-
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(torch.sinh(z), 1.0))
     mean = exact.posterior(model, torch.tensor([0.0, 2.0])).mean
     assert mean.shape == (2,)
     assert abs(mean[0]) < 1e-4 < mean[1]
@@ -158,11 +154,7 @@ def test_scalar_latents_have_a_posterior_mean():
 
 def test_a_narrow_guide_is_integrated_correctly():
     vae = gaussian(1, 2)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x[:, :1], 1e-3).to_event(1))
-
+    guide = guide_of(lambda x: dist.Normal(x[:, :1], 1e-3).to_event(1))
     x = torch.randn(3, 2)
     residual = exact.log_evidence(vae.model, x) - exact.elbo(vae.model, guide, x) - exact.kl(vae.model, guide, x)
     assert residual.abs().max() < 1e-3

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import model_of
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from sklearn.decomposition import FactorAnalysis
@@ -195,8 +196,6 @@ def test_a_trained_diagonal_guide_ends_at_the_mean_field_gap():
     assert gap == pytest.approx(mean_field, abs=0.02)
 
 
-# --- Models that are similar to linear Gaussian ones -----------------------------------------------------------------
-
 WEIGHT = torch.tensor([[1.0, -0.5, 0.3], [0.4, 0.8, -1.0]], dtype=torch.float64)
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -255,11 +254,7 @@ def test_a_transformed_likelihood_is_not_treated_as_normal():
     def likelihood(loc):
         return dist.LogNormal(loc, 0.5).to_event(1)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(zeros(1), 1.0).to_event(1))
-            pyro.sample("x", likelihood(z * WEIGHT[0]), obs=x)
-
+    model = model_of(dist.Normal(zeros(1), 1.0).to_event(1), lambda z: likelihood(z * WEIGHT[0]))
     x = X.exp()
     z = torch.linspace(-10, 10, 20_001, dtype=torch.float64)[:, None, None]
     log_joint = dist.Normal(0.0, 1.0).log_prob(z[..., 0]) + likelihood(z * WEIGHT[0]).log_prob(x)
@@ -268,11 +263,7 @@ def test_a_transformed_likelihood_is_not_treated_as_normal():
 
 
 def test_linearity_is_tested_where_the_prior_has_mass():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(zeros(1) + 50, 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(relu(z - 20), 1.0).to_event(1), obs=x)
-
+    model = model_of(dist.Normal(zeros(1) + 50, 1.0).to_event(1), lambda z: dist.Normal(relu(z - 20), 1.0).to_event(1))
     x = torch.tensor([[30.0], [29.0]], dtype=torch.float64)
     expected = dist.Normal(30.0, 2**0.5).log_prob(x[:, 0])
     assert torch.allclose(exact.log_evidence(model, x), expected, atol=1e-6)
@@ -283,11 +274,7 @@ def test_a_sharp_linear_posterior_is_finite_in_float32():
     weight = torch.randn(2, 50)
     weight[1] = weight[0] + 1e-3 * torch.randn(50)
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z @ weight, 1e-3).to_event(1), obs=x)
-
+    model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z @ weight, 1e-3).to_event(1))
     x = torch.randn(3, 2) @ weight
     assert exact.posterior(model, x).log_prob(exact.posterior(model, x).mean).isfinite().all()
 

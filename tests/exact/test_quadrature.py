@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import model_of
 from torch.nn.functional import relu
 
 from pyro_vae import exact
@@ -108,20 +109,13 @@ def test_equal_boxes_are_shared():
     assert len(Box(moved - 1, moved, moved + 1).shared().low) == 2
 
 
-# --- Sharp models ----------------------------------------------------------------------------------------------------
-
-
 def zeros64(*shape):
     return torch.zeros(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("sigma", [1e-2, 1e-3])
 def test_two_narrow_modes_are_both_found_or_an_error_is_raised(sigma):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(zeros64(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal((z - 0.1) ** 2, sigma).to_event(1), obs=x)
-
+    model = model_of(dist.Normal(zeros64(1), 1.0).to_event(1), lambda z: dist.Normal((z - 0.1) ** 2, sigma).to_event(1))
     x = torch.linspace(0.3, 2.5, 40, dtype=torch.float64)[:, None]
     z = torch.linspace(-6, 6, 1_200_001, dtype=torch.float64)
     log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal((z - 0.1) ** 2, sigma).log_prob(x)
@@ -154,11 +148,7 @@ def test_a_bump_of_a_tenth_of_the_prior_is_found(value):
     def bump(z):
         return relu(50 * (z - 0.8)) - 2 * relu(50 * (z - 0.85)) + relu(50 * (z - 0.9))
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(zeros64(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(bump(z), 0.3).to_event(1), obs=x)
-
+    model = model_of(dist.Normal(zeros64(1), 1.0).to_event(1), lambda z: dist.Normal(bump(z), 0.3).to_event(1))
     x = torch.tensor([[value]], dtype=torch.float64)
     z = torch.linspace(-8, 8, 1_600_001, dtype=torch.float64)
     log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(bump(z), 0.3).log_prob(x)
@@ -167,10 +157,6 @@ def test_a_bump_of_a_tenth_of_the_prior_is_found(value):
 
 
 def test_a_comb_that_is_too_fine_raises():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(torch.sin(1e6 * z), 1e-3), obs=x)
-
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(torch.sin(1e6 * z), 1e-3))
     with pytest.raises(exact.QuadratureError, match="did not converge"):
         exact.log_evidence(model, torch.zeros(2))
