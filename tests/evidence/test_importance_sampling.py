@@ -1,7 +1,9 @@
-"""Importance sampling of log p(x) against exact answers: estimates, bounds, errors, chunks and refusals."""
+"""Importance sampling of log p(x) against exact answers: estimates, bounds, errors and chunks.
+
+Models and guides that it refuses are in the tests of ``exact/model_density`` and ``exact/guide_density``.
+"""
 
 import math
-from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -9,10 +11,8 @@ import pytest
 import torch
 from exact_cases import KINDS, TANH, conjugate, conjugate_evidence, vae_of
 from pairs import gaussian, guide_of, model_of
-from pyro import poutine
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoNormal
-from torch import nn
+from pyro.infer.autoguide import AutoDelta
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks
@@ -385,25 +385,6 @@ def test_a_wrong_number_of_draws_is_refused(num_samples):
         pv.log_evidence(*WIDER, Y, num_samples=num_samples)
 
 
-def test_soft_targets_have_no_evidence():
-    vae = gaussian(1, decoder=likelihoods.Bernoulli(1, 3, TANH, soft_targets=True))
-    with pytest.raises(ValueError, match=r"`model` must have a normalised likelihood, got .* at \['x'\]"):
-        pv.log_evidence(vae.model, vae.guide, torch.rand(5, 3))
-
-
-def test_a_guide_of_other_latents_is_refused():
-    with pytest.raises(ValueError, match=r"must have the latents of the model, \['first', 'second'\], got \['z'\]"):
-        pv.log_evidence(two_sites_model, WIDER[1], Y)
-    with pytest.raises(ValueError, match=r"`guide` must have the latents of the model, \['z'\], got"):
-        pv.log_evidence(WIDER[0], AutoNormal(WIDER[0]), Y)
-
-
-def test_a_guide_of_another_shape_is_refused():
-    guide = guide_of(lambda x: dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    with pytest.raises(ValueError, match=r"the event shape of the model at site 'z', \(2,\), got \(3,\)"):
-        pv.log_evidence(vae_of("normal 2-D").model, guide, X)
-
-
 def test_a_point_of_a_continuous_latent_is_refused():
     """Its weights would be log p(x, z), which bounds nothing."""
     guide = AutoDelta(WIDER[0])
@@ -418,53 +399,6 @@ def test_a_point_of_a_discrete_latent_is_allowed():
     z = (Y > 0.5).float()
     expected = dist.Bernoulli(0.3).log_prob(z) + dist.Normal(z, 1.0).log_prob(Y)
     torch.testing.assert_close(pv.log_evidence(model, guide, Y, num_samples=3).log_evidence, expected)
-
-
-MASKS = {
-    "by handler": (poutine.mask(mask=torch.arange(20) % 2 == 0), lambda q: q),
-    "of the distribution": (nullcontext(), lambda q: q.mask(False)),
-    "inside an event": (nullcontext(), lambda q: q.mask(torch.arange(20) % 2 == 0).expand([20]).to_event(0)),
-}
-
-
-@pytest.mark.parametrize("estimate", [pv.log_evidence, exact.elbo, exact.kl])
-@pytest.mark.parametrize("mask", MASKS)
-def test_a_masked_latent_of_the_guide_is_refused_and_named(mask, estimate):
-    """A mask removes the density of the draws, so the weights would be wrong."""
-    handler, masked = MASKS[mask]
-
-    def guide(x):
-        with pyro.plate("data", len(x)), handler:
-            pyro.sample("z", masked(dist.Normal(0.4 * x, 0.9)))
-
-    with pytest.raises(ValueError, match=r"`guide` must have latents without a mask, got 'z'"):
-        estimate(WIDER[0], guide, Y)
-
-
-def test_global_latents_are_refused():
-    def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
-
-    def guide(x):
-        pyro.sample("mean", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(
-        ValueError, match=r"`model` must have every site in one plate.*got site 'mean' in the plates \[\]"
-    ):
-        pv.log_evidence(model, guide, Y)
-
-
-def test_dropout_is_refused():
-    def network(i, o):
-        return nn.Sequential(nn.Linear(i, 50), nn.Dropout(0.5), nn.Linear(50, o))
-
-    vae = gaussian(1, decoder=likelihoods.Normal(1, 3, network))
-    with pytest.raises(ValueError, match=r"`model` must have one log p\(x, z\) at each z.*vae\.eval\(\)"):
-        pv.log_evidence(vae.model, vae.guide, X)
-    vae.eval()
-    assert pv.log_evidence(vae.model, vae.guide, X, num_samples=10).log_evidence.isfinite().all()
 
 
 def test_a_covariate_inside_the_pair_stays_with_its_row():

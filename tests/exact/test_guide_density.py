@@ -4,8 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, guide_of
+from pairs import bernoulli, gaussian, guide_of
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -20,19 +21,23 @@ def outside(x):
     pyro.sample("z", dist.Bernoulli(torch.full((len(x), 1), 0.3)).to_event(2))
 
 
+MASK = torch.tensor([True, False])
+BERNOULLI = dist.Bernoulli(torch.full((1,), 0.3)).to_event(1)
+
+
 def masked(x):
-    with pyro.plate("data", len(x)), poutine.mask(mask=torch.tensor([True, False])):
-        pyro.sample("z", dist.Bernoulli(torch.full((1,), 0.3)).to_event(1))
+    with pyro.plate("data", len(x)), poutine.mask(mask=MASK):
+        pyro.sample("z", BERNOULLI)
 
 
 def other(x):
     with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Bernoulli(torch.full((1,), 0.3)).to_event(1))
+        pyro.sample("y", BERNOULLI)
 
 
 def fewer_rows(x):
     with pyro.plate("data", 1):
-        pyro.sample("z", dist.Bernoulli(torch.full((1,), 0.3)).to_event(1))
+        pyro.sample("z", BERNOULLI)
 
 
 wide = guide_of(lambda x: dist.Bernoulli(torch.full((4,), 0.3)).to_event(1))
@@ -43,15 +48,20 @@ wide = guide_of(lambda x: dist.Bernoulli(torch.full((4,), 0.3)).to_event(1))
     [
         (outside, r"every site in one plate, 'data'.*got site 'z' in the plates \[\]"),
         (masked, r"latents without a mask, got 'z'"),
+        (guide_of(lambda x: BERNOULLI.mask(False)), r"latents without a mask, got 'z'"),
+        (guide_of(lambda x: BERNOULLI.mask(MASK).expand([2]).to_event(0)), r"latents without a mask, got 'z'"),
+        (AutoNormal(gaussian(1).model), r"the latents of the model, \['z'\], got \['z', 'z_unconstrained'\]"),
         (other, r"the latents of the model, \['z'\], got \['y'\]"),
         (fewer_rows, r"the 2 rows of the model at site 'z', got 1"),
         (wide, r"the event shape of the model at site 'z', \(1,\), got \(4,\)"),
         (poutine.scale(outside, scale=0.5), r"every site in one plate"),
     ],
 )
-def test_guides_without_an_exact_answer_are_refused_with_the_reason(guide, message):
+@pytest.mark.parametrize("estimate", [pv.log_evidence, exact.elbo, exact.kl])
+def test_guides_of_another_structure_are_refused(estimate, guide, message):
+    model = gaussian(1).model if isinstance(guide, AutoNormal) else bernoulli(1).model
     with pytest.raises(ValueError, match="`guide` must have " + message):
-        exact.elbo(bernoulli(1).model, guide, X)
+        estimate(model, guide, X)
 
 
 def test_a_scaled_guide_and_a_guide_with_dropout_are_refused():
