@@ -2,54 +2,46 @@
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import torch
+from pairs import guide_of, model_of
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 
 TANH = networks.mlp([8], activation=nn.Tanh)
-PARTS = {
-    "normal": lambda x: (priors.Normal(1), guides.DiagonalNormal(x, 1, TANH)),
-    "normal 2-D": lambda x: (priors.StandardNormal(2), guides.DiagonalNormal(x, 2, TANH)),
-    "linear 8-D": lambda x: (priors.StandardNormal(8), guides.DiagonalNormal(x, 8, TANH)),
-    "bernoulli": lambda x: (priors.Bernoulli(3, 0.3), guides.Bernoulli(x, 3, TANH)),
-    "one-hot": lambda x: (priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(x, (2, 3), TANH)),
-    "relaxed": lambda x: (priors.RelaxedBernoulli(1, 0.5, 0.3), guides.RelaxedBernoulli(x, 1, TANH, 0.66)),
-    "relaxed hard": lambda x: (
-        priors.RelaxedBernoulli(1, 0.5, 0.3, straight_through=True),
-        guides.RelaxedBernoulli(x, 1, TANH, 0.66),
-    ),
-    "gumbel": lambda x: (priors.GumbelSoftmax((1, 2), 0.5), guides.GumbelSoftmax(x, (1, 2), TANH, 0.66)),
-    "gumbel hard": lambda x: (
-        priors.GumbelSoftmax((1, 2), 0.5, straight_through=True),
-        guides.GumbelSoftmax(x, (1, 2), TANH, 0.66),
-    ),
-}
+KINDS = ["normal", "normal 2-D", "linear 8-D", "bernoulli", "one-hot", "relaxed", "gumbel"]
 
 
 def vae_of(kind, features=3, scale=1.0):
-    """A VAE with random parameters."""
-    torch.manual_seed(0)
-    prior, encoder = PARTS[kind](features)
+    """A VAE with random parameters. ``" hard"`` after a relaxed kind rounds its latents in the decoder."""
+    hard = kind.endswith(" hard")
+    prior, encoder = {
+        "normal": (priors.Normal(1), guides.DiagonalNormal(features, 1, TANH)),
+        "normal 2-D": (priors.StandardNormal(2), guides.DiagonalNormal(features, 2, TANH)),
+        "linear 8-D": (priors.StandardNormal(8), guides.DiagonalNormal(features, 8, TANH)),
+        "bernoulli": (priors.Bernoulli(3, 0.3), guides.Bernoulli(features, 3, TANH)),
+        "one-hot": (priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(features, (2, 3), TANH)),
+        "relaxed": (
+            priors.RelaxedBernoulli(1, 0.5, 0.3, straight_through=hard),
+            guides.RelaxedBernoulli(features, 1, TANH, 0.66),
+        ),
+        "gumbel": (
+            priors.GumbelSoftmax((1, 2), 0.5, straight_through=hard),
+            guides.GumbelSoftmax(features, (1, 2), TANH, 0.66),
+        ),
+    }[kind.removesuffix(" hard")]
     network = networks.linear() if kind.startswith("linear") else TANH
+    torch.manual_seed(0)
     return pv.VAE(prior, encoder, likelihoods.Normal(tuple(prior().event_shape), features, network, scale=scale))
 
 
 def conjugate(slope, scale):
     """z ~ N(0, 1), x ~ N(z, 1), and a guide N(slope x, scale^2). At 1/2 and 1/sqrt 2 it is the exact posterior."""
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(slope * x, scale))
-
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+    guide = guide_of(lambda x: dist.Normal(slope * x, scale))
     return model, guide
 
 

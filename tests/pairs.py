@@ -1,5 +1,6 @@
 """One small VAE of each kind of latent, for tests that need a pair and do not care which."""
 
+import pyro
 from torch import nn
 
 import pyro_vae as pv
@@ -51,3 +52,24 @@ def gumbel(latent=(2, 3), features=3, temperature=0.5, straight_through=False):
         prior=priors.GumbelSoftmax(latent, temperature, straight_through=straight_through),
         encoder=guides.GumbelSoftmax(features, latent, NET, 0.66),
     )
+
+
+def model_of(prior, likelihood):
+    """A Pyro model of local latents: z ~ ``prior``, x ~ ``likelihood(z)``."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", likelihood(z), obs=x)
+
+    return model
+
+
+def guide_of(q):
+    """A Pyro guide of local latents: z ~ ``q(x)``."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    return guide

@@ -138,9 +138,8 @@ def log_evidence(
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", equation 8.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> vae = VAE(
     ...     prior=priors.StandardNormal(1),
     ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
     ...     decoder=likelihoods.Normal(1, 2, networks.linear()),

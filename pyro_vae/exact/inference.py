@@ -48,12 +48,9 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
         ValueError: if there is no exact answer, with the reason, for example the number of states.
         QuadratureError: if the quadrature does not converge, with the discrepancy.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.Bernoulli(1),
-    ...     encoder=guides.Bernoulli(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> vae = VAE(
+    ...     priors.Bernoulli(1), guides.Bernoulli(2, 1, networks.linear()), likelihoods.Normal(1, 2, networks.linear())
     ... )
     >>> log_evidence(vae.model, torch.randn(5, 2)).shape
     torch.Size([5])
@@ -106,9 +103,8 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     It is a sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
     :func:`log_evidence`.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> vae = VAE(
     ...     prior=priors.StandardNormal(1),
     ...     encoder=guides.DiagonalNormal(2, 1, networks.mlp([8])),
     ...     decoder=likelihoods.Normal(1, 2, networks.mlp([8])),
@@ -139,12 +135,9 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     that of :func:`elbo` is around q alone. So their sum equals :func:`log_evidence` only if all three are right.
     Arguments and errors are those of :func:`log_evidence`.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.Bernoulli(2),
-    ...     encoder=guides.Bernoulli(2, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> vae = VAE(
+    ...     priors.Bernoulli(2), guides.Bernoulli(2, 2, networks.linear()), likelihoods.Normal(2, 2, networks.linear())
     ... )
     >>> bool((kl(vae.model, vae.guide, torch.randn(5, 2)) >= 0).all())
     True

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from exact_cases import conjugate, conjugate_evidence, vae_of
-from pairs import bernoulli
+from pairs import bernoulli, guide_of
 
 import pyro_vae as pv
 from pyro_vae import exact
@@ -21,9 +21,6 @@ SIGMAS = 5  # 4.5 is a failure probability of 7e-6, and there are tens of data i
 def scores(estimate, expected):
     """Errors in standard errors, with room for the rounding of float32."""
     return (estimate.bias_corrected - expected).double() / (estimate.standard_error + 2e-5)
-
-
-# --- Right -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_guide_that_is_far_too_narrow():
@@ -89,9 +86,6 @@ def test_two_latents_of_different_supports_and_shapes():
     assert scores(estimate, dist.Normal(0.0, 3**0.5).log_prob(Y)).abs().max() < SIGMAS
 
 
-# --- Unbiased --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperatures", [1, 2, 4])
 def test_its_exponential_is_unbiased_for_any_number_of_temperatures(temperatures):
     """Each datum occurs often, each time with other step sizes."""
@@ -124,9 +118,6 @@ def test_more_temperatures_leave_less_error():
         for count in (5, 40)
     ]
     assert errors[1].mean() < 0.6 * errors[0].mean()
-
-
-# --- Chunks, seeds and global state ----------------------------------------------------------------------------------
 
 
 def test_chunks_and_batches_do_not_change_the_distribution(monkeypatch):
@@ -178,9 +169,6 @@ def test_progress_is_shown_on_request(capsys):
     assert "100%" in capsys.readouterr().err
 
 
-# --- Errors ----------------------------------------------------------------------------------------------------------
-
-
 def test_discrete_latents_are_refused():
     vae = bernoulli()
     with pytest.raises(ValueError, match=r"must have continuous latents.*got the discrete 'z'; use pv\.exact"):
@@ -194,9 +182,6 @@ def test_wrong_numbers_are_refused(argument):
 
 
 def test_a_point_is_refused():
-    def point(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Delta(0.5 * x))
-
+    point = guide_of(lambda x: dist.Delta(0.5 * x))
     with pytest.raises(ValueError, match=r"`guide` must have a density .*, got a point .* for 'z'"):
         pv.annealed_log_evidence(conjugate(0.5, 0.4)[0], point, Y)

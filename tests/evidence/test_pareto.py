@@ -85,9 +85,6 @@ def test_scale_and_order_of_data_make_no_difference():
     torch.testing.assert_close(pareto_shape(log_weights.flip(1)), pareto_shape(log_weights).flip(0), rtol=0, atol=1e-12)
 
 
-# --- Special weights -------------------------------------------------------------------------------------------------
-
-
 def test_equal_weights_have_no_tail():
     noise = 1e-7 * normals((200, 3)).float()
     for level in (0.0, -100.0, 1e4):

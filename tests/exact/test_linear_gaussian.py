@@ -1,13 +1,22 @@
-"""A linear Gaussian VAE on the digits, held against the closed form of probabilistic PCA (Tipping and Bishop 1999)."""
+"""Linear Gaussian models against closed forms: pPCA (Tipping and Bishop 1999), factor analysis, and similar models."""
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pairs import model_of
+from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
+from sklearn.decomposition import FactorAnalysis
+from torch.distributions import MultivariateNormal, kl_divergence
+from torch.nn.functional import relu
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors, schedules
+from pyro_vae import exact, guides, likelihoods, networks, priors, schedules
+from pyro_vae.exact import inference
+from pyro_vae.exact.model_density import ModelDensity
 
 LATENT = 4
 
@@ -17,23 +26,77 @@ def digits():
 
 
 class Spectrum:
-    """Eigenvalues and eigenvectors of the (1/N) covariance, largest first, and what follows from them."""
+    """The optimum of pPCA, from the eigenvalues of the (1/N) covariance."""
 
-    def __init__(self, x):
+    def __init__(self, x, latent=LATENT):
+        self.latent = latent
         x = x.double()
         self.mean = x.mean(0)
         centred = x - self.mean
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
         self.values, self.vectors = values.flip(0), vectors.flip(1)
-        self.noise = self.values[LATENT:].mean()
-        self.weight = self.vectors[:, :LATENT] * (self.values[:LATENT] - self.noise).sqrt()
+        self.noise = self.values[latent:].mean()
+        self.weight = self.vectors[:, :latent] * (self.values[:latent] - self.noise).sqrt()
 
     @property
     def log_p(self):
         """The mean of log p(x) at the optimum, in nats per datum."""
         size = len(self.mean)
-        logs = self.values[:LATENT].log().sum() + (size - LATENT) * self.noise.log()
+        logs = self.values[: self.latent].log().sum() + (size - self.latent) * self.noise.log()
         return float(-0.5 * (size * math.log(2 * math.pi) + logs + size))
+
+
+def ppca_vae(x, latent, scale="shared"):
+    """A linear Gaussian VAE at the optimum of pPCA, and its mean log p(x)."""
+    spectrum = Spectrum(x, latent)
+    decoder = likelihoods.Normal(latent, x.shape[1], networks.linear(), scale=scale, min_scale=0.0)
+    vae = pv.VAE(priors.StandardNormal(latent), guides.DiagonalNormal(x.shape[1], latent, networks.linear()), decoder)
+    vae = vae.to(x.dtype)
+    with torch.no_grad():
+        decoder.network.weight.copy_(spectrum.weight)
+        decoder.network.bias.copy_(spectrum.mean)
+        decoder.family.log_scale.copy_(0.5 * spectrum.noise.log())
+    return vae, spectrum.log_p
+
+
+@pytest.mark.parametrize("latent", [1, 2, 10])
+def test_a_linear_gaussian_model_at_the_ppca_optimum_has_the_ppca_evidence(latent):
+    x = pv.datasets.digits("train").x.double()
+    vae, expected = ppca_vae(x, latent)
+    assert abs(exact.log_evidence(vae.model, x).mean() - expected) < 1e-8
+    assert abs(exact.log_evidence(vae.float().model, x.float()).mean() - expected) < 1e-4
+
+
+def test_factor_analysis_agrees_with_scikit_learn():
+    x = pv.datasets.digits("train").x.double()[:, 2:6]
+    analysis = FactorAnalysis(2, random_state=0).fit(x.numpy())
+    vae, _ = ppca_vae(x, 2, scale="per_dimension")
+    with torch.no_grad():
+        vae.decoder.network.weight.copy_(torch.from_numpy(analysis.components_.T))
+        vae.decoder.network.bias.copy_(torch.from_numpy(analysis.mean_))
+        vae.decoder.family.log_scale.copy_(0.5 * torch.from_numpy(analysis.noise_variance_).log())
+    expected = torch.from_numpy(analysis.score_samples(x.numpy()))
+    assert torch.allclose(exact.log_evidence(vae.model, x), expected, atol=1e-8)
+    posterior = exact.posterior(vae.model, x)
+    assert torch.allclose(posterior.mean, torch.from_numpy(analysis.transform(x.numpy())), atol=1e-8)
+
+
+@pytest.mark.parametrize("latent", [1, 2])
+def test_quadrature_and_the_closed_form_agree_on_a_linear_model(latent):
+    x = pv.datasets.digits("train").x[:50, 2:6].double()
+    vae, _ = ppca_vae(x, latent)
+    p = ModelDensity(vae.model, (x,), "data")
+    with torch.no_grad():
+        evidence, rule = inference._integrated_evidence(p, 1e-6)
+    assert torch.allclose(evidence, exact.log_evidence(vae.model, x), atol=1e-6)
+    closed, integrated = exact.posterior(vae.model, x), exact.Posterior(p, evidence, rule)
+    z = torch.randn(7, 50, latent, dtype=torch.float64)
+    assert torch.allclose(closed.log_prob(z), integrated.log_prob(z), atol=1e-6)
+    assert torch.allclose(closed.mean, integrated.mean, atol=1e-5)
+    draws = integrated.sample(torch.Size([1000]))
+    standardized = (draws - closed.mean) / closed.variance.sqrt()
+    assert (standardized.mean(0).abs() < 5.5 / 1000**0.5).all()
+    assert (standardized.var(0) - 1).abs().max() < 5.5 * (2 / 1000) ** 0.5
 
 
 def linear_vae(encoder):
@@ -66,7 +129,7 @@ def rotated():
 
 
 def frozen_vae(encoder, rotation, x):
-    """W and the noise at a solution of pPCA, turned in the latent space: as likely as the one along the axes."""
+    """W and the noise at a rotated solution of pPCA, which has the same likelihood as the one along the axes."""
     spectrum = Spectrum(x)
     vae = linear_vae(encoder).double()
     with torch.no_grad():
@@ -79,7 +142,7 @@ def frozen_vae(encoder, rotation, x):
 
 @pytest.mark.parametrize("kind", ["diagonal", "full rank"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_diagonal_guide_keeps_the_mean_field_gap_of_a_rotated_solution_and_a_full_rank_one_none(kind, turned):
+def test_a_rotated_solution_has_a_mean_field_gap_for_a_diagonal_guide_alone(kind, turned):
     x = digits().double()
     rotation = rotated() if turned else torch.eye(LATENT).double()
     part = guides.DiagonalNormal if kind == "diagonal" else guides.FullRankNormal
@@ -104,14 +167,14 @@ def test_a_diagonal_guide_keeps_the_mean_field_gap_of_a_rotated_solution_and_a_f
     assert float(log_p) == pytest.approx(spectrum.log_p, abs=1e-6)
     posterior = pv.exact.posterior(vae.model, x)
     q = vae.encode(x)
-    full = q if kind == "full rank" else torch.distributions.MultivariateNormal(q.mean, q.variance.diag_embed())
-    gap = torch.distributions.kl_divergence(full, posterior).mean()
+    full = q if kind == "full rank" else MultivariateNormal(q.mean, q.variance.diag_embed())
+    gap = kl_divergence(full, posterior).mean()
     mean_field = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
     expected = float(mean_field) if kind == "diagonal" else 0.0
     assert gap.item() == pytest.approx(expected, abs=1e-6)
     assert (expected > 0.03) == (turned and kind == "diagonal")
-    # And training stays there: the gradient of the exact ELBO is zero.
-    elbo = -torch.distributions.kl_divergence(full, posterior).mean()
+    # The gradient of the exact ELBO is zero.
+    elbo = -kl_divergence(full, posterior).mean()
     slopes = torch.autograd.grad(elbo, list(vae.encoder.parameters()))
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-6
 
@@ -127,7 +190,101 @@ def test_a_trained_diagonal_guide_ends_at_the_mean_field_gap():
     weight = spectrum.weight @ rotated()
     precision = weight.T @ weight / spectrum.noise + torch.eye(LATENT).double()
     q, posterior = vae.encode(x), pv.exact.posterior(vae.model, x)
-    full = torch.distributions.MultivariateNormal(q.mean, q.variance.diag_embed())
-    gap = torch.distributions.kl_divergence(full, posterior).mean().item()
+    full = MultivariateNormal(q.mean, q.variance.diag_embed())
+    gap = kl_divergence(full, posterior).mean().item()
     mean_field = float(0.5 * (precision.diagonal().log().sum() - precision.logdet()))
     assert gap == pytest.approx(mean_field, abs=0.02)
+
+
+WEIGHT = torch.tensor([[1.0, -0.5, 0.3], [0.4, 0.8, -1.0]], dtype=torch.float64)
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def zeros(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+def linear(prior, likelihood=lambda loc: dist.Normal(loc, 0.5).to_event(1)):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior(len(x)))
+            pyro.sample("x", likelihood(z @ WEIGHT), obs=x)
+
+    return model
+
+
+def standard(count):
+    return dist.Normal(zeros(2), 1.0).to_event(1)
+
+
+def monte_carlo(model, draws=400_000):
+    """log p(x) and its standard error by naive Monte Carlo, with the densities of the model."""
+    trace = poutine.trace(model).get_trace(X)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        z = trace.nodes["z"]["fn"].sample(torch.Size([draws]))
+    conditioned = poutine.trace(poutine.condition(model, {"z": z})).get_trace(X)
+    conditioned.compute_log_prob()
+    weights = conditioned.nodes["x"]["log_prob"].exp()
+    return weights.mean(0).log(), weights.std(0) / weights.mean(0) / draws**0.5
+
+
+MASK = torch.tensor([True, True, False])
+SCALES = torch.tensor([0.2, 0.5, 1.0, 1.5, 2.0, 0.1], dtype=torch.float64)
+SIMILAR = {
+    "a mask on columns": linear(standard, lambda loc: dist.Normal(loc, 0.5).mask(MASK).to_event(1)),
+    "a shifted prior": linear(lambda count: dist.Normal(zeros(2) + 1, 2.0).to_event(1)),
+    "a prior for each datum": linear(lambda count: dist.Normal(zeros(2), SCALES[:count, None]).to_event(1)),
+    "a full covariance": linear(
+        lambda count: dist.MultivariateNormal(zeros(2), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double())
+    ),
+    "a prior with all rows written out": linear(lambda count: dist.Normal(zeros(count, 2), 1.0).to_event(1)),
+}
+
+
+@pytest.mark.parametrize("name", SIMILAR)
+def test_models_similar_to_linear_gaussian_ones_have_the_right_evidence(name):
+    model = SIMILAR[name]
+    expected, error = monte_carlo(model)
+    assert (error < 0.2).all()
+    assert ((exact.log_evidence(model, X) - expected).abs() < 5 * error + 1e-4).all()
+
+
+def test_a_transformed_likelihood_is_not_treated_as_normal():
+    def likelihood(loc):
+        return dist.LogNormal(loc, 0.5).to_event(1)
+
+    model = model_of(dist.Normal(zeros(1), 1.0).to_event(1), lambda z: likelihood(z * WEIGHT[0]))
+    x = X.exp()
+    z = torch.linspace(-10, 10, 20_001, dtype=torch.float64)[:, None, None]
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z[..., 0]) + likelihood(z * WEIGHT[0]).log_prob(x)
+    expected = log_joint.logsumexp(0) + math.log(20 / 20_000)
+    assert torch.allclose(exact.log_evidence(model, x), expected, atol=1e-4)
+
+
+def test_linearity_is_tested_where_the_prior_has_mass():
+    model = model_of(dist.Normal(zeros(1) + 50, 1.0).to_event(1), lambda z: dist.Normal(relu(z - 20), 1.0).to_event(1))
+    x = torch.tensor([[30.0], [29.0]], dtype=torch.float64)
+    expected = dist.Normal(30.0, 2**0.5).log_prob(x[:, 0])
+    assert torch.allclose(exact.log_evidence(model, x), expected, atol=1e-6)
+    assert torch.allclose(exact.log_evidence(model, x[:1]), expected[:1], atol=1e-6)
+
+
+def test_a_sharp_linear_posterior_is_finite_in_float32():
+    weight = torch.randn(2, 50)
+    weight[1] = weight[0] + 1e-3 * torch.randn(50)
+
+    model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z @ weight, 1e-3).to_event(1))
+    x = torch.randn(3, 2) @ weight
+    assert exact.posterior(model, x).log_prob(exact.posterior(model, x).mean).isfinite().all()
+
+
+def test_a_linear_model_that_does_not_read_its_latent_has_the_density_of_its_noise():
+    x = torch.randn(5, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.5).to_event(1), obs=x)
+
+    torch.testing.assert_close(pv.exact.log_evidence(model, x), dist.Normal(0.0, 1.5).log_prob(x).sum(1))

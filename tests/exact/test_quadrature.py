@@ -1,10 +1,15 @@
-"""Integrals whose value is known, and the errors of those that do not settle."""
+"""Quadrature against known integrals and sharp models, and errors where it does not converge."""
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pairs import model_of
+from torch.nn.functional import relu
 
+from pyro_vae import exact
 from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, log_integral, refine_to_tolerance
 
 
@@ -35,7 +40,7 @@ def test_a_rule_of_order_8_is_exact_for_polynomials_of_degree_15():
     assert math.isclose(float(integral), (2.0**16 - 1) / 16, rel_tol=1e-12)
 
 
-def test_a_jump_at_the_break_costs_nothing():
+def test_a_jump_at_the_break_point_adds_no_error():
     def log_integrand(points):
         return torch.where(points > 0.1234, 1.0, 0.5).log().sum(-1) - (points - 0.1234).abs().sum(-1)
 
@@ -77,15 +82,15 @@ def test_a_box_grows_until_its_edges_do_not_matter():
     assert rule.box.high > 30
 
 
-def test_an_integrand_that_does_not_settle_raises_with_the_discrepancy():
+def test_no_convergence_raises_with_the_discrepancy():
     def log_integrand(points):
         return 50 * torch.sin(1e7 * points).sum(-1) - points.abs().sum(-1)
 
-    with pytest.raises(QuadratureError, match=r"differs by \S+ nats, and 0.0001 are asked for"):
+    with pytest.raises(QuadratureError, match=r"differs by \S+ nats, more than the tolerance of 0.0001"):
         log_integral(log_integrand, box([-40.0], [0.0], [40.0]), 1e-4, 4096)
 
 
-def test_mass_that_never_ends_raises():
+def test_infinite_mass_raises():
     with pytest.raises(QuadratureError, match="edge of the box"):
         log_integral(lambda points: 0 * points.sum(-1), box([-1.0], [0.0], [1.0]), 1e-4, 4096)
 
@@ -102,3 +107,56 @@ def test_equal_boxes_are_shared():
     assert len(Box(corners - 1, corners, corners + 1).shared().low) == 1
     moved = corners + torch.tensor([[0.0], [1.0]])
     assert len(Box(moved - 1, moved, moved + 1).shared().low) == 2
+
+
+def zeros64(*shape):
+    return torch.zeros(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-3])
+def test_two_narrow_modes_are_both_found_or_an_error_is_raised(sigma):
+    model = model_of(dist.Normal(zeros64(1), 1.0).to_event(1), lambda z: dist.Normal((z - 0.1) ** 2, sigma).to_event(1))
+    x = torch.linspace(0.3, 2.5, 40, dtype=torch.float64)[:, None]
+    z = torch.linspace(-6, 6, 1_200_001, dtype=torch.float64)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal((z - 0.1) ** 2, sigma).log_prob(x)
+    expected = log_joint.logsumexp(1) + math.log(1e-5)
+    try:
+        evidence = exact.log_evidence(model, x)
+    except exact.QuadratureError:
+        assert sigma < 1e-2
+    else:
+        assert torch.allclose(evidence, expected, atol=2e-4)
+
+
+def test_two_narrow_modes_are_both_found_in_two_dimensions():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(zeros64(2), 1.0).to_event(1))
+            loc = torch.stack([(z[..., 0] - 0.1) ** 2, z[..., 1]], -1)
+            pyro.sample("x", dist.Normal(loc, 0.05).to_event(1), obs=x)
+
+    x = torch.tensor([[0.5, 0.2], [1.7, -0.4]], dtype=torch.float64)
+    z = torch.linspace(-6, 6, 120_001, dtype=torch.float64)
+    first = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal((z - 0.1) ** 2, 0.05).log_prob(x[:, :1])
+    second = dist.Normal(0.0, (1 + 0.05**2) ** 0.5).log_prob(x[:, 1])
+    expected = first.logsumexp(1) + math.log(1e-4) + second
+    assert torch.allclose(exact.log_evidence(model, x), expected, atol=3e-4)
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0, 2.5])
+def test_a_bump_of_a_tenth_of_the_prior_is_found(value):
+    def bump(z):
+        return relu(50 * (z - 0.8)) - 2 * relu(50 * (z - 0.85)) + relu(50 * (z - 0.9))
+
+    model = model_of(dist.Normal(zeros64(1), 1.0).to_event(1), lambda z: dist.Normal(bump(z), 0.3).to_event(1))
+    x = torch.tensor([[value]], dtype=torch.float64)
+    z = torch.linspace(-8, 8, 1_600_001, dtype=torch.float64)
+    log_joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(bump(z), 0.3).log_prob(x)
+    expected = log_joint.logsumexp(1) + math.log(1e-5)
+    assert torch.allclose(exact.log_evidence(model, x, tolerance=1e-3), expected, atol=2e-3)
+
+
+def test_a_comb_that_is_too_fine_raises():
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(torch.sin(1e6 * z), 1e-3))
+    with pytest.raises(exact.QuadratureError, match="did not converge"):
+        exact.log_evidence(model, torch.zeros(2))

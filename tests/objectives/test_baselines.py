@@ -146,9 +146,6 @@ def test_evaluation_does_not_change_a_baseline(evaluate, steps):
     assert elbo.baseline.centre.steps == steps
 
 
-# --- Errors ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("baseline", [None, 0.5, nn.Linear(2, 1), RunningAverage])
 def test_a_wrong_baseline_is_refused(baseline):
     with pytest.raises(TypeError, match=r"`baseline` must be a module such as baselines.RunningAverage\(\).*got"):

@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian
+from pairs import NET, gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
@@ -75,9 +75,6 @@ def test_terms_are_those_of_the_parts_and_add_up_to_the_loss(make, particles):
         assert value.item() == pytest.approx(sum(terms[name].item() for terms in single) / len(traces), rel=1e-12)
 
 
-# --- Scales and masks ------------------------------------------------------------------------------------------------
-
-
 def test_terms_of_a_mini_batch_estimate_those_of_all_data():
     vae = continuous()
     with SubsampleRows("data", ROWS):
@@ -123,9 +120,6 @@ def test_log_density_of_a_site_is_masked_and_not_scaled():
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor([0.5, 0.5]))
     value = log_density(tracer.trace.nodes["x"])
     torch.testing.assert_close(value, torch.stack([dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)), torch.zeros(())]))
-
-
-# --- Enumeration -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vectorize", [False, True], ids=["one", "vectorized"])
@@ -187,23 +181,13 @@ def test_terms_of_enumerated_sites_that_depend_on_each_other_add_up_to_the_loss(
 
 
 def test_a_state_of_probability_zero_adds_nothing_even_if_the_data_are_impossible_in_it():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
-            pyro.sample("x", dist.Bernoulli(1.0 - z.float()), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Categorical(torch.tensor([1.0, 0.0])))
-
+    model = model_of(dist.Categorical(torch.tensor([0.5, 0.5])), lambda z: dist.Bernoulli(1.0 - z.float()))
+    guide = guide_of(lambda x: dist.Categorical(torch.tensor([1.0, 0.0])))
     x = torch.ones(4)
     _, traces = run(TraceEnum_ELBO(max_plate_nesting=1), model, config_enumerate(guide), x)
     terms = elbo_terms(traces, 4)
     assert terms["distortion"].item() == pytest.approx(0, abs=1e-5)
     assert terms["rate"].item() == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
-
-
-# --- No terms, or no bound -------------------------------------------------------------------------------------------
 
 
 def test_a_latent_that_the_model_marginalises_has_no_terms():
@@ -261,10 +245,7 @@ def test_the_name_of_a_bound_with_a_factor_is_surrogate():
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
             pyro.factor("bonus", torch.full((len(x),), 100.0))
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 0.7))
-
+    guide = guide_of(lambda x: dist.Normal(x / 2, 0.7))
     assert set(pv.evaluate(model, guide, x)) == {"surrogate", "distortion", "rate"}
     for call in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
         with pytest.raises(ValueError, match=r"`model` must have a normalised likelihood, got .* at \['bonus'\]"):

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from gradient_estimates import SCORES, X, flat, gradients, normal_vae, standard_scores
-from pairs import bernoulli
+from pairs import bernoulli, guide_of, model_of
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
@@ -48,9 +48,6 @@ def estimates(elbo, vae, beta=1.0):
     return gradients(elbo, model, guide, X.repeat(100, 1), list(vae.parameters()))
 
 
-# --- The bound -------------------------------------------------------------------------------------------------------
-
-
 def test_the_bound_of_one_draw_is_the_elbo_and_grows_with_draws_to_the_truth():
     vae = normal_vae()
     with torch.no_grad():
@@ -78,9 +75,6 @@ def test_the_bound_agrees_with_log_evidence():
     assert bound == pytest.approx(float(other.mean()), abs=7 * float(other.std() / 50**0.5))
 
 
-# --- Its gradients ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize(("name", "count"), UNBIASED)
 def test_gradients_are_unbiased(name, count, beta):
@@ -103,15 +97,8 @@ def posterior_pair(off=0.0):
     loc = torch.tensor(off).double().requires_grad_()
     scale = (torch.tensor(0.5).double().sqrt() * (1 + off)).requires_grad_()
 
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2 + loc, scale))
-
+    model = model_of(dist.Normal(torch.zeros(()).double(), 1.0), lambda z: dist.Normal(z, 1.0))
+    guide = guide_of(lambda x: dist.Normal(x / 2 + loc, scale))
     return model, guide, [loc, scale]
 
 
@@ -186,9 +173,6 @@ def test_gradients_of_a_chain_have_the_same_mean_and_doubly_reparameterized_ones
     assert (doubly.var(0)[2:] < pathwise.var(0)[2:]).all()
 
 
-# --- Handlers and training -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_weighted_kl_is_weighted(name):
     vae, beta = normal_vae(), 0.3
@@ -235,9 +219,6 @@ def test_discrete_latents_are_refused(name):
 def test_other_gradients_are_refused():
     with pytest.raises(ValueError, match=r"`gradient` must be one of 'pathwise', 'sticking-the-landing', .*got 'stl'"):
         ImportanceWeighted(2, "stl")
-
-
-# --- Autoguides ------------------------------------------------------------------------------------------------------
 
 
 def positive_model(x):

@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 from gradient_estimates import TANH, X, flat, gradient, vae_of
-from pairs import gaussian
+from pairs import gaussian, guide_of
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -30,9 +30,6 @@ def run(vae, elbo, model=None, guide=None):
     loss = elbo.loss(model or vae.model, record_traces(guide or vae.guide, traces), X)
     z = latent_sites(traces[0])["z"]["value"]
     return loss, z.reshape(elbo.num_particles, len(X), *vae.prior().event_shape)
-
-
-# --- The KL of the discrete twins ------------------------------------------------------------------------------------
 
 
 def twin_rate(vae):
@@ -99,11 +96,7 @@ def test_discrete_kl_refuses_discrete_latents_and_masked_distributions():
     with pytest.raises(ValueError, match=r"DiscreteKL needs relaxed latents.*got a Bernoulli for site 'z'"):
         DiscreteKL().loss(vae.model, vae.guide, X)
     vae = vae_of("relaxed")
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", vae.encode(x).mask(MASK))
-
+    guide = guide_of(lambda x: vae.encode(x).mask(MASK))
     with pytest.raises(ValueError, match=r"site 'z' must be masked by poutine\.mask.*got a masked distribution"):
         DiscreteKL().loss(vae.model, guide, X)
 
@@ -113,9 +106,6 @@ def test_masked_data_have_no_part_in_discrete_kl(kind):
     vae = vae_of(kind)
     loss, z = run(vae, DiscreteKL(), *masked(vae))
     assert loss == pytest.approx((twin_rate(vae) - vae.decode(z[0]).log_prob(X))[MASK].sum().item(), rel=1e-6)
-
-
-# --- Free bits -------------------------------------------------------------------------------------------------------
 
 
 def rates(vae):

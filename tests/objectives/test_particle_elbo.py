@@ -78,9 +78,6 @@ def test_all_methods_compute_the_same_loss_and_gradients(kind, name):
         torch.testing.assert_close(parameter.grad, slope, rtol=1e-10, atol=1e-12)
 
 
-# --- Mini-batches ----------------------------------------------------------------------------------------------------
-
-
 class FixedDraws(poutine.messenger.Messenger):
     """Replace the draws of z, ``(K, B, 3)``, or their noise, ``(K, B, 1)``, if z is normal."""
 
@@ -144,8 +141,6 @@ def test_the_loss_of_a_baseline_does_not_depend_on_the_size_of_the_batch():
             slopes.append(gradient(elbo, vae.model, vae.guide, X, list(elbo.baseline.parameters())))
     torch.testing.assert_close(torch.stack(slopes[1:]).sum(0), slopes[0], rtol=1e-10, atol=1e-12)
 
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
 
 AVERAGE = lambda num_particles: ScoreFunction(RunningAverage(), num_particles)  # noqa: E731
 

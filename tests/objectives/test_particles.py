@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from gradient_estimates import FOR_BERNOULLI, OF_ELBO, X, assert_mean, flat, gradients, vae_of
+from pairs import guide_of, model_of
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
@@ -48,10 +49,7 @@ def test_bounds_of_several_draws_refuse_observed_sites_of_different_scales(order
                 with poutine.scale(scale=scale):
                     pyro.sample(name, dist.Normal(z, 1.0), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(logits=x))
-
+    guide = guide_of(lambda x: dist.Bernoulli(logits=x))
     with pytest.raises(ValueError, match=r"VIMCO needs observed sites of one scale, got the scales {'\w': \[(0.1|1.0)"):
         VIMCO(4).loss(model, guide, X[:, 0])
     assert math.isfinite(LeaveOneOut(4).loss(model, guide, X[:, 0]))
@@ -109,20 +107,13 @@ def test_a_guide_of_other_latents_is_refused(name):
 
 
 def test_a_model_without_data_is_refused():
-    def prior(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(0.5))
-
+    prior = guide_of(lambda x: dist.Bernoulli(0.5))
     with pytest.raises(ValueError, match="LeaveOneOut needs a model with latent and observed sites, got no observed"):
         LeaveOneOut(2).loss(prior, prior, X)
 
 
 def test_an_autoguide_has_no_distribution_for_each_latent():
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
-
+    model = model_of(dist.LogNormal(0.0, 1.0), lambda z: dist.Normal(z.log(), 1.0))
     with pytest.raises(
         ValueError, match=r"FreeBits needs a guide .*, got one that draws .* from \['z_unconstrained'\]"
     ):

@@ -22,6 +22,7 @@ from gradient_estimates import (
     gradients,
     vae_of,
 )
+from pairs import guide_of
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
@@ -37,9 +38,6 @@ from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, Score
 
 Y = X[:, 0]
 DATA = X.repeat(100, 1)
-
-
-# --- Unbiased --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "name"), DISCRETE_CASES)
@@ -87,8 +85,6 @@ def test_the_bound_of_vimco_grows_with_its_draws_and_stays_below_the_truth(kind)
         losses = [VIMCO(count).loss(vae.model, vae.guide, X.repeat(copies, 1)) for _ in range(50)]
         assert_mean(-torch.tensor(losses)[:, None].double() / copies, expected.sum(), calls=50)
 
-
-# --- A Gaussian and a Bernoulli latent --------------------------------------------------------------------------------
 
 NODES, WEIGHTS = (torch.from_numpy(values).double() for values in np.polynomial.hermite_e.hermegauss(24))
 LOG_WEIGHTS = (WEIGHTS / WEIGHTS.sum()).log()
@@ -156,19 +152,13 @@ def test_gaussian_latents_have_pyros_pathwise_gradient_and_no_score():
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     loc = torch.tensor(0.3).double().requires_grad_()
-
-    def guide(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Normal(loc * y, 0.7))
-
+    guide = guide_of(lambda y: dist.Normal(loc * y, 0.7))
     found = []
     for elbo in (LeaveOneOut(2), Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)):
         pyro.set_rng_seed(0)
         found.append(gradient(elbo, model, guide, Y, [loc]))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
-
-# --- Antithetic pairs ------------------------------------------------------------------------------------------------
 
 ALPHA = torch.tensor([-1.5, 0.0, 0.8]).double()
 ROWS = 40_000
@@ -184,10 +174,7 @@ def wide_pair(alpha, shift=0.0):
             pyro.sample("y", dist.Normal((z * weight).sum(-1) + z[..., 0] * z[..., 2], 0.7), obs=y)
             pyro.factor("shift", torch.as_tensor(shift).double().expand(len(y)))
 
-    def guide(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Bernoulli(logits=alpha).to_event(1))
-
+    guide = guide_of(lambda y: dist.Bernoulli(logits=alpha).to_event(1))
     return model, guide
 
 
@@ -321,16 +308,9 @@ def test_disarm_refuses_latents_that_are_no_bernoullis_and_names_them():
     with pytest.raises(ValueError, match=r"DisARM needs Bernoulli latents, got a Normal for site 'g' of the guide"):
         DisARM().loss(model, guide, Y)
     spin = torch.distributions.AffineTransform(-1.0, 2.0)
-
-    def spins(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.TransformedDistribution(dist.Bernoulli(logits=x), [spin]))
-
+    spins = guide_of(lambda x: dist.TransformedDistribution(dist.Bernoulli(logits=x), [spin]))
     with pytest.raises(ValueError, match=r"needs Bernoulli latents, got a TransformedDistribution for site 'z'"):
         DisARM().loss(spins, spins, Y)
-
-
-# --- Signals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -343,10 +323,7 @@ def test_leave_one_out_has_no_noise_if_f_is_constant(count):
             pyro.sample("z", dist.Bernoulli(logits=logits.detach()).to_event(1))
             pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
 
-    def guide(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1))
-
+    guide = guide_of(lambda y: dist.Bernoulli(logits=logits).to_event(1))
     assert gradient(LeaveOneOut(count), model, guide, Y, [logits]).abs().max() < 1e-14
 
 
@@ -364,9 +341,6 @@ def test_a_baseline_reduces_the_variance():
     row_gradients(elbo, shift, seed=1)
     with_baseline = row_gradients(elbo, shift).var(0)
     assert (with_baseline < plain / 5).all()
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def users_pair():
