@@ -28,7 +28,7 @@ def runner(task: str, compiled: bool = False, by_step: bool = False) -> Callable
     if task == "train":
         return _stepper(compiled) if by_step else _fitter(compiled)
     if by_step or (compiled and task == "export"):
-        raise NotImplementedError(f"{task}: it is not compiled")
+        raise NotImplementedError(f"{task}: it takes no training steps")
     return {"evaluate": evaluate_captured if compiled else evaluate, "export": export}[task]
 
 
