@@ -1,0 +1,89 @@
+"""Distributions rebuilt from free parameters are unchanged, and guides that cannot be refined raise."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_vae as pv
+from pyro_vae.diagnostics.refinement import _rebuildable
+from pyro_vae.distributions.mixture import MixtureOfNormals
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1),
+        dist.MultivariateNormal(torch.zeros(5, 2), precision_matrix=torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
+        dist.LowRankMultivariateNormal(torch.zeros(5, 2), torch.ones(5, 2, 1), torch.ones(5, 2)),
+        pv.distributions.Product(dist.Bernoulli(probs=torch.full((5, 2), 0.3)), 1),
+        dist.OneHotCategorical(probs=torch.full((5, 3), 0.2)),
+        dist.Categorical(logits=torch.randn(5, 3)),
+        pv.distributions.LogitRelaxedBernoulli(torch.tensor(0.5), torch.randn(5, 2)).to_event(1),
+        pv.distributions.LogRelaxedOneHotCategorical(torch.tensor(0.5), torch.randn(5, 2, 3)).to_event(1),
+        dist.Laplace(torch.zeros(5), 2.0),
+        dist.StudentT(torch.full((5,), 4.0), 0.0, 2.0),
+        dist.Gamma(torch.full((5,), 4.0), 2.0),
+        dist.Beta(torch.full((5,), 4.0), 2.0),
+        dist.LogNormal(torch.zeros(5), 2.0),
+        MixtureOfNormals(torch.zeros(5, 3), torch.randn(5, 3, 2), torch.ones(5, 3, 2)),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_a_rebuilt_distribution_is_the_same(fn):
+    start, build = _rebuildable("z", fn)
+    value = fn.sample()
+    torch.testing.assert_close(build(start).log_prob(value), fn.log_prob(value), rtol=1e-4, atol=1e-4)
+    assert build(start).event_shape == fn.event_shape
+    assert all(parameter.isfinite().all() and not parameter.requires_grad for parameter in start)
+
+
+def model_of(**latents):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            total = sum(pyro.sample(name, prior) for name, prior in latents.items())
+            pyro.sample("x", dist.Normal(total[..., None], torch.ones(2)).to_event(1), obs=x)
+
+    return model
+
+
+def guide_of(fn):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", fn(x[:, 0]))
+
+    return guide
+
+
+def chained_guide(x):
+    with pyro.plate("data", len(x)):
+        kind = pyro.sample("kind", dist.Bernoulli(logits=x[:, 0] - 1))
+        pyro.sample("z", dist.Normal(x[:, 1] - kind, 0.6))
+
+
+def affine(x):
+    return dist.TransformedDistribution(dist.Normal(x, 1.0), [dist.transforms.AffineTransform(0.0, 2.0)])
+
+
+NORMAL = dist.Normal(0.0, 1.0)
+UNREFINABLE = {
+    "chained": (
+        model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
+        r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`",
+    ),
+    "poisson": (
+        model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x.exp())),
+        "`guide` must have .*enumerated, got 'z'.*`refined`",
+    ),
+    "transformed": (
+        model_of(z=NORMAL), guide_of(affine),
+        "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`",
+    ),
+    "point": (model_of(z=NORMAL), guide_of(dist.Delta), "its latent 'z' is a point"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "guide", "message"), UNREFINABLE.values(), ids=UNREFINABLE.keys())
+def test_a_guide_that_cannot_be_refined_raises(model, guide, message):
+    with pytest.raises(ValueError, match=message):
+        pv.inference_gap(model, guide, torch.randn(5, 2))
