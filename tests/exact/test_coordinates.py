@@ -35,11 +35,8 @@ def normal(z):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (
-            model_of(dist.LogNormal(0.0, 1.0), normal),
-            "on the real line or the log-simplex .*; write the latent on the real",
-        ),
-        (model_of(dist.Exponential(1.0), normal), "got a Exponential on .* at 'z'; write the latent on the real line"),
+        (model_of(dist.HalfCauchy(1.0), normal), "known extent for quadrature, got a HalfCauchy at 'z'.* real line"),
+        (model_of(dist.HalfNormal(1.0), normal), "known extent for quadrature, got a HalfNormal at 'z'.* real line"),
         (model_of(dist.Cauchy(0.0, 1.0), normal), "without a finite mean and variance"),
         (gaussian(3, 2).model, "a continuous latent of at most 2 dimensions for quadrature, got 3 at 'z'"),
     ],

@@ -13,6 +13,7 @@ import pyro_vae as pv
 from pyro_vae import exact, guides
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 
 X = torch.randn(2, 3)
 
@@ -88,6 +89,6 @@ def test_only_independent_latents_have_factors(weight):
             pyro.sample("b", dist.Bernoulli(logits=weight * a - 0.5))
 
     x = torch.randn(50)
-    factors = GuideDensity(ModelDensity(model, (x,), "data"), guide).factors()
+    factors = GuideDensity(ModelDensity(ModelGuide(model, guide, x))).factors()
     assert (factors is None) == (weight > 0)
     assert weight or (set(factors) == {"a", "b"} and torch.equal(factors["a"].logits, x))

@@ -13,6 +13,7 @@ from sklearn.mixture import GaussianMixture
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 
 KINDS = ["normal", "normal 2-D", "relaxed", "relaxed hard", "gumbel", "gumbel hard", "bernoulli", "one-hot"]
 
@@ -90,7 +91,7 @@ def test_enumeration_agrees_with_scikit_learns_gaussian_mixture():
 def test_a_posterior_by_quadrature_is_normalised_and_its_samples_follow_it(kind):
     vae, x = steep_vae(kind), torch.tensor([[0.3, -0.5]])
     posterior = exact.posterior(vae.model, x)
-    coordinates = ModelDensity(vae.model, (x,), "data").coordinates()
+    coordinates = ModelDensity(ModelGuide(vae.model, None, x)).coordinates()
     grid = torch.linspace(-80, 80, 200_001, dtype=torch.float64)
     log_prob = torch.cat([posterior.log_prob(coordinates.to_site(part[:, None, None])) for part in grid.split(20_000)])
     density = log_prob[:, 0].double().exp()

@@ -17,6 +17,7 @@ import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors, schedules
 from pyro_vae.exact import inference
 from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 
 LATENT = 4
 
@@ -85,7 +86,7 @@ def test_factor_analysis_agrees_with_scikit_learn():
 def test_quadrature_and_the_closed_form_agree_on_a_linear_model(latent):
     x = pv.datasets.digits("train").x[:50, 2:6].double()
     vae, _ = ppca_vae(x, latent)
-    p = ModelDensity(vae.model, (x,), "data")
+    p = ModelDensity(ModelGuide(vae.model, None, x))
     with torch.no_grad():
         evidence, rule = inference._integrated_evidence(p, 1e-6)
     assert torch.allclose(evidence, exact.log_evidence(vae.model, x), atol=1e-6)

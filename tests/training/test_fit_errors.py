@@ -49,8 +49,16 @@ NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
         ),
         ({"data": torch.zeros(())}, ValueError, r"`data` must have shape .* with N >= 1, got shape \(\), without rows"),
         ({"data": torch.zeros(4, 3)}, ValueError, r"`x` must be \(N, 2\).*got shape \(4, 3\)"),
-        ({"data": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, "context of DiagonalNormal must be torch.float32, as its network is, got torch.float64"),
-        ({"data": torch.zeros(4, 2, dtype=torch.long)}, TypeError, "context of DiagonalNormal must be torch.float32, as its network is, got torch.int64"),
+        (
+            {"data": torch.zeros(4, 2, dtype=torch.float64)},
+            TypeError,
+            "context of DiagonalNormal must be torch.float32, as its network is, got torch.float64",
+        ),
+        (
+            {"data": torch.zeros(4, 2, dtype=torch.long)},
+            TypeError,
+            "context of DiagonalNormal must be torch.float32, as its network is, got torch.int64",
+        ),
         ({"data": NAN}, ValueError, r"`data` must hold finite numbers, got nan at row 1, column \(1,\)"),
         ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"`data` must hold finite numbers, got inf at row 1"),
         (
