@@ -18,7 +18,7 @@ import pairs
 import pytest
 import torch
 import xarray as xr
-from common import SHARED, X
+from export_cases import SHARED, X
 from matplotlib import MatplotlibDeprecationWarning
 
 import pyro_vae as pv

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from common import SHARED, SIGMAS, TWO_PLATES, VAES, N, X, drawn, local_pair, shared_guide, shared_model
+from export_cases import SHARED, SIGMAS, TWO_PLATES, VAES, N, X, drawn, local_pair, shared_guide, shared_model
 from pairs import NET, bernoulli, gaussian, gumbel, relaxed
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from common import N, X
+from export_cases import N, X
 
 import pyro_vae as pv
 from pyro_vae.inference_data import netcdf

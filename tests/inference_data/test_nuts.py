@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from common import SIGMAS
+from export_cases import SIGMAS
 from pairs import bernoulli, gaussian, relaxed
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import nn

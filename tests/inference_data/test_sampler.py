@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from common import SHARED, SIGMAS, TWO_PLATES, VAES, X, drawn, local_pair, shared_guide, shared_model
+from export_cases import SHARED, SIGMAS, TWO_PLATES, VAES, X, drawn, local_pair, shared_guide, shared_model
 from pairs import NET, bernoulli, gaussian
 from pyro import poutine
 from pyro.infer import config_enumerate
