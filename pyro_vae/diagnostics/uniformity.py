@@ -50,8 +50,10 @@ def p_value(numbers: np.ndarray, cells: int) -> float:
     pointwise = min(1.0, 2 * float(tails.min()))
     if pointwise < 1e-12:  # beyond the precision of what follows: bound it by the sum over counts
         return pointwise * cells
+    if pointwise == 1:  # all counts are medians
+        return 1.0
     within = _probability_within(*_limits(num, cells, pointwise * (1 + 1e-9)), num, cells)
-    return float(np.clip(1 - within, pointwise, 1.0))
+    return float(np.clip(1 - within, pointwise / 2, 1.0))  # the tail of one count is a lower bound
 
 
 def _limits(num: int, cells: int, pointwise: float) -> tuple[np.ndarray, np.ndarray]:
