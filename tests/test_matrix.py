@@ -166,7 +166,7 @@ def test_calibration_and_decomposition_take_every_latent(prior, guide):
 @pytest.mark.parametrize(
     ("prior", "guide"), [marked(p, g) for p, g in itertools.product(PRIORS, GUIDES) if not fits(p, g)]
 )
-def test_a_pair_that_does_not_fit_is_refused_and_says_what_would(prior, guide):
+def test_a_pair_that_does_not_fit_is_refused_with_one_that_does(prior, guide):
     with pytest.raises((ValueError, TypeError), match=r"What would fit|must be an? (amortized )?guide"):
         vae_of(prior, guide, "Normal")
 
@@ -180,7 +180,7 @@ def test_a_pair_that_does_not_fit_is_refused_and_says_what_would(prior, guide):
         if not takes(o, p, g) and o != "TraceMeanField_ELBO"  # Pyro's takes any, and draws where it has no closed form
     ],
 )
-def test_an_objective_that_is_not_for_a_pair_is_refused_and_says_what_is(prior, guide, objective):
+def test_an_objective_that_is_not_for_a_pair_is_refused_with_one_that_is(prior, guide, objective):
     vae, x = vae_of(prior, guide, "Normal")
     with pytest.raises((ValueError, TypeError), match=r"`?\w+`? must (be|have)|use Trace_ELBO"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=OBJECTIVES[objective][1]())
