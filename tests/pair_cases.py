@@ -1,9 +1,8 @@
 """Priors, guides, likelihoods and objectives, and which of them fit together: a new one joins the suites here."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
+from part_cases import NEEDS_ZUKO
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 
 import pyro_vae as pv
@@ -98,7 +97,6 @@ def takes(objective, prior, guide):
 
 PAIRS = [(p, g) for p in PRIORS for g in GUIDES if fits(p, g)]
 TRIPLES = [(p, g, o) for p, g in PAIRS for o in OBJECTIVES if takes(o, p, g)]
-NEEDS_ZUKO = pytest.mark.skipif(find_spec("zuko") is None, reason="flows need zuko, `pip install 'pyro-vae[flows]'`")
 
 
 def marked(*names):

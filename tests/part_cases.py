@@ -1,4 +1,4 @@
-"""Every part in every role in which it may stand: a new part joins the suites by being listed here."""
+"""Every part in each of its roles: a new part joins the suites by a line here."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -98,7 +98,7 @@ UNLIKELY = 1e-5
 
 @dataclass
 class Case:
-    """A part with random parameters, in float64, and what it is fed with."""
+    """A part with random parameters, in float64, and its contexts."""
 
     build: object
 

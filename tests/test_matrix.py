@@ -130,10 +130,43 @@ def test_the_elbo_is_below_log_p_and_goes_through_a_file(prior, guide, likelihoo
     assert pv.evaluate(other.model, other.guide, x) == pv.evaluate(vae.model, vae.guide, x)
 
 
+# Each prior and each guide at least once.
+ALIKE = [(p, g) for p, g in PAIRS if PRIORS[p][0] == GUIDES[g][0]]
+ONCE = [
+    (p, g)
+    for number, (p, g) in enumerate(ALIKE)
+    if p not in {prior for prior, _ in ALIKE[:number]} or g not in {guide for _, guide in ALIKE[:number]}
+]
+
+
+@pytest.mark.parametrize(("prior", "guide"), [marked(*pair) for pair in ONCE])
+def test_exact_answers_add_up_and_agree_with_estimates(prior, guide):
+    vae, x = vae_of(prior, guide, "Normal")
+    vae, x = vae.double().requires_grad_(False), x.double()
+    log_evidence = pv.exact.log_evidence(vae.model, x, tolerance=1e-3)
+    elbo, kl = (answer(vae.model, vae.guide, x, tolerance=1e-3) for answer in (pv.exact.elbo, pv.exact.kl))
+    torch.testing.assert_close(log_evidence, elbo + kl, atol=5e-3, rtol=0)
+    assert (kl > -1e-3).all()
+    estimate = pv.log_evidence(vae.model, vae.guide, x, num_samples=4000)
+    assert ((estimate.log_evidence - log_evidence).abs() < 6 * estimate.standard_error + 5e-3).all()
+
+
+@pytest.mark.parametrize(("prior", "guide"), [marked(p, g) for p, g in ONCE if g != "PerDatum"])
+def test_calibration_and_decomposition_take_every_latent(prior, guide):
+    vae, x = vae_of(prior, guide, "Normal")
+    calibration = pv.calibrate(vae.model, vae.guide, x, num_simulations=40, num_draws=19)
+    assert ((calibration.p_values >= 0) & (calibration.p_values <= 1)).all()
+    assert ((calibration.ranks >= 0) & (calibration.ranks <= 19)).all()
+    assert calibration.divergence > -6 * calibration.divergence_error
+    nats = pv.decompose(vae.model, vae.guide, x)
+    assert nats.rate.value == pytest.approx(nats.mutual_information.value + nats.marginal_kl.value, abs=1e-5)
+    assert all(math.isfinite(value) for units in nats.units.values() for value in units.activity.flatten().tolist())
+
+
 @pytest.mark.parametrize(
     ("prior", "guide"), [marked(p, g) for p, g in itertools.product(PRIORS, GUIDES) if not fits(p, g)]
 )
-def test_a_pair_that_does_not_fit_is_refused_and_says_what_would(prior, guide):
+def test_a_pair_that_does_not_fit_is_refused_with_one_that_does(prior, guide):
     with pytest.raises((ValueError, TypeError), match=r"What would fit|must be an? (amortized )?guide"):
         vae_of(prior, guide, "Normal")
 
@@ -147,7 +180,7 @@ def test_a_pair_that_does_not_fit_is_refused_and_says_what_would(prior, guide):
         if not takes(o, p, g) and o != "TraceMeanField_ELBO"  # Pyro's takes any, and draws where it has no closed form
     ],
 )
-def test_an_objective_that_is_not_for_a_pair_is_refused_and_says_what_is(prior, guide, objective):
+def test_an_objective_that_is_not_for_a_pair_is_refused_with_one_that_is(prior, guide, objective):
     vae, x = vae_of(prior, guide, "Normal")
     with pytest.raises((ValueError, TypeError), match=r"`?\w+`? must (be|have)|use Trace_ELBO"):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=OBJECTIVES[objective][1]())

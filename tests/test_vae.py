@@ -82,29 +82,6 @@ def test_frozen_parameters_stay_and_the_rest_trains_without_a_warning(vae):
         assert torch.equal(parameter, before[name]) == name.startswith("decoder"), name
 
 
-class PseudoInputPrior(nn.Module):
-    """A mixture of q(z | u) at learned data u: it shares the parameters of the encoder."""
-
-    def __init__(self, encoder, num_components=3):
-        super().__init__()
-        self.encoder = encoder
-        self.pseudo_inputs = nn.Parameter(torch.randn(num_components, 3))
-
-    def forward(self, context=None):
-        mixing = dist.Categorical(logits=torch.zeros(len(self.pseudo_inputs)))
-        return dist.MixtureSameFamily(mixing, self.encoder(self.pseudo_inputs))
-
-
-def test_parameters_that_parts_share_are_registered_once():
-    encoder = guides.DiagonalNormal(3, 2, NET)
-    vae = pv.VAE(PseudoInputPrior(encoder), encoder, likelihoods.Normal(2, 3, NET))
-    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
-    step(vae)
-    assert {id(parameter) for parameter in stored().values()} == {id(parameter) for parameter in vae.parameters()}
-    assert len(stored()) == len(list(vae.parameters()))
-    assert all(not torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())
-
-
 class MeanOfEncoderPrior(nn.Module):
     """q(z | u) at one learned datum u: it shares the parameters of the encoder."""
 
@@ -117,11 +94,14 @@ class MeanOfEncoderPrior(nn.Module):
         return self.encoder(self.pseudo_input)
 
 
-def test_a_module_that_is_no_part_may_be_the_prior():
+def test_a_module_that_is_no_part_may_be_the_prior_and_shared_parameters_are_registered_once():
     encoder = guides.DiagonalNormal(3, 2, NET)
     vae = pv.VAE(MeanOfEncoderPrior(encoder), encoder, likelihoods.Normal(2, 3, NET))
+    before = {name: parameter.clone() for name, parameter in vae.named_parameters()}
     step(vae)
+    assert {id(parameter) for parameter in stored().values()} == {id(parameter) for parameter in vae.parameters()}
     assert len(stored()) == len(list(vae.parameters()))
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())
     with pytest.raises(
         TypeError,
         match=r"`prior` must be a Part.*got MeanOfEncoderPrior, which has no discrete twin",

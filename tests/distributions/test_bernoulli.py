@@ -136,10 +136,10 @@ def test_density_integrates_to_one(p):
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("quantity", ["log_normalizer", "mean", "icdf", "slope"])
 def test_series_and_formula_meet_without_a_step(quantity, threshold):
-    beside = threshold * torch.tensor([1 - 1e-12, 1 + 1e-12], dtype=torch.float64).requires_grad_()
-    p = ContinuousBernoulli(beside)
+    near = threshold * torch.tensor([1 - 1e-12, 1 + 1e-12], dtype=torch.float64).requires_grad_()
+    p = ContinuousBernoulli(near)
     if quantity == "slope":
-        (values,) = torch.autograd.grad(p.log_normalizer.sum(), beside)
+        (values,) = torch.autograd.grad(p.log_normalizer.sum(), near)
     elif quantity == "icdf":
         values = p.icdf(torch.tensor(0.3, dtype=torch.float64))
     else:

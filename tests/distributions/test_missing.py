@@ -1,4 +1,4 @@
-"""NaN is an entry that was not observed: log p(x_obs) and its gradients are those of the rest, everywhere."""
+"""NaN is an entry that was not observed: log p(x_obs) and its gradients are those of the observed entries."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_a_missing_entry_has_no_part_in_any_gradient(build):
 
 
 @ALL
-def test_values_outside_the_support_are_refused_beside_missing_ones(build):
+def test_values_outside_the_support_are_refused_next_to_missing_ones(build):
     q = build(missing=True)(torch.zeros(3))
     if base_support(q) is not torch.distributions.constraints.real:
         with pytest.raises(ValueError, match=r"support|0s and 1s"):
@@ -108,7 +108,7 @@ def test_values_outside_the_support_are_refused_beside_missing_ones(build):
     ],
     ids=lambda base: type(base).__name__,
 )
-def test_any_distribution_of_single_variables_can_be_told_that_some_are_missing(base):
+def test_any_distribution_of_single_variables_accepts_missing_ones(base):
     q = with_missing(base.to_event(1))
     x = base.sample()
     assert q.log_prob(x) == base.log_prob(x).sum()
@@ -123,7 +123,7 @@ def test_vectors_that_are_one_variable_are_refused():
         WithMissing(dist.OneHotCategorical(torch.ones(3)))
 
 
-# --- What a model says of NaN ----------------------------------------------------------------------------------------
+# --- Models with NaN -------------------------------------------------------------------------------------------------
 
 X = holed(torch.randn(40, 2), seed=1)
 WORK = {
@@ -147,7 +147,7 @@ def test_everything_takes_missing_entries_where_the_likelihood_does(work):
 
 
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
-def test_missing_entries_are_refused_where_the_likelihood_was_not_told(work):
+def test_missing_entries_are_refused_without_the_option(work):
     vae = gaussian_vae(missing=False)
     before = [parameter.clone() for parameter in vae.parameters()]
     where = r"row \d+, column \(\d,\)"
@@ -159,7 +159,7 @@ def test_missing_entries_are_refused_where_the_likelihood_was_not_told(work):
 
 
 @pytest.mark.parametrize("name", ["fit", "evaluate", "to_datatree", "exact.elbo"])
-def test_an_encoder_that_reads_nan_as_a_number_is_told_what_would_read_it(name):
+def test_an_encoder_that_cannot_read_nan_is_refused_with_a_way_out(name):
     with pytest.raises(
         ValueError,
         match=r"must accept missing entries.*networks\.with_missing.*got a context with NaN",
@@ -167,7 +167,7 @@ def test_an_encoder_that_reads_nan_as_a_number_is_told_what_would_read_it(name):
         WORK[name](gaussian_vae(reads=False))
 
 
-def test_a_model_of_ones_own_says_for_itself():
+def test_a_model_of_ones_own_accepts_nan_by_its_distribution():
     def model(x, y, missing=True):
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
@@ -311,7 +311,7 @@ def test_classes_are_enumerated_with_missing_entries():
 
 
 @ALL
-def test_every_likelihood_trains_in_a_vae_and_is_held_against_the_exact_answer(build):
+def test_every_likelihood_trains_in_a_vae_and_agrees_with_the_exact_answer(build):
     decoder = build(z=1, missing=True)
     network = networks.one_hot(3, NET) if isinstance(decoder, likelihoods.Categorical) else networks.with_missing(NET)
     vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(4, 1, network), decoder)
@@ -543,7 +543,7 @@ def test_datatree_holds_missing_data_as_they_are_and_complete_predictions(parall
     assert set(tree["guide"].data_vars) == {"z_loc", "z_scale"}
 
 
-def test_a_network_told_of_missing_entries_does_not_take_them_for_zeros():
+def test_a_network_for_missing_entries_does_not_take_them_for_zeros():
     network = networks.with_missing(networks.linear())(3, 2)
     x = torch.tensor([[1.0, 0.0, NAN], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
     outputs = network(x)

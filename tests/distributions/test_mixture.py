@@ -76,7 +76,7 @@ def test_weights_of_a_guide_have_a_gradient_as_long_as_components_touch(distance
     q, p = MixtureOfNormals(logits, loc, scale), MixtureOfNormals(torch.tensor([0.2, 0.8]).log(), loc, scale)
     z = q.rsample((200_000,))
     slope = torch.autograd.grad((p.log_prob(z) - q.log_prob(z)).mean(), logits)[0][1].item()
-    # By quadrature 0.3217 and 0.3452: far apart no draw is where it crosses over, as the docstring says.
+    # By quadrature 0.3217 and 0.3452: far apart there are no draws between the components.
     assert slope == pytest.approx(found, abs=0.02)
 
 

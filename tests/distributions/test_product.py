@@ -102,7 +102,7 @@ def test_product_of_bernoullis_keeps_its_digits_and_refuses_grey_values():
         q.log_prob(torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
 
 
-def test_product_refuses_more_states_than_its_limit_and_says_how_many():
+def test_product_refuses_more_states_than_its_limit_naming_both():
     assert len(Product(bernoullis(16), 1).enumerate_support(expand=False)) == 2**16
     with pytest.raises(ValueError, match="131072 states"):
         Product(bernoullis(17), 1).enumerate_support()

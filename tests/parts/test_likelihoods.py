@@ -49,7 +49,7 @@ def test_what_is_no_class_or_count_is_refused(value):
                 build(1, 2, linear())(torch.zeros(1)).log_prob(torch.tensor([0.0, value]))
 
 
-def test_a_fixed_scale_is_what_was_asked_for():
+def test_a_fixed_scale_is_the_argument():
     decoder = likelihoods.Normal(1, 2, mlp([3]), scale=0.25)
     assert torch.equal(decoder(torch.randn(4, 1)).stddev, torch.full((4, 2), 0.25))
     assert "family.log_scale" not in decoder.state_dict()

@@ -85,14 +85,14 @@ def test_convolutional_encoder_and_decoder_take_particles_and_enumerated_states(
 
 
 def test_any_function_of_two_integers_is_a_factory():
-    asked = []
+    sizes = []
 
     def own(in_features, out_features):
-        asked.append((in_features, out_features))
+        sizes.append((in_features, out_features))
         return nn.Sequential(nn.Linear(in_features, 5), nn.LayerNorm(5), nn.Linear(5, out_features))
 
     encoder = guides.DiagonalNormal((2, 3), 4, own)
-    assert asked == [(6, 8)]
+    assert sizes == [(6, 8)]
     assert encoder(torch.zeros(7, 2, 3)).mean.shape == (7, 4)
     assert guides.Bernoulli(2, 3, nn.Linear)(torch.zeros(2)).event_shape == (3,)
 
@@ -114,7 +114,7 @@ def test_standardized_takes_the_location_off_and_divides_by_the_scale():
     torch.testing.assert_close(network(x), network[1]((x - loc) / scale))
     torch.testing.assert_close(network[0](x).mean(), ((x - loc) / scale).mean())
     assert {name for name, _ in network.named_parameters()} == {"1.weight", "1.bias"}
-    loc.zero_()  # what was handed over stays the caller's
+    loc.zero_()  # the argument was copied
     torch.testing.assert_close(network[0](torch.tensor([1.0, -2.0])), torch.zeros(2))
     assert network.double()(x.double()).dtype == torch.float64
     assert standardized(linear(), torch.ones(2).double(), 3)(2, 3)(x).dtype == torch.float32

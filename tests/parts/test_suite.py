@@ -95,7 +95,7 @@ def states_of(q):
 
 
 def pooled(counts, expected, least=10.0):
-    """Cells of an expected count of at least so many, the rarer ones pooled: what a test of fit by chi-square asks."""
+    """Pool the cells of small expected counts, as a chi-square test needs."""
     rare = expected < least
     if not rare.any():
         return counts, expected
