@@ -252,8 +252,8 @@ class VAE(nn.Module):
         True
         """
         vae = model_file.load(path, VAE, map_location, using)
-        parts = [getattr(vae, role, None) for role in ("prior", "encoder", "decoder")]
-        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(vae.data_shape, torch.Size):
+        found = [getattr(vae, name, None) for name in ("prior", "encoder", "decoder", "data_shape")]
+        if not all(map(isinstance, found, [nn.Module, nn.Module, nn.Module, torch.Size])):
             raise FileFormatError(f"`path` must be a model file: the VAE in {os.fspath(path)!r} lacks parts")
         vae.name = f"vae{next(_numbers)}"
         return vae
