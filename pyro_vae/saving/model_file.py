@@ -15,6 +15,7 @@ What is guaranteed:
   that rebuild tensors and containers are called. :mod:`pyro_vae.saving.pickle_check` finds out without executing the
   pickle. Then ``torch.load(weights_only=True)`` reads the file, and is given these names alone.
 - A file cannot claim more memory than it has bytes: no record is compressed, and no tensor is larger than its record.
+  A loaded model can still take long, or need much memory, when it is *run*.
 - A file that was written can be read: :func:`save` makes the same checks as :func:`load`.
 
 ``weights_only=True`` alone is not enough: a file may then call each allowed class with any arguments, such as

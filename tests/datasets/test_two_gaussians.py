@@ -31,12 +31,6 @@ def test_each_cluster_is_a_gaussian_whose_standard_deviation_is_the_scale(label,
     assert (noise[:, 0] * noise[:, 1]).mean().abs() < 4.5 / count**0.5
 
 
-def test_the_default_scale_of_a_tenth_is_a_standard_deviation_and_no_variance():
-    data = datasets.two_gaussians(40_000, seed=4)
-    assert data.scale == 0.1
-    assert centred(data).std().item() == pytest.approx(0.1, abs=4.5 * 0.1 / (2 * 80_000) ** 0.5)
-
-
 def test_clusters_are_equally_likely_and_labels_name_them():
     data = datasets.two_gaussians(40_000, seed=5)
     assert data.labels.dtype == torch.long
@@ -110,6 +104,8 @@ def test_shapes_and_length():
     data = datasets.two_gaussians(7)
     assert (data.x.shape, data.labels.shape, len(data)) == ((7, 2), (7,), 7)
     assert data.x.dtype == torch.get_default_dtype()
+    assert data.scale == 0.1
+    assert torch.equal(data.x, datasets.two_gaussians(7, scale=0.1).x)
 
 
 def test_the_random_streams_of_the_user_are_untouched(random_states):

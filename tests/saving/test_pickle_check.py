@@ -135,6 +135,10 @@ def tensor_of(size, stride, offset=0, storage=None, hooks=None, function=torch._
 
 NESTED = functools.reduce(lambda inner, _: (inner, inner), range(40), 1)
 
+LONG = list(range(1000))
+SIZE = tuple(LONG)
+STATE = dict.fromkeys(map(str, LONG))
+
 HARMFUL = {
     "a function of the user is called": Call(alarm, 1),
     "a class of the user is called": Call(Alarm, 1),
@@ -161,6 +165,9 @@ HARMFUL = {
     "a partial with arguments": Call(functools.partial, alarm, 3),
     "a dictionary with arguments": Call(collections.OrderedDict, [(1, 2)]),
     "very many layers": New(nn.GRU, state={"_all_weights": [[3]], "num_layers": 10**12, "bidirectional": False}),
+    "the same list in many sets": [Call(set, LONG) for _ in range(50)],
+    "the same tuple in many sizes": [Call(torch.Size, SIZE) for _ in range(50)],
+    "the same state in many modules": [New(nn.Linear, state=STATE) for _ in range(50)],
     "a module with a state that is none": New(nn.Linear, state=[("a", 1)]),
 }
 
