@@ -502,17 +502,3 @@ def test_a_model_of_another_class_is_refused(path):
         model_file.save(path, other)
         with pytest.raises(FileFormatError, match=r"model\.pt' (holds no VAE|lacks parts)"):
             pv.VAE.load(path)
-
-
-def test_an_interrupted_write_leaves_the_earlier_file(path, monkeypatch):
-    gaussian().save(path)
-    before = path.read_bytes()
-
-    def fail(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        gaussian().save(path)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]

@@ -310,10 +310,10 @@ def test_intervals_that_are_not_positive_are_refused(options, message, tmp_path)
 
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     run(tmp_path)
-    (tmp_path / ".0123.partial").touch()
-    (tmp_path / "mine.txt").touch()
+    (tmp_path / f".{'0123' * 8}.partial").touch()
+    (tmp_path / ".mine.partial").touch()
     run(tmp_path, epochs=4)
-    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", "mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", ".mine.partial"}
 
 
 def test_seconds_count_from_the_last_checkpoint(tmp_path, monkeypatch):
