@@ -209,8 +209,7 @@ class VAE(nn.Module):
 
         The file has all parts as they are now: parameters and buffers (the temperature is one) in their dtypes, frozen
         parameters, training and evaluation modes, what parts share, and modules of your own. It is written whole or not
-        at all, with a checksum. As in ``torch.save``, a tensor that is a slice is stored with all that it is a slice of:
-        clone it first.
+        at all, with a checksum. As in ``torch.save``, a slice of a tensor is stored with the whole tensor: clone it first.
 
         Args:
             path: the file, such as ``"model.pt"``. A file that is there is replaced.

@@ -18,7 +18,8 @@ What is guaranteed:
   A loaded model can still take long, or need much memory, when it is *run*.
 - A file that was written can be read: :func:`save` makes the same checks as :func:`load`.
 
-What is not guaranteed: that later versions read the file. It names classes and attributes, which may be renamed. To keep a model for years, keep its ``state_dict`` and the code that makes it.
+What is not guaranteed: that later versions read the file. It names classes and attributes, which may be renamed. To
+keep a model for years, keep its ``state_dict`` and the code that makes it.
 
 ``weights_only=True`` alone is not enough: a file may then call each allowed class with any arguments, such as
 ``bytearray(10**12)`` or ``nn.Linear(10**6, 10**6)``.
