@@ -213,7 +213,7 @@ class VAE(nn.Module):
 
         The file has all parts as they are now: parameters and buffers (the temperature is one) in their dtypes, frozen
         parameters, training and evaluation modes, what parts share, and modules of your own. It is written whole or not
-        at all, with a checksum.
+        at all, with a checksum. As in ``torch.save``, a slice of a tensor is stored with the whole tensor: clone it first.
 
         Args:
             path: the file, such as ``"model.pt"``. A file that is there is replaced.
@@ -256,8 +256,8 @@ class VAE(nn.Module):
         True
         """
         vae = model_file.load(path, VAE, map_location, using)
-        parts = [getattr(vae, role, None) for role in ("prior", "encoder", "decoder")]
-        if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(vae.data_shape, torch.Size):
+        found = [getattr(vae, name, None) for name in ("prior", "encoder", "decoder", "data_shape")]
+        if not all(map(isinstance, found, [nn.Module, nn.Module, nn.Module, torch.Size])):
             raise FileFormatError(f"`path` must be a model file: the VAE in {os.fspath(path)!r} lacks parts")
         vae.name = f"vae{next(_numbers)}"
         return vae

@@ -1,7 +1,7 @@
-"""Data: the two-Gaussian mixture, whose truth is known, scikit-learn's handwritten digits, and MNIST.
+"""Data sets: the two-Gaussian mixture, whose density is known, scikit-learn's handwritten digits, and MNIST.
 
-Images come as they are stored, and :func:`grey`, :func:`binarize` and :func:`resample` make of them what a likelihood
-takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
+Images come as they are stored. :func:`grey`, :func:`binarize` and :func:`resample` turn them into the values that a
+likelihood takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
 """
 
 from pyro_vae.datasets.base import Dataset

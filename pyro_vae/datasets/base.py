@@ -1,4 +1,4 @@
-"""A dataset: observations, labels and names."""
+"""The type that all data sets have: observations and their labels."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Data ``x`` of N rows and a label for each.
+    """N observations with a label for each.
 
     Attributes:
         x: ``(N, ...)``.

@@ -1,7 +1,6 @@
-"""IDX files, the form in which MNIST is published: downloaded once, held against their checksums, read as bytes."""
+"""IDX files, the format of MNIST: download from the first mirror that works, checksums, and reading."""
 
-import gzip
-import hashlib
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,41 +27,39 @@ class RemoteFile:
 
     Attributes:
         name: without ``.gz``.
-        packed: SHA-256 of the gzip file that mirrors hold.
-        content: SHA-256 of what it unpacks to.
+        compressed: SHA-256 of the gzip file on the mirrors.
+        content: SHA-256 of the file after decompression.
     """
 
     name: str
-    packed: str
+    compressed: str
     content: str
 
 
 def find(file: RemoteFile, folder: str | Path) -> Path:
-    """The file in a folder, packed or not.
+    """Return the path of a file in a folder, compressed or not.
 
     Raises:
-        FileNotFoundError: if it is not there, naming it.
+        FileNotFoundError: if it does not exist; the message names it.
     """
     for path in (Path(folder) / f"{file.name}.gz", Path(folder) / file.name):
         if path.is_file():
             return path
-    what = f"holds neither {file.name}.gz nor {file.name}" if Path(folder).is_dir() else "is no folder"
-    raise FileNotFoundError(f"folder: {str(folder)!r} {what}")
+    what = f"{file.name}.gz or {file.name} in" if Path(folder).is_dir() else "folder"
+    raise FileNotFoundError(f"`folder` must be a folder with MNIST's files: there is no {what} {str(folder)!r}")
 
 
 def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attempts: int = 2) -> Path:
-    """The packed file in the cache; fetched from the first mirror that gives the published bytes, if not yet there.
-
-    A file reaches the cache whole and verified, or not at all; a spoilt one there is fetched again.
+    """Return the path of the compressed file in the cache; download it if it is not there, or is damaged.
 
     Args:
-        file: what to fetch.
+        file: the file.
         mirrors: URLs of folders, tried in turn.
         cache: folder for the file.
-        attempts: how often each mirror is asked.
+        attempts: number of attempts with each mirror.
 
     Raises:
-        OSError: if no mirror gives the file, with what each said.
+        OSError: if no mirror gives the file with the published checksum; the message has the error of each.
     """
     import pooch
     import requests
@@ -70,61 +67,71 @@ def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attemp
     failures = []
     for mirror in mirrors:
         store = pooch.create(
-            path=cache, base_url=mirror.rstrip("/") + "/", registry={f"{file.name}.gz": file.packed},
+            path=cache,
+            base_url=mirror.rstrip("/") + "/",
+            registry={f"{file.name}.gz": file.compressed},
             retry_if_failed=attempts - 1,
-        )  # fmt: skip
+        )
         try:
             return Path(store.fetch(f"{file.name}.gz"))
         except (ValueError, requests.exceptions.RequestException) as error:
             failures.append(f"{mirror}: {error}")
     raise OSError(
-        f"{file.name}.gz: no mirror gave it. Without a network, hand over a `folder` that holds the file, or put it "
-        f"into the cache, {str(cache)!r}. What the mirrors said: {'; '.join(failures)}"
+        f"`mirrors` must have one that gives {file.name}.gz. Without a network, pass a `folder` with the file, or copy "
+        f"it into the cache {str(cache)!r}. The errors of the mirrors: {'; '.join(failures)}"
     )
 
 
 def read(path: str | Path, content: str | None = None) -> Tensor:
-    """The array in an IDX file of unsigned bytes, packed with gzip or not.
+    """Return the array in an IDX file of unsigned bytes, compressed with gzip (``.gz``) or not.
 
     Args:
-        path: of the file.
-        content: SHA-256 that the unpacked bytes must have; unchecked if left out.
+        path: the file.
+        content: SHA-256 that the decompressed file must have; not checked if left out.
 
     Raises:
-        ValueError: if the file is corrupted, truncated or of another form, naming it; nothing of it is then used.
+        ValueError: if the file is corrupted, truncated or of another format; the message names it.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "two-images"
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = Path(folder.name) / "two-images"
     >>> _ = path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3]) + bytes(range(6)))
     >>> read(path)
     tensor([[[0, 1, 2]],
     <BLANKLINE>
             [[3, 4, 5]]], dtype=torch.uint8)
+    >>> folder.cleanup()
     """
+    import pooch
+
     path = file_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be that of an IDX file: there is no file {str(path)!r}")
-    raw = path.read_bytes()
-    try:
-        data = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: is truncated or corrupted, and not used: {error}") from error
-    if content is not None and (found := hashlib.sha256(data).hexdigest()) != content:
-        raise ValueError(
-            f"{path}: is truncated, corrupted or another file, and not used: its content has the SHA-256 {found}, "
-            f"the published one {content}"
-        )
-    return torch.from_numpy(_array(path, data).copy())
+    with tempfile.TemporaryDirectory() as folder:
+        plain = path
+        if path.suffix == ".gz":
+            try:
+                plain = Path(pooch.Decompress(name=f"{folder}/content")(str(path), "download", None))
+            except (EOFError, OSError, zlib.error) as error:
+                raise ValueError(f"`path` must be a whole gzip file: {str(path)!r} is damaged: {error}") from error
+        if content is not None and (found := pooch.file_hash(str(plain))) != content:
+            raise ValueError(
+                f"`path` must be the published file, whose content has the SHA-256 {content}: {str(path)!r} is damaged "
+                f"or another file: its content has {found}"
+            )
+        return torch.from_numpy(_array(path, plain.read_bytes()).copy())
 
 
 def _array(path: Path, data: bytes) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTES or data[3] > _MAX_DIMS:
         raise ValueError(
-            f"`{path}` must be an IDX file of unsigned bytes, 00 00 08, in up to {_MAX_DIMS} dimensions: begins with "
-            f"{data[:4].hex(' ')}"
+            f"`path` must be an IDX file of unsigned bytes, 00 00 08, in up to {_MAX_DIMS} dimensions: {str(path)!r} "
+            f"begins with {data[:4].hex(' ')}"
         )
     header = 4 + 4 * data[3]
     shape = [int(size) for size in np.frombuffer(data[4:header].ljust(header - 4, b"\0"), dtype=">u4")]
     if len(data) != header + prod(shape):
-        raise ValueError(f"{path}: holds {len(data)} bytes; its header tells of {header + prod(shape)}, shape {shape}")
+        raise ValueError(
+            f"`path` must be an IDX file of {header + prod(shape)} bytes, for its shape is {shape}: {str(path)!r} has "
+            f"{len(data)}"
+        )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

@@ -1,8 +1,4 @@
-"""Data: the two-Gaussian mixture, whose truth is known, scikit-learn's handwritten digits, and MNIST.
-
-Images come as they are stored, and :func:`grey`, :func:`binarize` and :func:`resample` make of them what a likelihood
-takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
-"""
+"""Images of handwritten digits: those of scikit-learn, and MNIST."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -21,17 +17,17 @@ MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist",
     "https://storage.googleapis.com/cvdf-datasets/mnist",
 )
-"""Where :func:`mnist` looks for its files, in this order."""
+"""URLs from which :func:`mnist` downloads, tried in this order."""
 
 
 def digits(split: str = "all") -> Dataset:
-    """1797 handwritten digits of 8 × 8 grey pixels k/16 (UCI, as scikit-learn embeds them): no download.
+    """1797 handwritten digits of 8 × 8 grey pixels k/16, from UCI, which scikit-learn contains: no download.
 
     Args:
-        split: ``"train"`` (1500 images), ``"test"`` (the other 297) or ``"all"``. The split is fixed.
+        split: ``"train"`` (1500 images), ``"test"`` (the other 297) or ``"all"``. The split is always the same.
 
-    >>> len(digits("train")), binarize(digits("test").x).unique()
-    (1500, tensor([0., 1.]))
+    >>> len(digits("train")), digits("test").x.shape
+    (1500, torch.Size([297, 64]))
     """
     splits = {"train": slice(0, 1500), "test": slice(1500, None), "all": slice(None)}
     _check_split(split, splits)
@@ -45,24 +41,24 @@ _MNIST = {
     "train": (
         idx.RemoteFile(
             "train-images-idx3-ubyte",
-            packed="440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+            compressed="440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
             content="ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         ),
         idx.RemoteFile(
             "train-labels-idx1-ubyte",
-            packed="3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+            compressed="3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
             content="65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
         ),
     ),
     "test": (
         idx.RemoteFile(
             "t10k-images-idx3-ubyte",
-            packed="8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+            compressed="8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
             content="0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
         ),
         idx.RemoteFile(
             "t10k-labels-idx1-ubyte",
-            packed="f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+            compressed="f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
             content="ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     ),
@@ -72,29 +68,29 @@ _MNIST = {
 def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Sequence[str] = MIRRORS) -> Dataset:
     """MNIST: 60,000 training and 10,000 test images of handwritten digits, 28 × 28 pixels, kept as bytes.
 
-    The files are downloaded once into a cache (``PYRO_VAE_CACHE``, or the system's folder for caches) and held
-    against their published checksums every time they are read.
+    The files are downloaded once into a cache: the folder that the variable ``PYRO_VAE_CACHE`` names, or the system's
+    folder for caches. Their published checksums are compared each time they are read.
 
     Args:
         split: ``"train"`` or ``"test"``.
-        folder: one that holds the four IDX files, packed with gzip or not; then nothing is downloaded.
-        mirrors: where to download from, tried in turn.
+        folder: folder with the four IDX files, compressed with gzip or not. If it is given, nothing is downloaded.
+        mirrors: URLs to download from, tried in turn.
 
     Returns:
-        ``x`` of shape ``(N, 784)``, bytes from 0 to 255. To train on them, hand :func:`grey`, :func:`binarize` or
-        :func:`resample` to :func:`pyro_vae.fit` as its ``transform``.
+        ``x`` of shape ``(N, 784)``, bytes from 0 to 255. To train on them, pass :func:`grey`, :func:`binarize` or
+        :func:`resample` to :func:`pyro_vae.fit` as ``transform``.
 
     Raises:
-        FileNotFoundError: if the folder lacks a file, naming it.
-        ValueError: if a file is truncated or corrupted, naming it.
-        OSError: if no mirror can be reached, with what each said.
+        FileNotFoundError: if a file is missing in the folder; the message names it.
+        ValueError: if a file is truncated or corrupted; the message names it.
+        OSError: if no mirror gives a file; the message has the error of each.
 
     Source: LeCun, Cortes and Burges 1998, "The MNIST database of handwritten digits".
 
     >>> mnist(folder="nowhere")
     Traceback (most recent call last):
         ...
-    FileNotFoundError: folder: 'nowhere' is no folder
+    FileNotFoundError: `folder` must be a folder with MNIST's files: there is no folder 'nowhere'
     """
     _check_split(split, _MNIST)
     if folder is not None:

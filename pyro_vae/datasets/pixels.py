@@ -1,4 +1,4 @@
-"""Pixels as grey values or binary draws."""
+"""Conversions of pixels: bytes to grey values, and grey values to zeros and ones."""
 
 import torch
 from torch import Tensor
@@ -9,19 +9,22 @@ __all__ = ["binarize", "grey", "resample"]
 
 
 def grey(x: Tensor) -> Tensor:
-    """Grey values in [0, 1], of the default dtype: bytes divided by 255, or values that are already there.
+    """Grey values in [0, 1]: bytes are divided by 255, in the default dtype; grey values are returned as they are.
 
-    For likelihoods with a density on them, such as :class:`pyro_vae.parts.likelihoods.ContinuousBernoulli`.
+    They suit likelihoods with a density on [0, 1], such as :class:`pyro_vae.parts.likelihoods.ContinuousBernoulli`.
 
     >>> grey(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
     """
     real_tensor(x, "x", "bytes (torch.uint8), or grey values from 0 to 1")
     if x.dtype == torch.uint8 and x.numel() and x.max() == 1:
-        raise ValueError("x: got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`")
+        raise ValueError(
+            "`x` must be bytes from 0 to 255, or grey values, got bytes that are all 0 or 1: "
+            "they are binary as `x.float()`"
+        )
     if x.dtype == torch.uint8:
         return x.to(torch.get_default_dtype()) / 255
-    if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):  # of NaN neither holds
+    if not x.is_floating_point() or not bool(((x >= 0) & (x <= 1)).all()):  # both are false for NaN
         found = f"{x.dtype} from {x.min().item():g} to {x.max().item():g}" if x.numel() else f"no values, {x.dtype}"
         raise ValueError(f"`x` must be bytes (torch.uint8), or grey values from 0 to 1, got {found}")
     return x
@@ -39,9 +42,9 @@ def binarize(x: Tensor, *, threshold: float = 0.5) -> Tensor:
 
 
 def resample(x: Tensor) -> Tensor:
-    """1 with the grey value as its probability, 0 otherwise: drawn anew at each call, from torch's random stream.
+    """Binary draws: 1 with the grey value as probability, from torch's random stream, different in each call.
 
-    As a ``transform`` the data are binarized anew each time that a batch is drawn.
+    As a ``transform``, it binarizes the rows of each batch again.
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5, after Salakhutdinov and
     Murray 2008.

@@ -1,4 +1,4 @@
-"""The two-Gaussian mixture, whose truth is known."""
+"""The two-Gaussian mixture: data whose density and posterior are known."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ __all__ = ["TwoGaussians", "two_gaussians"]
 
 @dataclass(frozen=True)
 class TwoGaussians(Dataset):
-    r"""Draws from :math:`z \sim \mathrm{Bernoulli}(1/2),\ x \mid z \sim N(\pm(1, 1), s^2 I)`, and the truth about them.
+    r"""Draws from :math:`z \sim \mathrm{Bernoulli}(1/2),\ x \mid z \sim N(\pm(1, 1), s^2 I)`.
+
+    The true density and posterior are known.
 
     Attributes:
         x: ``(N, 2)``.
-        labels: ``(N,)``, the z of each point: 1 at (1, 1), 0 at (-1, -1).
+        labels: ``(N,)``, z for each point: 1 at (1, 1), 0 at (-1, -1).
         scale: the standard deviation s of each coordinate.
     """
 
@@ -41,15 +43,15 @@ class TwoGaussians(Dataset):
 
 
 def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaussians:
-    r"""The mixture problem: :math:`z \sim \mathrm{Bernoulli}(1/2)`, :math:`x \sim N(\pm(1, 1), 0.1)`.
+    r"""Draw from the mixture :math:`z \sim \mathrm{Bernoulli}(1/2)`, :math:`x \sim N(\pm(1, 1), s^2 I)`.
 
-    The text that the problem comes from leaves open what its 0.1 is. Here ``scale`` is a **standard deviation**: the
-    covariance is 0.01 times the identity. Another seed gives a fresh test set of the same law.
+    Where the problem is stated with "N(±(1, 1), 0.1)", it is not clear what 0.1 is. Here ``scale`` is a **standard
+    deviation**: the covariance is 0.01 times the identity. Another seed gives an independent test set.
 
     Args:
         num_points: N.
-        scale: standard deviation of each coordinate about its centre.
-        seed: of the draw.
+        scale: standard deviation s of each coordinate.
+        seed: seed of the draws.
 
     >>> data = two_gaussians(1000, seed=0)
     >>> data.x.shape, round(float(two_gaussians(100_000, seed=1).log_prob(data.x).mean()), 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pyro_vae._utils.validation import file_path
 
-__all__ = ["FileFormatError", "read_file", "write_file"]
+__all__ = ["FileFormatError", "read_file", "remove_partial_files", "write_file"]
 
 
 class FileFormatError(ValueError):
@@ -39,6 +39,12 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())  # before the move: a name without its content would outlive a loss of power
         os.replace(partial, path)
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed in :func:`write_file`."""
+    for partial in folder.glob(f".{'[0-9a-f]' * 32}.partial"):
         partial.unlink(missing_ok=True)
 
 

@@ -14,8 +14,12 @@ What is guaranteed:
   plain types, and what the user lists in ``using``. Classes are created without their constructors, and only functions
   that rebuild tensors and containers are called. :mod:`pyro_vae.saving.pickle_check` finds out without executing the
   pickle. Then ``torch.load(weights_only=True)`` reads the file, and is given these names alone.
-- A file cannot claim more memory than it has bytes: no record is compressed, and no tensor is larger than its record.
+- A file cannot claim more memory than it has bytes: no record is compressed, and no tensor is larger than the file.
+  A loaded model can still take long, or need much memory, when it is *run*.
 - A file that was written can be read: :func:`save` makes the same checks as :func:`load`.
+
+What is not guaranteed: that later versions read the file. It names classes and attributes, which may be renamed. To
+keep a model for years, keep its ``state_dict`` and the code that makes it.
 
 ``weights_only=True`` alone is not enough: a file may then call each allowed class with any arguments, such as
 ``bytearray(10**12)`` or ``nn.Linear(10**6, 10**6)``.

@@ -11,8 +11,9 @@ import pickletools
 import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,19 +32,22 @@ STORAGES = {
 """Bytes of an element, by the name of the storage type in module ``torch``."""
 
 
-class Created(NamedTuple):
+@dataclass(frozen=True)
+class Created:
     """An object that a pickle creates: an instance of ``cls``."""
 
     cls: Any
 
 
-class _Reference(NamedTuple):
+@dataclass(frozen=True)
+class _Reference:
     """A class or function that a pickle names."""
 
     thing: Any
 
 
-class _Storage(NamedTuple):
+@dataclass(frozen=True)
+class _Storage:
     """Memory of a tensor."""
 
     nbytes: int
@@ -54,8 +58,8 @@ def global_names(pickled: bytes) -> set[tuple[str, str]]:
     """Return all classes and functions that a pickle names, as pairs of module and name.
 
     >>> import pickle
-    >>> global_names(pickle.dumps([nn.Linear, slice], protocol=2))  # doctest: +SKIP
-    {('torch.nn.modules.linear', 'Linear'), ('__builtin__', 'slice')}
+    >>> sorted(global_names(pickle.dumps([nn.Linear, slice], protocol=2)))
+    [('__builtin__', 'slice'), ('torch.nn.modules.linear', 'Linear')]
     """
     found = (argument for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL")
     return {(module, name) for module, _, name in (str(argument).partition(" ") for argument in found)}
@@ -83,6 +87,8 @@ def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], 
         ValueError: if it would call, set or allocate something that is not allowed.
         Exception: of another kind, if it is no pickle that torch writes.
     """
+    pickled = records["data.pkl"]
+    copied = 0  # items that calls and objects copy; in a file that pickle wrote, each item once at most
     stack: list[Any] = []
     outer: list[list[Any]] = []
     memo: dict[Any, Any] = {}
@@ -92,7 +98,7 @@ def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], 
         items, stack = stack, outer.pop()
         return items
 
-    for opcode, argument, _ in pickletools.genops(records["data.pkl"]):
+    for opcode, argument, _ in pickletools.genops(pickled):
         match opcode.name:
             case name if name in _FRESH:
                 stack.append(_FRESH[name]())
@@ -124,21 +130,26 @@ def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], 
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), records))
             case "NEWOBJ":
-                reference, arguments = stack.pop(-2), stack.pop()
-                stack.append(_new(_instance(reference, _Reference).thing, arguments))
+                stack.append(_new(stack.pop(-2), stack.pop()))
             case "REDUCE":
-                reference, arguments = stack.pop(-2), stack.pop()
-                stack.append(_call(_instance(reference, _Reference).thing, arguments, limit))
+                copied += sum(map(_length, stack[-1]))
+                stack.append(_call(stack.pop(-2), stack.pop(), limit))
             case "BUILD":
-                state = stack.pop()
-                _check_state(_instance(stack[-1], Created).cls, state)
+                copied += _length(stack[-1])
+                _check_state(stack[-2], stack.pop())
             case "STOP":
                 return stack.pop()
             case "PROTO" if argument == 2:
                 pass
             case _:
                 raise ValueError(f"it has the instruction {opcode.name} {argument!r}")
+        if copied > len(pickled):
+            raise ValueError("it copies the same items again and again")
     raise ValueError("it has no end")
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple | dict) else 0
 
 
 def _instance(value: Any, *types: type) -> Any:
@@ -163,20 +174,23 @@ def _storage(identity: Any, records: Mapping[str, bytes]) -> _Storage:
     raise ValueError(f"it has the storage {reprlib.repr(identity)}, which does not agree with its record")
 
 
-def _new(cls: Any, arguments: Any) -> Created:
+def _new(reference: Any, arguments: Any) -> Created:
+    cls = _instance(reference, _Reference).thing
     if arguments != () or not isinstance(cls, type) or any(cls is function for function, _ in CALLS.values()):
         raise ValueError(f"it makes {cls!r} with the arguments {reprlib.repr(arguments)}")
     return Created(cls)
 
 
-def _call(function: Any, arguments: Any, limit: int) -> Any:
+def _call(reference: Any, arguments: Any, limit: int) -> Any:
+    function = _instance(reference, _Reference).thing
     for allowed, describe in CALLS.values():
         if function is allowed:
             return describe(limit, *_instance(arguments, tuple))
     raise ValueError(f"it calls {function!r} with the arguments {reprlib.repr(arguments)}")
 
 
-def _check_state(cls: Any, state: Any) -> None:
+def _check_state(instance: Any, state: Any) -> None:
+    cls = _instance(instance, Created).cls
     if cls is functools.partial:
         function, arguments, keywords, attributes = _instance(state, tuple)
         for value, kinds in ((function, _Reference), (arguments, tuple), (keywords, dict), (attributes, type(None))):
@@ -193,12 +207,12 @@ def _check_state(cls: Any, state: Any) -> None:
 
 
 def _tensor(limit: int, storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> Created:
-    nbytes, itemsize = _instance(storage, _Storage)
+    _instance(storage, _Storage)
     numbers = (offset, *_instance(size, tuple), *_instance(stride, tuple))
     if not all(type(number) is int and number >= 0 for number in numbers) or not len(size) == len(stride) <= 64:
         raise ValueError(f"it has a tensor of size {reprlib.repr(size)} and stride {reprlib.repr(stride)}")
     end = offset + 1 + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-    if prod(size) and max(end * itemsize - nbytes, prod(size) * itemsize - limit) > 0:
+    if prod(size) and (end * storage.itemsize > storage.nbytes or prod(size) * storage.itemsize > limit):
         raise ValueError(f"it has a tensor of size {size}, which is more than the file has")
     _instance(requires_grad, bool)
     if hooks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.validation import positive, positive_int, writable
-from pyro_vae.saving.files import FileFormatError
+from pyro_vae.saving.files import FileFormatError, remove_partial_files
 from pyro_vae.saving.tensor_file import read, write
 
 __all__ = ["Checkpoints", "misfits"]
@@ -90,8 +90,7 @@ class Checkpoints:
                 f"cannot be made ({error.strerror})"
             ) from error
         writable(self.last, "checkpoints")
-        for partial in self.folder.glob(".*.partial"):
-            partial.unlink(missing_ok=True)
+        remove_partial_files(self.folder)
 
     def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the last checkpoint, and keep the one before it as the previous one."""

@@ -1,4 +1,4 @@
-"""Loads the models of a folder in a new process, and prints what they say of their data."""
+"""Load the models of a folder in a new process, and print numbers that they compute from their data."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import pyro_vae as pv
 
 
 def figures(vae, x):
-    """What is compared across processes, to the bit."""
+    """Return draws and log-densities, which two processes compare to the bit."""
     torch.manual_seed(0)
     q, p = vae.encode(x), vae.prior()
     z = q.sample()

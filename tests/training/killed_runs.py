@@ -1,9 +1,9 @@
-"""Runs that are killed again and again, each in a process of its own, until one of them comes to the end.
+"""Kill training runs at random moments, and resume them in new processes, until one comes to its end.
 
-``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and with at least so many
-in ``FOLDER/killed 1`` and so on. It prints how many there were, how many of them fell into the writing of a file, and
-how many runs came to their end.
-``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` alone.
+``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and in
+``FOLDER/killed 1`` and so on with at least ``KILLS`` kills together. It prints the number of kills, how many came while
+a file was written, and how many runs were finished.
+``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` without a kill.
 """
 
 import os
@@ -47,13 +47,13 @@ def continuous(**options):
 
 
 def uncompiled(make):
-    """The step captured, and its graph replayed as it is: the compiler takes its time."""
+    """Capture the step, and run its graph without compiling it, which is slow."""
     Graph.compile = lambda self, inputs: None
     return make(compile=True)
 
 
 def frozen(**options):
-    """An encoder that is frozen for a while, and a decoder that stops to train."""
+    """An encoder that is frozen for some epochs, and a decoder that is switched to evaluation mode."""
     model, guide, options = continuous(**options)
     vae = guide.args[1].__self__
 
@@ -65,7 +65,7 @@ def frozen(**options):
 
 
 def discrete(**options):
-    """A baseline that learns, and modules that a function registers."""
+    """A baseline with parameters, and modules that a function registers."""
     prior, decoder = priors.Bernoulli(2, learnable=True), likelihoods.Normal(2, 2, networks.linear())
     encoder = guides.Bernoulli(2, 2, networks.mlp([8]))
 
@@ -98,7 +98,7 @@ VARIANTS = {
 
 
 def train(variant, folder):
-    """The run that is killed: mini-batches that do not divide the data, a checkpoint at every step."""
+    """Run the training: mini-batches that do not divide the data, a checkpoint after every step."""
     torch.manual_seed(0)
     x = pv.datasets.two_gaussians(50, seed=0).x
     model, guide, options = VARIANTS[variant]()
@@ -116,7 +116,7 @@ def train(variant, folder):
 
 
 def forked(variant, folder):
-    """Train in a process that has imported everything already, and return its number."""
+    """Train in a forked process, which need not import anything, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -131,7 +131,7 @@ def forked(variant, folder):
 
 
 def finished(child):
-    """Whether it came to the end; an error if it ended by itself otherwise."""
+    """Wait for a process; return whether it was not killed, and exit if it failed."""
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         sys.exit(f"the run ended with {os.WEXITSTATUS(status)}")
@@ -139,13 +139,13 @@ def finished(child):
 
 
 def main(variant, folder, kills, seed):
-    """One run as it is, and others that are killed at random until there were enough kills and the last one ends."""
+    """Train once without kills, then in new folders until there were enough kills and the last run is finished."""
     folder, chance = Path(folder), random.Random(seed)
-    train(variant, folder / "whole")  # in this process, so that what is imported late is there in all others
+    train(variant, folder / "whole")  # in this process, so that the forked ones have all imports
     pyro.clear_param_store()
-    begun = time.monotonic()
+    start = time.monotonic()
     assert finished(forked(variant, folder / "killed 0"))
-    longest = time.monotonic() - begun
+    longest = time.monotonic() - start
     done = while_writing = rounds = 0
     while done < kills:
         rounds += 1
@@ -162,7 +162,7 @@ def main(variant, folder, kills, seed):
 
 
 if __name__ == "__main__":
-    os.fsync = lambda file: None  # which is for a loss of power; what a process has written outlives it
+    os.fsync = lambda file: None  # needed for a loss of power only: what a killed process has written is kept
     torch.set_num_threads(1)
     if len(sys.argv) == 3:
         train(sys.argv[1], sys.argv[2])

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends with the same bits; what is damaged or foreign is told as that."""
+"""A run that is killed and resumed ends with the same bits; damaged and foreign checkpoints are refused by name."""
 
 import os
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from pairs import NET, gaussian
 from pyro.infer import TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae import likelihoods
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read
 
@@ -20,13 +21,13 @@ SCRIPT = Path(__file__).parent / "killed_runs.py"
 
 
 def run_script(*arguments, cache):
-    """Its output."""
+    """Run ``killed_runs.py``, and return what it prints."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # or there would be a pool of processes for each that is forked
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # without a pool of processes for each fork
     }
     script = [sys.executable, str(SCRIPT), *map(str, arguments)]
     result = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -35,7 +36,7 @@ def run_script(*arguments, cache):
 
 
 def same(ours, theirs):
-    """Whether two folders hold the same checkpoints, to the bit: parameters, optimizer, random states, history."""
+    """Whether two folders have the same checkpoints to the bit: parameters, optimizer, random states, history."""
     kinds = {"last.safetensors": "checkpoint", "best.safetensors": "best parameters"}
     for name, kind in kinds.items():
         (header, tensors), (other_header, other_tensors) = (read(folder / name, kind) for folder in (ours, theirs))
@@ -63,7 +64,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(variant, kil
 
 
 @pytest.mark.slow
-def test_fresh_processes_go_on_as_forked_ones_do(tmp_path):
+def test_fresh_processes_resume_as_forked_ones_do(tmp_path):
     run_script("continuous", tmp_path / "whole", cache=tmp_path)
     killed = tmp_path / "killed"
     for size in (1, 5, 12):  # checkpoints, of 24
@@ -80,20 +81,16 @@ def test_fresh_processes_go_on_as_forked_ones_do(tmp_path):
 def steps_in(folder):
     try:
         return read(folder / "last.safetensors", "checkpoint")[0]["steps"]
-    except FileNotFoundError:  # between the move of the old one and that of the new one
+    except FileNotFoundError:  # the last one was moved, and the new one is not there yet
         return 0
 
 
-# --- Which checkpoint is gone on from --------------------------------------------------------------------------------
+# --- Which checkpoint is used ----------------------------------------------------------------------------------------
 
 
-def vae_of(latent=1, **options):
+def vae_of(latent=1, **parts):
     torch.manual_seed(0)
-    return pv.VAE(
-        priors.StandardNormal(latent),
-        guides.DiagonalNormal(2, latent, networks.mlp([4])),
-        likelihoods.Normal(latent, 2, networks.mlp([4]), **options),
-    )
+    return gaussian(latent, 2, **parts)
 
 
 X, HELD_OUT = pv.datasets.two_gaussians(30, seed=1).x, pv.datasets.two_gaussians(10, seed=2).x
@@ -142,7 +139,7 @@ def test_where_the_last_is_damaged_the_previous_is_used_with_a_warning(how, tmp_
     assert same(tmp_path / "whole", tmp_path / "damaged")
 
 
-def test_a_damaged_one_never_takes_the_place_of_the_previous(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_never_replaces_the_previous_one(tmp_path, monkeypatch):
     run(tmp_path)
     damage(tmp_path / "last.safetensors", "cut off")
     previous = (tmp_path / "previous.safetensors").read_bytes()
@@ -197,7 +194,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(changes, message
 
 def test_a_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path):
     run(tmp_path)
-    other = vae_of(latent=3, scale="shared")
+    other = vae_of(latent=3, decoder=likelihoods.Normal(3, 2, NET, scale="shared"))
     parameters = [parameter.clone() for parameter in other.parameters()]
     with pytest.raises(ValueError, match="is of another model") as error:
         run(tmp_path, other)
@@ -209,11 +206,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_names_and_shapes(tmp_path
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(other.parameters(), parameters, strict=True))
 
 
-# --- Runs that are over ----------------------------------------------------------------------------------------------
+# --- Finished runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [10, 12, None])
-def test_more_epochs_go_on_from_where_a_run_ended(batch_size, tmp_path):
+def test_more_epochs_continue_a_finished_run(batch_size, tmp_path):
     ours, theirs = vae_of(), vae_of()
     for epochs in (1, 2, 5):
         found = run(tmp_path / "in parts", ours, epochs=epochs, batch_size=batch_size, validation=HELD_OUT)
@@ -223,7 +220,7 @@ def test_more_epochs_go_on_from_where_a_run_ended(batch_size, tmp_path):
     assert same(tmp_path / "at once", tmp_path / "in parts")
 
 
-def test_a_run_that_is_over_returns_at_once(tmp_path):
+def test_a_finished_run_returns_at_once(tmp_path):
     vae, again = vae_of(), vae_of()
     first = run(tmp_path, vae, validation=HELD_OUT)
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -235,7 +232,7 @@ def test_a_run_that_is_over_returns_at_once(tmp_path):
     assert calls == []
 
 
-def test_a_run_that_ended_by_patience_stays_ended_with_the_best(tmp_path):
+def test_a_run_that_patience_stopped_stays_finished_with_the_best_epoch(tmp_path):
     def best_of(vae):
         return [parameter.clone() for parameter in vae.parameters()]
 
@@ -294,7 +291,7 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(tmp_path, monk
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(PermissionError, match="`checkpoints` must be in a folder.*nothing can be written in"):
+    with pytest.raises(PermissionError, match=r"`checkpoints` must be in a folder.*nothing can be written in"):
         run(tmp_path)
 
 
@@ -306,17 +303,17 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(tmp_path, monk
         ({"every_seconds": float("nan")}, "`every_seconds` must be .*got nan"),
     ],
 )
-def test_intervals_that_are_none_are_refused(options, message, tmp_path):
+def test_intervals_that_are_not_positive_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pv.Checkpoints(tmp_path, **options)
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     run(tmp_path)
-    (tmp_path / ".0123.partial").touch()
-    (tmp_path / "mine.txt").touch()
+    (tmp_path / f".{'0123' * 8}.partial").touch()
+    (tmp_path / ".mine.partial").touch()
     run(tmp_path, epochs=4)
-    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", "mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", ".mine.partial"}
 
 
 def test_seconds_count_from_the_last_checkpoint(tmp_path, monkeypatch):
