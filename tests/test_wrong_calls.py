@@ -748,9 +748,9 @@ NUMBERS = {
     ),
     "an unknown gradient": Row(
         lambda w: objectives.ImportanceWeighted(2, gradient="stl"),
-        ValueError, "gradient", "must be 'pathwise', 'sticking-the-landing'...got 'stl'",
+        ValueError, "gradient", "must be one of 'pathwise', 'sticking-the-landing'...got 'stl'",
     ),
-    "free bits of NaN": Row(lambda w: objectives.FreeBits(math.nan), ValueError, "nats", f"got nan; {REAL}"),
+    "free bits of NaN": Row(lambda w: objectives.FreeBits(math.nan), ValueError, "nats", f"{REAL}...got nan"),
     "the class of a baseline": Row(
         lambda w: objectives.ScoreFunction(baselines.RunningAverage),
         TypeError, "baseline", "must be a module such as baselines.RunningAverage()...got <class",
