@@ -64,7 +64,7 @@ def test_the_estimate_is_the_exact_evidence_within_its_standard_error(kind):
     assert_agree(pv.log_evidence(vae.model, vae.guide, X, num_samples=20_000), exact.log_evidence(vae.model, X))
 
 
-def test_two_latent_sites_of_a_users_own_pair_in_another_order():
+def test_the_guide_may_draw_two_latents_in_another_order():
     expected = dist.Normal(1.0, 1.5**0.5).log_prob(Y)
     assert_agree(pv.log_evidence(two_sites_model, two_sites_guide, Y, num_samples=20_000), expected)
 
@@ -154,7 +154,7 @@ def test_a_branch_on_data_cannot_be_captured(graphs):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z if x.sum() > 0 else -z, 1.0), obs=x)
 
-    with pytest.raises(CaptureError, match=r"reads the value of a tensor.*test_importance_sampling.py"):
+    with pytest.raises(CaptureError, match=r"tensor.*value.*test_importance_sampling.py"):
         pv.log_evidence(model, EXACT[1], Y, num_samples=100, compile=True)
 
 

@@ -41,7 +41,7 @@ DISTRIBUTIONS = {
 @pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1.x rounds the length of the tail down, not up")
 @pytest.mark.parametrize("count", [21, 26, 100, 225, 226, 1000, 5000])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_it_is_that_of_arviz_for_each_datum(name, count):
+def test_the_shape_of_each_datum_is_that_of_arviz(name, count):
     uniform = (normals((count, 30)) / 2**0.5).erf() / 2 + 0.5
     log_weights = DISTRIBUTIONS[name](uniform)
     ours, theirs = pareto_shape(log_weights), of_arviz(log_weights)
