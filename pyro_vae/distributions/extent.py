@@ -106,14 +106,14 @@ def _(distribution: torch.distributions.LogNormal) -> Extent:
 
 @find_extent.register
 def _(distribution: torch.distributions.Uniform) -> Extent:
-    """In its coordinates a uniform variable is a standard logistic one."""
+    """The logit of a uniform variable is a standard logistic variable."""
     zero = torch.zeros_like(distribution.low)
     return Extent.around(zero, zero + LOG_TAIL)
 
 
 @find_extent.register
 def _(distribution: torch.distributions.Gamma) -> Extent:
-    r"""By bounds on both tails of a gamma variable x of concentration a and rate 1, with t = 36:
+    r"""A box from bounds on both tails. For concentration a, rate 1 and t = 36,
 
     :math:`P(x < \epsilon) \le \epsilon^a / \Gamma(a + 1)` and :math:`P(x > a + \sqrt{2at} + t) \le e^{-t}`.
 
@@ -132,7 +132,7 @@ def _(distribution: torch.distributions.Exponential) -> Extent:
 
 @find_extent.register
 def _(distribution: torch.distributions.Beta) -> Extent:
-    r"""By :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))` for :math:`\epsilon \le \frac12`, likewise above."""
+    r"""A box from :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))`, :math:`\epsilon \le 1/2`, and likewise above."""
     a, b = distribution.concentration1, distribution.concentration0
     log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
     low, high = ((c.log() + log_beta - math.log(2) - LOG_TAIL) / c for c in (a, b))

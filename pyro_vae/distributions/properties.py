@@ -95,7 +95,7 @@ def base_support(distribution: Any) -> Any:
 
 
 def support_bounds(distribution: Any) -> tuple[Any, Any]:
-    """The ends of the support of one variable, numbers or tensors, infinite where there is none.
+    """The lower and upper bound of one variable, numbers or tensors, infinite if it is unbounded.
 
     >>> support_bounds(dist.Gamma(2.0, 1.0))
     (0.0, inf)

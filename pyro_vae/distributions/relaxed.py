@@ -31,7 +31,7 @@ log_simplex = _LogSimplex()
 
 
 class AdditiveLogRatioTransform(Transform):
-    r"""From :math:`v \in \mathbb{R}^{k-1}` to :math:`y = \log\mathrm{softmax}(v_1, \dots, v_{k-1}, 0)`.
+    r"""The map of :math:`v \in \mathbb{R}^{k-1}` to :math:`y = \log\mathrm{softmax}(v_1, \dots, v_{k-1}, 0)`.
 
     Densities on the log-simplex are taken with respect to Lebesgue measure on these coordinates,
     :math:`v_j = y_j - y_k`, so the Jacobian term is zero by definition.

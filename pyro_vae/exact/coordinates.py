@@ -42,6 +42,8 @@ class LatentCoordinates:
                 "the site"
             ) from error
         self.is_elementwise = self.transform.domain.event_dim == 0
+        self.bounds = support_bounds(fn)
+        self.is_bounded = any(isinstance(bound, Tensor) or math.isfinite(bound) for bound in self.bounds)
         self.coordinate_shape = tuple(self.transform.inverse_shape(self.event_shape))
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
@@ -53,15 +55,14 @@ class LatentCoordinates:
     def to_site(self, points: Tensor) -> Tensor:
         """Values of the site at coordinates ``(*, d)``, strictly inside its support."""
         value = self._once(self.transform(self._shaped(points)), points)
-        # On a bound, where rounding to the dtype of the distribution may put it, the density may be infinite.
-        value = clamp_inside(value, *support_bounds(self.fn), dtype=_parameter_dtype(self.fn) or self.dtype)
+        if self.is_bounded:  # rounding to the dtype of the parameters may put a value on a bound of infinite density
+            value = clamp_inside(value, *self.bounds, dtype=_parameter_dtype(self.fn) or self.dtype)
         return value.to(self.dtype)
 
     def log_jacobian(self, points: Tensor) -> Tensor:
         """The logarithm of the volume of the site's values for that of coordinates ``(*, d)``, as ``(*)``."""
         shaped = self._shaped(points)
-        each = self.transform.log_abs_det_jacobian(shaped, self.transform(shaped))
-        each = self._once(each, points)
+        each = self._once(self.transform.log_abs_det_jacobian(shaped, self.transform(shaped)), points)
         return each.flatten(points.dim() - 1).sum(-1) if each.dim() >= points.dim() else each
 
     def _shaped(self, points: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class LatentCoordinates:
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:
     variables = without_independent(fn)
-    values = [getattr(variables, name) for name in getattr(variables, "arg_constraints", {})]
+    values = (getattr(variables, name) for name in getattr(variables, "arg_constraints", {}))
     return next((value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 

@@ -1,4 +1,9 @@
-"""Parts of a model: modules that return a distribution."""
+"""Parts of a model: modules that return a distribution.
+
+A new prior is one class in :mod:`pyro_vae.parts.priors`, over a family, and a line in the test cases. No other module
+needs its name: they read its distribution through :mod:`pyro_vae.distributions.properties` and
+:mod:`pyro_vae.distributions.extent`.
+"""
 
 from pyro_vae.parts import families, guides, likelihoods, networks, priors
 

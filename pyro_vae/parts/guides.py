@@ -219,7 +219,7 @@ class PerDatum(Part):
 
     @property
     def num_data(self) -> int:
-        """N."""
+        """The number of data, N."""
         return len(self.raw)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -237,7 +237,6 @@ class PerDatum(Part):
         return PerDatum(self._discrete_family(), self.raw)
 
     def extra_repr(self) -> str:
-        """N."""
         return f"num_data={self.num_data}"
 
 

@@ -210,7 +210,6 @@ class VampPrior(Part):
         return dist.MixtureSameFamily(torch.distributions.Categorical(logits=logits), components)
 
     def extra_repr(self) -> str:
-        """K."""
         return f"num_components={len(self.pseudo_data)}"
 
 

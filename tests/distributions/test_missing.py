@@ -528,7 +528,7 @@ def test_impute_refuses_what_it_cannot_do():
         gaussian_vae(reads=False).impute(X, 5)
 
 
-# --- ArviZ and networks ----------------------------------------------------------------------------------------------
+# --- ArviZ ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -541,39 +541,3 @@ def test_datatree_holds_missing_data_as_they_are_and_complete_predictions(parall
     for group in ("posterior", "prior", "posterior_predictive", "prior_predictive", "guide"):
         assert all(bool(variable.notnull().all()) for variable in tree[group].data_vars.values()), group
     assert set(tree["guide"].data_vars) == {"z_loc", "z_scale"}
-
-
-def test_a_network_for_missing_entries_does_not_take_them_for_zeros():
-    network = networks.with_missing(networks.linear())(3, 2)
-    x = torch.tensor([[1.0, 0.0, NAN], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
-    outputs = network(x)
-    assert outputs.isfinite().all()
-    assert len(outputs.unique(dim=0)) == 3
-    (gradient,) = torch.autograd.grad(outputs.sum(), x)
-    assert gradient.isfinite().all()
-    assert (gradient[x.isnan()] == 0).all()
-    assert network.double()(x.double()).dtype == torch.float64
-
-
-def test_a_network_behind_a_standardization_takes_missing_entries_for_the_mean():
-    network = networks.standardized(networks.with_missing(networks.linear()), torch.tensor([5.0, -3.0]), 2.0)(2, 1)
-    inner = network[1]
-    torch.testing.assert_close(network(torch.tensor([NAN, 1.0])), inner(torch.tensor([NAN, 2.0])))
-    torch.testing.assert_close(inner[0](torch.tensor([NAN, 2.0])), torch.tensor([0.0, 2.0, 0.0, 1.0]))
-
-
-def test_images_get_their_mask_as_a_further_channel():
-    network = networks.with_missing(networks.convolutional((2, 8, 8)))(64, 3)
-    image = torch.rand(5, 64)
-    image[:, 32:] = NAN
-    mask = (~image.isnan()).float().reshape(5, 1, 8, 8)
-    assert torch.equal(network[0](image).reshape(5, 2, 8, 8)[:, 1:], mask)
-    assert network(image).isfinite().all()
-
-
-def test_class_numbers_are_read_as_one_hot_vectors_and_missing_ones_as_none():
-    network = networks.one_hot(3, networks.linear())(2, 4)
-    x = torch.tensor([[0.0, 2.0], [NAN, 1.0]])
-    expected = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]])
-    torch.testing.assert_close(network(x), network[1](expected))
-    assert torch.equal(network[0](torch.tensor([[0, 2]])), expected[:1])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pyro_vae import guides, likelihoods
-from pyro_vae.parts.networks import convolutional, deconvolutional, linear, mlp, standardized
+from pyro_vae.parts.networks import convolutional, deconvolutional, linear, mlp, one_hot, standardized, with_missing
 
 IMAGES = [(1, 7, 7), (1, 8, 8), (1, 28, 28), (3, 8, 8), (2, 5, 9), (1, 1, 1)]
 
@@ -156,3 +156,42 @@ def test_channels_that_are_none_are_refused(channels):
         convolutional((1, 8, 8), channels)(64, 2)
     with pytest.raises(ValueError, match=r"`channels` must be one or more positive sizes.*got"):
         deconvolutional((1, 8, 8), channels)(2, 64)
+
+
+# --- Missing entries and classes --------------------------------------------------------------------------------------
+
+
+def test_a_network_for_missing_entries_does_not_take_them_for_zeros():
+    network = with_missing(linear())(3, 2)
+    x = torch.tensor([[1.0, 0.0, torch.nan], [1.0, torch.nan, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)
+    outputs = network(x)
+    assert outputs.isfinite().all()
+    assert len(outputs.unique(dim=0)) == 3
+    (gradient,) = torch.autograd.grad(outputs.sum(), x)
+    assert gradient.isfinite().all()
+    assert (gradient[x.isnan()] == 0).all()
+    assert network.double()(x.double()).dtype == torch.float64
+
+
+def test_a_network_behind_a_standardization_takes_missing_entries_for_the_mean():
+    network = standardized(with_missing(linear()), torch.tensor([5.0, -3.0]), 2.0)(2, 1)
+    inner = network[1]
+    torch.testing.assert_close(network(torch.tensor([torch.nan, 1.0])), inner(torch.tensor([torch.nan, 2.0])))
+    torch.testing.assert_close(inner[0](torch.tensor([torch.nan, 2.0])), torch.tensor([0.0, 2.0, 0.0, 1.0]))
+
+
+def test_images_get_their_mask_as_a_further_channel():
+    network = with_missing(convolutional((2, 8, 8)))(64, 3)
+    image = torch.rand(5, 64)
+    image[:, 32:] = torch.nan
+    mask = (~image.isnan()).float().reshape(5, 1, 8, 8)
+    assert torch.equal(network[0](image).reshape(5, 2, 8, 8)[:, 1:], mask)
+    assert network(image).isfinite().all()
+
+
+def test_class_numbers_are_read_as_one_hot_vectors_and_missing_ones_as_none():
+    network = one_hot(3, linear())(2, 4)
+    x = torch.tensor([[0.0, 2.0], [torch.nan, 1.0]])
+    expected = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]])
+    torch.testing.assert_close(network(x), network[1](expected))
+    assert torch.equal(network[0](torch.tensor([[0, 2]])), expected[:1])
