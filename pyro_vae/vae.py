@@ -213,7 +213,7 @@ class VAE(nn.Module):
 
         The file has all parts as they are now: parameters and buffers (the temperature is one) in their dtypes, frozen
         parameters, training and evaluation modes, what parts share, and modules of your own. It is written whole or not
-        at all, with a checksum. As in ``torch.save``, a slice of a tensor is stored with the whole tensor: clone it first.
+        at all, with a checksum. A slice of a tensor is stored with the whole tensor, as in ``torch.save``: clone it.
 
         Args:
             path: the file, such as ``"model.pt"``. A file that is there is replaced.
