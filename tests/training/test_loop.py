@@ -8,7 +8,6 @@ import time
 import warnings
 
 import numpy as np
-import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import likelihoods, schedules
+from pyro_vae import guides, likelihoods, networks, priors, schedules
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.handlers import SubsampleRows
 from pyro_vae.training.loop import Loop
@@ -48,9 +47,12 @@ def batch_norm(in_features, out_features):
     return nn.Sequential(first, nn.BatchNorm1d(8), nn.Tanh(), last)
 
 
-def vae_of(network=pairs.NET):
+MLP = networks.mlp([8])
+
+
+def vae_of(network=MLP):
     torch.manual_seed(0)
-    return pairs.gaussian(2, 2, decoder=likelihoods.Normal(2, 2, network))
+    return pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, MLP), likelihoods.Normal(2, 2, network))
 
 
 def copied(tensors):
