@@ -1,5 +1,6 @@
 """Parts of a model: modules that return a distribution."""
 
 from pyro_vae.parts import families, guides, likelihoods, networks, priors
+from pyro_vae.parts.base import Conditional, Part, Unconditional
 
-__all__ = ["families", "guides", "likelihoods", "networks", "priors"]
+__all__ = ["Conditional", "Part", "Unconditional", "families", "guides", "likelihoods", "networks", "priors"]
