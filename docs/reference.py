@@ -1,10 +1,11 @@
-"""The reference, one page for each chapter of the package.
+"""The reference: one page for each chapter of the package.
 
-A line ``<!-- modules: pyro_vae.exact -->`` in a page of ``docs/api`` is replaced, when Sphinx reads it, by a section for
-each module of that package. Every name in a module's ``__all__`` is described once, under the name that a user types.
+When Sphinx reads a line ``<!-- modules: pyro_vae.exact -->`` in a page of ``docs/api``, it inserts one section for each
+module of that package. Every name in a module's ``__all__`` is described once, under the name that a user types.
 """
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -80,11 +81,12 @@ def _kind(value: Any) -> str:
 
 
 def _public_module(name: str, symbol: str, value: Any) -> str:
-    """Return the shortest package that has this object under its name."""
+    """Return the shortest package that has this object under its name, which no module of the package has too."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         package = ".".join(parts[:depth])
         module = importlib.import_module(package)
-        if symbol in getattr(module, "__all__", ()) and getattr(module, symbol, None) is value:
+        taken = importlib.util.find_spec(f"{package}.{symbol}") is not None
+        if not taken and symbol in getattr(module, "__all__", ()) and getattr(module, symbol, None) is value:
             return package
     return name
