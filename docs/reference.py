@@ -61,6 +61,8 @@ def _describe(name: str, package: str) -> str:
         if inspect.ismodule(value) or getattr(value, "__module__", name) != name:
             continue  # described where it is defined
         kind = _kind(value)
+        if kind == "data" and hasattr(module, "__path__"):
+            continue  # a constant has its description in its own module
         path = f"{name}.{symbol}" if kind == "data" else f"{_public_module(name, symbol, value)}.{symbol}"
         lines += [f".. auto{kind}:: {path}", ""]
     return "\n".join([heading, "```{eval-rst}", *lines, "```", ""])

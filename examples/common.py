@@ -12,11 +12,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import pyro
 import torch
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyro.infer import ELBO
+from sklearn.datasets import load_breast_cancer
+from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -126,6 +129,18 @@ def load_binary_images(
     return train, datasets.Dataset(test.x[:test_images], test.labels[:test_images]), shape
 
 
+def load_measurements(percent: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Load measurements of tumours, ``(569, 30)``, standardized, complete and with missing entries, and their names."""
+    generator = torch.Generator().manual_seed(seed)
+    data = load_breast_cancer()
+    values = torch.as_tensor(data.data)[torch.randperm(len(data.data), generator=generator)]
+    missing = torch.rand(values.shape, generator=generator) < percent / 100
+    train = values.masked_fill(missing, torch.nan)[:400]
+    loc = train.nanmean(0)
+    complete = ((values - loc) / (train - loc).square().nanmean(0).sqrt()).float()
+    return complete, complete.masked_fill(missing, torch.nan), [str(name) for name in data.feature_names]
+
+
 def mask_labels(labels: Tensor, count: int) -> Tensor:
     """Keep the first labels of each digit, ``count`` in all, and set the others to -1."""
     left = torch.cat([(labels == digit).nonzero()[: count // 10, 0] for digit in range(10)])
@@ -147,6 +162,16 @@ def plain_vae(pixels: int, latent: int, network: networks.NetworkFactory) -> pv.
     """Make a VAE of binary pixels with a standard normal prior, the baseline that others are compared with."""
     encoder, decoder = guides.DiagonalNormal(pixels, latent, network), likelihoods.Bernoulli(latent, pixels, network)
     return pv.VAE(priors.StandardNormal(latent), encoder, decoder)
+
+
+def prior_as_guide(vae: pv.VAE) -> Function:
+    """Return the guide q(z | x) = p(z): its ELBO is Jensen's bound, and its draws are naive Monte Carlo."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.prior())
+
+    return guide
 
 
 def init_output_bias(decoder: nn.Module, mean: Tensor) -> None:
@@ -235,10 +260,22 @@ def purity(posterior: Tensor, labels: Tensor) -> float:
     return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
 
 
+def cluster_agreement(posterior: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the purity of clusters with probabilities ``(N, K)``, and the adjusted Rand index, 0 by chance."""
+    rand = adjusted_rand_score(labels, posterior.argmax(1))
+    return {"same_label": purity(posterior, labels), "adjusted_rand": float(rand)}
+
+
 def cluster_accuracy(found: Tensor, labels: Tensor) -> float:
     """Return the share of right clusters among two, whichever of them is called 1."""
     right = (found == (labels == 1)).double().mean().item()
     return max(right, 1 - right)
+
+
+def coverage(draws: Tensor, truth: Tensor, levels: Tensor) -> Tensor:
+    """Return the share of true values ``(N,)`` inside the central interval of each level, from draws ``(S, N)``."""
+    below = (draws < truth).float().mean(0)
+    return ((below - 0.5).abs()[:, None] <= levels / 2).float().mean(0)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -266,7 +303,7 @@ def table(corner: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[s
         notes: lines below the table.
     """
     cells = [[_cell(row, column) for column in columns.values()] for row in rows.values()]
-    frame = pd.DataFrame(cells, pd.Index(rows), pd.Index(columns, name=corner))
+    frame = pd.DataFrame(cells, pd.Index(rows), pd.Index([f" {title}" for title in columns], name=corner))
     lines = frame.to_string(line_width=1000).splitlines()
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
@@ -386,7 +423,11 @@ def image_tree(
     **dims: list[str],
 ) -> xr.DataTree:
     """Draw for ArviZ from a pair of model and guide of images, with the labels along ``obs``; ``dims`` by latent."""
-    names: dict[str, Any] = {"dims": {"x": ["pixel"]} | dims, "coords": {coord: ("obs", labels)}}
+    return make_tree(pair, x, args, *context, dims={"x": ["pixel"]} | dims, coords={coord: ("obs", labels)})
+
+
+def make_tree(pair: Any, x: Tensor, args: argparse.Namespace, *context: Tensor, **names: Any) -> xr.DataTree:
+    """Draw for ArviZ from a pair of model and guide, with the names of dimensions and coordinates."""
     return pv.to_datatree(pair.model, pair.guide, x, *context, draws=args.draws, seed=args.seed, parallel=True, **names)
 
 

@@ -40,16 +40,6 @@ def bernoulli_vae(n: int) -> pv.VAE:
     return pv.VAE(priors.Bernoulli(n), guides.Bernoulli(PIXELS, n, network), likelihoods.Bernoulli(n, PIXELS, network))
 
 
-def prior_as_guide(vae: pv.VAE) -> Callable[[Tensor], None]:
-    """Return the guide q(z|x) = p(z), for naive Monte Carlo."""
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", vae.prior())
-
-    return guide
-
-
 def measure_time(function: Callable[[], Any], least: float = 0.3) -> tuple[float, Any]:
     """Return the shortest time of a few calls, or of one long call, and the result; other load only adds to a time."""
     times: list[float] = []
@@ -86,7 +76,7 @@ def evaluate(args: argparse.Namespace, vae: pv.VAE, n: int, x: Tensor, rows: lis
     else:
         row["exact_seconds"], exact = measure_time(lambda: pv.exact.log_evidence(vae.model, x))
         row["exact"] = float(exact.mean())
-    for name, guide in (("prior", prior_as_guide(vae)), ("guide", vae.guide)):
+    for name, guide in (("prior", common.prior_as_guide(vae)), ("guide", vae.guide)):
         options = {"num_samples": args.samples, "seed": args.seed}
         row[f"{name}_seconds"], estimate = measure_time(lambda: pv.log_evidence(vae.model, guide, x, **options))  # noqa: B023
         row[name] = float(estimate.log_evidence.mean())
@@ -132,17 +122,12 @@ def main(args: argparse.Namespace) -> None:
     text = f"{common.table('', named, COLUMNS, NOTES)}\n\n{conclude(rows)}"
     print(text)
     lines = {
-        name: tuple([row[key] for row in rows if f"{kind}_seconds" in row] for key in ("n", f"{kind}_seconds"))
-        for name, kind in {
-            "sum over all states": "exact",
-            "draws from prior": "prior",
-            "draws from guide": "guide",
-        }.items()
+        name: tuple([row[key] for row in rows if f"{name}_seconds" in row] for key in ("n", f"{name}_seconds"))
+        for name in ("exact", "prior", "guide")
     }
     axis = {"yscale": "log", "xlabel": "n, number of binary latents: 2^n states", "ylabel": "seconds"}
-    figures = {
-        "cost": common.draw_lines(lines, title="Time of log p(x): enumeration doubles with each latent", **axis).figure
-    }
+    title = "Time of log p(x), by a sum over all states, and by draws from prior or guide"
+    figures = {"cost": common.draw_lines(lines, title=title, **axis).figure}
     errors = {
         f"draws from the {name}": tuple([row[key] for row in rows if "exact" in row] for key in ("n", f"{name}_error"))
         for name in ("prior", "guide")

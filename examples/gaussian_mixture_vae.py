@@ -24,7 +24,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
@@ -106,8 +105,8 @@ def draw(mixture: GaussianMixtureVAE, x: Tensor, labels: Tensor, shape: common.S
     z = torch.cat([prior.mean[None], prior.sample(torch.Size([11]))]).transpose(0, 1)  # (K, 12, D)
     images = plots.image_grid(mixture.decoder(z).mean.reshape(-1, *shape), 12)
     images.set_title("Each row a component: the image at its centre, then at eleven draws z | y")
-    title = "Mean q(y|x) of the held-out images of each label"
-    figures: dict[str, Any] = {"samples": images.figure, "clusters": common.draw_classes(posterior, labels, title)}
+    figures: dict[str, Any] = {"samples": images.figure}
+    figures["clusters"] = common.draw_classes(posterior, labels, "Mean q(y|x) of the held-out images of each label")
     if z.shape[2] == 2:
         figures["latent"], ax = plt.subplots(figsize=(7, 6.4), layout="constrained")
         y = nn.functional.one_hot(posterior.argmax(1), len(prior.mean)).to(x.dtype)
@@ -118,7 +117,7 @@ def draw(mixture: GaussianMixtureVAE, x: Tensor, labels: Tensor, shape: common.S
     return figures
 
 
-COLUMNS = {"log p(x)": "{log_p:.3f}", "ELBO": "{elbo:.3f}", "gap": "{gap:.3f}", "seconds": "{seconds:.3f}"}
+COLUMNS = {"log p(x)": "{log_p:.3f}", "ELBO": "{elbo:.3f}", "gap": "{gap:.3f}", "seconds": "{seconds:.1f}"}
 COLUMNS |= {"purity": "{same_label:.3f}", "Rand": "{adjusted_rand:.3f}"}
 NOTES = """in nats per held-out image; log p(x) by quadrature, with --latent 3 or more from 1000 draws, a lower bound
 purity: share of images with the most frequent label of their cluster; Rand: adjusted, 0 by chance"""
@@ -127,26 +126,21 @@ purity: share of images with the most frequent label of their cluster; Rand: adj
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = common.load_binary_images(args.data, args.folder, args.test_images)
-    x, pixels, seed = test.x, test.x.shape[1], args.seed
-    mixture = GaussianMixtureVAE(pixels, args.components, args.latent, args.hidden)
-    plain = common.plain_vae(pixels, args.latent, networks.mlp([args.hidden]))
+    x, seed = test.x, args.seed
+    mixture = GaussianMixtureVAE(x.shape[1], args.components, args.latent, args.hidden)
+    plain = common.plain_vae(x.shape[1], args.latent, networks.mlp([args.hidden]))
     enum = TraceEnum_ELBO(max_plate_nesting=1)
     fit = partial(pv.fit, data=train.x, validation=x, **common.training_options(args))
     one, several = "one standard normal", "mixture, y summed over"
     fits = {one: fit(plain.model, plain.guide), several: fit(mixture.model, mixture.guide, elbo=enum)}
     exact = (plain.model, mixture.marginal_model) if args.latent <= 2 else (None, None)
-    rows = {
-        one: common.evaluate(plain, x, seed=seed, exact=exact[0]),
-        several: common.evaluate(mixture, x, seed=seed, exact=exact[1], elbo=enum),
-    }
+    rows = {one: common.evaluate(plain, x, seed=seed, exact=exact[0])}
+    rows[several] = common.evaluate(mixture, x, seed=seed, exact=exact[1], elbo=enum)
     codes = cluster_codes(plain, train.x, x, args.components, seed), mixture.classifier(x).mean[:, 0].detach()
     for (name, row), found in zip(rows.items(), codes, strict=True):
         row |= {"gap": row["log_p"] - row["elbo"], "seconds": fits[name].seconds}
-        row["same_label"] = common.purity(found, test.labels)
-        row["adjusted_rand"] = float(adjusted_rand_score(test.labels, found.argmax(1)))
-    text = common.table(f"{args.components} clusters", rows, COLUMNS, NOTES)
-    print(text)
-
+        row |= common.cluster_agreement(found, test.labels)
+    print(text := common.table(f"{args.components} clusters", rows, COLUMNS, NOTES))
     found = {"models": rows, "histories": {name: fitted.history for name, fitted in fits.items()}}
     tree = common.image_tree(mixture, x[:100], test.labels[:100], args, y=["variable", "component"])
     common.save(args, found, draw(mixture, x, test.labels, shape), {"gaussian_mixture_vae": tree}, text)

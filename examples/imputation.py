@@ -12,14 +12,12 @@ scikit-learn's IterativeImputer, a regression of each column on all others, whic
 import argparse
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import common
 import pyro
 import torch
 import xarray as xr
-from sklearn.datasets import load_breast_cancer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer
@@ -34,24 +32,11 @@ LEVELS = torch.linspace(0.05, 0.95, 19)
 def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__, "imputation", epochs=500)
     common.add_training(parser, batch_size=100, lr=3e-3)
-    count = common.positive_int
-    parser.add_argument("--latent", type=count, default=12, help="dimensions of z")
-    parser.add_argument("--hidden", type=count, default=64, help="hidden units of each network")
-    parser.add_argument("--percent", type=count, default=25, help="percentage of masked entries")
-    parser.add_argument("--draws", type=count, default=100, help="draws of each masked entry")
+    parser.add_argument("--latent", type=common.positive_int, default=12, help="dimensions of z")
+    parser.add_argument("--hidden", type=common.positive_int, default=64, help="hidden units of each network")
+    parser.add_argument("--percent", type=common.positive_int, default=25, help="percentage of masked entries")
+    parser.add_argument("--draws", type=common.positive_int, default=100, help="draws of each masked entry")
     return parser.parse_args()
-
-
-def load(percent: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Load the table complete and with missing entries, ``(569, 30)``, standardized by the observed training rows."""
-    generator = torch.Generator().manual_seed(seed)
-    data = load_breast_cancer()
-    values = torch.as_tensor(data.data)[torch.randperm(len(data.data), generator=generator)]
-    missing = torch.rand(values.shape, generator=generator) < percent / 100
-    train = values.masked_fill(missing, torch.nan)[:400]
-    loc = train.nanmean(0)
-    complete = ((values - loc) / (train - loc).square().nanmean(0).sqrt()).float()
-    return complete, complete.masked_fill(missing, torch.nan), [str(name) for name in data.feature_names]
 
 
 class Imputed(NamedTuple):
@@ -86,7 +71,7 @@ def vae_imputation(vae: pv.VAE, x: Tensor, complete: Tensor, draws: int) -> Impu
     return Imputed(drawn, p.mean.mean(0), p.base_dist.log_prob(complete).logsumexp(0) - math.log(draws))
 
 
-def table_vae(likelihood: Callable[..., nn.Module], columns: int, latent: int, hidden: int) -> pv.VAE:
+def table_vae(likelihood: Any, columns: int, latent: int, hidden: int) -> pv.VAE:
     """Make a VAE whose encoder and likelihood skip missing entries."""
     network = networks.mlp([hidden], activation=nn.Tanh)
     encoder = guides.DiagonalNormal(columns, latent, networks.with_missing(network))
@@ -99,21 +84,16 @@ def mask_more(x: Tensor) -> Tensor:
     return x.masked_fill(torch.rand(x.shape) < torch.rand(len(x), 1) / 2, torch.nan)
 
 
-def coverage(imputed: Imputed, complete: Tensor, masked: Tensor) -> Tensor:
-    """Compute the share of masked entries inside the central interval of each level."""
-    below = (imputed.draws < complete).float().mean(0)[masked]
-    return ((below - 0.5).abs()[:, None] <= LEVELS / 2).float().mean(0)
-
-
 def evaluate(imputed: Imputed, complete: Tensor, masked: Tensor) -> dict[str, Any]:
     """Compute a row of the table, for the masked entries of held-out rows; the standard error is over rows."""
     error, nats = (imputed.estimate - complete)[masked], imputed.log_density[masked]
-    inside = coverage(imputed, complete, masked).tolist()
+    inside = common.coverage(imputed.draws[:, masked], complete[masked], LEVELS).tolist()
     low, high = imputed.draws.quantile(torch.tensor([0.05, 0.95]), dim=0)
     by_row = (imputed.log_density - nats.mean()).masked_fill(~masked, 0.0).sum(1)
     return {
         "rmse": float(error.square().mean().sqrt()),
         "absolute_error": float(error.abs().median()),
+        "coverage": inside,
         "inside_50": inside[9],
         "inside_90": inside[17],
         "width_90": float((high - low)[masked].mean()),
@@ -123,17 +103,19 @@ def evaluate(imputed: Imputed, complete: Tensor, masked: Tensor) -> dict[str, An
 
 
 COLUMNS = {"RMSE": "{rmse:.3f}", "|error|": "{absolute_error:.3f}", "in 50 %": "{inside_50:.0%}"}
-COLUMNS |= {"in 90 %": "{inside_90:.0%}", "width": "{width_90:.3f}"}
-COLUMNS |= {"log p": "{log_density:.3f} ± {log_density_error:.3f}"}
+COLUMNS |= {
+    "in 90 %": "{inside_90:.0%}",
+    "width": "{width_90:.3f}",
+    "log p": "{log_density:.3f} ± {log_density_error:.3f}",
+}
 NOTES = """errors and widths in standard deviations of a column; |error|: the median; width: of the 90 % interval
 in 50 %, in 90 %: share of masked entries in these intervals; log p: nats per masked entry ± the standard error"""
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    complete, incomplete, names = load(args.percent, args.seed)
-    train, x, complete = incomplete[:400], incomplete[400:], complete[400:]
-    masked = x.isnan()
+    complete, incomplete, names = common.load_measurements(args.percent, args.seed)
+    train, x, complete, masked = incomplete[:400], incomplete[400:], complete[400:], incomplete[400:].isnan()
     found = {
         "column means": normal_imputation(torch.zeros_like(x), torch.ones(30), complete, args.draws),
         "IterativeImputer": regression_imputation(train, x, complete, args.draws, args.seed),
@@ -142,21 +124,19 @@ def main(args: argparse.Namespace) -> None:
     for name in ("VAE, nothing more hidden", "VAE, Normal", "VAE, Student-t"):
         likelihood = likelihoods.Normal if name == "VAE, Normal" else likelihoods.StudentT
         vae = table_vae(likelihood, len(names), args.latent, args.hidden)
-        transform = None if name == "VAE, nothing more hidden" else mask_more
-        fitted = pv.fit(vae.model, vae.guide, train, transform=transform, **common.training_options(args))
+        options = common.training_options(args) | {"transform": None if "nothing" in name else mask_more}
+        fitted = pv.fit(vae.model, vae.guide, train, **options)
         histories[name] = fitted.history
         found[name] = vae_imputation(vae, x, complete, args.draws)
-
     rows = {name: evaluate(imputed, complete, masked) for name, imputed in found.items()}
-    covered = {name: coverage(imputed, complete, masked).tolist() for name, imputed in found.items()}
+    covered = {name: row.pop("coverage") for name, row in rows.items()}
     text = common.table(f"{int(masked.sum())} masked entries", rows, COLUMNS, NOTES)
     print(text)
     lines = {"exact": (LEVELS, LEVELS)} | {name: (LEVELS, shares) for name, shares in covered.items()}
     axis = {"xlabel": "nominal level of the interval", "ylabel": "share of masked entries in it", "aspect": "equal"}
     ax = common.draw_lines(lines, title="Calibration: below the line, intervals are too narrow", **axis)
     results = {"methods": rows, "levels": LEVELS.tolist(), "coverage": covered, "histories": histories}
-    dims = {"dims": {"x": ["measurement"]}, "coords": {"measurement": names}}
-    tree = pv.to_datatree(vae.model, vae.guide, x[:50], draws=args.draws, seed=args.seed, parallel=True, **dims)
+    tree = common.make_tree(vae, x[:50], args, dims={"x": ["measurement"]}, coords={"measurement": names})
     imputed = (("chain", "draw", "obs", "measurement"), found[name].draws[None, :, :50].numpy())
     tree["imputed"] = xr.DataTree(xr.Dataset({"x": imputed}))
     common.save(args, results, {"calibration": ax.figure}, {"imputation": tree}, text)

@@ -30,8 +30,8 @@ Function = Callable[..., Any]
 
 def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__, "mixture", epochs=3000, unit="steps for each method, on all 1000 points")
-    count, positive = common.positive_int, common.positive_float
-    parser.add_argument("--lr", type=positive, default=1e-2, help="learning rate of Adam")
+    count = common.positive_int
+    parser.add_argument("--lr", type=common.positive_float, default=1e-2, help="learning rate of Adam")
     parser.add_argument("--particles", type=count, default=32, help="draws of naive Monte Carlo")
     parser.add_argument("--kl-weight", type=float, default=1.0, help="weight of the VAEs' KL; at 0 codes drift apart")
     parser.add_argument("--test-points", type=count, default=10_000, help="new points to evaluate on")
@@ -51,19 +51,8 @@ def make_vae(latent: str) -> pv.VAE:
         case "relaxed Bernoulli":
             encoder: nn.Module = guides.RelaxedBernoulli(2, 1, NETWORK, temperature=0.4)
             return pv.VAE(priors.RelaxedBernoulli(1, temperature=0.3), encoder, likelihoods.Normal(1, 2, LINEAR))
-        case _:
-            encoder = guides.GumbelSoftmax(2, (1, 2), NETWORK, temperature=0.4)
-            return pv.VAE(priors.GumbelSoftmax((1, 2), temperature=0.3), encoder, likelihoods.Normal((1, 2), 2, LINEAR))
-
-
-def prior_as_guide(vae: pv.VAE) -> Function:
-    """Return the guide q(z | x) = p(z), whose ELBO is Jensen's bound with the prior."""
-
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", vae.prior())
-
-    return guide
+    encoder = guides.GumbelSoftmax(2, (1, 2), NETWORK, temperature=0.4)
+    return pv.VAE(priors.GumbelSoftmax((1, 2), temperature=0.3), encoder, likelihoods.Normal((1, 2), 2, LINEAR))
 
 
 def no_guide(x: Tensor) -> None:
@@ -78,8 +67,8 @@ def make_methods(particles: int) -> dict[str, tuple[pv.VAE, Function, Function, 
     relaxed, gumbel, summed, scored = map(make_vae, ["relaxed Bernoulli", "Gumbel-softmax", "Bernoulli", "Bernoulli"])
     return {
         "exact mixture": (mixture, config_enumerate(mixture.model), no_guide, enum),
-        "Jensen under the prior": (jensen, jensen.model, prior_as_guide(jensen), Trace_ELBO()),
-        "naive Monte Carlo": (naive, naive.model, prior_as_guide(naive), k_sample),
+        "Jensen under the prior": (jensen, jensen.model, common.prior_as_guide(jensen), Trace_ELBO()),
+        "naive Monte Carlo": (naive, naive.model, common.prior_as_guide(naive), k_sample),
         "Gaussian": (normal, normal.model, normal.guide, Trace_ELBO()),
         "relaxed Bernoulli": (relaxed, relaxed.model, relaxed.guide, Trace_ELBO()),
         "Gumbel-softmax": (gumbel, gumbel.model, gumbel.guide, Trace_ELBO()),
@@ -94,8 +83,8 @@ def evaluate(vae: pv.VAE, guide: Function | None, test: pv.datasets.TwoGaussians
     row = {"log_p": float(evidence.mean())}
     if guide is not None:
         elbo, gap = pv.exact.elbo(vae.model, guide, test.x), pv.exact.kl(vae.model, guide, test.x)
-        row |= {"elbo": float(elbo.mean()), "kl": float(gap.mean())}
-        row["residual"] = float((evidence - elbo - gap).abs().max())
+        residual = float((evidence - elbo - gap).abs().max())
+        row |= {"elbo": float(elbo.mean()), "kl": float(gap.mean()), "residual": residual}
     if guide == vae.guide:
         q = vae.encode(test.x).base_dist
         code = q.logits.flatten(1) if hasattr(q, "logits") else q.mean
@@ -119,8 +108,7 @@ def main(args: argparse.Namespace) -> None:
     test = pv.datasets.two_gaussians(args.test_points, seed=args.seed + 1)
     new = pv.datasets.two_gaussians(min(2000, args.test_points), seed=args.seed + 2).x
     truth = float(test.log_prob(test.x).mean())
-    # Minus the entropy of the mixture, whose components do not overlap: log 2 + log(2 pi e scale^2).
-    expected = -math.log(2) - math.log(2 * math.pi * math.e * test.scale**2)
+    expected = -math.log(2) - math.log(2 * math.pi * math.e * test.scale**2)  # the components do not overlap
     band = common.null_band(len(new), repeats=50)
     full = torch.distributions.MultivariateNormal(train.x.mean(0), train.x.T.cov(correction=0))
     samples = {"new data": test.x, "one full Gaussian": full.sample(torch.Size([len(new)]))}
@@ -130,19 +118,19 @@ def main(args: argparse.Namespace) -> None:
     for name, (vae, model, guide, elbo) in make_methods(args.particles).items():
         weighted = WeightKL(args.kl_weight if guide == vae.guide else 1.0)
         options = {"epochs": args.epochs, "lr": args.lr, "elbo": elbo, "seed": args.seed}
-        fitted = pv.fit(weighted(model), weighted(guide), train.x, **options)
+        seconds = pv.fit(weighted(model), weighted(guide), train.x, **options).seconds
         q = {"exact mixture": None, "enumerated Bernoulli": vae.guide}.get(name, guide)
         cases = {name: (vae, q)}
         if name in ("relaxed Bernoulli", "Gumbel-softmax"):
             twin = vae.discrete()
             cases = {f"{name}, relaxed": (vae, q), f"{name}, twin": (twin, twin.guide)}
         for title, (judged, q) in cases.items():
-            rows[title] = evaluate(judged, q, test, new) | {"seconds": fitted.seconds}
+            rows[title] = evaluate(judged, q, test, new) | {"seconds": seconds}
             samples[title] = judged.generate(1000)
         if name in ("Gaussian", "relaxed Bernoulli", "Gumbel-softmax", "enumerated Bernoulli"):
             file = name.lower().replace(" ", "_").replace("-", "_")
-            trees[file] = common.image_tree(vae, test.x[:200], test.labels[:200], args)
-        print(f"{name}: {fitted.seconds:.1f} s", flush=True)
+            trees[file] = common.make_tree(vae, test.x[:200], args, coords={"label": ("obs", test.labels[:200])})
+        print(f"{name}: {seconds:.1f} s", flush=True)
     for row in rows.values():
         row["lost"] = truth - row["log_p"]
     text = common.table("nats per point on test data", {"truth": {"log_p": truth}} | rows, COLUMNS, NOTES.format(*band))

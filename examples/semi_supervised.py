@@ -15,6 +15,7 @@ surrogate.
 import argparse
 import math
 from functools import partial
+from typing import Any
 
 import common
 import pyro
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import families, guides, likelihoods, networks, priors
-from pyro_vae.parts import Conditional
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,9 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class LabelScore(dist.Categorical):
-    """log q(label | x), a score for the classifier, which is not a part of p(x, label)."""
-
-    normalized = False
+    normalized = False  # log q(label | x) is a score for the classifier, which is not a part of p(x, label)
 
 
 class M2(nn.Module):
@@ -79,7 +77,7 @@ class M2(nn.Module):
             pyro.sample("label", label.mask(labels >= 0), obs=observed)
             pyro.sample("x", self.decoder(concat_broadcast(z, y)), obs=x)
             if alpha > 0:
-                score_classifier(self.classifier, x, labels, alpha)
+                self.score_classifier(x, labels, alpha)
 
     @config_enumerate
     def guide(self, x: Tensor, labels: Tensor, relaxed: bool = False) -> None:
@@ -100,24 +98,22 @@ class M2(nn.Module):
         y = pyro.sample("y", soft.mask(labels < 0))
         return torch.where(labels[:, None] >= 0, one_hot(labels), self.soft_prior.read(y).flatten(-2))
 
+    def score_classifier(self, x: Tensor, labels: Tensor, weight: float = 1.0) -> None:
+        """Observe the labels from the classifier, with this weight."""
+        with poutine.scale(scale=weight):
+            score = LabelScore(logits=self.classifier.raw_outputs(x)).mask(labels >= 0)
+            pyro.sample("classified", score, obs=labels.clamp(min=0))
 
-def score_classifier(classifier: Conditional, x: Tensor, labels: Tensor, weight: float = 1.0) -> None:
-    """Observe the labels from the classifier, with this weight."""
-    with poutine.scale(scale=weight):
-        score = LabelScore(logits=classifier.raw_outputs(x)).mask(labels >= 0)
-        pyro.sample("classified", score, obs=labels.clamp(min=0))
-
-
-def supervised_model(classifier: Conditional, x: Tensor, labels: Tensor) -> None:
-    """A model of labels given images, the classifier alone; its guide has no latents."""
-    pyro.module("supervised_classifier", classifier)
-    with pyro.plate("data", len(x)):
-        score_classifier(classifier, pyro.subsample(x, event_dim=1), pyro.subsample(labels, event_dim=0))
+    def supervised_model(self, x: Tensor, labels: Tensor) -> None:
+        """A model of labels given images, the classifier alone; its guide has no latents."""
+        pyro.module(f"{self.name}_classifier", self.classifier)
+        with pyro.plate("data", len(x)):
+            self.score_classifier(pyro.subsample(x, event_dim=1), pyro.subsample(labels, event_dim=0))
 
 
 METHODS = ["enumerated", "relaxed", "alone"]
-COLUMNS = {"accuracy": "{accuracy:.3f} ± {accuracy_error:.3f}", "ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
-COLUMNS |= {"steps": "{steps}"}
+COLUMNS = {"steps": "{steps}", "accuracy": "{accuracy:.3f} ± {accuracy_error:.3f}"}
+COLUMNS |= {"ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
 NOTES = "ELBO and log p(x) (200 draws) of held-out images without labels, with hard classes, in nats per image"
 
 
@@ -127,30 +123,27 @@ def main(args: argparse.Namespace) -> None:
     labels = common.mask_labels(train.labels, args.labels)
     x, missing = test.x, torch.full_like(test.labels, -1)
     m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in METHODS}
-    m2, soft = m2s["enumerated"], m2s["relaxed"]
-    options, enum = common.training_options(args), TraceEnum_ELBO(max_plate_nesting=1)
+    m2, soft, enum = m2s["enumerated"], m2s["relaxed"], TraceEnum_ELBO(max_plate_nesting=1)
+    options = common.training_options(args)
     fit = partial(pv.fit, data=(train.x, labels), validation=(x, missing), **options)
-    fits = {
-        "enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=enum),
-        "relaxed": fit(partial(soft.model, alpha=args.alpha, relaxed=True), partial(soft.guide, relaxed=True)),
-    }
+    fits = {"enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=enum)}
+    fits["relaxed"] = fit(partial(soft.model, alpha=args.alpha, relaxed=True), partial(soft.guide, relaxed=True))
     options["epochs"] = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
-    model, known = partial(supervised_model, m2s["alone"].classifier), labels >= 0
-    fits["alone"] = pv.fit(model, lambda x, labels: None, (train.x[known], labels[known]), **options)
-    rows = {}
+    known = train.x[labels >= 0], labels[labels >= 0]
+    fits["alone"] = pv.fit(m2s["alone"].supervised_model, lambda x, labels: None, known, **options)
+    rows: dict[str, Any] = {}
     for name, pair in m2s.items():
         right = (pair.classifier(x).mean[:, 0].argmax(1) == test.labels).double()
-        rows[name] = {"accuracy": right.mean().item(), "accuracy_error": common.standard_error(right)}
-        rows[name] |= {"seconds": fits[name].seconds, "steps": fits[name].steps}
+        rows[name] = {"seconds": fits[name].seconds, "steps": fits[name].steps, "accuracy": right.mean().item()}
+        rows[name]["accuracy_error"] = common.standard_error(right)
         if name != "alone":
             rows[name] |= common.evaluate(pair, x, missing, seed=args.seed, samples=200, elbo=enum)
-    text = common.table(f"{args.labels} labels of {len(train)}", rows, COLUMNS, NOTES)
-    print(text)
+    print(text := common.table(f"{args.labels} labels of {len(train)}", rows, COLUMNS, NOTES))
     found = {"methods": rows, "histories": {name: fits[name].history for name in METHODS[:2]}}
     classes, title = m2.classifier(x).mean[:, 0].detach(), "Mean q(y|x) of the held-out images of each label"
     figures = {"classes": common.draw_classes(classes, test.labels, title, sort=False)}
-    few = x[:100], test.labels[:100], args, missing[:100]
-    tree = common.image_tree(m2, *few, coord="truth", y=["variable", "class"])
+    names = {"coord": "truth", "y": ["variable", "class"]}
+    tree = common.image_tree(m2, x[:100], test.labels[:100], args, missing[:100], **names)
     common.save(args, found, figures, {"semi_supervised": tree}, text)
 
 

@@ -33,11 +33,14 @@ def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__, "two_layers", epochs=150)
     common.add_images(parser, default="digits")
     common.add_training(parser, batch_size=100, lr=2e-3)
-    count = common.positive_int
-    parser.add_argument("--hidden", type=count, default=128, help="units of each hidden layer")
-    parser.add_argument("--latent", type=count, nargs=2, default=[8, 2], help="dimensions of z1 and of z2")
-    parser.add_argument("--warm-up", type=count, default=50, help="epochs in which the weight of the KL rises to 1")
-    parser.add_argument("--samples", type=count, default=1000, help="draws for log p(x) of each image")
+    parser.add_argument("--hidden", type=common.positive_int, default=128, help="units of each hidden layer")
+    parser.add_argument(
+        "--latent", type=common.positive_int, nargs=2, default=[8, 2], help="dimensions of z1 and of z2"
+    )
+    parser.add_argument(
+        "--warm-up", type=common.positive_int, default=50, help="epochs in which the weight of the KL rises to 1"
+    )
+    parser.add_argument("--samples", type=common.positive_int, default=1000, help="draws for log p(x) of each image")
     return parser.parse_args()
 
 
@@ -46,8 +49,7 @@ class TwoLayers(nn.Module):
 
     def __init__(self, name: str, pixels: int, latent: tuple[int, int], hidden: int):
         super().__init__()
-        self.name, self.bottom_up = name, name.startswith("bottom-up")
-        z1, z2 = latent
+        self.name, self.bottom_up, (z1, z2) = name, name.startswith("bottom-up"), latent
         network = networks.mlp([hidden], activation=nn.Tanh)
         code = families.Normal(z1)
         self.p_z2 = priors.StandardNormal(z2)
@@ -96,13 +98,9 @@ def evaluate_layers(pair: Any, x: Tensor, seed: int) -> dict[str, float]:
             p = poutine.trace(poutine.replay(pair.model, q)).get_trace(x)
     q.compute_log_prob()
     p.compute_log_prob()
-    log_prob = {
-        name: site["log_prob"].mean().item() for name, site in p.nodes.items() if name in ("z", "z1", "z2", "x")
-    }
-    rates = {
-        f"rate_{name}": q.nodes[name]["log_prob"].mean().item() - log_prob[name] for name in log_prob if name != "x"
-    }
-    return {"elbo": log_prob["x"] - sum(rates.values())} | rates
+    log_q, log_p = ({name: t.nodes[name].get("log_prob") for name in t.nodes} for t in (q, p))
+    rates = {f"rate_{z}": (log_q[z] - log_p[z]).mean().item() for z in ("z", "z1", "z2") if z in q}
+    return {"elbo": log_p["x"].mean().item() - sum(rates.values())} | rates
 
 
 @torch.no_grad()
@@ -134,22 +132,18 @@ def main(args: argparse.Namespace) -> None:
         weighted = WeightKL(beta)
         fitted = pv.fit(weighted(pair.model), weighted(pair.guide), train.x, validation=x, **options)
         histories[name], rows[name] = fitted.history, evaluate_layers(pair, x, args.seed)
-        evidence = pv.log_evidence(pair.model, pair.guide, x, num_samples=args.samples, seed=args.seed)
-        log_p[name] = evidence.log_evidence
+        estimate = pv.log_evidence(pair.model, pair.guide, x, num_samples=args.samples, seed=args.seed)
+        log_p[name] = estimate.log_evidence
         rows[name] |= {"log_p": log_p[name].mean().item(), "seconds": fitted.seconds}
         if name != ONE:
             gain = log_p[name] - log_p[ONE]
             rows[name] |= {"gain": gain.mean().item(), "gain_error": common.standard_error(gain)}
     rows[ONE]["rate_z1"] = rows[ONE].pop("rate_z")
-    note = f"in nats per held-out image, ± the standard error; log p(x) from {args.samples} draws, a lower bound"
-    text = common.table("model and guide", rows, COLUMNS, note)
-    print(text)
-
+    print(text := common.table("model and guide", rows, COLUMNS, "in nats per held-out image; log p(x): a lower bound"))
     best = max(TWO, key=lambda name: rows[name]["log_p"])
     found = {"models": rows, "best_of_two_layers": best, "histories": histories}
-    figures = {"samples_by_layer": draw(pairs[best], shape)}
     tree = common.image_tree(pairs[best], x[:50], test.labels[:50], args, z1=["code"], z2=["top"])
-    common.save(args, found, figures, {"two_layers": tree}, text)
+    common.save(args, found, {"samples_by_layer": draw(pairs[best], shape)}, {"two_layers": tree}, text)
 
 
 if __name__ == "__main__":

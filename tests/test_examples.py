@@ -559,12 +559,8 @@ def test_imputation_in_a_short_form(run, capsys):
 
 
 def test_coverage_is_the_share_inside_central_intervals():
-    example = functions_of("imputation.py")
-    levels = example["LEVELS"]
-    draws, truth = torch.randn(2000, 3000, 1), torch.randn(3000, 1)
-    imputed = example["Imputed"](draws, draws.mean(0), truth)
-    everywhere = torch.ones_like(truth, dtype=torch.bool)
-    shares = example["coverage"](imputed, truth, everywhere)
+    levels = torch.linspace(0.05, 0.95, 19)
+    shares = functions_of("common.py")["coverage"](torch.randn(2000, 3000), torch.randn(3000), levels)
     assert ((shares - levels).abs() < 5 * (levels * (1 - levels) / 3000).sqrt() + 1e-3).all()
 
 
