@@ -5,11 +5,8 @@ A hundred labels, and many images without
 The model M2 of Kingma, Mohamed, Rezende and Welling (2014): a digit has a class y ~ Categorical(1/10) and a style z ~
 N(0, I), and its pixels depend on both. A few images have a label, the others -1. The guide is q(y | x) q(z | x, y),
 and q(y | x) is the classifier. It is compared with a Gumbel-softmax y, and with a classifier trained on labels alone.
-
-The label is an observed copy of y: log p(label | y) is 0 where they agree and minus infinity elsewhere, masked if it
-is missing. The guide reads it, so y is that class. The ELBO bounds log p(x), or log p(x, label). As q(y | x) learns
-nothing from labels in it, they are observed again, from the classifier, with weight alpha: the objective is then a
-surrogate.
+The label is an observed copy of y, masked if it is missing, and the guide reads it. In this ELBO q(y | x) learns
+nothing from labels, so the classifier observes them again with weight alpha: the objective is then a surrogate.
 """
 
 import argparse
@@ -45,7 +42,9 @@ def parse_args() -> argparse.Namespace:
 
 
 class LabelScore(dist.Categorical):
-    normalized = False  # log q(label | x) is a score for the classifier, which is not a part of p(x, label)
+    """log q(label | x), a score for the classifier that is not a part of p(x, label)."""
+
+    normalized = False
 
 
 class M2(nn.Module):
