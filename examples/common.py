@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -228,7 +228,8 @@ def compare(
     data, test, shape = load_images(args.data, args.folder)
     torch.manual_seed(args.seed)
     x, labels = datasets.resample(test.x)[: args.test_images], test.labels[: args.test_images]
-    vaes, rows = {}, {}
+    vaes: dict[str, pv.VAE] = {}
+    rows: dict[str, Any] = {}
     for name in names:
         vaes[name], fitted = train(args, name, data.x)
         row = evaluate(vaes[name], x, seed=args.seed, samples=args.samples, compile=args.compile)
@@ -334,15 +335,15 @@ def draw_elbos(rows: Mapping[str, Mapping[str, Any]], floor: float = -math.inf) 
     return figure
 
 
-def draw_lines(lines: Mapping[str, tuple[Any, Any]], ax: Axes | None = None, **axis: Any) -> Axes:
+def draw_lines(lines: Mapping[str, tuple[Any, Any]], **axis: Any) -> Figure:
     """Draw lines ``(x, y)`` by name, each with its own marker and style; ``axis`` are arguments of ``ax.set``."""
-    ax = ax or plt.subplots(figsize=(7, 5), layout="constrained")[1]
+    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     for (name, (x, y)), marker, style in zip(lines.items(), cycle("os^vD"), cycle(("-", "--", "-.", ":"))):
         ax.plot(x, y, marker=marker, markersize=4, linestyle=style, label=name)
     ax.set(**axis)
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
-    return ax
+    return figure
 
 
 def draw_points(panels: Mapping[str, Tensor], columns: int = 4, limit: float = 2.2) -> Figure:
@@ -376,9 +377,13 @@ def draw_images(vae: pv.VAE, history: History, x: Tensor, labels: Tensor, shape:
     }
     if isinstance(vae.prior, priors.StandardNormal) and means.shape[1] == 2:
         axes["manifold"] = plots.manifold(lambda z: vae.decode(z).mean, shape)
-    for name, ax in axes.items():
-        ax.set_title(titles[name])
-    return {name: ax.get_figure(root=True) for name, ax in axes.items()}
+    return {name: set_title(ax, titles[name]) for name, ax in axes.items()}
+
+
+def set_title(ax: Axes, title: str) -> Figure:
+    """Set the title of axes, and return their figure."""
+    ax.set_title(title)
+    return cast(Figure, ax.figure)
 
 
 def mean_code(vae: pv.VAE, x: Tensor) -> Tensor:

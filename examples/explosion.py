@@ -127,13 +127,13 @@ def main(args: argparse.Namespace) -> None:
     }
     axis = {"yscale": "log", "xlabel": "n, number of binary latents: 2^n states", "ylabel": "seconds"}
     title = "Time of log p(x), by a sum over all states, and by draws from prior or guide"
-    figures = {"cost": common.draw_lines(lines, title=title, **axis).figure}
+    figures = {"cost": common.draw_lines(lines, title=title, **axis)}
     errors = {
         f"draws from the {name}": tuple([row[key] for row in rows if "exact" in row] for key in ("n", f"{name}_error"))
         for name in ("prior", "guide")
     }
     axis |= {"ylabel": "mean |estimate - exact log p(x)|, nats per digit", "title": "Error where the sum is known"}
-    figures["errors"] = common.draw_lines(errors, **axis).figure
+    figures["errors"] = common.draw_lines(errors, **axis)
     tree = common.image_tree(vae, test.x[:20], test.labels[:20], args)  # of the largest n
     common.save(args, {"evidence": rows, "training_seconds": training}, figures, {"explosion": tree}, text)
 

@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append({"n": n, "seconds": measure_time(step)[0], "bytes": largest.bytes})
         print(f"n = {n}", flush=True)
 
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for name, rows in steps.items():
         for row in rows:
             table.setdefault(f"n = {row['n']}", {})[name] = 1000 * row["seconds"]
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     for key, label, unit in (("seconds", "seconds", 1), ("bytes", "MiB of the largest tensor", 2**20)):
         lines = {name: ([row["n"] for row in rows], [row[key] / unit for row in rows]) for name, rows in steps.items()}
         axis = {"yscale": "log", "xlabel": "n, number of binary latents: 2^n states", "ylabel": label}
-        figures[key] = common.draw_lines(lines, title="One gradient step", **axis).figure
+        figures[key] = common.draw_lines(lines, title="One gradient step", **axis)
     common.save(args, {"steps": steps, "stop": stop}, figures, {}, text)
 
 

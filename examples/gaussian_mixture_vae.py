@@ -104,8 +104,7 @@ def draw(mixture: GaussianMixtureVAE, x: Tensor, labels: Tensor, shape: common.S
     prior, posterior = mixture.components(), mixture.classifier(x).mean[:, 0]
     z = torch.cat([prior.mean[None], prior.sample(torch.Size([11]))]).transpose(0, 1)  # (K, 12, D)
     images = plots.image_grid(mixture.decoder(z).mean.reshape(-1, *shape), 12)
-    images.set_title("Each row a component: the image at its centre, then at eleven draws z | y")
-    figures: dict[str, Any] = {"samples": images.figure}
+    figures = {"samples": common.set_title(images, "A row for each component: its centre, and eleven draws z | y")}
     figures["clusters"] = common.draw_classes(posterior, labels, "Mean q(y|x) of the held-out images of each label")
     if z.shape[2] == 2:
         figures["latent"], ax = plt.subplots(figsize=(7, 6.4), layout="constrained")
@@ -130,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     mixture = GaussianMixtureVAE(x.shape[1], args.components, args.latent, args.hidden)
     plain = common.plain_vae(x.shape[1], args.latent, networks.mlp([args.hidden]))
     enum = TraceEnum_ELBO(max_plate_nesting=1)
-    fit = partial(pv.fit, data=train.x, validation=x, **common.training_options(args))
+    fit: Any = partial(pv.fit, data=train.x, validation=x, **common.training_options(args))
     one, several = "one standard normal", "mixture, y summed over"
     fits = {one: fit(plain.model, plain.guide), several: fit(mixture.model, mixture.guide, elbo=enum)}
     exact = (plain.model, mixture.marginal_model) if args.latent <= 2 else (None, None)

@@ -134,12 +134,12 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     lines = {"exact": (LEVELS, LEVELS)} | {name: (LEVELS, shares) for name, shares in covered.items()}
     axis = {"xlabel": "nominal level of the interval", "ylabel": "share of masked entries in it", "aspect": "equal"}
-    ax = common.draw_lines(lines, title="Calibration: below the line, intervals are too narrow", **axis)
+    figure = common.draw_lines(lines, title="Calibration: below the line, intervals are too narrow", **axis)
     results = {"methods": rows, "levels": LEVELS.tolist(), "coverage": covered, "histories": histories}
     tree = common.make_tree(vae, x[:50], args, dims={"x": ["measurement"]}, coords={"measurement": names})
     imputed = (("chain", "draw", "obs", "measurement"), found[name].draws[None, :, :50].numpy())
     tree["imputed"] = xr.DataTree(xr.Dataset({"x": imputed}))
-    common.save(args, results, {"calibration": ax.figure}, {"imputation": tree}, text)
+    common.save(args, results, {"calibration": figure}, {"imputation": tree}, text)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     print(text)
     lines = {"draws from the prior": (sizes, errors["prior"]), "draws from q(z|x), weighted": (sizes, errors["q"])}
     axis = {"xscale": "log", "yscale": "log", "xlabel": "draws K", "ylabel": "mean |error| of log p(x), nats"}
-    figures = {"monte_carlo": common.draw_lines(lines, title="Error of log p(x)", **axis).figure}
+    figures = {"monte_carlo": common.draw_lines(lines, title="Error of log p(x)", **axis)}
     found = {"samples": sizes, "errors": errors, "seconds": fitted.seconds}
     common.save(args, found, figures, {}, text)
 

@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
     m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in METHODS}
     m2, soft, enum = m2s["enumerated"], m2s["relaxed"], TraceEnum_ELBO(max_plate_nesting=1)
     options = common.training_options(args)
-    fit = partial(pv.fit, data=(train.x, labels), validation=(x, missing), **options)
+    fit: Any = partial(pv.fit, data=(train.x, labels), validation=(x, missing), **options)
     fits = {"enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=enum)}
     fits["relaxed"] = fit(partial(soft.model, alpha=args.alpha, relaxed=True), partial(soft.guide, relaxed=True))
     options["epochs"] = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     found = {"methods": rows, "histories": {name: fits[name].history for name in METHODS[:2]}}
     classes, title = m2.classifier(x).mean[:, 0].detach(), "Mean q(y|x) of the held-out images of each label"
     figures = {"classes": common.draw_classes(classes, test.labels, title, sort=False)}
-    names = {"coord": "truth", "y": ["variable", "class"]}
+    names: dict[str, Any] = {"coord": "truth", "y": ["variable", "class"]}
     tree = common.image_tree(m2, x[:100], test.labels[:100], args, missing[:100], **names)
     common.save(args, found, figures, {"semi_supervised": tree}, text)
 

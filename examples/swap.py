@@ -18,6 +18,7 @@ from typing import Any
 
 import common
 import pyro
+import xarray as xr
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     train, test, _ = common.load_binary_images("digits", test_images=args.test_images)
     x, labels = test.x, test.labels
     rows: list[dict[str, Any]] = []
-    trees = {}
+    trees: dict[str, xr.DataTree] = {}
     refused: dict[str, str] = {}
     for prior in PRIORS:
         for guide in GUIDES:
