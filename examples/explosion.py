@@ -121,14 +121,14 @@ def main(args: argparse.Namespace) -> None:
     named = {f"n = {row['n']}": row | {"mebibytes": row["bytes"] / 2**20} for row in rows}
     text = f"{common.table('', named, COLUMNS, NOTES)}\n\n{conclude(rows)}"
     print(text)
-    lines = {
+    lines: dict[str, Any] = {
         name: tuple([row[key] for row in rows if f"{name}_seconds" in row] for key in ("n", f"{name}_seconds"))
         for name in ("exact", "prior", "guide")
     }
     axis = {"yscale": "log", "xlabel": "n, number of binary latents: 2^n states", "ylabel": "seconds"}
     title = "Time of log p(x), by a sum over all states, and by draws from prior or guide"
     figures = {"cost": common.draw_lines(lines, title=title, **axis)}
-    errors = {
+    errors: dict[str, Any] = {
         f"draws from the {name}": tuple([row[key] for row in rows if "exact" in row] for key in ("n", f"{name}_error"))
         for name in ("prior", "guide")
     }
