@@ -124,9 +124,9 @@ def main(args: argparse.Namespace) -> None:
         if name in ("relaxed Bernoulli", "Gumbel-softmax"):
             twin = vae.discrete()
             cases = {f"{name}, relaxed": (vae, q), f"{name}, twin": (twin, twin.guide)}
-        for title, (judged, q) in cases.items():
-            rows[title] = evaluate(judged, q, test, new) | {"seconds": seconds}
-            samples[title] = judged.generate(1000)
+        for title, (evaluated, q) in cases.items():
+            rows[title] = evaluate(evaluated, q, test, new) | {"seconds": seconds}
+            samples[title] = evaluated.generate(1000)
         if name in ("Gaussian", "relaxed Bernoulli", "Gumbel-softmax", "enumerated Bernoulli"):
             file = name.lower().replace(" ", "_").replace("-", "_")
             trees[file] = common.make_tree(vae, test.x[:200], args, coords={"label": ("obs", test.labels[:200])})
