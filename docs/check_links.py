@@ -1,6 +1,7 @@
-"""Every link, anchor and picture inside the built pages leads somewhere: `python docs/check_links.py docs/_build/html`.
+"""Check the links, anchors and pictures of the built pages: `python docs/check_links.py docs/_build/html`.
 
-Prints a line for each dead one, and then exits with status 1. Links to other sites are not followed.
+The script prints one line for each dead link and exits with status 1 if there are any. It does not follow links to
+other sites.
 """
 
 import sys
@@ -10,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """What a page points to, and the anchors that it has."""
+    """The links and the anchors of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -32,7 +33,7 @@ class Page(HTMLParser):
 
 
 def dead_links(root: Path) -> list[tuple[str, str]]:
-    """Pairs of a page under ``root`` and a target of it that is not there."""
+    """Return pairs of a page under ``root`` and a target of its links that does not exist."""
     pages = {path.resolve(): Page(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.html"))}
     dead = []
     for path, page in pages.items():
@@ -54,7 +55,7 @@ def main() -> None:
         sys.exit("usage: python docs/check_links.py FOLDER")
     root = Path(sys.argv[1])
     if not (root / "index.html").exists():
-        sys.exit(f"{root}: holds no index.html; build the documentation first")
+        sys.exit(f"{root}: has no index.html; build the documentation first")
     dead = dead_links(root)
     for page, target in dead:
         print(f"{page}: nothing at {target}")

@@ -1,15 +1,16 @@
-"""Sphinx: MyST pages, pictures from the scripts in `figures`, a gallery of the examples, and the API from docstrings.
+"""Configuration of Sphinx: MyST pages, figures from scripts, a gallery of examples, a reference from docstrings.
 
-Nothing is fetched from the network while it builds.
+The build needs no network.
 """
 
 import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import their neighbours, as scripts do
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
 import gallery  # noqa: E402
+import reference  # noqa: E402
 
 import pyro_vae  # noqa: E402
 
@@ -51,7 +52,7 @@ sphinx_gallery_conf = {
 }
 
 autodoc_default_options = {"members": True}
-autodoc_inherit_docstrings = False  # torch's words on `forward` and the like are not ours
+autodoc_inherit_docstrings = False  # inherited docstrings, such as torch's of `forward`, describe torch
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
@@ -67,3 +68,12 @@ html_title = f"pyro_vae {release}"
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
+
+
+def setup(app):
+    """Generate the sections of the reference."""
+
+    def expand(app, name, source):
+        source[0] = reference.expand(source[0])
+
+    app.connect("source-read", expand)

@@ -3,29 +3,26 @@ Handwritten digits, with the exact answer
 =========================================
 
 A first VAE on real images: the 1797 digits of 8 × 8 pixels that come with scikit-learn, a Gaussian latent of two
-dimensions and a Bernoulli likelihood. It is fitted to 1500 of them; on the other 297 the held-out ELBO stands beside
-the exact log p(x), which a latent of two dimensions allows.
+dimensions and a Bernoulli likelihood. It is trained on 1500 digits. On the other 297 the ELBO is compared with the
+exact log p(x), which quadrature gives for a latent of two dimensions.
 """
-
-import options
-
-if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "digits", epochs=150)
-    options.add_digits(parser, test_images=297, draws=500)
-    options.add_training(parser, batch_size=100, lr=3e-3)
-    parser.add_argument("--hidden", type=options.count, default=128, help="units of the hidden layer, each way")
-    args = parser.parse_args()
 
 import argparse
 
-import images
+import common
 import pyro
-import results
-import runs
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "digits", epochs=150)
+    common.add_evaluation(parser, test_images=297, draws=500)
+    common.add_training(parser, batch_size=100, lr=3e-3)
+    parser.add_argument("--hidden", type=common.positive_int, default=128, help="hidden units of each network")
+    return parser.parse_args()
 
 
 def digits_vae(hidden: int) -> pv.VAE:
@@ -39,29 +36,29 @@ def digits_vae(hidden: int) -> pv.VAE:
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.binarized(args)
+    train, test, shape = common.load_binary_images("digits", test_images=args.test_images)
     x, labels = test.x, test.labels
     vae = digits_vae(args.hidden)
-    fitted = runs.fit(args, vae.model, vae.guide, train.x, validation=x)
+    fitted = pv.fit(vae.model, vae.guide, train.x, validation=x, **common.training_options(args))
 
     evidence = pv.exact.log_evidence(vae.model, x, tolerance=1e-3)
     elbo = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-3)
     found = {
         "log_p": float(evidence.mean()),
-        "log_p_standard_error": float(evidence.std() / len(evidence) ** 0.5),
+        "log_p_standard_error": common.standard_error(evidence),
         "elbo": float(elbo.mean()),
         "kl": float((evidence - elbo).mean()),
         "seconds": fitted.seconds,
         "history": fitted.history,
     }
-    print(f"On {len(x)} held-out digits, nats per image of 64 binary pixels; both by quadrature over the 2-D latent:")
+    print(f"On {len(x)} held-out digits, in nats per image of 64 binary pixels, by quadrature over the 2-D latent:")
     print(f"  exact log p(x)  {found['log_p']:.3f} ± {found['log_p_standard_error']:.3f} (standard error)")
     print(f"  ELBO            {found['elbo']:.3f}")
     print(f"  gap, KL(q || p) {found['kl']:.3f}")
 
-    figures = images.pictures(vae, fitted.history, x, labels, shape, "two numbers each")
-    results.save(args, found, figures, {"digits": images.tree(vae, x, labels, args.draws, args.seed)})
+    figures = common.draw_images(vae, fitted.history, x, labels, shape)
+    common.save(args, found, figures, {"digits": common.image_tree(vae, x, labels, args)})
 
 
 if __name__ == "__main__":
-    main(args)
+    main(parse_args())

@@ -1,107 +1,146 @@
 """
-Fill in what is missing, and say how surely
-===========================================
+Impute missing entries, with their uncertainty
+==============================================
 
-Thirty measurements of 569 tumours, from scikit-learn, from areas in the hundreds to fractions of a hundredth, some with
-outliers. A quarter of the entries is hidden, in training rows and in held-out rows alike. A VAE whose likelihood goes
-without missing entries is trained on the rest, with a normal or a Student-t likelihood, and draws the hidden entries of
-the held-out rows given the others. In each step up to half of what is left is hidden too, so that the encoder learns
-what it cannot know; one VAE goes without that, and is too sure of itself. Beside them: the mean of each column, and
-scikit-learn's IterativeImputer, a regression of each column on all others. Where radius, perimeter and area nearly tell
-each other, as here, regressions guess best; the VAE is one model of all columns, whatever is missing.
+Thirty measurements of 569 tumours, from scikit-learn, some with outliers. A quarter of the entries is masked, in
+training and held-out rows. A VAE whose likelihood skips missing entries is trained on the rest, and draws the masked
+entries of the held-out rows. In each step up to half of the remaining entries is masked too, so that the encoder
+learns from incomplete rows; one VAE is trained without that and is overconfident. The baselines are column means and
+scikit-learn's IterativeImputer, a regression of each column on all others, which has the smallest errors here.
 """
-
-import options
-
-if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "imputation", epochs=500)
-    options.add_training(parser, batch_size=100, lr=3e-3)
-    parser.add_argument("--latent", type=options.count, default=12, help="dimensions of z")
-    parser.add_argument("--hidden", type=options.count, default=64, help="units of the hidden layer, each way")
-    parser.add_argument("--percent", type=options.count, default=25, help="percentage of entries that are hidden")
-    parser.add_argument("--draws", type=options.count, default=100, help="draws of each hidden entry")
-    args = parser.parse_args()
 
 import argparse
 import math
-from collections.abc import Callable
+import warnings
+from typing import Any, NamedTuple
 
-import imputation_pictures as pictures
+import common
 import pyro
-import results
-import runs
 import torch
 import xarray as xr
-from imputed import LEVELS, Imputed, by_normals, by_regressions, coverage, evaluate, load
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.experimental import enable_iterative_imputer  # noqa: F401
+from sklearn.impute import IterativeImputer
 from torch import Tensor, nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 
-
-def table_vae(likelihood: Callable[..., nn.Module], columns: int, latent: int, hidden: int) -> pv.VAE:
-    """Model: z ~ N(0, I), x ~ p(x | z), of which missing entries are no part. Guide: q(z | observed entries)."""
-    network = networks.mlp([hidden], activation=nn.Tanh)
-    return pv.VAE(
-        prior=priors.StandardNormal(latent),
-        encoder=guides.DiagonalNormal(columns, latent, networks.with_missing(network)),
-        decoder=likelihood(latent, columns, network, scale="per_dimension", min_scale=0.02, missing=True),
-    )
+LEVELS = torch.linspace(0.05, 0.95, 19)
 
 
-def hide_more(x: Tensor) -> Tensor:
-    """Up to half of each row's entries missing besides, a share that differs from row to row."""
-    return x.masked_fill(torch.rand(x.shape) < torch.rand(len(x), 1) / 2, torch.nan)
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "imputation", epochs=500)
+    common.add_training(parser, batch_size=100, lr=3e-3)
+    parser.add_argument("--latent", type=common.positive_int, default=12, help="dimensions of z")
+    parser.add_argument("--hidden", type=common.positive_int, default=64, help="hidden units of each network")
+    parser.add_argument("--percent", type=common.positive_int, default=25, help="percentage of masked entries")
+    parser.add_argument("--draws", type=common.positive_int, default=100, help="draws of each masked entry")
+    return parser.parse_args()
+
+
+class Imputed(NamedTuple):
+    """Draws of every entry, ``(draws, N, D)``, a point estimate, and the log-density of each entry's true value."""
+
+    draws: Tensor
+    estimate: Tensor
+    log_density: Tensor
+
+
+def normal_imputation(loc: Tensor, scale: Tensor, complete: Tensor, draws: int) -> Imputed:
+    """Impute each entry by a normal distribution."""
+    q = torch.distributions.Normal(loc, scale)
+    return Imputed(q.sample(torch.Size([draws])), loc, q.log_prob(complete))
+
+
+def regression_imputation(train: Tensor, x: Tensor, complete: Tensor, draws: int, seed: int) -> Imputed:
+    """Impute by scikit-learn's IterativeImputer; the density is a normal with mean and variance of its draws."""
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        imputer = IterativeImputer(sample_posterior=True, random_state=seed).fit(train.numpy())
+        drawn = torch.stack([torch.as_tensor(imputer.transform(x.numpy())) for _ in range(draws)]).float()
+        estimate = torch.as_tensor(IterativeImputer(random_state=seed).fit(train.numpy()).transform(x.numpy())).float()
+    normals = torch.distributions.Normal(drawn.mean(0), drawn.std(0).clamp(min=1e-3))
+    return Imputed(drawn, estimate, normals.log_prob(complete))
 
 
 @torch.no_grad()
-def by_vae(vae: pv.VAE, x: Tensor, complete: Tensor, draws: int) -> Imputed:
-    """z ~ q(z | observed entries), x ~ p(x | z); the density of an entry is a mixture over the z."""
+def vae_imputation(vae: pv.VAE, x: Tensor, complete: Tensor, draws: int) -> Imputed:
+    """Draw z ~ q(z | observed entries), x ~ p(x | z); the density of an entry is a mixture over the z."""
     drawn = vae.impute(x, draws)
     p = vae.decode(vae.encode(x).sample(torch.Size([draws])))
     return Imputed(drawn, p.mean.mean(0), p.base_dist.log_prob(complete).logsumexp(0) - math.log(draws))
 
 
+def table_vae(likelihood: Any, columns: int, latent: int, hidden: int) -> pv.VAE:
+    """Make a VAE whose encoder and likelihood skip missing entries."""
+    network = networks.mlp([hidden], activation=nn.Tanh)
+    encoder = guides.DiagonalNormal(columns, latent, networks.with_missing(network))
+    decoder = likelihood(latent, columns, network, scale="per_dimension", min_scale=0.02, missing=True)
+    return pv.VAE(priors.StandardNormal(latent), encoder, decoder)
+
+
+def mask_more(x: Tensor) -> Tensor:
+    """Mask up to half of each row's entries, a share that differs from row to row."""
+    return x.masked_fill(torch.rand(x.shape) < torch.rand(len(x), 1) / 2, torch.nan)
+
+
+def evaluate(imputed: Imputed, complete: Tensor, masked: Tensor) -> dict[str, Any]:
+    """Compute a row of the table, for the masked entries of held-out rows; the standard error is over rows."""
+    error, nats = (imputed.estimate - complete)[masked], imputed.log_density[masked]
+    inside = common.coverage(imputed.draws[:, masked], complete[masked], LEVELS).tolist()
+    low, high = imputed.draws.quantile(torch.tensor([0.05, 0.95]), dim=0)
+    by_row = (imputed.log_density - nats.mean()).masked_fill(~masked, 0.0).sum(1)
+    return {
+        "rmse": float(error.square().mean().sqrt()),
+        "absolute_error": float(error.abs().median()),
+        "coverage": inside,
+        "inside_50": inside[9],
+        "inside_90": inside[17],
+        "width_90": float((high - low)[masked].mean()),
+        "log_density": float(nats.mean()),
+        "log_density_error": float(by_row.square().sum().sqrt() / len(nats)),
+    }
+
+
 COLUMNS = {"RMSE": "{rmse:.3f}", "|error|": "{absolute_error:.3f}", "in 50 %": "{inside_50:.0%}"}
-COLUMNS |= {"in 90 %": "{inside_90:.0%}", "width": "{width_90:.3f}"}
-COLUMNS |= {"log p": "{log_density:.3f} ± {log_density_error:.3f}"}
+COLUMNS |= {
+    "in 90 %": "{inside_90:.0%}",
+    "width": "{width_90:.3f}",
+    "log p": "{log_density:.3f} ± {log_density_error:.3f}",
+}
 NOTES = """errors and widths in standard deviations of a column; |error|: the median; width: of the 90 % interval
-in 50 %, in 90 %: share of hidden entries in these intervals; log p: nats per hidden entry ± its error"""
-BEST = "VAE, Student-t"
+in 50 %, in 90 %: share of masked entries in these intervals; log p: nats per masked entry ± the standard error"""
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test = load(args.percent, args.seed)
-    observed = f"{int((~train.x.isnan()).sum())} of {train.x.numel()} entries"
-    print(f"Training on {observed} of {len(train.x)} tumours; hidden entries of {len(test.x)} others are imputed")
+    complete, incomplete, names = common.load_measurements(args.percent, args.seed)
+    train, x, complete, masked = incomplete[:400], incomplete[400:], complete[400:], incomplete[400:].isnan()
     found = {
-        "column means": by_normals(torch.zeros_like(test.x), torch.ones(30), test.complete, args.draws),
-        "IterativeImputer": by_regressions(train.x, test.x, test.complete, args.draws, args.seed),
+        "column means": normal_imputation(torch.zeros_like(x), torch.ones(30), complete, args.draws),
+        "IterativeImputer": regression_imputation(train, x, complete, args.draws, args.seed),
     }
-    vaes, histories = {}, {}
-    for name in ("VAE, nothing more hidden", "VAE, Normal", BEST):
+    histories = {}
+    for name in ("VAE, nothing more hidden", "VAE, Normal", "VAE, Student-t"):
         likelihood = likelihoods.Normal if name == "VAE, Normal" else likelihoods.StudentT
-        vae = vaes[name] = table_vae(likelihood, len(train.names), args.latent, args.hidden)
-        hiding = None if name == "VAE, nothing more hidden" else hide_more
-        fitted = runs.fit(args, vae.model, vae.guide, train.x, transform=hiding)
+        vae = table_vae(likelihood, len(names), args.latent, args.hidden)
+        options = common.training_options(args) | {"transform": None if "nothing" in name else mask_more}
+        fitted = pv.fit(vae.model, vae.guide, train, **options)
         histories[name] = fitted.history
-        found[name] = by_vae(vae, test.x, test.complete, args.draws)
-        print(f"{name}: {fitted.seconds:.1f} s", flush=True)
-
-    rows = {name: evaluate(imputed, test) for name, imputed in found.items()}
-    covered = {name: coverage(imputed, test.complete, test.x.isnan()) for name, imputed in found.items()}
-    report = results.table(f"{int(test.x.isnan().sum())} hidden entries", rows, COLUMNS, NOTES)
-    print(f"\n{report}\n")
-    shares = {name: shares.tolist() for name, shares in covered.items()}
-    summary = {"methods": rows, "levels": LEVELS.tolist(), "coverage": shares, "histories": histories}
-    figures = pictures.draw(test, found[BEST], covered, rows)
-    names = {"dims": {"x": ["measurement"]}, "coords": {"measurement": test.names}}
-    tree = results.tree(vaes[BEST], test.x[:50], draws=args.draws, seed=args.seed, **names)
-    dims = ("chain", "draw", "obs", "measurement")
-    tree["imputed"] = xr.DataTree(xr.Dataset({"x": (dims, found[BEST].draws[None, :, :50].numpy())}))
-    results.save(args, summary, figures, {"imputation": tree}, report)
+        found[name] = vae_imputation(vae, x, complete, args.draws)
+    rows = {name: evaluate(imputed, complete, masked) for name, imputed in found.items()}
+    covered = {name: row.pop("coverage") for name, row in rows.items()}
+    text = common.table(f"{int(masked.sum())} masked entries", rows, COLUMNS, NOTES)
+    print(text)
+    lines = {"exact": (LEVELS, LEVELS)} | {name: (LEVELS, shares) for name, shares in covered.items()}
+    axis = {"xlabel": "nominal level of the interval", "ylabel": "share of masked entries in it", "aspect": "equal"}
+    figure = common.draw_lines(lines, title="Calibration: below the line, intervals are too narrow", **axis)
+    results = {"methods": rows, "levels": LEVELS.tolist(), "coverage": covered, "histories": histories}
+    tree = common.make_tree(vae, x[:50], args, dims={"x": ["measurement"]}, coords={"measurement": names})
+    imputed = (("chain", "draw", "obs", "measurement"), found[name].draws[None, :, :50].numpy())
+    tree["imputed"] = xr.DataTree(xr.Dataset({"x": imputed}))
+    common.save(args, results, {"calibration": figure}, {"imputation": tree}, text)
 
 
 if __name__ == "__main__":
-    main(args)
+    main(parse_args())

@@ -1,40 +1,24 @@
 """
-Can the posterior be believed?
-==============================
+Is the posterior correct?
+=========================
 
-After training: how good is the model, how good is its q(z|x), and where is it wrong? One call finds out, for any Pyro
-model and guide, and writes a page with tables and pictures. It is asked twice: of a VAE as it was trained, and of the
-same with a fault planted in its guide, half the variance it should have. Nobody tells the call that there is one.
+After training: how good is the model, how good is its q(z|x), and where is it wrong? One call answers this for any
+Pyro model and guide, and writes a page with tables and pictures. It runs twice: on a VAE as trained, and on the same
+VAE with a fault in its guide, half the variance. The call does not know of the fault, and has to find it.
 
-No encoder that is trained is exact, and the ranks of enough simulated data tell so. What is named a fault is certain,
-and would be mended by one change of all variances, or of all means: of that, training leaves none.
+No trained encoder is exact, and the ranks of enough simulated data show that. A fault in the report is certain, and
+one change of all variances or of all means corrects it; training leaves no such fault.
 """
-
-import options
-
-if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "inspect_posterior", epochs=20)
-    options.add_images(parser, default="mnist")
-    options.add_training(parser, batch_size=128, lr=2e-3)
-    parser.add_argument("--latent", type=options.count, default=10, help="dimensions of z")
-    parser.add_argument("--hidden", type=options.count, default=256, help="units of the hidden layer, each way")
-    parser.add_argument(
-        "--variance", type=options.positive, default=0.5, help="of the faulty guide, times the sound one"
-    )
-    parser.add_argument("--simulations", type=options.count, default=1000, help="data drawn from the model")
-    args = parser.parse_args()
 
 import argparse
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import images
+import common
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
-import results
-import runs
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -42,8 +26,20 @@ import pyro_vae as pv
 from pyro_vae import networks
 
 
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "inspect_posterior", epochs=20)
+    common.add_images(parser, default="mnist")
+    common.add_training(parser, batch_size=128, lr=2e-3)
+    count, positive = common.positive_int, common.positive_float
+    parser.add_argument("--latent", type=count, default=10, help="dimensions of z")
+    parser.add_argument("--hidden", type=count, default=256, help="hidden units of each network")
+    parser.add_argument("--variance", type=positive, default=0.5, help="factor of the variance of the faulty guide")
+    parser.add_argument("--simulations", type=count, default=1000, help="data drawn from the model")
+    return parser.parse_args()
+
+
 def scaled(vae: pv.VAE, factor: float) -> Callable[[Tensor], None]:
-    """The guide of a VAE, with the variance times a factor."""
+    """Make the guide of a VAE with its variance multiplied by a factor."""
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -54,8 +50,8 @@ def scaled(vae: pv.VAE, factor: float) -> Callable[[Tensor], None]:
 
 
 def forest(trees: dict[str, Any], count: int) -> Figure:
-    """ArviZ's forest plot of the codes of a few images, by either guide."""
-    with warnings.catch_warnings():  # ArviZ 0.23 warns on import that version 1 will be another
+    """Draw ArviZ's forest plot of the codes of a few images, for both guides."""
+    with warnings.catch_warnings():  # ArviZ 0.23 warns on import about the changes in version 1
         warnings.simplefilter("ignore", FutureWarning)
         import arviz as az
     data = {name: pv.to_arviz(tree.isel(obs=slice(count))) for name, tree in trees.items()}
@@ -64,15 +60,15 @@ def forest(trees: dict[str, Any], count: int) -> Figure:
     else:
         az.plot_forest(data, var_names=["z"], combined=True)
     figure = plt.gcf()
-    figure.suptitle("q(z|x) of one held-out image: draws of either guide, by ArviZ")
+    figure.suptitle("q(z|x) of one held-out image: draws of both guides, by ArviZ")
     return figure
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.binarized(args)
-    vae = runs.plain_vae(train.x.shape[1], args.latent, networks.mlp([args.hidden], nn.SiLU))
-    fitted = runs.fit(args, vae.model, vae.guide, train.x, validation=test.x)
+    train, test, shape = common.load_binary_images(args.data, args.folder, args.test_images)
+    vae = common.plain_vae(train.x.shape[1], args.latent, networks.mlp([args.hidden], nn.SiLU))
+    fitted = pv.fit(vae.model, vae.guide, train.x, validation=test.x, **common.training_options(args))
     pairs = {"as trained": vae.guide, f"variance times {args.variance:g}": scaled(vae, args.variance)}
     found, trees, texts = {}, {}, []
     for name, guide in pairs.items():
@@ -92,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         texts.append(f"{name.upper()}\n{inspection}\n")
         print(f"{texts[-1]}{page}\n", flush=True)
         log_p = inspection.evidence.log_evidence.mean().item()
-        found[name] = {"faults": inspection.faults, "cautions": inspection.warnings, "log_p": log_p}
+        found[name] = {"faults": inspection.faults, "warnings": inspection.warnings, "log_p": log_p}
         trees[name] = pv.to_datatree(
             vae.model,
             guide,
@@ -105,8 +101,8 @@ def main(args: argparse.Namespace) -> None:
         )
     figures = {"forest": forest(trees, count=1)}
     named = {name.replace(" ", "_"): tree for name, tree in trees.items()}
-    results.save(args, {"guides": found, "history": fitted.history}, figures, named, "\n".join(texts))
+    common.save(args, {"guides": found, "history": fitted.history}, figures, named, "\n".join(texts))
 
 
 if __name__ == "__main__":
-    main(args)
+    main(parse_args())

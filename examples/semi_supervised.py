@@ -2,54 +2,49 @@
 A hundred labels, and many images without
 =========================================
 
-The model M2 of Kingma, Mohamed, Rezende and Welling (2014): a digit's class y ~ Categorical(1/10), its style
-z ~ N(0, I), and its pixels from both. A few images have a label; of the others y is a latent. The guide is
-q(y | x) q(z | x, y), and its q(y | x) is the classifier that is wanted.
-
-All images are rows of one plate; a label of -1 is missing. The label is written as what it is, an observed copy of y:
-log p(label | y) is 0 where they agree and minus infinity elsewhere, and masked where there is none. The guide reads it,
-for a label is data: its y is then that class. So the sum over classes has ten terms for an image without a label and
-one for an image with one, and the ELBO bounds log p(x) of the first and log p(x, label) of the second.
-(``pyro.sample(..., obs_mask=)`` has the same sum, but a masked prior of y is no distribution for ``pv.log_evidence``.)
-
-In that bound q(y | x) learns nothing from the labels. So they are observed a second time, from the classifier, alpha
-times. That site is in no generative story, and with it the objective is no bound: it is reported as a surrogate.
-
-Beside it: the same with the missing y relaxed by the Gumbel-softmax, and judged with hard classes; and the same
-classifier, trained on the labelled images alone, for as many steps.
+The model M2 of Kingma, Mohamed, Rezende and Welling (2014): a digit has a class y ~ Categorical(1/10) and a style z ~
+N(0, I), and its pixels depend on both. A few images have a label, the others -1. The guide is q(y | x) q(z | x, y),
+and q(y | x) is the classifier. It is compared with a Gumbel-softmax y, and with a classifier trained on labels alone.
+The label is an observed copy of y, masked if it is missing, and the guide reads it. In this ELBO q(y | x) learns
+nothing from labels, so the classifier observes them again with weight alpha: the objective is then a surrogate.
 """
-
-import options
-
-if __name__ == "__main__":  # before the imports below, so that --help answers at once
-    parser = options.parser(__doc__, "semi_supervised", epochs=60)
-    options.add_images(parser, default="digits")
-    options.add_training(parser, batch_size=100, lr=3e-3)
-    parser.add_argument("--labels", type=options.count, default=100, help="labelled images, as many of each digit")
-    parser.add_argument("--alpha", type=options.positive, default=10.0, help="weight of the labels in the classifier")
-    parser.add_argument("--latent", type=options.count, default=10, help="dimensions of z")
-    parser.add_argument("--hidden", type=options.count, default=128, help="units of the hidden layer of each network")
-    args = parser.parse_args()
-    if args.labels % 10:
-        parser.error(f"--labels {args.labels}: accepted is a multiple of ten")
 
 import argparse
 import math
 from functools import partial
+from typing import Any
 
-import classifiers
-import images
+import common
 import pyro
 import pyro.distributions as dist
-import results
-import runs
-import semi_supervised_pictures as pictures
 import torch
-from images import beside
+from common import concat_broadcast, one_hot
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor, nn
 
-from pyro_vae import guides, handlers, likelihoods, networks, priors
+import pyro_vae as pv
+from pyro_vae import families, guides, likelihoods, networks, priors
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "semi_supervised", epochs=60)
+    common.add_images(parser, default="digits")
+    common.add_training(parser, batch_size=100, lr=3e-3)
+    parser.add_argument("--labels", type=common.positive_int, default=100, help="labelled images, a multiple of ten")
+    parser.add_argument("--alpha", type=common.positive_float, default=10.0, help="weight of the classifier's labels")
+    parser.add_argument("--latent", type=common.positive_int, default=10, help="dimensions of z")
+    parser.add_argument("--hidden", type=common.positive_int, default=128, help="hidden units of each network")
+    args = parser.parse_args()
+    if args.labels % 10:
+        parser.error(f"--labels must be a multiple of ten, got {args.labels}")
+    return args
+
+
+class LabelScore(dist.Categorical):
+    """log q(label | x), a score for the classifier that is not a part of p(x, label)."""
+
+    normalized = False
 
 
 class M2(nn.Module):
@@ -57,80 +52,99 @@ class M2(nn.Module):
 
     def __init__(self, name: str, pixels: int, latent: int, hidden: int):
         super().__init__()
-        network = networks.mlp([hidden])
-        self.name = name
+        self.name, network = name, networks.mlp([hidden])
         self.class_prior = priors.OneHotCategorical((1, 10))
         self.style_prior = priors.StandardNormal(latent)
         self.decoder = likelihoods.Bernoulli(latent + 10, pixels, network)
         self.classifier = guides.OneHotCategorical(pixels, (1, 10), network)
         self.encoder = guides.DiagonalNormal(pixels + 10, latent, network)
+        self.soft_prior = priors.GumbelSoftmax((1, 10), temperature=0.1)  # colder than the guide: see categorical.py
+        self.soft_family = families.RelaxedOneHotCategorical((1, 10), 0.5)
 
-    def model(self, x: Tensor, labels: Tensor, alpha: float = 0.0) -> None:
-        """The story, p(x, z, y), and the label; with alpha, the classifier besides."""
-        handlers.register(self.name, self)
+    def model(self, x: Tensor, labels: Tensor, alpha: float = 0.0, relaxed: bool = False) -> None:
+        """p(y) p(z) p(label | y) p(x | y, z), and with alpha the score of the classifier."""
+        pyro.module(self.name, self)
         with pyro.plate("data", len(x)):
             x, labels = pyro.subsample(x, event_dim=1), pyro.subsample(labels, event_dim=0)
-            y = pyro.sample("y", self.class_prior()).flatten(-2)
+            if relaxed:
+                y = self.sample_soft(self.soft_prior(), labels)
+                label, observed = dist.Categorical(self.class_prior().mean[0]), labels.clamp(min=0)
+            else:
+                y = pyro.sample("y", self.class_prior()).flatten(-2)
+                label, observed = dist.Delta(y.argmax(-1)), labels
             z = pyro.sample("z", self.style_prior())
-            pyro.sample("label", dist.Delta(y.argmax(-1)).mask(labels >= 0), obs=labels)
-            pyro.sample("x", self.decoder(beside(z, y)), obs=x)
-            classifiers.score(self.classifier, x, labels, alpha)
+            pyro.sample("label", label.mask(labels >= 0), obs=observed)
+            pyro.sample("x", self.decoder(concat_broadcast(z, y)), obs=x)
+            if alpha > 0:
+                self.score_classifier(x, labels, alpha)
 
     @config_enumerate
-    def guide(self, x: Tensor, labels: Tensor) -> None:
-        """q(y | x) q(z | x, y), where there is a label q(z | x, label)."""
-        handlers.register(self.name, self)
+    def guide(self, x: Tensor, labels: Tensor, relaxed: bool = False) -> None:
+        """q(y | x) q(z | x, y), and q(z | x, label) if there is a label."""
+        pyro.module(self.name, self)
         with pyro.plate("data", len(x)):
             x, labels = pyro.subsample(x, event_dim=1), pyro.subsample(labels, event_dim=0)
-            logits = torch.where(labels[:, None] >= 0, images.one_hot(labels).log(), self.classifier.raw_outputs(x))
-            y = pyro.sample("y", self.classifier.family(logits)).flatten(-2)
-            pyro.sample("z", self.encoder(beside(x, y)))
+            logits = self.classifier.raw_outputs(x)
+            if relaxed:
+                y = self.sample_soft(self.soft_family(logits), labels)
+            else:
+                logits = torch.where(labels[:, None] >= 0, one_hot(labels).log(), logits)
+                y = pyro.sample("y", self.classifier.family(logits)).flatten(-2)
+            pyro.sample("z", self.encoder(concat_broadcast(x, y)))
+
+    def sample_soft(self, soft: dist.TorchDistribution, labels: Tensor) -> Tensor:
+        """Return the label, or a soft class; with a label, the site y is masked and not read."""
+        y = pyro.sample("y", soft.mask(labels < 0))
+        return torch.where(labels[:, None] >= 0, one_hot(labels), self.soft_prior.read(y).flatten(-2))
+
+    def score_classifier(self, x: Tensor, labels: Tensor, weight: float = 1.0) -> None:
+        """Observe the labels from the classifier, with this weight."""
+        with poutine.scale(scale=weight):
+            score = LabelScore(logits=self.classifier.raw_outputs(x)).mask(labels >= 0)
+            pyro.sample("classified", score, obs=labels.clamp(min=0))
+
+    def supervised_model(self, x: Tensor, labels: Tensor) -> None:
+        """A model of labels given images, the classifier alone; its guide has no latents."""
+        pyro.module(f"{self.name}_classifier", self.classifier)
+        with pyro.plate("data", len(x)):
+            self.score_classifier(pyro.subsample(x, event_dim=1), pyro.subsample(labels, event_dim=0))
 
 
-TITLES = {"enumerated": "M2, missing y summed over", "relaxed": "M2, missing y relaxed"}
-TITLES |= {"alone": "classifier on labels alone"}
-COLUMNS = {"accuracy": "{accuracy:.3f} ± {accuracy_error:.3f}", "ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
-COLUMNS |= {"steps": "{steps}", "seconds": "{seconds:.1f}"}
-NOTES = """on held-out images, ± the standard error; ELBO and log p(x), from 200 draws at least that, in nats per image
-they are those without labels, y summed over or drawn hard, also where it was trained relaxed"""
+METHODS = ["enumerated", "relaxed", "alone"]
+COLUMNS = {"steps": "{steps}", "accuracy": "{accuracy:.3f} ± {accuracy_error:.3f}"}
+COLUMNS |= {"ELBO": "{elbo:.2f}", "log p(x)": "{log_p:.2f}"}
+NOTES = "ELBO and log p(x) (200 draws) of held-out images without labels, with hard classes, in nats per image"
 
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    train, test, shape = images.binarized(args)
-    labels = images.hide(train.labels, args.labels)
+    train, test, _ = common.load_binary_images(args.data, args.folder, args.test_images)
+    labels = common.mask_labels(train.labels, args.labels)
     x, missing = test.x, torch.full_like(test.labels, -1)
-    m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in TITLES}
-    m2, relaxed, classifier = m2s["enumerated"], classifiers.Relaxed(m2s["relaxed"]), m2s["alone"].classifier
-
-    summing = TraceEnum_ELBO(max_plate_nesting=1)
-    fit = partial(runs.fit, args, data=(train.x, labels), validation=(x, missing))
-    fits = {
-        "enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=summing),
-        "relaxed": fit(partial(relaxed.model, alpha=args.alpha), relaxed.guide),
-    }
-    histories = {name: fitted.history for name, fitted in fits.items()}
+    m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in METHODS}
+    m2, soft, enum = m2s["enumerated"], m2s["relaxed"], TraceEnum_ELBO(max_plate_nesting=1)
+    options = common.training_options(args)
+    fit: Any = partial(pv.fit, data=(train.x, labels), validation=(x, missing), **options)
+    fits = {"enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=enum)}
+    fits["relaxed"] = fit(partial(soft.model, alpha=args.alpha, relaxed=True), partial(soft.guide, relaxed=True))
+    options["epochs"] = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
     known = train.x[labels >= 0], labels[labels >= 0]
-    epochs = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
-    alone = partial(classifiers.alone, classifier)
-    fits["alone"] = runs.fit(args, alone, classifiers.no_guide, known, epochs=epochs)
-
-    found: dict[str, dict[str, float]] = {}
-    for name, judged in m2s.items():
-        right = (judged.classifier(x).mean[:, 0].argmax(1) == test.labels).double()
-        row = found[name] = {"accuracy": right.mean().item(), "accuracy_error": right.std().item() / len(x) ** 0.5}
-        row |= {"seconds": fits[name].seconds, "steps": fits[name].steps}
+    fits["alone"] = pv.fit(m2s["alone"].supervised_model, lambda x, labels: None, known, **options)
+    rows: dict[str, Any] = {}
+    for name, pair in m2s.items():
+        right = (pair.classifier(x).mean[:, 0].argmax(1) == test.labels).double()
+        rows[name] = {"seconds": fits[name].seconds, "steps": fits[name].steps, "accuracy": right.mean().item()}
+        rows[name]["accuracy_error"] = common.standard_error(right)
         if name != "alone":
-            row |= runs.evaluate(judged, x, missing, seed=args.seed, samples=200, elbo=summing)
-    rows = {TITLES[name]: row for name, row in found.items()}
-    report = results.table(f"{args.labels} labels, {len(train)} images", rows, COLUMNS, NOTES)
-    print(report)
-
-    figures = pictures.draw(m2, test, histories, shape)
-    names = {"dims": {"x": ["pixel"], "y": ["variable", "class"]}, "coords": {"truth": ("obs", test.labels[:100])}}
-    tree = results.tree(m2, x[:100], missing[:100], draws=args.draws, seed=args.seed, **names)
-    results.save(args, {"methods": found, "histories": histories}, figures, {"semi_supervised": tree}, report)
+            rows[name] |= common.evaluate(pair, x, missing, seed=args.seed, samples=200, elbo=enum)
+    print(text := common.table(f"{args.labels} labels of {len(train)}", rows, COLUMNS, NOTES))
+    found = {"methods": rows, "histories": {name: fits[name].history for name in METHODS[:2]}}
+    classes, title = m2.classifier(x).mean[:, 0].detach(), "Mean q(y|x) of the held-out images of each label"
+    figures = {"classes": common.draw_classes(classes, test.labels, title, sort=False)}
+    names: dict[str, Any] = {"coord": "truth", "y": ["variable", "class"]}
+    tree = common.image_tree(m2, x[:100], test.labels[:100], args, missing[:100], **names)
+    common.save(args, found, figures, {"semi_supervised": tree}, text)
 
 
 if __name__ == "__main__":
-    main(args)
+    main(parse_args())

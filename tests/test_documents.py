@@ -1,6 +1,7 @@
-"""What the documents say runs, the numbers that they show come out, and what they point to is there."""
+"""The code of the documents runs and gives the numbers they show; their links, figures and reference are complete."""
 
 import doctest
+import importlib
 import re
 import runpy
 import subprocess
@@ -30,13 +31,13 @@ def name(path: Path) -> str:
 
 
 def blocks(page: Path) -> list[tuple[str, int, str]]:
-    """The blocks of code of a page: the language, the line on which the code starts, and the code."""
+    """Return the blocks of code of a page: the language, the line on which the code starts, and the code."""
     text = page.read_text()
     return [(block[1], text.count("\n", 0, block.start(2)) + 1, block[2]) for block in BLOCK.finditer(text)]
 
 
 def run_session(code: str, namespace: dict, page: str, line: int) -> None:
-    """Run a block with prompts, in ``namespace``, and fail where it prints something else than the page shows."""
+    """Run a block with prompts in ``namespace``, and fail if it prints something else than the page shows."""
     test = doctest.DocTestParser().get_doctest(code, {}, page, page, line - 1)
     assert test.examples, f"{page}, line {line}: a pycon block without a prompt"
     test.globs = namespace
@@ -48,7 +49,7 @@ def run_session(code: str, namespace: dict, page: str, line: int) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_code_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # what a page writes, it writes there
+    monkeypatch.chdir(tmp_path)  # files of a page go there
     namespace: dict = {"__name__": "__document__"}
     with pyro.get_param_store().scope(), seeded(0), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -82,7 +83,7 @@ def test_figure_is_drawn(script, tmp_path, monkeypatch):
         plt.close("all")
 
 
-def test_every_figure_is_shown_once_with_words_for_those_who_do_not_see_it():
+def test_every_figure_is_shown_once_with_alt_text_and_caption():
     shown = [(page.parent / path, page) for page in PAGES for path in PLOT.findall(page.read_text())]
     assert sorted(path for path, _ in shown) == FIGURES
     for path, page in shown:
@@ -93,7 +94,7 @@ def test_every_figure_is_shown_once_with_words_for_those_who_do_not_see_it():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     prose = FENCED.sub("", page.read_text())
     targets = [first or second for first, second in LINK.findall(prose)]
     relative = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
@@ -118,7 +119,22 @@ def test_dead_links_of_built_pages_are_found(tmp_path):
     ]
 
 
-def test_the_pages_hold_code():
+def test_the_reference_describes_every_module_and_every_name_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    reference = importlib.import_module("reference")
+    pages = {page.stem: reference.expand(page.read_text()) for page in sorted((ROOT / "docs" / "api").glob("*.md"))}
+    lines = [line.split() for page in pages.values() for line in page.splitlines() if line.startswith(".. auto")]
+    modules = [name for _, directive, name in lines if directive == "automodule::"]
+    names = [name for _, directive, name in lines if directive != "automodule::"]
+    expected = set(reference.modules_below("pyro_vae")) - {"pyro_vae", "pyro_vae.parts"}
+    assert sorted(modules) == sorted(expected)
+    assert len(names) == len(set(names)) > 100
+    assert {"pyro_vae.VAE", "pyro_vae.fit", "pyro_vae.exact.log_evidence", "pyro_vae.parts.priors.Normal"} <= set(names)
+    contents = (ROOT / "docs" / "api.md").read_text()
+    assert not [page for page in pages if f"api/{page}" not in contents], "a page is not in the table of contents"
+
+
+def test_the_pages_have_code():
     learn = {"maximum_likelihood", "reparameterisation", "kl", "posterior_and_prior", "losses"}
     use = {"index", "exact", "your_own"}
     assert {name(page) for page in PAGES if blocks(page)} >= {"README.md", *(f"docs/{page}.md" for page in learn | use)}

@@ -1,4 +1,4 @@
-"""Posterior predictive check of a statistic: how many pixels of a held-out image are black?"""
+"""Posterior predictive check of a statistic, the number of black pixels of a held-out image."""
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -1,4 +1,4 @@
-"""Ranks of an exact guide, and of one with half its variance, in the band where those of an exact one stay."""
+"""Ranks of an exact guide and of a guide with half its variance, with the band for an exact guide."""
 
 import matplotlib.pyplot as plt
 import pyro

@@ -1,4 +1,4 @@
-"""Bias against noise of the gradient estimators, on a trained VAE of eight bits, at four runs of the decoder each."""
+"""Bias and noise of the gradient estimators, for a trained VAE with eight bits and four runs of the decoder each."""
 
 import matplotlib.pyplot as plt
 import torch
@@ -20,12 +20,12 @@ twin = relaxed.discrete()
 
 
 def sampled(elbo):
-    """Of the discrete model, by hard draws."""
+    """Make an estimator for the discrete model, with hard draws."""
     return Estimator(twin.model, twin.guide, elbo)
 
 
 def soft(elbo):
-    """Of the relaxed model, held against the gradient of its discrete twin."""
+    """Make an estimator for the relaxed model, compared with the gradient of its discrete twin."""
     return Estimator(relaxed.model, relaxed.guide, elbo, target=(twin.model, twin.guide))
 
 

@@ -1,4 +1,4 @@
-"""The constant that a cross-entropy on grey values leaves out, against the probability of the decoder."""
+"""The constant that a cross-entropy on grey values leaves out, as a function of the decoder's probability."""
 
 import matplotlib.pyplot as plt
 import torch

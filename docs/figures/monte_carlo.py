@@ -1,4 +1,4 @@
-"""How many samples log p(x) takes, from the prior and from a fitted q(z | x), in two and in six latent dimensions."""
+"""Error of log p(x) with samples from the prior and from a fitted q(z | x), in two and in six latent dimensions."""
 
 import math
 
@@ -12,7 +12,7 @@ SIZES = [4**power for power in range(8)]
 
 
 def linear_vae(latent):
-    """A linear decoder left as it is drawn, and an encoder fitted to it."""
+    """Make a random linear decoder, and fit an encoder to it."""
     torch.manual_seed(0)
     vae = pv.VAE(
         prior=priors.StandardNormal(latent),
@@ -27,7 +27,7 @@ def linear_vae(latent):
 
 @torch.no_grad()
 def mean_error(vae, proposal, x, size, repeats=10):
-    """Of K-sample estimates, against the exact answer."""
+    """Compute the error of K-sample estimates from the exact answer."""
     z = proposal.sample((repeats, size))
     log_weight = vae.decode(z).log_prob(x) + vae.prior().log_prob(z) - proposal.log_prob(z)
     estimate = log_weight.logsumexp(1) - math.log(size)

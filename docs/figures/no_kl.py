@@ -1,4 +1,4 @@
-"""A VAE on the mixture problem, trained with the KL term and without: its codes, and what it generates."""
+"""A VAE on the mixture problem, trained with and without the KL term: its codes and generated points."""
 
 import matplotlib.pyplot as plt
 import torch

@@ -10,7 +10,7 @@ from pyro_vae import guides, networks, priors
 
 
 class Curve(nn.Module):
-    """x ~ N(curve(z), 0.5), with nothing to learn."""
+    """x ~ N(curve(z), 0.5), without parameters."""
 
     def __init__(self, curve):
         super().__init__()

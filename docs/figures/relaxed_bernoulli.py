@@ -15,6 +15,6 @@ for ax, pi in zip(axes, (0.5, 0.8), strict=True):
         y = pv.distributions.LogitRelaxedBernoulli(torch.tensor(temperature), logits=logit)
         density = y.log_prob(s.logit()).exp() / (s * (1 - s))  # of s = sigmoid(y)
         ax.plot(s, density, line, color="black", label=f"λ = {temperature}")
-    ax.set(title=f"twin: Bernoulli({pi})", xlabel="s = sigmoid(y), what the decoder reads", ylim=(0, 5))
+    ax.set(title=f"twin: Bernoulli({pi})", xlabel="s = sigmoid(y), the input of the decoder", ylim=(0, 5))
 axes[0].set_ylabel("density of s")
 axes[0].legend(title="temperature", loc="upper center")

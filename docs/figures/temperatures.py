@@ -21,7 +21,7 @@ pv.fit(hard.model, hard.guide, x, epochs=5, batch_size=100, lr=5e-3, elbo=object
 
 
 def relaxed(temperature, straight_through=False):
-    """A relaxed VAE with the trained networks: at every temperature its twin is the one that was trained."""
+    """Make a relaxed VAE with the trained networks; its twin is the trained VAE at every temperature."""
     vae = pv.VAE(
         prior=priors.RelaxedBernoulli(8, temperature, straight_through=straight_through),
         encoder=guides.RelaxedBernoulli(64, 8, networks.mlp([16]), temperature),
@@ -33,7 +33,7 @@ def relaxed(temperature, straight_through=False):
 
 
 def measured(vae, elbo):
-    """What the gradient of the encoder is worth for the twin."""
+    """Compare the gradient of the encoder with the exact one of the twin."""
     twin = vae.discrete()
     estimator = Estimator(vae.model, vae.guide, elbo, target=(twin.model, twin.guide))
     return compare({"one": estimator}, x[:20], repeats=500).measured["one"]["encoder"]

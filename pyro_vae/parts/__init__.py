@@ -6,5 +6,6 @@ needs its name: they read its distribution through :mod:`pyro_vae.distributions.
 """
 
 from pyro_vae.parts import families, guides, likelihoods, networks, priors
+from pyro_vae.parts.base import Conditional, Part, Unconditional
 
-__all__ = ["families", "guides", "likelihoods", "networks", "priors"]
+__all__ = ["Conditional", "Part", "Unconditional", "families", "guides", "likelihoods", "networks", "priors"]

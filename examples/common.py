@@ -1,0 +1,458 @@
+"""Functions that the examples share: options, images, evaluation, tables, pictures and files of results."""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pyro
+import torch
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pyro.infer import ELBO
+from sklearn.datasets import load_breast_cancer
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pyro_vae as pv
+from pyro_vae import datasets, guides, likelihoods, networks, plots, priors
+
+Function = Callable[..., Any]
+Shape = tuple[int, int]
+History = Mapping[str, list[float]]
+
+
+# --- Command-line options --------------------------------------------------------------------------------------------
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep the line breaks of the docstring, and show the default of each option."""
+
+
+def folder(name: str) -> Path:
+    """Create a folder for the results, so that a wrong name fails before the training and not after it."""
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make the folder {name!r}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to the folder {name!r}")
+    return path
+
+
+def positive_int(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return number
+
+
+def make_parser(doc: str | None, name: str, epochs: int, unit: str = "passes over the data") -> argparse.ArgumentParser:
+    """Make a parser with ``--out``, ``--epochs`` and ``--seed``; its description is the docstring of the example."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_Formatter)
+    parser.add_argument("--out", type=folder, default=f"results/{name}", help="folder for the results")
+    parser.add_argument("--epochs", type=positive_int, default=epochs, help=unit)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    return parser
+
+
+def add_training(parser: argparse.ArgumentParser, batch_size: int, lr: float) -> None:
+    """Add ``--batch-size``, ``--lr`` and ``--compile``."""
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="rows in a mini-batch")
+    parser.add_argument("--lr", type=positive_float, default=lr, help="learning rate of Adam")
+    compiled = "compile the steps that are repeated: the same numbers in less time"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+
+
+def add_images(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--data`` and ``--folder``: the images to train on; and ``--test-images`` and ``--draws``."""
+    kinds = "mnist: 28 × 28 pixels, downloaded once; digits: 8 × 8 pixels, from scikit-learn"
+    parser.add_argument("--data", choices=["digits", "mnist"], default=default, help=kinds)
+    parser.add_argument("--folder", type=Path, help="read the four IDX files of MNIST from this folder")
+    add_evaluation(parser, test_images=1000)
+
+
+def add_evaluation(parser: argparse.ArgumentParser, test_images: int, draws: int = 200) -> None:
+    """Add ``--test-images`` and ``--draws``."""
+    parser.add_argument("--test-images", type=positive_int, default=test_images, help="held-out images to evaluate on")
+    parser.add_argument("--draws", type=positive_int, default=draws, help="draws in an ArviZ file")
+
+
+def training_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of :func:`pyro_vae.fit` that are options of the example."""
+    return {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed", "compile")}
+
+
+# --- Images ----------------------------------------------------------------------------------------------------------
+
+
+def load_images(data: str, folder: Path | None = None) -> tuple[datasets.Dataset, datasets.Dataset, Shape]:
+    """Load training images, held-out images, and their height and width."""
+    if data == "digits":
+        return datasets.digits("train"), datasets.digits("test"), (8, 8)
+    try:
+        return datasets.mnist("train", folder), datasets.mnist("test", folder), (28, 28)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"{error}\n\nNo network? `--folder FOLDER` reads MNIST's four IDX files from a folder, and `--data digits` "
+            "trains on smaller digits that need no download."
+        ) from None
+
+
+def load_binary_images(
+    data: str, folder: Path | None = None, test_images: int | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset, Shape]:
+    """Load images with pixels 0 or 1: training images, the first held-out images, and height and width."""
+    *both, shape = load_images(data, folder)
+    train, test = (datasets.Dataset(datasets.binarize(each.x), each.labels) for each in both)
+    return train, datasets.Dataset(test.x[:test_images], test.labels[:test_images]), shape
+
+
+def load_measurements(percent: int, seed: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Load measurements of tumours, ``(569, 30)``, standardized, complete and with missing entries, and their names."""
+    generator = torch.Generator().manual_seed(seed)
+    data = load_breast_cancer()
+    values = torch.as_tensor(data.data)[torch.randperm(len(data.data), generator=generator)]
+    missing = torch.rand(values.shape, generator=generator) < percent / 100
+    train = values.masked_fill(missing, torch.nan)[:400]
+    loc = train.nanmean(0)
+    complete = ((values - loc) / (train - loc).square().nanmean(0).sqrt()).float()
+    return complete, complete.masked_fill(missing, torch.nan), [str(name) for name in data.feature_names]
+
+
+def mask_labels(labels: Tensor, count: int) -> Tensor:
+    """Keep the first labels of each digit, ``count`` in all, and set the others to -1."""
+    left = torch.cat([(labels == digit).nonzero()[: count // 10, 0] for digit in range(10)])
+    return torch.full_like(labels, -1).index_copy(0, left, labels[left])
+
+
+def concat_broadcast(x: Tensor, y: Tensor) -> Tensor:
+    """Concatenate ``(*, D)`` and ``(*, K)`` to ``(*, D + K)``; an enumerated y has one dimension more on the left."""
+    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    return torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], dim=-1)
+
+
+def one_hot(labels: Tensor) -> Tensor:
+    """Encode labels ``(N,)`` as ``(N, 10)``; the row of a missing label, -1, is arbitrary."""
+    return functional.one_hot(labels.clamp(min=0), 10).to(torch.get_default_dtype())
+
+
+def plain_vae(pixels: int, latent: int, network: networks.NetworkFactory) -> pv.VAE:
+    """Make a VAE of binary pixels with a standard normal prior, the baseline that others are compared with."""
+    encoder, decoder = guides.DiagonalNormal(pixels, latent, network), likelihoods.Bernoulli(latent, pixels, network)
+    return pv.VAE(priors.StandardNormal(latent), encoder, decoder)
+
+
+def prior_as_guide(vae: pv.VAE) -> Function:
+    """Return the guide q(z | x) = p(z): its ELBO is Jensen's bound, and its draws are naive Monte Carlo."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.prior())
+
+    return guide
+
+
+def init_output_bias(decoder: nn.Module, mean: Tensor) -> None:
+    """Set the last bias of a Bernoulli decoder to the logits of the mean image, which it then returns for any z."""
+    *_, last = (module for module in decoder.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    pair: Any,
+    *data: Tensor,
+    seed: int,
+    samples: int = 1000,
+    elbo: ELBO | None = None,
+    exact: Function | None = None,
+    compile: bool = False,
+) -> dict[str, float]:
+    """Estimate ELBO, distortion, rate and log p(x) of held-out data, all in nats per datum.
+
+    Args:
+        pair: an object with a ``model`` and a ``guide``.
+        data: the arguments of both.
+        seed: seed of the draws.
+        samples: draws for the log p(x) of each datum; the ELBO uses 20.
+        elbo: an ELBO that sums over the enumerated sites of the guide.
+        exact: a model with at most two latent dimensions, for log p(x) by quadrature instead of draws.
+        compile: whether to compile the weighting of the draws.
+    """
+    terms = pv.evaluate(pair.model, pair.guide, data, elbo=elbo, num_samples=20, seed=seed)
+    if exact is None:
+        estimate = pv.log_evidence(pair.model, pair.guide, *data, num_samples=samples, seed=seed, compile=compile)
+        log_p = estimate.log_evidence
+    else:
+        log_p = exact_log_p(exact, *data)
+    return terms | {"log_p": log_p.mean().item(), "log_p_standard_error_over_images": standard_error(log_p)}
+
+
+def exact_log_p(model: Function, x: Tensor) -> Tensor:
+    """Integrate a latent of two dimensions; in batches, because one difficult image refines the grid of its batch."""
+    return torch.cat([pv.exact.log_evidence(model, rows, tolerance=1e-2) for rows in x.split(50)])
+
+
+def compare(
+    args: argparse.Namespace,
+    example: str,
+    names: Iterable[str],
+    train: Callable[[argparse.Namespace, str, Tensor], tuple[pv.VAE, pv.Fitted]],
+) -> None:
+    """Train several VAEs on resampled images, one for each name; evaluate them, print a table and save all results."""
+    data, test, shape = load_images(args.data, args.folder)
+    torch.manual_seed(args.seed)
+    x, labels = datasets.resample(test.x)[: args.test_images], test.labels[: args.test_images]
+    vaes: dict[str, pv.VAE] = {}
+    rows: dict[str, Any] = {}
+    for name in names:
+        vaes[name], fitted = train(args, name, data.x)
+        row = evaluate(vaes[name], x, seed=args.seed, samples=args.samples, compile=args.compile)
+        rows[name] = row | {"steps": fitted.steps, "seconds": fitted.seconds, "history": fitted.history}
+        print(f"{name}: {fitted.seconds:.0f} s, log p(x) {row['log_p']:.2f}", flush=True)
+    error = "{log_p:.2f} ± {log_p_standard_error_over_images:.2f}"
+    columns = {"steps": "{steps}", "seconds": "{seconds:.0f}", "ELBO": "{elbo:.2f}", "log p(x)": error}
+    notes = f"""in nats per image of {x.shape[1]} pixels, on {len(x)} held-out images, ± the standard error over images;
+log p(x) is an estimate with {args.samples} draws for each image, in expectation a lower bound"""
+    text = table("", rows, columns, notes)
+    print(text)
+    best = max(rows, key=lambda name: rows[name]["log_p"])
+    figures = draw_images(vaes[best], rows[best]["history"], x, labels, shape)
+    if len(rows) > 1:
+        figures["comparison"] = draw_elbos(rows)
+    save(
+        args, {"best": best, "runs": rows}, figures, {example: image_tree(vaes[best], x[:20], labels[:20], args)}, text
+    )
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of values ``(N,)``."""
+    return values.std().item() / len(values) ** 0.5
+
+
+def purity(posterior: Tensor, labels: Tensor) -> float:
+    """Return the share of images whose label is the most frequent one in their class; probabilities are ``(N, K)``."""
+    found = posterior.argmax(1)
+    return sum(int(labels[found == index].bincount().max()) for index in found.unique()) / len(labels)
+
+
+def cluster_agreement(posterior: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the purity of clusters with probabilities ``(N, K)``, and the adjusted Rand index, 0 by chance."""
+    rand = adjusted_rand_score(labels, posterior.argmax(1))
+    return {"same_label": purity(posterior, labels), "adjusted_rand": float(rand)}
+
+
+def cluster_accuracy(found: Tensor, labels: Tensor) -> float:
+    """Return the share of right clusters among two, whichever of them is called 1."""
+    right = (found == (labels == 1)).double().mean().item()
+    return max(right, 1 - right)
+
+
+def coverage(draws: Tensor, truth: Tensor, levels: Tensor) -> Tensor:
+    """Return the share of true values ``(N,)`` inside the central interval of each level, from draws ``(S, N)``."""
+    below = (draws < truth).float().mean(0)
+    return ((below - 0.5).abs()[:, None] <= levels / 2).float().mean(0)
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """Compute 2 E|x - y| - E|x - x'| - E|y - y'|, zero for equal distributions (Székely and Rizzo 2013)."""
+    return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+
+def null_band(num_points: int, repeats: int) -> list[float]:
+    """Return the 5th and 95th percentile of the energy distance between two samples of the two Gaussians."""
+    samples = [datasets.two_gaussians(num_points, seed=1000 + index).x for index in range(2 * repeats)]
+    distances = torch.tensor([energy_distance(*pair) for pair in zip(samples[::2], samples[1::2], strict=True)])
+    return distances.quantile(torch.tensor([0.05, 0.95])).tolist()
+
+
+# --- Tables, pictures and files --------------------------------------------------------------------------------------
+
+
+def table(corner: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], *notes: str) -> str:
+    """Format a table.
+
+    Args:
+        corner: the text above the names of the rows.
+        rows: numbers by key, by name of the row.
+        columns: a format by title, such as ``"{log_p:.2f}"``; a row without that number has an empty cell.
+        notes: lines below the table.
+    """
+    cells = [[_cell(row, column) for column in columns.values()] for row in rows.values()]
+    frame = pd.DataFrame(cells, pd.Index(rows), pd.Index([f" {title}" for title in columns], name=corner))
+    lines = frame.to_string(line_width=1000).splitlines()
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    try:
+        return column.format_map(row)
+    except KeyError:
+        return ""
+
+
+def draw_elbos(rows: Mapping[str, Mapping[str, Any]], floor: float = -math.inf) -> Figure:
+    """Draw ELBO and log p(x) of each row, and the gap as a line between them; rows below the floor have a text."""
+    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
+    places = range(len(rows), 0, -1)
+    log_p, elbo = ([row[key] for row in rows.values()] for key in ("log_p", "elbo"))
+    ax.hlines(places, elbo, log_p, color="0.6", label="gap")
+    ax.plot(elbo, places, "o", color="tab:blue", label="ELBO")
+    ax.plot(log_p, places, "|", color="black", markersize=14, markeredgewidth=2, label="log p(x)")
+    for place, row in zip(places, rows.values(), strict=True):
+        if row["elbo"] < floor:
+            ax.text(floor, place, f" not shown: ELBO {row['elbo']:.1f}, log p(x) {row['log_p']:.1f}", va="center")
+    ax.set(yticks=places, yticklabels=rows, xlabel="nats per held-out image")
+    if math.isfinite(floor):
+        ax.set_xlim(floor, max(log_p) + 0.5)
+    ax.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_lines(lines: Mapping[str, tuple[Any, Any]], **axis: Any) -> Figure:
+    """Draw lines ``(x, y)`` by name, each with its own marker and style; ``axis`` are arguments of ``ax.set``."""
+    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
+    for (name, (x, y)), marker, style in zip(lines.items(), cycle("os^vD"), cycle(("-", "--", "-.", ":"))):
+        ax.plot(x, y, marker=marker, markersize=4, linestyle=style, label=name)
+    ax.set(**axis)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    return figure
+
+
+def draw_points(panels: Mapping[str, Tensor], columns: int = 4, limit: float = 2.2) -> Figure:
+    """Draw the first 1000 points of each panel, ``(N, 2)``, under its title."""
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), layout="constrained")
+    for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
+        ax.scatter(points[:1000, 0], points[:1000, 1], s=4, alpha=0.4, color="black", linewidths=0)
+        ax.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+@torch.no_grad()
+def draw_images(vae: pv.VAE, history: History, x: Tensor, labels: Tensor, shape: Shape) -> dict[str, Figure]:
+    """Draw training curves, latent map, reconstructions, samples and, of a 2-D Gaussian latent, the manifold."""
+    means = mean_code(vae, x[:1500])
+    axes = {
+        "training": plots.training_curves(history),
+        "latent_map": plots.latent_map(first_components(means), labels[:1500]),
+        "reconstructions": plots.reconstructions(vae.reconstruct, x[:12], shape),
+        "samples": plots.samples(partial(vae.generate, mean=True), shape),
+    }
+    titles = {
+        "training": "Training: ELBO = -distortion - rate",
+        "latent_map": "Means of q(z|x) of held-out images, by label",
+        "reconstructions": "Held-out images, and their reconstructions below",
+        "samples": "Samples: z from the prior, mean of p(x|z)",
+        "manifold": "The decoder's image at each place of the latent space",
+    }
+    if isinstance(vae.prior, priors.StandardNormal) and means.shape[1] == 2:
+        axes["manifold"] = plots.manifold(lambda z: vae.decode(z).mean, shape)
+    return {name: set_title(ax, titles[name]) for name, ax in axes.items()}
+
+
+def set_title(ax: Axes, title: str) -> Figure:
+    """Set the title of axes, and return their figure."""
+    ax.set_title(title)
+    return cast(Figure, ax.figure)
+
+
+def mean_code(vae: pv.VAE, x: Tensor) -> Tensor:
+    """Return the mean of q(z|x), ``(N, D)``; without a closed form, the mean of 100 draws as the decoder reads them."""
+    q = vae.encode(x)
+    try:
+        return q.mean.flatten(1)
+    except NotImplementedError:
+        return vae.code(q.sample(torch.Size([100]))).mean(0).flatten(1)
+
+
+def first_components(values: Tensor) -> Tensor:
+    """Project ``(N, D)`` with D > 2 on its first two principal components, ``(N, 2)``."""
+    if values.shape[1] <= 2:
+        return values
+    centred = values - values.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+
+
+def draw_classes(posterior: Tensor, labels: Tensor, title: str, sort: bool = True) -> Figure:
+    """Draw the mean class probabilities of the images of each label, from probabilities ``(N, K)``.
+
+    Sorted, classes in which the same label is the most frequent one are next to each other.
+    """
+    means = torch.stack([posterior[labels == label].mean(0) for label in range(10)]).nan_to_num()
+    order = (means / means.sum(0)).nan_to_num().argmax(0).argsort() if sort else torch.arange(means.shape[1])
+    figure, ax = plt.subplots(figsize=(0.3 * means.shape[1] + 2.4, 4.2), layout="constrained")
+    shown = ax.imshow(means[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
+    ax.set(xlabel="class", ylabel="label", yticks=range(10), title=title)
+    figure.colorbar(shown, label="mean probability")
+    return figure
+
+
+def image_tree(
+    pair: Any,
+    x: Tensor,
+    labels: Tensor,
+    args: argparse.Namespace,
+    *context: Tensor,
+    coord: str = "label",
+    **dims: list[str],
+) -> xr.DataTree:
+    """Draw for ArviZ from a pair of model and guide of images, with the labels along ``obs``; ``dims`` by latent."""
+    return make_tree(pair, x, args, *context, dims={"x": ["pixel"]} | dims, coords={coord: ("obs", labels)})
+
+
+def make_tree(pair: Any, x: Tensor, args: argparse.Namespace, *context: Tensor, **names: Any) -> xr.DataTree:
+    """Draw for ArviZ from a pair of model and guide, with the names of dimensions and coordinates."""
+    return pv.to_datatree(pair.model, pair.guide, x, *context, draws=args.draws, seed=args.seed, parallel=True, **names)
+
+
+def save(
+    args: argparse.Namespace,
+    results: dict[str, Any],
+    figures: Mapping[str, Figure],
+    trees: Mapping[str, xr.DataTree],
+    text: str | None = None,
+) -> None:
+    """Write results.json with the settings, a PNG of each figure, a netCDF file of each tree, and table.txt."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    (args.out / "results.json").write_text(json.dumps({"settings": settings} | results, indent=2))
+    for name, figure in figures.items():
+        figure.savefig(args.out / f"{name}.png", dpi=130)
+        plt.close(figure)
+    for name, tree in trees.items():
+        tree.to_netcdf(args.out / f"{name}.nc", engine="h5netcdf")
+    written = ["results.json", *(f"{name}.png" for name in figures), *(f"{name}.nc" for name in trees)]
+    if text is not None:
+        (args.out / "table.txt").write_text(text + "\n")
+        written.append("table.txt")
+    print(f"In {args.out}: {', '.join(written)}")
