@@ -132,7 +132,7 @@ def _(distribution: torch.distributions.Exponential) -> Extent:
 
 @find_extent.register
 def _(distribution: torch.distributions.Beta) -> Extent:
-    r"""A box from :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))`, :math:`\epsilon \le 1/2`, and likewise above."""
+    r"""A box from :math:`P(x < \epsilon) \le 2 \epsilon^a / (a B(a, b))`, :math:`\epsilon \le 1/2`, likewise above."""
     a, b = distribution.concentration1, distribution.concentration0
     log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
     low, high = ((c.log() + log_beta - math.log(2) - LOG_TAIL) / c for c in (a, b))
