@@ -125,7 +125,7 @@ def test_the_optimizer_takes_a_scheduler_of_torch():
         (
             {"optim": ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})},
             ValueError,
-            "`optim` must be an optimizer, got ExponentialLR, a scheduler",
+            "`optim` must be an optimizer, got PyroLRScheduler, a scheduler",
         ),
         (
             {"optim": Adam({"lr": 0.1}, {"clip_norm": 1.0})},
