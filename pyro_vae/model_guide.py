@@ -19,7 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.param_store import scoped_param_store
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import deterministic_sites, latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors, data_tensors, function
@@ -100,7 +100,8 @@ class ModelGuide:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
                 self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data)
         except RunError as failure:
-            self._explain(failure.error, name)
+            with preserve_rng_state():
+                self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
         self.latents = latent_sites(self.model_trace)
         self.observed = observed_sites(self.model_trace)
@@ -234,8 +235,8 @@ class ModelGuide:
         check_missing(self.observed.values(), seen, "validation")
         if not self.is_amortized("guide", seen):
             raise ValueError(
-                "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
-                "that it was not trained on"
+                "`validation` needs an amortized guide, got one with parameters for each datum, which has none for "
+                "data that it was not trained on"
             )
         return seen
 

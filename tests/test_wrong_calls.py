@@ -159,59 +159,64 @@ def tensors(call, got, error=TypeError):
     return Row(call, error, "data", f"must be a tensor, such as `torch.as_tensor(array)` or `dataset.x`,...got {got}")
 
 
+def latent_shape(call):
+    says = "must draw 'z' with the shape of the model's latent, (6, 1), got (6, 3)"
+    return Row(call, ValueError, "guide", says)
+
+
+def data_plate(call):
+    says = "must be the data plate around the model's observed sites, got 'rows': the sites ['x'] are not in it"
+    return Row(call, ValueError, "plate", says)
+
+
+def enumerates_nothing(call):
+    says = "must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample"
+    return Row(call, ValueError, "elbo", says)
+
+
 MODELS = {
-    "the class of a part as the prior": Row(
-        lambda w: vae_with(w, prior=priors.StandardNormal),
+    "the class of a part as the prior": Row(lambda w: vae_with(w, prior=priors.StandardNormal),
         TypeError, "prior", "must be a module that returns a distribution...got the class StandardNormal"),
-    "a function as the prior": Row(
-        lambda w: vae_with(w, prior=lambda: dist.Normal(0.0, 1.0)),
+    "a function as the prior": Row(lambda w: vae_with(w, prior=lambda: dist.Normal(0.0, 1.0)),
         TypeError, "prior", "must be a module that returns a distribution...got a function"),
-    "an encoder as the prior": Row(
-        lambda w: vae_with(w, prior=w.vae.encoder),
+    "an encoder as the prior": Row(lambda w: vae_with(w, prior=w.vae.encoder),
         TypeError, "prior", "must return p(z) without a context, got guides.DiagonalNormal"),
-    "a network as the decoder": Row(
-        lambda w: vae_with(w, decoder=NET(1, 2)),
-        TypeError, "decoder", "must take shape (1,) from the prior...it returns a torch.float32 tensor of shape (3, 2)"),
-    "a network as the encoder": Row(
-        lambda w: vae_with(w, encoder=NET(2, 1)),
-        TypeError, "encoder", "must take shape (2,) from the decoder...it returns a torch.float32 tensor of shape (3, 1)"),
-    "a decoder that does not fit the prior": Row(
-        lambda w: vae_with(w, decoder=w.wide.decoder),
+    "a network as the decoder": Row(lambda w: vae_with(w, decoder=NET(1, 2)), TypeError, "decoder",
+        "must take shape (1,) from the prior...it returns a torch.float32 tensor of shape (3, 2)"),
+    "a network as the encoder": Row(lambda w: vae_with(w, encoder=NET(2, 1)), TypeError, "encoder",
+        "must take shape (2,) from the decoder...it returns a torch.float32 tensor of shape (3, 1)"),
+    "a decoder that does not fit the prior": Row(lambda w: vae_with(w, decoder=w.wide.decoder),
         ValueError, "decoder", "must take shape (1,) from the prior...which takes (3,). What would fit: latent=1"),
-    "an encoder that does not fit the decoder": Row(
-        lambda w: vae_with(w, encoder=guides.DiagonalNormal(5, 1, NET)),
+    "an encoder that does not fit the decoder": Row(lambda w: vae_with(w, encoder=guides.DiagonalNormal(5, 1, NET)),
         ValueError, "encoder", "must take shape (2,)...which takes (5,). What would fit: in_features=2"),
     "a discrete encoder for a continuous prior": Row(
-        lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, NET), w.wide.decoder),
-        ValueError, "encoder", "must be of one kind, shape and support with the prior...a mass of shape (3,)...What would fit: guides.DiagonalNormal(latent=3"),
-    "a decoder of another precision": Row(
-        lambda w: vae_with(w, decoder=decoder(1, 2).double()),
+        lambda w: pv.VAE(w.wide.prior, guides.Bernoulli(2, 3, NET), w.wide.decoder), ValueError, "encoder",
+        "must be of one kind, shape and support with the prior...a mass of shape (3,)..."
+        "What would fit: guides.DiagonalNormal(latent=3"),
+    "a decoder of another precision": Row(lambda w: vae_with(w, decoder=decoder(1, 2).double()),
         TypeError, "decoder", "...must be torch.float64, as its network is, got torch.float32"),
-    "an encoder on another device": Row(
-        lambda w: vae_with(w, encoder=guides.DiagonalNormal(2, 1, NET).to("meta")),
+    "an encoder on another device": Row(lambda w: vae_with(w, encoder=guides.DiagonalNormal(2, 1, NET).to("meta")),
         ValueError, "encoder", "...must be on meta, as its network is, got cpu"),
-    "a number as the name": Row(
-        lambda w: vae_with(w, name=3), TypeError, "name", "must be a string that is not empty, got 3"),
-    "an empty name": Row(
-        lambda w: vae_with(w, name=""), TypeError, "name", "must be a string that is not empty, got ''"),
-    "lists where the model wants a tensor": Row(
-        lambda w: w.vae.model([[0.0, 1.0]]), TypeError, "x", "must be a tensor, (N, 2), got a list"),
+    "a number as the name": Row(lambda w: vae_with(w, name=3),
+        TypeError, "name", "must be a string that is not empty, got 3"),
+    "an empty name": Row(lambda w: vae_with(w, name=""),
+        TypeError, "name", "must be a string that is not empty, got ''"),
+    "lists where the model wants a tensor": Row(lambda w: w.vae.model([[0.0, 1.0]]),
+        TypeError, "x", "must be a tensor, (N, 2), got a list"),
     "data of one dimension": Row(lambda w: w.vae.guide(w.x[:, 0]), ValueError, "x", "must be (N, 2)...got shape (6,)"),
-    "no rows for the model": Row(
-        lambda w: w.vae.model(w.x[:0]), ValueError, "x", "must be (N, 2) with N >= 1, got shape (0, 2), without rows"),
-    "truth values as data": Row(
-        lambda w: exact.log_evidence(w.vae.model, w.x > 0),
+    "no rows for the model": Row(lambda w: w.vae.model(w.x[:0]),
+        ValueError, "x", "must be (N, 2) with N >= 1, got shape (0, 2), without rows"),
+    "truth values as data": Row(lambda w: exact.log_evidence(w.vae.model, w.x > 0),
         TypeError, "x", "must be real numbers...got a torch.bool tensor of shape (6, 2)"),
-    "a list where the decoder wants a tensor": Row(
-        lambda w: w.vae.decode([0.0]), TypeError, "z", "must be a tensor, such as a draw of the site, got a list"),
+    "a list where the decoder wants a tensor": Row(lambda w: w.vae.decode([0.0]),
+        TypeError, "z", "must be a tensor, such as a draw of the site, got a list"),
     "half a datum to generate": positive_int(lambda w: w.vae.generate(2.5), "num_samples", 2.5),
-    "more data to generate than there are numbers for": Row(
-        lambda w: w.vae.generate(10**30),
+    "more data to generate than there are numbers for": Row(lambda w: w.vae.generate(10**30),
         ValueError, "num_samples", "must be a positive integer below 2^63, got 1000000000000000000000000000000"),
     "a word for a truth value": boolean(lambda w: w.vae.generate(3, mean="no"), "mean", "no"),
     "no draws of what is missing": positive_int(lambda w: w.vae.impute(w.x, 0), "num_samples", 0),
-    "the twin of what is not relaxed": Row(
-        lambda w: w.vae.discrete(), TypeError, "StandardNormal", "has no discrete twin: only relaxed parts have one"),
+    "the twin of what is not relaxed": Row(lambda w: w.vae.discrete(),
+        TypeError, "StandardNormal", "has no discrete twin: only relaxed parts have one"),
 }  # fmt: skip
 
 PARTS = {
@@ -219,49 +224,37 @@ PARTS = {
     "a latent of half a size": shape(lambda w: priors.Normal((2, 1.5)), (2, 1.5)),
     "a truth value as a size": shape(lambda w: priors.Laplace(True), True),
     "a tensor as a shape": shape(lambda w: priors.StandardNormal(torch.tensor([2, 3])), torch.tensor([2, 3])),
-    "a latent that no tensor could hold": Row(
-        lambda w: priors.StandardNormal((2**40, 2**40)),
+    "a latent that no tensor could hold": Row(lambda w: priors.StandardNormal((2**40, 2**40)),
         ValueError, "event_shape", "must be a size below 2^63, got (1099511627776, 1099511627776)"),
     "infinite degrees of freedom": positive(lambda w: priors.StudentT(1, df=math.inf), "df", math.inf),
-    "a probability of one": Row(
-        lambda w: priors.Bernoulli(2, probs=1.0),
+    "a probability of one": Row(lambda w: priors.Bernoulli(2, probs=1.0),
         ValueError, "probs", "must be strictly between 0 and 1, got 1.0"),
-    "complex probabilities": Row(
-        lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5 + 0j)),
+    "complex probabilities": Row(lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5 + 0j)),
         TypeError, "probs", "must be a number or a tensor of them...got a torch.complex64 tensor of shape (2,)"),
-    "probabilities without values": Row(
-        lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5, device="meta")),
+    "probabilities without values": Row(lambda w: priors.Bernoulli(2, probs=torch.full((2,), 0.5, device="meta")),
         ValueError, "probs", "must be a number or a tensor of them...got a torch.float32 tensor of shape (2,) on meta"),
-    "probabilities of another number of variables": Row(
-        lambda w: priors.Bernoulli(2, probs=torch.full((3,), 0.5)),
+    "probabilities of another number of variables": Row(lambda w: priors.Bernoulli(2, probs=torch.full((3,), 0.5)),
         ValueError, "probs", "must expand to shape (2,), got shape (3,)"),
     "no components": positive_int(lambda w: priors.MixtureOfNormals(2, 0), "num_components", 0),
     "a temperature of NaN": positive(lambda w: priors.RelaxedBernoulli(2, math.nan), "temperature", math.nan),
-    "one class": Row(
-        lambda w: priors.GumbelSoftmax((2, 1), 0.5), ValueError, "event_shape", "must be (n, k)...got (2, 1)"),
-    "an array of pseudo-data": Row(
-        lambda w: priors.VampPrior(w.vae.encoder, w.x.numpy()),
+    "one class": Row(lambda w: priors.GumbelSoftmax((2, 1), 0.5),
+        ValueError, "event_shape", "must be (n, k)...got (2, 1)"),
+    "an array of pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x.numpy()),
         TypeError, "pseudo_data", "must be a tensor, such as x[:20], got a ndarray"),
-    "infinite pseudo-data": Row(
-        lambda w: priors.VampPrior(w.vae.encoder, w.x * math.inf),
+    "infinite pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x * math.inf),
         ValueError, "pseudo_data", "must hold finite numbers, got inf at row 0, column (0,)"),
     "pseudo-data for a guide that is not amortized": Row(
         lambda w: priors.VampPrior(guides.PerDatum(families.Normal(1), 3), w.x),
         TypeError, "encoder", "must be an amortized guide of this package, a Conditional, got a PerDatum"),
-    "a finished module where a factory is wanted": Row(
-        lambda w: guides.DiagonalNormal(2, 1, NET(2, 2)),
+    "a finished module where a factory is wanted": Row(lambda w: guides.DiagonalNormal(2, 1, NET(2, 2)),
         TypeError, "network", "must be a factory...got a DeterministicLinear, a finished module"),
-    "a part where a factory is wanted": Row(
-        lambda w: guides.DiagonalNormal(2, 1, w.vae.prior),
+    "a part where a factory is wanted": Row(lambda w: guides.DiagonalNormal(2, 1, w.vae.prior),
         TypeError, "network", "must be a factory...got a StandardNormal, a finished module"),
-    "sizes where a factory is wanted": Row(
-        lambda w: likelihoods.Normal(1, 2, [32]),
+    "sizes where a factory is wanted": Row(lambda w: likelihoods.Normal(1, 2, [32]),
         TypeError, "network", "must be a factory...called with (1, 2), it raised: 'list' object is not callable"),
-    "a factory that makes a class": Row(
-        lambda w: likelihoods.Normal(1, 2, lambda i, o: nn.Linear),
+    "a factory that makes a class": Row(lambda w: likelihoods.Normal(1, 2, lambda i, o: nn.Linear),
         TypeError, "network", "must be a factory...called with (1, 2), it returned <class 'torch...Linear'>"),
-    "a factory that makes a part": Row(
-        lambda w: guides.DiagonalNormal(2, 1, lambda i, o: w.vae.encoder)(w.x),
+    "a factory that makes a part": Row(lambda w: guides.DiagonalNormal(2, 1, lambda i, o: w.vae.encoder)(w.x),
         TypeError, "network", "must return a tensor, (*, 2), got a Independent"),
     "a network that gives another number of outputs": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: NET(i, o + 1))(w.x),
@@ -269,68 +262,52 @@ PARTS = {
     "a network that mixes data": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: nn.Sequential(nn.Flatten(0), NET(12, o)))(w.x),
         ValueError, "network", "must keep the dimensions on the left, got outputs of shape (2,)"),
-    "a rank above the size": Row(
-        lambda w: guides.LowRankNormal(2, 2, NET, rank=3), ValueError, "rank", "must be 1 to 2...got 3"),
-    "a latent of two dimensions with all correlations": Row(
-        lambda w: guides.FullRankNormal(2, (2, 3), NET), ValueError, "event_shape", "must be (D,)...got (2, 3)"),
-    "the class of a family": Row(
-        lambda w: guides.PerDatum(families.Normal, 3), TypeError, "family", "must be a family...got the class Normal"),
-    "raw outputs of NaN": Row(
-        lambda w: guides.PerDatum(families.Normal(1), torch.full((3, 2), math.nan)),
+    "a rank above the size": Row(lambda w: guides.LowRankNormal(2, 2, NET, rank=3),
+        ValueError, "rank", "must be 1 to 2...got 3"),
+    "a latent of two dimensions with all correlations": Row(lambda w: guides.FullRankNormal(2, (2, 3), NET),
+        ValueError, "event_shape", "must be (D,)...got (2, 3)"),
+    "the class of a family": Row(lambda w: guides.PerDatum(families.Normal, 3),
+        TypeError, "family", "must be a family...got the class Normal"),
+    "raw outputs of NaN": Row(lambda w: guides.PerDatum(families.Normal(1), torch.full((3, 2), math.nan)),
         ValueError, "raw", "must be floats (N, 2), for Normal(event_shape=(1,), scale='network'), got nan"),
-    "raw outputs of no data": Row(
-        lambda w: guides.PerDatum(families.Normal(1), torch.zeros(0, 2)),
+    "raw outputs of no data": Row(lambda w: guides.PerDatum(families.Normal(1), torch.zeros(0, 2)),
         ValueError, "raw", "must be floats (N, 2), for Normal(event_shape=(1,), scale='network'), got shape (0, 2)"),
-    "integers as raw outputs": Row(
-        lambda w: guides.PerDatum(families.Normal(1), torch.zeros(3, 2, dtype=torch.long)),
+    "integers as raw outputs": Row(lambda w: guides.PerDatum(families.Normal(1), torch.zeros(3, 2, dtype=torch.long)),
         TypeError, "raw", "must be floats (N, 2)...got a torch.int64 tensor of shape (3, 2)"),
-    "refining on no data": Row(
-        lambda w: guides.PerDatum.refining(w.vae.encoder, w.x[:0]),
+    "refining on no data": Row(lambda w: guides.PerDatum.refining(w.vae.encoder, w.x[:0]),
         ValueError, "x", "must have shape (N, ...) with N >= 1, got shape (0, 2), without rows"),
-    "rows that a guide was not made for": Row(
-        lambda w: guides.PerDatum(families.Normal(1), 3)(w.x),
+    "rows that a guide was not made for": Row(lambda w: guides.PerDatum(families.Normal(1), 3)(w.x),
         ValueError, "PerDatum", "must be the 3 data that it was made for, got 6 rows"),
-    "data on another device than the network": Row(
-        lambda w: w.vae.encode(w.meta), ValueError, "DiagonalNormal", "must be on cpu, as its network is, got meta"),
-    "infinite data for an encoder": Row(
-        lambda w: w.vae.encode(w.x * math.inf),
+    "data on another device than the network": Row(lambda w: w.vae.encode(w.meta),
+        ValueError, "DiagonalNormal", "must be on cpu, as its network is, got meta"),
+    "infinite data for an encoder": Row(lambda w: w.vae.encode(w.x * math.inf),
         ValueError, "DiagonalNormal", "must be finite numbers, got inf"),
-    "missing data for an encoder that cannot read them": Row(
-        lambda w: w.vae.encode(w.nan),
+    "missing data for an encoder that cannot read them": Row(lambda w: w.vae.encode(w.nan),
         ValueError, "DiagonalNormal", "must accept missing entries...got a context with NaN"),
-    "images that were flattened": Row(
-        lambda w: guides.DiagonalNormal((1, 2, 3), 1, NET)(torch.zeros(5, 6)),
+    "images that were flattened": Row(lambda w: guides.DiagonalNormal((1, 2, 3), 1, NET)(torch.zeros(5, 6)),
         ValueError, "DiagonalNormal", "must be (*, 1, 2, 3), got shape (5, 6)"),
-    "too many raw outputs, some of which would not be read": Row(
-        lambda w: families.StudentT(2)(torch.zeros(3, 9)),
+    "too many raw outputs, some of which would not be read": Row(lambda w: families.StudentT(2)(torch.zeros(3, 9)),
         ValueError, "raw", "must be (*, 4)...got a torch.float32 tensor of shape (3, 9)"),
-    "too few raw outputs": Row(
-        lambda w: families.Bernoulli(3)(torch.zeros(5, 2)),
+    "too few raw outputs": Row(lambda w: families.Bernoulli(3)(torch.zeros(5, 2)),
         ValueError, "raw", "must be (*, 3)...got a torch.float32 tensor of shape (5, 2)"),
-    "raw outputs that make no covariance": Row(
-        lambda w: LowRankNormal(2, 1)(torch.full((6,), math.nan)),
-        ValueError, "raw", "must be finite numbers, not too large"),
-    "free outputs of another size": Row(
-        lambda w: base.Unconditional(families.Normal(2), torch.zeros(3)),
+    "raw outputs that make no covariance": Row(lambda w: LowRankNormal(2, 1)(torch.full((6,), math.nan)),
+        ValueError, "raw", "must be finite numbers, not too large...got nan to nan"),
+    "free outputs of another size": Row(lambda w: base.Unconditional(families.Normal(2), torch.zeros(3)),
         ValueError, "raw", "must be floats (*, 4), for Normal(event_shape=(2,), scale='network'), got shape (3,)"),
-    "a factory where a network is wanted": Row(
-        lambda w: base.Conditional(families.Normal(2), 2, NET.__call__),
+    "a factory where a network is wanted": Row(lambda w: base.Conditional(families.Normal(2), 2, NET.__call__),
         TypeError, "network", "must be a module, such as networks.linear()(2, 3), got a function"),
-    "a scale that is none": Row(
-        lambda w: likelihoods.Normal(1, 2, NET, scale="all"), ValueError, "scale", "must be 'network'...got 'all'"),
-    "a negative floor": Row(
-        lambda w: likelihoods.Normal(1, 2, NET, min_scale=-1.0),
+    "a scale that is none": Row(lambda w: likelihoods.Normal(1, 2, NET, scale="all"),
+        ValueError, "scale", "must be 'network'...got 'all'"),
+    "a negative floor": Row(lambda w: likelihoods.Normal(1, 2, NET, min_scale=-1.0),
         ValueError, "min_scale", "must be a finite number, 0 or more, got -1.0"),
     "a weight of zero": positive(lambda w: likelihoods.Normal.mse(1, 2, NET, kl_weight=0), "kl_weight", 0),
     "half a class": positive_int(lambda w: likelihoods.Categorical(1, 2, 2.5, NET), "num_classes", 2.5),
     "a distribution whose entries cannot go missing": Row(
         lambda w: missing.with_missing(dist.MultivariateNormal(torch.zeros(2), torch.eye(2))),
         ValueError, "base_dist", "must be a distribution of single...got a MultivariateNormal of event shape (2,)"),
-    "no distribution at all": Row(
-        lambda w: missing.with_missing(w.vae.decoder),
+    "no distribution at all": Row(lambda w: missing.with_missing(w.vae.decoder),
         TypeError, "distribution", "must be a distribution of single variables, got a Normal"),
-    "logits of no classes": Row(
-        lambda w: LogRelaxedOneHotCategorical(0.5, torch.tensor(1.0)),
+    "logits of no classes": Row(lambda w: LogRelaxedOneHotCategorical(0.5, torch.tensor(1.0)),
         ValueError, "logits", "must be a tensor (*, k), of k classes, got tensor(1.)"),
     "components that do not match their weights": Row(
         lambda w: MixtureOfNormals(torch.zeros(3), torch.zeros(2, 2), torch.ones(2, 2)),
@@ -338,38 +315,31 @@ PARTS = {
 }  # fmt: skip
 
 NETWORKS = {
-    "hidden layers of size zero": Row(
-        lambda w: networks.mlp([0]), ValueError, "hidden", "must be a list of positive sizes...got [0]"),
-    "a finished activation": Row(
-        lambda w: networks.mlp([3], activation=nn.ReLU()),
+    "hidden layers of size zero": Row(lambda w: networks.mlp([0]),
+        ValueError, "hidden", "must be a list of positive sizes...got [0]"),
+    "a finished activation": Row(lambda w: networks.mlp([3], activation=nn.ReLU()),
         TypeError, "activation", "must be a class or function of a module, such as nn.Tanh, got a ReLU"),
-    "the name of an activation": Row(
-        lambda w: networks.convolutional((1, 2, 2), activation="relu"),
+    "the name of an activation": Row(lambda w: networks.convolutional((1, 2, 2), activation="relu"),
         TypeError, "activation", "must be a class or function of a module, such as nn.Tanh, got a str"),
     "a word for a bias": boolean(lambda w: networks.linear(bias="no"), "bias", "no"),
-    "a location of NaN": Row(
-        lambda w: networks.standardized(NET, loc=math.nan), ValueError, "loc", "must be a finite number...got nan"),
-    "a scale of zero": Row(
-        lambda w: networks.standardized(NET, scale=0.0), ValueError, "scale", "must be positive numbers, got 0.0"),
-    "locations of another number of features": Row(
-        lambda w: networks.standardized(NET, loc=torch.zeros(3))(2, 1), ValueError, "loc", "must have 2 numbers, one for each feature, got 3"),
-    "an image of two sizes": Row(
-        lambda w: networks.convolutional((8, 8))(64, 1),
+    "a location of NaN": Row(lambda w: networks.standardized(NET, loc=math.nan),
+        ValueError, "loc", "must be a finite number...got nan"),
+    "a scale of zero": Row(lambda w: networks.standardized(NET, scale=0.0),
+        ValueError, "scale", "must be positive numbers, got 0.0"),
+    "locations of another number of features": Row(lambda w: networks.standardized(NET, loc=torch.zeros(3))(2, 1),
+        ValueError, "loc", "must have 2 numbers, one for each feature, got 3"),
+    "an image of two sizes": Row(lambda w: networks.convolutional((8, 8))(64, 1),
         ValueError, "image", "must be (channels, height, width) with a product of in_features = 64, got (8, 8)"),
-    "one number for an image": Row(
-        lambda w: networks.deconvolutional(64)(1, 64),
+    "one number for an image": Row(lambda w: networks.deconvolutional(64)(1, 64),
         ValueError, "image", "must be (channels, height, width) with a product of out_features = 64, got 64"),
-    "an image of negative sizes": Row(
-        lambda w: networks.convolutional((1, -8, -8))(64, 1),
+    "an image of negative sizes": Row(lambda w: networks.convolutional((1, -8, -8))(64, 1),
         ValueError, "image", "must be (channels, height, width) with a product of in_features = 64, got (1, -8, -8)"),
-    "one number of channels": Row(
-        lambda w: networks.convolutional((1, 8, 8), 16)(64, 1),
+    "one number of channels": Row(lambda w: networks.convolutional((1, 8, 8), 16)(64, 1),
         ValueError, "channels", "must be one or more positive sizes, such as (16, 32), got 16"),
-    "one class to read": Row(
-        lambda w: networks.one_hot(1, NET), ValueError, "num_classes", "must be an integer of 2 or more, got 1"),
+    "one class to read": Row(lambda w: networks.one_hot(1, NET),
+        ValueError, "num_classes", "must be an integer of 2 or more, got 1"),
     "a baseline of no features": positive_int(lambda w: baselines.NeuralBaseline(0, NET), "in_features", 0),
-    "a baseline that forgets nothing": Row(
-        lambda w: baselines.RunningAverage(decay=1.0),
+    "a baseline that forgets nothing": Row(lambda w: baselines.RunningAverage(decay=1.0),
         ValueError, "decay", "must be a number from 0 to below 1, got 1.0"),
 }  # fmt: skip
 
@@ -379,160 +349,125 @@ DATA = {
     "a word": tensors(lambda w: exact.posterior(w.vae.model, "x"), "a str"),
     "nothing": tensors(lambda w: pv.log_evidence(*w.pair), "no tensor", ValueError),
     "None": tensors(lambda w: pv.decompose(*w.pair, None), "a NoneType"),
-    "a data set in place of its x": tensors(
-        lambda w: pv.inspect(*w.pair, datasets.Dataset(w.x, w.labels)), "a Dataset"),
-    "no rows": Row(
-        lambda w: exact.elbo(*w.pair, w.x[:0]),
+    "a data set in place of its x": tensors(lambda w: pv.inspect(*w.pair, datasets.Dataset(w.x, w.labels)),
+        "a Dataset"),
+    "no rows": Row(lambda w: exact.elbo(*w.pair, w.x[:0]),
         ValueError, "data", "must have shape (N, ...) with N >= 1, got shape (0, 2), without rows"),
     "no columns": Row(lambda w: exact.kl(*w.pair, w.x[:, :0]), ValueError, "x", "must be (N, 2)...got shape (6, 0)"),
-    "one number": Row(
-        lambda w: exact.log_evidence(w.vae.model, torch.tensor(1.0)),
+    "one number": Row(lambda w: exact.log_evidence(w.vae.model, torch.tensor(1.0)),
         ValueError, "data", "must have shape (N, ...) with N >= 1, got shape (), without rows"),
-    "one dimension": Row(
-        lambda w: pv.calibrate(*w.pair, w.x[:, 0]), ValueError, "x", "must be (N, 2)...got shape (6,)"),
-    "a dimension too many": Row(
-        lambda w: pv.inference_gap(*w.pair, w.x[None]), ValueError, "x", "must be (N, 2)...got shape (1, 6, 2)"),
-    "a column too many": Row(
-        lambda w: pv.reference(w.vae.model, torch.zeros(4, 3)), ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
-    "double precision for a model of single": Row(
-        lambda w: pv.log_evidence(*w.pair, w.x.double()),
+    "one dimension": Row(lambda w: pv.calibrate(*w.pair, w.x[:, 0]),
+        ValueError, "x", "must be (N, 2)...got shape (6,)"),
+    "a dimension too many": Row(lambda w: pv.inference_gap(*w.pair, w.x[None]),
+        ValueError, "x", "must be (N, 2)...got shape (1, 6, 2)"),
+    "a column too many": Row(lambda w: pv.reference(w.vae.model, torch.zeros(4, 3)),
+        ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
+    "double precision for a model of single": Row(lambda w: pv.log_evidence(*w.pair, w.x.double()),
         TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
-    "double precision to calibrate on": Row(
-        lambda w: pv.calibrate(*w.pair, w.x.double()),
+    "double precision to calibrate on": Row(lambda w: pv.calibrate(*w.pair, w.x.double()),
         TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
-    "integers for an encoder": Row(
-        lambda w: pv.to_datatree(*w.pair, w.x.long(), draws=2),
+    "integers for an encoder": Row(lambda w: pv.to_datatree(*w.pair, w.x.long(), draws=2),
         TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.int64"),
     "integers where the model draws fractions": Row(
-        lambda w: pv.calibrate(*w.pair, w.x.long()),
-        ValueError, "data", "must be data of that dtype...got torch.int64 for 'x'"),
-    "complex numbers": Row(
-        lambda w: exact.log_evidence(w.vae.model, w.x + 0j),
+        lambda w: pv.calibrate(w.vae.model, lambda x: w.vae.guide(x.float()), w.x.long()), ValueError, "data",
+        "must have a dtype that holds the draws of 'x', torch.float32 with fractions, got torch.int64"),
+    "complex numbers": Row(lambda w: exact.log_evidence(w.vae.model, w.x + 0j),
         TypeError, "data", "must be a tensor...got a torch.complex64 tensor of shape (6, 2)"),
-    "sparse tensors": Row(
-        lambda w: exact.log_evidence(w.vae.model, w.x.to_sparse()),
+    "sparse tensors": Row(lambda w: exact.log_evidence(w.vae.model, w.x.to_sparse()),
         TypeError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2), torch.sparse_coo"),
-    "tensors without values": Row(
-        lambda w: pv.log_evidence(*w.pair, w.meta),
+    "tensors without values": Row(lambda w: pv.log_evidence(*w.pair, w.meta),
         ValueError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2) on meta"),
-    "NaN where nothing may be missing": Row(
-        lambda w: pv.calibrate(*w.pair, w.nan),
-        ValueError, "data", "must be finite numbers, got nan at row 0, column (0,)"),
-    "infinity": Row(
-        lambda w: pv.decompose(*w.pair, -w.x * math.inf),
+    "NaN where nothing may be missing": Row(lambda w: pv.calibrate(*w.pair, w.nan),
+        ValueError, "data", "must hold finite numbers, got nan at row 0, column (0,)"),
+    "infinity": Row(lambda w: pv.decompose(*w.pair, -w.x * math.inf),
         ValueError, "data", "must hold finite numbers, got -inf at row 0, column (0,)"),
-    "tensors of different numbers of rows": Row(
-        lambda w: pv.log_evidence(*w.pair, w.x, w.x[:3]),
+    "tensors of different numbers of rows": Row(lambda w: pv.log_evidence(*w.pair, w.x, w.x[:3]),
         ValueError, "data", "must be tensors of one number of rows, got 6 and 3"),
     "grey values for a Bernoulli likelihood": Row(
-        lambda w: exact.log_evidence(w.binary.model, w.x.sigmoid()),
-        ValueError, "data", "of a Bernoulli likelihood must be 0s and 1s, got...Alternatives: threshold the data, `datasets.binarize(x)`"),
+        lambda w: exact.log_evidence(w.binary.model, w.x.sigmoid()), ValueError, "data",
+        "of a Bernoulli likelihood must be 0s and 1s, got...threshold the data, `datasets.binarize(x)`"),
     "bytes for a Bernoulli likelihood": Row(
-        lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)),
-        ValueError, "data", "of a Bernoulli likelihood must be 0s and 1s, got 255 to 255. Bring them to [0, 1] first, such as `x / 255`"),
-    "a single row to tell codes apart by": Row(
-        lambda w: pv.decompose(*w.pair, w.x[:1]), ValueError, "data", "must be 2 or more...got 1 row"),
-    "a list of grey values": Row(
-        lambda w: datasets.grey([0.5]), TypeError, "x", "must be bytes (torch.uint8)...got a list"),
-    "grey values above one": Row(
-        lambda w: datasets.resample(torch.tensor([0.5, 2.0])),
+        lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)), ValueError, "data",
+        "of a Bernoulli likelihood must be 0s and 1s, got 255 to 255...Bring them to [0, 1] first, such as `x / 255`"),
+    "a single row to tell codes apart by": Row(lambda w: pv.decompose(*w.pair, w.x[:1]),
+        ValueError, "data", "must have 2 rows or more...got 1 row"),
+    "a list of grey values": Row(lambda w: datasets.grey([0.5]),
+        TypeError, "x", "must be bytes (torch.uint8)...got a list"),
+    "grey values above one": Row(lambda w: datasets.resample(torch.tensor([0.5, 2.0])),
         ValueError, "x", "must be bytes (torch.uint8), or grey values from 0 to 1, got torch.float32 from 0.5 to 2"),
-    "NaN as a grey value": Row(
-        lambda w: datasets.resample(torch.tensor([0.5, math.nan])),
+    "NaN as a grey value": Row(lambda w: datasets.resample(torch.tensor([0.5, math.nan])),
         ValueError, "x", "must be bytes (torch.uint8), or grey values from 0 to 1, got torch.float32 from nan to nan"),
-    "bytes that were divided already": Row(
-        lambda w: datasets.grey(torch.tensor([0, 1], dtype=torch.uint8)),
-        ValueError, "x", "got bytes that are 0 and 1, which are no grey values; they are binary as `x.float()`"),
-    "a threshold of NaN": Row(
-        lambda w: datasets.binarize(torch.tensor([0.5]), threshold=math.nan),
+    "bytes that were divided already": Row(lambda w: datasets.grey(torch.tensor([0, 1], dtype=torch.uint8)),
+        ValueError, "x", "must be bytes from 0 to 255, or grey values, got bytes that are all 0 or 1"),
+    "a threshold of NaN": Row(lambda w: datasets.binarize(torch.tensor([0.5]), threshold=math.nan),
         ValueError, "threshold", "must be a finite number, got nan"),
-    "points of one coordinate": Row(
-        lambda w: datasets.two_gaussians(3).log_prob(torch.zeros(4, 1)),
+    "points of one coordinate": Row(lambda w: datasets.two_gaussians(3).log_prob(torch.zeros(4, 1)),
         ValueError, "x", "must be points (*, 2), floats, got a torch.float32 tensor of shape (4, 1)"),
     "no points": positive_int(lambda w: datasets.two_gaussians(0), "num_points", 0),
     "a negative scale": positive(lambda w: datasets.two_gaussians(3, scale=-1.0), "scale", -1.0),
-    "an unknown split": Row(
-        lambda w: datasets.digits("validation"), ValueError, "split", "must be 'train'...got 'validation'"),
-    "a list of splits": Row(
-        lambda w: datasets.mnist(["train"]), ValueError, "split", "must be 'train', 'test', got ['train']"),
+    "an unknown split": Row(lambda w: datasets.digits("validation"),
+        ValueError, "split", "must be one of 'train'...got 'validation'"),
+    "a list of splits": Row(lambda w: datasets.mnist(["train"]),
+        ValueError, "split", "must be one of 'train', 'test', got ['train']"),
 }  # fmt: skip
 
 PAIRS = {
-    "a VAE as the model": Row(
-        lambda w: pv.log_evidence(w.vae, w.vae.guide, w.x),
+    "a VAE as the model": Row(lambda w: pv.log_evidence(w.vae, w.vae.guide, w.x),
         TypeError, "model", "must be one Pyro function, `vae.model`, got a VAE, a pair of functions"),
-    "a VAE as the guide": Row(
-        lambda w: pv.to_datatree(w.vae.model, w.vae, w.x),
+    "a VAE as the guide": Row(lambda w: pv.to_datatree(w.vae.model, w.vae, w.x),
         TypeError, "guide", "must be one Pyro function, `vae.guide`, got a VAE, a pair of functions"),
     "None as the model": function(lambda w: exact.posterior(None, w.x), "model", "a NoneType"),
     "a word as the model": function(lambda w: pv.reference("model", w.x), "model", "a str"),
     "None as the guide": function(lambda w: pv.calibrate(w.vae.model, None, w.x), "guide", "a NoneType"),
-    "the class of an autoguide": function(
-        lambda w: exact.elbo(w.vae.model, pyro.infer.autoguide.AutoNormal, w.x), "guide", "the class AutoNormal"),
-    "the model in place of the guide": Row(
-        lambda w: pv.annealed_log_evidence(w.vae.model, w.vae.model, w.x),
-        ValueError, "guide", "must be a function with latent sites alone...it observes ['x'], whose densities"),
-    "the model in place of the guide, to draw from": Row(
-        lambda w: pv.to_datatree(w.vae.model, w.vae.model, w.x),
-        ValueError, "guide", "must be a function with latent sites alone...it observes ['x'], whose densities"),
-    "the guide in place of the model": Row(
-        lambda w: exact.log_evidence(w.vae.guide, w.x),
-        ValueError, "model", "needs latent and observed sites; has ['z'] and []"),
-    "the guide of another model": Row(
-        lambda w: exact.kl(w.vae.model, w.wide.guide, w.x),
-        ValueError, "guide", "site 'z' has event shape (3,), and the model (1,)"),
-    "the guide of another model, to draw from": Row(
-        lambda w: pv.to_datatree(w.vae.model, w.wide.guide, w.x),
-        ValueError, "guide", "must be a guide of this model, got latents of event shapes {'z': (3,)}, with which"),
-    "a guide without latents": Row(
-        lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
-        ValueError, "guide", "its latents [] are not those of the model, ['z']"),
-    "a refined guide that is none": Row(
-        lambda w: pv.inference_gap(*w.pair, w.x, refined=3),
+    "the class of an autoguide": function(lambda w: exact.elbo(w.vae.model, pyro.infer.autoguide.AutoNormal, w.x),
+        "guide", "the class AutoNormal"),
+    "the model in place of the guide": Row(lambda w: pv.annealed_log_evidence(w.vae.model, w.vae.model, w.x),
+        ValueError, "guide", "must have latent sites alone...got one that observes ['x']"),
+    "the model in place of the guide, to draw from": Row(lambda w: pv.to_datatree(w.vae.model, w.vae.model, w.x),
+        ValueError, "guide", "must have latent sites alone...got one that observes ['x']"),
+    "the guide in place of the model": Row(lambda w: exact.log_evidence(w.vae.guide, w.x),
+        ValueError, "model", "must have latent and observed sites, got the latents ['z'] and the observed sites []"),
+    "the guide of another model": latent_shape(lambda w: exact.kl(w.vae.model, w.wide.guide, w.x)),
+    "the guide of another model, to draw from": latent_shape(lambda w: pv.to_datatree(w.vae.model, w.wide.guide, w.x)),
+    "a guide without latents": Row(lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
+        ValueError, "guide", "must draw the latents of the model, ['z'], got []"),
+    "a refined guide that is none": Row(lambda w: pv.inference_gap(*w.pair, w.x, refined=3),
         TypeError, "refined", "must be a Pyro function, such as `vae.guide`, got a int"),
-    "a model without a plate": Row(
-        lambda w: exact.log_evidence(no_plate, w.x),
-        ValueError, "model", "site 'z' is in the plates []; exact answers need every site in one plate"),
-    "an unknown plate": Row(
-        lambda w: pv.log_evidence(*w.pair, w.x, plate="rows"),
-        ValueError, "model", "site 'z' is in the plates ['data']; exact answers need every site in one plate, 'rows'"),
-    "an unknown plate to calibrate on": Row(
-        lambda w: pv.calibrate(*w.pair, w.x, plate="rows"), ValueError, "model", "...in one plate, 'rows'"),
-    "an unknown plate to name dimensions by": Row(
-        lambda w: tree(w, plate="rows"), ValueError, "plate", "must be one of the plates...['data'], got 'rows'"),
-    "too many dimensions for quadrature": Row(
-        lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
+    "a model without a plate": Row(lambda w: exact.log_evidence(no_plate, w.x),
+        ValueError, "model", "must have every site in one plate, 'data'...got site 'z' in the plates []"),
+    "an unknown plate": Row(lambda w: pv.log_evidence(*w.pair, w.x, plate="rows"),
+        ValueError, "model", "must have every site in one plate, 'rows'...got site 'z' in the plates ['data']"),
+    "an unknown plate to calibrate on": Row(lambda w: pv.calibrate(*w.pair, w.x, plate="rows"),
+        ValueError, "model", "must have every site in one plate, 'rows'...got site 'z' in the plates ['data']"),
+    "an unknown plate to name dimensions by": data_plate(lambda w: tree(w, plate="rows")),
+    "too many dimensions for quadrature": Row(lambda w: plots.posterior(w.wide.model, w.wide.guide, w.x[:1]),
         ValueError, "model", "must have a continuous latent of at most 2 dimensions for quadrature, got 3 at 'z'"),
-    "a discrete latent to anneal": Row(
-        lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
-        ValueError, "model", "its latent 'z' is discrete, and annealing moves latents along gradients"),
-    "a discrete latent to walk": Row(
-        lambda w: pv.reference(w.discrete.model, w.x),
+    "a discrete latent to anneal": Row(lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
+        ValueError, "model", "must have continuous latents...got the discrete 'z'"),
+    "a discrete latent to walk": Row(lambda w: pv.reference(w.discrete.model, w.x),
         ValueError, "model", "must have continuous latents, got the discrete ['z']"),
 }  # fmt: skip
 
 NUMBERS = {
     "no draws for log p(x)": positive_int(lambda w: pv.log_evidence(*w.pair, w.x, num_samples=0), "num_samples", 0),
-    "a truth value for a number of draws": positive_int(
-        lambda w: pv.log_evidence(*w.pair, w.x, num_samples=True), "num_samples", True),
-    "one draw for a standard error": Row(
-        lambda w: pv.decompose(*w.pair, w.x, num_samples=1), ValueError, "num_samples", "must be 2 or more...got 1"),
+    "a truth value for a number of draws": positive_int(lambda w: pv.log_evidence(*w.pair, w.x, num_samples=True),
+        "num_samples", True),
+    "one draw for a standard error": Row(lambda w: pv.decompose(*w.pair, w.x, num_samples=1),
+        ValueError, "num_samples", "must be 2 or more...got 1"),
     "half a chain": positive_int(lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_chains=0.5), "num_chains", 0.5),
-    "no temperatures": positive_int(
-        lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_temperatures=0), "num_temperatures", 0),
-    "a word for a number of steps": positive_int(
-        lambda w: pv.inference_gap(*w.pair, w.x, steps="many"), "steps", "many"),
+    "no temperatures": positive_int(lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_temperatures=0),
+        "num_temperatures", 0),
+    "a word for a number of steps": positive_int(lambda w: pv.inference_gap(*w.pair, w.x, steps="many"),
+        "steps", "many"),
     "an infinite learning rate": positive(lambda w: pv.inference_gap(*w.pair, w.x, lr=math.inf), "lr", math.inf),
     "a tolerance of zero": positive(lambda w: exact.log_evidence(w.curved.model, w.x, tolerance=0.0), "tolerance", 0.0),
     "a tolerance of NaN": positive(lambda w: exact.elbo(*w.pair, w.x, tolerance=math.nan), "tolerance", math.nan),
     "a word for a tolerance, which would not be used": positive(
         lambda w: pv.inference_gap(*w.pair, w.x, tolerance="1e-4"), "tolerance", "1e-4"),
-    "too few simulations": Row(
-        lambda w: pv.calibrate(*w.pair, w.x, num_simulations=5),
-        ValueError, "num_simulations", "must be 10 or more, of which ranks can be told uniform or not, got 5"),
-    "a chance above one": Row(
-        lambda w: pv.calibrate(*w.pair, w.x, alpha=2.0),
-        ValueError, "alpha", "must be a chance between 0 and 1, got 2.0"),
+    "too few simulations": Row(lambda w: pv.calibrate(*w.pair, w.x, num_simulations=5),
+        ValueError, "num_simulations", "must be 10 or more, for a test of uniform ranks, got 5"),
+    "a chance above one": Row(lambda w: pv.calibrate(*w.pair, w.x, alpha=2.0),
+        ValueError, "alpha", "must be a probability between 0 and 1, got 2.0"),
     "a negative number of rows": positive_int(lambda w: pv.inspect(*w.pair, w.x, max_rows=-1), "max_rows", -1),
     "no chains": positive_int(lambda w: pv.reference(w.vae.model, w.x, chains=0), "chains", 0),
     "a negative seed": seed(lambda w: pv.log_evidence(*w.pair, w.x, seed=-1), -1),
@@ -544,297 +479,235 @@ NUMBERS = {
     "no combinations of states": positive_int(
         lambda w: gradients.exact_gradient(w.discrete.model, w.discrete.guide, w.x, num_draws=0), "num_draws", 0),
     "one repeat": Row(lambda w: compare(w, repeats=1), ValueError, "repeats", "must be 2 or more...got 1"),
-    "fewer evaluations than an estimate takes": Row(
-        lambda w: compare(w, evaluations=1), ValueError, "evaluations", "got 1; loo takes 2 for each estimate"),
-    "a list of estimators": Row(
-        lambda w: compare(w, [Trace_ELBO()]),
+    "fewer evaluations than an estimate takes": Row(lambda w: compare(w, evaluations=1),
+        ValueError, "evaluations", "must be 2 or more, which 'loo' takes for each estimate, got 1"),
+    "a list of estimators": Row(lambda w: compare(w, [Trace_ELBO()]),
         TypeError, "estimators", "must be a dict from names to Estimators, got [...]"),
-    "an estimator without an ELBO": Row(
-        lambda w: gradients.Estimator(w.discrete.model, w.discrete.guide, Trace_ELBO),
+    "an estimator without an ELBO": Row(lambda w: gradients.Estimator(w.discrete.model, w.discrete.guide, Trace_ELBO),
         TypeError, "elbo", "must be an instance, such as Trace_ELBO(), got <class 'pyro.infer.trace_elbo.Trace_ELBO'>"),
-    "one particle that leaves itself out": Row(
-        lambda w: objectives.LeaveOneOut(1), ValueError, "num_particles", "must be an integer, 2 or more, got 1"),
-    "an odd number of antithetic draws": Row(
-        lambda w: objectives.DisARM(3), ValueError, "num_particles", "must be an even number, 2 or more, got 3"),
-    "an unknown gradient": Row(
-        lambda w: objectives.ImportanceWeighted(2, gradient="stl"),
-        ValueError, "gradient", "must be 'pathwise', 'sticking-the-landing', 'doubly-reparameterized', got 'stl'"),
+    "one particle that leaves itself out": Row(lambda w: objectives.LeaveOneOut(1),
+        ValueError, "num_particles", "must be an integer, 2 or more, got 1"),
+    "an odd number of antithetic draws": Row(lambda w: objectives.DisARM(3),
+        ValueError, "num_particles", "must be an even number, 2 or more, got 3"),
+    "an unknown gradient": Row(lambda w: objectives.ImportanceWeighted(2, gradient="stl"), ValueError, "gradient",
+        "must be one of 'pathwise', 'sticking-the-landing', 'doubly-reparameterized', got 'stl'"),
     "free bits of NaN": positive(lambda w: objectives.FreeBits(math.nan), "nats", math.nan),
-    "the class of a baseline": Row(
-        lambda w: objectives.ScoreFunction(baselines.RunningAverage),
+    "the class of a baseline": Row(lambda w: objectives.ScoreFunction(baselines.RunningAverage),
         TypeError, "baseline", "must be a module such as baselines.RunningAverage(), got <class '...RunningAverage'>"),
-    "a number as the name of a baseline": Row(
-        lambda w: objectives.ScoreFunction(baselines.RunningAverage(), name=3),
+    "a number as the name of a baseline": Row(lambda w: objectives.ScoreFunction(baselines.RunningAverage(), name=3),
         TypeError, "name", "must be a string that is not empty, got 3"),
-    "a negative weight of the KL": Row(
-        lambda w: handlers.WeightKL(-1), ValueError, "weight", "must be a finite number, 0 or more, got -1"),
-    "fractions as row numbers": Row(
-        lambda w: handlers.SubsampleRows("data", torch.tensor([1.0])),
+    "a negative weight of the KL": Row(lambda w: handlers.WeightKL(-1),
+        ValueError, "weight", "must be a finite number, 0 or more, got -1"),
+    "fractions as row numbers": Row(lambda w: handlers.SubsampleRows("data", torch.tensor([1.0])),
         TypeError, "rows", "must be row numbers, integers of shape (B,), got a torch.float32 tensor of shape (1,)"),
-    "no row numbers": Row(
-        lambda w: handlers.SubsampleRows("data", torch.tensor([], dtype=torch.long)),
+    "no row numbers": Row(lambda w: handlers.SubsampleRows("data", torch.tensor([], dtype=torch.long)),
         ValueError, "rows", "must be one or more row numbers, (B,), got none"),
-    "weights of one dimension": Row(
-        lambda w: pareto_shape(torch.zeros(100)), ValueError, "log_weights", "must be (S, N), got shape (100,)"),
-    "weights that are integers": Row(
-        lambda w: pareto_shape(torch.zeros(100, 2).long()),
+    "weights of one dimension": Row(lambda w: pareto_shape(torch.zeros(100)),
+        ValueError, "log_weights", "must be (S, N), got shape (100,)"),
+    "weights that are integers": Row(lambda w: pareto_shape(torch.zeros(100, 2).long()),
         TypeError, "log_weights", "must be floats, (S, N), got a torch.int64 tensor of shape (100, 2)"),
     "a schedule that begins below zero": positive(lambda w: schedules.exponential(-1.0, 0.1), "start", -1.0),
     "a schedule of no steps": positive_int(lambda w: schedules.linear(0.0, 1.0, 0), "steps", 0),
-    "a schedule that never rises": Row(
-        lambda w: schedules.cyclical(0.0, 1.0, 10, rise=0.0), ValueError, "rise", "must be a share above 0...got 0.0"),
-    "a schedule that grows at its end": Row(
-        lambda w: schedules.decayed(1.0, 10, end=2.0), ValueError, "hold, end", "must be shares...got 0.5 and 2.0"),
-    "a constant that is no number": Row(
-        lambda w: schedules.constant("0.1"), ValueError, "value", "must be a finite number, got '0.1'"),
+    "a schedule that never rises": Row(lambda w: schedules.cyclical(0.0, 1.0, 10, rise=0.0),
+        ValueError, "rise", "must be a share above 0...got 0.0"),
+    "a schedule that grows at its end": Row(lambda w: schedules.decayed(1.0, 10, end=2.0),
+        ValueError, "hold, end", "must be shares...got 0.5 and 2.0"),
+    "a constant that is no number": Row(lambda w: schedules.constant("0.1"),
+        ValueError, "value", "must be a finite number, got '0.1'"),
 }  # fmt: skip
 
 TRAINING = {
     "a list of data": tensors(lambda w: fit(w, data=[1.0]), "a float"),
-    "data without values": Row(
-        lambda w: fit(w, data=w.meta),
+    "data without values": Row(lambda w: fit(w, data=w.meta),
         ValueError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2) on meta"),
-    "data on two devices": Row(
-        lambda w: pv.evaluate(*w.pair, (w.x, w.meta)),
+    "data on two devices": Row(lambda w: pv.evaluate(*w.pair, (w.x, w.meta)),
         ValueError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2) on meta"),
-    "complex data": Row(
-        lambda w: fit(w, data=w.x + 0j),
+    "complex data": Row(lambda w: fit(w, data=w.x + 0j),
         TypeError, "data", "must be a tensor...got a torch.complex64 tensor of shape (6, 2)"),
-    "data of another shape": Row(
-        lambda w: fit(w, data=torch.zeros(4, 3)), ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
-    "data with NaN": Row(
-        lambda w: fit(w, data=w.nan), ValueError, "data", "must be finite numbers, got nan at row 0"),
-    "validation data of another precision": Row(
-        lambda w: fit(w, validation=w.x.double()),
+    "data of another shape": Row(lambda w: fit(w, data=torch.zeros(4, 3)),
+        ValueError, "x", "must be (N, 2)...got shape (4, 3)"),
+    "data with NaN": Row(lambda w: fit(w, data=w.nan),
+        ValueError, "data", "must hold finite numbers, got nan at row 0"),
+    "validation data of another precision": Row(lambda w: fit(w, validation=w.x.double()),
         ValueError, "validation", "must have rows like those of `data`...got shape (2,), torch.float64"),
-    "validation data of another shape": Row(
-        lambda w: fit(w, validation=w.x[:, :1]),
+    "validation data of another shape": Row(lambda w: fit(w, validation=w.x[:, :1]),
         ValueError, "validation", "must have rows like those of `data`...got shape (1,), torch.float32"),
     "no epochs": positive_int(lambda w: fit(w, epochs=0), "epochs", 0),
     "half an epoch": positive_int(lambda w: fit(w, epochs=0.5), "epochs", 0.5),
     "batches of no rows": positive_int(lambda w: fit(w, batch_size=0), "batch_size", 0),
     "a learning rate of NaN": positive(lambda w: fit(w, lr=math.nan), "lr", math.nan),
     "a word for a learning rate": positive(lambda w: fit(w, lr="1e-3"), "lr", "1e-3"),
-    "the class of an ELBO": Row(
-        lambda w: fit(w, elbo=TraceEnum_ELBO),
+    "the class of an ELBO": Row(lambda w: fit(w, elbo=TraceEnum_ELBO),
         TypeError, "elbo", "must be an instance...got <class 'pyro.infer.traceenum_elbo.TraceEnum_ELBO'>"),
-    "a list of schedules": Row(
-        lambda w: fit(w, schedules=[lambda step: 1.0]),
+    "a list of schedules": Row(lambda w: fit(w, schedules=[lambda step: 1.0]),
         TypeError, "schedules", "must be a dict from tensors to schedules, got a list"),
-    "a name as the key of a schedule": Row(
-        lambda w: fit(w, schedules={"temperature": lambda step: 1.0}),
+    "a name as the key of a schedule": Row(lambda w: fit(w, schedules={"temperature": lambda step: 1.0}),
         ValueError, "schedules", "must be a 0-dim tensor without gradient...got 'temperature' as a key"),
-    "a vector as the key of a schedule": Row(
-        lambda w: fit(w, schedules={torch.zeros(2): lambda step: 1.0}),
+    "a vector as the key of a schedule": Row(lambda w: fit(w, schedules={torch.zeros(2): lambda step: 1.0}),
         ValueError, "schedules", "must be a 0-dim tensor without gradient...got '(2,), torch.float32' as a key"),
-    "a number as a schedule": Row(
-        lambda w: fit(w, schedules={torch.zeros(()): 1.0}),
+    "a number as a schedule": Row(lambda w: fit(w, schedules={torch.zeros(()): 1.0}),
         TypeError, "schedules", "must be a function of the step, such as `exponential()`, got 1.0"),
-    "a number as a transform": Row(
-        lambda w: fit(w, transform=2),
-        TypeError, "transform", "must be a function that makes a tensor of each...got 2"),
-    "a transform that loses rows": Row(
-        lambda w: fit(w, transform=lambda x: x[:1]),
-        ValueError, "transform", "must be one for each...it makes tensors of [1] rows"),
+    "a number as a transform": Row(lambda w: fit(w, transform=2),
+        TypeError, "transform", "must be a function that returns a tensor for each data tensor...got 2"),
+    "a transform that loses rows": Row(lambda w: fit(w, transform=lambda x: x[:1]),
+        ValueError, "transform", "must return one tensor for each data tensor...got tensors of [1] rows"),
     "no model": function(lambda w: pv.fit(None, w.vae.guide, w.x, epochs=1), "model", "a NoneType"),
     "no guide": function(lambda w: pv.fit(w.vae.model, None, w.x, epochs=1), "guide", "a NoneType"),
-    "a VAE in the place of its model": Row(
-        lambda w: pv.fit(w.vae, w.vae.guide, w.x, epochs=1),
+    "a VAE in the place of its model": Row(lambda w: pv.fit(w.vae, w.vae.guide, w.x, epochs=1),
         TypeError, "model", "must be one Pyro function, `vae.model`, got a VAE, a pair of functions"),
     "a number as a model to evaluate": function(lambda w: pv.evaluate(3, w.vae.guide, w.x), "model", "a int"),
-    "an empty list of schedules": Row(
-        lambda w: fit(w, schedules=[]), TypeError, "schedules", "must be a dict from tensors to schedules, got a list"),
+    "an empty list of schedules": Row(lambda w: fit(w, schedules=[]),
+        TypeError, "schedules", "must be a dict from tensors to schedules, got a list"),
     "a word for progress": boolean(lambda w: fit(w, progress="no"), "progress", "no"),
     "a word for compile": boolean(lambda w: fit(w, compile="yes"), "compile", "yes"),
     "a number for compile": boolean(lambda w: pv.log_evidence(*w.pair, w.x, compile=1), "compile", 1),
     "gradients clipped to nothing": positive(lambda w: fit(w, clip_norm=0.0), "clip_norm", 0.0),
-    "patience without validation": Row(
-        lambda w: fit(w, patience=3),
-        ValueError, "patience", "must be `validation=` beside it, got no validation data to lose it on"),
+    "patience without validation": Row(lambda w: fit(w, patience=3),
+        ValueError, "patience", "needs held-out data, `validation=`, got none"),
     "no patience": positive_int(lambda w: fit(w, patience=0, validation=w.x), "patience", 0),
-    "another way with what is not finite": Row(
-        lambda w: fit(w, nonfinite="ignore"), ValueError, "nonfinite", "must be 'stop' and 'skip', got 'ignore'"),
-    "a number as a callback": Row(
-        lambda w: fit(w, callbacks=[3]),
+    "another way with what is not finite": Row(lambda w: fit(w, nonfinite="ignore"),
+        ValueError, "nonfinite", "must be 'stop' or 'skip', got 'ignore'"),
+    "a number as a callback": Row(lambda w: fit(w, callbacks=[3]),
         TypeError, "callbacks", "must be a sequence of functions of an Epoch, got [3]"),
-    "a file in the place of a folder of checkpoints": Row(
-        lambda w: fit(w, checkpoints=__file__), ValueError, "folder", "must be a folder...is a file"),
+    "a file in the place of a folder of checkpoints": Row(lambda w: fit(w, checkpoints=__file__),
+        ValueError, "folder", "must be a folder...got the file '"),
     "checkpoints at half steps": positive_int(lambda w: pv.Checkpoints("run", every_steps=0.5), "every_steps", 0.5),
-    "a scheduler in the place of an optimizer": Row(
-        lambda w: pv.SVI(*w.pair, "Adam", Trace_ELBO()), TypeError, "optim", "must be one of pyro.optim...got 'Adam'"),
-    "the guide of another model": Row(
-        lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1),
-        ValueError, "guide", "must be (6, 1), that of the model: its latent 'z' has shape (6, 3)"),
-    "the guide of another model, in batches": Row(
-        lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1, batch_size=2),
-        ValueError, "guide", "must be (6, 1), that of the model: its latent 'z' has shape (6, 3)"),
-    "the guide of another model to evaluate": Row(
-        lambda w: pv.evaluate(w.vae.model, w.wide.guide, w.x),
-        ValueError, "guide", "must be (6, 1), that of the model: its latent 'z' has shape (6, 3)"),
-    "another plate": Row(
-        lambda w: fit(w, plate="rows"),
-        ValueError, "plate", "must be the data plate of the model's observed sites, which are in ['data'], got 'rows'"),
-    "another plate to evaluate": Row(
-        lambda w: pv.evaluate(*w.pair, w.x, plate="rows"),
-        ValueError, "plate", "must be the data plate of the model's observed sites, which are in ['data'], got 'rows'"),
-    "data of another precision": Row(
-        lambda w: fit(w, data=w.x.double()),
+    "a scheduler in the place of an optimizer": Row(lambda w: pv.SVI(*w.pair, "Adam", Trace_ELBO()),
+        TypeError, "optim", "must be an optimizer of pyro.optim...got 'Adam'"),
+    "the guide of another model": latent_shape(lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1)),
+    "the guide of another model, in batches": latent_shape(
+        lambda w: pv.fit(w.vae.model, w.wide.guide, w.x, epochs=1, batch_size=2)),
+    "the guide of another model to evaluate": latent_shape(lambda w: pv.evaluate(w.vae.model, w.wide.guide, w.x)),
+    "another plate": data_plate(lambda w: fit(w, plate="rows")),
+    "another plate to evaluate": data_plate(lambda w: pv.evaluate(*w.pair, w.x, plate="rows")),
+    "data of another precision": Row(lambda w: fit(w, data=w.x.double()),
         TypeError, "DiagonalNormal", "must be torch.float32, as its network is, got torch.float64"),
-    "training on enumeration of what is not discrete": Row(
-        lambda w: fit(w, elbo=TraceEnum_ELBO()),
-        ValueError, "elbo", "TraceEnum_ELBO found nothing to enumerate and would only sample"),
-    "enumeration of what is not discrete": Row(
-        lambda w: pv.evaluate(*w.pair, w.x, elbo=TraceEnum_ELBO()),
-        ValueError, "elbo", "TraceEnum_ELBO found nothing to enumerate and would only sample"),
+    "training on enumeration of what is not discrete": Row(lambda w: fit(w, elbo=TraceEnum_ELBO()),
+        ValueError, "elbo", "must not be TraceEnum_ELBO where no latent is marked for enumeration"),
+    "enumeration of what is not discrete": Row(lambda w: pv.evaluate(*w.pair, w.x, elbo=TraceEnum_ELBO()),
+        ValueError, "elbo", "must not be TraceEnum_ELBO where no latent is marked for enumeration"),
     "no draws to evaluate": positive_int(lambda w: pv.evaluate(*w.pair, w.x, num_samples=0), "num_samples", 0),
 }  # fmt: skip
 
 EXPORTS = {
     "no draws": positive_int(lambda w: pv.to_datatree(*w.pair, w.x, draws=0), "draws", 0),
-    "more draws than the memory holds": Row(
-        lambda w: pv.to_datatree(*w.pair, w.x, draws=10**9),
+    "more draws than the memory holds": Row(lambda w: pv.to_datatree(*w.pair, w.x, draws=10**9),
         ValueError, "draws", "must take at most 4294967296 bytes...got 1000000000 draws of z, x from posterior"),
     "a word for a truth value": boolean(lambda w: tree(w, parallel="no"), "parallel", "no"),
-    "dimensions of an unknown site": Row(
-        lambda w: tree(w, dims={"y": ["a"]}), ValueError, "dims", "must have variables as keys...got ['y']"),
+    "dimensions of an unknown site": Row(lambda w: tree(w, dims={"y": ["a"]}),
+        ValueError, "dims", "must have variables as keys...got ['y']"),
     "a list of dimensions": Row(lambda w: tree(w, dims=["row"]), TypeError, "dims", "must be a mapping...got a list"),
-    "numbers as names of dimensions": Row(
-        lambda w: tree(w, dims={"x": [3]}), TypeError, "dims", "must be names...got [3] for 'x'"),
+    "numbers as names of dimensions": Row(lambda w: tree(w, dims={"x": [3]}),
+        TypeError, "dims", "must be names...got [3] for 'x'"),
     "a list of coordinates": Row(lambda w: tree(w, coords=[1]), TypeError, "coords", "must be a mapping...got a list"),
-    "coordinates of another size": Row(
-        lambda w: tree(w, coords={"obs": [1, 2]}),
+    "coordinates of another size": Row(lambda w: tree(w, coords={"obs": [1, 2]}),
         ValueError, "coords", "must have one entry for each element...'obs': 6...got 2 entries for 'obs'"),
-    "a number as the history": Row(
-        lambda w: tree(w, history=3), TypeError, "history", "must be the result of `fit`, or its `history`, got 3"),
-    "constant data without names": Row(
-        lambda w: tree(w, constant_data=[1]), TypeError, "constant_data", "must be a mapping...got a list"),
-    "constant data of rows of different lengths": Row(
-        lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
+    "a number as the history": Row(lambda w: tree(w, history=3),
+        TypeError, "history", "must be the result of `fit`, or its `history`, got 3"),
+    "constant data without names": Row(lambda w: tree(w, constant_data=[1]),
+        TypeError, "constant_data", "must be a mapping...got a list"),
+    "constant data of rows of different lengths": Row(lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
         ValueError, "constant_data", "must have rows of one length, got 'c':"),
-    "a dictionary for ArviZ": Row(
-        lambda w: pv.to_arviz({}), TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
-    "draws into a folder that is not there": Row(
-        lambda w: save(w, w.folder / "gone" / "draws.nc"),
+    "a dictionary for ArviZ": Row(lambda w: pv.to_arviz({}),
+        TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
+    "draws into a folder that is not there": Row(lambda w: save(w, w.folder / "gone" / "draws.nc"),
         FileNotFoundError, "path", "must be in a folder that exists: there is no folder '...gone' for 'draws.nc'"),
-    "draws into a file of another format": Row(
-        lambda w: save(w, w.folder / "draws.zarr"), ValueError, "path", "must be a netCDF file...got '...draws.zarr'"),
-    "draws over a folder": Row(
-        lambda w: save(w, w.folder), ValueError, "path", "must be a file, such as 'draws.nc', got the folder '"),
+    "draws into a file of another format": Row(lambda w: save(w, w.folder / "draws.zarr"),
+        ValueError, "path", "must be a netCDF file...got '...draws.zarr'"),
+    "draws over a folder": Row(lambda w: save(w, w.folder),
+        ValueError, "path", "must be a file, such as 'draws.nc', got the folder '"),
     "draws to nowhere": Row(lambda w: save(w, None), TypeError, "path", "must be a path...got None"),
     "no draws at a time": positive_int(lambda w: save(w, w.folder / "d.nc", chunk=0), "chunk", 0),
-    "a page in a folder that is not there": Row(
-        lambda w: page(w, "gone/page.html"),
+    "a page in a folder that is not there": Row(lambda w: page(w, "gone/page.html"),
         FileNotFoundError, "path", "must be in a folder that exists: there is no folder '...gone' for 'page.html'"),
-    "a page in the place of a folder": Row(
-        lambda w: page(w, "."), IsADirectoryError, "path", "must be that of a file in it, got '...', a folder"),
+    "a page in the place of a folder": Row(lambda w: page(w, "."),
+        IsADirectoryError, "path", "must be the path of a file, got '...', a folder"),
     "a page nowhere": Row(lambda w: page(w, None), TypeError, "path", "must be a path...got None"),
-    "labels of other data": Row(
-        lambda w: page(w, labels=torch.zeros(3)), ValueError, "labels", "must be whole numbers...got shape (3,)"),
-    "labels with fractions": Row(
-        lambda w: page(w, labels=w.x[:, 0]), ValueError, "labels", "must be whole numbers...got 1.5409960746765137"),
-    "complex labels": Row(
-        lambda w: page(w, labels=torch.zeros(6) + 0j),
+    "labels of other data": Row(lambda w: page(w, labels=torch.zeros(3)),
+        ValueError, "labels", "must be whole numbers...got shape (3,)"),
+    "labels with fractions": Row(lambda w: page(w, labels=w.x[:, 0]),
+        ValueError, "labels", "must be whole numbers...got 1.5409960746765137"),
+    "complex labels": Row(lambda w: page(w, labels=torch.zeros(6) + 0j),
         TypeError, "labels", "must be whole numbers...got a torch.complex64 tensor of shape (6,)"),
-    "images of another size": Row(
-        lambda w: page(w, image_shape=(3, 3)),
-        ValueError, "image_shape", "must be height and width of the first data tensor...got (3, 3)"),
-    "a history of nothing that is known": Row(
-        lambda w: page(w, history={"loss": [1.0]}),
-        ValueError, "history", "must be `fitted.history`, ...of them one or more of ['elbo'...has ['loss']"),
+    "images of another size": Row(lambda w: page(w, image_shape=(3, 3)),
+        ValueError, "image_shape", "must be height and width of the 2 pixels in each row...got (3, 3)"),
+    "a history of nothing that is known": Row(lambda w: page(w, history={"loss": [1.0]}),
+        ValueError, "history", "must be `fitted.history`...with one or more of the names ['elbo'...got ['loss']"),
     "a list of pictures": Row(lambda w: page(w, pictures=[3]), TypeError, "pictures", "must be a mapping...got a list"),
-    "a number as the title": Row(
-        lambda w: page(w, title=3), TypeError, "title", "must be a string that is not empty, got 3"),
-    "a folder that is none": Row(
-        lambda w: datasets.mnist(folder=w.folder / "gone"), FileNotFoundError, "folder", "'...gone' is no folder"),
-    "a folder without the files": Row(
-        lambda w: datasets.mnist(folder=w.folder),
-        FileNotFoundError, "folder", "'...' holds neither train-images-idx3-ubyte.gz nor train-images-idx3-ubyte"),
+    "a number as the title": Row(lambda w: page(w, title=3),
+        TypeError, "title", "must be a string that is not empty, got 3"),
+    "a folder that is none": Row(lambda w: datasets.mnist(folder=w.folder / "gone"),
+        FileNotFoundError, "folder", "must be a folder with MNIST's files: there is no folder '...gone'"),
+    "a folder without the files": Row(lambda w: datasets.mnist(folder=w.folder), FileNotFoundError, "folder",
+        "must be a folder with MNIST's files: there is no train-images-idx3-ubyte.gz or train-images-idx3-ubyte in '"),
     "a number as a folder": Row(lambda w: datasets.mnist(folder=3), TypeError, "folder", "must be a path...got 3"),
-    "one mirror in place of a list": Row(
-        lambda w: datasets.mnist(mirrors="https://localhost"),
+    "one mirror in place of a list": Row(lambda w: datasets.mnist(mirrors="https://localhost"),
         ValueError, "mirrors", "must be a sequence of URLs, such as `datasets.MIRRORS`, got 'https://localhost'"),
-    "a file that is not there": Row(
-        lambda w: idx.read(w.folder / "gone"),
+    "a file that is not there": Row(lambda w: idx.read(w.folder / "gone"),
         FileNotFoundError, "path", "must be that of an IDX file: there is no file '...gone'"),
-    "a file that is cut off": Row(
-        lambda w: idx.read(w.folder / "torn"),
-        ValueError, "torn", "holds 8 bytes; its header tells of 16, shape [2, 0, 0]"),
-    "a file of another kind": Row(
-        lambda w: idx.read(w.folder / "foreign.gz"),
-        ValueError, "foreign.gz", "is truncated or corrupted, and not used: Not a gzipped file (b'no')"),
-    "a comparison of no models": Row(
-        lambda w: pv.compare_evidence({}), ValueError, "evidence", "must be one or more, got no models"),
-    "a list of evidence": Row(
-        lambda w: pv.compare_evidence([w.x[:, 0]]),
+    "a file that is cut off": Row(lambda w: idx.read(w.folder / "torn"),
+        ValueError, "path", "must be an IDX file of 16 bytes, for its shape is [2, 0, 0]: '...torn' has 8"),
+    "a file of another kind": Row(lambda w: idx.read(w.folder / "foreign.gz"),
+        ValueError, "path", "must be a whole gzip file: '...foreign.gz' is damaged: Not a gzipped file"),
+    "a comparison of no models": Row(lambda w: pv.compare_evidence({}),
+        ValueError, "evidence", "must have one or more models, got none"),
+    "a list of evidence": Row(lambda w: pv.compare_evidence([w.x[:, 0]]),
         TypeError, "evidence", "must be a mapping from names to Evidence, got a list"),
     "evidence of different data": Row(
-        lambda w: pv.compare_evidence({"a": w.x[:, 0], "b": w.x[:3, 0]}),
-        ValueError, "evidence", "must be the same data, in the same order, for each model, got {'a': 6, 'b': 3} data"),
-    "truth values as evidence": Row(
-        lambda w: pv.compare_evidence({"a": w.x[:, 0] > 0}),
-        TypeError, "evidence", "must be floats (N,), nats of each datum: 'a' is a torch.bool tensor of shape (6,)"),
+        lambda w: pv.compare_evidence({"a": w.x[:, 0], "b": w.x[:3, 0]}), ValueError, "evidence",
+        "must have the same data, in the same order, for each model, got {'a': 6, 'b': 3} data"),
+    "truth values as evidence": Row(lambda w: pv.compare_evidence({"a": w.x[:, 0] > 0}),
+        TypeError, "evidence['a']", "must be floats (N,), nats of each datum, got a torch.bool tensor of shape (6,)"),
 }  # fmt: skip
 
 PLOTS = {
-    "a figure in place of axes": Row(
-        lambda w: plots.training_curves(w.history, ax=3), TypeError, "ax", "must be matplotlib's axes...got a int"),
+    "a figure in place of axes": Row(lambda w: plots.training_curves(w.history, ax=3),
+        TypeError, "ax", "must be matplotlib axes...got a int"),
     "what fit returned in place of its history": Row(
-        lambda w: plots.training_curves(SimpleNamespace()),
-        TypeError, "history", "must be `fitted.history`, numbers for each epoch by name, got a SimpleNamespace"),
-    "a history without epochs": Row(
-        lambda w: plots.training_curves({"elbo": []}),
-        ValueError, "history", "must be `fitted.history`, numbers for each epoch by name, got [] for 'elbo'"),
-    "unknown terms": Row(
-        lambda w: plots.training_curves(w.history, terms=["loss"]),
+        lambda w: plots.training_curves(SimpleNamespace()), TypeError, "history",
+        "must be `fitted.history`, a mapping from names to a number for each epoch, got a SimpleNamespace"),
+    "a history without epochs": Row(lambda w: plots.training_curves({"elbo": []}), ValueError, "history",
+        "must be `fitted.history`, a mapping from names to a number for each epoch, got [] for 'elbo'"),
+    "unknown terms": Row(lambda w: plots.training_curves(w.history, terms=["loss"]),
         ValueError, "terms", "must be one or more of ['elbo', 'distortion', 'rate'], got ['loss']"),
-    "a rate of NaN": Row(
-        lambda w: plots.rate_distortion({"a": (math.nan, 1.0)}),
-        ValueError, "models", "rate of 'a'` must be a finite number, got nan"),
-    "a tensor in place of evidence": Row(
-        lambda w: plots.khat(w.x), TypeError, "evidence", "must be what pv.log_evidence returns, got a Tensor"),
-    "a dictionary in place of a table": Row(
-        lambda w: plots.evidence_comparison({}),
-        TypeError, "table", "must be what pv.compare_evidence returns, got a dict"),
-    "a dictionary in place of a comparison": Row(
-        lambda w: plots.bias_variance({}),
-        TypeError, "comparison", "must be what gradients.compare returns, got a dict"),
-    "a VAE in place of a calibration": Row(
-        lambda w: plots.calibration(w.vae), TypeError, "result", "must be what pv.calibrate returns, got a VAE"),
-    "an array of codes": Row(
-        lambda w: plots.latent_map(np.zeros((6, 2)), w.labels),
-        TypeError, "z", "must be (N, 1) or (N, 2), such as two chosen columns, got a ndarray"),
-    "codes of three dimensions": Row(
-        lambda w: plots.latent_map(torch.zeros(6, 3), w.labels),
-        ValueError, "z", "must be (N, 1) or (N, 2), such as two chosen columns, got shape (6, 3)"),
-    "labels of other codes": Row(
-        lambda w: plots.latent_map(w.x, w.labels[:3]), ValueError, "labels", "must be whole numbers...got shape (3,)"),
-    "several data where one is drawn": Row(
-        lambda w: plots.posterior(*w.pair, w.x), ValueError, "datum", "must be one, `x[:1]`, got 6 rows"),
-    "bytes as images, which would be black": Row(
-        lambda w: plots.image_grid(w.dark, 2),
-        ValueError, "images", "must be values in [0, 1], `x / 255`, got torch.uint8 up to 200"),
-    "flat images": Row(
-        lambda w: plots.image_grid(w.x, 2),
+    "a rate of NaN": Row(lambda w: plots.rate_distortion({"a": (math.nan, 1.0)}),
+        ValueError, "rate of models['a']", "must be a finite number, got nan"),
+    "a tensor in place of evidence": Row(lambda w: plots.khat(w.x),
+        TypeError, "evidence", "must be a result of `pv.log_evidence`, got a torch.float32 tensor of shape (6, 2)"),
+    "a dictionary in place of a table": Row(lambda w: plots.evidence_comparison({}),
+        TypeError, "table", "must be a result of `pv.compare_evidence`, got a dict"),
+    "a dictionary in place of a comparison": Row(lambda w: plots.bias_variance({}),
+        TypeError, "comparison", "must be a result of `gradients.compare`, got a dict"),
+    "a VAE in place of a calibration": Row(lambda w: plots.calibration(w.vae),
+        TypeError, "result", "must be a result of `pv.calibrate`, got a VAE"),
+    "an array of codes": Row(lambda w: plots.latent_map(np.zeros((6, 2)), w.labels),
+        TypeError, "z", "must be a tensor (N, 1) or (N, 2), such as two columns of the codes, got a ndarray"),
+    "codes of three dimensions": Row(lambda w: plots.latent_map(torch.zeros(6, 3), w.labels),
+        ValueError, "z", "must be a tensor (N, 1) or (N, 2), such as two columns of the codes, got shape (6, 3)"),
+    "labels of other codes": Row(lambda w: plots.latent_map(w.x, w.labels[:3]),
+        ValueError, "labels", "must be whole numbers...got shape (3,)"),
+    "several data where one is drawn": Row(lambda w: plots.posterior(*w.pair, w.x),
+        ValueError, "datum", "must have one row, such as `x[:1]`, got 6 rows"),
+    "bytes as images, which would be black": Row(lambda w: plots.image_grid(w.dark, 2),
+        ValueError, "images", "must have values in [0, 1], such as `x / 255`, got torch.uint8 up to 200"),
+    "flat images": Row(lambda w: plots.image_grid(w.x, 2),
         ValueError, "images", "must be a tensor (N, height, width) with N >= 1, got shape (6, 2)"),
     "no columns of images": positive_int(lambda w: plots.image_grid(torch.zeros(4, 8, 8), 0), "columns", 0),
-    "a VAE in place of its decoder": Row(
-        lambda w: plots.manifold(w.vae, (8, 8)), TypeError, "decode", "must be a function...got a VAE"),
-    "one number for height and width": Row(
-        lambda w: plots.manifold(grey_image, 8), ValueError, "shape", "must be height and width of an image...got 8"),
-    "images of another size than the decoder's": Row(
-        lambda w: plots.manifold(grey_image, (7, 7), size=2),
-        ValueError, "decode", "must be images (4, 49), of 7 by 7 pixels, got shape (4, 64)"),
+    "a VAE in place of its decoder": Row(lambda w: plots.manifold(w.vae, (8, 8)),
+        TypeError, "decode", "must be a function...got a VAE"),
+    "one number for height and width": Row(lambda w: plots.manifold(grey_image, 8),
+        ValueError, "shape", "must be height and width of an image...got 8"),
+    "images of another size than the decoder's": Row(lambda w: plots.manifold(grey_image, (7, 7), size=2),
+        ValueError, "decode", "must return images (4, 49), of 7 by 7 pixels, got shape (4, 64)"),
     "a coordinate that is not there": Row(
         lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=[5]),
         ValueError, "coordinates", "must be one or more integers from 0 to 1, got [5]"),
     "one coordinate in place of a list": Row(
         lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=1),
         TypeError, "coordinates", "must be integers from 0 to 1, got a int"),
-    "fewer images than asked for": Row(
-        lambda w: plots.samples(lambda count: torch.zeros(3, 64), (8, 8)),
-        ValueError, "generate", "must be images (50, 64), of 8 by 8 pixels, got shape (3, 64)"),
-    "a VAE as a model to draw": Row(
-        lambda w: plots.plate_diagram(w.vae, w.x),
+    "fewer images than asked for": Row(lambda w: plots.samples(lambda count: torch.zeros(3, 64), (8, 8)),
+        ValueError, "generate", "must return images (50, 64), of 8 by 8 pixels, got shape (3, 64)"),
+    "a VAE as a model to draw": Row(lambda w: plots.plate_diagram(w.vae, w.x),
         TypeError, "model", "must be one Pyro function, `vae.model`, got a VAE, a pair of functions"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["deterministic_sites", "guide_sites", "latent_sites", "log_density", "observed_sites", "record_traces"]
+__all__ = ["deterministic_sites", "latent_sites", "log_density", "observed_sites", "record_traces"]
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
@@ -47,16 +47,6 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
     }
-
-
-def guide_sites(trace: Trace) -> dict[str, Any]:
-    """The latent sites of a guide, by name; raise for observed sites, whose likelihood would count as part of q."""
-    if observed := observed_sites(trace):
-        raise ValueError(
-            f"`guide` must be a function with latent sites alone, such as `vae.guide`: it observes {list(observed)}, "
-            "whose densities are no part of q(z | x)"
-        )
-    return latent_sites(trace)
 
 
 def observed_sites(trace: Trace) -> dict[str, Any]:

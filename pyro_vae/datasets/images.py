@@ -112,4 +112,4 @@ def _cache() -> Path:
 
 def _check_split(split: str, splits: Iterable[str]) -> None:
     if not isinstance(split, str) or split not in splits:
-        raise ValueError(f"`split` must be {', '.join(map(repr, splits))}, got {split!r}")
+        raise ValueError(f"`split` must be one of {', '.join(map(repr, splits))}, got {split!r}")

@@ -50,18 +50,16 @@ def to_datatree(
 
     The groups, each if there is something in it:
 
-    * ``posterior``: the guide's latents, and the deterministic sites given them, such as ``code``, the input of the
-      decoder of a relaxed latent.
+    * ``posterior``: the guide's latents, and the deterministic sites given them, such as the ``code`` of a relaxed one.
     * ``sample_stats``, in nats, for each draw in ``posterior``: ``lp``, :math:`\log p(x_i, z_i)`; ``log_q``,
       :math:`\log q(z_i \mid x_i)`; ``log_weight``, their difference. The mean of ``log_weight`` estimates the ELBO of
       datum i, and the logarithm of its mean exponential is the estimate of :func:`pyro_vae.log_evidence`. All are
       unscaled, and sum over observed entries alone if some are missing. ``khat``, without draws, says whether the
       weights can be trusted, see :func:`pyro_vae.evidence.pareto.pareto_shape`; it needs 21 draws.
     * ``prior``; ``posterior_predictive`` and ``prior_predictive``: newly drawn data, not the observed ones.
-    * ``observed_data`` and ``constant_data``: the data, and the argument ``constant_data``.
+    * ``observed_data`` and ``constant_data``: the data, and the argument; ``training``: the history, along ``epoch``.
     * ``guide``: the parameters of each q(z | x), such as ``z_loc`` and ``z_scale``, without draws. Latents whose
       parameters depend on the draw of another latent have none.
-    * ``training``: the history, along ``epoch``.
 
     Dimensions are ``(chain, draw, obs, ...)`` with one chain. Draws from a guide are independent, so ``r_hat`` and
     ``ess`` do not apply; use ``az.summary(..., kind="stats")``.
@@ -77,11 +75,9 @@ def to_datatree(
     memory.
 
     Args:
-        model: a Pyro model.
-        guide: its guide.
+        model, guide: a Pyro model and its guide.
         data: the arguments of both.
-        draws: number of draws.
-        seed: seed of the draws.
+        draws, seed: number of draws, and their seed.
         plate: name of the data plate, whose dimension is called ``obs``.
         dims: names of the event dimensions of a site, such as ``{"x": ["height", "width"]}``, of constant data, or of a
             history.
@@ -95,16 +91,12 @@ def to_datatree(
         max_bytes: largest size of the draws in memory.
 
     Raises:
-        ValueError: if the draws would take more than ``max_bytes``; if ``dims``, ``coords``, ``history`` or
-            ``constant_data`` do not fit; if model, guide and data do not fit each other.
+        TypeError, ValueError: if the draws would take more than ``max_bytes``, or arguments do not fit each other.
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> x, labels = torch.randn(10, 2), torch.arange(10) % 2
     >>> tree = to_datatree(vae.model, vae.guide, x, draws=50, coords={"label": ("obs", labels)})
     >>> list(tree.children)
@@ -119,7 +111,13 @@ def to_datatree(
     positive_int(max_bytes, "max_bytes")
     settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel)
     sampler = JointSampler(model, guide, data, settings)
-    _check_memory(sampler, max_bytes)
+    if sampler.nbytes > max_bytes:
+        sites = ", ".join(sampler.latents | sampler.deterministic | sampler.observed)
+        raise ValueError(
+            f"`draws` must take at most {max_bytes} bytes of memory (`max_bytes`), got {draws} draws of {sites} from "
+            f"posterior and prior, with densities, of {sampler.nbytes} bytes. Use fewer draws, fewer rows, or write "
+            "chunks to a file: pyro_vae.save_draws('draws.nc', model, guide, ...)"
+        )
     layout = GroupLayout(sampler)
     groups, largest = sampler.empty(1, draws), _LargestWeights(sampler)
     with seeded(seed):
@@ -151,39 +149,28 @@ def save_draws(
     """Draw as :func:`to_datatree` does, and write the draws to a netCDF file in chunks.
 
     The file has the groups, names and values of ``to_datatree`` with the same seed; with ``parallel`` only if ``chunk``
-    is left out, or is the same for both, since the draws of a chunk are made together. The memory holds one chunk. A
-    chunk is a number of draws and not of rows: draws are always independent, rows are not if they share a latent. One
-    draw of everything is about as large as the data.
+    is left out, since the draws of a chunk are made together. The memory holds one chunk. A chunk is a number of draws
+    and not of rows: draws are always independent, rows are not if they share a latent.
 
-    The draws are first written to another file in the same folder, which is moved to the path when it is complete. An
-    interrupted export leaves an older file unchanged. Open the file with ``xarray.open_datatree(path)``, which reads
-    only what you select, such as ``tree["posterior"]["z"].isel(obs=slice(10))``, and pass that to ArviZ.
+    The file appears when it is complete; an interrupted export leaves an older file unchanged. Open it with
+    ``xarray.open_datatree(path)``, which reads only what you select, such as
+    ``tree["posterior"]["z"].isel(obs=slice(10))``, and pass that to ArviZ.
 
     Args:
-        path: path of the file; an existing file is replaced.
-        model: a Pyro model.
-        guide: its guide.
-        data: the arguments of both.
-        draws, seed, plate, dims, coords, history, constant_data, parallel: as for :func:`to_datatree`.
+        path: path of the file, which is also returned; an existing file is replaced.
+        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel: see :func:`to_datatree`.
         chunk: number of draws in a chunk; by default as many as take about 64 MiB.
         progress: whether to show a progress bar; by default on a terminal alone.
 
-    Returns:
-        The path.
-
     Raises:
-        ValueError, FileNotFoundError, OSError: before the first draw, if the path is unusable or the disk is full; and
-            as :func:`to_datatree`.
+        ValueError, OSError: before the first draw, if the path is unusable or the disk is full; and as ``to_datatree``.
 
     >>> import tempfile
     >>> import pyro_vae as pv
     >>> import xarray as xr
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> x = torch.randn(10, 2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save_draws(f"{folder}/draws.nc", vae.model, vae.guide, x, draws=50, chunk=20)
@@ -201,8 +188,8 @@ def save_draws(
     with writing(path, layout.tree()) as file:
         for group, variables in sampler.variables.items():
             for name, variable in variables.items():
-                dims_of = ("chain", "draw", *layout.dims[group][name])
-                file.add(group, name, dims_of, variable.dtype, layout.units(group))
+                every = ("chain", "draw", *layout.dims[group][name])
+                file.add(group, name, every, variable.dtype, layout.units(group))
         with seeded(seed), tqdm(total=draws, disable=tqdm_disable(progress), unit="draw") as bar:
             for taken, values in sampler.chunks(chunk):
                 largest.add(values)
@@ -217,16 +204,12 @@ def save_draws(
 def to_arviz(tree: "xr.DataTree") -> Any:
     """Convert a tree for the installed ArviZ: version 1 takes the tree itself, version 0.23 an ``InferenceData``.
 
-    Draws of a guide are independent, in one chain: ``arviz.summary`` gives useful statistics, but ``r_hat`` and ``ess``
-    do not apply.
-
     >>> import warnings
     >>> import xarray as xr
     >>> with warnings.catch_warnings():  # ArviZ 0.23 warns on import that version 1 will be different
     ...     warnings.simplefilter("ignore")
-    ...     data = to_arviz(
-    ...         xr.DataTree.from_dict({"posterior": xr.Dataset({"z": (("chain", "draw"), np.zeros((1, 9)))})})
-    ...     )
+    ...     posterior = xr.Dataset({"z": (("chain", "draw"), np.zeros((1, 9)))})
+    ...     data = to_arviz(xr.DataTree.from_dict({"posterior": posterior}))
     >>> data["posterior"]["z"].sizes["draw"]
     9
     """
@@ -238,20 +221,8 @@ def to_arviz(tree: "xr.DataTree") -> Any:
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "(guide|training) group is not defined in the InferenceData scheme", UserWarning
-        )
+        warnings.filterwarnings("ignore", "(guide|training) group is not defined", UserWarning)
         return arviz.from_datatree(tree)
-
-
-def _check_memory(sampler: JointSampler, max_bytes: int) -> None:
-    if sampler.nbytes > max_bytes:
-        sites = ", ".join(sampler.latents | sampler.deterministic | sampler.observed)
-        raise ValueError(
-            f"`draws` must take at most {max_bytes} bytes of memory (`max_bytes`), got {sampler.settings.draws} draws "
-            f"of {sites} from posterior and prior, with densities, of {sampler.nbytes} bytes. Use fewer draws, fewer "
-            "rows, or write chunks to a file: pyro_vae.save_draws('draws.nc', model, guide, ...)"
-        )
 
 
 class _LargestWeights:

@@ -24,15 +24,12 @@ class DimensionNames:
     """Dimension names and coordinates of the variables of an export.
 
     Args:
-        unobserved: latent sites and deterministic ones, by name.
-        observed: observed sites, by name.
-        settings: the user's names, the constant data and the history. Constant data lie along ``obs`` if their first
-            axis has as many entries.
+        unobserved, observed: latent and deterministic sites, and observed sites, by name.
+        settings: the user's names, the constant data and the history.
         chains: size of the dimension ``chain``.
 
     Attributes:
-        dims: dimensions of each site and constant, without chain and draw.
-        shapes: their sizes.
+        dims, shapes: dimensions of each site and constant, without chain and draw, and their sizes.
         sizes: size of each dimension.
         coords: dimension and values of each coordinate, by name.
 

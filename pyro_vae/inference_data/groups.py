@@ -24,36 +24,27 @@ _GROUPS = (
 )
 
 
-_INDEPENDENT = "independent draws in one chain, to which r_hat and ess do not apply; use summary(kind='stats')"
-
-
 class GroupLayout:
     """Dimensions and coordinates of everything that a sampler draws, and the groups without draws.
 
-    Args:
-        sampler: the sampler.
-
     Attributes:
-        attrs: attributes of the tree and of each group.
         dims: dimensions of each drawn variable, without chain and draw, by group and name.
     """
 
     def __init__(self, sampler: JointSampler):
         settings = sampler.settings
-        unobserved = sampler.latents | sampler.deterministic
-        names = DimensionNames(unobserved, sampler.observed, settings)
+        names = DimensionNames(sampler.latents | sampler.deterministic, sampler.observed, settings)
         of_statistics = ("obs",) if sampler.by_datum else ()
-        self.attrs = attributes(settings.draws, settings.seed)
+        self._attrs = attributes(settings.draws, settings.seed)
         self.dims = {
             group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
             for group, variables in sampler.variables.items()
         }
-        observed = {name: as_array(site["value"]) for name, site in sampler.observed.items()}
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
             parametric = sampler.parametric_latents()
         self._names = names
         self._static = {
-            "observed_data": names.dataset(observed),
+            "observed_data": names.dataset({name: as_array(site["value"]) for name, site in sampler.observed.items()}),
             "constant_data": names.dataset(settings.constants),
             "guide": names.guide(parametric),
             "training": names.training(settings.history),
@@ -76,7 +67,7 @@ class GroupLayout:
             if group == "sample_stats" and khat is not None:
                 arrays["khat"] = (variables["log_weight"], khat)
             groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))
-        return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self.attrs)
+        return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self._attrs)
 
 
 def tree_of(groups: Mapping[str, "xr.Dataset"], attrs: dict[str, Any]) -> "xr.DataTree":
@@ -96,7 +87,7 @@ def attributes(draws: int, seed: int) -> dict[str, str | int]:
         "creation_library_version": importlib.metadata.version("pyro-vae"),
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,
-        "sampling": _INDEPENDENT,
+        "sampling": "independent draws in one chain, to which r_hat and ess do not apply; use summary(kind='stats')",
         "draws": draws,
         "seed": seed,
     }

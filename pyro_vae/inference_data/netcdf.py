@@ -22,13 +22,7 @@ Groups = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def new_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path, if a netCDF file can be written there.
-
-    Raises:
-        ValueError: if it is a folder, or the name is that of another format.
-        FileNotFoundError: if its folder does not exist.
-        PermissionError: if nothing can be written in its folder.
-    """
+    """Return the path; raise if it is a folder, the name is that of another format, or its folder is not writable."""
     path = file_path(path, "path")
     if path.suffix == ".zarr":
         raise ValueError(f"`path` must be a netCDF file, such as 'draws.nc', and not a zarr store, got {str(path)!r}")
@@ -47,10 +41,7 @@ def check_space(path: Path, num_bytes: int) -> None:
 
 
 class DrawFile:
-    """An open file whose groups already have their dimensions and coordinates.
-
-    Layout and attributes are those that ``xarray`` writes for a whole tree.
-    """
+    """An open file, whose groups have their dimensions and coordinates; its layout is that of ``xarray``."""
 
     def __init__(self, file: "h5netcdf.File"):
         self._file = file
@@ -78,10 +69,7 @@ class DrawFile:
 
 @contextmanager
 def writing(path: Path, template: "xr.DataTree") -> Iterator[DrawFile]:
-    """Write to a temporary file in the same folder, and move it to the path at the end.
-
-    After an error or an interruption the temporary file is removed, and the path is unchanged.
-    """
+    """Write to a temporary file in the same folder and move it to the path; after an error the path is unchanged."""
     import h5netcdf
 
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

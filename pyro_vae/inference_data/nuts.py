@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import deterministic_sites, latent_sites, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.exact.model_density import ModelDensity
@@ -46,8 +44,8 @@ def reference(
     ``ess`` apply, unlike for those of a guide: read them first. Each chain starts from a draw of the prior, so a chain
     that stays in another mode than the others increases ``r_hat``.
 
-    Parameters keep their values. All data are sampled together, and a step takes hundreds of runs of the decoder: pass
-    a few data, such as ``x[:10]``.
+    Parameters keep their values. All data are sampled together, at hundreds of runs of the decoder a step: pass few of
+    them, such as ``x[:10]``.
 
     Args:
         model: a Pyro model of continuous latents with one data plate, as the rightmost dimension, that has all sites.
@@ -57,8 +55,7 @@ def reference(
         warmup: number of steps before the draws of a chain, in which step size and mass matrix are adapted.
         seed: seed of the draws.
         plate: name of the data plate, whose dimension is called ``obs``.
-        dims: names of a site's event dimensions, as for ``to_datatree``.
-        coords: coordinates by dimension, as for ``to_datatree``.
+        dims, coords: names and coordinates of dimensions, as for ``to_datatree``.
 
     Raises:
         ValueError: if a latent is discrete, or the model has another form.
@@ -67,50 +64,42 @@ def reference(
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> tree = reference(vae.model, torch.zeros(3, 2), draws=20, warmup=20)
     >>> dict(tree["posterior"]["z"].sizes), list(tree.children)
     ({'chain': 2, 'draw': 20, 'obs': 3, 'latent': 1}, ['posterior', 'sample_stats', 'observed_data'])
     """
-    for name, value in (("chains", chains), ("warmup", warmup)):
-        positive_int(value, name)
+    positive_int(chains, "chains")
+    positive_int(warmup, "warmup")
     settings = ExportSettings(draws, seed, plate, dims, coords)
     store = pyro.get_param_store()
     with store.scope(store.get_state()), seeded(seed):
-        density = ModelDensity(ModelGuide(model, None, data, plate))
-        _check_continuous(density)
-        with poutine.block(), torch.no_grad():
-            trace = poutine.trace(model).get_trace(*data)
-        observed, deterministic = observed_sites(trace), deterministic_sites(trace)
-        names = DimensionNames(latent_sites(trace) | deterministic, observed, settings, chains)
+        pair = ModelGuide(model, None, data, plate)
+        density = ModelDensity(pair)
+        if discrete := [name for name, site in pair.latents.items() if site["fn"].support.is_discrete]:
+            raise ValueError(
+                f"`model` must have continuous latents, got the discrete {discrete}; use pv.exact.posterior for these"
+            )
+        names = DimensionNames(pair.latents | pair.deterministic, pair.observed, settings, chains)
         runs = [_chain(model, data, draws, warmup) for _ in range(chains)]
-        values = {name: torch.cat([run[name] for run, _, _ in runs]) for name in latent_sites(trace)}
+        values = {name: torch.cat([run[name] for run, _, _ in runs]) for name in pair.latents}
         with torch.no_grad():
-            log_p = torch.cat([_log_joint(density, values, first) for first in range(0, draws * chains, density.chunk)])
-            if deterministic:
-                values |= Predictive(ResampleObserved()(model), values, return_sites=tuple(deterministic))(*data)
+            chunks = zip(*(value.split(density.chunk) for value in values.values()), strict=True)
+            log_p = [density.log_joint(dict(zip(values, chunk, strict=True))).sum(1) for chunk in chunks]
+            if pair.deterministic:
+                values |= Predictive(ResampleObserved()(model), values, return_sites=tuple(pair.deterministic))(*data)
     arrays = {name: as_array(value).reshape(chains, draws, *names.shapes[name]) for name, value in values.items()}
-    stats = {"diverging": torch.cat([diverging for _, diverging, _ in runs]), "lp": log_p}
+    stats = {"diverging": torch.cat([diverging for _, diverging, _ in runs]), "lp": torch.cat(log_p)}
     groups = {
         "posterior": names.dataset(arrays, drawn=True),
         "sample_stats": names.named(
             {name: (("chain", "draw"), as_array(value).reshape(chains, draws)) for name, value in stats.items()}
         ),
-        "observed_data": names.dataset({name: as_array(site["value"]) for name, site in observed.items()}),
+        "observed_data": names.dataset({name: as_array(site["value"]) for name, site in pair.observed.items()}),
     }
     rates = [rate for _, _, rate in runs]
     return tree_of(groups, attributes(draws, seed) | {"warmup": warmup, "acceptance_rate": rates})
-
-
-def _check_continuous(density: ModelDensity) -> None:
-    if discrete := [name for name, site in density.latents.items() if site["fn"].support.is_discrete]:
-        raise ValueError(
-            f"`model` must have continuous latents, got the discrete {discrete}. Use pyro_vae.exact.posterior for these"
-        )
 
 
 def _chain(
@@ -123,7 +112,3 @@ def _chain(
     diverging = torch.zeros(draws, dtype=torch.bool)
     diverging[found["divergences"]] = True
     return sampler.get_samples(), diverging, float(found["acceptance rate"])
-
-
-def _log_joint(density: ModelDensity, values: dict[str, Tensor], first: int) -> Tensor:
-    return density.log_joint({name: value[first : first + density.chunk] for name, value in values.items()}).sum(1)

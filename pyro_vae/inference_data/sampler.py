@@ -29,8 +29,6 @@ __all__ = ["Groups", "JointSampler", "Variable"]
 
 _CHUNK_BYTES = 2**26
 _WIDTH = 256  # numbers per datum that a network is assumed to hold at once
-_DRAWS = "num_draws"
-
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -46,21 +44,11 @@ class Variable:
 class JointSampler:
     """Joint draws of latents and data from a model and guide on data.
 
-    It runs the pair once to find its sites and the size of a draw, which does not depend on the number of draws, and
-    leaves the random stream of the draws unchanged.
-
-    Args:
-        model: a Pyro model.
-        guide: its guide.
-        data: the arguments of both.
-        settings: draws, seed, data plate, and whether many draws are made at once.
+    It runs the pair once, for its sites and the size of a draw, and leaves the random stream of the draws unchanged.
 
     Attributes:
-        latents: the guide's latent sites, by name, without the auxiliary ones of an autoguide.
-        deterministic: the model's deterministic sites.
-        observed: the model's observed sites.
-        by_datum: whether all sites are in the data plate, so that log-densities are ``(N)``; otherwise they are of all
-            data.
+        latents, deterministic, observed: the sites of these roles, by name, without the auxiliary latents of a guide.
+        by_datum: whether all sites are in the data plate, and log-densities are ``(N)``; else they are of all data.
         statistics: names of the log-densities that exist.
         variables: what is drawn, by group and name.
         nbytes: size of all draws.
@@ -76,11 +64,10 @@ class JointSampler:
             pair.check_data_plate(every_site=False)
             pair.check_all_drawn()
             pair.check_factors()
-            self.model, self.guide, self.data = pair.model, pair.guide, pair.data
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic
             self._generative = ResampleObserved()(model)
             self.by_datum = all(pair.is_local(site) for _, _, site in pair.sites)
-            self.statistics = self._find_statistics(pair.latents)
+            self.statistics = self._find_statistics()
             first = self._with_redraws(pair.guide_trace, pair.model_trace)
         self.variables = {
             group: {name: self._variable(group, name, value) for name, value in values.items()}
@@ -92,8 +79,7 @@ class JointSampler:
     @property
     def chunk(self) -> int:
         """Number of draws that take about 64 MiB together."""
-        activations = 4 * _WIDTH * len(self.data[0])
-        draws = self.settings.draws
+        draws, activations = self.settings.draws, 4 * _WIDTH * self.pair.num_data
         return min(draws, max(1, _CHUNK_BYTES // max(self.nbytes // draws, activations)))
 
     def empty(self, *lead: int) -> Groups:
@@ -114,7 +100,19 @@ class JointSampler:
         """Return the latents whose parameters depend on the data alone, and not on the draw of another latent."""
         if self.pair.auxiliary:
             return {}
-        return _given_data(self.latents, self.guide, self.data)
+        with poutine.block(), torch.no_grad(), TrackProvenance():
+            tracked = latent_sites(poutine.trace(self.pair.guide).get_trace(*self.pair.data))
+
+        def depends_on_draws(name: str) -> bool:
+            first, second = parameters(self.latents[name]["fn"]), parameters(tracked[name]["fn"])
+            return any(
+                get_provenance(second[key]) & self.latents.keys()
+                # Provenance is lost where the guide converts a draw to an array and back.
+                or not torch.allclose(value, detach_provenance(second[key]), equal_nan=True)
+                for key, value in first.items()
+            )
+
+        return {name: site for name, site in self.latents.items() if not depends_on_draws(name)}
 
     def _chunk(self, count: int) -> Groups:
         if self.settings.parallel:
@@ -134,17 +132,17 @@ class JointSampler:
     @torch.no_grad()
     def _draw(self, count: int | None) -> dict[str, dict[str, Tensor]]:
         """Draw everything once, or ``count`` times in a plate on the left."""
-        plate = nullcontext() if count is None else pyro.plate(_DRAWS, count, dim=-1 - self.pair.max_plate_nesting)
+        plate = nullcontext() if count is None else pyro.plate("num_draws", count, dim=-1 - self.pair.max_plate_nesting)
         with poutine.block(), plate:
-            q = p = poutine.trace(self.guide).get_trace(*self.data)
+            q = p = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
             if self.statistics or self.deterministic:
-                p = poutine.trace(poutine.replay(self.model, q)).get_trace(*self.data)
+                p = poutine.trace(poutine.replay(self.pair.model, q)).get_trace(*self.pair.data)
             return self._with_redraws(q, p)
 
     def _with_redraws(self, q: Trace, p: Trace) -> dict[str, dict[str, Tensor]]:
         """Add draws of new data, and of everything from the prior, to a draw of the guide that the model scored."""
-        new_data = poutine.trace(poutine.replay(self._generative, q)).get_trace(*self.data)
-        prior = poutine.trace(self._generative).get_trace(*self.data)
+        new_data = poutine.trace(poutine.replay(self._generative, q)).get_trace(*self.pair.data)
+        prior = poutine.trace(self._generative).get_trace(*self.pair.data)
         in_prior = [name for name in (*self.latents, *self.deterministic) if name in prior.nodes]
         return {
             "posterior": _values_of(q, self.latents) | _values_of(p, self.deterministic),
@@ -155,11 +153,8 @@ class JointSampler:
         }
 
     def _log_densities(self, q: Trace, p: Trace) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        if "lp" in self.statistics:
-            found["lp"] = self._log_density(latent_sites(p) | observed_sites(p))
-        if "log_q" in self.statistics:
-            found["log_q"] = self._log_density(latent_sites(q))
+        sites = {"lp": latent_sites(p) | observed_sites(p), "log_q": latent_sites(q)}
+        found = {name: self._log_density(of) for name, of in sites.items() if name in self.statistics}
         if "log_weight" in self.statistics:
             found["log_weight"] = found["lp"] - found["log_q"]
         return found
@@ -168,9 +163,7 @@ class JointSampler:
         """Sum over sites and plates; keep the data plate if every site is in it."""
         total: Any = 0.0
         for site in sites.values():
-            term = log_density(site)
-            if not self.by_datum:
-                term = term.double()
+            term = log_density(site) if self.by_datum else log_density(site).double()
             kept = {-1 - self.pair.max_plate_nesting} | {
                 frame.dim for frame in site["cond_indep_stack"] if self.by_datum and frame.name == self.settings.plate
             }
@@ -178,31 +171,29 @@ class JointSampler:
             total = total + (term.sum(summed) if summed else term)
         return total
 
-    def _find_statistics(self, of_model: dict[str, Any]) -> tuple[str, ...]:
+    def _find_statistics(self) -> tuple[str, ...]:
         """Name the log-densities that exist; a weight is a ratio of two over the same latents."""
+        of_model = self.pair.latents
         normalized = all(is_normalized(site["fn"]) for site in self.observed.values())
         same_kind = all(_same_kind(site["fn"], self.latents[name]["fn"]) for name, site in of_model.items())
         exists = {
             "lp": bool(self.observed) and normalized and same_kind,
-            "log_q": bool(self.latents) and not self._has_points(of_model),
+            "log_q": bool(self.latents) and not self._has_points(),
         }
         exists["log_weight"] = exists["lp"] and exists["log_q"] and of_model.keys() == self.latents.keys()
         return tuple(name for name, found in exists.items() if found)
 
-    def _has_points(self, of_model: dict[str, Any]) -> bool:
+    def _has_points(self) -> bool:
         """Whether a continuous latent is a point, as in ``AutoDelta``.
 
         Other autoguides also have ``Delta`` sites; these are functions of an auxiliary latent and carry its density.
         """
-        points = {
-            name
-            for name, site in self.latents.items()
-            if _is_delta(site["fn"]) and not (name in of_model and _is_discrete(of_model[name]["fn"]))
-        }
+        discrete = {name for name, site in self.pair.latents.items() if _is_discrete(site["fn"])}
+        points = {name for name, site in self.latents.items() if _is_delta(site["fn"])} - discrete
         if not points:
             return False
         with TrackProvenance():
-            sites = latent_sites(poutine.trace(self.guide).get_trace(*self.data))
+            sites = latent_sites(poutine.trace(self.pair.guide).get_trace(*self.pair.data))
         auxiliary = sites.keys() - self.latents.keys()
         return not all(get_provenance(base_distribution(sites[name]["fn"]).v) & auxiliary for name in points)
 
@@ -242,20 +233,3 @@ def _stacked(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
     if value.numel() == math.prod(full):
         return value.reshape(full)
     return value.reshape(value.shape[-len(full) :]).expand(full)
-
-
-def _given_data(latents: dict[str, Any], guide: Function, data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Return the latents whose parameters are functions of the data alone."""
-    with poutine.block(), torch.no_grad(), TrackProvenance():
-        tracked = latent_sites(poutine.trace(guide).get_trace(*data))
-
-    def depends_on_draws(name: str) -> bool:
-        first, second = parameters(latents[name]["fn"]), parameters(tracked[name]["fn"])
-        return any(
-            get_provenance(second[key]) & latents.keys()
-            # Provenance is lost where the guide converts a draw to an array and back.
-            or not torch.allclose(value, detach_provenance(second[key]), equal_nan=True)
-            for key, value in first.items()
-        )
-
-    return {name: site for name, site in latents.items() if not depends_on_draws(name)}

@@ -14,13 +14,7 @@ __all__ = ["ExportSettings", "as_array"]
 
 
 class ExportSettings:
-    """How many draws an export has, what its dimensions are called, and which given values it contains.
-
-    The arguments are those of :func:`pyro_vae.to_datatree`.
-
-    Attributes:
-        history: values of each epoch, ``(epochs)``, by name.
-        constants: constant data as arrays, by name.
+    """The arguments of :func:`pyro_vae.to_datatree` that are no functions and no data, validated; arrays by name.
 
     >>> ExportSettings(history={"elbo": [-3.0, -2.0]}).history
     {'elbo': array([-3., -2.])}
@@ -45,8 +39,8 @@ class ExportSettings:
         self.dims: Mapping[str, Sequence[str]] = mapping(dims, "dims", "{'x': ['height', 'width']}")
         self.coords = mapping(coords, "coords", "{'obs': names}")
         epochs = mapping(epochs, "history", "`fitted.history`")
-        constants = mapping(constant_data, "constant_data", "{'labels': labels}")
         self.history = {name: _epochs(name, value) for name, value in epochs.items()}
+        constants = mapping(constant_data, "constant_data", "{'labels': labels}")
         self.constants = {name: _constant(name, value) for name, value in constants.items()}
 
 

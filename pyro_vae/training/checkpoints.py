@@ -54,7 +54,7 @@ class Checkpoints:
             raise TypeError(f"`folder` must be the path of a folder, got a {type(folder).__name__}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`folder` must be a folder, or a path where one can be made: {str(folder)!r} is a file")
+            raise ValueError(f"`folder` must be a folder, or a path to make one at, got the file {str(folder)!r}")
         self.last = self.folder / "last.safetensors"
         self.previous = self.folder / "previous.safetensors"
         self.best = self.folder / "best.safetensors"

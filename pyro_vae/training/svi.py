@@ -130,7 +130,7 @@ class _CallContext:
 
 def _check_optim(optim: Any, compile: bool) -> None:
     if not isinstance(optim, PyroOptim):
-        raise TypeError(f'`optim` must be one of pyro.optim, such as `Adam({{"lr": 1e-3}})`, got {optim!r}')
+        raise TypeError(f'`optim` must be an optimizer of pyro.optim, such as `Adam({{"lr": 1e-3}})`, got {optim!r}')
     if optim.pt_clip_args:
         raise ValueError(
             "`optim` must have no clip_args, which clip each tensor by itself, got some; use `SVI(..., clip_norm=)`"

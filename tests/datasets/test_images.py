@@ -54,7 +54,7 @@ def test_grey_values_are_sixteenths_between_0_and_1():
     ("make", "accepted"), [(datasets.digits, "'train', 'test', 'all'"), (datasets.mnist, "'train', 'test'")]
 )
 def test_an_unknown_split_is_refused_with_the_known_ones(make, accepted):
-    with pytest.raises(ValueError, match=rf"^`split` must be {accepted}, got 'valid'$"):
+    with pytest.raises(ValueError, match=rf"^`split` must be one of {accepted}, got 'valid'$"):
         make("valid")
 
 

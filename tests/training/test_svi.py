@@ -121,7 +121,7 @@ def test_the_optimizer_takes_a_scheduler_of_torch():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"optim": torch.optim.Adam}, TypeError, "`optim` must be one of pyro.optim.*got"),
+        ({"optim": torch.optim.Adam}, TypeError, "`optim` must be an optimizer of pyro.optim.*got"),
         (
             {"optim": ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})},
             ValueError,

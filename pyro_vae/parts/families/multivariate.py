@@ -74,7 +74,9 @@ class LowRankNormal(_Vector):
         try:
             return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
         except torch.linalg.LinAlgError as error:  # torch raises it before its check of the values
-            raise ValueError(f"`raw` must be finite numbers, not too large, for {self}") from error
+            raise ValueError(
+                f"`raw` must be finite numbers, not too large, for {self}, got {raw.min():.4g} to {raw.max():.4g}"
+            ) from error
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
