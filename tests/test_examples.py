@@ -561,7 +561,7 @@ def test_two_layers_in_a_short_form(run):
 
 def test_two_layers_on_images_of_another_size(run, enlarged):
     options = ("--epochs", "1", "--warm-up", "1", "--test-images", "20", "--hidden", "8", "--samples", "10")
-    folder = run("two_layers.py", "--data", "mnist", "--latent", "4", "3", *options, "--draws", "2")
+    folder, *_ = run("two_layers.py", "--data", "mnist", "--latent", "4", "3", *options, "--draws", "2")
     assert_pictures(folder, {"samples_by_layer"})
 
 
