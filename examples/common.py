@@ -304,8 +304,9 @@ def table(corner: str, rows: Mapping[str, Mapping[str, Any]], columns: Mapping[s
         notes: lines below the table.
     """
     cells = [[_cell(row, column) for column in columns.values()] for row in rows.values()]
-    frame = pd.DataFrame(cells, pd.Index(rows), pd.Index([f" {title}" for title in columns], name=corner))
-    lines = frame.to_string(line_width=1000).splitlines()
+    widths = [max(map(len, column)) + 1 for column in zip(columns, *cells, strict=True)]
+    frame = pd.DataFrame(cells, pd.Index(rows), pd.Index(columns, name=corner))
+    lines = frame.to_string(line_width=1000, col_space=widths).splitlines()
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
