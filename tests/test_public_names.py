@@ -1,5 +1,10 @@
 """The public names and calls of the documentation, which are a contract."""
 
+import importlib
+import subprocess
+import sys
+
+import pytest
 import torch
 import xarray as xr
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -59,3 +64,21 @@ def test_a_discrete_and_a_relaxed_vae_differ_only_in_their_parts():
     assert twin.prior().has_enumerate_support
     assert {id(parameter) for parameter in twin.parameters()} == {id(parameter) for parameter in relaxed.parameters()}
     assert torch.isfinite(pv.exact.log_evidence(twin.model, x)).all()
+
+
+def test_public_modules_are_imported_by_the_names_that_users_type():
+    code = """if True:
+        from pyro_vae.priors import StandardNormal
+        import pyro_vae.gradients as gradients, pyro_vae as pv, sys
+        assert pv.priors.StandardNormal is StandardNormal
+        assert pv.gradients is gradients is sys.modules["pyro_vae.diagnostics.gradients"]
+        assert gradients.__spec__.name == gradients.__name__ == "pyro_vae.diagnostics.gradients"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(ModuleNotFoundError, match=r"pyro_vae\.fit"):
+        importlib.import_module("pyro_vae.fit")
+
+
+def test_importing_the_package_imports_no_heavy_library():
+    code = "import pyro_vae, sys; print([name for name in ('torch', 'pyro', 'matplotlib', 'pandas') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -6,7 +6,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import baselines, datasets, guides, likelihoods, networks, objectives, priors
-from pyro_vae.diagnostics.gradients import Estimator, compare
+from pyro_vae.gradients import Estimator, compare
 
 torch.manual_seed(0)
 x = datasets.binarize(datasets.digits("train").x)

@@ -6,7 +6,7 @@ from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
-from pyro_vae.diagnostics.gradients import Estimator, compare
+from pyro_vae.gradients import Estimator, compare
 
 TEMPERATURES = [4.0, 2.0, 1.0, 0.5, 0.25, 0.125]
 
