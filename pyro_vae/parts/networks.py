@@ -209,8 +209,9 @@ def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """
     if not is_integer(num_classes) or num_classes < 2:
         raise ValueError(f"`num_classes` must be an integer of 2 or more, got {num_classes!r}")
+    classes = int(num_classes)  # a number of NumPy could not be saved with the layers
     return lambda in_features, out_features: nn.Sequential(
-        _OneHot(int(num_classes)), build(network, num_classes * in_features, out_features)
+        _OneHot(classes), build(network, classes * in_features, out_features)
     )
 
 
