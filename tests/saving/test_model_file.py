@@ -95,10 +95,10 @@ NETWORKS = {
     "standardized": networks.standardized(NET, loc=torch.arange(4.0), scale=np.full(4, 2.0)),
     "with_missing": networks.standardized(networks.with_missing(NET), 0.5),
     "one_hot": networks.one_hot(np.int64(3), NET),
-    "convolutional": networks.convolutional((1, 2, 2), channels=[3]),
-    "convolutional of numpy": networks.convolutional(tuple(np.array([1, 2, 2])), channels=[np.int64(3)]),
-    "deconvolutional": networks.deconvolutional((1, 2, 2), channels=(3, 2), activation=nn.ELU),
-    "deconvolutional of numpy": networks.deconvolutional(tuple(np.array([1, 2, 2])), channels=[np.int64(3)]),
+    "convolutional": networks.convolutional(tuple(np.array([1, 2, 2])), channels=[np.int64(3)]),
+    "deconvolutional": networks.deconvolutional(
+        (1, np.int64(2), 2), channels=tuple(np.array([3, 2])), activation=nn.ELU
+    ),
 }
 
 

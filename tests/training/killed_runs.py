@@ -31,9 +31,7 @@ def noisy(x):
 
 def normalized(in_features, out_features):
     """A network with buffers that change in each step."""
-    return nn.Sequential(
-        nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features)
-    )
+    return nn.Sequential(nn.Linear(in_features, 8, False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features))
 
 
 def continuous(**options):
@@ -117,17 +115,14 @@ def train(variant, folder):
 
 def forked(variant, folder):
     """Train in a forked process, which need not import anything, and return its process id."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
-    code = 1
     try:
         train(variant, folder)
-        code = 0
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
-    finally:
-        os._exit(code)
+        os._exit(1)
 
 
 def finished(child):
