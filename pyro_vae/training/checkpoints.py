@@ -63,26 +63,22 @@ class Checkpoints:
 
     @classmethod
     def at(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
-        """Return checkpoints in a folder, or as they are, whose folder is there and can be written to."""
-        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
-        checkpoints.prepare()
-        return checkpoints
-
-    def prepare(self) -> None:
-        """Make the folder, and remove the temporary files of a run that was killed while it wrote.
+        """Return checkpoints in a folder, or as they are. The folder is made, and cleared of half-written files.
 
         Raises:
             OSError: if nothing can be written there.
         """
+        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(
-                f"`checkpoints` must be a folder in which files can be written: the folder {str(self.folder)!r} "
-                f"cannot be made ({error.strerror})"
+                f"`checkpoints` must be a folder in which files can be written: the folder "
+                f"{str(checkpoints.folder)!r} cannot be made ({error.strerror})"
             ) from error
-        writable(self.last, "checkpoints")
-        remove_partial_files(self.folder)
+        writable(checkpoints.last, "checkpoints")
+        remove_partial_files(checkpoints.folder)
+        return checkpoints
 
     def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the last checkpoint, and keep the one before it as the previous one."""

@@ -3,20 +3,18 @@
 import copy
 import functools
 import io
-import json
 import os
 import pickle
-import subprocess
 import sys
 import types
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pair_cases
 import pyro
 import pytest
 import torch
-from load_models import figures
 from pair_cases import PAIRS, marked, vae_of
 from pairs import gaussian, gumbel, relaxed
 from part_cases import ALL, HAS_ZUKO, Case
@@ -28,7 +26,6 @@ from pyro_vae.parts import base
 from pyro_vae.saving import model_file, tensor_file
 from pyro_vae.saving.files import FileFormatError
 
-ROOT = Path(__file__).parents[2]
 NET = networks.mlp([4])
 
 
@@ -36,6 +33,21 @@ def perturb(module):
     with torch.no_grad():
         for tensor in module.parameters():
             tensor.add_(0.1 * torch.randn_like(tensor))
+
+
+def figures(vae, x):
+    """Return draws and log-densities, which two processes compare to the bit."""
+    torch.manual_seed(0)
+    q, p = vae.encode(x), vae.prior()
+    z = q.sample()
+    numbers = (z, q.log_prob(z), p.log_prob(z), vae.decode(z).log_prob(x), p.sample((3,)))
+    return [number.double().flatten().tolist() for number in numbers]
+
+
+def figures_of_files(folder):
+    """Return the figures of all models in a folder. This runs in a new process."""
+    torch.set_num_threads(1)
+    return {path.name: figures(pv.VAE.load(path), torch.load(f"{path}.x")) for path in folder.glob("*.pt")}
 
 
 def through_a_file(vae, path, **arguments):
@@ -129,18 +141,14 @@ def elsewhere(tmp_path_factory):
         vae.save(folder / name)
         here[name] = figures(vae, x)
         torch.save(x, folder / f"{name}.x")
-    script = [sys.executable, str(Path(__file__).parent / "load_models.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    return here, json.loads(result.stdout)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return here, process.submit(figures_of_files, folder).result()
 
 
 @pytest.mark.parametrize(("prior", "guide"), [marked(*pair) for pair in PAIRS])
 def test_a_new_process_has_the_same_numbers_to_the_bit(elsewhere, prior, guide):
     here, there = elsewhere
-    name = f"{prior}-{guide}.pt"
-    assert there[name] == here[name]
+    assert there[f"{prior}-{guide}.pt"] == here[f"{prior}-{guide}.pt"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
