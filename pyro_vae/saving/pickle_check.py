@@ -130,7 +130,7 @@ def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], 
                 stack.append(_new(*taken))
             case "REDUCE":
                 copied += sum(map(_length, taken[1]))
-                stack.append(_call(*taken, limit))
+                stack.append(_call(taken[0], taken[1], limit))
             case "BUILD":
                 copied += _length(taken[0])
                 _check_state(stack[-1], taken[0])

@@ -1,18 +1,13 @@
 """Kill training runs at random moments, and resume them in new processes, until one comes to its end.
 
-``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and in
-``FOLDER/killed 1`` and so on with at least ``KILLS`` kills together. It prints the number of kills, how many came while
-a file was written, and how many runs were finished.
-``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` without a kill.
+:func:`kill_and_resume` trains in ``folder/whole`` without a kill, and in ``folder/killed 1`` and so on with kills.
 """
 
 import os
 import random
 import signal
-import sys
 import time
 import traceback
-from pathlib import Path
 
 import pyro
 import torch
@@ -97,7 +92,9 @@ VARIANTS = {
 
 def train(variant, folder):
     """Run the training: mini-batches that do not divide the data, a checkpoint after every step."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    pyro.clear_param_store()
     x = pv.datasets.two_gaussians(50, seed=0).x
     model, guide, options = VARIANTS[variant]()
     settings = {
@@ -110,7 +107,7 @@ def train(variant, folder):
         "seed": 3,
         "checkpoints": pv.Checkpoints(folder, every_steps=1),
     }
-    return pv.fit(model, guide, x, **settings | options)
+    pv.fit(model, guide, x, **settings | options)
 
 
 def forked(variant, folder):
@@ -126,22 +123,24 @@ def forked(variant, folder):
 
 
 def finished(child):
-    """Wait for a process; return whether it was not killed, and exit if it failed."""
+    """Wait for a process, and return whether it was not killed."""
     status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit(f"the run ended with {os.WEXITSTATUS(status)}")
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the run failed"
     return os.WIFEXITED(status)
 
 
-def main(variant, folder, kills, seed):
-    """Train once without kills, then in new folders until there were enough kills and the last run is finished."""
-    folder, chance = Path(folder), random.Random(seed)
+def kill_and_resume(variant, folder, kills, seed):
+    """Train once without kills, then in new folders until there were enough kills and the last run is finished.
+
+    Return the number of kills, and how many runs were finished.
+    """
+    os.fsync = lambda file: None  # needed for a loss of power only: what a killed process has written is kept
+    chance = random.Random(seed)
     train(variant, folder / "whole")  # in this process, so that the forked ones have all imports
-    pyro.clear_param_store()
     start = time.monotonic()
     assert finished(forked(variant, folder / "killed 0"))
     longest = time.monotonic() - start
-    done = while_writing = rounds = 0
+    done = rounds = 0
     while done < kills:
         rounds += 1
         while True:
@@ -152,14 +151,4 @@ def main(variant, folder, kills, seed):
             if finished(child):
                 break
             done += 1
-            while_writing += bool(list((folder / f"killed {rounds}").glob(".*.partial")))
-    print(done, while_writing, rounds)
-
-
-if __name__ == "__main__":
-    os.fsync = lambda file: None  # needed for a loss of power only: what a killed process has written is kept
-    torch.set_num_threads(1)
-    if len(sys.argv) == 3:
-        train(sys.argv[1], sys.argv[2])
-    else:
-        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    return done, rounds

@@ -2,12 +2,11 @@
 
 import copy
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
+import killed_runs
 import pyro
 import pytest
 import torch
@@ -19,23 +18,15 @@ from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read
 from pyro_vae.training import checkpoints
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "killed_runs.py"
 
-
-def run_script(*arguments, cache):
-    """Run ``killed_runs.py``, and return what it prints."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # without a pool of processes for each fork
-    }
-    script = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    result = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    """A new process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")  # without a pool of processes for each fork
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
+        yield worker
 
 
 def same(ours, theirs):
@@ -55,8 +46,8 @@ SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in LONG.items()]
 
 
 @pytest.mark.parametrize(("variant", "kills"), [*SHORT.items(), *SLOW])
-def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(variant, kills, tmp_path):
-    done, _, rounds = map(int, run_script(variant, tmp_path, kills, 0, cache=tmp_path / "cache").split())
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(worker, variant, kills, tmp_path):
+    done, rounds = worker.submit(killed_runs.kill_and_resume, variant, tmp_path, kills, seed=0).result()
     assert done >= kills
     killed = sorted(tmp_path.glob("killed *"))
     assert len(killed) == rounds + 1
@@ -64,17 +55,17 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(variant, kil
 
 
 @pytest.mark.slow
-def test_fresh_processes_resume_as_forked_ones_do(tmp_path):
-    run_script("continuous", tmp_path / "whole", cache=tmp_path)
+def test_fresh_processes_resume_as_forked_ones_do(worker, tmp_path):
     killed = tmp_path / "killed"
     for size in (1, 5, 12):  # checkpoints, of 24
-        script = [sys.executable, str(SCRIPT), "continuous", str(killed)]
-        child = subprocess.Popen(script, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        child = get_context("spawn").Process(target=killed_runs.train, args=("continuous", killed))
+        child.start()
         while not (killed / "last.safetensors").exists() or steps_in(killed) < size:
-            assert child.poll() is None
+            assert child.is_alive()
         child.kill()
-        child.wait()
-    run_script("continuous", killed, cache=tmp_path)
+        child.join()
+    for folder in (killed, tmp_path / "whole"):
+        worker.submit(killed_runs.train, "continuous", folder).result()
     assert same(tmp_path / "whole", killed)
 
 
