@@ -1,6 +1,7 @@
 """A file is written whole, or the earlier one stays as it was."""
 
 import os
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,10 +21,7 @@ def path(tmp_path):
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_the_earlier_file_and_nothing_else(path, monkeypatch, step, error):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(step, fail)
+    monkeypatch.setattr(step, Mock(side_effect=error))
     with pytest.raises(type(error)):
         write_file(path, b"new")
 

@@ -95,19 +95,11 @@ def train(variant, folder):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     pyro.clear_param_store()
-    x = pv.datasets.two_gaussians(50, seed=0).x
+    x, held_out = pv.datasets.two_gaussians(50, seed=0).x, pv.datasets.two_gaussians(20, seed=1).x
     model, guide, options = VARIANTS[variant]()
-    settings = {
-        "epochs": 8,
-        "batch_size": 20,
-        "lr": schedules.decayed(1e-2, steps=24),
-        "validation": pv.datasets.two_gaussians(20, seed=1).x,
-        "transform": noisy,
-        "clip_norm": 5.0,
-        "seed": 3,
-        "checkpoints": pv.Checkpoints(folder, every_steps=1),
-    }
-    pv.fit(model, guide, x, **settings | options)
+    options |= {"lr": schedules.decayed(1e-2, steps=24), "transform": noisy, "clip_norm": 5.0, "seed": 3}
+    checkpoints = pv.Checkpoints(folder, every_steps=1)
+    pv.fit(model, guide, x, epochs=8, batch_size=20, validation=held_out, checkpoints=checkpoints, **options)
 
 
 def forked(variant, folder):

@@ -5,6 +5,7 @@ import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from unittest.mock import Mock
 
 import killed_runs
 import pyro
@@ -131,11 +132,7 @@ def test_a_damaged_checkpoint_never_replaces_the_previous_one(tmp_path, monkeypa
     run(tmp_path)
     damage(tmp_path / "last.safetensors", "cut off")
     previous = (tmp_path / "previous.safetensors").read_bytes()
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "write", die)
+    monkeypatch.setattr(checkpoints, "write", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="The previous checkpoint is used"):
         run(tmp_path, epochs=5)
     assert (tmp_path / "previous.safetensors").read_bytes() == previous
@@ -198,13 +195,12 @@ def test_more_epochs_continue_a_finished_run(batch_size, tmp_path):
 def test_a_finished_run_returns_at_once(tmp_path):
     vae, again = vae_of(), vae_of()
     first = run(tmp_path, vae, validation=HELD_OUT)
-    before = contents(tmp_path)
-    calls = []
-    second = run(tmp_path, again, validation=HELD_OUT, callbacks=[calls.append])
+    before, callback = contents(tmp_path), Mock()
+    second = run(tmp_path, again, validation=HELD_OUT, callbacks=[callback])
     assert (second.history, second.steps, second.stopped) == (first.history, first.steps, first.stopped)
     assert same_parameters(vae, again)
     assert contents(tmp_path) == before
-    assert calls == []
+    assert not callback.called
 
 
 def test_a_run_that_patience_stopped_stays_finished_with_the_best_epoch(tmp_path):
@@ -241,21 +237,14 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
 )
 def test_a_folder_that_cannot_be_used_is_refused_before_any_work(folder, error, message, tmp_path):
     (tmp_path / "a file").touch()
-    calls = []
-
-    def model(x):
-        calls.append(x)
-
+    model = Mock()
     with pytest.raises(error, match=message):
         pv.fit(model, model, X, epochs=1, checkpoints=tmp_path / folder if isinstance(folder, str) else folder)
-    assert calls == []
+    assert not model.called
 
 
 def test_a_folder_that_is_not_writable_is_refused_before_any_work(tmp_path, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(PermissionError, match=r"`checkpoints` must be in a folder.*nothing can be written in"):
         run(tmp_path)
 
