@@ -134,8 +134,7 @@ def _pickled(module: nn.Module) -> bytes:
 
 def _checked_pickle(value: Any) -> bytes:
     """Return what ``torch.save`` writes, if :func:`load` can read it."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer := io.BytesIO())
     content = buffer.getvalue()
     records = _records(content)
     things: dict[tuple[str, str], Any] = {}
