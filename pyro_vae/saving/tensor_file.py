@@ -84,7 +84,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     size = int.from_bytes(content[:8], "little")
     found = _CHECKSUM.search(content, 8, min(8 + size, len(content)))
     if found is None:
-        raise FileFormatError(f"`path` must be a {kind} file: {name} is no file of pyro_vae, or its beginning is lost")
+        raise FileFormatError(f"`path` must be a {kind} file: {name} is no file of pyro_vae, or its checksum is lost")
     start, end = found.span(1)
     if hashlib.sha256(content[:start] + b"0" * 64 + content[end:]).hexdigest().encode() != found[1]:
         raise FileFormatError(

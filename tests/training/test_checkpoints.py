@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_never_replaces_the_previous_one(tmp_path, monkeypa
 def test_where_all_are_damaged_nothing_is_done(tmp_path):
     run(tmp_path)
     for name in ("last.safetensors", "previous.safetensors"):
-        damage(tmp_path / name, "cut off")
+        damage(tmp_path / name, "a bit")
     with pytest.raises(FileFormatError, match=r"`checkpoints` must be an empty folder.*last\.safetensors' is damaged"):
         run(tmp_path)
 
@@ -237,7 +237,7 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
 )
 def test_a_folder_that_cannot_be_used_is_refused_before_any_work(folder, error, message, tmp_path):
     (tmp_path / "a file").touch()
-    model = Mock()
+    model = Mock(spec=[])  # a function, without attributes of a VAE
     with pytest.raises(error, match=message):
         pv.fit(model, model, X, epochs=1, checkpoints=tmp_path / folder if isinstance(folder, str) else folder)
     assert not model.called
