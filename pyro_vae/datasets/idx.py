@@ -15,10 +15,7 @@ from pyro_vae._utils.validation import file_path
 
 __all__ = ["RemoteFile", "download", "find", "read"]
 
-_UNSIGNED_BYTES = 0x08
-
-
-_MAX_DIMS = 8
+_UNSIGNED_BYTES, _MAX_DIMS = 0x08, 8
 
 
 @dataclass(frozen=True)
@@ -66,12 +63,8 @@ def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attemp
 
     failures = []
     for mirror in mirrors:
-        store = pooch.create(
-            path=cache,
-            base_url=mirror.rstrip("/") + "/",
-            registry={f"{file.name}.gz": file.compressed},
-            retry_if_failed=attempts - 1,
-        )
+        registry = {f"{file.name}.gz": file.compressed}
+        store = pooch.create(cache, mirror.rstrip("/") + "/", registry=registry, retry_if_failed=attempts - 1)
         try:
             return Path(store.fetch(f"{file.name}.gz"))
         except (ValueError, requests.exceptions.RequestException) as error:
@@ -90,16 +83,14 @@ def read(path: str | Path, content: str | None = None) -> Tensor:
         content: SHA-256 that the decompressed file must have; not checked if left out.
 
     Raises:
-        ValueError: if the file is corrupted, truncated or of another format; the message names it.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is corrupted, truncated or of another format; the message names it.
 
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> path = Path(folder.name) / "two-images"
-    >>> _ = path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3]) + bytes(range(6)))
-    >>> read(path)
-    tensor([[[0, 1, 2]],
-    <BLANKLINE>
-            [[3, 4, 5]]], dtype=torch.uint8)
-    >>> folder.cleanup()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "two-labels"
+    ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
+    ...     read(path)
+    tensor([7, 9], dtype=torch.uint8)
     """
     import pooch
 

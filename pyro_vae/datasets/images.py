@@ -13,10 +13,7 @@ from pyro_vae.datasets.base import Dataset
 
 __all__ = ["MIRRORS", "digits", "mnist"]
 
-MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist",
-    "https://storage.googleapis.com/cvdf-datasets/mnist",
-)
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
 """URLs from which :func:`mnist` downloads, tried in this order."""
 
 
@@ -93,21 +90,17 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
     FileNotFoundError: `folder` must be a folder with MNIST's files: there is no folder 'nowhere'
     """
     _check_split(split, _MNIST)
-    if folder is not None:
-        folder = file_path(folder, "folder")
+    folder = None if folder is None else file_path(folder, "folder")
     if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
         raise ValueError(f"`mirrors` must be a sequence of URLs, such as `datasets.MIRRORS`, got {mirrors!r}")
+    import pooch
+
+    cache = Path(os.environ.get("PYRO_VAE_CACHE", pooch.os_cache("pyro_vae"))) / "mnist"
     images, labels = (
-        idx.read(idx.download(file, mirrors, _cache()) if folder is None else idx.find(file, folder), file.content)
+        idx.read(idx.download(file, mirrors, cache) if folder is None else idx.find(file, folder), file.content)
         for file in _MNIST[split]
     )
     return Dataset(images.flatten(1), labels.long())
-
-
-def _cache() -> Path:
-    import pooch
-
-    return Path(os.environ.get("PYRO_VAE_CACHE", pooch.os_cache("pyro_vae"))) / "mnist"
 
 
 def _check_split(split: str, splits: Iterable[str]) -> None:

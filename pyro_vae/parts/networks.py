@@ -209,8 +209,9 @@ def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """
     if not is_integer(num_classes) or num_classes < 2:
         raise ValueError(f"`num_classes` must be an integer of 2 or more, got {num_classes!r}")
+    classes = int(num_classes)  # a number of NumPy could not be saved with the layers
     return lambda in_features, out_features: nn.Sequential(
-        _OneHot(num_classes), build(network, num_classes * in_features, out_features)
+        _OneHot(classes), build(network, classes * in_features, out_features)
     )
 
 
@@ -231,8 +232,10 @@ def _are_sizes(value: object) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and all(is_integer(size) and size > 0 for size in value)
 
 
-def _check_image(image: Sequence[int], channels: Sequence[int], features: int, name: str) -> int:
-    """Return the number of raw outputs of each pixel, if the sizes fit."""
+def _image_and_channels(
+    image: Sequence[int], channels: Sequence[int], features: int, name: str
+) -> tuple[tuple[int, int, int], list[int]]:
+    """Return both as numbers of Python, if the sizes fit: numbers of NumPy could not be saved with the layers."""
     if not _are_sizes(channels):
         raise ValueError(f"`channels` must be one or more positive sizes, such as (16, 32), got {channels!r}")
     fits = _are_sizes(image) and len(image) == 3
@@ -240,7 +243,7 @@ def _check_image(image: Sequence[int], channels: Sequence[int], features: int, n
         raise ValueError(
             f"`image` must be (channels, height, width) with a product of {name} = {features}, got {image!r}"
         )
-    return features // prod(image)
+    return (int(image[0]), int(image[1]), int(image[2])), [int(size) for size in channels]
 
 
 def convolutional(
@@ -260,15 +263,14 @@ def convolutional(
     _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        _check_image(image, channels, in_features, "in_features")
-        size = _halved(image, len(channels))
+        shape, widths = _image_and_channels(image, channels, in_features, "in_features")
         layers = [
             layer
-            for sizes in pairwise([image[0], *channels])
+            for sizes in pairwise([shape[0], *widths])
             for layer in (nn.Conv2d(*sizes, kernel_size=3, stride=2, padding=1), activation())
         ]
-        head = nn.Linear(channels[-1] * size[0] * size[1], out_features)
-        return _OnImages(nn.Sequential(*layers, nn.Flatten(), head), image)
+        head = nn.Linear(widths[-1] * prod(_halved(shape, len(widths))), out_features)
+        return _OnImages(nn.Sequential(*layers, nn.Flatten(), head), shape)
 
     return build
 
@@ -292,13 +294,14 @@ def deconvolutional(
     _check_activation(activation)
 
     def build(in_features: int, out_features: int) -> nn.Module:
-        repeats = _check_image(image, channels, out_features, "out_features")
-        sizes = [_halved(image, depth) for depth in range(len(channels), -1, -1)]
+        shape, widths = _image_and_channels(image, channels, out_features, "out_features")
+        sizes = [_halved(shape, depth) for depth in range(len(widths), -1, -1)]
         layers: list[nn.Module] = [
-            nn.Linear(in_features, channels[0] * sizes[0][0] * sizes[0][1]),
-            nn.Unflatten(1, (channels[0], *sizes[0])),
+            nn.Linear(in_features, widths[0] * prod(sizes[0])),
+            nn.Unflatten(1, (widths[0], *sizes[0])),
         ]
-        steps = zip(pairwise([*channels, image[0] * repeats]), pairwise(sizes), strict=True)
+        last = shape[0] * (out_features // prod(shape))
+        steps = zip(pairwise([*widths, last]), pairwise(sizes), strict=True)
         for (before, after), (small, large) in steps:
             # A stride of 2 maps n to 2n - 1; an even target needs one row or column more.
             extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))

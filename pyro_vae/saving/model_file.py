@@ -1,11 +1,9 @@
 """Files of models: what ``torch.save`` writes of a module, and ``torch.load`` reads with an allow-list.
 
-The comment of the archive, which is the end of the file, names the kind and version of the file, and has a SHA-256
-checksum of all bytes before the comment.
+The comment at the end of the archive has the kind and version of the file, and a SHA-256 checksum of all bytes before.
 
-Why a pickle, and not parameters with a record of how each module was made: such a record needs every constructor call,
-misses what is changed later, and works for classes that take part. A pickle has the modules as they *are*: replaced
-layers, shared parameters, modes, buffers, frozen parameters, classes of any origin.
+A pickle has the modules as they *are*: replaced layers, shared parameters, modes, buffers, frozen parameters, classes
+of any origin. A record of how each module was made would miss what is changed later.
 
 What is guaranteed:
 
@@ -48,11 +46,7 @@ from pyro_vae.saving.pickle_check import CALLS, STORAGES, Created, follow, globa
 __all__ = ["load", "save"]
 
 _VERSION = 2
-
-
 _COMMENT = "pyro_vae model file, version {}, sha256 {}"
-
-
 _PATTERN = re.compile(_COMMENT.format(r"(\d{1,9})", r"([0-9a-f]{64})\Z").encode())
 
 
@@ -63,8 +57,8 @@ def save(path: str | os.PathLike[str], module: nn.Module) -> None:
         ValueError: if an attribute cannot be stored, such as a lambda; the message names it.
     """
     content = _pickled(module)
-    comment_size = struct.pack("<H", len(_COMMENT.format(_VERSION, "0" * 64)))
-    content = content[:-2] + comment_size  # an archive without a comment ends with the size 0
+    # An archive without a comment ends with the size 0.
+    content = content[:-2] + struct.pack("<H", len(_COMMENT.format(_VERSION, "0" * 64)))
     digest = hashlib.sha256(content).hexdigest()
     write_file(path, content + _COMMENT.format(_VERSION, digest).encode())
 
@@ -83,8 +77,7 @@ def load(path: str | os.PathLike[str], base: type[nn.Module], map_location: Any,
         ValueError: if it needs classes or functions that are not in ``using``.
     """
     users = _by_name(using)
-    content = read_file(path, "model")
-    name = repr(os.fspath(path))
+    content, name = read_file(path, "model"), repr(os.fspath(path))
     _check_whole(content, name)
     try:
         records = _records(content)
@@ -108,11 +101,7 @@ def load(path: str | os.PathLike[str], base: type[nn.Module], map_location: Any,
 
 
 def _by_name(using: Iterable[Any]) -> dict[str, Any]:
-    """Return classes and functions by their names.
-
-    >>> _by_name([nn.Linear])
-    {'Linear': <class 'torch.nn.modules.linear.Linear'>}
-    """
+    """Return classes and functions by their names."""
     things: dict[str, Any] = {}
     listed = list(using) if isinstance(using, Iterable) else [using]
     for thing in listed:
@@ -121,9 +110,6 @@ def _by_name(using: Iterable[Any]) -> dict[str, Any]:
         if things.setdefault(thing.__name__, thing) is not thing:
             raise ValueError(f"`using` must have one thing of each name, got two that are named {thing.__name__!r}")
     return things
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def _pickled(module: nn.Module) -> bytes:
@@ -148,8 +134,7 @@ def _pickled(module: nn.Module) -> bytes:
 
 def _checked_pickle(value: Any) -> bytes:
     """Return what ``torch.save`` writes, if :func:`load` can read it."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer := io.BytesIO())
     content = buffer.getvalue()
     records = _records(content)
     things: dict[tuple[str, str], Any] = {}
@@ -165,9 +150,6 @@ def _checked_pickle(value: Any) -> bytes:
             raise ValueError(f"two classes or functions are named {name!r}: rename one")
     follow(records, things, len(content))
     return content
-
-
-# --- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def _check_whole(content: bytes, name: str) -> None:

@@ -61,18 +61,26 @@ def global_names(pickled: bytes) -> set[tuple[str, str]]:
     >>> sorted(global_names(pickle.dumps([nn.Linear, slice], protocol=2)))
     [('__builtin__', 'slice'), ('torch.nn.modules.linear', 'Linear')]
     """
-    found = (argument for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL")
-    return {(module, name) for module, _, name in (str(argument).partition(" ") for argument in found)}
+    return {_name(argument) for opcode, argument, _ in pickletools.genops(pickled) if opcode.name == "GLOBAL"}
 
 
-_FRESH: dict[str, Function] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
+_VALUES: dict[str, Function] = {
+    "NONE": lambda argument: None,
+    "NEWTRUE": lambda argument: True,
+    "NEWFALSE": lambda argument: False,
+    "EMPTY_TUPLE": lambda argument: (),
+    "EMPTY_LIST": lambda argument: [],
+    "EMPTY_DICT": lambda argument: {},
+    **dict.fromkeys(["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"], lambda argument: argument),
 }
+"""Instructions that add a value to the stack."""
+
+_TAKEN = {
+    **dict.fromkeys(["TUPLE1", "APPEND", "BINPERSID", "BUILD", "STOP"], 1),
+    **dict.fromkeys(["TUPLE2", "SETITEM", "NEWOBJ", "REDUCE"], 2),
+    "TUPLE3": 3,
+}
+"""How many values an instruction takes from the stack."""
 
 
 def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], limit: int) -> Any:
@@ -92,60 +100,53 @@ def follow(records: Mapping[str, bytes], things: Mapping[tuple[str, str], Any], 
     stack: list[Any] = []
     outer: list[list[Any]] = []
     memo: dict[Any, Any] = {}
-
-    def items_since_mark() -> list[Any]:
-        nonlocal stack
-        items, stack = stack, outer.pop()
-        return items
-
     for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("TUPLE", "APPENDS", "SETITEMS"):  # they take all values since the last mark
+            taken, stack = stack, outer.pop()
+        else:
+            taken = [stack.pop() for _ in range(_TAKEN.get(opcode.name, 0))][::-1]
         match opcode.name:
-            case name if name in _FRESH:
-                stack.append(_FRESH[name]())
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+            case name if name in _VALUES:
+                stack.append(_VALUES[name](argument))
             case "MARK":
                 outer.append(stack)
                 stack = []
-            case "TUPLE":
-                items = tuple(items_since_mark())
-                stack.append(items)
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(taken))
             case "APPEND" | "APPENDS":
-                added = items_since_mark() if opcode.name == "APPENDS" else [stack.pop()]
-                _instance(stack[-1], list).extend(added)
+                _instance(stack[-1], list).extend(taken)
             case "SETITEM" | "SETITEMS":
-                added = items_since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                for key, value in zip(added[::2], added[1::2], strict=True):
+                for key, value in zip(taken[::2], taken[1::2], strict=True):
                     _instance(stack[-1], dict)[_key(key)] = value
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                module, _, name = str(argument).partition(" ")
-                stack.append(_Reference(things[module, name]))
+                stack.append(_Reference(things[_name(argument)]))
             case "BINPERSID":
-                stack.append(_storage(stack.pop(), records))
+                stack.append(_storage(taken[0], records))
             case "NEWOBJ":
-                stack.append(_new(stack.pop(-2), stack.pop()))
+                stack.append(_new(*taken))
             case "REDUCE":
-                copied += sum(map(_length, stack[-1]))
-                stack.append(_call(stack.pop(-2), stack.pop(), limit))
+                copied += sum(map(_length, taken[1]))
+                stack.append(_call(taken[0], taken[1], limit))
             case "BUILD":
-                copied += _length(stack[-1])
-                _check_state(stack[-2], stack.pop())
+                copied += _length(taken[0])
+                _check_state(stack[-1], taken[0])
             case "STOP":
-                return stack.pop()
-            case "PROTO" if argument == 2:
-                pass
-            case _:
-                raise ValueError(f"it has the instruction {opcode.name} {argument!r}")
+                return taken[0]
+            case name if (name, argument) != ("PROTO", 2):
+                raise ValueError(f"it has the instruction {name} {argument!r}")
         if copied > len(pickled):
             raise ValueError("it copies the same items again and again")
     raise ValueError("it has no end")
+
+
+def _name(argument: Any) -> tuple[str, str]:
+    """Return module and name, which an instruction has as one text."""
+    module, _, name = str(argument).partition(" ")
+    return module, name
 
 
 def _length(value: Any) -> int:
@@ -198,8 +199,7 @@ def _check_state(instance: Any, state: Any) -> None:
         return
     if cls in (torch.Tensor, nn.Parameter, torch.device):
         raise ValueError(f"it sets the state of a {cls.__name__}")
-    slots = state if isinstance(state, tuple) and not issubclass(cls, nn.Module) else (state,)
-    for one in slots:
+    for one in state if isinstance(state, tuple) and not issubclass(cls, nn.Module) else (state,):
         _instance(one, dict, type(None))
     if issubclass(cls, nn.RNNBase):  # it would make as many names as `num_layers` claims, where names are missing
         for name in (name for layer in _instance(state["_all_weights"], list) for name in _instance(layer, list)):

@@ -23,8 +23,6 @@ from pyro_vae.saving.files import FileFormatError, read_file, write_file
 __all__ = ["read", "write"]
 
 _VERSION = "2"
-
-
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """As it stands among the metadata. Within the header, quotes have a backslash."""
 
@@ -35,10 +33,9 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
     Args:
         path: the file; its folder must exist. A file that is there is replaced.
         kind: what is in it, such as ``"checkpoint"``; :func:`read` checks it.
-        header: what JSON can hold: dictionaries with strings as keys, lists (tuples become lists), strings, Booleans,
-            ``None``, integers of up to some thousands of digits, and floats, NaN and the infinities included.
-        tensors: by name, of any shape, on any device, without gradients. A tensor with two names is written once, and
-            is shared again when it is read; a slice is written without the rest of its memory.
+        header: what JSON can hold (tuples become lists), NaN and the infinities included.
+        tensors: by name. A tensor with two names is written once, and is shared again when it is read; a slice is
+            written without the rest of its memory.
 
     Raises:
         ValueError: if the path is a folder or a device, or the header or a tensor cannot be written.
@@ -71,19 +68,14 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header and the tensors, on the CPU, of a file that :func:`write` wrote.
-
-    Args:
-        path: the file.
-        kind: what must be in it.
+    """Return the header and the tensors, on the CPU, of a file of this kind that :func:`write` wrote.
 
     Raises:
         FileFormatError: if the file is damaged, or of another program, kind or version. It is a ``ValueError``.
         FileNotFoundError: if there is no such file.
         ValueError: if the path is a folder or a device.
     """
-    content = read_file(path, kind)
-    name = repr(os.fspath(path))
+    content, name = read_file(path, kind), repr(os.fspath(path))
     if content.startswith(b"pyro_vae file, version 1,"):
         raise FileFormatError(
             f"`path` must be a {kind} file of version {_VERSION}: {name} has version 1, which pyro_vae wrote "
@@ -92,7 +84,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     size = int.from_bytes(content[:8], "little")
     found = _CHECKSUM.search(content, 8, min(8 + size, len(content)))
     if found is None:
-        raise FileFormatError(f"`path` must be a {kind} file: {name} is no file of pyro_vae, or its beginning is lost")
+        raise FileFormatError(f"`path` must be a {kind} file: {name} is no file of pyro_vae, or its checksum is lost")
     start, end = found.span(1)
     if hashlib.sha256(content[:start] + b"0" * 64 + content[end:]).hexdigest().encode() != found[1]:
         raise FileFormatError(

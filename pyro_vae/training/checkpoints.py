@@ -17,12 +17,7 @@ from pyro_vae.saving.tensor_file import read, write
 __all__ = ["Checkpoints", "misfits"]
 
 _KIND = "checkpoint"
-
-
 _KIND_OF_BEST = "best parameters"
-
-
-_SECONDS = 60.0
 
 
 class Checkpoints:
@@ -45,10 +40,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        every_steps: int | None = None,
-        every_seconds: float | None = None,
+        self, folder: str | os.PathLike[str], every_steps: int | None = None, every_seconds: float | None = None
     ):
         if not isinstance(folder, str | os.PathLike):
             raise TypeError(f"`folder` must be the path of a folder, got a {type(folder).__name__}")
@@ -59,7 +51,7 @@ class Checkpoints:
         self.previous = self.folder / "previous.safetensors"
         self.best = self.folder / "best.safetensors"
         self.every_steps = None if every_steps is None else positive_int(every_steps, "every_steps")
-        default = _SECONDS if every_steps is None else float("inf")
+        default = 60.0 if every_steps is None else float("inf")
         self.every_seconds = default if every_seconds is None else positive(every_seconds, "every_seconds")
         self._written = time.monotonic()
         self._damaged = False  # whether the last one is: it must not replace the previous one
@@ -71,26 +63,22 @@ class Checkpoints:
 
     @classmethod
     def at(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
-        """Return checkpoints in a folder, or as they are, whose folder is there and can be written to."""
-        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
-        checkpoints.prepare()
-        return checkpoints
-
-    def prepare(self) -> None:
-        """Make the folder, and remove the temporary files of a run that was killed while it wrote.
+        """Return checkpoints in a folder, or as they are. The folder is made, and cleared of half-written files.
 
         Raises:
             OSError: if nothing can be written there.
         """
+        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(
-                f"`checkpoints` must be a folder in which files can be written: the folder {str(self.folder)!r} "
-                f"cannot be made ({error.strerror})"
+                f"`checkpoints` must be a folder in which files can be written: the folder "
+                f"{str(checkpoints.folder)!r} cannot be made ({error.strerror})"
             ) from error
-        writable(self.last, "checkpoints")
-        remove_partial_files(self.folder)
+        writable(checkpoints.last, "checkpoints")
+        remove_partial_files(checkpoints.folder)
+        return checkpoints
 
     def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the last checkpoint, and keep the one before it as the previous one."""
@@ -153,13 +141,13 @@ def misfits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]
     >>> misfits({"w": torch.zeros(2), "b": torch.zeros(1)}, {"w": torch.zeros(3)})
     ['b (1,) float32 is not in the model', 'w is (2,) float32 in the file and (3,) float32 in the model']
     """
-    lines = [f"{name} {_describe(saved[name])} is not in the model" for name in saved if name not in own]
-    lines += [f"{name} {_describe(own[name])} is not in the file" for name in own if name not in saved]
-    for name in own.keys() & saved.keys():
-        if _describe(own[name]) != _describe(saved[name]):
-            lines.append(f"{name} is {_describe(saved[name])} in the file and {_describe(own[name])} in the model")
+    theirs, ours = (
+        {name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in tensors.items()}
+        for tensors in (saved, own)
+    )
+    lines = [f"{name} {theirs[name]} is not in the model" for name in theirs if name not in ours]
+    lines += [f"{name} {ours[name]} is not in the file" for name in ours if name not in theirs]
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            lines.append(f"{name} is {theirs[name]} in the file and {ours[name]} in the model")
     return sorted(lines)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -16,10 +16,15 @@ def images(dataset):
     return [(*(16 * row).int().tolist(), label) for row, label in zip(dataset.x, dataset.labels.tolist(), strict=True)]
 
 
-def test_digits_are_those_of_scikit_learn_each_with_its_label():
-    bunch = load_digits()
+def test_digits_are_those_of_scikit_learn_each_with_its_label(random_states):
+    before = random_states()
+    bunch, data = load_digits(), datasets.digits()
+    assert random_states() == before
     theirs = sorted((*row.astype(int).tolist(), label) for row, label in zip(bunch.data, bunch.target, strict=True))
-    assert sorted(images(datasets.digits())) == theirs
+    assert sorted(images(data)) == theirs
+    assert (data.x.shape, data.x.dtype) == ((1797, 64), torch.get_default_dtype())
+    assert (data.x.min(), data.x.max()) == (0, 1)
+    assert torch.equal(16 * data.x, (16 * data.x).round())  # grey values are sixteenths
 
 
 def test_the_split_is_disjoint_and_complete():
@@ -27,27 +32,10 @@ def test_the_split_is_disjoint_and_complete():
     assert (len(train), len(test), len(everything)) == (1500, 297, 1797)
     assert images(train) + images(test) == images(everything)
     assert not set(images(train)) & set(images(test))
-
-
-def test_every_digit_is_in_both_parts_of_the_split():
-    for split in ("train", "test"):
-        shares = datasets.digits(split).labels.bincount() / len(datasets.digits(split))
+    for part in (train, test):
+        shares = part.labels.bincount() / len(part)
         assert len(shares) == 10
         assert shares.min() > 0.05
-
-
-def test_the_random_streams_of_the_user_are_untouched(random_states):
-    before = random_states()
-    datasets.digits("test")
-    assert random_states() == before
-
-
-def test_grey_values_are_sixteenths_between_0_and_1():
-    x = datasets.digits().x
-    assert x.shape == (1797, 64)
-    assert x.dtype == torch.get_default_dtype()
-    assert torch.equal(16 * x, (16 * x).round())
-    assert (x.min(), x.max()) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +49,7 @@ def test_an_unknown_split_is_refused_with_the_known_ones(make, accepted):
 @pytest.mark.skipif(REAL is None, reason="PYRO_VAE_MNIST names no folder with the four files of MNIST")
 def test_the_published_files_are_mnist():
     train, test = datasets.mnist("train", folder=REAL), datasets.mnist("test", folder=REAL)
-    assert (train.x.shape, test.x.shape) == ((60_000, 784), (10_000, 784))
-    assert train.x.dtype == torch.uint8
+    assert (train.x.shape, test.x.shape, train.x.dtype) == ((60_000, 784), (10_000, 784), torch.uint8)
     counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert train.labels.bincount().tolist() == counts
     assert (len(test.labels), test.labels.unique().tolist()) == (10_000, list(range(10)))

@@ -37,27 +37,24 @@ class Alarm(nn.Module):
 
 
 class Call:
-    """An object that pickle restores by a call."""
+    """An object that pickle restores by a call, and gives a state."""
 
     def __init__(self, function, *arguments, state=None):
-        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+        self.reduced = (function, arguments, state)
 
-    def __reduce__(self):
+    def __reduce_ex__(self, protocol):
         return self.reduced
 
 
-class New:
+class New(Call):
     """An object that pickle restores by ``cls.__new__`` with arguments."""
 
     def __init__(self, cls, *arguments, state=None):
-        self.reduced = (copyreg.__newobj__, (cls, *arguments), state)
+        super().__init__(copyreg.__newobj__, cls, *arguments, state=state)
 
     @property
     def __class__(self):  # pickle compares it
         return self.reduced[1][0]
-
-    def __reduce_ex__(self, protocol):
-        return self.reduced
 
 
 def archive(pickled, **records):
@@ -78,8 +75,7 @@ def seal(content, path):
 
 def forge(vae, path):
     """Write a model, or anything else, without the checks of ``VAE.save``."""
-    buffer = io.BytesIO()
-    torch.save(vae, buffer)
+    torch.save(vae, buffer := io.BytesIO())
     seal(buffer.getvalue(), path)
 
 
@@ -134,11 +130,8 @@ def tensor_of(size, stride, offset=0, storage=None, hooks=None, function=torch._
 
 
 NESTED = functools.reduce(lambda inner, _: (inner, inner), range(40), 1)
-
 LONG = list(range(1000))
-SIZE = tuple(LONG)
-STATE = dict.fromkeys(map(str, LONG))
-
+SIZE, STATE = tuple(LONG), dict.fromkeys(map(str, LONG))
 HARMFUL = {
     "a function of the user is called": Call(alarm, 1),
     "a class of the user is called": Call(Alarm, 1),
@@ -174,12 +167,10 @@ HARMFUL = {
 
 @pytest.mark.parametrize("value", HARMFUL.values(), ids=HARMFUL)
 def test_harmful_instructions_are_refused(path, value):
-    forge(with_attribute(value), path)
-    with pytest.raises(FileFormatError, match=r"model\.pt' is not used: "):
-        pv.VAE.load(path, using=[alarm, Alarm])
-    forge(value, path)
-    with pytest.raises(FileFormatError, match=r"model\.pt' is not used: "):
-        pv.VAE.load(path, using=[alarm, Alarm])
+    for whole in (with_attribute(value), value):
+        forge(whole, path)
+        with pytest.raises(FileFormatError, match=r"model\.pt' is not used: "):
+            pv.VAE.load(path, using=[alarm, Alarm])
 
 
 PICKLES = {
@@ -242,8 +233,7 @@ def test_archives_that_claim_more_than_they_have_are_refused(path):
 
 
 def test_pickles_garbled_anywhere_are_a_model_or_refused_by_the_name_of_the_file(path):
-    buffer = io.BytesIO()
-    torch.save(gaussian(), buffer)
+    torch.save(gaussian(), buffer := io.BytesIO())
     with zipfile.ZipFile(buffer) as file:
         records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
     pickled = records.pop("data.pkl")
@@ -252,9 +242,8 @@ def test_pickles_garbled_anywhere_are_a_model_or_refused_by_the_name_of_the_file
         garbled = bytearray(pickled)
         for _ in range(chance.randint(1, 3)):
             place = chance.randrange(len(garbled))
-            garbled[place : place + chance.randint(0, 2)] = chance.choice(
-                [b"R", b"b", b"\x81", b"}", chance.randbytes(1)]
-            )
+            new = chance.choice([b"R", b"b", b"\x81", b"}", chance.randbytes(1)])
+            garbled[place : place + chance.randint(0, 2)] = new
         seal(archive(bytes(garbled), **records), path)
         try:
             pv.VAE.load(path, using=[alarm])

@@ -1,18 +1,13 @@
 """Kill training runs at random moments, and resume them in new processes, until one comes to its end.
 
-``python killed_runs.py VARIANT FOLDER KILLS SEED`` trains in ``FOLDER/whole`` without a kill, and in
-``FOLDER/killed 1`` and so on with at least ``KILLS`` kills together. It prints the number of kills, how many came while
-a file was written, and how many runs were finished.
-``python killed_runs.py VARIANT FOLDER`` trains in ``FOLDER`` without a kill.
+:func:`kill_and_resume` trains in ``folder/whole`` without a kill, and in ``folder/killed 1`` and so on with kills.
 """
 
 import os
 import random
 import signal
-import sys
 import time
 import traceback
-from pathlib import Path
 
 import pyro
 import torch
@@ -31,9 +26,7 @@ def noisy(x):
 
 def normalized(in_features, out_features):
     """A network with buffers that change in each step."""
-    return nn.Sequential(
-        nn.Linear(in_features, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features)
-    )
+    return nn.Sequential(nn.Linear(in_features, 8, False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, out_features))
 
 
 def continuous(**options):
@@ -99,54 +92,47 @@ VARIANTS = {
 
 def train(variant, folder):
     """Run the training: mini-batches that do not divide the data, a checkpoint after every step."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    x = pv.datasets.two_gaussians(50, seed=0).x
+    pyro.clear_param_store()
+    x, held_out = pv.datasets.two_gaussians(50, seed=0).x, pv.datasets.two_gaussians(20, seed=1).x
     model, guide, options = VARIANTS[variant]()
-    settings = {
-        "epochs": 8,
-        "batch_size": 20,
-        "lr": schedules.decayed(1e-2, steps=24),
-        "validation": pv.datasets.two_gaussians(20, seed=1).x,
-        "transform": noisy,
-        "clip_norm": 5.0,
-        "seed": 3,
-        "checkpoints": pv.Checkpoints(folder, every_steps=1),
-    }
-    return pv.fit(model, guide, x, **settings | options)
+    options |= {"lr": schedules.decayed(1e-2, steps=24), "transform": noisy, "clip_norm": 5.0, "seed": 3}
+    checkpoints = pv.Checkpoints(folder, every_steps=1)
+    pv.fit(model, guide, x, epochs=8, batch_size=20, validation=held_out, checkpoints=checkpoints, **options)
 
 
 def forked(variant, folder):
     """Train in a forked process, which need not import anything, and return its process id."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
-    code = 1
     try:
         train(variant, folder)
-        code = 0
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
-    finally:
-        os._exit(code)
+        os._exit(1)
 
 
 def finished(child):
-    """Wait for a process; return whether it was not killed, and exit if it failed."""
+    """Wait for a process, and return whether it was not killed."""
     status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit(f"the run ended with {os.WEXITSTATUS(status)}")
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the run failed"
     return os.WIFEXITED(status)
 
 
-def main(variant, folder, kills, seed):
-    """Train once without kills, then in new folders until there were enough kills and the last run is finished."""
-    folder, chance = Path(folder), random.Random(seed)
+def kill_and_resume(variant, folder, kills, seed):
+    """Train once without kills, then in new folders until there were enough kills and the last run is finished.
+
+    Return the number of kills, and how many runs were finished.
+    """
+    os.fsync = lambda file: None  # needed for a loss of power only: what a killed process has written is kept
+    chance = random.Random(seed)
     train(variant, folder / "whole")  # in this process, so that the forked ones have all imports
-    pyro.clear_param_store()
     start = time.monotonic()
     assert finished(forked(variant, folder / "killed 0"))
     longest = time.monotonic() - start
-    done = while_writing = rounds = 0
+    done = rounds = 0
     while done < kills:
         rounds += 1
         while True:
@@ -157,14 +143,4 @@ def main(variant, folder, kills, seed):
             if finished(child):
                 break
             done += 1
-            while_writing += bool(list((folder / f"killed {rounds}").glob(".*.partial")))
-    print(done, while_writing, rounds)
-
-
-if __name__ == "__main__":
-    os.fsync = lambda file: None  # needed for a loss of power only: what a killed process has written is kept
-    torch.set_num_threads(1)
-    if len(sys.argv) == 3:
-        train(sys.argv[1], sys.argv[2])
-    else:
-        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    return done, rounds
