@@ -445,7 +445,7 @@ PAIRS = {
     "a discrete latent to anneal": Row(lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
         ValueError, "model", "must have continuous latents...got the discrete 'z'"),
     "a discrete latent to walk": Row(lambda w: pv.reference(w.discrete.model, w.x),
-        ValueError, "model", "must have continuous latents, got the discrete ['z']"),
+        ValueError, "model", "must have continuous latents, got the discrete ['z']; use pv.exact.posterior"),
 }  # fmt: skip
 
 NUMBERS = {
@@ -595,7 +595,7 @@ EXPORTS = {
         ValueError, "draws", "must take at most 4294967296 bytes...got 1000000000 draws of z, x from posterior"),
     "a word for a truth value": boolean(lambda w: tree(w, parallel="no"), "parallel", "no"),
     "dimensions of an unknown site": Row(lambda w: tree(w, dims={"y": ["a"]}),
-        ValueError, "dims", "must have variables as keys...got ['y']"),
+        ValueError, "dims", "must have variables as keys, of ['x', 'z'], got ['y']"),
     "a list of dimensions": Row(lambda w: tree(w, dims=["row"]), TypeError, "dims", "must be a mapping...got a list"),
     "numbers as names of dimensions": Row(lambda w: tree(w, dims={"x": [3]}),
         TypeError, "dims", "must be names...got [3] for 'x'"),
@@ -608,6 +608,8 @@ EXPORTS = {
         TypeError, "constant_data", "must be a mapping...got a list"),
     "constant data of rows of different lengths": Row(lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
         ValueError, "constant_data", "must have rows of one length, got 'c':"),
+    "constant data that are objects": Row(lambda w: tree(w, constant_data={"c": object()}),
+        TypeError, "constant_data", "must have numbers, booleans or strings, got 'c', a object of dtype object"),
     "a dictionary for ArviZ": Row(lambda w: pv.to_arviz({}),
         TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
     "draws into a folder that is not there": Row(lambda w: save(w, w.folder / "gone" / "draws.nc"),
