@@ -30,11 +30,6 @@ SKEWED = {
 }
 
 
-@pytest.fixture(params=SKEWED)
-def vae(request):
-    return SKEWED[request.param]()
-
-
 def tree_of(vae, **options):
     return pv.to_datatree(*on_data(vae), **({"draws": 20} | options))
 
@@ -111,14 +106,12 @@ def test_attributes_are_plain_and_say_how_the_tree_was_made():
     assert tree.attrs["creation_library_version"] == pv.__version__
 
 
-def test_posterior_draws_have_the_law_of_the_guide_and_prior_draws_that_of_the_prior(vae, parallel):
+@pytest.mark.parametrize("make", SKEWED.values(), ids=SKEWED)
+def test_latents_have_the_law_of_guide_or_prior_and_data_that_of_the_likelihood_of_the_same_draw(make, parallel):
+    vae = make()
     tree = tree_of(vae, draws=DRAWS[parallel], parallel=parallel)
     assert_moments(drawn(tree, "z"), *moments(vae.encode(X)))
     assert_moments(drawn(tree, "z", "prior"), *moments(vae.prior().expand([N])))
-
-
-def test_data_are_drawn_from_the_likelihood_of_the_same_draw(vae, parallel):
-    tree = tree_of(vae, draws=DRAWS[parallel], parallel=parallel)
     for group in ("posterior", "prior"):
         likelihood = vae.decode(drawn(tree, "z", group))
         x = drawn(tree, "x", f"{group}_predictive")
@@ -215,13 +208,10 @@ def test_the_guide_group_holds_the_parameters_of_each_q(name):
 @pytest.mark.parametrize("known_by", ["covariance_matrix", "precision_matrix", "scale_tril"])
 def test_the_columns_of_a_covariance_have_a_dimension_of_their_own(known_by, tmp_path):
     covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
-    matrix = {
-        "covariance_matrix": covariance,
-        "precision_matrix": covariance.inverse(),
-        "scale_tril": torch.linalg.cholesky(covariance),
-    }[known_by]
+    roots = {"precision_matrix": torch.linalg.inv, "scale_tril": torch.linalg.cholesky}
+    matrix = {known_by: roots.get(known_by, torch.clone)(covariance)}
     prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-    pair = local_pair(prior, lambda x: dist.MultivariateNormal(x, **{known_by: matrix}))
+    pair = local_pair(prior, lambda x: dist.MultivariateNormal(x, **matrix))
     names = {"dims": {"z": ["axis"]}, "coords": {"axis": ["width", "height"]}}
     group = pv.to_datatree(*pair, X[:, :2], draws=3, **names)["guide"]
     assert dims_of(group) == {"z_loc": ("obs", "axis"), "z_covariance_matrix": ("obs", "axis", "axis_bis")}

@@ -127,12 +127,16 @@ def test_khat_is_that_of_the_weights_and_needs_21_draws(draws, parallel):
         np.testing.assert_array_equal(tree["sample_stats"]["khat"], pareto_shape(found["log_weight"]))
 
 
+def shared_lp(mu, z):
+    local = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(X[:, 0])
+    return dist.Normal(1.0, 0.5).log_prob(mu) + local.sum(-1)
+
+
 def test_with_a_global_latent_the_densities_are_those_of_all_data(parallel):
     tree, found = statistics(*SHARED, parallel=parallel)
-    mu, z, x = drawn(tree, "mu"), drawn(tree, "z"), X[:, 0]
-    local = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
-    log_q = dist.Normal(0.7, 0.3).log_prob(mu) + dist.Normal(0.5 * x, 0.4).log_prob(z).sum(-1)
-    assert_densities(found, dist.Normal(1.0, 0.5).log_prob(mu) + local.sum(-1), log_q)
+    mu, z = drawn(tree, "mu"), drawn(tree, "z")
+    log_q = dist.Normal(0.7, 0.3).log_prob(mu) + dist.Normal(0.5 * X[:, 0], 0.4).log_prob(z).sum(-1)
+    assert_densities(found, shared_lp(mu, z), log_q)
     assert all(tree["sample_stats"][name].dims == ("chain", "draw") for name in STATISTICS)
 
 
@@ -169,13 +173,10 @@ def test_the_density_of_an_autoguide_is_that_of_the_transformed_latent(autoguide
 
 def test_a_point_has_no_density():
     guide = AutoDelta(shared_model)
-    x = X[:, 0]
-    guide(x)
-    tree, found = statistics(shared_model, guide, x, draws=30)
+    guide(X[:, 0])
+    tree, found = statistics(shared_model, guide, X[:, 0], draws=30)
     assert list(found) == ["lp"]
-    mu, z = drawn(tree, "mu"), drawn(tree, "z")
-    lp = dist.Normal(mu[:, None], 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(x)
-    torch.testing.assert_close(found["lp"], (dist.Normal(1.0, 0.5).log_prob(mu) + lp.sum(-1)).double())
+    torch.testing.assert_close(found["lp"], shared_lp(drawn(tree, "mu"), drawn(tree, "z")).double())
 
 
 def test_soft_targets_have_no_likelihood():
