@@ -35,7 +35,7 @@ def bench(out, *options):
 
 def losses(module, case, given, runs, **options):
     """Return the mean losses of a contestant for some seeds, in this process."""
-    run = importlib.import_module(module).runner(case.task, **options)
+    run = inputs.runner(module, case.task, **options)
     found = [run(case, given, lambda _: None, epochs=case.check, rows=case.check_rows, seed=seed) for seed in runs]
     return {name: [sum(each[name]) / len(each[name]) for each in found] for name in found[0]}
 
@@ -60,16 +60,13 @@ def test_contestants_compute_the_same(name, tmp_path):
         assert judged["allowed"] < 0.05 * abs(judged["reference_loss"]) or name in ("export", "mixture"), judged
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("mixture", {"lr": 2e-2}),
-        ("digits", {"activation": "relu"}),
-        ("gumbel", {"temperatures": (0.67, 0.5)}),
-        ("importance", {"latent": (40,)}),
-        ("enumerated", {"guide": "normal"}),
-    ],
-)
+CHANGES = {
+    "mixture": {"lr": 2e-2}, "digits": {"activation": "relu"}, "gumbel": {"temperatures": (0.67, 0.5)},
+    "importance": {"latent": (40,)}, "enumerated": {"guide": "normal"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES.items(), ids=CHANGES)
 def test_another_model_is_detected(name, change, tmp_path):
     case = cases.CASES[name] if name == "mixture" else cases.shortened(cases.CASES[name])
     another = replace(case, **change)
@@ -125,12 +122,12 @@ def test_a_task_without_a_contestant_gives_an_empty_table(tmp_path):
 NUMPYRO = """
 import json, sys
 from pathlib import Path
-import cases, inputs, numpyro_scan
+import cases, inputs
 
 found = {}
 for name in sys.argv[2:]:
     case = cases.shortened(cases.CASES[name])
-    given, run = inputs.read(case, Path(sys.argv[1]) / name), numpyro_scan.runner(case.task)
+    given, run = inputs.read(case, Path(sys.argv[1]) / name), inputs.runner("numpyro_scan", case.task)
     losses = run(case, given, lambda _: None, epochs=case.check, rows=case.check_rows, seed=0)
     found[name] = {bound: [sum(values) / len(values)] for bound, values in losses.items()}
 print(json.dumps(found))

@@ -445,7 +445,7 @@ PAIRS = {
     "a discrete latent to anneal": Row(lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
         ValueError, "model", "must have continuous latents...got the discrete 'z'"),
     "a discrete latent to walk": Row(lambda w: pv.reference(w.discrete.model, w.x),
-        ValueError, "model", "must have continuous latents, got the discrete ['z']"),
+        ValueError, "model", "must have continuous latents, got the discrete ['z']; use pv.exact.posterior"),
 }  # fmt: skip
 
 NUMBERS = {
@@ -470,6 +470,8 @@ NUMBERS = {
         ValueError, "alpha", "must be a probability between 0 and 1, got 2.0"),
     "a negative number of rows": positive_int(lambda w: pv.inspect(*w.pair, w.x, max_rows=-1), "max_rows", -1),
     "no chains": positive_int(lambda w: pv.reference(w.vae.model, w.x, chains=0), "chains", 0),
+    "no draws of a chain": positive_int(lambda w: pv.reference(w.vae.model, w.x, draws=0), "draws", 0),
+    "no warm-up": positive_int(lambda w: pv.reference(w.vae.model, w.x, warmup=0), "warmup", 0),
     "a negative seed": seed(lambda w: pv.log_evidence(*w.pair, w.x, seed=-1), -1),
     "a word for a seed": seed(lambda w: tree(w, seed="a"), "a"),
     "half a seed": seed(lambda w: pv.decompose(*w.pair, w.x, seed=1.5), 1.5),
@@ -595,7 +597,7 @@ EXPORTS = {
         ValueError, "draws", "must take at most 4294967296 bytes...got 1000000000 draws of z, x from posterior"),
     "a word for a truth value": boolean(lambda w: tree(w, parallel="no"), "parallel", "no"),
     "dimensions of an unknown site": Row(lambda w: tree(w, dims={"y": ["a"]}),
-        ValueError, "dims", "must have variables as keys...got ['y']"),
+        ValueError, "dims", "must have variables as keys, of ['x', 'z'], got ['y']"),
     "a list of dimensions": Row(lambda w: tree(w, dims=["row"]), TypeError, "dims", "must be a mapping...got a list"),
     "numbers as names of dimensions": Row(lambda w: tree(w, dims={"x": [3]}),
         TypeError, "dims", "must be names...got [3] for 'x'"),
@@ -608,6 +610,8 @@ EXPORTS = {
         TypeError, "constant_data", "must be a mapping...got a list"),
     "constant data of rows of different lengths": Row(lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
         ValueError, "constant_data", "must have rows of one length, got 'c':"),
+    "constant data that are objects": Row(lambda w: tree(w, constant_data={"c": object()}),
+        TypeError, "constant_data", "must have numbers, booleans or strings, got 'c', a object of dtype object"),
     "a dictionary for ArviZ": Row(lambda w: pv.to_arviz({}),
         TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
     "draws into a folder that is not there": Row(lambda w: save(w, w.folder / "gone" / "draws.nc"),
@@ -617,6 +621,12 @@ EXPORTS = {
     "draws over a folder": Row(lambda w: save(w, w.folder),
         ValueError, "path", "must be a file, such as 'draws.nc', got the folder '"),
     "draws to nowhere": Row(lambda w: save(w, None), TypeError, "path", "must be a path...got None"),
+    "draws of no number into a file": positive_int(
+        lambda w: pv.save_draws(w.folder / "d.nc", *w.pair, w.x, draws=0), "draws", 0),
+    "more draws than the disk holds": Row(lambda w: pv.save_draws(w.folder / "d.nc", *w.pair, w.x, draws=10**15),
+        OSError, "path", "must be on a disk with 216000000000000000 free bytes for the draws, got "),
+    "dimensions of an unknown site in a file": Row(lambda w: save(w, w.folder / "d.nc", dims={"y": ["a"]}),
+        ValueError, "dims", "must have variables as keys, of ['x', 'z'], got ['y']"),
     "no draws at a time": positive_int(lambda w: save(w, w.folder / "d.nc", chunk=0), "chunk", 0),
     "a page in a folder that is not there": Row(lambda w: page(w, "gone/page.html"),
         FileNotFoundError, "path", "must be in a folder that exists: there is no folder '...gone' for 'page.html'"),

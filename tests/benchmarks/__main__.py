@@ -23,7 +23,6 @@ from processes import CONTESTANTS
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("benchmarks", description=__doc__, formatter_class=raw)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="cases to measure; all")
@@ -39,14 +38,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Make the settings from the options."""
     if args.quick:
         return Settings(rounds=2, seconds=0.05, threads=args.threads, reference_seeds=8, seeds=2, pause=0.0)
     return Settings(rounds=args.rounds, seconds=args.seconds, threads=args.threads)
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Describe the machine."""
     packages = {}
     for name in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
         try:

@@ -1,20 +1,11 @@
 """A lower bound on the time: the matrix products of the networks alone, forward and backward, into allocated memory."""
 
-from collections.abc import Callable
-
 import torch
 from cases import Case
 from inputs import Inputs, Losses, Tick
 from torch import Tensor
 
 Product = tuple[Tensor, Tensor, Tensor]
-
-
-def runner(task: str) -> Callable[..., Losses]:
-    """Return the function that performs the task."""
-    if task == "export":
-        raise NotImplementedError("export: its time is not that of matrix products")
-    return {"train": train, "evaluate": evaluate}[task]
 
 
 def forward(layers: list[tuple[int, int]], rows: int) -> list[Product]:

@@ -15,26 +15,16 @@ OURS = ("captured", "eager")
 
 @dataclass(frozen=True)
 class Series:
-    """A case at several sizes.
+    """A case at several sizes."""
 
-    Attributes:
-        title: title in the tables.
-        base: the case.
-        grows: the size that grows: ``"rows"``, ``"latent"`` or ``"particles"``.
-        values: its values.
-        quick: its values in the short form.
-        each: the time is that of a ``"step"``, an ``"epoch"`` or a ``"call"``.
-    """
-
-    title: str
+    title: str  # in the tables
     base: Case
-    grows: str
-    values: tuple[int, ...]
-    quick: tuple[int, ...] = (40, 80)
-    each: str = "step"
+    grows: str  # the size that grows: "rows", "latent" or "particles"
+    values: tuple[int, ...]  # of that size
+    quick: tuple[int, ...] = (40, 80)  # its values in the short form
+    each: str = "step"  # the time is that of a "step", an "epoch" or a "call"
 
     def case(self, value: int, quick: bool) -> Case:
-        """Return the case of this size."""
         base = shortened(self.base) if quick else self.base
         if self.grows == "latent":
             return replace(base, latent=(value,))
@@ -44,35 +34,23 @@ class Series:
 
     def work(self, case: Case) -> int:
         """Return the units of work in a step, epoch or call."""
-        if self.each == "epoch":
-            return case.rows // case.batch_size
-        if self.each == "call":
-            return case.particles * (case.rows if case.task == "evaluate" else 1)
-        return 1
+        draws = case.particles * (case.rows if case.task == "evaluate" else 1)
+        return {"step": 1, "epoch": case.rows // case.batch_size, "call": draws}[self.each]
 
 
 SERIES = {
-    "data": Series(
-        "An epoch of MNIST 784-400-20 at batch 128, by images", MNIST, "rows",
-        (50 * 128, 100 * 128, 200 * 128, 400 * 128), each="epoch",
-    ),
+    "data": Series("An epoch of MNIST 784-400-20 at batch 128, by images", MNIST, "rows",
+                   (50 * 128, 100 * 128, 200 * 128, 400 * 128), each="epoch"),
     "full-batch": Series("A step on all points of the mixture, by points", MIXTURE, "rows", (1000, 10_000, 100_000)),
     "latents": Series("A step of MNIST 784-400 at batch 128, by latents", MNIST, "latent", (5, 20, 80, 320), (2, 4)),
-    "states": Series(
-        "A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent", (4, 6, 8, 10, 12), (2, 3),
-    ),
-    "particles": Series(
-        "A step of MNIST 784-400-20 at batch 20, importance-weighted, by K", CASES["importance"], "particles",
-        (2, 10, 50, 250), (2, 4),
-    ),
-    "evidence-draws": Series(
-        "log p(x) of 100 MNIST images, by draws of each", CASES["evidence"], "particles",
-        (250, 1000, 4000), (5, 10), each="call",
-    ),
-    "export-draws": Series(
-        "Draws of 1000 points of the mixture for ArviZ, by draws", CASES["export"], "particles",
-        (50, 200, 800), (5, 10), each="call",
-    ),
+    "states": Series("A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent",
+                     (4, 6, 8, 10, 12), (2, 3)),
+    "particles": Series("A step of MNIST 784-400-20 at batch 20, importance-weighted, by K", CASES["importance"],
+                        "particles", (2, 10, 50, 250), (2, 4)),
+    "evidence-draws": Series("log p(x) of 100 MNIST images, by draws of each", CASES["evidence"], "particles",
+                             (250, 1000, 4000), (5, 10), each="call"),
+    "export-draws": Series("Draws of 1000 points of the mixture for ArviZ, by draws", CASES["export"], "particles",
+                           (50, 200, 800), (5, 10), each="call"),
 }  # fmt: skip
 EPOCHS = replace(DIGITS, name="epochs", title="Memory by epochs: digits, 64-128-2, batch 100")
 MAPPED = replace(
@@ -110,7 +88,6 @@ def measure_growth(
 
 
 def to_markdown(name: str, found: dict[str, Any]) -> str:
-    """Format a result as tables, under a title."""
     if name == "epochs":
         return f"## {EPOCHS.title}\n\n{_of_epochs(found)}"
     if name == "mapped":
@@ -126,14 +103,12 @@ def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
             if "time" not in result:
                 rows.append([f"{point['value']:,}", result["title"], absent(result), "", "", ""])
                 continue
-            before = points[number - 1]["contestants"][name].get("time") if number else None
-            exponent = ""
-            if before:
-                growth = log(point["value"] / points[number - 1]["value"])
-                exponent = f"{log(result['time'] / before) / growth:.2f}"
-            rows.append(
-                [f"{point['value']:,}", result["title"], format_seconds(result["time"]), exponent, *peak(result)]
-            )
+            smaller = points[number - 1]
+            before = smaller["contestants"][name].get("time") if number else None
+            growth = log(point["value"] / smaller["value"])
+            exponent = f"{log(result['time'] / before) / growth:.2f}" if before else ""
+            cells = [result["title"], format_seconds(result["time"]), exponent, *peak(result)]
+            rows.append([f"{point['value']:,}", *cells])
     return table([series.grows, "", f"time per {series.each}", "exponent", "peak MB", "grown by"], rows)
 
 

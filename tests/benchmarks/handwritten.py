@@ -19,15 +19,7 @@ Loss = Callable[[Case, Weights, Tensor], dict[str, Tensor]]
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
-def runner(task: str) -> Callable[..., Losses]:
-    """Return the function that performs the task."""
-    if task == "export":
-        raise NotImplementedError("export: arrays without names are not comparable")
-    return {"train": train, "evaluate": evaluate}[task]
-
-
 def network(case: Case, weights: Weights, part: str, inputs: Tensor) -> Tensor:
-    """Compute the output of an encoder or decoder."""
     activation = torch.tanh if case.activation == "tanh" else torch.relu
     for number in range(len(case.hidden) + 1):
         inputs = activation(inputs) if number else inputs
@@ -36,7 +28,6 @@ def network(case: Case, weights: Weights, part: str, inputs: Tensor) -> Tensor:
 
 
 def log_likelihood(case: Case, weights: Weights, z: Tensor, x: Tensor) -> Tensor:
-    """Compute log p(x | z) of each datum."""
     raw = network(case, weights, "decoder", z)
     if case.likelihood == "normal":
         scale = weights["log_scale"].exp() + 1e-3

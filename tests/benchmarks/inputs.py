@@ -1,8 +1,11 @@
 """Files with the data of a case and the initial weights, which all contestants can read."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cases import Case, initial_weights
@@ -13,19 +16,21 @@ Losses = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data and initial weights of a contestant.
+    """The data and initial weights of a contestant."""
 
-    Attributes:
-        x: ``(rows, features)``, float32, or grey values as bytes if batches are binarized.
-        weights: initial weights, by name.
-    """
-
-    x: np.ndarray
+    x: np.ndarray  # (rows, features), float32, or grey values as bytes if batches are binarized
     weights: Mapping[str, np.ndarray]
 
 
+def runner(module: str, task: str, **options: Any) -> Callable[..., Losses]:
+    """Return the function of a contestant's module that performs a task, with these options."""
+    run = getattr(importlib.import_module(module), task, None)
+    if run is None:
+        raise NotImplementedError(f"{task}: {module} has nothing that is comparable")
+    return partial(run, **options)
+
+
 def write(case: Case, folder: Path, mnist: Path | None = None) -> None:
-    """Write the files that :func:`read` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     if case.mapped:
         _write_large(case, folder / "x.npy")

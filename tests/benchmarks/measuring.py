@@ -19,23 +19,14 @@ FAILURE = 1e-5  # probability of a false alarm
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a measurement.
+    """Settings of a measurement."""
 
-    Attributes:
-        rounds: number of turns of each contestant.
-        seconds: length of a turn.
-        threads: number of threads of each contestant.
-        reference_seeds: number of runs of the reference, which estimate the spread between seeds.
-        seeds: number of runs of the others, one if they compile; 0 for no check.
-        pause: seconds between turns, in which waiting threads fall asleep.
-    """
-
-    rounds: int = 7
-    seconds: float = 3.0
-    threads: int = 2
-    reference_seeds: int = 16
-    seeds: int = 4
-    pause: float = 0.3
+    rounds: int = 7  # turns of each contestant
+    seconds: float = 3.0  # length of a turn
+    threads: int = 2  # of each contestant
+    reference_seeds: int = 16  # runs of the reference, which estimate the spread between seeds
+    seeds: int = 4  # runs of the others, one if they compile; 0 for no check
+    pause: float = 0.3  # seconds between turns, in which waiting threads fall asleep
 
 
 class Entrant:
@@ -49,16 +40,13 @@ class Entrant:
 
     def request(self, do: str, **arguments: Any) -> dict[str, Any] | None:
         """Send a command; a contestant that fails is out, and its failure is its result."""
-        if self.process is None:
-            return None
         try:
-            return self.process.request(do, **arguments)
+            return self.process.request(do, **arguments) if self.process else None
         except Unusable as error:
             self.give_up(error)
             return None
 
     def give_up(self, error: Unusable) -> None:
-        """Record the failure."""
         self.process = None
         self.found["not_available" if error.missing else "failed"] = str(error)
 
@@ -73,9 +61,7 @@ class Entrant:
         for start, of in (("start", "check"), ("start_again", "first")):
             if f"{of}_seconds" in found:
                 found[start] = max(0.0, found.pop(f"{of}_seconds") - found.pop(f"{of}_work") * middle)
-        found["peak"] = self.turns[-1]["peak"]
-        found["turns"] = self.turns
-        return found
+        return found | {"peak": self.turns[-1]["peak"], "turns": self.turns}
 
 
 def measure(
@@ -106,7 +92,6 @@ def measure(
 
 
 def _enter(entrant: Entrant, case: Case, settings: Settings, folder: Path, log: TextIO, stack: ExitStack) -> None:
-    """Start the process of a contestant."""
     log.write(f"--- {case.name}: {entrant.name}\n")
     log.flush()
     try:
@@ -124,8 +109,7 @@ def _check(entrant: Entrant, case: Case, runs: int) -> bool:
     if checked is None:
         return False
     work = {"train": case.check_rows // case.batch_size, "evaluate": case.check_rows * case.particles}
-    entrant.found["losses"] = checked["losses"]
-    entrant.found["check_seconds"] = checked["seconds"][0]
+    entrant.found |= {"losses": checked["losses"], "check_seconds": checked["seconds"][0]}
     entrant.found["check_work"] = case.check * work.get(case.task, case.particles)
     return True
 

@@ -1,6 +1,5 @@
 """NumPyro: SVI with an epoch in one ``lax.scan`` under ``jax.jit``, and mini-batches drawn in JAX."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,15 +16,7 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
 jax.config.update("jax_platforms", "cpu")
 
-
 STEPS = 500  # in one scan, if an epoch is one step on all data
-
-
-def runner(task: str) -> Callable[..., Losses]:
-    """Return the function that performs the task."""
-    if task == "export":
-        raise NotImplementedError("export: NumPyro makes no tree for ArviZ")
-    return {"train": train, "evaluate": evaluate}[task]
 
 
 class LogConcrete(dist.Distribution):
@@ -39,7 +30,6 @@ class LogConcrete(dist.Distribution):
         super().__init__(logits.shape[:-1], logits.shape[-1:])
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Add Gumbel noise."""
         noise = jax.random.gumbel(key, sample_shape + self.logits.shape)
         return jax.nn.log_softmax((self.logits + noise) / self.temperature)
 
@@ -51,8 +41,6 @@ class LogConcrete(dist.Distribution):
 
 
 class ScanVAE:
-    """A NumPyro model and guide."""
-
     def __init__(self, case: Case, given: Inputs):
         self.case, self.given = case, given
         if case.guide == "bernoulli":
@@ -60,7 +48,6 @@ class ScanVAE:
             self.states = (bits & 1).astype(jnp.float32)
 
     def network(self, part: str, inputs: Array) -> Array:
-        """Compute the output of an encoder or decoder."""
         activation = jnp.tanh if self.case.activation == "tanh" else jax.nn.relu
         for number in range(len(self.case.hidden) + 1):
             inputs = activation(inputs) if number else inputs
@@ -70,7 +57,6 @@ class ScanVAE:
         return inputs
 
     def likelihood(self, z: Array) -> dist.Distribution:
-        """The distribution p(x | z)."""
         raw = self.network("decoder", z)
         if self.case.likelihood == "normal":
             log_scale = numpyro.param("log_scale", jnp.asarray(self.given.weights["log_scale"]))
@@ -78,7 +64,6 @@ class ScanVAE:
         return dist.Bernoulli(logits=raw).to_event(1)
 
     def model(self, x: Array) -> None:
-        """Sample from p(x, z)."""
         with numpyro.plate("data", len(x)):
             if self.case.guide == "gumbel":
                 prior = LogConcrete(self.case.temperatures[0], jnp.zeros(self.case.latent)).to_event(1)
@@ -88,7 +73,6 @@ class ScanVAE:
             numpyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Array) -> None:
-        """Sample from q(z | x)."""
         raw = self.network("encoder", x)
         with numpyro.plate("data", len(x)):
             if self.case.guide == "gumbel":
@@ -107,7 +91,6 @@ class ScanVAE:
         numpyro.factor("elbo", (jnp.exp(log_guide) * (log_joint - log_guide)).sum())
 
     def svi(self) -> SVI:
-        """Make the SVI of the case."""
         adam = numpyro.optim.Adam(self.case.lr)
         if self.case.guide == "bernoulli":
             return SVI(self.enumerated, lambda x: None, adam, Trace_ELBO())

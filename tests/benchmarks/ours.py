@@ -1,12 +1,13 @@
 """pyro_vae, compiled and eager: a model as users write it, trained by ``pyro_vae.fit``."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from cases import Case
 from inputs import Inputs, Losses, Tick
+from plain_pyro import copy_weights
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch import Tensor, nn
@@ -17,64 +18,38 @@ from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
 from pyro_vae._utils.rng import seeded
 
 
-def runner(task: str, compiled: bool = False, by_step: bool = False) -> Callable[..., Losses]:
-    """Return the function that performs the task.
-
-    Args:
-        task: the task of a case.
-        compiled: whether the step is captured and compiled.
-        by_step: whether the caller's loop calls ``step`` of ``pyro.infer.SVI``, or of ``pyro_vae.SVI``.
-    """
-    if task == "train":
-        return _stepper(compiled) if by_step else _fitter(compiled)
-    if by_step or (compiled and task == "export"):
-        raise NotImplementedError(f"{task}: it takes no training steps")
-    return {"evaluate": evaluate_captured if compiled else evaluate, "export": export}[task]
-
-
-def _fitter(compiled: bool) -> Callable[..., Losses]:
-    options = {"compile": True} if compiled else {}
-
-    def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-        model, guide, elbo = pair(case, given)
-        with _ticking(tick, epochs, rows // case.batch_size):
-            fitted = pv.fit(
-                model,
-                guide,
-                torch.from_numpy(given.x)[:rows],
-                epochs=epochs,
-                batch_size=case.batch_size,
-                lr=case.lr,
-                elbo=elbo,
-                transform=datasets.resample if case.binarized else None,
-                seed=seed,
-                progress=False,
-                **options,
-            )
-        # The history has the ELBO even if the objective is a tighter bound.
-        return {"elbo": [-nats for nats in fitted.history["elbo"]]}
-
-    return train
-
-
-def _stepper(compiled: bool) -> Callable[..., Losses]:
-    def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-        model, guide, elbo = pair(case, given)
-        x = torch.from_numpy(given.x)[:rows]
+def train(
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, compiled: bool = False,
+    by_step: bool = False,
+) -> Losses:  # fmt: skip
+    """Train by ``fit``, or by a loop that calls ``step`` of ``pyro.infer.SVI`` or of ``pv.SVI``, which compiles it."""
+    model, guide, elbo = pair(case, given)
+    x = torch.from_numpy(given.x)[:rows]
+    if by_step:
         settings = model, guide, Adam({"lr": case.lr}), elbo
         svi = pv.SVI(*settings, compile=True) if compiled else SVI(*settings)
-        losses = []
-        with seeded(seed):
-            for _ in range(epochs):
-                total = 0.0
-                for index in [None] if case.full_batch else torch.randperm(rows).split(case.batch_size):
-                    batch = x if index is None else x[index]
-                    total += svi.step(datasets.resample(batch) if case.binarized else batch)
-                losses.append(total / rows)
-                tick(rows // case.batch_size)
-        return {case.bound: losses}
+        return {case.bound: _train_by_step(svi, case, x, tick, epochs, seed)}
+    options = {"compile": True} if compiled else {}
+    with _ticking(tick, epochs, rows // case.batch_size):
+        fitted = pv.fit(
+            model, guide, x, epochs=epochs, batch_size=case.batch_size, lr=case.lr, elbo=elbo,
+            transform=datasets.resample if case.binarized else None, seed=seed, progress=False, **options,
+        )  # fmt: skip
+    # The history has the ELBO even if the objective is a tighter bound.
+    return {"elbo": [-nats for nats in fitted.history["elbo"]]}
 
-    return train
+
+def _train_by_step(svi: Any, case: Case, x: Tensor, tick: Tick, epochs: int, seed: int) -> list[float]:
+    losses = []
+    with seeded(seed):
+        for _ in range(epochs):
+            total = 0.0
+            for index in [None] if case.full_batch else torch.randperm(len(x)).split(case.batch_size):
+                batch = x if index is None else x[index]
+                total += svi.step(datasets.resample(batch) if case.binarized else batch)
+            losses.append(total / len(x))
+            tick(len(x) // case.batch_size)
+    return losses
 
 
 @contextmanager
@@ -110,17 +85,11 @@ def vae_of(case: Case, given: Inputs) -> pv.VAE:
     else:
         prior, encoder = priors.StandardNormal(case.latent), guides.DiagonalNormal(case.features, case.latent, encode)
     likelihood = {"normal": likelihoods.Normal, "bernoulli": likelihoods.Bernoulli}[case.likelihood]
-    vae = pv.VAE(prior, encoder, likelihood(case.latent, case.features, decode))
-    with torch.no_grad():
-        for part, module in (("encoder", vae.encoder), ("decoder", vae.decoder)):
-            for number, layer in enumerate(layer for layer in module.modules() if isinstance(layer, nn.Linear)):
-                layer.weight.copy_(torch.from_numpy(given.weights[f"{part}.{number}.weight"]))
-                layer.bias.copy_(torch.from_numpy(given.weights[f"{part}.{number}.bias"]))
-    return vae
+    decoder = likelihood(case.latent, case.features, decode)
+    return pv.VAE(prior, copy_weights(given, "encoder", encoder), copy_weights(given, "decoder", decoder))
 
 
 def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
-    """Return model, guide and objective of a case."""
     vae = vae_of(case, given)
     if case.guide == "bernoulli":
         return vae.model, config_enumerate(vae.guide), TraceEnum_ELBO(max_plate_nesting=1)
@@ -128,37 +97,30 @@ def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., A
     return vae.model, vae.guide, elbo
 
 
-def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Estimate the mean log p(x) by importance weighting."""
-    vae = vae_of(case, given)
-    x = binary(given, rows)
-    found = []
+def evaluate(
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, compiled: bool = False,
+    by_step: bool = False,
+) -> Losses:  # fmt: skip
+    """Estimate the mean log p(x). A compiled call captures its own graph, so timed calls have more draws then."""
+    if by_step:
+        raise NotImplementedError("evaluate: it takes no training steps")
+    vae, x, found = vae_of(case, given), binary(given, rows), []
+    draws = 100 * case.particles if compiled and epochs > case.check else case.particles
+    options = {"num_samples": draws, "progress": False} | ({"compile": True} if compiled else {})
     for number in range(epochs):
-        options = {"num_samples": case.particles, "seed": seed + number, "progress": False}
-        estimate = pv.log_evidence(vae.model, vae.guide, x, **options)
+        with _ticking(tick, rows * draws, 1) if compiled else nullcontext():
+            estimate = pv.log_evidence(vae.model, vae.guide, x, seed=seed + number, **options)
         found.append(-float(estimate.log_evidence.mean()))
-        tick(rows * case.particles)
+        if not compiled:
+            tick(rows * draws)
     return {case.bound: found}
 
 
-def evaluate_captured(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Estimate it with a compiled graph. Each call captures its own graph, so timed calls have more draws."""
-    vae = vae_of(case, given)
-    draws = case.particles if epochs <= case.check else 100 * case.particles
-    found = []
-    for number in range(epochs):
-        with _ticking(tick, rows * draws, 1):
-            options = {"num_samples": draws, "seed": seed + number, "progress": False, "compile": True}
-            estimate = pv.log_evidence(vae.model, vae.guide, binary(given, rows), **options)
-        found.append(-float(estimate.log_evidence.mean()))
-    return {case.bound: found}
-
-
-def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
+def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, **options: bool) -> Losses:
     """Export draws of everything as a tree for ArviZ; return the mean square of those of z."""
-    vae = vae_of(case, given)
-    x = torch.from_numpy(given.x)[:rows]
-    found = []
+    if options:
+        raise NotImplementedError("export: it takes no training steps")
+    vae, x, found = vae_of(case, given), torch.from_numpy(given.x)[:rows], []
     for number in range(epochs):
         tree = pv.to_datatree(vae.model, vae.guide, x, draws=case.particles, seed=seed + number, parallel=True)
         found.append(float((tree["posterior"]["z"].to_numpy() ** 2).mean()))

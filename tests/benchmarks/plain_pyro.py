@@ -14,22 +14,20 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 
-def runner(task: str) -> Callable[..., Losses]:
-    """Return the function that performs the task."""
-    return {"train": train, "evaluate": evaluate, "export": export}[task]
-
-
 def network(case: Case, given: Inputs, part: str) -> nn.Sequential:
-    """Make an encoder or decoder with the initial weights."""
     layers: list[nn.Module] = []
-    for number, sizes in enumerate(case.encoder if part == "encoder" else case.decoder):
-        layers += [nn.Tanh() if case.activation == "tanh" else nn.ReLU()] if number else []
-        layer = nn.Linear(*sizes)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(given.weights[f"{part}.{number}.weight"]))
-            layer.bias.copy_(torch.from_numpy(given.weights[f"{part}.{number}.bias"]))
-        layers.append(layer)
-    return nn.Sequential(*layers)
+    for sizes in case.encoder if part == "encoder" else case.decoder:
+        layers += [nn.Linear(*sizes), nn.Tanh() if case.activation == "tanh" else nn.ReLU()]
+    return copy_weights(given, part, nn.Sequential(*layers[:-1]))
+
+
+@torch.no_grad()
+def copy_weights(given: Inputs, part: str, module: Any) -> Any:
+    """Copy the initial weights to the linear layers of an encoder or decoder, and return it."""
+    for number, layer in enumerate(layer for layer in module.modules() if isinstance(layer, nn.Linear)):
+        layer.weight.copy_(torch.from_numpy(given.weights[f"{part}.{number}.weight"]))
+        layer.bias.copy_(torch.from_numpy(given.weights[f"{part}.{number}.bias"]))
+    return module
 
 
 class PlainVAE(nn.Module):
@@ -47,7 +45,6 @@ class PlainVAE(nn.Module):
             self.register_buffer("states", (bits & 1).float())
 
     def prior(self, like: Tensor) -> Any:
-        """The distribution p(z)."""
         if self.case.guide == "gumbel":
             cold = like.new_tensor(self.case.temperatures[0])
             return dist.RelaxedOneHotCategorical(cold, logits=like.new_zeros(self.case.latent)).to_event(1)
@@ -56,7 +53,6 @@ class PlainVAE(nn.Module):
         return dist.Normal(like.new_zeros(self.case.latent), 1.0).to_event(1)
 
     def likelihood(self, z: Tensor) -> Any:
-        """The distribution p(x | z)."""
         if self.case.guide == "bernoulli":
             z = self.states[z]
         elif self.case.guide == "gumbel":
@@ -67,14 +63,12 @@ class PlainVAE(nn.Module):
         return dist.Bernoulli(logits=raw).to_event(1)
 
     def model(self, x: Tensor) -> None:
-        """Sample from p(x, z)."""
         pyro.module("vae", self)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(x if x.is_floating_point() else x.float()))
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Sample from q(z | x)."""
         pyro.module("vae", self)
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.posterior(self.encoder(x)))
@@ -92,7 +86,6 @@ class PlainVAE(nn.Module):
 
 
 def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
-    """Train with SVI, step by step."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]
@@ -123,8 +116,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
     chunk = min(case.particles, 50)
     found = []
     for _ in range(epochs):
-        parts = [_log_weights(vae, x, chunk) for _ in range(case.particles // chunk)]
-        weights = torch.cat(parts)
+        weights = torch.cat([_log_weights(vae, x, chunk) for _ in range(case.particles // chunk)])
         found.append(-float((weights.logsumexp(0) - torch.tensor(float(len(weights))).log()).mean()))
         tick(rows * len(weights))
     return {case.bound: found}
@@ -147,11 +139,9 @@ def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, see
     vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]
     found = []
     for _ in range(epochs):
-        of_guide = Predictive(vae.guide, num_samples=case.particles, parallel=True)(x)
-        z = of_guide["z"].detach()
+        z = Predictive(vae.guide, num_samples=case.particles, parallel=True)(x)["z"].detach()
         redrawn = Predictive(pyro.poutine.uncondition(vae.model), posterior_samples={"z": z}, parallel=True)
-        drawn = redrawn(x)["x"]
-        arrays = {"z": z.numpy(), "x": drawn.detach().numpy()}
+        arrays = {"z": z.numpy(), "x": redrawn(x)["x"].detach().numpy()}
         found.append(float((arrays["z"] ** 2).mean()))
         tick(case.particles)
     return {case.bound: found}

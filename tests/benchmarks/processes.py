@@ -19,16 +19,12 @@ WORKER = Path(__file__).parent / "worker.py"
 class Contestant:
     """An implementation that takes part in the benchmark.
 
-    Attributes:
-        title: title in the tables.
-        module: module with ``runner(task, **options)``.
-        options: its options.
-        compiles: whether a run begins with seconds of compilation, so that one seed is checked. Such a contestant may
-            be unable to compile a case, or missing in another version of the package.
+    One that ``compiles`` begins a run with seconds of compilation, so that one seed is checked. It may be unable to
+    compile a case, or missing in another version of the package.
     """
 
-    title: str
-    module: str
+    title: str  # in the tables
+    module: str  # with ``train``, ``evaluate`` or ``export``, which take ``options``
     options: Mapping[str, Any] = field(default_factory=dict)
     compiles: bool = False
 
@@ -54,15 +50,7 @@ class Unusable(Exception):
 
 
 class Process:
-    """The process of a contestant on a case.
-
-    Args:
-        contestant: the contestant.
-        case: the case.
-        folder: folder of the inputs.
-        threads: number of threads.
-        log: file for its output.
-    """
+    """The process of a contestant on a case, with the folder of its inputs and a file for its output."""
 
     def __init__(self, contestant: Contestant, case: Case, folder: Path, threads: int, log: TextIO):
         # Compiled code is not kept for the next run of the benchmark, since compilation is timed too.
@@ -70,23 +58,15 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER)], stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment
         )
-        self._send(
-            case=asdict(case),
-            module=contestant.module,
-            options=dict(contestant.options),
-            optional=contestant.compiles,
-            folder=str(folder),
-            threads=threads,
-        )
+        order = {"module": contestant.module, "options": contestant.options, "optional": contestant.compiles}
+        self._send(**order, case=asdict(case), folder=str(folder), threads=threads)
         self.begun_with = self._answer()
 
     def request(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a command and wait for the answer."""
         self._send(do=do, **arguments)
         return self._answer()
 
     def close(self) -> None:
-        """End the process."""
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()

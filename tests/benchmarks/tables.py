@@ -63,11 +63,8 @@ def of_case(found: Result, unit: str) -> str:
         times = [format_seconds(result[key]) for key in ("time", "fastest", "slowest")]
         starts = [f"{result[key]:.1f} s" for key in ("start", "start_again")]
         rows.append([result["title"], *times, ratio, f"{1 / result['time']:,.0f}", *starts, *peak(result)])
-    reasons = [
-        f"- {result['title']}: {result.get('failed') or result.get('not_available')}"
-        for result in results.values()
-        if "time" not in result
-    ]
+    absent_ones = [result for result in results.values() if "time" not in result]
+    reasons = [f"- {result['title']}: {result.get('failed') or result.get('not_available')}" for result in absent_ones]
     parts = [table(header, rows), "\n".join(reasons), agreement(found["agreement"], results)]
     return "\n\n".join(filter(None, parts))
 
@@ -83,7 +80,6 @@ def peak(result: Result) -> list[str]:
 
 
 def agreement(found: Result, results: Mapping[str, Result]) -> str:
-    """Format the comparison of losses."""
     if not found["contestants"]:
         return "Loss: no two contestants that could be compared."
     runs = results[found["reference"]]

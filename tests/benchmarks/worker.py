@@ -4,7 +4,6 @@
 after the warm-up; ``round`` continues it for some seconds and answers with the work done; ``stop`` ends it.
 """
 
-import importlib
 import json
 import os
 import resource
@@ -31,7 +30,6 @@ class Channel:
         os.dup2(2, 1)
 
     def send(self, **answer: Any) -> None:
-        """Send an answer."""
         self.out.write(json.dumps(answer) + "\n")
         self.out.flush()
 
@@ -44,19 +42,14 @@ class Channel:
 class Stopwatch:
     """Counts work and its time, and stops the clock while the process waits for the next round.
 
-    Args:
-        channel: source of the commands.
-        warm_up: seconds after the first unit of work that are not measured.
-        memory_monitor: a monitor of the memory.
+    The first unit of work and the seconds of ``warm_up`` after it are not measured.
     """
 
     def __init__(self, channel: Channel, warm_up: float, memory_monitor: "MemoryMonitor | None" = None):
         self.channel, self.warm_up, self.memory_monitor = channel, warm_up, memory_monitor
-        self.begun = time.perf_counter()
+        self.begun, self.until = time.perf_counter(), float("inf")
         self.first: dict[str, float] = {}
-        self.done = 0.0
-        self.until = float("inf")
-        self.measuring = False
+        self.done, self.measuring = 0.0, False
 
     def __call__(self, work: float) -> None:
         now = time.perf_counter()
@@ -68,18 +61,14 @@ class Stopwatch:
             answer = {"work": self.done, "seconds": now - self.begun} if self.measuring else self.first
             most = self.memory_monitor.most if self.memory_monitor else None
             self.channel.send(**answer, **memory(), most_anonymous=most)
-            self._wait()
-
-    def _wait(self) -> None:
-        command = self.channel.receive()
-        if command["do"] == "stop":
-            raise Stopped
-        self.measuring = True
-        self._go(command["seconds"])
+            command = self.channel.receive()
+            if command["do"] == "stop":
+                raise Stopped
+            self.measuring = True
+            self._go(command["seconds"])
 
     def _go(self, seconds: float) -> None:
-        self.done = 0.0
-        self.begun = time.perf_counter()
+        self.done, self.begun = 0.0, time.perf_counter()
         self.until = self.begun + seconds
 
 
@@ -91,7 +80,6 @@ class MemoryMonitor(threading.Thread):
         self.most = 0.0
 
     def run(self) -> None:
-        """Poll until the process ends."""
         while True:
             self.most = max(self.most, memory().get("anonymous", 0.0))
             time.sleep(0.01)
@@ -104,9 +92,8 @@ def memory() -> dict[str, float]:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"peak": most / (2**20 if sys.platform == "darwin" else 2**10)}
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    kilobytes = {name: float(fields[name].split()[0]) for name in ("VmRSS", "RssAnon", "VmHWM")}
     names = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
-    return {name: kilobytes[field] / 1024 for name, field in names.items()}
+    return {name: float(fields[field].split()[0]) / 1024 for name, field in names.items()}
 
 
 def _limit(threads: int) -> None:
@@ -132,14 +119,13 @@ def _check(run: Callable[..., Any], case: Any, given: Any, seeds: list[int]) -> 
 def serve(channel: Channel, order: dict[str, Any]) -> None:
     """Set up the contestant and execute commands."""
     from cases import Case
-    from inputs import read
+    from inputs import read, runner
 
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in order["case"].items()}
     case = Case(**fields)
-    contestant = importlib.import_module(order["module"])
+    run = runner(order["module"], case.task, **order["options"])
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(order["threads"])
-    run = contestant.runner(case.task, **order["options"])
     given = read(case, Path(order["folder"]))
     monitor = MemoryMonitor() if case.mapped else None
     if monitor:

@@ -19,6 +19,10 @@ VAES = {
 }
 
 
+def on_data(vae):
+    return vae.model, vae.guide, X
+
+
 def shared_model(x):
     """A global latent and local ones."""
     mu = pyro.sample("mu", dist.Normal(1.0, 0.5))
@@ -63,8 +67,3 @@ def two_plate_guide(x):
 
 
 TWO_PLATES = (two_plate_model, two_plate_guide, X[:, :2].T)
-
-
-def drawn(tree, name, group="posterior"):
-    """The values of a variable, draws first."""
-    return torch.from_numpy(tree[group][name].values[0])

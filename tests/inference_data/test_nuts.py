@@ -1,7 +1,5 @@
 """The reference by NUTS equals the exact posterior where there is one, and changes nothing else."""
 
-import warnings
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -9,7 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from export_cases import SIGMAS
-from pairs import bernoulli, gaussian, relaxed
+from pairs import gaussian, relaxed
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import nn
 
@@ -80,15 +78,6 @@ def test_lp_is_the_log_of_the_joint_density(trees):
     np.testing.assert_allclose(tree["sample_stats"]["lp"], lp, rtol=1e-4, atol=1e-3)
 
 
-@pytest.fixture
-def az():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import arviz
-
-        yield arviz
-
-
 def test_arviz_computes_r_hat(trees, az):
     summary = az.summary(pv.to_arviz(trees[nonlinear_vae]), round_to="none")
     assert (summary["r_hat"] < 1.05).all()
@@ -149,15 +138,3 @@ def test_parameters_random_streams_and_gradients_are_unchanged(random_states):
     unregistered = linear_vae()
     pv.reference(unregistered.model, X[:1], draws=2, chains=1, warmup=2)
     assert set(dict(pyro.get_param_store().named_parameters())) == stored.keys()
-
-
-def test_discrete_latents_are_refused():
-    expected = r"`model` must have continuous latents, got the discrete \['z'\]. Use pyro_vae\.exact\.posterior"
-    with pytest.raises(ValueError, match=expected):
-        pv.reference(bernoulli().model, X)
-
-
-@pytest.mark.parametrize("name", ["draws", "chains", "warmup"])
-def test_counts_are_positive(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be a positive integer, got 0"):
-        pv.reference(linear_vae().model, X, **{name: 0})
