@@ -94,7 +94,7 @@ class ModelGuide:
         self.data = data_tensors(data, name)
         self.plate = plate
         self.transform: Transform | None = None
-        self.take: Batcher = self._all_rows
+        self.take: Batcher = lambda rows: nullcontext(self.data)
         self._amortized: dict[str, bool] = {}
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
@@ -171,9 +171,6 @@ class ModelGuide:
         pair.take = lambda rows: nullcontext(transformed(data, transform))
         return pair
 
-    def _all_rows(self, rows: Tensor) -> Any:
-        return nullcontext(self.data)
-
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
         observed, shapes = [], []
@@ -210,8 +207,8 @@ class ModelGuide:
     @property
     def max_plate_nesting(self) -> int:
         """How many dimensions the plates take."""
-        frames = [frame for _, _, site in self.sites for frame in site["cond_indep_stack"]]
-        return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+        dims = [frame.dim for _, _, site in self.sites for frame in site["cond_indep_stack"]]
+        return max((-dim for dim in dims if dim is not None), default=0)
 
     def is_local(self, site: Site) -> bool:
         """Whether a site lies in the data plate, so that it has a value for each datum; else it is global."""
@@ -234,8 +231,8 @@ class ModelGuide:
         check_missing(self.observed.values(), seen, "validation")
         if not self.is_amortized("guide", seen):
             raise ValueError(
-                "`validation` needs an amortized guide, got one with parameters for each datum, which has none for data "
-                "that it was not trained on"
+                "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
+                "none for held-out data"
             )
         return seen
 
@@ -287,18 +284,15 @@ class ModelGuide:
             # Pyro would find the nesting of the plates by a run on data without their transform.
             particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
             elbo.max_plate_nesting = particles + self.max_plate_nesting
-        if not isinstance(elbo, TraceEnum_ELBO):
-            if self.enumerated:
-                raise ValueError(
-                    "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1) for latents that are marked for enumeration, "
-                    f"got {type(elbo).__name__}, which would sample them"
-                )
-        elif "sequential" in self.enumerated:
+        marks, enumerates = self.enumerated, isinstance(elbo, TraceEnum_ELBO)
+        if marks and not enumerates:
             raise ValueError(
-                "`elbo` needs latents marked with enumerate='parallel', got sites that are enumerated one state after "
-                "another"
+                "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1) for latents that are marked for enumeration, got "
+                f"{type(elbo).__name__}, which would sample them"
             )
-        elif "parallel" not in self.enumerated:
+        if "sequential" in marks:
+            raise ValueError("`elbo` needs latents marked with enumerate='parallel', got some marked 'sequential'")
+        if enumerates and not marks:
             raise ValueError(
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
@@ -377,9 +371,6 @@ def check_same_latents(latents: Sites, drawn: Sites) -> None:
         raise ValueError(f"`guide` must draw the latents of the model, {sorted(latents)}, got {sorted(names)}")
 
 
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
 def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
     """Apply a transform to the rows of each data tensor.
 
@@ -421,15 +412,13 @@ def _run_first_batch(
 ) -> tuple[tuple[Trace, Trace] | RunError, bool]:
     """The traces of a pair under a subsample, or why it does not run there, and whether it uses ``pyro.subsample``."""
     with poutine.block(), SubsampleStatements() as statements, within[0], within[1]:
-        found: tuple[Trace, Trace] | RunError
         try:
-            found = trace_pair(model, guide, data)
+            return trace_pair(model, guide, data), statements.count > 0
         except RunError as failure:
-            found = failure
-        if isinstance(found, RunError) and found.who == "guide":  # then the model has not run
-            with suppress(RunError):
-                trace_pair(model, None, data)
-    return found, statements.count > 0
+            if failure.who == "guide":  # then the model has not run
+                with suppress(RunError):
+                    trace_pair(model, None, data)
+            return failure, statements.count > 0
 
 
 def _fixed_subsample(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> FixedSubsample:
@@ -537,9 +526,6 @@ def _check_slicing(pair: ModelGuide) -> None:
                 f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
                 f"a row's distribution in it depends on more than that row, such as parameters for each datum. {remedy}"
             )
-
-
-# --- Amortization -----------------------------------------------------------------------------------------------------
 
 
 def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:

@@ -61,9 +61,6 @@ def sliced_vae():
     return vae
 
 
-# --- Runs ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [gaussian, sliced_vae], ids=["subsampled", "sliced"])
 @pytest.mark.parametrize("batch_size", [None, 50])
 @pytest.mark.parametrize("transform", [None, lambda x: 2 * x], ids=["plain", "transformed"])
@@ -115,9 +112,6 @@ def test_a_pair_that_subsamples_is_run_on_no_more_rows_than_a_batch(transform):
     ModelGuide.on_batches(vae.model, vae.guide, (ROWS,), 6, "data", transform)
     assert all(seen.values())
     assert max(seen["encoder"] + seen["decoder"]) <= 6
-
-
-# --- Sites and refusals ----------------------------------------------------------------------------------------------
 
 
 def hierarchical(x):
@@ -186,8 +180,6 @@ def test_every_entry_refuses_what_is_no_pair_in_the_same_words(call, options):
             call(model, guide, X, **options | changes)
 
 
-# --- Amortization ----------------------------------------------------------------------------------------------------
-
 HIDDEN = torch.arange(200.0)[:, None]
 DEPENDENT = {
     "the mean of all rows": lambda x: x[:, :2] - x[:, :2].mean(0),
@@ -212,9 +204,6 @@ def test_a_guide_whose_rows_depend_on_more_than_themselves_is_not_amortized(netw
 def test_a_guide_whose_rows_depend_on_themselves_is_amortized(rows):
     assert is_amortized(normal_guide(nn.Linear(3, 2)), (X[:rows],), "data")
     assert is_amortized(AutoDelta(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0))), (X[:rows],), "data")
-
-
-# --- Rows ------------------------------------------------------------------------------------------------------------
 
 
 class Amortized(nn.Module):

@@ -83,6 +83,13 @@ class ElboEvaluator:
         bound = -torch.as_tensor(loss, dtype=torch.float64) / (site["scale"] * frame.size)
         return {bound_name(model_trace, guide_trace): bound}
 
+    def sites(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield owner, name and site of all latent and observed sites of the last evaluation, the guide's first."""
+        for model_trace, guide_trace in self.traces:
+            for owner, trace in (("guide", guide_trace), ("model", model_trace)):
+                for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+                    yield owner, name, site
+
     def _data_site(self, model_trace: Trace) -> tuple[dict[str, Any], Any]:
         """Return an observed site in the data plate, and its frame for the plate."""
         return next(
@@ -99,13 +106,11 @@ class ElboEvaluator:
         Args:
             rows: the numbers, in the data, of the rows of the evaluation.
         """
-        for model_trace, guide_trace in self.traces:
-            for source, trace in (("guide", guide_trace), ("model", model_trace)):
-                for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                    bad = ~log_density(site).isfinite()
-                    if bad.any():
-                        where = f"at {bad.sum()} of {bad.numel()}{self._rows(bad, site, rows)}"
-                        return f"log_prob of site {name!r} in the {source} is not finite {where}"
+        for owner, name, site in self.sites():
+            bad = ~log_density(site).isfinite()
+            if bad.any():
+                where = f"at {bad.sum()} of {bad.numel()}{self._rows(bad, site, rows)}"
+                return f"log_prob of site {name!r} in the {owner} is not finite {where}"
         return None
 
     def _rows(self, bad: Tensor, site: dict[str, Any], rows: Tensor | None) -> str:
@@ -121,10 +126,7 @@ class ElboEvaluator:
 
     @torch.no_grad()
     def first_nonfinite_site_unvalidated(self, args: tuple[Any, ...], rows: Tensor | None) -> str | None:
-        """Evaluate without validation and describe the first site that is not finite.
-
-        Validation raises where a distribution is made, before its site has a log-density.
-        """
+        """Do so after an evaluation without validation, which raises before a site has a log-density."""
         with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
             self.loss(*args)
         return self.first_nonfinite_site(rows)

@@ -80,20 +80,14 @@ class Loop:
         checkpoints: "RunCheckpoints | None" = None,
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
-        self.checkpoints = checkpoints
-        self.state = RunState()
+        self.checkpoints, self.state = checkpoints, RunState()
         self._pending = PendingMetrics(batches.device)
         self._guard = NonfiniteGuard(step, batches.context)
         self._early_stopping = EarlyStopping(step, patience)
-        self._keeps_best = patience is not None or checkpoints is not None
         self._interrupt = DeferredInterrupt()
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the folder, if there is one.
-
-        Raises:
-            ValueError: if it belongs to another run or model, with the names of what differs.
-        """
+        """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
         if self.checkpoints is not None:
             self.checkpoints.resume(self.step, self.batches, self.state)
 
@@ -113,13 +107,8 @@ class Loop:
 
     def _run_epoch(self) -> None:
         """Run the steps of the current epoch that are not yet done."""
-        state, step, batches, pending, checkpoints = (
-            self.state,
-            self.step,
-            self.batches,
-            self._pending,
-            self.checkpoints,
-        )
+        state, step, batches = self.state, self.step, self.batches
+        pending, checkpoints = self._pending, self.checkpoints
         for rows in batches.remaining(state.batch):
             # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
             validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
@@ -156,8 +145,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         state = self.state
-        state.epoch += 1
-        state.batch = 0
+        state.epoch, state.batch = state.epoch + 1, 0
         self.batches.next_epoch()
         if self.validate is not None or self.callbacks:
             self._sync_metrics()
@@ -166,7 +154,7 @@ class Loop:
                 terms = self.validate()
             for name, value in terms.items():
                 state.history.setdefault(f"validation_{name}", []).append(value)
-            if self._keeps_best:
+            if self._early_stopping.patience is not None or self.checkpoints is not None:
                 self._early_stopping.update(state, next(iter(terms.values())))
         if self.callbacks:
             self._call_callbacks()

@@ -152,14 +152,16 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
             f"`make` must return a scheduler of the learning rate alone, got a {type(scheduler).__name__} that changes "
             "Adam's momentum; use `cycle_momentum=False`"
         )
-    values = array("d", [_current(optimizer)])
-    lock = threading.Lock()
+    group, lock = optimizer.param_groups[0], threading.Lock()
+    values = array("d", [group["lr"]])
 
-    def extend(steps: int) -> None:
+    def value(step: int) -> float:
+        if step < len(values):
+            return values[step]
         with lock, warnings.catch_warnings():
             # SequentialLR itself calls its schedulers in the way that torch warns of.
             warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
-            while len(values) < steps:
+            while len(values) <= step:
                 optimizer.step()
                 try:
                     scheduler.step()
@@ -168,11 +170,7 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
                         f"`lr` must be a scheduler for all steps of the run, got a {type(scheduler).__name__} without "
                         f"a value for step {len(values) + 1}: {error}"
                     ) from error
-                values.append(_current(optimizer))
-
-    def value(step: int) -> float:
-        if step >= len(values):
-            extend(step + 1)
+                values.append(group["lr"])
         return values[step]
 
     return value
@@ -183,10 +181,6 @@ _SCHEDULER = (
     "CosineAnnealingLR(optimizer, 1000)`"
 )
 _PLATEAU = ". ReduceLROnPlateau depends on losses; `patience` ends a run that no longer improves"
-
-
-def _current(optimizer: torch.optim.Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

@@ -143,10 +143,7 @@ def data_fingerprint(data: Sequence[Tensor]) -> str:
 
 
 def model_state(step: Step) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a run, by their paths in modules, or by Pyro's names outside of modules.
-
-    Frozen parameters are included: they may have been trained before.
-    """
+    """Return parameters, frozen ones too, and buffers, by their paths in modules or by Pyro's names outside of them."""
     return {name: tensor.detach() for name, tensor in _named(step).items()}
 
 
@@ -170,13 +167,11 @@ def trainable_flags(step: Step) -> dict[str, list[Any]]:
     """Return which parameters are frozen, which the optimizer has, and whether each module is in training mode."""
     groups = [] if step.optimizer is None else step.optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    named = _named(step)
+    parameters = {name: tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}
     return {
-        "optimized": [name for name, tensor in _named(step).items() if id(tensor) in optimized],
-        "frozen": [
-            name
-            for name, tensor in _named(step).items()
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        ],
+        "optimized": [name for name, tensor in named.items() if id(tensor) in optimized],
+        "frozen": [name for name, parameter in parameters.items() if not parameter.requires_grad],
         "training": [module.training for module in step.tensors.modules()],
     }
 

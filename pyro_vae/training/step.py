@@ -150,11 +150,11 @@ class Step:
             try:
                 loss = self.evaluator.loss_and_grads(*arguments)
             except ValueError as error:
-                if self.count > 1:
-                    site = self.evaluator.first_nonfinite_site_unvalidated(arguments, self._rows(inputs))
-                    if site is not None:
-                        raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
-                raise
+                describe = self.evaluator.first_nonfinite_site_unvalidated
+                site = describe(arguments, self._rows(inputs)) if self.count > 1 else None
+                if site is None:
+                    raise
+                raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
             finally:
                 self._add(parameters_of(tracer.trace))
         terms = self.evaluator.terms(loss)
@@ -184,8 +184,7 @@ class Step:
 
     def update(self) -> None:
         """Update the parameters by their gradients."""
-        new = self.new_parameters()
-        if new:
+        if new := self.new_parameters():
             if self.optimizer is None:
                 self.optimizer = self.make_optimizer(new)
             else:
@@ -197,7 +196,7 @@ class Step:
 
     def new_parameters(self) -> list[Tensor]:
         """Return the parameters that the optimizer does not have yet."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
         known = {parameter for group in groups for parameter in group["params"]}
         return [parameter for parameter in self.parameters.values() if parameter not in known]
 
@@ -217,9 +216,6 @@ class Step:
         if not math.isfinite(loss):
             site = self.evaluator.first_nonfinite_site(self._rows(inputs))
             return f"the loss is {loss}; {site or 'log_prob of every site is finite'}"
-        bad = [
-            name.replace("$$$", ".")
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
+        gradients = {name.replace("$$$", "."): parameter.grad for name, parameter in self.parameters.items()}
+        bad = [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
         return f"the gradient is not finite in {', '.join(bad) or 'its norm'}"

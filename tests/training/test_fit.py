@@ -56,8 +56,6 @@ def twins(make):
     return first, second
 
 
-# --- Steps -----------------------------------------------------------------------------------------------------------
-
 OBJECTIVES = {
     "Trace_ELBO": (gaussian_vae, Trace_ELBO, False),
     "three particles": (gaussian_vae, lambda: Trace_ELBO(num_particles=3), False),
@@ -152,9 +150,6 @@ def test_mini_batches_are_right_for_autoguides_with_local_latents():
     assert (guide.median(x)["z"] - x / 2).abs().max() < 0.2
 
 
-# --- History ---------------------------------------------------------------------------------------------------------
-
-
 def test_elbo_is_minus_distortion_minus_rate_and_near_the_exact_one(x):
     vae = gaussian_vae()
     history = pv.fit(vae.model, vae.guide, x, epochs=200, lr=1e-2).history
@@ -222,28 +217,6 @@ def test_a_guide_that_is_a_point_bounds_nothing(x):
     assert "elbo" not in pv.fit(model, AutoDelta(model), 1e-3 * x[:, 0], epochs=2).history
 
 
-def test_validation_stands_beside_training_and_changes_nothing(x):
-    ours, theirs = twins(gaussian_vae)
-    held_out = pv.datasets.two_gaussians(30, seed=4).x.double()
-    seen = pv.fit(ours.model, ours.guide, x.double(), epochs=6, batch_size=16, validation=held_out)
-    unseen = pv.fit(theirs.model, theirs.guide, x.double(), epochs=6, batch_size=16)
-    assert {name: seen.history[name] for name in unseen.history} == unseen.history
-    assert set(seen.history) - set(unseen.history) == {"validation_elbo", "validation_distortion", "validation_rate"}
-    assert all(len(values) == 6 for values in seen.history.values())
-
-
-def test_nothing_of_the_users_is_changed_but_the_trained_parameters(x, random_states):
-    pyro.param("mine", torch.tensor(3.0))
-    vae = gaussian_vae()
-    before = random_states()
-    pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=10, validation=x)
-    pv.evaluate(vae.model, vae.guide, x)
-    assert random_states() == before
-    store = pyro.get_param_store()
-    assert store["mine"] == 3.0
-    assert set(store.keys()) == {"mine"} | {f"{vae.name}$$${path}" for path, _ in vae.named_parameters()}
-
-
 def test_a_warning_of_validation_late_in_a_run_is_shown():
     net = networks.linear()
     decoder = likelihoods.Normal(1, 1, net, min_scale=0.1)
@@ -258,9 +231,6 @@ def test_the_bar_is_shown_on_a_terminal_or_on_demand(x, capsys):
     assert capsys.readouterr().err == ""
     pv.fit(vae.model, vae.guide, x, epochs=2, progress=True)
     assert "elbo=" in capsys.readouterr().err
-
-
-# --- Errors before the first step ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,33 +296,6 @@ def test_grey_values_are_refused_even_without_validation():
     ):
         with pyro.validation_enabled(False), pytest.raises(ValueError, match="threshold the data"):
             run(torch.rand(5, 2))
-
-
-# --- Runs that fail --------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_names_step_and_site(x):
-    vae, calls = gaussian_vae(), []
-
-    def likelihood(z):
-        calls.append(None)
-        loc = vae.decoder(z).mean / (0.0 if len(calls) > 4 else 1.0)
-        return dist.Normal(loc, 1.0, validate_args=False).to_event(1)
-
-    model = poutine.scale(model_of(STANDARD_NORMAL, likelihood), scale=1.0)
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is \S+; log_prob of site 'x' in the model"):
-        pv.fit(model, vae.guide, x, epochs=10)
-
-
-def test_a_gradient_that_is_not_finite_names_the_parameter_and_leaves_it_as_it_was(x):
-    def model(x):
-        root = pyro.param("root", torch.tensor(0.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(root.sqrt(), 1.0).expand([2]).to_event(1), obs=x)
-
-    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite in root"):
-        pv.fit(model, lambda x: None, x, epochs=3)
-    assert pyro.param("root") == 0.0
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")

@@ -113,9 +113,6 @@ class NaNInjectingPair:
         return pv.fit(self.model, self.guide, X, **SETTINGS | {"schedules": {self.step: number}} | options)
 
 
-# --- Steps that are not finite ---------------------------------------------------------------------------------------
-
-
 @EAGER_AND_CAPTURED
 @pytest.mark.parametrize(("where", "bad"), [("loss", 0), ("loss", 1), ("loss", 2), ("loss", 11), ("gradient", 4)])
 def test_a_stop_names_step_site_and_rows_and_leaves_the_last_good_state_to_the_bit(compile, bad, where, steps):
@@ -218,9 +215,6 @@ def test_the_error_names_validation_data_whose_elbo_is_not_finite():
         pv.evaluate(model, vae.guide, X)
 
 
-# --- Clipping --------------------------------------------------------------------------------------------------------
-
-
 @EAGER_AND_CAPTURED
 def test_gradients_are_clipped_as_torch_clips_them(compile):
     ours, theirs = vae_of().double(), vae_of().double()
@@ -236,9 +230,6 @@ def test_gradients_are_clipped_as_torch_clips_them(compile):
     assert max(norms) > 2.0
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-# --- Early stopping --------------------------------------------------------------------------------------------------
 
 
 @EAGER_AND_CAPTURED
@@ -263,16 +254,15 @@ def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile,
     assert best < len(bounds) - 1
 
 
-def test_validation_and_evaluation_change_neither_buffers_nor_random_numbers():
+def test_validation_and_evaluation_stand_beside_training_and_change_nothing():
     ours, theirs = vae_of(batch_norm), vae_of(batch_norm)
-    run(ours, validation=HELD_OUT)
-    run(theirs)
+    seen, unseen = run(ours, validation=HELD_OUT).history, run(theirs).history
+    assert {name: seen[name] for name in unseen} == unseen
+    assert set(seen) - set(unseen) == {"validation_elbo", "validation_distortion", "validation_rate"}
+    assert all(len(values) == 6 for values in seen.values())
     pv.evaluate(ours.model, ours.guide, X)
     assert same(ours.state_dict(), theirs.state_dict())
     assert ours.decoder.network[1].num_batches_tracked == 18
-
-
-# --- Callbacks -------------------------------------------------------------------------------------------------------
 
 
 @EAGER_AND_CAPTURED
@@ -345,9 +335,6 @@ def test_an_error_in_a_callback_ends_the_run_and_restores_the_signal_handler():
     with pytest.raises(ZeroDivisionError):
         run(vae_of(), callbacks=[lambda epoch: 1 / 0])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -432,9 +419,6 @@ def test_a_run_in_another_thread_gives_the_same_numbers(compile):
     assert run(theirs, compile=compile).history == found[0].history
 
 
-# --- Determinism -----------------------------------------------------------------------------------------------------
-
-
 @EAGER_AND_CAPTURED
 def test_a_seed_gives_the_same_run_twice_to_the_bit(compile):
     def noisy(x):
@@ -460,6 +444,7 @@ def test_global_state_is_as_before(compile, ends, random_states):
     filters = list(warnings.filters)
     with pytest.raises((FloatingPointError, KeyboardInterrupt)) if ends != "well" else warnings.catch_warnings():
         pair.fit(compile=compile, callbacks=[interrupt] if ends == "interrupt" else [], validation=HELD_OUT)
+        pv.evaluate(pair.model, pair.guide, X)
     assert random_states() == before
     assert warnings.filters == filters
     assert not nn.modules.module._global_forward_pre_hooks

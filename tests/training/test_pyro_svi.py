@@ -109,9 +109,6 @@ def assert_every_parameter_is_updated(vae, guide, elbo, x):
         assert not torch.equal(parameter, before[name]), name
 
 
-# --- The enumerated ELBO and its gradient ----------------------------------------------------------------------------
-
-
 def hand_marginalised_loss(vae, x):
     """Compute -sum_i sum_z q(z | x_i) [log p(z) + log p(x_i | z) - log q(z | x_i)] over a list of all states z."""
     latent = vae.prior.event_shape
@@ -185,8 +182,6 @@ def test_subsampled_rows_give_an_unbiased_loss():
             parts.append(elbo.loss(vae.model, guide, x))
     assert sum(parts) / 3 == pytest.approx(whole, rel=1e-10)
 
-
-# --- Relaxed and discrete models -------------------------------------------------------------------------------------
 
 STRAIGHT_THROUGH = {
     "Bernoulli": (1, priors.RelaxedBernoulli, guides.RelaxedBernoulli, 0.3),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import pyro_vae as pv
-from pyro_vae import exact
+from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import WeightKL
 from pyro_vae.training.schedules import constant, cyclical, exponential, from_torch, linear
 
@@ -49,9 +49,6 @@ def temperatures(vae):
     return vae.encoder.family.temperature, vae.prior.family.temperature
 
 
-# --- Exponential decay -----------------------------------------------------------------------------------------------
-
-
 def test_the_decay_is_exponential_and_its_logarithm_falls_by_the_rate():
     schedule = exponential(2.0, rate=1e-3)
     for step in (0, 1, 10, 1000, 100_000):
@@ -74,9 +71,6 @@ def test_the_decay_ends_at_the_floor():
 def test_the_decay_is_constant_between_multiples_of_every():
     schedule, smooth = exponential(1.0, rate=0.01, every=4), exponential(1.0, rate=0.01)
     assert [schedule(step) for step in range(12)] == [smooth(step) for step in (0, 4, 8) for _ in range(4)]
-
-
-# --- Warm-up ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_line_goes_from_start_to_end_and_stays_at_the_end():
@@ -118,7 +112,8 @@ def test_wrong_numbers_are_refused(make, message):
 
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_histories_hold_the_elbo_while_the_weight_of_the_kl_changes(batch_size):
-    vae, beta, seen = pairs.gaussian(1, 2), torch.tensor(1.0), []
+    net, beta, seen = networks.mlp([8], activation=nn.Tanh), torch.tensor(1.0), []
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     weight = WeightKL(beta)
 
     def model(x):
@@ -181,8 +176,6 @@ def test_the_elbo_is_that_of_the_relaxed_model_at_the_last_temperature():
     assert terms["elbo"] == pytest.approx(exact.elbo(vae.model, vae.guide, X).mean().item(), abs=0.02)
     assert (exact.kl(vae.model, vae.guide, X) > 0).all()
 
-
-# --- Schedulers of torch ---------------------------------------------------------------------------------------------
 
 SCHEDULERS = {
     "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 7, gamma=0.3),

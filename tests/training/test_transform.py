@@ -95,9 +95,6 @@ def same(ours, theirs):
     return len(ours) == len(theirs) and all(one is other for one, other in zip(ours, theirs, strict=True))
 
 
-# --- Who gets which rows ---------------------------------------------------------------------------------------------
-
-
 @READINGS
 @pytest.mark.parametrize("count", [1, 2], ids=["one tensor", "two tensors"])
 def test_each_row_is_transformed_once_an_epoch_and_model_and_guide_get_the_result(read, batch_size, count):
@@ -154,8 +151,6 @@ def test_one_tensor_in_two_roles_is_transformed_in_each(batch_size):
     inputs, targets = pair.seen["model"][-1]
     assert torch.equal(inputs, targets + 1000)
 
-
-# --- Results ---------------------------------------------------------------------------------------------------------
 
 ELBOS = {
     "default": lambda **nesting: Trace_ELBO(**nesting) if nesting else None,
@@ -239,8 +234,6 @@ def test_tensors_of_inference_mode_are_transformed(batch_size):
         histories.append(fitted.history)
     assert histories[0] == histories[1]
 
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
 
 NO_TENSOR = "must be a function that returns a tensor for each data tensor, .*got "
 NO_ROWS = r"must return one tensor for each data tensor, .*got tensors of \[{}\] rows for 1 tensors of \d+ rows"
@@ -346,8 +339,6 @@ def test_bytes_and_grey_values_where_0s_and_1s_are_wanted_are_refused(batch_size
     with pytest.raises(ValueError, match="threshold the data"):
         pv.fit(vae.model, vae.guide, GREY, epochs=1, batch_size=batch_size, transform=datasets.grey)
 
-
-# --- The handler -----------------------------------------------------------------------------------------------------
 
 X = torch.arange(10.0).reshape(5, 2)
 INDEX = torch.tensor([4, 0, 2])
