@@ -532,15 +532,9 @@ def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Tra
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
     The rows are run twice: as they are, and in reverse with the first row many times over. At the same values of the
-    latents every row must have the same density in both runs. Parameters are shifted by noise for it, since those that
-    start out equal do not tell rows apart. Autoguides are judged by their plates. Above 10,000 rows, that many of them
-    are compared, evenly spread.
-
-    Args:
-        run: a model or guide.
-        data: what it takes.
-        plate: name of the data plate.
-        trace: a trace of it, from which its parameters are known; it is run for one if left out.
+    latents every row must have the same density in both runs. The parameters, known from ``trace``, are shifted by
+    noise for it, since those that start out equal do not tell rows apart. Autoguides are judged by their plates. Above
+    10,000 rows, that many of them are compared, evenly spread.
     """
     step = -(-len(data[0]) // _MAX_ROWS)
     rows = tuple(tensor[::step] for tensor in data)

@@ -27,11 +27,8 @@ class CapturedStep(Step):
     either: the state stays that of the last good step, and :meth:`diagnose_nonfinite` finds the cause.
 
     The first replays of each graph, and every thousandth one, are compared with an eager run: sites, distributions,
-    shapes and log-densities must be those of the capture.
-
-    Args:
-        compiles: whether the graph for these inputs is compiled, or replayed as it is.
-        kwargs: as for the eager step.
+    shapes and log-densities must be those of the capture. ``compiles`` says whether the graph for some inputs is
+    compiled, or replayed as it is; other arguments are those of the eager step.
     """
 
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):

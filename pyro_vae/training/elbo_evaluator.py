@@ -21,11 +21,7 @@ __all__ = ["ElboEvaluator"]
 class ElboEvaluator:
     """An ELBO of a model and guide that keeps the traces of its last evaluation.
 
-    Args:
-        model: a Pyro model.
-        guide: its guide.
-        elbo: any ELBO of ``pyro.infer``.
-        plate: name of the data plate; without one there are no terms per datum.
+    Without a data plate there are no terms per datum.
 
     Attributes:
         keywords: keyword arguments of model and guide, besides the arguments of an evaluation.
@@ -101,11 +97,7 @@ class ElboEvaluator:
 
     @torch.no_grad()
     def first_nonfinite_site(self, rows: Tensor | None = None) -> str | None:
-        """Describe the first site of the last evaluation whose log-density is not finite, or return ``None``.
-
-        Args:
-            rows: the numbers, in the data, of the rows of the evaluation.
-        """
+        """Describe the first site of the last evaluation, of these rows, that is not finite, or return ``None``."""
         for owner, name, site in self.sites():
             bad = ~log_density(site).isfinite()
             if bad.any():

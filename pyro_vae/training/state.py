@@ -82,12 +82,8 @@ def load_run_state(
 ) -> Tensor:
     """Set ``step`` and ``state`` to what :func:`run_state` returned, and return ``order``.
 
-    Args:
-        discover: lets the step find its parameters, see :func:`discover_parameters`.
-        source: the folder, for the error.
-
     Raises:
-        ValueError: if the tensors belong to another model, with the names and shapes that differ.
+        ValueError: if the tensors, from the folder ``source``, belong to another model, with what differs.
     """
     header, tensors = contents
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}

@@ -41,10 +41,8 @@ class Step:
     """One step of SVI on a batch: loss, gradients and update.
 
     Args:
-        evaluator: the ELBO of a model and guide.
         lr: learning rate, or a schedule of it; the optimizer's own if left out.
         schedules: by 0-dim tensor, the schedule of its value.
-        make_optimizer: called at the first step.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
         skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
         numbered: whether the first input of a step is the numbers of its rows, which errors then name.
@@ -53,7 +51,6 @@ class Step:
         names: of the terms of the ELBO, after the first step.
         count: number of finished steps.
         parameters: by name in Pyro's param store.
-        modules: the registered ones.
         tensors: of the modules that model, guide and ELBO run.
     """
 
@@ -82,15 +79,10 @@ class Step:
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
-        """Update the parameters on one batch.
-
-        Args:
-            batch_context: turns the inputs into the arguments of model and guide.
-            inputs: of the step.
-            validate: whether Pyro validates the model and guide.
+        """Update the parameters on one batch, whose inputs ``batch_context`` turns into arguments of model and guide.
 
         Returns:
-            1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
+            1, or 0 if the step was skipped; the loss; the T terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
             float64.
 
         Raises:
