@@ -253,20 +253,6 @@ class ModelGuide:
                 "densities of q(z | x)"
             )
 
-    def check_known_latents(self) -> None:
-        """Raise if the guide draws a latent that the model does not have."""
-        if unknown := [name for name in self.guide_latents if name not in self.latents]:
-            raise ValueError(
-                f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
-            )
-
-    def check_all_drawn(self) -> None:
-        """Raise if the model has a latent that the guide does not draw."""
-        if missing := [name for name in self.latents if name not in self.guide_latents]:
-            raise ValueError(
-                f"`guide` must draw every latent of the model, {list(self.latents)}, got one that lacks {missing}"
-            )
-
     def is_amortized(self, owner: str, data: tuple[Tensor, ...] | None = None) -> bool:
         """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone.
 
@@ -279,7 +265,7 @@ class ModelGuide:
 
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
-        self.check_known_latents()
+        check_same_latents(self.latents, self.guide_latents, fewer=True)
         if self.transform is not None and elbo.max_plate_nesting == float("inf"):
             # Pyro would find the nesting of the plates by a run on data without their transform.
             particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
@@ -300,12 +286,7 @@ class ModelGuide:
 
 
 class RunError(ValueError):
-    """A model or guide that does not run on its data.
-
-    Attributes:
-        who: ``"model"`` or ``"guide"``.
-        error: what it raised.
-    """
+    """A pair of which ``who``, model or guide, does not run on its data, with the ``error`` that it raised."""
 
     def __init__(self, who: str, error: Exception):
         super().__init__(f"the {who} does not run on its data: {error}")
@@ -364,10 +345,13 @@ def check_one_plate(
             )
 
 
-def check_same_latents(latents: Sites, drawn: Sites) -> None:
-    """Raise if a guide draws other latents than those of the model; auxiliary ones of an autoguide do not count."""
+def check_same_latents(latents: Sites, drawn: Sites, fewer: bool = False, more: bool = False) -> None:
+    """Raise if a guide draws other latents than the model has, without an autoguide's auxiliary ones.
+
+    With ``fewer`` it may lack some, which the model then draws; with ``more`` it may draw further ones.
+    """
     names = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
-    if latents.keys() != names:
+    if (latents.keys() - names and not fewer) or (names - latents.keys() and not more):
         raise ValueError(f"`guide` must draw the latents of the model, {sorted(latents)}, got {sorted(names)}")
 
 

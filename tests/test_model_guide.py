@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, gaussian, guide_of
+from pairs import bernoulli, gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -46,18 +46,7 @@ class Counted:
 def sliced_vae():
     """A VAE without ``pyro.subsample``."""
     vae = gaussian()
-
-    def model(x):
-        vae.register()
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", vae.decoder(pyro.sample("z", vae.prior())), obs=x)
-
-    def guide(x):
-        vae.register()
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", vae.encoder(x))
-
-    vae.model, vae.guide = model, guide
+    vae.model, vae.guide = model_of(vae.prior(), vae.decoder), guide_of(vae.encoder)
     return vae
 
 
@@ -172,7 +161,7 @@ def test_every_entry_refuses_what_is_no_pair_in_the_same_words(call, options):
     model = gaussian().model
     for guide, changes, message in (
         (observing_guide, {}, r"`guide` must have latent sites alone, .*got one that observes \['z'\]"),
-        (other_guide, {}, r"`guide` must draw (the latents|latents|every latent) of the model, \['z'\]"),
+        (other_guide, {}, r"`guide` must draw the latents of the model, \['z'\], got \['y'\]"),
         (3, {}, "`guide` must be a Pyro function"),
         (gaussian().guide, {"plate": "rows"}, "(`plate` must be|`model` must have every site in one plate, 'rows')"),
     ):

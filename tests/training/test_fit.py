@@ -283,7 +283,7 @@ def test_a_guide_with_a_latent_that_the_model_lacks_is_refused(x):
         with pyro.plate("data", len(x)):
             pyro.sample("zz", dist.Normal(torch.zeros(1), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match=r"`guide` must draw latents of the model, \['z'\], got the latents \['zz'\]"):
+    with pytest.raises(ValueError, match=r"`guide` must draw the latents of the model, \['z'\], got \['zz'\]"):
         pv.fit(gaussian_vae().model, guide, x, epochs=1)
 
 
