@@ -138,22 +138,23 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
     >>> [round(lr(step), 6) for step in (0, 500, 1000)]
     [0.001, 0.0005, 0.0]
     """
-    if not callable(make) or (isinstance(make, type) and issubclass(make, ReduceLROnPlateau)):
-        raise TypeError(f"`make` must be {_SCHEDULER}, got {make!r}{_PLATEAU}")
     optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
-    betas = optimizer.param_groups[0]["betas"]
-    maker: Any = make  # mypy does not accept a call of `make` after the check above
-    scheduler = maker(optimizer)
+    group = optimizer.param_groups[0]
+    betas = group["betas"]
+    scheduler: Any = make(optimizer) if callable(make) else None
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-        returned = type(scheduler).__name__
-        raise TypeError(f"`make` must be {_SCHEDULER}, got a function that returns a {returned}{_PLATEAU}")
-    if optimizer.param_groups[0]["betas"] != betas:
+        got = f"a function that returns a {type(scheduler).__name__}" if callable(make) else repr(make)
+        raise TypeError(
+            "`make` must be a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda "
+            f"optimizer: CosineAnnealingLR(optimizer, 1000)`, got {got}. ReduceLROnPlateau depends on losses; "
+            "`patience` ends a run that no longer improves"
+        )
+    if group["betas"] != betas:
         raise ValueError(
             f"`make` must return a scheduler of the learning rate alone, got a {type(scheduler).__name__} that changes "
             "Adam's momentum; use `cycle_momentum=False`"
         )
-    group, lock = optimizer.param_groups[0], threading.Lock()
-    values = array("d", [group["lr"]])
+    values, lock = array("d", [group["lr"]]), threading.Lock()
 
     def value(step: int) -> float:
         if step < len(values):
@@ -174,13 +175,6 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
         return values[step]
 
     return value
-
-
-_SCHEDULER = (
-    "a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda optimizer: "
-    "CosineAnnealingLR(optimizer, 1000)`"
-)
-_PLATEAU = ". ReduceLROnPlateau depends on losses; `patience` ends a run that no longer improves"
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

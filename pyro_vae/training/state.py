@@ -30,31 +30,18 @@ __all__ = [
 
 @dataclass
 class RunState:
-    """The progress of a run: what a checkpoint holds besides parameters, buffers, optimizer and random states.
+    """The progress of a run: what a checkpoint holds besides parameters, buffers, optimizer and random states."""
 
-    Attributes:
-        epoch: number of finished epochs.
-        batch: number of finished batches of the current epoch.
-        skipped: number of skipped steps: their loss or gradient was not finite.
-        consecutive_skips: number of skipped steps since the last finite one.
-        stop_reason: why the run ended: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
-        history: one number per epoch, by name.
-        metrics: those of the finished steps of the current epoch, as far as they were read from the device.
-        best_epoch: number of the epoch with the best validation ELBO; 0 before the first one.
-        best_bound: its validation ELBO.
-        best_parameters: its parameters and buffers.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    skipped: int = 0
-    consecutive_skips: int = 0
-    stop_reason: str = "epochs"
-    history: dict[str, list[float]] = field(default_factory=dict)
-    metrics: list[list[float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_bound: float = 0.0
-    best_parameters: dict[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0  # number of finished epochs
+    batch: int = 0  # number of finished batches of the current epoch
+    skipped: int = 0  # number of skipped steps, whose loss or gradient was not finite
+    consecutive_skips: int = 0  # number of skipped steps since the last finite one
+    stop_reason: str = "epochs"  # why the run ended: "epochs", "patience", "callback" or "interrupted"
+    history: dict[str, list[float]] = field(default_factory=dict)  # one number per epoch, by name
+    metrics: list[list[float]] = field(default_factory=list)  # of the current epoch, as far as they were read
+    best_epoch: int = 0  # number of the epoch with the best validation ELBO; 0 before the first one
+    best_bound: float = 0.0  # its validation ELBO
+    best_parameters: dict[str, Tensor] = field(default_factory=dict)  # its parameters and buffers
 
 
 Contents = tuple[dict[str, Any], dict[str, Tensor]]

@@ -243,7 +243,11 @@ def test_a_scheduler_changes_the_learning_rate_of_a_run_as_in_torch(compile):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lr_scheduler.ReduceLROnPlateau, TypeError, "got <class.*ReduceLROnPlateau depends on losses"),
+        (
+            lr_scheduler.ReduceLROnPlateau,
+            TypeError,
+            "got a function .* ReduceLROnPlateau. ReduceLROnPlateau depends on",
+        ),
         (lambda opt: lr_scheduler.ReduceLROnPlateau(opt), TypeError, "got a function that returns a ReduceLROnPlat"),
         (
             lambda opt: 0.1,
