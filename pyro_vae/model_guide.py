@@ -517,7 +517,7 @@ def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Tra
 
     The rows are run twice: as they are, and in reverse with the first row many times over. At the same values of the
     latents every row must have the same density in both runs. The parameters, known from ``trace``, are shifted by
-    noise for it, since those that start out equal do not tell rows apart. Autoguides are judged by their plates. Above
+    noise for it, since equal ones do not distinguish rows. Autoguides are judged by their plates. Above
     10,000 rows, that many of them are compared, evenly spread.
     """
     step = -(-len(data[0]) // _MAX_ROWS)

@@ -174,7 +174,7 @@ DEPENDENT = {
     "the mean of all rows": lambda x: x[:, :2] - x[:, :2].mean(0),
     "the next row": lambda x: x[:, :2].roll(1, 0),
     "the place of a row": lambda x: x[:, :2] + 0.1 * torch.arange(len(x))[:, None],
-    "a covariate of its own by place": lambda x: x[:, :2] + 0.01 * HIDDEN[: len(x)],
+    "a hidden covariate by place": lambda x: x[:, :2] + 0.01 * HIDDEN[: len(x)],
     "batch normalisation": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
     "one row among many": lambda x: x[:, :2] + (torch.arange(len(x)) == 137)[:, None],
 }

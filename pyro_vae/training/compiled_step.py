@@ -27,7 +27,7 @@ class CapturedStep(Step):
     either: the state stays that of the last good step, and :meth:`diagnose_nonfinite` finds the cause.
 
     The first replays of each graph, and every thousandth one, are compared with an eager run: sites, distributions,
-    shapes and log-densities must be those of the capture. ``compiles`` says whether the graph for some inputs is
+    shapes and log-densities must be those of the capture. ``compiles`` returns whether the graph for some inputs is
     compiled, or replayed as it is; other arguments are those of the eager step.
     """
 

@@ -237,7 +237,7 @@ _MAX_CONSECUTIVE_SKIPS = 100
 def check_finite(
     step: Step, context: BatchContext, state: RunState, pending: PendingMetrics, table: list[list[float]]
 ) -> None:
-    """Count the pending steps that were not finite, as their metrics in ``table`` tell.
+    """Count the pending steps that were not finite, by their metrics in ``table``.
 
     Raises:
         FloatingPointError: if there is one, and the run stops there or skipped 99 steps just before it.

@@ -254,7 +254,7 @@ def test_patience_ends_with_the_parameters_of_the_best_epoch_to_the_bit(compile,
     assert best < len(bounds) - 1
 
 
-def test_validation_and_evaluation_stand_beside_training_and_change_nothing():
+def test_validation_and_evaluation_add_to_the_history_and_change_nothing():
     ours, theirs = vae_of(batch_norm), vae_of(batch_norm)
     seen, unseen = run(ours, validation=HELD_OUT).history, run(theirs).history
     assert {name: seen[name] for name in unseen} == unseen
