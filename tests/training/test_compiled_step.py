@@ -47,7 +47,7 @@ def neural_baseline():
 
 OBJECTIVES = {
     "gaussian": (gaussian, Trace_ELBO),
-    "batch norm": (lambda: pairs.gaussian(1, 2, decoder=likelihoods.Normal(1, 2, batch_norm)), Trace_ELBO),
+    "batch norm": (lambda: pairs.gaussian(2, 2, decoder=likelihoods.Normal(2, 2, batch_norm)), Trace_ELBO),
     "particles": (gaussian, lambda: Trace_ELBO(num_particles=3)),
     "vectorized": (gaussian, lambda: Trace_ELBO(num_particles=3, vectorize_particles=True)),
     "mean field": (gaussian, TraceMeanField_ELBO),

@@ -366,7 +366,7 @@ def test_ctrl_c_ends_a_run_that_can_be_resumed(compile, tmp_path):
     vae, whole = vae_of(), vae_of()
     begun = threading.Event()
     thread = press_ctrl_c(1, begun, between=0.05)
-    with pytest.warns(UserWarning, match=r"fit: interrupted after \d+ steps; what was learnt is kept"):
+    with pytest.warns(UserWarning, match=r"fit: interrupted after \d+ steps; the parameters are kept"):
         fitted = run(vae, epochs=10**6, compile=compile, checkpoints=tmp_path, callbacks=[lambda epoch: begun.set()])
     thread.join()
     assert fitted.stopped == "interrupted"
