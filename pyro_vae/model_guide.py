@@ -94,7 +94,7 @@ class ModelGuide:
         self.data = data_tensors(data, name)
         self.plate = plate
         self.transform: Transform | None = None
-        self.take: Batcher = self._all_rows
+        self.take: Batcher = lambda rows: nullcontext(self.data)
         self._amortized: dict[str, bool] = {}
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
@@ -172,9 +172,6 @@ class ModelGuide:
         pair.take = lambda rows: nullcontext(transformed(data, transform))
         return pair
 
-    def _all_rows(self, rows: Tensor) -> Any:
-        return nullcontext(self.data)
-
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
         observed, shapes = [], []
@@ -211,8 +208,8 @@ class ModelGuide:
     @property
     def max_plate_nesting(self) -> int:
         """How many dimensions the plates take."""
-        frames = [frame for _, _, site in self.sites for frame in site["cond_indep_stack"]]
-        return max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+        dims = [frame.dim for _, _, site in self.sites for frame in site["cond_indep_stack"]]
+        return max((-dim for dim in dims if dim is not None), default=0)
 
     def is_local(self, site: Site) -> bool:
         """Whether a site lies in the data plate, so that it has a value for each datum; else it is global."""
@@ -235,8 +232,8 @@ class ModelGuide:
         check_missing(self.observed.values(), seen, "validation")
         if not self.is_amortized("guide", seen):
             raise ValueError(
-                "`validation` needs an amortized guide, got one with parameters for each datum, which has none for "
-                "data that it was not trained on"
+                "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
+                "none for held-out data"
             )
         return seen
 
@@ -257,20 +254,6 @@ class ModelGuide:
                 "densities of q(z | x)"
             )
 
-    def check_known_latents(self) -> None:
-        """Raise if the guide draws a latent that the model does not have."""
-        if unknown := [name for name in self.guide_latents if name not in self.latents]:
-            raise ValueError(
-                f"`guide` must draw latents of the model, {list(self.latents)}, got the latents {unknown} as well"
-            )
-
-    def check_all_drawn(self) -> None:
-        """Raise if the model has a latent that the guide does not draw."""
-        if missing := [name for name in self.latents if name not in self.guide_latents]:
-            raise ValueError(
-                f"`guide` must draw every latent of the model, {list(self.latents)}, got one that lacks {missing}"
-            )
-
     def is_amortized(self, owner: str, data: tuple[Tensor, ...] | None = None) -> bool:
         """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone.
 
@@ -283,23 +266,20 @@ class ModelGuide:
 
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
-        self.check_known_latents()
+        check_same_latents(self.latents, self.guide_latents, fewer=True)
         if self.transform is not None and elbo.max_plate_nesting == float("inf"):
             # Pyro would find the nesting of the plates by a run on data without their transform.
             particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
             elbo.max_plate_nesting = particles + self.max_plate_nesting
-        if not isinstance(elbo, TraceEnum_ELBO):
-            if self.enumerated:
-                raise ValueError(
-                    "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1) for latents that are marked for enumeration, "
-                    f"got {type(elbo).__name__}, which would sample them"
-                )
-        elif "sequential" in self.enumerated:
+        marks, enumerates = self.enumerated, isinstance(elbo, TraceEnum_ELBO)
+        if marks and not enumerates:
             raise ValueError(
-                "`elbo` needs latents marked with enumerate='parallel', got sites that are enumerated one state after "
-                "another"
+                "`elbo` must be TraceEnum_ELBO(max_plate_nesting=1) for latents that are marked for enumeration, got "
+                f"{type(elbo).__name__}, which would sample them"
             )
-        elif "parallel" not in self.enumerated:
+        if "sequential" in marks:
+            raise ValueError("`elbo` needs latents marked with enumerate='parallel', got some marked 'sequential'")
+        if enumerates and not marks:
             raise ValueError(
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
@@ -307,12 +287,7 @@ class ModelGuide:
 
 
 class RunError(ValueError):
-    """A model or guide that does not run on its data.
-
-    Attributes:
-        who: ``"model"`` or ``"guide"``.
-        error: what it raised.
-    """
+    """A pair of which ``who``, model or guide, does not run on its data, with the ``error`` that it raised."""
 
     def __init__(self, who: str, error: Exception):
         super().__init__(f"the {who} does not run on its data: {error}")
@@ -371,14 +346,14 @@ def check_one_plate(
             )
 
 
-def check_same_latents(latents: Sites, drawn: Sites) -> None:
-    """Raise if a guide draws other latents than those of the model; auxiliary ones of an autoguide do not count."""
+def check_same_latents(latents: Sites, drawn: Sites, fewer: bool = False, more: bool = False) -> None:
+    """Raise if a guide draws other latents than the model has, without an autoguide's auxiliary ones.
+
+    With ``fewer`` it may lack some, which the model then draws; with ``more`` it may draw further ones.
+    """
     names = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
-    if latents.keys() != names:
+    if (latents.keys() - names and not fewer) or (names - latents.keys() and not more):
         raise ValueError(f"`guide` must draw the latents of the model, {sorted(latents)}, got {sorted(names)}")
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
 
 
 def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
@@ -422,15 +397,13 @@ def _run_first_batch(
 ) -> tuple[tuple[Trace, Trace] | RunError, bool]:
     """The traces of a pair under a subsample, or why it does not run there, and whether it uses ``pyro.subsample``."""
     with poutine.block(), SubsampleStatements() as statements, within[0], within[1]:
-        found: tuple[Trace, Trace] | RunError
         try:
-            found = trace_pair(model, guide, data)
+            return trace_pair(model, guide, data), statements.count > 0
         except RunError as failure:
-            found = failure
-        if isinstance(found, RunError) and found.who == "guide":  # then the model has not run
-            with suppress(RunError):
-                trace_pair(model, None, data)
-    return found, statements.count > 0
+            if failure.who == "guide":  # then the model has not run
+                with suppress(RunError):
+                    trace_pair(model, None, data)
+            return failure, statements.count > 0
 
 
 def _fixed_subsample(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> FixedSubsample:
@@ -540,22 +513,13 @@ def _check_slicing(pair: ModelGuide) -> None:
             )
 
 
-# --- Amortization -----------------------------------------------------------------------------------------------------
-
-
 def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
     The rows are run twice: as they are, and in reverse with the first row many times over. At the same values of the
-    latents every row must have the same density in both runs. Parameters are shifted by noise for it, since those that
-    start out equal do not tell rows apart. Autoguides are judged by their plates. Above 10,000 rows, that many of them
-    are compared, evenly spread.
-
-    Args:
-        run: a model or guide.
-        data: what it takes.
-        plate: name of the data plate.
-        trace: a trace of it, from which its parameters are known; it is run for one if left out.
+    latents every row must have the same density in both runs. The parameters, known from ``trace``, are shifted by
+    noise for it, since equal ones do not distinguish rows. Autoguides are judged by their plates. Above
+    10,000 rows, that many of them are compared, evenly spread.
     """
     step = -(-len(data[0]) // _MAX_ROWS)
     rows = tuple(tensor[::step] for tensor in data)

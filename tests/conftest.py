@@ -55,3 +55,9 @@ def random_states():
         )
 
     return states
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Replay graphs without compiling them, which takes seconds."""
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)

@@ -1,22 +1,29 @@
-"""One door: a pair is run few times before the first step or draw, and what it is stands in one object."""
+"""A pair is run few times before the first step or draw; what it is, and how its rows are taken, is found there."""
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, gaussian
-from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pairs import bernoulli, gaussian, guide_of, model_of
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.model_guide import ModelGuide, is_amortized
 
 X = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
 MOST_RUNS = 4
 
 
 class FirstDraw(Exception):
-    """Raised where the work that a check precedes begins."""
+    """Raised where the work begins that a check precedes."""
+
+
+def stop(*args, **options):
+    raise FirstDraw
 
 
 class Counted:
@@ -28,9 +35,9 @@ class Counted:
         guide = self._counting("guide", vae.guide)
         self.guide = config_enumerate(guide) if enumerates else guide
 
-    def _counting(self, who, run):
+    def _counting(self, owner, run):
         def counting(*args):
-            self.calls[who] += 1
+            self.calls[owner] += 1
             return run(*args)
 
         return counting
@@ -39,18 +46,7 @@ class Counted:
 def sliced_vae():
     """A VAE without ``pyro.subsample``."""
     vae = gaussian()
-
-    def model(x):
-        vae.register()
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", vae.decoder(pyro.sample("z", vae.prior())), obs=x)
-
-    def guide(x):
-        vae.register()
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", vae.encoder(x))
-
-    vae.model, vae.guide = model, guide
+    vae.model, vae.guide = model_of(vae.prior(), vae.decoder), guide_of(vae.encoder)
     return vae
 
 
@@ -60,57 +56,51 @@ def sliced_vae():
 @pytest.mark.parametrize("validation", [None, X[:40]], ids=["no validation", "validation"])
 def test_few_runs_precede_the_first_step_of_fit(make, batch_size, transform, validation, monkeypatch):
     pair = Counted(make())
-
-    def stop(*args, **options):
-        raise FirstDraw
-
     monkeypatch.setattr("pyro_vae.training.step.Step.__call__", stop)
+    options = {"batch_size": batch_size, "transform": transform, "validation": validation}
     with pytest.raises(FirstDraw):
-        pv.fit(
-            *(pair.model, pair.guide, X),
-            epochs=1, batch_size=batch_size, transform=transform, validation=validation,
-        )  # fmt: skip
+        pv.fit(pair.model, pair.guide, X, epochs=1, **options)
     assert 1 <= pair.calls["model"] <= MOST_RUNS
     assert 1 <= pair.calls["guide"] <= MOST_RUNS
 
 
 def test_few_runs_precede_the_first_step_of_an_enumerated_pair(monkeypatch):
     pair = Counted(bernoulli(), enumerates=True)
-    counts = {}
-
-    def note(self, model, guide, *args, **options):
-        counts.update(pair.calls)
-        raise FirstDraw
-
-    monkeypatch.setattr(TraceEnum_ELBO, "loss_and_grads", note)
+    monkeypatch.setattr(TraceEnum_ELBO, "loss_and_grads", stop)
     with pytest.raises(FirstDraw):
         pv.fit(pair.model, pair.guide, X, epochs=1, batch_size=50, elbo=TraceEnum_ELBO(max_plate_nesting=1))
-    assert max(counts.values()) <= MOST_RUNS
-
-
-@pytest.mark.parametrize("rows", [100, 200], ids=["one batch", "batches of rows"])
-def test_few_runs_precede_the_first_draw_of_log_evidence(rows, monkeypatch):
-    pair = Counted(gaussian())
-
-    def stop(*args):
-        raise FirstDraw
-
-    monkeypatch.setattr("pyro_vae.evidence.importance_sampling._log_weights", stop)
-    with pytest.raises(FirstDraw):
-        pv.log_evidence(pair.model, pair.guide, X[:rows])
     assert max(pair.calls.values()) <= MOST_RUNS
 
 
-def test_few_runs_precede_the_first_draw_of_an_export(monkeypatch):
+@pytest.mark.parametrize(
+    ("first_draw", "call", "rows"),
+    [
+        ("evidence.importance_sampling._log_weights", pv.log_evidence, 100),
+        ("evidence.importance_sampling._log_weights", pv.log_evidence, 200),
+        ("inference_data.sampler.JointSampler.chunks", pv.to_datatree, 10),
+    ],
+    ids=["evidence of one batch", "evidence of batches", "export"],
+)
+def test_few_runs_precede_the_first_draw(first_draw, call, rows, monkeypatch):
     pair = Counted(gaussian())
-
-    def stop(*args):
-        raise FirstDraw
-
-    monkeypatch.setattr("pyro_vae.inference_data.sampler.JointSampler.chunks", stop)
+    monkeypatch.setattr(f"pyro_vae.{first_draw}", stop)
     with pytest.raises(FirstDraw):
-        pv.to_datatree(pair.model, pair.guide, X[:10], draws=5)
+        call(pair.model, pair.guide, X[:rows])
     assert max(pair.calls.values()) <= MOST_RUNS
+
+
+@pytest.mark.parametrize("transform", [None, torch.Tensor.double], ids=["plain", "transformed"])
+def test_a_pair_that_subsamples_is_run_on_no_more_rows_than_a_batch(transform):
+    """A decoder of images on all rows at once would need more memory than there is."""
+    vae, seen = gaussian(1, 2), {"encoder": [], "decoder": []}
+    vae = vae if transform is None else vae.double()
+    for part, rows in seen.items():
+        for module in getattr(vae, part).modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(len(inputs[0])))
+    ModelGuide.on_batches(vae.model, vae.guide, (ROWS,), 6, "data", transform)
+    assert all(seen.values())
+    assert max(seen["encoder"] + seen["decoder"]) <= 6
 
 
 def hierarchical(x):
@@ -133,7 +123,7 @@ def test_the_sites_of_a_pair_are_known_by_their_role():
     assert ModelGuide(vae.model, config_enumerate(vae.guide), X).enumerated == {"parallel"}
 
 
-def test_looking_at_a_pair_changes_nothing(random_states):
+def test_a_run_of_a_pair_changes_nothing(random_states):
     vae = gaussian()
     before, state = random_states(), {name: value.clone() for name, value in vae.state_dict().items()}
     pair = ModelGuide(vae.model, vae.guide, X)
@@ -141,44 +131,6 @@ def test_looking_at_a_pair_changes_nothing(random_states):
     assert pair.is_amortized("guide")
     assert random_states() == before
     assert all(value.equal(state[name]) for name, value in vae.state_dict().items())
-
-
-def reading(network):
-    """A guide whose location is a function of all rows."""
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(network(x), 1.0).to_event(1))
-
-    return guide
-
-
-HIDDEN = torch.arange(200.0)[:, None]
-DEPENDENT = {
-    "the mean of all rows": lambda x: x[:, :2] - x[:, :2].mean(0),
-    "the next row": lambda x: x[:, :2].roll(1, 0),
-    "the place of a row": lambda x: x[:, :2] + 0.1 * torch.arange(len(x))[:, None],
-    "a covariate of its own by place": lambda x: x[:, :2] + 0.01 * HIDDEN[: len(x)],
-    "batch normalisation": torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)),
-    "one row among many": lambda x: x[:, :2] + (torch.arange(len(x)) == 137)[:, None],
-}
-
-
-@pytest.mark.parametrize("network", DEPENDENT.values(), ids=DEPENDENT)
-def test_a_guide_whose_rows_depend_on_more_than_themselves_is_not_amortized(network):
-    assert not is_amortized(reading(network), (X,), "data")
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 200])
-def test_a_guide_whose_rows_depend_on_themselves_is_amortized(rows):
-    assert is_amortized(reading(torch.nn.Linear(3, 2)), (X[:rows],), "data")
-    assert is_amortized(AutoDelta(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0))), (X[:rows],), "data")
-
-
-def extra_guide(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x[:, :2], 1.0).to_event(1))
-        pyro.sample("other", dist.Normal(0.0, 1.0))
 
 
 def observing_guide(x):
@@ -192,26 +144,233 @@ def other_guide(x):
 
 
 ENTRIES = {
-    "fit": lambda model, guide, **options: pv.fit(model, guide, X, epochs=1, **options),
-    "evaluate": lambda model, guide, **options: pv.evaluate(model, guide, X, **options),
-    "exact": lambda model, guide, **options: pv.exact.elbo(model, guide, X, **options),
-    "evidence": lambda model, guide, **options: pv.log_evidence(model, guide, X, num_samples=2, **options),
-    "annealed": lambda model, guide, **options: pv.annealed_log_evidence(model, guide, X, **options),
-    "decompose": lambda model, guide, **options: pv.decompose(model, guide, X, **options),
-    "gap": lambda model, guide, **options: pv.inference_gap(model, guide, X, **options),
-    "calibrate": lambda model, guide, **options: pv.calibrate(model, guide, X, **options),
-    "export": lambda model, guide, **options: pv.to_datatree(model, guide, X, draws=2, **options),
+    "fit": (pv.fit, {"epochs": 1}),
+    "evaluate": (pv.evaluate, {}),
+    "exact": (pv.exact.elbo, {}),
+    "evidence": (pv.log_evidence, {"num_samples": 2}),
+    "annealed": (pv.annealed_log_evidence, {}),
+    "decompose": (pv.decompose, {}),
+    "gap": (pv.inference_gap, {}),
+    "calibrate": (pv.calibrate, {}),
+    "export": (pv.to_datatree, {"draws": 2}),
 }
 
 
-@pytest.mark.parametrize("call", ENTRIES.values(), ids=ENTRIES)
-def test_every_entry_refuses_what_is_no_pair_in_the_same_words(call):
+@pytest.mark.parametrize(("call", "options"), ENTRIES.values(), ids=ENTRIES)
+def test_every_entry_refuses_what_is_no_pair_in_the_same_words(call, options):
     model = gaussian().model
-    with pytest.raises(ValueError, match=r"`guide` must have latent sites alone, .*got one that observes \['z'\]"):
-        call(model, observing_guide)
-    with pytest.raises(ValueError, match=r"`guide` must draw (the latents|latents|every latent) of the model, \['z'\]"):
-        call(model, other_guide)
-    with pytest.raises((ValueError, TypeError), match="`guide` must be a Pyro function"):
-        call(model, 3)
-    with pytest.raises(ValueError, match="(`plate` must be|`model` must have every site in one plate, 'rows')"):
-        call(model, gaussian().guide, plate="rows")
+    for guide, changes, message in (
+        (observing_guide, {}, r"`guide` must have latent sites alone, .*got one that observes \['z'\]"),
+        (other_guide, {}, r"`guide` must draw the latents of the model, \['z'\], got \['y'\]"),
+        (3, {}, "`guide` must be a Pyro function"),
+        (gaussian().guide, {"plate": "rows"}, "(`plate` must be|`model` must have every site in one plate, 'rows')"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(model, guide, X, **options | changes)
+
+
+HIDDEN = torch.arange(200.0)[:, None]
+DEPENDENT = {
+    "the mean of all rows": lambda x: x[:, :2] - x[:, :2].mean(0),
+    "the next row": lambda x: x[:, :2].roll(1, 0),
+    "the place of a row": lambda x: x[:, :2] + 0.1 * torch.arange(len(x))[:, None],
+    "a hidden covariate by place": lambda x: x[:, :2] + 0.01 * HIDDEN[: len(x)],
+    "batch normalisation": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+    "one row among many": lambda x: x[:, :2] + (torch.arange(len(x)) == 137)[:, None],
+}
+
+
+def normal_guide(network):
+    return guide_of(lambda x: dist.Normal(network(x), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("network", DEPENDENT.values(), ids=DEPENDENT)
+def test_a_guide_whose_rows_depend_on_more_than_themselves_is_not_amortized(network):
+    assert not is_amortized(normal_guide(network), (X,), "data")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 200])
+def test_a_guide_whose_rows_depend_on_themselves_is_amortized(rows):
+    assert is_amortized(normal_guide(nn.Linear(3, 2)), (X[:rows],), "data")
+    assert is_amortized(AutoDelta(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0))), (X[:rows],), "data")
+
+
+class Amortized(nn.Module):
+    """q(z | x), without pyro.subsample."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(2, 1)
+
+    def forward(self, x):
+        pyro.module("amortized", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.network(x), 1.0).to_event(1))
+
+
+def sliced_model(x):
+    loading = pyro.param("loading", torch.tensor([1.0, -1.0]))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z * loading, 1.0).to_event(1), obs=x)
+
+
+def sliced_global_model(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0).expand([2]).to_event(1), obs=x)
+
+
+def subsampled_model(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.expand(*z.shape[:-1], 2), 1.0).to_event(1), obs=x)
+
+
+def no_guide(x):
+    pass
+
+
+def take_batches(model, guide):
+    return ModelGuide.on_batches(model, guide, (ROWS,), 6, "data").take
+
+
+def test_the_mean_over_a_partition_of_batches_is_the_loss_on_all_rows():
+    network = nn.Linear(2, 1)
+
+    def guide(x):  # nearly all mass is near one point of z for each row
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(network(pyro.subsample(x, event_dim=1)), 1e-6).to_event(1))
+
+    pyro.set_rng_seed(0)
+    whole, losses = torch.tensor(Trace_ELBO().loss(subsampled_model, guide, ROWS)), []
+    take = take_batches(subsampled_model, guide)
+    for rows in torch.arange(24).split(6):
+        with take(rows) as arguments, torch.no_grad():
+            losses.append(Trace_ELBO().loss(subsampled_model, guide, *arguments))
+    # Both have -eps^2 / 2 of log q for each of the 24 rows, of variance 1/2.
+    noise = 4.5 * (24 / 2 + 24 / 2) ** 0.5
+    assert torch.isclose(torch.tensor(losses).mean(), whole, rtol=0, atol=noise)
+
+
+def test_slices_of_an_amortized_pair_are_scaled_to_all_rows_and_nothing_else_changes():
+    guide = Amortized()
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    guide(ROWS)
+    names = set(pyro.get_param_store().keys())
+    with take_batches(sliced_model, guide)(torch.tensor([1, 5, 7])) as (rows,):
+        trace = poutine.trace(sliced_model).get_trace(rows)
+    assert torch.equal(rows, ROWS[[1, 5, 7]])
+    assert trace.nodes["x"]["scale"] == 8.0
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+    assert set(pyro.get_param_store().keys()) == names | {"loading"}
+    assert pyro.param("amortized$$$network.weight") is guide.network.weight
+    history = pv.fit(sliced_model, guide, ROWS, epochs=100, batch_size=6, lr=0.03).history
+    assert history["elbo"][-1] > history["elbo"][0]
+
+
+def test_a_vae_is_subsampled():
+    vae = gaussian(1, 2)
+    with take_batches(vae.model, vae.guide)(torch.arange(6)) as arguments:
+        assert arguments[0] is ROWS
+        trace = poutine.trace(vae.model).get_trace(*arguments)
+    assert trace.nodes["z"]["value"].shape == (6, 1)
+    assert trace.nodes["x"]["scale"] == 4.0
+
+
+def test_every_row_of_a_plate_of_fixed_size_is_seen_once_an_epoch_in_a_new_order():
+    seen = []
+
+    def model(x):
+        with pyro.plate("data", 24) as rows:
+            seen.append(rows)
+            pyro.sample("x", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0), obs=pyro.subsample(x, event_dim=0))
+
+    assert pv.fit(model, no_guide, ROWS[:, 0], epochs=2, batch_size=7).steps == 8
+    epochs = torch.cat(seen[-8:-4]), torch.cat(seen[-4:])
+    assert all(torch.equal(rows.sort().values, torch.arange(24)) for rows in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_parameters_for_each_datum_in_the_model_are_subsampled_or_refused():
+    def model(x, read):
+        shift = pyro.param("shift", lambda: torch.zeros(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(read(shift), 1.0), obs=read(x))
+
+    def subsampled(x):
+        return model(x, lambda tensor: pyro.subsample(tensor, event_dim=0))
+
+    pv.fit(subsampled, no_guide, ROWS[:, 0], epochs=500, batch_size=6, lr=0.05)
+    assert torch.allclose(pyro.param("shift"), ROWS[:, 0], atol=0.05)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="the model is not amortized"):
+        pv.fit(lambda x: model(x, lambda tensor: tensor), no_guide, ROWS[:, 0], epochs=1, batch_size=6)
+    assert "shift" not in pyro.get_param_store()
+
+
+def test_an_autoguide_is_unchanged_after_mini_batches():
+    guide = AutoNormal(subsampled_model)
+    pv.fit(subsampled_model, guide, ROWS, epochs=3, batch_size=7)
+    assert guide.create_plates is None
+    assert guide.median(ROWS)["z"].shape == (24, 1)
+
+
+def two_layer_model(x):
+    with pyro.plate("data", len(x)):
+        top = pyro.sample("top", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(top, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def two_layer_guide(x):
+    slope = pyro.param("slope", torch.tensor(0.5))
+    with pyro.plate("data", len(x)):
+        top = pyro.sample("top", dist.Normal(slope * x[:, 0], 1.0))
+        pyro.sample("z", dist.Normal(slope * (top + x[:, 0]), 1.0))
+
+
+def centring_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("top", dist.Normal(x[:, 0] - x[:, 0].mean(0), 1.0))
+        pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+
+def per_datum(x):
+    loc = pyro.param("loc", lambda: torch.zeros(len(x), 1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+
+def per_place(x):
+    """Rows take parameters by their place in the batch: the wrong ones where batches are drawn."""
+    loc = pyro.param("loc", torch.zeros(24, 1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(loc[: len(x)], 1.0).to_event(1))
+
+
+def global_guide(x):
+    pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+def test_a_guide_of_two_layers_is_amortized():
+    assert pv.fit(two_layer_model, two_layer_guide, ROWS, epochs=1, batch_size=6).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (sliced_global_model, global_guide, r"latents are global, got \['mean'\]"),
+        (sliced_model, per_datum, "not amortized"),
+        (sliced_model, per_place, "not amortized"),
+        (sliced_model, AutoNormal(sliced_model), "not amortized"),
+        (two_layer_model, centring_guide, "the guide is not amortized"),
+        (subsampled_model, normal_guide(lambda x: x[:, :1]), "a guide that follows the subsample"),
+    ],
+)
+def test_pairs_that_batches_would_train_wrong_are_refused(model, guide, message):
+    with pytest.raises(ValueError, match=message):
+        pv.fit(model, guide, ROWS, epochs=1, batch_size=6)
+    pyro.clear_param_store()
+    assert pv.fit(model, guide, ROWS, epochs=1).steps == 1  # all rows at once are right

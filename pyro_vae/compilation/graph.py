@@ -63,9 +63,8 @@ class Graph:
         with preserve_rng_state(), pyro.validation_enabled(False), rollback, site, _ValueAccessGuard(site):
             before = random_states()[0]
             try:
-                module = torch_private.make_fx(lambda *args: list(function(*args)), decomposition_table=decompositions)(
-                    *inputs
-                )
+                trace = torch_private.make_fx(lambda *args: list(function(*args)), decomposition_table=decompositions)
+                module = trace(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
                     raise
@@ -92,11 +91,7 @@ class Graph:
             return list(self._run(*inputs, *self._constants))
 
     def compile(self, inputs: Sequence[Tensor]) -> None:
-        """Compile the graph for all further calls; without a C++ compiler, warn and leave it as it is.
-
-        Args:
-            inputs: an example, as for the capture.
-        """
+        """Compile the graph for all further calls, like ``inputs``; without a C++ compiler, warn and do nothing."""
         try:
             self._run = torch_private.compile_graph(self._module, [*inputs, *self._constants])
         except RuntimeError as error:
@@ -119,10 +114,8 @@ class Graph:
 class CompiledFunction:
     """A function of tensors that runs as a compiled graph from the second call with inputs of one signature on.
 
-    The first results of a graph are compared with those of the function, to 1e-3, relative or absolute.
-
-    Args:
-        function: takes tensors and returns a sequence of tensors, by the same operations in each call.
+    The function returns a sequence of tensors, by the same operations in each call. The first results of a graph are
+    compared with its results, to 1e-3, relative or absolute.
 
     >>> double = CompiledFunction(lambda x: [2 * x])
     >>> double(torch.ones(2)), double(torch.zeros(2))

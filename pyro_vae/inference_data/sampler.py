@@ -23,7 +23,7 @@ from pyro_vae.distributions.properties import base_distribution, is_normalized
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters, plates_and_event
 from pyro_vae.inference_data.settings import ExportSettings, as_array
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae.model_guide import ModelGuide, check_same_latents
 
 __all__ = ["Groups", "JointSampler", "Variable"]
 
@@ -62,7 +62,7 @@ class JointSampler:
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
             pair.check_data_plate(every_site=False)
-            pair.check_all_drawn()
+            check_same_latents(pair.latents, pair.guide_latents, more=True)
             pair.check_factors()
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic
             self._generative = ResampleObserved()(model)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import log_density
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
 from pyro_vae.training.step import BatchContext, Step, metrics_row
@@ -26,11 +27,8 @@ class CapturedStep(Step):
     either: the state stays that of the last good step, and :meth:`diagnose_nonfinite` finds the cause.
 
     The first replays of each graph, and every thousandth one, are compared with an eager run: sites, distributions,
-    shapes and log-densities must be those of the capture.
-
-    Args:
-        compiles: whether the graph for these inputs is compiled, or replayed as it is.
-        kwargs: as for the eager step.
+    shapes and log-densities must be those of the capture. ``compiles`` returns whether the graph for some inputs is
+    compiled, or replayed as it is; other arguments are those of the eager step.
     """
 
     def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
@@ -48,20 +46,16 @@ class CapturedStep(Step):
         self.set_schedules(self.count)
         self.count += 1
         key = batch_context, input_signature(inputs)
-        graphs = self._graphs.get(key)
-        if graphs is None:
-            graphs = self._graphs[key] = _StepGraphs(self, batch_context, inputs)
-        return graphs(batch_context, inputs)
+        if key not in self._graphs:
+            self._graphs[key] = _StepGraphs(self, batch_context, inputs)
+        return self._graphs[key](batch_context, inputs)
 
     def diagnose_nonfinite(
         self, batch_context: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
     ) -> FloatingPointError:
-        """Find out why the last of some steps was not finite: run it eagerly on the same random numbers.
+        """Find out why the last of the steps with inputs ``done`` was not finite, by an eager run of it.
 
-        Args:
-            batch_context: as for the steps.
-            done: the inputs of the steps, of which the last was not finite.
-            rewind: sets the random states to those before the first of the steps.
+        ``rewind`` sets the random states to those before the first of these steps.
         """
         rewind()
         self._all_finite.zero_()  # the graphs then draw their random numbers and change nothing
@@ -175,9 +169,8 @@ class _StepGraphs:
                 (log_probs,) = self.log_probs(*inputs)
         changed = f"`compile` must be False where steps run different operations: step {self.owner.count} "
         if sites.descriptions != self.sites.descriptions:
-            for now, captured in zip(sites.descriptions, self.sites.descriptions, strict=False):
-                if now != captured:
-                    break
+            pairs = zip_longest(sites.descriptions, self.sites.descriptions, fillvalue="no further site")
+            now, captured = next(pair for pair in pairs if pair[0] != pair[1])
             raise CaptureError(f"{changed}runs {now}, but {captured} was captured. {_REMEDY}")
         close = torch.isclose(sites.log_probs, log_probs, rtol=1e-3, atol=1e-3, equal_nan=True)
         if not close.all():
@@ -191,17 +184,13 @@ class _Sites:
     def __init__(self, step: Step, batch_context: BatchContext, inputs: Sequence[Tensor]):
         with torch.no_grad(), batch_context(*inputs) as arguments:
             step.evaluator.loss(*arguments)
-        self.descriptions: list[str] = []
-        log_probs: list[Tensor] = []
-        for model_trace, guide_trace in step.evaluator.traces:
-            for source, trace in (("guide", guide_trace), ("model", model_trace)):
-                for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                    shape = tuple(site["fn"].batch_shape) + tuple(site["fn"].event_shape)
-                    self.descriptions.append(
-                        f"site {name!r} of the {source}, a {_class_name(site['fn'])} of shape {shape}"
-                    )
-                    log_probs.append(log_density(site).sum(dtype=torch.float64))
-        self.log_probs = torch.stack(log_probs)
+        sites = list(step.evaluator.sites())
+        self.descriptions = [
+            f"site {name!r} of the {owner}, a {_class_name(site['fn'])} of shape "
+            f"{tuple(site['fn'].batch_shape + site['fn'].event_shape)}"
+            for owner, name, site in sites
+        ]
+        self.log_probs = torch.stack([log_density(site).sum(dtype=torch.float64) for _, _, site in sites])
 
 
 def _class_name(distribution: Any) -> str:

@@ -21,11 +21,7 @@ __all__ = ["ElboEvaluator"]
 class ElboEvaluator:
     """An ELBO of a model and guide that keeps the traces of its last evaluation.
 
-    Args:
-        model: a Pyro model.
-        guide: its guide.
-        elbo: any ELBO of ``pyro.infer``.
-        plate: name of the data plate; without one there are no terms per datum.
+    Without a data plate there are no terms per datum.
 
     Attributes:
         keywords: keyword arguments of model and guide, besides the arguments of an evaluation.
@@ -83,6 +79,13 @@ class ElboEvaluator:
         bound = -torch.as_tensor(loss, dtype=torch.float64) / (site["scale"] * frame.size)
         return {bound_name(model_trace, guide_trace): bound}
 
+    def sites(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield owner, name and site of all latent and observed sites of the last evaluation, the guide's first."""
+        for model_trace, guide_trace in self.traces:
+            for owner, trace in (("guide", guide_trace), ("model", model_trace)):
+                for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+                    yield owner, name, site
+
     def _data_site(self, model_trace: Trace) -> tuple[dict[str, Any], Any]:
         """Return an observed site in the data plate, and its frame for the plate."""
         return next(
@@ -94,18 +97,12 @@ class ElboEvaluator:
 
     @torch.no_grad()
     def first_nonfinite_site(self, rows: Tensor | None = None) -> str | None:
-        """Describe the first site of the last evaluation whose log-density is not finite, or return ``None``.
-
-        Args:
-            rows: the numbers, in the data, of the rows of the evaluation.
-        """
-        for model_trace, guide_trace in self.traces:
-            for source, trace in (("guide", guide_trace), ("model", model_trace)):
-                for name, site in (latent_sites(trace) | observed_sites(trace)).items():
-                    bad = ~log_density(site).isfinite()
-                    if bad.any():
-                        where = f"at {bad.sum()} of {bad.numel()}{self._rows(bad, site, rows)}"
-                        return f"log_prob of site {name!r} in the {source} is not finite {where}"
+        """Describe the first site of the last evaluation, of these rows, that is not finite, or return ``None``."""
+        for owner, name, site in self.sites():
+            bad = ~log_density(site).isfinite()
+            if bad.any():
+                where = f"at {bad.sum()} of {bad.numel()}{self._rows(bad, site, rows)}"
+                return f"log_prob of site {name!r} in the {owner} is not finite {where}"
         return None
 
     def _rows(self, bad: Tensor, site: dict[str, Any], rows: Tensor | None) -> str:
@@ -121,10 +118,7 @@ class ElboEvaluator:
 
     @torch.no_grad()
     def first_nonfinite_site_unvalidated(self, args: tuple[Any, ...], rows: Tensor | None) -> str | None:
-        """Evaluate without validation and describe the first site that is not finite.
-
-        Validation raises where a distribution is made, before its site has a log-density.
-        """
+        """Do so after an evaluation without validation, which raises before a site has a log-density."""
         with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
             self.loss(*args)
         return self.first_nonfinite_site(rows)

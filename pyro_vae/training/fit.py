@@ -84,11 +84,10 @@ def fit(
     r"""Maximise the ELBO of a Pyro model and guide with Adam.
 
     A step is that of ``pyro.infer.SVI``, with one fused optimizer instead of one for each parameter. Parameters stay in
-    the current param store, as ``SVI`` leaves them. Random states, default dtype, threads and the validation flag are
-    restored at the end.
+    the current param store. Random states, default dtype, threads and the validation flag are restored at the end.
 
-    The history holds the ELBO at β = 1, -distortion - rate. If a likelihood is not normalised (soft targets), there is
-    no bound, and the entry is called ``surrogate`` instead of ``elbo``.
+    The history holds the ELBO at β = 1, -distortion - rate; ``surrogate`` instead, if a likelihood is not normalised
+    (soft targets), so that there is no bound.
 
     Args:
         model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
@@ -102,19 +101,17 @@ def fit(
             ``config_enumerate(guide)``.
         validation: held-out data of the same form, evaluated at the end of each epoch. Networks stay in the mode
             (training or evaluation) that they are in.
-        transform: function of the rows of each step, such as :func:`pyro_vae.datasets.pixels.resample` for bytes. It is
-            called with the rows of each data tensor, once per step and once with the validation data, and a few times
-            before training as a check. Model and guide see the same rows. It must return new tensors.
-        schedules: values that change during training: 0-dim tensors, such as the ``temperature`` of a relaxed family,
-            each with its schedule (see :mod:`pyro_vae.training.schedules`), a function of the number of the step, from
-            0. Take the tensor after ``vae.to(...)``, which replaces it.
+        transform: function of the rows of each data tensor, such as :func:`pyro_vae.datasets.pixels.resample` for
+            bytes; it must return new tensors. It is called once per step, which model and guide share, once with the
+            validation data, and a few times before training as a check.
+        schedules: values that change during training: 0-dim tensors, such as the ``temperature`` of a relaxed family
+            (taken after ``vae.to(...)``, which replaces it), each with a schedule: a function of the step, from 0.
         plate: name of the data plate.
         seed: of the random numbers of the run and of the order of the data. Weights are drawn when parts are built:
             call ``torch.manual_seed`` before that. A second call of ``fit`` continues from the current parameters.
         progress: whether to show a progress bar; only on a terminal if left out.
-        compile: whether to capture the step as one graph and compile it, see
-            :mod:`pyro_vae.training.compiled_step`: the same numbers, many times faster, after some seconds in a C++
-            compiler. Model and guide must run the same operations in every step.
+        compile: whether to capture the step as one graph and compile it: the same numbers, many times faster, after
+            some seconds in a C++ compiler. Model and guide must run the same operations in every step.
         clip_norm: largest norm of all gradients together; larger gradients are scaled down to it.
         nonfinite: what to do with a step whose loss or gradient is not finite: ``"stop"``, or ``"skip"`` it; a hundred
             skipped steps in a row stop the run too.
@@ -138,11 +135,8 @@ def fit(
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
     >>> x = pv.datasets.two_gaussians(200, seed=0).x
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([16])),
-    ...     decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([16])),
-    ... )
+    >>> net = networks.mlp([16])
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=1e-2)
     >>> fitted.steps, sorted(fitted.history)
     (80, ['distortion', 'elbo', 'rate'])
@@ -203,11 +197,8 @@ def evaluate(
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> sorted(pv.evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
     ['distortion', 'elbo', 'rate']
     """
@@ -230,13 +221,10 @@ def _make_step(
     compiled_rows: int | None,
 ) -> Step:
     """Return the step of a run, eager or compiled for batches of so many rows."""
+    options: dict[str, Any] = {"clip_norm": clip_norm, "skips": skips, "numbered": True}
     if compiled_rows is None:
-        return Step(evaluator, lr, schedules, clip_norm=clip_norm, skips=skips, numbered=True)
-
-    def is_compiled(rows: Tensor) -> bool:
-        return len(rows) == compiled_rows
-
-    return CapturedStep(evaluator, lr, schedules, clip_norm=clip_norm, skips=skips, numbered=True, compiles=is_compiled)
+        return Step(evaluator, lr, schedules, **options)
+    return CapturedStep(evaluator, lr, schedules, compiles=lambda rows: len(rows) == compiled_rows, **options)
 
 
 def _run_config(

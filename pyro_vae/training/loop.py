@@ -1,4 +1,4 @@
-"""The loop over epochs, and its parts: batches, metrics, guard, early stopping, checkpoints, progress bar, Ctrl-C."""
+"""The loop over epochs, and its parts: batches, metrics, early stopping, checkpoints, Ctrl-C."""
 
 import math
 import signal
@@ -55,19 +55,10 @@ Callback = Callable[[Epoch], Any]
 
 
 class Loop:
-    """Train a step for some epochs, each over all rows in a new random order.
+    """Train a step for some epochs, each over all rows in a new random order; ``state`` is the progress of the run.
 
-    Args:
-        step: updates the parameters on one batch.
-        batches: the rows of each batch.
-        validate: returns the ELBO and its terms on held-out data; called at the end of each epoch.
-        patience: number of epochs without a better validation ELBO after which training ends; the parameters are then
-            those of the best epoch.
-        callbacks: called at the end of each epoch.
-        checkpoints: where the state of the run is written to.
-
-    Attributes:
-        state: the progress of the run.
+    At the end of each epoch, ``validate`` returns the ELBO and its terms on held-out data, and callbacks are called.
+    After ``patience`` epochs without a better validation ELBO training ends, with the parameters of the best epoch.
     """
 
     def __init__(
@@ -80,20 +71,13 @@ class Loop:
         checkpoints: "RunCheckpoints | None" = None,
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
-        self.checkpoints = checkpoints
-        self.state = RunState()
+        self.checkpoints, self.state = checkpoints, RunState()
         self._pending = PendingMetrics(batches.device)
-        self._guard = NonfiniteGuard(step, batches.context)
         self._early_stopping = EarlyStopping(step, patience)
-        self._keeps_best = patience is not None or checkpoints is not None
         self._interrupt = DeferredInterrupt()
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the folder, if there is one.
-
-        Raises:
-            ValueError: if it belongs to another run or model, with the names of what differs.
-        """
+        """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
         if self.checkpoints is not None:
             self.checkpoints.resume(self.step, self.batches, self.state)
 
@@ -101,7 +85,8 @@ class Loop:
         """Train until this number of epochs is finished, or a part of the loop ends the run earlier."""
         state = self.state
         unfinished = state.epoch < epochs and state.stop_reason == "epochs"
-        with self._interrupt, warnings.catch_warnings(), ProgressBar(epochs, progress) as self._progress:
+        self._bar = tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch")
+        with self._interrupt, warnings.catch_warnings(), self._bar:
             warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
             self._pending.clear()
             while state.epoch < epochs and state.stop_reason == "epochs":
@@ -113,13 +98,8 @@ class Loop:
 
     def _run_epoch(self) -> None:
         """Run the steps of the current epoch that are not yet done."""
-        state, step, batches, pending, checkpoints = (
-            self.state,
-            self.step,
-            self.batches,
-            self._pending,
-            self.checkpoints,
-        )
+        state, step, batches = self.state, self.step, self.batches
+        pending, checkpoints = self._pending, self.checkpoints
         for rows in batches.remaining(state.batch):
             # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
             validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
@@ -139,11 +119,13 @@ class Loop:
     def _sync_metrics(self) -> None:
         """Read the metrics of the pending steps: check that they are finite, and average finished epochs."""
         table = self._pending.read()
-        self._guard.check(self.state, self._pending, table)
+        check_finite(self.step, self.batches.context, self.state, self._pending, table)
         self.state.metrics += table
         self._record_epochs()
         self._pending.clear()
-        self._progress.show(self.state)
+        latest = {name: f"{values[-1]:.4g}" for name, values in self.state.history.items()}
+        self._bar.set_postfix(latest, refresh=False)
+        self._bar.update(self.state.epoch - self._bar.n)
 
     def _record_epochs(self) -> None:
         """Append to the history the mean of each metric over the finite steps of each finished epoch."""
@@ -156,8 +138,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         state = self.state
-        state.epoch += 1
-        state.batch = 0
+        state.epoch, state.batch = state.epoch + 1, 0
         self.batches.next_epoch()
         if self.validate is not None or self.callbacks:
             self._sync_metrics()
@@ -166,7 +147,7 @@ class Loop:
                 terms = self.validate()
             for name, value in terms.items():
                 state.history.setdefault(f"validation_{name}", []).append(value)
-            if self._keeps_best:
+            if self._early_stopping.patience is not None or self.checkpoints is not None:
                 self._early_stopping.update(state, next(iter(terms.values())))
         if self.callbacks:
             self._call_callbacks()
@@ -185,16 +166,10 @@ class Loop:
 
 
 class Batches:
-    """The rows of each batch of an epoch: all rows in random order, or in one batch that holds them in order.
-
-    Args:
-        context: turns the rows of a batch into the arguments of model and guide.
-        num_data: N.
-        batch_size: rows per step, at most N.
-        seed: of the random order.
-        device: of the row numbers.
+    """The rows of each batch of an epoch: all N in random order, or in one batch that holds them in order.
 
     Attributes:
+        context: turns the rows of a batch into the arguments of model and guide.
         per_epoch: number of batches.
         first: the numbers of the first rows of the data, as many as a batch has.
         order: random state that the order of the current epoch is drawn from.
@@ -227,9 +202,7 @@ _SYNC_SECONDS = 0.2
 class PendingMetrics:
     """Metrics of the latest steps that are still on the device: to read them waits for it, which is done rarely.
 
-    Attributes:
-        rows: the rows of each of these steps.
-        random_states: the random states before the first of them.
+    Besides them it has the rows of each of these steps, and the random states before the first of them.
     """
 
     def __init__(self, device: torch.device):
@@ -261,34 +234,29 @@ class PendingMetrics:
 _MAX_CONSECUTIVE_SKIPS = 100
 
 
-class NonfiniteGuard:
-    """Count the steps whose loss or gradient was not finite, and end the run if they were not to be skipped."""
+def check_finite(
+    step: Step, context: BatchContext, state: RunState, pending: PendingMetrics, table: list[list[float]]
+) -> None:
+    """Count the pending steps that were not finite, by their metrics in ``table``.
 
-    def __init__(self, step: Step, context: BatchContext):
-        self.step, self.context = step, context
-
-    def check(self, state: RunState, pending: PendingMetrics, table: list[list[float]]) -> None:
-        """Check the metrics that were read from the pending steps.
-
-        Raises:
-            FloatingPointError: if a step was not finite, and the run stops there or skipped 99 steps just before it.
-        """
-        for index, metrics in enumerate(table):
-            if metrics[0]:
-                state.consecutive_skips = 0
-                continue
-            state.skipped += 1
-            state.consecutive_skips += 1
-            number = self.step.count + index + 1 - len(table)
-            if isinstance(self.step, CapturedStep) and not self.step.skips:
-                self.step.count = number
-                inputs = [(rows,) for rows in pending.rows[: index + 1]]
-                rewind = partial(set_random_states, *pending.random_states)
-                raise self.step.diagnose_nonfinite(self.context, inputs, rewind)
-            if state.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
-                raise FloatingPointError(
-                    f"step {number}: it is the {_MAX_CONSECUTIVE_SKIPS}th in a row whose loss or gradient is not finite"
-                )
+    Raises:
+        FloatingPointError: if there is one, and the run stops there or skipped 99 steps just before it.
+    """
+    for index, metrics in enumerate(table):
+        if metrics[0]:
+            state.consecutive_skips = 0
+            continue
+        state.skipped += 1
+        state.consecutive_skips += 1
+        number = step.count + index + 1 - len(table)
+        if isinstance(step, CapturedStep) and not step.skips:
+            step.count = number
+            inputs = [(rows,) for rows in pending.rows[: index + 1]]
+            raise step.diagnose_nonfinite(context, inputs, partial(set_random_states, *pending.random_states))
+        if state.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
+            raise FloatingPointError(
+                f"step {number}: it is the {_MAX_CONSECUTIVE_SKIPS}th in a row whose loss or gradient is not finite"
+            )
 
 
 class EarlyStopping:
@@ -314,9 +282,7 @@ class EarlyStopping:
 class RunCheckpoints:
     """The checkpoints of one run: its state is written to their folder, and read back to resume.
 
-    Args:
-        checkpoints: the folder, and when to write.
-        run_config: arguments that must be the same when the run is resumed, by name; written with its state.
+    They hold ``run_config`` too, the arguments that must be the same when the run is resumed, by name.
     """
 
     def __init__(self, checkpoints: Checkpoints, run_config: dict[str, Any]):
@@ -353,32 +319,10 @@ class RunCheckpoints:
         batches.order = load_run_state(step, state, discover, contents, folder)
 
 
-class ProgressBar:
-    """A bar of finished epochs with the latest entries of the history."""
-
-    def __init__(self, epochs: int, progress: bool | None):
-        self._bar: Any = tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch")
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.close()
-
-    def show(self, state: RunState) -> None:
-        """Draw the current state."""
-        latest = {name: f"{values[-1]:.4g}" for name, values in state.history.items()}
-        self._bar.set_postfix(latest, refresh=False)
-        self._bar.update(state.epoch - self._bar.n)
-
-
 class DeferredInterrupt:
     """Let Ctrl-C end the run after the current step; a second one raises ``KeyboardInterrupt`` at once.
 
     Only in the main thread, and where the user has no handler of their own.
-
-    Attributes:
-        pressed: whether Ctrl-C was pressed.
     """
 
     def __init__(self) -> None:

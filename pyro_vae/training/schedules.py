@@ -138,28 +138,31 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
     >>> [round(lr(step), 6) for step in (0, 500, 1000)]
     [0.001, 0.0005, 0.0]
     """
-    if not callable(make) or (isinstance(make, type) and issubclass(make, ReduceLROnPlateau)):
-        raise TypeError(f"`make` must be {_SCHEDULER}, got {make!r}{_PLATEAU}")
     optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
-    betas = optimizer.param_groups[0]["betas"]
-    maker: Any = make  # mypy does not accept a call of `make` after the check above
-    scheduler = maker(optimizer)
+    group = optimizer.param_groups[0]
+    betas = group["betas"]
+    scheduler: Any = make(optimizer) if callable(make) else None
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-        returned = type(scheduler).__name__
-        raise TypeError(f"`make` must be {_SCHEDULER}, got a function that returns a {returned}{_PLATEAU}")
-    if optimizer.param_groups[0]["betas"] != betas:
+        got = f"a function that returns a {type(scheduler).__name__}" if callable(make) else repr(make)
+        raise TypeError(
+            "`make` must be a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda "
+            f"optimizer: CosineAnnealingLR(optimizer, 1000)`, got {got}. ReduceLROnPlateau depends on losses; "
+            "`patience` ends a run that no longer improves"
+        )
+    if group["betas"] != betas:
         raise ValueError(
             f"`make` must return a scheduler of the learning rate alone, got a {type(scheduler).__name__} that changes "
             "Adam's momentum; use `cycle_momentum=False`"
         )
-    values = array("d", [_current(optimizer)])
-    lock = threading.Lock()
+    values, lock = array("d", [group["lr"]]), threading.Lock()
 
-    def extend(steps: int) -> None:
+    def value(step: int) -> float:
+        if step < len(values):
+            return values[step]
         with lock, warnings.catch_warnings():
             # SequentialLR itself calls its schedulers in the way that torch warns of.
             warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
-            while len(values) < steps:
+            while len(values) <= step:
                 optimizer.step()
                 try:
                     scheduler.step()
@@ -168,25 +171,10 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
                         f"`lr` must be a scheduler for all steps of the run, got a {type(scheduler).__name__} without "
                         f"a value for step {len(values) + 1}: {error}"
                     ) from error
-                values.append(_current(optimizer))
-
-    def value(step: int) -> float:
-        if step >= len(values):
-            extend(step + 1)
+                values.append(group["lr"])
         return values[step]
 
     return value
-
-
-_SCHEDULER = (
-    "a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda optimizer: "
-    "CosineAnnealingLR(optimizer, 1000)`"
-)
-_PLATEAU = ". ReduceLROnPlateau depends on losses; `patience` ends a run that no longer improves"
-
-
-def _current(optimizer: torch.optim.Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

@@ -30,31 +30,18 @@ __all__ = [
 
 @dataclass
 class RunState:
-    """The progress of a run: what a checkpoint holds besides parameters, buffers, optimizer and random states.
+    """The progress of a run: what a checkpoint holds besides parameters, buffers, optimizer and random states."""
 
-    Attributes:
-        epoch: number of finished epochs.
-        batch: number of finished batches of the current epoch.
-        skipped: number of skipped steps: their loss or gradient was not finite.
-        consecutive_skips: number of skipped steps since the last finite one.
-        stop_reason: why the run ended: ``"epochs"``, ``"patience"``, ``"callback"`` or ``"interrupted"``.
-        history: one number per epoch, by name.
-        metrics: those of the finished steps of the current epoch, as far as they were read from the device.
-        best_epoch: number of the epoch with the best validation ELBO; 0 before the first one.
-        best_bound: its validation ELBO.
-        best_parameters: its parameters and buffers.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    skipped: int = 0
-    consecutive_skips: int = 0
-    stop_reason: str = "epochs"
-    history: dict[str, list[float]] = field(default_factory=dict)
-    metrics: list[list[float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_bound: float = 0.0
-    best_parameters: dict[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0  # number of finished epochs
+    batch: int = 0  # number of finished batches of the current epoch
+    skipped: int = 0  # number of skipped steps, whose loss or gradient was not finite
+    consecutive_skips: int = 0  # number of skipped steps since the last finite one
+    stop_reason: str = "epochs"  # why the run ended: "epochs", "patience", "callback" or "interrupted"
+    history: dict[str, list[float]] = field(default_factory=dict)  # one number per epoch, by name
+    metrics: list[list[float]] = field(default_factory=list)  # of the current epoch, as far as they were read
+    best_epoch: int = 0  # number of the epoch with the best validation ELBO; 0 before the first one
+    best_bound: float = 0.0  # its validation ELBO
+    best_parameters: dict[str, Tensor] = field(default_factory=dict)  # its parameters and buffers
 
 
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
@@ -82,12 +69,8 @@ def load_run_state(
 ) -> Tensor:
     """Set ``step`` and ``state`` to what :func:`run_state` returned, and return ``order``.
 
-    Args:
-        discover: lets the step find its parameters, see :func:`discover_parameters`.
-        source: the folder, for the error.
-
     Raises:
-        ValueError: if the tensors belong to another model, with the names and shapes that differ.
+        ValueError: if the tensors, from the folder ``source``, belong to another model, with what differs.
     """
     header, tensors = contents
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
@@ -143,10 +126,7 @@ def data_fingerprint(data: Sequence[Tensor]) -> str:
 
 
 def model_state(step: Step) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a run, by their paths in modules, or by Pyro's names outside of modules.
-
-    Frozen parameters are included: they may have been trained before.
-    """
+    """Return parameters, frozen ones too, and buffers, by their paths in modules or by Pyro's names outside of them."""
     return {name: tensor.detach() for name, tensor in _named(step).items()}
 
 
@@ -170,13 +150,11 @@ def trainable_flags(step: Step) -> dict[str, list[Any]]:
     """Return which parameters are frozen, which the optimizer has, and whether each module is in training mode."""
     groups = [] if step.optimizer is None else step.optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
+    named = _named(step)
+    parameters = {name: tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}
     return {
-        "optimized": [name for name, tensor in _named(step).items() if id(tensor) in optimized],
-        "frozen": [
-            name
-            for name, tensor in _named(step).items()
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        ],
+        "optimized": [name for name, tensor in named.items() if id(tensor) in optimized],
+        "frozen": [name for name, parameter in parameters.items() if not parameter.requires_grad],
         "training": [module.training for module in step.tensors.modules()],
     }
 

@@ -41,10 +41,8 @@ class Step:
     """One step of SVI on a batch: loss, gradients and update.
 
     Args:
-        evaluator: the ELBO of a model and guide.
         lr: learning rate, or a schedule of it; the optimizer's own if left out.
         schedules: by 0-dim tensor, the schedule of its value.
-        make_optimizer: called at the first step.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
         skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
         numbered: whether the first input of a step is the numbers of its rows, which errors then name.
@@ -53,7 +51,6 @@ class Step:
         names: of the terms of the ELBO, after the first step.
         count: number of finished steps.
         parameters: by name in Pyro's param store.
-        modules: the registered ones.
         tensors: of the modules that model, guide and ELBO run.
     """
 
@@ -82,15 +79,10 @@ class Step:
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
-        """Update the parameters on one batch.
-
-        Args:
-            batch_context: turns the inputs into the arguments of model and guide.
-            inputs: of the step.
-            validate: whether Pyro validates the model and guide.
+        """Update the parameters on one batch, whose inputs ``batch_context`` turns into arguments of model and guide.
 
         Returns:
-            1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
+            1, or 0 if the step was skipped; the loss; the T terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
             float64.
 
         Raises:
@@ -150,11 +142,11 @@ class Step:
             try:
                 loss = self.evaluator.loss_and_grads(*arguments)
             except ValueError as error:
-                if self.count > 1:
-                    site = self.evaluator.first_nonfinite_site_unvalidated(arguments, self._rows(inputs))
-                    if site is not None:
-                        raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
-                raise
+                describe = self.evaluator.first_nonfinite_site_unvalidated
+                site = describe(arguments, self._rows(inputs)) if self.count > 1 else None
+                if site is None:
+                    raise
+                raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
             finally:
                 self._add(parameters_of(tracer.trace))
         terms = self.evaluator.terms(loss)
@@ -184,8 +176,7 @@ class Step:
 
     def update(self) -> None:
         """Update the parameters by their gradients."""
-        new = self.new_parameters()
-        if new:
+        if new := self.new_parameters():
             if self.optimizer is None:
                 self.optimizer = self.make_optimizer(new)
             else:
@@ -197,7 +188,7 @@ class Step:
 
     def new_parameters(self) -> list[Tensor]:
         """Return the parameters that the optimizer does not have yet."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
         known = {parameter for group in groups for parameter in group["params"]}
         return [parameter for parameter in self.parameters.values() if parameter not in known]
 
@@ -217,9 +208,6 @@ class Step:
         if not math.isfinite(loss):
             site = self.evaluator.first_nonfinite_site(self._rows(inputs))
             return f"the loss is {loss}; {site or 'log_prob of every site is finite'}"
-        bad = [
-            name.replace("$$$", ".")
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
+        gradients = {name.replace("$$$", "."): parameter.grad for name, parameter in self.parameters.items()}
+        bad = [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]
         return f"the gradient is not finite in {', '.join(bad) or 'its norm'}"

@@ -50,11 +50,8 @@ class SVI:
     >>> from pyro.infer import Trace_ELBO
     >>> from pyro.optim import Adam
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> svi = pv.SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
     >>> losses = [svi.step(torch.randn(10, 2)) for _ in range(3)]
     """

@@ -30,10 +30,8 @@ def trained(make, closure):
     for step in range(40):
         if step == 10:
             optimizer.add_param_group({"params": [third], "lr": 0.01, "betas": (0.5, 0.9)})
-        if closure:
-            losses.append(optimizer.step(loss).item())
-        else:
-            losses.append(loss().item())
+        losses.append(optimizer.step(loss).item() if closure else loss().item())
+        if not closure:
             optimizer.step()
     return losses, [first, second, third]
 

@@ -1,4 +1,4 @@
-"""The training loop is SVI's: same numbers, nothing else of the user's touched, and clear errors."""
+"""Fitting takes the steps of SVI, changes nothing else of the user's, and refuses by name what cannot be trained."""
 
 import math
 
@@ -7,9 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import gaussian, model_of
 from pyro import poutine
 from pyro.infer import (
     SVI,
+    JitTrace_ELBO,
     RenyiELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
@@ -26,10 +28,13 @@ from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import SubsampleRows, WeightKL
 
 TANH = networks.mlp([8], activation=nn.Tanh)
+ENUMERATED = TraceEnum_ELBO(max_plate_nesting=1)
+STANDARD_NORMAL = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+NAN = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
 
 
 def gaussian_vae():
-    return pv.VAE(priors.Normal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Normal(1, 2, TANH))
+    return gaussian(1, 2, prior=priors.Normal(1))
 
 
 def bernoulli_vae():
@@ -97,78 +102,9 @@ def test_mini_batches_are_those_of_svi_under_the_subsample_handler(x):
 
 
 def test_a_batch_as_large_as_the_data_is_all_of_them(x):
-    ours, theirs = twins(gaussian_vae)
-    histories = [
-        pv.fit(vae.model, vae.guide, x.double(), epochs=5, batch_size=size).history
-        for vae, size in ((ours, None), (theirs, 1000))
-    ]
-    assert histories[0] == histories[1]
-
-
-def test_a_seed_gives_the_same_run_twice(x):
-    ours, theirs = twins(gaussian_vae)
-    runs = [pv.fit(vae.model, vae.guide, x.double(), epochs=5, batch_size=10, seed=9) for vae in (ours, theirs)]
-    assert runs[0].history == runs[1].history
-
-
-def test_elbo_is_minus_distortion_minus_rate_and_near_the_exact_one(x):
-    vae = gaussian_vae()
-    history = pv.fit(vae.model, vae.guide, x, epochs=200, lr=1e-2).history
-    assert np.allclose(history["elbo"], -np.array(history["distortion"]) - np.array(history["rate"]))
-    terms = pv.evaluate(vae.model, vae.guide, x, num_samples=2000)
-    assert abs(terms["elbo"] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.02
-
-
-def test_histories_hold_the_elbo_at_beta_1_whatever_the_weight(x):
-    ours, theirs = twins(gaussian_vae)
-    pyro.set_rng_seed(0)
-    with torch.no_grad():
-        expected = -Trace_ELBO().loss(theirs.model, theirs.guide, x.double()) / 64
-    weight = WeightKL(0.25)
-    history = pv.fit(weight(ours.model), weight(ours.guide), x.double(), epochs=1, lr=1e-9).history
-    assert math.isclose(history["elbo"][0], expected, rel_tol=1e-9)
-
-
-def test_soft_targets_are_reported_as_a_surrogate():
-    vae = pv.VAE(
-        priors.StandardNormal(1),
-        guides.DiagonalNormal(2, 1, TANH),
-        likelihoods.Bernoulli(1, 2, TANH, soft_targets=True),
-    )
-    history = pv.fit(vae.model, vae.guide, torch.rand(10, 2), epochs=2, validation=torch.rand(4, 2)).history
-    assert "elbo" not in history
-    assert {"surrogate", "validation_surrogate"} <= history.keys()
-
-
-def test_a_latent_that_the_model_sums_out_leaves_the_exact_evidence_as_elbo(x):
-    vae = bernoulli_vae()
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    history = pv.fit(config_enumerate(vae.model), lambda x: None, x, epochs=1, lr=1e-12, elbo=elbo).history
-    assert history.keys() == {"elbo"}
-    assert math.isclose(history["elbo"][0], exact.log_evidence(vae.model, x).mean(), rel_tol=1e-4)
-
-
-def test_enumeration_reports_the_exact_elbo(x):
-    vae = bernoulli_vae()
-    terms = pv.evaluate(vae.model, config_enumerate(vae.guide), x, elbo=TraceEnum_ELBO(max_plate_nesting=1))
-    assert math.isclose(terms["elbo"], exact.elbo(vae.model, vae.guide, x).mean(), rel_tol=1e-5)
-
-
-def test_an_importance_weighted_objective_still_reports_the_elbo(x):
-    vae = gaussian_vae()
-    elbo = RenyiELBO(alpha=0, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
-    history = pv.fit(vae.model, vae.guide, x, epochs=1, lr=1e-9, elbo=elbo).history
-    assert abs(history["elbo"][0] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.05
-
-
-def test_validation_stands_beside_training_and_changes_nothing(x):
-    ours, theirs = twins(gaussian_vae)
-    held_out = pv.datasets.two_gaussians(30, seed=4).x.double()
-    seen = pv.fit(ours.model, ours.guide, x.double(), epochs=6, batch_size=16, validation=held_out)
-    unseen = pv.fit(theirs.model, theirs.guide, x.double(), epochs=6, batch_size=16)
-    assert {name: seen.history[name] for name in unseen.history} == unseen.history
-    assert set(seen.history) - set(unseen.history) == {"validation_elbo", "validation_distortion", "validation_rate"}
-    assert all(len(values) == 6 for values in seen.history.values())
+    sizes = zip(twins(gaussian_vae), (None, 1000), strict=True)
+    first, second = (pv.fit(vae.model, vae.guide, x.double(), epochs=5, batch_size=size) for vae, size in sizes)
+    assert first.history == second.history
 
 
 def test_several_tensors_go_to_model_and_guide_together(x):
@@ -179,15 +115,12 @@ def test_several_tensors_go_to_model_and_guide_together(x):
             targets = pyro.subsample(targets, event_dim=0)
             pyro.sample("y", dist.Normal(inputs @ slope, 0.1), obs=targets)
 
-    def guide(inputs, targets):
-        pass
-
     slope = torch.tensor([2.0, -1.0])
-    pv.fit(model, guide, (x, x @ slope), epochs=300, batch_size=16, lr=0.05)
+    pv.fit(model, lambda inputs, targets: None, (x, x @ slope), epochs=300, batch_size=16, lr=0.05)
     assert torch.allclose(pyro.param("slope"), slope, atol=0.02)
 
 
-def test_mini_batches_are_right_for_global_latents(x):
+def test_mini_batches_are_right_for_global_latents():
     x = 0.9 + torch.randn(200, generator=torch.Generator().manual_seed(0))
 
     def model(x):
@@ -217,66 +150,36 @@ def test_mini_batches_are_right_for_autoguides_with_local_latents():
     assert (guide.median(x)["z"] - x / 2).abs().max() < 0.2
 
 
-def test_nothing_of_the_users_is_touched_but_the_trained_parameters(x, random_states):
-    pyro.param("mine", torch.tensor(3.0))
+def test_elbo_is_minus_distortion_minus_rate_and_near_the_exact_one(x):
     vae = gaussian_vae()
-    before = random_states()
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    validation = torch.distributions.Distribution._validate_args
-    pv.fit(vae.model, vae.guide, x, epochs=2, batch_size=10, validation=x)
-    pv.evaluate(vae.model, vae.guide, x)
-    assert random_states() == before
-    assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
-    assert torch.distributions.Distribution._validate_args == validation
-    store = pyro.get_param_store()
-    assert store["mine"] == 3.0
-    assert set(store.keys()) == {"mine"} | {f"{vae.name}$$${path}" for path, _ in vae.named_parameters()}
+    history = pv.fit(vae.model, vae.guide, x, epochs=200, lr=1e-2).history
+    assert np.allclose(history["elbo"], -np.array(history["distortion"]) - np.array(history["rate"]))
+    terms = pv.evaluate(vae.model, vae.guide, x, num_samples=2000)
+    assert abs(terms["elbo"] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.02
 
 
-def test_grey_values_are_refused_even_where_validation_is_off():
-    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, TANH), likelihoods.Bernoulli(1, 2, TANH))
-    with pyro.validation_enabled(False):
-        for run in (
-            lambda: pv.fit(vae.model, vae.guide, torch.rand(5, 2), epochs=1),
-            lambda: pv.evaluate(vae.model, vae.guide, torch.rand(5, 2)),
-            lambda: exact.log_evidence(vae.model, torch.rand(5, 2)),
-        ):
-            with pytest.raises(ValueError, match="threshold the data"):
-                run()
+def test_histories_hold_the_elbo_at_beta_1_for_any_weight(x):
+    ours, theirs = twins(gaussian_vae)
+    pyro.set_rng_seed(0)
+    with torch.no_grad():
+        expected = -Trace_ELBO().loss(theirs.model, theirs.guide, x.double()) / 64
+    weight = WeightKL(0.25)
+    history = pv.fit(weight(ours.model), weight(ours.guide), x.double(), epochs=1, lr=1e-9).history
+    assert math.isclose(history["elbo"][0], expected, rel_tol=1e-9)
 
 
-def test_what_validation_warns_of_late_is_heard():
-    vae = pv.VAE(
-        priors.StandardNormal(1),
-        guides.DiagonalNormal(1, 1, networks.linear()),
-        likelihoods.Normal(1, 1, networks.linear(), min_scale=0.1),
-    )
-    with pytest.warns(UserWarning, match=r"min_scale = 0\.1 binds"):
-        pv.fit(vae.model, vae.guide, torch.zeros(200, 1), epochs=600, lr=0.1)
+def test_soft_targets_are_reported_as_a_surrogate():
+    vae = gaussian(1, 2, decoder=likelihoods.Bernoulli(1, 2, TANH, soft_targets=True))
+    history = pv.fit(vae.model, vae.guide, torch.rand(10, 2), epochs=2, validation=torch.rand(4, 2)).history
+    assert "elbo" not in history
+    assert {"surrogate", "validation_surrogate"} <= history.keys()
 
 
-def test_the_bar_is_quiet_where_there_is_no_terminal_and_shown_on_demand(x, capsys):
-    vae = gaussian_vae()
-    pv.fit(vae.model, vae.guide, x, epochs=2)
-    assert capsys.readouterr().err == ""
-    pv.fit(vae.model, vae.guide, x, epochs=2, progress=True)
-    assert "elbo=" in capsys.readouterr().err
-
-
-def test_a_guide_that_is_a_point_bounds_nothing(x):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1e-3))
-            pyro.sample("x", dist.Normal(z, 1e-3), obs=x)
-
-    assert "elbo" not in pv.fit(model, AutoDelta(model), 1e-3 * x[:, 0], epochs=2).history
-
-
-def test_enumeration_by_draws_weights_them_alike(x):
+def test_a_latent_that_the_model_sums_out_leaves_the_exact_evidence_as_elbo(x):
     vae = bernoulli_vae()
-    guide = config_enumerate(vae.guide, num_samples=2000, expand=True)
-    terms = pv.evaluate(vae.model, guide, x, elbo=TraceEnum_ELBO(max_plate_nesting=1))
-    assert abs(terms["elbo"] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.1
+    history = pv.fit(config_enumerate(vae.model), lambda x: None, x, epochs=1, lr=1e-12, elbo=ENUMERATED).history
+    assert history.keys() == {"elbo"}
+    assert math.isclose(history["elbo"][0], exact.log_evidence(vae.model, x).mean(), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -287,10 +190,142 @@ def test_a_summed_out_latent_is_reported_alike_on_slices_and_under_a_scale(x, sc
             z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(mean * (2 * z - 1), 0.5), obs=x)
 
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    scaled = poutine.scale(model, scale=scale)
-    histories = [
-        pv.fit(scaled, lambda x: None, x[:, 0], epochs=1, lr=1e-9, elbo=elbo, batch_size=size).history["elbo"]
-        for size in (None, 16)
-    ]
-    assert np.allclose(histories, exact.log_evidence(model, x[:, 0]).mean(), rtol=1e-4)
+    scaled, settings = poutine.scale(model, scale=scale), {"epochs": 1, "lr": 1e-9, "elbo": ENUMERATED}
+    fits = [pv.fit(scaled, lambda x: None, x[:, 0], batch_size=size, **settings) for size in (None, 16)]
+    expected = exact.log_evidence(model, x[:, 0]).mean()
+    assert np.allclose([fitted.history["elbo"] for fitted in fits], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({}, 1e-4), ({"num_samples": 2000, "expand": True}, 0.1)], ids=["all states", "draws"]
+)
+def test_enumeration_reports_the_exact_elbo(x, options, error):
+    vae = bernoulli_vae()
+    terms = pv.evaluate(vae.model, config_enumerate(vae.guide, **options), x, elbo=ENUMERATED)
+    assert abs(terms["elbo"] - exact.elbo(vae.model, vae.guide, x).mean()) < error
+
+
+def test_an_importance_weighted_objective_still_reports_the_elbo(x):
+    vae = gaussian_vae()
+    elbo = RenyiELBO(alpha=0, num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+    history = pv.fit(vae.model, vae.guide, x, epochs=1, lr=1e-9, elbo=elbo).history
+    assert abs(history["elbo"][0] - exact.elbo(vae.model, vae.guide, x).mean()) < 0.05
+
+
+def test_a_guide_that_is_a_point_bounds_nothing(x):
+    model = model_of(dist.Normal(0.0, 1e-3), lambda z: dist.Normal(z, 1e-3))
+    assert "elbo" not in pv.fit(model, AutoDelta(model), 1e-3 * x[:, 0], epochs=2).history
+
+
+def test_a_warning_of_validation_late_in_a_run_is_shown():
+    net = networks.linear()
+    decoder = likelihoods.Normal(1, 1, net, min_scale=0.1)
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(1, 1, net), decoder)
+    with pytest.warns(UserWarning, match=r"min_scale = 0\.1 binds"):
+        pv.fit(vae.model, vae.guide, torch.zeros(200, 1), epochs=600, lr=0.1)
+
+
+def test_the_bar_is_shown_on_a_terminal_or_on_demand(x, capsys):
+    vae = gaussian_vae()
+    pv.fit(vae.model, vae.guide, x, epochs=2)
+    assert capsys.readouterr().err == ""
+    pv.fit(vae.model, vae.guide, x, epochs=2, progress=True)
+    assert "elbo=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": np.zeros((3, 2))}, TypeError, "`data` must be .*got a ndarray"),
+        ({"data": []}, ValueError, "`data` must be .*got no tensor"),
+        ({"data": torch.zeros(0, 2)}, ValueError, r"`data` must have .* N >= 1, got shape \(0, 2\), without rows"),
+        ({"data": torch.zeros(())}, ValueError, r"`data` must have shape .* with N >= 1, got shape \(\), without rows"),
+        ({"data": torch.zeros(4, 2).long()}, TypeError, "must be torch.float32, as its network is, got torch.int64"),
+        ({"data": NAN}, ValueError, r"`data` must hold finite numbers, got nan at row 1, column \(1,\)"),
+        ({"data": NAN.nan_to_num(math.inf)}, ValueError, r"`data` must hold finite numbers, got inf at row 1"),
+        ({"data": (NAN, NAN[:1])}, ValueError, "`data` must be tensors of one number of rows, got 2 and 1"),
+        ({"batch_size": -3}, ValueError, "`batch_size` must be .*got -3"),
+        ({"batch_size": True}, ValueError, "`batch_size` must be .*got True"),
+        ({"lr": 0.0}, ValueError, "`lr` must be .*got 0.0"),
+        ({"lr": lambda step: math.nan}, ValueError, "`lr` at step 0 must be a finite number, 0 or more, got nan"),
+        ({"lr": lambda step: -1.0}, ValueError, "`lr` at step 0 must be a finite number, 0 or more, got -1.0"),
+        ({"schedules": {torch.zeros(()): lambda step: "a"}}, ValueError, "`schedules` at step 0 must be .*, got 'a'"),
+        ({"validation": torch.zeros(3, 3)}, ValueError, r"`validation` must have rows like .*got shape \(3,\)"),
+        ({"validation": NAN}, ValueError, "`validation` must hold finite numbers, got nan"),
+        ({"plate": "rows", "batch_size": 2}, ValueError, "`plate` must be .*got 'rows'"),
+        ({"elbo": JitTrace_ELBO()}, ValueError, "`elbo` must be .*got JitTrace_ELBO, which needs TorchScript"),
+    ],
+)
+def test_unusable_arguments_are_refused_by_name(changes, error, message):
+    vae = gaussian_vae()
+    with pytest.raises(error, match=message):
+        pv.fit(vae.model, vae.guide, **({"data": torch.randn(10, 2), "epochs": 1} | changes))
+
+
+def test_the_elbo_must_fit_the_marks_for_enumeration(x):
+    vae = bernoulli_vae()
+    with pytest.raises(ValueError, match="enumerate='parallel'"):
+        pv.fit(vae.model, config_enumerate(vae.guide, default="sequential"), x, epochs=1, elbo=TraceEnum_ELBO())
+    with pytest.raises(ValueError, match="`elbo` must be TraceEnum_ELBO"):
+        pv.fit(vae.model, config_enumerate(vae.guide), x, epochs=1)
+    with pytest.raises(ValueError, match="`elbo` must not be TraceEnum_ELBO where no latent is marked"):
+        pv.fit(vae.model, vae.guide, x, epochs=1, elbo=TraceEnum_ELBO())
+
+
+def test_validation_of_a_guide_with_parameters_for_each_datum_is_refused(x):
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+    with pytest.raises(ValueError, match="`validation` needs an amortized guide"):
+        pv.fit(model, AutoNormal(model), x[:, 0], epochs=1, validation=x[:, 1])
+
+
+def test_a_guide_with_a_latent_that_the_model_lacks_is_refused(x):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("zz", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"`guide` must draw the latents of the model, \['z'\], got \['zz'\]"):
+        pv.fit(gaussian_vae().model, guide, x, epochs=1)
+
+
+def test_grey_values_are_refused_even_without_validation():
+    vae = gaussian(1, 2, decoder=likelihoods.Bernoulli(1, 2, TANH))
+    for run in (
+        lambda x: pv.fit(vae.model, vae.guide, x, epochs=1),
+        lambda x: pv.evaluate(vae.model, vae.guide, x),
+        lambda x: exact.log_evidence(vae.model, x),
+    ):
+        with pyro.validation_enabled(False), pytest.raises(ValueError, match="threshold the data"):
+            run(torch.rand(5, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_failed_run_does_not_change_the_next(x):
+    vae, factor = gaussian_vae(), torch.full((1,), math.nan)
+
+    def likelihood(z):
+        return dist.Normal(vae.decoder(z).mean * factor, 1.0, validate_args=False).to_event(1)
+
+    model = model_of(STANDARD_NORMAL, likelihood)
+    with pytest.raises(FloatingPointError):
+        pv.fit(model, vae.guide, x, epochs=1)
+    factor.fill_(1.0)
+    assert pv.fit(model, vae.guide, x, epochs=2).steps == 2
+
+
+def test_parameters_that_run_away_are_reported_with_step_and_site(x):
+    vae = gaussian_vae()
+    with pytest.raises(FloatingPointError, match=r"step \d+: the loss is .*log_prob of site '[xz]'"):
+        pv.fit(vae.model, vae.guide, x, epochs=50, lr=1e20)
+
+
+def test_an_interrupted_step_leaves_no_gradient(x):
+    vae = gaussian_vae()
+
+    class Interrupted(Trace_ELBO):
+        def loss_and_grads(self, *args):
+            super().loss_and_grads(*args)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pv.fit(vae.model, vae.guide, x, epochs=1, elbo=Interrupted())
+    assert all(parameter.grad is None for parameter in vae.parameters())

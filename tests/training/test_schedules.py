@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import WeightKL
-from pyro_vae.training.schedules import check_schedules, cyclical, exponential, from_torch, linear
+from pyro_vae.training.schedules import constant, cyclical, exponential, from_torch, linear
 
 X = pv.datasets.two_gaussians(32, seed=1).x
 
@@ -49,9 +49,6 @@ def temperatures(vae):
     return vae.encoder.family.temperature, vae.prior.family.temperature
 
 
-# --- Exponential decay -----------------------------------------------------------------------------------------------
-
-
 def test_the_decay_is_exponential_and_its_logarithm_falls_by_the_rate():
     schedule = exponential(2.0, rate=1e-3)
     for step in (0, 1, 10, 1000, 100_000):
@@ -76,9 +73,6 @@ def test_the_decay_is_constant_between_multiples_of_every():
     assert [schedule(step) for step in range(12)] == [smooth(step) for step in (0, 4, 8) for _ in range(4)]
 
 
-# --- Warm-up ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_line_goes_from_start_to_end_and_stays_at_the_end():
     schedule = linear(0.2, 1.2, steps=10)
     assert [schedule(step) for step in range(11)] == pytest.approx([0.2 + 0.1 * step for step in range(11)])
@@ -97,7 +91,6 @@ def test_a_cycle_is_a_line_and_then_constant():
     ("make", "message"),
     [
         (lambda: exponential(0.0, 0.1), "`start` must be a positive.*got 0.0"),
-        (lambda: exponential(-1.0, 0.1), "`start` must be .*got -1.0"),
         (lambda: exponential(math.nan, 0.1), "`start` must be .*got nan"),
         (lambda: exponential(1.0, -0.1), r"`rate` must be a finite number, 0 or more.*got -0\.1"),
         (lambda: exponential(1.0, math.inf), "`rate` must be .*got inf"),
@@ -105,12 +98,10 @@ def test_a_cycle_is_a_line_and_then_constant():
         (lambda: exponential(1.0, 0.1, floor=math.nan), "`floor` must be .*got nan"),
         (lambda: exponential(1.0, 0.1, every=0), "`every` must be a positive integer.*got 0"),
         (lambda: exponential(1.0, 0.1, every=2.5), r"`every` must be .*got 2\.5"),
-        (lambda: linear(0.0, 1.0, steps=0), "`steps` must be a positive integer.*got 0"),
         (lambda: linear(math.nan, 1.0, steps=3), "`start` must be a finite number.*got nan"),
         (lambda: cyclical(0.0, math.inf, period=3), "`end` must be .*got inf"),
         (lambda: cyclical(0.0, 1.0, period=2.5), r"`period` must be .*got 2\.5"),
-        (lambda: cyclical(0.0, 1.0, period=3, rise=0.0), "`rise` must be a share above 0 and at most 1, got 0.0"),
-        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "`rise` must be .*got 1.5"),
+        (lambda: cyclical(0.0, 1.0, period=3, rise=1.5), "`rise` must be a share above 0 and at most 1, got 1.5"),
         (lambda: from_torch(SCHEDULERS["StepLR"], start=0), "`start` must be .*got 0"),
     ],
 )
@@ -121,34 +112,22 @@ def test_wrong_numbers_are_refused(make, message):
 
 @pytest.mark.parametrize("batch_size", [None, 16])
 def test_histories_hold_the_elbo_while_the_weight_of_the_kl_changes(batch_size):
-    net = networks.mlp([8], activation=nn.Tanh)
+    net, beta, seen = networks.mlp([8], activation=nn.Tanh), torch.tensor(1.0), []
     vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    beta, seen = torch.tensor(1.0), []
     weight = WeightKL(beta)
 
     def model(x):
         vae.model(x)
         seen.append(beta.item())
 
-    fitted = pv.fit(
-        weight(model),
-        weight(vae.guide),
-        X,
-        epochs=4,
-        batch_size=batch_size,
-        lr=1e-12,  # the VAE is then the same in all steps
-        schedules={beta: linear(0.0, 1.0, steps=4)},
-    )
-    history = fitted.history
+    options = {"epochs": 4, "batch_size": batch_size, "schedules": {beta: linear(0.0, 1.0, steps=4)}}
+    history = pv.fit(weight(model), weight(vae.guide), X, lr=1e-12, **options).history
     assert {0.0, 0.25, 0.5, 0.75} <= set(seen)
     assert beta == (0.75 if batch_size is None else 1.0)
     for elbo, distortion, rate in zip(history["elbo"], history["distortion"], history["rate"], strict=True):
         assert elbo == pytest.approx(-distortion - rate, rel=1e-5)
     expected = float(exact.elbo(vae.model, vae.guide, X).mean())
     assert history["elbo"] == pytest.approx([expected] * 4, abs=0.5)
-
-
-# --- In training -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])
@@ -163,24 +142,18 @@ def test_a_schedule_is_called_once_per_step_before_it_and_the_last_value_stays(b
     assert random_states() == before
 
 
-def test_validation_does_not_change_the_value():
+def test_validation_and_evaluation_are_at_the_last_value():
     pair = RecordingPair()
-    pair.fit(lambda step: 1.0 + step, epochs=3, validation=X[:4])
+    pair.fit(lambda step: 1.0 + step, epochs=3, validation=X[:4], lr=1e-12)
     assert pair.seen[-6:] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
-
-
-def test_evaluation_is_at_the_last_value():
-    pair = RecordingPair()
-    pair.fit(lambda step: 1.0 + step, lr=1e-12)
     elbo = pv.evaluate(pair.model, pair.guide, X)["elbo"]
-    expected = dist.Normal(0.0, 5.0).log_prob(X).sum(-1).mean()
+    expected = dist.Normal(0.0, 3.0).log_prob(X).sum(-1).mean()
     assert elbo == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_guide_and_prior_have_their_own_schedules_of_the_temperature():
-    vae = relaxed_vae()
+    vae, seen = relaxed_vae(), []
     ours, theirs = temperatures(vae)
-    seen = []
 
     def guide(x):
         seen.append((vae.encode(x).base_dist.temperature.unique().tolist(), theirs.item()))
@@ -195,16 +168,16 @@ def test_guide_and_prior_have_their_own_schedules_of_the_temperature():
 
 
 def test_the_elbo_is_that_of_the_relaxed_model_at_the_last_temperature():
-    """Densities and draws follow the value."""
+    """Densities and draws follow the value, which a state dict holds."""
     vae = relaxed_vae(1)
     pv.fit(vae.model, vae.guide, X, epochs=30, lr=1e-2, schedules=dict.fromkeys(temperatures(vae), lambda step: 0.9))
-    assert all(value.item() == pytest.approx(0.9) for value in temperatures(vae))
+    other = relaxed_vae(1)
+    other.load_state_dict(vae.state_dict())
+    assert all(value.item() == pytest.approx(0.9) for value in temperatures(vae) + temperatures(other))
     terms = pv.evaluate(vae.model, vae.guide, X, num_samples=2000)
     assert terms["elbo"] == pytest.approx(exact.elbo(vae.model, vae.guide, X).mean().item(), abs=0.02)
     assert (exact.kl(vae.model, vae.guide, X) > 0).all()
 
-
-# --- Schedulers of torch ---------------------------------------------------------------------------------------------
 
 SCHEDULERS = {
     "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 7, gamma=0.3),
@@ -243,9 +216,9 @@ def test_schedulers_of_torch_give_their_values_in_any_order_of_steps(name):
     assert len(set(expected)) > 1
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_scheduler_changes_the_learning_rate_of_a_run_as_in_torch(compile, monkeypatch):
-    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)
+def test_a_scheduler_changes_the_learning_rate_of_a_run_as_in_torch(compile):
     make = SCHEDULERS["CosineAnnealingLR"]
 
     def model(x):
@@ -273,34 +246,28 @@ def test_a_scheduler_changes_the_learning_rate_of_a_run_as_in_torch(compile, mon
         (
             lr_scheduler.ReduceLROnPlateau,
             TypeError,
-            "`make` must be .*got <class.*ReduceLROnPlateau depends on losses",
+            "got a function .* ReduceLROnPlateau. ReduceLROnPlateau depends on",
         ),
+        (lambda opt: lr_scheduler.ReduceLROnPlateau(opt), TypeError, "got a function that returns a ReduceLROnPlat"),
         (
-            lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer),
+            lambda opt: 0.1,
             TypeError,
-            "`make` must be .*got a function that returns a ReduceLROnPlateau",
+            "a function from an optimizer to a scheduler.*got a function that returns a float",
         ),
-        (lambda optimizer: 0.1, TypeError, "`make` must be a function from an optimizer to a sched.*returns a float"),
-        (0.1, TypeError, "`make` must be a function.*got 0.1"),
-        (
-            lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 9),
-            ValueError,
-            "got a OneCycleLR that.*cycle_momentum=False",
-        ),
+        (0.1, TypeError, "a function from an optimizer to a scheduler.*got 0.1"),
+        (lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, 9), ValueError, "got a OneCycleLR that.*cycle_momentum=False"),
     ],
 )
 def test_other_functions_are_refused(make, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"`make` must .*{message}"):
         from_torch(make)
 
 
 def test_a_scheduler_is_refused_after_its_last_step():
     schedule = from_torch(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, 5, cycle_momentum=False))
     assert schedule(4) < schedule(1)
-    with pytest.raises(
-        ValueError,
-        match="`lr` must be a scheduler for all steps of the run, got a OneCycleLR without a value for step 7",
-    ):
+    message = "`lr` must be a scheduler for all steps of the run, got a OneCycleLR without a value for step 7"
+    with pytest.raises(ValueError, match=message):
         schedule(6)
 
 
@@ -309,50 +276,30 @@ def test_a_constant_schedule_changes_nothing(batch_size):
     runs = []
     for scheduled in (True, False):
         vae = relaxed_vae()
-        constant = {value: exponential(value.item(), rate=0) for value in temperatures(vae)} if scheduled else None
-        fitted = pv.fit(vae.model, vae.guide, X, epochs=5, batch_size=batch_size, lr=1e-2, schedules=constant)
+        values = {value: exponential(value.item(), rate=0) for value in temperatures(vae)} if scheduled else None
+        fitted = pv.fit(vae.model, vae.guide, X, epochs=5, batch_size=batch_size, lr=1e-2, schedules=values)
         runs.append((fitted.history, [parameter.tolist() for parameter in vae.parameters()]))
     assert runs[0] == runs[1]
 
 
-def test_a_state_dict_holds_the_last_value():
-    vae = relaxed_vae()
-    ours, _ = temperatures(vae)
-    pv.fit(vae.model, vae.guide, X, epochs=3, schedules={ours: lambda step: 0.3})
-    other = relaxed_vae()
-    other.load_state_dict(vae.state_dict())
-    assert temperatures(other)[0].item() == pytest.approx(0.3)
+KEYS = [torch.ones(1), torch.ones(2, 2), torch.ones((), requires_grad=True), nn.Parameter(torch.tensor(1.0))]
+KEYS += [torch.tensor(1), torch.tensor(True), "beta"]
 
 
 @pytest.mark.parametrize(
-    "value",
+    ("schedules", "error", "message"),
     [
-        torch.ones(1),
-        torch.ones(2, 2),
-        torch.tensor(1.0, requires_grad=True),
-        nn.Parameter(torch.tensor(1.0)),
-        torch.tensor(1),
-        torch.tensor(True),
-        "beta",
-    ],
-    ids=["a vector", "a matrix", "with a gradient", "a parameter", "an integer", "a boolean", "a name"],
+        ({key: constant(1.0)}, ValueError, "each key of .* must be a 0-dim tensor without.*got .* as a key")
+        for key in KEYS
+    ]
+    + [
+        (kind([(X[0, 0], 0.5)]), TypeError, f"must be a dict from tensors.*got a {kind.__name__}")
+        for kind in (list, tuple)
+    ]
+    + [({X[0, 0]: 0.5}, TypeError, r"each value of .* must be a function of the step.*got 0\.5")],
 )
-def test_other_keys_are_refused(value):
-    message = r"each key of `schedules` must be a 0-dim tensor without gradient.*got .* as a key"
-    with pytest.raises(ValueError, match=message):
-        check_schedules({value: exponential(1.0, 0.1)})
-
-
-@pytest.mark.parametrize(
-    ("schedules", "message"),
-    [
-        ([(torch.tensor(1.0), exponential(1.0, 0.1))], "`schedules` must be a dict from tensors to.*got a list"),
-        (((torch.tensor(1.0), exponential(1.0, 0.1)),), "`schedules` must be a dict from tensors to.*got a tuple"),
-        ({torch.tensor(1.0): 0.5}, r"each value of `schedules` must be a function of the step.*got 0\.5"),
-    ],
-)
-def test_wrong_types_are_refused_before_the_first_step(schedules, message):
+def test_other_schedules_are_refused_before_the_first_step(schedules, error, message):
     pair = RecordingPair()
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(error, match=message):
         pv.fit(pair.model, pair.guide, X, epochs=1, schedules=schedules)
     assert pair.seen == []
