@@ -102,10 +102,7 @@ def test_a_module_that_is_no_part_may_be_the_prior_and_shared_parameters_are_reg
     assert {id(parameter) for parameter in stored().values()} == {id(parameter) for parameter in vae.parameters()}
     assert len(stored()) == len(list(vae.parameters()))
     assert all(not torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())
-    with pytest.raises(
-        TypeError,
-        match=r"`prior` must be a Part.*got MeanOfEncoderPrior, which has no discrete twin",
-    ):
+    with pytest.raises(TypeError, match=r"`prior` must be a Part.*got MeanOfEncoderPrior, which has no discrete twin"):
         vae.discrete()
 
 
@@ -227,11 +224,7 @@ MISFITS = {
         ["encoder", "guides.DiagonalNormal", "likelihoods.Normal", "(4,)", "What would fit: in_features=3"],
     ),
     "flat encoder for image data": (
-        lambda: (
-            priors.StandardNormal(2),
-            guides.DiagonalNormal(6, 2, NET),
-            likelihoods.Bernoulli(2, (1, 2, 3), NET),
-        ),
+        lambda: (priors.StandardNormal(2), guides.DiagonalNormal(6, 2, NET), likelihoods.Bernoulli(2, (1, 2, 3), NET)),
         ["guides.DiagonalNormal", "likelihoods.Bernoulli", "What would fit: in_features=(1, 2, 3)"],
     ),
     "density against mass": (
@@ -259,11 +252,7 @@ MISFITS = {
         ["log_simplex", "guides.DiagonalNormal", "priors.GumbelSoftmax", "fit: guides.GumbelSoftmax"],
     ),
     "binary against one-hot": (
-        lambda: (
-            priors.OneHotCategorical((1, 2)),
-            guides.Bernoulli(3, (1, 2), NET),
-            NORMAL_LIKELIHOOD((1, 2)),
-        ),
+        lambda: (priors.OneHotCategorical((1, 2)), guides.Bernoulli(3, (1, 2), NET), NORMAL_LIKELIHOOD((1, 2))),
         ["guides.Bernoulli", "priors.OneHotCategorical", "fit: guides.OneHotCategorical(latent=(1, 2)"],
     ),
     "a normal for positive latents": (

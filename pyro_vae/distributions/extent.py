@@ -66,13 +66,9 @@ def find_extent(distribution: Any) -> Extent:
     return box
 
 
-@find_extent.register
-def _(distribution: torch.distributions.Independent) -> Extent:
-    return find_extent(distribution.base_dist)
-
-
-@find_extent.register
-def _(distribution: dist.MaskedDistribution) -> Extent:
+@find_extent.register(torch.distributions.Independent)
+@find_extent.register(dist.MaskedDistribution)
+def _(distribution: Any) -> Extent:
     return find_extent(distribution.base_dist)
 
 

@@ -5,17 +5,16 @@ A part is a family (:mod:`pyro_vae.parts.families`) and the source of its raw ou
 :mod:`pyro_vae.parts.guides` and :mod:`pyro_vae.parts.likelihoods` are these two with a family filled in.
 """
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, describe, real_tensor
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.families.relaxed import Relaxed
 
-__all__ = ["Conditional", "Part", "Unconditional", "checked_family", "checked_raw"]
+__all__ = ["Conditional", "Part", "Unconditional", "checked_amortized", "checked_family", "checked_raw"]
 
 
 class Part(nn.Module):
@@ -95,7 +94,7 @@ class Conditional(Part):
     torch.Size([7, 5])
     """
 
-    def __init__(self, family: Family, context: int | Sequence[int], network: nn.Module):
+    def __init__(self, family: Family, context: Shape, network: nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"`network` must be a module, such as networks.linear()(2, 3), got {describe(network)}")
@@ -120,22 +119,17 @@ class Conditional(Part):
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
         """The network's output for a context, ``(*, family.num_raw)``."""
+        who, spelled = type(self).__name__, ", ".join(["*", *map(str, self.context_shape)])
         if not isinstance(context, Tensor):
             given = "none" if context is None else describe(context)
-            raise TypeError(
-                f"the context of {type(self).__name__} must be a tensor (*, {_spell(self.context_shape)}), got {given}"
-            )
+            raise TypeError(f"the context of {who} must be a tensor ({spelled}), got {given}")
         batch_dims = context.dim() - len(self.context_shape)
         if batch_dims < 0 or context.shape[batch_dims:] != self.context_shape:
-            raise ValueError(
-                f"the context of {type(self).__name__} must be (*, {_spell(self.context_shape)}), got shape "
-                f"{tuple(context.shape)}"
-            )
+            raise ValueError(f"the context of {who} must be ({spelled}), got shape {tuple(context.shape)}")
         try:
             raw = self.network(context.flatten(batch_dims))
         except RuntimeError as error:
-            mismatch = self._mismatch(context)
-            if mismatch is None:
+            if (mismatch := self._mismatch(context)) is None:
                 raise
             raise mismatch from error
         if not isinstance(raw, Tensor):
@@ -175,6 +169,13 @@ class Conditional(Part):
         return Conditional(self._discrete_family(), self.context_shape, self.network)
 
 
+def checked_amortized(encoder: Conditional) -> Conditional:
+    """Return ``encoder`` if it is an amortized guide."""
+    if not isinstance(encoder, Conditional):
+        raise TypeError(f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}")
+    return encoder
+
+
 def checked_family(family: Family) -> Family:
     """Return ``family`` if it is a family."""
     if not isinstance(family, Family):
@@ -192,7 +193,3 @@ def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
     if raw.isnan().any():
         raise ValueError(f"`raw` must be {expected}, got nan in it")
     return raw
-
-
-def _spell(shape: torch.Size) -> str:
-    return ", ".join(map(str, shape))

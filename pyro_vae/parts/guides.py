@@ -7,9 +7,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import as_shape, data_tensors, describe, positive_int
+from pyro_vae._utils.typing import Shape
+from pyro_vae._utils.validation import as_shape, data_tensors, positive_int
 from pyro_vae.parts import families
-from pyro_vae.parts.base import Conditional, Part, checked_family, checked_raw
+from pyro_vae.parts.base import Conditional, Part, checked_amortized, checked_family, checked_raw
 from pyro_vae.parts.families import multivariate
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.networks import NetworkFactory, build
@@ -32,7 +33,7 @@ __all__ = [
 
 
 class _Encoder(Conditional):
-    def __init__(self, family: Family, in_features: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, family: Family, in_features: Shape, network: NetworkFactory):
         features = as_shape(in_features, "in_features").numel()
         super().__init__(family, in_features, build(network, features, family.num_raw))
 
@@ -52,7 +53,7 @@ class DiagonalNormal(_Encoder):
     torch.Size([1])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.Normal(latent), in_features, network)
 
 
@@ -67,7 +68,7 @@ class LogNormal(_Encoder):
     True
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.LogNormal(latent), in_features, network)
 
 
@@ -88,8 +89,8 @@ class LogitNormal(_Encoder):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        latent: int | Sequence[int],
+        in_features: Shape,
+        latent: Shape,
         network: NetworkFactory,
         low: float | Tensor = 0.0,
         high: float | Tensor = 1.0,
@@ -111,7 +112,7 @@ class FullRankNormal(_Encoder):
     torch.Size([5, 3, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory):
         super().__init__(multivariate.FullRankNormal(latent), in_features, network)
 
 
@@ -130,7 +131,7 @@ class LowRankNormal(_Encoder):
     torch.Size([3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, rank: int = 1):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory, rank: int = 1):
         super().__init__(multivariate.LowRankNormal(latent, rank), in_features, network)
 
 
@@ -154,7 +155,7 @@ class MixtureOfNormals(_Encoder):
     True
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, num_components: int = 2):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory, num_components: int = 2):
         super().__init__(multivariate.MixtureOfNormals(latent, num_components), in_features, network)
 
 
@@ -174,11 +175,8 @@ class PerDatum(Part):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import families, likelihoods, networks, priors
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     encoder=PerDatum(families.Normal(2), 50),
-    ...     decoder=likelihoods.Normal(2, 3, networks.linear()),
-    ... )
+    >>> encoder = PerDatum(families.Normal(2), 50)
+    >>> vae = pv.VAE(priors.StandardNormal(2), encoder, likelihoods.Normal(2, 3, networks.linear()))
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 3), epochs=5, batch_size=20)
     """
 
@@ -200,26 +198,18 @@ class PerDatum(Part):
 
         >>> import pyro_vae as pv
         >>> from pyro_vae import guides, likelihoods, networks, priors
-        >>> vae = pv.VAE(
-        ...     prior=priors.StandardNormal(2),
-        ...     encoder=guides.DiagonalNormal(3, 2, networks.linear()),
-        ...     decoder=likelihoods.Normal(2, 3, networks.linear()).requires_grad_(False),
-        ... )
+        >>> decoder = likelihoods.Normal(2, 3, networks.linear()).requires_grad_(False)
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, networks.linear()), decoder)
         >>> x = torch.randn(50, 3)
         >>> refined = pv.VAE(vae.prior, PerDatum.refining(vae.encoder, x), vae.decoder)
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
-        if not isinstance(encoder, Conditional):
-            raise TypeError(
-                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
-            )
         with torch.no_grad():
-            raw = encoder.raw_outputs(*data_tensors((x,), "x"))
+            raw = checked_amortized(encoder).raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)
 
     @property
     def num_data(self) -> int:
-        """The number of data, N."""
         return len(self.raw)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -233,7 +223,6 @@ class PerDatum(Part):
         return self.family(raw)
 
     def discrete(self) -> "PerDatum":
-        """The discrete twin, with the same raw outputs."""
         return PerDatum(self._discrete_family(), self.raw)
 
     def extra_repr(self) -> str:
@@ -247,8 +236,8 @@ class _FlowEncoder(_Encoder):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        latent: int | Sequence[int],
+        in_features: Shape,
+        latent: Shape,
         network: NetworkFactory,
         transforms: int = 3,
         hidden: Sequence[int] = (64, 64),
@@ -298,14 +287,7 @@ class SplineFlow(_FlowEncoder):
     It is :class:`InverseAutoregressiveFlow` with rational-quadratic splines in place of affine maps. They can turn one
     mode into several, also for a single variable.
 
-    Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
-        transforms: number of autoregressive steps, each in the reverse order of the last.
-        hidden: sizes of the hidden layers of each step's network.
-        context: size of h; with 0 the steps are the same for every x.
-
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Arguments and errors are those of :class:`InverseAutoregressiveFlow`.
 
     Source: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural spline flows".
 
@@ -331,7 +313,7 @@ class Bernoulli(_Encoder):
     torch.Size([5, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.Bernoulli(latent), in_features, network)
 
 
@@ -347,7 +329,7 @@ class OneHotCategorical(_Encoder):
     torch.Size([5, 1, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Sequence[int], network: NetworkFactory):
         super().__init__(families.OneHotCategorical(latent), in_features, network)
 
 
@@ -363,9 +345,7 @@ class RelaxedBernoulli(_Encoder):
     True
     """
 
-    def __init__(
-        self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory, temperature: float
-    ):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory, temperature: float):
         super().__init__(families.RelaxedBernoulli(latent, temperature), in_features, network)
 
 
@@ -382,7 +362,5 @@ class GumbelSoftmax(_Encoder):
     torch.Size([5, 1])
     """
 
-    def __init__(
-        self, in_features: int | Sequence[int], latent: Sequence[int], network: NetworkFactory, temperature: float
-    ):
+    def __init__(self, in_features: Shape, latent: Sequence[int], network: NetworkFactory, temperature: float):
         super().__init__(families.RelaxedOneHotCategorical(latent, temperature), in_features, network)

@@ -6,11 +6,11 @@ network that accepts NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
 """
 
 import math
-from collections.abc import Sequence
 
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, boolean, positive
 from pyro_vae.distributions.missing import with_missing
 from pyro_vae.parts import families
@@ -22,7 +22,7 @@ __all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial"
 
 
 class _Decoder(Conditional):
-    def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory, missing: bool):
+    def __init__(self, family: Family, latent: Shape, network: NetworkFactory, missing: bool):
         features = as_shape(latent, "latent").numel()
         super().__init__(family, latent, build(network, features, family.num_raw))
         self.missing = boolean(missing, "missing")
@@ -59,8 +59,8 @@ class Normal(_Decoder):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         scale: str | float = "shared",
         min_scale: float = 1e-3,
@@ -70,12 +70,7 @@ class Normal(_Decoder):
 
     @classmethod
     def mse(
-        cls,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        kl_weight: float,
-        missing: bool = False,
+        cls, latent: Shape, out_features: Shape, network: NetworkFactory, kl_weight: float, missing: bool = False
     ) -> "Normal":
         r"""The likelihood behind the loss "mean-squared error plus weight times KL": a normal of fixed scale.
 
@@ -125,8 +120,8 @@ class StudentT(_Decoder):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         df: str | float = "shared",
         scale: str | float = "shared",
@@ -155,8 +150,8 @@ class Bernoulli(_Decoder):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         soft_targets: bool = False,
         missing: bool = False,
@@ -179,13 +174,7 @@ class ContinuousBernoulli(_Decoder):
     torch.Size([5])
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        missing: bool = False,
-    ):
+    def __init__(self, latent: Shape, out_features: Shape, network: NetworkFactory, missing: bool = False):
         super().__init__(families.ContinuousBernoulli(out_features), latent, network, missing)
 
 
@@ -209,12 +198,7 @@ class Categorical(_Decoder):
     """
 
     def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        num_classes: int,
-        network: NetworkFactory,
-        missing: bool = False,
+        self, latent: Shape, out_features: Shape, num_classes: int, network: NetworkFactory, missing: bool = False
     ):
         super().__init__(families.Categorical(out_features, num_classes), latent, network, missing)
 
@@ -234,13 +218,7 @@ class Poisson(_Decoder):
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        missing: bool = False,
-    ):
+    def __init__(self, latent: Shape, out_features: Shape, network: NetworkFactory, missing: bool = False):
         super().__init__(families.Poisson(out_features), latent, network, missing)
 
 
@@ -264,8 +242,8 @@ class NegativeBinomial(_Decoder):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         dispersion: str | float = "shared",
         missing: bool = False,

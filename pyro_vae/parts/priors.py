@@ -6,10 +6,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import boolean, data_tensors, describe, numbers, real_tensor
+from pyro_vae._utils.typing import Shape
+from pyro_vae._utils.validation import boolean, data_tensors, numbers, real_tensor
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts import families
-from pyro_vae.parts.base import Conditional, Part, Unconditional
+from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized
 from pyro_vae.parts.families import multivariate
 
 __all__ = [
@@ -39,7 +40,7 @@ class StandardNormal(Unconditional):
     tensor(-1.8379)
     """
 
-    def __init__(self, latent: int | Sequence[int]):
+    def __init__(self, latent: Shape):
         super().__init__(families.Normal(latent))
 
 
@@ -53,7 +54,7 @@ class Normal(Unconditional):
     [torch.Size([4])]
     """
 
-    def __init__(self, latent: int | Sequence[int]):
+    def __init__(self, latent: Shape):
         family = families.Normal(latent)
         super().__init__(family, nn.Parameter(family.start()))
 
@@ -69,7 +70,7 @@ class Laplace(Unconditional):
     tensor(-1.3863)
     """
 
-    def __init__(self, latent: int | Sequence[int], learnable: bool = False):
+    def __init__(self, latent: Shape, learnable: bool = False):
         family = families.Laplace(latent)
         super().__init__(family, _raw(family.start(), learnable))
 
@@ -86,7 +87,7 @@ class StudentT(Unconditional):
     tensor([2., 2.])
     """
 
-    def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
+    def __init__(self, latent: Shape, df: float = 4.0, learnable: bool = False):
         family = families.StudentT(latent, df)
         super().__init__(family, _raw(family.start(), learnable))
 
@@ -107,11 +108,7 @@ class Gamma(Unconditional):
     """
 
     def __init__(
-        self,
-        latent: int | Sequence[int],
-        concentration: float | Tensor = 1.0,
-        rate: float | Tensor = 1.0,
-        learnable: bool = False,
+        self, latent: Shape, concentration: float | Tensor = 1.0, rate: float | Tensor = 1.0, learnable: bool = False
     ):
         family = families.Gamma(latent)
         logs = [
@@ -136,7 +133,7 @@ class Uniform(Unconditional):
     tensor(-1.3863)
     """
 
-    def __init__(self, latent: int | Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+    def __init__(self, latent: Shape, low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         super().__init__(families.Uniform(latent, low, high))
 
 
@@ -179,10 +176,7 @@ class VampPrior(Part):
 
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
-        if not isinstance(encoder, Conditional):
-            raise TypeError(
-                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
-            )
+        checked_amortized(encoder)
         real_tensor(pseudo_data, "pseudo_data", "a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
@@ -238,13 +232,7 @@ class NormalizingFlow(Unconditional):
     -1.837...
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        transforms: int = 3,
-        hidden: Sequence[int] = (64, 64),
-        kind: str = "affine",
-    ):
+    def __init__(self, latent: Shape, transforms: int = 3, hidden: Sequence[int] = (64, 64), kind: str = "affine"):
         family = multivariate.Flow(latent, kind, transforms, hidden)
         super().__init__(family, nn.Parameter(family.start()))
 
@@ -261,7 +249,7 @@ class Bernoulli(Unconditional):
     tensor([0.2500, 0.2500, 0.2500])
     """
 
-    def __init__(self, latent: int | Sequence[int], probs: float | Tensor = 0.5, learnable: bool = False):
+    def __init__(self, latent: Shape, probs: float | Tensor = 0.5, learnable: bool = False):
         family = families.Bernoulli(latent)
         super().__init__(family, _logits(family.event_shape, probs, learnable))
 
@@ -319,7 +307,7 @@ class RelaxedBernoulli(_RelaxedPrior):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
+        latent: Shape,
         temperature: float,
         probs: float | Tensor = 0.5,
         learnable: bool = False,

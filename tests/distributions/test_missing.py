@@ -161,8 +161,7 @@ def test_missing_entries_are_refused_without_the_option(work):
 @pytest.mark.parametrize("name", ["fit", "evaluate", "to_datatree", "exact.elbo"])
 def test_an_encoder_that_cannot_read_nan_is_refused_with_a_way_out(name):
     with pytest.raises(
-        ValueError,
-        match=r"must accept missing entries.*networks\.with_missing.*got a context with NaN",
+        ValueError, match=r"must accept missing entries.*networks\.with_missing.*got a context with NaN"
     ):
         WORK[name](gaussian_vae(reads=False))
 
