@@ -66,9 +66,6 @@ class Passes:
         return self.count - before
 
 
-# --- The process is left as it was -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("validate", [True, False])
 def test_validation_is_restored_and_zuko_is_imported_when_it_is_used(validate):
     program = f"""
@@ -131,9 +128,6 @@ def test_arguments_out_of_range_are_refused(options, message):
         multivariate.Flow(2, **options)
 
 
-# --- Before training -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", flow.KINDS)
 @pytest.mark.parametrize("latent", [1, 3, (2, 2)])
 def test_a_flow_starts_as_the_independent_normal_of_its_shift_and_scale(kind, latent):
@@ -154,9 +148,6 @@ def test_affine_steps_of_one_variable_are_a_normal_and_splines_are_not():
     for kind, is_normal in (("affine", True), ("spline", False)):
         curvature = nonlinear_net(priors.NormalizingFlow(1, kind=kind), std=1.0)().log_prob(z).diff(n=3)
         assert (curvature.abs().max() < 1e-9) == is_normal
-
-
-# --- A draw is scored as it is made ----------------------------------------------------------------------------------
 
 
 def test_a_draw_of_a_guide_and_its_score_are_one_pass_and_another_value_is_many():
@@ -283,9 +274,6 @@ def test_parameters_that_are_not_finite_are_refused_by_name():
         family(torch.full((family.num_raw,), math.nan))
 
 
-# --- Exact answers and objectives ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("latent", "kind", "tolerance"),
     [(1, "affine", 1e-4), (1, "spline", 1e-4), (2, "affine", 1e-4), (2, "spline", 3e-2)],  # a spline has kinks
@@ -357,9 +345,6 @@ def test_draws_for_arviz_have_the_shift_and_scale_of_the_guide():
         tree = pv.to_datatree(vae.model, vae.guide, torch.randn(7, 2), draws=20, parallel=parallel)
         assert dict(tree["posterior"]["z"].sizes) == {"chain": 1, "draw": 20, "obs": 7, "latent": 2}
         assert set(tree["guide"].data_vars) == {"z_shift", "z_scale"}
-
-
-# --- What they are for -----------------------------------------------------------------------------------------------
 
 
 def noise_rule(count):

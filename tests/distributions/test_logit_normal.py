@@ -41,11 +41,8 @@ def test_the_pathwise_gradient_is_that_of_the_logit():
     torch.testing.assert_close(slope, (x * (1 - x)).detach())
 
 
-def test_expansion_keeps_density_and_bounds():
+def test_expansion_keeps_bounds_and_values_outside_are_refused():
     q = LogitNormal(LOC, SCALE, -1.0, LOC.abs() + 1)
-    wide = q.expand((4, 7))
-    x = wide.sample()
-    torch.testing.assert_close(wide.log_prob(x), q.log_prob(x))
-    assert torch.equal(support_bounds(wide.to_event(1))[1][0], LOC.abs() + 1)
+    assert torch.equal(support_bounds(q.expand((4, 7)).to_event(1))[1][0], LOC.abs() + 1)
     with pytest.raises(ValueError, match="support"):
         q.log_prob(torch.full((7,), -2.0, dtype=torch.float64))

@@ -15,9 +15,6 @@ from pyro_vae.parts.families import multivariate
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
 
 
-# --- A guide for each datum ------------------------------------------------------------------------------------------
-
-
 def linear_vae(encoder):
     torch.manual_seed(0)
     decoder = likelihoods.Normal(2, 3, networks.linear(), scale=0.5).requires_grad_(False)
@@ -124,9 +121,6 @@ def test_it_is_the_same_under_particles_and_importance_weighting():
     elbo = pv.objectives.ImportanceWeighted(50, "doubly-reparameterized")
     fitted = pv.fit(vae.model, vae.guide, X.float(), epochs=30, batch_size=2, lr=5e-2, elbo=elbo)
     assert fitted.history["elbo"][-1] > fitted.history["elbo"][0]
-
-
-# --- Mixtures --------------------------------------------------------------------------------------------------------
 
 
 def test_a_mixture_guide_finds_both_modes_and_closes_the_gap_of_a_normal():

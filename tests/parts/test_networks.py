@@ -158,9 +158,6 @@ def test_channels_that_are_none_are_refused(channels):
         deconvolutional((1, 8, 8), channels)(2, 64)
 
 
-# --- Missing entries and classes --------------------------------------------------------------------------------------
-
-
 def test_a_network_for_missing_entries_does_not_take_them_for_zeros():
     network = with_missing(linear())(3, 2)
     x = torch.tensor([[1.0, 0.0, torch.nan], [1.0, torch.nan, 0.0], [1.0, 0.0, 0.0]], requires_grad=True)

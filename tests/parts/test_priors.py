@@ -13,9 +13,6 @@ from pyro_vae import families, guides, likelihoods, priors
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
 
 
-# --- Arguments -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("probs", [0.0, 1.0, -0.1, math.nan, torch.tensor([0.5, 1.0])])
 def test_bernoulli_probabilities_out_of_range_are_refused(probs):
     for build in (lambda: priors.Bernoulli(2, probs), lambda: priors.RelaxedBernoulli(2, 0.5, probs)):
@@ -91,9 +88,6 @@ def test_a_learnable_gamma_starts_at_its_arguments_and_learns_those_of_the_data(
 def test_reading_of_an_ordinary_prior_is_the_value_itself():
     value = torch.randn(3, 2)
     assert priors.StandardNormal(2).read(value) is value
-
-
-# --- VampPrior -------------------------------------------------------------------------------------------------------
 
 
 def vamp_vae():
@@ -176,9 +170,6 @@ def test_the_optimal_prior_is_the_average_of_the_guide_over_the_data():
 def test_what_is_no_vamp_prior_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-# --- Heavy tails -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

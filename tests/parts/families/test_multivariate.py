@@ -42,9 +42,6 @@ def vae_of(prior, guide):
     return vae
 
 
-# --- Each pair of prior and guide ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_exact_evidence_elbo_and_gap_agree(prior, guide):
     vae = vae_of(prior, guide)
@@ -107,9 +104,6 @@ def test_the_kl_of_a_normal_from_a_diagonal_one_is_torchs_of_two_full_ones(make)
     torch.testing.assert_close(torch.distributions.kl_divergence(q, p), expected)
     with pytest.raises(NotImplementedError):
         torch.distributions.kl_divergence(q, dist.Laplace(loc, scale).to_event(1))
-
-
-# --- Normals with covariance -----------------------------------------------------------------------------------------
 
 
 def test_full_rank_reaches_every_covariance_and_low_rank_those_of_its_form():
