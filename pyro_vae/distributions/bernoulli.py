@@ -103,7 +103,6 @@ _GREY = (
     "ContinuousBernoulli`, a density; or `likelihoods.Bernoulli(..., soft_targets=True)`, a cross-entropy, no density."
 )
 
-
 _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 

@@ -20,7 +20,6 @@ __all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "find_extent"]
 LOG_TAIL = 36.0
 """A box leaves out a mass of about e^-36 = 2e-16."""
 
-
 NORMAL_REACH = 9.0
 """Standard deviations of a normal on either side of its mean, all but a mass of 2e-19."""
 

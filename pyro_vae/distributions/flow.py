@@ -22,9 +22,7 @@ __all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
 KINDS = ("affine", "spline")
 """Kinds of autoregressive steps: the map of one variable, given the previous ones."""
 
-
 _BINS = 8
-
 
 _REACH = 8.5  # standard deviations: all but e^-36 of a normal of two dimensions
 

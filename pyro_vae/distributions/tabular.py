@@ -20,9 +20,7 @@ __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bou
 
 _BEND = 16.0  # e^16 = 9e6: far above it, float32 cannot represent neighbouring counts
 
-
 _STIRLING = 1e4  # above it, the series is exact to 1e-22; a difference of log-gammas is not
-
 
 _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
 
@@ -73,9 +71,7 @@ class Poisson(Parametric):
     def mean(self) -> Tensor:
         return self.log_rate.exp()
 
-    @property
-    def variance(self) -> Tensor:
-        return self.log_rate.exp()
+    variance = mean
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:

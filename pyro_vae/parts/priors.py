@@ -220,8 +220,7 @@ class NormalizingFlow(Unconditional):
         kind: of step: ``"affine"``, or ``"spline"``, which is more flexible, within 5 scales of b. Affine steps of a
             single variable are a normal: use splines there.
 
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
     Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow for density estimation"; Durkan,
     Bekasov, Murray and Papamakarios 2019, "Neural spline flows"; as a prior, Chen, Kingma et al. 2017, "Variational

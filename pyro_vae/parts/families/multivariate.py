@@ -145,8 +145,7 @@ class Flow(Family):
         context: size of h.
         inverse: whether draws are fast in place of densities.
 
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
     Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow"; Kingma et al. 2016, "Improved
     variational inference with inverse autoregressive flow"; Durkan, Bekasov, Murray and Papamakarios 2019, "Neural
