@@ -78,7 +78,7 @@ def test_other_data_than_its_own_are_refused():
         vae.encode(X[:4].float())
     with pytest.raises(ValueError, match="6"):
         vae.guide(X[:4].float())
-    with pytest.raises(ValueError, match=r"validation.*not amortized"):
+    with pytest.raises(ValueError, match=r"`validation` .*amortized guide"):
         pv.fit(vae.model, vae.guide, X.float(), epochs=1, validation=X.float())
 
 
@@ -88,7 +88,6 @@ def test_other_data_than_its_own_are_refused():
         (guides.PerDatum, (families.Normal(2), 0), "`raw` must be .*got 0"),
         (guides.PerDatum, (families.Normal(2), torch.zeros(5, 3)), r"`raw` must be floats \(N, 4\), .*shape \(5, 3\)"),
         (guides.PerDatum.refining, (priors.Normal(2), X), "`encoder` must be .*got a Normal"),
-        (guides.PerDatum, (2, 5), "`family` must be a family.*got a int"),
     ],
 )
 def test_what_is_no_guide_for_each_datum_is_refused(make, arguments, message):

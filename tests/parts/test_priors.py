@@ -8,7 +8,7 @@ import torch
 from pairs import NET, gaussian
 
 import pyro_vae as pv
-from pyro_vae import families, guides, priors
+from pyro_vae import guides, priors
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
 DIAGONAL = guides.DiagonalNormal(3, 2, NET)
@@ -126,23 +126,21 @@ def test_the_optimal_prior_is_the_average_of_the_guide_over_the_data():
 
 
 @pytest.mark.parametrize(
-    ("encoder", "pseudo_data", "error", "message"),
+    ("encoder", "pseudo_data", "message"),
     [
-        (DIAGONAL, torch.randn(3), ValueError, r"`pseudo_data` must be .*got shape \(3,\)"),
-        (DIAGONAL, torch.randn(4, 2), ValueError, r"`pseudo_data` must be \(K, 3\), K >= 1, got shape \(4, 2\)"),
-        (DIAGONAL, torch.randn(0, 3), ValueError, "K >= 1, got"),
-        (guides.Bernoulli(3, 2, NET), torch.randn(4, 3), ValueError, "`encoder` must be .*got a Bern"),
+        (DIAGONAL, torch.randn(3), r"`pseudo_data` must be .*got shape \(3,\)"),
+        (DIAGONAL, torch.randn(4, 2), r"`pseudo_data` must be \(K, 3\), K >= 1, got shape \(4, 2\)"),
+        (DIAGONAL, torch.randn(0, 3), "K >= 1, got"),
+        (guides.Bernoulli(3, 2, NET), torch.randn(4, 3), "`encoder` must be .*got a Bern"),
         (
             guides.RelaxedBernoulli(3, 2, NET, 0.5),
             torch.randn(4, 3),
-            ValueError,
             "`encoder` must be a guide of continuous latents .*got a RelaxedBernoulli",
         ),
-        (guides.PerDatum(families.Normal(2), 6), torch.randn(4, 3), TypeError, "`encoder` must be .*got a PerDatum"),
     ],
 )
-def test_what_is_no_vamp_prior_is_refused(encoder, pseudo_data, error, message):
-    with pytest.raises(error, match=message):
+def test_what_is_no_vamp_prior_is_refused(encoder, pseudo_data, message):
+    with pytest.raises(ValueError, match=message):
         priors.VampPrior(encoder, pseudo_data)
 
 

@@ -124,18 +124,3 @@ def test_low_rank_keeps_its_digits_in_float32_at_small_scales(scale):
     z.requires_grad_()
     ours, theirs = (torch.autograd.grad(p.log_prob(y).sum(), z)[0] for p, y in ((q, z), (exact, z.double())))
     torch.testing.assert_close(ours, theirs, atol=1e-3 / scale, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: multivariate.FullRankNormal((2, 3)), r"`event_shape` must be \(D,\), one vector.*got \(2, 3\)"),
-        (lambda: multivariate.LowRankNormal(3, 4), "`rank` must be 1 to 3.*got 4"),
-        (lambda: multivariate.LowRankNormal(3, 0), "`rank` must be .*got 0"),
-        (lambda: guides.MixtureOfNormals(3, 2, NET, num_components=0), "`num_components` must be .*got 0"),
-        (lambda: priors.MixtureOfNormals(2, 1.5), "`num_components` must be .*got 1.5"),
-    ],
-)
-def test_what_is_no_family_is_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
