@@ -90,6 +90,8 @@ class StudentT(_LocationScale):
     tensor([2., 2.])
     """
 
+    _options = ("scale", "df")
+
     def __init__(
         self, event_shape: Shape, df: str | float = "shared", scale: str | float = "network", min_scale: float = 0.0
     ):
