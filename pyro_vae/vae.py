@@ -319,10 +319,8 @@ def _error_context(message: str) -> Iterator[None]:
     """Put this message before that of an error inside."""
     try:
         yield
-    except TypeError as error:
-        raise TypeError(f"{message}: {error}") from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{message}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{message}: {error}") from error
 
 
 @contextmanager

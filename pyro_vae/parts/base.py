@@ -44,10 +44,8 @@ class Part(nn.Module):
         return self.family.discrete()
 
     def _no_twin(self) -> TypeError:
-        return TypeError(
-            f"{type(self).__name__} has no discrete twin: only relaxed parts have one, such as "
-            "RelaxedBernoulli and GumbelSoftmax"
-        )
+        which = "only relaxed parts have one, such as RelaxedBernoulli and GumbelSoftmax"
+        return TypeError(f"{type(self).__name__} has no discrete twin: {which}")
 
 
 class Unconditional(Part):
@@ -109,13 +107,11 @@ class Conditional(Part):
         except ValueError as error:
             if context is None or context.isfinite().all():
                 raise
-            who = type(self).__name__
+            who, ready = type(self).__name__, "networks.with_missing(network)"
+            message = f"the network of {who} must accept missing entries, such as {ready}, got a context with NaN"
             if context.isinf().any():
-                raise ValueError(f"the context of {who} must be finite numbers, got inf") from error
-            raise ValueError(
-                f"the network of {who} must accept missing entries, such as networks.with_missing(network), got a "
-                "context with NaN"
-            ) from error
+                message = f"the context of {who} must be finite numbers, got inf"
+            raise ValueError(message) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
         """The network's output for a context, ``(*, family.num_raw)``."""
@@ -135,15 +131,11 @@ class Conditional(Part):
         if not isinstance(raw, Tensor):
             raise TypeError(f"`network` must return a tensor, (*, {self.family.num_raw}), got {describe(raw)}")
         if raw.shape[-1:] != (self.family.num_raw,):
-            count = raw.shape[-1] if raw.dim() else "no"
-            raise ValueError(
-                f"`network` must return {self.family.num_raw} outputs, the raw outputs of {self.family}, got {count}"
-            )
+            must = f"{self.family.num_raw} outputs, the raw outputs of {self.family}"
+            raise ValueError(f"`network` must return {must}, got {raw.shape[-1] if raw.dim() else 'no'}")
         if raw.shape[:-1] != context.shape[:batch_dims]:
-            raise ValueError(
-                "`network` must keep the dimensions on the left, got outputs of shape "
-                f"{tuple(raw.shape)} for a context of shape {tuple(context.shape)}"
-            )
+            shapes = f"outputs of shape {tuple(raw.shape)} for a context of shape {tuple(context.shape)}"
+            raise ValueError(f"`network` must keep the dimensions on the left, got {shapes}")
         return raw
 
     def _mismatch(self, context: Tensor) -> Exception | None:
