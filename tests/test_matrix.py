@@ -30,7 +30,7 @@ def with_likelihoods(combinations):
 
 
 TRIPLES = [(p, g, o) for p, g in PAIRS for o in OBJECTIVES if takes(o, p, g)]
-each_objective = pytest.mark.parametrize(("prior", "guide", "likelihood", "objective"), with_likelihoods(TRIPLES))
+NAMES = ("prior", "guide", "likelihood", "objective")
 
 
 def assert_trains(prior, guide, likelihood, objective):
@@ -46,12 +46,19 @@ def assert_trains(prior, guide, likelihood, objective):
         assert any(name.startswith(part) for name in moved), part
 
 
-@each_objective
+@pytest.mark.parametrize(NAMES, with_likelihoods(TRIPLES))
 def test_what_fits_trains(prior, guide, likelihood, objective):
     assert_trains(prior, guide, likelihood, objective)
 
 
-def assert_is_captured(monkeypatch, prior, guide, likelihood, objective):
+@pytest.mark.parametrize(
+    NAMES,
+    [
+        param if index % 24 == 0 else pytest.param(*param.values, marks=[*param.marks, pytest.mark.slow])
+        for index, param in enumerate(with_likelihoods(TRIPLES))
+    ],
+)
+def test_what_fits_is_captured(monkeypatch, prior, guide, likelihood, objective):
     """The graph is replayed uncompiled: what the compiler does with it does not depend on the part."""
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
     found = []
@@ -66,24 +73,6 @@ def assert_is_captured(monkeypatch, prior, guide, likelihood, objective):
     # A neural baseline computes in float32.
     assert captured == pytest.approx(eager, rel=1e-6)
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("prior", "guide", "likelihood", "objective"),
-    [
-        marked(p, g, list(LIKELIHOODS)[index % len(LIKELIHOODS)], taken[index % len(taken)])
-        for index, (p, g) in list(enumerate(PAIRS))[::3]
-        if (taken := [o for o in OBJECTIVES if takes(o, p, g)])
-    ],
-)
-def test_what_fits_is_captured(monkeypatch, prior, guide, likelihood, objective):
-    assert_is_captured(monkeypatch, prior, guide, likelihood, objective)
-
-
-@pytest.mark.slow
-@each_objective
-def test_every_objective_is_captured(monkeypatch, prior, guide, likelihood, objective):
-    assert_is_captured(monkeypatch, prior, guide, likelihood, objective)
 
 
 @pytest.mark.slow

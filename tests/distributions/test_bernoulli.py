@@ -53,8 +53,7 @@ def test_a_bernoulli_of_logits_that_many_data_share_is_that_of_torch(kind, batch
         q = of(logits=logits, validate_args=False)
         log_p = (q if batch is None else q.expand(batch)).log_prob(value)
         found.append([log_p, *torch.autograd.grad(log_p.sum(), [logits, value])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_a_bernoulli_of_shared_logits_keeps_its_digits_and_refuses_grey_values():

@@ -20,8 +20,7 @@ def test_density_and_gradients_are_those_of_a_transformed_normal():
         value = x.clone().requires_grad_()
         log_p = q.log_prob(value)
         found.append([log_p, *torch.autograd.grad(log_p.sum(), [loc, scale, value])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

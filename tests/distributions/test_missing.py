@@ -76,9 +76,7 @@ def test_a_missing_entry_has_no_part_in_any_gradient(build):
     q = part(z)
     gradients = torch.autograd.grad(q.log_prob(x).sum(), leaves)
     expected = torch.autograd.grad(part(z).base_dist.base_dist.log_prob(x.nan_to_num(0))[:, [0, 2, 3]].sum(), leaves)
-    for ours, theirs in zip(gradients, expected, strict=True):
-        assert ours.isfinite().all()
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients, expected)  # NaN is not close to NaN
 
 
 @ALL

@@ -67,8 +67,7 @@ def test_product_of_bernoullis_has_the_sum_of_their_log_masses(logits, value, ba
         log_p = Product(each, len(event)).expand(torch.Size(batch)).log_prob(x)
         assert log_p.shape == batch
         found.append([log_p, *torch.autograd.grad(log_p.sum(), [of])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("shapes", [((3, 1, 0), (4, 0)), ((0, 1, 3), (4, 3)), ((3, 1, 2), (0, 2))], ids=str)
