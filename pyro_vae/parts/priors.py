@@ -1,4 +1,7 @@
-"""Priors p(z): parts without a context. Their ``read`` also defines the input of the decoder for a value of z."""
+"""Priors p(z): parts without a context. Their ``read`` also defines the input of the decoder for a value of z.
+
+Where a prior does not describe ``latent``, it is the size or shape of z.
+"""
 
 from collections.abc import Sequence
 
@@ -47,9 +50,6 @@ class StandardNormal(Unconditional):
 class Normal(Unconditional):
     r""":math:`z \sim N(\mu, \mathrm{diag}\,\sigma^2)` with learnable location and scale, initially :math:`N(0, I)`.
 
-    Args:
-        latent: size or shape of z.
-
     >>> [parameter.shape for parameter in Normal(2).parameters()]
     [torch.Size([4])]
     """
@@ -63,7 +63,6 @@ class Laplace(Unconditional):
     r""":math:`p(z) = \prod_d \tfrac{1}{2 b_d} e^{-|z_d - \mu_d| / b_d}`, a sparse prior: few coordinates are large.
 
     Args:
-        latent: size or shape of z.
         learnable: whether location and scale are trained, starting from 0 and 1.
 
     >>> Laplace(2)().log_prob(torch.zeros(2))
@@ -79,7 +78,6 @@ class StudentT(Unconditional):
     r"""Independent Student-t variables, :math:`z_d \sim t_\nu(\mu_d, \sigma_d)`, with heavy tails.
 
     Args:
-        latent: size or shape of z.
         df: degrees of freedom :math:`\nu`, a positive number.
         learnable: whether location and scale are trained, starting from 0 and 1.
 
@@ -98,7 +96,6 @@ class Gamma(Unconditional):
     A guide that fits is :class:`pyro_vae.parts.guides.LogNormal`.
 
     Args:
-        latent: size or shape of z.
         concentration: :math:`a`, positive, a number or a tensor that expands to the shape of z.
         rate: :math:`b`, likewise.
         learnable: whether both are trained, starting from these.
@@ -125,7 +122,6 @@ class Uniform(Unconditional):
     of it is infinite.
 
     Args:
-        latent: size or shape of z.
         low: lower corner a, a number or a tensor that expands to the shape of z.
         high: upper corner b, above a.
 
@@ -214,7 +210,6 @@ class NormalizingFlow(Unconditional):
     networks, a draw one pass per variable of z.
 
     Args:
-        latent: size or shape of z.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
         kind: of step: ``"affine"``, or ``"spline"``, which is more flexible, within 5 scales of b. Affine steps of a

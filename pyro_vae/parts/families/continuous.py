@@ -191,12 +191,7 @@ class Uniform(_Boxed):
 class LogitNormal(_Boxed, _LocationScale):
     r"""Independent variables in a box whose logit is normal, :class:`pyro_vae.distributions.LogitNormal`.
 
-    Args:
-        event_shape: size or shape of x.
-        low: lower corner, a number or a tensor that expands to the event shape.
-        high: upper corner.
-        scale: of the logit, as in :class:`Normal`.
-        min_scale: as in :class:`Normal`.
+    The box is as in :class:`Uniform`, the scale of the logit as in :class:`Normal`.
 
     >>> LogitNormal(1, scale=1.0)(torch.zeros(1)).log_prob(torch.tensor([0.5]))
     tensor(0.4674)
