@@ -46,11 +46,9 @@ class VAE(nn.Module):
         ValueError: if the parts do not fit: different event shapes or supports, or a density and a mass.
 
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32])),
-    ...     decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32])),
-    ... )
+    >>> encoder = guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32]))
+    >>> decoder = likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32]))
+    >>> vae = VAE(priors.StandardNormal(1), encoder, decoder)
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> from pyro.optim import Adam
     >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
@@ -59,24 +57,18 @@ class VAE(nn.Module):
 
     def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
         super().__init__()
-        for role, role_module, part in (
-            ("prior", "priors", prior),
-            ("encoder", "guides", encoder),
-            ("decoder", "likelihoods", decoder),
-        ):
+        roles = {"prior": ("priors", prior), "encoder": ("guides", encoder), "decoder": ("likelihoods", decoder)}
+        for role, (chapter, part) in roles.items():
             if not isinstance(part, nn.Module):
                 raise TypeError(
-                    f"`{role}` must be a module that returns a distribution, such as those of pyro_vae.{role_module}, "
+                    f"`{role}` must be a module that returns a distribution, such as those of pyro_vae.{chapter}, "
                     f"got {describe(part)}"
                 )
-        self._set_parts(prior, encoder, decoder, name)
-        self.data_shape = self._validate_parts()
-
-    def _set_parts(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None) -> None:
         self.encoder = encoder  # first, so that parameters shared with the prior have the encoder's names
         self.prior = prior
         self.decoder = decoder
         self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
+        self.data_shape = self._validate_parts()
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, without the weak references that Pyro adds to parameters and that pickle refuses.
@@ -145,17 +137,19 @@ class VAE(nn.Module):
         Buffers, such as fixed probabilities, are the current ones: convert dtype or device first.
 
         >>> from pyro_vae import priors, guides, likelihoods, networks
-        >>> relaxed = VAE(
-        ...     prior=priors.RelaxedBernoulli(1, temperature=0.5),
-        ...     encoder=guides.RelaxedBernoulli(2, 1, networks.mlp([32]), temperature=0.66),
-        ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-        ... )
+        >>> prior, encoder = priors.RelaxedBernoulli(1, 0.5), guides.RelaxedBernoulli(2, 1, networks.mlp([32]), 0.66)
+        >>> relaxed = VAE(prior, encoder, likelihoods.Normal(1, 2, networks.linear()))
         >>> relaxed.discrete().prior().has_enumerate_support
         True
         """
-        return VAE(
-            _discrete_part("prior", self.prior), _discrete_part("encoder", self.encoder), self.decoder, name=self.name
-        )
+        twins = []
+        for role, part in (("prior", self.prior), ("encoder", self.encoder)):
+            if not isinstance(part, Part):
+                which = f"{type(part).__name__}, which has no discrete twin"
+                raise TypeError(f"`{role}` must be a Part with `discrete()`, got {which}")
+            twins.append(part.discrete())
+        prior, encoder = twins
+        return VAE(prior, encoder, self.decoder, name=self.name)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""
@@ -191,15 +185,12 @@ class VAE(nn.Module):
         Returns:
             ``(num_samples, N, *data_shape)``. Observed entries are those of x in every draw.
 
-        Source: Rezende, Mohamed and Wierstra 2014, "Stochastic backpropagation", appendix F: this is the
-        first step of its Markov chain, from an encoder that reads missing entries.
+        Source: Rezende, Mohamed and Wierstra 2014, "Stochastic backpropagation", appendix F: the first step of its
+        Markov chain, from an encoder that reads missing entries.
 
         >>> from pyro_vae import priors, guides, likelihoods, networks
-        >>> vae = VAE(
-        ...     prior=priors.StandardNormal(1),
-        ...     encoder=guides.DiagonalNormal(2, 1, networks.with_missing(networks.mlp([32]))),
-        ...     decoder=likelihoods.Normal(1, 2, networks.mlp([32]), missing=True),
-        ... )
+        >>> encoder = guides.DiagonalNormal(2, 1, networks.with_missing(networks.mlp([32])))
+        >>> vae = VAE(priors.StandardNormal(1), encoder, likelihoods.Normal(1, 2, networks.linear(), missing=True))
         >>> vae.impute(torch.tensor([[0.5, torch.nan]]), num_samples=100)[:, 0, 0].unique()
         tensor([0.5000])
         """
@@ -244,11 +235,8 @@ class VAE(nn.Module):
 
         >>> import tempfile
         >>> from pyro_vae import priors, guides, likelihoods, networks
-        >>> vae = VAE(
-        ...     prior=priors.MixtureOfNormals(2, num_components=3),
-        ...     encoder=guides.DiagonalNormal(5, 2, networks.mlp([32])),
-        ...     decoder=likelihoods.Normal(2, 5, networks.mlp([32])),
-        ... )
+        >>> prior, encoder = priors.MixtureOfNormals(2, 3), guides.DiagonalNormal(5, 2, networks.mlp([32]))
+        >>> vae = VAE(prior, encoder, likelihoods.Normal(2, 5, networks.mlp([32])))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     vae.save(f"{folder}/model.pt")
         ...     again = VAE.load(f"{folder}/model.pt")
@@ -315,17 +303,8 @@ class VAE(nn.Module):
         )
 
 
-def _discrete_part(role: str, part: nn.Module) -> Part:
-    if not isinstance(part, Part):
-        raise TypeError(
-            f"`{role}` must be a Part with `discrete()`, got {type(part).__name__}, which has no discrete twin"
-        )
-    return part.discrete()
-
-
 def _name(part: nn.Module) -> str:
-    module = type(part).__module__.rpartition(".")[2]
-    return f"{module}.{type(part).__name__}"
+    return f"{type(part).__module__.rpartition('.')[2]}.{type(part).__name__}"
 
 
 def _distribution(made: Any) -> Any:
@@ -340,10 +319,8 @@ def _error_context(message: str) -> Iterator[None]:
     """Put this message before that of an error inside."""
     try:
         yield
-    except TypeError as error:
-        raise TypeError(f"{message}: {error}") from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{message}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{message}: {error}") from error
 
 
 @contextmanager

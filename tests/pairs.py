@@ -26,32 +26,20 @@ def bernoulli(latent=2, features=3):
 
 def one_hot(latent=(2, 3), features=3):
     """Two latent classes of three values each."""
-    return gaussian(
-        latent,
-        features,
-        prior=priors.OneHotCategorical(latent),
-        encoder=guides.OneHotCategorical(features, latent, NET),
-    )
+    parts = {"prior": priors.OneHotCategorical(latent), "encoder": guides.OneHotCategorical(features, latent, NET)}
+    return gaussian(latent, features, **parts)
 
 
 def relaxed(latent=2, features=3, temperature=0.5, straight_through=False):
     """Relaxed Bernoulli latents; ``.discrete()`` is their discrete twin."""
-    return gaussian(
-        latent,
-        features,
-        prior=priors.RelaxedBernoulli(latent, temperature, straight_through=straight_through),
-        encoder=guides.RelaxedBernoulli(features, latent, NET, 0.66),
-    )
+    prior = priors.RelaxedBernoulli(latent, temperature, straight_through=straight_through)
+    return gaussian(latent, features, prior=prior, encoder=guides.RelaxedBernoulli(features, latent, NET, 0.66))
 
 
 def gumbel(latent=(2, 3), features=3, temperature=0.5, straight_through=False):
     """Gumbel-softmax latents; ``.discrete()`` is their discrete twin."""
-    return gaussian(
-        latent,
-        features,
-        prior=priors.GumbelSoftmax(latent, temperature, straight_through=straight_through),
-        encoder=guides.GumbelSoftmax(features, latent, NET, 0.66),
-    )
+    prior = priors.GumbelSoftmax(latent, temperature, straight_through=straight_through)
+    return gaussian(latent, features, prior=prior, encoder=guides.GumbelSoftmax(features, latent, NET, 0.66))
 
 
 def model_of(prior, likelihood):

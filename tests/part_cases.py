@@ -1,6 +1,6 @@
 """Every part in each of its roles: a new part joins the suites by a line here."""
 
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -83,26 +83,19 @@ LIKELIHOODS = [
     ("StudentT-fixed", lambda: likelihoods.StudentT(3, 2, NET, df=1.5, scale=0.5)),
 ]
 LIKELIHOODS += [
-    ("Normal-missing", lambda: likelihoods.Normal(3, 2, NET, missing=True)),
-    ("StudentT-missing", lambda: likelihoods.StudentT(3, 2, NET, missing=True)),
-    ("Bernoulli-missing", lambda: likelihoods.Bernoulli(3, (2, 2), NET, missing=True)),
-    ("ContinuousBernoulli-missing", lambda: likelihoods.ContinuousBernoulli(3, 2, NET, missing=True)),
-    ("Categorical-missing", lambda: likelihoods.Categorical(3, 2, 3, NET, missing=True)),
-    ("Poisson-missing", lambda: likelihoods.Poisson(3, 2, NET, missing=True)),
-    ("NegativeBinomial-missing", lambda: likelihoods.NegativeBinomial(3, 2, NET, missing=True)),
+    (f"{name}-missing", partial(getattr(likelihoods, name), 3, 2, *[3] * (name == "Categorical"), NET, missing=True))
+    for name in likelihoods.__all__
 ]
 ROLES = {"priors": PRIORS, "guides": GUIDES, "likelihoods": LIKELIHOODS}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 UNLIKELY = 1e-5
 
 
-@dataclass
 class Case:
     """A part with random parameters, in float64, and its contexts."""
 
-    build: object
-
-    def __post_init__(self):
+    def __init__(self, build):
+        self.build = build
         self.part = self.fresh().double()
 
     def fresh(self):

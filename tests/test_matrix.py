@@ -4,26 +4,12 @@ A new part or objective joins the matrix by being listed here, and a test fails 
 """
 
 import io
-import itertools
 import math
+from itertools import cycle, product
 
 import pytest
 import torch
-from pair_cases import (
-    CLASSES,
-    GUIDES,
-    LIKELIHOODS,
-    OBJECTIVES,
-    PAIRS,
-    PRIORS,
-    TRIPLES,
-    N,
-    fits,
-    guide_for,
-    marked,
-    takes,
-    vae_of,
-)
+from pair_cases import GUIDES, LIKELIHOODS, OBJECTIVES, PAIRS, PRIORS, N, fits, guide_for, marked, takes, vae_of
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, objectives, priors
@@ -35,6 +21,16 @@ def test_every_part_and_objective_is_listed():
     assert GUIDES.keys() == set(guides.__all__)
     assert LIKELIHOODS.keys() == set(likelihoods.__all__)
     assert {name.partition("-")[0] for name in OBJECTIVES} >= set(objectives.__all__)
+
+
+def with_likelihoods(combinations):
+    """Each combination with one likelihood in turn: each pair of lists, not each product."""
+    turns = zip(combinations, cycle(LIKELIHOODS), strict=False)
+    return [marked(prior, guide, likelihood, *objective) for (prior, guide, *objective), likelihood in turns]
+
+
+TRIPLES = [(p, g, o) for p, g in PAIRS for o in OBJECTIVES if takes(o, p, g)]
+NAMES = ("prior", "guide", "likelihood", "objective")
 
 
 def assert_trains(prior, guide, likelihood, objective):
@@ -50,18 +46,19 @@ def assert_trains(prior, guide, likelihood, objective):
         assert any(name.startswith(part) for name in moved), part
 
 
-@pytest.mark.parametrize(
-    ("prior", "guide", "likelihood", "objective"),
-    [
-        marked(p, g, list(LIKELIHOODS)[index % len(LIKELIHOODS)], o)  # each pair of lists, not each quadruple
-        for index, (p, g, o) in enumerate(TRIPLES)
-    ],
-)
+@pytest.mark.parametrize(NAMES, with_likelihoods(TRIPLES))
 def test_what_fits_trains(prior, guide, likelihood, objective):
     assert_trains(prior, guide, likelihood, objective)
 
 
-def assert_is_captured(monkeypatch, prior, guide, likelihood, objective):
+@pytest.mark.parametrize(
+    NAMES,
+    [
+        param if index % 24 == 0 else pytest.param(*param.values, marks=[*param.marks, pytest.mark.slow])
+        for index, param in enumerate(with_likelihoods(TRIPLES))
+    ],
+)
+def test_what_fits_is_captured(monkeypatch, prior, guide, likelihood, objective):
     """The graph is replayed uncompiled: what the compiler does with it does not depend on the part."""
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: None)
     found = []
@@ -78,27 +75,6 @@ def assert_is_captured(monkeypatch, prior, guide, likelihood, objective):
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("prior", "guide", "likelihood", "objective"),
-    [
-        marked(p, g, list(LIKELIHOODS)[index % len(LIKELIHOODS)], taken[index % len(taken)])
-        for index, (p, g) in list(enumerate(PAIRS))[::3]
-        if (taken := [o for o in OBJECTIVES if takes(o, p, g)])
-    ],
-)
-def test_what_fits_is_captured(monkeypatch, prior, guide, likelihood, objective):
-    assert_is_captured(monkeypatch, prior, guide, likelihood, objective)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prior", "guide", "likelihood", "objective"),
-    [marked(p, g, list(LIKELIHOODS)[index % len(LIKELIHOODS)], o) for index, (p, g, o) in enumerate(TRIPLES)],
-)
-def test_every_objective_is_captured(monkeypatch, prior, guide, likelihood, objective):
-    assert_is_captured(monkeypatch, prior, guide, likelihood, objective)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("prior", "guide"), [marked(*pair) for pair in PAIRS])
@@ -108,10 +84,7 @@ def test_every_combination_trains(prior, guide, likelihood):
             assert_trains(prior, guide, likelihood, objective)
 
 
-@pytest.mark.parametrize(
-    ("prior", "guide", "likelihood"),
-    [marked(p, g, list(LIKELIHOODS)[index % len(LIKELIHOODS)]) for index, (p, g) in enumerate(PAIRS)],
-)
+@pytest.mark.parametrize(("prior", "guide", "likelihood"), with_likelihoods(PAIRS))
 def test_the_elbo_is_below_log_p_and_goes_through_a_file(prior, guide, likelihood):
     vae, x = vae_of(prior, guide, likelihood)
     pv.fit(vae.model, vae.guide, x, epochs=3, lr=1e-2)
@@ -122,10 +95,7 @@ def test_the_elbo_is_below_log_p_and_goes_through_a_file(prior, guide, likelihoo
     file = io.BytesIO()
     torch.save(vae.state_dict(), file)
     file.seek(0)
-    torch.manual_seed(1)
-    encoder = GUIDES[guide][1]()
-    latent = CLASSES if "classes" in GUIDES[guide][0] else 2
-    other = pv.VAE(PRIORS[prior][1](encoder), encoder, LIKELIHOODS[likelihood][0](latent))
+    other, _ = vae_of(prior, guide, likelihood, seed=1)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert pv.evaluate(other.model, other.guide, x) == pv.evaluate(vae.model, vae.guide, x)
 
@@ -163,9 +133,7 @@ def test_calibration_and_decomposition_take_every_latent(prior, guide):
     assert all(math.isfinite(value) for units in nats.units.values() for value in units.activity.flatten().tolist())
 
 
-@pytest.mark.parametrize(
-    ("prior", "guide"), [marked(p, g) for p, g in itertools.product(PRIORS, GUIDES) if not fits(p, g)]
-)
+@pytest.mark.parametrize(("prior", "guide"), [marked(p, g) for p, g in product(PRIORS, GUIDES) if not fits(p, g)])
 def test_a_pair_that_does_not_fit_is_refused_with_one_that_does(prior, guide):
     with pytest.raises((ValueError, TypeError), match=r"What would fit|must be an? (amortized )?guide"):
         vae_of(prior, guide, "Normal")

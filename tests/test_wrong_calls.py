@@ -264,6 +264,7 @@ PARTS = {
         ValueError, "network", "must keep the dimensions on the left, got outputs of shape (2,)"),
     "a rank above the size": Row(lambda w: guides.LowRankNormal(2, 2, NET, rank=3),
         ValueError, "rank", "must be 1 to 2...got 3"),
+    "no columns": positive_int(lambda w: guides.LowRankNormal(2, 2, NET, rank=0), "rank", 0),
     "a latent of two dimensions with all correlations": Row(lambda w: guides.FullRankNormal(2, (2, 3), NET),
         ValueError, "event_shape", "must be (D,)...got (2, 3)"),
     "the class of a family": Row(lambda w: guides.PerDatum(families.Normal, 3),

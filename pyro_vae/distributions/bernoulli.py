@@ -6,11 +6,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
+from pyro_vae.distributions.base import Parametric
 from pyro_vae.distributions.relaxed import open_uniform
 
 __all__ = ["Bernoulli", "ContinuousBernoulli", "SharedBernoulli", "SoftTargetBernoulli"]
@@ -103,7 +103,6 @@ _GREY = (
     "ContinuousBernoulli`, a density; or `likelihoods.Bernoulli(..., soft_targets=True)`, a cross-entropy, no density."
 )
 
-
 _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 
@@ -140,7 +139,7 @@ class SoftTargetBernoulli(SharedBernoulli):
     has_enumerate_support = False
 
 
-class ContinuousBernoulli(TorchDistribution):
+class ContinuousBernoulli(Parametric):
     r"""A density on [0, 1] with the cross-entropy as its exponent, for grey pixels.
 
     .. math:: \log p(x) = x\,l - \mathrm{softplus}(l) + \log C(l), \qquad C(l) = \frac{l}{\tanh(l / 2)} .
@@ -161,13 +160,6 @@ class ContinuousBernoulli(TorchDistribution):
     def __init__(self, logits: Tensor, validate_args: bool | None = None):
         self.logits = torch.as_tensor(logits)
         super().__init__(self.logits.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(ContinuousBernoulli, _instance)
-        new.logits = self.logits.expand(batch_shape)
-        super(ContinuousBernoulli, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     @property
     def log_normalizer(self) -> Tensor:

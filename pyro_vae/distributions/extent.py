@@ -20,7 +20,6 @@ __all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "find_extent"]
 LOG_TAIL = 36.0
 """A box leaves out a mass of about e^-36 = 2e-16."""
 
-
 NORMAL_REACH = 9.0
 """Standard deviations of a normal on either side of its mean, all but a mass of 2e-19."""
 
@@ -66,13 +65,9 @@ def find_extent(distribution: Any) -> Extent:
     return box
 
 
-@find_extent.register
-def _(distribution: torch.distributions.Independent) -> Extent:
-    return find_extent(distribution.base_dist)
-
-
-@find_extent.register
-def _(distribution: dist.MaskedDistribution) -> Extent:
+@find_extent.register(torch.distributions.Independent)
+@find_extent.register(dist.MaskedDistribution)
+def _(distribution: Any) -> Extent:
     return find_extent(distribution.base_dist)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pyro_vae.distributions.base import Parametric
 from pyro_vae.distributions.extent import Extent
 
 __all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
@@ -22,9 +22,7 @@ __all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
 KINDS = ("affine", "spline")
 """Kinds of autoregressive steps: the map of one variable, given the previous ones."""
 
-
 _BINS = 8
-
 
 _REACH = 8.5  # standard deviations: all but e^-36 of a normal of two dimensions
 
@@ -89,7 +87,7 @@ def _with_log_slope(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, transform.log_abs_det_jacobian(x, y)
 
 
-class Flow(TorchDistribution):
+class Flow(Parametric):
     r"""A normalizing flow, :math:`z = b + s \odot f(\epsilon)` with :math:`\epsilon \sim N(0, I)` and f invertible,
 
     .. math:: \log q(z) = \log N(\epsilon; 0, I) - \sum_d \log s_d
@@ -138,7 +136,7 @@ class Flow(TorchDistribution):
         self.transform = transform
         self.shift, self.scale = torch.broadcast_tensors(shift, scale)
         self.scores_draws = scores_draws
-        self._scored: Any = None  # scores by draw
+        self._scored: Any = None  # scores by draw, made by the first
         cut = self.shift.dim() - event_dim
         super().__init__(self.shift.shape[:cut], self.shift.shape[cut:], validate_args=validate_args)
 
@@ -149,15 +147,6 @@ class Flow(TorchDistribution):
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(Flow, _instance)
-        shape = torch.Size(batch_shape) + self.event_shape
-        new.transform, new.scores_draws, new._scored = self.transform, self.scores_draws, None
-        new.shift, new.scale = self.shift.expand(shape), self.scale.expand(shape)
-        super(Flow, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape=()) -> Tensor:
         shape = self._extended_shape(sample_shape)

@@ -4,17 +4,17 @@ import math
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 
+from pyro_vae.distributions.base import Parametric
 from pyro_vae.distributions.extent import NORMAL_REACH, Extent
 from pyro_vae.distributions.properties import clamp_inside
 
 __all__ = ["LogitNormal"]
 
 
-class LogitNormal(TorchDistribution):
+class LogitNormal(Parametric):
     r"""A variable between a and b whose logit is normal, :math:`y = \log\frac{x - a}{b - x} \sim N(\mu, \sigma^2)`.
 
     .. math:: \log p(x) = \log N(y; \mu, \sigma^2) + \log(b - a) - \log(x - a) - \log(b - x) .
@@ -51,14 +51,6 @@ class LogitNormal(TorchDistribution):
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
         return constraints.interval(self.low, self.high)
-
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(LogitNormal, _instance)
-        for name in ("loc", "scale", "low", "high"):
-            setattr(new, name, getattr(self, name).expand(batch_shape))
-        super(LogitNormal, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape=()) -> Tensor:
         noise = torch.randn(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)

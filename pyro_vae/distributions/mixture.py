@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.special import ndtr
 
 from pyro_vae._utils.validation import real_tensor
+from pyro_vae.distributions.base import Parametric
 
 __all__ = ["MixtureOfNormals"]
 
 
-class MixtureOfNormals(TorchDistribution):
+class MixtureOfNormals(Parametric):
     r"""A mixture of K diagonal normals in D dimensions,
 
     .. math:: p(z) = \sum_k \pi_k \prod_d N(z_d;\ \mu_{kd}, \sigma_{kd}^2).
@@ -68,16 +68,6 @@ class MixtureOfNormals(TorchDistribution):
         self.logits = logits.expand(*batch, -1)
         self.loc, self.scale = (value.expand(*batch, *loc.shape[-2:]) for value in (loc, scale))
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "MixtureOfNormals":
-        batch = torch.Size(batch_shape)
-        new = self._get_checked_instance(MixtureOfNormals, _instance)
-        new.logits = self.logits.expand(*batch, -1)
-        new.loc, new.scale = (value.expand(*batch, *self.loc.shape[-2:]) for value in (self.loc, self.scale))
-        new._components = self._components
-        super(MixtureOfNormals, new).__init__(batch, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``(*sample, *batch)``, in nats."""

@@ -28,9 +28,6 @@ __all__ = [
 ]
 
 
-# --- Wrappers --------------------------------------------------------------------------------------------------------
-
-
 def base_distribution(distribution: Any) -> Any:
     """The distribution inside all wrappers that have a ``base_dist``: ``Independent``, masked, transformed.
 
@@ -64,9 +61,6 @@ def is_masked(distribution: Any) -> bool:
             return True
         distribution = distribution.base_dist
     return False
-
-
-# --- Density and support ---------------------------------------------------------------------------------------------
 
 
 def is_normalized(distribution: dist.Distribution) -> bool:
@@ -160,9 +154,6 @@ def _as_double(bound: Any) -> Tensor:
     return torch.as_tensor(bound).detach().to("cpu", torch.float64)
 
 
-# --- Discrete twins and means ----------------------------------------------------------------------------------------
-
-
 def discrete_twin(distribution: Any) -> Any:
     """The distribution of the discrete variables that relaxed ones stand for; ``None`` if they are not relaxed.
 
@@ -197,10 +188,9 @@ def conditional_mean(distribution: Any) -> tuple[Tensor | None, bool]:
     (tensor([0.5000, 0.5000]), True)
     """
     variables = without_independent(distribution)
-    twin = discrete_twin(variables)
-    variables = variables if twin is None else twin
-    classes = class_probabilities(variables)
-    if classes is not None:
+    if (twin := discrete_twin(variables)) is not None:
+        variables = twin
+    if (classes := class_probabilities(variables)) is not None:
         return classes, True
     try:
         mean = variables.mean

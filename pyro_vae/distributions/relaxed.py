@@ -4,12 +4,12 @@ import math
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Transform, biject_to, transform_to
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
+from pyro_vae.distributions.base import Parametric
 from pyro_vae.distributions.extent import LOG_TAIL, Extent
 
 __all__ = ["AdditiveLogRatioTransform", "LogRelaxedOneHotCategorical", "LogitRelaxedBernoulli", "log_simplex"]
@@ -76,7 +76,7 @@ def open_uniform(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(half_step, 1 - half_step)
 
 
-class LogitRelaxedBernoulli(TorchDistribution):
+class LogitRelaxedBernoulli(Parametric):
     r"""The logit :math:`y` of a relaxed (binary concrete) Bernoulli.
 
     With logits :math:`l`, temperature :math:`\lambda` and :math:`d = l - \lambda y`,
@@ -107,14 +107,6 @@ class LogitRelaxedBernoulli(TorchDistribution):
         self.temperature, self.logits = broadcast_all(temperature, logits)
         super().__init__(self.logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(LogitRelaxedBernoulli, _instance)
-        new.temperature = self.temperature.expand(batch_shape)
-        new.logits = self.logits.expand(batch_shape)
-        super(LogitRelaxedBernoulli, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
     def rsample(self, sample_shape=()) -> Tensor:
         noise = torch.logit(open_uniform(self._extended_shape(sample_shape), self.logits))
         return (self.logits + noise) / self.temperature
@@ -134,7 +126,7 @@ class LogitRelaxedBernoulli(TorchDistribution):
         return _logistic_extent(self.logits, self.temperature)
 
 
-class LogRelaxedOneHotCategorical(TorchDistribution):
+class LogRelaxedOneHotCategorical(Parametric):
     r"""The logarithm :math:`y` of a relaxed one-hot variable: Gumbel-softmax, or the concrete distribution.
 
     With logits :math:`l \in \mathbb{R}^k` and temperature :math:`\lambda`,
@@ -170,14 +162,6 @@ class LogRelaxedOneHotCategorical(TorchDistribution):
         self.temperature = temperature.expand(batch_shape)
         self.logits = logits.expand(*batch_shape, -1).log_softmax(-1)
         super().__init__(batch_shape, logits.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        new = self._get_checked_instance(LogRelaxedOneHotCategorical, _instance)
-        new.temperature = self.temperature.expand(batch_shape)
-        new.logits = self.logits.expand(*batch_shape, -1)
-        super(LogRelaxedOneHotCategorical, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     def rsample(self, sample_shape=()) -> Tensor:
         gumbel = -(-open_uniform(self._extended_shape(sample_shape), self.logits).log()).log()

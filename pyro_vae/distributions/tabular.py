@@ -10,18 +10,17 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid, relu
+
+from pyro_vae.distributions.base import Parametric
 
 __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
 
 _BEND = 16.0  # e^16 = 9e6: far above it, float32 cannot represent neighbouring counts
 
-
 _STIRLING = 1e4  # above it, the series is exact to 1e-22; a difference of log-gammas is not
-
 
 _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
 
@@ -54,7 +53,7 @@ def _draw_counts(mean: Tensor) -> Tensor:
     return torch.where(mean <= _NORMAL, counts, (mean + mean.sqrt() * torch.randn_like(mean)).round())
 
 
-class Poisson(TorchDistribution):
+class Poisson(Parametric):
     r"""Poisson counts, :math:`\log p(x) = x\,l - e^l - \log x!` with the log-rate :math:`l`.
 
     >>> Poisson(torch.tensor([-200.0, 0.0, 80.0])).log_prob(torch.tensor([1.0, 2.0, 3.0]))
@@ -68,20 +67,11 @@ class Poisson(TorchDistribution):
         self.log_rate = torch.as_tensor(log_rate)
         super().__init__(self.log_rate.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "Poisson":
-        new = self._get_checked_instance(Poisson, _instance)
-        new.log_rate = self.log_rate.expand(batch_shape)
-        super(Poisson, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
     @property
     def mean(self) -> Tensor:
         return self.log_rate.exp()
 
-    @property
-    def variance(self) -> Tensor:
-        return self.log_rate.exp()
+    variance = mean
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -94,7 +84,7 @@ class Poisson(TorchDistribution):
         return (x * log_rate - log_rate.exp() - (x + 1).lgamma()).to(self.log_rate.dtype)
 
 
-class NegativeBinomial(TorchDistribution):
+class NegativeBinomial(Parametric):
     r"""Overdispersed counts: a Poisson variable whose rate is gamma-distributed.
 
     With mean :math:`\mu` and dispersion :math:`\alpha`, the variance is :math:`\mu + \alpha\mu^2`. With
@@ -116,14 +106,6 @@ class NegativeBinomial(TorchDistribution):
     def __init__(self, log_mean: Tensor, dispersion: Tensor | float, validate_args: bool | None = None):
         self.log_mean, self.dispersion = broadcast_all(log_mean, dispersion)
         super().__init__(self.log_mean.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "NegativeBinomial":
-        new = self._get_checked_instance(NegativeBinomial, _instance)
-        new.log_mean = self.log_mean.expand(batch_shape)
-        new.dispersion = self.dispersion.expand(batch_shape)
-        super(NegativeBinomial, new).__init__(torch.Size(batch_shape), validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
     @property
     def mean(self) -> Tensor:

@@ -5,17 +5,16 @@ A part is a family (:mod:`pyro_vae.parts.families`) and the source of its raw ou
 :mod:`pyro_vae.parts.guides` and :mod:`pyro_vae.parts.likelihoods` are these two with a family filled in.
 """
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, describe, real_tensor
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.families.relaxed import Relaxed
 
-__all__ = ["Conditional", "Part", "Unconditional", "checked_family", "checked_raw"]
+__all__ = ["Conditional", "Part", "Unconditional", "checked_amortized", "checked_family", "checked_raw"]
 
 
 class Part(nn.Module):
@@ -45,10 +44,8 @@ class Part(nn.Module):
         return self.family.discrete()
 
     def _no_twin(self) -> TypeError:
-        return TypeError(
-            f"{type(self).__name__} has no discrete twin: only relaxed parts have one, such as "
-            "RelaxedBernoulli and GumbelSoftmax"
-        )
+        which = "only relaxed parts have one, such as RelaxedBernoulli and GumbelSoftmax"
+        return TypeError(f"{type(self).__name__} has no discrete twin: {which}")
 
 
 class Unconditional(Part):
@@ -95,7 +92,7 @@ class Conditional(Part):
     torch.Size([7, 5])
     """
 
-    def __init__(self, family: Family, context: int | Sequence[int], network: nn.Module):
+    def __init__(self, family: Family, context: Shape, network: nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"`network` must be a module, such as networks.linear()(2, 3), got {describe(network)}")
@@ -110,46 +107,35 @@ class Conditional(Part):
         except ValueError as error:
             if context is None or context.isfinite().all():
                 raise
-            who = type(self).__name__
+            who, ready = type(self).__name__, "networks.with_missing(network)"
+            message = f"the network of {who} must accept missing entries, such as {ready}, got a context with NaN"
             if context.isinf().any():
-                raise ValueError(f"the context of {who} must be finite numbers, got inf") from error
-            raise ValueError(
-                f"the network of {who} must accept missing entries, such as networks.with_missing(network), got a "
-                "context with NaN"
-            ) from error
+                message = f"the context of {who} must be finite numbers, got inf"
+            raise ValueError(message) from error
 
     def raw_outputs(self, context: Tensor | None) -> Tensor:
         """The network's output for a context, ``(*, family.num_raw)``."""
+        who, spelled = type(self).__name__, ", ".join(["*", *map(str, self.context_shape)])
         if not isinstance(context, Tensor):
             given = "none" if context is None else describe(context)
-            raise TypeError(
-                f"the context of {type(self).__name__} must be a tensor (*, {_spell(self.context_shape)}), got {given}"
-            )
+            raise TypeError(f"the context of {who} must be a tensor ({spelled}), got {given}")
         batch_dims = context.dim() - len(self.context_shape)
         if batch_dims < 0 or context.shape[batch_dims:] != self.context_shape:
-            raise ValueError(
-                f"the context of {type(self).__name__} must be (*, {_spell(self.context_shape)}), got shape "
-                f"{tuple(context.shape)}"
-            )
+            raise ValueError(f"the context of {who} must be ({spelled}), got shape {tuple(context.shape)}")
         try:
             raw = self.network(context.flatten(batch_dims))
         except RuntimeError as error:
-            mismatch = self._mismatch(context)
-            if mismatch is None:
+            if (mismatch := self._mismatch(context)) is None:
                 raise
             raise mismatch from error
         if not isinstance(raw, Tensor):
             raise TypeError(f"`network` must return a tensor, (*, {self.family.num_raw}), got {describe(raw)}")
         if raw.shape[-1:] != (self.family.num_raw,):
-            count = raw.shape[-1] if raw.dim() else "no"
-            raise ValueError(
-                f"`network` must return {self.family.num_raw} outputs, the raw outputs of {self.family}, got {count}"
-            )
+            must = f"{self.family.num_raw} outputs, the raw outputs of {self.family}"
+            raise ValueError(f"`network` must return {must}, got {raw.shape[-1] if raw.dim() else 'no'}")
         if raw.shape[:-1] != context.shape[:batch_dims]:
-            raise ValueError(
-                "`network` must keep the dimensions on the left, got outputs of shape "
-                f"{tuple(raw.shape)} for a context of shape {tuple(context.shape)}"
-            )
+            shapes = f"outputs of shape {tuple(raw.shape)} for a context of shape {tuple(context.shape)}"
+            raise ValueError(f"`network` must keep the dimensions on the left, got {shapes}")
         return raw
 
     def _mismatch(self, context: Tensor) -> Exception | None:
@@ -175,6 +161,13 @@ class Conditional(Part):
         return Conditional(self._discrete_family(), self.context_shape, self.network)
 
 
+def checked_amortized(encoder: Conditional) -> Conditional:
+    """Return ``encoder`` if it is an amortized guide."""
+    if not isinstance(encoder, Conditional):
+        raise TypeError(f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}")
+    return encoder
+
+
 def checked_family(family: Family) -> Family:
     """Return ``family`` if it is a family."""
     if not isinstance(family, Family):
@@ -192,7 +185,3 @@ def checked_raw(raw: Tensor, family: Family, lead: str = "*") -> Tensor:
     if raw.isnan().any():
         raise ValueError(f"`raw` must be {expected}, got nan in it")
     return raw
-
-
-def _spell(shape: torch.Size) -> str:
-    return ", ".join(map(str, shape))

@@ -1,4 +1,7 @@
-"""Guides q(z | x), also called encoders: parts whose context is the datum."""
+"""Guides q(z | x), also called encoders: parts whose context is the datum.
+
+Arguments that a guide does not describe are those of :class:`DiagonalNormal`.
+"""
 
 from collections.abc import Sequence
 
@@ -7,12 +10,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import as_shape, data_tensors, describe, positive_int
-from pyro_vae.parts import families
-from pyro_vae.parts.base import Conditional, Part, checked_family, checked_raw
+from pyro_vae._utils.typing import Shape
+from pyro_vae._utils.validation import as_shape, data_tensors, positive_int
+from pyro_vae.parts import families, networks
+from pyro_vae.parts.base import Conditional, Part, checked_amortized, checked_family, checked_raw
 from pyro_vae.parts.families import multivariate
 from pyro_vae.parts.families.base import Family
-from pyro_vae.parts.networks import NetworkFactory, build
+from pyro_vae.parts.networks import NetworkFactory
 
 __all__ = [
     "Bernoulli",
@@ -32,9 +36,9 @@ __all__ = [
 
 
 class _Encoder(Conditional):
-    def __init__(self, family: Family, in_features: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, family: Family, in_features: Shape, network: NetworkFactory):
         features = as_shape(in_features, "in_features").numel()
-        super().__init__(family, in_features, build(network, features, family.num_raw))
+        super().__init__(family, in_features, networks.build(network, features, family.num_raw))
 
 
 class DiagonalNormal(_Encoder):
@@ -47,27 +51,22 @@ class DiagonalNormal(_Encoder):
 
     Source: Kingma and Welling 2014, "Auto-encoding variational Bayes", section 3.
 
-    >>> from pyro_vae import networks
     >>> DiagonalNormal(2, 1, networks.mlp([32]))(torch.zeros(5, 2)).event_shape
     torch.Size([1])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.Normal(latent), in_features, network)
 
 
 class LogNormal(_Encoder):
     r"""Positive variables, :math:`\log z_d \sim N(\mu_d(x), \sigma_d(x)^2)`, for a prior such as ``priors.Gamma``.
 
-    Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
-
-    >>> from pyro_vae import networks
     >>> bool((LogNormal(2, 3, networks.linear())(torch.zeros(5, 2)).sample() > 0).all())
     True
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.LogNormal(latent), in_features, network)
 
 
@@ -77,19 +76,17 @@ class LogitNormal(_Encoder):
     For a prior on the same box, such as ``priors.Uniform``.
 
     Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
         low: lower corner a, a number or a tensor that expands to the shape of z.
         high: upper corner b, above a.
 
-    >>> from pyro_vae import networks
     >>> LogitNormal(2, 3, networks.linear(), low=-1.0, high=1.0)(torch.zeros(5, 2)).event_shape
     torch.Size([3])
     """
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        latent: int | Sequence[int],
+        in_features: Shape,
+        latent: Shape,
         network: NetworkFactory,
         low: float | Tensor = 0.0,
         high: float | Tensor = 1.0,
@@ -103,15 +100,13 @@ class FullRankNormal(_Encoder):
     The network has D(D + 3)/2 outputs: for tens of dimensions use :class:`LowRankNormal`.
 
     Args:
-        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
 
-    >>> from pyro_vae import networks
     >>> FullRankNormal(2, 3, networks.linear())(torch.zeros(5, 2)).covariance_matrix.shape
     torch.Size([5, 3, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory):
         super().__init__(multivariate.FullRankNormal(latent), in_features, network)
 
 
@@ -119,18 +114,16 @@ class LowRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), W(x) W(x)^\top + \mathrm{diag}\,\sigma(x)^2)`.
 
     Args:
-        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
         rank: columns of W, from 1 to D.
 
     Source: Ong, Nott and Smith 2018, "Gaussian variational approximation with a factor covariance structure".
 
-    >>> from pyro_vae import networks
     >>> LowRankNormal(2, 3, networks.linear(), rank=1)(torch.zeros(5, 2)).event_shape
     torch.Size([3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, rank: int = 1):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory, rank: int = 1):
         super().__init__(multivariate.LowRankNormal(latent, rank), in_features, network)
 
 
@@ -142,19 +135,17 @@ class MixtureOfNormals(_Encoder):
     :class:`pyro_vae.distributions.mixture.MixtureOfNormals`.
 
     Args:
-        in_features, network: as for :class:`DiagonalNormal`.
         latent: size of z, D.
         num_components: K.
 
     Source: Graves 2016, "Stochastic backpropagation through mixture density distributions"; Figurnov, Mohamed and Mnih
     2018, "Implicit reparameterization gradients".
 
-    >>> from pyro_vae import networks
     >>> MixtureOfNormals(2, 3, networks.linear(), num_components=4)(torch.zeros(5, 2)).has_rsample
     True
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int, network: NetworkFactory, num_components: int = 2):
+    def __init__(self, in_features: Shape, latent: int, network: NetworkFactory, num_components: int = 2):
         super().__init__(multivariate.MixtureOfNormals(latent, num_components), in_features, network)
 
 
@@ -173,12 +164,9 @@ class PerDatum(Part):
     Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders".
 
     >>> import pyro_vae as pv
-    >>> from pyro_vae import families, likelihoods, networks, priors
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     encoder=PerDatum(families.Normal(2), 50),
-    ...     decoder=likelihoods.Normal(2, 3, networks.linear()),
-    ... )
+    >>> from pyro_vae import likelihoods, priors
+    >>> encoder = PerDatum(families.Normal(2), 50)
+    >>> vae = pv.VAE(priors.StandardNormal(2), encoder, likelihoods.Normal(2, 3, networks.linear()))
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 3), epochs=5, batch_size=20)
     """
 
@@ -199,27 +187,19 @@ class PerDatum(Part):
         With the other parts frozen, training finds the tightest ELBO of the family for these data:
 
         >>> import pyro_vae as pv
-        >>> from pyro_vae import guides, likelihoods, networks, priors
-        >>> vae = pv.VAE(
-        ...     prior=priors.StandardNormal(2),
-        ...     encoder=guides.DiagonalNormal(3, 2, networks.linear()),
-        ...     decoder=likelihoods.Normal(2, 3, networks.linear()).requires_grad_(False),
-        ... )
+        >>> from pyro_vae import likelihoods, priors
+        >>> decoder = likelihoods.Normal(2, 3, networks.linear()).requires_grad_(False)
+        >>> vae = pv.VAE(priors.StandardNormal(2), DiagonalNormal(3, 2, networks.linear()), decoder)
         >>> x = torch.randn(50, 3)
         >>> refined = pv.VAE(vae.prior, PerDatum.refining(vae.encoder, x), vae.decoder)
         >>> fitted = pv.fit(refined.model, refined.guide, x, epochs=5)
         """
-        if not isinstance(encoder, Conditional):
-            raise TypeError(
-                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
-            )
         with torch.no_grad():
-            raw = encoder.raw_outputs(*data_tensors((x,), "x"))
+            raw = checked_amortized(encoder).raw_outputs(*data_tensors((x,), "x"))
         return cls(encoder.family, raw)
 
     @property
     def num_data(self) -> int:
-        """The number of data, N."""
         return len(self.raw)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -233,7 +213,6 @@ class PerDatum(Part):
         return self.family(raw)
 
     def discrete(self) -> "PerDatum":
-        """The discrete twin, with the same raw outputs."""
         return PerDatum(self._discrete_family(), self.raw)
 
     def extra_repr(self) -> str:
@@ -247,8 +226,8 @@ class _FlowEncoder(_Encoder):
 
     def __init__(
         self,
-        in_features: int | Sequence[int],
-        latent: int | Sequence[int],
+        in_features: Shape,
+        latent: Shape,
         network: NetworkFactory,
         transforms: int = 3,
         hidden: Sequence[int] = (64, 64),
@@ -271,18 +250,15 @@ class InverseAutoregressiveFlow(_FlowEncoder):
     no KL in closed form: ``TraceMeanField_ELBO`` estimates it from the draws.
 
     Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
         context: size of h; with 0 the steps are the same for every x.
 
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with inverse
     autoregressive flow", algorithm 1.
 
-    >>> from pyro_vae import networks
     >>> q = InverseAutoregressiveFlow(5, 2, networks.mlp([32]))(torch.zeros(7, 5))
     >>> z = q.rsample()
     >>> z.shape, q.log_prob(z).shape
@@ -298,18 +274,10 @@ class SplineFlow(_FlowEncoder):
     It is :class:`InverseAutoregressiveFlow` with rational-quadratic splines in place of affine maps. They can turn one
     mode into several, also for a single variable.
 
-    Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
-        transforms: number of autoregressive steps, each in the reverse order of the last.
-        hidden: sizes of the hidden layers of each step's network.
-        context: size of h; with 0 the steps are the same for every x.
-
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Arguments and errors are those of :class:`InverseAutoregressiveFlow`.
 
     Source: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural spline flows".
 
-    >>> from pyro_vae import networks
     >>> SplineFlow(5, 1, networks.mlp([32]))(torch.zeros(7, 5)).rsample().shape
     torch.Size([7, 1])
     """
@@ -323,15 +291,11 @@ class Bernoulli(_Encoder):
     With ``TraceEnum_ELBO`` and ``config_enumerate(vae.guide)`` the ELBO is a sum over all states. With ``Trace_ELBO``
     its gradient is the score-function estimator.
 
-    Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
-
-    >>> from pyro_vae import networks
     >>> Bernoulli(2, 3, networks.linear())(torch.zeros(5, 2)).sample().shape
     torch.Size([5, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory):
         super().__init__(families.Bernoulli(latent), in_features, network)
 
 
@@ -339,15 +303,13 @@ class OneHotCategorical(_Encoder):
     r"""Independent one-hot variables, :math:`q(z_j \mid x) = \mathrm{Categorical}(\pi_j(x))`.
 
     Args:
-        in_features, network: as for :class:`DiagonalNormal`.
         latent: ``(n, k)``, n variables of k classes.
 
-    >>> from pyro_vae import networks
     >>> OneHotCategorical(2, (1, 3), networks.linear())(torch.zeros(5, 2)).sample().shape
     torch.Size([5, 1, 3])
     """
 
-    def __init__(self, in_features: int | Sequence[int], latent: Sequence[int], network: NetworkFactory):
+    def __init__(self, in_features: Shape, latent: Sequence[int], network: NetworkFactory):
         super().__init__(families.OneHotCategorical(latent), in_features, network)
 
 
@@ -355,17 +317,13 @@ class RelaxedBernoulli(_Encoder):
     r"""Independent relaxed Bernoulli variables with logits from the network. A value of the site is the logit.
 
     Args:
-        in_features, latent, network: as for :class:`DiagonalNormal`.
         temperature: :math:`\lambda > 0`. Maddison et al. 2017 use 2/3 here with 1/2 in the prior.
 
-    >>> from pyro_vae import networks
     >>> RelaxedBernoulli(2, 3, networks.linear(), temperature=0.66)(torch.zeros(5, 2)).has_rsample
     True
     """
 
-    def __init__(
-        self, in_features: int | Sequence[int], latent: int | Sequence[int], network: NetworkFactory, temperature: float
-    ):
+    def __init__(self, in_features: Shape, latent: Shape, network: NetworkFactory, temperature: float):
         super().__init__(families.RelaxedBernoulli(latent, temperature), in_features, network)
 
 
@@ -373,16 +331,12 @@ class GumbelSoftmax(_Encoder):
     r"""Independent relaxed one-hot variables with logits from the network. The site is on the log-simplex.
 
     Args:
-        in_features, network: as for :class:`DiagonalNormal`.
         latent: ``(n, k)``, n variables of k classes.
         temperature: :math:`\lambda > 0`.
 
-    >>> from pyro_vae import networks
     >>> GumbelSoftmax(2, (1, 3), networks.linear(), temperature=0.5)(torch.zeros(5, 2)).sample().exp().sum(-1).shape
     torch.Size([5, 1])
     """
 
-    def __init__(
-        self, in_features: int | Sequence[int], latent: Sequence[int], network: NetworkFactory, temperature: float
-    ):
+    def __init__(self, in_features: Shape, latent: Sequence[int], network: NetworkFactory, temperature: float):
         super().__init__(families.RelaxedOneHotCategorical(latent, temperature), in_features, network)

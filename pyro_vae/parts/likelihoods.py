@@ -1,33 +1,35 @@
 """Likelihoods p(x | z), also called decoders: parts whose context is z, as the prior's ``read`` returns it.
 
+Arguments that a likelihood does not describe are those of :class:`Normal`.
+
 Each is a product over the entries of x. With ``missing=True``, NaN in x is an entry that was not observed, and
 log p(x | z) is that of the observed entries, see :mod:`pyro_vae.distributions.missing`. The encoder then needs a
 network that accepts NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
 """
 
 import math
-from collections.abc import Sequence
 
 import pyro.distributions as dist
-from torch import Tensor
+import torch
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, boolean, positive
 from pyro_vae.distributions.missing import with_missing
-from pyro_vae.parts import families
+from pyro_vae.parts import families, networks
 from pyro_vae.parts.base import Conditional
 from pyro_vae.parts.families.base import Family
-from pyro_vae.parts.networks import NetworkFactory, build
+from pyro_vae.parts.networks import NetworkFactory
 
 __all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial", "Normal", "Poisson", "StudentT"]
 
 
 class _Decoder(Conditional):
-    def __init__(self, family: Family, latent: int | Sequence[int], network: NetworkFactory, missing: bool):
+    def __init__(self, family: Family, latent: Shape, network: NetworkFactory, missing: bool):
         features = as_shape(latent, "latent").numel()
-        super().__init__(family, latent, build(network, features, family.num_raw))
+        super().__init__(family, latent, networks.build(network, features, family.num_raw))
         self.missing = boolean(missing, "missing")
 
-    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+    def forward(self, context: torch.Tensor | None = None) -> dist.TorchDistribution:
         likelihood = super().forward(context)
         return with_missing(likelihood) if self.missing else likelihood
 
@@ -51,16 +53,14 @@ class Normal(_Decoder):
             goes to infinity.
         missing: whether NaN in x is a missing entry; by default it is an error.
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> Normal(1, 2, networks.linear(), scale=0.1)(torch.zeros(5, 1)).stddev[0]
     tensor([0.1000, 0.1000])
     """
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         scale: str | float = "shared",
         min_scale: float = 1e-3,
@@ -70,12 +70,7 @@ class Normal(_Decoder):
 
     @classmethod
     def mse(
-        cls,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        kl_weight: float,
-        missing: bool = False,
+        cls, latent: Shape, out_features: Shape, network: NetworkFactory, kl_weight: float, missing: bool = False
     ) -> "Normal":
         r"""The likelihood behind the loss "mean-squared error plus weight times KL": a normal of fixed scale.
 
@@ -88,14 +83,8 @@ class Normal(_Decoder):
         To choose the weight is to choose σ. For a sum of squared errors in place of their mean, σ² is w/2.
 
         Args:
-            latent: size or shape of z.
-            out_features: size or shape of x.
-            network: factory, see :mod:`pyro_vae.parts.networks`.
             kl_weight: w, positive.
-            missing: whether NaN in x is a missing entry.
 
-        >>> import torch
-        >>> from pyro_vae import networks
         >>> Normal.mse(2, 784, networks.linear(), kl_weight=0.01)(torch.zeros(1, 2)).stddev[0, 0]
         tensor(1.9799)
         """
@@ -110,23 +99,19 @@ class StudentT(_Decoder):
     :math:`\mu`.
 
     Args:
-        latent, out_features, network, missing: as for :class:`Normal`.
         df: degrees of freedom: ``"shared"`` (the default), ``"per_dimension"`` or ``"network"``, learned and above 2;
             or a fixed positive number. At or below 1 the mean is NaN.
-        scale, min_scale: as for :class:`Normal`.
 
     Source: Lange, Little and Taylor 1989, "Robust statistical modeling using the t distribution".
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> StudentT(1, 2, networks.linear(), df=4.0, scale=0.1)(torch.zeros(5, 1)).variance[0]
     tensor([0.0200, 0.0200])
     """
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         df: str | float = "shared",
         scale: str | float = "shared",
@@ -140,23 +125,20 @@ class Bernoulli(_Decoder):
     r""":math:`p(x \mid z) = \prod_d \pi_d(z)^{x_d} (1 - \pi_d(z))^{1 - x_d}`, a mass on 0s and 1s.
 
     Args:
-        latent, out_features, network, missing: as for :class:`Normal`.
         soft_targets: accept grey values in [0, 1] and score them with the cross-entropy. That is **no likelihood**:
             exact evidence raises an error, and training reports a surrogate instead of an ELBO.
 
     Raises:
         ValueError: for data other than 0 and 1 without ``soft_targets``; the message names the alternatives.
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> Bernoulli(2, (8, 8), networks.mlp([32]))(torch.zeros(5, 2)).event_shape
     torch.Size([8, 8])
     """
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         soft_targets: bool = False,
         missing: bool = False,
@@ -168,24 +150,13 @@ class Bernoulli(_Decoder):
 class ContinuousBernoulli(_Decoder):
     r"""A density on [0, 1] for grey values, :math:`p(x \mid z) \propto \pi(z)^{x} (1 - \pi(z))^{1 - x}`.
 
-    Args:
-        latent, out_features, network, missing: as for :class:`Normal`.
-
     Source: Loaiza-Ganem and Cunningham 2019.
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> ContinuousBernoulli(2, 64, networks.linear())(torch.zeros(5, 2)).log_prob(torch.rand(5, 64)).shape
     torch.Size([5])
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        missing: bool = False,
-    ):
+    def __init__(self, latent: Shape, out_features: Shape, network: NetworkFactory, missing: bool = False):
         super().__init__(families.ContinuousBernoulli(out_features), latent, network, missing)
 
 
@@ -197,24 +168,14 @@ class Categorical(_Decoder):
     useful where classes are ordered; ``probs`` of ``base_dist`` are the probabilities.
 
     Args:
-        latent: size or shape of z.
-        out_features: size or shape of x.
         num_classes: k, the same for every entry.
-        network: factory, see :mod:`pyro_vae.parts.networks`.
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> Categorical(1, 2, 3, networks.linear())(torch.zeros(5, 1)).log_prob(torch.ones(5, 2)).shape
     torch.Size([5])
     """
 
     def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        num_classes: int,
-        network: NetworkFactory,
-        missing: bool = False,
+        self, latent: Shape, out_features: Shape, num_classes: int, network: NetworkFactory, missing: bool = False
     ):
         super().__init__(families.Categorical(out_features, num_classes), latent, network, missing)
 
@@ -225,22 +186,11 @@ class Poisson(_Decoder):
     The network gives :math:`\log\lambda`. Mean and variance are equal: counts that vary more, as most do, need
     :class:`NegativeBinomial`.
 
-    Args:
-        latent, out_features, network, missing: as for :class:`Normal`.
-
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> Poisson(1, 3, networks.linear())(torch.zeros(5, 1)).sample().shape
     torch.Size([5, 3])
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
-        network: NetworkFactory,
-        missing: bool = False,
-    ):
+    def __init__(self, latent: Shape, out_features: Shape, network: NetworkFactory, missing: bool = False):
         super().__init__(families.Poisson(out_features), latent, network, missing)
 
 
@@ -250,22 +200,19 @@ class NegativeBinomial(_Decoder):
     The network gives :math:`\log\mu`. A dispersion :math:`\alpha` near 0 is :class:`Poisson`.
 
     Args:
-        latent, out_features, network, missing: as for :class:`Normal`.
         dispersion: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of
             z), or a fixed positive number.
 
     Source: Lopez, Regier, Cole, Jordan and Yosef 2018, "Deep generative modeling for single-cell transcriptomics".
 
-    >>> import torch
-    >>> from pyro_vae import networks
     >>> NegativeBinomial(1, 3, networks.linear(), dispersion="per_dimension")(torch.zeros(5, 1)).sample().shape
     torch.Size([5, 3])
     """
 
     def __init__(
         self,
-        latent: int | Sequence[int],
-        out_features: int | Sequence[int],
+        latent: Shape,
+        out_features: Shape,
         network: NetworkFactory,
         dispersion: str | float = "shared",
         missing: bool = False,

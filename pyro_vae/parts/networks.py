@@ -41,25 +41,21 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
     Raises:
         TypeError: if ``network`` is not a factory.
 
-
     >>> build(nn.Linear(2, 3), 2, 3)
     Traceback (most recent call last):
         ...
     TypeError: `network` must be a factory, ..., got a Linear, a finished module
     """
-    expected = "a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
+    must = "`network` must be a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
     if isinstance(network, nn.Module):
-        raise TypeError(f"`network` must be {expected}, got a {type(network).__name__}, a finished module")
+        raise TypeError(f"{must}, got a {type(network).__name__}, a finished module")
+    must = f"{must}: called with ({in_features}, {out_features}), it"
     try:
         module = network(in_features, out_features)
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"`network` must be {expected}: called with ({in_features}, {out_features}), it raised: {error}"
-        ) from error
+        raise type(error)(f"{must} raised: {error}") from error
     if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"`network` must be {expected}: called with ({in_features}, {out_features}), it returned {module!r}"
-        )
+        raise TypeError(f"{must} returned {module!r}")
     return module
 
 
@@ -98,9 +94,8 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
 
 def _check_activation(activation: object) -> None:
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(
-            f"`activation` must be a class or function of a module, such as nn.Tanh, got {describe(activation)}"
-        )
+        must = "a class or function of a module, such as nn.Tanh"
+        raise TypeError(f"`activation` must be {must}, got {describe(activation)}")
 
 
 class _Standardized(nn.Module):
@@ -256,7 +251,6 @@ def convolutional(
         channels: output channels of each 3 × 3 convolution; each halves height and width, rounding up.
         activation: the module after each convolution.
 
-    >>> import torch
     >>> convolutional((1, 8, 8))(64, 4)(torch.zeros(5, 7, 64)).shape
     torch.Size([5, 7, 4])
     """
@@ -287,7 +281,6 @@ def deconvolutional(
 
     Several raw outputs per pixel, such as a location and a scale, are further channels.
 
-    >>> import torch
     >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
     torch.Size([3, 5, 784])
     """

@@ -1,4 +1,7 @@
-"""Priors p(z): parts without a context. Their ``read`` also defines the input of the decoder for a value of z."""
+"""Priors p(z): parts without a context. Their ``read`` also defines the input of the decoder for a value of z.
+
+Where a prior does not describe ``latent``, it is the size or shape of z.
+"""
 
 from collections.abc import Sequence
 
@@ -6,10 +9,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import boolean, data_tensors, describe, numbers, real_tensor
+from pyro_vae._utils.typing import Shape
+from pyro_vae._utils.validation import boolean, data_tensors, numbers, real_tensor
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts import families
-from pyro_vae.parts.base import Conditional, Part, Unconditional
+from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized
 from pyro_vae.parts.families import multivariate
 
 __all__ = [
@@ -39,21 +43,18 @@ class StandardNormal(Unconditional):
     tensor(-1.8379)
     """
 
-    def __init__(self, latent: int | Sequence[int]):
+    def __init__(self, latent: Shape):
         super().__init__(families.Normal(latent))
 
 
 class Normal(Unconditional):
     r""":math:`z \sim N(\mu, \mathrm{diag}\,\sigma^2)` with learnable location and scale, initially :math:`N(0, I)`.
 
-    Args:
-        latent: size or shape of z.
-
     >>> [parameter.shape for parameter in Normal(2).parameters()]
     [torch.Size([4])]
     """
 
-    def __init__(self, latent: int | Sequence[int]):
+    def __init__(self, latent: Shape):
         family = families.Normal(latent)
         super().__init__(family, nn.Parameter(family.start()))
 
@@ -62,14 +63,13 @@ class Laplace(Unconditional):
     r""":math:`p(z) = \prod_d \tfrac{1}{2 b_d} e^{-|z_d - \mu_d| / b_d}`, a sparse prior: few coordinates are large.
 
     Args:
-        latent: size or shape of z.
         learnable: whether location and scale are trained, starting from 0 and 1.
 
     >>> Laplace(2)().log_prob(torch.zeros(2))
     tensor(-1.3863)
     """
 
-    def __init__(self, latent: int | Sequence[int], learnable: bool = False):
+    def __init__(self, latent: Shape, learnable: bool = False):
         family = families.Laplace(latent)
         super().__init__(family, _raw(family.start(), learnable))
 
@@ -78,7 +78,6 @@ class StudentT(Unconditional):
     r"""Independent Student-t variables, :math:`z_d \sim t_\nu(\mu_d, \sigma_d)`, with heavy tails.
 
     Args:
-        latent: size or shape of z.
         df: degrees of freedom :math:`\nu`, a positive number.
         learnable: whether location and scale are trained, starting from 0 and 1.
 
@@ -86,7 +85,7 @@ class StudentT(Unconditional):
     tensor([2., 2.])
     """
 
-    def __init__(self, latent: int | Sequence[int], df: float = 4.0, learnable: bool = False):
+    def __init__(self, latent: Shape, df: float = 4.0, learnable: bool = False):
         family = families.StudentT(latent, df)
         super().__init__(family, _raw(family.start(), learnable))
 
@@ -97,7 +96,6 @@ class Gamma(Unconditional):
     A guide that fits is :class:`pyro_vae.parts.guides.LogNormal`.
 
     Args:
-        latent: size or shape of z.
         concentration: :math:`a`, positive, a number or a tensor that expands to the shape of z.
         rate: :math:`b`, likewise.
         learnable: whether both are trained, starting from these.
@@ -107,11 +105,7 @@ class Gamma(Unconditional):
     """
 
     def __init__(
-        self,
-        latent: int | Sequence[int],
-        concentration: float | Tensor = 1.0,
-        rate: float | Tensor = 1.0,
-        learnable: bool = False,
+        self, latent: Shape, concentration: float | Tensor = 1.0, rate: float | Tensor = 1.0, learnable: bool = False
     ):
         family = families.Gamma(latent)
         logs = [
@@ -128,7 +122,6 @@ class Uniform(Unconditional):
     of it is infinite.
 
     Args:
-        latent: size or shape of z.
         low: lower corner a, a number or a tensor that expands to the shape of z.
         high: upper corner b, above a.
 
@@ -136,7 +129,7 @@ class Uniform(Unconditional):
     tensor(-1.3863)
     """
 
-    def __init__(self, latent: int | Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+    def __init__(self, latent: Shape, low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         super().__init__(families.Uniform(latent, low, high))
 
 
@@ -179,10 +172,7 @@ class VampPrior(Part):
 
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
-        if not isinstance(encoder, Conditional):
-            raise TypeError(
-                f"`encoder` must be an amortized guide of this package, a Conditional, got {describe(encoder)}"
-            )
+        checked_amortized(encoder)
         real_tensor(pseudo_data, "pseudo_data", "a tensor, such as x[:20]")
         shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
@@ -220,14 +210,12 @@ class NormalizingFlow(Unconditional):
     networks, a draw one pass per variable of z.
 
     Args:
-        latent: size or shape of z.
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
         kind: of step: ``"affine"``, or ``"spline"``, which is more flexible, within 5 scales of b. Affine steps of a
             single variable are a normal: use splines there.
 
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
     Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow for density estimation"; Durkan,
     Bekasov, Murray and Papamakarios 2019, "Neural spline flows"; as a prior, Chen, Kingma et al. 2017, "Variational
@@ -238,13 +226,7 @@ class NormalizingFlow(Unconditional):
     -1.837...
     """
 
-    def __init__(
-        self,
-        latent: int | Sequence[int],
-        transforms: int = 3,
-        hidden: Sequence[int] = (64, 64),
-        kind: str = "affine",
-    ):
+    def __init__(self, latent: Shape, transforms: int = 3, hidden: Sequence[int] = (64, 64), kind: str = "affine"):
         family = multivariate.Flow(latent, kind, transforms, hidden)
         super().__init__(family, nn.Parameter(family.start()))
 
@@ -261,7 +243,7 @@ class Bernoulli(Unconditional):
     tensor([0.2500, 0.2500, 0.2500])
     """
 
-    def __init__(self, latent: int | Sequence[int], probs: float | Tensor = 0.5, learnable: bool = False):
+    def __init__(self, latent: Shape, probs: float | Tensor = 0.5, learnable: bool = False):
         family = families.Bernoulli(latent)
         super().__init__(family, _logits(family.event_shape, probs, learnable))
 
@@ -319,7 +301,7 @@ class RelaxedBernoulli(_RelaxedPrior):
 
     def __init__(
         self,
-        latent: int | Sequence[int],
+        latent: Shape,
         temperature: float,
         probs: float | Tensor = 0.5,
         learnable: bool = False,

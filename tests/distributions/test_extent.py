@@ -24,11 +24,7 @@ CASES = {
     "Beta": (dist.Beta(SHAPES, SHAPES.flip(0)), scipy.stats.beta(SHAPES, SHAPES.flip(0)), SIGMOID),
     "Uniform": (dist.Uniform(SHAPES, SHAPES + 1), scipy.stats.uniform(), SIGMOID),
     "LogitNormal": (LogitNormal(SHAPES, 0.5, -1.0, 1.0), scipy.stats.norm(SHAPES, 0.5), lambda y: y),
-    "LogitRelaxedBernoulli": (
-        LogitRelaxedBernoulli(0.5, SHAPES),
-        scipy.stats.logistic(SHAPES / 0.5, 2.0),
-        lambda y: y,
-    ),
+    "LogitRelaxedBernoulli": (LogitRelaxedBernoulli(0.5, SHAPES), scipy.stats.logistic(SHAPES / 0.5, 2.0), lambda y: y),
 }
 
 

@@ -22,14 +22,11 @@ def test_a_context_of_wrong_shape_is_refused_with_both_shapes(part):
         assert f"(*, {', '.join(map(str, right))})" in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.bool])
-def test_a_context_of_wrong_dtype_is_refused_with_both_dtypes(part, dtype):
-    message = rf"the context of {type(part).__name__} must be torch\.float32.*got {dtype}"
-    with pytest.raises(TypeError, match=message):
-        part(torch.zeros(5, *part.context_shape, dtype=dtype))
-
-
-def test_a_missing_context_is_refused_with_the_shape_that_is_needed(part):
+def test_a_context_of_wrong_dtype_or_none_is_refused_with_the_one_that_is_needed(part):
+    for dtype in (torch.float64, torch.int64, torch.uint8, torch.bool):
+        message = rf"the context of {type(part).__name__} must be torch\.float32.*got {dtype}"
+        with pytest.raises(TypeError, match=message):
+            part(torch.zeros(5, *part.context_shape, dtype=dtype))
     with pytest.raises(TypeError, match=r"must be a tensor \(\*, .*\), got none"):
         part()
 
@@ -58,19 +55,10 @@ def test_sizes_that_are_not_positive_integers_are_refused(latent):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (torch.nn.Linear(1, 2), "`network` must be .*got a Linear, a finished module"),
         (linear, r"`network` must be a factory.*called with \(1, 2\), it raised"),
         (mlp, r"`network` must be a factory.*called with"),
-        (lambda in_features, out_features: 3, "it returned 3"),
     ],
 )
 def test_what_is_no_factory_is_refused(network, message):
     with pytest.raises((TypeError, ValueError), match=message):
         likelihoods.Normal(1, 2, network)
-
-
-@pytest.mark.parametrize("outputs", [1, 7])
-def test_a_network_of_another_number_of_outputs_is_refused(outputs):
-    part = likelihoods.Normal(1, 2, lambda in_features, out_features: torch.nn.Linear(in_features, outputs))
-    with pytest.raises(ValueError, match=f"`network` must return 2 outputs, .*, got {outputs}"):
-        part(torch.zeros(3, 1))

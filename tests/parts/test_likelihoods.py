@@ -28,17 +28,6 @@ def test_numbers_of_classes_that_are_none_are_refused(num_classes):
             build()
 
 
-@pytest.mark.parametrize("min_scale", [-1e-3, math.nan, math.inf])
-def test_floors_out_of_range_are_refused(min_scale):
-    with pytest.raises(ValueError, match=f"`min_scale` must be a finite number, 0 or more, got {min_scale}"):
-        likelihoods.Normal(1, 2, linear(), min_scale=min_scale)
-
-
-def test_missing_is_a_yes_or_no():
-    with pytest.raises(TypeError, match=r"`missing` must be True or False, got 0\.3"):
-        likelihoods.Poisson(1, 2, linear(), missing=0.3)
-
-
 @pytest.mark.parametrize("value", [-1.0, 3.0, 0.5])
 def test_what_is_no_class_or_count_is_refused(value):
     with pytest.raises(ValueError, match="support"):

@@ -10,7 +10,6 @@ from part_cases import (
     DEVICES,
     FLOWS,
     NEEDS_ZUKO,
-    NET,
     NORMALIZED,
     RELAXED,
     ROLES,
@@ -37,18 +36,8 @@ def test_every_public_part_is_listed_here(role):
 @NEEDS_ZUKO
 def test_every_concrete_family_is_in_some_part_listed_here():
     walked = {type(build().family) for parts in ROLES.values() for _, build in parts}
-    concrete = {
-        thing
-        for name, thing in {**vars(families), **vars(multivariate)}.items()
-        if isinstance(thing, type)
-        and issubclass(thing, families.Family)
-        and thing not in (families.Family, families.Relaxed)
-        and not name.startswith("_")
-    }
-    assert walked == concrete
-
-
-# --- The density -----------------------------------------------------------------------------------------------------
+    public = {getattr(module, name) for module in (families, multivariate) for name in module.__all__}
+    assert walked == public - {families.Family, families.Relaxed}
 
 
 class Grid:
@@ -102,37 +91,32 @@ def pooled(counts, expected, least=10.0):
     return tuple(torch.cat([cells[~rare], cells[rare].sum()[None]]) for cells in (counts, expected))
 
 
+def test_rare_cells_are_pooled_and_none_is_lost():
+    counts, expected = pooled(torch.tensor([30.0, 4.0, 1.0]), torch.tensor([29.0, 5.0, 2.0]))
+    assert (counts.tolist(), expected.tolist()) == ([30, 5], [29, 7])
+
+
 @pytest.mark.parametrize("build", NORMALIZED)
-def test_density_or_mass_is_one_on_its_own_manifold(build):
+def test_density_or_mass_sums_to_one_and_samples_follow_it(build):
     case = Case(build)
     q = case.part(*case.contexts())
+    samples = q.sample((20_000,))
     assert is_normalized(q)
-    total = q.log_prob(states_of(q)).exp().sum() if q.support.is_discrete else Grid(q).mass.sum()
-    assert total.item() == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("build", NORMALIZED)
-def test_samples_follow_the_log_density(build):
-    case = Case(build)
-    q = case.part(*case.contexts())
-    n = 20_000
-    samples = q.sample((n,))
     assert q.support.check(samples).all()
     if q.support.is_discrete:
-        states, expected = states_of(q), n * q.log_prob(states_of(q)).exp().detach()
+        states = states_of(q)
+        mass = q.log_prob(states).exp().detach()
         drawn, times = samples.flatten(1).unique(dim=0, return_counts=True)
         place = (drawn[:, None] == states.flatten(1)).all(-1).int().argmax(1)
         assert torch.equal(states.flatten(1)[place], drawn)
-        counts, expected = pooled(torch.zeros_like(expected).index_add(0, place, times.double()), expected)
-        assert chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue > UNLIKELY
+        counts, expected = pooled(torch.zeros_like(mass).index_add(0, place, times.double()), 20_000 * mass)
+        p_values = [chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue]
     else:
         grid = Grid(q)
-        for dim, coordinate in enumerate(grid.coordinates(samples).detach().T):
-            assert kstest(coordinate.numpy(), grid.marginal_cdf(dim)).pvalue > UNLIKELY
-
-
-def test_soft_targets_make_no_likelihood():
-    assert not is_normalized(likelihoods.Bernoulli(3, 2, NET, soft_targets=True)(torch.zeros(3)))
+        mass, coordinates = grid.mass, grid.coordinates(samples).detach().T.numpy()
+        p_values = [kstest(values, grid.marginal_cdf(dim)).pvalue for dim, values in enumerate(coordinates)]
+    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+    assert min(p_values) > UNLIKELY
 
 
 @pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("likelihoods.")])
@@ -149,23 +133,16 @@ def test_mean_is_that_of_samples(build):
     assert ((q.sample((n,)).mean(0) - q.mean).abs() <= 6 * error).all()
 
 
-# --- Parameters and gradients ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("build", TRAINABLE)
 def test_log_prob_has_a_finite_gradient_in_every_parameter(build):
     case = Case(build)
     q = case.part(*case.contexts(5))
-    value = q.sample((7,))
-    q.log_prob(value).sum().backward()
-    for name, parameter in case.part.named_parameters():
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().max() > 0, name
+    q.log_prob(q.sample((7,))).sum().backward()
+    assert_gradients([parameter.grad for parameter in case.part.parameters()])
 
 
-def test_rare_cells_are_pooled_and_none_is_lost():
-    counts, expected = pooled(torch.tensor([30.0, 4.0, 1.0]), torch.tensor([29.0, 5.0, 2.0]))
-    assert (counts.tolist(), expected.tolist()) == ([30, 5], [29, 7])
+def assert_gradients(gradients):
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
 PATHWISE = [p for p in TRAINABLE if "Normal" in p.id or "StudentT" in p.id or p in RELAXED + FLOWS]
@@ -176,36 +153,23 @@ def test_reparameterised_draws_carry_a_gradient_to_every_parameter(build):
     case = Case(build)
     q = case.part(*case.contexts(5))
     assert q.has_rsample
-    gradients = torch.autograd.grad((q.rsample() ** 2).sum(), list(case.part.parameters()))
-    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+    assert_gradients(torch.autograd.grad((q.rsample() ** 2).sum(), list(case.part.parameters())))
 
 
 @pytest.mark.parametrize("build", ALL)
-def test_state_dict_carries_the_distribution_to_a_fresh_part(build):
+def test_a_loaded_state_and_a_deepcopy_are_equal_and_the_copy_is_apart(build):
     case = Case(build)
-    other = case.fresh().double()
-    contexts = case.contexts(5)
-    value = case.part(*contexts).sample()
-    other.load_state_dict(case.part.state_dict())
-    assert torch.equal(other(*contexts).log_prob(value), case.part(*contexts).log_prob(value))
-
-
-@pytest.mark.parametrize("build", ALL)
-def test_deepcopy_is_equal_and_apart(build):
-    case = Case(build)
-    twin = copy.deepcopy(case.part)
+    loaded, twin = case.fresh().double(), copy.deepcopy(case.part)
+    loaded.load_state_dict(case.part.state_dict())
     contexts = case.contexts(5)
     value = case.part(*contexts).sample()
     before = case.part(*contexts).log_prob(value)
-    assert torch.equal(twin(*contexts).log_prob(value), before)
+    assert all(torch.equal(other(*contexts).log_prob(value), before) for other in (loaded, twin))
     with torch.no_grad():
         for tensor in twin.state_dict().values():
             if tensor.is_floating_point():  # and not the mask of a network
                 tensor.add_(1.0)
     assert torch.equal(case.part(*contexts).log_prob(value), before)
-
-
-# --- Dimensions, dtypes, devices -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", CONDITIONAL)
@@ -221,6 +185,18 @@ def test_leading_dimensions_are_rows(build, batch):
     torch.testing.assert_close(q.log_prob(value).flatten(), rowwise)
 
 
+@pytest.mark.parametrize("build", ALL)
+def test_expansion_keeps_density_and_shapes(build):
+    case = Case(build)
+    q = case.part(*case.contexts(*([1] if "PerDatum" in repr(case.part) else [3])))
+    wide = q.expand((4, 3))
+    value = wide.sample((2,))
+    assert (wide.batch_shape, value.shape) == ((4, 3), (2, 4, 3, *q.event_shape))
+    assert wide.support.check(value).all()
+    torch.testing.assert_close(wide.log_prob(value), q.log_prob(value))
+    torch.testing.assert_close(wide.expand((5, 4, 3)).log_prob(value[0]), q.log_prob(value[0]).expand(5, 4, 3))
+
+
 @pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("priors.")])
 def test_prior_is_of_one_datum_and_ignores_a_context(build):
     case = Case(build)
@@ -232,33 +208,24 @@ def test_prior_is_of_one_datum_and_ignores_a_context(build):
 
 @pytest.mark.parametrize("build", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_kept(build, dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_dtype_and_device_are_kept(build, dtype, device):
     case = Case(build)
-    part = case.fresh().to(dtype)
-    q = part(*case.contexts(5, dtype=dtype))
-    assert q.sample().dtype == q.log_prob(q.sample()).dtype == dtype
-    assert {tensor.dtype for tensor in part.state_dict().values() if tensor.is_floating_point()} <= {dtype}
+    part = case.fresh().to(device, dtype)
+    q = part(*[context.to(device) for context in case.contexts(5, dtype=dtype)])
+    value = q.sample()
+    made = [value, q.log_prob(value), *[tensor for tensor in part.state_dict().values() if tensor.is_floating_point()]]
+    if q.has_enumerate_support:
+        made.append(q.enumerate_support())
     if is_relaxed(part):
-        assert part.family.soft(q.sample()).dtype == part.family.hard(q.sample()).dtype == dtype
+        made += [part.family.soft(value), part.family.hard(value)]
     elif (mean := conditional_mean(q)[0]) is not None:
-        assert mean.dtype == dtype
+        made.append(mean)
+    assert {(tensor.dtype, tensor.device.type) for tensor in made} == {(dtype, device)}
 
 
 def is_relaxed(part):
     return isinstance(part.family, families.Relaxed)
-
-
-@pytest.mark.parametrize("build", ALL)
-@pytest.mark.parametrize("device", DEVICES)
-def test_device_is_kept(build, device):
-    case = Case(build)
-    part = case.fresh().to(device)
-    contexts = [context.to(device) for context in case.contexts(5, dtype=torch.float32)]
-    q = part(*contexts)
-    value = q.sample()
-    assert {value.device.type, q.log_prob(value).device.type} == {device}
-    if q.has_enumerate_support:
-        assert q.enumerate_support().device.type == device
 
 
 @pytest.mark.parametrize("build", ALL)
@@ -273,9 +240,6 @@ def test_repr_names_part_family_and_shape(build):
     for name in ("scale", "df", "dispersion", "num_classes"):
         assert not hasattr(part.family, name) or f"{name}={getattr(part.family, name)!r}" in text
     assert ("missing=True" in text) == getattr(part, "missing", False)
-
-
-# --- Relaxed parts ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [param for param in ALL if param not in RELAXED])

@@ -1,11 +1,10 @@
 """The base class of families: the shape of the event, the raw outputs, and positive quantities of four kinds."""
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, describe, positive
 from pyro_vae.distributions import tabular
 
@@ -17,16 +16,17 @@ _KINDS = ("network", "shared", "per_dimension")
 class Family(nn.Module):
     """A map from raw outputs ``(*, num_raw)`` to a distribution of batch shape ``(*)`` and event shape ``event_shape``.
 
-    Subclasses set ``num_raw`` and define ``forward(raw)``.
+    Subclasses define ``forward(raw)``, and set ``num_raw`` where it is not one of each variable.
     """
 
-    num_raw: int
+    _options: tuple[str, ...] = ()  # attributes that ``repr`` shows
     fitting_guide: str | None = None
     """The name of a guide of the same support, for the error when another one does not fit."""
 
-    def __init__(self, event_shape: int | Sequence[int]):
+    def __init__(self, event_shape: Shape):
         super().__init__()
         self.event_shape = as_shape(event_shape, "event_shape")
+        self.num_raw = self.event_shape.numel()
 
     def __call__(self, raw: Tensor) -> dist.TorchDistribution:
         """The distribution. The number of raw outputs is checked: surplus ones would be ignored silently."""
@@ -42,7 +42,8 @@ class Family(nn.Module):
         return torch.zeros(*batch, self.num_raw)
 
     def extra_repr(self) -> str:
-        return f"event_shape={tuple(self.event_shape)}"
+        options = [f"{name}={getattr(self, name)!r}" for name in self._options]
+        return ", ".join([f"event_shape={tuple(self.event_shape)}", *options])
 
     def _shaped(self, raw: Tensor) -> Tensor:
         return raw.reshape(*raw.shape[:-1], *self.event_shape)

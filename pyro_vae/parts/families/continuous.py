@@ -1,13 +1,13 @@
 """Families of independent continuous variables: on the real line, of positive numbers, and in a box."""
 
 import warnings
-from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_vae import distributions
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import number, numbers
 from pyro_vae.distributions import tabular
 from pyro_vae.parts.families.base import Family
@@ -18,13 +18,14 @@ __all__ = ["Gamma", "Laplace", "LogNormal", "LogitNormal", "Normal", "StudentT",
 class _LocationScale(Family):
     """Families with a location for each dimension, and a scale of one of four kinds above a floor."""
 
+    _options: tuple[str, ...] = ("scale",)
     fitting_guide = "DiagonalNormal"
 
-    def __init__(self, event_shape: int | Sequence[int], scale: str | float, min_scale: float):
+    def __init__(self, event_shape: Shape, scale: str | float = "network", min_scale: float = 0.0):
         super().__init__(event_shape)
         self.scale = scale
         self.min_scale = number(min_scale, "min_scale", least=0)
-        self.num_raw = self.event_shape.numel() + self._declare("scale", scale)
+        self.num_raw += self._declare("scale", scale)
 
     def _loc_and_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         size = self.event_shape.numel()
@@ -42,9 +43,6 @@ class _LocationScale(Family):
                 "(almost) constant there, and log p(x) depends on min_scale. Drop those dimensions, or add noise.",
                 stacklevel=2,
             )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale!r}"
 
 
 class Normal(_LocationScale):
@@ -64,9 +62,6 @@ class Normal(_LocationScale):
     tensor([1., 1.], grad_fn=<SelectBackward0>)
     """
 
-    def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
-        super().__init__(event_shape, scale, min_scale)
-
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return dist.Normal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
 
@@ -79,9 +74,6 @@ class Laplace(_LocationScale):
     >>> Laplace(1, scale=1.0)(torch.zeros(1)).log_prob(torch.zeros(1))
     tensor(-0.6931)
     """
-
-    def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
-        super().__init__(event_shape, scale, min_scale)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return dist.Laplace(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
@@ -98,12 +90,10 @@ class StudentT(_LocationScale):
     tensor([2., 2.])
     """
 
+    _options = ("scale", "df")
+
     def __init__(
-        self,
-        event_shape: int | Sequence[int],
-        df: str | float = "shared",
-        scale: str | float = "network",
-        min_scale: float = 0.0,
+        self, event_shape: Shape, df: str | float = "shared", scale: str | float = "network", min_scale: float = 0.0
     ):
         super().__init__(event_shape, scale, min_scale)
         self.df = df
@@ -112,9 +102,6 @@ class StudentT(_LocationScale):
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         df = self._declared("df", self.df, raw[..., -self.event_shape.numel() :], 2.0)
         return tabular.StudentT(df, *self._loc_and_scale(raw)).to_event(len(self.event_shape))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, df={self.df!r}"
 
 
 class LogNormal(_LocationScale):
@@ -127,9 +114,6 @@ class LogNormal(_LocationScale):
     """
 
     fitting_guide = "LogNormal"
-
-    def __init__(self, event_shape: int | Sequence[int], scale: str | float = "network", min_scale: float = 0.0):
-        super().__init__(event_shape, scale, min_scale)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return dist.LogNormal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
@@ -147,9 +131,9 @@ class Gamma(Family):
 
     fitting_guide = "LogNormal"
 
-    def __init__(self, event_shape: int | Sequence[int]):
+    def __init__(self, event_shape: Shape):
         super().__init__(event_shape)
-        self.num_raw = 2 * self.event_shape.numel()
+        self.num_raw *= 2
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         concentration, rate = (self._shaped(tabular.log_of_bounded_exp(part).exp()) for part in raw.chunk(2, dim=-1))
@@ -194,10 +178,9 @@ class Uniform(_Boxed):
     tensor(-1.3863)
     """
 
-    num_raw = 0
-
-    def __init__(self, event_shape: int | Sequence[int], low: float | Tensor = 0.0, high: float | Tensor = 1.0):
+    def __init__(self, event_shape: Shape, low: float | Tensor = 0.0, high: float | Tensor = 1.0):
         super().__init__(event_shape)
+        self.num_raw = 0
         self._set_box(low, high)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
@@ -208,12 +191,7 @@ class Uniform(_Boxed):
 class LogitNormal(_Boxed, _LocationScale):
     r"""Independent variables in a box whose logit is normal, :class:`pyro_vae.distributions.LogitNormal`.
 
-    Args:
-        event_shape: size or shape of x.
-        low: lower corner, a number or a tensor that expands to the event shape.
-        high: upper corner.
-        scale: of the logit, as in :class:`Normal`.
-        min_scale: as in :class:`Normal`.
+    The box is as in :class:`Uniform`, the scale of the logit as in :class:`Normal`.
 
     >>> LogitNormal(1, scale=1.0)(torch.zeros(1)).log_prob(torch.tensor([0.5]))
     tensor(0.4674)
@@ -221,7 +199,7 @@ class LogitNormal(_Boxed, _LocationScale):
 
     def __init__(
         self,
-        event_shape: int | Sequence[int],
+        event_shape: Shape,
         low: float | Tensor = 0.0,
         high: float | Tensor = 1.0,
         scale: str | float = "network",

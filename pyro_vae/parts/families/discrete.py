@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import distributions
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.distributions import tabular
 from pyro_vae.parts.families.base import Family
@@ -16,6 +17,7 @@ __all__ = [
     "Categorical",
     "ContinuousBernoulli",
     "NegativeBinomial",
+    "OneHot",
     "OneHotCategorical",
     "Poisson",
     "SoftTargetBernoulli",
@@ -28,10 +30,6 @@ class Poisson(Family):
     >>> Poisson(2)(torch.tensor([0.0, 1e4])).mean
     tensor([1.0000e+00, 8.8728e+10])
     """
-
-    def __init__(self, event_shape: int | Sequence[int]):
-        super().__init__(event_shape)
-        self.num_raw = self.event_shape.numel()
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         return tabular.Poisson(tabular.log_of_bounded_exp(self._shaped(raw))).to_event(len(self.event_shape))
@@ -47,19 +45,18 @@ class NegativeBinomial(Family):
     tensor([4.])
     """
 
-    def __init__(self, event_shape: int | Sequence[int], dispersion: str | float = "shared"):
+    _options = ("dispersion",)
+
+    def __init__(self, event_shape: Shape, dispersion: str | float = "shared"):
         super().__init__(event_shape)
         self.dispersion = dispersion
-        self.num_raw = self.event_shape.numel() + self._declare("dispersion", dispersion)
+        self.num_raw += self._declare("dispersion", dispersion)
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         size = self.event_shape.numel()
         log_mean = tabular.log_of_bounded_exp(self._shaped(raw[..., :size]))
         dispersion = self._declared("dispersion", self.dispersion, raw[..., size:], 1e-6)
         return tabular.NegativeBinomial(log_mean, dispersion).to_event(len(self.event_shape))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, dispersion={self.dispersion!r}"
 
 
 class Categorical(Family):
@@ -71,34 +68,22 @@ class Categorical(Family):
     torch.Size([9, 5, 2])
     """
 
-    def __init__(self, event_shape: int | Sequence[int], num_classes: int):
+    _options = ("num_classes",)
+
+    def __init__(self, event_shape: Shape, num_classes: int):
         super().__init__(event_shape)
         self.num_classes = positive_int(num_classes, "num_classes")
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be an integer of 2 or more, got {num_classes}")
-        self.num_raw = self.num_classes * self.event_shape.numel()
+        self.num_raw *= self.num_classes
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)
         logits = torch.movedim(by_class, raw.dim() - 1, -1)
         return distributions.Product(tabular.Categorical(logits=logits), len(self.event_shape))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_classes={self.num_classes}"
 
-
-class _Binary(Family):
-    """Families of independent 0/1 variables with one logit each."""
-
-    def __init__(self, event_shape: int | Sequence[int]):
-        super().__init__(event_shape)
-        self.num_raw = self.event_shape.numel()
-
-    def logits(self, raw: Tensor) -> Tensor:
-        return self._shaped(raw)
-
-
-class Bernoulli(_Binary):
+class Bernoulli(Family):
     """Independent Bernoulli variables, enumerable as one site.
 
     >>> Bernoulli(3)(torch.zeros(5, 3)).enumerate_support().shape
@@ -108,10 +93,10 @@ class Bernoulli(_Binary):
     fitting_guide = "Bernoulli"
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return distributions.Product(distributions.Bernoulli(logits=self.logits(raw)), len(self.event_shape))
+        return distributions.Product(distributions.Bernoulli(logits=self._shaped(raw)), len(self.event_shape))
 
 
-class SoftTargetBernoulli(_Binary):
+class SoftTargetBernoulli(Family):
     """The cross-entropy of targets in [0, 1], which is no likelihood, see :class:`distributions.SoftTargetBernoulli`.
 
     >>> distributions.is_normalized(SoftTargetBernoulli(3)(torch.zeros(3)))
@@ -119,10 +104,10 @@ class SoftTargetBernoulli(_Binary):
     """
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return distributions.SoftTargetBernoulli(logits=self.logits(raw)).to_event(len(self.event_shape))
+        return distributions.SoftTargetBernoulli(logits=self._shaped(raw)).to_event(len(self.event_shape))
 
 
-class ContinuousBernoulli(_Binary):
+class ContinuousBernoulli(Family):
     """Independent continuous Bernoulli variables on [0, 1].
 
     >>> ContinuousBernoulli(2)(torch.zeros(2)).mean
@@ -130,10 +115,10 @@ class ContinuousBernoulli(_Binary):
     """
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return distributions.ContinuousBernoulli(self.logits(raw)).to_event(len(self.event_shape))
+        return distributions.ContinuousBernoulli(self._shaped(raw)).to_event(len(self.event_shape))
 
 
-class _OneHot(Family):
+class OneHot(Family):
     """Families of n independent one-hot variables of k classes, event shape ``(n, k)`` with k logits each."""
 
     def __init__(self, event_shape: Sequence[int]):
@@ -142,13 +127,9 @@ class _OneHot(Family):
             raise ValueError(
                 f"`event_shape` must be (n, k), n one-hot variables of k >= 2 classes, got {tuple(self.event_shape)}"
             )
-        self.num_raw = self.event_shape.numel()
-
-    def logits(self, raw: Tensor) -> Tensor:
-        return self._shaped(raw)
 
 
-class OneHotCategorical(_OneHot):
+class OneHotCategorical(OneHot):
     """Independent one-hot variables, enumerable as one site of k^n states.
 
     >>> OneHotCategorical((2, 3))(torch.zeros(6)).enumerate_support().shape
@@ -158,4 +139,4 @@ class OneHotCategorical(_OneHot):
     fitting_guide = "OneHotCategorical"
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return distributions.Product(dist.OneHotCategorical(logits=self.logits(raw)), 1)
+        return distributions.Product(dist.OneHotCategorical(logits=self._shaped(raw)), 1)

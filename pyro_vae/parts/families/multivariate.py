@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, positive_int
 from pyro_vae.distributions import flow
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
@@ -21,7 +22,7 @@ class _Vector(Family):
 
     fitting_guide = "DiagonalNormal"
 
-    def __init__(self, event_shape: int | Sequence[int]):
+    def __init__(self, event_shape: Shape):
         super().__init__(event_shape)
         if len(self.event_shape) != 1:
             raise ValueError(f"`event_shape` must be (D,), one vector, got {tuple(self.event_shape)}")
@@ -38,7 +39,7 @@ class FullRankNormal(_Vector):
             [0., 1.]])
     """
 
-    def __init__(self, event_shape: int | Sequence[int]):
+    def __init__(self, event_shape: Shape):
         super().__init__(event_shape)
         self.num_raw = 2 * self.size + self.size * (self.size - 1) // 2
 
@@ -61,7 +62,9 @@ class LowRankNormal(_Vector):
     tensor([1., 1., 1.])
     """
 
-    def __init__(self, event_shape: int | Sequence[int], rank: int):
+    _options = ("rank",)
+
+    def __init__(self, event_shape: Shape, rank: int):
         super().__init__(event_shape)
         self.rank = positive_int(rank, "rank")
         if rank > self.size:
@@ -77,9 +80,6 @@ class LowRankNormal(_Vector):
             raise ValueError(
                 f"`raw` must be finite numbers, not too large, for {self}, got {raw.min():.4g} to {raw.max():.4g}"
             ) from error
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}"
 
 
 class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
@@ -108,7 +108,9 @@ class MixtureOfNormals(_Vector):
     tensor(-1.8379)
     """
 
-    def __init__(self, event_shape: int | Sequence[int], num_components: int):
+    _options = ("num_components",)
+
+    def __init__(self, event_shape: Shape, num_components: int):
         super().__init__(event_shape)
         self.num_components = positive_int(num_components, "num_components")
         self.num_raw = self.num_components * (1 + 2 * self.size)
@@ -124,9 +126,6 @@ class MixtureOfNormals(_Vector):
         raw = super().start(*batch)
         raw[..., self.num_components : self.num_components * (1 + self.size)].normal_()
         return raw
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_components={self.num_components}"
 
 
 class Flow(Family):
@@ -148,8 +147,7 @@ class Flow(Family):
         context: size of h.
         inverse: whether draws are fast in place of densities.
 
-    Raises:
-        ImportError: if zuko is not installed: ``pip install 'pyro-vae[flows]'``.
+    Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
     Source: Papamakarios, Pavlakou and Murray 2017, "Masked autoregressive flow"; Kingma et al. 2016, "Improved
     variational inference with inverse autoregressive flow"; Durkan, Bekasov, Murray and Papamakarios 2019, "Neural
@@ -160,11 +158,12 @@ class Flow(Family):
     torch.Size([5, 2])
     """
 
+    _options = ("kind", "transforms", "hidden", "context", "inverse")
     fitting_guide = "DiagonalNormal"
 
     def __init__(
         self,
-        event_shape: int | Sequence[int],
+        event_shape: Shape,
         kind: str = "affine",
         transforms: int = 3,
         hidden: Sequence[int] = (64, 64),
@@ -187,18 +186,10 @@ class Flow(Family):
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         size = self.event_shape.numel()
-        shift, log_scale = (
-            part.reshape(*raw.shape[:-1], *self.event_shape) for part in (raw[..., :size], raw[..., size : 2 * size])
-        )
+        shift, log_scale = self._shaped(raw[..., :size]), self._shaped(raw[..., size : 2 * size])
         forward = self.steps(raw[..., 2 * size :] if self.context else None)
         transform = forward if self.inverse else forward.inv
         return flow.Flow(transform, shift, log_scale.exp(), len(self.event_shape), scores_draws=self.inverse)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, kind={self.kind!r}, transforms={self.transforms}, hidden={self.hidden}, "
-            f"context={self.context}, inverse={self.inverse}"
-        )
 
     def __repr__(self) -> str:
         """The options without the steps, whose own ``repr`` draws random numbers."""

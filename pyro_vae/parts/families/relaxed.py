@@ -1,16 +1,15 @@
 """Relaxed families: continuous variables with a temperature in place of discrete ones."""
 
-from collections.abc import Sequence
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae import distributions
+from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import positive
 from pyro_vae.parts.families.base import Family
-from pyro_vae.parts.families.discrete import Bernoulli, OneHotCategorical, _Binary, _OneHot
+from pyro_vae.parts.families.discrete import Bernoulli, OneHot, OneHotCategorical
 
 __all__ = ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical"]
 
@@ -19,6 +18,10 @@ class Relaxed(Family):
     """Families with a temperature, in a 0-dim buffer that a schedule or a checkpoint can change."""
 
     temperature: Tensor
+
+    def __init__(self, event_shape: Shape, temperature: float):
+        super().__init__(event_shape)
+        self.register_buffer("temperature", torch.tensor(positive(temperature, "temperature")))
 
     def soft(self, value: Tensor) -> Tensor:
         """The relaxed variable at a value of its site."""
@@ -32,14 +35,11 @@ class Relaxed(Family):
         """The family of the discrete twin. It takes the same raw outputs."""
         raise NotImplementedError
 
-    def _set_temperature(self, temperature: float) -> None:
-        self.register_buffer("temperature", torch.tensor(positive(temperature, "temperature")))
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, temperature={self.temperature.item():.4g}"
 
 
-class RelaxedBernoulli(Relaxed, _Binary):
+class RelaxedBernoulli(Relaxed):
     r"""Independent relaxed Bernoulli variables, each as its logit :math:`y`.
 
     >>> family = RelaxedBernoulli(1, temperature=0.5)
@@ -49,12 +49,8 @@ class RelaxedBernoulli(Relaxed, _Binary):
 
     fitting_guide = "RelaxedBernoulli"
 
-    def __init__(self, event_shape: int | Sequence[int], temperature: float):
-        super().__init__(event_shape)
-        self._set_temperature(temperature)
-
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        relaxed = distributions.LogitRelaxedBernoulli(self.temperature, logits=self.logits(raw))
+        relaxed = distributions.LogitRelaxedBernoulli(self.temperature, logits=self._shaped(raw))
         return relaxed.to_event(len(self.event_shape))
 
     def soft(self, value: Tensor) -> Tensor:
@@ -67,7 +63,7 @@ class RelaxedBernoulli(Relaxed, _Binary):
         return Bernoulli(self.event_shape)
 
 
-class RelaxedOneHotCategorical(Relaxed, _OneHot):
+class RelaxedOneHotCategorical(Relaxed, OneHot):
     """Independent Gumbel-softmax variables, each as its logarithm on the log-simplex.
 
     >>> family = RelaxedOneHotCategorical((1, 3), temperature=0.5)
@@ -77,12 +73,8 @@ class RelaxedOneHotCategorical(Relaxed, _OneHot):
 
     fitting_guide = "GumbelSoftmax"
 
-    def __init__(self, event_shape: Sequence[int], temperature: float):
-        super().__init__(event_shape)
-        self._set_temperature(temperature)
-
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return distributions.LogRelaxedOneHotCategorical(self.temperature, logits=self.logits(raw)).to_event(1)
+        return distributions.LogRelaxedOneHotCategorical(self.temperature, logits=self._shaped(raw)).to_event(1)
 
     def soft(self, value: Tensor) -> Tensor:
         return value.exp()
