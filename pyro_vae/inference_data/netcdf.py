@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_vae._utils.files import replacing
 from pyro_vae._utils.validation import file_path, writable
 
 if TYPE_CHECKING:
@@ -84,11 +84,7 @@ def writing(path: Path, template: "xr.DataTree") -> Iterator[DrawFile]:
     """
     import h5netcdf
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(path) as partial:
         template.to_netcdf(partial, engine="h5netcdf")
         with h5netcdf.File(partial, "a") as file:
             yield DrawFile(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
