@@ -45,9 +45,6 @@ def trace(function, *handlers, x=X):
     return poutine.trace(function).get_trace(x)
 
 
-# --- Rows ------------------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone():
     nodes = trace(model, SubsampleRows("data", ROWS)).nodes
     assert torch.equal(nodes["_RETURN"]["value"], X[ROWS])
@@ -100,9 +97,6 @@ def test_rows_leave_nothing_behind():
     assert torch.equal(trace(model).nodes["x"]["value"], X)
 
 
-# --- SubsampleStatements ---------------------------------------------------------------------------------------------
-
-
 def test_subsample_statements_are_counted_and_change_nothing():
     def pair_reader(x):
         with pyro.plate("data", len(x)):
@@ -122,9 +116,6 @@ def test_a_model_without_the_statement_has_none():
     with SubsampleStatements() as statements, pyro.plate("data", 6):
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=X)
     assert statements.count == 0
-
-
-# --- WeightKL --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -191,9 +182,6 @@ def test_a_weight_in_a_tensor_is_read_at_each_run():
     assert (float(first), float(second)) == (0.5, 2.0)
     with pytest.raises(ValueError, match=r"`weight` must be one number.*got shape \(2,\)"):
         WeightKL(torch.ones(2))
-
-
-# --- What a run leaves -----------------------------------------------------------------------------------------------
 
 
 def test_record_traces_passes_the_result_on_and_keeps_a_trace_of_each_run():

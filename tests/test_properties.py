@@ -55,8 +55,6 @@ def gaussian(seed=0, size=1.0):
     return randomized(pairs.gaussian(1, 2, prior=priors.Normal(1)), seed, size)
 
 
-# --- Densities -------------------------------------------------------------------------------------------------------
-
 FAMILIES = {
     "normal": lambda: families.Normal(3),
     "normal, shared scale": lambda: families.Normal((2, 2), scale="shared"),
@@ -97,8 +95,6 @@ def test_the_log_density_of_a_draw_is_finite_and_agrees_in_single_and_double_pre
     torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=2e-2)
 
 
-# --- Shapes ----------------------------------------------------------------------------------------------------------
-
 BATCHES = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 
 
@@ -119,9 +115,6 @@ def test_batch_dimensions_on_the_left_are_kept_for_all_event_shapes(batch, event
     assert (p.batch_shape, p.event_shape) == ((2, *batch), event)
     assert p.log_prob(x).shape == (2, *batch)
     assert vae.reconstruct(x).shape == x.shape
-
-
-# --- Bounds and their terms ------------------------------------------------------------------------------------------
 
 
 ENUMERATED = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
@@ -162,9 +155,6 @@ def test_terms_do_not_depend_on_the_weight_of_the_kl(seed, size, weight):
     weighted = pv.evaluate(*pair, x, elbo=ENUMERATED)
     assert weighted["elbo"] == pytest.approx(terms["elbo"], rel=1e-9)
     assert weighted["rate"] == pytest.approx(terms["rate"], rel=1e-9, abs=1e-12)
-
-
-# --- Permutations and subsets of the data ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [binary, gaussian])
@@ -220,8 +210,6 @@ def test_the_effective_sample_size_is_between_one_and_the_number_of_draws(seed, 
     assert torch.equal(found.log_evidence, again.log_evidence)
 
 
-# --- Schedules -------------------------------------------------------------------------------------------------------
-
 POSITIVE = st.floats(1e-3, 1e3)
 STEPS = st.lists(st.integers(0, 10_000), min_size=2, max_size=20).map(sorted)
 
@@ -266,8 +254,6 @@ def test_a_decayed_learning_rate_falls_from_its_start_to_its_final_share(start, 
     assert schedule(length) == pytest.approx(start * end, abs=1e-12 * start)
 
 
-# --- Validation ------------------------------------------------------------------------------------------------------
-
 ANYTHING = st.one_of(
     st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3), st.none(), st.lists(st.integers()),
     st.integers(-100, 100).map(np.int64), st.floats(width=32).map(np.float32), st.complex_numbers(),
@@ -303,9 +289,6 @@ def test_checks_accept_exactly_what_their_messages_describe(value):
     assert accepts(validation.number, value, least=0) == (finite and value >= 0)
     assert accepts(validation.boolean, value) == isinstance(value, bool)
     assert accepts(validation.nonempty_string, value) == (isinstance(value, str) and value != "")
-
-
-# --- Data and files --------------------------------------------------------------------------------------------------
 
 
 @given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=SEEDS, as_bytes=st.booleans())

@@ -71,8 +71,6 @@ def calibrated(guide, seed=0, model=linear_model, data=ROWS, **options):
     return pv.calibrate(model, guide, data, seed=seed, **options)
 
 
-# --- Exact guides ----------------------------------------------------------------------------------------------------
-
 EXACT = {
     "linear": (linear_model, normal_guide(), ROWS),
     "one-hot": (*discrete_pair(), torch.zeros(8, 2)),
@@ -110,9 +108,6 @@ def test_the_exact_posterior_has_no_errors_and_nominal_coverage():
     assert (result.coverage(0.9)[1] < 1.1 * error).all()
     with pytest.raises(ValueError, match=r"`level` must be .*got 90"):
         result.coverage(90)
-
-
-# --- Wrong guides ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -212,9 +207,6 @@ def test_a_trained_encoder_is_not_exact_but_has_no_fault_until_its_variance_is_h
     assert "too narrow" in pv.calibrate(vae.model, narrowed, x, num_draws=49).faults[ALL]
 
 
-# --- Other models ----------------------------------------------------------------------------------------------------
-
-
 def test_relaxed_latents_are_compared_in_unconstrained_coordinates():
     vae = gumbel()
     result = pv.calibrate(vae.model, vae.guide, torch.zeros(5, 3), num_simulations=200)
@@ -265,9 +257,6 @@ def test_a_seed_fixes_the_result_and_the_users_state_stays(random_states):
     assert random_states() == state
     assert set(pyro.get_param_store().keys()) == stored
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
-
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
 def observing(loc, value):

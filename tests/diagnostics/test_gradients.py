@@ -96,9 +96,6 @@ def measured(one, data=X, **options):
     return compare({"one": one}, data, **options).measured["one"]
 
 
-# --- The exact gradient ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["bernoulli", "one-hot"])
 def test_it_agrees_with_pyros_enumeration_and_finite_differences_of_the_exact_elbo(kind):
     vae = vae_of(kind)
@@ -260,9 +257,6 @@ def test_a_guide_with_a_scale_or_dropout_raises():
         exact_gradient(other.model, other.guide, X)
     other.eval()
     assert exact_gradient(other.model, other.guide, X).keys() == dict(other.named_parameters()).keys()
-
-
-# --- Estimators compared with it -------------------------------------------------------------------------------------
 
 
 def test_enumeration_has_no_bias_and_no_variance():
@@ -553,9 +547,6 @@ def test_the_table_has_a_line_for_each_estimator():
         found.table("encodr")
 
 
-# --- Side effects ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [*UNBIASED, "enumeration"])
 def test_gradients_random_state_and_param_store_are_restored(name, random_states):
     vae = vae_of("bernoulli")
@@ -614,9 +605,6 @@ def test_outer_handlers_see_no_site():
     assert not [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
 
 
-# --- Errors ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_relaxed_vae_needs_a_target_with_its_own_parameters():
     vae = vae_of("relaxed")
     with pytest.raises(ValueError, match=r"can be enumerated.*target=\(twin.model, twin.guide\)"):
@@ -656,9 +644,6 @@ def test_invalid_arguments_of_compare_raise(estimators, options, error, message)
     estimators = {"four": estimator(vae_of("bernoulli"), LeaveOneOut(4))} if estimators is None else estimators
     with pytest.raises(error, match=message):
         compare(estimators, X, **{"repeats": 3, **options})
-
-
-# --- Other models ----------------------------------------------------------------------------------------------------
 
 
 def test_the_plate_counts_data_along_another_dimension():

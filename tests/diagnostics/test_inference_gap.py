@@ -45,9 +45,6 @@ def linear_vae(part, shift=0.0, factor=1.0):
     return vae
 
 
-# --- Linear Gaussian models ------------------------------------------------------------------------------------------
-
-
 def test_the_best_diagonal_guide_has_the_mean_field_gap_and_nothing_to_amortize():
     vae = linear_vae(guides.DiagonalNormal)
     found = pv.inference_gap(vae.model, vae.guide, data(20), steps=100)
@@ -103,9 +100,6 @@ def test_a_plain_guide_is_refined_in_the_parameters_of_its_distributions():
     found = pv.inference_gap(vae.model, lambda x: vae.guide(x), x, steps=400)
     same = pv.inference_gap(vae.model, vae.guide, x, steps=400)
     torch.testing.assert_close(found.amortization, same.amortization, rtol=0, atol=0.01)
-
-
-# --- Other models ----------------------------------------------------------------------------------------------------
 
 
 def bits(num):
@@ -195,9 +189,6 @@ def test_a_pair_of_a_bit_and_a_number():
     assert (found.amortization > 0.01).all()
     assert (found.approximation > -SURE * (error**2 + found.elbo_error**2 + found.amortization_error**2).sqrt()).all()
     assert found.approximation.max() < 0.6  # the bit and the number are dependent
-
-
-# --- Errors and side effects -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argument", [{"steps": 0}, {"lr": -1.0}, {"num_particles": 0}, {"num_samples": 1}])

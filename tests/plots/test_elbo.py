@@ -13,8 +13,6 @@ from pyro_vae.diagnostics.decomposition import Estimate
 
 SURROGATE = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
 
-# --- Training curves -------------------------------------------------------------------------------------------------
-
 
 def test_the_curves_are_the_elbo_and_its_negated_terms():
     curves = {line.get_label(): line for line in plots.training_curves(VALIDATED).lines}
@@ -91,8 +89,6 @@ def test_curves_that_cannot_be_drawn_are_refused(history, options, message):
     with pytest.raises(ValueError, match=message):
         plots.training_curves(history, **options)
 
-
-# --- Rate and distortion ---------------------------------------------------------------------------------------------
 
 MODELS = {
     "pair": (1.0, 2.5),

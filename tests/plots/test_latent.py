@@ -13,8 +13,6 @@ import pyro_vae as pv
 from plots.plot_inputs import DATUM, draw_posterior
 from pyro_vae import plots
 
-# --- Latent map ------------------------------------------------------------------------------------------------------
-
 
 def test_latent_map_draws_each_class_at_its_codes():
     z, labels = torch.randn(30, 2), torch.arange(30) % 3
@@ -46,9 +44,6 @@ def test_a_label_has_the_same_colour_whatever_the_other_labels_are(variables):
         collections = plots.latent_map(z[chosen], labels[chosen]).collections
         for label, collection in zip(some, collections, strict=True):
             np.testing.assert_array_equal(collection.get_facecolor(), colours[label])
-
-
-# --- Posterior -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "latent"), [(gaussian, 1), (relaxed, 1), (gumbel, (1, 2))])
