@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian
+from pairs import NET, gaussian, guide_of
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
@@ -368,16 +368,6 @@ def test_4096_states_and_all_estimators(latent):
         assert row.bias > 5 * row.bias_error
 
 
-def test_the_squared_bias_is_zero_on_average_where_there_is_none():
-    """The share of chance is subtracted: about half of the runs of an unbiased estimator find no bias at all."""
-    vae = vae_of("bernoulli")
-    rows = [measured(estimator(vae, DisARM()), repeats=20, seed=seed)["all"] for seed in range(60)]
-    none = sum(row.bias == 0 for row in rows)
-    assert 10 < none < 57  # a squared length in few directions is skewed
-    naive = [(row.variance / 20) ** 0.5 for row in rows]
-    assert sum(row.bias for row in rows) < 0.7 * sum(naive)
-
-
 def test_the_bias_of_a_shifted_estimator_is_the_shift():
     vae = vae_of("bernoulli")
 
@@ -487,16 +477,6 @@ def test_a_parameter_with_rare_estimates_is_not_tested():
     row = measure(torch.cat([rare, torch.randn(500, 1).double()], 1), torch.tensor([1.0, 0.0]).double())
     assert (row.num_parameters, row.num_tested) == (2, 1)
     assert row.p_value > 1e-3
-
-
-def test_a_nearly_certain_guide_is_not_found_biased():
-    vae = vae_of("bernoulli")
-    with torch.no_grad():
-        vae.encoder.network[-1].bias.copy_(torch.tensor([10.0, -10.0, 0.0]))
-    for seed in range(5):
-        row = measured(estimator(vae, DisARM()), repeats=300, seed=seed)["encoder"]
-        assert row.p_value > 1e-4
-        assert row.num_tested < row.num_parameters
 
 
 def test_a_seed_fixes_the_numbers():
@@ -640,9 +620,6 @@ def test_a_parameter_named_all_is_a_group_of_its_own():
             z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
             pyro.sample("x", dist.Normal(both * z, 1.0), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
-
+    guide = guide_of(lambda x: dist.Bernoulli(torch.tensor(0.3).double()))
     found = measured(Estimator(model, guide, Trace_ELBO()), X[:, 0], repeats=3)
     assert {name: row.num_parameters for name, row in found.items()} == {"all": 2, "all (a parameter)": 1, "b": 1}
