@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 import pyro_vae as pv
 from pyro_vae import priors
 from pyro_vae._utils.param_store import parameters_of
-from pyro_vae._utils.traces import latent_sites, observed_sites, record_traces
+from pyro_vae._utils.traces import latent_sites, observed_sites
 from pyro_vae.handlers import SubsampleRows, SubsampleStatements, WeightKL
 from pyro_vae.objectives.elbo_terms import elbo_terms
 
@@ -122,10 +122,11 @@ def test_weight_multiplies_the_scale_of_rows_and_of_other_weights():
 
 def weighted_loss_and_terms(elbo, model, guide, x, weight):
     """The loss per datum of the weighted pair, and the terms at weight 1 of the very same draws."""
-    models, guides_ = [], []
+    traces = [], []
     pyro.set_rng_seed(0)
-    loss = elbo.loss(record_traces(WeightKL(weight)(model), models), record_traces(WeightKL(weight)(guide), guides_), x)
-    return loss / len(x), elbo_terms([(models[-1], guides_[-1])], len(x))
+    runs = [pairs.record_traces(WeightKL(weight)(run), kept) for run, kept in zip((model, guide), traces, strict=True)]
+    loss = elbo.loss(*runs, x)
+    return loss / len(x), elbo_terms([(traces[0][-1], traces[1][-1])], len(x))
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -168,26 +169,6 @@ def test_a_weight_in_a_tensor_is_read_at_each_run():
         assert float(trace(model, weight).nodes["z"]["scale"]) == value
     with pytest.raises(ValueError, match=r"`weight` must be one number.*got shape \(2,\)"):
         WeightKL(torch.ones(2))
-
-
-def test_record_traces_passes_the_result_on_and_keeps_a_trace_of_each_run():
-    traces = []
-    function = record_traces(model, traces)
-    assert torch.equal(function(X), X)
-    function(x=X[:2])
-    assert [len(kept.nodes["x"]["value"]) for kept in traces] == [6, 2]
-    assert not torch.equal(traces[0].nodes["mu"]["value"], traces[1].nodes["mu"]["value"])
-
-
-def test_record_traces_sees_what_outer_handlers_did_and_hides_nothing_from_them():
-    traces = []
-    with SubsampleRows("data", ROWS), poutine.trace() as outer:
-        poutine.condition(record_traces(model, traces), {"mu": torch.tensor(7.0)})(X)
-    (kept,) = traces
-    assert (kept.nodes["mu"]["value"], kept.nodes["mu"]["is_observed"], kept.nodes["x"]["scale"]) == (7, True, 2)
-    assert torch.equal(kept.nodes["x"]["value"], X[ROWS])
-    assert {"mu", "z", "x", "scale"} <= set(outer.trace.nodes)
-    assert outer.trace.nodes["z"]["value"] is kept.nodes["z"]["value"]
 
 
 def test_sites_are_sorted_into_latent_observed_and_parameters():

@@ -53,7 +53,6 @@ def rollback_params_on_error() -> Iterator[None]:
 Registered = dict[str, tuple[nn.Module, str, Tensor]]
 """Modules by name, each with the name and value of one of its parameters."""
 
-
 _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 
 

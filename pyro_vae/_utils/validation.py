@@ -12,28 +12,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_shape",
-    "boolean",
-    "data_tensors",
-    "describe",
-    "file_path",
-    "first_index",
-    "function",
-    "image_size",
-    "is_integer",
-    "mapping",
-    "nonempty_string",
-    "number",
-    "numbers",
-    "positive",
-    "positive_int",
-    "real_tensor",
-    "rows_like",
-    "seed_number",
-    "tqdm_disable",
-    "whole_numbers",
-    "writable",
-]
+    "as_shape", "boolean", "data_tensors", "describe", "file_path", "first_index", "function", "image_size",
+    "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
+    "rows_like", "seed_number", "tqdm_disable", "whole_numbers", "writable",
+]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
 _LARGEST_SEED = 2**32 - 1  # the largest seed of NumPy
