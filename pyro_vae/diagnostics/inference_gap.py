@@ -171,8 +171,8 @@ def inference_gap(
                 log_p, log_p_error, is_exact = estimate.log_evidence, estimate.standard_error, False
             elbos = _elbos(q, best, log_p, num_samples, seed, tolerance)
     rows = torch.arange(p.num_data, device=p.data[0].device)
-    tensors = [tensor.to(p.dtype) for tensor in (log_p, log_p_error, *elbos)]
-    return InferenceGap(*tensors, is_exact=is_exact, rows=rows, refined=refined)
+    log_p, log_p_error, elbo, elbo_error, best_elbo, error = (t.to(p.dtype) for t in (log_p, log_p_error, *elbos))
+    return InferenceGap(log_p, log_p_error, elbo, elbo_error, best_elbo, error, is_exact, rows, refined)
 
 
 def _exact_log_evidence(p: ModelDensity, tolerance: float) -> Tensor | None:
