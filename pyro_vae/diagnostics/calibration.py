@@ -379,19 +379,12 @@ def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Te
 
 
 class SimulationResults(NamedTuple):
-    """The truth compared with draws of q, for N simulated data.
+    """The truth compared with draws of q, for N simulated data."""
 
-    Attributes:
-        ranks: ranks of the truth, ``(N, Q)``.
-        errors: the truth minus the mean of the draws, ``(N, D)``.
-        variances: variances of the draws, ``(N, D)``.
-        excess: log p(x, z) - log q(z | x) at the truth minus its mean over the draws, ``(N,)``.
-    """
-
-    ranks: Tensor
-    errors: Tensor
-    variances: Tensor
-    excess: Tensor
+    ranks: Tensor  # of the truth, (N, Q)
+    errors: Tensor  # the truth minus the mean of the draws, (N, D)
+    variances: Tensor  # of the draws, (N, D)
+    excess: Tensor  # log p(x, z) - log q(z | x) at the truth minus its mean over the draws, (N,)
 
 
 def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:

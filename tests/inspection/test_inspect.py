@@ -153,16 +153,11 @@ def test_a_part_that_the_guide_does_not_allow_is_skipped_with_the_reason():
     assert found.num_data["gap"] == 20, "a guide that is not amortized needs all its rows"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_rows": 0}, "`max_rows` must be .*got 0"),
-        ({"max_refined": "a"}, "`max_refined` must be .*got 'a'"),
-        ({"num_samples": 0}, "`num_samples` must be .*got 0"),
-        ({"num_samples": 1}, "`num_samples` must be 2 or more.*got 1"),
-        ({"num_simulations": 5}, "`num_simulations` must be 10 or more.*got 5"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        inspected(model, make_guide(), **options)
+COUNTS = [("max_rows", 0, ""), ("max_refined", "a", ""), ("num_samples", 0, "")]
+FEW = [("num_samples", 1, "2 or more"), ("num_simulations", 5, "10 or more")]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), COUNTS + FEW)
+def test_wrong_options_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"`{name}` must be {expected}.*got {value!r}"):
+        inspected(model, make_guide(), **{name: value})

@@ -133,11 +133,6 @@ def test_a_guide_whose_gap_cannot_be_computed_is_drawn_without_it():
     assert [text.get_text() for text in legend.get_texts()] == ["exact $p(z|x)$", "guide $q(z|x)$"]
 
 
-def test_a_latent_of_three_variables_is_refused():
-    with pytest.raises(ValueError, match="`model` must have a .* latent of at most 2 dimensions .*, got 3 at 'z'"):
-        draw_posterior(gaussian(3, 2))
-
-
 def test_a_model_with_two_latent_sites_is_refused():
     def model(x):
         with pyro.plate("data", len(x)):
