@@ -1,29 +1,21 @@
 """Properties of public functions that hold for all arguments, tested on random ones."""
 
 import copy
-import gzip
 import math
-import tempfile
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pairs
-import pyro
 import pytest
 import torch
-import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
-from pyro_vae import datasets, exact, families, guides, likelihoods, networks, priors, schedules
+from pyro_vae import exact, families, guides, likelihoods, networks, priors, schedules
 from pyro_vae._utils import validation
-from pyro_vae.datasets import idx
-from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.parts.families import multivariate
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -147,15 +139,6 @@ def test_a_decomposition_adds_up(seed, size, rows):
     assert marginal_kl >= -1e-6
 
 
-@given(seed=SEEDS, size=st.floats(0.1, 2.0), weight=st.floats(0.0, 4.0))
-@examples(10)
-def test_terms_do_not_depend_on_the_weight_of_the_kl(seed, size, weight):
-    vae, x = binary(seed, size).double(), torch.randn(4, 2, generator=seeded(seed)).double()
-    pair = vae.model, config_enumerate(vae.guide)
-    terms = pv.evaluate(*pair, x, elbo=ENUMERATED)
-    assert pv.evaluate(*map(WeightKL(weight), pair), x, elbo=ENUMERATED) == pytest.approx(terms, rel=1e-9, abs=1e-12)
-
-
 @pytest.mark.parametrize("build", [binary, gaussian])
 @given(seed=SEEDS, order=st.permutations(range(5)), kept=st.integers(1, 5))
 @examples(6)
@@ -171,20 +154,6 @@ def test_exact_answers_of_each_datum_follow_its_row(build, seed, order, kept):
         torch.testing.assert_close(found(x)[rows], found(x[rows]), rtol=1e-3, atol=1e-3)
 
 
-@given(seed=SEEDS, rows=st.lists(st.integers(0, 6), min_size=1, max_size=6, unique=True))
-@examples(15)
-def test_a_mini_batch_is_scaled_to_all_rows(seed, rows):
-    vae, x = gaussian(seed).double(), torch.randn(7, 2, generator=seeded(seed)).double()
-    z = torch.randn(7, 1, generator=seeded(seed)).double()
-
-    def log_prob_at(data, values):
-        return poutine.trace(poutine.condition(vae.model, {"z": values})).get_trace(data).log_prob_sum()
-
-    with SubsampleRows("data", torch.tensor(rows)):
-        batch = log_prob_at(x, z[rows])
-    torch.testing.assert_close(batch, log_prob_at(x[rows], z[rows]) * 7 / len(rows))
-
-
 @given(seed=SEEDS, order=st.permutations(range(6)))
 @examples(10)
 def test_a_comparison_does_not_depend_on_the_order_of_data_and_models(seed, order):
@@ -195,16 +164,6 @@ def test_a_comparison_does_not_depend_on_the_order_of_data_and_models(seed, orde
     assert list(table.index) == list(other.index)
     np.testing.assert_allclose(table.to_numpy(), other.to_numpy(), rtol=1e-9, atol=1e-12)
     assert (table["difference"] <= 0).all()
-
-
-@given(seed=SEEDS, draws=st.integers(1, 40))
-@examples(10)
-def test_the_effective_sample_size_is_between_one_and_the_number_of_draws(seed, draws):
-    vae, x = gaussian(seed), torch.randn(3, 2, generator=seeded(seed))
-    found = pv.log_evidence(vae.model, vae.guide, x, num_samples=draws, seed=seed)
-    assert ((found.ess >= 1 - 1e-4) & (found.ess <= draws * (1 + 1e-4)) & found.log_evidence.isfinite()).all()
-    again = pv.log_evidence(vae.model, vae.guide, x, num_samples=draws, seed=seed)
-    assert torch.equal(found.log_evidence, again.log_evidence)
 
 
 POSITIVE = st.floats(1e-3, 1e3)
@@ -285,51 +244,3 @@ def test_checks_accept_exactly_what_their_messages_describe(value):
     assert accepts(validation.number, value, least=0) == (finite and value >= 0)
     assert accepts(validation.boolean, value) == isinstance(value, bool)
     assert accepts(validation.nonempty_string, value) == (isinstance(value, str) and value != "")
-
-
-@given(shape=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=SEEDS, as_bytes=st.booleans())
-@examples(30)
-def test_resampled_and_binarized_pixels_are_zeros_and_ones_of_the_same_grey(shape, seed, as_bytes):
-    x = torch.rand(shape, generator=seeded(seed))
-    x = (1 + 254 * x).to(torch.uint8) if as_bytes else x
-    x.flatten()[0] = 0
-    grey, drawn, halves = datasets.grey(x), datasets.resample(x), datasets.binarize(x)
-    assert ((grey >= 0) & (grey <= 1)).all()
-    assert drawn.shape == x.shape
-    assert ((drawn == 0) | (drawn == 1)).all()
-    assert (drawn[grey == 0] == 0).all()
-    assert torch.equal(halves, (grey > 0.5).to(grey.dtype))
-    for function, result in ((datasets.grey, grey), (datasets.resample, drawn), (datasets.binarize, halves)):
-        assert torch.equal(function(result), result)
-
-
-@given(
-    shape=st.lists(st.integers(0, 4), min_size=1, max_size=4), seed=SEEDS, packed=st.booleans(), cut=st.integers(1, 20)
-)
-@examples(30)
-def test_an_idx_file_is_read_whole_or_raises(shape, seed, packed, cut):
-    array = torch.randint(0, 256, shape, generator=seeded(seed), dtype=torch.uint8)
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
-    content = header + array.numpy().tobytes()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ("file.gz" if packed else "file")
-        path.write_bytes(gzip.compress(content) if packed else content)
-        assert torch.equal(idx.read(path), array)
-        torn = content[: max(0, len(content) - cut)]
-        path.write_bytes(gzip.compress(torn) if packed else torn)
-        with pytest.raises(ValueError, match="file"):
-            idx.read(path)
-
-
-@given(seed=SEEDS, draws=st.integers(1, 30), chunk=st.integers(1, 40), rows=st.integers(1, 4))
-@examples(6)
-def test_draws_read_from_a_file_equal_those_in_memory(seed, draws, chunk, rows):
-    vae, x = binary(seed), torch.randn(rows, 2, generator=seeded(seed))
-    before = set(pyro.get_param_store().keys())
-    tree = pv.to_datatree(vae.model, vae.guide, x, draws=draws, seed=seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = pv.save_draws(f"{folder}/draws.nc", vae.model, vae.guide, x, draws=draws, seed=seed, chunk=chunk)
-        with xr.open_datatree(path) as loaded:
-            assert set(loaded.children) == set(tree.children)
-            assert all(loaded[group].equals(tree[group]) for group in tree.children)
-    assert set(pyro.get_param_store().keys()) == before
