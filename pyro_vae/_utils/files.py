@@ -14,14 +14,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give the path of a temporary file in the same folder, and move that file to ``path`` at the end.
 
     After an error or an interruption the temporary file is removed, and ``path`` has what it had before.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = Path(folder) / "numbers.txt"
-    ...     with replacing(path) as partial:
-    ...         _ = partial.write_text("1 2 3")
-    ...     path.read_text()
-    '1 2 3'
     """
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
