@@ -55,7 +55,7 @@ class Inspection:
 
     @property
     def all_clear(self) -> str:
-        """The verdict if there are no faults, which says whether the calibration was tested."""
+        """The verdict if there are no faults, with a warning if the calibration was not tested."""
         return "no fault found" + ("" if self.calibration else ", but the calibration of q(z|x) was not tested")
 
     @property

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian, guide_of
+from pairs import NET, gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
@@ -151,17 +151,12 @@ def test_two_modules_with_equal_parameter_names_are_two_groups():
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(2, 3).double(), nn.Linear(3, 2).double()
 
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", pv.distributions.Product(dist.Bernoulli(torch.full((3,), 0.3).double()), 1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+    def bits(**parameters):
+        return pv.distributions.Product(dist.Bernoulli(**parameters), 1)
 
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", pv.distributions.Product(dist.Bernoulli(logits=encoder(x)), 1))
-
+    prior = bits(probs=torch.full((3,), 0.3).double())
+    model = model_of(prior, lambda z: dist.Normal(pyro.module("decoder", decoder)(z), 1.0).to_event(1))
+    guide = guide_of(lambda x: bits(logits=pyro.module("encoder", encoder)(x)))
     shapes = {name: tuple(value.shape) for name, value in exact_gradient(model, guide, X).items()}
     expected = {"encoder.weight": (3, 2), "encoder.bias": (3,), "decoder.weight": (2, 3), "decoder.bias": (2,)}
     assert shapes == expected
@@ -200,12 +195,11 @@ def classes(logits_of_model, logits_of_guide):
             z = pyro.sample("z", dist.Categorical(logits=weight + logits_of_model))
             pyro.sample("x", dist.Normal(weight[z], 1.0), obs=x)
 
-    def guide(x):
+    def q(x):
         slope = pyro.param("slope", torch.tensor([0.1, 0.2, -0.3, 0.0]).double())
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Categorical(logits=x[:, None] * slope + logits_of_guide))
+        return dist.Categorical(logits=x[:, None] * slope + logits_of_guide)
 
-    return model, guide
+    return model, guide_of(q)
 
 
 NEVER = torch.tensor([0.0, 0.0, 0.0, -math.inf]).double()
