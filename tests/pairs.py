@@ -1,6 +1,7 @@
 """One small VAE of each kind of latent, for tests that need a pair and do not care which."""
 
 import pyro
+from pyro import poutine
 from torch import nn
 
 import pyro_vae as pv
@@ -40,6 +41,18 @@ def gumbel(latent=(2, 3), features=3, temperature=0.5, straight_through=False):
     """Gumbel-softmax latents; ``.discrete()`` is their discrete twin."""
     prior = priors.GumbelSoftmax(latent, temperature, straight_through=straight_through)
     return gaussian(latent, features, prior=prior, encoder=guides.GumbelSoftmax(features, latent, NET, 0.66))
+
+
+def record_traces(function, traces):
+    """A model or guide that appends a trace of each run, with the effects of outer handlers, to a list."""
+
+    def recording(*args):
+        with poutine.trace() as tracer:
+            result = function(*args)
+        traces.append(tracer.trace)
+        return result
+
+    return recording
 
 
 def model_of(prior, likelihood):

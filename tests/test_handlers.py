@@ -2,6 +2,7 @@
 
 import math
 
+import pairs
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,12 +11,11 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, priors
+from pyro_vae import priors
 from pyro_vae._utils.param_store import parameters_of
-from pyro_vae._utils.traces import latent_sites, observed_sites, record_traces
+from pyro_vae._utils.traces import latent_sites, observed_sites
 from pyro_vae.handlers import SubsampleRows, SubsampleStatements, WeightKL
 from pyro_vae.objectives.elbo_terms import elbo_terms
-from pyro_vae.parts.networks import linear
 
 X = torch.randn(6, generator=torch.Generator().manual_seed(1))
 ROWS = torch.tensor([4, 1, 5])
@@ -45,22 +45,15 @@ def trace(function, *handlers, x=X):
     return poutine.trace(function).get_trace(x)
 
 
-# --- Rows ------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone():
-    nodes = trace(model, SubsampleRows("data", ROWS)).nodes
-    assert torch.equal(nodes["_RETURN"]["value"], X[ROWS])
-    assert torch.equal(nodes["x"]["value"], X[ROWS])
-    assert nodes["z"]["value"].shape == (3,)
-    assert (nodes["x"]["scale"], nodes["z"]["scale"], nodes["mu"]["scale"]) == (2, 2, 1)
+@pytest.mark.parametrize("rows", [ROWS, *map(torch.arange, (1, 4, 6))])
+def test_rows_are_what_subsample_returns_and_scale_the_plates_sites_alone(rows):
+    nodes, scale = trace(model, SubsampleRows("data", rows)).nodes, 6 / len(rows)
+    assert torch.equal(nodes["_RETURN"]["value"], X[rows])
+    assert torch.equal(nodes["x"]["value"], X[rows])
+    assert nodes["z"]["value"].shape == rows.shape
+    assert (nodes["x"]["scale"], nodes["z"]["scale"], nodes["mu"]["scale"]) == (scale, scale, 1)
     (frame,) = nodes["x"]["cond_indep_stack"]
-    assert (frame.size, frame.full_size) == (3, 6)
-
-
-@pytest.mark.parametrize("size", [1, 4, 6])
-def test_scale_is_all_rows_over_these_rows(size):
-    assert trace(model, SubsampleRows("data", torch.arange(size))).nodes["x"]["scale"] == 6 / size
+    assert (frame.size, frame.full_size) == (len(rows), 6)
 
 
 def test_rows_reach_model_and_guide_through_replay():
@@ -91,16 +84,10 @@ def test_the_loss_of_rows_is_that_of_these_rows_scaled_and_unbiased_for_all():
     assert sum(losses) / 3 == pytest.approx(Trace_ELBO().loss(local, nothing, X), rel=1e-5)
 
 
-def test_a_plate_of_another_name_keeps_its_rows():
+def test_a_plate_of_another_name_and_a_later_run_keep_their_rows():
     assert torch.equal(trace(model, SubsampleRows("other", ROWS)).nodes["x"]["value"], X)
-
-
-def test_rows_leave_nothing_behind():
     trace(model, SubsampleRows("data", ROWS))
     assert torch.equal(trace(model).nodes["x"]["value"], X)
-
-
-# --- SubsampleStatements ---------------------------------------------------------------------------------------------
 
 
 def test_subsample_statements_are_counted_and_change_nothing():
@@ -109,6 +96,9 @@ def test_subsample_statements_are_counted_and_change_nothing():
             return pyro.subsample(x, event_dim=0), pyro.subsample(-x, event_dim=0)
 
     with SubsampleStatements() as statements:
+        with pyro.plate("other", 6):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=X)
+        assert statements.count == 0
         first, second = pair_reader(X)
         assert statements.count == 2
         pair_reader(X)
@@ -118,21 +108,11 @@ def test_subsample_statements_are_counted_and_change_nothing():
     assert torch.equal(second, -X)
 
 
-def test_a_model_without_the_statement_has_none():
-    with SubsampleStatements() as statements, pyro.plate("data", 6):
-        pyro.sample("x", dist.Normal(0.0, 1.0), obs=X)
-    assert statements.count == 0
-
-
-# --- WeightKL --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_weight_is_on_the_latents_and_neither_on_data_nor_on_what_is_deterministic(weight):
     nodes = trace(model, WeightKL(weight)).nodes
-    scales = {name: nodes[name]["scale"] for name in ("mu", "z", "x", "doubled")}
-    assert scales == {"mu": weight, "z": weight, "x": 1, "doubled": 1}
-    assert nodes["data"]["scale"] == 1
+    scales = {name: nodes[name]["scale"] for name in ("mu", "z", "x", "doubled", "data")}
+    assert scales == {"mu": weight, "z": weight, "x": 1, "doubled": 1, "data": 1}
 
 
 def test_weight_multiplies_the_scale_of_rows_and_of_other_weights():
@@ -142,10 +122,11 @@ def test_weight_multiplies_the_scale_of_rows_and_of_other_weights():
 
 def weighted_loss_and_terms(elbo, model, guide, x, weight):
     """The loss per datum of the weighted pair, and the terms at weight 1 of the very same draws."""
-    models, guides_ = [], []
+    traces = [], []
     pyro.set_rng_seed(0)
-    loss = elbo.loss(record_traces(WeightKL(weight)(model), models), record_traces(WeightKL(weight)(guide), guides_), x)
-    return loss / len(x), elbo_terms([(models[-1], guides_[-1])], len(x))
+    runs = [pairs.record_traces(WeightKL(weight)(run), kept) for run, kept in zip((model, guide), traces, strict=True)]
+    loss = elbo.loss(*runs, x)
+    return loss / len(x), elbo_terms([(traces[0][-1], traces[1][-1])], len(x))
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -156,8 +137,7 @@ def test_the_loss_is_distortion_plus_weight_times_rate(weight):
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_the_enumerated_loss_is_distortion_plus_weight_times_rate_and_its_gradient_finite(weight):
-    vae = pv.VAE(priors.Bernoulli(2, probs=0.3), guides.Bernoulli(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
-    x = torch.randn(5, 3)
+    vae, x = pairs.bernoulli(), torch.randn(5, 3)
     elbo, enumerated = TraceEnum_ELBO(max_plate_nesting=1), config_enumerate(vae.guide)
     loss, terms = weighted_loss_and_terms(elbo, vae.model, enumerated, x, weight)
     exact = pv.exact.elbo(vae.model, vae.guide, x).mean()
@@ -168,8 +148,7 @@ def test_the_enumerated_loss_is_distortion_plus_weight_times_rate_and_its_gradie
 
 
 def test_at_weight_0_the_prior_has_no_gradient():
-    vae = pv.VAE(priors.Normal(2), guides.DiagonalNormal(3, 2, linear()), likelihoods.Normal(2, 3, linear()))
-    x, free = torch.randn(5, 3), WeightKL(0.0)
+    vae, x, free = pairs.gaussian(prior=priors.Normal(2)), torch.randn(5, 3), WeightKL(0.0)
     Trace_ELBO().loss_and_grads(free(vae.model), free(vae.guide), x)
     for name, parameter in vae.named_parameters():
         moved = parameter.grad is not None and bool((parameter.grad != 0).any())
@@ -185,42 +164,11 @@ def test_a_weight_that_is_none_is_refused(weight):
 def test_a_weight_in_a_tensor_is_read_at_each_run():
     beta = torch.tensor(0.5)
     weight = WeightKL(beta)
-    first = trace(model, weight).nodes["z"]["scale"]
-    beta.fill_(2.0)
-    second = trace(model, weight).nodes["z"]["scale"]
-    assert (float(first), float(second)) == (0.5, 2.0)
+    for value in (0.5, 2.0):
+        beta.fill_(value)
+        assert float(trace(model, weight).nodes["z"]["scale"]) == value
     with pytest.raises(ValueError, match=r"`weight` must be one number.*got shape \(2,\)"):
         WeightKL(torch.ones(2))
-
-
-# --- What a run leaves -----------------------------------------------------------------------------------------------
-
-
-def test_record_traces_passes_the_result_on_and_keeps_a_trace_of_each_run():
-    traces = []
-    function = record_traces(model, traces)
-    assert torch.equal(function(X), X)
-    function(x=X[:2])
-    assert [len(kept.nodes["x"]["value"]) for kept in traces] == [6, 2]
-    assert not torch.equal(traces[0].nodes["mu"]["value"], traces[1].nodes["mu"]["value"])
-
-
-def test_record_traces_sees_what_outer_handlers_did():
-    traces = []
-    with SubsampleRows("data", ROWS):
-        poutine.condition(record_traces(model, traces), {"mu": torch.tensor(7.0)})(X)
-    (kept,) = traces
-    assert kept.nodes["mu"]["value"] == 7
-    assert kept.nodes["mu"]["is_observed"]
-    assert torch.equal(kept.nodes["x"]["value"], X[ROWS])
-    assert kept.nodes["x"]["scale"] == 2
-
-
-def test_record_traces_hides_nothing_from_outer_handlers():
-    inner = []
-    outer = trace(record_traces(model, inner))
-    assert {"mu", "z", "x", "scale"} <= set(outer.nodes)
-    assert outer.nodes["z"]["value"] is inner[0].nodes["z"]["value"]
 
 
 def test_sites_are_sorted_into_latent_observed_and_parameters():
@@ -241,6 +189,4 @@ def test_parameters_are_the_unconstrained_ones_that_are_trained():
         pyro.param("positive", torch.tensor(2.0), constraint=dist.constraints.positive)
 
     (value,) = parameters_of(trace(positive)).values()
-    assert value.item() == pytest.approx(math.log(2))
-    assert value.requires_grad
-    assert value.is_leaf
+    assert (value.item(), value.requires_grad, value.is_leaf) == (pytest.approx(math.log(2)), True, True)

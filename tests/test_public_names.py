@@ -27,13 +27,10 @@ def test_a_gaussian_vae_is_trained_compared_with_the_exact_answer_and_exported()
         encoder=guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32])),
         decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32]), scale="shared"),
     )
-    svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
-    svi.step(x)
-
+    SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO()).step(x)
     fitted = pv.fit(vae.model, vae.guide, x, epochs=1000, lr=4e-3, seed=0)
-    assert {name: len(values) for name, values in fitted.history.items()} == dict.fromkeys(
-        ("elbo", "distortion", "rate"), 1000
-    )
+    lengths = {name: len(values) for name, values in fitted.history.items()}
+    assert lengths == {"elbo": 1000, "distortion": 1000, "rate": 1000}
     evidence = pv.exact.log_evidence(vae.model, x)
     assert evidence.shape == (1000,)
     assert fitted.history["elbo"][-1] < evidence.mean()
@@ -46,20 +43,13 @@ def test_a_gaussian_vae_is_trained_compared_with_the_exact_answer_and_exported()
 
 def test_a_discrete_and_a_relaxed_vae_differ_only_in_their_parts():
     x = pv.datasets.two_gaussians(1000, seed=0).x
-    discrete = pv.VAE(
-        prior=priors.Bernoulli(1),
-        encoder=guides.Bernoulli(in_features=2, latent=1, network=networks.mlp([32])),
-        decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.linear()),
-    )
+    encoder = guides.Bernoulli(in_features=2, latent=1, network=networks.mlp([32]))
+    decoder = likelihoods.Normal(latent=1, out_features=2, network=networks.linear())
+    discrete = pv.VAE(prior=priors.Bernoulli(1), encoder=encoder, decoder=decoder)
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    loss = SVI(discrete.model, config_enumerate(discrete.guide), Adam({"lr": 1e-2}), elbo).step(x)
-    assert loss > 0
-
-    relaxed = pv.VAE(
-        prior=priors.RelaxedBernoulli(1, temperature=0.5),
-        encoder=guides.RelaxedBernoulli(in_features=2, latent=1, network=networks.mlp([32]), temperature=0.66),
-        decoder=likelihoods.Normal(latent=1, out_features=2, network=networks.linear()),
-    )
+    assert SVI(discrete.model, config_enumerate(discrete.guide), Adam({"lr": 1e-2}), elbo).step(x) > 0
+    encoder = guides.RelaxedBernoulli(in_features=2, latent=1, network=networks.mlp([32]), temperature=0.66)
+    relaxed = pv.VAE(prior=priors.RelaxedBernoulli(1, temperature=0.5), encoder=encoder, decoder=decoder)
     twin = relaxed.discrete()
     assert twin.prior().has_enumerate_support
     assert {id(parameter) for parameter in twin.parameters()} == {id(parameter) for parameter in relaxed.parameters()}

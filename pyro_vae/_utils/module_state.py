@@ -119,14 +119,7 @@ def _bound(function: Callable[..., Any]) -> nn.Module | None:
 
 @contextmanager
 def buffers_kept() -> Iterator[None]:
-    """Run a block, then restore the buffers of the modules that ran inside.
-
-    >>> norm = nn.BatchNorm1d(3)
-    >>> with buffers_kept():
-    ...     y = norm(torch.ones(4, 3))
-    >>> norm.num_batches_tracked
-    tensor(0)
-    """
+    """Run a block, then restore the buffers of the modules that ran inside."""
     tensors = ModuleTensors()
     try:
         with tensors.noticed():

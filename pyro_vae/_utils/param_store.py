@@ -14,14 +14,7 @@ __all__ = ["module_registry", "parameters_of", "register", "rollback_params_on_e
 
 @contextmanager
 def scoped_param_store() -> Iterator[None]:
-    """Run a block with the parameters of Pyro's store, then remove the parameters that it added.
-
-    >>> import pyro, torch
-    >>> with scoped_param_store():
-    ...     w = pyro.param("w", torch.zeros(2))
-    >>> "w" in pyro.get_param_store()
-    False
-    """
+    """Run a block with the parameters of Pyro's store, then remove the parameters that it added."""
     store = pyro.get_param_store()
     with store.scope(store.get_state()):
         yield
@@ -52,7 +45,6 @@ def rollback_params_on_error() -> Iterator[None]:
 
 Registered = dict[str, tuple[nn.Module, str, Tensor]]
 """Modules by name, each with the name and value of one of its parameters."""
-
 
 _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 

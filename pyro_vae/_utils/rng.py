@@ -16,14 +16,7 @@ __all__ = ["preserve_rng_state", "random_states", "seeded", "set_random_states"]
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Run a block, then restore the random states of torch (CPU and current CUDA device), NumPy and :mod:`random`.
-
-    >>> before = torch.get_rng_state()
-    >>> with preserve_rng_state():
-    ...     noise = torch.rand(3)
-    >>> torch.equal(before, torch.get_rng_state())
-    True
-    """
+    """Run a block, then restore the random states of torch (CPU and current CUDA device), NumPy and :mod:`random`."""
     state = pyro.util.get_rng_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -64,14 +57,7 @@ def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def set_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Restore the states that :func:`random_states` returned.
-
-    >>> saved = random_states()
-    >>> first = torch.rand(2)
-    >>> set_random_states(*saved)
-    >>> torch.equal(torch.rand(2), first)
-    True
-    """
+    """Restore the states that :func:`random_states` returned."""
     version, keys, gauss = states["random"]
     name, numbers, *rest = states["numpy"]
     numpy = (name, np.array(numbers, dtype=np.uint32), *rest)

@@ -1,15 +1,13 @@
 """The sites of a Pyro trace by role, and their log-densities."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["deterministic_sites", "latent_sites", "log_density", "observed_sites", "record_traces"]
+__all__ = ["deterministic_sites", "latent_sites", "log_density", "observed_sites"]
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
@@ -20,43 +18,22 @@ def log_density(site: dict[str, Any]) -> Tensor:
     return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
 
 
-def record_traces(function: Callable[..., Any], traces: list[Trace]) -> Callable[..., Any]:
-    """Wrap ``function`` to append a trace of each run, with the effects of outer handlers, to ``traces``."""
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        with poutine.trace() as tracer:
-            result = function(*args, **kwargs)
-        traces.append(tracer.trace)
-        return result
-
-    return recording
+def _sample_sites(trace: Trace) -> dict[str, Any]:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def deterministic_sites(trace: Trace) -> dict[str, Any]:
     """The sites of ``pyro.deterministic``, by name."""
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return {
-        name: site for name, site in nodes.items() if site["type"] == "sample" and site["infer"].get("_deterministic")
-    }
+    return {name: site for name, site in _sample_sites(trace).items() if site["infer"].get("_deterministic")}
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
     """The unobserved sample sites, by name."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    }
+    sites = _sample_sites(trace)
+    return {name: site for name, site in sites.items() if not site["is_observed"] and not site_is_subsample(site)}
 
 
 def observed_sites(trace: Trace) -> dict[str, Any]:
     """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and site["mask"] is not False
-        and not site["infer"].get("_deterministic")
-    }
+    sites = {name: site for name, site in _sample_sites(trace).items() if not site["infer"].get("_deterministic")}
+    return {name: site for name, site in sites.items() if site["is_observed"] and site["mask"] is not False}

@@ -12,28 +12,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_shape",
-    "boolean",
-    "data_tensors",
-    "describe",
-    "file_path",
-    "first_index",
-    "function",
-    "image_size",
-    "is_integer",
-    "mapping",
-    "nonempty_string",
-    "number",
-    "numbers",
-    "positive",
-    "positive_int",
-    "real_tensor",
-    "rows_like",
-    "seed_number",
-    "tqdm_disable",
-    "whole_numbers",
-    "writable",
-]
+    "as_shape", "boolean", "data_tensors", "describe", "file_path", "first_index", "function", "image_size",
+    "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
+    "rows_like", "seed_number", "tqdm_disable", "whole_numbers", "writable",
+]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
 _LARGEST_SEED = 2**32 - 1  # the largest seed of NumPy
@@ -63,13 +45,7 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def positive_int(value: object, name: str) -> int:
-    """Return ``value`` if it is a positive integer.
-
-    >>> positive_int(True, "epochs")
-    Traceback (most recent call last):
-        ...
-    ValueError: `epochs` must be a positive integer, got True
-    """
+    """Return ``value`` if it is a positive integer."""
     if not is_integer(value) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
     if value > _LARGEST:
@@ -78,11 +54,7 @@ def positive_int(value: object, name: str) -> int:
 
 
 def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
-    """Return an event shape from ``3`` or ``(3, 2)``.
-
-    >>> as_shape(3, "latent"), as_shape((20, 10), "latent")
-    (torch.Size([3]), torch.Size([20, 10]))
-    """
+    """Return an event shape from ``3`` or ``(3, 2)``."""
     shape = tuple(size) if isinstance(size, Sequence) else (size,)
     if not shape or not all(is_integer(extent) and extent > 0 for extent in shape):
         raise ValueError(f"`{name}` must be a positive integer or a tuple of them, got {size!r}")
@@ -113,13 +85,7 @@ def positive(value: object, name: str) -> float:
 
 
 def number(value: object, name: str, least: float = -math.inf) -> float:
-    """Return ``value`` as a float if it is a finite number, ``least`` or more.
-
-    >>> number("a", "rate", least=0)
-    Traceback (most recent call last):
-        ...
-    ValueError: `rate` must be a finite number, 0 or more, got 'a'
-    """
+    """Return ``value`` as a float if it is a finite number, ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or float(value) < least:
         bound = "" if least == -math.inf else f", {least:g} or more"
         raise ValueError(f"{_in_words(name)} must be a finite number{bound}, got {value!r}")
@@ -201,13 +167,7 @@ def writable(path: Path, name: str) -> Path:
 
 
 def real_tensor(value: Any, name: str, expected: str) -> Tensor:
-    """Return ``value`` if it is a dense tensor of real numbers, and not on the device ``meta``.
-
-    >>> real_tensor(torch.zeros(2, device="meta"), "x", "a tensor")
-    Traceback (most recent call last):
-        ...
-    ValueError: `x` must be a tensor, got a torch.float32 tensor of shape (2,) on meta, which holds no values
-    """
+    """Return ``value`` if it is a dense tensor of real numbers, and not on the device ``meta``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{_in_words(name)} must be {expected}, got {describe(value)}")
     if value.is_complex():

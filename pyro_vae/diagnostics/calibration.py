@@ -36,7 +36,6 @@ __all__ = ["ALL", "JOINT", "Calibration", "CalibrationErrors", "calibrate"]
 JOINT = "log p(x, z)"
 """The name of the one quantity that depends on the data."""
 
-
 ALL = "all coordinates"
 """The key of the faults that all coordinates have in common."""
 
@@ -131,15 +130,13 @@ class Calibration:
         z_score = float(norm.isf(self.alpha / num_tests))
         strict = self.tolerance == 1
         errors = self.errors if strict or self.elbo_corrections is None else self.elbo_corrections
+        columns = (errors.variance_ratio, errors.log_ratio_error, errors.bias, errors.bias_error)
         found = {ALL: _describe_errors(errors.overall, self.tolerance, z_score)}
         for index, name in enumerate(self.names):
-            found[name] = []
             if errors is self.errors and not self.leaves_band(index):
                 continue
-            if name != JOINT:
-                columns = (errors.variance_ratio, errors.log_ratio_error, errors.bias, errors.bias_error)
-                numbers = [float(column[index]) for column in columns]
-                found[name] = _describe_errors(numbers, self.tolerance**2, z_score)
+            numbers = [] if name == JOINT else [float(column[index]) for column in columns]
+            found[name] = _describe_errors(numbers, self.tolerance**2, z_score) if numbers else []
             if strict and not found[name]:
                 found[name] = [f"differs from p(z | x), p-value {self.p_values[index]:.1g}"]
         return {name: "; ".join(lines) for name, lines in found.items() if lines}
@@ -255,11 +252,8 @@ def calibrate(
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> x = vae.generate(200)
     >>> before = calibrate(vae.model, vae.guide, x)
     >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
@@ -385,19 +379,12 @@ def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Te
 
 
 class SimulationResults(NamedTuple):
-    """The truth compared with draws of q, for N simulated data.
+    """The truth compared with draws of q, for N simulated data."""
 
-    Attributes:
-        ranks: ranks of the truth, ``(N, Q)``.
-        errors: the truth minus the mean of the draws, ``(N, D)``.
-        variances: variances of the draws, ``(N, D)``.
-        excess: log p(x, z) - log q(z | x) at the truth minus its mean over the draws, ``(N,)``.
-    """
-
-    ranks: Tensor
-    errors: Tensor
-    variances: Tensor
-    excess: Tensor
+    ranks: Tensor  # of the truth, (N, Q)
+    errors: Tensor  # the truth minus the mean of the draws, (N, D)
+    variances: Tensor  # of the draws, (N, D)
+    excess: Tensor  # log p(x, z) - log q(z | x) at the truth minus its mean over the draws, (N,)
 
 
 def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:

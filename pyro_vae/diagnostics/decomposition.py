@@ -33,7 +33,6 @@ __all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", 
 MAX_SUMMED = 2**12
 """Discrete latents of up to this many joint states are summed over; larger ones are sampled."""
 
-
 COLLAPSE_NATS = 0.01
 """A variable with this information or less, in nats, is collapsed; a unit with this activity or less is inactive."""
 
@@ -112,13 +111,10 @@ class Decomposition:
     def collapse(self) -> tuple[str, ...]:
         """Descriptions of the latents, or the variables of a latent, that carry no information about x."""
         if self.mutual_information.value <= COLLAPSE_NATS:
-            names = " and ".join(self.units)
-            if self.rate.value <= COLLAPSE_NATS:
-                cost = "q(z|x) is the prior for every x"
-            else:
-                cost = (
-                    f"the rate of {self.rate.value:.2f} nats is wasted: q(z|x) is the same for every x, not the prior"
-                )
+            names, cost = " and ".join(self.units), "q(z|x) is the prior for every x"
+            if self.rate.value > COLLAPSE_NATS:
+                wasted = f"the rate of {self.rate.value:.2f} nats is wasted"
+                cost = f"{wasted}: q(z|x) is the same for every x, not the prior"
             return (f"{names} carries nothing about x: {self.mutual_information.value:.3f} nats; {cost}",)
         return tuple(line for name, units in self.units.items() for line in _collapsed_variables(name, units))
 
@@ -132,8 +128,8 @@ class Decomposition:
             f"        (of the population: from {lower} to {upper}, in expectation)",
             f"      + marginal KL {self.marginal_kl}",
         ]
-        for name, units in self.units.items():
-            lines.append(f"active units of {name}: {int(units.active.sum())} of {units.active.numel()}")
+        active = {name: units.active for name, units in self.units.items()}
+        lines += [f"active units of {name}: {int(units.sum())} of {units.numel()}" for name, units in active.items()]
         return "\n".join(lines + [f"collapse: {line}" for line in self.collapse])
 
 
@@ -184,13 +180,9 @@ def decompose(
     bounds of mutual information", on bounds where the conditional density is known; Burda, Grosse and Salakhutdinov
     2016, "Importance weighted autoencoders", section 5.2, on active units.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     encoder=guides.DiagonalNormal(3, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 3, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, net), likelihoods.Normal(2, 3, net))
     >>> with torch.no_grad():
     ...     _ = vae.encoder.network.weight[1].zero_()  # the mean and the scale of z_1 are the same for every x
     ...     _ = vae.encoder.network.weight[3].zero_()
@@ -283,11 +275,10 @@ class _Accumulator:
             within = (squares / self.count - mean**2).clamp(min=0) / (self.count - 1)  # noise of the draws
             activity = (mean.var(0) - within.mean(0)).clamp(min=0)
             activity = activity.sum(-1) if self.classes[name] else activity
-            rate = self.rates[name]
-            rate = None if rate is None else rate / self.count
-            known = information.get(name)
+            rate, known = self.rates[name], information.get(name)
+            rate = None if rate is None or rate.shape != activity.shape else rate / self.count
             known = None if known is None or known.numel() != activity.numel() else known.reshape(activity.shape)
-            result[name] = Units(activity, rate if rate is None or rate.shape == activity.shape else None, known)
+            result[name] = Units(activity, rate, known)
         return result
 
 

@@ -203,13 +203,9 @@ def exact_gradient(
         ValueError: if there are more than 2^16 combinations of K states, or no parameters to train.
         FloatingPointError: if the bound is not finite, as when a state of the guide has no mass in the model.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.Bernoulli(2),
-    ...     encoder=guides.Bernoulli(2, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.Bernoulli(2), guides.Bernoulli(2, 2, net), likelihoods.Normal(2, 2, net))
     >>> gradient = exact_gradient(vae.model, vae.guide, torch.randn(5, 2))
     >>> gradient["encoder.network.bias"].shape
     torch.Size([2])

@@ -36,10 +36,10 @@ class InferenceGap:
 
     Attributes:
         log_evidence: log p(x), exact or an estimate that is in expectation a lower bound.
+        log_evidence_error: its standard error; 0 if it is exact.
         elbo: the ELBO of the guide.
+        elbo_error: its standard error; 0 if it is exact.
         refined_elbo: the ELBO of the guide refined for each datum.
-        log_evidence_error: standard error of ``log_evidence``; 0 where it is exact.
-        elbo_error: standard error of ``elbo``; 0 where it is exact.
         amortization_error: standard error of ``amortization``, with the same noise for q and q*.
         is_exact: whether ``log_evidence`` is exact.
         rows: the index of each datum; :func:`pyro_vae.inspect` takes a subset and sets their indices among all data.
@@ -47,10 +47,10 @@ class InferenceGap:
     """
 
     log_evidence: Tensor
-    elbo: Tensor
-    refined_elbo: Tensor
     log_evidence_error: Tensor
+    elbo: Tensor
     elbo_error: Tensor
+    refined_elbo: Tensor
     amortization_error: Tensor
     is_exact: bool
     rows: Tensor
@@ -81,15 +81,14 @@ class InferenceGap:
         kind = "exact" if self.is_exact else "importance-weighted from q*, in expectation a lower bound"
         least = "" if self.is_exact else ", at least"
         largest, row = self.worst
-        return "\n".join(
-            [
-                f"log p(x) {_mean(self.log_evidence, self.log_evidence_error)} nats per datum, {kind}",
-                f"ELBO {_mean(self.elbo, self.elbo_error)}",
-                f"gap {self.gap.mean().item():.3f}{least}; the largest {largest:.3f}, of datum {row}",
-                f"  = approximation {self.approximation.mean().item():.3f}{least} (of the family of q)",
-                f"  + amortization {_mean(self.amortization, self.amortization_error)} (of the network of q)",
-            ]
+        lines = (
+            f"log p(x) {_mean(self.log_evidence, self.log_evidence_error)} nats per datum, {kind}",
+            f"ELBO {_mean(self.elbo, self.elbo_error)}",
+            f"gap {self.gap.mean().item():.3f}{least}; the largest {largest:.3f}, of datum {row}",
+            f"  = approximation {self.approximation.mean().item():.3f}{least} (of the family of q)",
+            f"  + amortization {_mean(self.amortization, self.amortization_error)} (of the network of q)",
         )
+        return "\n".join(lines)
 
 
 def _mean(values: Tensor, errors: Tensor) -> str:
@@ -142,13 +141,9 @@ def inference_gap(
     Source: Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders"; Roeder, Wu and Duvenaud
     2017, "Sticking the landing", on the gradient.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     encoder=guides.DiagonalNormal(3, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 3, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(2), guides.DiagonalNormal(3, 2, net), likelihoods.Normal(2, 3, net))
     >>> gap = inference_gap(vae.model, vae.guide, torch.randn(20, 3), steps=100)
     >>> bool((gap.amortization >= 0).all()), gap.is_exact
     (True, True)
@@ -170,24 +165,14 @@ def inference_gap(
         with torch.no_grad():
             best = GuideDensity(ModelDensity(ModelGuide(model, refined, data, plate)))
             best.check_densities()
-            log_p, log_p_error = _exact_log_evidence(p, tolerance), p.zeros()
-            is_exact = log_p is not None
+            log_p, log_p_error, is_exact = _exact_log_evidence(p, tolerance), p.zeros(), True
             if log_p is None:
                 estimate = log_evidence(model, refined, *data, num_samples=num_samples, plate=plate, seed=seed)
-                log_p, log_p_error = estimate.log_evidence, estimate.standard_error
+                log_p, log_p_error, is_exact = estimate.log_evidence, estimate.standard_error, False
             elbos = _elbos(q, best, log_p, num_samples, seed, tolerance)
-    elbo, elbo_error, refined_elbo, difference_error = (tensor.to(p.dtype) for tensor in elbos)
-    return InferenceGap(
-        log_evidence=log_p.to(p.dtype),
-        elbo=elbo,
-        refined_elbo=refined_elbo,
-        log_evidence_error=log_p_error.to(p.dtype),
-        elbo_error=elbo_error,
-        amortization_error=difference_error,
-        is_exact=is_exact,
-        rows=torch.arange(p.num_data, device=p.data[0].device),
-        refined=refined,
-    )
+    rows = torch.arange(p.num_data, device=p.data[0].device)
+    log_p, log_p_error, elbo, elbo_error, best_elbo, error = (t.to(p.dtype) for t in (log_p, log_p_error, *elbos))
+    return InferenceGap(log_p, log_p_error, elbo, elbo_error, best_elbo, error, is_exact, rows, refined)
 
 
 def _exact_log_evidence(p: ModelDensity, tolerance: float) -> Tensor | None:
@@ -211,10 +196,9 @@ def _elbos(
 
 def _exact_elbo(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
     p = q.p
-    if (linear := linear_gaussian(p)) is not None:
-        normal = _as_multivariate_normal(q.site()["fn"])
-        if normal is not None:
-            return log_p - kl_divergence(normal, linear.posterior())
+    linear = linear_gaussian(p)
+    if linear is not None and (normal := _as_multivariate_normal(q.site()["fn"])) is not None:
+        return log_p - kl_divergence(normal, linear.posterior())
     with suppress(ValueError, exact.QuadratureError):
         return exact.elbo(p.model, q.guide, *p.data, plate=p.plate, tolerance=tolerance)
     return None

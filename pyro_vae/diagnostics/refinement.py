@@ -17,10 +17,8 @@ from pyro_vae.vae import VAE
 
 __all__ = ["refine"]
 
-
 Build = Callable[[list[Tensor]], Any]
 """A function from parameters to a distribution."""
-
 
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
 

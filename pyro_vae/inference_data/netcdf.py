@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_vae._utils.files import replacing
 from pyro_vae._utils.validation import file_path, writable
 
 if TYPE_CHECKING:
@@ -72,11 +72,7 @@ def writing(path: Path, template: "xr.DataTree") -> Iterator[DrawFile]:
     """Write to a temporary file in the same folder and move it to the path; after an error the path is unchanged."""
     import h5netcdf
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with replacing(path) as partial:
         template.to_netcdf(partial, engine="h5netcdf")
         with h5netcdf.File(partial, "a") as file:
             yield DrawFile(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -55,21 +55,19 @@ class Inspection:
 
     @property
     def all_clear(self) -> str:
-        """The verdict if there are no faults, which says whether the calibration was tested."""
+        """The verdict if there are no faults, with a warning if the calibration was not tested."""
         return "no fault found" + ("" if self.calibration else ", but the calibration of q(z|x) was not tested")
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Reasons to read the numbers, or to use the latents, with care; empty if there are none."""
-        found = []
         share = self.evidence.unreliable.double().mean().item()
-        if share > _MAX_UNRELIABLE:
-            found.append(
-                f"k̂ is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated log p(x) "
-                "is probably too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
-            )
-        found += () if self._all_collapsed else self._collapse
-        found += self._unexplained_divergence
+        unreliable = (
+            f"k̂ is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated log p(x) is "
+            "probably too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
+        )
+        found = [unreliable] if share > _MAX_UNRELIABLE else []
+        found += [*(() if self._all_collapsed else self._collapse), *self._unexplained_divergence]
         return (*found, *(f"{name} was skipped: {reason}" for name, reason in self.skipped.items()))
 
     @property
@@ -134,15 +132,10 @@ def inspect(
         ValueError: if model and guide do not have this form, or the likelihood is not normalised. Errors of a single
             part do not stop the others: they are in :attr:`Inspection.skipped`.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> torch.manual_seed(0)
-    <torch...>
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> _ = torch.manual_seed(0)
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> found = inspect(vae.model, vae.guide, vae.generate(200), max_refined=20)
     >>> found.faults[0]  # the guide is not trained
     'q(z|x), all coordinates: too ...'

@@ -2,7 +2,6 @@
 
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyro_vae._utils.files import replacing
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import (
     data_tensors,
@@ -79,13 +79,9 @@ def report(
             path.
 
     >>> import tempfile
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     page = Path(folder) / "report.html"
     ...     found = report(page, vae.model, vae.guide, vae.generate(100), max_refined=10)
@@ -104,7 +100,8 @@ def report(
     check_pictures(history, pictures)
     found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
     drawn = draw_pictures(found, model, guide, data, history, labels, image_shape, pictures, seed)
-    _replace_file(path, _render(title=title, found=found, sections=_sections(found), pictures=drawn))
+    with replacing(path) as partial:
+        partial.write_text(_render(title=title, found=found, sections=_sections(found), pictures=drawn), "utf-8")
     return found
 
 
@@ -136,16 +133,6 @@ def _render(**variables: Any) -> str:
         trim_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(variables)
-
-
-def _replace_file(path: Path, text: str) -> None:
-    """Write the text to a new file, and move it to ``path``: after a failure the old file is still there."""
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Table(NamedTuple):

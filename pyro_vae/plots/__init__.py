@@ -18,18 +18,6 @@ from pyro_vae.plots.latent import latent_map, posterior
 from pyro_vae.plots.plate_diagram import plate_diagram
 
 __all__ = [
-    "bias_variance",
-    "calibration",
-    "evidence_comparison",
-    "image_grid",
-    "khat",
-    "latent_map",
-    "manifold",
-    "plate_diagram",
-    "posterior",
-    "rate_distortion",
-    "reconstructions",
-    "samples",
-    "training_curves",
-    "traversals",
-]
+    "bias_variance", "calibration", "evidence_comparison", "image_grid", "khat", "latent_map", "manifold",
+    "plate_diagram", "posterior", "rate_distortion", "reconstructions", "samples", "training_curves", "traversals",
+]  # fmt: skip

@@ -227,10 +227,6 @@ def _as_images(values: Tensor, shape: Shape, name: str, count: int | None = None
 
 def _label(ax: Axes, shape: Shape, rows: Sequence[str], columns: Sequence[str]) -> None:
     """Label the rows and columns of a grid of images, at their middles."""
-    middles = [
-        [index * (size + 1) + (size - 1) / 2 for index in range(len(names))]
-        for size, names in zip(shape, (rows, columns), strict=True)
-    ]
     ax.set_axis_on()
-    ax.set_yticks(middles[0], rows)
-    ax.set_xticks(middles[1], columns)
+    for set_ticks, size, names in ((ax.set_yticks, shape[0], rows), (ax.set_xticks, shape[1], columns)):
+        set_ticks([index * (size + 1) + (size - 1) / 2 for index in range(len(names))], names)

@@ -26,11 +26,8 @@ from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
 __all__ = ["latent_map", "posterior"]
 
-
 _EXACT, _GUIDE = "exact $p(z|x)$", "guide $q(z|x)$"
-
-_MASSES = (0.99, 0.9, 0.5)
-_GREYS = ("0.9", "0.78", "0.6")
+_MASSES, _GREYS = (0.99, 0.9, 0.5), ("0.9", "0.78", "0.6")
 _STYLES: tuple[Any, ...] = (":", "--", "-")
 
 
@@ -89,13 +86,9 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
         ValueError: if there is more than one row, or the latent has more variables.
         pyro_vae.exact.QuadratureError: if the exact posterior cannot be computed.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
@@ -140,10 +133,8 @@ def _curves(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
     shown = values.flatten() if chart.is_elementwise else grid
     area = ax.fill_between(shown, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
     (line,) = ax.plot(shown, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
-    label = (
-        f"log-ratio of the classes of ${chart.name}$" if not chart.is_elementwise else f"value of site ${chart.name}$"
-    )
-    ax.set(xlabel=label, ylabel="density", ylim=(0, None))
+    quantity = "value of site" if chart.is_elementwise else "log-ratio of the classes of"
+    ax.set(xlabel=f"{quantity} ${chart.name}$", ylabel="density", ylim=(0, None))
     return [area, line]
 
 
@@ -166,12 +157,12 @@ def _regions(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
         heights = in_chunks(sites).reshape(200, 200)
         if not handles:
             ax.contourf(*shown, heights, levels=[*levels, math.inf], colors=_GREYS)
-            names = zip(_GREYS, _MASSES, strict=True)
-            handles = [Patch(color=grey, label=f"{mass:.0%} of exact $p(z|x)$") for grey, mass in names]
+            greys = zip(_GREYS, _MASSES, strict=True)
+            handles = [Patch(color=grey, label=f"{mass:.0%} of {_EXACT}") for grey, mass in greys]
         else:
             ax.contour(*shown, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
-            for style, mass in zip(_STYLES, _MASSES, strict=True):
-                handles.append(Line2D([], [], color="tab:red", ls=style, label=f"{mass:.0%} of guide $q(z|x)$"))
+            styles = zip(_STYLES, _MASSES, strict=True)
+            handles += [Line2D([], [], color="tab:red", ls=ls, label=f"{mass:.0%} of {_GUIDE}") for ls, mass in styles]
     label = "log-ratio {} of ${}$" if not chart.is_elementwise else "variable {} of site ${}$"
     ax.set(xlabel=label.format(1, chart.name), ylabel=label.format(2, chart.name))
     return handles

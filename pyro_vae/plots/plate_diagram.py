@@ -1,6 +1,8 @@
 """The plate diagram of a model and its guide, drawn by matplotlib without Graphviz."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
@@ -66,9 +68,8 @@ def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None,
     if guide is not None:
         with scoped_param_store(), seeded(0):
             latents = get_model_relations(guide, data)["sample_sample"]
-        for latent in latents:
-            for name in observed:
-                _arrow(ax, circles[name], circles[latent], "--", -0.4)
+        for latent, name in product(latents, observed):
+            _arrow(ax, circles[name], circles[latent], "--", -0.4)
     for plate, members in plates.items():
         inner = sum(set(others) < set(members) for others in plates.values())
         left, bottom, right, top = _box(members, places, width, inner)
@@ -119,15 +120,6 @@ def _box(
 
 
 def _arrow(ax: Axes, start: Ellipse, end: Ellipse, style: str, bend: float) -> None:
-    arrow = FancyArrowPatch(
-        start.center,
-        end.center,
-        patchA=start,
-        patchB=end,
-        arrowstyle="-|>",
-        mutation_scale=14,
-        linestyle=style,
-        color="black",
-        connectionstyle=f"arc3,rad={bend}",
-    )
-    ax.add_patch(arrow)
+    options: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 14, "linestyle": style, "color": "black"}
+    options |= {"patchA": start, "patchB": end, "connectionstyle": f"arc3,rad={bend}"}
+    ax.add_patch(FancyArrowPatch(start.center, end.center, **options))

@@ -1,12 +1,12 @@
 """Files that are written whole or not at all, and the error for files that cannot be read."""
 
 import os
-import uuid
 from pathlib import Path
 
+from pyro_vae._utils.files import replacing
 from pyro_vae._utils.validation import file_path
 
-__all__ = ["FileFormatError", "read_file", "remove_partial_files", "write_file"]
+__all__ = ["FileFormatError", "read_file", "write_file"]
 
 
 class FileFormatError(ValueError):
@@ -31,21 +31,10 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         )
     if path.exists():
         _check_regular(path)
-    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the move: a name without its content would outlive a loss of power
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed in :func:`write_file`."""
-    for partial in folder.glob(f".{'[0-9a-f]' * 32}.partial"):
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # before the move: a name without its content would outlive a loss of power
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> bytes:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.files import remove_partial_files
 from pyro_vae._utils.validation import positive, positive_int, writable
-from pyro_vae.saving.files import FileFormatError, remove_partial_files
+from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
 __all__ = ["Checkpoints", "misfits"]

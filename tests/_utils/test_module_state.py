@@ -45,19 +45,18 @@ def with_argument(norm, x):
     return norm(x)
 
 
-def closure():
-    norm = nn.BatchNorm1d(2)
+def closure(norm):
     return lambda x: norm(x)
 
 
 FUNCTIONS = {
     "a module": nn.BatchNorm1d(2),
-    "a closure": closure(),
+    "a closure": closure(nn.BatchNorm1d(2)),
     "a global": from_globals,
     "a partial": partial(with_argument, nn.BatchNorm1d(2)),
-    "decorated": decorated(closure()),
+    "decorated": decorated(closure(nn.BatchNorm1d(2))),
     "an object": Holder(),
-    "a handler": WeightKL(0.5)(closure()),
+    "a handler": WeightKL(0.5)(closure(nn.BatchNorm1d(2))),
     "called by forward": nn.Sequential(nn.BatchNorm1d(2)).forward,
 }
 

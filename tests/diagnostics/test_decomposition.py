@@ -1,6 +1,8 @@
 """Decomposition of the ELBO, compared with closed forms of linear Gaussian guides, quadrature and enumeration."""
 
 import math
+import re
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -27,16 +29,11 @@ def population(num_data, seed=0):
 
 def linear_vae(weight=A, shift=SHIFT, scale=SCALE):
     """q(z | x) = N(weight x + shift, scale^2)."""
-    vae = gaussian(
-        encoder=guides.DiagonalNormal(3, 2, networks.linear()),
-        decoder=likelihoods.Normal(2, 3, networks.linear(), scale=1.0),
-    )
+    decoder = likelihoods.Normal(2, 3, networks.linear(), scale=1.0)
+    vae = gaussian(encoder=guides.DiagonalNormal(3, 2, networks.linear()), decoder=decoder)
     with torch.no_grad():
-        network = vae.encoder.network
-        network.weight.zero_()
-        network.weight[:2] = weight
-        network.bias[:2] = shift
-        network.bias[2:] = scale.log()
+        vae.encoder.network.weight.copy_(torch.cat([weight, torch.zeros(2, 3)]))
+        vae.encoder.network.bias.copy_(torch.cat([shift, scale.log()]))
     return vae
 
 
@@ -44,12 +41,8 @@ def close(estimate, expected):
     assert abs(estimate.value - expected) < SURE * estimate.standard_error + 1e-5
 
 
-# --- Closed forms ----------------------------------------------------------------------------------------------------
-
-
 def test_a_linear_gaussian_guide_has_the_closed_forms():
-    x = population(2000)
-    vae = linear_vae()
+    x, vae = population(2000), linear_vae()
     nats = pv.decompose(vae.model, vae.guide, x)
     mean = x @ A.T + SHIFT
     rate = 0.5 * (SCALE**2 + mean**2 - 1 - 2 * SCALE.log())
@@ -74,8 +67,9 @@ def test_a_linear_gaussian_guide_has_the_closed_forms():
 def test_the_terms_add_up_and_are_those_of_evaluate():
     x, vae = population(500), linear_vae()
     nats = pv.decompose(vae.model, vae.guide, x, num_samples=20)
-    assert nats.elbo.value == pytest.approx(-nats.distortion.value - nats.rate.value, abs=1e-6)
-    assert nats.rate.value == pytest.approx(nats.mutual_information.value + nats.marginal_kl.value, abs=1e-6)
+    found = nats.elbo.value, nats.rate.value
+    sums = -nats.distortion.value - nats.rate.value, nats.mutual_information.value + nats.marginal_kl.value
+    assert found == pytest.approx(sums, abs=1e-6)
     terms = pv.evaluate(vae.model, vae.guide, x, num_samples=200, seed=1)
     for name in ("elbo", "distortion", "rate"):
         estimate = getattr(nats, name)
@@ -144,10 +138,9 @@ def test_sums_over_states_and_draws_agree(monkeypatch):
         probs = vae.encode(x).base_dist.probs
     exactly = pv.decompose(vae.model, vae.guide, x)
     assert (exactly.num_samples, exactly.mutual_information.standard_error) == (0, 0)
-    assert exactly.mutual_information.value == pytest.approx(expected, abs=1e-5)
-    assert exactly.rate.value == pytest.approx(rate, abs=1e-5)
-    assert exactly.population_information[1].value == pytest.approx(upper, abs=1e-5)
-    assert exactly.elbo.value == pytest.approx(pv.exact.elbo(vae.model, vae.guide, x).mean().item(), abs=1e-5)
+    found = (exactly.mutual_information, exactly.rate, exactly.population_information[1], exactly.elbo)
+    elbo = pv.exact.elbo(vae.model, vae.guide, x).mean().item()
+    assert [estimate.value for estimate in found] == pytest.approx([expected, rate, upper, elbo], abs=1e-5)
     torch.testing.assert_close(exactly.units["z"].activity, probs.var(0).double())
     monkeypatch.setattr(decomposition, "MAX_SUMMED", 0)
     drawn = pv.decompose(vae.model, vae.guide, x, num_samples=300)
@@ -155,9 +148,6 @@ def test_sums_over_states_and_draws_agree(monkeypatch):
     for name in ("elbo", "distortion", "rate", "mutual_information", "marginal_kl"):
         close(getattr(drawn, name), getattr(exactly, name).value)
     torch.testing.assert_close(drawn.units["z"].information, exactly.units["z"].information, rtol=0, atol=0.03)
-
-
-# --- Kinds of latents and guides -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [relaxed, gumbel, one_hot])
@@ -183,9 +173,7 @@ def test_a_relaxed_latent_is_as_active_as_its_twin_and_carries_more_information(
 def test_a_guide_that_is_no_product_has_only_the_information_of_all_variables(part):
     vae = gaussian(encoder=part(3, 2, networks.linear()))
     nats = pv.decompose(vae.model, vae.guide, population(40))
-    assert nats.units["z"].information is None
-    assert nats.units["z"].rate is None
-    assert nats.units["z"].activity.shape == (2,)
+    assert (nats.units["z"].information, nats.units["z"].rate, nats.units["z"].activity.shape) == (None, None, (2,))
     assert 0 < nats.mutual_information.value < math.log(40)
     with torch.no_grad():
         means = vae.encode(population(40)).mean
@@ -198,8 +186,7 @@ def test_an_identity_flow_agrees_with_its_normal_guide():
     vae = gaussian(encoder=encoder)
     normal = linear_vae(encoder.network.weight[:2], encoder.network.bias[:2], torch.ones(2))
     with torch.no_grad():
-        encoder.network.weight[2:4] = 0.0
-        encoder.network.bias[2:4] = 0.0
+        encoder.network.weight[2:4] = encoder.network.bias[2:4] = 0.0
     x = population(60)
     nats, same = (pv.decompose(pair.model, pair.guide, x, num_samples=200) for pair in (vae, normal))
     error = math.hypot(nats.mutual_information.standard_error, same.mutual_information.standard_error)
@@ -219,40 +206,30 @@ def two_sites_model(x):
         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
 
-def product_guide(x):
-    with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=1)
-        pyro.sample("kind", dist.Categorical(logits=torch.stack([x[..., 0], x[..., 1]], -1)))
-        pyro.sample("z", dist.Normal(x[..., 0], 0.5))
-
-
-def chained_guide(x):
+def two_sites_guide(x, slope=0.0):
+    """The two latents are independent, given x, where the slope is zero."""
     with pyro.plate("data", len(x)):
         x = pyro.subsample(x, event_dim=1)
         kind = pyro.sample("kind", dist.Categorical(logits=torch.stack([x[..., 0], x[..., 1]], -1)))
-        pyro.sample("z", dist.Normal(x[..., 0] + 0.5 * kind, 0.5))
+        pyro.sample("z", dist.Normal(x[..., 0] + slope * kind if slope else x[..., 0], 0.5))
 
 
-@pytest.mark.parametrize("guide", [product_guide, chained_guide])
-def test_two_latent_sites_agree_with_a_grid(guide):
-    """The information of both sites agrees with a grid of z for each kind."""
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_the_information_of_two_latent_sites_agrees_with_a_grid_of_one_for_each_value_of_the_other(slope):
+    guide = partial(two_sites_guide, slope=slope)
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     nats = pv.decompose(two_sites_model, guide, x, num_samples=200)
     z, step = torch.linspace(-9, 9, 3001)[:, None], 18 / 3000
     log_kind = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double()
     expected = 0.0
     for kind in (0, 1):
-        loc = x[:, 0] + (0.5 * kind if guide is chained_guide else 0.0)
-        log_q = dist.Normal(loc, 0.5).log_prob(z).double() + log_kind[:, kind]
+        log_q = dist.Normal(x[:, 0] + slope * kind, 0.5).log_prob(z).double() + log_kind[:, kind]
         log_mixture = log_q.logsumexp(1, keepdim=True) - math.log(30)
         expected += (log_q.exp() * (log_q - log_mixture)).sum(0).mean().item() * step
     close(nats.mutual_information, expected)
-    assert (nats.units["z"].information is None) == (guide is chained_guide)
+    assert (nats.units["z"].information is None) == (slope > 0)
     assert nats.units["kind"].activity.shape == ()
     assert nats.units["kind"].activity.item() == pytest.approx(log_kind.exp().var(0).sum().item(), abs=1e-5)
-
-
-# --- Collapse --------------------------------------------------------------------------------------------------------
 
 
 def test_a_guide_without_information_has_collapsed():
@@ -264,8 +241,8 @@ def test_a_guide_without_information_has_collapsed():
     assert not nats.units["z"].active.any()
     vae = linear_vae(weight=torch.zeros(2, 3))
     (line,) = pv.decompose(vae.model, vae.guide, population(50)).collapse
-    assert "carries nothing about x: 0.000 nats; the rate of" in line
-    assert "is wasted: q(z|x) is the same for every x" in line
+    pattern = r"carries nothing about x: 0.000 nats; the rate of .* is wasted: q\(z\|x\) is the same for every x"
+    assert re.search(pattern, line)
 
 
 def test_a_variable_without_information_is_named():
@@ -289,27 +266,15 @@ def test_information_in_the_scale_alone_is_no_collapse():
     assert nats.collapse == ()
 
 
-def test_a_bit_without_information_is_named():
-    x, vae = pv.datasets.two_gaussians(40, seed=0).x, bits()
-    with torch.no_grad():
-        vae.encoder.network.weight[1] = 0.0
-        vae.encoder.network.bias[1] = vae.prior().base_dist.logits[1]
-    lines = pv.decompose(vae.model, vae.guide, x).collapse
-    assert lines == ("1 of 3 variables of z carry nothing about x (less than 0.01 nats each): z[1]",)
-
-
-# --- Draws, chunks and errors ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("budget", [1, 3 * 40 * 16, 10**9])
-@pytest.mark.parametrize("guide", [product_guide, chained_guide])
-def test_chunks_do_not_change_the_numbers(monkeypatch, budget, guide):
-    x = torch.randn(40, 2)
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_chunks_do_not_change_the_numbers(monkeypatch, budget, slope):
+    x, guide = torch.randn(40, 2), partial(two_sites_guide, slope=slope)
     whole = pv.decompose(two_sites_model, guide, x)
     monkeypatch.setattr(aggregate_posterior, "_BUDGET", budget)
     again = pv.decompose(two_sites_model, guide, x)
-    assert again.mutual_information.value == pytest.approx(whole.mutual_information.value, abs=1e-5)
-    assert again.population_information[1].value == pytest.approx(whole.population_information[1].value, abs=1e-5)
+    for ours, theirs in zip(again.population_information, whole.population_information, strict=True):
+        assert ours.value == pytest.approx(theirs.value, abs=1e-5)
 
 
 def test_the_standard_error_is_the_spread_over_seeds():
@@ -352,11 +317,11 @@ POINT_GUIDE = one_site(lambda x: dist.Normal(0.0, 1.0), dist.Delta)
 @pytest.mark.parametrize(
     ("model", "guide", "x", "num_samples", "message"),
     [
-        (two_sites_model, product_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
-        (two_sites_model, product_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
-        (two_sites_model, product_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
+        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
+        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
+        (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
         (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
-        (*POINT_GUIDE, torch.randn(5, 2), 5, "'z' is a point"),
+        (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
     ],
 )
 def test_invalid_arguments_raise(model, guide, x, num_samples, message):

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian
+from pairs import NET, gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
@@ -27,19 +27,14 @@ X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
 def vae_of(kind, temperature=0.5):
     """A VAE in double precision with the same weights at every temperature."""
     torch.manual_seed(0)
-    prior, encoder, latent = {
-        "bernoulli": lambda: (priors.Bernoulli(3, 0.3, learnable=True), guides.Bernoulli(2, 3, NET), 3),
-        "one-hot": lambda: (
-            priors.OneHotCategorical((2, 3), torch.tensor([0.2, 0.3, 0.5]), learnable=True),
-            guides.OneHotCategorical(2, (2, 3), NET),
-            (2, 3),
-        ),
-        "relaxed": lambda: (
-            priors.RelaxedBernoulli(3, temperature, probs=0.3, learnable=True),
-            guides.RelaxedBernoulli(2, 3, NET, temperature),
-            3,
-        ),
-    }[kind]()
+    if kind == "bernoulli":
+        latent, prior, encoder = 3, priors.Bernoulli(3, 0.3, learnable=True), guides.Bernoulli(2, 3, NET)
+    elif kind == "one-hot":
+        latent, probs = (2, 3), torch.tensor([0.2, 0.3, 0.5])
+        prior, encoder = priors.OneHotCategorical(latent, probs, True), guides.OneHotCategorical(2, latent, NET)
+    else:
+        latent, encoder = 3, guides.RelaxedBernoulli(2, 3, NET, temperature)
+        prior = priors.RelaxedBernoulli(3, temperature, probs=0.3, learnable=True)
     return gaussian(latent, 2, prior=prior, encoder=encoder).double()
 
 
@@ -57,8 +52,8 @@ def hand_bound(vae, num_draws):
     pieces = []
     for state in states:
         log_q = vae.encode(X).log_prob(state)
-        z = state.expand(len(X), *state.shape)
-        pieces.append((vae.prior().log_prob(state) + vae.decode(z).log_prob(X) - log_q, log_q))
+        log_likelihood = vae.decode(state.expand(len(X), *state.shape)).log_prob(X)
+        pieces.append((vae.prior().log_prob(state) + log_likelihood - log_q, log_q))
     total = 0.0
     for chosen in itertools.product(pieces, repeat=num_draws):
         f, log_q = (torch.stack([piece[index] for piece in chosen]) for index in (0, 1))
@@ -68,16 +63,23 @@ def hand_bound(vae, num_draws):
 
 def differences(parameter, function, step=1e-5):
     """Central finite differences of a function of a parameter."""
-    result = torch.zeros_like(parameter)
-    flat, out = parameter.data.view(-1), result.view(-1)
-    for index in range(len(flat)):
-        old = float(flat[index])
+    slopes = torch.zeros_like(parameter)
+    flat, out = parameter.data.view(-1), slopes.view(-1)
+    for index, old in enumerate(flat.tolist()):
         flat[index] = old + step
         above = float(function())
         flat[index] = old - step
         out[index] = (above - float(function())) / (2 * step)
         flat[index] = old
-    return result
+    return slopes
+
+
+def slopes_of_elbo(names, model, guide, data, plate="data"):
+    """Finite differences of the exact ELBO in the unconstrained parameters of the store."""
+    stored = dict(pyro.get_param_store().named_parameters())
+    return {
+        name: differences(stored[name], lambda: pv.exact.elbo(model, guide, data, plate=plate).mean()) for name in names
+    }
 
 
 def autograd(vae, value):
@@ -94,9 +96,6 @@ def assert_close(found, expected, tolerance):
 def measured(one, data=X, **options):
     """The results of a single estimator, by group."""
     return compare({"one": one}, data, **options).measured["one"]
-
-
-# --- The exact gradient ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "one-hot"])
@@ -144,32 +143,23 @@ def test_gradients_of_a_plain_pyro_pair_are_in_unconstrained_parameters():
     x = X[:, 0]
     found = exact_gradient(model, guide, x, plate="rows")
     assert found.keys() == {"scale", "slope"}
-    store = pyro.get_param_store()
-    for name, value in found.items():
-        parameter = store[name].unconstrained() if hasattr(store[name], "unconstrained") else store[name]
-        slope = differences(parameter, lambda: pv.exact.elbo(model, guide, x, plate="rows").mean())
-        torch.testing.assert_close(value, slope, rtol=1e-6, atol=1e-8)
+    for name, slope in slopes_of_elbo(found, model, guide, x, plate="rows").items():
+        torch.testing.assert_close(found[name], slope, rtol=1e-6, atol=1e-8)
 
 
 def test_two_modules_with_equal_parameter_names_are_two_groups():
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(2, 3).double(), nn.Linear(3, 2).double()
 
-    def model(x):
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", pv.distributions.Product(dist.Bernoulli(torch.full((3,), 0.3).double()), 1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+    def bits(**parameters):
+        return pv.distributions.Product(dist.Bernoulli(**parameters), 1)
 
-    def guide(x):
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", pv.distributions.Product(dist.Bernoulli(logits=encoder(x)), 1))
-
+    prior = bits(probs=torch.full((3,), 0.3).double())
+    model = model_of(prior, lambda z: dist.Normal(pyro.module("decoder", decoder)(z), 1.0).to_event(1))
+    guide = guide_of(lambda x: bits(logits=pyro.module("encoder", encoder)(x)))
     shapes = {name: tuple(value.shape) for name, value in exact_gradient(model, guide, X).items()}
-    assert shapes == {
-        "encoder.weight": (3, 2), "encoder.bias": (3,), "decoder.weight": (2, 3), "decoder.bias": (2,)
-    }  # fmt: skip
+    expected = {"encoder.weight": (3, 2), "encoder.bias": (3,), "decoder.weight": (2, 3), "decoder.bias": (2,)}
+    assert shapes == expected
     groups = measured(Estimator(model, guide, DisARM()), repeats=50)
     assert {name: row.num_parameters for name, row in groups.items()} == {"all": 17, "encoder": 9, "decoder": 8}
 
@@ -205,12 +195,11 @@ def classes(logits_of_model, logits_of_guide):
             z = pyro.sample("z", dist.Categorical(logits=weight + logits_of_model))
             pyro.sample("x", dist.Normal(weight[z], 1.0), obs=x)
 
-    def guide(x):
+    def q(x):
         slope = pyro.param("slope", torch.tensor([0.1, 0.2, -0.3, 0.0]).double())
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Categorical(logits=x[:, None] * slope + logits_of_guide))
+        return dist.Categorical(logits=x[:, None] * slope + logits_of_guide)
 
-    return model, guide
+    return model, guide_of(q)
 
 
 NEVER = torch.tensor([0.0, 0.0, 0.0, -math.inf]).double()
@@ -221,10 +210,8 @@ def test_a_class_without_mass_in_model_and_guide_does_not_count():
     found = exact_gradient(*pair, rows)
     assert all(value.isfinite().all() for value in found.values())
     assert found["slope"][3] == 0
-    store = pyro.get_param_store()
-    for name, value in found.items():
-        slope = differences(store[name], lambda: pv.exact.elbo(*pair, rows).mean())[:3]
-        torch.testing.assert_close(value[:3], slope, rtol=1e-5, atol=1e-7)
+    for name, slope in slopes_of_elbo(found, *pair, rows).items():
+        torch.testing.assert_close(found[name][:3], slope[:3], rtol=1e-5, atol=1e-7)
     assert measured(Estimator(*pair, LeaveOneOut(3)), rows, repeats=400)["all"].p_value > 1e-5
 
 
@@ -238,31 +225,26 @@ def test_wrong_calls_of_exact_gradient_raise():
     for num_draws in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=rf"`num_draws` must be .*got {num_draws}"):
             exact_gradient(vae.model, vae.guide, X, num_draws=num_draws)
-    message = r"`num_draws` must give at most 65536 combinations.*got 6: 8 states have 262144"
-    with pytest.raises(ValueError, match=message):
-        exact_gradient(vae.model, vae.guide, X, num_draws=6)
-    wide = gaussian(17, 2, prior=priors.Bernoulli(17), encoder=guides.Bernoulli(2, 17, NET))
-    with pytest.raises(ValueError, match="131072 states"):
-        exact_gradient(wide.model, wide.guide, X.float())
-    with pytest.raises(ValueError, match=r"`model` must have latents that can be enumerated.*got \['z'\].*twin"):
-        exact_gradient(relaxed.model, relaxed.guide, X)
-    with pytest.raises(ValueError, match=r"`model` and `guide` must have parameters that require gradients, got none"):
-        exact_gradient(vae.requires_grad_(False).model, vae.guide, X)
+    wide = gaussian(17, 2, prior=priors.Bernoulli(17), encoder=guides.Bernoulli(2, 17, NET)).double()
+    scaled, frozen = poutine.scale(vae.guide, scale=5.0), deepcopy(vae).requires_grad_(False)
+    for model, guide, num_draws, message in (
+        (vae.model, vae.guide, 6, "`num_draws` must give at most 65536 combinations.*got 6: 8 states have 262144"),
+        (wide.model, wide.guide, 1, "131072 states"),
+        (relaxed.model, relaxed.guide, 1, r"`model` must have latents that can be enumerated.*got \['z'\].*twin"),
+        (frozen.model, frozen.guide, 1, "`model` and `guide` must have parameters that require gradients, got none"),
+        (vae.model, scaled, 1, "`guide` must use all data.* not scaled, got site 'z' with the scale 5.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exact_gradient(model, guide, X, num_draws=num_draws)
 
 
-def test_a_guide_with_a_scale_or_dropout_raises():
-    vae = vae_of("bernoulli")
-    with pytest.raises(ValueError, match=r"guide: site 'z' is subsampled or scaled"):
-        exact_gradient(vae.model, poutine.scale(vae.guide, scale=5.0), X)
+def test_a_guide_with_dropout_raises():
     noisy = guides.Bernoulli(2, 3, lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.Dropout(0.5)))
     other = gaussian(3, 2, prior=priors.Bernoulli(3), encoder=noisy).double()
-    with pytest.raises(ValueError, match=r"guide: gives another log q\(z \| x\) at the same z.*vae.eval"):
+    with pytest.raises(ValueError, match=r"`guide` must have one log q\(z \| x\) at each z.*vae.eval"):
         exact_gradient(other.model, other.guide, X)
     other.eval()
     assert exact_gradient(other.model, other.guide, X).keys() == dict(other.named_parameters()).keys()
-
-
-# --- Estimators compared with it -------------------------------------------------------------------------------------
 
 
 def test_enumeration_has_no_bias_and_no_variance():
@@ -313,16 +295,12 @@ def test_the_bias_of_a_relaxed_estimator_agrees_with_a_long_run(elbo):
     assert row.p_value < 1e-12
     assert row.bias > 10 * row.bias_error
     # Gradients of many copies of the data at once: 400,000 draws for each datum.
-    parameters, copies = list(vae.parameters()), 20_000
-    total = [torch.zeros_like(parameter) for parameter in parameters]
+    copies, target = 20_000, exact_gradient(twin.model, twin.guide, X)
+    error = torch.cat([target[name].flatten() for name, _ in vae.named_parameters()])
     for _ in range(20):
         loss = elbo().differentiable_loss(vae.model, vae.guide, X.repeat(copies, 1)) / (20 * copies * len(X))
-        total = [sum_ - g for sum_, g in zip(total, torch.autograd.grad(loss, parameters), strict=True)]
-    target = exact_gradient(twin.model, twin.guide, X)
-    squared = sum(
-        float((one - target[name]).square().sum()) for (name, _), one in zip(vae.named_parameters(), total, strict=True)
-    )
-    assert abs(row.bias - squared**0.5) < 5 * row.bias_error
+        error += torch.cat([slope.flatten() for slope in autograd(vae, loss).values()])
+    assert abs(row.bias - float(error.norm())) < 5 * row.bias_error
 
 
 def bias_at(temperature, elbo):
@@ -348,23 +326,21 @@ def test_the_bias_of_the_relaxed_kl_stays_as_the_temperature_falls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["12 bits", "4 of 8 classes"])
-def test_4096_states_and_all_estimators(kind):
+@pytest.mark.parametrize(
+    ("latent", "kind", "relaxed_kind"),
+    [(12, "Bernoulli", "RelaxedBernoulli"), ((4, 8), "OneHotCategorical", "GumbelSoftmax")],
+)
+def test_4096_states_and_all_estimators(latent, kind, relaxed_kind):
     torch.manual_seed(0)
-    x = pv.datasets.binarize(pv.datasets.digits("train").x)[:5]
-    network, latent = networks.mlp([8]), (12 if kind == "12 bits" else (4, 8))
-    bits = kind == "12 bits"
-    vae = pv.VAE(
-        priors.Bernoulli(12) if bits else priors.OneHotCategorical(latent),
-        guides.Bernoulli(64, 12, network) if bits else guides.OneHotCategorical(64, latent, network),
-        likelihoods.Bernoulli(latent, 64, network),
-    )
+    x, network = pv.datasets.binarize(pv.datasets.digits("train").x)[:5], networks.mlp([8])
+    prior, encoder = getattr(priors, kind)(latent), getattr(guides, kind)(64, latent, network)
+    vae = pv.VAE(prior, encoder, likelihoods.Bernoulli(latent, 64, network))
     unbiased = {
         "Trace_ELBO": Trace_ELBO(),
         "running average": ScoreFunction(RunningAverage()),
         "neural": ScoreFunction(NeuralBaseline(64, network)),
         "leave-one-out": LeaveOneOut(4),
-        **({"pairs": DisARM(4)} if bits else {}),
+        **({"pairs": DisARM(4)} if kind == "Bernoulli" else {}),
     }
     found = compare({name: estimator(vae, elbo) for name, elbo in unbiased.items()}, x, evaluations=4, repeats=1000)
     for name, groups in found.measured.items():
@@ -374,27 +350,14 @@ def test_4096_states_and_all_estimators(kind):
     exact = compare({"exact": enumeration(vae)}, x, repeats=2)
     assert exact.evaluations == {"exact": 4096}
     assert exact.measured["exact"]["all"].bias < 1e-4 * exact.measured["exact"]["all"].target_norm
-    relaxed = pv.VAE(
-        priors.RelaxedBernoulli(12, 0.5) if bits else priors.GumbelSoftmax(latent, 0.5),
-        guides.RelaxedBernoulli(64, 12, network, 0.5) if bits else guides.GumbelSoftmax(64, latent, network, 0.5),
-        vae.decoder,
-    )
+    prior, encoder = getattr(priors, relaxed_kind)(latent, 0.5), getattr(guides, relaxed_kind)(64, latent, network, 0.5)
+    relaxed = pv.VAE(prior, encoder, vae.decoder)
     twin = relaxed.discrete()
     for elbo in (Trace_ELBO(), DiscreteKL()):
         biased = estimator(relaxed, elbo, target=(twin.model, twin.guide))
         row = measured(biased, x, evaluations=4, repeats=1000)["all"]
         assert row.p_value < 1e-5
         assert row.bias > 5 * row.bias_error
-
-
-def test_the_squared_bias_is_zero_on_average_where_there_is_none():
-    """The share of chance is subtracted: about half of the runs of an unbiased estimator find no bias at all."""
-    vae = vae_of("bernoulli")
-    rows = [measured(estimator(vae, DisARM()), repeats=20, seed=seed)["all"] for seed in range(60)]
-    none = sum(row.bias == 0 for row in rows)
-    assert 10 < none < 57  # a squared length in few directions is skewed
-    naive = [(row.variance / 20) ** 0.5 for row in rows]
-    assert sum(row.bias for row in rows) < 0.7 * sum(naive)
 
 
 def test_the_bias_of_a_shifted_estimator_is_the_shift():
@@ -417,9 +380,8 @@ def test_the_variance_of_an_average_falls_with_the_number_of_evaluations():
     vae = vae_of("bernoulli")
     estimators = {"pairs": estimator(vae, DisARM(2)), "one": estimator(vae, Trace_ELBO())}
     single = compare(estimators, X, repeats=500)
-    assert single.evaluations == {"pairs": 2, "one": 1}
     equal = compare(estimators, X, evaluations=4, repeats=500, seed=1)
-    assert equal.evaluations == {"pairs": 4, "one": 4}
+    assert (single.evaluations, equal.evaluations) == ({"pairs": 2, "one": 1}, {"pairs": 4, "one": 4})
     for name, factor in (("pairs", 2), ("one", 4)):
         ratio = single.measured[name]["all"].variance / equal.measured[name]["all"].variance
         # The sum of 57 variances of 500 draws each, with heavy tails, is known to 7 % or better.
@@ -438,13 +400,10 @@ def test_all_numbers_agree_with_estimates_collected_by_hand():
     vae = vae_of("bernoulli")
     row = measured(estimator(vae, DisARM()), repeats=200, seed=7)["all"]
     pyro.set_rng_seed(7)
-    estimates = []
-    for _ in range(200):
-        loss = DisARM().differentiable_loss(vae.model, vae.guide, X)
-        gradients = torch.autograd.grad(-loss / len(X), list(vae.parameters()))
-        estimates.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    losses = (DisARM().differentiable_loss(vae.model, vae.guide, X) for _ in range(200))
+    gradients = [autograd(vae, -loss / len(X)).values() for loss in losses]
+    estimates = torch.stack([torch.cat([value.flatten() for value in values]) for values in gradients])
     target = torch.cat([value.flatten() for value in exact_gradient(vae.model, vae.guide, X).values()])
-    estimates = torch.stack(estimates)
     assert row.variance == pytest.approx(estimates.var(0).sum().item(), rel=1e-9)
     squared = ((estimates.mean(0) - target) ** 2 - estimates.var(0) / 200).sum().item()
     assert row.bias == pytest.approx(max(squared, 0) ** 0.5, rel=1e-6)
@@ -458,14 +417,13 @@ def test_all_numbers_agree_with_estimates_collected_by_hand():
 def test_groups_partition_the_parameters():
     vae = vae_of("bernoulli")
     rows = measured(estimator(vae, DisARM()), repeats=20)
-    assert rows.keys() == {"all", "encoder", "decoder", "prior"}
-    parts = [rows[name] for name in ("encoder", "decoder", "prior")]
-    for name, row in zip(("encoder", "decoder", "prior"), parts, strict=True):
-        assert row.num_parameters == sum(p.numel() for p in getattr(vae, name).parameters())
-    assert rows["all"].num_parameters == sum(p.numel() for p in vae.parameters())
-    assert rows["all"].variance == pytest.approx(sum(row.variance for row in parts))
-    assert rows["all"].target_norm == pytest.approx(sum(row.target_norm**2 for row in parts) ** 0.5)
-    assert rows["all"].max_z == pytest.approx(max(row.max_z for row in parts))
+    modules = {"all": vae, "encoder": vae.encoder, "decoder": vae.decoder, "prior": vae.prior}
+    sizes = {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
+    assert {name: row.num_parameters for name, row in rows.items()} == sizes
+    whole, *parts = (rows[name] for name in modules)
+    assert whole.variance == pytest.approx(sum(row.variance for row in parts))
+    assert whole.target_norm == pytest.approx(sum(row.target_norm**2 for row in parts) ** 0.5)
+    assert whole.max_z == pytest.approx(max(row.max_z for row in parts))
 
 
 def test_p_values_are_students_t_with_bonferronis_correction():
@@ -486,10 +444,8 @@ def test_the_error_of_the_bias_is_its_standard_deviation(correlated, length):
     size, repeats, runs = 40, 100, 400
     factor = torch.randn(size, 2).double() if correlated else torch.eye(size).double()
     bias = length * nn.functional.normalize(torch.randn(size).double(), dim=0)
-    rows = [
-        measure(bias + torch.randn(repeats, factor.shape[1]).double() @ factor.T, torch.zeros(size).double())
-        for _ in range(runs)
-    ]
+    noises = (torch.randn(repeats, factor.shape[1]).double() @ factor.T for _ in range(runs))
+    rows = [measure(bias + noise, torch.zeros(size).double()) for noise in noises]
     found, errors = (torch.tensor([getattr(row, name) for row in rows]) for name in ("bias", "bias_error"))
     if length:  # so long that it is never cut off at zero
         assert found.mean() == pytest.approx(length, abs=0.05)
@@ -515,16 +471,6 @@ def test_a_parameter_with_rare_estimates_is_not_tested():
     assert row.p_value > 1e-3
 
 
-def test_a_nearly_certain_guide_is_not_found_biased():
-    vae = vae_of("bernoulli")
-    with torch.no_grad():
-        vae.encoder.network[-1].bias.copy_(torch.tensor([10.0, -10.0, 0.0]))
-    for seed in range(5):
-        row = measured(estimator(vae, DisARM()), repeats=300, seed=seed)["encoder"]
-        assert row.p_value > 1e-4
-        assert row.num_tested < row.num_parameters
-
-
 def test_a_seed_fixes_the_numbers():
     vae = vae_of("bernoulli")
     first, again, other = (measured(estimator(vae, DisARM()), repeats=5, seed=seed)["all"] for seed in (0, 0, 1))
@@ -537,36 +483,26 @@ def test_the_table_has_a_line_for_each_estimator():
     found = compare({name: estimator(vae, make()) for name, make in UNBIASED.items()}, X, repeats=5)
     for group in ("all", "encoder"):
         title, *lines = found.table(group).splitlines()
-        assert title.startswith(group)
-        for word in ("evaluations", "|gradient|", "bias", "error", "variance", "SNR", "max z", "p"):
-            assert word in title
+        assert title.split() == f"{group} evaluations |gradient| bias error variance SNR max z p".split()
         assert [line.split("  ")[0].strip() for line in lines] == list(UNBIASED)
         assert len({len(line) for line in (title, *lines)}) == 1
         row = found.measured["pairs"][group]
-        (line,) = (line for line in lines if line.startswith("pairs"))
-        assert line.split()[1:] == [
-            "2", f"{row.target_norm:.4g}", f"{row.bias:.4g}", f"{row.bias_error:.4g}", f"{row.variance:.4g}",
-            f"{row.signal_to_noise:.4g}", f"{row.max_z:.1f}", f"{row.p_value:.1e}",
-        ]  # fmt: skip
+        numbers = row.target_norm, row.bias, row.bias_error, row.variance, row.signal_to_noise
+        cells = ["2", *(f"{number:.4g}" for number in numbers), f"{row.max_z:.1f}", f"{row.p_value:.1e}"]
+        assert lines[list(UNBIASED).index("pairs")].split()[1:] == cells
     assert found.table() == found.table("all")
     with pytest.raises(ValueError, match=r"`group` must be 'all', '.*got 'encodr'"):
         found.table("encodr")
 
 
-# --- Side effects ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [*UNBIASED, "enumeration"])
 def test_gradients_random_state_and_param_store_are_restored(name, random_states):
-    vae = vae_of("bernoulli")
+    vae, store = vae_of("bernoulli"), pyro.get_param_store()
     vae.register()
-    parameters = list(vae.parameters())
+    parameters, stored = list(vae.parameters()), dict(store.named_parameters())
     for index, parameter in enumerate(parameters):
         parameter.grad = None if index % 2 else torch.full_like(parameter, 7.0)
-    gradients = [parameter.grad for parameter in parameters]
-    values = [parameter.detach().clone() for parameter in parameters]
-    store = pyro.get_param_store()
-    stored = dict(store.named_parameters())
+    gradients, values = zip(*((parameter.grad, parameter.detach().clone()) for parameter in parameters), strict=True)
     one = enumeration(vae) if name == "enumeration" else estimator(vae, UNBIASED[name]())
     states = random_states()
     compare({"one": one}, X, repeats=3)
@@ -594,9 +530,7 @@ def test_the_state_and_gradients_of_a_baseline_are_restored(make):
 
 def test_gradients_are_restored_after_an_error():
     vae = vae_of("bernoulli")
-    for parameter in vae.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    gradients = [parameter.grad for parameter in vae.parameters()]
+    vae.encoder.network[0].bias.grad = gradient = torch.ones(4).double()
 
     class Failing(LeaveOneOut):
         def loss_and_grads(self, *args, **kwargs):
@@ -604,7 +538,8 @@ def test_gradients_are_restored_after_an_error():
 
     with pytest.raises(KeyboardInterrupt):
         compare({"failing": estimator(vae, Failing())}, X, repeats=3)
-    assert all(parameter.grad is grad for parameter, grad in zip(vae.parameters(), gradients, strict=True))
+    assert vae.encoder.network[0].bias.grad is gradient
+    assert sum(parameter.grad is not None for parameter in vae.parameters()) == 1
 
 
 def test_outer_handlers_see_no_site():
@@ -612,9 +547,6 @@ def test_outer_handlers_see_no_site():
     with poutine.trace() as tracer:
         exact_gradient(vae.model, vae.guide, X)
     assert not [name for name, node in tracer.trace.nodes.items() if node["type"] == "sample"]
-
-
-# --- Errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_relaxed_vae_needs_a_target_with_its_own_parameters():
@@ -658,9 +590,6 @@ def test_invalid_arguments_of_compare_raise(estimators, options, error, message)
         compare(estimators, X, **{"repeats": 3, **options})
 
 
-# --- Other models ----------------------------------------------------------------------------------------------------
-
-
 def test_the_plate_counts_data_along_another_dimension():
     def model(y):
         weight = pyro.param("weight", torch.tensor(0.4).double())
@@ -683,9 +612,6 @@ def test_a_parameter_named_all_is_a_group_of_its_own():
             z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
             pyro.sample("x", dist.Normal(both * z, 1.0), obs=x)
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
-
+    guide = guide_of(lambda x: dist.Bernoulli(torch.tensor(0.3).double()))
     found = measured(Estimator(model, guide, Trace_ELBO()), X[:, 0], repeats=3)
     assert {name: row.num_parameters for name, row in found.items()} == {"all": 2, "all (a parameter)": 1, "b": 1}

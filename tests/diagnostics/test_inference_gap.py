@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import gaussian
+from pairs import gaussian, guide_of
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -32,20 +32,15 @@ def linear_vae(part, shift=0.0, factor=1.0):
     covariance_root = torch.linalg.cholesky(torch.linalg.inv(PRECISION))
     with torch.no_grad():
         vae.decoder.network.weight.copy_(WEIGHT)
-        vae.decoder.network.bias.zero_()
         network = vae.encoder.network
         network.weight.zero_()
-        network.weight[:2] = SOLVE
-        network.bias[:2] = shift
+        network.weight[:2], network.bias[:2], vae.decoder.network.bias[:] = SOLVE, shift, 0.0
         if part is guides.DiagonalNormal:
             network.bias[2:] = torch.log(factor / PRECISION.diagonal().sqrt())
         else:
             network.bias[2:4] = torch.log(factor * covariance_root.diagonal())
             network.bias[4] = factor * covariance_root[1, 0]
     return vae
-
-
-# --- Linear Gaussian models ------------------------------------------------------------------------------------------
 
 
 def test_the_best_diagonal_guide_has_the_mean_field_gap_and_nothing_to_amortize():
@@ -105,9 +100,6 @@ def test_a_plain_guide_is_refined_in_the_parameters_of_its_distributions():
     torch.testing.assert_close(found.amortization, same.amortization, rtol=0, atol=0.01)
 
 
-# --- Other models ----------------------------------------------------------------------------------------------------
-
-
 def bits(num):
     torch.manual_seed(0)
     decoder = likelihoods.Normal(num, 2, networks.linear(), scale=0.8)
@@ -116,8 +108,7 @@ def bits(num):
 
 
 def test_one_bit_has_a_gap_of_amortization_alone():
-    vae = bits(1)
-    x = pv.datasets.two_gaussians(30, seed=0).x
+    vae, x = bits(1), pv.datasets.two_gaussians(30, seed=0).x
     found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
     torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-5)
     assert found.approximation.max() < 1e-3
@@ -143,8 +134,7 @@ def test_the_approximation_of_a_product_of_bits_agrees_with_a_grid_search():
 
 
 def test_one_dimension_is_exact_by_quadrature():
-    x = pv.datasets.two_gaussians(30, seed=0).x
-    vae = gaussian(1, 2)
+    vae, x = gaussian(1, 2), pv.datasets.two_gaussians(30, seed=0).x
     found = pv.inference_gap(vae.model, vae.guide, x, steps=300)
     torch.testing.assert_close(found.gap, pv.exact.kl(vae.model, vae.guide, x), rtol=0, atol=1e-3)
     assert found.is_exact
@@ -197,9 +187,6 @@ def test_a_pair_of_a_bit_and_a_number():
     assert found.approximation.max() < 0.6  # the bit and the number are dependent
 
 
-# --- Errors and side effects -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("argument", [{"steps": 0}, {"lr": -1.0}, {"num_particles": 0}, {"num_samples": 1}])
 def test_invalid_arguments_raise(argument):
     ((name, value),) = argument.items()
@@ -216,8 +203,7 @@ def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
     assert random_states() == before
     assert not list(pyro.get_param_store().keys())
     for name, parameter in vae.named_parameters():
-        assert parameter.grad is None
-        assert parameter.requires_grad == name.startswith("encoder")
+        assert (parameter.grad, parameter.requires_grad) == (None, name.startswith("encoder"))
         assert torch.equal(parameter, values[name])
     again, other = (pv.inference_gap(vae.model, vae.guide, x, steps=20, num_samples=20, seed=seed) for seed in (0, 1))
     assert torch.equal(first.refined_elbo, again.refined_elbo)
@@ -229,17 +215,13 @@ def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
 def test_parameters_in_the_store_are_read_and_not_changed():
     pyro.param("weight", torch.tensor(0.7))
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            scale = pyro.param("new", torch.tensor(0.5))
-            pyro.sample("z", dist.Normal(pyro.param("weight") * x[:, :1], scale).to_event(1))
+    def q(x):
+        return dist.Normal(pyro.param("weight") * x[:, :1], pyro.param("new", torch.tensor(0.5))).to_event(1)
 
-    model, x = gaussian(1, 2).model, torch.randn(5, 2)
+    model, guide, x = gaussian(1, 2).model, guide_of(q), torch.randn(5, 2)
     found = pv.inference_gap(model, guide, x, steps=20)
-    same = pv.exact.elbo(model, guide, x)
-    torch.testing.assert_close(found.elbo, same, rtol=1e-3, atol=1e-3)
-    assert pyro.param("weight").item() == pytest.approx(0.7)
-    assert pyro.param("weight").grad is None
+    torch.testing.assert_close(found.elbo, pv.exact.elbo(model, guide, x), rtol=1e-3, atol=1e-3)
+    assert (pyro.param("weight").item(), pyro.param("weight").grad) == (pytest.approx(0.7), None)
 
 
 def test_the_importance_weighted_log_evidence_agrees_with_the_exact_one(monkeypatch):

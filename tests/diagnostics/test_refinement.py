@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import guide_of
 
 import pyro_vae as pv
 from pyro_vae.diagnostics.refinement import _rebuildable
@@ -47,14 +48,6 @@ def model_of(**latents):
     return model
 
 
-def guide_of(fn):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", fn(x[:, 0]))
-
-    return guide
-
-
 def chained_guide(x):
     with pyro.plate("data", len(x)):
         kind = pyro.sample("kind", dist.Bernoulli(logits=x[:, 0] - 1))
@@ -62,7 +55,7 @@ def chained_guide(x):
 
 
 def affine(x):
-    return dist.TransformedDistribution(dist.Normal(x, 1.0), [dist.transforms.AffineTransform(0.0, 2.0)])
+    return dist.TransformedDistribution(dist.Normal(x[:, 0], 1.0), [dist.transforms.AffineTransform(0.0, 2.0)])
 
 
 NORMAL = dist.Normal(0.0, 1.0)
@@ -72,14 +65,17 @@ UNREFINABLE = {
         r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`",
     ),
     "poisson": (
-        model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x.exp())),
+        model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
         "`guide` must have .*enumerated, got 'z'.*`refined`",
     ),
     "transformed": (
         model_of(z=NORMAL), guide_of(affine),
         "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`",
     ),
-    "point": (model_of(z=NORMAL), guide_of(dist.Delta), "its latent 'z' is a point"),
+    "point": (
+        model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
+        "`guide` must have a density for .*, got a point .* for 'z'",
+    ),
 }  # fmt: skip
 
 

@@ -432,7 +432,7 @@ def test_a_process_without_pyro_or_torch_reads_the_file(tmp_path):
     assert mean == pytest.approx(float(tree["posterior"]["z"].mean()))
 
 
-def test_exports_import_heavy_libraries_only_when_they_are_called():
-    heavy = {"xarray", "pandas", "h5netcdf", "arviz", "matplotlib", "sklearn"}
-    module = "pyro_vae.inference_data.datatree"
-    assert run_program(f"import json, sys, {module}; print(json.dumps(sorted({heavy} & sys.modules.keys())))") == []
+def test_exports_and_exact_answers_import_heavy_libraries_only_when_they_are_called():
+    heavy = {"xarray", "pandas", "h5netcdf", "arviz", "matplotlib", "sklearn", "scipy"}
+    modules = "pyro_vae.inference_data.datatree, pyro_vae.exact"
+    assert run_program(f"import json, sys, {modules}; print(json.dumps(sorted({heavy} & sys.modules.keys())))") == []

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from linear_pair import COVARIANCE, NOISE, WEIGHT, make_data, make_guide, model, posterior_mean
-from pairs import NET, gaussian
+from pairs import NET, gaussian, guide_of, model_of
 
 import pyro_vae as pv
 from pyro_vae import guides
@@ -18,24 +18,15 @@ def inspected(model, guide, seed=0, **options):
     return pv.inspect(model, guide, make_data(seed), **options)
 
 
-def prior_guide(x):
-    """Ignore the data."""
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-
-
-def box_guide(x):
-    """A uniform distribution that excludes a third of the exact posterior."""
-    mean = posterior_mean(x)
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Uniform(mean - 0.4, mean + 0.4).to_event(1))
+STANDARD_NORMAL = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+# A uniform distribution that excludes a third of the exact posterior.
+box_guide = guide_of(lambda x: dist.Uniform(posterior_mean(x) - 0.4, posterior_mean(x) + 0.4).to_event(1))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_an_exact_guide_has_no_fault_and_no_warning(seed):
     found = inspected(model, make_guide(), seed)
-    assert found.faults == ()
-    assert found.warnings == ()
+    assert (found.faults, found.warnings) == ((), ())
     assert "no fault found" in str(found)
 
 
@@ -55,31 +46,22 @@ def test_a_planted_fault_is_found_and_named(guide, fault, seed):
 
 
 def test_collapse_of_all_variables_is_a_fault():
-    def decoder_ignores_z(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(torch.zeros(4), 1.5).to_event(1), obs=x)
-
-    found = inspected(decoder_ignores_z, prior_guide)
+    decoder_ignores_z = model_of(STANDARD_NORMAL, lambda z: dist.Normal(torch.zeros(4), 1.5).to_event(1))
+    found = inspected(decoder_ignores_z, guide_of(lambda x: STANDARD_NORMAL.expand([len(x)])))
     assert len(found.nats.collapse) == 1
     assert set(found.nats.collapse) <= set(found.faults)
 
 
 def test_collapse_of_one_variable_is_a_warning():
-    def one_of_two(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z[..., :1] * WEIGHT[0], NOISE).to_event(1), obs=x)
-
+    one_of_two = model_of(STANDARD_NORMAL, lambda z: dist.Normal(z[..., :1] * WEIGHT[0], NOISE).to_event(1))
     precision = 1 + WEIGHT[0].square().sum() / NOISE**2
 
-    def guide(x):
-        mean = (x @ WEIGHT[0] / NOISE**2 / precision)[:, None]
-        with pyro.plate("data", len(x)):
-            means = torch.cat([mean, torch.zeros_like(mean)], 1)
-            pyro.sample("z", dist.Normal(means, torch.stack([precision**-0.5, torch.tensor(1.0)])).to_event(1))
+    def posterior(x):
+        mean = x @ WEIGHT[0] / NOISE**2 / precision
+        scale = torch.stack([precision**-0.5, torch.tensor(1.0)])
+        return dist.Normal(torch.stack([mean, torch.zeros(len(x))], 1), scale).to_event(1)
 
-    found = inspected(one_of_two, guide)
+    found = inspected(one_of_two, guide_of(posterior))
     assert found.faults == ()
     assert any("1 of 2 variables of z" in warning for warning in found.warnings)
 
@@ -97,22 +79,17 @@ def test_the_datum_with_the_largest_gap_has_its_index_among_all_data():
     x = make_data()
     x[140] = 9.0
 
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            shift = torch.where((x == 9.0).all(-1, keepdim=True), 3.0, 0.0)
-            pyro.sample("z", dist.MultivariateNormal(posterior_mean(x) + shift, COVARIANCE))
+    def q(x):
+        shift = torch.where((x == 9.0).all(-1, keepdim=True), 3.0, 0.0)
+        return dist.MultivariateNormal(posterior_mean(x) + shift, COVARIANCE)
 
-    found = pv.inspect(model, guide, x, num_samples=200, max_refined=10, progress=False)
+    found = pv.inspect(model, guide_of(q), x, num_samples=200, max_refined=10, progress=False)
     assert found.gap.worst == (found.gap.gap.max().item(), 140)
     assert "datum 140" in str(found)
 
 
 def test_inspection_changes_neither_random_states_nor_parameters(random_states):
-    def guide(x):
-        scale = pyro.param("scale", lambda: torch.ones(2))
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x[:, :2], scale).to_event(1))
-
+    guide = guide_of(lambda x: dist.Normal(x[:, :2], pyro.param("scale", torch.ones(2))).to_event(1))
     before = random_states()
     inspected(model, guide)
     assert random_states() == before
@@ -148,14 +125,10 @@ def test_a_class_that_is_not_inferred_is_a_warning_though_all_its_ranks_are_unif
 
 
 def test_a_part_that_fails_does_not_stop_the_others():
-    def infinite_gradient(x):
-        with pyro.plate("data", len(x)):
-            x = pyro.subsample(x, event_dim=1)
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            zero = (z - z).sqrt().sum(-1, keepdim=True)
-            pyro.sample("x", dist.Normal(z @ WEIGHT + zero, NOISE).to_event(1), obs=x)
+    def likelihood(z):
+        return dist.Normal(z @ WEIGHT + (z - z).sqrt().sum(-1, keepdim=True), NOISE).to_event(1)  # of infinite gradient
 
-    found = inspected(infinite_gradient, box_guide)
+    found = inspected(model_of(STANDARD_NORMAL, likelihood), box_guide)
     assert "gradient is not finite" in found.skipped["gap"]
     assert found.evidence.log_evidence.isfinite().all()
 
@@ -172,26 +145,19 @@ def test_unreliable_importance_weights_are_a_warning():
 
 
 def test_a_part_that_the_guide_does_not_allow_is_skipped_with_the_reason():
-    encoder = guides.PerDatum(guides.DiagonalNormal(4, 2, NET).family, 20)
-    vae = gaussian(2, 4, encoder=encoder)
+    vae = gaussian(2, 4, encoder=guides.PerDatum(guides.DiagonalNormal(4, 2, NET).family, 20))
     found = pv.inspect(vae.model, vae.guide, make_data(rows=20), num_samples=100, max_refined=5, progress=False)
-    assert found.calibration is None
-    assert found.nats is not None
+    assert (found.calibration is None, found.nats is None) == (True, False)
     assert "amortized" in found.skipped["calibration"]
     assert f"calibration was skipped: {found.skipped['calibration']}" in found.warnings
     assert found.num_data["gap"] == 20, "a guide that is not amortized needs all its rows"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_rows": 0}, "`max_rows` must be .*got 0"),
-        ({"max_refined": "a"}, "`max_refined` must be .*got 'a'"),
-        ({"num_samples": 0}, "`num_samples` must be .*got 0"),
-        ({"num_samples": 1}, "`num_samples` must be 2 or more.*got 1"),
-        ({"num_simulations": 5}, "`num_simulations` must be 10 or more.*got 5"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        inspected(model, make_guide(), **options)
+COUNTS = [("max_rows", 0, ""), ("max_refined", "a", ""), ("num_samples", 0, "")]
+FEW = [("num_samples", 1, "2 or more"), ("num_simulations", 5, "10 or more")]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), COUNTS + FEW)
+def test_wrong_options_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"`{name}` must be {expected}.*got {value!r}"):
+        inspected(model, make_guide(), **{name: value})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from linear_pair import make_data, make_guide, model
 from matplotlib import pyplot as plt
-from pairs import bernoulli, gaussian
+from pairs import bernoulli, gaussian, guide_of
 from torch.distributions.transforms import AffineTransform
 
 import pyro_vae as pv
@@ -33,17 +33,12 @@ def reported(page, model, guide, x, **options):
 def digits(page):
     """What was found of a guide with a fault; the page has every picture."""
     torch.manual_seed(0)
-    digits = pv.datasets.digits("test")
+    digits, network = pv.datasets.digits("test"), networks.mlp([32])
     x = pv.datasets.binarize(digits.x)
-    network = networks.mlp([32])
     vae = pv.VAE(priors.StandardNormal(4), guides.DiagonalNormal(64, 4, network), likelihoods.Bernoulli(4, 64, network))
     fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=3e-3)
 
-    def narrow(x):
-        with pyro.plate("data", len(x)):
-            q = vae.encode(x)
-            pyro.sample("z", dist.Normal(q.mean, 0.5 * q.stddev).to_event(1))
-
+    narrow = guide_of(lambda x: dist.Normal(vae.encode(x).mean, 0.5 * vae.encode(x).stddev).to_event(1))
     figure, ax = plt.subplots()
     ax.plot([0, 1])
     options = {"history": fitted.history, "labels": digits.labels, "pictures": {'What "else"?': figure}}
@@ -125,11 +120,7 @@ def test_a_link_to_a_page_stays_a_link(page):
 def test_a_page_without_calibration_does_not_claim_that_the_guide_is_sound(page):
     x = make_data(rows=20)
 
-    def own_means(x):
-        mean = pyro.param("mean", lambda: x[:, :2].clone())
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(mean, 0.3).to_event(1))
-
+    own_means = guide_of(lambda x: dist.Normal(pyro.param("mean", lambda: x[:, :2].clone()), 0.3).to_event(1))
     found = reported(page, model, own_means, x)
     assert found.calibration is None
     assert "no fault found, but the calibration of q(z|x) was not tested" in str(found)
@@ -152,13 +143,10 @@ def test_a_page_of_many_coordinates_keeps_the_quantity_that_depends_on_the_data(
 
 
 def test_a_latent_map_of_a_guide_without_a_known_mean_is_labelled_as_draws(page, monkeypatch):
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            base = dist.Normal(x[:, :2], 0.3)
-            pyro.sample("z", dist.TransformedDistribution(base, [AffineTransform(0.0, 0.9)]).to_event(1))
+    def q(x):
+        return dist.TransformedDistribution(dist.Normal(x[:, :2], 0.3), [AffineTransform(0.0, 0.9)]).to_event(1)
 
-    labels = []
-    close = plt.close
+    labels, close = [], plt.close
     monkeypatch.setattr(plt, "close", lambda figure: (labels.append(figure.axes[0].get_xlabel()), close(figure)))
-    reported(page, model, guide, make_data(rows=20), labels=torch.arange(20) % 2)
+    reported(page, model, guide_of(q), make_data(rows=20), labels=torch.arange(20) % 2)
     assert "draw of z[0]" in labels

@@ -6,13 +6,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian, guide_of, model_of
+from pairs import NET, gaussian, guide_of, model_of, record_traces
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
-from pyro_vae._utils.traces import log_density, record_traces
+from pyro_vae._utils.traces import log_density
 from pyro_vae.handlers import SubsampleRows, WeightKL
 from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 

@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 from gradient_estimates import TANH, X, flat, gradient, vae_of
-from pairs import gaussian, guide_of
+from pairs import gaussian, guide_of, record_traces
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
-from pyro_vae._utils.traces import latent_sites, record_traces
+from pyro_vae._utils.traces import latent_sites
 from pyro_vae.handlers import WeightKL
 from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits
 

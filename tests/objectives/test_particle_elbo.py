@@ -20,10 +20,11 @@ from gradient_estimates import (
     normal_vae,
     vae_of,
 )
+from pairs import record_traces
 from pyro import poutine
 
 from pyro_vae import objectives
-from pyro_vae._utils.traces import latent_sites, record_traces
+from pyro_vae._utils.traces import latent_sites
 from pyro_vae.diagnostics.gradients import exact_gradient
 from pyro_vae.handlers import SubsampleRows
 from pyro_vae.objectives import importance_weighted, modified_kl, score_function

@@ -22,7 +22,7 @@ from gradient_estimates import (
     gradients,
     vae_of,
 )
-from pairs import guide_of
+from pairs import guide_of, record_traces
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
@@ -30,7 +30,7 @@ from torch.nn.functional import softplus
 
 import pyro_vae as pv
 from pyro_vae import networks
-from pyro_vae._utils.traces import latent_sites, record_traces
+from pyro_vae._utils.traces import latent_sites
 from pyro_vae.diagnostics.gradients import exact_gradient
 from pyro_vae.handlers import WeightKL
 from pyro_vae.objectives.baselines import NeuralBaseline, RunningAverage

@@ -1,8 +1,8 @@
 """Inputs of pictures that several test files draw."""
 
-import pyro
 import pyro.distributions as dist
 import torch
+from pairs import guide_of, model_of
 
 import pyro_vae as pv
 from pyro_vae import plots
@@ -45,16 +45,8 @@ def evidence_table():
 
 def narrow_calibration():
     """The calibration of a guide that is exact in z[0] and too narrow in z[1]."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, torch.tensor([0.5**0.5, 0.3])).to_event(1))
-
+    model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z, 1.0).to_event(1))
+    guide = guide_of(lambda x: dist.Normal(x / 2, torch.tensor([0.5**0.5, 0.3])).to_event(1))
     return pv.calibrate(model, guide, X, num_simulations=500)
 
 

@@ -12,26 +12,26 @@ from pairs import bernoulli, gaussian, gumbel, relaxed
 from plots import plot_inputs as inputs
 from pyro_vae import plots
 
-GRADIENT = "length of the exact gradient"
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
+IMAGES, SHAPE = inputs.IMAGES, (3, 4)
+RATIOS = tuple(f"{size} / length of the exact gradient" for size in ("standard deviation", "bias"))
+KHAT = ("index of the datum", r"$\hat{k}$, tail shape of the importance weights")
+RANKS = ("u, fraction of draws below the truth", "fraction of data below u, minus u")
+QUANTILES = tuple(f"$z_{i}$, at quantiles of the prior" for i in (1, 2))
+VARIED = ("value of the row's coordinate; the others are fixed", "coordinate and its value in z")
+
+
+def posterior_of(make, latent):
+    return partial(inputs.draw_posterior, make(latent, 2))
 
 
 # A name in plots.__all__, perhaps with a variant after "-": the function, and the labels if the picture has axes.
 DRAWINGS = {
-    "bias_variance": (
-        partial(plots.bias_variance, inputs.COMPARISON),
-        (f"standard deviation / {GRADIENT}", f"bias / {GRADIENT}"),
-    ),
-    "calibration": (
-        lambda **options: plots.calibration(inputs.narrow_calibration(), **options),
-        ("u, fraction of draws below the truth", "fraction of data below u, minus u"),
-    ),
-    "khat": (
-        partial(plots.khat, inputs.EVIDENCE),
-        ("index of the datum", r"$\hat{k}$, tail shape of the importance weights"),
-    ),
+    "bias_variance": (partial(plots.bias_variance, inputs.COMPARISON), RATIOS),
+    "calibration": (lambda **options: plots.calibration(inputs.narrow_calibration(), **options), RANKS),
+    "khat": (partial(plots.khat, inputs.EVIDENCE), KHAT),
     "evidence_comparison": (
         lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options),
         ("log p(x) minus that of the best, nats per datum", ""),
@@ -45,32 +45,17 @@ DRAWINGS = {
     ),
     "latent_map": (partial(plots.latent_map, CODES, LABELS), ("$z_1$", "$z_2$")),
     "latent_map-one": (partial(plots.latent_map, CODES[:, :1], LABELS), ("$z$", "label (with jitter)")),
-    "posterior": (lambda **options: inputs.draw_posterior(gaussian(1, 2), **options), ("value of site $z$", "density")),
-    "posterior-gumbel": (
-        lambda **options: inputs.draw_posterior(gumbel((1, 2), 2), **options),
-        ("log-ratio of the classes of $z$", "density"),
-    ),
-    "posterior-two": (
-        lambda **options: inputs.draw_posterior(gaussian(2, 2), **options),
-        ("variable 1 of site $z$", "variable 2 of site $z$"),
-    ),
-    "posterior-discrete": (
-        lambda **options: inputs.draw_posterior(bernoulli(1, 2), **options),
-        ("state of $z$", "probability"),
-    ),
-    "image_grid": (partial(plots.image_grid, inputs.IMAGES.reshape(5, 3, 4), 2), None),
-    "manifold": (
-        partial(plots.manifold, inputs.decode, (3, 4), size=3),
-        ("$z_1$, at quantiles of the prior", "$z_2$, at quantiles of the prior"),
-    ),
-    "traversals": (
-        partial(plots.traversals, inputs.decode, torch.tensor([0.5, -1.0]), (3, 4)),
-        ("value of the row's coordinate; the others are fixed", "coordinate and its value in z"),
-    ),
-    "reconstructions": (partial(plots.reconstructions, lambda x: 0.5 * x, inputs.IMAGES, (3, 4)), ("", "")),
-    "samples": (partial(plots.samples, lambda count: torch.rand(count, 12), (3, 4)), None),
-    "plate_diagram": (lambda **options: inputs.draw_diagram(gaussian(1, 2), **options), None),
-    "plate_diagram-relaxed": (lambda **options: inputs.draw_diagram(relaxed(1, 2), **options), None),
+    "posterior": (posterior_of(gaussian, 1), ("value of site $z$", "density")),
+    "posterior-gumbel": (posterior_of(gumbel, (1, 2)), ("log-ratio of the classes of $z$", "density")),
+    "posterior-two": (posterior_of(gaussian, 2), ("variable 1 of site $z$", "variable 2 of site $z$")),
+    "posterior-discrete": (posterior_of(bernoulli, 1), ("state of $z$", "probability")),
+    "image_grid": (partial(plots.image_grid, IMAGES.reshape(5, *SHAPE), 2), None),
+    "manifold": (partial(plots.manifold, inputs.decode, SHAPE, size=3), QUANTILES),
+    "traversals": (partial(plots.traversals, inputs.decode, torch.tensor([0.5, -1.0]), SHAPE), VARIED),
+    "reconstructions": (partial(plots.reconstructions, lambda x: 0.5 * x, IMAGES, SHAPE), ("", "")),
+    "samples": (partial(plots.samples, lambda count: torch.rand(count, 12), SHAPE), None),
+    "plate_diagram": (partial(inputs.draw_diagram, gaussian(1, 2)), None),
+    "plate_diagram-relaxed": (partial(inputs.draw_diagram, relaxed(1, 2)), None),
 }
 
 
@@ -98,8 +83,7 @@ def test_a_plot_draws_on_the_given_axes_and_nowhere_else(draw):
     _, (left, right) = plt.subplots(1, 2)
     figures, empty, before = plt.get_fignums(), len(right.get_children()), len(left.get_children())
     assert draw(ax=left) is left
-    assert plt.get_fignums() == figures
-    assert len(right.get_children()) == empty
+    assert (plt.get_fignums(), len(right.get_children())) == (figures, empty)
     assert len(left.get_children()) > before
 
 

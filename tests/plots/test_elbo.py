@@ -13,8 +13,6 @@ from pyro_vae.diagnostics.decomposition import Estimate
 
 SURROGATE = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
 
-# --- Training curves -------------------------------------------------------------------------------------------------
-
 
 def test_the_curves_are_the_elbo_and_its_negated_terms():
     curves = {line.get_label(): line for line in plots.training_curves(VALIDATED).lines}
@@ -28,8 +26,7 @@ def test_the_curves_are_the_elbo_and_its_negated_terms():
 
 def test_a_surrogate_is_not_called_an_elbo():
     labels = [line.get_label() for line in plots.training_curves(SURROGATE).lines]
-    assert "surrogate, no bound" in labels
-    assert "ELBO" not in labels
+    assert labels == ["surrogate, no bound", "-distortion", "-rate"]
 
 
 @pytest.mark.parametrize("terms", [["rate"], ["elbo", "distortion"]])
@@ -47,14 +44,13 @@ def test_a_single_epoch_is_a_visible_point(history):
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5, 7, 40, 1000])
 def test_epochs_are_counted_in_whole_numbers(epochs):
     ticks = plots.training_curves({name: values[:1] * epochs for name, values in HISTORY.items()}).get_xticks()
-    assert len(ticks) > 0
+    assert len(ticks)
     np.testing.assert_array_equal(ticks, np.round(ticks))
 
 
 def test_curves_differ_in_more_than_colour():
     lines = plots.training_curves(VALIDATED, log_evidence=-1.0, validation_log_evidence=-0.9).lines
-    styles = {(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}
-    assert len(styles) == len(lines) == 8
+    assert len({(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}) == len(lines) == 8
 
 
 ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
@@ -68,11 +64,8 @@ ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch
 def test_the_gap_is_between_the_last_elbo_and_log_evidence(given, label):
     ax = plots.training_curves(VALIDATED, log_evidence=given, validation_log_evidence=-0.9)
     lines = {line.get_label(): line for line in ax.lines}
-    for text, level, end in (
-        (f"{label}: a gap of 0.500 nats", -1.0, -1.5),
-        ("log p(x), validation: a gap of 0.500 nats", -0.9, -1.4),
-    ):
-        assert list(lines[text].get_ydata()) == pytest.approx([level, level])
+    for text, level, end in ((label, -1.0, -1.5), ("log p(x), validation", -0.9, -1.4)):
+        assert list(lines[f"{text}: a gap of 0.500 nats"].get_ydata()) == pytest.approx([level, level])
         assert (level, end) in [(arrow.xy[1], pytest.approx(arrow.xyann[1])) for arrow in ax.texts]
 
 
@@ -91,8 +84,6 @@ def test_curves_that_cannot_be_drawn_are_refused(history, options, message):
     with pytest.raises(ValueError, match=message):
         plots.training_curves(history, **options)
 
-
-# --- Rate and distortion ---------------------------------------------------------------------------------------------
 
 MODELS = {
     "pair": (1.0, 2.5),
