@@ -127,16 +127,10 @@ def test_zeros_infinities_and_few_draws():
 
 def test_thresholds():
     assert [tail_length(count) for count in (1, 20, 21, 225, 226, 1000)] == [1, 4, 5, 45, 46, 95]
-    assert reliable_shape(1) == -math.inf
-    assert reliable_shape(10) == 0.0
-    assert math.isclose(reliable_shape(1000), 2 / 3)
-    assert reliable_shape(10**6) == 0.7
+    shapes = [reliable_shape(count) for count in (1, 10, 1000, 10**6)]
+    assert shapes == [-math.inf, 0.0, pytest.approx(2 / 3), 0.7]
 
 
-def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"`log_weights` must be \(S, N\).*got shape \(5,\)"):
-        pareto_shape(torch.zeros(5))
+def test_too_few_weights_are_refused():
     with pytest.raises(ValueError, match=r"`log_weights` must be at least the 96 largest of 1000, got 90"):
         pareto_shape(torch.zeros(90, 2), 1000)
-    with pytest.raises(ValueError, match=r"`num_samples` must be a positive integer, got 0"):
-        tail_length(0)

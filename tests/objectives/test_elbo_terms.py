@@ -1,6 +1,8 @@
 """ELBO, distortion and rate from traces against the loss and sums by hand, for every way to run a pair."""
 
 import itertools
+from contextlib import nullcontext
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -55,16 +57,10 @@ def assert_terms(traces, distortion, rate, loss=None):
         assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "particles",
-    [
-        {},
-        {"num_particles": 3},
-        {"num_particles": 3, "vectorize_particles": True},
-        {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 1},
-    ],
-    ids=["one", "three", "vectorized", "vectorized, known plates"],
-)
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
+
+
+@pytest.mark.parametrize("particles", [{}, {"num_particles": 3}, VECTORIZED, VECTORIZED | {"max_plate_nesting": 1}])
 @pytest.mark.parametrize("make", [continuous, discrete])
 def test_terms_are_those_of_the_parts_and_add_up_to_the_loss(make, particles):
     vae = make()
@@ -122,15 +118,12 @@ def test_log_density_of_a_site_is_masked_and_not_scaled():
     torch.testing.assert_close(value, torch.stack([dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.5)), torch.zeros(())]))
 
 
-@pytest.mark.parametrize("vectorize", [False, True], ids=["one", "vectorized"])
-@pytest.mark.parametrize("rows", [None, ROWS], ids=["all rows", "some rows"])
-def test_enumerated_terms_are_sums_over_all_states(rows, vectorize):
-    vae = discrete()
-    particles = {"num_particles": 2, "vectorize_particles": True} if vectorize else {}
-    elbo = TraceEnum_ELBO(max_plate_nesting=1, **particles)
-    with SubsampleRows("data", torch.arange(N) if rows is None else rows):
-        loss, traces = run(elbo, vae.model, config_enumerate(vae.guide))
-    x = X if rows is None else X[rows]
+@pytest.mark.parametrize("particles", [{}, VECTORIZED], ids=["one", "vectorized"])
+@pytest.mark.parametrize("rows", [torch.arange(N), ROWS], ids=["all rows", "some rows"])
+def test_enumerated_terms_are_sums_over_all_states(rows, particles):
+    vae, x = discrete(), X[rows]
+    with SubsampleRows("data", rows):
+        loss, traces = run(TraceEnum_ELBO(max_plate_nesting=1, **particles), vae.model, config_enumerate(vae.guide))
     states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)), dtype=x.dtype)[:, None]
     log_q = vae.encode(x).log_prob(states)
     distortion = -(log_q.exp() * vae.decode(states).log_prob(x)).sum(0)
@@ -160,8 +153,7 @@ def chain_guide(x):
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
 def test_terms_of_enumerated_sites_that_depend_on_each_other_add_up_to_the_loss(weight):
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    weigh = WeightKL(weight)
+    elbo, weigh = TraceEnum_ELBO(max_plate_nesting=1), WeightKL(weight)
     loss, traces = run(elbo, weigh(chain_model), weigh(config_enumerate(chain_guide)))
     terms = elbo_terms(traces, N)
     # The sum by hand is a loop over the states of the global latent and those of the local one.
@@ -220,12 +212,8 @@ def test_states_of_a_masked_site_keep_their_probabilities(inside):
 
     def guide(x):
         q = dist.Categorical(logits=logits)
-        with pyro.plate("data", len(x)):
-            if inside:
-                pyro.sample("y_unobserved", q.mask(~known))
-            else:
-                with poutine.mask(mask=~known):
-                    pyro.sample("y_unobserved", q)
+        with pyro.plate("data", len(x)), nullcontext() if inside else poutine.mask(mask=~known):
+            pyro.sample("y_unobserved", q.mask(~known) if inside else q)
 
     log_q = logits.log_softmax(-1)
     log_p = dist.Normal(torch.arange(3.0), 1.0).log_prob(x[:, None]) - torch.tensor(3.0).log()
@@ -237,15 +225,13 @@ def test_states_of_a_masked_site_keep_their_probabilities(inside):
 
 
 def test_the_name_of_a_bound_with_a_factor_is_surrogate():
-    x = torch.randn(5)
-
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
             pyro.factor("bonus", torch.full((len(x),), 100.0))
 
-    guide = guide_of(lambda x: dist.Normal(x / 2, 0.7))
+    x, guide = torch.randn(5), guide_of(lambda x: dist.Normal(x / 2, 0.7))
     assert set(pv.evaluate(model, guide, x)) == {"surrogate", "distortion", "rate"}
     for call in (lambda: pv.log_evidence(model, guide, x), lambda: pv.exact.log_evidence(model, x)):
         with pytest.raises(ValueError, match=r"`model` must have a normalised likelihood, got .* at \['bonus'\]"):
@@ -253,19 +239,16 @@ def test_the_name_of_a_bound_with_a_factor_is_surrogate():
 
 
 def test_a_chain_enumerated_in_few_dimensions_has_a_bound_but_no_terms():
-    def model(x):
+    def chain(x, start, slope, observe):
         with pyro.plate("data", len(x), dim=-1):
             z = torch.zeros(len(x), dtype=x.dtype)
             for t in pyro.markov(range(3)):
-                z = pyro.sample(f"z{t}", dist.Bernoulli(0.3 + 0.4 * z))
-                pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
+                z = pyro.sample(f"z{t}", dist.Bernoulli(start + slope * z))
+                if observe:
+                    pyro.sample(f"x{t}", dist.Normal(z, 1.0), obs=x[:, t])
 
-    def guide(x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = torch.zeros(len(x), dtype=x.dtype)
-            for t in pyro.markov(range(3)):
-                z = pyro.sample(f"z{t}", dist.Bernoulli(0.2 + 0.5 * z), infer={"enumerate": "parallel"})
-
+    model = partial(chain, start=0.3, slope=0.4, observe=True)
+    guide = config_enumerate(partial(chain, start=0.2, slope=0.5, observe=False))
     states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=X.dtype)
     before = torch.cat([torch.zeros(8, 1, dtype=X.dtype), states[:, :2]], 1)
     log_q = dist.Bernoulli(0.2 + 0.5 * before).log_prob(states).sum(-1)
