@@ -18,7 +18,7 @@ from pyro_vae.distributions.properties import (
 )
 from pyro_vae.exact.quadrature import Box
 
-__all__ = ["LatentCoordinates"]
+__all__ = ["LatentCoordinates", "check_support"]
 
 
 class LatentCoordinates:
@@ -94,16 +94,21 @@ class LatentCoordinates:
                 f"{error}. Write the latent on the real line and transform it after the site, or register the extent "
                 "with `pyro_vae.distributions.find_extent.register`"
             ) from error
-        if not same_support(fn, self.fn):
-            raise ValueError(
-                f"`guide` must have its latent {self.name!r} on {spell_support(self.fn)}, as the model has, got a "
-                f"{_kind(fn)} on {spell_support(fn)}; mass outside of the support of p(z) makes the KL infinite"
-            )
+        check_support(self.name, fn, self.fn)
         low, middle, high = (
             corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
             for corner in torch.broadcast_tensors(*corners)
         )
         return Box(low, middle.clamp(low, high), high).shared()
+
+
+def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:
+    """Raise if the distribution of a latent in the guide has another support than that in the model, ``fn``."""
+    if not same_support(drawn, fn):
+        raise ValueError(
+            f"`guide` must have its latent {name!r} on {spell_support(fn)}, as the model has, got a {_kind(drawn)} on "
+            f"{spell_support(drawn)}; mass outside of the support of p(z) makes the KL infinite"
+        )
 
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:

@@ -56,9 +56,8 @@ class ScoreFunction(_ELBOEstimator):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     priors.Bernoulli(3), guides.Bernoulli(2, 3, networks.linear()), likelihoods.Normal(3, 2, networks.linear())
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.Bernoulli(3), guides.Bernoulli(2, 3, net), likelihoods.Normal(3, 2, net))
     >>> elbo = ScoreFunction(pv.baselines.RunningAverage())
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
     """

@@ -155,14 +155,10 @@ def test_a_wrong_number_of_draws_is_refused(make, num_particles, expected):
 
 @pytest.mark.parametrize("name", ["running average", "leave-one-out 2"])
 def test_nested_plates_are_refused(name):
-    def guide(x):
-        with pyro.plate("columns", 2, dim=-2), pyro.plate("data", len(x)):
-            return pyro.sample("z", dist.Bernoulli(0.5))
-
     def model(x):
-        z = guide(x)
         with pyro.plate("columns", 2, dim=-2), pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x.expand(2, -1))
 
     with pytest.raises(ValueError, match=r"^\w+ needs all sites in one data plate.*got another plate on its left"):
-        ANY_DISCRETE[name]().loss(model, guide, X[:, 0].float())
+        ANY_DISCRETE[name]().loss(model, poutine.block(model, hide=["x"]), X[:, 0].float())
