@@ -97,7 +97,7 @@ def test_equal_boxes_are_shared():
 
 def standard(*shape):
     """A standard normal prior in float64."""
-    return dist.Normal(torch.zeros(*shape, dtype=torch.float64), 1.0).to_event(len(shape))
+    return dist.Normal(torch.zeros(shape, dtype=torch.float64), 1.0).to_event(len(shape))
 
 
 def summed(likelihood, x, end, count):

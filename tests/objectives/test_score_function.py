@@ -236,13 +236,11 @@ def test_disarm_has_the_variance_of_arm_at_most():
 
 
 def test_twice_as_many_pairs_halve_the_variance():
-    for make in (DisARM, LeaveOneOut):
-        few, many = (row_gradients(make(count)).var(0) for count in (2, 4))
-        # The factor is 2 for independent pairs; all pairs among four independent draws are still better.
-        assert (many < few / 2 * 1.1).all()
-    # The variance of 40,000 numbers with light tails is known to 2 %.
+    # The factor is 2 for independent pairs. The variance of 40,000 numbers with light tails is known to 2 %.
     ratio = row_gradients(DisARM(2)).var(0) / row_gradients(DisARM(4)).var(0)
     torch.testing.assert_close(ratio, torch.full((3,), 2.0).double(), rtol=0.1, atol=0)
+    # All pairs among four independent draws are still better.
+    assert (row_gradients(LeaveOneOut(4)).var(0) < row_gradients(LeaveOneOut(2)).var(0) / 2 * 1.1).all()
 
 
 def chain(dependent):
@@ -287,8 +285,7 @@ def test_two_sites_are_unbiased(name):
 def test_disarm_refuses_a_chain_of_sites_even_if_its_weight_is_still_zero(weight):
     """The two draws of a pair would have different probabilities, and the formula is for equal ones."""
     v, model, guide = chain(dependent=True)
-    with torch.no_grad():
-        v["c"].fill_(weight)
+    v["c"].data.fill_(weight)
     with pytest.raises(ValueError, match=r"DisARM needs latents .* got site 'second' of the guide, which depends on"):
         DisARM().loss_and_grads(model, guide, Y)
 
@@ -325,12 +322,9 @@ def test_a_constant_in_the_likelihood_changes_no_gradient(name):
 
 def test_a_baseline_reduces_the_variance():
     """The score function of f far from zero has a large variance, which a baseline near f removes."""
-    shift = 10.0
-    plain = row_gradients(ScoreFunction(RunningAverage()), shift).var(0)
     elbo = ScoreFunction(RunningAverage().double())
-    row_gradients(elbo, shift, seed=1)
-    with_baseline = row_gradients(elbo, shift).var(0)
-    assert (with_baseline < plain / 5).all()
+    plain = row_gradients(elbo, shift=10.0).var(0)  # the first step has no baseline
+    assert (row_gradients(elbo, shift=10.0, seed=1).var(0) < plain / 5).all()
 
 
 def users_pair():
@@ -361,9 +355,8 @@ FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, n
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("name", FOR_USERS)
 def test_fit_trains_any_pair(name, batch_size):
-    model, guide = users_pair()
-    elbo = FOR_USERS[name]()
-    history = pv.fit(model, guide, COUNTS, epochs=60, lr=0.05, batch_size=batch_size, elbo=elbo, plate="rows").history
+    settings = {"epochs": 60, "lr": 0.05, "batch_size": batch_size, "plate": "rows", "elbo": FOR_USERS[name]()}
+    history = pv.fit(*users_pair(), COUNTS, **settings).history
     assert sorted(history) == ["distortion", "elbo", "rate"]
     elbos, distortions, rates = (torch.tensor(history[name]) for name in ("elbo", "distortion", "rate"))
     torch.testing.assert_close(elbos, -distortions - rates)
@@ -373,8 +366,7 @@ def test_fit_trains_any_pair(name, batch_size):
 
 @pytest.mark.parametrize("name", FOR_USERS)
 def test_svi_trains_any_pair(name):
-    model, guide = users_pair()
-    svi = SVI(model, guide, Adam({"lr": 0.05}), FOR_USERS[name]())
+    svi = SVI(*users_pair(), Adam({"lr": 0.05}), FOR_USERS[name]())
     losses = torch.tensor([svi.step(COUNTS) for _ in range(60)])
     assert losses.isfinite().all()
     assert losses[-10:].mean() < losses[:10].mean()
