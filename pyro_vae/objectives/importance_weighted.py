@@ -1,6 +1,7 @@
 """The importance-weighted bound of pathwise draws, with three estimators of its gradient in the guide."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ class ImportanceWeighted(ParticleELBO):
         self._cut = _CutGraph()
 
     def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Any:
-        if self.gradient == "pathwise":
-            return super()._get_trace(model, guide, args, kwargs)
         self._cut = _CutGraph()
-        with self._cut:
+        with nullcontext() if self.gradient == "pathwise" else self._cut:
             return super()._get_trace(model, guide, args, kwargs)
 
     @property

@@ -45,11 +45,6 @@ def test_the_estimate_is_the_exact_evidence_within_its_standard_error(kind):
     assert estimate.ess.median() > sampled.ess.median()
 
 
-def test_chains_may_start_at_the_prior():
-    estimate = pv.annealed_log_evidence(*conjugate(0.0, 1.0), Y, num_chains=100, num_temperatures=30)
-    assert scores(estimate, conjugate_evidence(Y)).abs().max() < SIGMAS
-
-
 def test_a_positive_latent_moves_in_its_logarithm():
     """A gamma rate of counts: x is negative binomial."""
     model, guide = model_of(dist.Gamma(2.0, 1.0), dist.Poisson), guide_of(lambda x: dist.LogNormal(0.0, 0.5))
@@ -111,7 +106,9 @@ def test_more_temperatures_leave_less_error():
     assert many.mean() < 0.6 * few.mean()
 
 
-def test_chunks_and_batches_do_not_change_the_distribution(monkeypatch):
+def test_chains_may_start_at_the_prior_and_run_in_chunks_and_batches(monkeypatch):
+    estimate = pv.annealed_log_evidence(*conjugate(0.0, 1.0), Y, num_chains=100, num_temperatures=30)
+    assert scores(estimate, conjugate_evidence(Y)).abs().max() < SIGMAS
     monkeypatch.setattr(importance_sampling, "_BUDGET", 64 * len(Y) * 7)
     monkeypatch.setattr(importance_sampling, "_ROWS", 6)
     estimate = pv.annealed_log_evidence(*conjugate(0.4, 0.6), Y, num_chains=60, num_temperatures=10)

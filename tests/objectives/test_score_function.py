@@ -93,12 +93,6 @@ def mixed_parameters():
     return {name: torch.tensor(value).double().requires_grad_() for name, value in values.items()}
 
 
-def log_joint(v, b, g, y):
-    """b ~ Bernoulli, g ~ N(b / 2, 1), y ~ N(a tanh of both, 0.8^2)."""
-    prior = b * v["p"] - softplus(v["p"]) + dist.Normal(b / 2, 1.0).log_prob(g)
-    return prior + dist.Normal(v["slope"] * torch.tanh(g) + v["lift"] * b * g, 0.8).log_prob(y)
-
-
 def mixed_pair(v, gaussian_first):
     def model(y):
         with pyro.plate("data", len(y)):
@@ -125,7 +119,8 @@ def mixed_bound(v, gaussian_first, num_draws):
     logits = (v["q0"] + v["q1"] * Y + (v["m2"] * g if gaussian_first else 0)).expand(48, len(Y))
     log_mass = b * logits - softplus(logits)
     log_g = -0.5 * noise**2 - v["s"] - 0.5 * math.log(2 * math.pi)
-    f = log_joint(v, b, g, Y) - log_mass - log_g
+    log_prior = b * v["p"] - softplus(v["p"]) + dist.Normal(b / 2, 1.0).log_prob(g)
+    f = log_prior + dist.Normal(v["slope"] * torch.tanh(g) + v["lift"] * b * g, 0.8).log_prob(Y) - log_mass - log_g
     log_weight = log_mass + LOG_WEIGHTS.repeat_interleave(2)[:, None]
     index = torch.cartesian_prod(*[torch.arange(48)] * num_draws).reshape(-1, num_draws)
     bound = f[index].logsumexp(1) - math.log(num_draws)
@@ -262,15 +257,13 @@ def chain(dependent):
 
 
 def enumerated_chain(v, dependent):
-    total = torch.zeros(()).double()
-    for first, second in itertools.product((0.0, 1.0), repeat=2):
-        one, two = torch.tensor(first).double(), torch.tensor(second).double()
-        logits = v["b"] * Y + (2 * v["c"] * one if dependent else v["c"])
-        log_q = dist.Bernoulli(logits=v["a"]).log_prob(one) + dist.Bernoulli(logits=logits).log_prob(two)
-        log_p = dist.Bernoulli(torch.tensor(0.4).double()).log_prob(one)
-        log_p = log_p + dist.Bernoulli(0.2 + 0.5 * one).log_prob(two) + dist.Normal(one - 2 * two, 1.0).log_prob(Y)
-        total = total + (log_q.exp() * (log_p - log_q)).mean()
-    return flat(torch.autograd.grad(total, list(v.values())))
+    one, two = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]).double()[..., None]
+    logits = v["b"] * Y + (2 * v["c"] * one if dependent else v["c"])
+    log_q = dist.Bernoulli(logits=v["a"]).log_prob(one) + dist.Bernoulli(logits=logits).log_prob(two)
+    log_p = dist.Bernoulli(torch.tensor(0.4).double()).log_prob(one)
+    log_p = log_p + dist.Bernoulli(0.2 + 0.5 * one).log_prob(two) + dist.Normal(one - 2 * two, 1.0).log_prob(Y)
+    elbo = (log_q.exp() * (log_p - log_q)).sum(0).mean()
+    return flat(torch.autograd.grad(elbo, list(v.values())))
 
 
 @pytest.mark.parametrize("name", ["DisARM 2", "running average", "leave-one-out 4"])
@@ -303,13 +296,8 @@ def test_disarm_refuses_latents_that_are_no_bernoullis_and_names_them():
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_leave_one_out_has_no_noise_if_f_is_constant(count):
     """The guide is the posterior of a model whose data do not depend on z."""
-    logits = torch.tensor([0.3, -1.0]).double().requires_grad_()
-
-    def model(y):
-        with pyro.plate("data", len(y)):
-            pyro.sample("z", dist.Bernoulli(logits=logits.detach()).to_event(1))
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
-
+    logits, noise = torch.tensor([0.3, -1.0]).double().requires_grad_(), dist.Normal(0.0, 1.0)
+    model = model_of(dist.Bernoulli(logits=logits.detach()).to_event(1), lambda z: noise)
     guide = guide_of(lambda y: dist.Bernoulli(logits=logits).to_event(1))
     assert gradient(LeaveOneOut(count), model, guide, Y, [logits]).abs().max() < 1e-14
 
@@ -327,25 +315,21 @@ def test_a_baseline_reduces_the_variance():
     assert (row_gradients(elbo, shift=10.0, seed=1).var(0) < plain / 5).all()
 
 
-def users_pair():
+def users_model(x):
     """Two discrete sites and a Poisson likelihood; data are counts, ``(N,)``."""
+    rates = pyro.param("rates", torch.tensor([1.0, 4.0]), constraint=dist.constraints.positive)
+    with pyro.plate("rows", len(x)):
+        first, second = pyro.sample("first", dist.Bernoulli(0.4)), pyro.sample("second", dist.Bernoulli(0.7))
+        x = pyro.subsample(x, event_dim=0)
+        pyro.sample("x", dist.Poisson(rates[0] + rates[1] * first + 5 * second), obs=x)
 
-    def model(x):
-        rates = pyro.param("rates", torch.tensor([1.0, 4.0]), constraint=dist.constraints.positive)
-        with pyro.plate("rows", len(x)):
-            x = pyro.subsample(x, event_dim=0)
-            first = pyro.sample("first", dist.Bernoulli(0.4))
-            second = pyro.sample("second", dist.Bernoulli(0.7))
-            pyro.sample("x", dist.Poisson(rates[0] + rates[1] * first + 5 * second), obs=x)
 
-    def guide(x):
-        slopes = pyro.param("slopes", torch.tensor([0.1, 0.2]))
-        with pyro.plate("rows", len(x)):
-            x = pyro.subsample(x, event_dim=0)
-            pyro.sample("first", dist.Bernoulli(logits=slopes[0] * (x - 4)))
-            pyro.sample("second", dist.Bernoulli(logits=slopes[1] * (x - 4)))
-
-    return model, guide
+def users_guide(x):
+    slopes = pyro.param("slopes", torch.tensor([0.1, 0.2]))
+    with pyro.plate("rows", len(x)):
+        x = pyro.subsample(x, event_dim=0)
+        pyro.sample("first", dist.Bernoulli(logits=slopes[0] * (x - 4)))
+        pyro.sample("second", dist.Bernoulli(logits=slopes[1] * (x - 4)))
 
 
 COUNTS = torch.tensor([0.0, 3.0, 5.0, 9.0, 12.0, 1.0])
@@ -356,7 +340,7 @@ FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, n
 @pytest.mark.parametrize("name", FOR_USERS)
 def test_fit_trains_any_pair(name, batch_size):
     settings = {"epochs": 60, "lr": 0.05, "batch_size": batch_size, "plate": "rows", "elbo": FOR_USERS[name]()}
-    history = pv.fit(*users_pair(), COUNTS, **settings).history
+    history = pv.fit(users_model, users_guide, COUNTS, **settings).history
     assert sorted(history) == ["distortion", "elbo", "rate"]
     elbos, distortions, rates = (torch.tensor(history[name]) for name in ("elbo", "distortion", "rate"))
     torch.testing.assert_close(elbos, -distortions - rates)
@@ -366,7 +350,7 @@ def test_fit_trains_any_pair(name, batch_size):
 
 @pytest.mark.parametrize("name", FOR_USERS)
 def test_svi_trains_any_pair(name):
-    svi = SVI(*users_pair(), Adam({"lr": 0.05}), FOR_USERS[name]())
+    svi = SVI(users_model, users_guide, Adam({"lr": 0.05}), FOR_USERS[name]())
     losses = torch.tensor([svi.step(COUNTS) for _ in range(60)])
     assert losses.isfinite().all()
     assert losses[-10:].mean() < losses[:10].mean()
