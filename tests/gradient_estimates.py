@@ -15,26 +15,22 @@ SCORES = 6.5  # for 200 calls: a failure probability of 1e-9 each, and there are
 GRADIENTS = ["pathwise", "sticking-the-landing", "doubly-reparameterized"]
 
 
+KINDS = {  # prior, guide, shape of the latent, and further arguments of both
+    "bernoulli": (priors.Bernoulli, guides.Bernoulli, 3, [0.3], []),
+    "one-hot": (priors.OneHotCategorical, guides.OneHotCategorical, (2, 3), [torch.tensor([0.2, 0.3, 0.5])], []),
+    "relaxed": (priors.RelaxedBernoulli, guides.RelaxedBernoulli, 3, [0.5, 0.3], [0.66]),
+    "gumbel": (priors.GumbelSoftmax, guides.GumbelSoftmax, (2, 3), [0.5, torch.tensor([0.2, 0.3, 0.5])], [0.66]),
+    "normal": (priors.Normal, guides.DiagonalNormal, 1, [], []),
+}
+
+
 def vae_of(kind):
     """A small VAE in float64, far from symmetric. Prior, encoder and decoder are all trained."""
     torch.manual_seed(0)
-    classes, probs = (2, 3), torch.tensor([0.2, 0.3, 0.5])
-    prior = {
-        "bernoulli": lambda: priors.Bernoulli(3, 0.3, learnable=True),
-        "one-hot": lambda: priors.OneHotCategorical(classes, probs, learnable=True),
-        "relaxed": lambda: priors.RelaxedBernoulli(3, 0.5, 0.3, learnable=True),
-        "gumbel": lambda: priors.GumbelSoftmax(classes, 0.5, probs, learnable=True),
-        "normal": lambda: priors.Normal(1),
-    }[kind]()
-    encoder = {
-        "bernoulli": lambda: guides.Bernoulli(2, 3, TANH),
-        "one-hot": lambda: guides.OneHotCategorical(2, classes, TANH),
-        "relaxed": lambda: guides.RelaxedBernoulli(2, 3, TANH, 0.66),
-        "gumbel": lambda: guides.GumbelSoftmax(2, classes, TANH, 0.66),
-        "normal": lambda: guides.DiagonalNormal(2, 1, TANH),
-    }[kind]()
-    latent = tuple(prior().event_shape)
-    return pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, TANH, scale="shared")).double()
+    prior, guide, latent, arguments, others = KINDS[kind]
+    options = {} if kind == "normal" else {"learnable": True}
+    decoder = likelihoods.Normal(latent, 2, TANH, scale="shared")
+    return pv.VAE(prior(latent, *arguments, **options), guide(2, latent, TANH, *others), decoder).double()
 
 
 def normal_vae():

@@ -43,7 +43,18 @@ class GuideDensity:
         self.p, self.guide = p, p.pair.guide
         self.sites = latent_sites(p.pair.guide_trace)
         p.pair.check_factors()
-        _check_structure(self.sites, p)
+        if self.sites.keys() != p.latents.keys():
+            raise ValueError(
+                f"`guide` must draw the latents of the model, {sorted(p.latents)}, got {sorted(self.sites)}"
+            )
+        check_one_plate([("guide", name, site) for name, site in self.sites.items()], p.plate, p.num_data)
+        for name, site in self.sites.items():
+            check_site("guide", name, site)
+            expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
+            if shape != expected:
+                raise ValueError(
+                    f"`guide` must have the event shape of the model at site {name!r}, {expected}, got {shape}"
+                )
         with torch.no_grad(), seeded(1):
             values = {name: site["value"][None] for name, site in self.sites.items()}
             check_repeatable("guide", self.sites, self.log_prob(values)[0])
@@ -147,16 +158,3 @@ def sample_with_log_q(guide: Function, data: tuple[Tensor, ...], count: int) -> 
 def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
     weight = log_weight.exp()
     return torch.where(weight > 0, weight * value, 0.0).sum(0)
-
-
-def _check_structure(sites: dict[str, Any], p: ModelDensity) -> None:
-    if sites.keys() != p.latents.keys():
-        raise ValueError(f"`guide` must draw the latents of the model, {sorted(p.latents)}, got {sorted(sites)}")
-    check_one_plate([("guide", name, site) for name, site in sites.items()], p.plate, p.num_data)
-    for name, site in sites.items():
-        check_site("guide", name, site)
-        expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, sites))
-        if shape != expected:
-            raise ValueError(
-                f"`guide` must have the event shape of the model at site {name!r}, {expected}, got {shape}"
-            )

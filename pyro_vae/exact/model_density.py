@@ -21,15 +21,7 @@ from pyro_vae.distributions.properties import is_masked, is_normalized
 from pyro_vae.exact.coordinates import LatentCoordinates, check_support
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
-__all__ = [
-    "MAX_STATES",
-    "ModelDensity",
-    "Values",
-    "check_repeatable",
-    "check_site",
-    "joint_log_density",
-    "log_prob_at",
-]
+__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "joint_log_density", "log_prob_at"]
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
@@ -128,19 +120,15 @@ class ModelDensity:
                 f"`model` must have discrete latents with at most {MAX_STATES} states together, got {count} states of "
                 f"{list(self.latents)}"
             )
-        for first in range(0, count, self.chunk):
-            index = torch.arange(first, min(first + self.chunk, count), device=supports[0].device)
-            values = {}
+        for index in torch.arange(count, device=supports[0].device).split(self.chunk):
+            values, rest = {}, index
             for name, support in zip(self.latents, supports, strict=True):
-                values[name] = support[index % len(support)]
-                index = index // len(support)
+                values[name], rest = support[rest % len(support)], rest // len(support)
             yield values
 
     def _supports(self) -> list[Tensor]:
-        return [
-            site["fn"].enumerate_support(expand=False).reshape(-1, 1, *site["fn"].event_shape)
-            for site in self.latents.values()
-        ]
+        fns = [site["fn"] for site in self.latents.values()]
+        return [fn.enumerate_support(expand=False).reshape(-1, 1, *fn.event_shape) for fn in fns]
 
 
 def _conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
