@@ -5,8 +5,8 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.objectives import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 from pyro_vae.objectives.baselines import NeuralBaseline, RunningAverage
-from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 
 TANH = networks.mlp([4], activation=nn.Tanh)
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()

@@ -177,9 +177,7 @@ class _Path:
     """The distributions between q(z | x) and p(z | x), and moves that leave each of them invariant."""
 
     def __init__(self, q: GuideDensity, num_leapfrog_steps: int):
-        self.p, self.q = q.p, q
-        self.coordinates = _Coordinates(q.p)
-        self.num_leapfrog_steps = num_leapfrog_steps
+        self.p, self.q, self.coordinates, self.num_leapfrog_steps = q.p, q, _Coordinates(q.p), num_leapfrog_steps
 
     def start(self, count: int) -> _State:
         """Start chains at draws of the guide."""

@@ -91,14 +91,12 @@ class ModelDensity:
 
     def batches(self, size: int) -> "list[ModelDensity]":
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
-        parts = zip(*(tensor.split(size) for tensor in self.data), strict=True)
-        return [self._of_rows(DataTensors(part)) for part in parts]
-
-    def _of_rows(self, data: DataTensors) -> "ModelDensity":
-        part = copy(self)
-        part.data, part.num_data = data, len(data[0])
-        part.chunk = part.chunk_size(_BUDGET)
-        return part
+        parts = []
+        for rows in zip(*(tensor.split(size) for tensor in self.data), strict=True):
+            parts.append(copy(self))
+            parts[-1].data, parts[-1].num_data = DataTensors(rows), len(rows[0])
+            parts[-1].chunk = parts[-1].chunk_size(_BUDGET)
+        return parts
 
     def zeros(self) -> Tensor:
         """Return zeros ``(N,)`` in float64, on the device of the data."""

@@ -30,7 +30,11 @@ class _ModifiedKL(ParticleELBO):
         """Compute the objective."""
         total = torch.zeros(())
         for name, site, prior in particles.pairs():
-            rate = _masked_sum(self.rate(name, site, prior), name, site)
+            if is_masked(site["fn"]):
+                raise ValueError(
+                    f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
+                )
+            rate = torch.where(_mask(site), sum_events(self.rate(name, site, prior), site), 0.0)
             total = total + rate * (site["scale"] / particles.scale)
         return (particles.log_likelihood - total).mean(0)
 
@@ -124,15 +128,6 @@ class FreeBits(_ModifiedKL):
         rows = counted.reshape(counted.shape + (1,) * (each.dim() - counted.dim()))
         average = torch.where(rows, each, 0.0).flatten(0, counted.dim() - 1).sum(0) / counted.sum()
         return torch.where(average > self.nats, each, self.nats)
-
-
-def _masked_sum(rates: Tensor, name: str, site: dict[str, Any]) -> Tensor:
-    """Sum rates over the variables of a site, with 0 for masked data."""
-    if is_masked(site["fn"]):
-        raise ValueError(
-            f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
-        )
-    return torch.where(_mask(site), sum_events(rates, site), 0.0)
 
 
 def _mask(site: dict[str, Any]) -> Tensor:

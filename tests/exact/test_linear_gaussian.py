@@ -29,21 +29,20 @@ class Spectrum:
     """The optimum of pPCA, from the eigenvalues of the (1/N) covariance."""
 
     def __init__(self, x, latent=LATENT):
-        self.latent = latent
-        x = x.double()
-        self.mean = x.mean(0)
-        centred = x - self.mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-        self.values, self.vectors = values.flip(0), vectors.flip(1)
-        self.noise = self.values[latent:].mean()
-        self.weight = self.vectors[:, :latent] * (self.values[:latent] - self.noise).sqrt()
+        self.mean = x.double().mean(0)
+        centred, size = x.double() - self.mean, x.shape[1]
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(centred.T @ centred / len(x)))
+        self.noise = values[latent:].mean()
+        self.weight = vectors[:, :latent] * (values[:latent] - self.noise).sqrt()
+        log_det = values[:latent].log().sum() + (size - latent) * self.noise.log()
+        self.log_p = float(-0.5 * (size * math.log(2 * math.pi) + log_det + size))  # its mean, in nats per datum
 
-    @property
-    def log_p(self):
-        """The mean of log p(x) at the optimum, in nats per datum."""
-        size = len(self.mean)
-        logs = self.values[: self.latent].log().sum() + (size - self.latent) * self.noise.log()
-        return float(-0.5 * (size * math.log(2 * math.pi) + logs + size))
+    def set_decoder(self, decoder, weight):
+        """Set the parameters of a linear decoder to this optimum, with a rotation of ``self.weight``."""
+        with torch.no_grad():
+            decoder.network.weight.copy_(weight)
+            decoder.network.bias.copy_(self.mean)
+            decoder.family.log_scale.copy_((self.noise.sqrt() - decoder.family.min_scale).log())
 
 
 def ppca_vae(x, latent, scale="shared"):
@@ -52,10 +51,7 @@ def ppca_vae(x, latent, scale="shared"):
     decoder = likelihoods.Normal(latent, x.shape[1], networks.linear(), scale=scale, min_scale=0.0)
     vae = pv.VAE(priors.StandardNormal(latent), guides.DiagonalNormal(x.shape[1], latent, networks.linear()), decoder)
     vae = vae.to(x.dtype)
-    with torch.no_grad():
-        decoder.network.weight.copy_(spectrum.weight)
-        decoder.network.bias.copy_(spectrum.mean)
-        decoder.family.log_scale.copy_(0.5 * spectrum.noise.log())
+    spectrum.set_decoder(decoder, spectrum.weight)
     return vae, spectrum.log_p
 
 
@@ -138,10 +134,7 @@ def frozen_vae(encoder, rotation, x):
     """
     spectrum, vae = Spectrum(x), linear_vae(encoder).double()
     weight = spectrum.weight @ rotation
-    with torch.no_grad():
-        vae.decoder.network.weight.copy_(weight)
-        vae.decoder.network.bias.copy_(spectrum.mean)
-        vae.decoder.family.log_scale.copy_((spectrum.noise.sqrt() - vae.decoder.family.min_scale).log())
+    spectrum.set_decoder(vae.decoder, weight)
     vae.decoder.requires_grad_(False)
     precision = weight.T @ weight / spectrum.noise + torch.eye(LATENT).double()
     return vae, spectrum, precision, float(0.5 * (precision.diagonal().log().sum() - precision.logdet()))

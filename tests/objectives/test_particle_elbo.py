@@ -28,12 +28,9 @@ from pyro_vae import objectives
 from pyro_vae._utils.traces import latent_sites, record_traces
 from pyro_vae.diagnostics.gradients import exact_gradient
 from pyro_vae.handlers import SubsampleRows
-from pyro_vae.objectives import importance_weighted, modified_kl, score_function
+from pyro_vae.objectives import VIMCO, DisARM, DiscreteKL, ImportanceWeighted, LeaveOneOut, ScoreFunction
 from pyro_vae.objectives.baselines import RunningAverage
-from pyro_vae.objectives.importance_weighted import ImportanceWeighted
-from pyro_vae.objectives.modified_kl import DiscreteKL
 from pyro_vae.objectives.particle_elbo import ParticleELBO
-from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 
 IMPORTANCE_WEIGHTED = {name: lambda name=name: ImportanceWeighted(3, name) for name in GRADIENTS}
 ALL = FOR_BERNOULLI | IMPORTANCE_WEIGHTED
@@ -41,7 +38,7 @@ CASES = DISCRETE_CASES + [("normal", name) for name in IMPORTANCE_WEIGHTED]
 
 
 def test_every_objective_is_a_particle_elbo_and_in_the_vocabulary():
-    modules = (importance_weighted, modified_kl, score_function)
+    modules = (objectives.importance_weighted, objectives.modified_kl, objectives.score_function)
     assert set(objectives.__all__) == {name for module in modules for name in module.__all__}
     assert all(issubclass(getattr(objectives, name), ParticleELBO) for name in objectives.__all__)
 
