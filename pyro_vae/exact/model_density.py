@@ -56,6 +56,7 @@ class ModelDensity:
         self.num_data = _check_structure(pair)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
+        # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
         values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
         with torch.no_grad(), seeded(1):
             check_repeatable("model", self.latents | self.observed, self.log_joint(values)[0])
@@ -93,9 +94,10 @@ class ModelDensity:
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
         parts = []
         for rows in zip(*(tensor.split(size) for tensor in self.data), strict=True):
-            parts.append(copy(self))
-            parts[-1].data, parts[-1].num_data = DataTensors(rows), len(rows[0])
-            parts[-1].chunk = parts[-1].chunk_size(_BUDGET)
+            part = copy(self)
+            part.data, part.num_data = DataTensors(rows), len(rows[0])
+            part.chunk = part.chunk_size(_BUDGET)
+            parts.append(part)
         return parts
 
     def zeros(self) -> Tensor:

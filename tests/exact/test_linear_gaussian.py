@@ -211,12 +211,10 @@ def monte_carlo(model, draws=400_000):
     return weights.mean(0).log(), weights.std(0) / weights.mean(0) / draws**0.5
 
 
-MASK = torch.tensor([True, True, False])
+STANDARD, MASK = dist.Normal(zeros(2), 1.0).to_event(1), torch.tensor([True, True, False])
 SCALES = torch.tensor([0.2, 0.5, 1.0, 1.5, 2.0, 0.1], dtype=torch.float64)
 SIMILAR = {
-    "a mask on columns": linear(
-        dist.Normal(zeros(2), 1.0).to_event(1), lambda loc: dist.Normal(loc, 0.5).mask(MASK).to_event(1)
-    ),
+    "a mask on columns": linear(STANDARD, lambda loc: dist.Normal(loc, 0.5).mask(MASK).to_event(1)),
     "a shifted prior": linear(dist.Normal(zeros(2) + 1, 2.0).to_event(1)),
     "a prior for each datum": linear(dist.Normal(zeros(2), SCALES[:, None]).to_event(1)),
     "a full covariance": linear(dist.MultivariateNormal(zeros(2), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double())),

@@ -129,24 +129,25 @@ def test_enumerated_terms_are_sums_over_all_states(rows, particles):
     assert_terms(traces, distortion, (log_q.exp() * (log_q - vae.prior().log_prob(states))).sum(0), loss)
 
 
+P_TOP, Q_TOP = torch.tensor([[0.3, 0.7], [0.4, 0.6]]).double()
+P_KIND = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).double()
+Q_KIND = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]]).double()
+
+
 def chain_model(x):
     """A global cluster, a local one that depends on it, a continuous latent that depends on both."""
-    top = pyro.sample("top", dist.Categorical(torch.tensor([0.3, 0.7], dtype=x.dtype)))
+    top = pyro.sample("top", dist.Categorical(P_TOP))
     with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=1)
-        table = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], dtype=x.dtype)
-        kind = pyro.sample("kind", dist.Categorical(table[top]))
+        kind = pyro.sample("kind", dist.Categorical(P_KIND[top]))
         w = pyro.sample("w", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
         mean = (kind + 0.5 * top + w)[..., None].expand(*(kind + top + w).shape, 3)
         pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
 
 
 def chain_guide(x):
-    top = pyro.sample("top", dist.Categorical(torch.tensor([0.4, 0.6], dtype=x.dtype)))
+    top = pyro.sample("top", dist.Categorical(Q_TOP))
     with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=1)
-        table = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]], dtype=x.dtype)
-        pyro.sample("kind", dist.Categorical(table[top]))
+        pyro.sample("kind", dist.Categorical(Q_KIND[top]))
         pyro.sample("w", dist.Normal(0.1 * x.sum(-1), 0.5))
 
 
@@ -157,14 +158,11 @@ def test_terms_of_enumerated_sites_that_depend_on_each_other_add_up_to_the_loss(
     terms = elbo_terms(traces, N)
     # The sum by hand is a loop over the states of the global latent and those of the local one.
     w = traces[0][1].nodes["w"]["value"]
-    p_top, q_top = torch.tensor([0.3, 0.7]), torch.tensor([0.4, 0.6])
-    p_kind = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
-    q_kind = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]])
-    distortion, rate = 0.0, (q_top * (q_top / p_top).log()).sum()
+    distortion, rate = 0.0, (Q_TOP * (Q_TOP / P_TOP).log()).sum()
     for top, kind in itertools.product(range(2), range(3)):
-        q = q_top[top] * q_kind[top, kind]
+        q = Q_TOP[top] * Q_KIND[top, kind]
         distortion -= q * dist.Normal((kind + 0.5 * top + w)[:, None], 1.0).log_prob(X).sum()
-        rate = rate + N * q * (q_kind[top, kind] / p_kind[top, kind]).log()
+        rate = rate + N * q * (Q_KIND[top, kind] / P_KIND[top, kind]).log()
     rate = rate + (dist.Normal(0.1 * X.sum(-1), 0.5).log_prob(w) - dist.Normal(0.0, 1.0).log_prob(w)).sum()
     assert terms["distortion"].item() == pytest.approx(distortion.item() / N, rel=1e-5)
     assert terms["rate"].item() == pytest.approx(rate.item() / N, rel=1e-5)
