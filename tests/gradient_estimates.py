@@ -5,37 +5,32 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.objectives import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 from pyro_vae.objectives.baselines import NeuralBaseline, RunningAverage
-from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 
 TANH = networks.mlp([4], activation=nn.Tanh)
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
 CALLS = 200
 SCORES = 6.5  # for 200 calls: a failure probability of 1e-9 each, and there are fewer than 3000 numbers here
-PARTS = {
-    "bernoulli": lambda: (priors.Bernoulli(3, 0.3, learnable=True), guides.Bernoulli(2, 3, TANH)),
-    "one-hot": lambda: (
-        priors.OneHotCategorical((2, 3), torch.tensor([0.2, 0.3, 0.5]), learnable=True),
-        guides.OneHotCategorical(2, (2, 3), TANH),
-    ),
-    "relaxed": lambda: (
-        priors.RelaxedBernoulli(3, 0.5, 0.3, learnable=True),
-        guides.RelaxedBernoulli(2, 3, TANH, 0.66),
-    ),
-    "gumbel": lambda: (
-        priors.GumbelSoftmax((2, 3), 0.5, torch.tensor([0.2, 0.3, 0.5]), learnable=True),
-        guides.GumbelSoftmax(2, (2, 3), TANH, 0.66),
-    ),
-    "normal": lambda: (priors.Normal(1), guides.DiagonalNormal(2, 1, TANH)),
+GRADIENTS = ["pathwise", "sticking-the-landing", "doubly-reparameterized"]
+
+
+KINDS = {  # prior, guide, shape of the latent, and further arguments of both
+    "bernoulli": (priors.Bernoulli, guides.Bernoulli, 3, [0.3], []),
+    "one-hot": (priors.OneHotCategorical, guides.OneHotCategorical, (2, 3), [torch.tensor([0.2, 0.3, 0.5])], []),
+    "relaxed": (priors.RelaxedBernoulli, guides.RelaxedBernoulli, 3, [0.5, 0.3], [0.66]),
+    "gumbel": (priors.GumbelSoftmax, guides.GumbelSoftmax, (2, 3), [0.5, torch.tensor([0.2, 0.3, 0.5])], [0.66]),
+    "normal": (priors.Normal, guides.DiagonalNormal, 1, [], []),
 }
 
 
 def vae_of(kind):
     """A small VAE in float64, far from symmetric. Prior, encoder and decoder are all trained."""
     torch.manual_seed(0)
-    prior, encoder = PARTS[kind]()
-    latent = tuple(prior().event_shape)
-    return pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, TANH, scale="shared")).double()
+    prior, guide, latent, arguments, others = KINDS[kind]
+    options = {} if kind == "normal" else {"learnable": True}
+    decoder = likelihoods.Normal(latent, 2, TANH, scale="shared")
+    return pv.VAE(prior(latent, *arguments, **options), guide(2, latent, TANH, *others), decoder).double()
 
 
 def normal_vae():
@@ -45,6 +40,12 @@ def normal_vae():
         for parameter in vae.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return vae
+
+
+def enumerated(vae):
+    """log q(z | x), log p(z) and log p(x | z) of every state, ``(S, N)``."""
+    states = vae.prior().enumerate_support()[:, None]
+    return vae.encode(X).log_prob(states), vae.prior().log_prob(states), vae.decode(states).log_prob(X)
 
 
 def neural_baseline():

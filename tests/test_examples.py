@@ -12,10 +12,10 @@ import pyro
 import pytest
 import torch
 import xarray as xr
+from pairs import record_traces
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
-from pyro_vae._utils.traces import record_traces
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.handlers import WeightKL
 

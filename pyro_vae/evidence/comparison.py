@@ -56,26 +56,22 @@ def compare_evidence(evidence: Mapping[str, Evidence | Tensor]) -> pd.DataFrame:
     rows = {}
     for name in ranked:
         values, error, unreliable = entries[name]
-        first = name == ranked[0]
         rows[name] = {
             "log_evidence": means[name],
             "standard_error": _mean_error(values),
-            "monte_carlo_error": _monte_carlo_error(error),
-            "difference": 0.0 if first else means[name] - means[ranked[0]],
-            "difference_error": math.nan if first else _mean_error(values - best),
-            "difference_monte_carlo_error": math.nan if first else _monte_carlo_error(torch.hypot(error, best_error)),
+            "monte_carlo_error": float(error.norm() / len(error)),
+            "difference": means[name] - means[ranked[0]],
+            "difference_error": _mean_error(values - best),
+            "difference_monte_carlo_error": float(torch.hypot(error, best_error).norm() / len(error)),
             "unreliable": float(unreliable.double().mean()),
         }
+    rows[ranked[0]] |= {"difference": 0.0, "difference_error": math.nan, "difference_monte_carlo_error": math.nan}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _mean_error(values: Tensor) -> float:
     """Standard error over data; NaN for one datum."""
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
-
-
-def _monte_carlo_error(errors: Tensor) -> float:
-    return float(errors.square().sum().sqrt() / len(errors))
 
 
 def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -139,11 +139,8 @@ def log_evidence(
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", equation 8.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
-    >>> vae = VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> estimate = log_evidence(vae.model, vae.guide, torch.randn(10, 2), num_samples=200)
     >>> estimate.log_evidence.shape, bool((estimate.ess <= 200).all()), estimate.khat.shape
     (torch.Size([10]), True, torch.Size([10]))

@@ -18,7 +18,7 @@ from pyro_vae.distributions.properties import (
 )
 from pyro_vae.exact.quadrature import Box
 
-__all__ = ["LatentCoordinates"]
+__all__ = ["LatentCoordinates", "check_support"]
 
 
 class LatentCoordinates:
@@ -29,10 +29,7 @@ class LatentCoordinates:
     """
 
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
-        self.name = name
-        self.fn = fn
-        self.dtype = dtype
-        self.event_shape = fn.event_shape
+        self.name, self.fn, self.dtype = name, fn, dtype
         try:
             self.transform = biject_to(base_support(fn))
         except NotImplementedError as error:
@@ -44,7 +41,7 @@ class LatentCoordinates:
         self.is_elementwise = self.transform.domain.event_dim == 0
         self.bounds = support_bounds(fn)
         self.is_bounded = any(isinstance(bound, Tensor) or math.isfinite(bound) for bound in self.bounds)
-        self.coordinate_shape = tuple(self.transform.inverse_shape(self.event_shape))
+        self.coordinate_shape = tuple(self.transform.inverse_shape(fn.event_shape))
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
             raise ValueError(
@@ -71,14 +68,14 @@ class LatentCoordinates:
     def _once(self, values: Tensor, points: Tensor) -> Tensor:
         """The values of one row for all, where bounds that were expanded to all data have repeated them."""
         row = points.dim() - 2
-        repeated = (
-            row >= 0 and values.shape[row] > points.shape[row] and bool((values == values.narrow(row, 0, 1)).all())
-        )
-        return values.narrow(row, 0, 1) if repeated else values
+        if row < 0 or values.shape[row] == points.shape[row]:
+            return values
+        first = values.narrow(row, 0, 1)
+        return first if (values == first).all() else values
 
     def to_points(self, value: Tensor) -> Tensor:
         """Coordinates ``(*, d)`` of values of the site ``(*, *event)``."""
-        return self.transform.inv(value).reshape(*value.shape[: value.dim() - len(self.event_shape)], self.dims)
+        return self.transform.inv(value).reshape(*value.shape[: value.dim() - self.fn.event_dim], self.dims)
 
     def integration_box(self, fn: dist.TorchDistribution, num_data: int) -> Box:
         """A box for each datum that holds all but a negligible mass of p(z) or q(z | x).
@@ -94,16 +91,21 @@ class LatentCoordinates:
                 f"{error}. Write the latent on the real line and transform it after the site, or register the extent "
                 "with `pyro_vae.distributions.find_extent.register`"
             ) from error
-        if not same_support(fn, self.fn):
-            raise ValueError(
-                f"`guide` must have its latent {self.name!r} on {spell_support(self.fn)}, as the model has, got a "
-                f"{_kind(fn)} on {spell_support(fn)}; mass outside of the support of p(z) makes the KL infinite"
-            )
+        check_support(self.name, fn, self.fn)
         low, middle, high = (
             corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
             for corner in torch.broadcast_tensors(*corners)
         )
         return Box(low, middle.clamp(low, high), high).shared()
+
+
+def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:
+    """Raise if the distribution of a latent in the guide has another support than that in the model, ``fn``."""
+    if not same_support(drawn, fn):
+        raise ValueError(
+            f"`guide` must have its latent {name!r} on {spell_support(fn)}, as the model has, got a {_kind(drawn)} on "
+            f"{spell_support(drawn)}; mass outside of the support of p(z) makes the KL infinite"
+        )
 
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:

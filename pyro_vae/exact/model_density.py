@@ -18,10 +18,10 @@ from pyro_vae._utils.traces import log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors
 from pyro_vae.distributions.properties import is_masked, is_normalized
-from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.exact.coordinates import LatentCoordinates, check_support
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
-__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_site", "conditioned_sites", "log_prob_at"]
+__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "joint_log_density", "log_prob_at"]
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
@@ -44,14 +44,22 @@ class ModelDensity:
     """
 
     def __init__(self, pair: ModelGuide):
-        with torch.no_grad(), pyro.validation_enabled():
-            pair.model_trace.compute_log_prob()
+        try:
+            with torch.no_grad(), pyro.validation_enabled():
+                pair.model_trace.compute_log_prob()
+        except ValueError:  # a draw of the guide may lie outside of the support of p(z)
+            for name in pair.guide_latents.keys() & pair.latents.keys():
+                check_support(name, pair.guide_latents[name]["fn"], pair.latents[name]["fn"])
+            raise
         self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
         self.latents, self.observed = pair.latents, pair.observed
-        self.num_data = _check_structure(self.latents, self.observed, self.plate)
+        self.num_data = _check_structure(pair)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
-        self._check_repeatable()
+        # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
+        values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
+        with torch.no_grad(), seeded(1):
+            check_repeatable("model", self.latents | self.observed, self.log_joint(values)[0])
 
     @property
     def is_discrete(self) -> bool:
@@ -84,14 +92,13 @@ class ModelDensity:
 
     def batches(self, size: int) -> "list[ModelDensity]":
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
-        parts = zip(*(tensor.split(size) for tensor in self.data), strict=True)
-        return [self._of_rows(DataTensors(part)) for part in parts]
-
-    def _of_rows(self, data: DataTensors) -> "ModelDensity":
-        part = copy(self)
-        part.data, part.num_data = data, len(data[0])
-        part.chunk = part.chunk_size(_BUDGET)
-        return part
+        parts = []
+        for rows in zip(*(tensor.split(size) for tensor in self.data), strict=True):
+            part = copy(self)
+            part.data, part.num_data = DataTensors(rows), len(rows[0])
+            part.chunk = part.chunk_size(_BUDGET)
+            parts.append(part)
+        return parts
 
     def zeros(self) -> Tensor:
         """Return zeros ``(N,)`` in float64, on the device of the data."""
@@ -103,7 +110,7 @@ class ModelDensity:
 
     def sites(self, values: Values) -> dict[str, Any]:
         """Return the sites of the model, latent and observed, at values of every latent."""
-        return conditioned_sites(self.model, values, self.data)
+        return _conditioned_sites(self.model, values, self.data)
 
     def states(self) -> Iterator[Values]:
         """Iterate over the joint states of all latents in chunks, as values ``(C, 1, *event)``."""
@@ -113,35 +120,19 @@ class ModelDensity:
                 f"`model` must have discrete latents with at most {MAX_STATES} states together, got {count} states of "
                 f"{list(self.latents)}"
             )
-        for first in range(0, count, self.chunk):
-            index = torch.arange(first, min(first + self.chunk, count), device=supports[0].device)
-            values = {}
+        for index in torch.arange(count, device=supports[0].device).split(self.chunk):
+            values, rest = {}, index
             for name, support in zip(self.latents, supports, strict=True):
-                values[name] = support[index % len(support)]
-                index = index // len(support)
+                values[name], rest = support[rest % len(support)], rest // len(support)
             yield values
 
     def _supports(self) -> list[Tensor]:
-        return [
-            site["fn"].enumerate_support(expand=False).reshape(-1, 1, *site["fn"].event_shape)
-            for site in self.latents.values()
-        ]
-
-    def _check_repeatable(self) -> None:
-        """Run the model again at the same latents, in a batch with others. Dropout, for example, fails."""
-        values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
-        with torch.no_grad(), seeded(1):
-            again = self.log_joint(values)[0]
-        first = sum((log_density(site) for site in (self.latents | self.observed).values()), torch.zeros(()))
-        if not torch.allclose(first, again, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                "`model` must have one log p(x, z) at each z, got two different ones at the same z; put dropout and "
-                "batch normalisation into evaluation mode, `vae.eval()`"
-            )
+        fns = [site["fn"] for site in self.latents.values()]
+        return [fn.enumerate_support(expand=False).reshape(-1, 1, *fn.event_shape) for fn in fns]
 
 
-def conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Return the sites of a model or guide at values of every latent."""
+def _conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The sites of a model or guide at values of every latent."""
     with poutine.block():
         trace = poutine.trace(poutine.condition(function, data=values)).get_trace(*data)
     return observed_sites(trace)
@@ -149,12 +140,26 @@ def conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ..
 
 def log_prob_at(function: Function, values: Values, data: tuple[Tensor, ...]) -> Tensor:
     """Compute the log-density of a model or guide at values of every latent, ``(C, N)``."""
-    return sum((log_density(site) for site in conditioned_sites(function, values, data).values()), torch.zeros(()))
+    return joint_log_density(_conditioned_sites(function, values, data))
+
+
+def joint_log_density(sites: dict[str, Any]) -> Tensor:
+    """Sum the log-densities of sites, without scales."""
+    return sum((log_density(site) for site in sites.values()), torch.zeros(()))
+
+
+def check_repeatable(owner: str, sites: dict[str, Any], again: Tensor) -> None:
+    """Raise if the log-density of another run of ``"model"`` or ``"guide"`` at the same latents is another one."""
+    if not torch.allclose(joint_log_density(sites), again, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"`{owner}` must have one {'log p(x, z)' if owner == 'model' else 'log q(z | x)'} at each z, got two "
+            "different ones at the same z; put dropout and batch normalisation into evaluation mode, `vae.eval()`"
+        )
 
 
 def check_site(owner: str, name: str, site: dict[str, Any]) -> None:
     """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent."""
-    if torch.as_tensor(site["scale"]).ne(1).any():
+    if _is_scaled(site):
         raise ValueError(
             f"`{owner}` must use all data, with densities that are not scaled, got site {name!r} with the scale "
             f"{site['scale']}"
@@ -165,20 +170,28 @@ def check_site(owner: str, name: str, site: dict[str, Any]) -> None:
         )
 
 
-def _check_structure(latents: dict[str, Any], observed: dict[str, Any], plate: str) -> int:
-    if not latents or not observed:
+def _is_scaled(site: dict[str, Any]) -> bool:
+    return bool(torch.as_tensor(site["scale"]).ne(1).any())
+
+
+def _check_structure(pair: ModelGuide) -> int:
+    """Raise if the structure of a model has no exact density; return the number of its rows."""
+    if not pair.latents or not pair.observed:
         raise ValueError(
-            f"`model` must have latent and observed sites, got the latents {list(latents)} and the observed sites "
-            f"{list(observed)}"
+            f"`model` must have latent and observed sites, got the latents {list(pair.latents)} and the observed sites "
+            f"{list(pair.observed)}"
         )
-    sites = latents | observed
-    check_one_plate([("model", name, site) for name, site in sites.items()], plate)
+    sites = pair.latents | pair.observed
+    check_one_plate([("model", name, site) for name, site in sites.items()], pair.plate)
+    frame = next(iter(pair.observed.values()))["cond_indep_stack"][0]
+    # A plate of fewer rows in the guide is a subsample in the model, which is replayed with it.
+    drawn = [("guide", name, site) for name, site in pair.guide_latents.items() if not _is_scaled(site)]
+    check_one_plate(drawn, pair.plate, frame.full_size or frame.size)
     for name, site in sites.items():
         check_site("model", name, site)
-    unnormalised = [name for name, site in observed.items() if not is_normalized(site["fn"])]
-    if unnormalised:
+    if unnormalised := [name for name, site in pair.observed.items() if not is_normalized(site["fn"])]:
         raise ValueError(
             f"`model` must have a normalised likelihood, got soft targets or pyro.factor at {unnormalised}; use "
             "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
         )
-    return next(iter(observed.values()))["cond_indep_stack"][0].size
+    return frame.size

@@ -74,9 +74,7 @@ class QuadratureRule:
         self.nodes = torch.cat([_span(box.low, below, position), _span(box.middle, above, position)])
         self.widths = torch.cat([_span(0 * below, below, weight), _span(0 * above, above, weight)])
         self.starts = torch.cat([_span(box.low, below, start), _span(box.middle, above, start)])
-        self.box = box
-        self.dims = box.low.shape[-1]
-        self.per_axis = len(self.nodes)
+        self.box, self.dims, self.per_axis = box, box.low.shape[-1], len(self.nodes)
 
     def __len__(self) -> int:
         return self.per_axis**self.dims
@@ -190,9 +188,7 @@ class _LogIntegral:
     """Estimates of the logarithm of an integral over boxes, by number of panels."""
 
     def __init__(self, log_integrand: Callable[[Tensor], Tensor], box: Box, chunk: int):
-        self.log_integrand = log_integrand
-        self.box = box
-        self.chunk = chunk
+        self.log_integrand, self.box, self.chunk = log_integrand, box, chunk
         self.edge_share = torch.zeros(())
 
     def terms(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -229,7 +225,11 @@ class _LogIntegral:
     def _rows_with_drops(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate over rows of nodes, their terms, and the largest difference to a neighbour on either axis."""
         before: tuple[Tensor, Tensor, Tensor] | None = None
-        for nodes, terms in self._rows(panels):
+        rule = QuadratureRule(self.box, panels)
+        for first in range(0, len(rule), rule.per_axis):
+            chunks = list(rule.chunks(self.chunk, first, first + rule.per_axis))
+            nodes = torch.cat([part for part, _, _ in chunks])
+            terms = torch.cat([self.log_integrand(part).double() + weights for part, weights, _ in chunks])
             along = (terms[1:] - terms[:-1]).abs().nan_to_num()
             drop = torch.maximum(pad(along, (0, 0, 1, 0)), pad(along, (0, 0, 0, 1)))
             if before is not None:
@@ -239,11 +239,3 @@ class _LogIntegral:
             before = nodes, terms, drop
         if before is not None:
             yield before
-
-    def _rows(self, panels: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the rows of the grid: nodes and terms."""
-        rule = QuadratureRule(self.box, panels)
-        for first in range(0, len(rule), rule.per_axis):
-            chunks = list(rule.chunks(self.chunk, first, first + rule.per_axis))
-            terms = [self.log_integrand(nodes).double() + log_weights for nodes, log_weights, _ in chunks]
-            yield torch.cat([nodes for nodes, _, _ in chunks]), torch.cat(terms)

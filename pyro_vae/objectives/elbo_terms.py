@@ -66,29 +66,17 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
     rate: Any = 0.0
     for model_trace, guide_trace in traces:
         guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
-        if not model_sites.keys() <= guide_sites.keys() or _share_dimensions(guide_sites):
+        if not model_sites.keys() <= guide_sites.keys():
             return None
-        weights = _enumerated(guide_sites)
+        enumerated = [site for site in guide_sites.values() if site["infer"].get("_enumerate_dim") is not None]
+        weights = {site["infer"]["_enumerate_dim"]: _log_weight(site) for site in enumerated}
+        if len(weights) < len(enumerated):  # two in one dimension
+            return None
         distortion = distortion - _expectations(observed_sites(model_trace), weights)
         rate = rate + _expectations(guide_sites, weights) - _expectations(model_sites, weights)
     count = len(traces) * num_data
     distortion, rate = (torch.as_tensor(total, dtype=torch.float64) / count for total in (distortion, rate))
     return {bound_name(*traces[0]): -distortion - rate, "distortion": distortion, "rate": rate}
-
-
-def _share_dimensions(sites: dict[str, Any]) -> bool:
-    """Whether two sites are enumerated in the same dimension."""
-    dims = [site["infer"].get("_enumerate_dim") for site in sites.values()]
-    return any(dims.count(dim) > 1 for dim in dims if dim is not None)
-
-
-def _enumerated(sites: dict[str, Any]) -> dict[int, Tensor]:
-    """The log-weights of enumerated sites, by their enumeration dimensions."""
-    return {
-        site["infer"]["_enumerate_dim"]: _log_weight(site)
-        for site in sites.values()
-        if site["infer"].get("_enumerate_dim") is not None
-    }
 
 
 def _log_weight(site: dict[str, Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """The importance-weighted bound of pathwise draws, with three estimators of its gradient in the guide."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,11 +51,8 @@ class ImportanceWeighted(ParticleELBO):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(1),
-    ...     encoder=guides.DiagonalNormal(2, 1, networks.linear()),
-    ...     decoder=likelihoods.Normal(1, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> elbo = ImportanceWeighted(num_particles=5, gradient="doubly-reparameterized")
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
     """
@@ -67,10 +65,8 @@ class ImportanceWeighted(ParticleELBO):
         self._cut = _CutGraph()
 
     def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Any:
-        if self.gradient == "pathwise":
-            return super()._get_trace(model, guide, args, kwargs)
         self._cut = _CutGraph()
-        with self._cut:
+        with nullcontext() if self.gradient == "pathwise" else self._cut:
             return super()._get_trace(model, guide, args, kwargs)
 
     @property
@@ -81,8 +77,7 @@ class ImportanceWeighted(ParticleELBO):
     def bound(self, particles: Particles) -> Tensor:
         """Compute the K-sample bound."""
         particles.check_one_scale()
-        discrete = [name for name, site in particles.guide.items() if not site["fn"].has_rsample]
-        if discrete:
+        if discrete := [name for name, site in particles.guide.items() if not site["fn"].has_rsample]:
             raise ValueError(
                 f"ImportanceWeighted needs reparameterised latents, got {discrete} without pathwise gradients; "
                 "objectives.VIMCO takes any latents"
@@ -98,14 +93,10 @@ class ImportanceWeighted(ParticleELBO):
         if self.gradient == "doubly-reparameterized":  # for β = 1, the squared weight
             factor = weights - _latent_weight(particles) * (weights - weights**2)
         slopes = self._cut.total_derivatives((factor * particles.log_weight).sum())
-        through_draws = sum(
-            (
-                sum_events(slope * value, particles.guide[name]).expand(particles.shape).sum(0)
-                for name, value, slope in slopes
-            ),
-            torch.zeros(()),
-        )
-        return (weights * (particles.log_likelihood + particles.log_prior)).sum(0) + through_draws
+        total = (weights * (particles.log_likelihood + particles.log_prior)).sum(0)
+        for name, value, slope in slopes:
+            total = total + sum_events(slope * value, particles.guide[name]).expand(particles.shape).sum(0)
+        return total
 
 
 def _latent_weight(particles: Particles) -> Tensor:
@@ -146,10 +137,8 @@ class _CutGraph(Messenger):
         leaves = [leaf for *_, leaf in self._draws]
         slopes = list(torch.autograd.grad(signal, leaves, retain_graph=True))
         for index in reversed(range(1, len(leaves))):
-            earlier = torch.autograd.grad(
-                self._draws[index][1], leaves[:index], slopes[index], retain_graph=True, allow_unused=True
-            )
-            for place, slope in enumerate(earlier):
+            value, options = self._draws[index][1], {"retain_graph": True, "allow_unused": True}
+            for place, slope in enumerate(torch.autograd.grad(value, leaves[:index], slopes[index], **options)):
                 if slope is not None:
                     slopes[place] = slopes[place] + slope
         return [(name, value, slope) for (name, value, _), slope in zip(self._draws, slopes, strict=True)]

@@ -30,7 +30,11 @@ class _ModifiedKL(ParticleELBO):
         """Compute the objective."""
         total = torch.zeros(())
         for name, site, prior in particles.pairs():
-            rate = _masked_sum(self.rate(name, site, prior), name, site)
+            if is_masked(site["fn"]):
+                raise ValueError(
+                    f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
+                )
+            rate = torch.where(_mask(site), sum_events(self.rate(name, site, prior), site), 0.0)
             total = total + rate * (site["scale"] / particles.scale)
         return (particles.log_likelihood - total).mean(0)
 
@@ -53,11 +57,9 @@ class DiscreteKL(_ModifiedKL):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.GumbelSoftmax((1, 3), temperature=0.5),
-    ...     encoder=guides.GumbelSoftmax(2, (1, 3), networks.linear(), temperature=0.5),
-    ...     decoder=likelihoods.Normal((1, 3), 2, networks.linear()),
-    ... )
+    >>> latent, net = (1, 3), networks.linear()
+    >>> prior, encoder = priors.GumbelSoftmax(latent, 0.5), guides.GumbelSoftmax(2, latent, net, 0.5)
+    >>> vae = pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, net))
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=DiscreteKL())
     """
 
@@ -66,8 +68,14 @@ class DiscreteKL(_ModifiedKL):
 
     def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
         """Compute the KL of the discrete variables."""
-        q, p = (_discrete(name, one["fn"]) for one in (site, prior))
-        return torch.distributions.kl_divergence(q, p)
+        twins = [discrete_twin(one["fn"]) for one in (site, prior)]
+        for one, twin in zip((site, prior), twins, strict=True):
+            if twin is None:
+                raise ValueError(
+                    "DiscreteKL needs relaxed latents, such as those of priors.RelaxedBernoulli or "
+                    f"priors.GumbelSoftmax, got a {type(without_independent(one['fn'])).__name__} for site {name!r}"
+                )
+        return torch.distributions.kl_divergence(*twins)
 
 
 class FreeBits(_ModifiedKL):
@@ -93,11 +101,8 @@ class FreeBits(_ModifiedKL):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     prior=priors.StandardNormal(2),
-    ...     encoder=guides.DiagonalNormal(2, 2, networks.linear()),
-    ...     decoder=likelihoods.Normal(2, 2, networks.linear()),
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, net), likelihoods.Normal(2, 2, net))
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=FreeBits(0.1))
     """
 
@@ -125,27 +130,7 @@ class FreeBits(_ModifiedKL):
         return torch.where(average > self.nats, each, self.nats)
 
 
-def _masked_sum(rates: Tensor, name: str, site: dict[str, Any]) -> Tensor:
-    """Sum rates over the variables of a site, with 0 for masked data."""
-    if is_masked(site["fn"]):
-        raise ValueError(
-            f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
-        )
-    return torch.where(_mask(site), sum_events(rates, site), 0.0)
-
-
 def _mask(site: dict[str, Any]) -> Tensor:
     """The mask of the data at a site, ``(*batch)``: False for data that do not count."""
     mask = True if site["mask"] is None else site["mask"]
     return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
-
-
-def _discrete(name: str, fn: Any) -> Any:
-    """Return the discrete variables that relaxed ones approximate."""
-    twin = discrete_twin(fn)
-    if twin is None:
-        raise ValueError(
-            "DiscreteKL needs relaxed latents, such as those of priors.RelaxedBernoulli or priors.GumbelSoftmax, got a "
-            f"{type(without_independent(fn)).__name__} for site {name!r}"
-        )
-    return twin

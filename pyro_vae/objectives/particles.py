@@ -33,7 +33,14 @@ class Particles:
         self.observed = observed_sites(model_trace)
         self.prior = latent_sites(model_trace)
         self.guide = latent_sites(guide_trace)
-        _check_sites(objective, self.observed, self.prior, self.guide)
+        sites = [("model", name, site) for name, site in (self.observed | self.prior).items()]
+        sites += [("guide", name, site) for name, site in self.guide.items()]
+        check_one_plate(sites, purpose=f" for {objective} (pyro.infer.Trace_ELBO has no such limit)")
+        # An autoguide draws an auxiliary site, and the latent is a Delta with the Jacobian: together they are q.
+        check_same_latents(self.prior, self.guide)
+        if not self.observed or not self.guide:
+            missing = "latent" if self.observed else "observed"
+            raise ValueError(f"{objective} needs a model with latent and observed sites, got no {missing} sites")
         first = next(iter(self.observed.values()))
         self.scale: Any = first["scale"]  # N/B of a mini-batch, times a scale of the whole model
         self.shape = torch.Size([num_draws, next(f.size for f in first["cond_indep_stack"] if f.dim == -1)])
@@ -51,8 +58,7 @@ class Particles:
     @property
     def x(self) -> Tensor:
         """The first observed site of each datum, ``(B, features)``."""
-        site = next(iter(self.observed.values()))
-        return site["value"].detach().reshape(self.shape[1], -1)
+        return next(iter(self.observed.values()))["value"].detach().reshape(self.shape[1], -1)
 
     def log_density(self, sites: Sites) -> Tensor:
         """Sum the log-densities of sites, each with its scale relative to that of the data."""
@@ -60,8 +66,7 @@ class Particles:
 
     def pairs(self) -> list[tuple[str, Site, Site]]:
         """List the name of each latent with its sites in guide and model."""
-        auxiliary = sorted(self.guide.keys() - self.prior.keys())
-        if auxiliary:
+        if auxiliary := sorted(self.guide.keys() - self.prior.keys()):
             raise ValueError(
                 f"{self.objective} needs a guide that draws each latent from a distribution of its own, got one that "
                 f"draws its latents from {auxiliary}, as autoguides do"
@@ -76,14 +81,3 @@ class Particles:
 
     def _sum(self, terms: Any) -> Tensor:
         return sum(terms, self.x.new_zeros(())).expand(self.shape)
-
-
-def _check_sites(objective: str, observed: Sites, prior: Sites, guide: Sites) -> None:
-    sites = [("model", name, site) for name, site in (observed | prior).items()]
-    sites += [("guide", name, site) for name, site in guide.items()]
-    check_one_plate(sites, purpose=f" for {objective} (pyro.infer.Trace_ELBO has no such limit)")
-    # An autoguide draws an auxiliary site, and the latent is a Delta with the Jacobian: together they are q.
-    check_same_latents(prior, guide)
-    if not observed or not guide:
-        missing = "latent" if observed else "observed"
-        raise ValueError(f"{objective} needs a model with latent and observed sites, got no {missing} sites")

@@ -56,9 +56,8 @@ class ScoreFunction(_ELBOEstimator):
 
     >>> import pyro_vae as pv
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> vae = pv.VAE(
-    ...     priors.Bernoulli(3), guides.Bernoulli(2, 3, networks.linear()), likelihoods.Normal(3, 2, networks.linear())
-    ... )
+    >>> net = networks.linear()
+    >>> vae = pv.VAE(priors.Bernoulli(3), guides.Bernoulli(2, 3, net), likelihoods.Normal(3, 2, net))
     >>> elbo = ScoreFunction(pv.baselines.RunningAverage())
     >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
     """
@@ -78,18 +77,14 @@ class ScoreFunction(_ELBOEstimator):
         f = particles.log_weight.detach()
         register(self.name, self.baseline)
         b = self.baseline(particles.x).to(f)
-        _check_rows("forward", b, f)
         error = self.baseline.learn(f, b)
-        _check_rows("learn", error, f)
+        for method, value in (("forward", b), ("learn", error)):
+            if value.shape not in ((), f.shape[1:]):
+                raise ValueError(
+                    f"`baseline` must return one number for each datum, of shape {tuple(f.shape[1:])}, got shape "
+                    f"{tuple(value.shape)} from its `{method}`"
+                )
         return _weight_score(particles, f - b.detach()) - error / particles.scale
-
-
-def _check_rows(method: str, value: Tensor, f: Tensor) -> None:
-    if value.shape not in ((), f.shape[1:]):
-        raise ValueError(
-            f"`baseline` must return one number for each datum, of shape {tuple(f.shape[1:])}, got shape "
-            f"{tuple(value.shape)} from its `{method}`"
-        )
 
 
 def _weight_score(particles: Particles, signal: Tensor) -> Tensor:

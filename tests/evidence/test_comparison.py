@@ -20,10 +20,8 @@ def normals(*shape, seed=0):
 
 
 def estimate(log_evidence, ess=50.0, khat=0.1, num_samples=100):
-    def full(value):
-        return torch.as_tensor(value, dtype=torch.float64).expand_as(log_evidence)
-
-    return pv.Evidence(log_evidence, full(ess), full(khat), num_samples)
+    ess, khat = (torch.as_tensor(value, dtype=torch.float64).expand_as(log_evidence) for value in (ess, khat))
+    return pv.Evidence(log_evidence, ess, khat, num_samples)
 
 
 def test_the_table_equals_a_calculation_by_hand():
@@ -53,13 +51,6 @@ def test_exact_answers_have_no_monte_carlo_error():
     assert list(table["unreliable"]) == [0.0, 0.0]
 
 
-def test_the_difference_does_not_vary_with_data_that_are_hard_for_all_models():
-    hard = 10 * normals(200)
-    table = pv.compare_evidence({"a": hard, "b": hard - 0.1 + 0.1 * normals(200, seed=1)})
-    assert table.loc["b", "standard_error"] > 0.5
-    assert table.loc["b", "difference_error"] < 0.01
-
-
 def test_one_model_ties_one_datum_and_nan():
     table = pv.compare_evidence({"a": normals(5)})
     assert table.loc["a", "difference"] == 0
@@ -84,18 +75,20 @@ def tables(x, repeats):
         )
 
 
-@pytest.mark.parametrize(("data", "rows", "off"), [("new", 0, 0.2), ("the same", 1, 0.25)])
-def test_the_errors_are_the_spread_of_tables(data, rows, off):
+@pytest.mark.parametrize(
+    ("data", "columns", "off"),
+    [
+        ("new", ["standard_error", "difference_error"], 0.2),
+        ("the same", ["monte_carlo_error", "difference_monte_carlo_error"], 0.25),
+    ],
+)
+def test_the_errors_are_the_spread_of_tables(data, columns, off):
     """Each error has one source: new data and draws, or new draws for the same data.
 
     0.2 is 4.9 standard errors of a standard deviation of 300 numbers; the delta method of 50 draws adds to it.
     """
     repeats = 300
     x = 2**0.5 * (normals(50 * repeats) if data == "new" else normals(50).repeat(repeats))
-    columns = [
-        ("standard_error", "difference_error"),
-        ("monte_carlo_error", "difference_monte_carlo_error"),
-    ][rows]
     found, expected = [], []
     for table in tables(x, repeats):
         mean = table["log_evidence"]
@@ -114,16 +107,8 @@ def test_the_table_shows_unreliable_estimates():
     assert table.loc["bad", "difference"] < -0.5
 
 
-@pytest.mark.parametrize(
-    ("evidence", "error", "message"),
-    [
-        ([normals(5)], TypeError, "`evidence` must be a mapping from names to Evidence.*got a list"),
-        ({}, ValueError, "`evidence` must have one or more models, got none"),
-        ({"a": -3.2}, TypeError, r"`evidence\['a'\]` must be the result of pv.log_evidence.*got a float"),
-        ({"a": normals(5, 1)}, ValueError, r"`evidence\['a'\]` must be \(N,\).*got shape \(5, 1\)"),
-        ({"a": normals(5), "b": normals(6)}, ValueError, r"`evidence` must have the same.*got {'a': 5, 'b': 6} data"),
-    ],
-)
-def test_wrong_evidence_is_refused(evidence, error, message):
-    with pytest.raises(error, match=message):
-        pv.compare_evidence(evidence)
+def test_evidence_that_is_no_tensor_of_one_dimension_is_refused():
+    with pytest.raises(TypeError, match=r"`evidence\['a'\]` must be the result of pv.log_evidence.*got a float"):
+        pv.compare_evidence({"a": -3.2})
+    with pytest.raises(ValueError, match=r"`evidence\['a'\]` must be \(N,\).*got shape \(5, 1\)"):
+        pv.compare_evidence({"a": normals(5, 1)})

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pairs import guide_of, model_of
 from scipy import stats
 
 import pyro_vae as pv
@@ -20,11 +21,8 @@ ROUNDING = 2e-5  # of log-densities in float32
 def gaussian():
     """A VAE with one Gaussian latent after short training."""
     torch.manual_seed(0)
-    vae = pv.VAE(
-        priors.StandardNormal(1),
-        guides.DiagonalNormal(2, 1, networks.mlp([16])),
-        likelihoods.Normal(1, 2, networks.mlp([16])),
-    )
+    net = networks.mlp([16])
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     with pyro.get_param_store().scope():
         pv.fit(vae.model, vae.guide, pv.datasets.two_gaussians(500, seed=0).x, epochs=200, lr=1e-2, seed=0)
     return vae.requires_grad_(False)
@@ -32,35 +30,7 @@ def gaussian():
 
 def with_scale(vae, factor):
     """The trained guide, wider or narrower."""
-
-    def guide(x):
-        q = vae.encoder(x).base_dist
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(q.loc, factor * q.scale).to_event(1))
-
-    return guide
-
-
-@pytest.fixture(scope="module")
-def bernoulli():
-    """A VAE with one Bernoulli latent and parameters set by hand: the model is near the truth, the guide is wider."""
-    vae = pv.VAE(
-        priors.Bernoulli(1),
-        guides.Bernoulli(2, 1, networks.linear()),
-        likelihoods.Normal(1, 2, networks.linear(), scale=0.7),
-    )
-    with torch.no_grad():
-        vae.encoder.network.weight.copy_(torch.tensor([[0.5, 0.7]]))
-        vae.encoder.network.bias.zero_()
-        vae.decoder.network.weight.copy_(torch.tensor([[2.0], [1.8]]))
-        vae.decoder.network.bias.copy_(torch.tensor([-1.0, -0.9]))
-    return vae
-
-
-def z_scores(estimate, truth):
-    """Error of the mean weight, which is unbiased for p(x), in its own standard errors."""
-    ratio = (estimate.log_evidence.double() - truth.double()).exp()
-    return (ratio - 1) / (ratio * estimate.standard_error.double() + ROUNDING)
+    return guide_of(lambda x: dist.Normal(vae.encode(x).mean, factor * vae.encode(x).stddev).to_event(1))
 
 
 def assert_right(estimate, truth, reliable_share):
@@ -69,21 +39,27 @@ def assert_right(estimate, truth, reliable_share):
     assert reliable.double().mean() > reliable_share
     scores = (estimate.bias_corrected - truth).double() / (estimate.standard_error.double() + ROUNDING)
     assert scores[reliable].abs().max() < SIGMAS
-    assert stats.kstest(z_scores(estimate, truth)[reliable].numpy(), "norm").pvalue > 1e-5
+    ratio = (estimate.log_evidence.double() - truth.double()).exp()  # of the mean weight, which is unbiased for p(x)
+    scores = (ratio - 1) / (ratio * estimate.standard_error.double() + ROUNDING)
+    assert stats.kstest(scores[reliable].numpy(), "norm").pvalue > 1e-5
 
 
-@pytest.mark.parametrize("factor", [2.0, 4.0])
-def test_a_gaussian_latent_under_a_guide_wide_enough(gaussian, factor):
-    truth = exact.log_evidence(gaussian.model, X)
-    estimate = pv.log_evidence(gaussian.model, with_scale(gaussian, factor), X, num_samples=4000)
-    assert_right(estimate, truth, 0.95)
+def test_importance_sampling_and_annealing_from_a_guide_that_is_wide_enough(gaussian):
+    truth, model = exact.log_evidence(gaussian.model, X), gaussian.model
+    wide, wider = (with_scale(gaussian, factor) for factor in (2.0, 4.0))
+    assert_right(pv.log_evidence(model, wide, X, num_samples=4000), truth, 0.95)
+    assert_right(pv.log_evidence(model, wider, X, num_samples=4000), truth, 0.95)
+    assert_right(pv.annealed_log_evidence(model, wide, X, num_chains=300, num_temperatures=5), truth, 0.95)
 
 
-def test_a_discrete_latent(bernoulli):
-    truth = exact.log_evidence(bernoulli.model, X)
-    estimate = pv.log_evidence(bernoulli.model, bernoulli.guide, X, num_samples=4000)
+def test_a_discrete_latent():
+    """The model is near the truth, and the guide wider."""
+    centres = torch.tensor([[-1.0, -0.9], [1.0, 0.9]])
+    model = model_of(dist.Bernoulli(0.5), lambda z: dist.Normal(centres[z.long()], 0.7).to_event(1))
+    guide = guide_of(lambda x: dist.Bernoulli(logits=x @ torch.tensor([0.5, 0.7])))
+    estimate = pv.log_evidence(model, guide, X, num_samples=4000)
     assert not estimate.unreliable.any()
-    assert_right(estimate, truth, 0.999)
+    assert_right(estimate, exact.log_evidence(model, X), 0.999)
 
 
 def test_a_discrete_and_a_continuous_latent_together():
@@ -102,18 +78,9 @@ def test_a_discrete_and_a_continuous_latent_together():
             k = pyro.sample("k", dist.Bernoulli(logits=x.sum(-1)))
             pyro.sample("z", dist.Normal(0.8 * (x.mean(-1) - 2 * k + 1), 1.2))
 
-    truth = torch.stack(
-        [dist.MultivariateNormal(torch.full((2,), c), covariance).log_prob(X) - math.log(2) for c in (-1.0, 1.0)]
-    ).logsumexp(0)
-    estimate = pv.log_evidence(model, guide, X, num_samples=4000)
-    assert_right(estimate, truth, 0.98)
-
-
-def test_annealing_from_a_guide_wide_enough(gaussian):
-    truth = exact.log_evidence(gaussian.model, X)
-    guide = with_scale(gaussian, 2.0)
-    estimate = pv.annealed_log_evidence(gaussian.model, guide, X, num_chains=300, num_temperatures=5)
-    assert_right(estimate, truth, 0.95)
+    parts = [dist.MultivariateNormal(torch.full((2,), centre), covariance).log_prob(X) for centre in (-1.0, 1.0)]
+    truth = torch.stack(parts).logsumexp(0) - math.log(2)
+    assert_right(pv.log_evidence(model, guide, X, num_samples=4000), truth, 0.98)
 
 
 def test_annealing_is_right_for_a_guide_too_narrow(gaussian):

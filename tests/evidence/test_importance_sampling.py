@@ -28,21 +28,6 @@ EXACT = conjugate(0.5, 0.5**0.5)
 WIDER = conjugate(0.4, 0.9)
 
 
-def two_sites_model(x):
-    """z1 -> z2 -> x, each a normal: x ~ N(1, 1 + 1/4 + 1/4)."""
-    with pyro.plate("data", len(x)):
-        first = pyro.sample("first", dist.Normal(1.0, 1.0))
-        second = pyro.sample("second", dist.Normal(first, 0.5))
-        pyro.sample("x", dist.Normal(second, 0.5), obs=x)
-
-
-def two_sites_guide(x):
-    """A guide that is wider than the posterior, so that weights are bounded."""
-    with pyro.plate("data", len(x)):
-        second = pyro.sample("second", dist.Normal(0.8 * x + 0.2, 0.7))
-        pyro.sample("first", dist.Normal(0.7 * second + 0.3, 0.6))
-
-
 def assert_agree(estimate, expected):
     """Errors are within the standard errors, where the effective number of draws is large."""
     reliable = estimate.ess > 0.02 * estimate.num_samples
@@ -65,8 +50,20 @@ def test_the_estimate_is_the_exact_evidence_within_its_standard_error(kind):
 
 
 def test_the_guide_may_draw_two_latents_in_another_order():
-    expected = dist.Normal(1.0, 1.5**0.5).log_prob(Y)
-    assert_agree(pv.log_evidence(two_sites_model, two_sites_guide, Y, num_samples=20_000), expected)
+    """It is wider than the posterior, so that weights are bounded."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("first", dist.Normal(1.0, 1.0))
+            second = pyro.sample("second", dist.Normal(first, 0.5))
+            pyro.sample("x", dist.Normal(second, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            second = pyro.sample("second", dist.Normal(0.8 * x + 0.2, 0.7))
+            pyro.sample("first", dist.Normal(0.7 * second + 0.3, 0.6))
+
+    assert_agree(pv.log_evidence(model, guide, Y, num_samples=20_000), dist.Normal(1.0, 1.5**0.5).log_prob(Y))
 
 
 def test_several_data_tensors_go_to_both():
@@ -88,20 +85,15 @@ def test_all_weights_of_the_exact_posterior_are_p_of_x(num_samples):
     estimate = pv.log_evidence(*EXACT, WIDE, num_samples=num_samples)
     assert_exact(estimate, WIDE)
     assert num_samples == 1 or (estimate.standard_error < 1e-4).all()
-
-
-def test_weights_may_be_far_outside_the_range_of_floats():
-    """log p(x) is about -1e5: weights are added as logarithms."""
-    far = torch.tensor([300.0, 400.0, 500.0], dtype=torch.float64)
+    far = torch.tensor([300.0, 400.0, 500.0], dtype=torch.float64)  # log p(x) is about -1e5: logarithms are added
     assert_exact(pv.log_evidence(*EXACT, far, num_samples=10), far, tolerance=0)
 
 
 def test_the_weights_of_an_exact_posterior_of_the_package_are_p_of_x():
-    vae = vae_of("linear 8-D").double()
-    posterior = exact.posterior(vae.model, X.double())
-    guide = guide_of(lambda x: posterior)
-    estimate = pv.log_evidence(vae.model, guide, X.double(), num_samples=3)
-    torch.testing.assert_close(estimate.log_evidence, exact.log_evidence(vae.model, X.double()), rtol=0, atol=1e-8)
+    model, x = vae_of("linear 8-D").double().model, X.double()
+    posterior = exact.posterior(model, x)
+    estimate = pv.log_evidence(model, guide_of(lambda x: posterior), x, num_samples=3)
+    torch.testing.assert_close(estimate.log_evidence, exact.log_evidence(model, x), rtol=0, atol=1e-8)
     assert (estimate.ess > 3 - 1e-6).all()
 
 
@@ -130,11 +122,8 @@ def test_captured_weights_give_the_same_estimate(kind, graphs):
 
 def test_captured_weights_of_batches_use_the_rows_of_each_batch(graphs, monkeypatch):
     monkeypatch.setattr(importance_sampling, "_ROWS", 20)
-    vae = gaussian(
-        1,
-        encoder=guides.DiagonalNormal(3, 1, networks.with_missing(TANH)),
-        decoder=likelihoods.Normal(1, 3, TANH, missing=True),
-    )
+    encoder = guides.DiagonalNormal(3, 1, networks.with_missing(TANH))
+    vae = gaussian(1, encoder=encoder, decoder=likelihoods.Normal(1, 3, TANH, missing=True))
     x = torch.randn(70, 3)
     x[::7, 1] = torch.nan
     estimates = [pv.log_evidence(vae.model, vae.guide, x, num_samples=30, compile=it) for it in (False, True)]
@@ -154,7 +143,7 @@ def test_a_branch_on_data_cannot_be_captured(graphs):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z if x.sum() > 0 else -z, 1.0), obs=x)
 
-    with pytest.raises(CaptureError, match=r"tensor.*value.*test_importance_sampling.py"):
+    with pytest.raises(CaptureError, match=r"reads the value of a tensor .*test_importance_sampling.py"):
         pv.log_evidence(model, EXACT[1], Y, num_samples=100, compile=True)
 
 
@@ -172,30 +161,18 @@ def assert_mean(draws, expected):
     assert (error.abs() < SIGMAS * draws.std(-1) / REPEATS**0.5).all()
 
 
-def test_the_mean_with_one_draw_is_the_elbo_in_closed_form():
-    x = Y[:4]
-    z = dist.Normal(0.4 * x, 0.9)
-    log_p_x = -0.5 * ((x - z.mean) ** 2 + z.variance) - 0.5 * math.log(2 * math.pi)
-    kl = 0.5 * (z.variance + z.mean**2 - 1 - z.variance.log())
-    assert_mean(repeated(x, WIDER, 1), log_p_x - kl)
-
-
 @pytest.mark.parametrize("kind", ["normal", "bernoulli", "gumbel"])
 def test_the_mean_with_one_draw_is_the_exact_elbo(kind):
     vae, x = vae_of(kind), X[:3]
-    expected = exact.elbo(vae.model, vae.guide, x)
-    assert_mean(repeated(x, (vae.model, vae.guide), 1), expected)
+    assert_mean(repeated(x, (vae.model, vae.guide), 1), exact.elbo(vae.model, vae.guide, x))
 
 
 def test_the_estimate_grows_with_the_number_of_draws_and_stays_below_the_truth():
     x = Y[:4]
-    draws = {count: repeated(x, WIDER, count, seed=count).mean(0) for count in (1, 2, 5, 20)}
-    means = {count: values.mean() for count, values in draws.items()}
-    errors = {count: values.std() / REPEATS**0.5 for count, values in draws.items()}
-    for fewer, more in ((1, 2), (2, 5), (5, 20)):
-        assert means[more] - means[fewer] > SIGMAS * (errors[more] ** 2 + errors[fewer] ** 2) ** 0.5
-    for count, mean in means.items():
-        assert mean < conjugate_evidence(x).mean() - SIGMAS * errors[count]
+    draws = torch.stack([repeated(x, WIDER, count, seed=count).mean(0) for count in (1, 2, 5, 20)])
+    means, errors = draws.mean(1), draws.std(1) / REPEATS**0.5
+    assert (means.diff() > SIGMAS * torch.hypot(errors[1:], errors[:-1])).all()
+    assert (means < conjugate_evidence(x).mean() - SIGMAS * errors).all()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -215,33 +192,16 @@ def test_the_standard_error_is_the_standard_deviation_of_estimates(pair):
     assert ((spread / expected - 1).abs() < SIGMAS / (2 * repeats) ** 0.5 + 0.02).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_effective_number_of_draws_is_between_1_and_all(kind):
-    vae = vae_of(kind)
-    estimate = pv.log_evidence(vae.model, vae.guide, X, num_samples=100)
-    assert ((estimate.ess >= 1 - 1e-5) & (estimate.ess <= 100 * (1 + 1e-5))).all()
-
-
 def test_the_effective_number_of_draws_has_a_closed_form_for_normals():
     """E[w]^2 / E[w^2] for a normal posterior and a wider normal guide with the same mean is sqrt(2 r - 1) / r."""
     ratio = 1.2**2 / 0.5
     estimate = pv.log_evidence(*conjugate(0.5, 1.2), Y, num_samples=50_000)
     share = (2 * ratio - 1) ** 0.5 / ratio
     torch.testing.assert_close(estimate.ess / 50_000, torch.full((20,), share), rtol=0.02, atol=0)
-
-
-def test_a_guide_that_is_too_narrow_has_few_effective_draws():
-    """It misses most of the posterior: the estimate is too low by more than its standard error."""
-    estimate = pv.log_evidence(*conjugate(0.5, 0.05), Y, num_samples=1000)
-    assert (estimate.ess < 0.3 * 1000).all()
-    scores = (estimate.log_evidence - conjugate_evidence(Y)) / estimate.standard_error
-    assert scores.median() < -3
-
-
-def test_the_error_of_one_draw_is_unknown():
-    estimate = pv.log_evidence(*WIDER, Y, num_samples=1)
-    torch.testing.assert_close(estimate.ess, torch.ones(20))
-    assert estimate.standard_error.isnan().all()
+    # A guide that is too narrow misses most of the posterior: the estimate is too low by more than its standard error.
+    narrow = pv.log_evidence(*conjugate(0.5, 0.05), Y, num_samples=1000)
+    assert (narrow.ess < 0.3 * 1000).all()
+    assert ((narrow.log_evidence - conjugate_evidence(Y)) / narrow.standard_error).median() < -3
 
 
 @pytest.fixture
@@ -272,27 +232,22 @@ def test_khat_is_that_of_the_distribution_of_weights():
         assert abs(float(estimate.khat.mean()) - (1 - ratio)) < 0.15
         assert estimate.unreliable.float().mean().round() == (1 - ratio > 0.7)
     assert not pv.log_evidence(*WIDER, Y, num_samples=5000).unreliable.any()
+    exact_guide = pv.log_evidence(*EXACT, Y, num_samples=200)
+    assert (exact_guide.khat == -math.inf).all()
+    assert not exact_guide.unreliable.any()
+    few = pv.log_evidence(*EXACT, Y, num_samples=20)
+    assert few.khat.isnan().all()
+    assert few.unreliable.all()
 
 
 def test_the_bias_of_the_logarithm_is_corrected():
     """The remaining bias is of the next order."""
     x, repeats = Y[:4], 5000
     estimate = pv.log_evidence(*conjugate(0.5, 2.0), x.repeat_interleave(repeats), num_samples=10)
-    plain, corrected = (
-        values.double().reshape(4, repeats).mean(1) - conjugate_evidence(x.double())
-        for values in (estimate.log_evidence, estimate.bias_corrected)
-    )
+    means = (v.double().reshape(4, repeats).mean(1) for v in (estimate.log_evidence, estimate.bias_corrected))
+    plain, corrected = (mean - conjugate_evidence(x.double()) for mean in means)
     assert (plain < -0.05).all()
     assert (corrected.abs() < 0.4 * plain.abs()).all()
-
-
-def test_khat_is_minus_infinity_for_an_exact_guide_and_unknown_for_few_draws():
-    estimate = pv.log_evidence(*EXACT, Y, num_samples=200)
-    assert (estimate.khat == -math.inf).all()
-    assert not estimate.unreliable.any()
-    few = pv.log_evidence(*EXACT, Y, num_samples=20)
-    assert few.khat.isnan().all()
-    assert few.unreliable.all()
 
 
 def test_print_shows_a_summary():
@@ -315,6 +270,9 @@ def test_progress_is_shown_on_request(capsys):
 
 
 def test_shapes_types_and_gradients():
+    one = pv.log_evidence(*WIDER, Y, num_samples=1)
+    torch.testing.assert_close(one.ess, torch.ones(20))
+    assert one.standard_error.isnan().all()
     for x in (Y, WIDE):
         estimate = pv.log_evidence(*WIDER, x, num_samples=7)
         assert estimate.num_samples == 7
@@ -325,13 +283,10 @@ def test_shapes_types_and_gradients():
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-def test_the_same_seed_gives_the_same_numbers():
+def test_a_seed_fixes_the_draws_and_nothing_outside_changes(random_states):
     first, again, other = (pv.log_evidence(*WIDER, Y, num_samples=5, seed=seed).log_evidence for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.isclose(first, other).any()
-
-
-def test_random_states_parameters_and_validation_do_not_change(random_states):
     vae = vae_of("gumbel")
     vae.register()
     before, stored = random_states(), {name: value.clone() for name, value in pyro.get_param_store().items()}
@@ -339,9 +294,7 @@ def test_random_states_parameters_and_validation_do_not_change(random_states):
         pv.log_evidence(vae.model, vae.guide, X, num_samples=50)
         assert not torch.distributions.Distribution._validate_args
     assert random_states() == before
-    after = dict(pyro.get_param_store().items())
-    assert after.keys() == stored.keys()
-    assert all(torch.equal(after[name], value) for name, value in stored.items())
+    torch.testing.assert_close(dict(pyro.get_param_store().items()), stored, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("budget", "size"), [(1, 1), (20, 1), (3 * 64 * 20, 3), (10**9, 1000)])
@@ -379,21 +332,12 @@ def test_a_guide_marked_for_enumeration_is_sampled():
     assert_agree(estimate, exact.log_evidence(vae.model, X))
 
 
-@pytest.mark.parametrize("num_samples", [0, -1, 2.5, True])
-def test_a_wrong_number_of_draws_is_refused(num_samples):
-    with pytest.raises(ValueError, match=rf"`num_samples` must be a positive integer, got {num_samples}"):
-        pv.log_evidence(*WIDER, Y, num_samples=num_samples)
-
-
-def test_a_point_of_a_continuous_latent_is_refused():
-    """Its weights would be log p(x, z), which bounds nothing."""
-    guide = AutoDelta(WIDER[0])
-    pv.fit(WIDER[0], guide, Y, epochs=1)
+def test_a_point_is_allowed_for_a_discrete_latent_alone():
+    """The weights of a continuous one would be log p(x, z), which bounds nothing."""
+    point = AutoDelta(WIDER[0])
+    pv.fit(WIDER[0], point, Y, epochs=1)
     with pytest.raises(ValueError, match=r"`guide` must have a density .*got a point .* for 'z'"):
-        pv.log_evidence(WIDER[0], guide, Y)
-
-
-def test_a_point_of_a_discrete_latent_is_allowed():
+        pv.log_evidence(WIDER[0], point, Y)
     model = model_of(dist.Bernoulli(0.3), lambda z: dist.Normal(z, 1.0))
     guide = guide_of(lambda x: dist.Delta((x > 0.5).float()))
     z = (Y > 0.5).float()
@@ -419,4 +363,4 @@ def test_a_covariate_inside_the_pair_stays_with_its_row():
     torch.testing.assert_close(pv.log_evidence(model, guide, x, num_samples=30).log_evidence, truth)
     found = pv.inspect(model, guide, x, num_samples=30, max_rows=100, max_refined=20, num_simulations=100)
     torch.testing.assert_close(found.gap.log_evidence, truth)
-    assert "Hand covariates over as data" in found.skipped["calibration"]
+    assert "Pass covariates as data" in found.skipped["calibration"]

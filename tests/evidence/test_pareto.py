@@ -81,8 +81,9 @@ def test_the_largest_weights_are_enough_in_any_order():
 
 def test_scale_and_order_of_data_make_no_difference():
     log_weights = normals((500, 9))
-    torch.testing.assert_close(pareto_shape(log_weights + 1000.0), pareto_shape(log_weights), rtol=1e-9, atol=0)
-    torch.testing.assert_close(pareto_shape(log_weights.flip(1)), pareto_shape(log_weights).flip(0), rtol=0, atol=1e-12)
+    found = pareto_shape(log_weights)
+    torch.testing.assert_close(pareto_shape(log_weights + 1000.0), found, rtol=1e-9, atol=0)
+    torch.testing.assert_close(pareto_shape(log_weights.flip(1)), found.flip(0), rtol=0, atol=1e-12)
 
 
 def test_equal_weights_have_no_tail():
@@ -101,21 +102,14 @@ def test_two_values_by_how_often_the_larger_one_is_drawn():
     assert (found[1:4] < 0.5).all()  # the fit is a distribution with an upper bound
     assert found[1:4].isfinite().all()
     assert found[4] == -math.inf
-
-
-def test_a_flat_tail_has_a_finite_shape_if_the_grid_contains_zero():
-    """100 equal exceedances and a grid of 40 points, of which one is b = 0."""
-    log_weights = torch.zeros(2000, 1).double()
-    log_weights[:100] = 1.0
-    assert pareto_shape(log_weights).isfinite().all()
+    # 100 equal exceedances have a grid of 40 points, of which one is b = 0.
+    assert pareto_shape(torch.tensor([1.0] * 100 + [0.0] * 1900).double()[:, None]).isfinite().all()
 
 
 def test_zeros_infinities_and_few_draws():
     log_weights = normals((100, 5))
-    log_weights[:, 0] = -math.inf
-    log_weights[3:, 1] = -math.inf
-    log_weights[0, 2] = math.nan
-    log_weights[0, 3] = math.inf
+    log_weights[:, 0] = log_weights[3:, 1] = -math.inf
+    log_weights[0, 2:4] = torch.tensor([math.nan, math.inf])
     found = pareto_shape(log_weights)
     assert (found[:2] == math.inf).all()
     assert found[2:4].isnan().all()
@@ -127,16 +121,10 @@ def test_zeros_infinities_and_few_draws():
 
 def test_thresholds():
     assert [tail_length(count) for count in (1, 20, 21, 225, 226, 1000)] == [1, 4, 5, 45, 46, 95]
-    assert reliable_shape(1) == -math.inf
-    assert reliable_shape(10) == 0.0
-    assert math.isclose(reliable_shape(1000), 2 / 3)
-    assert reliable_shape(10**6) == 0.7
+    shapes = [reliable_shape(count) for count in (1, 10, 1000, 10**6)]
+    assert shapes == [-math.inf, 0.0, pytest.approx(2 / 3), 0.7]
 
 
-def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"`log_weights` must be \(S, N\).*got shape \(5,\)"):
-        pareto_shape(torch.zeros(5))
+def test_too_few_weights_are_refused():
     with pytest.raises(ValueError, match=r"`log_weights` must be at least the 96 largest of 1000, got 90"):
         pareto_shape(torch.zeros(90, 2), 1000)
-    with pytest.raises(ValueError, match=r"`num_samples` must be a positive integer, got 0"):
-        tail_length(0)

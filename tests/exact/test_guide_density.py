@@ -1,10 +1,12 @@
 """The density of a guide: which guides are refused, and the product of independent latents."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, gaussian, guide_of
+from pairs import bernoulli, gaussian, guide_of, model_of
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
@@ -22,53 +24,45 @@ def outside(x):
     pyro.sample("z", dist.Bernoulli(torch.full((len(x), 1), 0.3)).to_event(2))
 
 
+def inside(x, name="z", rows=2, width=1):
+    with pyro.plate("data", rows):
+        pyro.sample(name, dist.Bernoulli(torch.full((width,), 0.3)).to_event(1))
+
+
 MASK = torch.tensor([True, False])
 BERNOULLI = dist.Bernoulli(torch.full((1,), 0.3)).to_event(1)
-
-
-def masked(x):
-    with pyro.plate("data", len(x)), poutine.mask(mask=MASK):
-        pyro.sample("z", BERNOULLI)
-
-
-def other(x):
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", BERNOULLI)
-
-
-def fewer_rows(x):
-    with pyro.plate("data", 1):
-        pyro.sample("z", BERNOULLI)
-
-
-wide = guide_of(lambda x: dist.Bernoulli(torch.full((4,), 0.3)).to_event(1))
 
 
 @pytest.mark.parametrize(
     ("guide", "message"),
     [
-        (outside, r"every site in one plate, 'data'.*got site 'z' in the plates \[\]"),
-        (masked, r"latents without a mask, got 'z'"),
-        (guide_of(lambda x: BERNOULLI.mask(False)), r"latents without a mask, got 'z'"),
-        (guide_of(lambda x: BERNOULLI.mask(MASK).expand([2]).to_event(0)), r"latents without a mask, got 'z'"),
-        (AutoNormal(gaussian(1).model), r"the latents of the model, \['z'\], got \['z', 'z_unconstrained'\]"),
-        (other, r"the latents of the model, \['z'\], got \['y'\]"),
-        (fewer_rows, r"the 2 rows of the model at site 'z', got 1"),
-        (wide, r"the event shape of the model at site 'z', \(1,\), got \(4,\)"),
-        (poutine.scale(outside, scale=0.5), r"every site in one plate"),
+        (outside, r"have every site in one plate, 'data'.*got site 'z' in the plates \[\]"),
+        (poutine.mask(inside, mask=MASK), r"have latents without a mask, got 'z'"),
+        (guide_of(lambda x: BERNOULLI.mask(False)), r"have latents without a mask, got 'z'"),
+        (guide_of(lambda x: BERNOULLI.mask(MASK).expand([2]).to_event(0)), r"have latents without a mask, got 'z'"),
+        (AutoNormal(gaussian(1).model), r"draw the latents of the model, \['z'\], got \['z', 'z_unconstrained'\]"),
+        (partial(inside, name="y"), r"draw the latents of the model, \['z'\], got \['y'\]"),
+        (partial(inside, rows=1), r"have one number of rows at all sites, 2, got 1 at site 'z'"),
+        (partial(inside, width=4), r"draw 'z' with the shape of the model's latent, \(2, 1\), got \(2, 4\)"),
+        (poutine.scale(outside, scale=0.5), r"have every site in one plate"),
+        (poutine.scale(inside, scale=0.5), r"use all data, .*got site 'z' with the scale 0.5"),
     ],
 )
 @pytest.mark.parametrize("estimate", [pv.log_evidence, exact.elbo, exact.kl])
 def test_guides_of_another_structure_are_refused(estimate, guide, message):
     model = gaussian(1).model if isinstance(guide, AutoNormal) else bernoulli(1).model
-    with pytest.raises(ValueError, match="`guide` must have " + message):
+    with pytest.raises(ValueError, match="`guide` must " + message):
         estimate(model, guide, X)
 
 
-def test_a_scaled_guide_and_a_guide_with_dropout_are_refused():
+def test_a_guide_of_another_event_shape_is_refused_even_if_the_model_runs_on_its_draws():
+    model = model_of(BERNOULLI, lambda z: dist.Normal(z.sum(-1), 1.0))
+    with pytest.raises(ValueError, match=r"`guide` must .* at site 'z', \(1,\), got \(4,\)"):
+        exact.elbo(model, partial(inside, width=4), X[:, 0])
+
+
+def test_a_guide_with_dropout_is_refused():
     vae = bernoulli(1)
-    with pytest.raises(ValueError, match=r"`guide` must use all data, .*got site 'z' with the scale 0.5"):
-        exact.kl(vae.model, poutine.scale(vae.guide, scale=0.5), X)
     noisy = guides.Bernoulli(3, 1, lambda i, o: nn.Sequential(nn.Linear(i, 9), nn.Dropout(0.5), nn.Linear(9, o)))
     other = pv.VAE(vae.prior, noisy, vae.decoder)
     with pytest.raises(ValueError, match=r"`guide` must have one log q\(z \| x\) at each z.*evaluation mode"):

@@ -2,7 +2,6 @@
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -30,21 +29,20 @@ class Spectrum:
     """The optimum of pPCA, from the eigenvalues of the (1/N) covariance."""
 
     def __init__(self, x, latent=LATENT):
-        self.latent = latent
-        x = x.double()
-        self.mean = x.mean(0)
-        centred = x - self.mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-        self.values, self.vectors = values.flip(0), vectors.flip(1)
-        self.noise = self.values[latent:].mean()
-        self.weight = self.vectors[:, :latent] * (self.values[:latent] - self.noise).sqrt()
+        self.mean = x.double().mean(0)
+        centred, size = x.double() - self.mean, x.shape[1]
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(centred.T @ centred / len(x)))
+        self.noise = values[latent:].mean()
+        self.weight = vectors[:, :latent] * (values[:latent] - self.noise).sqrt()
+        log_det = values[:latent].log().sum() + (size - latent) * self.noise.log()
+        self.log_p = float(-0.5 * (size * math.log(2 * math.pi) + log_det + size))  # its mean, in nats per datum
 
-    @property
-    def log_p(self):
-        """The mean of log p(x) at the optimum, in nats per datum."""
-        size = len(self.mean)
-        logs = self.values[: self.latent].log().sum() + (size - self.latent) * self.noise.log()
-        return float(-0.5 * (size * math.log(2 * math.pi) + logs + size))
+    def set_decoder(self, decoder, weight):
+        """Set the parameters of a linear decoder to this optimum, with a rotation of ``self.weight``."""
+        with torch.no_grad():
+            decoder.network.weight.copy_(weight)
+            decoder.network.bias.copy_(self.mean)
+            decoder.family.log_scale.copy_((self.noise.sqrt() - decoder.family.min_scale).log())
 
 
 def ppca_vae(x, latent, scale="shared"):
@@ -53,10 +51,7 @@ def ppca_vae(x, latent, scale="shared"):
     decoder = likelihoods.Normal(latent, x.shape[1], networks.linear(), scale=scale, min_scale=0.0)
     vae = pv.VAE(priors.StandardNormal(latent), guides.DiagonalNormal(x.shape[1], latent, networks.linear()), decoder)
     vae = vae.to(x.dtype)
-    with torch.no_grad():
-        decoder.network.weight.copy_(spectrum.weight)
-        decoder.network.bias.copy_(spectrum.mean)
-        decoder.family.log_scale.copy_(0.5 * spectrum.noise.log())
+    spectrum.set_decoder(decoder, spectrum.weight)
     return vae, spectrum.log_p
 
 
@@ -105,12 +100,15 @@ def linear_vae(encoder):
     return pv.VAE(priors.StandardNormal(LATENT), encoder, likelihoods.Normal(LATENT, 64, networks.linear()))
 
 
+def standardized_encoder(x):
+    return guides.DiagonalNormal(64, LATENT, networks.standardized(networks.linear(), x.mean(0)))
+
+
 @pytest.mark.slow
 def test_training_reaches_the_optimum_and_leaves_no_gap():
     """ELBO = log p(x) = the closed form, within 0.02 nats per datum."""
     x, steps = digits(), 3000
-    encoder = guides.DiagonalNormal(64, LATENT, networks.standardized(networks.linear(), x.mean(0)))
-    vae = linear_vae(encoder)
+    vae = linear_vae(standardized_encoder(x))
     with torch.no_grad():
         vae.decoder.network.bias.copy_(x.mean(0))
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
@@ -130,15 +128,23 @@ def rotated():
 
 
 def frozen_vae(encoder, rotation, x):
-    """W and the noise at a rotated solution of pPCA, which has the same likelihood as the one along the axes."""
-    spectrum = Spectrum(x)
-    vae = linear_vae(encoder).double()
-    with torch.no_grad():
-        vae.decoder.network.weight.copy_(spectrum.weight @ rotation)
-        vae.decoder.network.bias.copy_(spectrum.mean)
-        vae.decoder.family.log_scale.copy_((spectrum.noise.sqrt() - vae.decoder.family.min_scale).log())
+    """W and the noise at a rotated solution of pPCA, which has the same likelihood as the one along the axes.
+
+    The posterior's precision and the KL of the best diagonal guide come with it.
+    """
+    spectrum, vae = Spectrum(x), linear_vae(encoder).double()
+    weight = spectrum.weight @ rotation
+    spectrum.set_decoder(vae.decoder, weight)
     vae.decoder.requires_grad_(False)
-    return vae, spectrum
+    precision = weight.T @ weight / spectrum.noise + torch.eye(LATENT).double()
+    return vae, spectrum, precision, float(0.5 * (precision.diagonal().log().sum() - precision.logdet()))
+
+
+def gap_to_posterior(vae, x):
+    """The mean of KL(q(z | x) || p(z | x)) over the data."""
+    q = vae.encode(x)
+    full = q if isinstance(q, MultivariateNormal) else MultivariateNormal(q.mean, q.variance.diag_embed())
+    return kl_divergence(full, pv.exact.posterior(vae.model, x)).mean()
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full rank"])
@@ -147,16 +153,14 @@ def test_a_rotated_solution_has_a_mean_field_gap_for_a_diagonal_guide_alone(kind
     x = digits().double()
     rotation = rotated() if turned else torch.eye(LATENT).double()
     part = guides.DiagonalNormal if kind == "diagonal" else guides.FullRankNormal
-    vae, spectrum = frozen_vae(part(64, LATENT, networks.linear()), rotation, x)
-    weight = spectrum.weight @ rotation
-    precision = weight.T @ weight / spectrum.noise + torch.eye(LATENT).double()
-    scale = torch.linalg.inv(precision)
-    covariance_root = torch.linalg.cholesky(scale)
+    vae, spectrum, precision, mean_field = frozen_vae(part(64, LATENT, networks.linear()), rotation, x)
+    covariance = torch.linalg.inv(precision)
+    covariance_root = torch.linalg.cholesky(covariance)
     with torch.no_grad():  # the best guide of its family: the posterior's mean, and its precisions or its covariance
         linear = vae.encoder.network
         linear.weight.zero_()
         linear.bias.zero_()
-        linear.weight[:LATENT] = scale @ weight.T / spectrum.noise
+        linear.weight[:LATENT] = covariance @ vae.decoder.network.weight.T / spectrum.noise
         linear.bias[:LATENT] = -linear.weight[:LATENT] @ spectrum.mean
         if kind == "diagonal":
             linear.bias[LATENT:] = -0.5 * precision.diagonal().log()
@@ -166,35 +170,21 @@ def test_a_rotated_solution_has_a_mean_field_gap_for_a_diagonal_guide_alone(kind
             linear.bias[2 * LATENT :] = covariance_root[rows, columns]
     log_p = pv.exact.log_evidence(vae.model, x).mean()
     assert float(log_p) == pytest.approx(spectrum.log_p, abs=1e-6)
-    posterior = pv.exact.posterior(vae.model, x)
-    q = vae.encode(x)
-    full = q if kind == "full rank" else MultivariateNormal(q.mean, q.variance.diag_embed())
-    gap = kl_divergence(full, posterior).mean()
-    mean_field = 0.5 * (precision.diagonal().log().sum() - precision.logdet())
-    expected = float(mean_field) if kind == "diagonal" else 0.0
+    gap, expected = gap_to_posterior(vae, x), mean_field if kind == "diagonal" else 0.0
     assert gap.item() == pytest.approx(expected, abs=1e-6)
     assert (expected > 0.03) == (turned and kind == "diagonal")
     # The gradient of the exact ELBO is zero.
-    elbo = -kl_divergence(full, posterior).mean()
-    slopes = torch.autograd.grad(elbo, list(vae.encoder.parameters()))
+    slopes = torch.autograd.grad(gap, list(vae.encoder.parameters()))
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-6
 
 
 def test_a_trained_diagonal_guide_ends_at_the_mean_field_gap():
     x = digits().double()[:300]
-    vae, spectrum = frozen_vae(
-        guides.DiagonalNormal(64, LATENT, networks.standardized(networks.linear(), x.mean(0))), rotated(), x
-    )
+    vae, _, _, mean_field = frozen_vae(standardized_encoder(x), rotated(), x)
     elbo = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
     for steps, lr in ((600, 1e-2), (300, 1e-3)):
         pv.fit(vae.model, vae.guide, x, epochs=steps, lr=schedules.decayed(lr, steps), elbo=elbo)
-    weight = spectrum.weight @ rotated()
-    precision = weight.T @ weight / spectrum.noise + torch.eye(LATENT).double()
-    q, posterior = vae.encode(x), pv.exact.posterior(vae.model, x)
-    full = MultivariateNormal(q.mean, q.variance.diag_embed())
-    gap = kl_divergence(full, posterior).mean().item()
-    mean_field = float(0.5 * (precision.diagonal().log().sum() - precision.logdet()))
-    assert gap == pytest.approx(mean_field, abs=0.02)
+    assert gap_to_posterior(vae, x).item() == pytest.approx(mean_field, abs=0.02)
 
 
 WEIGHT = torch.tensor([[1.0, -0.5, 0.3], [0.4, 0.8, -1.0]], dtype=torch.float64)
@@ -206,16 +196,7 @@ def zeros(*shape):
 
 
 def linear(prior, likelihood=lambda loc: dist.Normal(loc, 0.5).to_event(1)):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior(len(x)))
-            pyro.sample("x", likelihood(z @ WEIGHT), obs=x)
-
-    return model
-
-
-def standard(count):
-    return dist.Normal(zeros(2), 1.0).to_event(1)
+    return model_of(prior, lambda z: likelihood(z @ WEIGHT))
 
 
 def monte_carlo(model, draws=400_000):
@@ -230,16 +211,14 @@ def monte_carlo(model, draws=400_000):
     return weights.mean(0).log(), weights.std(0) / weights.mean(0) / draws**0.5
 
 
-MASK = torch.tensor([True, True, False])
+STANDARD, MASK = dist.Normal(zeros(2), 1.0).to_event(1), torch.tensor([True, True, False])
 SCALES = torch.tensor([0.2, 0.5, 1.0, 1.5, 2.0, 0.1], dtype=torch.float64)
 SIMILAR = {
-    "a mask on columns": linear(standard, lambda loc: dist.Normal(loc, 0.5).mask(MASK).to_event(1)),
-    "a shifted prior": linear(lambda count: dist.Normal(zeros(2) + 1, 2.0).to_event(1)),
-    "a prior for each datum": linear(lambda count: dist.Normal(zeros(2), SCALES[:count, None]).to_event(1)),
-    "a full covariance": linear(
-        lambda count: dist.MultivariateNormal(zeros(2), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double())
-    ),
-    "a prior with all rows written out": linear(lambda count: dist.Normal(zeros(count, 2), 1.0).to_event(1)),
+    "a mask on columns": linear(STANDARD, lambda loc: dist.Normal(loc, 0.5).mask(MASK).to_event(1)),
+    "a shifted prior": linear(dist.Normal(zeros(2) + 1, 2.0).to_event(1)),
+    "a prior for each datum": linear(dist.Normal(zeros(2), SCALES[:, None]).to_event(1)),
+    "a full covariance": linear(dist.MultivariateNormal(zeros(2), torch.tensor([[1.0, 0.6], [0.6, 2.0]]).double())),
+    "a prior with all rows written out": linear(dist.Normal(zeros(6, 2), 1.0).to_event(1)),
 }
 
 
@@ -274,18 +253,12 @@ def test_linearity_is_tested_where_the_prior_has_mass():
 def test_a_sharp_linear_posterior_is_finite_in_float32():
     weight = torch.randn(2, 50)
     weight[1] = weight[0] + 1e-3 * torch.randn(50)
-
     model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: dist.Normal(z @ weight, 1e-3).to_event(1))
     x = torch.randn(3, 2) @ weight
     assert exact.posterior(model, x).log_prob(exact.posterior(model, x).mean).isfinite().all()
 
 
 def test_a_linear_model_that_does_not_read_its_latent_has_the_density_of_its_noise():
-    x = torch.randn(5, 3)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(torch.zeros(3), 1.5).to_event(1), obs=x)
-
-    torch.testing.assert_close(pv.exact.log_evidence(model, x), dist.Normal(0.0, 1.5).log_prob(x).sum(1))
+    x, noise = torch.randn(5, 3), dist.Normal(torch.zeros(3), 1.5).to_event(1)
+    model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: noise)
+    torch.testing.assert_close(pv.exact.log_evidence(model, x), noise.log_prob(x))

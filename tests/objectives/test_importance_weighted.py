@@ -7,18 +7,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from gradient_estimates import SCORES, X, flat, gradients, normal_vae, standard_scores
-from pairs import bernoulli, guide_of, model_of
+from gradient_estimates import GRADIENTS, SCORES, X, flat, gradients, normal_vae, standard_scores
+from pairs import bernoulli, gaussian, guide_of, model_of
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae import guides, likelihoods, networks
 from pyro_vae.handlers import WeightKL
 from pyro_vae.objectives.importance_weighted import ImportanceWeighted
 
-GRADIENTS = ["pathwise", "sticking-the-landing", "doubly-reparameterized"]
 UNBIASED = [(name, count) for name in GRADIENTS for count in (1, 2) if (name, count) != ("sticking-the-landing", 2)]
 Y = X[:, 0]
 
@@ -67,14 +66,6 @@ def test_the_bound_of_one_draw_is_the_elbo_and_grows_with_draws_to_the_truth():
     assert truth - means[-1] < 0.2 * (truth - bounds[-1].mean())
 
 
-def test_the_bound_agrees_with_log_evidence():
-    vae = normal_vae()
-    data = X.repeat(50, 1)
-    bound = -ImportanceWeighted(100).loss(vae.model, vae.guide, data) / len(data)
-    other = pv.log_evidence(vae.model, vae.guide, data, num_samples=100).log_evidence.reshape(50, 4).mean(1)
-    assert bound == pytest.approx(float(other.mean()), abs=7 * float(other.std() / 50**0.5))
-
-
 @pytest.mark.parametrize("beta", [1.0, 0.3])
 @pytest.mark.parametrize(("name", "count"), UNBIASED)
 def test_gradients_are_unbiased(name, count, beta):
@@ -96,10 +87,8 @@ def posterior_pair(off=0.0):
     """A conjugate pair whose guide is the posterior, or ``off`` it."""
     loc = torch.tensor(off).double().requires_grad_()
     scale = (torch.tensor(0.5).double().sqrt() * (1 + off)).requires_grad_()
-
     model = model_of(dist.Normal(torch.zeros(()).double(), 1.0), lambda z: dist.Normal(z, 1.0))
-    guide = guide_of(lambda x: dist.Normal(x / 2 + loc, scale))
-    return model, guide, [loc, scale]
+    return model, guide_of(lambda x: dist.Normal(x / 2 + loc, scale)), [loc, scale]
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -164,10 +153,8 @@ def test_gradients_of_a_chain_of_latents_are_unbiased(name):
 
 def test_gradients_of_a_chain_have_the_same_mean_and_doubly_reparameterized_ones_less_variance():
     model, guide, v = chain()
-    pathwise, doubly = (
-        gradients(ImportanceWeighted(4, name), model, guide, Y.repeat(300), [v])
-        for name in (GRADIENTS[0], GRADIENTS[2])
-    )
+    elbos = (ImportanceWeighted(4, name) for name in (GRADIENTS[0], GRADIENTS[2]))
+    pathwise, doubly = (gradients(elbo, model, guide, Y.repeat(300), [v]) for elbo in elbos)
     error = ((pathwise.var(0) + doubly.var(0)) / len(doubly)).sqrt()
     assert ((pathwise.mean(0) - doubly.mean(0)).abs() < SCORES * error).all()
     assert (doubly.var(0)[2:] < pathwise.var(0)[2:]).all()
@@ -175,16 +162,14 @@ def test_gradients_of_a_chain_have_the_same_mean_and_doubly_reparameterized_ones
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_weighted_kl_is_weighted(name):
-    vae, beta = normal_vae(), 0.3
-    parameters = list(vae.parameters())
+    vae, weigh = normal_vae(), WeightKL(0.3)
     pyro.set_rng_seed(1)
-    loss = ImportanceWeighted(1, name).differentiable_loss(WeightKL(beta)(vae.model), WeightKL(beta)(vae.guide), X)
+    loss = ImportanceWeighted(1, name).loss(weigh(vae.model), weigh(vae.guide), X)
     pyro.set_rng_seed(1)
     q = vae.encode(X)
     z = q.rsample()
     kl = q.log_prob(z) - vae.prior().log_prob(z)
-    assert loss.item() == pytest.approx(-(vae.decode(z).log_prob(X) - beta * kl).sum().item())
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, parameters))
+    assert loss == pytest.approx(-(vae.decode(z).log_prob(X) - 0.3 * kl).sum().item())
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
@@ -192,11 +177,8 @@ def test_a_weighted_kl_is_weighted(name):
 def test_training_raises_the_exact_evidence(name, train):
     torch.manual_seed(0)
     x = torch.randn(200, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.3]])
-    vae = pv.VAE(
-        priors.StandardNormal(1),
-        guides.DiagonalNormal(2, 1, networks.linear()),
-        likelihoods.Normal(1, 2, networks.linear(), scale="shared"),
-    )
+    decoder = likelihoods.Normal(1, 2, networks.linear(), scale="shared")
+    vae = gaussian(1, 2, encoder=guides.DiagonalNormal(2, 1, networks.linear()), decoder=decoder)
     before = float(pv.exact.log_evidence(vae.model, x).mean())
     elbo = ImportanceWeighted(5, name)
     if train == "fit":
@@ -214,11 +196,6 @@ def test_discrete_latents_are_refused(name):
     vae = bernoulli(2, 2)
     with pytest.raises(ValueError, match=r"needs reparameterised latents, got \['z'\] without .*VIMCO takes any"):
         ImportanceWeighted(2, name).differentiable_loss(vae.model, vae.guide, X.float())
-
-
-def test_other_gradients_are_refused():
-    with pytest.raises(ValueError, match=r"`gradient` must be one of 'pathwise', 'sticking-the-landing', .*got 'stl'"):
-        ImportanceWeighted(2, "stl")
 
 
 def positive_model(x):
