@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pyro
@@ -50,7 +51,9 @@ def run_session(code: str, namespace: dict, page: str, line: int) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files of a page go there
-    namespace: dict = {"__name__": "__document__"}
+    document = ModuleType("__document__")
+    monkeypatch.setitem(sys.modules, "__document__", document)  # where the classes of the page can be found
+    namespace = vars(document)
     with pyro.get_param_store().scope(), seeded(0), warnings.catch_warnings():
         warnings.simplefilter("error")
         for language, line, code in blocks(page):
