@@ -49,12 +49,11 @@ class ImportanceWeighted(ParticleELBO):
     "Sticking the landing"; Tucker, Lawson, Gu and Maddison 2019, "Doubly reparameterized gradient estimators for Monte
     Carlo objectives".
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, fit, guides, likelihoods, networks, priors
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> elbo = ImportanceWeighted(num_particles=5, gradient="doubly-reparameterized")
-    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
+    >>> fitted = fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
     """
 
     def __init__(self, num_particles: int, gradient: str = "pathwise"):

@@ -55,12 +55,11 @@ class DiscreteKL(_ModifiedKL):
     Source: Jang, Gu and Poole 2017, "Categorical reparameterization with Gumbel-softmax", section 3; Maddison, Mnih and
     Teh 2017, appendix C.3, which shows that it is no bound.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, fit, guides, likelihoods, networks, priors
     >>> latent, net = (1, 3), networks.linear()
     >>> prior, encoder = priors.GumbelSoftmax(latent, 0.5), guides.GumbelSoftmax(2, latent, net, 0.5)
-    >>> vae = pv.VAE(prior, encoder, likelihoods.Normal(latent, 2, net))
-    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=DiscreteKL())
+    >>> vae = VAE(prior, encoder, likelihoods.Normal(latent, 2, net))
+    >>> fitted = fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=DiscreteKL())
     """
 
     def __init__(self, num_particles: int = 1):
@@ -99,11 +98,10 @@ class FreeBits(_ModifiedKL):
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with
     inverse autoregressive flow", appendix C.8.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, fit, guides, likelihoods, networks, priors
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, net), likelihoods.Normal(2, 2, net))
-    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=FreeBits(0.1))
+    >>> vae = VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, net), likelihoods.Normal(2, 2, net))
+    >>> fitted = fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=FreeBits(0.1))
     """
 
     def __init__(self, nats: float, num_particles: int = 1):

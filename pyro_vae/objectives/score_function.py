@@ -54,12 +54,11 @@ class ScoreFunction(_ELBOEstimator):
 
     Source: Williams 1992; Mnih and Gregor 2014.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, baselines, fit, guides, likelihoods, networks, priors
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.Bernoulli(3), guides.Bernoulli(2, 3, net), likelihoods.Normal(3, 2, net))
-    >>> elbo = ScoreFunction(pv.baselines.RunningAverage())
-    >>> fitted = pv.fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
+    >>> vae = VAE(priors.Bernoulli(3), guides.Bernoulli(2, 3, net), likelihoods.Normal(3, 2, net))
+    >>> elbo = ScoreFunction(baselines.RunningAverage())
+    >>> fitted = fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=elbo)
     """
 
     def __init__(self, baseline: nn.Module, num_particles: int = 1, name: str | None = None):
