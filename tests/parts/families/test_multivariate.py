@@ -5,11 +5,11 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import NET, gaussian
+from pairs import NET
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae import guides, priors
+from pyro_vae import guides, likelihoods, priors
 from pyro_vae.parts.families import multivariate
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
@@ -34,7 +34,7 @@ PAIRS = [(p, g) for p in PRIORS for g in GUIDES if (p, g) != ("VampPrior", "per 
 def vae_of(prior, guide):
     torch.manual_seed(0)
     encoder = GUIDES[guide]()
-    vae = gaussian(prior=PRIORS[prior](encoder), encoder=encoder).double()
+    vae = pv.VAE(PRIORS[prior](encoder), encoder, likelihoods.Normal(2, 3, NET)).double()
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
