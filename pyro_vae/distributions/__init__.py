@@ -28,21 +28,7 @@ from pyro_vae.distributions.relaxed import (
     log_simplex,
 )
 
-__all__ = [
-    "AdditiveLogRatioTransform",
-    "Bernoulli",
-    "ContinuousBernoulli",
-    "Extent",
-    "LogRelaxedOneHotCategorical",
-    "LogitNormal",
-    "LogitRelaxedBernoulli",
-    "Product",
-    "SoftTargetBernoulli",
-    "base_distribution",
-    "base_support",
-    "discrete_twin",
-    "find_extent",
-    "is_normalized",
-    "log_simplex",
-    "without_independent",
-]
+__all__ = ["AdditiveLogRatioTransform", "Bernoulli", "ContinuousBernoulli", "Extent"]
+__all__ += ["LogRelaxedOneHotCategorical", "LogitNormal", "LogitRelaxedBernoulli", "Product"]
+__all__ += ["SoftTargetBernoulli", "base_distribution", "base_support", "discrete_twin"]
+__all__ += ["find_extent", "is_normalized", "log_simplex", "without_independent"]

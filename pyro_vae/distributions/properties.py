@@ -12,20 +12,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = [
-    "base_distribution",
-    "base_support",
-    "clamp_inside",
-    "class_probabilities",
-    "conditional_mean",
-    "discrete_twin",
-    "is_masked",
-    "is_normalized",
-    "same_support",
-    "spell_support",
-    "support_bounds",
-    "without_independent",
-]
+__all__ = ["base_distribution", "base_support", "clamp_inside", "class_probabilities"]
+__all__ += ["conditional_mean", "discrete_twin", "is_masked", "is_normalized"]
+__all__ += ["same_support", "spell_support", "support_bounds", "without_independent"]
 
 
 def base_distribution(distribution: Any) -> Any:

@@ -18,21 +18,9 @@ from pyro_vae.parts.families import multivariate
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.networks import NetworkFactory
 
-__all__ = [
-    "Bernoulli",
-    "DiagonalNormal",
-    "FullRankNormal",
-    "GumbelSoftmax",
-    "InverseAutoregressiveFlow",
-    "LogNormal",
-    "LogitNormal",
-    "LowRankNormal",
-    "MixtureOfNormals",
-    "OneHotCategorical",
-    "PerDatum",
-    "RelaxedBernoulli",
-    "SplineFlow",
-]
+__all__ = ["Bernoulli", "DiagonalNormal", "FullRankNormal", "GumbelSoftmax", "InverseAutoregressiveFlow"]
+__all__ += ["LogNormal", "LogitNormal", "LowRankNormal", "MixtureOfNormals", "OneHotCategorical"]
+__all__ += ["PerDatum", "RelaxedBernoulli", "SplineFlow"]
 
 
 class _Encoder(Conditional):

@@ -20,17 +20,8 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.validation import boolean, describe, is_integer, numbers
 
-__all__ = [
-    "NetworkFactory",
-    "build",
-    "convolutional",
-    "deconvolutional",
-    "linear",
-    "mlp",
-    "one_hot",
-    "standardized",
-    "with_missing",
-]
+__all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear"]
+__all__ += ["mlp", "one_hot", "standardized", "with_missing"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 

@@ -16,21 +16,8 @@ from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized
 from pyro_vae.parts.families import multivariate
 
-__all__ = [
-    "Bernoulli",
-    "Gamma",
-    "GumbelSoftmax",
-    "Laplace",
-    "MixtureOfNormals",
-    "Normal",
-    "NormalizingFlow",
-    "OneHotCategorical",
-    "RelaxedBernoulli",
-    "StandardNormal",
-    "StudentT",
-    "Uniform",
-    "VampPrior",
-]
+__all__ = ["Bernoulli", "Gamma", "GumbelSoftmax", "Laplace", "MixtureOfNormals", "Normal", "NormalizingFlow"]
+__all__ += ["OneHotCategorical", "RelaxedBernoulli", "StandardNormal", "StudentT", "Uniform", "VampPrior"]
 
 
 class StandardNormal(Unconditional):

@@ -17,23 +17,6 @@ from pyro_vae.parts.families.discrete import (
 )
 from pyro_vae.parts.families.relaxed import Relaxed, RelaxedBernoulli, RelaxedOneHotCategorical
 
-__all__ = [
-    "Bernoulli",
-    "Categorical",
-    "ContinuousBernoulli",
-    "Family",
-    "Gamma",
-    "Laplace",
-    "LogNormal",
-    "LogitNormal",
-    "NegativeBinomial",
-    "Normal",
-    "OneHotCategorical",
-    "Poisson",
-    "Relaxed",
-    "RelaxedBernoulli",
-    "RelaxedOneHotCategorical",
-    "SoftTargetBernoulli",
-    "StudentT",
-    "Uniform",
-]
+__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "Family", "Gamma", "Laplace"]
+__all__ += ["LogNormal", "LogitNormal", "NegativeBinomial", "Normal", "OneHotCategorical", "Poisson"]
+__all__ += ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical", "SoftTargetBernoulli", "StudentT", "Uniform"]

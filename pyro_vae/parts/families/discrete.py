@@ -12,16 +12,8 @@ from pyro_vae._utils.validation import positive_int
 from pyro_vae.distributions import tabular
 from pyro_vae.parts.families.base import Family
 
-__all__ = [
-    "Bernoulli",
-    "Categorical",
-    "ContinuousBernoulli",
-    "NegativeBinomial",
-    "OneHot",
-    "OneHotCategorical",
-    "Poisson",
-    "SoftTargetBernoulli",
-]
+__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial"]
+__all__ += ["OneHot", "OneHotCategorical", "Poisson", "SoftTargetBernoulli"]
 
 
 class Poisson(Family):
