@@ -33,8 +33,7 @@ class ResampleObserved(UnconditionMessenger):
 class SubsampleRows(Messenger):
     """Restrict a plate to these rows.
 
-    Inside, ``pyro.subsample`` returns the rows, and the sites of the plate are scaled by N/B, so that the ELBO of a
-    mini-batch is an unbiased estimate of the ELBO of all data.
+    Inside, ``pyro.subsample`` returns the rows, and sites are scaled by N/B, for an unbiased ELBO of a mini-batch.
 
     Args:
         plate: name of the plate.
@@ -55,24 +54,19 @@ class SubsampleRows(Messenger):
             raise TypeError(f"`rows` must be row numbers, integers of shape (B,), got {describe(rows)}")
         if not len(rows):
             raise ValueError("`rows` must be one or more row numbers, (B,), got none")
-        self.plate = plate
-        self.rows = rows
+        self.plate, self.rows = plate, rows
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] == self.plate and site_is_subsample(msg):
-            msg["value"] = self.rows
-            msg["done"] = True
+            msg["value"], msg["done"] = self.rows, True
 
 
 class FixedSubsample(Messenger):
     """Make ``pyro.subsample`` of a tensor return given rows, the same for model and guide.
 
     Args:
-        data: the tensors that the model reads.
+        data: the tensors that the model reads. The attribute ``read`` says whether each has been read.
         rows: for each tensor, its rows in the subsampled plate.
-
-    Attributes:
-        read: whether each tensor has been read.
 
     >>> import pyro, torch
     >>> def model(x):
@@ -86,9 +80,7 @@ class FixedSubsample(Messenger):
 
     def __init__(self, data: Sequence[Tensor], rows: Sequence[Tensor]):
         super().__init__()
-        self.data = data
-        self.rows = rows
-        self.read = [False] * len(data)
+        self.data, self.rows, self.read = data, rows, [False] * len(data)
 
     def _pyro_subsample(self, msg: Any) -> None:
         for index, tensor in enumerate(self.data):

@@ -14,7 +14,6 @@ class Parametric(TorchDistribution):
     """A distribution whose tensor attributes are parameters of shape ``(*batch, ...)``."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
-        """The same distribution for a larger batch."""
         new, batch = copy(self), torch.Size(batch_shape)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

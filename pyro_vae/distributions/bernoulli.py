@@ -33,7 +33,6 @@ class SharedBernoulli(dist.Bernoulli):
     _before_expansion: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        """The same distribution for a larger batch."""
         new = super().expand(batch_shape, _instance)
         new._before_expansion = self._logits
         return new
@@ -43,7 +42,6 @@ class SharedBernoulli(dist.Bernoulli):
         return self.logits if self._before_expansion is None else self._before_expansion
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log-mass, of the shape of batch and value."""
         if self._validate_args:
             self._validate_sample(value)
         log_p = self._log_mass(value)
@@ -87,10 +85,7 @@ class SharedBernoulli(dist.Bernoulli):
 
 
 def _varying(tensor: Tensor, event: torch.Size, batch_dims: int) -> set[int]:
-    """The batch dimensions, counted from the left of ``batch_dims``, with more than one event.
-
-    The set is empty if the event dimensions are not complete.
-    """
+    """The batch dimensions of ``batch_dims`` with more than one event; none if the event dimensions are incomplete."""
     batch = tensor.shape[: tensor.dim() - len(event)]
     if tensor.shape[len(batch) :] != event:
         return set()
@@ -102,7 +97,6 @@ _GREY = (
     "Alternatives: threshold the data, `datasets.binarize(x)`; sample them, `datasets.resample(x)`; use `likelihoods."
     "ContinuousBernoulli`, a density; or `likelihoods.Bernoulli(..., soft_targets=True)`, a cross-entropy, no density."
 )
-
 _RESCALE = "Bring them to [0, 1] first, such as `x / 255` for bytes. "
 
 

@@ -19,7 +19,6 @@ __all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "find_extent"]
 
 LOG_TAIL = 36.0
 """A box leaves out a mass of about e^-36 = 2e-16."""
-
 NORMAL_REACH = 9.0
 """Standard deviations of a normal on either side of its mean, all but a mass of 2e-19."""
 
@@ -36,7 +35,6 @@ class Extent(NamedTuple):
 
     @classmethod
     def around(cls, middle: Tensor, radius: Tensor) -> "Extent":
-        """The box that reaches as far down as up."""
         return cls(middle - radius, middle, middle + radius)
 
 
@@ -44,10 +42,8 @@ class Extent(NamedTuple):
 def find_extent(distribution: Any) -> Extent:
     """Return the box of a distribution, by its own method, or 9 standard deviations around the mean on the real line.
 
-    Register another distribution with ``@find_extent.register``, or give the class a method ``extent()``.
-
-    Raises:
-        NotImplementedError: if the extent is not known.
+    Register another distribution with ``@find_extent.register``, or give the class a method ``extent()``. Raises a
+    NotImplementedError if the extent is not known.
 
     >>> find_extent(dist.Normal(torch.zeros(2), 1.0).to_event(1)).high
     tensor([9., 9.])
@@ -74,8 +70,7 @@ def _(distribution: Any) -> Extent:
 @find_extent.register
 def _(distribution: torch.distributions.MixtureSameFamily) -> Extent:
     """The box around those of the components."""
-    each = find_extent(distribution.component_distribution)
-    dim = len(distribution.batch_shape)
+    each, dim = find_extent(distribution.component_distribution), len(distribution.batch_shape)
     low, high = each.low.amin(dim), each.high.amax(dim)
     return Extent(low, (low + high) / 2, high)
 

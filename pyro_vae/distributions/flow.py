@@ -23,7 +23,6 @@ KINDS = ("affine", "spline")
 """Kinds of autoregressive steps: the map of one variable, given the previous ones."""
 
 _BINS = 8
-
 _REACH = 8.5  # standard deviations: all but e^-36 of a normal of two dimensions
 
 
@@ -31,7 +30,8 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
     r"""Masked autoregressive steps, :math:`y_d = \tau(x_d;\ h(x_{<d}, c))`, each in the reverse order of the last.
 
     They are initialised to the identity. Called with a context ``(*, context)``, or ``None`` if that is 0, the module
-    returns a transform of ``(*, features)``: forward in one pass, inverse in one pass per feature.
+    returns a transform of ``(*, features)``: forward in one pass, inverse in one pass per feature. Raises an
+    ImportError if zuko is not installed.
 
     Args:
         features: number of variables.
@@ -39,9 +39,6 @@ def autoregressive(features: int, context: int, kind: str, transforms: int, hidd
         kind: of :math:`\tau`: ``"affine"``, or ``"spline"``, rational-quadratic on [-5, 5] and the identity elsewhere.
         transforms: number of steps.
         hidden: sizes of the layers of h, a masked network.
-
-    Raises:
-        ImportError: if zuko is not installed.
 
     >>> steps = autoregressive(features=2, context=0, kind="spline", transforms=2, hidden=[8])
     >>> steps(None)(torch.tensor([0.5, -1.0]))
@@ -100,8 +97,6 @@ class Flow(Parametric):
     of the same values, such as a detached one; for a draw changed in place; and for one made without gradients, when
     gradients are needed. The stored score of a draw by ``rsample`` has the gradient of the *whole* formula in the
     parameters, also through the draw, but no gradient in the draw: use a detached copy for that.
-
-    Mean and variance have no closed form.
 
     Args:
         transform: f, from ``(*, D)`` to ``(*, D)``, with D the number of variables.
@@ -164,8 +159,7 @@ class Flow(Parametric):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        stored = self._stored_score(value)
-        if stored is not None:
+        if (stored := self._stored_score(value)) is not None:
             return stored
         standardized = (value - self.shift) / self.scale
         rows = standardized.reshape(*self._rows(standardized.shape), -1)
@@ -192,10 +186,7 @@ class Flow(Parametric):
         return shape[: len(shape) - len(self.event_shape)]
 
     def extent(self) -> Extent:
-        """A box that holds all but e^-36 of the flow.
-
-        It is around the images of noise out to 8.5 standard deviations, for at most two variables.
-        """
+        """The box around the images of noise out to 8.5 standard deviations, for at most two variables."""
         size = self.event_shape.numel()
         radii = torch.linspace(0, _REACH, 18, dtype=self.shift.dtype, device=self.shift.device)
         if size == 1:

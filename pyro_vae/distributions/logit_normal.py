@@ -19,14 +19,11 @@ class LogitNormal(Parametric):
 
     .. math:: \log p(x) = \log N(y; \mu, \sigma^2) + \log(b - a) - \log(x - a) - \log(b - x) .
 
-    Draws lie strictly inside the interval, where rounding would put them on its ends. Mean and variance have no closed
-    form.
+    Draws lie strictly inside, where rounding would put them on the ends. Mean and variance have no closed form.
 
     Args:
-        loc: :math:`\mu`.
-        scale: :math:`\sigma`, positive.
-        low: a.
-        high: b, above a.
+        loc, scale: :math:`\mu` and :math:`\sigma`, positive.
+        low, high: a and b, above a.
 
     Source: Atchison and Shen 1980, "Logistic-normal distributions: some properties and uses".
 

@@ -57,10 +57,8 @@ class WithMissing(dist.TorchDistribution):
 
     def __init__(self, base_dist: dist.TorchDistribution):
         if base_dist.event_shape:
-            raise ValueError(
-                "`base_dist` must be a distribution of single variables, event shape (), got a "
-                f"{type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}"
-            )
+            got = f"a {type(base_dist).__name__} of event shape {tuple(base_dist.event_shape)}"
+            raise ValueError(f"`base_dist` must be a distribution of single variables, event shape (), got {got}")
         self.base_dist = base_dist
         super().__init__(base_dist.batch_shape, validate_args=False)
 
@@ -106,9 +104,7 @@ class WithMissing(dist.TorchDistribution):
 def _inside(support: Any, like: Tensor) -> Tensor:
     """A value inside the support."""
     zero = torch.zeros((), dtype=like.dtype, device=like.device)
-    if support.is_discrete:
-        return zero + getattr(support, "lower_bound", 0)
-    return transform_to(support)(zero)
+    return zero + getattr(support, "lower_bound", 0) if support.is_discrete else transform_to(support)(zero)
 
 
 def with_missing(distribution: Any) -> Any:
@@ -121,8 +117,7 @@ def with_missing(distribution: Any) -> Any:
     if not hasattr(distribution, "log_prob"):
         raise TypeError(f"`distribution` must be a distribution of single variables, got {describe(distribution)}")
     if isinstance(distribution, torch.distributions.Independent):
-        inner = with_missing(distribution.base_dist)
-        return type(distribution)(inner, distribution.reinterpreted_batch_ndims)
+        return type(distribution)(with_missing(distribution.base_dist), distribution.reinterpreted_batch_ndims)
     return WithMissing(distribution)
 
 
@@ -151,17 +146,13 @@ def first_missing(data: Sequence[Tensor]) -> str | None:
 def check_missing(
     observed: Iterable[dict[str, Any]], data: Sequence[Tensor], name: str, error: Exception | None = None
 ) -> None:
-    """Raise if data hold NaN that a model does not accept.
+    """Raise a ValueError if data hold NaN that a model does not accept: at a site with NaN, or if none has it, at any.
 
     Args:
         observed: the observed sites of the model on these data, or on some of their rows.
         data: what the model takes.
         name: of the data in the error.
         error: what the model raised on the data, such as for a parameter that is computed from NaN.
-
-    Raises:
-        ValueError: if an observed site that holds NaN does not accept it; or, where none of the sites holds the NaN of
-            the data, if one of all sites does not.
     """
     where = first_missing(data)
     sites = list(observed) if where is not None else []

@@ -34,8 +34,7 @@ class MixtureOfNormals(Parametric):
 
     Args:
         logits: of the components, ``(*batch, K)``.
-        loc: ``(*batch, K, D)``.
-        scale: ``(*batch, K, D)``, positive.
+        loc, scale: ``(*batch, K, D)``, scales positive.
 
     Source: Figurnov, Mohamed and Mnih 2018, "Implicit reparameterization gradients", section 3 and appendix; Graves
     2016, "Stochastic backpropagation through mixture density distributions".
@@ -70,18 +69,15 @@ class MixtureOfNormals(Parametric):
         super().__init__(batch, loc.shape[-1:], validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``(*sample, *batch)``, in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        loc, scale = self._components
-        if loc.dim() == 2:
-            each = _log_normals(value, loc, scale)
+        if self._components[0].dim() == 2:
+            each = _log_normals(value, *self._components)
         else:
             each = _log_normal(value[..., None, :], self.loc, self.scale).sum(-1)
         return (self.logits.log_softmax(-1) + each).logsumexp(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw a component, then a value of it."""
         with torch.no_grad():
             shape = self._extended_shape(torch.Size(sample_shape))
             component = torch.distributions.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
@@ -93,7 +89,6 @@ class MixtureOfNormals(Parametric):
             return loc + scale * torch.randn_like(loc)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """A draw with gradients to all parameters."""
         z = self.sample(sample_shape)
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.logits, self.loc, self.scale))):
             return z
@@ -125,10 +120,8 @@ def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def _log_normals(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """The log-density of K components that are shared by all values, ``(*, K)``.
-
-    Squared distances are matrix products, without a tensor of ``(*, K, D)``; in float64, since they cancel.
-    """
+    """The log-density of K components that are shared by all values, ``(*, K)``, without a tensor of ``(*, K, D)``."""
+    # The squared distances are matrix products, in float64, since they cancel.
     centre = loc.detach().mean(0)
     z, centred, precision = (value - centre).double(), (loc - centre).double(), scale.double() ** -2
     squared = z**2 @ precision.T - 2 * z @ (centred * precision).T + (centred**2 * precision).sum(-1)

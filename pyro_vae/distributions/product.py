@@ -12,8 +12,8 @@ __all__ = ["Product"]
 class Product(dist.Independent):
     r"""Independent discrete variables that enumerate *jointly*, as one site.
 
-    ``Bernoulli(...).to_event(1)`` cannot be enumerated in Pyro; this can, in one new dimension of
-    :math:`S = s^n` states for :math:`n` variables of :math:`s` values each.
+    ``Bernoulli(...).to_event(1)`` cannot be enumerated in Pyro; this can, in one new dimension. For n variables of s
+    values each it has :math:`s^n` states.
 
     Args:
         base: a distribution of single variables, such as ``Bernoulli`` or ``OneHotCategorical``.
@@ -22,8 +22,7 @@ class Product(dist.Independent):
     Raises:
         ValueError: from :meth:`enumerate_support`, if there are more than ``max_states`` = 2^16 states.
 
-    >>> q = Product(dist.Bernoulli(logits=torch.zeros(5, 2)), 1)
-    >>> q.enumerate_support(expand=False).shape
+    >>> Product(dist.Bernoulli(logits=torch.zeros(5, 2)), 1).enumerate_support(expand=False).shape
     torch.Size([4, 1, 2])
     """
 

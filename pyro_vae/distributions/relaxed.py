@@ -36,8 +36,7 @@ class AdditiveLogRatioTransform(Transform):
     Densities on the log-simplex are taken with respect to Lebesgue measure on these coordinates,
     :math:`v_j = y_j - y_k`, so the Jacobian term is zero by definition.
 
-    >>> to_simplex = AdditiveLogRatioTransform()
-    >>> to_simplex(torch.tensor([0.0])).exp()
+    >>> AdditiveLogRatioTransform()(torch.tensor([0.0])).exp()
     tensor([0.5000, 0.5000])
     """
 

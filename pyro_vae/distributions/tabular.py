@@ -19,9 +19,7 @@ from pyro_vae.distributions.base import Parametric
 __all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
 
 _BEND = 16.0  # e^16 = 9e6: far above it, float32 cannot represent neighbouring counts
-
 _STIRLING = 1e4  # above it, the series is exact to 1e-22; a difference of log-gammas is not
-
 _NORMAL = 2.0**24  # a mean above which a count is drawn as a rounded normal
 
 

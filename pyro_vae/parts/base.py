@@ -18,10 +18,9 @@ __all__ = ["Conditional", "Part", "Unconditional", "checked_amortized", "checked
 
 
 class Part(nn.Module):
-    """A module that returns a distribution.
+    """A module that returns a distribution, with ``event_shape``, the discrete twin and ``read``.
 
-    Any module with ``forward(context=None) -> Distribution`` can be a part of a :class:`pyro_vae.VAE`. This base adds
-    ``event_shape``, the discrete twin and ``read``.
+    Any module with ``forward(context=None) -> Distribution`` can be a part of a :class:`pyro_vae.VAE`.
     """
 
     family: Family
@@ -39,9 +38,9 @@ class Part(nn.Module):
         raise self._no_twin()
 
     def _discrete_family(self) -> Family:
-        if not isinstance(self.family, Relaxed):
-            raise self._no_twin()
-        return self.family.discrete()
+        if isinstance(self.family, Relaxed):
+            return self.family.discrete()
+        raise self._no_twin()
 
     def _no_twin(self) -> TypeError:
         which = "only relaxed parts have one, such as RelaxedBernoulli and GumbelSoftmax"
@@ -53,8 +52,7 @@ class Unconditional(Part):
 
     Args:
         family: the map from raw outputs to a distribution.
-        raw: the raw outputs, ``(family.num_raw,)``. An ``nn.Parameter`` is trained, a plain tensor is fixed. The
-            default is fixed zeros.
+        raw: ``(family.num_raw,)``, an ``nn.Parameter``, which is trained, or a fixed tensor; by default fixed zeros.
 
     >>> from pyro_vae import families
     >>> Unconditional(families.Normal(2))().mean

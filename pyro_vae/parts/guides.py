@@ -61,10 +61,8 @@ class LogNormal(_Encoder):
 class LogitNormal(_Encoder):
     r"""Variables in a box, :math:`\mathrm{logit}\frac{z_d - a_d}{b_d - a_d} \sim N(\mu_d(x), \sigma_d(x)^2)`.
 
-    For a prior on the same box, such as ``priors.Uniform``.
-
     Args:
-        low: lower corner a, a number or a tensor that expands to the shape of z.
+        low: lower corner a of the box, that of the prior: a number or a tensor that expands to the shape of z.
         high: upper corner b, above a.
 
     >>> LogitNormal(2, 3, networks.linear(), low=-1.0, high=1.0)(torch.zeros(5, 2)).event_shape
@@ -85,10 +83,7 @@ class LogitNormal(_Encoder):
 class FullRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), L(x) L(x)^\top)`, with all correlations.
 
-    The network has D(D + 3)/2 outputs: for tens of dimensions use :class:`LowRankNormal`.
-
-    Args:
-        latent: size of z, D.
+    For z of size D, the network has D(D + 3)/2 outputs: for tens of dimensions use :class:`LowRankNormal`.
 
     >>> FullRankNormal(2, 3, networks.linear())(torch.zeros(5, 2)).covariance_matrix.shape
     torch.Size([5, 3, 3])
@@ -102,8 +97,7 @@ class LowRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), W(x) W(x)^\top + \mathrm{diag}\,\sigma(x)^2)`.
 
     Args:
-        latent: size of z, D.
-        rank: columns of W, from 1 to D.
+        rank: columns of W, from 1 to the size of z.
 
     Source: Ong, Nott and Smith 2018, "Gaussian variational approximation with a factor covariance structure".
 
@@ -123,7 +117,6 @@ class MixtureOfNormals(_Encoder):
     :class:`pyro_vae.distributions.mixture.MixtureOfNormals`.
 
     Args:
-        latent: size of z, D.
         num_components: K.
 
     Source: Graves 2016, "Stochastic backpropagation through mixture density distributions"; Figurnov, Mohamed and Mnih
@@ -194,10 +187,8 @@ class PerDatum(Part):
         """q of each datum, or of the rows in the subsample of the enclosing plate."""
         raw = pyro.subsample(self.raw, event_dim=1)
         if context is not None and len(context) != len(raw):
-            raise ValueError(
-                f"the context of PerDatum must be the {self.num_data} data that it was made for, got "
-                f"{len(context)} rows"
-            )
+            must = f"the {self.num_data} data that it was made for"
+            raise ValueError(f"the context of PerDatum must be {must}, got {len(context)} rows")
         return self.family(raw)
 
     def discrete(self) -> "PerDatum":
@@ -247,10 +238,8 @@ class InverseAutoregressiveFlow(_FlowEncoder):
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with inverse
     autoregressive flow", algorithm 1.
 
-    >>> q = InverseAutoregressiveFlow(5, 2, networks.mlp([32]))(torch.zeros(7, 5))
-    >>> z = q.rsample()
-    >>> z.shape, q.log_prob(z).shape
-    (torch.Size([7, 2]), torch.Size([7]))
+    >>> InverseAutoregressiveFlow(5, 2, networks.mlp([32]))(torch.zeros(7, 5)).rsample().shape
+    torch.Size([7, 2])
     """
 
     kind = "affine"
@@ -259,10 +248,8 @@ class InverseAutoregressiveFlow(_FlowEncoder):
 class SplineFlow(_FlowEncoder):
     r""":math:`z = \mu(x) + \sigma(x) \odot f(\epsilon; h(x))` with f autoregressive, a spline in each variable.
 
-    It is :class:`InverseAutoregressiveFlow` with rational-quadratic splines in place of affine maps. They can turn one
-    mode into several, also for a single variable.
-
-    Arguments and errors are those of :class:`InverseAutoregressiveFlow`.
+    It is :class:`InverseAutoregressiveFlow`, of the same arguments and errors, with rational-quadratic splines in place
+    of affine maps. They can turn one mode into several, also for a single variable.
 
     Source: Durkan, Bekasov, Murray and Papamakarios 2019, "Neural spline flows".
 

@@ -1,8 +1,7 @@
 """Likelihoods p(x | z), also called decoders: parts whose context is z, as the prior's ``read`` returns it.
 
-Arguments that a likelihood does not describe are those of :class:`Normal`.
-
-Each is a product over the entries of x. With ``missing=True``, NaN in x is an entry that was not observed, and
+Arguments that a likelihood does not describe are those of :class:`Normal`. Each is a product over the entries of x.
+With ``missing=True``, NaN in x is an entry that was not observed, and
 log p(x | z) is that of the observed entries, see :mod:`pyro_vae.distributions.missing`. The encoder then needs a
 network that accepts NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
 """
@@ -49,8 +48,7 @@ class Normal(_Decoder):
         network: factory, see :mod:`pyro_vae.parts.networks`.
         scale: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of z), or
             a fixed positive number.
-        min_scale: floor of a learned scale, in the units of x. Without a floor, the density of a constant dimension
-            goes to infinity.
+        min_scale: floor of a learned scale, in the units of x; without it, the density of constant data is unbounded.
         missing: whether NaN in x is a missing entry; by default it is an error.
 
     >>> Normal(1, 2, networks.linear(), scale=0.1)(torch.zeros(5, 1)).stddev[0]
@@ -95,8 +93,7 @@ class Normal(_Decoder):
 class StudentT(_Decoder):
     r""":math:`p(x \mid z) = \prod_d t_\nu(x_d;\ \mu_d(z), \sigma_d)`, a density for numbers with outliers.
 
-    A large error costs the logarithm of its size in place of its square, so that a few outliers do not determine
-    :math:`\mu`.
+    A large error costs the logarithm of its size, not its square, so that a few outliers do not determine :math:`\mu`.
 
     Args:
         df: degrees of freedom: ``"shared"`` (the default), ``"per_dimension"`` or ``"network"``, learned and above 2;
@@ -200,8 +197,7 @@ class NegativeBinomial(_Decoder):
     The network gives :math:`\log\mu`. A dispersion :math:`\alpha` near 0 is :class:`Poisson`.
 
     Args:
-        dispersion: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of
-            z), or a fixed positive number.
+        dispersion: ``"shared"`` (the default), ``"per_dimension"``, ``"network"`` or a positive number, see ``scale``.
 
     Source: Lopez, Regier, Cole, Jordan and Yosef 2018, "Deep generative modeling for single-cell transcriptomics".
 

@@ -27,10 +27,7 @@ NetworkFactory = Callable[[int, int], nn.Module]
 
 
 def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Module:
-    """Build the network of a factory for these sizes.
-
-    Raises:
-        TypeError: if ``network`` is not a factory.
+    """Build the network of a factory for these sizes, or raise a TypeError if ``network`` is not a factory.
 
     >>> build(nn.Linear(2, 3), 2, 3)
     Traceback (most recent call last):
@@ -183,7 +180,7 @@ class _OneHot(nn.Module):
 def one_hot(num_classes: int, network: NetworkFactory) -> NetworkFactory:
     """A network that reads class numbers 0 to k - 1 as one-hot vectors: data of a categorical likelihood.
 
-    A missing entry, NaN, becomes zeros. No class has them, so that no mask is needed.
+    A missing entry, NaN, becomes zeros, which no class has: no mask is needed.
 
     Args:
         num_classes: k, the same for every entry.
@@ -206,8 +203,7 @@ class _OnImages(nn.Module):
 
     def __init__(self, network: nn.Module, in_shape: tuple[int, ...]):
         super().__init__()
-        self.network = network
-        self.in_shape = in_shape
+        self.network, self.in_shape = network, in_shape
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.network(inputs.reshape(-1, *self.in_shape))
@@ -226,9 +222,8 @@ def _image_and_channels(
         raise ValueError(f"`channels` must be one or more positive sizes, such as (16, 32), got {channels!r}")
     fits = _are_sizes(image) and len(image) == 3
     if not fits or features % prod(image) or (name == "in_features" and features != prod(image)):
-        raise ValueError(
-            f"`image` must be (channels, height, width) with a product of {name} = {features}, got {image!r}"
-        )
+        must = f"(channels, height, width) with a product of {name} = {features}"
+        raise ValueError(f"`image` must be {must}, got {image!r}")
     return (int(image[0]), int(image[1]), int(image[2])), [int(size) for size in channels]
 
 
@@ -249,11 +244,9 @@ def convolutional(
 
     def build(in_features: int, out_features: int) -> nn.Module:
         shape, widths = _image_and_channels(image, channels, in_features, "in_features")
-        layers = [
-            layer
-            for sizes in pairwise([shape[0], *widths])
-            for layer in (nn.Conv2d(*sizes, kernel_size=3, stride=2, padding=1), activation())
-        ]
+        layers: list[nn.Module] = []
+        for sizes in pairwise([shape[0], *widths]):
+            layers += [nn.Conv2d(*sizes, kernel_size=3, stride=2, padding=1), activation()]
         head = nn.Linear(widths[-1] * prod(_halved(shape, len(widths))), out_features)
         return _OnImages(nn.Sequential(*layers, nn.Flatten(), head), shape)
 
@@ -266,11 +259,10 @@ def deconvolutional(
     """Transposed convolutions of stride 2 from features to an image, for decoders.
 
     Args:
-        image: ``(channels, height, width)`` of the output, which is flattened.
+        image: ``(channels, height, width)`` of the output, which is flattened. Several raw outputs per pixel, such as a
+            location and a scale, are further channels.
         channels: input channels of each transposed convolution; each doubles height and width.
         activation: the module before each transposed convolution.
-
-    Several raw outputs per pixel, such as a location and a scale, are further channels.
 
     >>> deconvolutional((1, 28, 28))(2, 784)(torch.zeros(3, 5, 2)).shape
     torch.Size([3, 5, 784])
@@ -280,13 +272,10 @@ def deconvolutional(
     def build(in_features: int, out_features: int) -> nn.Module:
         shape, widths = _image_and_channels(image, channels, out_features, "out_features")
         sizes = [_halved(shape, depth) for depth in range(len(widths), -1, -1)]
-        layers: list[nn.Module] = [
-            nn.Linear(in_features, widths[0] * prod(sizes[0])),
-            nn.Unflatten(1, (widths[0], *sizes[0])),
-        ]
+        first = nn.Linear(in_features, widths[0] * prod(sizes[0]))
+        layers: list[nn.Module] = [first, nn.Unflatten(1, (widths[0], *sizes[0]))]
         last = shape[0] * (out_features // prod(shape))
-        steps = zip(pairwise([*widths, last]), pairwise(sizes), strict=True)
-        for (before, after), (small, large) in steps:
+        for (before, after), (small, large) in zip(pairwise([*widths, last]), pairwise(sizes), strict=True):
             # A stride of 2 maps n to 2n - 1; an even target needs one row or column more.
             extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
             layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)]

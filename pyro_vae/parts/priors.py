@@ -126,7 +126,6 @@ class MixtureOfNormals(Unconditional):
     Initial locations are drawn from :math:`N(0, I)`, so that the components differ.
 
     Args:
-        latent: size of z.
         num_components: K.
 
     >>> MixtureOfNormals(2, num_components=10)().event_shape
@@ -141,8 +140,8 @@ class MixtureOfNormals(Unconditional):
 class VampPrior(Part):
     r"""The guide's average over learned pseudo-data, :math:`p(z) = \frac1K \sum_k q(z \mid u_k)`.
 
-    The best prior for a guide is the aggregate posterior, its average over all data. This prior averages over K learned
-    pseudo-data. It shares the encoder's parameters, which get gradients through the prior too.
+    The best prior for a guide is the aggregate posterior, its average over all data; this is one over K learned data.
+    It shares the encoder's parameters, which get gradients through the prior too.
 
     Args:
         encoder: the guide, amortized and continuous, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
@@ -159,9 +158,8 @@ class VampPrior(Part):
 
     def __init__(self, encoder: Conditional, pseudo_data: Tensor):
         super().__init__()
-        checked_amortized(encoder)
+        shape = tuple(checked_amortized(encoder).context_shape)
         real_tensor(pseudo_data, "pseudo_data", "a tensor, such as x[:20]")
-        shape = tuple(encoder.context_shape)
         if pseudo_data.dim() != 1 + len(shape) or pseudo_data.shape[1:] != shape or not len(pseudo_data):
             spelled = ", ".join(map(str, shape))
             raise ValueError(f"`pseudo_data` must be (K, {spelled}), K >= 1, got shape {tuple(pseudo_data.shape)}")
@@ -169,13 +167,11 @@ class VampPrior(Part):
         self.encoder = encoder
         self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
         if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:
-            raise ValueError(
-                f"`encoder` must be a guide of continuous latents that are not relaxed, got a {type(encoder).__name__}"
-            )
+            must = "a guide of continuous latents that are not relaxed"
+            raise ValueError(f"`encoder` must be {must}, got a {type(encoder).__name__}")
 
     @property
     def family(self) -> families.Family:  # type: ignore[override]
-        """The guide's."""
         return self.encoder.family
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
@@ -199,8 +195,7 @@ class NormalizingFlow(Unconditional):
     Args:
         transforms: number of autoregressive steps, each in the reverse order of the last.
         hidden: sizes of the hidden layers of each step's network.
-        kind: of step: ``"affine"``, or ``"spline"``, which is more flexible, within 5 scales of b. Affine steps of a
-            single variable are a normal: use splines there.
+        kind: of step: ``"affine"``, of a single variable just a normal, or ``"spline"``, flexible within 5 scales of b.
 
     Raises an ImportError without zuko: ``pip install 'pyro-vae[flows]'``.
 
@@ -208,8 +203,7 @@ class NormalizingFlow(Unconditional):
     Bekasov, Murray and Papamakarios 2019, "Neural spline flows"; as a prior, Chen, Kingma et al. 2017, "Variational
     lossy autoencoder", section 3.2.
 
-    >>> prior = NormalizingFlow(2, transforms=2, kind="spline")
-    >>> prior().log_prob(torch.zeros(2)).item()
+    >>> NormalizingFlow(2, transforms=2, kind="spline")().log_prob(torch.zeros(2)).item()
     -1.837...
     """
 

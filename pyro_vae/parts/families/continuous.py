@@ -50,7 +50,7 @@ class Normal(_LocationScale):
 
     The scale is one of four kinds:
 
-    * ``"network"``: :math:`\sigma_d = e^{r_d} + m` from a raw output of its own, as the location is;
+    * ``"network"``: :math:`\sigma_d = e^{r_d} + m` from a raw output of its own, as the location;
     * ``"shared"``: one free parameter, :math:`\sigma = e^{s} + m`;
     * ``"per_dimension"``: a free parameter for each dimension;
     * a positive number: fixed.
@@ -67,9 +67,7 @@ class Normal(_LocationScale):
 
 
 class Laplace(_LocationScale):
-    r"""Independent Laplace variables, :math:`p(x_d) = e^{-|x_d - \mu_d| / b_d} / 2 b_d`.
-
-    The scale b is as in :class:`Normal`.
+    r"""Independent Laplace variables, :math:`p(x_d) = e^{-|x_d - \mu_d| / b_d} / 2 b_d`, b as in :class:`Normal`.
 
     >>> Laplace(1, scale=1.0)(torch.zeros(1)).log_prob(torch.zeros(1))
     tensor(-0.6931)

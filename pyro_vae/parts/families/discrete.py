@@ -116,9 +116,8 @@ class OneHot(Family):
     def __init__(self, event_shape: Sequence[int]):
         super().__init__(event_shape)
         if len(self.event_shape) != 2 or self.event_shape[1] < 2:
-            raise ValueError(
-                f"`event_shape` must be (n, k), n one-hot variables of k >= 2 classes, got {tuple(self.event_shape)}"
-            )
+            must = "(n, k), n one-hot variables of k >= 2 classes"
+            raise ValueError(f"`event_shape` must be {must}, got {tuple(self.event_shape)}")
 
 
 class OneHotCategorical(OneHot):

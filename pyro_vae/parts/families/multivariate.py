@@ -30,9 +30,7 @@ class _Vector(Family):
 
 
 class FullRankNormal(_Vector):
-    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`.
-
-    L is lower triangular, its diagonal the exponential of raw outputs.
+    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`, L lower triangular with a diagonal :math:`e^r`.
 
     >>> FullRankNormal(2)(torch.zeros(5)).covariance_matrix
     tensor([[1., 0.],
@@ -55,8 +53,7 @@ class LowRankNormal(_Vector):
     r"""A normal of low-rank plus diagonal covariance, :math:`x \sim N(\mu, W W^\top + \mathrm{diag}\,\sigma^2)`.
 
     Args:
-        event_shape: size of x, D.
-        rank: columns of W, from 1 to D.
+        rank: columns of W, from 1 to the size of x.
 
     >>> LowRankNormal(3, rank=1)(torch.zeros(9)).variance
     tensor([1., 1., 1.])
@@ -77,9 +74,8 @@ class LowRankNormal(_Vector):
         try:
             return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
         except torch.linalg.LinAlgError as error:  # torch raises it before its check of the values
-            raise ValueError(
-                f"`raw` must be finite numbers, not too large, for {self}, got {raw.min():.4g} to {raw.max():.4g}"
-            ) from error
+            found = f"{raw.min():.4g} to {raw.max():.4g}"
+            raise ValueError(f"`raw` must be finite numbers, not too large, for {self}, got {found}") from error
 
 
 class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
@@ -101,7 +97,6 @@ class MixtureOfNormals(_Vector):
     r"""A mixture of diagonal normals, :math:`x \sim \sum_k \pi_k\,N(\mu_k, \mathrm{diag}\,\sigma_k^2)`, drawn pathwise.
 
     Args:
-        event_shape: size of x, D.
         num_components: K.
 
     >>> MixtureOfNormals(2, num_components=3)(torch.zeros(15)).log_prob(torch.zeros(2))
@@ -175,11 +170,9 @@ class Flow(Family):
             raise ValueError(f"`kind` must be {', '.join(map(repr, flow.KINDS))}, got {kind!r}")
         if type(context) is not int or context < 0:
             raise ValueError(f"`context` must be an integer, 0 or more, got {context!r}")
-        self.kind = kind
+        self.kind, self.context, self.inverse = kind, context, inverse
         self.transforms = positive_int(transforms, "transforms")
         self.hidden = tuple(as_shape(hidden, "hidden"))
-        self.context = context
-        self.inverse = inverse
         size = self.event_shape.numel()
         self.num_raw = 2 * size + context
         self.steps = flow.autoregressive(size, context, kind, transforms, self.hidden)
