@@ -46,9 +46,8 @@ class VAE(nn.Module):
         ValueError: if the parts do not fit: different event shapes or supports, or a density and a mass.
 
     >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> encoder = guides.DiagonalNormal(in_features=2, latent=1, network=networks.mlp([32]))
-    >>> decoder = likelihoods.Normal(latent=1, out_features=2, network=networks.mlp([32]))
-    >>> vae = VAE(priors.StandardNormal(1), encoder, decoder)
+    >>> net = networks.mlp([32])
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> from pyro.infer import SVI, Trace_ELBO
     >>> from pyro.optim import Adam
     >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
@@ -60,21 +59,15 @@ class VAE(nn.Module):
         roles = {"prior": ("priors", prior), "encoder": ("guides", encoder), "decoder": ("likelihoods", decoder)}
         for role, (chapter, part) in roles.items():
             if not isinstance(part, nn.Module):
-                raise TypeError(
-                    f"`{role}` must be a module that returns a distribution, such as those of pyro_vae.{chapter}, "
-                    f"got {describe(part)}"
-                )
+                must = f"a module that returns a distribution, such as those of pyro_vae.{chapter}"
+                raise TypeError(f"`{role}` must be {must}, got {describe(part)}")
         self.encoder = encoder  # first, so that parameters shared with the prior have the encoder's names
-        self.prior = prior
-        self.decoder = decoder
+        self.prior, self.decoder = prior, decoder
         self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
         self.data_shape = self._validate_parts()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes, without the weak references that Pyro adds to parameters and that pickle refuses.
-
-        Pyro sets them again when it next reads the parameters.
-        """
+        """The attributes, without weak references of Pyro to parameters, which pickle refuses and Pyro sets again."""
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return vars(self).copy()
@@ -145,11 +138,10 @@ class VAE(nn.Module):
         twins = []
         for role, part in (("prior", self.prior), ("encoder", self.encoder)):
             if not isinstance(part, Part):
-                which = f"{type(part).__name__}, which has no discrete twin"
-                raise TypeError(f"`{role}` must be a Part with `discrete()`, got {which}")
+                got = f"{type(part).__name__}, which has no discrete twin"
+                raise TypeError(f"`{role}` must be a Part with `discrete()`, got {got}")
             twins.append(part.discrete())
-        prior, encoder = twins
-        return VAE(prior, encoder, self.decoder, name=self.name)
+        return VAE(*twins, self.decoder, name=self.name)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""
@@ -180,7 +172,6 @@ class VAE(nn.Module):
 
         Args:
             x: ``(N, *data_shape)``, with NaN where entries are missing.
-            num_samples: number of draws.
 
         Returns:
             ``(num_samples, N, *data_shape)``. Observed entries are those of x in every draw.
@@ -210,8 +201,8 @@ class VAE(nn.Module):
             path: the file, such as ``"model.pt"``. A file that is there is replaced.
 
         Raises:
-            ValueError: if an attribute of a module cannot be stored, such as a lambda. The message names it. Classes
-                and functions of your own are stored by name, so they must be at the top level of a Python module.
+            ValueError: if an attribute cannot be stored, such as a lambda. Classes and functions of your own are stored
+                by name, so they must be at the top level of a Python module.
         """
         model_file.save(path, self)
 
@@ -219,12 +210,10 @@ class VAE(nn.Module):
     def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":
         """Return the VAE that :meth:`save` wrote: the same densities to the bit, in another process or device.
 
-        It has a new name in Pyro's param store, so that its parameters are not mixed up with those of the VAE that was
-        saved, or of another that is loaded from the same file. The file cannot run code, see
-        :mod:`pyro_vae.saving.model_file`.
+        It has a new name in Pyro's param store, so that its parameters are not mixed up with those of another VAE from
+        the same file. The file cannot run code, see :mod:`pyro_vae.saving.model_file`.
 
         Args:
-            path: the file.
             map_location: where parameters and buffers go, as in ``torch.load``; the CPU if left out.
             using: your own classes of modules, and functions that they store, found by their names.
 
@@ -256,10 +245,8 @@ class VAE(nn.Module):
             with _error_context(f"`prior` must return p(z) without a context, got {_name(self.prior)}"):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
-                raise ValueError(
-                    f"`prior` must have an empty batch shape (use `.to_event()`), got {_name(self.prior)} of "
-                    f"batch shape {tuple(prior.batch_shape)}"
-                )
+                got = f"{_name(self.prior)} of batch shape {tuple(prior.batch_shape)}"
+                raise ValueError(f"`prior` must have an empty batch shape (use `.to_event()`), got {got}")
             z = prior.sample(torch.Size([3]))
             likelihood = self._run_part("decoder", self.decoder, self.code(z), "prior", self.prior)
             guide = self._run_part("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
@@ -308,7 +295,6 @@ def _name(part: nn.Module) -> str:
 
 
 def _distribution(made: Any) -> Any:
-    """Return the output of a part if it is a distribution."""
     if not isinstance(made, torch.distributions.Distribution):
         raise TypeError(f"it returns {describe(made)} in place of a distribution")
     return made

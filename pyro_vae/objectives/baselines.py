@@ -48,7 +48,6 @@ class RunningAverage(nn.Module):
         return torch.zeros_like(b)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for ``repr``."""
         return f"decay={self.decay}"
 
 
@@ -60,8 +59,7 @@ class NeuralBaseline(nn.Module):
         network: factory, see :mod:`pyro_vae.parts.networks`.
         decay: of the running average.
 
-    NVIL also divides the signal by its running standard deviation. That is left out here: it changes the objective from
-    step to step, and Adam has a similar effect.
+    NVIL also divides the signal by its running standard deviation. Here it does not: Adam has a similar effect.
 
     Source: Mnih and Gregor 2014, sections 2.3 and 2.4.
 
@@ -77,7 +75,6 @@ class NeuralBaseline(nn.Module):
         self.centre = RunningAverage(decay)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predict f of each datum, ``(B,)``."""
         dtype = next((parameter.dtype for parameter in self.network.parameters()), x.dtype)
         try:
             return self.network(x.to(dtype)).squeeze(-1) + self.centre(x)
@@ -88,6 +85,5 @@ class NeuralBaseline(nn.Module):
             ) from error
 
     def learn(self, f: Tensor, b: Tensor) -> Tensor:
-        """Update the running average, and return the squared error of each datum, ``(B,)``."""
         self.centre.learn(f, b)
         return ((f - b) ** 2).mean(0)

@@ -26,8 +26,8 @@ _PARTICLES = "num_particles_vectorized"
 def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
     """Return ``"elbo"``, or ``"surrogate"`` if the objective is no bound.
 
-    It is no bound if an observed site has no normalised density. It is none either if all sites of the guide are points
-    (``Delta``, as in ``AutoDelta``): such a guide has no density, and the objective finds a mode.
+    It is none if an observed site has no normalised density, or if all sites of the guide are points (``Delta``, as in
+    ``AutoDelta``): such a guide has no density, and the objective finds a mode.
     """
     bounded = all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values())
     latents = latent_sites(guide_trace).values()
@@ -38,8 +38,7 @@ def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
 def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | None:
     """Compute KL(q || p) of each variable of a site, ``(*batch, *variables)``, or estimate it from the guide's draws.
 
-    The arguments are the sites of the guide and of the model. ``None`` if guide or prior is no product over the
-    variables.
+    The arguments are its sites in guide and model. ``None`` if one of them is no product over the variables.
     """
     q, p = site["fn"], prior["fn"]
     if p.batch_shape != q.batch_shape:  # some of torch's KLs do not broadcast
@@ -58,9 +57,8 @@ def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | No
 def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str, Tensor] | None:
     """Compute ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
-    Latents that the guide enumerates are summed over exactly. ``None`` in two cases: if the model marginalises a latent
-    that the guide does not have, whose nats are neither rate nor distortion; and if two latents of the guide are
-    enumerated in one dimension, which ``pyro.markov`` allows.
+    Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that is not in
+    the guide, whose nats are neither rate nor distortion, or if ``pyro.markov`` enumerates two latents in one dimension.
     """
     distortion: Any = 0.0
     rate: Any = 0.0

@@ -70,11 +70,9 @@ class ImportanceWeighted(ParticleELBO):
 
     @property
     def bound_draws(self) -> int:
-        """K."""
         return self.num_particles
 
     def bound(self, particles: Particles) -> Tensor:
-        """Compute the K-sample bound."""
         particles.check_one_scale()
         if discrete := [name for name, site in particles.guide.items() if not site["fn"].has_rsample]:
             raise ValueError(
@@ -84,7 +82,6 @@ class ImportanceWeighted(ParticleELBO):
         return particles.log_weight.logsumexp(0) - math.log(self.num_particles)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Compute the bound, or a sum with the gradient of the chosen estimator."""
         if self.gradient == "pathwise":
             return self.bound(particles)
         weights = particles.log_weight.detach().softmax(0)

@@ -27,13 +27,11 @@ class _ModifiedKL(ParticleELBO):
         return self.surrogate(particles)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Compute the objective."""
         total = torch.zeros(())
         for name, site, prior in particles.pairs():
             if is_masked(site["fn"]):
-                raise ValueError(
-                    f"site {name!r} must be masked by poutine.mask around model and guide, got a masked distribution"
-                )
+                must = "masked by poutine.mask around model and guide"
+                raise ValueError(f"site {name!r} must be {must}, got a masked distribution")
             rate = torch.where(_mask(site), sum_events(self.rate(name, site, prior), site), 0.0)
             total = total + rate * (site["scale"] / particles.scale)
         return (particles.log_likelihood - total).mean(0)
@@ -66,7 +64,6 @@ class DiscreteKL(_ModifiedKL):
         super().__init__(num_particles)
 
     def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
-        """Compute the KL of the discrete variables."""
         twins = [discrete_twin(one["fn"]) for one in (site, prior)]
         for one, twin in zip((site, prior), twins, strict=True):
             if twin is None:
@@ -92,8 +89,7 @@ class FreeBits(_ModifiedKL):
         num_particles: K.
 
     Raises:
-        ValueError: at the first step, if prior or guide is no product over the variables of z, or the latents are not
-            reparameterised.
+        ValueError: at the first step, if prior or guide is no product over variables, or z is not reparameterised.
 
     Source: Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, "Improved variational inference with
     inverse autoregressive flow", appendix C.8.
@@ -109,7 +105,6 @@ class FreeBits(_ModifiedKL):
         self.nats = positive(nats, "nats")
 
     def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
-        """Compute the KL of each variable, or the floor where the mean over data is below it."""
         if not site["fn"].has_rsample:
             raise ValueError(
                 f"FreeBits needs reparameterised latents, got {name!r} without pathwise gradients; from others the "

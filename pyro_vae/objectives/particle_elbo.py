@@ -15,13 +15,7 @@ __all__ = ["ParticleELBO", "sum_events"]
 
 
 class ParticleELBO(Trace_ELBO):
-    """An ELBO with K vectorized draws and one surrogate for each datum.
-
-    Args:
-        num_particles: K.
-        minimum: the smallest K.
-        even: whether K must be even.
-    """
+    """An ELBO with K = ``num_particles`` vectorized draws, ``minimum`` or more, and one surrogate for each datum."""
 
     def __init__(self, num_particles: int, minimum: int = 1, even: bool = False):
         wrong = not is_integer(num_particles) or num_particles < minimum

@@ -20,8 +20,7 @@ class Particles:
 
     Args:
         objective: the name of the objective, for error messages.
-        model_trace: of the model, replayed with the guide's draws.
-        guide_trace: of the guide.
+        model_trace, guide_trace: of the model, replayed with the guide's draws, and of the guide.
         num_draws: K, in a plate on the left of the data plate.
 
     Raises:
@@ -30,8 +29,7 @@ class Particles:
 
     def __init__(self, objective: str, model_trace: Trace, guide_trace: Trace, num_draws: int):
         self.objective = objective
-        self.observed = observed_sites(model_trace)
-        self.prior = latent_sites(model_trace)
+        self.observed, self.prior = observed_sites(model_trace), latent_sites(model_trace)
         self.guide = latent_sites(guide_trace)
         sites = [("model", name, site) for name, site in (self.observed | self.prior).items()]
         sites += [("guide", name, site) for name, site in self.guide.items()]

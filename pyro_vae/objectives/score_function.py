@@ -35,7 +35,6 @@ class _ELBOEstimator(ParticleELBO):
     """An estimator of the gradient of the ELBO itself."""
 
     def bound(self, particles: Particles) -> Tensor:
-        """Compute the mean of f over the draws."""
         return particles.log_weight.mean(0)
 
 
@@ -46,11 +45,8 @@ class ScoreFunction(_ELBOEstimator):
         baseline: one of :mod:`pyro_vae.objectives.baselines`, or a similar module. The estimator without a baseline is
             ``pyro.infer.Trace_ELBO``.
         num_particles: K.
-        name: under which the parameters of the baseline are registered with Pyro, so that the optimizer trains them
-            with the others; by default unique in the process.
-
-    Raises:
-        ValueError: at the first step, if Pyro's param store holds other parameters under that name.
+        name: of the baseline's parameters in Pyro's param store, so that the optimizer trains them too; by default
+            unique in the process. A ValueError at the first step if others have that name.
 
     Source: Williams 1992; Mnih and Gregor 2014.
 
@@ -72,7 +68,6 @@ class ScoreFunction(_ELBOEstimator):
         self.name = f"baseline{next(_numbers)}" if name is None else nonempty_string(name, "name")
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Weight the score by f - b, and add the loss of the baseline."""
         f = particles.log_weight.detach()
         register(self.name, self.baseline)
         b = self.baseline(particles.x).to(f)
@@ -115,7 +110,6 @@ class LeaveOneOut(_ELBOEstimator):
         super().__init__(num_particles, minimum=2)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Weight the score of each draw by f minus the mean of the others."""
         f = particles.log_weight.detach()
         return _weight_score(particles, (f - f.mean(0)) * (self.num_particles / (self.num_particles - 1)))
 
@@ -140,16 +134,13 @@ class VIMCO(ParticleELBO):
 
     @property
     def bound_draws(self) -> int:
-        """K."""
         return self.num_particles
 
     def bound(self, particles: Particles) -> Tensor:
-        """Compute the K-sample bound L."""
         particles.check_one_scale()
         return particles.log_weight.logsumexp(0) - math.log(self.num_particles)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Add to the bound the score of each draw, weighted by L minus its own baseline."""
         f, count = particles.log_weight.detach(), self.num_particles
         others = (f.sum(0) - f) / (count - 1)
         without = torch.where(torch.eye(count, dtype=torch.bool, device=f.device)[..., None], others, f)  # (K, K, B)
@@ -187,14 +178,12 @@ class DisARM(_ELBOEstimator):
             return super()._get_trace(model, guide, args, kwargs)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        """Weight the logits by the difference of f in each pair."""
-        half = self.num_particles // 2
-        f = particles.log_weight.detach()
+        half, f = self.num_particles // 2, particles.log_weight.detach()
         difference = 0.5 * (f[:half] - f[half:])  # (K/2, B)
         total = torch.zeros(())
         for site in particles.guide.values():
-            logits, z = base_distribution(site["fn"]).logits[:half], site["value"]
-            first, second = z[:half], z[half:]
+            logits = base_distribution(site["fn"]).logits[:half]
+            first, second = site["value"].split(half)
             direction = (1 - 2 * second) * (first != second) * logits.detach().abs().sigmoid()
             total = total + difference * sum_events(direction * logits, site)
         return (particles.log_likelihood + particles.log_prior).mean(0) + total.mean(0)
