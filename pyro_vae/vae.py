@@ -141,7 +141,8 @@ class VAE(nn.Module):
                 got = f"{type(part).__name__}, which has no discrete twin"
                 raise TypeError(f"`{role}` must be a Part with `discrete()`, got {got}")
             twins.append(part.discrete())
-        return VAE(*twins, self.decoder, name=self.name)
+        prior, encoder = twins
+        return VAE(prior, encoder, self.decoder, name=self.name)
 
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""

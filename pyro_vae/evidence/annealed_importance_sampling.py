@@ -52,16 +52,13 @@ def annealed_log_evidence(
     sigmoidal ones of Wu et al., with small steps at both ends. Latents on a part of the real line move in unconstrained
     coordinates (``biject_to`` of their support).
 
-    Wu et al. start at the prior, which covers the whole posterior but is far from it. To do the same, pass a guide that
-    draws from the prior: for a VAE, ``pyro.sample("z", vae.prior())`` in the data plate.
+    Wu et al. start at the prior, which covers the whole posterior but is far from it: pass a guide that draws from it,
+    for a VAE ``pyro.sample("z", vae.prior())`` in the data plate.
 
-    If all chains miss a mode of the posterior, its share of p(x) is missing, and neither k̂ nor the standard error shows
-    that.
+    If all chains miss a mode of the posterior, its share of p(x) is missing, which neither k̂ nor the error shows.
 
     Args:
-        model: a Pyro model with one data plate, the rightmost dimension, that contains all its sites. Its latents are
-            continuous, and its density has a gradient in them.
-        guide: its guide.
+        model, guide: as for :func:`pyro_vae.log_evidence`; latents are continuous, densities have gradients in them.
         data: arguments of both.
         num_chains: K, weights of each datum. More than 20 have a k̂; up to some hundred, a prior pulls it to 1/2.
         num_temperatures: T. The error falls as T grows. The time is proportional to K × T × leapfrog steps.
@@ -192,10 +189,8 @@ class _Path:
         return _State(point.detach(), torch.stack(densities).detach(), torch.stack(gradients))
 
     def move(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
-        """Move the chains; return their state, and the acceptance probabilities ``(C, N)`` of the proposals.
-
-        Step sizes, ``(N,)``, vary at random by a fifth, so that no trajectory is periodic.
-        """
+        """Move the chains with steps ``(N,)``; return their state, and the acceptance probabilities ``(C, N)``."""
+        # Step sizes vary at random by a fifth, so that no trajectory is periodic.
         sizes = (step * (0.8 + 0.4 * torch.rand_like(state.log_densities[0])))[..., None]
         momentum = torch.randn_like(state.point)
         energy = state.log_density(beta) - momentum.square().sum(-1) / 2
@@ -210,10 +205,8 @@ class _Path:
 
     def step_sizes(self, betas: list[float]) -> list[Tensor]:
         """Find step sizes ``(N,)`` for each temperature between the first and the last, with preliminary chains."""
-        state = self.start(_PRELIMINARY_CHAINS)
-        dims = state.point.shape[-1]
-        step = state.point.std(0).mean(-1).clamp(min=1e-6) * dims**-0.25
-        steps = []
+        state, steps = self.start(_PRELIMINARY_CHAINS), []
+        step = state.point.std(0).mean(-1).clamp(min=1e-6) * state.point.shape[-1] ** -0.25
         for beta in betas[1:-1]:
             for _ in range(_PRELIMINARY_MOVES):
                 state, probability = self.move(state, beta, step)

@@ -38,8 +38,7 @@ def compare_evidence(evidence: Mapping[str, Evidence | Tensor]) -> pd.DataFrame:
             :func:`pyro_vae.exact.inference.log_evidence`, all of the same data in the same order.
 
     Raises:
-        TypeError, ValueError: if there is no model, an entry has another type or shape, or another number of data than
-            the others.
+        TypeError, ValueError: if there is no model, or an entry has another type, shape, or number of data.
 
     >>> x = torch.randn(500, generator=torch.Generator().manual_seed(0))
     >>> normal = torch.distributions.Normal
@@ -89,10 +88,8 @@ def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tenso
                 raise TypeError(f"`evidence[{name!r}]` must be floats (N,), nats of each datum, got {describe(entry)}")
             values, error, unreliable = entry, torch.zeros_like(entry), torch.zeros(entry.shape, dtype=torch.bool)
         else:
-            raise TypeError(
-                f"`evidence[{name!r}]` must be the result of pv.log_evidence or pv.exact.log_evidence, got a "
-                f"{type(entry).__name__}"
-            )
+            must = "the result of pv.log_evidence or pv.exact.log_evidence"
+            raise TypeError(f"`evidence[{name!r}]` must be {must}, got a {type(entry).__name__}")
         if values.dim() != 1 or len(values) == 0:
             raise ValueError(f"`evidence[{name!r}]` must be (N,) with N >= 1, got shape {tuple(values.shape)}")
         entries[name] = (values.detach().cpu().double(), error.detach().cpu().double(), unreliable.cpu())

@@ -23,7 +23,6 @@ __all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "l
 
 WeightSampler = Callable[[int], Tensor]
 """From a number of draws to their log-weights, ``(count, N)``."""
-
 ReportProgress = Callable[[float], object]
 """Receives the number of weights that were computed since the last call."""
 
@@ -57,10 +56,7 @@ class Evidence:
 
     @property
     def standard_error(self) -> Tensor:
-        """Standard errors ``(N,)``, in nats, by the delta method: those of the mean weight, relative to it.
-
-        NaN for one draw.
-        """
+        """Standard errors ``(N,)``, in nats, of the mean weight relative to it (delta method); NaN for one draw."""
         if self.num_samples == 1:
             return torch.full_like(self.ess, math.nan)
         return (1 / self.ess - 1 / self.num_samples).clamp(min=0).sqrt()
@@ -86,8 +82,7 @@ class Evidence:
         return ~(self.khat <= self.reliable_khat)
 
     def __str__(self) -> str:
-        estimate, noise = self.log_evidence.double(), self.standard_error.double()
-        count = len(estimate)
+        estimate, noise, count = self.log_evidence.double(), self.standard_error.double(), len(self.log_evidence)
         spread = float(estimate.std() / count**0.5) if count > 1 else math.nan
         return (
             f"log p(x), in expectation at least {float(estimate.mean()):.3f} nats per datum\n"
@@ -120,8 +115,7 @@ def log_evidence(
     posterior, and :func:`pyro_vae.annealed_log_evidence` may be better. Latents may be continuous, discrete, or both.
 
     Args:
-        model: a Pyro model with one data plate, the rightmost dimension, that contains all its sites.
-        guide: its guide.
+        model, guide: a Pyro model with one data plate, the rightmost dimension, that contains all its sites; its guide.
         data: arguments of both.
         num_samples: K, draws for each datum. They are computed in batches of rows and chunks of draws, which bound the
             memory: only running sums of the weights are stored, and the 3 sqrt(K) largest ones of each datum, for k̂.
@@ -129,8 +123,8 @@ def log_evidence(
         seed: of the draws.
         progress: whether to show a progress bar; by default only on a terminal.
         compile: whether to capture the weights of a chunk as a graph and compile it, see
-            :mod:`pyro_vae.compilation.graph`. The draws are the same, and so are the results except for rounding. The
-            C++ compiler takes some seconds in each call, which pays for many draws of many data.
+            :mod:`pyro_vae.compilation.graph`. The results are the same except for rounding. Compilation takes some
+            seconds in each call, which pays for many draws of many data.
 
     Raises:
         ValueError: if model and guide are not of this form, or the likelihood is not normalised;
@@ -173,12 +167,8 @@ def batched_estimate(
 ) -> Evidence:
     """Estimate the evidence from K log-weights of each datum, in batches of rows and chunks of draws.
 
-    Args:
-        p: the density of the model.
-        num_samples: K.
-        make_sampler: returns the function that draws the log-weights of a batch of rows.
-        seed: of the draws.
-        progress: as in :func:`log_evidence`.
+    ``make_sampler`` returns the function that draws the log-weights of a batch of rows; the rest is as in
+    :func:`log_evidence`.
     """
     total = p.num_data * num_samples
     with seeded(seed), tqdm(total=total, disable=tqdm_disable(progress), unit="draw", unit_scale=True) as bar:

@@ -67,11 +67,7 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
         log_weights: ``(S, N)``, or at least the T + 1 largest of each datum, in any order.
         num_samples: S, if ``log_weights`` are only the largest.
 
-    Returns:
-        ``(N,)``.
-
-    Raises:
-        TypeError, ValueError: if the weights have another type or shape, or are fewer than T + 1.
+    Returns ``(N,)``. Raises a TypeError or ValueError for weights of another type or shape, or fewer than T + 1.
 
     >>> uniform = 1 - torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)).double()
     >>> pareto_shape(-torch.tensor([0.2, 1.0]) * uniform.log()) < reliable_shape(4000)  # w = u^-k
@@ -106,8 +102,7 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
 def _fit_shape(exceedances: Tensor, number: Tensor) -> Tensor:
     """Fit the shape of each column to its first ``number`` exceedances, in falling order, followed by zeros.
 
-    The profile likelihood of b = -k/σ is averaged on a grid, whose size depends on the number, with a prior whose scale
-    is that of the first quartile.
+    The profile likelihood of b = -k/σ is averaged on a grid, with a prior whose scale is that of the first quartile.
     """
     size = 30 + number.double().sqrt().floor()
     quartile = (number / 4 + 0.5).long() - 1  # counted from the smallest

@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae.distributions import properties
 from pyro_vae.distributions.extent import find_extent
-from pyro_vae.distributions.properties import (
-    base_support,
-    clamp_inside,
-    same_support,
-    spell_support,
-    support_bounds,
-    without_independent,
-)
 from pyro_vae.exact.quadrature import Box
 
 __all__ = ["LatentCoordinates", "check_support"]
@@ -31,7 +24,7 @@ class LatentCoordinates:
     def __init__(self, name: str, fn: dist.TorchDistribution, dtype: torch.dtype):
         self.name, self.fn, self.dtype = name, fn, dtype
         try:
-            self.transform = biject_to(base_support(fn))
+            self.transform = biject_to(properties.base_support(fn))
         except NotImplementedError as error:
             raise ValueError(
                 "`model` must have a latent whose support has unconstrained coordinates for quadrature, got a "
@@ -39,7 +32,7 @@ class LatentCoordinates:
                 "the site"
             ) from error
         self.is_elementwise = self.transform.domain.event_dim == 0
-        self.bounds = support_bounds(fn)
+        self.bounds = properties.support_bounds(fn)
         self.is_bounded = any(isinstance(bound, Tensor) or math.isfinite(bound) for bound in self.bounds)
         self.coordinate_shape = tuple(self.transform.inverse_shape(fn.event_shape))
         self.dims = math.prod(self.coordinate_shape)
@@ -53,7 +46,7 @@ class LatentCoordinates:
         """Values of the site at coordinates ``(*, d)``, strictly inside its support."""
         value = self._once(self.transform(self._shaped(points)), points)
         if self.is_bounded:  # rounding to the dtype of the parameters may put a value on a bound of infinite density
-            value = clamp_inside(value, *self.bounds, dtype=_parameter_dtype(self.fn) or self.dtype)
+            value = properties.clamp_inside(value, *self.bounds, dtype=_parameter_dtype(self.fn) or self.dtype)
         return value.to(self.dtype)
 
     def log_jacobian(self, points: Tensor) -> Tensor:
@@ -78,11 +71,7 @@ class LatentCoordinates:
         return self.transform.inv(value).reshape(*value.shape[: value.dim() - self.fn.event_dim], self.dims)
 
     def integration_box(self, fn: dist.TorchDistribution, num_data: int) -> Box:
-        """A box for each datum that holds all but a negligible mass of p(z) or q(z | x).
-
-        Raises:
-            ValueError: if the extent of the distribution is not known, or its support is not that of the latent.
-        """
+        """A box for each datum with nearly all mass of p(z) or q(z | x); a ValueError if its extent is not known."""
         try:
             corners = find_extent(fn)
         except NotImplementedError as error:
@@ -101,18 +90,19 @@ class LatentCoordinates:
 
 def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:
     """Raise if the distribution of a latent in the guide has another support than that in the model, ``fn``."""
-    if not same_support(drawn, fn):
+    if not properties.same_support(drawn, fn):
         raise ValueError(
-            f"`guide` must have its latent {name!r} on {spell_support(fn)}, as the model has, got a {_kind(drawn)} on "
-            f"{spell_support(drawn)}; mass outside of the support of p(z) makes the KL infinite"
+            f"`guide` must have its latent {name!r} on {properties.spell_support(fn)}, as the model has, got a "
+            f"{_kind(drawn)} on {properties.spell_support(drawn)}; mass outside of the support of p(z) makes the KL "
+            "infinite"
         )
 
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:
-    variables = without_independent(fn)
+    variables = properties.without_independent(fn)
     values = (getattr(variables, name) for name in getattr(variables, "arg_constraints", {}))
     return next((value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 def _kind(fn: dist.TorchDistribution) -> str:
-    return type(without_independent(fn)).__name__
+    return type(properties.without_independent(fn)).__name__

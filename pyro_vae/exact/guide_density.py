@@ -29,10 +29,7 @@ __all__ = ["GuideDensity", "sample_sites", "sample_with_log_q"]
 
 
 class GuideDensity:
-    """A guide on the data of a model: log q(z | x) at any z, and expectations under it.
-
-    Args:
-        p: the density of the model, of a pair with a guide.
+    """A guide on the data of a model, ``p`` of a pair with a guide: log q(z | x) at any z, and expectations under it.
 
     Raises:
         ValueError: if the guide does not have the latents of the model, all in the data plate, unscaled and unmasked;
@@ -44,17 +41,15 @@ class GuideDensity:
         self.sites = latent_sites(p.pair.guide_trace)
         p.pair.check_factors()
         if self.sites.keys() != p.latents.keys():
-            raise ValueError(
-                f"`guide` must draw the latents of the model, {sorted(p.latents)}, got {sorted(self.sites)}"
-            )
+            must = f"draw the latents of the model, {sorted(p.latents)}"
+            raise ValueError(f"`guide` must {must}, got {sorted(self.sites)}")
         check_one_plate([("guide", name, site) for name, site in self.sites.items()], p.plate, p.num_data)
         for name, site in self.sites.items():
             check_site("guide", name, site)
             expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
             if shape != expected:
-                raise ValueError(
-                    f"`guide` must have the event shape of the model at site {name!r}, {expected}, got {shape}"
-                )
+                must = f"have the event shape of the model at site {name!r}, {expected}"
+                raise ValueError(f"`guide` must {must}, got {shape}")
         with torch.no_grad(), seeded(1):
             values = {name: site["value"][None] for name, site in self.sites.items()}
             check_repeatable("guide", self.sites, self.log_prob(values)[0])
@@ -78,17 +73,12 @@ class GuideDensity:
         for name, site in self.sites.items():
             continuous = not self.p.latents[name]["fn"].support.is_discrete
             if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
-                raise ValueError(
-                    "`guide` must have a density for each continuous latent, got a point (Delta, as in AutoDelta) for "
-                    f"{name!r}"
-                )
+                got = f"a point (Delta, as in AutoDelta) for {name!r}"
+                raise ValueError(f"`guide` must have a density for each continuous latent, got {got}")
 
     def factors(self) -> dict[str, Any] | None:
-        """Return q of each latent if q(z | x) is their product, else ``None``.
-
-        The test redraws the other latents a few times, and compares densities.
-        """
-        if len(self.sites) > 1:
+        """Return q of each latent if q(z | x) is their product, else ``None``."""
+        if len(self.sites) > 1:  # redraw the other latents a few times, and compare densities
             for seed in range(1, 5):
                 with poutine.block(), seeded(seed):
                     others = latent_sites(poutine.trace(self.guide).get_trace(*self.p.data))

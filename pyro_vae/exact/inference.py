@@ -35,8 +35,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     r"""Compute the log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
     Args:
-        model: a Pyro model, called as ``model(*data)``.
-        data: its arguments.
+        model, data: a Pyro model and its arguments, called as ``model(*data)``.
         plate: name of its data plate.
         tolerance: largest difference between two resolutions of a quadrature, in nats per datum.
 
@@ -92,8 +91,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
-    It is a sum over states, or a quadrature around q(z | x_i). Arguments, shapes and errors are those of
-    :func:`log_evidence`.
+    It is a sum over states, or a quadrature around q(z | x_i). All else is as in :func:`log_evidence`.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
     >>> net = networks.mlp([8])
@@ -160,7 +158,6 @@ class Posterior(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The support of the latent site."""
         return self._support
 
     @torch.no_grad()
@@ -186,7 +183,6 @@ class Posterior(dist.TorchDistribution):
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        """Whether the latent is discrete."""
         return self._rule is None
 
     def enumerate_support(self, expand: bool = True) -> Tensor:

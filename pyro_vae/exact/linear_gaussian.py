@@ -102,9 +102,8 @@ def linear_gaussian(p: ModelDensity) -> LinearGaussian | None:
     loc, scale = (moment[:, 0].double().flatten(1) for moment in (loc, scale))
     slope = (loc[1 : dims + 1] - loc[0]).T
     rounding = 64 * torch.finfo(p.dtype).eps * (loc[0].abs() + steps.abs() @ slope.abs().T)
-    if ((loc - loc[0] - steps @ slope.T).abs() > rounding + 1e-30).any():
-        return None
-    if (scale - scale[0]).abs().max() > 1e-6 * scale[0].min():
+    curved = ((loc - loc[0] - steps @ slope.T).abs() > rounding + 1e-30).any()
+    if curved or (scale - scale[0]).abs().max() > 1e-6 * scale[0].min():
         return None
     weight = torch.linalg.solve(factor.T, slope.T).T
     x = observed["value"].double().flatten(1)

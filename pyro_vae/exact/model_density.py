@@ -25,7 +25,6 @@ __all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_si
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
-
 Values = dict[str, Tensor]
 """Values of latents by site name, ``(C, 1 or N, *event)`` each."""
 
@@ -33,10 +32,7 @@ _BUDGET = 2**20  # numbers in the largest tensor of a chunk; larger tensors are 
 
 
 class ModelDensity:
-    """A model on its data: log p(x, z) at any z, and its latents.
-
-    Args:
-        pair: the model on its data.
+    """A model on its data, ``pair``: log p(x, z) at any z, and its latents.
 
     Raises:
         ValueError: if the model does not have latent and observed sites, all in the data plate and unscaled; if a
@@ -116,10 +112,8 @@ class ModelDensity:
         """Iterate over the joint states of all latents in chunks, as values ``(C, 1, *event)``."""
         supports, count = self._supports(), self.num_states
         if count > MAX_STATES:
-            raise ValueError(
-                f"`model` must have discrete latents with at most {MAX_STATES} states together, got {count} states of "
-                f"{list(self.latents)}"
-            )
+            must = f"discrete latents with at most {MAX_STATES} states together"
+            raise ValueError(f"`model` must have {must}, got {count} states of {list(self.latents)}")
         for index in torch.arange(count, device=supports[0].device).split(self.chunk):
             values, rest = {}, index
             for name, support in zip(self.latents, supports, strict=True):
@@ -160,14 +154,11 @@ def check_repeatable(owner: str, sites: dict[str, Any], again: Tensor) -> None:
 def check_site(owner: str, name: str, site: dict[str, Any]) -> None:
     """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent."""
     if _is_scaled(site):
-        raise ValueError(
-            f"`{owner}` must use all data, with densities that are not scaled, got site {name!r} with the scale "
-            f"{site['scale']}"
-        )
+        must = "use all data, with densities that are not scaled"
+        raise ValueError(f"`{owner}` must {must}, got site {name!r} with the scale {site['scale']}")
     if not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
-        raise ValueError(
-            f"`{owner}` must have latents without a mask, got {name!r} with one: its masked density is no distribution"
-        )
+        got = f"{name!r} with one: its masked density is no distribution"
+        raise ValueError(f"`{owner}` must have latents without a mask, got {got}")
 
 
 def _is_scaled(site: dict[str, Any]) -> bool:
@@ -177,10 +168,8 @@ def _is_scaled(site: dict[str, Any]) -> bool:
 def _check_structure(pair: ModelGuide) -> int:
     """Raise if the structure of a model has no exact density; return the number of its rows."""
     if not pair.latents or not pair.observed:
-        raise ValueError(
-            f"`model` must have latent and observed sites, got the latents {list(pair.latents)} and the observed sites "
-            f"{list(pair.observed)}"
-        )
+        got = f"the latents {list(pair.latents)} and the observed sites {list(pair.observed)}"
+        raise ValueError(f"`model` must have latent and observed sites, got {got}")
     sites = pair.latents | pair.observed
     check_one_plate([("model", name, site) for name, site in sites.items()], pair.plate)
     frame = next(iter(pair.observed.values()))["cond_indep_stack"][0]

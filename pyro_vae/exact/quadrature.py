@@ -18,7 +18,6 @@ __all__ = ["Box", "QuadratureError", "QuadratureRule", "log_integral", "refine_t
 
 SHARED_NODES = {1: 2**16, 2: 2**16}
 """Largest number of nodes, by dimensions, on one box around all data, for which a decoder runs once."""
-
 MAX_NODES = {1: 2**16, 2: 2**18}
 """Largest number of nodes on a box of each datum."""
 
@@ -119,9 +118,7 @@ def refine_to_tolerance(
     """Double the panels until two estimates agree; return the last estimate and its number of panels.
 
     They agree if they differ by at most ``tolerance``, plus ``rounding`` times the estimate, for integrands in float32.
-
-    Raises:
-        QuadratureError: if no two agree within ``max_nodes`` nodes, with the discrepancy.
+    If no two agree within ``max_nodes`` nodes, a QuadratureError names the discrepancy.
     """
     panels = _FIRST_PANELS[dims]
     previous = estimate(panels)
@@ -152,14 +149,11 @@ def log_integral(
     Args:
         log_integrand: from points ``(C, B, d)`` to ``(C, N)``, with B = 1 or N.
         box: the first box.
-        tolerance: largest difference between two resolutions, in nats.
+        tolerance: largest difference between two resolutions, in nats, or a QuadratureError is raised.
         chunk: number of points to evaluate at once.
 
     Returns:
         The logarithm, ``(N,)`` in float64, and the last rule.
-
-    Raises:
-        QuadratureError: if it does not converge, with the discrepancy.
     """
     dims = box.low.shape[-1]
     limits = [SHARED_NODES[1]] if dims == 1 else [SHARED_NODES[2], _ZOOM_NODES, _ZOOM_NODES, MAX_NODES[2]]
@@ -207,8 +201,8 @@ class _LogIntegral:
     def zoomed(self, panels: int) -> Box:
         """Return a box for each datum in two dimensions: the nodes within e^-30 of its largest term, and a margin.
 
-        A peak that is narrower than the distance of two nodes may lie between them. For a normal peak, its height above
-        a node is bounded by the difference to the neighbouring node. So this difference is added to the term of a node.
+        A peak narrower than the distance of two nodes may lie between them. If it is normal, its height above a node is
+        bounded by the difference to the neighbouring node, which is therefore added to the term of a node.
         """
         top = torch.stack([terms.amax(0) for _, terms, _ in self.terms(panels)]).amax(0)
         low = torch.full((*top.shape, 2), torch.inf, dtype=torch.float64, device=top.device)

@@ -71,8 +71,7 @@ def to_datatree(
     these is missing, or if the guide has latents that the model does not have.
 
     Save the tree with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load it with ``xarray.open_datatree("run.nc")``,
-    and convert it for the installed ArviZ with :func:`to_arviz`. Use :func:`save_draws` for draws that do not fit into
-    memory.
+    and convert it for the installed ArviZ with :func:`to_arviz`. :func:`save_draws` takes more draws than memory holds.
 
     Args:
         model, guide: a Pyro model and its guide.
@@ -86,8 +85,7 @@ def to_datatree(
         history: the result of :func:`pyro_vae.fit`, or values for each epoch.
         constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``. They lie along ``obs`` if their
             first axis has as many entries.
-        parallel: whether to make many draws at once, as ``pyro.infer.Predictive(parallel=True)`` does. It is faster,
-            and needs networks that accept one more dimension on the left.
+        parallel: whether to make many draws at once, with networks that accept one more dimension on the left; faster.
         max_bytes: largest size of the draws in memory.
 
     Raises:
@@ -153,8 +151,7 @@ def save_draws(
     and not of rows: draws are always independent, rows are not if they share a latent.
 
     The file appears when it is complete; an interrupted export leaves an older file unchanged. Open it with
-    ``xarray.open_datatree(path)``, which reads only what you select, such as
-    ``tree["posterior"]["z"].isel(obs=slice(10))``, and pass that to ArviZ.
+    ``xarray.open_datatree(path)``, which reads only what you select, and pass that to ArviZ.
 
     Args:
         path: path of the file, which is also returned; an existing file is replaced.
@@ -195,8 +192,7 @@ def save_draws(
                 largest.add(values)
                 file.write(taken, values)
                 bar.update(taken.stop - taken.start)
-        khat = largest.khat()
-        if khat is not None:
+        if (khat := largest.khat()) is not None:
             file.put("sample_stats", "khat", layout.dims["sample_stats"]["log_weight"], khat)
     return path
 
@@ -234,7 +230,6 @@ class _LargestWeights:
         self._top: Tensor | None = None
 
     def add(self, values: Groups) -> None:
-        """Add the draws of a chunk."""
         if self._exists:
             new = torch.from_numpy(values["sample_stats"]["log_weight"])
             top = new if self._top is None else torch.cat([self._top, new])

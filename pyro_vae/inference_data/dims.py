@@ -25,16 +25,13 @@ class DimensionNames:
 
     Args:
         unobserved, observed: latent and deterministic sites, and observed sites, by name.
-        settings: the user's names, the constant data and the history.
+        settings: the user's names, the constant data and the history; an error if they do not fit the variables.
         chains: size of the dimension ``chain``.
 
     Attributes:
         dims, shapes: dimensions of each site and constant, without chain and draw, and their sizes.
         sizes: size of each dimension.
         coords: dimension and values of each coordinate, by name.
-
-    Raises:
-        TypeError, ValueError: if the user's names or coordinates do not fit the variables.
     """
 
     def __init__(self, unobserved: dict[str, Any], observed: dict[str, Any], settings: ExportSettings, chains: int = 1):
@@ -47,10 +44,8 @@ class DimensionNames:
             plates, shape = plates_and_event(site, settings.plate)
             event = dims.get(name) or self._event_dims(name, shape, name in observed)
             if len(event) != len(shape):
-                raise ValueError(
-                    f"`dims` must have one name for each event dimension, got {list(event)} for {name!r}, whose event "
-                    f"shape is {tuple(shape)}"
-                )
+                got = f"{list(event)} for {name!r}, whose event shape is {tuple(shape)}"
+                raise ValueError(f"`dims` must have one name for each event dimension, got {got}")
             self._add(name, (*plates, *event), (*plates.values(), *shape), drawn=True)
         for name, value in constants.items():
             if name in sites:
@@ -77,10 +72,8 @@ class DimensionNames:
     def _add_sizes(self, name: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
         for dim, size in zip(dims, shape, strict=True):
             if self.sizes.setdefault(dim, size) != size:
-                raise ValueError(
-                    f"`dims` must have one name for dimensions of one size, got {dim!r} of size {size} for {name!r}, "
-                    f"and of size {self.sizes[dim]} elsewhere"
-                )
+                got = f"{dim!r} of size {size} for {name!r}, and of size {self.sizes[dim]} elsewhere"
+                raise ValueError(f"`dims` must have one name for dimensions of one size, got {got}")
 
     def _event_dims(self, name: str, shape: torch.Size, is_observed: bool) -> tuple[str, ...]:
         defaults = _OBSERVED_DIMS if is_observed else _LATENT_DIMS
@@ -96,10 +89,8 @@ class DimensionNames:
         if len(given) == value.ndim:
             return tuple(given)
         if len(given) + len(lead) != value.ndim:
-            raise ValueError(
-                f"`dims` must have one name for each axis of {name!r} in `constant_data`, of shape {value.shape}, got "
-                f"{list(given)}"
-            )
+            must = f"one name for each axis of {name!r} in `constant_data`, of shape {value.shape}"
+            raise ValueError(f"`dims` must have {must}, got {list(given)}")
         return (*lead, *given)
 
     def _add_coordinate(self, name: str, values: Any) -> None:
@@ -108,10 +99,8 @@ class DimensionNames:
         if coordinate.shape != (sizes.get(dim),):
             found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
             along = "" if name == dim else f" along {dim!r}"
-            raise ValueError(
-                f"`coords` must have one entry for each element of a dimension, of {sizes}, got {found} for {name!r}"
-                f"{along}"
-            )
+            must = f"one entry for each element of a dimension, of {sizes}"
+            raise ValueError(f"`coords` must have {must}, got {found} for {name!r}{along}")
         if name in sizes and name != dim:
             raise ValueError(f"`coords` must have the entries of the dimension {name!r} along it, got {dim!r}")
         if name in self.dims.keys() | self._history_dims.keys() | _STATISTICS:

@@ -27,13 +27,12 @@ _GROUPS = (
 class GroupLayout:
     """Dimensions and coordinates of everything that a sampler draws, and the groups without draws.
 
-    Attributes:
-        dims: dimensions of each drawn variable, without chain and draw, by group and name.
+    ``dims`` has the dimensions of each drawn variable, without chain and draw, by group and name.
     """
 
     def __init__(self, sampler: JointSampler):
         settings = sampler.settings
-        names = DimensionNames(sampler.latents | sampler.deterministic, sampler.observed, settings)
+        names = self._names = DimensionNames(sampler.latents | sampler.deterministic, sampler.observed, settings)
         of_statistics = ("obs",) if sampler.by_datum else ()
         self._attrs = attributes(settings.draws, settings.seed)
         self.dims = {
@@ -42,7 +41,6 @@ class GroupLayout:
         }
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
             parametric = sampler.parametric_latents()
-        self._names = names
         self._static = {
             "observed_data": names.dataset({name: as_array(site["value"]) for name, site in sampler.observed.items()}),
             "constant_data": names.dataset(settings.constants),

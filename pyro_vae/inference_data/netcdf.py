@@ -35,9 +35,8 @@ def check_space(path: Path, num_bytes: int) -> None:
     """Raise an ``OSError`` if the disk has fewer free bytes."""
     free = shutil.disk_usage(path.parent).free
     if num_bytes > free:
-        raise OSError(
-            f"`path` must be on a disk with {num_bytes} free bytes for the draws, got {free} in {str(path.parent)!r}"
-        )
+        must = f"on a disk with {num_bytes} free bytes for the draws"
+        raise OSError(f"`path` must be {must}, got {free} in {str(path.parent)!r}")
 
 
 class DrawFile:
@@ -48,10 +47,9 @@ class DrawFile:
 
     def add(self, group: str, name: str, dims: tuple[str, ...], dtype: np.dtype, attrs: Mapping[str, str]) -> None:
         """Create a variable whose values will be written later."""
-        floating, boolean = dtype.kind == "f", dtype.kind == "b"
-        variable = self._file[group].create_variable(
-            name, dims, np.dtype(np.int8) if boolean else dtype, fillvalue=dtype.type(np.nan) if floating else None
-        )
+        boolean, fill = dtype.kind == "b", dtype.type(np.nan) if dtype.kind == "f" else None
+        stored = np.dtype(np.int8) if boolean else dtype
+        variable = self._file[group].create_variable(name, dims, stored, fillvalue=fill)
         variable.attrs.update({"dtype": "bool"} if boolean else {})
         variable.attrs.update(attrs)
 

@@ -50,10 +50,9 @@ def reference(
     Args:
         model: a Pyro model of continuous latents with one data plate, as the rightmost dimension, that has all sites.
         data: its arguments.
-        draws: number of draws of each chain.
+        draws, seed: number of draws of each chain, and their seed.
         chains: number of chains, which run one after the other on different random numbers.
         warmup: number of steps before the draws of a chain, in which step size and mass matrix are adapted.
-        seed: seed of the draws.
         plate: name of the data plate, whose dimension is called ``obs``.
         dims, coords: names and coordinates of dimensions, as for ``to_datatree``.
 
@@ -78,9 +77,8 @@ def reference(
         pair = ModelGuide(model, None, data, plate)
         density = ModelDensity(pair)
         if discrete := [name for name, site in pair.latents.items() if site["fn"].support.is_discrete]:
-            raise ValueError(
-                f"`model` must have continuous latents, got the discrete {discrete}; use pv.exact.posterior for these"
-            )
+            got = f"the discrete {discrete}; use pv.exact.posterior for these"
+            raise ValueError(f"`model` must have continuous latents, got {got}")
         names = DimensionNames(pair.latents | pair.deterministic, pair.observed, settings, chains)
         runs = [_chain(model, data, draws, warmup) for _ in range(chains)]
         values = {name: torch.cat([run[name] for run, _, _ in runs]) for name in pair.latents}
@@ -91,11 +89,10 @@ def reference(
                 values |= Predictive(ResampleObserved()(model), values, return_sites=tuple(pair.deterministic))(*data)
     arrays = {name: as_array(value).reshape(chains, draws, *names.shapes[name]) for name, value in values.items()}
     stats = {"diverging": torch.cat([diverging for _, diverging, _ in runs]), "lp": torch.cat(log_p)}
+    shaped = {name: (("chain", "draw"), as_array(value).reshape(chains, draws)) for name, value in stats.items()}
     groups = {
         "posterior": names.dataset(arrays, drawn=True),
-        "sample_stats": names.named(
-            {name: (("chain", "draw"), as_array(value).reshape(chains, draws)) for name, value in stats.items()}
-        ),
+        "sample_stats": names.named(shaped),
         "observed_data": names.dataset({name: as_array(site["value"]) for name, site in pair.observed.items()}),
     }
     rates = [rate for _, _, rate in runs]

@@ -44,7 +44,8 @@ class Variable:
 class JointSampler:
     """Joint draws of latents and data from a model and guide on data.
 
-    It runs the pair once, for its sites and the size of a draw, and leaves the random stream of the draws unchanged.
+    It runs the pair once, for its sites and the size of a draw, and leaves the random stream of the draws unchanged. It
+    raises a TypeError or ValueError if model, guide and data do not fit each other.
 
     Attributes:
         latents, deterministic, observed: the sites of these roles, by name, without the auxiliary latents of a guide.
@@ -52,9 +53,6 @@ class JointSampler:
         statistics: names of the log-densities that exist.
         variables: what is drawn, by group and name.
         nbytes: size of all draws.
-
-    Raises:
-        TypeError, ValueError: if model, guide and data do not fit each other.
     """
 
     def __init__(self, model: Function, guide: Function, data: tuple[Tensor, ...], settings: ExportSettings):

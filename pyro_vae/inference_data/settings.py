@@ -53,9 +53,8 @@ def as_array(value: Tensor) -> np.ndarray:
 def _epochs(name: str, value: Sequence[float]) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "iuf":
-        raise ValueError(
-            f"`history` must have one number per epoch, got {name!r} of shape {array.shape} and dtype {array.dtype}"
-        )
+        got = f"{name!r} of shape {array.shape} and dtype {array.dtype}"
+        raise ValueError(f"`history` must have one number per epoch, got {got}")
     return array
 
 
@@ -65,8 +64,6 @@ def _constant(name: str, value: Any) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"`constant_data` must have rows of one length, got {name!r}: {error}") from error
     if array.dtype.kind not in "biufUSM":
-        raise TypeError(
-            f"`constant_data` must have numbers, booleans or strings, got {name!r}, a {type(value).__name__} of dtype "
-            f"{array.dtype}"
-        )
+        got = f"{name!r}, a {type(value).__name__} of dtype {array.dtype}"
+        raise TypeError(f"`constant_data` must have numbers, booleans or strings, got {got}")
     return array

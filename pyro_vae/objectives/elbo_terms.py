@@ -57,8 +57,8 @@ def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | No
 def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str, Tensor] | None:
     """Compute ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
-    Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that is not in
-    the guide, whose nats are neither rate nor distortion, or if ``pyro.markov`` enumerates two latents in one dimension.
+    Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
+    guide lacks, whose nats are neither rate nor distortion, or if two latents are enumerated in one dimension.
     """
     distortion: Any = 0.0
     rate: Any = 0.0
