@@ -31,9 +31,8 @@ class VAE(nn.Module):
     .. math:: z_i \sim p(z),\quad x_i \sim p(x \mid z_i)\qquad\text{and}\qquad z_i \sim q(z \mid x_i),
               \quad i = 1, \dots, N.
 
-    ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``, for
-    ``pyro.infer.SVI``, ``Predictive``, ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and
-    ``code``, the input of the decoder, where it is not ``z`` itself.
+    ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``, for SVI, ``Predictive``,
+    ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and ``code``, the decoder's input, if not z.
 
     Args:
         prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`.
@@ -48,9 +47,8 @@ class VAE(nn.Module):
     >>> from pyro_vae import priors, guides, likelihoods, networks
     >>> net = networks.mlp([32])
     >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    >>> from pyro.infer import SVI, Trace_ELBO
-    >>> from pyro.optim import Adam
-    >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 4e-3}), Trace_ELBO())
+    >>> from pyro import infer, optim
+    >>> svi = infer.SVI(vae.model, vae.guide, optim.Adam({"lr": 4e-3}), infer.Trace_ELBO())
     >>> loss = svi.step(torch.randn(100, 2))
     """
 
@@ -271,10 +269,9 @@ class VAE(nn.Module):
                 with poutine.block(), pyro.plate("validation", num_data, subsample=torch.arange(len(context))):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
-            raise ValueError(
-                f"`{role}` must have batch shape ({len(context)},) for {len(context)} data (use `.to_event()`), got "
-                f"{_name(part)} of batch shape {tuple(distribution.batch_shape)}"
-            )
+            must = f"have batch shape ({len(context)},) for {len(context)} data (use `.to_event()`)"
+            got = f"{_name(part)} of batch shape {tuple(distribution.batch_shape)}"
+            raise ValueError(f"`{role}` must {must}, got {got}")
         return distribution
 
     def _check_guide(self, guide: Any, prior: Any) -> None:

@@ -158,7 +158,5 @@ def check_missing(
     sites = list(observed) if where is not None else []
     needed = [site for site in sites if first_missing([site["value"]]) is not None]
     if where is not None and (error or not all(accepts_missing(site["fn"]) for site in needed or sites)):
-        raise ValueError(
-            f"`{name}` must hold finite numbers, got nan at {where}. For missing values, use a likelihood of "
-            "pv.likelihoods with `missing=True`"
-        ) from error
+        hint = "For missing values, use a likelihood of pv.likelihoods with `missing=True`"
+        raise ValueError(f"`{name}` must hold finite numbers, got nan at {where}. {hint}") from error

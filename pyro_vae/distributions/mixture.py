@@ -57,10 +57,8 @@ class MixtureOfNormals(Parametric):
         for name, value in (("logits", logits), ("loc", loc), ("scale", scale)):
             real_tensor(value, name, "a tensor")
         if loc.dim() < 2 or logits.shape[-1:] != loc.shape[-2:-1]:
-            raise ValueError(
-                f"`logits` and `loc` must be (*batch, K) and (*batch, K, D), got shapes {tuple(logits.shape)} and "
-                f"{tuple(loc.shape)}"
-            )
+            got = f"shapes {tuple(logits.shape)} and {tuple(loc.shape)}"
+            raise ValueError(f"`logits` and `loc` must be (*batch, K) and (*batch, K, D), got {got}")
         loc, scale = torch.broadcast_tensors(loc, scale)
         self._components = loc, scale
         batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2])

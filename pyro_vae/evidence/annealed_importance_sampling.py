@@ -114,18 +114,15 @@ class _Coordinates:
         for name, site in p.latents.items():
             fn = site["fn"]
             if fn.support.is_discrete:
-                raise ValueError(
-                    f"`model` must have continuous latents, which annealing moves along gradients, got the discrete "
-                    f"{name!r}; use pv.exact.log_evidence, which sums over states, or pv.log_evidence"
-                )
+                must = "have continuous latents, which annealing moves along gradients"
+                hint = "use pv.exact.log_evidence, which sums over states, or pv.log_evidence"
+                raise ValueError(f"`model` must {must}, got the discrete {name!r}; {hint}")
             try:
                 self.transforms[name] = biject_to(fn.support)
             except NotImplementedError as error:
-                raise ValueError(
-                    f"`model` must have latents with unconstrained coordinates (torch.distributions.biject_to), got "
-                    f"{name!r} on {fn.support}; write it on the real line and transform it after the site, or use "
-                    "pv.log_evidence"
-                ) from error
+                must = "have latents with unconstrained coordinates (torch.distributions.biject_to)"
+                hint = "write it on the real line and transform it after the site, or use pv.log_evidence"
+                raise ValueError(f"`model` must {must}, got {name!r} on {fn.support}; {hint}") from error
             self.shapes[name] = self.transforms[name].inverse_shape(fn.event_shape)
 
     def points(self, values: Values) -> Tensor:

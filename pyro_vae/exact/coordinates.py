@@ -26,21 +26,19 @@ class LatentCoordinates:
         try:
             self.transform = biject_to(properties.base_support(fn))
         except NotImplementedError as error:
-            raise ValueError(
-                "`model` must have a latent whose support has unconstrained coordinates for quadrature, got a "
-                f"{_kind(fn)} on {fn.support} at {name!r}; write the latent on the real line and transform it after "
-                "the site"
-            ) from error
+            must = "have a latent whose support has unconstrained coordinates for quadrature"
+            got = f"a {_kind(fn)} on {fn.support} at {name!r}"
+            hint = "write the latent on the real line and transform it after the site"
+            raise ValueError(f"`model` must {must}, got {got}; {hint}") from error
         self.is_elementwise = self.transform.domain.event_dim == 0
         self.bounds = properties.support_bounds(fn)
         self.is_bounded = any(isinstance(bound, Tensor) or math.isfinite(bound) for bound in self.bounds)
         self.coordinate_shape = tuple(self.transform.inverse_shape(fn.event_shape))
         self.dims = math.prod(self.coordinate_shape)
         if self.dims > 2:
-            raise ValueError(
-                f"`model` must have a continuous latent of at most 2 dimensions for quadrature, got {self.dims} at "
-                f"{name!r}; discrete latents are enumerated, and linear Gaussian models are solved in closed form"
-            )
+            must = f"have a continuous latent of at most 2 dimensions for quadrature, got {self.dims} at {name!r}"
+            hint = "discrete latents are enumerated, and linear Gaussian models are solved in closed form"
+            raise ValueError(f"`model` must {must}; {hint}")
 
     def to_site(self, points: Tensor) -> Tensor:
         """Values of the site at coordinates ``(*, d)``, strictly inside its support."""
@@ -91,11 +89,9 @@ class LatentCoordinates:
 def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:
     """Raise if the distribution of a latent in the guide has another support than that in the model, ``fn``."""
     if not properties.same_support(drawn, fn):
-        raise ValueError(
-            f"`guide` must have its latent {name!r} on {properties.spell_support(fn)}, as the model has, got a "
-            f"{_kind(drawn)} on {properties.spell_support(drawn)}; mass outside of the support of p(z) makes the KL "
-            "infinite"
-        )
+        must = f"have its latent {name!r} on {properties.spell_support(fn)}, as the model has"
+        got = f"a {_kind(drawn)} on {properties.spell_support(drawn)}"
+        raise ValueError(f"`guide` must {must}, got {got}; mass outside of the support of p(z) makes the KL infinite")
 
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:

@@ -172,10 +172,9 @@ def log_integral(
             box = integral.zoomed(math.isqrt(limits.pop(0)) // _ORDER)
         else:
             raise failure
-    raise QuadratureError(
-        f"quadrature did not converge: {float(integral.edge_share.max()):.3g} of the mass is at the edge of the box of "
-        f"datum {int(integral.edge_share.argmax())}"
-    )
+    share, datum = float(integral.edge_share.max()), int(integral.edge_share.argmax())
+    where = f"at the edge of the box of datum {datum}"
+    raise QuadratureError(f"quadrature did not converge: {share:.3g} of the mass is {where}")
 
 
 class _LogIntegral:

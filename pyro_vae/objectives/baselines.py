@@ -79,10 +79,9 @@ class NeuralBaseline(nn.Module):
         try:
             return self.network(x.to(dtype)).squeeze(-1) + self.centre(x)
         except RuntimeError as error:
-            raise ValueError(
-                f"`baseline` must have a network for the {x.shape[-1]} features of the first observed site, got one "
-                f"for {self.in_features} features: {error}"
-            ) from error
+            must = f"have a network for the {x.shape[-1]} features of the first observed site"
+            got = f"one for {self.in_features} features"
+            raise ValueError(f"`baseline` must {must}, got {got}: {error}") from error
 
     def learn(self, f: Tensor, b: Tensor) -> Tensor:
         self.centre.learn(f, b)

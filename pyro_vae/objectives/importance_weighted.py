@@ -75,10 +75,8 @@ class ImportanceWeighted(ParticleELBO):
     def bound(self, particles: Particles) -> Tensor:
         particles.check_one_scale()
         if discrete := [name for name, site in particles.guide.items() if not site["fn"].has_rsample]:
-            raise ValueError(
-                f"ImportanceWeighted needs reparameterised latents, got {discrete} without pathwise gradients; "
-                "objectives.VIMCO takes any latents"
-            )
+            got = f"{discrete} without pathwise gradients; objectives.VIMCO takes any latents"
+            raise ValueError(f"ImportanceWeighted needs reparameterised latents, got {got}")
         return particles.log_weight.logsumexp(0) - math.log(self.num_particles)
 
     def surrogate(self, particles: Particles) -> Tensor:

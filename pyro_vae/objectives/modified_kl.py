@@ -67,10 +67,9 @@ class DiscreteKL(_ModifiedKL):
         twins = [discrete_twin(one["fn"]) for one in (site, prior)]
         for one, twin in zip((site, prior), twins, strict=True):
             if twin is None:
-                raise ValueError(
-                    "DiscreteKL needs relaxed latents, such as those of priors.RelaxedBernoulli or "
-                    f"priors.GumbelSoftmax, got a {type(without_independent(one['fn'])).__name__} for site {name!r}"
-                )
+                which = "such as those of priors.RelaxedBernoulli or priors.GumbelSoftmax"
+                got = f"a {type(without_independent(one['fn'])).__name__} for site {name!r}"
+                raise ValueError(f"DiscreteKL needs relaxed latents, {which}, got {got}")
         return torch.distributions.kl_divergence(*twins)
 
 
@@ -106,10 +105,9 @@ class FreeBits(_ModifiedKL):
 
     def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
         if not site["fn"].has_rsample:
-            raise ValueError(
-                f"FreeBits needs reparameterised latents, got {name!r} without pathwise gradients; from others the "
-                "guide would get no gradient of the likelihood"
-            )
+            got = f"{name!r} without pathwise gradients"
+            why = "from others the guide would get no gradient of the likelihood"
+            raise ValueError(f"FreeBits needs reparameterised latents, got {got}; {why}")
         each = rate_by_variable(site, prior)
         if each is None:
             q, p = (type(base_distribution(one["fn"])).__name__ for one in (site, prior))

@@ -65,10 +65,9 @@ class Particles:
     def pairs(self) -> list[tuple[str, Site, Site]]:
         """List the name of each latent with its sites in guide and model."""
         if auxiliary := sorted(self.guide.keys() - self.prior.keys()):
-            raise ValueError(
-                f"{self.objective} needs a guide that draws each latent from a distribution of its own, got one that "
-                f"draws its latents from {auxiliary}, as autoguides do"
-            )
+            needs = "needs a guide that draws each latent from a distribution of its own"
+            got = f"one that draws its latents from {auxiliary}, as autoguides do"
+            raise ValueError(f"{self.objective} {needs}, got {got}")
         return [(name, site, self.prior[name]) for name, site in self.guide.items()]
 
     def check_one_scale(self) -> None:

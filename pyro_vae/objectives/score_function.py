@@ -60,10 +60,8 @@ class ScoreFunction(_ELBOEstimator):
     def __init__(self, baseline: nn.Module, num_particles: int = 1, name: str | None = None):
         super().__init__(num_particles)
         if not isinstance(baseline, nn.Module) or not hasattr(baseline, "learn"):
-            raise TypeError(
-                f"`baseline` must be a module such as baselines.RunningAverage(), got {baseline!r}; without one, use "
-                "pyro.infer.Trace_ELBO()"
-            )
+            must, hint = "a module such as baselines.RunningAverage()", "without one, use pyro.infer.Trace_ELBO()"
+            raise TypeError(f"`baseline` must be {must}, got {baseline!r}; {hint}")
         self.baseline: Any = baseline
         self.name = f"baseline{next(_numbers)}" if name is None else nonempty_string(name, "name")
 
@@ -74,10 +72,8 @@ class ScoreFunction(_ELBOEstimator):
         error = self.baseline.learn(f, b)
         for method, value in (("forward", b), ("learn", error)):
             if value.shape not in ((), f.shape[1:]):
-                raise ValueError(
-                    f"`baseline` must return one number for each datum, of shape {tuple(f.shape[1:])}, got shape "
-                    f"{tuple(value.shape)} from its `{method}`"
-                )
+                must = f"return one number for each datum, of shape {tuple(f.shape[1:])}"
+                raise ValueError(f"`baseline` must {must}, got shape {tuple(value.shape)} from its `{method}`")
         return _weight_score(particles, f - b.detach()) - error / particles.scale
 
 
@@ -206,10 +202,9 @@ class _Antithetic(Messenger):
             kind = type(msg["fn"] if transformed else base).__name__
             raise ValueError(f"DisARM needs Bernoulli latents, got a {kind} for site {msg['name']!r} of the guide")
         if self._depends_on_latents(base.probs):
-            raise ValueError(
-                f"DisARM needs latents that depend on the data alone, got site {msg['name']!r} of the guide, which "
-                "depends on other latents; objectives.LeaveOneOut takes any latents"
-            )
+            got = f"site {msg['name']!r} of the guide, which depends on other latents"
+            hint = "objectives.LeaveOneOut takes any latents"
+            raise ValueError(f"DisARM needs latents that depend on the data alone, got {got}; {hint}")
         probs = base.probs.detach()[: self.pairs]
         u = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device)
         value = torch.cat([u > 1 - probs, u < probs]).to(probs.dtype)

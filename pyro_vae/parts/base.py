@@ -144,15 +144,13 @@ class Conditional(Part):
         who = type(self).__name__
         devices, dtypes = ({getattr(one, kind) for one in parameters} for kind in ("device", "dtype"))
         if context.device not in devices:
-            return ValueError(
-                f"the context of {who} must be on {devices.pop()}, as its network is, got {context.device}. Move the "
-                "data with `x.to(device)`, or the model with `vae.to(device)`"
-            )
+            hint = "Move the data with `x.to(device)`, or the model with `vae.to(device)`"
+            must = f"must be on {devices.pop()}, as its network is, got {context.device}. {hint}"
+            return ValueError(f"the context of {who} {must}")
         if context.dtype not in dtypes:
-            return TypeError(
-                f"the context of {who} must be {dtypes.pop()}, as its network is, got {context.dtype}. Convert the "
-                "data with `x.to(dtype)`, or bytes with `datasets.grey(x)`"
-            )
+            hint = "Convert the data with `x.to(dtype)`, or bytes with `datasets.grey(x)`"
+            must = f"must be {dtypes.pop()}, as its network is, got {context.dtype}. {hint}"
+            return TypeError(f"the context of {who} {must}")
         return None
 
     def discrete(self) -> "Conditional":
