@@ -20,8 +20,7 @@ class MixtureOfNormals(Parametric):
     .. math:: p(z) = \sum_k \pi_k \prod_d N(z_d;\ \mu_{kd}, \sigma_{kd}^2).
 
     Draws are reparameterised implicitly. The values of the conditional distribution functions
-    :math:`F_d(z_d \mid z_1, \dots, z_{d-1})` at a draw are uniform noise. A draw changes with the parameters so that
-    this noise stays constant,
+    :math:`F_d(z_d \mid z_{<d})` at a draw are uniform noise. A draw changes so that this noise stays constant,
 
     .. math:: \mathrm{d}z_d = -\frac{\mathrm{d}F_d(z_d \mid z_{<d})}{p(z_d \mid z_{<d})},
 
@@ -29,8 +28,7 @@ class MixtureOfNormals(Parametric):
     components coincide, and does not take one dimension. This one takes any K and D.
 
     The gradient of the weights comes from draws between the components. Between components more than 8 scales apart
-    there are none in practice: the gradient of an ELBO is unbiased, but zero in every run, and the weights do not
-    change any more.
+    there are none in practice: the gradient of an ELBO is unbiased, but zero in every run, and the weights stay.
 
     Args:
         logits: of the components, ``(*batch, K)``.

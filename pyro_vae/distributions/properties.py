@@ -1,7 +1,6 @@
 """Properties of any distribution that the rest of the package reads: support, normalisation, wrappers, discrete twin.
 
-A distribution of our own has them as attributes; those of torch and Pyro are known here. No other module needs to know
-the class of a prior or a guide.
+A distribution of our own has them as attributes; those of torch and Pyro are known here, and only here.
 """
 
 import math

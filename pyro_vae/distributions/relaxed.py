@@ -134,8 +134,7 @@ class LogRelaxedOneHotCategorical(Parametric):
               \log p(y) = \log (k-1)! + (k - 1) \log\lambda + \sum_j \log\mathrm{softmax}(l - \lambda y)_j .
 
     The density is with respect to Lebesgue measure on the log-ratios :math:`y_j - y_k`, over :math:`k - 1` dimensions.
-    ``exp(y)`` is the relaxed one-hot vector and the index of its largest entry has exactly the law of the discrete
-    twin, at every temperature.
+    ``exp(y)`` is the relaxed one-hot vector; the index of its largest entry has exactly the law of the discrete twin.
 
     Args:
         temperature: positive, any shape that broadcasts with the batch shape of ``logits``.

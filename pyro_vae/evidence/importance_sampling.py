@@ -66,8 +66,7 @@ class Evidence:
         r"""Estimates ``(N,)``, in nats, without the bias of the logarithm to first order in 1/K; they are no bounds.
 
         The mean weight is unbiased for p(x), and its logarithm too low by half its relative variance,
-        :math:`\mathbb{E}[\log\hat p] \approx \log p(x) - \mathrm{se}^2 / 2`. NaN for one draw. If k̂ is not reliable,
-        the bias is larger than this.
+        :math:`\mathbb{E}[\log\hat p] \approx \log p(x) - \mathrm{se}^2 / 2`; more if k̂ is unreliable. NaN for one draw.
         """
         return self.log_evidence + self.standard_error**2 / 2
 

@@ -1,8 +1,7 @@
 r"""Exact log p(x), p(z | x), ELBO and KL(q || p(z | x)) of a Pyro model.
 
 * Discrete latents: a sum over all states.
-* Continuous latents of one or two dimensions, real (flows too), positive, in a box or relaxed: quadrature, refined
-  until two resolutions agree.
+* Continuous latents of one or two dimensions, real (flows too), positive, in a box or relaxed: adaptive quadrature.
 * Linear Gaussian models of any size: closed form.
 
 Every function takes a Pyro model with one data plate, the rightmost dimension, that contains all latents.

@@ -78,13 +78,11 @@ def to_datatree(
         data: the arguments of both.
         draws, seed: number of draws, and their seed.
         plate: name of the data plate, whose dimension is called ``obs``.
-        dims: names of the event dimensions of a site, such as ``{"x": ["height", "width"]}``, of constant data, or of a
-            history.
+        dims: names of the event dimensions of a site, ``{"x": ["height", "width"]}``, of constant data, or a history.
         coords: coordinates of a dimension, such as ``{"obs": names}``, by default 0, 1, ...; and further ones along a
             dimension, such as ``{"label": ("obs", labels)}``, for selections and colours.
         history: the result of :func:`pyro_vae.fit`, or values for each epoch.
-        constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``. They lie along ``obs`` if their
-            first axis has as many entries.
+        constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``, along ``obs`` if of its length.
         parallel: whether to make many draws at once, with networks that accept one more dimension on the left; faster.
         max_bytes: largest size of the draws in memory.
 

@@ -44,8 +44,7 @@ def reference(
     ``ess`` apply, unlike for those of a guide: read them first. Each chain starts from a draw of the prior, so a chain
     that stays in another mode than the others increases ``r_hat``.
 
-    Parameters keep their values. All data are sampled together, at hundreds of runs of the decoder a step: pass few of
-    them, such as ``x[:10]``.
+    Parameters keep their values. All data are sampled together, at hundreds of runs of the decoder a step: pass few.
 
     Args:
         model: a Pyro model of continuous latents with one data plate, as the rightmost dimension, that has all sites.

@@ -27,8 +27,7 @@ class ImportanceWeighted(ParticleELBO):
     the ELBO at K = 1, and tighter as K grows. With the normalised weights :math:`\tilde w_k = w_k / \sum_j w_j` its
     gradient in the parameters of the guide is one of
 
-    * ``"pathwise"``: the gradient of the formula, :math:`\sum_k \tilde w_k \nabla \log w_k`. Its signal-to-noise ratio
-      falls with K.
+    * ``"pathwise"``: that of the formula, :math:`\sum_k \tilde w_k \nabla \log w_k`; signal-to-noise falls with K.
     * ``"doubly-reparameterized"``: :math:`\sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \nabla z_k`,
       where a second reparameterization removes the score of q. Unbiased, and the signal-to-noise ratio grows with K.
       If the latents have a weight β, the factor is :math:`(1 - \beta) \tilde w_k + \beta \tilde w_k^2`.

@@ -42,8 +42,7 @@ class ScoreFunction(_ELBOEstimator):
     r"""The score function with a learned baseline, :math:`(f_k - b(x))\,\nabla \log q(z_k \mid x)`.
 
     Args:
-        baseline: one of :mod:`pyro_vae.objectives.baselines`, or a similar module. The estimator without a baseline is
-            ``pyro.infer.Trace_ELBO``.
+        baseline: one of :mod:`pyro_vae.objectives.baselines`, or a similar module; without one, use ``Trace_ELBO``.
         num_particles: K.
         name: of the baseline's parameters in Pyro's param store, so that the optimizer trains them too; by default
             unique in the process. A ValueError at the first step if others have that name.

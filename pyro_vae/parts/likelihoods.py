@@ -46,8 +46,7 @@ class Normal(_Decoder):
         latent: size or shape of z.
         out_features: size or shape of x.
         network: factory, see :mod:`pyro_vae.parts.networks`.
-        scale: ``"shared"`` (one learned number, the default), ``"per_dimension"``, ``"network"`` (a function of z), or
-            a fixed positive number.
+        scale: ``"shared"`` (one learned number), ``"per_dimension"``, ``"network"`` (a function of z), or a fixed one.
         min_scale: floor of a learned scale, in the units of x; without it, the density of constant data is unbounded.
         missing: whether NaN in x is a missing entry; by default it is an error.
 

@@ -104,8 +104,7 @@ class _Standardized(nn.Module):
 def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0) -> NetworkFactory:
     r"""A network of standardized inputs :math:`(x - \mathrm{loc}) / \mathrm{scale}`; both numbers are fixed.
 
-    For an encoder use the mean of the data as loc; for a decoder the mean and standard deviation of the prior: with
-    0.5 and 0.5, bits become ±1.
+    For an encoder use the mean of the data as loc; for a decoder both moments of the prior: 0.5 and 0.5 make bits ±1.
 
     Args:
         network: factory of the network that follows.
@@ -148,8 +147,7 @@ def with_missing(network: NetworkFactory) -> NetworkFactory:
     ``standardized(with_missing(mlp([32])), loc, scale)`` puts the mean of each column in place of missing entries.
 
     Args:
-        network: factory of the network that follows, with twice as many inputs; for images of c channels, a network of
-            2c channels.
+        network: factory of the network that follows, with twice as many inputs; for images, twice as many channels.
 
     Source: Nazábal, Olmos, Ghahramani and Valera 2020, "Handling incomplete heterogeneous data using VAEs", for the
     zeros; Collier, Nazábal and Williams 2020, "VAEs in the presence of missing data", for the mask.

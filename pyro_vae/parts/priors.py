@@ -105,8 +105,7 @@ class Gamma(Unconditional):
 class Uniform(Unconditional):
     r"""The flat density on a box, :math:`p(z) = \prod_d \frac{1}{b_d - a_d}` for :math:`a_d < z_d < b_d`.
 
-    A guide that fits is :class:`pyro_vae.parts.guides.LogitNormal` on the same box: the KL of a guide with mass outside
-    of it is infinite.
+    A guide that fits is :class:`pyro_vae.parts.guides.LogitNormal` on the same box: with mass outside, KL is infinite.
 
     Args:
         low: lower corner a, a number or a tensor that expands to the shape of z.
@@ -147,8 +146,7 @@ class VampPrior(Part):
         encoder: the guide, amortized and continuous, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
         pseudo_data: initial :math:`u_k`, ``(K, *data)``, such as some rows of the data; they are trained.
 
-    Source: Tomczak and Welling 2018, "VAE with a VampPrior", equation 9. There the pseudo-data of images stay in
-    [0, 1]; here they are free.
+    Source: Tomczak and Welling 2018, "VAE with a VampPrior", equation 9. There images stay in [0, 1]; not here.
 
     >>> from pyro_vae import guides, networks
     >>> encoder = guides.DiagonalNormal(3, 2, networks.mlp([8]))

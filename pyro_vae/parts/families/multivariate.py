@@ -81,8 +81,7 @@ class LowRankNormal(_Vector):
 class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
     """Pyro's, with full precision where the scales are small compared with W.
 
-    The squared distance is a difference of two large terms. In float32 they cancel to noise at a ratio of 1:1000, so it
-    is computed in float64.
+    The squared distance is a difference of large terms, which in float32 cancel to noise at a ratio of 1:1000.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
