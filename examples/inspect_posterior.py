@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
             num_simulations=args.simulations,
         )
         texts.append(f"{name.upper()}\n{inspection}\n")
-        print(f"{texts[-1]}{page}\n", flush=True)
+        print(texts[-1], flush=True)
         log_p = inspection.evidence.log_evidence.mean().item()
         found[name] = {"faults": inspection.faults, "warnings": inspection.warnings, "log_p": log_p}
         trees[name] = pv.to_datatree(
@@ -99,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
             history=fitted,
             constant_data={"label": test.labels[:20]},
         )
+    print("Pages:", *(f"{args.out / name.replace(' ', '_')}.html" for name in pairs))
     figures = {"forest": forest(trees, count=1)}
     named = {name.replace(" ", "_"): tree for name, tree in trees.items()}
     common.save(args, {"guides": found, "history": fitted.history}, figures, named, "\n".join(texts))
