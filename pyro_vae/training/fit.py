@@ -97,10 +97,8 @@ def fit(
         batch_size: rows per step, in a new random order in each epoch; all N if left out. Mini-batches subsample the
             data plate, see :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
-        elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
-            ``config_enumerate(guide)``.
-        validation: held-out data of the same form, evaluated at the end of each epoch. Networks stay in the mode
-            (training or evaluation) that they are in.
+        elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
+        validation: held-out data of the same form, evaluated after each epoch; networks stay in training or evaluation mode.
         transform: function of the rows of each data tensor, such as :func:`pyro_vae.datasets.pixels.resample` for
             bytes; it must return new tensors. It is called once per step, which model and guide share, once with the
             validation data, and a few times before training as a check.
@@ -189,8 +187,7 @@ def evaluate(
     Args:
         model: a Pyro model.
         guide: its guide; must be amortized to take data that it was not trained on.
-        data: as for :func:`fit`.
-        elbo: as for :func:`fit`; enumerated latents are summed over exactly.
+        data, elbo: as for :func:`fit`; enumerated latents are summed over exactly.
         num_samples: how many draws of the latents to average over.
         plate: name of the data plate.
         seed: of the draws.

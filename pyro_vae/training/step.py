@@ -20,7 +20,6 @@ __all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "metrics_row"]
 
 BatchContext = Callable[..., AbstractContextManager[tuple[Any, ...]]]
 """From the inputs of a step to a context that returns the arguments of model and guide."""
-
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 """From parameters to their optimizer."""
 

@@ -24,6 +24,8 @@ from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
 
+_PLACE = "<tensor>"
+
 
 class SVI:
     """Stochastic variational inference, with the interface of ``pyro.infer.SVI``.
@@ -32,8 +34,7 @@ class SVI:
     for each. A step whose loss or gradient is not finite raises an error and changes nothing.
 
     Args:
-        model: a Pyro model.
-        guide: its guide.
+        model, guide: a Pyro model and its guide.
         optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``.
         loss: any ELBO of ``pyro.infer`` or of :mod:`pyro_vae.objectives`.
         compile: whether to capture the step as a graph and replay it compiled. Tensors among the arguments of
@@ -102,9 +103,6 @@ class SVI:
         """Compute the loss without updating parameters."""
         self._evaluator.keywords = kwargs
         return float(self._evaluator.loss(*args))
-
-
-_PLACE = "<tensor>"
 
 
 @dataclass(frozen=True)
