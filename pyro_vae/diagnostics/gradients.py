@@ -27,6 +27,10 @@ from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 
+_BUDGET = 2**22  # numbers in the largest tensor of one chunk
+_WARM_UP = 50  # estimates from which a running average learns before the first that counts
+_EFFECTIVE = 20  # effective number of estimates that a parameter needs to be tested
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -151,8 +155,8 @@ def compare(
 ) -> Comparison:
     """Run each estimator many times at the present parameters and compare it with the gradient of its target.
 
-    A running average learns from one estimate to the next, as in training, also from some estimates before the first
-    that counts; its state is restored at the end. The network of a baseline is not trained here: train it first.
+    A running average learns from one estimate to the next, also from some before the first that counts; its state is
+    restored at the end. The network of a baseline is not trained here: train it first.
 
     Args:
         estimators: by name.
@@ -190,8 +194,7 @@ def exact_gradient(
     .. math:: \nabla\,\mathbb{E}_{z_1, \dots, z_K \sim q}\Big[\log \frac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}\Big]
 
     Args:
-        model: a Pyro model with discrete latents.
-        guide: its guide.
+        model, guide: a Pyro model with discrete latents, and its guide.
         data: arguments of both.
         num_draws: K; 1 for the ELBO.
         plate: name of the data plate.
@@ -238,9 +241,6 @@ def exact_gradient(
             if gradient is not None:
                 gradients[name] += gradient
     return gradients
-
-
-_BUDGET = 2**22  # numbers in the largest tensor of one chunk
 
 
 def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, ...]:
@@ -318,9 +318,6 @@ def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> d
     return {name.replace("$$$", "."): value for name, value in found.items()}
 
 
-_WARM_UP = 50  # estimates from which a running average learns before the first that counts
-
-
 def _estimates(
     estimator: Estimator, parameters: dict[str, Tensor], data: tuple[Tensor, ...], repeats: int, averaged: int
 ) -> Tensor:
@@ -355,9 +352,6 @@ def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = ["all (a parameter)" if part == "all" else part for part in parts]
     columns = {part: [index for index, other in enumerate(parts) if other == part] for part in dict.fromkeys(parts)}
     return {"all": torch.arange(len(parts)), **{part: torch.tensor(own) for part, own in columns.items()}}
-
-
-_EFFECTIVE = 20  # effective number of estimates that a parameter needs to be tested
 
 
 def measure(estimates: Tensor, target: Tensor) -> Measured:

@@ -111,10 +111,9 @@ def inference_gap(
 ) -> InferenceGap:
     r"""Compute the gap between log p(x) and the ELBO for each datum, and split it into approximation and amortization.
 
-    The model is fixed. Each datum gets its own free parameters of q. They start at the guide's values and maximize the
-    ELBO of that datum with Adam, on pathwise gradients without the score, or on the exact sum over discrete latents.
-    The guide of a :class:`pyro_vae.VAE` is refined in the raw outputs of its encoder, any other guide in the parameters
-    of its distributions.
+    The model is fixed. Each datum gets its own free parameters of q: the raw outputs of the encoder of a
+    :class:`pyro_vae.VAE`, or the parameters of distributions. They start at the guide's values and maximize the ELBO of
+    that datum with Adam, on pathwise gradients without the score, or on the exact sum over discrete latents.
 
     log p(x) is exact if :mod:`pyro_vae.exact` can compute it; the ELBOs are exact if it or a closed form can. Otherwise
     log p(x) is importance-weighted from q*, in expectation a lower bound, and so are the gap and the approximation. If

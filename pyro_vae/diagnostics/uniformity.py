@@ -66,10 +66,7 @@ def _limits(num: int, cells: int, pointwise: float) -> tuple[np.ndarray, np.ndar
 
 
 def _probability_within(lower: np.ndarray, upper: np.ndarray, num: int, cells: int) -> float:
-    """The probability that all counts are within limits.
-
-    The numbers per cell are independent Poisson variables, given that they sum to ``num``.
-    """
+    """The probability that all counts are within limits: cells have independent Poisson numbers, given their sum."""
     from scipy.stats import poisson
 
     if (lower > upper).any():

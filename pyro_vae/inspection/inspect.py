@@ -116,8 +116,7 @@ def inspect(
     holds the numbers of rows used.
 
     Args:
-        model: a Pyro model with all sites in one data plate, the rightmost dimension.
-        guide: its guide.
+        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
         data: the arguments of both.
         num_samples: draws per datum for log p(x).
         num_simulations: data drawn from the model for the calibration.

@@ -56,14 +56,12 @@ def report(
 
     Args:
         path: path of the page, such as ``"report.html"``. An existing file is replaced, once the new page is complete.
-        model: a Pyro model with all sites in one data plate, the rightmost dimension.
-        guide: its guide.
+        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
         data: the arguments of both, best held-out data. Images come first.
         title: title of the page.
         history: the history of :class:`pyro_vae.Fitted`, for training curves.
         labels: whole numbers, ``(N,)``, for a map of the latent space.
-        image_shape: height and width, if the first observed site is an image with values in [0, 1]; for
-            reconstructions and samples.
+        image_shape: height and width of images in [0, 1] at the first observed site, for reconstructions and samples.
         pictures: further figures, by the question that each one answers.
         plate: name of the data plate.
         seed: seed of all draws.
@@ -75,8 +73,7 @@ def report(
     Raises:
         TypeError, ValueError: before any computation, if labels, image shape, history or pictures do not have the form
             above; and the errors of :func:`pyro_vae.inspect`.
-        FileNotFoundError, IsADirectoryError, PermissionError: before any computation, if no file can be written at the
-            path.
+        FileNotFoundError, IsADirectoryError, PermissionError: before any computation, if the path cannot be written.
 
     >>> import tempfile
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors

@@ -13,10 +13,10 @@ from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
-__all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
-
 if TYPE_CHECKING:
     import pandas as pd
+
+__all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
 _MAX_NAMED = 16  # quantities in a legend
 
@@ -162,14 +162,12 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
         raise ValueError(f"`table` must be a result of `pv.compare_evidence`, got {got}")
     ax = axes_or_new(ax)
     handles: dict[str, Any] = {}
-    names = []
+    names: list[str] = []
     for row, (name, entry) in enumerate(table.iterrows()):
         middle, colour = float(entry["difference"]), "black" if row == 0 else "tab:blue"
         unreliable = entry["unreliable"] > 0
-        for column, width, label in (
-            ("difference_error", 1.5, "± one standard error"),
-            ("difference_monte_carlo_error", 5.0, "part of it due to the draws"),
-        ):
+        bars = ("difference_error", 1.5, "± one standard error"), (needed[3], 5.0, "part of it due to the draws")
+        for column, width, label in bars:
             error = float(entry[column])
             if error > 0:
                 ends = [middle - error, middle + error]

@@ -50,8 +50,7 @@ def manifold(decode: Callable[[Tensor], Tensor], shape: Shape, size: int = 15, a
     """Which image does each point of a latent space with two standard normal dimensions decode to?
 
     Args:
-        decode: function from codes ``(S, 2)`` to mean images ``(S, height * width)``, such as
-            ``lambda z: vae.decode(z).mean``.
+        decode: from codes ``(S, 2)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``.
         shape: height and width of an image.
         size: images per row and column, at the quantiles 1/(2 size), ... of the prior.
         ax: axes to draw on.
@@ -86,13 +85,11 @@ def traversals(
     If nothing changes in a row, the decoder ignores that coordinate.
 
     Args:
-        decode: function from codes ``(S, D)`` to mean images ``(S, height * width)``, such as
-            ``lambda z: vae.decode(z).mean``.
+        decode: from codes ``(S, D)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``.
         z: ``(D,)``, the code to vary: that of a datum, such as ``vae.encode(x[:1]).mean[0]``, or the mean of the prior.
         shape: height and width of an image.
-        values: values of the coordinate, one per column. -3 to 3 cover a standard normal prior,
-            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))`` are its quantiles, and a binary latent has 0
-            and 1.
+        values: values of the coordinate, one per column. -3 to 3 cover a standard normal prior, whose quantiles are
+            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))``; a binary latent has 0 and 1.
         coordinates: the coordinates to vary, one per row; by default all.
         ax: axes to draw on.
 
@@ -185,8 +182,7 @@ def samples(
         generate: function from a count to images ``(count, height * width)``: ``vae.generate`` for draws of x, or
             ``lambda count: vae.generate(count, mean=True)`` for the means of p(x | z), which look better than draws.
         shape: height and width of an image.
-        count: number of images.
-        columns: images per row.
+        count, columns: number of images, in all and per row.
         seed: seed of the draws.
         ax: axes to draw on.
 

@@ -77,8 +77,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     legend is the gap :math:`\mathrm{KL}(q \Vert p)` in nats, if :func:`pyro_vae.exact.kl` can compute it.
 
     Args:
-        model: a Pyro model with one latent site.
-        guide: its guide.
+        model, guide: a Pyro model with one latent site, and its guide.
         datum: one row of the data, ``(1, *data_shape)``.
         ax: axes to draw on.
 

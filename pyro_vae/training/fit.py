@@ -98,7 +98,7 @@ def fit(
             data plate, see :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
         elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
-        validation: held-out data of the same form, evaluated after each epoch; networks stay in training or evaluation mode.
+        validation: held-out data of the same form, evaluated after each epoch; networks stay in the mode that they have.
         transform: function of the rows of each data tensor, such as :func:`pyro_vae.datasets.pixels.resample` for
             bytes; it must return new tensors. It is called once per step, which model and guide share, once with the
             validation data, and a few times before training as a check.
