@@ -80,8 +80,7 @@ class ModelGuide:
     ):
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
-        self.data = data_tensors(data, name)
-        self.plate = plate
+        self.data, self.plate = data_tensors(data, name), plate
         self.transform: Transform | None = None
         self.take: Batcher = lambda rows: nullcontext(self.data)
         self._amortized: dict[str, bool] = {}
@@ -92,8 +91,7 @@ class ModelGuide:
             with preserve_rng_state():
                 self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
-        self.latents = latent_sites(self.model_trace)
-        self.observed = observed_sites(self.model_trace)
+        self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         drawn = latent_sites(self.guide_trace)
         self.auxiliary = [site for site in drawn if drawn[site]["infer"].get("is_auxiliary")]
@@ -118,8 +116,7 @@ class ModelGuide:
         autoguides alike. A model without may take slices of the data, only if every latent is local to the plate and
         the guide is amortized, so that a row's q(z | x) depends on that row alone.
 
-        A ``transform`` is called once for each batch, so that model and guide see the same rows. Random numbers are
-        those of the current stream.
+        A ``transform`` is called once for each batch, so that both see the same rows, in the current random stream.
 
         Raises:
             ValueError: if no way is right, with the reason and what to do.
@@ -305,11 +302,8 @@ def check_one_plate(
 ) -> None:
     """Raise if a site lies in other plates than one data plate, the rightmost dimension of its batch.
 
-    Args:
-        sites: owner, ``"model"`` or ``"guide"``, name and site.
-        plate: name of the data plate; that of the first site if left out.
-        size: rows of the plate; that of the first site if left out.
-        purpose: what needs that, for the message.
+    ``sites`` have owner, ``"model"`` or ``"guide"``, name and site. Name and ``size`` of the plate are those of the
+    first site if left out. ``purpose`` is what needs that, for the message.
     """
     for owner, name, site in sites:
         frames = [frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES]

@@ -42,9 +42,6 @@ class Graph:
         function: takes tensors and returns a sequence of tensors.
         inputs: an example of its arguments. Calls must have the same shapes, strides, dtypes and devices.
 
-    Attributes:
-        written: the tensors from outside that the function changes.
-
     Raises:
         CaptureError: if the function reads the value of a tensor, if its shapes depend on values, or if it draws random
             numbers from another source than torch's random state.
@@ -81,7 +78,7 @@ class Graph:
                 "another objective, or leave `compile` out"
             )
         written = {_address(tensor) for tensor in rollback.written}
-        self.written = [tensor for tensor in constants if _address(tensor) in written]
+        self.written = [tensor for tensor in constants if _address(tensor) in written]  # what the function changes
         self._constants = [tensor.detach() for tensor in constants]  # they share their memory with the originals
         self._run: Callable[..., Any] = self._module
 

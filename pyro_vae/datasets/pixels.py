@@ -46,8 +46,7 @@ def resample(x: Tensor) -> Tensor:
 
     As a ``transform``, it binarizes the rows of each batch again.
 
-    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5, after Salakhutdinov and
-    Murray 2008.
+    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5.
 
     >>> resample(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([0., 1.])

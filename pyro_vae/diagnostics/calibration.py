@@ -83,8 +83,7 @@ class Calibration:
             ``None`` if a latent is discrete, or for a single datum.
         divergence: unbiased estimate of
             :math:`\mathbb{E}_{p(x)}[\mathrm{KL}(q \Vert p(z|x)) + \mathrm{KL}(p(z|x) \Vert q)]`, in which log p(x)
-            cancels, in nats per datum. Errors of single data that cancel in the ranks, one q too narrow and another too
-            wide, add up here.
+            cancels, in nats per datum. Errors of single data that cancel in the ranks add up here.
         divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow.
         tolerance: the largest ratio of variances that is no fault.
         alpha: the probability of any false alarm.
@@ -159,8 +158,7 @@ class Calibration:
     def coverage(self, level: float) -> tuple[Tensor, Tensor]:
         """Compute how often the central interval of q at ``level`` contains the truth, and the standard error.
 
-        The ends of the interval are quantiles of the draws. If a truth and an end lie between the same two draws, the
-        truth counts in part.
+        The ends of the interval are quantiles of the draws. A truth between the two draws around an end counts in part.
 
         Returns:
             the share of truths, ``(Q,)``, which is ``level`` if q is exact, and its standard error, ``(Q,)``.
@@ -214,8 +212,7 @@ def calibrate(
     r"""Test a guide by simulation-based calibration, on data drawn from the model.
 
     Each simulation draws :math:`z^* \sim p(z)`, :math:`x^* \sim p(x \mid z^*)` and L times
-    :math:`z_l \sim q(z \mid x^*)`. The rank of a quantity f is :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`. If q is
-    the exact posterior, r is uniform.
+    :math:`z_l \sim q(z \mid x^*)`. The rank of a quantity f is :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`.
 
     A trained encoder is hardly ever exact, and enough simulations show it: the errors of its means are larger than its
     variances allow. That is a limit of the encoder and the family, which longer training does not remove.
@@ -239,20 +236,18 @@ def calibrate(
         num_draws: L for each datum, 10 or more.
         tolerance: the largest ratio of variances that is no fault, 1 or more.
         alpha: the probability of any false alarm if q is exact.
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
 
     Raises:
         ValueError: if the guide is not amortized, if the model has values of its own for each datum, if the data plate
             does not hold all sites, or if an observed value is not one of the data tensors, unchanged.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, fit, priors, guides, likelihoods, networks
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> x = vae.generate(200)
     >>> before = calibrate(vae.model, vae.guide, x)
-    >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
+    >>> fitted = fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
     >>> before.is_exact, calibrate(vae.model, vae.guide, x).faults
     (False, {})
     """

@@ -164,8 +164,7 @@ def compare(
         evaluations: runs of the decoder per datum that each estimate may cost: estimators with fewer draws are averaged
             over several estimates. If left out, each estimate costs what its estimator takes.
         repeats: number of estimates, 2 or more.
-        plate: name of the data plate.
-        seed: seed of the draws.
+        plate, seed: name of the data plate, and seed of the draws.
 
     Raises:
         TypeError: if ``estimators`` is no mapping from names to estimators.
@@ -225,8 +224,7 @@ def exact_gradient(
     q = GuideDensity(p)
     parameters = _parameters(model, guide, data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    # Two passes over chunks of states: first the densities of all states, then their gradients, each weighted with the
-    # derivative of the bound in its density.
+    # Two passes over chunks of states: first their densities, then the gradients, weighted by the bound's derivatives.
     with torch.no_grad():
         pieces = [(p.log_joint(values), q.log_prob(values)) for values in p.states()]
     log_joint, log_q = (torch.cat(piece).double() for piece in zip(*pieces, strict=True))  # (S, N)
@@ -270,13 +268,7 @@ def _slopes_of_chunk(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[
 
 
 def _run(
-    name: str,
-    estimator: Estimator,
-    data: tuple[Tensor, ...],
-    evaluations: int | None,
-    repeats: int,
-    plate: str,
-    seed: int,
+    name: str, estimator: Estimator, data: tuple[Tensor, ...], budget: int | None, repeats: int, plate: str, seed: int
 ) -> tuple[dict[str, Measured], int]:
     """Measure one estimator by group of parameters, and count the evaluations per estimate."""
     pair = estimator.target or (estimator.model, estimator.guide)
@@ -291,11 +283,9 @@ def _run(
         )
     p = ModelDensity(ModelGuide(pair[0], None, data, plate))
     cost = estimator.evaluations(p.num_states)
-    averaged = 1 if evaluations is None else evaluations // cost
+    averaged = 1 if budget is None else budget // cost
     if averaged < 1:
-        raise ValueError(
-            f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {evaluations}"
-        )
+        raise ValueError(f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {budget}")
     with seeded(seed):
         estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * p.num_data)
     if not estimates.isfinite().all():

@@ -117,8 +117,7 @@ def inference_gap(
 
     log p(x) is exact if :mod:`pyro_vae.exact` can compute it; the ELBOs are exact if it or a closed form can. Otherwise
     log p(x) is importance-weighted from q*, in expectation a lower bound, and so are the gap and the approximation. If
-    the refinement has not converged, the approximation is too large and the amortization too small by the same amount:
-    take more ``steps``.
+    the refinement has not converged, for want of ``steps``, the amortization is too small, the approximation too large.
 
     Args:
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
@@ -129,8 +128,7 @@ def inference_gap(
         lr: its learning rate, constant for half the steps and then decayed.
         num_particles: draws of continuous latents of each datum in a step.
         num_samples: K, draws of each datum for ELBOs without a closed form and for the importance-weighted log p(x).
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
         tolerance: tolerance of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`.
 
     Raises:

@@ -37,7 +37,6 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     Args:
         z: codes, ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, with jitter.
         labels: whole numbers, ``(N,)``.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if codes or labels have another type or shape.
@@ -79,7 +78,6 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     Args:
         model, guide: a Pyro model with one latent site, and its guide.
         datum: one row of the data, ``(1, *data_shape)``.
-        ax: axes to draw on.
 
     Raises:
         ValueError: if there is more than one row, or the latent has more variables.

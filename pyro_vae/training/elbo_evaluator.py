@@ -19,18 +19,13 @@ __all__ = ["ElboEvaluator"]
 
 
 class ElboEvaluator:
-    """An ELBO of a model and guide that keeps the traces of its last evaluation.
-
-    Attributes:
-        keywords: keyword arguments of model and guide, besides the arguments of an evaluation.
-        traces: the (model, guide) traces of the last evaluation, one pair for each particle that is not in a plate.
-    """
+    """An ELBO of a model and guide that keeps the traces of its last evaluation."""
 
     def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str | None = None):
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
-        self.keywords: dict[str, Any] = {}
-        self.traces: list[tuple[Trace, Trace]] = []
+        self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
+        self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
 
     def loss(self, *args: Any) -> Any:
         """Compute the loss: a number, or a tensor during a capture."""

@@ -169,19 +169,15 @@ class Loop:
 class Batches:
     """The rows of each batch of an epoch: all N in random order, or in one batch that holds them in order.
 
-    Attributes:
-        context: turns the rows of a batch into the arguments of model and guide.
-        per_epoch: number of batches.
-        first: the numbers of the first rows of the data, as many as a batch has.
-        order: random state that the order of the current epoch is drawn from.
+    ``context`` turns the rows of a batch into the arguments of model and guide.
     """
 
     def __init__(self, context: BatchContext, num_data: int, batch_size: int, seed: int, device: torch.device):
         self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
-        self.per_epoch = -(-num_data // batch_size)
-        self.first = torch.arange(batch_size, device=device)
+        self.per_epoch = -(-num_data // batch_size)  # number of batches
+        self.first = torch.arange(batch_size, device=device)  # the first rows of the data, as many as a batch has
         self._generator = torch.Generator().manual_seed(seed)
-        self.order = self._generator.get_state()
+        self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
     def remaining(self, done: int) -> Sequence[Tensor]:
         """Return the row numbers of each batch of the current epoch, without the first ``done`` batches."""
@@ -301,10 +297,7 @@ class RunCheckpoints:
 
 
 class DeferredInterrupt:
-    """Let Ctrl-C end the run after the current step; a second one raises ``KeyboardInterrupt`` at once.
-
-    Only in the main thread, and where the user has no handler of their own.
-    """
+    """Let Ctrl-C end the run after the step, a second one at once; in the main thread, without a user's handler."""
 
     def __init__(self) -> None:
         self.pressed = self._installed = False
