@@ -46,7 +46,8 @@ def resample(x: Tensor) -> Tensor:
 
     As a ``transform``, it binarizes the rows of each batch again.
 
-    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5.
+    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", section 5, after Salakhutdinov and
+    Murray 2008.
 
     >>> resample(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([0., 1.])

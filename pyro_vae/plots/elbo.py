@@ -123,8 +123,8 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     further down and to the left. At a rate of 0 the code contains no information, whatever the ELBO.
 
     Args:
-        models: by name, in nats per datum: objects with ``rate`` and ``distortion`` as keys or attributes, or pairs.
-            Numbers with a ``value`` and a ``standard_error`` are drawn with error bars.
+        models: by name, in nats per datum: results of :func:`pyro_vae.evaluate`, objects with ``rate`` and
+            ``distortion`` as keys or attributes, or pairs. A ``value`` with a ``standard_error`` has error bars.
 
     Raises:
         TypeError, ValueError: if there are no models, or one has no finite rate and distortion, or a surrogate's.

@@ -155,12 +155,14 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
         raise ValueError(f"`table` must be a result of `pv.compare_evidence`, got {got}")
     ax = axes_or_new(ax)
     handles: dict[str, Any] = {}
-    names: list[str] = []
+    names = []
     for row, (name, entry) in enumerate(table.iterrows()):
         middle, colour = float(entry["difference"]), "black" if row == 0 else "tab:blue"
         unreliable = entry["unreliable"] > 0
-        bars = ("difference_error", 1.5, "± one standard error"), (needed[3], 5.0, "part of it due to the draws")
-        for column, width, label in bars:
+        for column, width, label in (
+            ("difference_error", 1.5, "± one standard error"),
+            ("difference_monte_carlo_error", 5.0, "part of it due to the draws"),
+        ):
             error = float(entry[column])
             if error > 0:
                 ends = [middle - error, middle + error]

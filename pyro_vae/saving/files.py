@@ -16,7 +16,7 @@ class FileFormatError(ValueError):
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file. At each moment, the path has either the new content or what it had before.
 
-    Raise ``ValueError`` for a folder or a device, ``FileNotFoundError`` without the folder, or ``OSError``.
+    Raise ``ValueError`` for a folder or a device, ``FileNotFoundError`` without the folder, ``OSError`` on a full disk.
     """
     path = file_path(path, "path")
     if not path.parent.is_dir():

@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
         tensors: by name. A tensor with two names is written once, and shared again when read; a slice is written alone.
 
     Raises:
-        ValueError: if the header or a tensor cannot be written; and errors of :func:`write_file`.
+        ValueError: if the header or a tensor cannot be written; and errors of ``write_file``.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and the tensors, on the CPU, of a file of this kind that :func:`write` wrote.
 
-    Raise ``FileFormatError`` if it is damaged, or of another program, kind or version; and as :func:`read_file`.
+    Raise ``FileFormatError`` if it is damaged, or of another program, kind or version; and as ``read_file``.
     """
     content, name = read_file(path, kind), repr(os.fspath(path))
     if content.startswith(b"pyro_vae file, version 1,"):
