@@ -112,7 +112,7 @@ def inspect(
 
     :func:`pyro_vae.log_evidence` tests how good the model is, :func:`pyro_vae.decompose` what the ELBO consists of,
     :func:`pyro_vae.inference_gap` how much the guide loses and why, and :func:`pyro_vae.calibrate` whether q(z | x) can
-    be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded by default, see ``num_data`` of the result.
+    be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded, see :attr:`Inspection.num_data`.
 
     Args:
         model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
