@@ -1,8 +1,7 @@
 """One door: a Pyro model and its guide on their data, run once, and what that run shows.
 
-Training, evaluation, exact answers, evidence, diagnostics and export start from a :class:`ModelGuide`. It has the sites
-of the pair by their role, the way in which rows are taken, and every check of whether model and guide are a pair: once,
-with one wording.
+Training, evaluation, exact answers, evidence, diagnostics and export start from a :class:`ModelGuide`: the sites by
+their role, the way in which rows are taken, and every check of whether model and guide are a pair.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,24 +26,14 @@ from pyro_vae.distributions.missing import accepts_missing, check_missing, first
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
 __all__ = [
-    "Batcher",
-    "ModelGuide",
-    "RunError",
-    "Transform",
-    "autoguide_follows_subsample",
-    "check_one_plate",
-    "check_same_latents",
-    "is_amortized",
-    "trace_pair",
-    "transformed",
-]
+    "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
+    "check_same_latents", "is_amortized", "trace_pair", "transformed",
+]  # fmt: skip
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
 """From the rows of each data tensor to the rows that model and guide run on."""
-
 Batcher = Callable[[Tensor], Any]
 """From row numbers to a context manager that yields the arguments of model and guide for these rows."""
-
 Site = dict[str, Any]
 Sites = dict[str, Site]
 
@@ -91,8 +80,7 @@ class ModelGuide:
     ):
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
-        self.data = data_tensors(data, name)
-        self.plate = plate
+        self.data, self.plate = data_tensors(data, name), plate
         self.transform: Transform | None = None
         self.take: Batcher = lambda rows: nullcontext(self.data)
         self._amortized: dict[str, bool] = {}
@@ -103,8 +91,7 @@ class ModelGuide:
             with preserve_rng_state():
                 self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
-        self.latents = latent_sites(self.model_trace)
-        self.observed = observed_sites(self.model_trace)
+        self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         drawn = latent_sites(self.guide_trace)
         self.auxiliary = [site for site in drawn if drawn[site]["infer"].get("is_auxiliary")]
@@ -129,8 +116,7 @@ class ModelGuide:
         autoguides alike. A model without may take slices of the data, only if every latent is local to the plate and
         the guide is amortized, so that a row's q(z | x) depends on that row alone.
 
-        A ``transform`` is called once for each batch, so that model and guide see the same rows. Random numbers are
-        those of the current stream.
+        A ``transform`` is called once for each batch, so that both see the same rows, in the current random stream.
 
         Raises:
             ValueError: if no way is right, with the reason and what to do.
@@ -255,10 +241,7 @@ class ModelGuide:
             )
 
     def is_amortized(self, owner: str, data: tuple[Tensor, ...] | None = None) -> bool:
-        """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone.
-
-        It is found once: what holds on the data of the pair holds on ``data``, such as held-out rows, as well.
-        """
+        """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone; found once."""
         if not self._amortized.get(owner):
             run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
             self._amortized[owner] = is_amortized(run, data or self.data, self.plate, trace)
@@ -295,12 +278,7 @@ class RunError(ValueError):
 
 
 def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
-    """Run a guide, then its model at the guide's draws, and return both traces, the model's first.
-
-    Raises:
-        RunError: if one of them does not run.
-        ValueError: if the guide observes data.
-    """
+    """Run a guide, then its model at its draws; return the traces, the model's first. Raise if the guide observes."""
     with torch.no_grad(), pyro.validation_enabled():
         guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
         observed = observed_sites(guide_trace).items()
@@ -324,11 +302,8 @@ def check_one_plate(
 ) -> None:
     """Raise if a site lies in other plates than one data plate, the rightmost dimension of its batch.
 
-    Args:
-        sites: owner, ``"model"`` or ``"guide"``, name and site.
-        plate: name of the data plate; that of the first site if left out.
-        size: rows of the plate; that of the first site if left out.
-        purpose: what needs that, for the message.
+    ``sites`` have owner, ``"model"`` or ``"guide"``, name and site. Name and ``size`` of the plate are those of the
+    first site if left out. ``purpose`` is what needs that, for the message.
     """
     for owner, name, site in sites:
         frames = [frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES]
@@ -357,12 +332,7 @@ def check_same_latents(latents: Sites, drawn: Sites, fewer: bool = False, more: 
 
 
 def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[Tensor, ...]:
-    """Apply a transform to the rows of each data tensor.
-
-    Raises:
-        TypeError: if it is no function, or does not return tensors.
-        ValueError: if it changes its rows in place, or returns another number of rows or tensors.
-    """
+    """Apply a transform to the rows of each data tensor; raise if it changes them in place, or their number."""
     if transform is None:
         return rows
     expected = "`transform` must be a function that returns a tensor for each data tensor, as `pv.datasets.binarize`"
@@ -429,10 +399,7 @@ def _sliced(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None)
 
 @contextmanager
 def autoguide_follows_subsample(guide: Function) -> Iterator[None]:
-    """Let an autoguide's plates take any subsample; Pyro fixes their size at that of the first call.
-
-    Other guides, and autoguides with ``create_plates`` of their own, are not changed.
-    """
+    """Let an autoguide without ``create_plates`` take any subsample; Pyro fixes the size at that of the first call."""
     if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
         yield
         return
@@ -516,10 +483,9 @@ def _check_slicing(pair: ModelGuide) -> None:
 def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
-    The rows are run twice: as they are, and in reverse with the first row many times over. At the same values of the
-    latents every row must have the same density in both runs. The parameters, known from ``trace``, are shifted by
-    noise for it, since equal ones do not distinguish rows. Autoguides are judged by their plates. Above
-    10,000 rows, that many of them are compared, evenly spread.
+    The rows (at most 10,000, evenly spread) are run twice: as they are, and in reverse with the first row many times
+    over. At the same latents every row must have the same density in both runs. The parameters, known from ``trace``,
+    are shifted by noise, since equal ones do not distinguish rows. Autoguides are judged by their plates.
     """
     step = -(-len(data[0]) // _MAX_ROWS)
     rows = tuple(tensor[::step] for tensor in data)

@@ -14,13 +14,10 @@ __all__ = ["ModuleTensors", "buffers_kept"]
 
 
 class ModuleTensors:
-    """Parameters and buffers of modules that functions are, are bound to, or run.
+    """Parameters and buffers of modules that functions, such as a model and a guide, are, are bound to, or run.
 
-    The modules are found when a function runs, not in its code: they may be in closures, globals, handlers of Pyro or
-    objects of any class.
+    The modules are found when a function runs, not in its code: they may be in closures, globals, handlers, objects.
 
-    Args:
-        functions: functions such as a model and a guide.
 
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> tensors = ModuleTensors()

@@ -45,7 +45,6 @@ def rollback_params_on_error() -> Iterator[None]:
 
 Registered = dict[str, tuple[nn.Module, str, Tensor]]
 """Modules by name, each with the name and value of one of its parameters."""
-
 _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 
 
@@ -53,10 +52,8 @@ _registered: ContextVar[tuple[Registered, bool]] = ContextVar("registered")
 def module_registry(modules: Registered, known: bool) -> Iterator[None]:
     """Make :func:`register` add modules to a dict inside the block.
 
-    Args:
-        modules: the dict, by name.
-        known: whether to register only one parameter of the modules in the dict: a loop knows the others from its first
-            step, and one is enough for Pyro's ELBOs to find that there are parameters.
+    With ``known``, it registers one parameter of each module in the dict: a loop knows the others from its first step,
+    and one is enough for Pyro's ELBOs to find that there are parameters.
     """
     token = _registered.set((modules, known))
     try:
@@ -66,12 +63,9 @@ def module_registry(modules: Registered, known: bool) -> Iterator[None]:
 
 
 def register(name: str, module: nn.Module) -> None:
-    """Register the parameters of a module with Pyro, each once, as ``pyro.module(name, module)`` does.
+    """Register parameters, each once, as ``pyro.module(name, module)`` does, without its warnings of frozen ones.
 
-    Unlike ``pyro.module``, it ignores frozen parameters without a warning at every step.
-
-    Raises:
-        ValueError: if another module has the same name, whose parameters would be trained in place of these.
+    Raise if another module has the same name, whose parameters would be trained in place of these.
     """
     modules, known = _registered.get(({}, False))
     if known and name in modules and modules[name][0] is module:

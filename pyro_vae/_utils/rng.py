@@ -36,9 +36,6 @@ def seeded(seed: int) -> Iterator[None]:
     ...     second = torch.rand(3)
     >>> torch.equal(first, second)
     True
-
-    Raises:
-        ValueError: if it is no integer from 0 to 2^32 - 1.
     """
     seed = seed_number(seed)
     with preserve_rng_state():

@@ -7,6 +7,5 @@ __all__ = ["Function", "Shape"]
 
 Function = Callable[..., Any]
 """A Pyro model or guide."""
-
 Shape = int | Sequence[int]
 """The size of a vector, or the shape of an array."""

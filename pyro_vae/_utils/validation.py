@@ -19,6 +19,7 @@ __all__ = [
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
 _LARGEST_SEED = 2**32 - 1  # the largest seed of NumPy
+_BLOCK = 2**22  # numbers that are tested at once
 
 
 def describe(value: object) -> str:
@@ -179,9 +180,6 @@ def real_tensor(value: Any, name: str, expected: str) -> Tensor:
             f"{_in_words(name)} must be {expected}, dense: `x.to_dense()`, got {describe(value)}, {value.layout}"
         )
     return value
-
-
-_BLOCK = 2**22  # numbers that are tested at once
 
 
 def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:

@@ -22,8 +22,7 @@ class CapturableAdam(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them.
         lr: :math:`\eta`, kept in a tensor whose value may change between steps.
-        betas: :math:`\beta_1, \beta_2`.
-        eps: :math:`\epsilon`.
+        betas, eps: :math:`\beta_1, \beta_2` and :math:`\epsilon`.
 
     Source: Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1.
 
@@ -45,11 +44,8 @@ class CapturableAdam(torch.optim.Optimizer):
         number = {"dtype": torch.float64, "device": group["params"][0].device}
         group["lr"] = torch.tensor(float(group["lr"]), **number)
         powers = torch.tensor(group["betas"], **number)
-        corrections = {
-            "powers": powers,
-            "mean_correction": 1 / (1 - powers[0]),
-            "scale_correction": (1 - powers[1]).rsqrt(),
-        }
+        corrections = {"powers": powers, "mean_correction": 1 / (1 - powers[0])}
+        corrections["scale_correction"] = (1 - powers[1]).rsqrt()
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter).detach() for name in ("mean", "square")}
             self.state[parameter] = moments | corrections

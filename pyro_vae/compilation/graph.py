@@ -42,9 +42,6 @@ class Graph:
         function: takes tensors and returns a sequence of tensors.
         inputs: an example of its arguments. Calls must have the same shapes, strides, dtypes and devices.
 
-    Attributes:
-        written: the tensors from outside that the function changes.
-
     Raises:
         CaptureError: if the function reads the value of a tensor, if its shapes depend on values, or if it draws random
             numbers from another source than torch's random state.
@@ -81,7 +78,7 @@ class Graph:
                 "another objective, or leave `compile` out"
             )
         written = {_address(tensor) for tensor in rollback.written}
-        self.written = [tensor for tensor in constants if _address(tensor) in written]
+        self.written = [tensor for tensor in constants if _address(tensor) in written]  # what the function changes
         self._constants = [tensor.detach() for tensor in constants]  # they share their memory with the originals
         self._run: Callable[..., Any] = self._module
 
@@ -127,11 +124,7 @@ class CompiledFunction:
         self._graphs: dict[InputSignature, Graph | None] = {}
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Return the function's results.
-
-        Raises:
-            CaptureError: if the function cannot be captured, or its graph gives other numbers.
-        """
+        """Return the function's results; raise if it cannot be captured, or its graph gives other numbers."""
         signature = input_signature(inputs)
         if signature not in self._graphs:
             self._graphs[signature] = None
@@ -213,24 +206,14 @@ _VALUE_READS = {
 
 _TORCH_CALLERS = ("torch.fx.", "torch._tensor", "torch.functional", "torch.overrides")
 """Modules between the code that reads a value and the function that it calls for that."""
-
 _LOSS_SUMS = ("pyro.infer.", "pyro_vae.objectives.particle_elbo")
 """Modules that take the value of a loss only to sum and return it."""
-
 _CHECKS = (
-    "pyro.util",
-    "pyro.infer.",
-    "pyro.poutine.",
-    "torch.distributions.distribution",
-    "pyro_vae._utils.validation",
-    "pyro_vae.datasets",
-    "pyro_vae.distributions",
-    "pyro_vae.objectives.importance_weighted",
-    "pyro_vae.objectives.particles",
-    "pyro_vae.objectives.score_function",
-    "pyro_vae.parts.base",
-    "pyro_vae.parts.families",
-)
+    "pyro.util", "pyro.infer.", "pyro.poutine.", "torch.distributions.distribution",
+    "pyro_vae._utils.validation", "pyro_vae.datasets", "pyro_vae.distributions",
+    "pyro_vae.objectives.importance_weighted", "pyro_vae.objectives.particles", "pyro_vae.objectives.score_function",
+    "pyro_vae.parts.base", "pyro_vae.parts.families",
+)  # fmt: skip
 """Modules that read values only to warn or raise: their operations are otherwise the same on all data."""
 
 _DICE = "pyro.infer.util"
@@ -274,7 +257,6 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 _aten = torch.ops.aten
-
 _UNDECLARED_WRITES = dict.fromkeys(
     (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
 )

@@ -60,15 +60,10 @@ def _unrolled_matmul(a: Tensor, b: Tensor) -> Tensor | None:
     if rows <= _FEW:
         return torch.stack([(row[:, None] * b).sum(0) for row in a])
     if a.stride(1) == 1:
-        if not _is_whole(a):
-            return None
+        if not (a.is_contiguous() and a.numel() > 1 and a.untyped_storage().nbytes() == a.nbytes):
+            return None  # it does not fill its storage
         a = _stored(a)
     return torch.stack([(a * column).sum(1) for column in b.t()], 1)
-
-
-def _is_whole(x: Tensor) -> bool:
-    """Whether ``x`` is contiguous and fills its storage."""
-    return x.is_contiguous() and x.numel() > 1 and x.untyped_storage().nbytes() == x.nbytes
 
 
 def _stored(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The private interfaces of torch that the package uses: they are imported here and nowhere else.
 
-A new version of torch may change them without notice. ``pyproject.toml`` therefore bounds the version of torch, and the
-tests of this chapter run for each version in these bounds.
+A new version of torch may change them. ``pyproject.toml`` therefore bounds it, and tests run for each version allowed.
 """
 
 import logging
@@ -22,24 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # sees each operatio
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
 
 __all__ = [
-    "FakeTensor",
-    "TorchDispatchMode",
-    "TreeSpec",
-    "compile_graph",
-    "disable_proxy_modes_tracing",
-    "forced_compiling_flag",
-    "is_compiler_missing",
-    "make_fx",
-    "onednn_linear",
-    "operation_schema",
-    "tree_flatten",
+    "FakeTensor", "TorchDispatchMode", "TreeSpec", "compile_graph", "disable_proxy_modes_tracing",
+    "forced_compiling_flag", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema", "tree_flatten",
     "tree_unflatten",
-]
+]  # fmt: skip
 
-_OPTIONS: dict[str, Any] = {
-    "fallback_random": True,  # draws the random numbers of the eager step
-    "size_asserts": False,
-}
+_OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
 
 _CPU_OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,  # calls one kernel after the other without Python; for CUDA it needs headers torch lacks

@@ -20,25 +20,15 @@ _UNSIGNED_BYTES, _MAX_DIMS = 0x08, 8
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A published file and its checksums.
+    """A published file and its checksums."""
 
-    Attributes:
-        name: without ``.gz``.
-        compressed: SHA-256 of the gzip file on the mirrors.
-        content: SHA-256 of the file after decompression.
-    """
-
-    name: str
-    compressed: str
-    content: str
+    name: str  # without .gz
+    compressed: str  # SHA-256 of the gzip file on the mirrors
+    content: str  # SHA-256 of the file after decompression
 
 
 def find(file: RemoteFile, folder: str | Path) -> Path:
-    """Return the path of a file in a folder, compressed or not.
-
-    Raises:
-        FileNotFoundError: if it does not exist; the message names it.
-    """
+    """Return the path of a file in a folder, compressed or not; raise, with its name, if it does not exist."""
     for path in (Path(folder) / f"{file.name}.gz", Path(folder) / file.name):
         if path.is_file():
             return path
@@ -49,11 +39,7 @@ def find(file: RemoteFile, folder: str | Path) -> Path:
 def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attempts: int = 2) -> Path:
     """Return the path of the compressed file in the cache; download it if it is not there, or is damaged.
 
-    Args:
-        file: the file.
-        mirrors: URLs of folders, tried in turn.
-        cache: folder for the file.
-        attempts: number of attempts with each mirror.
+    The mirrors, URLs of folders, are tried in turn, each ``attempts`` times.
 
     Raises:
         OSError: if no mirror gives the file with the published checksum; the message has the error of each.
@@ -78,13 +64,10 @@ def download(file: RemoteFile, mirrors: Sequence[str], cache: str | Path, attemp
 def read(path: str | Path, content: str | None = None) -> Tensor:
     """Return the array in an IDX file of unsigned bytes, compressed with gzip (``.gz``) or not.
 
-    Args:
-        path: the file.
-        content: SHA-256 that the decompressed file must have; not checked if left out.
+    ``content`` is the SHA-256 that the decompressed file must have; it is not checked if left out.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is corrupted, truncated or of another format; the message names it.
+        FileNotFoundError, ValueError: with its name, if it is missing, corrupted, truncated or of another format.
 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "two-labels"

@@ -78,8 +78,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
         :func:`resample` to :func:`pyro_vae.fit` as ``transform``.
 
     Raises:
-        FileNotFoundError: if a file is missing in the folder; the message names it.
-        ValueError: if a file is truncated or corrupted; the message names it.
+        FileNotFoundError, ValueError: if a file is missing, truncated or corrupted; the message names it.
         OSError: if no mirror gives a file; the message has the error of each.
 
     Source: LeCun, Cortes and Burges 1998, "The MNIST database of handwritten digits".

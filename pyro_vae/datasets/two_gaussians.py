@@ -16,7 +16,6 @@ __all__ = ["TwoGaussians", "two_gaussians"]
 class TwoGaussians(Dataset):
     r"""Draws from :math:`z \sim \mathrm{Bernoulli}(1/2),\ x \mid z \sim N(\pm(1, 1), s^2 I)`.
 
-    The true density and posterior are known.
 
     Attributes:
         x: ``(N, 2)``.

@@ -33,9 +33,7 @@ class AggregatePosterior:
     """The mixture of q(z | x_n) over the N data of a model and a guide."""
 
     def __init__(self, q: GuideDensity):
-        self.p = q.p
-        self.q = q
-        self.num_data = q.p.num_data
+        self.p, self.q, self.num_data = q.p, q, q.p.num_data
         self.factors = q.factors()  # computed once, if no latent site depends on another
         width = sum(site["fn"].event_shape.numel() for site in q.sites.values())
         self.chunk = max(1, _BUDGET // (self.num_data * max(16, width)))
@@ -43,9 +41,8 @@ class AggregatePosterior:
     def at_draws(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
         """Evaluate q at draws ``(K, N, *event)``, row n from q(z | x_n).
 
-        Returns:
-            log q(z | x_n), log q(z), and log q(z) without datum n, stacked, ``(3, K, N)``; and for each site the
-            mutual information of each variable and n, summed over draws, ``(V,)``.
+        Return log q(z | x_n), log q(z), and log q(z) without datum n, stacked, ``(3, K, N)``; and for each site the
+        mutual information of each variable and n, summed over draws, ``(V,)``.
         """
         count = len(next(iter(values.values())))
         flat = {name: value.flatten(0, 1)[:, None] for name, value in values.items()}
@@ -67,12 +64,7 @@ class AggregatePosterior:
         return torch.stack([own, aggregate, others]), information
 
     def over_states(self) -> tuple[LogDensities, dict[str, Tensor]]:
-        """Sum over all states of discrete latents.
-
-        Returns:
-            the exact expectation of each log-density for each datum, ``(1, N)``; and for each site the mutual
-            information of each variable and n, ``(V,)``.
-        """
+        """Sum over all states of discrete latents, for exact expectations ``(1, N)`` in place of draws."""
         total = torch.stack([self.p.zeros()] * 5)
         information: dict[str, Tensor] = {}
         for values in self.p.states():

@@ -35,9 +35,11 @@ __all__ = ["ALL", "JOINT", "Calibration", "CalibrationErrors", "calibrate"]
 
 JOINT = "log p(x, z)"
 """The name of the one quantity that depends on the data."""
-
 ALL = "all coordinates"
 """The key of the faults that all coordinates have in common."""
+
+_BATCH = 128  # rows for which the guide's network runs once
+_EFFECTIVE = 20  # effective number of data that a coordinate needs to count in the overall errors
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ class Calibration:
             ``None`` if a latent is discrete, or for a single datum.
         divergence: unbiased estimate of
             :math:`\mathbb{E}_{p(x)}[\mathrm{KL}(q \Vert p(z|x)) + \mathrm{KL}(p(z|x) \Vert q)]`, in which log p(x)
-            cancels, in nats per datum. Errors of single data that cancel in the ranks, one q too narrow and another too
-            wide, add up here.
+            cancels, in nats per datum. Errors of single data that cancel in the ranks add up here.
         divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow.
         tolerance: the largest ratio of variances that is no fault.
         alpha: the probability of any false alarm.
@@ -144,10 +145,9 @@ class Calibration:
     def ecdf_difference(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Compare the empirical distribution function (ECDF) of a quantity's ranks with the uniform one.
 
-        If q is exact, all quantities stay within their bands with probability 1 - ``alpha``.
-
         Returns:
-            points u, the ECDF at u minus u, the lower and the upper edge of its band, ``(L,)`` each.
+            points u, the ECDF at u minus u, the lower and the upper edge of its band, ``(L,)`` each. If q is exact, all
+            quantities stay within their bands with probability 1 - ``alpha``.
         """
         cells = self.num_draws + 1
         points = np.arange(1, cells) / cells
@@ -158,14 +158,10 @@ class Calibration:
     def coverage(self, level: float) -> tuple[Tensor, Tensor]:
         """Compute how often the central interval of q at ``level`` contains the truth, and the standard error.
 
-        The ends of the interval are quantiles of the draws. If a truth and an end lie between the same two draws, the
-        truth counts in part.
+        The ends of the interval are quantiles of the draws. A truth between the two draws around an end counts in part.
 
         Returns:
             the share of truths, ``(Q,)``, which is ``level`` if q is exact, and its standard error, ``(Q,)``.
-
-        Raises:
-            ValueError: if ``level`` is no float between 0 and 1.
         """
         if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 1:
             raise ValueError(f"`level` must be a number between 0 and 1, such as 0.9, got {level!r}")
@@ -187,10 +183,9 @@ class Calibration:
 
 
 def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) -> list[str]:
-    """Describe errors (ratio, error of its logarithm, bias, its error) that exceed the tolerance.
+    """Describe a ratio (with the error of its logarithm) and a bias that exceed the tolerance by ``z_score`` errors.
 
-    They exceed it by more than ``z_score`` standard errors. The tolerated bias costs as many nats, in both KL
-    divergences together, as the tolerated ratio of variances.
+    The tolerated bias costs as many nats, in both KL divergences together, as the tolerated ratio of variances.
     """
     ratio, log_ratio_error, bias, bias_error = errors
     found = []
@@ -217,19 +212,17 @@ def calibrate(
     r"""Test a guide by simulation-based calibration, on data drawn from the model.
 
     Each simulation draws :math:`z^* \sim p(z)`, :math:`x^* \sim p(x \mid z^*)` and L times
-    :math:`z_l \sim q(z \mid x^*)`. The rank of a quantity f is :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`. If q is
-    the exact posterior, r is uniform.
+    :math:`z_l \sim q(z \mid x^*)`. The rank of a quantity f is :math:`r = \#\{l : f(z_l, x^*) < f(z^*, x^*)\}`.
 
     A trained encoder is hardly ever exact, and enough simulations show it: the errors of its means are larger than its
     variances allow. That is a limit of the encoder and the family, which longer training does not remove.
     :attr:`Calibration.faults` therefore lists only deviations that the ranks make certain **and** that training should
-    have removed: another variance, or another mean, the same for all data, would raise the ELBO on the given data, by
-    more than a factor of ``tolerance``. Where training has converged there are none, whatever the ranks are.
+    have removed: another variance or mean, the same for all data, would raise the ELBO on the given data, by more than
+    a factor of ``tolerance``.
 
     The default tolerance :math:`\sqrt 2` is half way, on a log scale, between a sound q and a q of half the variance,
     whose factor is 2. At :math:`\sqrt 2` an interval of 90 % of a normal covers 83 %, and the two KL divergences add up
-    to 0.06 nats per dimension; at 2 it covers 76 %, at 0.25 nats. With ``tolerance=1`` all deviations of the ranks are
-    faults.
+    to 0.06 nats per dimension; at 2 it covers 76 %, at 0.25 nats. At 1 all deviations of the ranks are faults.
 
     All results are averages over data, in which a few data with a wrong q can be hidden.
     :func:`pyro_vae.exact.inference.kl` has the KL divergence of each datum, where there is an exact answer.
@@ -243,20 +236,18 @@ def calibrate(
         num_draws: L for each datum, 10 or more.
         tolerance: the largest ratio of variances that is no fault, 1 or more.
         alpha: the probability of any false alarm if q is exact.
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
 
     Raises:
         ValueError: if the guide is not amortized, if the model has values of its own for each datum, if the data plate
             does not hold all sites, or if an observed value is not one of the data tensors, unchanged.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, fit, priors, guides, likelihoods, networks
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
     >>> x = vae.generate(200)
     >>> before = calibrate(vae.model, vae.guide, x)
-    >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
+    >>> fitted = fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
     >>> before.is_exact, calibrate(vae.model, vae.guide, x).faults
     (False, {})
     """
@@ -275,19 +266,11 @@ def calibrate(
         ]
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
         elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
-    p_values = [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]
-    return Calibration(
-        names=_names(pair),
-        ranks=results.ranks,
-        num_draws=num_draws,
-        p_values=torch.tensor(p_values).double(),
-        errors=_simulation_errors(results, num_draws),
-        elbo_corrections=elbo_corrections,
-        divergence=results.excess.mean().item(),
-        divergence_error=results.excess.std().item() / num_simulations**0.5,
-        tolerance=float(tolerance),
-        alpha=alpha,
-    )
+    p_values = torch.tensor([p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]).double()
+    errors, tolerance = _simulation_errors(results, num_draws), float(tolerance)
+    divergence, error = results.excess.mean().item(), results.excess.std().item() / num_simulations**0.5
+    tests = (_names(pair), results.ranks, num_draws, p_values, errors, elbo_corrections)
+    return Calibration(*tests, divergence, error, tolerance, alpha)
 
 
 def _check_arguments(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
@@ -369,9 +352,6 @@ def _source_tensor(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
     return found[0]
 
 
-_BATCH = 128  # rows for which the guide's network runs once
-
-
 def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Tensor, ...], Values]]:
     for first in range(0, len(data[0]), _BATCH):
         rows = slice(first, first + _BATCH)
@@ -431,9 +411,6 @@ def _names(pair: ModelGuide) -> tuple[str, ...]:
     return (*names, JOINT)
 
 
-_EFFECTIVE = 20  # effective number of data that a coordinate needs to count in the overall errors
-
-
 def _simulation_errors(results: SimulationResults, num_draws: int) -> CalibrationErrors:
     """Compare the distances of the truth from the mean of the draws with the variance of the draws."""
     num, errors, variances = len(results.errors), results.errors, results.variances
@@ -489,17 +466,14 @@ def _gradients(p: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
 def _with_overall(
     ratio: Tensor, influence: Tensor, bias: Tensor, bias_error: Tensor, reliable: Tensor
 ) -> CalibrationErrors:
-    """Add the overall errors, over the reliable coordinates.
-
-    The error of the overall ratio is the spread over data of the influence ``(N, D)`` averaged over coordinates, since
-    the errors of the coordinates may be correlated.
-    """
+    """Add the overall errors, over the reliable coordinates. The influence of each datum on a ratio is ``(N, D)``."""
     log_ratio_error = influence.std(0) / len(influence) ** 0.5
     overall = (1.0, 0.0, 0.0, 0.0)
     if reliable.any():
         chance = float((bias_error[reliable] ** 2).mean())
         size = max(float((bias[reliable] ** 2).mean()) - chance, 0.0) ** 0.5
         error = float((bias * bias_error)[reliable].norm()) / int(reliable.sum()) / size if size else 0.0
+        # The errors of the coordinates may be correlated: take the spread over data of the mean influence.
         ratio_error = float(influence[:, reliable].mean(1).std()) / len(influence) ** 0.5
         mean_ratio = math.exp(float(ratio[reliable].log().mean()))
         overall = (mean_ratio, ratio_error, size, max(error, (chance / len(bias)) ** 0.5))

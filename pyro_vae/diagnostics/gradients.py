@@ -27,6 +27,10 @@ from pyro_vae.objectives.particle_elbo import ParticleELBO
 
 __all__ = ["Comparison", "Estimator", "Measured", "compare", "exact_gradient", "measure"]
 
+_BUDGET = 2**22  # numbers in the largest tensor of one chunk
+_WARM_UP = 50  # estimates from which a running average learns before the first that counts
+_EFFECTIVE = 20  # effective number of estimates that a parameter needs to be tested
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -151,8 +155,8 @@ def compare(
 ) -> Comparison:
     """Run each estimator many times at the present parameters and compare it with the gradient of its target.
 
-    A running average learns from one estimate to the next, as in training, also from some estimates before the first
-    that counts; its state is restored at the end. The network of a baseline is not trained here: train it first.
+    A running average learns from one estimate to the next, also from some before the first that counts; its state is
+    restored at the end. The network of a baseline is not trained here: train it first.
 
     Args:
         estimators: by name.
@@ -160,8 +164,7 @@ def compare(
         evaluations: runs of the decoder per datum that each estimate may cost: estimators with fewer draws are averaged
             over several estimates. If left out, each estimate costs what its estimator takes.
         repeats: number of estimates, 2 or more.
-        plate: name of the data plate.
-        seed: seed of the draws.
+        plate, seed: name of the data plate, and seed of the draws.
 
     Raises:
         TypeError: if ``estimators`` is no mapping from names to estimators.
@@ -190,8 +193,7 @@ def exact_gradient(
     .. math:: \nabla\,\mathbb{E}_{z_1, \dots, z_K \sim q}\Big[\log \frac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}\Big]
 
     Args:
-        model: a Pyro model with discrete latents.
-        guide: its guide.
+        model, guide: a Pyro model with discrete latents, and its guide.
         data: arguments of both.
         num_draws: K; 1 for the ELBO.
         plate: name of the data plate.
@@ -222,8 +224,7 @@ def exact_gradient(
     q = GuideDensity(p)
     parameters = _parameters(model, guide, data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    # Two passes over chunks of states: first the densities of all states, then their gradients, each weighted with the
-    # derivative of the bound in its density.
+    # Two passes over chunks of states: first their densities, then the gradients, weighted by the bound's derivatives.
     with torch.no_grad():
         pieces = [(p.log_joint(values), q.log_prob(values)) for values in p.states()]
     log_joint, log_q = (torch.cat(piece).double() for piece in zip(*pieces, strict=True))  # (S, N)
@@ -238,9 +239,6 @@ def exact_gradient(
             if gradient is not None:
                 gradients[name] += gradient
     return gradients
-
-
-_BUDGET = 2**22  # numbers in the largest tensor of one chunk
 
 
 def _slopes(log_joint: Tensor, log_q: Tensor, num_draws: int) -> tuple[Tensor, ...]:
@@ -270,13 +268,7 @@ def _slopes_of_chunk(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[
 
 
 def _run(
-    name: str,
-    estimator: Estimator,
-    data: tuple[Tensor, ...],
-    evaluations: int | None,
-    repeats: int,
-    plate: str,
-    seed: int,
+    name: str, estimator: Estimator, data: tuple[Tensor, ...], budget: int | None, repeats: int, plate: str, seed: int
 ) -> tuple[dict[str, Measured], int]:
     """Measure one estimator by group of parameters, and count the evaluations per estimate."""
     pair = estimator.target or (estimator.model, estimator.guide)
@@ -291,11 +283,9 @@ def _run(
         )
     p = ModelDensity(ModelGuide(pair[0], None, data, plate))
     cost = estimator.evaluations(p.num_states)
-    averaged = 1 if evaluations is None else evaluations // cost
+    averaged = 1 if budget is None else budget // cost
     if averaged < 1:
-        raise ValueError(
-            f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {evaluations}"
-        )
+        raise ValueError(f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {budget}")
     with seeded(seed):
         estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * p.num_data)
     if not estimates.isfinite().all():
@@ -316,9 +306,6 @@ def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> d
     if len(owners) == 1:  # of one module, such as a VAE: its own names of its parameters
         return {name.rpartition("$$$")[2]: value for name, value in found.items()}
     return {name.replace("$$$", "."): value for name, value in found.items()}
-
-
-_WARM_UP = 50  # estimates from which a running average learns before the first that counts
 
 
 def _estimates(
@@ -355,9 +342,6 @@ def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = ["all (a parameter)" if part == "all" else part for part in parts]
     columns = {part: [index for index, other in enumerate(parts) if other == part] for part in dict.fromkeys(parts)}
     return {"all": torch.arange(len(parts)), **{part: torch.tensor(own) for part, own in columns.items()}}
-
-
-_EFFECTIVE = 20  # effective number of estimates that a parameter needs to be tested
 
 
 def measure(estimates: Tensor, target: Tensor) -> Measured:

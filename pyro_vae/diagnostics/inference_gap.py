@@ -111,15 +111,13 @@ def inference_gap(
 ) -> InferenceGap:
     r"""Compute the gap between log p(x) and the ELBO for each datum, and split it into approximation and amortization.
 
-    The model is fixed. Each datum gets its own free parameters of q. They start at the guide's values and maximize the
-    ELBO of that datum with Adam, on pathwise gradients without the score, or on the exact sum over discrete latents.
-    The guide of a :class:`pyro_vae.VAE` is refined in the raw outputs of its encoder, any other guide in the parameters
-    of its distributions.
+    The model is fixed. Each datum gets its own free parameters of q: the raw outputs of the encoder of a
+    :class:`pyro_vae.VAE`, or the parameters of distributions. They start at the guide's values and maximize the ELBO of
+    that datum with Adam, on pathwise gradients without the score, or on the exact sum over discrete latents.
 
     log p(x) is exact if :mod:`pyro_vae.exact` can compute it; the ELBOs are exact if it or a closed form can. Otherwise
     log p(x) is importance-weighted from q*, in expectation a lower bound, and so are the gap and the approximation. If
-    the refinement has not converged, the approximation is too large and the amortization too small by the same amount:
-    take more ``steps``.
+    the refinement has not converged, for want of ``steps``, the amortization is too small, the approximation too large.
 
     Args:
         model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
@@ -130,8 +128,7 @@ def inference_gap(
         lr: its learning rate, constant for half the steps and then decayed.
         num_particles: draws of continuous latents of each datum in a step.
         num_samples: K, draws of each datum for ELBOs without a closed form and for the importance-weighted log p(x).
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
         tolerance: tolerance of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`.
 
     Raises:

@@ -19,18 +19,14 @@ __all__ = ["refine"]
 
 Build = Callable[[list[Tensor]], Any]
 """A function from parameters to a distribution."""
-
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
 
 
 def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Function:
     """Train free parameters for each datum on its ELBO, starting from the guide's, and return the refined guide.
 
-    Draws come from the current random stream. Model and guide are not changed.
-
-    Raises:
-        ValueError: if the guide is no product of latents whose distributions can be rebuilt from free parameters.
-        FloatingPointError: if a gradient is not finite.
+    Draws come from the current random stream. Raise ``ValueError`` if the guide is no product of latents whose
+    distributions can be rebuilt from free parameters, and ``FloatingPointError`` if a gradient is not finite.
     """
     families = _families(q)
     parameters = {name: start for name, (start, _) in families.items()}

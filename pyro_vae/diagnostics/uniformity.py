@@ -34,8 +34,7 @@ def simultaneous_band(num: int, cells: int, level: float) -> tuple[np.ndarray, n
 def p_value(numbers: np.ndarray, cells: int) -> float:
     """Compute the p-value of the hypothesis that integers are uniform on 0, ..., ``cells`` - 1.
 
-    The statistic is the least likely count, as in :func:`simultaneous_band`. The p-value is exact for any number of
-    integers; below 1e-12 it is an upper bound.
+    It is exact (with the least likely count of :func:`simultaneous_band` as statistic); below 1e-12, an upper bound.
 
     >>> rng = np.random.default_rng(0)
     >>> p_value(rng.integers(0, 20, 500), 20) > 0.01, p_value(rng.binomial(19, 0.5, 500), 20) < 1e-9
@@ -66,10 +65,7 @@ def _limits(num: int, cells: int, pointwise: float) -> tuple[np.ndarray, np.ndar
 
 
 def _probability_within(lower: np.ndarray, upper: np.ndarray, num: int, cells: int) -> float:
-    """The probability that all counts are within limits.
-
-    The numbers per cell are independent Poisson variables, given that they sum to ``num``.
-    """
+    """The probability that all counts are within limits: cells have independent Poisson numbers, given their sum."""
     from scipy.stats import poisson
 
     if (lower > upper).any():

@@ -112,20 +112,17 @@ def inspect(
 
     :func:`pyro_vae.log_evidence` tests how good the model is, :func:`pyro_vae.decompose` what the ELBO consists of,
     :func:`pyro_vae.inference_gap` how much the guide loses and why, and :func:`pyro_vae.calibrate` whether q(z | x) can
-    be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded by default; ``num_data`` of the result
-    holds the numbers of rows used.
+    be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded, see :attr:`Inspection.num_data`.
 
     Args:
-        model: a Pyro model with all sites in one data plate, the rightmost dimension.
-        guide: its guide.
+        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
         data: the arguments of both.
         num_samples: draws per datum for log p(x).
         num_simulations: data drawn from the model for the calibration.
         max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
             spaced ones are used; if the guide is not amortized, all rows are used.
         max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way.
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
         progress: whether to show a progress bar; by default only on a terminal.
 
     Raises:
@@ -166,14 +163,10 @@ def inspect(
 
     nats = run_or_skip("nats", decompose, rows)
     gap = run_or_skip("gap", inference_gap, refined_rows, num_samples=num_samples)
-    return Inspection(
-        evidence=evidence,
-        nats=nats,
-        gap=None if gap is None else replace(gap, rows=refined_rows.to(data[0].device)),
-        calibration=run_or_skip("calibration", calibrate, num_simulations=num_simulations),
-        skipped=skipped,
-        num_data={"evidence": count, "nats": len(rows), "gap": len(refined_rows)},
-    )
+    gap = None if gap is None else replace(gap, rows=refined_rows.to(data[0].device))
+    calibration = run_or_skip("calibration", calibrate, num_simulations=num_simulations)
+    num_data = {"evidence": count, "nats": len(rows), "gap": len(refined_rows)}
+    return Inspection(evidence, nats, gap, calibration, skipped, num_data)
 
 
 def _evenly_spaced(count: int, most: int) -> Tensor:

@@ -51,22 +51,18 @@ def report(
     """Inspect a fitted model and guide, and write the results as one self-contained page of HTML.
 
     The page begins with the faults and warnings, or with the statement that no fault was found. Tables and pictures
-    follow: how good the model is, what the ELBO consists of, how much the guide loses, and whether q(z | x) can be
-    trusted.
+    follow: how good the model is, what the ELBO consists of, what the guide loses, whether q(z | x) can be trusted.
 
     Args:
         path: path of the page, such as ``"report.html"``. An existing file is replaced, once the new page is complete.
-        model: a Pyro model with all sites in one data plate, the rightmost dimension.
-        guide: its guide.
+        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
         data: the arguments of both, best held-out data. Images come first.
         title: title of the page.
         history: the history of :class:`pyro_vae.Fitted`, for training curves.
         labels: whole numbers, ``(N,)``, for a map of the latent space.
-        image_shape: height and width, if the first observed site is an image with values in [0, 1]; for
-            reconstructions and samples.
+        image_shape: height and width of images in [0, 1] at the first observed site, for reconstructions and samples.
         pictures: further figures, by the question that each one answers.
-        plate: name of the data plate.
-        seed: seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws.
         options: further arguments of :func:`pyro_vae.inspect`.
 
     Returns:
@@ -75,8 +71,7 @@ def report(
     Raises:
         TypeError, ValueError: before any computation, if labels, image shape, history or pictures do not have the form
             above; and the errors of :func:`pyro_vae.inspect`.
-        FileNotFoundError, IsADirectoryError, PermissionError: before any computation, if no file can be written at the
-            path.
+        FileNotFoundError, IsADirectoryError, PermissionError: before any computation, if the path cannot be written.
 
     >>> import tempfile
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
@@ -126,12 +121,8 @@ def _check_image(shape: Any, images: Tensor) -> None:
 def _render(**variables: Any) -> str:
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pyro_vae", "inspection"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    loader, strict = jinja2.PackageLoader("pyro_vae", "inspection"), jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True)
     return environment.get_template("report.html.jinja").render(variables)
 
 

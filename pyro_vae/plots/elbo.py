@@ -28,22 +28,18 @@ def training_curves(
     r"""Has training converged, does it overfit, and how large is the gap of the ELBO?
 
     The ELBO is the sum of -distortion and -rate; validation is dashed. A horizontal line is log p(x) of the trained
-    model. The arrow at the last epoch is the gap, the mean of :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))`
-    over the data.
+    model. The arrow at the last epoch is the gap, the mean :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))`.
 
     Args:
         history: the history of :class:`pyro_vae.Fitted`.
-        ax: axes to draw on.
         terms: the terms to draw. For images, draw the rate on separate axes: it is much smaller than the others.
         log_evidence: log p(x) of the training data under the trained model, in nats: ``(N,)`` from
-            :func:`pyro_vae.exact.log_evidence`, the :class:`pyro_vae.Evidence` from :func:`pyro_vae.log_evidence`, or
-            the mean. The ELBO of an epoch is the mean over its steps: it is the ELBO of one model only when the
-            parameters have stopped moving.
+            :func:`pyro_vae.exact.log_evidence`, the :class:`pyro_vae.Evidence`, or the mean. The ELBO of an epoch, a
+            mean over steps, is that of one model only when the parameters have stopped moving.
         validation_log_evidence: the same for the validation data.
 
     Raises:
-        TypeError, ValueError: if terms are unknown, log p(x) is not a finite number, or no ELBO is drawn that it can be
-            compared with. A surrogate is not a bound.
+        TypeError, ValueError: if terms are unknown, log p(x) is not a finite number, or no ELBO to compare it with.
 
     >>> history = {"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}
     >>> ax = training_curves(history, log_evidence=-0.7)
@@ -115,11 +111,9 @@ def _level(
             f"`{name}` must be left out unless the history has '{prefix}elbo' and the terms have 'elbo', got {has} in "
             f"the history and the terms {list(terms)}"
         )
-    if isinstance(given, Evidence):
-        return number(given.log_evidence.double().mean().item(), name), "log p(x), estimated"
-    if isinstance(given, Tensor):
-        return number(given.double().mean().item(), name), "log p(x)"
-    return number(given, name), "log p(x)"
+    values, kind = (given.log_evidence, ", estimated") if isinstance(given, Evidence) else (given, "")
+    mean = values.double().mean().item() if isinstance(values, Tensor) else values
+    return number(mean, name), f"log p(x){kind}"
 
 
 def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
@@ -129,14 +123,11 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     further down and to the left. At a rate of 0 the code contains no information, whatever the ELBO.
 
     Args:
-        models: by name, in nats per datum: results of :func:`pyro_vae.evaluate`, other objects with ``rate`` and
-            ``distortion`` as keys or attributes, or pairs (rate, distortion). Numbers with a ``value`` and a
-            ``standard_error`` are drawn with error bars.
-        ax: axes to draw on.
+        models: by name, in nats per datum: results of :func:`pyro_vae.evaluate`, objects with ``rate`` and
+            ``distortion`` as keys or attributes, or pairs. A ``value`` with a ``standard_error`` has error bars.
 
     Raises:
-        TypeError, ValueError: if there are no models, or a model has no finite rate and distortion, or has those of a
-            surrogate, which do not add up to an ELBO.
+        TypeError, ValueError: if there are no models, or one has no finite rate and distortion, or a surrogate's.
 
     Source: Alemi, Poole, Fischer, Dillon, Saurous and Murphy 2018, "Fixing a broken ELBO", figure 1.
 

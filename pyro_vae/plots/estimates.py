@@ -13,10 +13,10 @@ from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
-__all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
-
 if TYPE_CHECKING:
     import pandas as pd
+
+__all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
 _MAX_NAMED = 16  # quantities in a legend
 
@@ -30,7 +30,6 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     Args:
         comparison: the result of :func:`pyro_vae.diagnostics.gradients.compare`.
         group: the group of parameters.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if ``comparison`` is something else, or no estimator has noise and a gradient.
@@ -81,10 +80,7 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
         evidence: the result of :func:`pyro_vae.log_evidence`.
         sort: whether to sort the data from the largest k̂ to the smallest, which shows the fraction above the
             threshold. By default they are in the order of the data.
-        ax: axes to draw on.
 
-    Raises:
-        TypeError: if ``evidence`` is something else.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, "Pareto smoothed importance sampling", on k̂ and its threshold.
 
@@ -138,10 +134,7 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
 
     Args:
         table: the result of :func:`pyro_vae.compare_evidence`.
-        ax: axes to draw on.
 
-    Raises:
-        TypeError, ValueError: if ``table`` is something else, or has no rows.
 
     >>> import torch, pyro_vae as pv
     >>> x = torch.randn(500, generator=torch.Generator().manual_seed(0))
@@ -202,10 +195,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
 
     Args:
         result: the result of :func:`pyro_vae.calibrate`.
-        ax: axes to draw on.
 
-    Raises:
-        TypeError: if ``result`` is something else.
 
     >>> import torch
     >>> from pyro_vae.diagnostics.calibration import CalibrationErrors

@@ -14,13 +14,12 @@ from pyro_vae.vae import VAE
 __all__ = ["image_grid", "manifold", "reconstructions", "samples", "traversals"]
 
 Shape = tuple[int, int]
+ToImages = Callable[[Tensor], Tensor]
+Generate = Callable[[int], Tensor]
 
 
 def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
     """Draw images ``(N, height, width)`` with values in [0, 1] in a grid, row by row, black on white.
-
-    Raises:
-        TypeError, ValueError: if the images are not such a tensor.
 
     >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
     (17, 26)
@@ -46,15 +45,13 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
 
 
 @torch.no_grad()
-def manifold(decode: Callable[[Tensor], Tensor], shape: Shape, size: int = 15, ax: Axes | None = None) -> Axes:
+def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = None) -> Axes:
     """Which image does each point of a latent space with two standard normal dimensions decode to?
 
     Args:
-        decode: function from codes ``(S, 2)`` to mean images ``(S, height * width)``, such as
-            ``lambda z: vae.decode(z).mean``.
+        decode: from codes ``(S, 2)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``.
         shape: height and width of an image.
         size: images per row and column, at the quantiles 1/(2 size), ... of the prior.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if ``decode`` is not a function, or returns images of another shape.
@@ -74,7 +71,7 @@ def manifold(decode: Callable[[Tensor], Tensor], shape: Shape, size: int = 15, a
 
 @torch.no_grad()
 def traversals(
-    decode: Callable[[Tensor], Tensor],
+    decode: ToImages,
     z: Tensor,
     shape: Shape,
     values: Sequence[float] | Tensor = (-3, -2, -1, 0, 1, 2, 3),
@@ -86,15 +83,12 @@ def traversals(
     If nothing changes in a row, the decoder ignores that coordinate.
 
     Args:
-        decode: function from codes ``(S, D)`` to mean images ``(S, height * width)``, such as
-            ``lambda z: vae.decode(z).mean``.
+        decode: from codes ``(S, D)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``.
         z: ``(D,)``, the code to vary: that of a datum, such as ``vae.encode(x[:1]).mean[0]``, or the mean of the prior.
         shape: height and width of an image.
-        values: values of the coordinate, one per column. -3 to 3 cover a standard normal prior,
-            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))`` are its quantiles, and a binary latent has 0
-            and 1.
+        values: values of the coordinate, one per column. -3 to 3 cover a standard normal prior, whose quantiles are
+            ``dist.Normal(0.0, 1.0).icdf(torch.linspace(0.05, 0.95, 7))``; a binary latent has 0 and 1.
         coordinates: the coordinates to vary, one per row; by default all.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if an argument has another type or shape, or a coordinate does not exist.
@@ -131,23 +125,16 @@ def traversals(
 
 @torch.no_grad()
 def reconstructions(
-    reconstruct: Callable[[Tensor], Tensor],
-    x: Tensor,
-    shape: Shape,
-    columns: int = 12,
-    seed: int = 0,
-    ax: Axes | None = None,
+    reconstruct: ToImages, x: Tensor, shape: Shape, columns: int = 12, seed: int = 0, ax: Axes | None = None
 ) -> Axes:
     """How well are images reconstructed from their codes? Each image is above the mean of p(x | z) at its code.
 
     Args:
         reconstruct: function from images ``(N, height * width)`` to means of the same shape: ``vae.reconstruct`` for
             one draw z ~ q(z | x), or ``lambda x: vae.decode(vae.encode(x).mean).mean`` for the mean of a normal q.
-        x: images, ``(N, height * width)``.
-        shape: height and width of an image.
+        x, shape: images, ``(N, height * width)``, and the height and width of one.
         columns: images per row.
         seed: seed of the draws.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if ``reconstruct`` is not a function, or images have another shape.
@@ -172,12 +159,7 @@ def reconstructions(
 
 @torch.no_grad()
 def samples(
-    generate: Callable[[int], Tensor],
-    shape: Shape,
-    count: int = 50,
-    columns: int = 10,
-    seed: int = 0,
-    ax: Axes | None = None,
+    generate: Generate, shape: Shape, count: int = 50, columns: int = 10, seed: int = 0, ax: Axes | None = None
 ) -> Axes:
     """Which images does the model generate, from codes that are drawn from the prior?
 
@@ -185,10 +167,8 @@ def samples(
         generate: function from a count to images ``(count, height * width)``: ``vae.generate`` for draws of x, or
             ``lambda count: vae.generate(count, mean=True)`` for the means of p(x | z), which look better than draws.
         shape: height and width of an image.
-        count: number of images.
-        columns: images per row.
+        count, columns: number of images, in all and per row.
         seed: seed of the draws.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if ``generate`` is not a function, or returns images of another shape or number.

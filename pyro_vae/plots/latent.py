@@ -37,7 +37,6 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     Args:
         z: codes, ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, with jitter.
         labels: whole numbers, ``(N,)``.
-        ax: axes to draw on.
 
     Raises:
         TypeError, ValueError: if codes or labels have another type or shape.
@@ -77,10 +76,8 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     legend is the gap :math:`\mathrm{KL}(q \Vert p)` in nats, if :func:`pyro_vae.exact.kl` can compute it.
 
     Args:
-        model: a Pyro model with one latent site.
-        guide: its guide.
+        model, guide: a Pyro model with one latent site, and its guide.
         datum: one row of the data, ``(1, *data_shape)``.
-        ax: axes to draw on.
 
     Raises:
         ValueError: if there is more than one row, or the latent has more variables.

@@ -21,17 +21,13 @@ __all__ = ["plate_diagram"]
 def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None, ax: Axes | None = None) -> Axes:
     """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.
 
-    Observed sites are filled. Deterministic sites have a dashed outline. ``pyro.render_model`` draws the same diagram
-    with Graphviz.
+    Observed sites are filled. Deterministic sites have a dashed outline. ``pyro.render_model`` uses Graphviz instead.
 
     Args:
         model: a Pyro model.
         data: the arguments of the model.
         guide: its guide; dashed arrows go from the observed sites to its latents.
-        ax: axes to draw on.
 
-    Raises:
-        TypeError: if model or guide is not a function.
 
     >>> import torch, pyro, pyro.distributions as dist
     >>> def model(x):

@@ -16,13 +16,7 @@ class FileFormatError(ValueError):
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file. At each moment, the path has either the new content or what it had before.
 
-    The content goes to a temporary file in the same folder, is flushed to the disk, and is moved to its place. After an
-    error or an interruption the temporary file is removed.
-
-    Raises:
-        ValueError: if the path is a folder or a device.
-        FileNotFoundError: if there is no such folder.
-        OSError: if the disk is full, or writing is not allowed.
+    Raise ``ValueError`` for a folder or a device, ``FileNotFoundError`` without the folder, ``OSError`` on a full disk.
     """
     path = file_path(path, "path")
     if not path.parent.is_dir():
@@ -38,12 +32,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> bytes:
-    """Return the content of a file; ``kind`` is what the file should be, for error messages.
-
-    Raises:
-        ValueError: if the path is a folder or a device.
-        FileNotFoundError: if there is no such file.
-    """
+    """Return the content of a file; raise if it is missing, or no file. ``kind`` is what it should be, for errors."""
     path = file_path(path, "path")
     if not path.exists():
         raise FileNotFoundError(f"`path` must be a {kind} file of pyro_vae: there is no file {str(path)!r}")

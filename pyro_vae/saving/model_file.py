@@ -2,15 +2,13 @@
 
 The comment at the end of the archive has the kind and version of the file, and a SHA-256 checksum of all bytes before.
 
-A pickle has the modules as they *are*: replaced layers, shared parameters, modes, buffers, frozen parameters, classes
-of any origin. A record of how each module was made would miss what is changed later.
+A pickle has the modules as they *are*; a record of how each one was made would miss what is changed later.
 
 What is guaranteed:
 
 - A file is written whole or not at all. Damage is found before anything else is read.
 - A file cannot run code. Every name in its pickle must be in the allow-list: modules of torch, zuko and pyro_vae, a few
-  plain types, and what the user lists in ``using``. Classes are created without their constructors, and only functions
-  that rebuild tensors and containers are called. :mod:`pyro_vae.saving.pickle_check` finds out without executing the
+  plain types, and what the user lists in ``using``. :mod:`pyro_vae.saving.pickle_check` finds out without executing the
   pickle. Then ``torch.load(weights_only=True)`` reads the file, and is given these names alone.
 - A file cannot claim more memory than it has bytes: no record is compressed, and no tensor is larger than the file.
   A loaded model can still take long, or need much memory, when it is *run*.
@@ -51,11 +49,7 @@ _PATTERN = re.compile(_COMMENT.format(r"(\d{1,9})", r"([0-9a-f]{64})\Z").encode(
 
 
 def save(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a module to a file. A file that is there is replaced.
-
-    Raises:
-        ValueError: if an attribute cannot be stored, such as a lambda; the message names it.
-    """
+    """Write a module to a file, or replace it; raise for an attribute, named, that cannot be stored (a lambda)."""
     content = _pickled(module)
     # An archive without a comment ends with the size 0.
     content = content[:-2] + struct.pack("<H", len(_COMMENT.format(_VERSION, "0" * 64)))
@@ -64,17 +58,11 @@ def save(path: str | os.PathLike[str], module: nn.Module) -> None:
 
 
 def load(path: str | os.PathLike[str], base: type[nn.Module], map_location: Any, using: Iterable[Any]) -> Any:
-    """Return the module in a file, an instance of ``base``.
-
-    Args:
-        path: the file.
-        base: class that the module must have.
-        map_location: where tensors go, as in ``torch.load``; the CPU if ``None``.
-        using: classes and functions of the user, found by their names.
+    """Return the module in a file, an instance of ``base``; ``map_location`` as in ``torch.load``, ``None`` is the CPU.
 
     Raises:
         FileFormatError: if the file is damaged, of another kind or version, or would call or allocate something.
-        ValueError: if it needs classes or functions that are not in ``using``.
+        ValueError: if it needs classes or functions of the user that are not in ``using``.
     """
     users = _by_name(using)
     content, name = read_file(path, "model"), repr(os.fspath(path))

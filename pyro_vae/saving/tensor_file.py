@@ -31,16 +31,13 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
     """Write a header and tensors. At each moment, the path has either the new file or what it had before.
 
     Args:
-        path: the file; its folder must exist. A file that is there is replaced.
+        path: the file, in a folder that exists.
         kind: what is in it, such as ``"checkpoint"``; :func:`read` checks it.
         header: what JSON can hold (tuples become lists), NaN and the infinities included.
-        tensors: by name. A tensor with two names is written once, and is shared again when it is read; a slice is
-            written without the rest of its memory.
+        tensors: by name. A tensor with two names is written once, and shared again when read; a slice is written alone.
 
     Raises:
-        ValueError: if the path is a folder or a device, or the header or a tensor cannot be written.
-        FileNotFoundError: if there is no such folder.
-        OSError: if the disk is full, or writing is not allowed.
+        ValueError: if the header or a tensor cannot be written; and errors of ``write_file``.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -70,10 +67,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and the tensors, on the CPU, of a file of this kind that :func:`write` wrote.
 
-    Raises:
-        FileFormatError: if the file is damaged, or of another program, kind or version. It is a ``ValueError``.
-        FileNotFoundError: if there is no such file.
-        ValueError: if the path is a folder or a device.
+    Raise ``FileFormatError`` if it is damaged, or of another program, kind or version; and as ``read_file``.
     """
     content, name = read_file(path, kind), repr(os.fspath(path))
     if content.startswith(b"pyro_vae file, version 1,"):

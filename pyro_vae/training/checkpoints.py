@@ -17,8 +17,7 @@ from pyro_vae.saving.tensor_file import read, write
 
 __all__ = ["Checkpoints", "misfits"]
 
-_KIND = "checkpoint"
-_KIND_OF_BEST = "best parameters"
+_KIND, _KIND_OF_BEST = "checkpoint", "best parameters"
 
 
 class Checkpoints:
@@ -30,8 +29,7 @@ class Checkpoints:
     Args:
         folder: is made if it does not exist.
         every_steps: number of steps between two checkpoints.
-        every_seconds: number of seconds between two checkpoints; 60 if neither is given. The end of the run writes one
-            in any case.
+        every_seconds: number of seconds between two; 60 if neither is given. The end of the run writes one in any case.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -48,9 +46,9 @@ class Checkpoints:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`folder` must be a folder, or a path to make one at, got the file {str(folder)!r}")
-        self.last = self.folder / "last.safetensors"
-        self.previous = self.folder / "previous.safetensors"
-        self.best = self.folder / "best.safetensors"
+        self.last, self.previous, self.best = (
+            self.folder / f"{name}.safetensors" for name in ("last", "previous", "best")
+        )
         self.every_steps = None if every_steps is None else positive_int(every_steps, "every_steps")
         default = 60.0 if every_steps is None else float("inf")
         self.every_seconds = default if every_seconds is None else positive(every_seconds, "every_seconds")
@@ -64,11 +62,7 @@ class Checkpoints:
 
     @classmethod
     def at(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
-        """Return checkpoints in a folder, or as they are. The folder is made, and cleared of half-written files.
-
-        Raises:
-            OSError: if nothing can be written there.
-        """
+        """Return checkpoints, made if a folder is given; make the folder, and clear it of half-written files."""
         checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
         try:
             checkpoints.folder.mkdir(parents=True, exist_ok=True)
@@ -86,19 +80,14 @@ class Checkpoints:
         if self.last.exists() and not self._damaged:
             os.replace(self.last, self.previous)
         write(self.last, _KIND, header, tensors)
-        self._damaged = False
-        self._written = time.monotonic()
+        self._damaged, self._written = False, time.monotonic()
 
     def save_best(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write the parameters of the best epoch."""
         write(self.best, _KIND_OF_BEST, header, tensors)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Return header and tensors of the newest checkpoint that can be read, or ``None`` if there is none.
-
-        Raises:
-            FileFormatError: if there are checkpoints, and none can be read.
-        """
+        """Return header and tensors of the newest readable checkpoint, or ``None``; raise if all are damaged."""
         errors: list[str] = []
         for path in (self.last, self.previous, self.folder / "last.ckpt"):  # the name before version 0.1.0
             if not path.exists():

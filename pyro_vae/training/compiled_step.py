@@ -19,6 +19,12 @@ from pyro_vae.training.step import BatchContext, Step, metrics_row
 
 __all__ = ["CapturedStep"]
 
+_FIRST_CHECKS = 3  # replays that are compared with an eager run
+_CHECK_EVERY = 1000  # replays between two later comparisons
+_REMEDY = (
+    "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
+)
+
 
 class CapturedStep(Step):
     """A :class:`pyro_vae.training.step.Step` that runs its first step eagerly, and replays graphs in all others.
@@ -53,11 +59,8 @@ class CapturedStep(Step):
     def diagnose_nonfinite(
         self, batch_context: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
     ) -> FloatingPointError:
-        """Find out why the last of the steps with inputs ``done`` was not finite, by an eager run of it.
-
-        ``rewind`` sets the random states to those before the first of these steps.
-        """
-        rewind()
+        """Find out, by an eager run, why the last of the steps with inputs ``done`` was not finite."""
+        rewind()  # to the random states before the first of these steps
         self._all_finite.zero_()  # the graphs then draw their random numbers and change nothing
         self.set_schedules(self.count - 1)
         self.tensors.note()
@@ -127,20 +130,11 @@ class CapturedStep(Step):
             return torch.cat([taken.to(row.dtype)[None], row[1:]])
 
 
-_FIRST_CHECKS = 3  # replays that are compared with an eager run
-_CHECK_EVERY = 1000  # replays between two later comparisons
-
-_REMEDY = (
-    "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
-)
-
-
 class _StepGraphs:
     """The graphs for inputs of one signature: of the step, and of the log-densities that it is checked by."""
 
     def __init__(self, step: CapturedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
-        self.owner = step
-        self.calls = 0
+        self.owner, self.calls = step, 0
         step.prepare_capture()
         found: list[_Sites] = []
 

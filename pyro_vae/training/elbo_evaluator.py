@@ -19,20 +19,13 @@ __all__ = ["ElboEvaluator"]
 
 
 class ElboEvaluator:
-    """An ELBO of a model and guide that keeps the traces of its last evaluation.
-
-    Without a data plate there are no terms per datum.
-
-    Attributes:
-        keywords: keyword arguments of model and guide, besides the arguments of an evaluation.
-        traces: the (model, guide) traces of the last evaluation, one pair for each particle that is not in a plate.
-    """
+    """An ELBO of a model and guide that keeps the traces of its last evaluation."""
 
     def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str | None = None):
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
-        self.keywords: dict[str, Any] = {}
-        self.traces: list[tuple[Trace, Trace]] = []
+        self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
+        self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
 
     def loss(self, *args: Any) -> Any:
         """Compute the loss: a number, or a tensor during a capture."""
@@ -71,7 +64,12 @@ class ElboEvaluator:
         if self.plate is None:
             return {}
         model_trace, guide_trace = self.traces[0]
-        site, frame = self._data_site(model_trace)
+        site, frame = next(
+            (site, frame)
+            for site in observed_sites(model_trace).values()
+            for frame in site["cond_indep_stack"]
+            if frame.name == self.plate
+        )
         terms = elbo_terms(self.traces, frame.full_size or frame.size)
         if terms is not None:
             return terms
@@ -85,15 +83,6 @@ class ElboEvaluator:
             for owner, trace in (("guide", guide_trace), ("model", model_trace)):
                 for name, site in (latent_sites(trace) | observed_sites(trace)).items():
                     yield owner, name, site
-
-    def _data_site(self, model_trace: Trace) -> tuple[dict[str, Any], Any]:
-        """Return an observed site in the data plate, and its frame for the plate."""
-        return next(
-            (site, frame)
-            for site in observed_sites(model_trace).values()
-            for frame in site["cond_indep_stack"]
-            if frame.name == self.plate
-        )
 
     @torch.no_grad()
     def first_nonfinite_site(self, rows: Tensor | None = None) -> str | None:

@@ -97,10 +97,8 @@ def fit(
         batch_size: rows per step, in a new random order in each epoch; all N if left out. Mini-batches subsample the
             data plate, see :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
-        elbo: any ELBO of ``pyro.infer``; ``Trace_ELBO()`` if left out. ``TraceEnum_ELBO`` needs
-            ``config_enumerate(guide)``.
-        validation: held-out data of the same form, evaluated at the end of each epoch. Networks stay in the mode
-            (training or evaluation) that they are in.
+        elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
+        validation: held-out data of the same form, evaluated after each epoch; networks stay in their mode.
         transform: function of the rows of each data tensor, such as :func:`pyro_vae.datasets.pixels.resample` for
             bytes; it must return new tensors. It is called once per step, which model and guide share, once with the
             validation data, and a few times before training as a check.
@@ -113,8 +111,7 @@ def fit(
         compile: whether to capture the step as one graph and compile it: the same numbers, many times faster, after
             some seconds in a C++ compiler. Model and guide must run the same operations in every step.
         clip_norm: largest norm of all gradients together; larger gradients are scaled down to it.
-        nonfinite: what to do with a step whose loss or gradient is not finite: ``"stop"``, or ``"skip"`` it; a hundred
-            skipped steps in a row stop the run too.
+        nonfinite: ``"stop"`` at a step whose loss or gradient is not finite, or ``"skip"`` it, up to 99 in a row.
         patience: number of epochs without a better validation ELBO after which training ends. The parameters are then
             those of the best epoch, also if ``epochs`` end first.
         callbacks: functions called at the end of each epoch with an :class:`pyro_vae.training.loop.Epoch`; training
@@ -132,12 +129,11 @@ def fit(
 
     Source: Kingma and Welling 2014; Hoffman et al. 2013, "Stochastic variational inference".
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
-    >>> x = pv.datasets.two_gaussians(200, seed=0).x
+    >>> from pyro_vae import VAE, datasets, priors, guides, likelihoods, networks
+    >>> x = datasets.two_gaussians(200, seed=0).x
     >>> net = networks.mlp([16])
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=1e-2)
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> fitted = fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=1e-2)
     >>> fitted.steps, sorted(fitted.history)
     (80, ['distortion', 'elbo', 'rate'])
     """
@@ -189,17 +185,14 @@ def evaluate(
     Args:
         model: a Pyro model.
         guide: its guide; must be amortized to take data that it was not trained on.
-        data: as for :func:`fit`.
-        elbo: as for :func:`fit`; enumerated latents are summed over exactly.
+        data, elbo: as for :func:`fit`; enumerated latents are summed over exactly.
         num_samples: how many draws of the latents to average over.
-        plate: name of the data plate.
-        seed: of the draws.
+        plate, seed: name of the data plate, and seed of the draws.
 
-    >>> import pyro_vae as pv
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, priors, guides, likelihoods, networks
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    >>> sorted(pv.evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> sorted(evaluate(vae.model, vae.guide, torch.randn(10, 2), num_samples=5))
     ['distortion', 'elbo', 'rate']
     """
     positive_int(num_samples, "num_samples")

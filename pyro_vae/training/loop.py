@@ -32,6 +32,8 @@ from pyro_vae.training.step import BatchContext, Step
 
 __all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints"]
 
+_SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -72,9 +74,8 @@ class Loop:
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
         self.checkpoints, self.state = checkpoints, RunState()
-        self._pending = PendingMetrics(batches.device)
+        self._pending, self._interrupt = PendingMetrics(batches.device), DeferredInterrupt()
         self._early_stopping = EarlyStopping(step, patience)
-        self._interrupt = DeferredInterrupt()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
@@ -168,19 +169,15 @@ class Loop:
 class Batches:
     """The rows of each batch of an epoch: all N in random order, or in one batch that holds them in order.
 
-    Attributes:
-        context: turns the rows of a batch into the arguments of model and guide.
-        per_epoch: number of batches.
-        first: the numbers of the first rows of the data, as many as a batch has.
-        order: random state that the order of the current epoch is drawn from.
+    ``context`` turns the rows of a batch into the arguments of model and guide.
     """
 
     def __init__(self, context: BatchContext, num_data: int, batch_size: int, seed: int, device: torch.device):
         self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
-        self.per_epoch = -(-num_data // batch_size)
-        self.first = torch.arange(batch_size, device=device)
+        self.per_epoch = -(-num_data // batch_size)  # number of batches
+        self.first = torch.arange(batch_size, device=device)  # the first rows of the data, as many as a batch has
         self._generator = torch.Generator().manual_seed(seed)
-        self.order = self._generator.get_state()
+        self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
     def remaining(self, done: int) -> Sequence[Tensor]:
         """Return the row numbers of each batch of the current epoch, without the first ``done`` batches."""
@@ -196,14 +193,8 @@ class Batches:
             self.order = self._generator.get_state()
 
 
-_SYNC_SECONDS = 0.2
-
-
 class PendingMetrics:
-    """Metrics of the latest steps that are still on the device: to read them waits for it, which is done rarely.
-
-    Besides them it has the rows of each of these steps, and the random states before the first of them.
-    """
+    """Metrics of the latest steps, not yet read from the device, with their rows and the random states before them."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -231,17 +222,10 @@ class PendingMetrics:
         return torch.stack([row.to(self.device) for row in self._metrics]).tolist() if self._metrics else []
 
 
-_MAX_CONSECUTIVE_SKIPS = 100
-
-
 def check_finite(
     step: Step, context: BatchContext, state: RunState, pending: PendingMetrics, table: list[list[float]]
 ) -> None:
-    """Count the pending steps that were not finite, by their metrics in ``table``.
-
-    Raises:
-        FloatingPointError: if there is one, and the run stops there or skipped 99 steps just before it.
-    """
+    """Count the pending steps that were not finite; raise at one, or at the hundredth in a row if they are skipped."""
     for index, metrics in enumerate(table):
         if metrics[0]:
             state.consecutive_skips = 0
@@ -280,10 +264,7 @@ class EarlyStopping:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: its state is written to their folder, and read back to resume.
-
-    They hold ``run_config`` too, the arguments that must be the same when the run is resumed, by name.
-    """
+    """The checkpoints of one run, with ``run_config``: the arguments that must be the same when it resumes, by name."""
 
     def __init__(self, checkpoints: Checkpoints, run_config: dict[str, Any]):
         self.due = checkpoints.due
@@ -300,11 +281,7 @@ class RunCheckpoints:
         self._checkpoints.save(header | {"run": self._run_config}, tensors)
 
     def resume(self, step: Step, batches: Batches, state: RunState) -> None:
-        """Set the run to the newest checkpoint, if there is one.
-
-        Raises:
-            ValueError: if it belongs to another run or model, with the names of what differs.
-        """
+        """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model."""
         contents = self._checkpoints.load()
         if contents is None:
             return
@@ -320,10 +297,7 @@ class RunCheckpoints:
 
 
 class DeferredInterrupt:
-    """Let Ctrl-C end the run after the current step; a second one raises ``KeyboardInterrupt`` at once.
-
-    Only in the main thread, and where the user has no handler of their own.
-    """
+    """Let Ctrl-C end the run after the step, a second one at once; in the main thread, without a user's handler."""
 
     def __init__(self) -> None:
         self.pressed = self._installed = False

@@ -70,8 +70,7 @@ def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedu
     """A repeated warm-up: in each period a straight line from ``start`` to ``end``, then ``end``.
 
     Args:
-        start: value at the beginning of each period.
-        end: value after the rise.
+        start, end: values at the beginning of each period and after the rise.
         period: number of steps of one cycle.
         rise: share of the period in which the value rises, above 0 and at most 1.
 
@@ -121,8 +120,7 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
 def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Schedule:
     """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, with one call of its ``step()`` per step.
 
-    The scheduler has its own optimizer, which trains nothing. The schedule is therefore a function of the step alone,
-    and a checkpoint holds no state of it.
+    The scheduler has its own optimizer, which trains nothing: a checkpoint therefore holds no state of it.
 
     Args:
         make: from an optimizer to its scheduler.

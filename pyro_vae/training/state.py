@@ -14,18 +14,11 @@ from pyro_vae.training.checkpoints import misfits
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
-    "RunState",
-    "data_fingerprint",
-    "discover_parameters",
-    "load_model_state",
-    "load_optimizer_state",
-    "load_run_state",
-    "model_state",
-    "optimizer_state",
-    "run_state",
-    "set_trainable_flags",
-    "trainable_flags",
-]
+    "RunState", "data_fingerprint", "discover_parameters", "load_model_state", "load_optimizer_state",
+    "load_run_state", "model_state", "optimizer_state", "run_state", "set_trainable_flags", "trainable_flags",
+]  # fmt: skip
+
+_ROWS = 1000  # an upper bound on the rows in a checksum
 
 
 @dataclass
@@ -49,10 +42,7 @@ Contents = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
-    """Collect all that a run resumes from, as a header of numbers and as named tensors.
-
-    The order of the current epoch is drawn from the random state ``order``.
-    """
+    """Collect all that a run resumes from; the order of the epoch is drawn from the random state ``order``."""
     random, streams = random_states()
     header = vars(state) | {"steps": step.count, "random": random, "trainable_flags": trainable_flags(step)}
     groups = {
@@ -67,11 +57,7 @@ def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
 def load_run_state(
     step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str
 ) -> Tensor:
-    """Set ``step`` and ``state`` to what :func:`run_state` returned, and return ``order``.
-
-    Raises:
-        ValueError: if the tensors, from the folder ``source``, belong to another model, with what differs.
-    """
+    """Set ``step`` and ``state`` to what :func:`run_state` returned; return ``order``. Raise if the model differs."""
     header, tensors = contents
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
     for path, tensor in tensors.items():
@@ -106,9 +92,6 @@ def discover_parameters(step: Step, batch_context: BatchContext, rows: Tensor) -
     """Let a step find its parameters and modules in a run that changes nothing."""
     with preserve_rng_state(), buffers_kept(), step.discard_gradients(), batch_context(rows) as arguments:
         step.backward(arguments, rows)
-
-
-_ROWS = 1000  # an upper bound on the rows in a checksum
 
 
 def data_fingerprint(data: Sequence[Tensor]) -> str:

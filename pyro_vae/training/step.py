@@ -20,7 +20,6 @@ __all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "metrics_row"]
 
 BatchContext = Callable[..., AbstractContextManager[tuple[Any, ...]]]
 """From the inputs of a step to a context that returns the arguments of model and guide."""
-
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 """From parameters to their optimizer."""
 
@@ -46,12 +45,6 @@ class Step:
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
         skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
         numbered: whether the first input of a step is the numbers of its rows, which errors then name.
-
-    Attributes:
-        names: of the terms of the ELBO, after the first step.
-        count: number of finished steps.
-        parameters: by name in Pyro's param store.
-        tensors: of the modules that model, guide and ELBO run.
     """
 
     def __init__(
@@ -72,21 +65,17 @@ class Step:
         self.skips = skips
         self.numbered = numbered
         self.optimizer: torch.optim.Optimizer | None = None
-        self.parameters: dict[str, Tensor] = {}
-        self.names: list[str] = []
-        self.count = 0
+        self.parameters: dict[str, Tensor] = {}  # by name in Pyro's param store
+        self.names: list[str] = []  # of the terms of the ELBO, after the first step
+        self.count = 0  # number of finished steps
         self.modules: Registered = {}
-        self.tensors = ModuleTensors(evaluator.model, evaluator.guide)
+        self.tensors = ModuleTensors(evaluator.model, evaluator.guide)  # of all modules that these and the ELBO run
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Update the parameters on one batch, whose inputs ``batch_context`` turns into arguments of model and guide.
 
-        Returns:
-            1, or 0 if the step was skipped; the loss; the T terms of :attr:`names`, in nats per datum. ``(2 + T,)`` in
-            float64.
-
-        Raises:
-            FloatingPointError: if loss or gradient is not finite. Parameters and buffers are those of the step before.
+        Return 1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum; float64. Raise
+        ``FloatingPointError`` if loss or gradient is not finite. Parameters and buffers are those of the step before.
         """
         self.tensors.note()
         self.set_schedules(self.count)

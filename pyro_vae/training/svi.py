@@ -24,6 +24,8 @@ from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
 
+_PLACE = "<tensor>"
+
 
 class SVI:
     """Stochastic variational inference, with the interface of ``pyro.infer.SVI``.
@@ -32,13 +34,11 @@ class SVI:
     for each. A step whose loss or gradient is not finite raises an error and changes nothing.
 
     Args:
-        model: a Pyro model.
-        guide: its guide.
+        model, guide: a Pyro model and its guide.
         optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``.
         loss: any ELBO of ``pyro.infer`` or of :mod:`pyro_vae.objectives`.
-        compile: whether to capture the step as a graph and replay it compiled. Tensors among the arguments of
-            :meth:`step` may change their values; for other shapes, or other arguments, another graph is captured. The
-            optimizer must be one of ``torch.optim``.
+        compile: whether to capture the step as a graph and replay it compiled, again for other shapes or arguments; the
+            values of tensors may change. The optimizer must be one of ``torch.optim``.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
 
     Raises:
@@ -46,13 +46,12 @@ class SVI:
             :class:`pyro_vae.compilation.graph.CaptureError` if steps do not run the same operations.
         FloatingPointError: in a step, if loss or gradient is not finite, with the step and the site or parameter.
 
-    >>> import pyro_vae as pv
     >>> from pyro.infer import Trace_ELBO
     >>> from pyro.optim import Adam
-    >>> from pyro_vae import priors, guides, likelihoods, networks
+    >>> from pyro_vae import VAE, priors, guides, likelihoods, networks
     >>> net = networks.linear()
-    >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    >>> svi = pv.SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
+    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+    >>> svi = SVI(vae.model, vae.guide, Adam({"lr": 1e-3}), Trace_ELBO())
     >>> losses = [svi.step(torch.randn(10, 2)) for _ in range(3)]
     """
 
@@ -102,9 +101,6 @@ class SVI:
         """Compute the loss without updating parameters."""
         self._evaluator.keywords = kwargs
         return float(self._evaluator.loss(*args))
-
-
-_PLACE = "<tensor>"
 
 
 @dataclass(frozen=True)
