@@ -240,7 +240,7 @@ PARTS = {
     "one class": Row(lambda w: priors.GumbelSoftmax((2, 1), 0.5),
         ValueError, "event_shape", "must be (n, k)...got (2, 1)"),
     "an array of pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x.numpy()),
-        TypeError, "pseudo_data", "must be a tensor, such as x[:20], got a ndarray"),
+        TypeError, "pseudo_data", "must be a tensor, such as x[:20], got an ndarray"),
     "infinite pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x * math.inf),
         ValueError, "pseudo_data", "must hold finite numbers, got inf at row 0, column (0,)"),
     "pseudo-data for a guide that is not amortized": Row(
@@ -255,7 +255,7 @@ PARTS = {
     "a factory that makes a class": Row(lambda w: likelihoods.Normal(1, 2, lambda i, o: nn.Linear),
         TypeError, "network", "must be a factory...called with (1, 2), it returned <class 'torch...Linear'>"),
     "a factory that makes a part": Row(lambda w: guides.DiagonalNormal(2, 1, lambda i, o: w.vae.encoder)(w.x),
-        TypeError, "network", "must return a tensor, (*, 2), got a Independent"),
+        TypeError, "network", "must return a tensor, (*, 2), got an Independent"),
     "a network that gives another number of outputs": Row(
         lambda w: guides.DiagonalNormal(2, 1, lambda i, o: NET(i, o + 1))(w.x),
         ValueError, "network", "must return 2 outputs...got 3"),
@@ -346,7 +346,7 @@ NETWORKS = {
 
 DATA = {
     "a list of lists": tensors(lambda w: exact.log_evidence(w.vae.model, [[0.0, 1.0]]), "a list"),
-    "an array": tensors(lambda w: pv.log_evidence(*w.pair, w.x.numpy()), "a ndarray"),
+    "an array": tensors(lambda w: pv.log_evidence(*w.pair, w.x.numpy()), "an ndarray"),
     "a word": tensors(lambda w: exact.posterior(w.vae.model, "x"), "a str"),
     "nothing": tensors(lambda w: pv.log_evidence(*w.pair), "no tensor", ValueError),
     "None": tensors(lambda w: pv.decompose(*w.pair, None), "a NoneType"),
@@ -433,7 +433,7 @@ PAIRS = {
     "a guide without latents": Row(lambda w: pv.log_evidence(w.vae.model, lambda x: None, w.x),
         ValueError, "guide", "must draw the latents of the model, ['z'], got []"),
     "a refined guide that is none": Row(lambda w: pv.inference_gap(*w.pair, w.x, refined=3),
-        TypeError, "refined", "must be a Pyro function, such as `vae.guide`, got a int"),
+        TypeError, "refined", "must be a Pyro function, such as `vae.guide`, got an int"),
     "a model without a plate": Row(lambda w: exact.log_evidence(no_plate, w.x),
         ValueError, "model", "must have every site in one plate, 'data'...got site 'z' in the plates []"),
     "an unknown plate": Row(lambda w: pv.log_evidence(*w.pair, w.x, plate="rows"),
@@ -558,7 +558,7 @@ TRAINING = {
     "no guide": function(lambda w: pv.fit(w.vae.model, None, w.x, epochs=1), "guide", "a NoneType"),
     "a VAE in the place of its model": Row(lambda w: pv.fit(w.vae, w.vae.guide, w.x, epochs=1),
         TypeError, "model", "must be one Pyro function, `vae.model`, got a VAE, a pair of functions"),
-    "a number as a model to evaluate": function(lambda w: pv.evaluate(3, w.vae.guide, w.x), "model", "a int"),
+    "a number as a model to evaluate": function(lambda w: pv.evaluate(3, w.vae.guide, w.x), "model", "an int"),
     "an empty list of schedules": Row(lambda w: fit(w, schedules=[]),
         TypeError, "schedules", "must be a dict from tensors to schedules, got a list"),
     "a word for progress": boolean(lambda w: fit(w, progress="no"), "progress", "no"),
@@ -612,7 +612,7 @@ EXPORTS = {
     "constant data of rows of different lengths": Row(lambda w: tree(w, constant_data={"c": [[1], [1, 2]]}),
         ValueError, "constant_data", "must have rows of one length, got 'c':"),
     "constant data that are objects": Row(lambda w: tree(w, constant_data={"c": object()}),
-        TypeError, "constant_data", "must have numbers, booleans or strings, got 'c', a object of dtype object"),
+        TypeError, "constant_data", "must have numbers, booleans or strings, got 'c', an object of dtype object"),
     "a dictionary for ArviZ": Row(lambda w: pv.to_arviz({}),
         TypeError, "tree", "must be an `xarray.DataTree`...got a dict"),
     "draws into a folder that is not there": Row(lambda w: save(w, w.folder / "gone" / "draws.nc"),
@@ -673,7 +673,7 @@ EXPORTS = {
 
 PLOTS = {
     "a figure in place of axes": Row(lambda w: plots.training_curves(w.history, ax=3),
-        TypeError, "ax", "must be matplotlib axes...got a int"),
+        TypeError, "ax", "must be matplotlib axes...got an int"),
     "what fit returned in place of its history": Row(
         lambda w: plots.training_curves(SimpleNamespace()), TypeError, "history",
         "must be `fitted.history`, a mapping from names to a number for each epoch, got a SimpleNamespace"),
@@ -692,7 +692,7 @@ PLOTS = {
     "a VAE in place of a calibration": Row(lambda w: plots.calibration(w.vae),
         TypeError, "result", "must be a result of `pv.calibrate`, got a VAE"),
     "an array of codes": Row(lambda w: plots.latent_map(np.zeros((6, 2)), w.labels),
-        TypeError, "z", "must be a tensor (N, 1) or (N, 2), such as two columns of the codes, got a ndarray"),
+        TypeError, "z", "must be a tensor (N, 1) or (N, 2), such as two columns of the codes, got an ndarray"),
     "codes of three dimensions": Row(lambda w: plots.latent_map(torch.zeros(6, 3), w.labels),
         ValueError, "z", "must be a tensor (N, 1) or (N, 2), such as two columns of the codes, got shape (6, 3)"),
     "labels of other codes": Row(lambda w: plots.latent_map(w.x, w.labels[:3]),
@@ -715,7 +715,7 @@ PLOTS = {
         ValueError, "coordinates", "must be one or more integers from 0 to 1, got [5]"),
     "one coordinate in place of a list": Row(
         lambda w: plots.traversals(grey_image, torch.zeros(2), (8, 8), coordinates=1),
-        TypeError, "coordinates", "must be integers from 0 to 1, got a int"),
+        TypeError, "coordinates", "must be integers from 0 to 1, got an int"),
     "fewer images than asked for": Row(lambda w: plots.samples(lambda count: torch.zeros(3, 64), (8, 8)),
         ValueError, "generate", "must return images (50, 64), of 8 by 8 pixels, got shape (3, 64)"),
     "a VAE as a model to draw": Row(lambda w: plots.plate_diagram(w.vae, w.x),

@@ -14,7 +14,8 @@ from torch import Tensor
 __all__ = [
     "as_shape", "boolean", "data_tensors", "describe", "file_path", "first_index", "function", "image_size",
     "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
-    "rows_like", "seed_number", "tqdm_disable", "whole_numbers", "writable",
+    "rows_like", "seed_number", "tqdm_disable", "whole_numbers", "with_article",
+    "writable",
 ]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
@@ -29,9 +30,15 @@ def describe(value: object) -> str:
     ('a torch.float32 tensor of shape (3,)', 'a list', 'a NoneType')
     """
     if not isinstance(value, Tensor):
-        return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        return f"the class {value.__name__}" if isinstance(value, type) else with_article(type(value).__name__)
     where = "" if value.device.type == "cpu" else f" on {value.device}"
     return f"a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
+
+
+def with_article(name: str) -> str:
+    """Put "a" or "an" before a name: ``an int``, ``a list``, ``an ndarray``, ``a OneHotCategorical``."""
+    sounds_like_vowel = name.startswith("nd") or (name[0] in "aeioAEIOU" and not name.startswith("One"))
+    return f"{'an' if sounds_like_vowel else 'a'} {name}"
 
 
 def _in_words(name: str) -> str:

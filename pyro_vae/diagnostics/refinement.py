@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae._utils.typing import Function
+from pyro_vae._utils.validation import with_article
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, Values
 from pyro_vae.parts.base import Conditional
@@ -116,7 +117,9 @@ def _families(q: GuideDensity) -> dict[str, tuple[list[Tensor], Build]]:
                 except (NotImplementedError, ValueError) as error:
                     raise _cannot_refine("discrete latents that can be enumerated", f"{name!r}: {error}") from error
             elif not fn.has_rsample:
-                raise _cannot_refine("continuous latents with `rsample`", f"a {type(fn).__name__} for {name!r}")
+                raise _cannot_refine(
+                    "continuous latents with `rsample`", f"{with_article(type(fn).__name__)} for {name!r}"
+                )
         if num_states > MAX_STATES:
             raise _cannot_refine(f"discrete latents of at most {MAX_STATES} states together", f"{num_states} states")
         encoder = _encoder(q)

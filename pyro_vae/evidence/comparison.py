@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import describe, real_tensor
+from pyro_vae._utils.validation import describe, real_tensor, with_article
 from pyro_vae.evidence.importance_sampling import Evidence
 
 __all__ = ["compare_evidence"]
@@ -76,7 +76,9 @@ def _mean_error(values: Tensor) -> float:
 def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """The log p(x) of each model, its Monte Carlo standard errors, and whether each is unreliable, ``(N,)``."""
     if not isinstance(evidence, Mapping):
-        raise TypeError(f"`evidence` must be a mapping from names to Evidence, got a {type(evidence).__name__}")
+        raise TypeError(
+            f"`evidence` must be a mapping from names to Evidence, got {with_article(type(evidence).__name__)}"
+        )
     if not evidence:
         raise ValueError("`evidence` must have one or more models, got none")
     entries = {}
@@ -89,7 +91,7 @@ def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tenso
             values, error, unreliable = entry, torch.zeros_like(entry), torch.zeros(entry.shape, dtype=torch.bool)
         else:
             must = "the result of pv.log_evidence or pv.exact.log_evidence"
-            raise TypeError(f"`evidence[{name!r}]` must be {must}, got a {type(entry).__name__}")
+            raise TypeError(f"`evidence[{name!r}]` must be {must}, got {with_article(type(entry).__name__)}")
         if values.dim() != 1 or len(values) == 0:
             raise ValueError(f"`evidence[{name!r}]` must be (N,) with N >= 1, got shape {tuple(values.shape)}")
         entries[name] = (values.detach().cpu().double(), error.detach().cpu().double(), unreliable.cpu())

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import boolean, mapping, positive_int
+from pyro_vae._utils.validation import boolean, mapping, positive_int, with_article
 from pyro_vae.training.fit import Fitted
 
 __all__ = ["ExportSettings", "as_array"]
@@ -64,6 +64,6 @@ def _constant(name: str, value: Any) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"`constant_data` must have rows of one length, got {name!r}: {error}") from error
     if array.dtype.kind not in "biufUSM":
-        got = f"{name!r}, a {type(value).__name__} of dtype {array.dtype}"
+        got = f"{name!r}, {with_article(type(value).__name__)} of dtype {array.dtype}"
         raise TypeError(f"`constant_data` must have numbers, booleans or strings, got {got}")
     return array

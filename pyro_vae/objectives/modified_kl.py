@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.validation import positive
+from pyro_vae._utils.validation import positive, with_article
 from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
@@ -68,7 +68,7 @@ class DiscreteKL(_ModifiedKL):
         for one, twin in zip((site, prior), twins, strict=True):
             if twin is None:
                 which = "such as those of priors.RelaxedBernoulli or priors.GumbelSoftmax"
-                got = f"a {type(without_independent(one['fn'])).__name__} for site {name!r}"
+                got = f"{with_article(type(without_independent(one['fn'])).__name__)} for site {name!r}"
                 raise ValueError(f"DiscreteKL needs relaxed latents, {which}, got {got}")
         return torch.distributions.kl_divergence(*twins)
 

@@ -18,7 +18,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import boolean, describe, is_integer, numbers
+from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, with_article
 
 __all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear"]
 __all__ += ["mlp", "one_hot", "standardized", "with_missing"]
@@ -36,7 +36,7 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
     """
     must = "`network` must be a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
     if isinstance(network, nn.Module):
-        raise TypeError(f"{must}, got a {type(network).__name__}, a finished module")
+        raise TypeError(f"{must}, got {with_article(type(network).__name__)}, a finished module")
     must = f"{must}: called with ({in_features}, {out_features}), it"
     try:
         module = network(in_features, out_features)

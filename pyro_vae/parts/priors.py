@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.typing import Shape
-from pyro_vae._utils.validation import boolean, data_tensors, numbers, real_tensor
+from pyro_vae._utils.validation import boolean, data_tensors, numbers, real_tensor, with_article
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized
@@ -166,7 +166,7 @@ class VampPrior(Part):
         self.pseudo_data = nn.Parameter(pseudo_data.detach().clone().to(torch.get_default_dtype()))
         if isinstance(encoder.family, families.Relaxed) or not encoder(self.pseudo_data).has_rsample:
             must = "a guide of continuous latents that are not relaxed"
-            raise ValueError(f"`encoder` must be {must}, got a {type(encoder).__name__}")
+            raise ValueError(f"`encoder` must be {must}, got {with_article(type(encoder).__name__)}")
 
     @property
     def family(self) -> families.Family:  # type: ignore[override]

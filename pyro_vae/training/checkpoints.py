@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.files import remove_partial_files
-from pyro_vae._utils.validation import positive, positive_int, writable
+from pyro_vae._utils.validation import positive, positive_int, with_article, writable
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
@@ -42,7 +42,7 @@ class Checkpoints:
         self, folder: str | os.PathLike[str], every_steps: int | None = None, every_seconds: float | None = None
     ):
         if not isinstance(folder, str | os.PathLike):
-            raise TypeError(f"`folder` must be the path of a folder, got a {type(folder).__name__}")
+            raise TypeError(f"`folder` must be the path of a folder, got {with_article(type(folder).__name__)}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`folder` must be a folder, or a path to make one at, got the file {str(folder)!r}")

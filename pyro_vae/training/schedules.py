@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae._utils.validation import number, positive, positive_int
+from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
 __all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "from_torch", "linear"]
 
@@ -141,7 +141,7 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
     betas = group["betas"]
     scheduler: Any = make(optimizer) if callable(make) else None
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-        got = f"a function that returns a {type(scheduler).__name__}" if callable(make) else repr(make)
+        got = f"a function that returns {with_article(type(scheduler).__name__)}" if callable(make) else repr(make)
         raise TypeError(
             "`make` must be a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda "
             f"optimizer: CosineAnnealingLR(optimizer, 1000)`, got {got}. ReduceLROnPlateau depends on losses; "
@@ -149,8 +149,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
         )
     if group["betas"] != betas:
         raise ValueError(
-            f"`make` must return a scheduler of the learning rate alone, got a {type(scheduler).__name__} that changes "
-            "Adam's momentum; use `cycle_momentum=False`"
+            "`make` must return a scheduler of the learning rate alone, got "
+            f"{with_article(type(scheduler).__name__)} that changes Adam's momentum; use `cycle_momentum=False`"
         )
     values, lock = array("d", [group["lr"]]), threading.Lock()
 
@@ -166,8 +166,8 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
                     scheduler.step()
                 except ValueError as error:
                     raise ValueError(
-                        f"`lr` must be a scheduler for all steps of the run, got a {type(scheduler).__name__} without "
-                        f"a value for step {len(values) + 1}: {error}"
+                        "`lr` must be a scheduler for all steps of the run, got "
+                        f"{with_article(type(scheduler).__name__)} without a value for step {len(values) + 1}: {error}"
                     ) from error
                 values.append(group["lr"])
         return values[step]
@@ -178,7 +178,9 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:
     """Return the schedules if each is a function and belongs to a tensor of one number."""
     if not isinstance(schedules, Mapping):
-        raise TypeError(f"`schedules` must be a dict from tensors to schedules, got a {type(schedules).__name__}")
+        raise TypeError(
+            f"`schedules` must be a dict from tensors to schedules, got {with_article(type(schedules).__name__)}"
+        )
     for value, schedule in schedules.items():
         if not isinstance(value, Tensor) or value.dim() != 0 or value.requires_grad or not value.is_floating_point():
             shape = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else value

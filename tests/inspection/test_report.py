@@ -93,7 +93,7 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off_on_a_wide_and_a_narrow_scree
         ("page.html", {"labels": ["a"] * 200}, TypeError, "`labels` must be whole numbers.*got a list"),
         ("page.html", {"image_shape": 2}, ValueError, "`image_shape` must be height and width.*got 2"),
         ("page.html", {"history": [1.0]}, TypeError, "`history` must be `fitted.history`.*got a list"),
-        ("page.html", {"pictures": {"What?": 3}}, TypeError, "`pictures` must be .*figures, got a int for 'What.'"),
+        ("page.html", {"pictures": {"What?": 3}}, TypeError, "`pictures` must be .*figures, got an int for 'What.'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_any_work(tmp_path, path, options, error, message):

@@ -230,7 +230,7 @@ def test_the_best_epoch_can_be_loaded_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "error", "message"),
     [
-        (3, TypeError, "`folder` must be the path of a folder.*got a int"),
+        (3, TypeError, "`folder` must be the path of a folder.*got an int"),
         ("a file", ValueError, "`folder` must be a folder.*got the file '.*'"),
         ("a file/in it", OSError, r"`checkpoints` must be a folder in which.*the folder '.*' cannot be made \(.*\)"),
     ],
