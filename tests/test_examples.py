@@ -191,8 +191,7 @@ def test_the_full_mixture_reaches_the_known_numbers(run):
     # 10,000 test points have a standard error of 0.01 about the expectation.
     assert truth == pytest.approx(1.0741, abs=0.045)
     for name in ("exact mixture", "enumerated Bernoulli"):
-        assert rows[name]["log_p"] == pytest.approx(truth, abs=0.03)
-        assert rows[name]["accuracy"] == 1
+        assert (rows[name]["log_p"], rows[name]["accuracy"]) == (pytest.approx(truth, abs=0.03), 1)
     assert rows["one full Gaussian"]["log_p"] == pytest.approx(-0.884, abs=0.02)
     assert rows["Jensen under the prior"]["log_p"] == pytest.approx(-2.848, abs=0.02)
     assert rows["Jensen under the prior"]["kl"] < 0.02, (
@@ -462,8 +461,7 @@ def test_explosion_gradients_in_a_short_form(run):
 def test_extrapolation_doubles_with_each_latent():
     extrapolate = functions_of("explosion.py")["extrapolate"]
     rows = [{"n": 1, "seconds": 1.0}, {"n": 4, "seconds": 3.0}, {"n": 8}]
-    assert extrapolate(rows, 6, "seconds") == 12.0
-    assert extrapolate([], 6, "seconds") == 0.0
+    assert (extrapolate(rows, 6, "seconds"), extrapolate([], 6, "seconds")) == (12.0, 0.0)
 
 
 DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
@@ -492,8 +490,7 @@ def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, la
 
 def test_discrete_mnist_of_one_estimator_in_a_short_form(run):
     _, found, _ = run("discrete_mnist.py", *SMALL, "--estimator", "vimco", "--particles", "3")
-    assert list(found["runs"]) == ["vimco"]
-    assert found["settings"]["particles"] == 3
+    assert (list(found["runs"]), found["settings"]["particles"]) == (["vimco"], 3)
 
 
 def test_imputation_in_a_short_form(run):
@@ -509,8 +506,7 @@ def test_imputation_in_a_short_form(run):
     assert_pictures(folder, {"calibration"})
     with xr.open_datatree(folder / "imputation.nc") as tree:
         seen = tree["observed_data"]["x"]
-        assert float(seen.isnull().mean()) == pytest.approx(0.25, abs=0.05)
-        assert seen.sizes["measurement"] == 30
+        assert (float(seen.isnull().mean()), seen.sizes["measurement"]) == (pytest.approx(0.25, abs=0.05), 30)
         assert bool(tree["imputed"]["x"].notnull().all())
         assert bool(tree["posterior_predictive"]["x"].notnull().all())
         assert float(abs(tree["imputed"]["x"] - seen).max()) == 0, "what was observed stays"
@@ -555,8 +551,7 @@ def test_two_layers_in_a_short_form(run):
     assert_pictures(folder, {"samples_by_layer"})
     with xr.open_datatree(folder / "two_layers.nc") as tree:
         assert tree["posterior"]["z1"].dims == ("chain", "draw", "obs", "code")
-        assert tree["posterior"]["z2"].sizes["top"] == 2
-        assert tree["posterior"]["label"].dims == ("obs",)
+        assert (tree["posterior"]["z2"].sizes["top"], tree["posterior"]["label"].dims) == (2, ("obs",))
 
 
 def test_two_layers_on_images_of_another_size(run, enlarged):
@@ -777,6 +772,5 @@ def test_inspect_posterior_in_a_short_form(run):
     assert {page.name for page in folder.glob("*.html")} == {"as_trained.html", "variance_times_0.5.html"}
     for name in ("as_trained", "variance_times_0.5"):
         with xr.open_datatree(folder / f"{name}.nc") as tree:
-            assert tree["posterior"]["z"].sizes["draw"] == 10
-            assert tree["training"].sizes["epoch"] == 150
+            assert (tree["posterior"]["z"].sizes["draw"], tree["training"].sizes["epoch"]) == (10, 150)
             assert tree["constant_data"]["label"].sizes["obs"] == 20

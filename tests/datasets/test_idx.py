@@ -192,8 +192,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again_and_never_used(server, cac
     with pytest.raises(OSError, match=r"`mirrors` must have one that gives images\.gz"):
         datasets.mnist(mirrors=[refusing])
     assert_is_ours(datasets.mnist(mirrors=[mirror]))
-    assert server.requests[2:] == ["/one/images.gz"]
-    assert (cache / "images.gz").read_bytes() == PACKED["images"]
+    assert (server.requests[2:], (cache / "images.gz").read_bytes()) == (["/one/images.gz"], PACKED["images"])
 
 
 def test_without_a_variable_files_go_to_the_systems_folder_for_caches(server, tmp_path, monkeypatch):

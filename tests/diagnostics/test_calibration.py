@@ -221,8 +221,7 @@ def test_a_seed_fixes_the_result_and_the_users_state_stays(random_states):
     first, again, other = (calibrated(vae.guide, seed, vae.model, num_simulations=50) for seed in (0, 0, 1))
     assert torch.equal(first.ranks, again.ranks)
     assert not torch.equal(first.ranks, other.ranks)
-    assert random_states() == state
-    assert set(pyro.get_param_store().keys()) == stored
+    assert (random_states(), set(pyro.get_param_store().keys())) == (state, stored)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
 
 

@@ -64,8 +64,7 @@ def test_groups_variables_and_dimensions_of_a_vae_and_its_file(make, tmp_path):
     names = {"z"} if vae.code(z) is z else {"z", "code"}  # the decoder of a relaxed latent reads the code
     assert list(tree.children) == GROUPS
     for group in ("posterior", "prior"):
-        assert dims_of(tree[group]) == dict.fromkeys(names, latent)
-        assert tree[group]["z"].shape == (1, 20, N, *event)
+        assert (dims_of(tree[group]), tree[group]["z"].shape) == (dict.fromkeys(names, latent), (1, 20, N, *event))
     for group in ("posterior_predictive", "prior_predictive"):
         assert dims_of(tree[group]) == {"x": ("chain", "draw", "obs", "feature")}
         assert tree[group]["x"].shape == (1, 20, N, 3)

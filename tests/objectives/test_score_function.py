@@ -201,8 +201,7 @@ def test_both_halves_of_the_draws_of_disarm_follow_the_guide_and_are_antithetic(
     traces = []
     DisARM(count).loss(model, record_traces(guide, traces), torch.zeros(ROWS).double())
     z = latent_sites(traces[0])["z"]["value"]
-    assert z.shape == (count, ROWS, 3)
-    assert set(z.unique().tolist()) == {0.0, 1.0}
+    assert (z.shape, set(z.unique().tolist())) == ((count, ROWS, 3), {0.0, 1.0})
     first, second = z.reshape(2, -1, 3)
     probs, calls = ALPHA.sigmoid(), ROWS * count // 2
     assert_mean(first, probs, calls)

@@ -72,8 +72,7 @@ def test_a_plot_returns_labelled_axes_that_are_not_blank_and_never_calls_show(dr
     monkeypatch.setattr(plt.Figure, "show", fail)
     ax = draw()
     assert isinstance(ax, plt.Axes)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == (labels or ("", ""))
-    assert ax.axison == (labels is not None)
+    assert ((ax.get_xlabel(), ax.get_ylabel()), ax.axison) == (labels or ("", ""), labels is not None)
     ax.figure.canvas.draw()
     assert np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].std() > 3
 
@@ -102,6 +101,5 @@ def test_plots_change_neither_random_states_nor_parameters(make, random_states):
     plots.samples(vae.generate, (1, 2), count=3)
     plots.traversals(lambda z: vae.decode(z).mean, torch.zeros(1), (1, 2))
     plots.training_curves(inputs.HISTORY)
-    assert random_states() == state
-    assert set(pyro.get_param_store().keys()) == stored
+    assert (random_states(), set(pyro.get_param_store().keys())) == (state, stored)
     assert all(torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())

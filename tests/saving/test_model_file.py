@@ -62,8 +62,7 @@ def assert_same_state(one, other):
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-    assert flags(one) == flags(other)
-    assert repr(one) == repr(other)
+    assert (flags(one), repr(one)) == (flags(other), repr(other))
 
 
 def flags(module):
