@@ -256,18 +256,14 @@ def test_mnist_in_a_short_form(run, enlarged, options):
     assert "-86.8" in printed
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--prior", "normal", "--binarization", "threshold"),
-        ("--likelihood", "continuous-bernoulli"),
-        ("--likelihood", "normal", "--latent", "3"),
-        ("--guide", "relaxed-bernoulli", "--prior", "normal", "--latent", "1"),
-        ("--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli", "--latent", "4"),
-        ("--prior", "relaxed-bernoulli", "--latent", "1"),
-    ],
-    ids=lambda options: " ".join(options),
-)
+@pytest.mark.parametrize("options", [
+    ("--prior", "normal", "--binarization", "threshold"),
+    ("--likelihood", "continuous-bernoulli"),
+    ("--likelihood", "normal", "--latent", "3"),
+    ("--guide", "relaxed-bernoulli", "--prior", "normal", "--latent", "1"),
+    ("--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli", "--latent", "4"),
+    ("--prior", "relaxed-bernoulli", "--latent", "1"),
+], ids=lambda options: " ".join(options))  # fmt: skip
 def test_mnist_with_other_parts(run, options):
     folder, found, _ = run("mnist.py", "--data", "digits", *SHORT, "--hidden", "16", *options)
     assert found["log_p"] > found["elbo_of_test_images"]
@@ -640,14 +636,12 @@ def test_a_table_shows_the_numbers_that_a_row_has():
 
 FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
 CAPTURED = [
-    ("digits.py", FEW),
-    ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
+    ("digits.py", FEW), ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
     ("mnist.py", ("--data", "digits", *SHORT, "--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli")),
     ("mnist.py", ("--data", "digits", *SHORT, "--likelihood", "continuous-bernoulli", "--binarization", "none")),
     ("categorical.py", (*FEW, "--hidden", "16")),
     ("categorical.py", (*FEW, "--hidden", "16", "--variables", "6", "--classes", "10")),
-    ("gaussian_mixture_vae.py", (*FEW, "--hidden", "16")),
-    ("semi_supervised.py", (*FEW, "--hidden", "16")),
+    ("gaussian_mixture_vae.py", (*FEW, "--hidden", "16")), ("semi_supervised.py", (*FEW, "--hidden", "16")),
     ("explosion.py", ("--epochs", "1", "--largest", "4", "--samples", "20", "--test-images", "20")),
     ("explosion_gradients.py", ("--epochs", "1", "--largest", "2")),
     ("discrete_mnist.py", (*SMALL, "--latent", "categorical", "--estimator", "all")),
@@ -655,10 +649,9 @@ CAPTURED = [
     ("imputation.py", ("--epochs", "5", "--draws", "5", "--latent", "3", "--hidden", "16")),
     ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
     ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
-    ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")),
-    ("swap.py", (*FEW, "--hidden", "8")),
+    ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
-]
+]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
 
@@ -721,26 +714,20 @@ def test_an_example_fits_a_few_screens_and_has_help(script, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("digits --epochs 0", "argument --epochs: must be a positive integer, got '0'"),
-        ("digits --lr -1", "argument --lr: must be a positive number, got '-1'"),
-        ("digits --out file/results", "cannot make the folder"),
-        (
-            "mnist --binarization none",
-            "--binarization must be resample or threshold with --likelihood bernoulli, got none",
-        ),
-        ("mnist --likelihood normal --binarization resample", "must be none with --likelihood normal, got resample"),
-        ("discrete_mnist --estimator disarm vimco", "--estimator disarm requires --latent bernoulli, got categorical"),
-        ("discrete_mnist --latent bernoulli --estimator disarm --particles 3", "must be even for disarm, .*, got 3"),
-        ("discrete_mnist --estimator leave-one-out --particles 1", "--particles must be 2 or more for .*, got 1"),
-        ("discrete_mnist --estimator vimco --particles 1", "--particles must be 2 or more for .*, got 1"),
-        ("categorical --floor 2", "--floor must be at most --temperature, 1.0, got 2.0"),
-        ("gaussian_mixture_vae --components 1", "--components must be 2 or more, got 1"),
-        ("semi_supervised --labels 15", "--labels must be a multiple of ten, got 15"),
-    ],
-)
+@pytest.mark.parametrize(("command", "message"), [
+    ("digits --epochs 0", "argument --epochs: must be a positive integer, got '0'"),
+    ("digits --lr -1", "argument --lr: must be a positive number, got '-1'"),
+    ("digits --out file/results", "cannot make the folder"),
+    ("mnist --binarization none", "--binarization must be resample or threshold with --likelihood bernoulli, got none"),
+    ("mnist --likelihood normal --binarization resample", "must be none with --likelihood normal, got resample"),
+    ("discrete_mnist --estimator disarm vimco", "--estimator disarm requires --latent bernoulli, got categorical"),
+    ("discrete_mnist --latent bernoulli --estimator disarm --particles 3", "must be even for disarm, .*, got 3"),
+    ("discrete_mnist --estimator leave-one-out --particles 1", "--particles must be 2 or more for .*, got 1"),
+    ("discrete_mnist --estimator vimco --particles 1", "--particles must be 2 or more for .*, got 1"),
+    ("categorical --floor 2", "--floor must be at most --temperature, 1.0, got 2.0"),
+    ("gaussian_mixture_vae --components 1", "--components must be 2 or more, got 1"),
+    ("semi_supervised --labels 15", "--labels must be a multiple of ten, got 15"),
+])  # fmt: skip
 def test_options_that_do_not_fit_are_refused_before_any_work(run, tmp_path, monkeypatch, capsys, command, message):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

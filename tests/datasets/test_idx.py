@@ -235,16 +235,12 @@ def test_a_folder_that_is_not_there_is_no_folder(folder, name):
 
 
 DAMAGES = {
-    "packed, cut short": ("images.gz", PACKED["images"][:-9]),
-    "packed, of no bytes": ("images.gz", b""),
+    "packed, cut short": ("images.gz", PACKED["images"][:-9]), "packed, of no bytes": ("images.gz", b""),
     "packed, with bytes after the end": ("images.gz", PACKED["images"] + b"more"),
-    "packed in name only": ("images.gz", CONTENTS["images"]),
-    "unpacked in name only": ("labels", PACKED["labels"]),
-    "cut short": ("labels", CONTENTS["labels"][:-1]),
-    "of no bytes": ("labels", b""),
-    "another file": ("labels", CONTENTS["images"]),
-    "another file, packed": ("images.gz", PACKED["labels"]),
-}
+    "packed in name only": ("images.gz", CONTENTS["images"]), "unpacked in name only": ("labels", PACKED["labels"]),
+    "cut short": ("labels", CONTENTS["labels"][:-1]), "of no bytes": ("labels", b""),
+    "another file": ("labels", CONTENTS["images"]), "another file, packed": ("images.gz", PACKED["labels"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "data"), DAMAGES.values(), ids=DAMAGES)
@@ -284,17 +280,13 @@ def test_an_array_is_read_as_it_was_written(tmp_path, shape, suffix):
 
 
 WRONG_FORMS = {
-    "numbers of another type": b"\0\0\x0d" + CONTENTS["labels"][3:],
-    "no IDX file": b"PK\x03\x04" + bytes(20),
-    "no magic number": b"\0\0",
-    "of no bytes": b"",
-    "a header without its sizes": b"\0\0\x08\x03" + bytes(5),
-    "more rows in the header": idx_bytes(IMAGES, (6, 2, 3)),
-    "fewer rows in the header": idx_bytes(IMAGES, (4, 2, 3)),
+    "numbers of another type": b"\0\0\x0d" + CONTENTS["labels"][3:], "no IDX file": b"PK\x03\x04" + bytes(20),
+    "no magic number": b"\0\0", "of no bytes": b"", "a header without its sizes": b"\0\0\x08\x03" + bytes(5),
+    "more rows in the header": idx_bytes(IMAGES, (6, 2, 3)), "fewer rows in the header": idx_bytes(IMAGES, (4, 2, 3)),
     "very many rows in the header": idx_bytes(IMAGES, (2**32 - 1, 2**32 - 1, 2**32 - 1)),
     "one dimension more in the header": idx_bytes(IMAGES, (5, 2, 3, 1))[:-1],
     "more dimensions than an array has": idx_bytes(np.zeros(1, np.uint8), (1,) * 200),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

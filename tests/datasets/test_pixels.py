@@ -70,17 +70,14 @@ def test_resampling_differs_in_each_call_and_is_the_same_for_one_seed():
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)
-@pytest.mark.parametrize(
-    ("x", "found"),
-    [
-        (torch.tensor([0, 255]), "torch.int64 from 0 to 255"),
-        (torch.tensor([0, 127], dtype=torch.int8), "torch.int8 from 0 to 127"),
-        (torch.tensor([0.0, 255.0]), "torch.float32 from 0 to 255"),
-        (torch.tensor([-0.5, 1.0]), "torch.float32 from -0.5 to 1"),
-        (torch.tensor([False, True]), "torch.bool from 0 to 1"),
-        (torch.tensor([0.5, math.nan]), "torch.float32 from nan to nan"),
-    ],
-)
+@pytest.mark.parametrize(("x", "found"), [
+    (torch.tensor([0, 255]), "torch.int64 from 0 to 255"),
+    (torch.tensor([0, 127], dtype=torch.int8), "torch.int8 from 0 to 127"),
+    (torch.tensor([0.0, 255.0]), "torch.float32 from 0 to 255"),
+    (torch.tensor([-0.5, 1.0]), "torch.float32 from -0.5 to 1"),
+    (torch.tensor([False, True]), "torch.bool from 0 to 1"),
+    (torch.tensor([0.5, math.nan]), "torch.float32 from nan to nan"),
+])  # fmt: skip
 def test_what_is_neither_bytes_nor_grey_values_is_refused_with_what_was_given(convert, x, found):
     with pytest.raises(ValueError, match=rf"`x` must be bytes \(torch.uint8\), or grey values.*got {found}"):
         convert(x)

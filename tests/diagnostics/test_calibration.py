@@ -52,11 +52,10 @@ def calibrated(guide, seed=0, model=linear_model, data=ROWS, **options):
     return pv.calibrate(model, guide, data, seed=seed, **options)
 
 
-@pytest.mark.parametrize(
-    ("model", "guide", "data"),
-    [(linear_model, normal_guide(), ROWS), *((*discrete_pair(1.0, kind), torch.zeros(8, 2)) for kind in (False, True))],
-    ids=["linear", "one-hot", "class"],
-)
+@pytest.mark.parametrize(("model", "guide", "data"), [
+    (linear_model, normal_guide(), ROWS),
+    *((*discrete_pair(1.0, kind), torch.zeros(8, 2)) for kind in (False, True)),
+], ids=["linear", "one-hot", "class"])  # fmt: skip
 def test_the_exact_posterior_passes_with_every_seed(model, guide, data):
     for seed in range(20):
         result = calibrated(guide, seed, model, data, num_simulations=500, tolerance=1)

@@ -313,16 +313,13 @@ PER_DATUM_PRIOR = one_site(lambda x: dist.Normal(x, 1.0), lambda x: dist.Normal(
 POINT_GUIDE = one_site(lambda x: dist.Normal(0.0, 1.0), dist.Delta)
 
 
-@pytest.mark.parametrize(
-    ("model", "guide", "x", "num_samples", "message"),
-    [
-        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
-        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
-        (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
-        (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
-        (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
-    ],
-)
+@pytest.mark.parametrize(("model", "guide", "x", "num_samples", "message"), [
+    (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
+    (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
+    (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
+    (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
+    (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
+])  # fmt: skip
 def test_invalid_arguments_raise(model, guide, x, num_samples, message):
     with pytest.raises(ValueError, match=message):
         pv.decompose(model, guide, x, num_samples=num_samples)

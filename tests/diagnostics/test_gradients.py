@@ -258,13 +258,10 @@ def test_enumeration_has_no_bias_and_no_variance():
 
 
 UNBIASED = {
-    "Trace_ELBO": Trace_ELBO,
-    "running average": lambda: ScoreFunction(RunningAverage()),
-    "neural": lambda: ScoreFunction(NeuralBaseline(2, NET).double()),
-    "leave-one-out": lambda: LeaveOneOut(3),
-    "pairs": DisARM,
-    "VIMCO": VIMCO,
-}
+    "Trace_ELBO": Trace_ELBO, "running average": lambda: ScoreFunction(RunningAverage()),
+    "neural": lambda: ScoreFunction(NeuralBaseline(2, NET).double()), "leave-one-out": lambda: LeaveOneOut(3),
+    "pairs": DisARM, "VIMCO": VIMCO,
+}  # fmt: skip
 
 
 def test_unbiased_estimators_are_found_unbiased():
@@ -558,31 +555,25 @@ def test_a_relaxed_vae_needs_a_target_with_its_own_parameters():
         measured(estimator(vae, Trace_ELBO(), target=(twin.model, twin.guide)), repeats=3)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"elbo": Trace_ELBO}, TypeError, "`elbo` must be an instance.*got"),
-        ({"elbo": RenyiELBO(alpha=0, num_particles=3)}, ValueError, "`elbo` must be .*got a RenyiELBO, whose weights"),
-        ({"elbo": DisARM(), "target": vae_of}, TypeError, r"`target` must be a pair.*got"),
-    ],
-)
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"elbo": Trace_ELBO}, TypeError, "`elbo` must be an instance.*got"),
+    ({"elbo": RenyiELBO(alpha=0, num_particles=3)}, ValueError, "`elbo` must be .*got a RenyiELBO, whose weights"),
+    ({"elbo": DisARM(), "target": vae_of}, TypeError, r"`target` must be a pair.*got"),
+])  # fmt: skip
 def test_invalid_estimators_raise(options, error, message):
     with pytest.raises(error, match=message):
         Estimator(print, print, **options)
 
 
-@pytest.mark.parametrize(
-    ("estimators", "options", "error", "message"),
-    [
-        ([], {}, TypeError, r"`estimators` must be a dict from names to Estimators.*got \[\]"),
-        ({}, {}, TypeError, "`estimators` must be .*got {}"),
-        ({"a": 1}, {}, TypeError, "`estimators` must be .*got {'a': 1}"),
-        (None, {"evaluations": 2.5}, ValueError, "`evaluations` must be .*got 2.5"),
-        (None, {"evaluations": True}, ValueError, "`evaluations` must be .*got True"),
-        (None, {"evaluations": 3}, ValueError, "`evaluations` must be 4 or more, which 'four' takes .*got 3"),
-        *((None, {"repeats": n}, ValueError, f"`repeats` must be .*got {n}") for n in (0, 1, -2, 1.5, True)),
-    ],
-)
+@pytest.mark.parametrize(("estimators", "options", "error", "message"), [
+    ([], {}, TypeError, r"`estimators` must be a dict from names to Estimators.*got \[\]"),
+    ({}, {}, TypeError, "`estimators` must be .*got {}"),
+    ({"a": 1}, {}, TypeError, "`estimators` must be .*got {'a': 1}"),
+    (None, {"evaluations": 2.5}, ValueError, "`evaluations` must be .*got 2.5"),
+    (None, {"evaluations": True}, ValueError, "`evaluations` must be .*got True"),
+    (None, {"evaluations": 3}, ValueError, "`evaluations` must be 4 or more, which 'four' takes .*got 3"),
+    *((None, {"repeats": n}, ValueError, f"`repeats` must be .*got {n}") for n in (0, 1, -2, 1.5, True)),
+])  # fmt: skip
 def test_invalid_arguments_of_compare_raise(estimators, options, error, message):
     estimators = {"four": estimator(vae_of("bernoulli"), LeaveOneOut(4))} if estimators is None else estimators
     with pytest.raises(error, match=message):

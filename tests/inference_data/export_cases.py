@@ -11,12 +11,9 @@ N = 6
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
 SIGMAS = 5
 VAES = {
-    "gaussian": gaussian,
-    "relaxed": partial(relaxed, straight_through=True),
-    "gumbel": gumbel,
-    "bernoulli": bernoulli,
-    "one_hot": one_hot,
-}
+    "gaussian": gaussian, "relaxed": partial(relaxed, straight_through=True), "gumbel": gumbel,
+    "bernoulli": bernoulli, "one_hot": one_hot,
+}  # fmt: skip
 
 
 def on_data(vae):

@@ -29,10 +29,8 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 
 
 PAIRS = {
-    "gaussian": lambda: on_data(pairs.gaussian()),
-    "relaxed": lambda: on_data(pairs.relaxed()),
-    "own": lambda: SHARED,
-}
+    "gaussian": lambda: on_data(pairs.gaussian()), "relaxed": lambda: on_data(pairs.relaxed()), "own": lambda: SHARED,
+}  # fmt: skip
 COORDS = {
     "plain": {},
     "labelled": {"label": ("obs", LABELS)},

@@ -365,38 +365,33 @@ def test_two_values_in_a_tuple_are_the_coordinates_of_a_dimension(two):
     assert tuple(tree["posterior"].coords["latent"].values) == two
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dims": {"x": ["row", "column"]}}, r"`dims` .*, got \['row', 'column'\] for 'x', whose event .* \(3,\)"),
-        ({"dims": {"z": ["axis"], "x": ["axis"]}}, r"`dims` .*, got 'axis' of size 3 for 'x', and of size 2 elsewhere"),
-        ({"dims": {"x": ["draw"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'draw'\]"),
-        ({"dims": {"x": ["obs"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'obs'\]"),
-        ({"coords": {"pixel": [1, 2, 3]}}, r"`coords` must .*'feature': 3.*, got 3 entries for 'pixel'$"),
-        ({"coords": {"label": ("obs", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'obs'"),
-        ({"coords": {"label": ("row", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'row'"),
-        ({"coords": {"label": ("obs", [[1] * 6])}}, r"`coords` must .*, got shape \(1, 6\) for 'label' along 'obs'"),
-        ({"coords": {"label": list(range(6))}}, r"`coords` must .*'obs': 6.*, got 6 entries for 'label'$"),
-        ({"coords": {"z": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'z'"),
-        ({"coords": {"x": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'x'"),
-        ({"coords": {"z_loc": ("obs", list(range(6)))}}, "`coords` must .* parameters of the guide, got 'z_loc'"),
-        ({"coords": {"obs": ("latent", [1, 2])}}, "`coords` must .* dimension 'obs' along it, got 'latent'"),
-        ({"coords": {"latent": 3}}, r"`coords` must .*, got shape \(\) for 'latent'"),
-        ({"coords": {"label": ("obs", 3)}}, r"`coords` must .*, got shape \(\) for 'label' along 'obs'"),
-        ({"coords": {"lp": ("obs", range(N))}}, "`coords` must have other names than the variables, got 'lp'"),
-        ({"history": {"elbo": 3.0}}, r"`history` must have one number per epoch, got 'elbo' of shape \(\)"),
-        ({"history": {"elbo": ["a"]}}, "`history` must .*got 'elbo' of shape .* and dtype <U1"),
-        ({"history": {"a": [1], "b": [1, 2]}}, "`dims` must .*got 'epoch' of size 2 for 'b', and of size 1 elsewhere"),
-        ({"constant_data": {"z": [1.0]}}, "`constant_data` must have other names than the sites, got 'z'"),
-        (
-            {"constant_data": {"c": np.eye(N)}, "dims": {"c": ["obs", "a", "b"]}},
-            r"`dims` must .* 'c' in `constant_data`, of shape \(6, 6\), got \['obs', 'a', 'b'\]",
-        ),
-        ({"constant_data": {"c": [1]}, "dims": {"y": ["a"]}}, r"`dims` .* of \['c', 'x', 'z'\], got \['y'\]"),
-        ({"max_bytes": 0}, "`max_bytes` must be a positive integer, got 0"),
-        ({"max_bytes": 1000}, "at most 1000 bytes.*of 6240 bytes.*fewer draws.*fewer rows.*save_draws"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dims": {"x": ["row", "column"]}}, r"`dims` .*, got \['row', 'column'\] for 'x', whose event .* \(3,\)"),
+    ({"dims": {"z": ["axis"], "x": ["axis"]}}, r"`dims` .*, got 'axis' of size 3 for 'x', and of size 2 elsewhere"),
+    ({"dims": {"x": ["draw"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'draw'\]"),
+    ({"dims": {"x": ["obs"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'obs'\]"),
+    ({"coords": {"pixel": [1, 2, 3]}}, r"`coords` must .*'feature': 3.*, got 3 entries for 'pixel'$"),
+    ({"coords": {"label": ("obs", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'obs'"),
+    ({"coords": {"label": ("row", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'row'"),
+    ({"coords": {"label": ("obs", [[1] * 6])}}, r"`coords` must .*, got shape \(1, 6\) for 'label' along 'obs'"),
+    ({"coords": {"label": list(range(6))}}, r"`coords` must .*'obs': 6.*, got 6 entries for 'label'$"),
+    ({"coords": {"z": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'z'"),
+    ({"coords": {"x": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'x'"),
+    ({"coords": {"z_loc": ("obs", list(range(6)))}}, "`coords` must .* parameters of the guide, got 'z_loc'"),
+    ({"coords": {"obs": ("latent", [1, 2])}}, "`coords` must .* dimension 'obs' along it, got 'latent'"),
+    ({"coords": {"latent": 3}}, r"`coords` must .*, got shape \(\) for 'latent'"),
+    ({"coords": {"label": ("obs", 3)}}, r"`coords` must .*, got shape \(\) for 'label' along 'obs'"),
+    ({"coords": {"lp": ("obs", range(N))}}, "`coords` must have other names than the variables, got 'lp'"),
+    ({"history": {"elbo": 3.0}}, r"`history` must have one number per epoch, got 'elbo' of shape \(\)"),
+    ({"history": {"elbo": ["a"]}}, "`history` must .*got 'elbo' of shape .* and dtype <U1"),
+    ({"history": {"a": [1], "b": [1, 2]}}, "`dims` must .*got 'epoch' of size 2 for 'b', and of size 1 elsewhere"),
+    ({"constant_data": {"z": [1.0]}}, "`constant_data` must have other names than the sites, got 'z'"),
+    ({"constant_data": {"c": np.eye(N)}, "dims": {"c": ["obs", "a", "b"]}},
+     r"`dims` must .* 'c' in `constant_data`, of shape \(6, 6\), got \['obs', 'a', 'b'\]"),
+    ({"constant_data": {"c": [1]}, "dims": {"y": ["a"]}}, r"`dims` .* of \['c', 'x', 'z'\], got \['y'\]"),
+    ({"max_bytes": 0}, "`max_bytes` must be a positive integer, got 0"),
+    ({"max_bytes": 1000}, "at most 1000 bytes.*of 6240 bytes.*fewer draws.*fewer rows.*save_draws"),
+])  # fmt: skip
 def test_names_values_and_sizes_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tree_of(gaussian(), **options)
