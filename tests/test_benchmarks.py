@@ -80,8 +80,7 @@ def test_another_model_is_detected(name, change, tmp_path):
 
 
 def test_the_floor_computes_the_products_of_a_step(tmp_path):
-    floor = importlib.import_module("floor")
-    layers = [(784, 400), (400, 40)]
+    floor, layers = importlib.import_module("floor"), [(784, 400), (400, 40)]
     products = [*floor.forward(layers, 128), *floor.backward(layers, 128, reach_inputs=False)]
     operations = sum(left.shape[0] * left.shape[1] * right.shape[1] for _, left, right in products)
     assert operations == 128 * (2 * 784 * 400 + 3 * 400 * 40)  # nothing needs the gradient of the data

@@ -116,8 +116,7 @@ def test_mixture_in_a_short_form(run):
 
 def fitted_gaussian(mixture, weight, epochs):
     pyro.set_rng_seed(0)
-    vae = mixture["make_vae"]("Gaussian")
-    weigh = WeightKL(weight)
+    vae, weigh = mixture["make_vae"]("Gaussian"), WeightKL(weight)
     train = pv.datasets.two_gaussians(1000, seed=0).x
     fitted = pv.fit(weigh(vae.model), weigh(vae.guide), train, epochs=epochs, lr=1e-2)
     with torch.no_grad():
@@ -147,15 +146,13 @@ def test_methods_that_enumerate_take_any_weight(name):
 
 def test_enumerating_in_the_model_fits_the_evidence_itself():
     mixture = functions_of("mixture.py")
-    vae = mixture["make_vae"]("Bernoulli")
-    x = pv.datasets.two_gaussians(50, seed=0).x
+    vae, x = mixture["make_vae"]("Bernoulli"), pv.datasets.two_gaussians(50, seed=0).x
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(vae.model), mixture["no_guide"], x)
     assert -loss == pytest.approx(pv.exact.log_evidence(vae.model, x).sum().item(), rel=1e-5)
 
 
 def test_energy_distance_is_zero_for_equal_samples_and_grows_with_distance():
-    energy_distance = functions_of("common.py")["energy_distance"]
-    x = torch.randn(200, 2)
+    energy_distance, x = functions_of("common.py")["energy_distance"], torch.randn(200, 2)
     distances = [energy_distance(x, x + shift) for shift in (0.0, 0.5, 1.0)]
     assert distances[0] == pytest.approx(0, abs=1e-5)
     assert distances[0] < distances[1] < distances[2]
@@ -307,8 +304,7 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
 
 
 def test_pure_classes_have_one_label_each():
-    purity = functions_of("common.py")["purity"]
-    labels = torch.tensor([0, 0, 1, 1])
+    purity, labels = functions_of("common.py")["purity"], torch.tensor([0, 0, 1, 1])
     assert purity(torch.eye(2)[labels], labels) == 1
     assert purity(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
 
@@ -361,8 +357,7 @@ def test_semi_supervised_in_a_short_form(run):
 def m2():
     """An untrained M2 of six pixels, and eight rows, four of them with a label."""
     pyro.set_rng_seed(0)
-    example = functions_of("semi_supervised.py")
-    x = torch.bernoulli(torch.full((8, 6), 0.5))
+    example, x = functions_of("semi_supervised.py"), torch.bernoulli(torch.full((8, 6), 0.5))
     labels = torch.tensor([3, -1, 0, -1, 9, 9, -1, -1])
     return example["M2"]("m2", pixels=6, latent=2, hidden=8), x, labels
 
@@ -371,12 +366,10 @@ def by_hand(model, x, labels, z, alpha):
     """The bound summed over classes row by row, z given of each class, ``(10, N, D)``, and the surrogate with alpha."""
     total = torch.zeros(())
     for row, label in enumerate(labels.tolist()):
-        log_q = model.classifier(x[row]).base_dist.logits[0]
-        each = []
+        log_q, each = model.classifier(x[row]).base_dist.logits[0], []
         for digit in range(10):
             y, here = torch.eye(10)[digit], z[digit, row]
-            q = model.encoder(torch.cat([x[row], y]))
-            p = model.decoder(torch.cat([here, y]))
+            q, p = model.encoder(torch.cat([x[row], y])), model.decoder(torch.cat([here, y]))
             terms = p.log_prob(x[row]) + model.style_prior().log_prob(here) - q.log_prob(here)
             each.append(terms - torch.tensor(10.0).log())
         if label < 0:
@@ -604,8 +597,7 @@ def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
 def test_a_context_of_one_row_is_that_of_all_images():
     example = functions_of("conditional.py")
     cvae = example["ConditionalVAE"]("one_row", 64, 10, hidden=8)
-    x = pv.datasets.binarize(pv.datasets.digits("test").x[:4])
-    context = torch.eye(10)[3:4]
+    x, context = pv.datasets.binarize(pv.datasets.digits("test").x[:4]), torch.eye(10)[3:4]
     slow = pv.exact.log_evidence(cvae.model, x, context.expand(4, -1))
     assert torch.allclose(example["evidence_by_label"](cvae, x)[:, 3], slow, atol=2e-2)
 

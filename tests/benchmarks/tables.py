@@ -82,8 +82,7 @@ def peak(result: Result) -> list[str]:
 def agreement(found: Result, results: Mapping[str, Result]) -> str:
     if not found["contestants"]:
         return "Loss: no two contestants that could be compared."
-    runs = results[found["reference"]]
-    rows = []
+    runs, rows = results[found["reference"]], []
     for judged in found["contestants"]:
         numbers = f"{judged['loss']:.4f}", f"{judged['reference_loss']:.4f}", f"{judged['off']:+.4f}"
         name = results[judged["contestant"]]["title"]

@@ -36,8 +36,7 @@ def test_grey_values_that_are_already_there_stay_as_they_are(dtype):
 def test_bytes_and_their_grey_values_give_the_same_and_stay_as_they_were(convert, random_states):
     data = BYTES.clone()
     pyro.set_rng_seed(1)
-    before = random_states()
-    result = convert(data)
+    before, result = random_states(), convert(data)
     assert (random_states() == before) == (convert is not datasets.resample)  # which alone draws
     pyro.set_rng_seed(1)
     assert torch.equal(result, convert(datasets.grey(BYTES)))
@@ -46,8 +45,7 @@ def test_bytes_and_their_grey_values_give_the_same_and_stay_as_they_were(convert
 
 
 def test_resampled_pixels_are_0_or_1_with_the_grey_value_as_mean():
-    grey = datasets.grey(BYTES)
-    draws = datasets.resample(BYTES.expand(20_000, *BYTES.shape))
+    grey, draws = datasets.grey(BYTES), datasets.resample(BYTES.expand(20_000, *BYTES.shape))
     assert set(draws.unique().tolist()) == {0, 1}
     # 256 means, each within 5.5 standard errors: a failure of probability 1e-5 in all; black and white are certain.
     assert ((draws.mean(0) - grey).abs() <= 5.5 * (grey * (1 - grey) / 20_000) ** 0.5).all()

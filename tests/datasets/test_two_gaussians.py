@@ -36,8 +36,7 @@ def test_clusters_are_equally_likely_and_labels_name_them():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_density_and_posterior_are_those_of_bayes_rule(scale):
-    x = torch.randn(200, 2, dtype=torch.float64)
-    truth = datasets.two_gaussians(1, scale=scale)
+    x, truth = torch.randn(200, 2, dtype=torch.float64), datasets.two_gaussians(1, scale=scale)
     joint = np.stack([0.5 * multivariate_normal([c, c], scale**2).pdf(x) for c in (-1.0, 1.0)])
     seen = joint.sum(0) > 1e-250  # scipy's densities underflow far away; ours are logarithms
     assert seen.sum() > 100
@@ -63,8 +62,7 @@ def test_expected_log_density_is_the_documented_number():
 
 
 def test_log_prob_and_posterior_keep_leading_dimensions_and_dtype():
-    truth = datasets.two_gaussians(1)
-    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    truth, x = datasets.two_gaussians(1), torch.randn(4, 3, 2, dtype=torch.float64)
     for function in (truth.log_prob, truth.posterior):
         assert (function(x).shape, function(x).dtype) == ((4, 3), torch.float64)
         torch.testing.assert_close(function(x)[1, 2], function(x[1, 2]))

@@ -143,8 +143,7 @@ def test_a_few_wrong_data_are_hidden_in_the_average_but_not_in_the_exact_diverge
         mean = torch.where((x - 2.5).abs() < 0.05, -x / 2, x / 2)  # wrong sign for one datum in two hundred
         return dist.Normal(mean, 0.5**0.5).to_event(1)
 
-    guide = guide_of(q)
-    x = torch.linspace(-4, 4, 33)[:, None]
+    guide, x = guide_of(q), torch.linspace(-4, 4, 33)[:, None]
     result = calibrated(guide, model=scalar_model, data=x)
     assert result.is_exact
     assert result.faults == {}

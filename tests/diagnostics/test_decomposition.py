@@ -199,8 +199,7 @@ WEIGHTS = torch.tensor([0.7, -0.4])
 
 def two_sites_model(x):
     with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=1)
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x, z = pyro.subsample(x, event_dim=1), pyro.sample("z", dist.Normal(0.0, 1.0))
         kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])))
         loc = z[..., None] * WEIGHTS + kind[..., None]
         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
@@ -220,8 +219,7 @@ def test_the_information_of_two_latent_sites_agrees_with_a_grid_of_one_for_each_
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     nats = pv.decompose(two_sites_model, guide, x, num_samples=200)
     z, step = torch.linspace(-9, 9, 3001)[:, None], 18 / 3000
-    log_kind = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double()
-    expected = 0.0
+    log_kind, expected = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double(), 0.0
     for kind in (0, 1):
         log_q = dist.Normal(x[:, 0] + slope * kind, 0.5).log_prob(z).double() + log_kind[:, kind]
         log_mixture = log_q.logsumexp(1, keepdim=True) - math.log(30)
@@ -287,8 +285,7 @@ def test_the_standard_error_is_the_spread_over_seeds():
 
 def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
     vae, x = linear_vae(), population(20)
-    before = random_states()
-    first = pv.decompose(vae.model, vae.guide, x)
+    before, first = random_states(), pv.decompose(vae.model, vae.guide, x)
     assert random_states() == before
     assert not list(pyro.get_param_store().keys())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())

@@ -48,8 +48,7 @@ def enumeration(vae):
 
 def hand_bound(vae, num_draws):
     """The mean over data of the expected K-sample bound, as a sum over all combinations of states."""
-    states = vae.prior().enumerate_support()
-    pieces = []
+    states, pieces = vae.prior().enumerate_support(), []
     for state in states:
         log_q = vae.encode(X).log_prob(state)
         log_likelihood = vae.decode(state.expand(len(X), *state.shape)).log_prob(X)

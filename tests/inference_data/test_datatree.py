@@ -59,8 +59,7 @@ def moments(distribution):
 def test_groups_variables_and_dimensions_of_a_vae_and_its_file(make, tmp_path):
     vae = make()
     tree, event = tree_of(vae), vae.prior().event_shape
-    latent = ("chain", "draw", "obs", "latent", "category")[: 3 + len(event)]
-    z = torch.ones(event)
+    latent, z = ("chain", "draw", "obs", "latent", "category")[: 3 + len(event)], torch.ones(event)
     names = {"z"} if vae.code(z) is z else {"z", "code"}  # the decoder of a relaxed latent reads the code
     assert list(tree.children) == GROUPS
     for group in ("posterior", "prior"):
@@ -112,8 +111,7 @@ def test_latents_have_the_law_of_guide_or_prior_and_data_that_of_the_likelihood_
     assert_moments(drawn(tree, "z"), *moments(vae.encode(X)))
     assert_moments(drawn(tree, "z", "prior"), *moments(vae.prior().expand([N])))
     for group in ("posterior", "prior"):
-        likelihood = vae.decode(drawn(tree, "z", group))
-        x = drawn(tree, "x", f"{group}_predictive")
+        likelihood, x = vae.decode(drawn(tree, "z", group)), drawn(tree, "x", f"{group}_predictive")
         noise = ((x - likelihood.mean) / likelihood.stddev).detach()
         assert kstest(noise.flatten(), "norm").pvalue > UNLIKELY
         assert_moments(noise, torch.zeros(N, 3), torch.ones(N, 3))

@@ -57,8 +57,7 @@ def test_chains_have_random_numbers_of_their_own_and_one_seed_reproduces_them(tr
 
 def test_names_are_those_of_the_tree_of_a_guide(trees):
     vae, tree = linear_vae(), trees[linear_vae]
-    of_guide = pv.to_datatree(vae.model, vae.guide, X, draws=4)
-    z = tree["posterior"]["z"]
+    of_guide, z = pv.to_datatree(vae.model, vae.guide, X, draws=4), tree["posterior"]["z"]
     assert z.dims == of_guide["posterior"]["z"].dims
     assert dict(z.sizes) == {"chain": 2, "draw": 250, "obs": 3, "latent": 2}
     np.testing.assert_array_equal(tree["observed_data"]["x"], X)

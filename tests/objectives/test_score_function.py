@@ -141,8 +141,7 @@ def test_a_gaussian_and_a_bernoulli_have_pathwise_and_score_gradients(name, gaus
 def test_gaussian_latents_have_pyros_pathwise_gradient_and_no_score():
     model = model_of(dist.Normal(torch.zeros(()).double(), 1.0), lambda z: dist.Normal(z, 1.0))
     loc = torch.tensor(0.3).double().requires_grad_()
-    guide = guide_of(lambda y: dist.Normal(loc * y, 0.7))
-    found = []
+    guide, found = guide_of(lambda y: dist.Normal(loc * y, 0.7)), []
     for elbo in (LeaveOneOut(2), Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)):
         pyro.set_rng_seed(0)
         found.append(gradient(elbo, model, guide, Y, [loc]))
