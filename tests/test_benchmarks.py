@@ -16,6 +16,7 @@ try:
     cases, inputs, measuring, tables = map(importlib.import_module, ("cases", "inputs", "measuring", "tables"))
 finally:
     sys.path.remove(str(BENCHMARKS))
+HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +92,6 @@ def test_a_slower_contestant_misses_its_target():
     found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
     report = tables.of_targets(found)
     assert report.count("missed") == report.count("met") == 1
-
-
-HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
 
 
 def test_the_short_form(tmp_path):

@@ -21,14 +21,15 @@ from pyro_vae.handlers import WeightKL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "common"]
-RELAXED = ["relaxed Bernoulli", "Gumbel-softmax"]
-VAES = [
-    "Gaussian",
-    *(f"{name}, {row}" for name in RELAXED for row in ("relaxed", "twin")),
-    "enumerated Bernoulli",
-    "score function",
-]
+RELAXED = [f"{name}, {row}" for name in ("relaxed Bernoulli", "Gumbel-softmax") for row in ("relaxed", "twin")]
+VAES = ["Gaussian", *RELAXED, "enumerated Bernoulli", "score function"]
 METHODS = ["one full Gaussian", "exact mixture", "Jensen under the prior", "naive Monte Carlo", *VAES]
+SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "50")
+PICTURES = {"training", "latent_map", "reconstructions", "samples"}
+DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
+SMALL = (*DISCRETE, "--hidden", "16")
+SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
+ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +85,6 @@ def assert_settings(results, **expected):
     assert {name: results["settings"][name] for name in expected} == expected
 
 
-# --- The mixture -----------------------------------------------------------------------------------------------------
-
-
 def assert_mixture(folder, results, rows, draws):
     assert list(results["methods"]) == METHODS
     assert results["truth"]["expected_log_p"] == pytest.approx(1.0741, abs=1e-4)
@@ -125,11 +123,9 @@ def fitted_gaussian(mixture, weight, epochs):
 
 def test_without_the_weight_of_the_kl_codes_drift_apart():
     mixture = functions_of("mixture.py")
-    (spread_with, rate_with), (spread_without, rate_without) = (
-        fitted_gaussian(mixture, weight, epochs=300) for weight in (1.0, 0.0)
-    )
-    assert spread_without > 1.5 * spread_with
-    assert rate_without > 2 * rate_with
+    (spread, rate), (spread_without, rate_without) = (fitted_gaussian(mixture, kl, epochs=300) for kl in (1.0, 0.0))
+    assert spread_without > 1.5 * spread
+    assert rate_without > 2 * rate
 
 
 @pytest.mark.parametrize("name", ["enumerated Bernoulli", "exact mixture"])
@@ -167,10 +163,14 @@ def test_the_null_band_holds_samples_of_the_truth_and_no_others():
     assert common["energy_distance"](first, second + 0.3) > high
 
 
-def test_accuracy_is_the_same_whichever_cluster_is_called_1():
-    accuracy = functions_of("common.py")["cluster_accuracy"]
+def test_accuracy_is_the_same_whichever_cluster_is_called_1_and_pure_classes_have_one_label_each():
+    common = functions_of("common.py")
+    accuracy, purity = common["cluster_accuracy"], common["purity"]
     found, labels = torch.tensor([True, True, False, True]), torch.tensor([1, 1, 0, 0])
     assert accuracy(found, labels) == accuracy(~found, labels) == 0.75
+    labels = torch.tensor([0, 0, 1, 1])
+    assert purity(torch.eye(2)[labels], labels) == 1
+    assert purity(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
 
 
 def test_monte_carlo_in_a_short_form(run):
@@ -191,16 +191,9 @@ def test_the_full_mixture_reaches_the_known_numbers(run):
         assert (rows[name]["log_p"], rows[name]["accuracy"]) == (pytest.approx(truth, abs=0.03), 1)
     assert rows["one full Gaussian"]["log_p"] == pytest.approx(-0.884, abs=0.02)
     assert rows["Jensen under the prior"]["log_p"] == pytest.approx(-2.848, abs=0.02)
-    assert rows["Jensen under the prior"]["kl"] < 0.02, (
-        "the optimum ignores z: the bound is tight and the model useless"
-    )
+    assert rows["Jensen under the prior"]["kl"] < 0.02, "the optimum ignores z: a tight bound and a useless model"
     low, high = results["truth"]["energy_null_band"]
     assert low < high < rows["one full Gaussian"]["energy"] < rows["Jensen under the prior"]["energy"]
-
-
-# --- Images ----------------------------------------------------------------------------------------------------------
-
-PICTURES = {"training", "latent_map", "reconstructions", "samples"}
 
 
 def assert_images(folder, found, name, epochs, pixels):
@@ -208,9 +201,8 @@ def assert_images(folder, found, name, epochs, pixels):
     # After an epoch or two the model is better than fair coins, and no image is certain.
     assert -pixels * torch.tensor(2.0).log() < found["elbo"] < 0
     assert {len(values) for values in found["history"].values()} == {epochs}
-    assert set(found["history"]) == {
-        start + term for start in ("", "validation_") for term in ("elbo", "distortion", "rate")
-    }
+    terms = {of + term for of in ("", "validation_") for term in ("elbo", "distortion", "rate")}
+    assert set(found["history"]) == terms
     with xr.open_datatree(folder / f"{name}.nc") as tree:
         for group in ("posterior", "posterior_predictive", "observed_data", "guide"):
             assert tree[group]["label"].dims == ("obs",)
@@ -237,9 +229,6 @@ def test_digits_in_a_short_form(run):
     assert found["history"]["validation_elbo"][-1] == pytest.approx(found["elbo"], abs=3)
     assert_pictures(folder, {*PICTURES, "manifold"})
     assert_trees(folder, {"digits"}, draws=20, rows=5)
-
-
-SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "50")
 
 
 @pytest.mark.parametrize("options", [(), ("--network", "convolutional", "--channels", "4", "8")], ids=["mlp", "conv"])
@@ -285,8 +274,7 @@ def test_categorical_in_a_short_form(run, enlarged, data):
 def test_categorical_with_more_states_than_can_be_summed_over(run):
     options = ("--epochs", "1", "--test-images", "30", "--draws", "5", "--hidden", "16")
     *_, printed = run("categorical.py", *options, "--variables", "6", "--classes", "10")
-    assert "with 20 draws" in printed
-    assert "with 1000 draws" in printed
+    assert all(f"with {count} draws" in printed for count in (20, 1000))
 
 
 def test_classes_of_a_known_decoder_are_drawn_as_they_are():
@@ -303,16 +291,9 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
         assert torch.allclose(other, torch.full((3, 3), 1 / 3), atol=0.02)
 
 
-def test_pure_classes_have_one_label_each():
-    purity, labels = functions_of("common.py")["purity"], torch.tensor([0, 0, 1, 1])
-    assert purity(torch.eye(2)[labels], labels) == 1
-    assert purity(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
-
-
 def test_gaussian_mixture_vae_in_a_short_form(run):
-    folder, found, _ = run(
-        "gaussian_mixture_vae.py", "--epochs", "3", "--test-images", "60", "--draws", "5", "--hidden", "32"
-    )
+    options = ("--epochs", "3", "--test-images", "60", "--draws", "5", "--hidden", "32")
+    folder, found, _ = run("gaussian_mixture_vae.py", *options)
     assert list(found["models"]) == ["one standard normal", "mixture, y summed over"]
     for row in found["models"].values():
         assert -64 * torch.tensor(2.0).log() < row["elbo"] < row["log_p"] < 0
@@ -334,9 +315,8 @@ def test_a_mixture_of_gaussians_is_one_model_with_its_component_drawn_or_summed_
 
 
 def test_semi_supervised_in_a_short_form(run):
-    folder, found, _ = run(
-        "semi_supervised.py", "--epochs", "5", "--test-images", "200", "--draws", "5", "--hidden", "64"
-    )
+    options = ("--epochs", "5", "--test-images", "200", "--draws", "5", "--hidden", "64")
+    folder, found, _ = run("semi_supervised.py", *options)
     assert list(found["methods"]) == ["enumerated", "relaxed", "alone"]
     assert len({row["steps"] for row in found["methods"].values()}) == 1
     for name, row in found["methods"].items():
@@ -389,9 +369,8 @@ def test_the_enumerated_loss_is_the_sum_over_classes_by_hand_and_so_is_its_gradi
     total = by_hand(model, x, labels, traces[-1].nodes["z"]["value"], alpha)
     assert -loss.item() == pytest.approx(total.item(), rel=1e-5)
     parameters = list(model.parameters())
-    for enumerated, summed in zip(
-        torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(total, parameters), strict=True
-    ):
+    ours, theirs = (torch.autograd.grad(value, parameters, retain_graph=True) for value in (loss, total))
+    for enumerated, summed in zip(ours, theirs, strict=True):
         assert torch.allclose(-enumerated, summed, rtol=1e-4, atol=1e-5)
 
 
@@ -453,15 +432,7 @@ def test_extrapolation_doubles_with_each_latent():
     assert (extrapolate(rows, 6, "seconds"), extrapolate([], 6, "seconds")) == (12.0, 0.0)
 
 
-DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
-SMALL = (*DISCRETE, "--hidden", "16")
-SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
-ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
-
-
-@pytest.mark.parametrize(
-    ("latent", "names"), [("categorical", ESTIMATORS), ("bernoulli", [*ESTIMATORS, "disarm"])], ids=["classes", "bits"]
-)
+@pytest.mark.parametrize(("latent", "names"), [("categorical", ESTIMATORS), ("bernoulli", [*ESTIMATORS, "disarm"])])
 def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, latent, names):
     folder, found, _ = run("discrete_mnist.py", *SMALL, "--latent", latent, "--estimator", "all")
     assert list(found["runs"]) == names
@@ -624,8 +595,6 @@ def test_a_table_shows_the_numbers_that_a_row_has():
     assert table("corner", rows, {"A": "{a:.2f}", "plus": "{b:+d}"}, "a note").splitlines() == expected
 
 
-# --- Captured --------------------------------------------------------------------------------------------------------
-
 FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
 CAPTURED = [
     ("digits.py", FEW), ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
@@ -661,11 +630,9 @@ def histories_of(run, monkeypatch, name, options):
     return [fitted.history for fitted in found]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CAPTURED],
-    ids=lambda value: value if isinstance(value, str) else value[-1],
-)
+@pytest.mark.parametrize(("name", "options"), [
+    pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CAPTURED
+], ids=lambda value: value if isinstance(value, str) else value[-1])  # fmt: skip
 def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
     graphs = []
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: graphs.append(self))
@@ -679,20 +646,11 @@ def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
             assert ours[term] == pytest.approx(values, rel=1e-4, abs=1e-4), term
 
 
-def test_every_example_that_takes_the_option_is_captured_above():
-    compiled = {path.name for path in SCRIPTS if "add_training(" in path.read_text()}
-    assert {name for name, _ in CAPTURED} == compiled
-
-
-# --- All of them -----------------------------------------------------------------------------------------------------
-
-
-def test_every_example_is_run_in_this_file():
+def test_every_example_is_run_in_this_file_and_captured_if_it_takes_the_option():
     source = Path(__file__).read_text()
     assert len(SCRIPTS) >= 5
-    assert not [path.name for path in SCRIPTS if not re.search(rf'run\(\s*"{path.name}"', source)], (
-        "an example has no test"
-    )
+    assert [path.name for path in SCRIPTS if not re.search(rf'run\(\s*"{path.name}"', source)] == []
+    assert {name for name, _ in CAPTURED} == {path.name for path in SCRIPTS if "add_training(" in path.read_text()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -734,9 +692,6 @@ def test_no_example_runs_when_imported(tmp_path, monkeypatch):
     for path in EXAMPLES.glob("*.py"):
         functions_of(path.name)
     assert not list(tmp_path.iterdir())
-
-
-# --- inspect_posterior.py --------------------------------------------------------------------------------------------
 
 
 def test_inspect_posterior_in_a_short_form(run):

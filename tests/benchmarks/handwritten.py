@@ -15,7 +15,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, logsig
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Case, Weights, Tensor], dict[str, Tensor]]
-
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 

@@ -134,8 +134,7 @@ def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, see
     """Draw the posterior and new data by ``Predictive``, as arrays; return the mean square of the draws of z."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]
-    found = []
+    vae, x, found = PlainVAE(case, given), torch.from_numpy(given.x)[:rows], []
     for _ in range(epochs):
         z = Predictive(vae.guide, num_samples=case.particles, parallel=True)(x)["z"].detach()
         redrawn = Predictive(pyro.poutine.uncondition(vae.model), posterior_samples={"z": z}, parallel=True)

@@ -18,14 +18,11 @@ class Target:
 
 
 TARGETS = (
-    Target("mixture", "captured", "pyro", 1 / 6),
-    Target("mixture", "captured", "numpyro", 1.0),
-    Target("mnist-128", "captured", "numpyro", 1.0),
-    Target("mnist-128", "captured", "floor", 1.35),
-    Target("mnist-1024", "captured", "numpyro", 1.0),
-    Target("mnist-1024", "captured", "floor", 1.2),
+    Target("mixture", "captured", "pyro", 1 / 6), Target("mixture", "captured", "numpyro", 1.0),
+    Target("mnist-128", "captured", "numpyro", 1.0), Target("mnist-128", "captured", "floor", 1.35),
+    Target("mnist-1024", "captured", "numpyro", 1.0), Target("mnist-1024", "captured", "floor", 1.2),
     *(Target(case, "eager", "handwritten", 1.3) for case in ("mixture", "digits", "mnist-128", "mnist-1024")),
-)
+)  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

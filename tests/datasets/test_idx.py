@@ -108,14 +108,10 @@ def flipped(data, position, bit=0x10):
 
 
 FAULTY = {  # what a mirror sends instead of the images
-    "corrupted": flipped(PACKED["images"], 20),
-    "cut short": PACKED["images"][:-3],
-    "empty": b"",
+    "corrupted": flipped(PACKED["images"], 20), "cut short": PACKED["images"][:-3], "empty": b"",
     "cut short on the way": (PACKED["images"][:-3], len(PACKED["images"])),
-    "an error page": b"<html>maintenance</html>",
-    "not found": 404,
-    "broken": 500,
-}
+    "an error page": b"<html>maintenance</html>", "not found": 404, "broken": 500,
+}  # fmt: skip
 
 
 def files_in(folder):
@@ -270,8 +266,7 @@ def test_no_flipped_bit_gives_another_array(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("shape", [(30,), (0, 2, 3), (5, 6), (5, 2, 3), (1, 30, 1, 1)])
 def test_an_array_is_read_as_it_was_written(tmp_path, shape, suffix):
-    array = np.resize(IMAGES, shape)
-    path = tmp_path / f"array{suffix}"
+    array, path = np.resize(IMAGES, shape), tmp_path / f"array{suffix}"
     path.write_bytes(gzip.compress(idx_bytes(array)) if suffix else idx_bytes(array))
     read = idx.read(path)
     assert (read.dtype, tuple(read.shape)) == (torch.uint8, shape)

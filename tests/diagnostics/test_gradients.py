@@ -22,6 +22,7 @@ from pyro_vae.objectives.modified_kl import DiscreteKL
 from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).double()
+NEVER = torch.tensor([0.0, 0.0, 0.0, -math.inf]).double()
 
 
 def vae_of(kind, temperature=0.5):
@@ -201,9 +202,6 @@ def classes(logits_of_model, logits_of_guide):
     return model, guide_of(q)
 
 
-NEVER = torch.tensor([0.0, 0.0, 0.0, -math.inf]).double()
-
-
 def test_a_class_without_mass_in_model_and_guide_does_not_count():
     pair, rows = classes(NEVER, NEVER), X[:, 0]
     found = exact_gradient(*pair, rows)
@@ -246,8 +244,10 @@ def test_a_guide_with_dropout_raises():
     assert exact_gradient(other.model, other.guide, X).keys() == dict(other.named_parameters()).keys()
 
 
-def test_enumeration_has_no_bias_and_no_variance():
+def test_enumeration_has_no_bias_and_no_variance_and_costs_a_run_for_each_state():
     vae = vae_of("bernoulli")
+    assert compare({"exact": enumeration(vae)}, X, repeats=2).evaluations == {"exact": 8}
+    assert compare({"exact": enumeration(vae)}, X, evaluations=17, repeats=2).evaluations == {"exact": 16}
     for row in measured(enumeration(vae), repeats=10).values():
         assert row.bias == 0
         assert row.variance < 1e-24
@@ -322,10 +322,9 @@ def test_the_bias_of_the_relaxed_kl_stays_as_the_temperature_falls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("latent", "kind", "relaxed_kind"),
-    [(12, "Bernoulli", "RelaxedBernoulli"), ((4, 8), "OneHotCategorical", "GumbelSoftmax")],
-)
+@pytest.mark.parametrize(("latent", "kind", "relaxed_kind"), [
+    (12, "Bernoulli", "RelaxedBernoulli"), ((4, 8), "OneHotCategorical", "GumbelSoftmax"),
+])  # fmt: skip
 def test_4096_states_and_all_estimators(latent, kind, relaxed_kind):
     torch.manual_seed(0)
     x, network = pv.datasets.binarize(pv.datasets.digits("train").x)[:5], networks.mlp([8])
@@ -384,12 +383,6 @@ def test_the_variance_of_an_average_falls_with_the_number_of_evaluations():
         assert ratio == pytest.approx(factor, rel=0.45)
         assert single.measured[name]["all"].target_norm == equal.measured[name]["all"].target_norm
         assert equal.measured[name]["all"].p_value > 1e-5
-
-
-def test_enumeration_costs_a_run_for_each_state():
-    vae = vae_of("bernoulli")
-    assert compare({"exact": enumeration(vae)}, X, repeats=2).evaluations == {"exact": 8}
-    assert compare({"exact": enumeration(vae)}, X, evaluations=17, repeats=2).evaluations == {"exact": 16}
 
 
 def test_all_numbers_agree_with_estimates_collected_by_hand():
@@ -595,12 +588,11 @@ def test_the_plate_counts_data_along_another_dimension():
 
 
 def test_a_parameter_named_all_is_a_group_of_its_own():
-    def model(x):
+    def likelihood(z):
         both = pyro.param("all", torch.tensor(0.4).double()) + pyro.param("b", torch.tensor(0.1).double())
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3).double()))
-            pyro.sample("x", dist.Normal(both * z, 1.0), obs=x)
+        return dist.Normal(both * z, 1.0)
 
-    guide = guide_of(lambda x: dist.Bernoulli(torch.tensor(0.3).double()))
-    found = measured(Estimator(model, guide, Trace_ELBO()), X[:, 0], repeats=3)
+    prior = dist.Bernoulli(torch.tensor(0.3).double())
+    one = Estimator(model_of(prior, likelihood), guide_of(lambda x: prior), Trace_ELBO())
+    found = measured(one, X[:, 0], repeats=3)
     assert {name: row.num_parameters for name, row in found.items()} == {"all": 2, "all (a parameter)": 1, "b": 1}

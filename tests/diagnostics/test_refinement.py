@@ -56,22 +56,14 @@ def affine(x):
 
 NORMAL = dist.Normal(0.0, 1.0)
 UNREFINABLE = {
-    "chained": (
-        model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
-        r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`",
-    ),
-    "poisson": (
-        model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
-        "`guide` must have .*enumerated, got 'z'.*`refined`",
-    ),
-    "transformed": (
-        model_of(z=NORMAL), guide_of(affine),
-        "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`",
-    ),
-    "point": (
-        model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
-        "`guide` must have a density for .*, got a point .* for 'z'",
-    ),
+    "chained": (model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
+        r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`"),
+    "poisson": (model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
+        "`guide` must have .*enumerated, got 'z'.*`refined`"),
+    "transformed": (model_of(z=NORMAL), guide_of(affine),
+        "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`"),
+    "point": (model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
+        "`guide` must have a density for .*, got a point .* for 'z'"),
 }  # fmt: skip
 
 

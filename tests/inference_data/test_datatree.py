@@ -20,14 +20,14 @@ DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
 DRAWN = ["posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"]
 GROUPS = [*DRAWN, "observed_data", "guide"]
 UNLIKELY = 1e-6
+LABELS = [0, 1, 0, 2, 1, 0]
 SKEWED = {
     "gaussian": gaussian,
-    "relaxed": lambda: gaussian(
-        prior=priors.RelaxedBernoulli(2, 0.5, probs=0.3), encoder=guides.RelaxedBernoulli(3, 2, NET, 0.66)
-    ),
+    "relaxed": lambda: gaussian(prior=priors.RelaxedBernoulli(2, 0.5, probs=0.3),
+                                encoder=guides.RelaxedBernoulli(3, 2, NET, 0.66)),
     "gumbel": lambda: gumbel((1, 2), straight_through=True),
     "bernoulli": lambda: gaussian(prior=priors.Bernoulli(2, probs=0.3), encoder=guides.Bernoulli(3, 2, NET)),
-}
+}  # fmt: skip
 
 
 def tree_of(vae, **options):
@@ -281,18 +281,11 @@ def test_a_latent_that_depends_on_the_draw_of_another_has_no_parameters(first, c
         np.testing.assert_array_equal(tree["guide"]["third_loc"], X[:count, 0])
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        lambda: (shared_model, AutoNormal(shared_model)),
-        lambda: (shared_model, AutoDiagonalNormal(shared_model)),
-        lambda: local_pair(
-            dist.LogNormal(0.0, 1.0),
-            lambda x: dist.TransformedDistribution(dist.Normal(x, torch.ones(N)), [dist.transforms.ExpTransform()]),
-        ),
-    ],
-    ids=["AutoNormal", "AutoDiagonalNormal", "transformed"],
-)
+@pytest.mark.parametrize("pair", [
+    lambda: (shared_model, AutoNormal(shared_model)), lambda: (shared_model, AutoDiagonalNormal(shared_model)),
+    lambda: local_pair(dist.LogNormal(0.0, 1.0), lambda x: dist.TransformedDistribution(
+        dist.Normal(x, torch.ones(N)), [dist.transforms.ExpTransform()])),
+], ids=["AutoNormal", "AutoDiagonalNormal", "transformed"])  # fmt: skip
 def test_a_transformed_draw_has_no_guide_group(pair):
     assert list(pv.to_datatree(*pair(), X[:, 0], draws=3).children) == GROUPS[:-1]
 
@@ -312,9 +305,7 @@ def test_the_users_names_and_coordinates():
     assert tree["posterior"]["z"].sel(obs="c", axis="height").shape == (1, 20)
     assert tree["observed_data"]["x"].sel(obs="b", pixel=20).item() == X[1, 1]
     assert list(tree["prior_predictive"]["x"].coords["pixel"]) == [10, 20, 30]
-
-
-def test_a_dimension_may_have_the_name_of_columns():
+    # A dimension may have the name that columns of a covariance would have.
     tree = tree_of(gaussian(), dims={"z": ["a_bis"]})
     assert tree["posterior"]["z"].dims == ("chain", "draw", "obs", "a_bis")
     assert tree["guide"]["z_scale"].dims == ("obs", "a_bis")
@@ -328,9 +319,6 @@ def test_other_plates_are_dimensions(plate, expected):
     assert dims_of(tree["guide"]) == {"z_loc": expected, "z_scale": expected}
     for values in (tree["observed_data"]["x"], tree["guide"]["z_loc"]):
         np.testing.assert_array_equal(values, TWO_PLATES[2])
-
-
-LABELS = [0, 1, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("labels", [torch.tensor(LABELS), LABELS, np.array(LABELS)], ids=["tensor", "list", "array"])

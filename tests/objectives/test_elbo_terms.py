@@ -22,6 +22,10 @@ from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
 N = 5
 X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 ROWS = torch.tensor([4, 1])
+P_TOP, Q_TOP = torch.tensor([[0.3, 0.7], [0.4, 0.6]]).double()
+P_KIND = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).double()
+Q_KIND = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]]).double()
+VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
 
 
 def continuous():
@@ -54,9 +58,6 @@ def assert_terms(traces, distortion, rate, loss=None):
     assert terms == pytest.approx(expected, rel=1e-9, abs=1e-12)
     if loss is not None:
         assert terms["elbo"].item() == pytest.approx(-loss / N, rel=1e-9)
-
-
-VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
 
 
 @pytest.mark.parametrize("particles", [{}, {"num_particles": 3}, VECTORIZED, VECTORIZED | {"max_plate_nesting": 1}])
@@ -127,11 +128,6 @@ def test_enumerated_terms_are_sums_over_all_states(rows, particles):
     log_q = vae.encode(x).log_prob(states)
     distortion = -(log_q.exp() * vae.decode(states).log_prob(x)).sum(0)
     assert_terms(traces, distortion, (log_q.exp() * (log_q - vae.prior().log_prob(states))).sum(0), loss)
-
-
-P_TOP, Q_TOP = torch.tensor([[0.3, 0.7], [0.4, 0.6]]).double()
-P_KIND = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]).double()
-Q_KIND = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.1, 0.8]]).double()
 
 
 def chain_model(x):

@@ -39,6 +39,12 @@ from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, Score
 
 Y = X[:, 0]
 DATA = X.repeat(100, 1)
+COUNTS = torch.tensor([0.0, 3.0, 5.0, 9.0, 12.0, 1.0])
+FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, networks.linear()))}
+ALPHA = torch.tensor([-1.5, 0.0, 0.8]).double()
+ROWS = 40_000
+NODES, WEIGHTS = (torch.from_numpy(values).double() for values in np.polynomial.hermite_e.hermegauss(24))
+LOG_WEIGHTS = (WEIGHTS / WEIGHTS.sum()).log()
 
 
 @pytest.mark.parametrize(("kind", "name"), DISCRETE_CASES)
@@ -82,10 +88,6 @@ def test_the_bound_of_vimco_grows_with_its_draws_and_stays_below_the_truth(kind)
     for count, expected in zip((2, 3, 4), bounds[1:], strict=False):
         losses = [VIMCO(count).loss(vae.model, vae.guide, X.repeat(copies, 1)) for _ in range(50)]
         assert_mean(-torch.tensor(losses)[:, None].double() / copies, expected.sum(), calls=50)
-
-
-NODES, WEIGHTS = (torch.from_numpy(values).double() for values in np.polynomial.hermite_e.hermegauss(24))
-LOG_WEIGHTS = (WEIGHTS / WEIGHTS.sum()).log()
 
 
 def mixed_parameters():
@@ -146,10 +148,6 @@ def test_gaussian_latents_have_pyros_pathwise_gradient_and_no_score():
         pyro.set_rng_seed(0)
         found.append(gradient(elbo, model, guide, Y, [loc]))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-ALPHA = torch.tensor([-1.5, 0.0, 0.8]).double()
-ROWS = 40_000
 
 
 def wide_pair(alpha, shift=0.0):
@@ -328,10 +326,6 @@ def users_guide(x):
         x = pyro.subsample(x, event_dim=0)
         pyro.sample("first", dist.Bernoulli(logits=slopes[0] * (x - 4)))
         pyro.sample("second", dist.Bernoulli(logits=slopes[1] * (x - 4)))
-
-
-COUNTS = torch.tensor([0.0, 3.0, 5.0, 9.0, 12.0, 1.0])
-FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, networks.linear()))}
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

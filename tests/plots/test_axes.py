@@ -14,6 +14,8 @@ from pyro_vae import plots
 
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "nats per datum")
+LOSS = ("log p(x) minus that of the best, nats per datum", "")
+PLANE = ("rate, nats per datum", "distortion, nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
 IMAGES, SHAPE = inputs.IMAGES, (3, 4)
 RATIOS = tuple(f"{size} / length of the exact gradient" for size in ("standard deviation", "bias"))
@@ -32,17 +34,11 @@ DRAWINGS = {
     "bias_variance": (partial(plots.bias_variance, inputs.COMPARISON), RATIOS),
     "calibration": (lambda **options: plots.calibration(inputs.narrow_calibration(), **options), RANKS),
     "khat": (partial(plots.khat, inputs.EVIDENCE), KHAT),
-    "evidence_comparison": (
-        lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options),
-        ("log p(x) minus that of the best, nats per datum", ""),
-    ),
+    "evidence_comparison": (lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options), LOSS),
     "training_curves": (partial(plots.training_curves, inputs.HISTORY), EPOCHS),
     "training_curves-validated": (partial(plots.training_curves, inputs.VALIDATED), EPOCHS),
     "training_curves-gap": (partial(plots.training_curves, inputs.VALIDATED, **GAP), EPOCHS),
-    "rate_distortion": (
-        partial(plots.rate_distortion, {"one": (1.0, 2.0), "other": (0.5, 3.0)}),
-        ("rate, nats per datum", "distortion, nats per datum"),
-    ),
+    "rate_distortion": (partial(plots.rate_distortion, {"one": (1.0, 2.0), "other": (0.5, 3.0)}), PLANE),
     "latent_map": (partial(plots.latent_map, CODES, LABELS), ("$z_1$", "$z_2$")),
     "latent_map-one": (partial(plots.latent_map, CODES[:, :1], LABELS), ("$z$", "label (with jitter)")),
     "posterior": (posterior_of(gaussian, 1), ("value of site $z$", "density")),

@@ -12,6 +12,13 @@ from pyro_vae import plots
 from pyro_vae.diagnostics.decomposition import Estimate
 
 SURROGATE = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
+MODELS = {
+    "pair": (1.0, 2.5),
+    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
+    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
+    "decomposed": SimpleNamespace(rate=Estimate(2.0, 0.1), distortion=Estimate(1.0, 0.2)),
+}
+ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
 
 
 def test_the_curves_are_the_elbo_and_its_negated_terms():
@@ -53,9 +60,6 @@ def test_curves_differ_in_more_than_colour():
     assert len({(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}) == len(lines) == 8
 
 
-ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
-
-
 @pytest.mark.parametrize(("given", "label"), [
     (-1.0, "log p(x)"), (ESTIMATE.log_evidence, "log p(x)"), (ESTIMATE, "log p(x), estimated"),
 ], ids=["number", "tensor", "evidence"])  # fmt: skip
@@ -78,14 +82,6 @@ def test_the_gap_is_between_the_last_elbo_and_log_evidence(given, label):
 def test_curves_that_cannot_be_drawn_are_refused(history, options, message):
     with pytest.raises(ValueError, match=message):
         plots.training_curves(history, **options)
-
-
-MODELS = {
-    "pair": (1.0, 2.5),
-    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
-    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
-    "decomposed": SimpleNamespace(rate=Estimate(2.0, 0.1), distortion=Estimate(1.0, 0.2)),
-}
 
 
 def test_models_lie_at_their_rate_and_distortion():

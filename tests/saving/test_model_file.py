@@ -129,8 +129,7 @@ def test_every_network_is_in_the_list_above():
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """All pairs of priors and guides, saved here, and the numbers that a new process computes from the files."""
-    folder = tmp_path_factory.mktemp("models")
-    here = {}
+    folder, here = tmp_path_factory.mktemp("models"), {}
     for index, (prior, guide) in enumerate(PAIRS):
         if "Flow" in prior + guide and not HAS_ZUKO:
             continue

@@ -14,6 +14,8 @@ from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
+FOREIGN = [b"", b"\n", b"pyro_vae file", b"PK\3\4", b"\0" * 1000, b"\xff" * 1000, b"x" * 10**6]
+SPARSE, META, COMPLEX = torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128)
 TENSORS = {
     "weight": WEIGHT, "the same": WEIGHT, "a part": torch.arange(1000.0)[10:13],
     "transposed": torch.arange(12.0).reshape(3, 4).T, "expanded": torch.tensor([0.5]).expand(4),
@@ -96,9 +98,6 @@ def of_safetensors():
     safetensors.torch.save_file({"w": torch.ones(2)}, "a", {"kind": "model"})
 
 
-FOREIGN = [b"", b"\n", b"pyro_vae file", b"PK\3\4", b"\0" * 1000, b"\xff" * 1000, b"x" * 10**6]
-
-
 @pytest.mark.parametrize("content", [*FOREIGN, of_torch, of_safetensors])
 def test_a_foreign_file_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
@@ -154,9 +153,6 @@ def test_a_forged_file_is_refused_by_its_name(tmp_path, changes):
     (tmp_path / "a").write_bytes(forge(**changes))
     with pytest.raises(FileFormatError, match=r"`path` must be a model file.*a' "):
         read(tmp_path / "a", "model")
-
-
-SPARSE, META, COMPLEX = torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128)
 
 
 @pytest.mark.parametrize(("header", "tensors", "message"), [
