@@ -14,7 +14,7 @@ from pyro_vae import plots
 
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "nats per datum")
-LOSS = ("log p(x) minus that of the best, nats per datum", "")
+BEST = ("log p(x) minus that of the best, nats per datum", "")
 PLANE = ("rate, nats per datum", "distortion, nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
 IMAGES, SHAPE = inputs.IMAGES, (3, 4)
@@ -34,7 +34,7 @@ DRAWINGS = {
     "bias_variance": (partial(plots.bias_variance, inputs.COMPARISON), RATIOS),
     "calibration": (lambda **options: plots.calibration(inputs.narrow_calibration(), **options), RANKS),
     "khat": (partial(plots.khat, inputs.EVIDENCE), KHAT),
-    "evidence_comparison": (lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options), LOSS),
+    "evidence_comparison": (lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options), BEST),
     "training_curves": (partial(plots.training_curves, inputs.HISTORY), EPOCHS),
     "training_curves-validated": (partial(plots.training_curves, inputs.VALIDATED), EPOCHS),
     "training_curves-gap": (partial(plots.training_curves, inputs.VALIDATED, **GAP), EPOCHS),
