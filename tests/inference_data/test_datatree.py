@@ -393,7 +393,7 @@ def test_a_guide_without_a_latent_of_the_model_is_refused():
     def guide(x):
         pyro.sample("mu", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"`guide` must draw every latent of .* \['mu', 'z'\], got .* lacks \['z'\]"):
+    with pytest.raises(ValueError, match=r"`guide` must draw the latents of the model, \['mu', 'z'\], got \['mu'\]"):
         pv.to_datatree(shared_model, guide, X[:, 0], draws=3)
 
 
