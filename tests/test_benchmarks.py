@@ -16,6 +16,7 @@ try:
     cases, inputs, measuring, tables = map(importlib.import_module, ("cases", "inputs", "measuring", "tables"))
 finally:
     sys.path.remove(str(BENCHMARKS))
+HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +81,7 @@ def test_another_model_is_detected(name, change, tmp_path):
 
 
 def test_the_floor_computes_the_products_of_a_step(tmp_path):
-    floor = importlib.import_module("floor")
-    layers = [(784, 400), (400, 40)]
+    floor, layers = importlib.import_module("floor"), [(784, 400), (400, 40)]
     products = [*floor.forward(layers, 128), *floor.backward(layers, 128, reach_inputs=False)]
     operations = sum(left.shape[0] * left.shape[1] * right.shape[1] for _, left, right in products)
     assert operations == 128 * (2 * 784 * 400 + 3 * 400 * 40)  # nothing needs the gradient of the data
@@ -92,9 +92,6 @@ def test_a_slower_contestant_misses_its_target():
     found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
     report = tables.of_targets(found)
     assert report.count("missed") == report.count("met") == 1
-
-
-HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
 
 
 def test_the_short_form(tmp_path):

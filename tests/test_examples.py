@@ -21,14 +21,15 @@ from pyro_vae.handlers import WeightKL
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "common"]
-RELAXED = ["relaxed Bernoulli", "Gumbel-softmax"]
-VAES = [
-    "Gaussian",
-    *(f"{name}, {row}" for name in RELAXED for row in ("relaxed", "twin")),
-    "enumerated Bernoulli",
-    "score function",
-]
+RELAXED = [f"{name}, {row}" for name in ("relaxed Bernoulli", "Gumbel-softmax") for row in ("relaxed", "twin")]
+VAES = ["Gaussian", *RELAXED, "enumerated Bernoulli", "score function"]
 METHODS = ["one full Gaussian", "exact mixture", "Jensen under the prior", "naive Monte Carlo", *VAES]
+SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "50")
+PICTURES = {"training", "latent_map", "reconstructions", "samples"}
+DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
+SMALL = (*DISCRETE, "--hidden", "16")
+SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
+ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +85,6 @@ def assert_settings(results, **expected):
     assert {name: results["settings"][name] for name in expected} == expected
 
 
-# --- The mixture -----------------------------------------------------------------------------------------------------
-
-
 def assert_mixture(folder, results, rows, draws):
     assert list(results["methods"]) == METHODS
     assert results["truth"]["expected_log_p"] == pytest.approx(1.0741, abs=1e-4)
@@ -116,8 +114,7 @@ def test_mixture_in_a_short_form(run):
 
 def fitted_gaussian(mixture, weight, epochs):
     pyro.set_rng_seed(0)
-    vae = mixture["make_vae"]("Gaussian")
-    weigh = WeightKL(weight)
+    vae, weigh = mixture["make_vae"]("Gaussian"), WeightKL(weight)
     train = pv.datasets.two_gaussians(1000, seed=0).x
     fitted = pv.fit(weigh(vae.model), weigh(vae.guide), train, epochs=epochs, lr=1e-2)
     with torch.no_grad():
@@ -126,11 +123,9 @@ def fitted_gaussian(mixture, weight, epochs):
 
 def test_without_the_weight_of_the_kl_codes_drift_apart():
     mixture = functions_of("mixture.py")
-    (spread_with, rate_with), (spread_without, rate_without) = (
-        fitted_gaussian(mixture, weight, epochs=300) for weight in (1.0, 0.0)
-    )
-    assert spread_without > 1.5 * spread_with
-    assert rate_without > 2 * rate_with
+    (spread, rate), (spread_without, rate_without) = (fitted_gaussian(mixture, kl, epochs=300) for kl in (1.0, 0.0))
+    assert spread_without > 1.5 * spread
+    assert rate_without > 2 * rate
 
 
 @pytest.mark.parametrize("name", ["enumerated Bernoulli", "exact mixture"])
@@ -147,15 +142,13 @@ def test_methods_that_enumerate_take_any_weight(name):
 
 def test_enumerating_in_the_model_fits_the_evidence_itself():
     mixture = functions_of("mixture.py")
-    vae = mixture["make_vae"]("Bernoulli")
-    x = pv.datasets.two_gaussians(50, seed=0).x
+    vae, x = mixture["make_vae"]("Bernoulli"), pv.datasets.two_gaussians(50, seed=0).x
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(vae.model), mixture["no_guide"], x)
     assert -loss == pytest.approx(pv.exact.log_evidence(vae.model, x).sum().item(), rel=1e-5)
 
 
 def test_energy_distance_is_zero_for_equal_samples_and_grows_with_distance():
-    energy_distance = functions_of("common.py")["energy_distance"]
-    x = torch.randn(200, 2)
+    energy_distance, x = functions_of("common.py")["energy_distance"], torch.randn(200, 2)
     distances = [energy_distance(x, x + shift) for shift in (0.0, 0.5, 1.0)]
     assert distances[0] == pytest.approx(0, abs=1e-5)
     assert distances[0] < distances[1] < distances[2]
@@ -170,10 +163,14 @@ def test_the_null_band_holds_samples_of_the_truth_and_no_others():
     assert common["energy_distance"](first, second + 0.3) > high
 
 
-def test_accuracy_is_the_same_whichever_cluster_is_called_1():
-    accuracy = functions_of("common.py")["cluster_accuracy"]
+def test_accuracy_is_the_same_whichever_cluster_is_called_1_and_pure_classes_have_one_label_each():
+    common = functions_of("common.py")
+    accuracy, purity = common["cluster_accuracy"], common["purity"]
     found, labels = torch.tensor([True, True, False, True]), torch.tensor([1, 1, 0, 0])
     assert accuracy(found, labels) == accuracy(~found, labels) == 0.75
+    labels = torch.tensor([0, 0, 1, 1])
+    assert purity(torch.eye(2)[labels], labels) == 1
+    assert purity(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
 
 
 def test_monte_carlo_in_a_short_form(run):
@@ -191,20 +188,12 @@ def test_the_full_mixture_reaches_the_known_numbers(run):
     # 10,000 test points have a standard error of 0.01 about the expectation.
     assert truth == pytest.approx(1.0741, abs=0.045)
     for name in ("exact mixture", "enumerated Bernoulli"):
-        assert rows[name]["log_p"] == pytest.approx(truth, abs=0.03)
-        assert rows[name]["accuracy"] == 1
+        assert (rows[name]["log_p"], rows[name]["accuracy"]) == (pytest.approx(truth, abs=0.03), 1)
     assert rows["one full Gaussian"]["log_p"] == pytest.approx(-0.884, abs=0.02)
     assert rows["Jensen under the prior"]["log_p"] == pytest.approx(-2.848, abs=0.02)
-    assert rows["Jensen under the prior"]["kl"] < 0.02, (
-        "the optimum ignores z: the bound is tight and the model useless"
-    )
+    assert rows["Jensen under the prior"]["kl"] < 0.02, "the optimum ignores z: a tight bound and a useless model"
     low, high = results["truth"]["energy_null_band"]
     assert low < high < rows["one full Gaussian"]["energy"] < rows["Jensen under the prior"]["energy"]
-
-
-# --- Images ----------------------------------------------------------------------------------------------------------
-
-PICTURES = {"training", "latent_map", "reconstructions", "samples"}
 
 
 def assert_images(folder, found, name, epochs, pixels):
@@ -212,9 +201,8 @@ def assert_images(folder, found, name, epochs, pixels):
     # After an epoch or two the model is better than fair coins, and no image is certain.
     assert -pixels * torch.tensor(2.0).log() < found["elbo"] < 0
     assert {len(values) for values in found["history"].values()} == {epochs}
-    assert set(found["history"]) == {
-        start + term for start in ("", "validation_") for term in ("elbo", "distortion", "rate")
-    }
+    terms = {of + term for of in ("", "validation_") for term in ("elbo", "distortion", "rate")}
+    assert set(found["history"]) == terms
     with xr.open_datatree(folder / f"{name}.nc") as tree:
         for group in ("posterior", "posterior_predictive", "observed_data", "guide"):
             assert tree[group]["label"].dims == ("obs",)
@@ -243,9 +231,6 @@ def test_digits_in_a_short_form(run):
     assert_trees(folder, {"digits"}, draws=20, rows=5)
 
 
-SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "50")
-
-
 @pytest.mark.parametrize("options", [(), ("--network", "convolutional", "--channels", "4", "8")], ids=["mlp", "conv"])
 def test_mnist_in_a_short_form(run, enlarged, options):
     folder, found, printed = run("mnist.py", *SHORT, "--hidden", "32", *options)
@@ -257,18 +242,14 @@ def test_mnist_in_a_short_form(run, enlarged, options):
     assert "-86.8" in printed
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--prior", "normal", "--binarization", "threshold"),
-        ("--likelihood", "continuous-bernoulli"),
-        ("--likelihood", "normal", "--latent", "3"),
-        ("--guide", "relaxed-bernoulli", "--prior", "normal", "--latent", "1"),
-        ("--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli", "--latent", "4"),
-        ("--prior", "relaxed-bernoulli", "--latent", "1"),
-    ],
-    ids=lambda options: " ".join(options),
-)
+@pytest.mark.parametrize("options", [
+    ("--prior", "normal", "--binarization", "threshold"),
+    ("--likelihood", "continuous-bernoulli"),
+    ("--likelihood", "normal", "--latent", "3"),
+    ("--guide", "relaxed-bernoulli", "--prior", "normal", "--latent", "1"),
+    ("--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli", "--latent", "4"),
+    ("--prior", "relaxed-bernoulli", "--latent", "1"),
+], ids=lambda options: " ".join(options))  # fmt: skip
 def test_mnist_with_other_parts(run, options):
     folder, found, _ = run("mnist.py", "--data", "digits", *SHORT, "--hidden", "16", *options)
     assert found["log_p"] > found["elbo_of_test_images"]
@@ -293,8 +274,7 @@ def test_categorical_in_a_short_form(run, enlarged, data):
 def test_categorical_with_more_states_than_can_be_summed_over(run):
     options = ("--epochs", "1", "--test-images", "30", "--draws", "5", "--hidden", "16")
     *_, printed = run("categorical.py", *options, "--variables", "6", "--classes", "10")
-    assert "with 20 draws" in printed
-    assert "with 1000 draws" in printed
+    assert all(f"with {count} draws" in printed for count in (20, 1000))
 
 
 def test_classes_of_a_known_decoder_are_drawn_as_they_are():
@@ -311,17 +291,9 @@ def test_classes_of_a_known_decoder_are_drawn_as_they_are():
         assert torch.allclose(other, torch.full((3, 3), 1 / 3), atol=0.02)
 
 
-def test_pure_classes_have_one_label_each():
-    purity = functions_of("common.py")["purity"]
-    labels = torch.tensor([0, 0, 1, 1])
-    assert purity(torch.eye(2)[labels], labels) == 1
-    assert purity(torch.eye(2)[torch.tensor([0, 1, 0, 1])], labels) == 0.5
-
-
 def test_gaussian_mixture_vae_in_a_short_form(run):
-    folder, found, _ = run(
-        "gaussian_mixture_vae.py", "--epochs", "3", "--test-images", "60", "--draws", "5", "--hidden", "32"
-    )
+    options = ("--epochs", "3", "--test-images", "60", "--draws", "5", "--hidden", "32")
+    folder, found, _ = run("gaussian_mixture_vae.py", *options)
     assert list(found["models"]) == ["one standard normal", "mixture, y summed over"]
     for row in found["models"].values():
         assert -64 * torch.tensor(2.0).log() < row["elbo"] < row["log_p"] < 0
@@ -343,9 +315,8 @@ def test_a_mixture_of_gaussians_is_one_model_with_its_component_drawn_or_summed_
 
 
 def test_semi_supervised_in_a_short_form(run):
-    folder, found, _ = run(
-        "semi_supervised.py", "--epochs", "5", "--test-images", "200", "--draws", "5", "--hidden", "64"
-    )
+    options = ("--epochs", "5", "--test-images", "200", "--draws", "5", "--hidden", "64")
+    folder, found, _ = run("semi_supervised.py", *options)
     assert list(found["methods"]) == ["enumerated", "relaxed", "alone"]
     assert len({row["steps"] for row in found["methods"].values()}) == 1
     for name, row in found["methods"].items():
@@ -366,8 +337,7 @@ def test_semi_supervised_in_a_short_form(run):
 def m2():
     """An untrained M2 of six pixels, and eight rows, four of them with a label."""
     pyro.set_rng_seed(0)
-    example = functions_of("semi_supervised.py")
-    x = torch.bernoulli(torch.full((8, 6), 0.5))
+    example, x = functions_of("semi_supervised.py"), torch.bernoulli(torch.full((8, 6), 0.5))
     labels = torch.tensor([3, -1, 0, -1, 9, 9, -1, -1])
     return example["M2"]("m2", pixels=6, latent=2, hidden=8), x, labels
 
@@ -376,12 +346,10 @@ def by_hand(model, x, labels, z, alpha):
     """The bound summed over classes row by row, z given of each class, ``(10, N, D)``, and the surrogate with alpha."""
     total = torch.zeros(())
     for row, label in enumerate(labels.tolist()):
-        log_q = model.classifier(x[row]).base_dist.logits[0]
-        each = []
+        log_q, each = model.classifier(x[row]).base_dist.logits[0], []
         for digit in range(10):
             y, here = torch.eye(10)[digit], z[digit, row]
-            q = model.encoder(torch.cat([x[row], y]))
-            p = model.decoder(torch.cat([here, y]))
+            q, p = model.encoder(torch.cat([x[row], y])), model.decoder(torch.cat([here, y]))
             terms = p.log_prob(x[row]) + model.style_prior().log_prob(here) - q.log_prob(here)
             each.append(terms - torch.tensor(10.0).log())
         if label < 0:
@@ -401,9 +369,8 @@ def test_the_enumerated_loss_is_the_sum_over_classes_by_hand_and_so_is_its_gradi
     total = by_hand(model, x, labels, traces[-1].nodes["z"]["value"], alpha)
     assert -loss.item() == pytest.approx(total.item(), rel=1e-5)
     parameters = list(model.parameters())
-    for enumerated, summed in zip(
-        torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(total, parameters), strict=True
-    ):
+    ours, theirs = (torch.autograd.grad(value, parameters, retain_graph=True) for value in (loss, total))
+    for enumerated, summed in zip(ours, theirs, strict=True):
         assert torch.allclose(-enumerated, summed, rtol=1e-4, atol=1e-5)
 
 
@@ -462,19 +429,10 @@ def test_explosion_gradients_in_a_short_form(run):
 def test_extrapolation_doubles_with_each_latent():
     extrapolate = functions_of("explosion.py")["extrapolate"]
     rows = [{"n": 1, "seconds": 1.0}, {"n": 4, "seconds": 3.0}, {"n": 8}]
-    assert extrapolate(rows, 6, "seconds") == 12.0
-    assert extrapolate([], 6, "seconds") == 0.0
+    assert (extrapolate(rows, 6, "seconds"), extrapolate([], 6, "seconds")) == (12.0, 0.0)
 
 
-DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
-SMALL = (*DISCRETE, "--hidden", "16")
-SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
-ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
-
-
-@pytest.mark.parametrize(
-    ("latent", "names"), [("categorical", ESTIMATORS), ("bernoulli", [*ESTIMATORS, "disarm"])], ids=["classes", "bits"]
-)
+@pytest.mark.parametrize(("latent", "names"), [("categorical", ESTIMATORS), ("bernoulli", [*ESTIMATORS, "disarm"])])
 def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, latent, names):
     folder, found, _ = run("discrete_mnist.py", *SMALL, "--latent", latent, "--estimator", "all")
     assert list(found["runs"]) == names
@@ -492,8 +450,7 @@ def test_discrete_mnist_puts_all_estimators_side_by_side_in_a_short_form(run, la
 
 def test_discrete_mnist_of_one_estimator_in_a_short_form(run):
     _, found, _ = run("discrete_mnist.py", *SMALL, "--estimator", "vimco", "--particles", "3")
-    assert list(found["runs"]) == ["vimco"]
-    assert found["settings"]["particles"] == 3
+    assert (list(found["runs"]), found["settings"]["particles"]) == (["vimco"], 3)
 
 
 def test_imputation_in_a_short_form(run):
@@ -509,8 +466,7 @@ def test_imputation_in_a_short_form(run):
     assert_pictures(folder, {"calibration"})
     with xr.open_datatree(folder / "imputation.nc") as tree:
         seen = tree["observed_data"]["x"]
-        assert float(seen.isnull().mean()) == pytest.approx(0.25, abs=0.05)
-        assert seen.sizes["measurement"] == 30
+        assert (float(seen.isnull().mean()), seen.sizes["measurement"]) == (pytest.approx(0.25, abs=0.05), 30)
         assert bool(tree["imputed"]["x"].notnull().all())
         assert bool(tree["posterior_predictive"]["x"].notnull().all())
         assert float(abs(tree["imputed"]["x"] - seen).max()) == 0, "what was observed stays"
@@ -555,8 +511,7 @@ def test_two_layers_in_a_short_form(run):
     assert_pictures(folder, {"samples_by_layer"})
     with xr.open_datatree(folder / "two_layers.nc") as tree:
         assert tree["posterior"]["z1"].dims == ("chain", "draw", "obs", "code")
-        assert tree["posterior"]["z2"].sizes["top"] == 2
-        assert tree["posterior"]["label"].dims == ("obs",)
+        assert (tree["posterior"]["z2"].sizes["top"], tree["posterior"]["label"].dims) == (2, ("obs",))
 
 
 def test_two_layers_on_images_of_another_size(run, enlarged):
@@ -613,8 +568,7 @@ def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
 def test_a_context_of_one_row_is_that_of_all_images():
     example = functions_of("conditional.py")
     cvae = example["ConditionalVAE"]("one_row", 64, 10, hidden=8)
-    x = pv.datasets.binarize(pv.datasets.digits("test").x[:4])
-    context = torch.eye(10)[3:4]
+    x, context = pv.datasets.binarize(pv.datasets.digits("test").x[:4]), torch.eye(10)[3:4]
     slow = pv.exact.log_evidence(cvae.model, x, context.expand(4, -1))
     assert torch.allclose(example["evidence_by_label"](cvae, x)[:, 3], slow, atol=2e-2)
 
@@ -641,18 +595,14 @@ def test_a_table_shows_the_numbers_that_a_row_has():
     assert table("corner", rows, {"A": "{a:.2f}", "plus": "{b:+d}"}, "a note").splitlines() == expected
 
 
-# --- Captured --------------------------------------------------------------------------------------------------------
-
 FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
 CAPTURED = [
-    ("digits.py", FEW),
-    ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
+    ("digits.py", FEW), ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
     ("mnist.py", ("--data", "digits", *SHORT, "--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli")),
     ("mnist.py", ("--data", "digits", *SHORT, "--likelihood", "continuous-bernoulli", "--binarization", "none")),
     ("categorical.py", (*FEW, "--hidden", "16")),
     ("categorical.py", (*FEW, "--hidden", "16", "--variables", "6", "--classes", "10")),
-    ("gaussian_mixture_vae.py", (*FEW, "--hidden", "16")),
-    ("semi_supervised.py", (*FEW, "--hidden", "16")),
+    ("gaussian_mixture_vae.py", (*FEW, "--hidden", "16")), ("semi_supervised.py", (*FEW, "--hidden", "16")),
     ("explosion.py", ("--epochs", "1", "--largest", "4", "--samples", "20", "--test-images", "20")),
     ("explosion_gradients.py", ("--epochs", "1", "--largest", "2")),
     ("discrete_mnist.py", (*SMALL, "--latent", "categorical", "--estimator", "all")),
@@ -660,10 +610,9 @@ CAPTURED = [
     ("imputation.py", ("--epochs", "5", "--draws", "5", "--latent", "3", "--hidden", "16")),
     ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
     ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
-    ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")),
-    ("swap.py", (*FEW, "--hidden", "8")),
+    ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
-]
+]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
 
@@ -681,11 +630,9 @@ def histories_of(run, monkeypatch, name, options):
     return [fitted.history for fitted in found]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CAPTURED],
-    ids=lambda value: value if isinstance(value, str) else value[-1],
-)
+@pytest.mark.parametrize(("name", "options"), [
+    pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CAPTURED
+], ids=lambda value: value if isinstance(value, str) else value[-1])  # fmt: skip
 def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
     graphs = []
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: graphs.append(self))
@@ -699,20 +646,11 @@ def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
             assert ours[term] == pytest.approx(values, rel=1e-4, abs=1e-4), term
 
 
-def test_every_example_that_takes_the_option_is_captured_above():
-    compiled = {path.name for path in SCRIPTS if "add_training(" in path.read_text()}
-    assert {name for name, _ in CAPTURED} == compiled
-
-
-# --- All of them -----------------------------------------------------------------------------------------------------
-
-
-def test_every_example_is_run_in_this_file():
+def test_every_example_is_run_in_this_file_and_captured_if_it_takes_the_option():
     source = Path(__file__).read_text()
     assert len(SCRIPTS) >= 5
-    assert not [path.name for path in SCRIPTS if not re.search(rf'run\(\s*"{path.name}"', source)], (
-        "an example has no test"
-    )
+    assert [path.name for path in SCRIPTS if not re.search(rf'run\(\s*"{path.name}"', source)] == []
+    assert {name for name, _ in CAPTURED} == {path.name for path in SCRIPTS if "add_training(" in path.read_text()}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -726,26 +664,20 @@ def test_an_example_fits_a_few_screens_and_has_help(script, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("digits --epochs 0", "argument --epochs: must be a positive integer, got '0'"),
-        ("digits --lr -1", "argument --lr: must be a positive number, got '-1'"),
-        ("digits --out file/results", "cannot make the folder"),
-        (
-            "mnist --binarization none",
-            "--binarization must be resample or threshold with --likelihood bernoulli, got none",
-        ),
-        ("mnist --likelihood normal --binarization resample", "must be none with --likelihood normal, got resample"),
-        ("discrete_mnist --estimator disarm vimco", "--estimator disarm requires --latent bernoulli, got categorical"),
-        ("discrete_mnist --latent bernoulli --estimator disarm --particles 3", "must be even for disarm, .*, got 3"),
-        ("discrete_mnist --estimator leave-one-out --particles 1", "--particles must be 2 or more for .*, got 1"),
-        ("discrete_mnist --estimator vimco --particles 1", "--particles must be 2 or more for .*, got 1"),
-        ("categorical --floor 2", "--floor must be at most --temperature, 1.0, got 2.0"),
-        ("gaussian_mixture_vae --components 1", "--components must be 2 or more, got 1"),
-        ("semi_supervised --labels 15", "--labels must be a multiple of ten, got 15"),
-    ],
-)
+@pytest.mark.parametrize(("command", "message"), [
+    ("digits --epochs 0", "argument --epochs: must be a positive integer, got '0'"),
+    ("digits --lr -1", "argument --lr: must be a positive number, got '-1'"),
+    ("digits --out file/results", "cannot make the folder"),
+    ("mnist --binarization none", "--binarization must be resample or threshold with --likelihood bernoulli, got none"),
+    ("mnist --likelihood normal --binarization resample", "must be none with --likelihood normal, got resample"),
+    ("discrete_mnist --estimator disarm vimco", "--estimator disarm requires --latent bernoulli, got categorical"),
+    ("discrete_mnist --latent bernoulli --estimator disarm --particles 3", "must be even for disarm, .*, got 3"),
+    ("discrete_mnist --estimator leave-one-out --particles 1", "--particles must be 2 or more for .*, got 1"),
+    ("discrete_mnist --estimator vimco --particles 1", "--particles must be 2 or more for .*, got 1"),
+    ("categorical --floor 2", "--floor must be at most --temperature, 1.0, got 2.0"),
+    ("gaussian_mixture_vae --components 1", "--components must be 2 or more, got 1"),
+    ("semi_supervised --labels 15", "--labels must be a multiple of ten, got 15"),
+])  # fmt: skip
 def test_options_that_do_not_fit_are_refused_before_any_work(run, tmp_path, monkeypatch, capsys, command, message):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
@@ -762,9 +694,6 @@ def test_no_example_runs_when_imported(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# --- inspect_posterior.py --------------------------------------------------------------------------------------------
-
-
 def test_inspect_posterior_in_a_short_form(run):
     options = ("--data", "digits", "--epochs", "150", "--latent", "8", "--hidden", "128", "--draws", "10")
     folder, results, printed = run("inspect_posterior.py", *options, "--test-images", "100", "--batch-size", "100")
@@ -777,6 +706,5 @@ def test_inspect_posterior_in_a_short_form(run):
     assert {page.name for page in folder.glob("*.html")} == {"as_trained.html", "variance_times_0.5.html"}
     for name in ("as_trained", "variance_times_0.5"):
         with xr.open_datatree(folder / f"{name}.nc") as tree:
-            assert tree["posterior"]["z"].sizes["draw"] == 10
-            assert tree["training"].sizes["epoch"] == 150
+            assert (tree["posterior"]["z"].sizes["draw"], tree["training"].sizes["epoch"]) == (10, 150)
             assert tree["constant_data"]["label"].sizes["obs"] == 20

@@ -77,8 +77,7 @@ def passed(found: dict[str, Any]) -> bool:
 def main(args: argparse.Namespace) -> int:
     """Measure, print and write the results; return 1 if a contestant failed or computes something else."""
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(args)
-    described = machine(args.threads)
+    settings, described = settings_of(args), machine(args.threads)
     if described["load"] is not None and described["load"] > 0.3:
         print(f"The machine is busy, with a load of {described['load']:.1f}: times will be too long.\n")
     found: dict[str, Any] = {"machine": described, "settings": vars(settings), "cases": {}, "growth": {}}

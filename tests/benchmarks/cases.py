@@ -108,8 +108,7 @@ def shortened(case: Case) -> Case:
 
 def initial_weights(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     """Draw weights ``(out, in)`` and biases of each layer as torch does, by names such as ``encoder.0.weight``."""
-    random = np.random.default_rng(seed)
-    weights = {}
+    random, weights = np.random.default_rng(seed), {}
     for part, layers in (("encoder", case.encoder), ("decoder", case.decoder)):
         for number, (inputs, outputs) in enumerate(layers):
             bound = inputs**-0.5

@@ -10,10 +10,7 @@ Product = tuple[Tensor, Tensor, Tensor]
 
 def forward(layers: list[tuple[int, int]], rows: int) -> list[Product]:
     """Return the product of each layer, y = x W', as ``(out, left, right)``."""
-    return [
-        (torch.empty(rows, outputs), torch.randn(rows, inputs), torch.randn(outputs, inputs).T)
-        for inputs, outputs in layers
-    ]
+    return [(torch.empty(rows, outs), torch.randn(rows, ins), torch.randn(outs, ins).T) for ins, outs in layers]
 
 
 def backward(layers: list[tuple[int, int]], rows: int, reach_inputs: bool) -> list[Product]:

@@ -58,7 +58,6 @@ MAPPED = replace(
     rows=300_000, hidden=(16,), latent=(2,), batch_size=1000, mapped=True,
 )  # fmt: skip
 MAPPED_ROWS, QUICK_MAPPED_ROWS = (30_000, 300_000), (20_000,)
-
 GROWTHS = (*SERIES, "epochs", "mapped")
 
 
@@ -114,8 +113,7 @@ def _of_series(series: Series, points: list[dict[str, Any]]) -> str:
 
 def _of_epochs(found: dict[str, Any]) -> str:
     """Format the memory after the first round and after the last."""
-    steps = found["case"]["rows"] // found["case"]["batch_size"]
-    rows = []
+    steps, rows = found["case"]["rows"] // found["case"]["batch_size"], []
     for result in found["contestants"].values():
         if "time" not in result or "resident" not in result["turns"][0]:
             rows.append([result["title"], absent(result), "", "", ""])

@@ -15,7 +15,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear, logsig
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Case, Weights, Tensor], dict[str, Tensor]]
-
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -52,8 +51,7 @@ def normal_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
 
 def log_concrete(y: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """Compute the log-density of the logarithm of relaxed one-hot variables, summed over variables."""
-    classes = y.shape[-1]
-    score = (logits - temperature * y).log_softmax(-1).sum(-1)
+    classes, score = y.shape[-1], (logits - temperature * y).log_softmax(-1).sum(-1)
     return (score + math.lgamma(classes) + (classes - 1) * math.log(temperature)).sum(-1)
 
 
@@ -69,8 +67,7 @@ def gumbel_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
 
 def enumerated_loss(case: Case, weights: Weights, x: Tensor) -> dict[str, Tensor]:
     """Compute the ELBO of Bernoulli variables as a sum over all states."""
-    logits = network(case, weights, "encoder", x)
-    bits = torch.arange(case.latent[0])
+    logits, bits = network(case, weights, "encoder", x), torch.arange(case.latent[0])
     states = ((torch.arange(2 ** case.latent[0])[:, None] >> bits) & 1).to(x.dtype)
     on, off = logsigmoid(logits), logsigmoid(-logits)
     log_guide = states @ on.T + (1 - states) @ off.T  # (states, rows)

@@ -69,8 +69,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a case; the result can be written as JSON."""
     inputs.write(case, folder, mnist)
-    entrants = {name: Entrant(name) for name in names}
-    reference = None
+    entrants, reference = {name: Entrant(name) for name in names}, None
     with ExitStack() as stack:
         for entrant in sorted(entrants.values(), key=lambda entrant: entrant.name not in REFERENCES):
             _enter(entrant, case, settings, folder, log, stack)

@@ -117,9 +117,7 @@ def _epoch(svi: SVI, case: Case, state: Any, x: Array, key: Array) -> tuple[Any,
 
 def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int) -> Losses:
     """Train with one compiled call per epoch."""
-    svi = ScanVAE(case, given).svi()
-    x = jnp.asarray(given.x[:rows])
-    key = jax.random.key(seed)
+    svi, x, key = ScanVAE(case, given).svi(), jnp.asarray(given.x[:rows]), jax.random.key(seed)
     state = svi.init(key, x[: case.batch_size].astype(jnp.float32))
     run = jax.jit(partial(_epoch, svi, case), donate_argnums=0)
     losses: list[float] = []
@@ -141,8 +139,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
         with numpyro.handlers.seed(rng_seed=key), numpyro.handlers.block():
             loc, log_scale = jnp.split(vae.network("encoder", x), 2, axis=-1)
             q = dist.Normal(loc, jnp.exp(log_scale)).to_event(1)
-            z = q.sample(key, (chunk,))
-            prior = dist.Normal(jnp.zeros(case.latent), 1.0).to_event(1)
+            z, prior = q.sample(key, (chunk,)), dist.Normal(jnp.zeros(case.latent), 1.0).to_event(1)
             return vae.likelihood(z).log_prob(x) + prior.log_prob(z) - q.log_prob(z)
 
     @jax.jit

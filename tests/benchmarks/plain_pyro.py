@@ -95,8 +95,7 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
         guide, elbo = config_enumerate(vae.guide), TraceEnum_ELBO(max_plate_nesting=1)
     elif case.particles > 1:
         elbo = RenyiELBO(alpha=0, num_particles=case.particles, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(vae.model, guide, Adam({"lr": case.lr}), elbo)
-    losses = []
+    svi, losses = SVI(vae.model, guide, Adam({"lr": case.lr}), elbo), []
     for _ in range(epochs):
         total = 0.0
         for index in [None] if case.full_batch else torch.randperm(rows).split(case.batch_size):
@@ -113,8 +112,7 @@ def evaluate(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, s
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     vae, x = PlainVAE(case, given), (torch.from_numpy(given.x[:rows]) > 127).float()
-    chunk = min(case.particles, 50)
-    found = []
+    chunk, found = min(case.particles, 50), []
     for _ in range(epochs):
         weights = torch.cat([_log_weights(vae, x, chunk) for _ in range(case.particles // chunk)])
         found.append(-float((weights.logsumexp(0) - torch.tensor(float(len(weights))).log()).mean()))
@@ -136,8 +134,7 @@ def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, see
     """Draw the posterior and new data by ``Predictive``, as arrays; return the mean square of the draws of z."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    vae, x = PlainVAE(case, given), torch.from_numpy(given.x)[:rows]
-    found = []
+    vae, x, found = PlainVAE(case, given), torch.from_numpy(given.x)[:rows], []
     for _ in range(epochs):
         z = Predictive(vae.guide, num_samples=case.particles, parallel=True)(x)["z"].detach()
         redrawn = Predictive(pyro.poutine.uncondition(vae.model), posterior_samples={"z": z}, parallel=True)

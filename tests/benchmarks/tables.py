@@ -18,14 +18,11 @@ class Target:
 
 
 TARGETS = (
-    Target("mixture", "captured", "pyro", 1 / 6),
-    Target("mixture", "captured", "numpyro", 1.0),
-    Target("mnist-128", "captured", "numpyro", 1.0),
-    Target("mnist-128", "captured", "floor", 1.35),
-    Target("mnist-1024", "captured", "numpyro", 1.0),
-    Target("mnist-1024", "captured", "floor", 1.2),
+    Target("mixture", "captured", "pyro", 1 / 6), Target("mixture", "captured", "numpyro", 1.0),
+    Target("mnist-128", "captured", "numpyro", 1.0), Target("mnist-128", "captured", "floor", 1.35),
+    Target("mnist-1024", "captured", "numpyro", 1.0), Target("mnist-1024", "captured", "floor", 1.2),
     *(Target(case, "eager", "handwritten", 1.3) for case in ("mixture", "digits", "mnist-128", "mnist-1024")),
-)
+)  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,8 +79,7 @@ def peak(result: Result) -> list[str]:
 def agreement(found: Result, results: Mapping[str, Result]) -> str:
     if not found["contestants"]:
         return "Loss: no two contestants that could be compared."
-    runs = results[found["reference"]]
-    rows = []
+    runs, rows = results[found["reference"]], []
     for judged in found["contestants"]:
         numbers = f"{judged['loss']:.4f}", f"{judged['reference_loss']:.4f}", f"{judged['off']:+.4f}"
         name = results[judged["contestant"]]["title"]

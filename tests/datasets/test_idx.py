@@ -108,14 +108,10 @@ def flipped(data, position, bit=0x10):
 
 
 FAULTY = {  # what a mirror sends instead of the images
-    "corrupted": flipped(PACKED["images"], 20),
-    "cut short": PACKED["images"][:-3],
-    "empty": b"",
+    "corrupted": flipped(PACKED["images"], 20), "cut short": PACKED["images"][:-3], "empty": b"",
     "cut short on the way": (PACKED["images"][:-3], len(PACKED["images"])),
-    "an error page": b"<html>maintenance</html>",
-    "not found": 404,
-    "broken": 500,
-}
+    "an error page": b"<html>maintenance</html>", "not found": 404, "broken": 500,
+}  # fmt: skip
 
 
 def files_in(folder):
@@ -192,8 +188,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again_and_never_used(server, cac
     with pytest.raises(OSError, match=r"`mirrors` must have one that gives images\.gz"):
         datasets.mnist(mirrors=[refusing])
     assert_is_ours(datasets.mnist(mirrors=[mirror]))
-    assert server.requests[2:] == ["/one/images.gz"]
-    assert (cache / "images.gz").read_bytes() == PACKED["images"]
+    assert (server.requests[2:], (cache / "images.gz").read_bytes()) == (["/one/images.gz"], PACKED["images"])
 
 
 def test_without_a_variable_files_go_to_the_systems_folder_for_caches(server, tmp_path, monkeypatch):
@@ -236,16 +231,12 @@ def test_a_folder_that_is_not_there_is_no_folder(folder, name):
 
 
 DAMAGES = {
-    "packed, cut short": ("images.gz", PACKED["images"][:-9]),
-    "packed, of no bytes": ("images.gz", b""),
+    "packed, cut short": ("images.gz", PACKED["images"][:-9]), "packed, of no bytes": ("images.gz", b""),
     "packed, with bytes after the end": ("images.gz", PACKED["images"] + b"more"),
-    "packed in name only": ("images.gz", CONTENTS["images"]),
-    "unpacked in name only": ("labels", PACKED["labels"]),
-    "cut short": ("labels", CONTENTS["labels"][:-1]),
-    "of no bytes": ("labels", b""),
-    "another file": ("labels", CONTENTS["images"]),
-    "another file, packed": ("images.gz", PACKED["labels"]),
-}
+    "packed in name only": ("images.gz", CONTENTS["images"]), "unpacked in name only": ("labels", PACKED["labels"]),
+    "cut short": ("labels", CONTENTS["labels"][:-1]), "of no bytes": ("labels", b""),
+    "another file": ("labels", CONTENTS["images"]), "another file, packed": ("images.gz", PACKED["labels"]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "data"), DAMAGES.values(), ids=DAMAGES)
@@ -275,8 +266,7 @@ def test_no_flipped_bit_gives_another_array(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("shape", [(30,), (0, 2, 3), (5, 6), (5, 2, 3), (1, 30, 1, 1)])
 def test_an_array_is_read_as_it_was_written(tmp_path, shape, suffix):
-    array = np.resize(IMAGES, shape)
-    path = tmp_path / f"array{suffix}"
+    array, path = np.resize(IMAGES, shape), tmp_path / f"array{suffix}"
     path.write_bytes(gzip.compress(idx_bytes(array)) if suffix else idx_bytes(array))
     read = idx.read(path)
     assert (read.dtype, tuple(read.shape)) == (torch.uint8, shape)
@@ -285,17 +275,13 @@ def test_an_array_is_read_as_it_was_written(tmp_path, shape, suffix):
 
 
 WRONG_FORMS = {
-    "numbers of another type": b"\0\0\x0d" + CONTENTS["labels"][3:],
-    "no IDX file": b"PK\x03\x04" + bytes(20),
-    "no magic number": b"\0\0",
-    "of no bytes": b"",
-    "a header without its sizes": b"\0\0\x08\x03" + bytes(5),
-    "more rows in the header": idx_bytes(IMAGES, (6, 2, 3)),
-    "fewer rows in the header": idx_bytes(IMAGES, (4, 2, 3)),
+    "numbers of another type": b"\0\0\x0d" + CONTENTS["labels"][3:], "no IDX file": b"PK\x03\x04" + bytes(20),
+    "no magic number": b"\0\0", "of no bytes": b"", "a header without its sizes": b"\0\0\x08\x03" + bytes(5),
+    "more rows in the header": idx_bytes(IMAGES, (6, 2, 3)), "fewer rows in the header": idx_bytes(IMAGES, (4, 2, 3)),
     "very many rows in the header": idx_bytes(IMAGES, (2**32 - 1, 2**32 - 1, 2**32 - 1)),
     "one dimension more in the header": idx_bytes(IMAGES, (5, 2, 3, 1))[:-1],
     "more dimensions than an array has": idx_bytes(np.zeros(1, np.uint8), (1,) * 200),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

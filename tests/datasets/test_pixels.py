@@ -36,8 +36,7 @@ def test_grey_values_that_are_already_there_stay_as_they_are(dtype):
 def test_bytes_and_their_grey_values_give_the_same_and_stay_as_they_were(convert, random_states):
     data = BYTES.clone()
     pyro.set_rng_seed(1)
-    before = random_states()
-    result = convert(data)
+    before, result = random_states(), convert(data)
     assert (random_states() == before) == (convert is not datasets.resample)  # which alone draws
     pyro.set_rng_seed(1)
     assert torch.equal(result, convert(datasets.grey(BYTES)))
@@ -46,8 +45,7 @@ def test_bytes_and_their_grey_values_give_the_same_and_stay_as_they_were(convert
 
 
 def test_resampled_pixels_are_0_or_1_with_the_grey_value_as_mean():
-    grey = datasets.grey(BYTES)
-    draws = datasets.resample(BYTES.expand(20_000, *BYTES.shape))
+    grey, draws = datasets.grey(BYTES), datasets.resample(BYTES.expand(20_000, *BYTES.shape))
     assert set(draws.unique().tolist()) == {0, 1}
     # 256 means, each within 5.5 standard errors: a failure of probability 1e-5 in all; black and white are certain.
     assert ((draws.mean(0) - grey).abs() <= 5.5 * (grey * (1 - grey) / 20_000) ** 0.5).all()
@@ -70,17 +68,14 @@ def test_resampling_differs_in_each_call_and_is_the_same_for_one_seed():
 
 
 @pytest.mark.parametrize("convert", CONVERSIONS)
-@pytest.mark.parametrize(
-    ("x", "found"),
-    [
-        (torch.tensor([0, 255]), "torch.int64 from 0 to 255"),
-        (torch.tensor([0, 127], dtype=torch.int8), "torch.int8 from 0 to 127"),
-        (torch.tensor([0.0, 255.0]), "torch.float32 from 0 to 255"),
-        (torch.tensor([-0.5, 1.0]), "torch.float32 from -0.5 to 1"),
-        (torch.tensor([False, True]), "torch.bool from 0 to 1"),
-        (torch.tensor([0.5, math.nan]), "torch.float32 from nan to nan"),
-    ],
-)
+@pytest.mark.parametrize(("x", "found"), [
+    (torch.tensor([0, 255]), "torch.int64 from 0 to 255"),
+    (torch.tensor([0, 127], dtype=torch.int8), "torch.int8 from 0 to 127"),
+    (torch.tensor([0.0, 255.0]), "torch.float32 from 0 to 255"),
+    (torch.tensor([-0.5, 1.0]), "torch.float32 from -0.5 to 1"),
+    (torch.tensor([False, True]), "torch.bool from 0 to 1"),
+    (torch.tensor([0.5, math.nan]), "torch.float32 from nan to nan"),
+])  # fmt: skip
 def test_what_is_neither_bytes_nor_grey_values_is_refused_with_what_was_given(convert, x, found):
     with pytest.raises(ValueError, match=rf"`x` must be bytes \(torch.uint8\), or grey values.*got {found}"):
         convert(x)

@@ -11,6 +11,7 @@ from pyro_vae import datasets
 
 UNLIKELY = 1e-6
 SCALES = [0.1, 0.7]
+UNUSABLE = {"scale": [0.0, -0.1, math.inf, math.nan], "num_points": [0, -1, 2.5, True]}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -36,8 +37,7 @@ def test_clusters_are_equally_likely_and_labels_name_them():
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_density_and_posterior_are_those_of_bayes_rule(scale):
-    x = torch.randn(200, 2, dtype=torch.float64)
-    truth = datasets.two_gaussians(1, scale=scale)
+    x, truth = torch.randn(200, 2, dtype=torch.float64), datasets.two_gaussians(1, scale=scale)
     joint = np.stack([0.5 * multivariate_normal([c, c], scale**2).pdf(x) for c in (-1.0, 1.0)])
     seen = joint.sum(0) > 1e-250  # scipy's densities underflow far away; ours are logarithms
     assert seen.sum() > 100
@@ -62,12 +62,15 @@ def test_expected_log_density_is_the_documented_number():
     assert (log_density.mean() - expected).abs() < 4.5 * log_density.std() / len(data) ** 0.5
 
 
-def test_log_prob_and_posterior_keep_leading_dimensions_and_dtype():
-    truth = datasets.two_gaussians(1)
-    x = torch.randn(4, 3, 2, dtype=torch.float64)
+def test_shapes_length_and_dtypes():
+    truth, x = datasets.two_gaussians(1), torch.randn(4, 3, 2, dtype=torch.float64)
     for function in (truth.log_prob, truth.posterior):
         assert (function(x).shape, function(x).dtype) == ((4, 3), torch.float64)
         torch.testing.assert_close(function(x)[1, 2], function(x[1, 2]))
+    data = datasets.two_gaussians(7)
+    assert (data.x.shape, data.labels.shape, len(data), data.scale) == ((7, 2), (7,), 7, 0.1)
+    assert data.x.dtype == torch.get_default_dtype()
+    assert torch.equal(data.x, datasets.two_gaussians(7, scale=0.1).x)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -79,16 +82,6 @@ def test_one_seed_gives_the_same_data_and_another_fresh_data(scale, random_state
     assert torch.equal(first.labels, again.labels)
     assert not torch.equal(first.labels, other.labels)
     assert not (first.x[:, None] == other.x).any()
-
-
-def test_shapes_and_length():
-    data = datasets.two_gaussians(7)
-    assert (data.x.shape, data.labels.shape, len(data), data.scale) == ((7, 2), (7,), 7, 0.1)
-    assert data.x.dtype == torch.get_default_dtype()
-    assert torch.equal(data.x, datasets.two_gaussians(7, scale=0.1).x)
-
-
-UNUSABLE = {"scale": [0.0, -0.1, math.inf, math.nan], "num_points": [0, -1, 2.5, True]}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in UNUSABLE for value in UNUSABLE[name]])

@@ -15,7 +15,7 @@ from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.diagnostics import aggregate_posterior, decomposition
 
 SURE = 4.5  # standard errors
-
+WEIGHTS = torch.tensor([0.7, -0.4])
 A = torch.tensor([[1.5, 0.0, 0.5], [0.0, 0.6, -0.3]])
 SHIFT = torch.tensor([0.5, -0.2])
 SCALE = torch.tensor([0.4, 0.7])
@@ -43,8 +43,7 @@ def close(estimate, expected):
 
 def test_a_linear_gaussian_guide_has_the_closed_forms():
     x, vae = population(2000), linear_vae()
-    nats = pv.decompose(vae.model, vae.guide, x)
-    mean = x @ A.T + SHIFT
+    nats, mean = pv.decompose(vae.model, vae.guide, x), x @ A.T + SHIFT
     rate = 0.5 * (SCALE**2 + mean**2 - 1 - 2 * SCALE.log())
     close(nats.rate, rate.sum(1).mean().item())
     torch.testing.assert_close(nats.units["z"].rate, rate.mean(0).double(), rtol=1e-4, atol=1e-5)
@@ -78,8 +77,7 @@ def test_the_terms_add_up_and_are_those_of_evaluate():
 
 def test_the_bracket_contains_the_information_of_the_population_in_expectation():
     """With few data, its ends differ from the truth by more than chance."""
-    truth = 0.5 * (MARGINAL.logdet() - 2 * SCALE.log().sum()).item()
-    vae = linear_vae()
+    truth, vae = 0.5 * (MARGINAL.logdet() - 2 * SCALE.log().sum()).item(), linear_vae()
     found = [pv.decompose(vae.model, vae.guide, population(8, seed), seed=seed) for seed in range(60)]
     for end, side in ((0, 1), (1, -1)):
         values = torch.tensor([nats.population_information[end].value for nats in found]).double()
@@ -194,13 +192,9 @@ def test_an_identity_flow_agrees_with_its_normal_guide():
     torch.testing.assert_close(nats.units["z"].activity, same.units["z"].activity, rtol=0, atol=0.1)
 
 
-WEIGHTS = torch.tensor([0.7, -0.4])
-
-
 def two_sites_model(x):
     with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=1)
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x, z = pyro.subsample(x, event_dim=1), pyro.sample("z", dist.Normal(0.0, 1.0))
         kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])))
         loc = z[..., None] * WEIGHTS + kind[..., None]
         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
@@ -220,15 +214,13 @@ def test_the_information_of_two_latent_sites_agrees_with_a_grid_of_one_for_each_
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     nats = pv.decompose(two_sites_model, guide, x, num_samples=200)
     z, step = torch.linspace(-9, 9, 3001)[:, None], 18 / 3000
-    log_kind = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double()
-    expected = 0.0
+    log_kind, expected = torch.stack([x[:, 0], x[:, 1]], -1).log_softmax(-1).double(), 0.0
     for kind in (0, 1):
         log_q = dist.Normal(x[:, 0] + slope * kind, 0.5).log_prob(z).double() + log_kind[:, kind]
         log_mixture = log_q.logsumexp(1, keepdim=True) - math.log(30)
         expected += (log_q.exp() * (log_q - log_mixture)).sum(0).mean().item() * step
     close(nats.mutual_information, expected)
-    assert (nats.units["z"].information is None) == (slope > 0)
-    assert nats.units["kind"].activity.shape == ()
+    assert (nats.units["z"].information is None, nats.units["kind"].activity.shape) == (slope > 0, ())
     assert nats.units["kind"].activity.item() == pytest.approx(log_kind.exp().var(0).sum().item(), abs=1e-5)
 
 
@@ -288,8 +280,7 @@ def test_the_standard_error_is_the_spread_over_seeds():
 
 def test_a_seed_fixes_the_numbers_and_the_users_state_stays(random_states):
     vae, x = linear_vae(), population(20)
-    before = random_states()
-    first = pv.decompose(vae.model, vae.guide, x)
+    before, first = random_states(), pv.decompose(vae.model, vae.guide, x)
     assert random_states() == before
     assert not list(pyro.get_param_store().keys())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
@@ -314,16 +305,13 @@ PER_DATUM_PRIOR = one_site(lambda x: dist.Normal(x, 1.0), lambda x: dist.Normal(
 POINT_GUIDE = one_site(lambda x: dist.Normal(0.0, 1.0), dist.Delta)
 
 
-@pytest.mark.parametrize(
-    ("model", "guide", "x", "num_samples", "message"),
-    [
-        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
-        (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
-        (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
-        (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
-        (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
-    ],
-)
+@pytest.mark.parametrize(("model", "guide", "x", "num_samples", "message"), [
+    (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
+    (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
+    (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
+    (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
+    (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
+])  # fmt: skip
 def test_invalid_arguments_raise(model, guide, x, num_samples, message):
     with pytest.raises(ValueError, match=message):
         pv.decompose(model, guide, x, num_samples=num_samples)

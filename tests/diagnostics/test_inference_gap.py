@@ -120,8 +120,7 @@ def test_the_approximation_of_a_product_of_bits_agrees_with_a_grid_search():
     with torch.no_grad():
         vae.decoder.network.weight.fill_(1.5)  # given x, the bits are dependent
     x = torch.tensor([[0.7, 0.9]])
-    found = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2)
-    grid = torch.linspace(-9, 9, 181)
+    found, grid = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2), torch.linspace(-9, 9, 181)
     logits = torch.cartesian_prod(grid, grid)
     states = vae.prior().enumerate_support(expand=False).reshape(4, 1, 2)
     with torch.no_grad():
@@ -158,8 +157,7 @@ def test_without_an_exact_answer_log_evidence_is_a_lower_bound():
 
 def mixed_model(x):
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        kind = pyro.sample("kind", dist.Bernoulli(0.4))
+        z, kind = pyro.sample("z", dist.Normal(0.0, 1.0)), pyro.sample("kind", dist.Bernoulli(0.4))
         loc = torch.stack([z + 2 * kind, z.expand_as(z + kind)], -1)
         pyro.sample("x", dist.Normal(loc, 0.5).to_event(1), obs=x)
 

@@ -11,26 +11,22 @@ from pyro_vae.diagnostics.refinement import _rebuildable
 from pyro_vae.distributions.mixture import MixtureOfNormals
 
 
-@pytest.mark.parametrize(
-    "fn",
-    [
-        dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1),
-        dist.MultivariateNormal(torch.zeros(5, 2), precision_matrix=torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
-        dist.LowRankMultivariateNormal(torch.zeros(5, 2), torch.ones(5, 2, 1), torch.ones(5, 2)),
-        pv.distributions.Product(dist.Bernoulli(probs=torch.full((5, 2), 0.3)), 1),
-        dist.OneHotCategorical(probs=torch.full((5, 3), 0.2)),
-        dist.Categorical(logits=torch.randn(5, 3)),
-        pv.distributions.LogitRelaxedBernoulli(torch.tensor(0.5), torch.randn(5, 2)).to_event(1),
-        pv.distributions.LogRelaxedOneHotCategorical(torch.tensor(0.5), torch.randn(5, 2, 3)).to_event(1),
-        dist.Laplace(torch.zeros(5), 2.0),
-        dist.StudentT(torch.full((5,), 4.0), 0.0, 2.0),
-        dist.Gamma(torch.full((5,), 4.0), 2.0),
-        dist.Beta(torch.full((5,), 4.0), 2.0),
-        dist.LogNormal(torch.zeros(5), 2.0),
-        MixtureOfNormals(torch.zeros(5, 3), torch.randn(5, 3, 2), torch.ones(5, 3, 2)),
-    ],
-    ids=lambda fn: type(fn).__name__,
-)
+@pytest.mark.parametrize("fn", [
+    dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1),
+    dist.MultivariateNormal(torch.zeros(5, 2), precision_matrix=torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
+    dist.LowRankMultivariateNormal(torch.zeros(5, 2), torch.ones(5, 2, 1), torch.ones(5, 2)),
+    pv.distributions.Product(dist.Bernoulli(probs=torch.full((5, 2), 0.3)), 1),
+    dist.OneHotCategorical(probs=torch.full((5, 3), 0.2)),
+    dist.Categorical(logits=torch.randn(5, 3)),
+    pv.distributions.LogitRelaxedBernoulli(torch.tensor(0.5), torch.randn(5, 2)).to_event(1),
+    pv.distributions.LogRelaxedOneHotCategorical(torch.tensor(0.5), torch.randn(5, 2, 3)).to_event(1),
+    dist.Laplace(torch.zeros(5), 2.0),
+    dist.StudentT(torch.full((5,), 4.0), 0.0, 2.0),
+    dist.Gamma(torch.full((5,), 4.0), 2.0),
+    dist.Beta(torch.full((5,), 4.0), 2.0),
+    dist.LogNormal(torch.zeros(5), 2.0),
+    MixtureOfNormals(torch.zeros(5, 3), torch.randn(5, 3, 2), torch.ones(5, 3, 2)),
+], ids=lambda fn: type(fn).__name__)  # fmt: skip
 def test_a_rebuilt_distribution_is_the_same(fn):
     start, build = _rebuildable("z", fn)
     value = fn.sample()
@@ -60,22 +56,14 @@ def affine(x):
 
 NORMAL = dist.Normal(0.0, 1.0)
 UNREFINABLE = {
-    "chained": (
-        model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
-        r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`",
-    ),
-    "poisson": (
-        model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
-        "`guide` must have .*enumerated, got 'z'.*`refined`",
-    ),
-    "transformed": (
-        model_of(z=NORMAL), guide_of(affine),
-        "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`",
-    ),
-    "point": (
-        model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
-        "`guide` must have a density for .*, got a point .* for 'z'",
-    ),
+    "chained": (model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
+        r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`"),
+    "poisson": (model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
+        "`guide` must have .*enumerated, got 'z'.*`refined`"),
+    "transformed": (model_of(z=NORMAL), guide_of(affine),
+        "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`"),
+    "point": (model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
+        "`guide` must have a density for .*, got a point .* for 'z'"),
 }  # fmt: skip
 
 

@@ -5,18 +5,15 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from pairs import bernoulli, gaussian, gumbel, one_hot, relaxed
+from pairs import bernoulli, gaussian, guide_of, gumbel, model_of, one_hot, relaxed
 
 N = 6
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(1))
 SIGMAS = 5
 VAES = {
-    "gaussian": gaussian,
-    "relaxed": partial(relaxed, straight_through=True),
-    "gumbel": gumbel,
-    "bernoulli": bernoulli,
-    "one_hot": one_hot,
-}
+    "gaussian": gaussian, "relaxed": partial(relaxed, straight_through=True), "gumbel": gumbel,
+    "bernoulli": bernoulli, "one_hot": one_hot,
+}  # fmt: skip
 
 
 def on_data(vae):
@@ -43,17 +40,7 @@ SHARED = (shared_model, shared_guide, X[:, 0])
 
 def local_pair(prior, q):
     """One latent of each datum, with this prior and ``q(x)``, and a normal likelihood around it."""
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", prior)
-            pyro.sample("x", dist.Normal(z.float(), 1.0).to_event(x.dim() - 1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", q(x))
-
-    return model, guide
+    return model_of(prior, lambda z: dist.Normal(z.float(), 1.0).to_event(len(prior.event_shape))), guide_of(q)
 
 
 def two_plate_model(x):

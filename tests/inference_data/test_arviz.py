@@ -26,13 +26,9 @@ ARVIZ1 = os.environ.get("PYRO_VAE_ARVIZ1_PYTHON")
 HOW = "set PYRO_VAE_ARVIZ1_PYTHON to a Python that has ArviZ 1, or run `make arviz1`"
 DRAWS = 60
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
-
-
 PAIRS = {
-    "gaussian": lambda: on_data(pairs.gaussian()),
-    "relaxed": lambda: on_data(pairs.relaxed()),
-    "own": lambda: SHARED,
-}
+    "gaussian": lambda: on_data(pairs.gaussian()), "relaxed": lambda: on_data(pairs.relaxed()), "own": lambda: SHARED,
+}  # fmt: skip
 COORDS = {
     "plain": {},
     "labelled": {"label": ("obs", LABELS)},
@@ -72,16 +68,12 @@ def test_axes_without_data_are_blank():
     assert not is_blank(figure.canvas.buffer_rgba())
 
 
-def test_arviz_0_has_the_groups_of_the_tree_and_its_numbers(az, tree):
+def test_arviz_0_has_the_groups_of_the_tree_and_its_numbers_and_summarises_the_draws(az, tree):
     data = pv.to_arviz(tree)
     assert isinstance(data, az.InferenceData)
     assert set(data.groups()) == set(tree.children) >= {"sample_stats", "constant_data", "training"}
     for group in data.groups():
         xr.testing.assert_equal(data[group], tree[group].to_dataset())
-
-
-def test_arviz_0_summarises_the_draws(az, tree):
-    data = pv.to_arviz(tree)
     for name, values in tree["posterior"].data_vars.items():
         summary = az.summary(data, var_names=[name], kind="stats", round_to="none")
         draws = values.values.reshape(DRAWS, -1)

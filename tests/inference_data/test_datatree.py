@@ -20,14 +20,14 @@ DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
 DRAWN = ["posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"]
 GROUPS = [*DRAWN, "observed_data", "guide"]
 UNLIKELY = 1e-6
+LABELS = [0, 1, 0, 2, 1, 0]
 SKEWED = {
     "gaussian": gaussian,
-    "relaxed": lambda: gaussian(
-        prior=priors.RelaxedBernoulli(2, 0.5, probs=0.3), encoder=guides.RelaxedBernoulli(3, 2, NET, 0.66)
-    ),
+    "relaxed": lambda: gaussian(prior=priors.RelaxedBernoulli(2, 0.5, probs=0.3),
+                                encoder=guides.RelaxedBernoulli(3, 2, NET, 0.66)),
     "gumbel": lambda: gumbel((1, 2), straight_through=True),
     "bernoulli": lambda: gaussian(prior=priors.Bernoulli(2, probs=0.3), encoder=guides.Bernoulli(3, 2, NET)),
-}
+}  # fmt: skip
 
 
 def tree_of(vae, **options):
@@ -59,13 +59,11 @@ def moments(distribution):
 def test_groups_variables_and_dimensions_of_a_vae_and_its_file(make, tmp_path):
     vae = make()
     tree, event = tree_of(vae), vae.prior().event_shape
-    latent = ("chain", "draw", "obs", "latent", "category")[: 3 + len(event)]
-    z = torch.ones(event)
+    latent, z = ("chain", "draw", "obs", "latent", "category")[: 3 + len(event)], torch.ones(event)
     names = {"z"} if vae.code(z) is z else {"z", "code"}  # the decoder of a relaxed latent reads the code
     assert list(tree.children) == GROUPS
     for group in ("posterior", "prior"):
-        assert dims_of(tree[group]) == dict.fromkeys(names, latent)
-        assert tree[group]["z"].shape == (1, 20, N, *event)
+        assert (dims_of(tree[group]), tree[group]["z"].shape) == (dict.fromkeys(names, latent), (1, 20, N, *event))
     for group in ("posterior_predictive", "prior_predictive"):
         assert dims_of(tree[group]) == {"x": ("chain", "draw", "obs", "feature")}
         assert tree[group]["x"].shape == (1, 20, N, 3)
@@ -113,8 +111,7 @@ def test_latents_have_the_law_of_guide_or_prior_and_data_that_of_the_likelihood_
     assert_moments(drawn(tree, "z"), *moments(vae.encode(X)))
     assert_moments(drawn(tree, "z", "prior"), *moments(vae.prior().expand([N])))
     for group in ("posterior", "prior"):
-        likelihood = vae.decode(drawn(tree, "z", group))
-        x = drawn(tree, "x", f"{group}_predictive")
+        likelihood, x = vae.decode(drawn(tree, "z", group)), drawn(tree, "x", f"{group}_predictive")
         noise = ((x - likelihood.mean) / likelihood.stddev).detach()
         assert kstest(noise.flatten(), "norm").pvalue > UNLIKELY
         assert_moments(noise, torch.zeros(N, 3), torch.ones(N, 3))
@@ -284,18 +281,11 @@ def test_a_latent_that_depends_on_the_draw_of_another_has_no_parameters(first, c
         np.testing.assert_array_equal(tree["guide"]["third_loc"], X[:count, 0])
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        lambda: (shared_model, AutoNormal(shared_model)),
-        lambda: (shared_model, AutoDiagonalNormal(shared_model)),
-        lambda: local_pair(
-            dist.LogNormal(0.0, 1.0),
-            lambda x: dist.TransformedDistribution(dist.Normal(x, torch.ones(N)), [dist.transforms.ExpTransform()]),
-        ),
-    ],
-    ids=["AutoNormal", "AutoDiagonalNormal", "transformed"],
-)
+@pytest.mark.parametrize("pair", [
+    lambda: (shared_model, AutoNormal(shared_model)), lambda: (shared_model, AutoDiagonalNormal(shared_model)),
+    lambda: local_pair(dist.LogNormal(0.0, 1.0), lambda x: dist.TransformedDistribution(
+        dist.Normal(x, torch.ones(N)), [dist.transforms.ExpTransform()])),
+], ids=["AutoNormal", "AutoDiagonalNormal", "transformed"])  # fmt: skip
 def test_a_transformed_draw_has_no_guide_group(pair):
     assert list(pv.to_datatree(*pair(), X[:, 0], draws=3).children) == GROUPS[:-1]
 
@@ -315,9 +305,7 @@ def test_the_users_names_and_coordinates():
     assert tree["posterior"]["z"].sel(obs="c", axis="height").shape == (1, 20)
     assert tree["observed_data"]["x"].sel(obs="b", pixel=20).item() == X[1, 1]
     assert list(tree["prior_predictive"]["x"].coords["pixel"]) == [10, 20, 30]
-
-
-def test_a_dimension_may_have_the_name_of_columns():
+    # A dimension may have the name that columns of a covariance would have.
     tree = tree_of(gaussian(), dims={"z": ["a_bis"]})
     assert tree["posterior"]["z"].dims == ("chain", "draw", "obs", "a_bis")
     assert tree["guide"]["z_scale"].dims == ("obs", "a_bis")
@@ -331,9 +319,6 @@ def test_other_plates_are_dimensions(plate, expected):
     assert dims_of(tree["guide"]) == {"z_loc": expected, "z_scale": expected}
     for values in (tree["observed_data"]["x"], tree["guide"]["z_loc"]):
         np.testing.assert_array_equal(values, TWO_PLATES[2])
-
-
-LABELS = [0, 1, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("labels", [torch.tensor(LABELS), LABELS, np.array(LABELS)], ids=["tensor", "list", "array"])
@@ -366,38 +351,33 @@ def test_two_values_in_a_tuple_are_the_coordinates_of_a_dimension(two):
     assert tuple(tree["posterior"].coords["latent"].values) == two
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dims": {"x": ["row", "column"]}}, r"`dims` .*, got \['row', 'column'\] for 'x', whose event .* \(3,\)"),
-        ({"dims": {"z": ["axis"], "x": ["axis"]}}, r"`dims` .*, got 'axis' of size 3 for 'x', and of size 2 elsewhere"),
-        ({"dims": {"x": ["draw"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'draw'\]"),
-        ({"dims": {"x": ["obs"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'obs'\]"),
-        ({"coords": {"pixel": [1, 2, 3]}}, r"`coords` must .*'feature': 3.*, got 3 entries for 'pixel'$"),
-        ({"coords": {"label": ("obs", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'obs'"),
-        ({"coords": {"label": ("row", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'row'"),
-        ({"coords": {"label": ("obs", [[1] * 6])}}, r"`coords` must .*, got shape \(1, 6\) for 'label' along 'obs'"),
-        ({"coords": {"label": list(range(6))}}, r"`coords` must .*'obs': 6.*, got 6 entries for 'label'$"),
-        ({"coords": {"z": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'z'"),
-        ({"coords": {"x": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'x'"),
-        ({"coords": {"z_loc": ("obs", list(range(6)))}}, "`coords` must .* parameters of the guide, got 'z_loc'"),
-        ({"coords": {"obs": ("latent", [1, 2])}}, "`coords` must .* dimension 'obs' along it, got 'latent'"),
-        ({"coords": {"latent": 3}}, r"`coords` must .*, got shape \(\) for 'latent'"),
-        ({"coords": {"label": ("obs", 3)}}, r"`coords` must .*, got shape \(\) for 'label' along 'obs'"),
-        ({"coords": {"lp": ("obs", range(N))}}, "`coords` must have other names than the variables, got 'lp'"),
-        ({"history": {"elbo": 3.0}}, r"`history` must have one number per epoch, got 'elbo' of shape \(\)"),
-        ({"history": {"elbo": ["a"]}}, "`history` must .*got 'elbo' of shape .* and dtype <U1"),
-        ({"history": {"a": [1], "b": [1, 2]}}, "`dims` must .*got 'epoch' of size 2 for 'b', and of size 1 elsewhere"),
-        ({"constant_data": {"z": [1.0]}}, "`constant_data` must have other names than the sites, got 'z'"),
-        (
-            {"constant_data": {"c": np.eye(N)}, "dims": {"c": ["obs", "a", "b"]}},
-            r"`dims` must .* 'c' in `constant_data`, of shape \(6, 6\), got \['obs', 'a', 'b'\]",
-        ),
-        ({"constant_data": {"c": [1]}, "dims": {"y": ["a"]}}, r"`dims` .* of \['c', 'x', 'z'\], got \['y'\]"),
-        ({"max_bytes": 0}, "`max_bytes` must be a positive integer, got 0"),
-        ({"max_bytes": 1000}, "at most 1000 bytes.*of 6240 bytes.*fewer draws.*fewer rows.*save_draws"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"dims": {"x": ["row", "column"]}}, r"`dims` .*, got \['row', 'column'\] for 'x', whose event .* \(3,\)"),
+    ({"dims": {"z": ["axis"], "x": ["axis"]}}, r"`dims` .*, got 'axis' of size 3 for 'x', and of size 2 elsewhere"),
+    ({"dims": {"x": ["draw"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'draw'\]"),
+    ({"dims": {"x": ["obs"]}}, r"`dims` must have different names .* 'x', got \['chain', 'draw', 'obs', 'obs'\]"),
+    ({"coords": {"pixel": [1, 2, 3]}}, r"`coords` must .*'feature': 3.*, got 3 entries for 'pixel'$"),
+    ({"coords": {"label": ("obs", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'obs'"),
+    ({"coords": {"label": ("row", [1, 2])}}, r"`coords` must .*'obs': 6.*, got 2 entries for 'label' along 'row'"),
+    ({"coords": {"label": ("obs", [[1] * 6])}}, r"`coords` must .*, got shape \(1, 6\) for 'label' along 'obs'"),
+    ({"coords": {"label": list(range(6))}}, r"`coords` must .*'obs': 6.*, got 6 entries for 'label'$"),
+    ({"coords": {"z": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'z'"),
+    ({"coords": {"x": ("obs", list(range(6)))}}, "`coords` must have other names than the variables, got 'x'"),
+    ({"coords": {"z_loc": ("obs", list(range(6)))}}, "`coords` must .* parameters of the guide, got 'z_loc'"),
+    ({"coords": {"obs": ("latent", [1, 2])}}, "`coords` must .* dimension 'obs' along it, got 'latent'"),
+    ({"coords": {"latent": 3}}, r"`coords` must .*, got shape \(\) for 'latent'"),
+    ({"coords": {"label": ("obs", 3)}}, r"`coords` must .*, got shape \(\) for 'label' along 'obs'"),
+    ({"coords": {"lp": ("obs", range(N))}}, "`coords` must have other names than the variables, got 'lp'"),
+    ({"history": {"elbo": 3.0}}, r"`history` must have one number per epoch, got 'elbo' of shape \(\)"),
+    ({"history": {"elbo": ["a"]}}, "`history` must .*got 'elbo' of shape .* and dtype <U1"),
+    ({"history": {"a": [1], "b": [1, 2]}}, "`dims` must .*got 'epoch' of size 2 for 'b', and of size 1 elsewhere"),
+    ({"constant_data": {"z": [1.0]}}, "`constant_data` must have other names than the sites, got 'z'"),
+    ({"constant_data": {"c": np.eye(N)}, "dims": {"c": ["obs", "a", "b"]}},
+     r"`dims` must .* 'c' in `constant_data`, of shape \(6, 6\), got \['obs', 'a', 'b'\]"),
+    ({"constant_data": {"c": [1]}, "dims": {"y": ["a"]}}, r"`dims` .* of \['c', 'x', 'z'\], got \['y'\]"),
+    ({"max_bytes": 0}, "`max_bytes` must be a positive integer, got 0"),
+    ({"max_bytes": 1000}, "at most 1000 bytes.*of 6240 bytes.*fewer draws.*fewer rows.*save_draws"),
+])  # fmt: skip
 def test_names_values_and_sizes_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tree_of(gaussian(), **options)

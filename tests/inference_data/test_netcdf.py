@@ -68,8 +68,7 @@ def assert_same(loaded, tree):
 @pytest.mark.parametrize("chunk", [None, 1, 7, 100])
 def test_a_file_holds_the_tree_of_the_same_seed(pair, chunk, options, tmp_path):
     path = pv.save_draws(tmp_path / "draws.nc", *pair, draws=30, seed=3, chunk=chunk, **options)
-    assert path == tmp_path / "draws.nc"
-    assert [file.name for file in tmp_path.iterdir()] == ["draws.nc"]
+    assert (path, [file.name for file in tmp_path.iterdir()]) == (tmp_path / "draws.nc", ["draws.nc"])
     with xr.open_datatree(path) as loaded:
         assert_same(loaded.load(), pv.to_datatree(*pair, draws=30, seed=3, **options))
 
@@ -173,28 +172,22 @@ def test_a_history_lies_along_epochs():
         group = pv.to_datatree(model, guide, x, draws=3, history=history)["training"]
         assert set(group.data_vars) == set(fitted.history)
         for name, values in group.data_vars.items():
-            assert values.dims == ("epoch",)
-            assert values.attrs["units"] == "nats per datum"
+            assert (values.dims, values.attrs["units"]) == (("epoch",), "nats per datum")
             np.testing.assert_array_equal(values, fitted.history[name])
         np.testing.assert_array_equal(group.coords["epoch"], range(4))
 
 
-def test_constants_lie_along_the_data_and_have_the_users_names():
+def test_constants_lie_along_the_data_and_every_axis_has_the_users_name():
     tree = pv.to_datatree(*gaussian(), draws=3, **NAMED)
     group = tree["constant_data"]
     assert dims_of(group) == {"labels": ("obs",), "covariates": ("obs", "axis"), "temperature": ()}
-    assert group["labels"].sel(obs="d").item() == "fox"
-    assert list(group.coords["label"].values) == LABELS
+    assert (group["labels"].sel(obs="d").item(), list(group.coords["label"].values)) == ("fox", LABELS)
     assert list(tree["training"].coords["epoch"].values) == [1, 2]
     assert tree["sample_stats"]["lp"].groupby("label").mean().sizes["label"] == 3
-
-
-def test_names_of_every_axis_of_a_constant_and_of_a_history():
     dims = {"distances": ["obs", "other"], "knots": ["knot"], "elbo": ["step"]}
     constants = {"distances": np.eye(N), "knots": [1.0, 2.0], "matrix": np.eye(3)}
-    tree = pv.to_datatree(
-        *gaussian(), draws=3, dims=dims, constant_data=constants, history={"elbo": [1.0]}, coords={"knot": ["a", "b"]}
-    )
+    options = {"dims": dims, "constant_data": constants, "history": {"elbo": [1.0]}, "coords": {"knot": ["a", "b"]}}
+    tree = pv.to_datatree(*gaussian(), draws=3, **options)
     expected = {"distances": ("obs", "other"), "knots": ("knot",), "matrix": ("matrix_0", "matrix_1")}
     assert dims_of(tree["constant_data"]) == expected
     assert list(tree["constant_data"].coords["knot"].values) == ["a", "b"]

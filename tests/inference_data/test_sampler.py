@@ -64,8 +64,7 @@ def mixed_model(x):
     """A discrete latent and two continuous ones, one of which depends on it."""
     with pyro.plate("data", len(x)):
         c = pyro.sample("c", dist.Bernoulli(0.3))
-        z = pyro.sample("z", dist.Normal(c, 1.0))
-        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        z, s = pyro.sample("z", dist.Normal(c, 1.0)), pyro.sample("s", dist.LogNormal(0.0, 0.5))
         pyro.sample("x", dist.Normal(z, s), obs=x)
 
 
@@ -160,8 +159,7 @@ def positive_model(x):
 
 @pytest.mark.parametrize(("autoguide", "by_datum"), [(AutoNormal, True), (AutoDiagonalNormal, False)])
 def test_the_density_of_an_autoguide_is_that_of_the_transformed_latent(autoguide, by_datum):
-    x = X[:, 0]
-    guide = autoguide(positive_model, init_scale=0.3)
+    x, guide = X[:, 0], autoguide(positive_model, init_scale=0.3)
     guide(x)
     tree, found = statistics(positive_model, guide, x)
     s = drawn(tree, "s")

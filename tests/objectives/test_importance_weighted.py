@@ -179,8 +179,7 @@ def test_training_raises_the_exact_evidence(name, train):
     x = torch.randn(200, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.3]])
     decoder = likelihoods.Normal(1, 2, networks.linear(), scale="shared")
     vae = gaussian(1, 2, encoder=guides.DiagonalNormal(2, 1, networks.linear()), decoder=decoder)
-    before = float(pv.exact.log_evidence(vae.model, x).mean())
-    elbo = ImportanceWeighted(5, name)
+    before, elbo = float(pv.exact.log_evidence(vae.model, x).mean()), ImportanceWeighted(5, name)
     if train == "fit":
         fitted = pv.fit(vae.model, vae.guide, x, epochs=150, batch_size=100, lr=1e-2, elbo=elbo)
         assert set(fitted.history) == {"elbo", "distortion", "rate"}
@@ -200,16 +199,14 @@ def test_discrete_latents_are_refused(name):
 
 def positive_model(x):
     with pyro.plate("data", len(x)):
-        x = pyro.subsample(x, event_dim=0)
-        z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+        x, z = pyro.subsample(x, event_dim=0), pyro.sample("z", dist.LogNormal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z.log(), 1.0), obs=x)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("num_particles", [1, 3])
 def test_an_autoguide_at_the_posterior_has_the_evidence_and_no_noise(gradient, num_particles):
-    x = torch.tensor([0.3, -1.0, 2.0])
-    guide = AutoNormal(positive_model)
+    x, guide = torch.tensor([0.3, -1.0, 2.0]), AutoNormal(positive_model)
     guide(x)
     with torch.no_grad():
         guide.locs.z.copy_(x / 2)
@@ -222,7 +219,6 @@ def test_an_autoguide_at_the_posterior_has_the_evidence_and_no_noise(gradient, n
 
 
 def test_batches_train_an_autoguide():
-    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    guide = AutoNormal(positive_model)
+    x, guide = torch.randn(30, generator=torch.Generator().manual_seed(0)), AutoNormal(positive_model)
     pv.fit(positive_model, guide, x, epochs=150, batch_size=10, lr=2e-2, elbo=ImportanceWeighted(2, GRADIENTS[2]))
     torch.testing.assert_close(guide.locs.z, x / 2, atol=0.3, rtol=0)

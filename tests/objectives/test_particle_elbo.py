@@ -128,15 +128,12 @@ def test_the_loss_of_a_baseline_does_not_depend_on_the_size_of_the_batch():
     torch.testing.assert_close(torch.stack(slopes[1:]).sum(0), slopes[0], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("make", "num_particles", "expected"),
-    [
-        *itertools.product([LeaveOneOut, VIMCO, DisARM, DiscreteKL], [0, -1, True, 2.0, "2"], ["an"]),
-        *itertools.product([partial(ScoreFunction, RunningAverage())], [0, -1, True, 2.0, "2"], ["an integer, 1 or"]),
-        *itertools.product([LeaveOneOut, VIMCO], [1], ["an integer, 2 or more"]),
-        *itertools.product([DisARM], [1, 3], ["an even number, 2 or more"]),
-    ],
-)
+@pytest.mark.parametrize(("make", "num_particles", "expected"), [
+    *itertools.product([LeaveOneOut, VIMCO, DisARM, DiscreteKL], [0, -1, True, 2.0, "2"], ["an"]),
+    *itertools.product([partial(ScoreFunction, RunningAverage())], [0, -1, True, 2.0, "2"], ["an integer, 1 or"]),
+    *itertools.product([LeaveOneOut, VIMCO], [1], ["an integer, 2 or more"]),
+    *itertools.product([DisARM], [1, 3], ["an even number, 2 or more"]),
+])  # fmt: skip
 def test_a_wrong_number_of_draws_is_refused(make, num_particles, expected):
     with pytest.raises(ValueError, match=rf"`num_particles` must be {expected}.*, got '?{num_particles}"):
         make(num_particles)

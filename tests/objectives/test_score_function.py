@@ -39,6 +39,12 @@ from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, Score
 
 Y = X[:, 0]
 DATA = X.repeat(100, 1)
+COUNTS = torch.tensor([0.0, 3.0, 5.0, 9.0, 12.0, 1.0])
+FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, networks.linear()))}
+ALPHA = torch.tensor([-1.5, 0.0, 0.8]).double()
+ROWS = 40_000
+NODES, WEIGHTS = (torch.from_numpy(values).double() for values in np.polynomial.hermite_e.hermegauss(24))
+LOG_WEIGHTS = (WEIGHTS / WEIGHTS.sum()).log()
 
 
 @pytest.mark.parametrize(("kind", "name"), DISCRETE_CASES)
@@ -82,10 +88,6 @@ def test_the_bound_of_vimco_grows_with_its_draws_and_stays_below_the_truth(kind)
     for count, expected in zip((2, 3, 4), bounds[1:], strict=False):
         losses = [VIMCO(count).loss(vae.model, vae.guide, X.repeat(copies, 1)) for _ in range(50)]
         assert_mean(-torch.tensor(losses)[:, None].double() / copies, expected.sum(), calls=50)
-
-
-NODES, WEIGHTS = (torch.from_numpy(values).double() for values in np.polynomial.hermite_e.hermegauss(24))
-LOG_WEIGHTS = (WEIGHTS / WEIGHTS.sum()).log()
 
 
 def mixed_parameters():
@@ -141,16 +143,11 @@ def test_a_gaussian_and_a_bernoulli_have_pathwise_and_score_gradients(name, gaus
 def test_gaussian_latents_have_pyros_pathwise_gradient_and_no_score():
     model = model_of(dist.Normal(torch.zeros(()).double(), 1.0), lambda z: dist.Normal(z, 1.0))
     loc = torch.tensor(0.3).double().requires_grad_()
-    guide = guide_of(lambda y: dist.Normal(loc * y, 0.7))
-    found = []
+    guide, found = guide_of(lambda y: dist.Normal(loc * y, 0.7)), []
     for elbo in (LeaveOneOut(2), Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)):
         pyro.set_rng_seed(0)
         found.append(gradient(elbo, model, guide, Y, [loc]))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-ALPHA = torch.tensor([-1.5, 0.0, 0.8]).double()
-ROWS = 40_000
 
 
 def wide_pair(alpha, shift=0.0):
@@ -201,8 +198,7 @@ def test_both_halves_of_the_draws_of_disarm_follow_the_guide_and_are_antithetic(
     traces = []
     DisARM(count).loss(model, record_traces(guide, traces), torch.zeros(ROWS).double())
     z = latent_sites(traces[0])["z"]["value"]
-    assert z.shape == (count, ROWS, 3)
-    assert set(z.unique().tolist()) == {0.0, 1.0}
+    assert (z.shape, set(z.unique().tolist())) == ((count, ROWS, 3), {0.0, 1.0})
     first, second = z.reshape(2, -1, 3)
     probs, calls = ALPHA.sigmoid(), ROWS * count // 2
     assert_mean(first, probs, calls)
@@ -330,10 +326,6 @@ def users_guide(x):
         x = pyro.subsample(x, event_dim=0)
         pyro.sample("first", dist.Bernoulli(logits=slopes[0] * (x - 4)))
         pyro.sample("second", dist.Bernoulli(logits=slopes[1] * (x - 4)))
-
-
-COUNTS = torch.tensor([0.0, 3.0, 5.0, 9.0, 12.0, 1.0])
-FOR_USERS = FOR_BERNOULLI | {"neural": lambda: ScoreFunction(NeuralBaseline(1, networks.linear()))}
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

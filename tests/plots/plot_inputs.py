@@ -11,10 +11,8 @@ from pyro_vae.diagnostics.gradients import Comparison, Measured
 DATUM = torch.tensor([[0.3, -0.2]])
 X = torch.zeros(4, 2)
 IMAGES = torch.rand(5, 12, generator=torch.Generator().manual_seed(0))
-
 HISTORY = {"elbo": [-3.0, -2.0, -1.5], "distortion": [2.5, 1.2, 1.0], "rate": [0.5, 0.8, 0.5]}
 VALIDATED = HISTORY | {f"validation_{name}": [value + 0.1 for value in values] for name, values in HISTORY.items()}
-
 _COUNTS = {"num_parameters": 3, "num_tested": 3, "repeats": 99}
 COMPARISON = Comparison(
     {
@@ -24,23 +22,17 @@ COMPARISON = Comparison(
     },
     {"biased": 1, "unbiased": 1, "enumerated": 8},
 )
-
-EVIDENCE = pv.Evidence(
-    torch.zeros(6), torch.ones(6), torch.tensor([0.1, 0.9, -torch.inf, 0.4, torch.nan, 0.7]), num_samples=1000
-)
+KHAT = torch.tensor([0.1, 0.9, -torch.inf, 0.4, torch.nan, 0.7])
+EVIDENCE = pv.Evidence(torch.zeros(6), torch.ones(6), KHAT, num_samples=1000)
 
 
 def evidence_table():
     """Three models of 40 data: exact, from reliable draws, and from unreliable draws."""
     x = torch.randn(40, generator=torch.Generator().manual_seed(0))
     exact, good, bad = (dist.Normal(0.0, scale).log_prob(x) for scale in (1.0, 1.5, 2.0))
-    return pv.compare_evidence(
-        {
-            "exact": exact,
-            "good": pv.Evidence(good, torch.full((40,), 500.0), torch.zeros(40), 1000),
-            "bad": pv.Evidence(bad, torch.full((40,), 20.0), torch.arange(40) / 40.0, 1000),
-        }
-    )
+    good = pv.Evidence(good, torch.full((40,), 500.0), torch.zeros(40), 1000)
+    bad = pv.Evidence(bad, torch.full((40,), 20.0), torch.arange(40) / 40.0, 1000)
+    return pv.compare_evidence({"exact": exact, "good": good, "bad": bad})
 
 
 def narrow_calibration():

@@ -14,6 +14,8 @@ from pyro_vae import plots
 
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "nats per datum")
+BEST = ("log p(x) minus that of the best, nats per datum", "")
+PLANE = ("rate, nats per datum", "distortion, nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
 IMAGES, SHAPE = inputs.IMAGES, (3, 4)
 RATIOS = tuple(f"{size} / length of the exact gradient" for size in ("standard deviation", "bias"))
@@ -32,17 +34,11 @@ DRAWINGS = {
     "bias_variance": (partial(plots.bias_variance, inputs.COMPARISON), RATIOS),
     "calibration": (lambda **options: plots.calibration(inputs.narrow_calibration(), **options), RANKS),
     "khat": (partial(plots.khat, inputs.EVIDENCE), KHAT),
-    "evidence_comparison": (
-        lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options),
-        ("log p(x) minus that of the best, nats per datum", ""),
-    ),
+    "evidence_comparison": (lambda **options: plots.evidence_comparison(inputs.evidence_table(), **options), BEST),
     "training_curves": (partial(plots.training_curves, inputs.HISTORY), EPOCHS),
     "training_curves-validated": (partial(plots.training_curves, inputs.VALIDATED), EPOCHS),
     "training_curves-gap": (partial(plots.training_curves, inputs.VALIDATED, **GAP), EPOCHS),
-    "rate_distortion": (
-        partial(plots.rate_distortion, {"one": (1.0, 2.0), "other": (0.5, 3.0)}),
-        ("rate, nats per datum", "distortion, nats per datum"),
-    ),
+    "rate_distortion": (partial(plots.rate_distortion, {"one": (1.0, 2.0), "other": (0.5, 3.0)}), PLANE),
     "latent_map": (partial(plots.latent_map, CODES, LABELS), ("$z_1$", "$z_2$")),
     "latent_map-one": (partial(plots.latent_map, CODES[:, :1], LABELS), ("$z$", "label (with jitter)")),
     "posterior": (posterior_of(gaussian, 1), ("value of site $z$", "density")),
@@ -72,8 +68,7 @@ def test_a_plot_returns_labelled_axes_that_are_not_blank_and_never_calls_show(dr
     monkeypatch.setattr(plt.Figure, "show", fail)
     ax = draw()
     assert isinstance(ax, plt.Axes)
-    assert (ax.get_xlabel(), ax.get_ylabel()) == (labels or ("", ""))
-    assert ax.axison == (labels is not None)
+    assert ((ax.get_xlabel(), ax.get_ylabel()), ax.axison) == (labels or ("", ""), labels is not None)
     ax.figure.canvas.draw()
     assert np.asarray(ax.figure.canvas.buffer_rgba())[..., :3].std() > 3
 
@@ -102,6 +97,5 @@ def test_plots_change_neither_random_states_nor_parameters(make, random_states):
     plots.samples(vae.generate, (1, 2), count=3)
     plots.traversals(lambda z: vae.decode(z).mean, torch.zeros(1), (1, 2))
     plots.training_curves(inputs.HISTORY)
-    assert random_states() == state
-    assert set(pyro.get_param_store().keys()) == stored
+    assert (random_states(), set(pyro.get_param_store().keys())) == (state, stored)
     assert all(torch.equal(parameter, before[name]) for name, parameter in vae.named_parameters())

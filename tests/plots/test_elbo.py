@@ -12,6 +12,13 @@ from pyro_vae import plots
 from pyro_vae.diagnostics.decomposition import Estimate
 
 SURROGATE = {"surrogate" if name == "elbo" else name: values for name, values in HISTORY.items()}
+MODELS = {
+    "pair": (1.0, 2.5),
+    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
+    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
+    "decomposed": SimpleNamespace(rate=Estimate(2.0, 0.1), distortion=Estimate(1.0, 0.2)),
+}
+ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
 
 
 def test_the_curves_are_the_elbo_and_its_negated_terms():
@@ -53,14 +60,9 @@ def test_curves_differ_in_more_than_colour():
     assert len({(line.get_marker(), line.get_linestyle(), line.get_linewidth()) for line in lines}) == len(lines) == 8
 
 
-ESTIMATE = pv.Evidence(torch.tensor([-1.5, -0.5]), torch.full((2,), 50.0), torch.tensor([0.2, 0.3]), 100)
-
-
-@pytest.mark.parametrize(
-    ("given", "label"),
-    [(-1.0, "log p(x)"), (ESTIMATE.log_evidence, "log p(x)"), (ESTIMATE, "log p(x), estimated")],
-    ids=["number", "tensor", "evidence"],
-)
+@pytest.mark.parametrize(("given", "label"), [
+    (-1.0, "log p(x)"), (ESTIMATE.log_evidence, "log p(x)"), (ESTIMATE, "log p(x), estimated"),
+], ids=["number", "tensor", "evidence"])  # fmt: skip
 def test_the_gap_is_between_the_last_elbo_and_log_evidence(given, label):
     ax = plots.training_curves(VALIDATED, log_evidence=given, validation_log_evidence=-0.9)
     lines = {line.get_label(): line for line in ax.lines}
@@ -69,28 +71,17 @@ def test_the_gap_is_between_the_last_elbo_and_log_evidence(given, label):
         assert (level, end) in [(arrow.xy[1], pytest.approx(arrow.xyann[1])) for arrow in ax.texts]
 
 
-@pytest.mark.parametrize(
-    ("history", "options", "message"),
-    [
-        (HISTORY, {"terms": []}, r"`terms` must be one or more of \['elbo', 'distortion', 'rate'\], got \[\]"),
-        (HISTORY, {"validation_log_evidence": -1.0}, "`validation_log_evidence` must .* has 'validation_elbo'"),
-        (HISTORY, {"log_evidence": -1.0, "terms": ["rate"]}, r"`log_evidence` must .* the terms \['rate'\]"),
-        (SURROGATE, {"log_evidence": -1.0}, r"`log_evidence` must .* got \['surrogate'\] in the history"),
-        (HISTORY, {"log_evidence": float("nan")}, "`log_evidence` must be a finite number.*got nan"),
-        (HISTORY, {"log_evidence": "-1"}, "`log_evidence` must be .*got '-1'"),
-    ],
-)
+@pytest.mark.parametrize(("history", "options", "message"), [
+    (HISTORY, {"terms": []}, r"`terms` must be one or more of \['elbo', 'distortion', 'rate'\], got \[\]"),
+    (HISTORY, {"validation_log_evidence": -1.0}, "`validation_log_evidence` must .* has 'validation_elbo'"),
+    (HISTORY, {"log_evidence": -1.0, "terms": ["rate"]}, r"`log_evidence` must .* the terms \['rate'\]"),
+    (SURROGATE, {"log_evidence": -1.0}, r"`log_evidence` must .* got \['surrogate'\] in the history"),
+    (HISTORY, {"log_evidence": float("nan")}, "`log_evidence` must be a finite number.*got nan"),
+    (HISTORY, {"log_evidence": "-1"}, "`log_evidence` must be .*got '-1'"),
+])  # fmt: skip
 def test_curves_that_cannot_be_drawn_are_refused(history, options, message):
     with pytest.raises(ValueError, match=message):
         plots.training_curves(history, **options)
-
-
-MODELS = {
-    "pair": (1.0, 2.5),
-    "evaluated": {"elbo": -2.8, "rate": 0.8, "distortion": 2.0},
-    "tensors": (torch.tensor(0.0), torch.tensor(4.0)),
-    "decomposed": SimpleNamespace(rate=Estimate(2.0, 0.1), distortion=Estimate(1.0, 0.2)),
-}
 
 
 def test_models_lie_at_their_rate_and_distortion():
@@ -117,18 +108,15 @@ def test_every_point_of_a_line_has_the_elbo_on_its_label(models):
         assert np.isclose(label, [elbo[0] for elbo in elbos], rtol=1e-5).any()
 
 
-@pytest.mark.parametrize(
-    ("models", "error", "message"),
-    [
-        ({}, ValueError, "`models` must be .*got none"),
-        ([(1.0, 2.0)], TypeError, "`models` must be .*got a list"),
-        ({"a": 3.0}, TypeError, "`models` must .*got 3.0 for 'a'"),
-        ({"a": "ab"}, TypeError, "`models` must .*got 'ab' for 'a'"),
-        ({"a": (1.0, 2.0, 3.0)}, TypeError, r"`models` must .*got \(1.0, 2.0, 3.0\) for 'a'"),
-        ({"a": (1.0, float("inf"))}, ValueError, r"`distortion of models\['a'\]` must be a finite .*got inf"),
-        ({"a": {"surrogate": 1.0, "rate": 1.0, "distortion": 2.0}}, ValueError, "`models` must .*surrogate.*'a'"),
-    ],
-)
+@pytest.mark.parametrize(("models", "error", "message"), [
+    ({}, ValueError, "`models` must be .*got none"),
+    ([(1.0, 2.0)], TypeError, "`models` must be .*got a list"),
+    ({"a": 3.0}, TypeError, "`models` must .*got 3.0 for 'a'"),
+    ({"a": "ab"}, TypeError, "`models` must .*got 'ab' for 'a'"),
+    ({"a": (1.0, 2.0, 3.0)}, TypeError, r"`models` must .*got \(1.0, 2.0, 3.0\) for 'a'"),
+    ({"a": (1.0, float("inf"))}, ValueError, r"`distortion of models\['a'\]` must be a finite .*got inf"),
+    ({"a": {"surrogate": 1.0, "rate": 1.0, "distortion": 2.0}}, ValueError, "`models` must .*surrogate.*'a'"),
+])  # fmt: skip
 def test_models_without_rate_and_distortion_are_refused(models, error, message):
     with pytest.raises(error, match=message):
         plots.rate_distortion(models)

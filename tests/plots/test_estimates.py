@@ -76,16 +76,13 @@ def test_differences_in_the_picture_are_those_of_the_table():
 NOISELESS = Comparison({"enumerated": COMPARISON.measured["enumerated"]}, {"enumerated": 8})
 
 
-@pytest.mark.parametrize(
-    ("draw", "error", "message"),
-    [
-        (lambda: plots.khat(EVIDENCE, sort="no"), TypeError, "`sort` must be .*got 'no'"),
-        (lambda: plots.evidence_comparison(evidence_table()[:0]), ValueError, "`table` must .*without rows"),
-        (lambda: plots.evidence_comparison(evidence_table()[["difference"]]), ValueError, r"`table` must .*\['log_ev"),
-        (lambda: plots.bias_variance(NOISELESS), ValueError, "`comparison` must have an .* noise.*got none in 'all'"),
-        (lambda: plots.bias_variance(COMPARISON, "encodr"), ValueError, "`group` must be 'all'.*got 'encodr'"),
-    ],
-)
+@pytest.mark.parametrize(("draw", "error", "message"), [
+    (lambda: plots.khat(EVIDENCE, sort="no"), TypeError, "`sort` must be .*got 'no'"),
+    (lambda: plots.evidence_comparison(evidence_table()[:0]), ValueError, "`table` must .*without rows"),
+    (lambda: plots.evidence_comparison(evidence_table()[["difference"]]), ValueError, r"`table` must .*\['log_ev"),
+    (lambda: plots.bias_variance(NOISELESS), ValueError, "`comparison` must have an .* noise.*got none in 'all'"),
+    (lambda: plots.bias_variance(COMPARISON, "encodr"), ValueError, "`group` must be 'all'.*got 'encodr'"),
+])  # fmt: skip
 def test_estimates_that_cannot_be_drawn_are_refused(draw, error, message):
     with pytest.raises(error, match=message):
         draw()

@@ -73,23 +73,20 @@ def test_draws_in_pictures_depend_only_on_the_seed():
 CODE, SHAPE = torch.zeros(2), (3, 4)
 
 
-@pytest.mark.parametrize(
-    ("plot", "arguments", "error", "message"),
-    [
-        ("traversals", (gaussian(), CODE, SHAPE), TypeError, "`decode` must .*vae.decode.*got a VAE"),
-        ("reconstructions", (gaussian(), IMAGES, SHAPE), TypeError, "`reconstruct` must .*vae.reconstruct.*got a VAE"),
-        ("samples", (gaussian(), SHAPE), TypeError, "`generate` must .*vae.generate.*got a VAE"),
-        ("traversals", (decode, CODE[None], SHAPE), ValueError, r"`z` must be .*got shape \(1, 2\)"),
-        ("traversals", (decode, [0.0, 1.0], SHAPE), ValueError, "`z` must be .*got a list"),
-        ("traversals", (decode, CODE, SHAPE, []), ValueError, r"`values` must be .*got shape \(0,\)"),
-        ("traversals", (decode, CODE, SHAPE, "a"), TypeError, "`values` must be .*got 'a'"),
-        ("traversals", (decode, CODE, (3, 5)), ValueError, r"`decode` must .* 3 by 5 pixels, got .*\(14, 12\)"),
-        ("reconstructions", (abs, IMAGES, (4, 4)), ValueError, r"`x` must be .* 4 by 4 pixels, got .*\(5, 12\)"),
-        ("reconstructions", (lambda x: x[:2], IMAGES, SHAPE), ValueError, r"`reconstruct` must .*got .*\(2, 12\)"),
-        ("reconstructions", (abs, IMAGES, SHAPE, 0), ValueError, "`columns` must be .*got 0"),
-        ("samples", (lambda count: IMAGES, SHAPE, 0), ValueError, "`count` must be .*got 0"),
-    ],
-)
+@pytest.mark.parametrize(("plot", "arguments", "error", "message"), [
+    ("traversals", (gaussian(), CODE, SHAPE), TypeError, "`decode` must .*vae.decode.*got a VAE"),
+    ("reconstructions", (gaussian(), IMAGES, SHAPE), TypeError, "`reconstruct` must .*vae.reconstruct.*got a VAE"),
+    ("samples", (gaussian(), SHAPE), TypeError, "`generate` must .*vae.generate.*got a VAE"),
+    ("traversals", (decode, CODE[None], SHAPE), ValueError, r"`z` must be .*got shape \(1, 2\)"),
+    ("traversals", (decode, [0.0, 1.0], SHAPE), ValueError, "`z` must be .*got a list"),
+    ("traversals", (decode, CODE, SHAPE, []), ValueError, r"`values` must be .*got shape \(0,\)"),
+    ("traversals", (decode, CODE, SHAPE, "a"), TypeError, "`values` must be .*got 'a'"),
+    ("traversals", (decode, CODE, (3, 5)), ValueError, r"`decode` must .* 3 by 5 pixels, got .*\(14, 12\)"),
+    ("reconstructions", (abs, IMAGES, (4, 4)), ValueError, r"`x` must be .* 4 by 4 pixels, got .*\(5, 12\)"),
+    ("reconstructions", (lambda x: x[:2], IMAGES, SHAPE), ValueError, r"`reconstruct` must .*got .*\(2, 12\)"),
+    ("reconstructions", (abs, IMAGES, SHAPE, 0), ValueError, "`columns` must be .*got 0"),
+    ("samples", (lambda count: IMAGES, SHAPE, 0), ValueError, "`count` must be .*got 0"),
+])  # fmt: skip
 def test_images_that_cannot_be_drawn_are_refused(plot, arguments, error, message):
     with pytest.raises(error, match=message):
         getattr(plots, plot)(*arguments)

@@ -89,14 +89,11 @@ def test_plates_of_a_relaxed_vae_show_the_code_that_the_decoder_takes():
     assert "code = f(z)" in [text.get_text() for text in ax.texts]
 
 
-@pytest.mark.parametrize(
-    ("model", "x", "members", "num_arrows"),
-    [
-        (two_level, torch.zeros(2, 3), {"schools": {"effect", "x"}, "pupils": {"x"}}, 3),
-        (global_scale, torch.zeros(3), {"data": {"z", "x"}}, 2),
-        (late_global, torch.zeros(3), {"data": {"z"}, "data2": {"w", "x"}}, 4),
-    ],
-)
+@pytest.mark.parametrize(("model", "x", "members", "num_arrows"), [
+    (two_level, torch.zeros(2, 3), {"schools": {"effect", "x"}, "pupils": {"x"}}, 3),
+    (global_scale, torch.zeros(3), {"data": {"z", "x"}}, 2),
+    (late_global, torch.zeros(3), {"data": {"z"}, "data2": {"w", "x"}}, 4),
+])  # fmt: skip
 def test_a_plate_holds_its_sites_and_no_other_and_arrows_are_the_dependencies(model, x, members, num_arrows):
     circles, boxes, arrows = parts_of(plots.plate_diagram(model, x))
     assert (set(boxes), arrows) == (set(members), (num_arrows, 0))

@@ -14,8 +14,7 @@ def path(tmp_path):
     path = tmp_path / "a"
     write_file(path, b"earlier")
     yield path
-    assert os.listdir(tmp_path) == ["a"]
-    assert read_file(path, "model") == b"earlier"
+    assert (os.listdir(tmp_path), read_file(path, "model")) == (["a"], b"earlier")
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])

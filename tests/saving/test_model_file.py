@@ -62,8 +62,7 @@ def assert_same_state(one, other):
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-    assert flags(one) == flags(other)
-    assert repr(one) == repr(other)
+    assert (flags(one), repr(one)) == (flags(other), repr(other))
 
 
 def flags(module):
@@ -130,8 +129,7 @@ def test_every_network_is_in_the_list_above():
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """All pairs of priors and guides, saved here, and the numbers that a new process computes from the files."""
-    folder = tmp_path_factory.mktemp("models")
-    here = {}
+    folder, here = tmp_path_factory.mktemp("models"), {}
     for index, (prior, guide) in enumerate(PAIRS):
         if "Flow" in prior + guide and not HAS_ZUKO:
             continue

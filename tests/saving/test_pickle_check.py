@@ -133,17 +133,13 @@ NESTED = functools.reduce(lambda inner, _: (inner, inner), range(40), 1)
 LONG = list(range(1000))
 SIZE, STATE = tuple(LONG), dict.fromkeys(map(str, LONG))
 HARMFUL = {
-    "a function of the user is called": Call(alarm, 1),
-    "a class of the user is called": Call(Alarm, 1),
+    "a function of the user is called": Call(alarm, 1), "a class of the user is called": Call(Alarm, 1),
     "a class of torch is called": Call(nn.Linear, 10**6, 10**6),
     "a part is called": Call(pv.priors.MixtureOfNormals, 10**6, 10**6),
-    "a class is created with arguments": New(Alarm, 1),
-    "a tensor larger than its storage": tensor_of((10**9,), (1,)),
+    "a class is created with arguments": New(Alarm, 1), "a tensor larger than its storage": tensor_of((10**9,), (1,)),
     "a tensor larger than the file": tensor_of((10**9,), (0,)),
-    "a tensor that starts late": tensor_of((4,), (1,), offset=1),
-    "a negative size": tensor_of((-1,), (1,)),
-    "a negative stride": tensor_of((4,), (-1,)),
-    "a size of another length": tensor_of((4, 1), (1,)),
+    "a tensor that starts late": tensor_of((4,), (1,), offset=1), "a negative size": tensor_of((-1,), (1,)),
+    "a negative stride": tensor_of((4,), (-1,)), "a size of another length": tensor_of((4, 1), (1,)),
     "a size that is no number": tensor_of((2.0,), (1,)),
     "very many dimensions": tensor_of((1,) * 10**4, (1,) * 10**4),
     "a tensor with hooks": tensor_of((4,), (1,), hooks=collections.OrderedDict({1: alarm})),
@@ -162,7 +158,7 @@ HARMFUL = {
     "the same tuple in many sizes": [Call(torch.Size, SIZE) for _ in range(50)],
     "the same state in many modules": [New(nn.Linear, state=STATE) for _ in range(50)],
     "a module with a state that is none": New(nn.Linear, state=[("a", 1)]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", HARMFUL.values(), ids=HARMFUL)
@@ -174,22 +170,14 @@ def test_harmful_instructions_are_refused(path, value):
 
 
 PICKLES = {
-    "empty": b"",
-    "cut off": pickle.dumps([1, 2], protocol=2)[:-1],
-    "no pickle": b"abc",
-    "of another protocol": pickle.dumps([1, 2], protocol=4),
-    "instance": b"(ios\nsystem\n.",
-    "object": b"(cos\nsystem\no.",
-    "extension": b"\x80\x02\x82\x01.",
+    "empty": b"", "cut off": pickle.dumps([1, 2], protocol=2)[:-1], "no pickle": b"abc",
+    "of another protocol": pickle.dumps([1, 2], protocol=4), "instance": b"(ios\nsystem\n.",
+    "object": b"(cos\nsystem\no.", "extension": b"\x80\x02\x82\x01.",
     "names on the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
-    "a very long string": b"\x80\x02X\xff\xff\xff\xffa.",
-    "a number of gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f1.",
-    "an empty stack": b"\x80\x02R.",
-    "no mark": b"\x80\x02t.",
-    "a memo that is not there": b"\x80\x02h\x05.",
-    "an odd number of items": b"\x80\x02}(K\x01u.",
-    "items of a number": b"\x80\x02K\x01(K\x01K\x02u.",
-}
+    "a very long string": b"\x80\x02X\xff\xff\xff\xffa.", "a number of gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f1.",
+    "an empty stack": b"\x80\x02R.", "no mark": b"\x80\x02t.", "a memo that is not there": b"\x80\x02h\x05.",
+    "an odd number of items": b"\x80\x02}(K\x01u.", "items of a number": b"\x80\x02K\x01(K\x01K\x02u.",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES)

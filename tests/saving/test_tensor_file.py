@@ -14,31 +14,22 @@ from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
+FOREIGN = [b"", b"\n", b"pyro_vae file", b"PK\3\4", b"\0" * 1000, b"\xff" * 1000, b"x" * 10**6]
+SPARSE, META, COMPLEX = torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128)
 TENSORS = {
-    "weight": WEIGHT,
-    "the same": WEIGHT,
-    "a part": torch.arange(1000.0)[10:13],
-    "transposed": torch.arange(12.0).reshape(3, 4).T,
-    "expanded": torch.tensor([0.5]).expand(4),
-    "0-dim": torch.tensor(math.pi, dtype=torch.float64),
-    "empty": torch.empty(0, 3),
-    "bool": torch.tensor([True, False]),
-    "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
-    "half": torch.tensor([1.5], dtype=torch.float16),
-    "complex": torch.tensor([1 + 2j]).conj(),
-    "bytes": torch.arange(5, dtype=torch.uint8),
-    "int64": torch.tensor([2**62 + 1, -1]),
+    "weight": WEIGHT, "the same": WEIGHT, "a part": torch.arange(1000.0)[10:13],
+    "transposed": torch.arange(12.0).reshape(3, 4).T, "expanded": torch.tensor([0.5]).expand(4),
+    "0-dim": torch.tensor(math.pi, dtype=torch.float64), "empty": torch.empty(0, 3),
+    "bool": torch.tensor([True, False]), "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    "half": torch.tensor([1.5], dtype=torch.float16), "complex": torch.tensor([1 + 2j]).conj(),
+    "bytes": torch.arange(5, dtype=torch.uint8), "int64": torch.tensor([2**62 + 1, -1]),
     "not finite": torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-45]),
     "parameter": torch.nn.Parameter(torch.ones(2)),
-}
+}  # fmt: skip
 HEADER = {
-    "floats": [math.inf, -math.inf, 0.1, 5e-324, -0.0],
-    "integers": [0, -1, 2**64, 10**4000],
-    "text": 'ü "quoted"\n\ud800',
-    "nothing": None,
-    "true": True,
-    "nested": {"deep": [[], {}, [{"er": [1]}]]},
-}
+    "floats": [math.inf, -math.inf, 0.1, 5e-324, -0.0], "integers": [0, -1, 2**64, 10**4000],
+    "text": 'ü "quoted"\n\ud800', "nothing": None, "true": True, "nested": {"deep": [[], {}, [{"er": [1]}]]},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -56,8 +47,7 @@ def test_tensors_come_back_to_the_bit(path, random_states):
     before = random_states()
     write(path, "model", HEADER, TENSORS)
     _, tensors = read(path, "model")
-    assert random_states() == before
-    assert list(tensors) == list(TENSORS)
+    assert (random_states(), list(tensors)) == (before, list(TENSORS))
     for name, tensor in tensors.items():
         given = TENSORS[name]
         expected = (torch.Tensor, given.dtype, given.shape, False)
@@ -108,9 +98,6 @@ def of_safetensors():
     safetensors.torch.save_file({"w": torch.ones(2)}, "a", {"kind": "model"})
 
 
-FOREIGN = [b"", b"\n", b"pyro_vae file", b"PK\3\4", b"\0" * 1000, b"\xff" * 1000, b"x" * 10**6]
-
-
 @pytest.mark.parametrize("content", [*FOREIGN, of_torch, of_safetensors])
 def test_a_foreign_file_is_refused(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
@@ -146,23 +133,17 @@ def forge(data=b"\0" * 8, size=None, tensor=None, **metadata):
 
 
 FORGED = {
-    "the header is no JSON": {"header": "{"},
-    "the header is a list": {"header": "[]"},
-    "the header is nested too deeply": {"header": "[" * 10**5},
-    "the names are a list": {"names": "[]"},
-    "a name of no tensor": {"names": '{"w": "v"}'},
-    "a name that is no string": {"names": '{"w": ["w"]}'},
-    "the kind is a number": {"kind": 3},
-    "a header of an exabyte": {"size": 2**60},
+    "the header is no JSON": {"header": "{"}, "the header is a list": {"header": "[]"},
+    "the header is nested too deeply": {"header": "[" * 10**5}, "the names are a list": {"names": "[]"},
+    "a name of no tensor": {"names": '{"w": "v"}'}, "a name that is no string": {"names": '{"w": ["w"]}'},
+    "the kind is a number": {"kind": 3}, "a header of an exabyte": {"size": 2**60},
     "a header that ends too early": {"size": 30},
     "a tensor of gigabytes": {"tensor": {"shape": [10**9], "data_offsets": [0, 4 * 10**9]}},
     "a shape that does not fit": {"tensor": {"shape": [10**9]}},
     "a shape whose product overflows": {"tensor": {"shape": [2**63, 2**63]}},
-    "a negative shape": {"tensor": {"shape": [-2]}},
-    "offsets after the end": {"tensor": {"data_offsets": [8, 16]}},
-    "another type": {"tensor": {"dtype": "F65"}},
-    "bytes of no tensor": {"data": b"\0" * 16},
-}
+    "a negative shape": {"tensor": {"shape": [-2]}}, "offsets after the end": {"tensor": {"data_offsets": [8, 16]}},
+    "another type": {"tensor": {"dtype": "F65"}}, "bytes of no tensor": {"data": b"\0" * 16},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", FORGED.values(), ids=FORGED)
@@ -174,25 +155,19 @@ def test_a_forged_file_is_refused_by_its_name(tmp_path, changes):
         read(tmp_path / "a", "model")
 
 
-SPARSE, META, COMPLEX = torch.ones(2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex128)
-
-
-@pytest.mark.parametrize(
-    ("header", "tensors", "message"),
-    [
-        ([], {}, "`header` must be a dictionary, got a list"),
-        ({"a": {1: 2}}, {}, r"`header\['a'\]` must have strings as keys, got 1"),
-        ({"a": [0, torch.ones(1)]}, {}, r"`header\['a'\]\[1\]` must be a dictionary, list.*got a torch.float32 tensor"),
-        ({"a": np.int64(3)}, {}, r"`header\['a'\]` must be .*got an int64"),
-        ({"a": 10**5000}, {}, "`header` must be printable: Exceeds the limit"),
-        ({}, {"w": 3.0}, r"`tensors\['w'\]` must be a tensor, got a float"),
-        ({}, {3: torch.ones(1)}, "`tensors` must have strings as names, got 3"),
-        ({}, {"w": SPARSE}, r"`tensors\['w'\]` must be a dense tensor.*got a torch.sparse_coo tensor"),
-        ({}, {"w": META}, r"`tensors\['w'\]` must be .*got a torch.strided tensor on meta"),
-        ({}, {"w": COMPLEX}, "`tensors` must have .*data types that safetensors can store"),
-        ({}, {"\ud800": torch.ones(2)}, "`tensors` must have names.* that safetensors can store"),
-    ],
-)
+@pytest.mark.parametrize(("header", "tensors", "message"), [
+    ([], {}, "`header` must be a dictionary, got a list"),
+    ({"a": {1: 2}}, {}, r"`header\['a'\]` must have strings as keys, got 1"),
+    ({"a": [0, torch.ones(1)]}, {}, r"`header\['a'\]\[1\]` must be a dictionary, list.*got a torch.float32 tensor"),
+    ({"a": np.int64(3)}, {}, r"`header\['a'\]` must be .*got an int64"),
+    ({"a": 10**5000}, {}, "`header` must be printable: Exceeds the limit"),
+    ({}, {"w": 3.0}, r"`tensors\['w'\]` must be a tensor, got a float"),
+    ({}, {3: torch.ones(1)}, "`tensors` must have strings as names, got 3"),
+    ({}, {"w": SPARSE}, r"`tensors\['w'\]` must be a dense tensor.*got a torch.sparse_coo tensor"),
+    ({}, {"w": META}, r"`tensors\['w'\]` must be .*got a torch.strided tensor on meta"),
+    ({}, {"w": COMPLEX}, "`tensors` must have .*data types that safetensors can store"),
+    ({}, {"\ud800": torch.ones(2)}, "`tensors` must have names.* that safetensors can store"),
+])  # fmt: skip
 def test_what_the_file_would_change_is_refused(path, header, tensors, message):
     before = path.read_bytes()
     with pytest.raises(ValueError if isinstance(header, dict) else TypeError, match=message):
@@ -205,5 +180,4 @@ def test_tensors_of_another_device_are_read_on_the_cpu(path):
     weight = torch.ones(2, device="cuda")
     write(path, "model", {}, {"a": weight, "b": weight})
     tensors = read(path, "model")[1]
-    assert tensors["a"].device.type == "cpu"
-    assert tensors["a"].data_ptr() == tensors["b"].data_ptr()
+    assert (tensors["a"].device.type, tensors["a"].data_ptr()) == ("cpu", tensors["b"].data_ptr())
