@@ -17,7 +17,7 @@ SOURCES := pyro_vae examples tests docs
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test slow bench arviz1 pytest lint types format docs clean help
+.PHONY: demo test integration slow bench arviz1 pytest lint types format docs clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,10 +27,13 @@ demo: $(BASE)  ## run two of the examples; tables, pictures and ArviZ files go t
 	$(BIN)/python examples/mixture.py --out results/mixture
 	$(BIN)/python examples/digits.py --out results/digits
 
-test: lint types pytest docs  ## lint, types, tests with doctests, and the documentation with warnings as errors
+test: lint types pytest  ## lint, types, tests with doctests
 
-pytest: $(DEV)  ## the tests and doctests alone, but for the slow ones
+pytest: $(DEV)  ## the tests and doctests alone, without the slow and the integration tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+integration: docs $(DEV)  ## the documentation, warnings as errors; its code; and the real compiler
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'integration and not slow'
 
 slow: $(DEV)  ## the heavy statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
@@ -59,7 +62,8 @@ docs: $(DEV)  ## the documentation, in docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 clean:  ## remove caches and the built documentation; results/ and the environment stay
-	rm -rf docs/_build docs/examples docs/sg_execution_times.rst build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf docs/_build docs/examples docs/sg_execution_times.rst build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
 	find pyro_vae tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installation: a light one for the demo, and one with the tools. Each is renewed when what it is made from changes.

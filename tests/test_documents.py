@@ -16,6 +16,7 @@ import pytest
 
 from pyro_vae._utils.rng import seeded
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]

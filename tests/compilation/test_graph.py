@@ -145,6 +145,7 @@ def test_two_captures_of_one_function_have_the_same_code():
     assert Graph(function, [X]).code == Graph(function, [2 * X]).code
 
 
+@pytest.mark.integration
 def test_a_compiled_graph_gives_the_same_numbers_with_the_same_noise():
     weight, counter = torch.randn(6, 6), torch.zeros(())
     graph = Graph(lambda x: [counter.add_(1.0) + (weight @ x + torch.randn(6)).tanh().sum()], [X])
@@ -177,6 +178,7 @@ def test_a_compiled_function_is_compared_with_the_function():
         counted(torch.ones(3))
 
 
+@pytest.mark.integration
 def test_a_missing_compiler_is_a_warning_and_the_graph_is_replayed_uncompiled(tmp_path):
     """In a new process: inductor remembers the compiler that it has found."""
     code = """

@@ -9,6 +9,7 @@ from torch import nn
 from pyro_vae.compilation.graph import Graph
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("inputs", "outputs"), [(300, 80), (40, 300)], ids=["wide", "narrow"])
 def test_large_products_are_computed_by_onednn_to_the_same_numbers(inputs, outputs):
     torch.manual_seed(0)
@@ -45,6 +46,7 @@ def test_large_products_take_any_bias_and_overlapping_rows(bias):
 FEW = [(1, 9, 9), (4, 9, 9), (9, 1, 9), (9, 4, 9), (9, 9, 1), (9, 9, 4), (1, 1, 1), (2, 3, 4), (9, 9, 9)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_of_few_rows_columns_or_terms_are_right_for_any_view(dtype):
     x, y = torch.randn(20, 20, dtype=dtype), torch.randn(40, 9, dtype=dtype)
@@ -75,6 +77,7 @@ def test_products_of_few_columns_and_many_terms_are_computed_by_onednn():
     assert "pyro_vae.linear" in Graph(lambda x, y: [x @ y], [x, y]).code
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tanh_has_all_digits(dtype):
     x = torch.cat([torch.logspace(-30, 2, 2000), torch.tensor([0.0, math.inf, math.nan])]).to(dtype)

@@ -131,6 +131,7 @@ def test_captured_weights_of_batches_use_the_rows_of_each_batch(graphs, monkeypa
     assert_same(*estimates)
 
 
+@pytest.mark.integration
 def test_compiled_weights_give_the_same_estimate(monkeypatch):
     monkeypatch.setattr(importance_sampling, "_BUDGET", 20 * 64 * 10)
     vae = vae_of("normal 2-D")

@@ -88,6 +88,7 @@ def test_captured_steps_are_the_eager_ones(name, batch_size, steps):
     assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["gaussian", "enumerated", "learned baseline"])
 def test_compiled_steps_are_the_eager_ones_over_a_hundred_steps_in_float32(name):
     (eager, theirs), (captured, ours) = eager_and_captured(*OBJECTIVES[name], epochs=25)
@@ -105,6 +106,7 @@ def test_captured_steps_are_the_eager_ones_over_a_hundred_steps_on_all_rows_in_f
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_compiled_steps_give_the_eager_elbo_in_float64():
     (eager, _), (captured, _) = eager_and_captured(gaussian, dtype=torch.float64, batch_size=None)
     assert captured.history["elbo"] == pytest.approx(eager.history["elbo"], abs=1e-10)

@@ -140,6 +140,7 @@ def test_a_stop_names_step_site_and_rows_and_leaves_the_last_good_state_to_the_b
     assert bad == 0 or pair.step == bad - 1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_stop_leaves_the_last_good_state_in_a_compiled_run(where, monkeypatch):
     monkeypatch.undo()

@@ -73,6 +73,7 @@ def test_values_shapes_and_keyword_arguments_may_change():
     )
 
 
+@pytest.mark.integration
 def test_data_may_have_other_strides():
     """Compiled: a graph that is replayed uncompiled takes any strides."""
 
