@@ -14,15 +14,18 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
-from pyro_vae._utils.traces import deterministic_sites, latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import deterministic_sites, latent_shapes, latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors, data_tensors, function
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
+from pyro_vae.distributions.properties import base_distribution, is_discrete, is_point
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
 __all__ = [
@@ -59,6 +62,7 @@ class ModelGuide:
         latents: the latent sites of the model, by name.
         guide_latents: the latent sites of the guide that are not auxiliary, by name.
         auxiliary: the names of the sites that an autoguide draws for itself.
+        factors: the names of ``pyro.factor`` statements in the guide.
         observed: the observed sites of the model that count into its density, by name.
         deterministic: the sites of ``pyro.deterministic`` in the model, by name.
         take: the right way to run the pair on some of its rows, see :meth:`on_batches`.
@@ -94,6 +98,7 @@ class ModelGuide:
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         drawn = latent_sites(self.guide_trace)
+        self.factors = list(observed_sites(self.guide_trace))
         self.auxiliary = [site for site in drawn if drawn[site]["infer"].get("is_auxiliary")]
         self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
         if traces is None:
@@ -163,10 +168,10 @@ class ModelGuide:
         observed, shapes = [], []
         with suppress(RunError), poutine.block():
             alone, _ = trace_pair(self.model, None, self.data)
-            observed, shapes = list(observed_sites(alone).values()), [_shapes(alone)]
+            observed, shapes = list(observed_sites(alone).values()), [latent_shapes(alone)]
             if self.guide is not None:
                 _, drawn = trace_pair(lambda *_: None, self.guide, self.data)
-                shapes.append(_shapes(drawn))
+                shapes.append(latent_shapes(drawn))
         if not shapes or not all(accepts_missing(site["fn"]) for site in observed):
             check_missing([], self.data, name, error)
         for site, shape in shapes[0].items() if len(shapes) == 2 else ():
@@ -206,6 +211,20 @@ class ModelGuide:
         """The names of the model's latents outside of the data plate."""
         return [name for name, site in self.latents.items() if not self.is_local(site)]
 
+    def has_points(self) -> bool:
+        """Whether the guide has a point instead of a density for a continuous latent, as ``AutoDelta`` has.
+
+        Other autoguides also have ``Delta`` sites: functions of an auxiliary latent, whose density they carry.
+        """
+        points = {name for name, site in self.guide_latents.items() if is_point(site["fn"])}
+        points -= {name for name, site in self.latents.items() if is_discrete(site["fn"])}
+        if not points:
+            return False
+        with poutine.block(), torch.no_grad(), TrackProvenance():
+            sites = poutine.trace(self.guide).get_trace(*self.data).nodes
+        origins = {name: get_provenance(base_distribution(sites[name]["fn"]).v) for name in points}
+        return not all(origins[name] & set(self.auxiliary) for name in points)
+
     @property
     def enumerated(self) -> set[str]:
         """How latents are marked for enumeration: ``"parallel"``, ``"sequential"``."""
@@ -234,9 +253,9 @@ class ModelGuide:
 
     def check_factors(self) -> None:
         """Raise if the guide has ``pyro.factor`` statements, whose terms are no density of q(z | x)."""
-        if factors := list(observed_sites(self.guide_trace)):
+        if self.factors:
             raise ValueError(
-                f"`guide` must have latent sites alone, got pyro.factor statements {factors}, whose terms are no "
+                f"`guide` must have latent sites alone, got pyro.factor statements {self.factors}, whose terms are no "
                 "densities of q(z | x)"
             )
 
@@ -499,10 +518,6 @@ def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Tra
                 return _has_same_rows(run, whole, rows, plate)
         except (ValueError, RuntimeError, IndexError):
             return False
-
-
-def _shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(site["value"].shape) for name, site in latent_sites(trace).items()}
 
 
 def _dims_of(trace: Trace, plate: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["deterministic_sites", "latent_sites", "log_density", "observed_sites"]
+__all__ = ["deterministic_sites", "latent_shapes", "latent_sites", "log_density", "observed_sites"]
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
@@ -37,3 +37,8 @@ def observed_sites(trace: Trace) -> dict[str, Any]:
     """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
     sites = {name: site for name, site in _sample_sites(trace).items() if not site["infer"].get("_deterministic")}
     return {name: site for name, site in sites.items() if site["is_observed"] and site["mask"] is not False}
+
+
+def latent_shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
+    """The shapes of the values of the latent sites, by name."""
+    return {name: tuple(site["value"].shape) for name, site in latent_sites(trace).items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["base_distribution", "base_support", "clamp_inside", "class_probabilities"]
-__all__ += ["conditional_mean", "discrete_twin", "is_masked", "is_normalized"]
+__all__ += ["conditional_mean", "discrete_twin", "is_discrete", "is_masked", "is_normalized", "is_point"]
 __all__ += ["same_support", "spell_support", "support_bounds", "without_independent"]
 
 
@@ -25,6 +25,19 @@ def base_distribution(distribution: Any) -> Any:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return distribution
+
+
+def is_point(distribution: Any) -> bool:
+    """Whether a distribution is a point (``Delta``), in whatever wrappers."""
+    return isinstance(base_distribution(distribution), dist.Delta)
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether a distribution has a mass, and not a density; ``False`` where its support is not known."""
+    try:
+        return bool(distribution.support.is_discrete)
+    except NotImplementedError:
+        return False
 
 
 def without_independent(distribution: Any) -> Any:

@@ -5,7 +5,6 @@ from copy import copy
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import base_distribution
+from pyro_vae.distributions.properties import is_point
 from pyro_vae.exact.model_density import (
     ModelDensity,
     Values,
@@ -72,7 +71,7 @@ class GuideDensity:
         """Raise if a continuous latent is a point: it has no density, and log p(x, z) alone is no bound."""
         for name, site in self.sites.items():
             continuous = not self.p.latents[name]["fn"].support.is_discrete
-            if continuous and isinstance(base_distribution(site["fn"]), dist.Delta):
+            if continuous and is_point(site["fn"]):
                 got = f"a point (Delta, as in AutoDelta) for {name!r}"
                 raise ValueError(f"`guide` must have a density for each continuous latent, got {got}")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.inspect import TrackProvenance
@@ -19,7 +18,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import base_distribution, is_normalized
+from pyro_vae.distributions.properties import is_discrete, is_normalized, is_point
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters, plates_and_event
 from pyro_vae.inference_data.settings import ExportSettings, as_array
@@ -176,24 +175,10 @@ class JointSampler:
         same_kind = all(_same_kind(site["fn"], self.latents[name]["fn"]) for name, site in of_model.items())
         exists = {
             "lp": bool(self.observed) and normalized and same_kind,
-            "log_q": bool(self.latents) and not self._has_points(),
+            "log_q": bool(self.latents) and not self.pair.has_points(),
         }
         exists["log_weight"] = exists["lp"] and exists["log_q"] and of_model.keys() == self.latents.keys()
         return tuple(name for name, found in exists.items() if found)
-
-    def _has_points(self) -> bool:
-        """Whether a continuous latent is a point, as in ``AutoDelta``.
-
-        Other autoguides also have ``Delta`` sites; these are functions of an auxiliary latent and carry its density.
-        """
-        discrete = {name for name, site in self.pair.latents.items() if _is_discrete(site["fn"])}
-        points = {name for name, site in self.latents.items() if _is_delta(site["fn"])} - discrete
-        if not points:
-            return False
-        with TrackProvenance():
-            sites = latent_sites(poutine.trace(self.pair.guide).get_trace(*self.pair.data))
-        auxiliary = sites.keys() - self.latents.keys()
-        return not all(get_provenance(base_distribution(sites[name]["fn"]).v) & auxiliary for name in points)
 
     def _variable(self, group: str, name: str, value: Tensor) -> Variable:
         shape = tuple(value.shape)
@@ -204,20 +189,9 @@ class JointSampler:
         return Variable(shape, as_array(value).dtype)
 
 
-def _is_delta(fn: Any) -> bool:
-    return isinstance(base_distribution(fn), dist.Delta)
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except NotImplementedError:
-        return False
-
-
 def _same_kind(prior: Any, q: Any) -> bool:
     """Whether both are densities, or both are masses."""
-    return _is_delta(q) or _is_discrete(prior) == _is_discrete(q)
+    return is_point(q) or is_discrete(prior) == is_discrete(q)
 
 
 def _values_of(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:

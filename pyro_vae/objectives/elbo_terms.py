@@ -10,13 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
-from pyro_vae.distributions.properties import base_distribution, is_normalized
+from pyro_vae.distributions.properties import is_normalized, is_point
 
 __all__ = ["bound_name", "elbo_terms", "rate_by_variable"]
 
@@ -31,7 +30,7 @@ def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
     """
     bounded = all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values())
     latents = latent_sites(guide_trace).values()
-    points = bool(latents) and all(isinstance(base_distribution(site["fn"]), dist.Delta) for site in latents)
+    points = bool(latents) and all(is_point(site["fn"]) for site in latents)
     return "elbo" if bounded and not points else "surrogate"
 
 
