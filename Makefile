@@ -32,7 +32,7 @@ test: lint types pytest  ## lint, types, tests with doctests
 pytest: $(DEV)  ## the tests and doctests alone, without the slow and the integration tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-integration: docs $(DEV)  ## the documentation, warnings as errors; its code; and the real compiler
+integration: docs $(DEV)  ## the documentation, warnings as errors; its code, the examples, and the real compiler
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'integration and not slow'
 
 slow: $(DEV)  ## the heavy statistical tests

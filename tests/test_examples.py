@@ -19,6 +19,7 @@ import pyro_vae as pv
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.handlers import WeightKL
 
+pytestmark = pytest.mark.integration
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "common"]
 RELAXED = [f"{name}, {row}" for name in ("relaxed Bernoulli", "Gumbel-softmax") for row in ("relaxed", "twin")]
