@@ -64,6 +64,12 @@ def to_datatree(
     Dimensions are ``(chain, draw, obs, ...)`` with one chain. Draws from a guide are independent, so ``r_hat`` and
     ``ess`` do not apply; use ``az.summary(..., kind="stats")``.
 
+    **Names.** A variable has the name of its site, and a dimension that would have the same name is called ``obs_dim``,
+    ``latent_dim`` and so on. A slash in the name of a site, as ``pyro.contrib.autoname.scope`` makes, is a dot: ``a/z``
+    is ``a.z``. A site that is called ``chain``, ``draw`` or ``sample``, as ArviZ calls its dimensions, is
+    ``chain_site`` and so on. The attribute ``site`` of such a variable has the name of the site, which is also its key
+    in ``dims``.
+
     **A latent outside the data plate**, of the model or of an autoguide, is shared by all data, so log p(x, z) and
     log q are no sums over data. ``sample_stats`` then has the joint densities of all data, ``(chain, draw)``, and one
     ``khat``. A density that does not exist is left out: ``lp`` if the likelihood is not normalised (soft targets) or
@@ -77,7 +83,7 @@ def to_datatree(
         model, guide: a Pyro model and its guide.
         data: the arguments of both.
         draws, seed: number of draws, and their seed.
-        plate: name of the data plate, whose dimension is called ``obs``.
+        plate: name of the data plate, whose dimension is called ``obs``, or ``obs_dim`` next to a site ``obs``.
         dims: names of the event dimensions of a site, ``{"x": ["height", "width"]}``, of constant data, or a history.
         coords: coordinates of a dimension, such as ``{"obs": names}``, by default 0, 1, ...; and further ones along a
             dimension, such as ``{"label": ("obs", labels)}``, for selections and colours.
@@ -184,11 +190,11 @@ def save_draws(
         for group, variables in sampler.variables.items():
             for name, variable in variables.items():
                 every = ("chain", "draw", *layout.dims[group][name])
-                file.add(group, name, every, variable.dtype, layout.units(group))
+                file.add(group, layout.variables.get(name, name), every, variable.dtype, layout.attrs(group, name))
         with seeded(seed), tqdm(total=draws, disable=tqdm_disable(progress), unit="draw") as bar:
             for taken, values in sampler.chunks(chunk):
                 largest.add(values)
-                file.write(taken, values)
+                file.write(taken, layout.named(values))
                 bar.update(taken.stop - taken.start)
         if (khat := largest.khat()) is not None:
             file.put("sample_stats", "khat", layout.dims["sample_stats"]["log_weight"], khat)

@@ -1,5 +1,7 @@
 """Dimension names and coordinates of sites, guide parameters, constant data and histories."""
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,20 +10,25 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.distributions.mixture import MixtureOfNormals
 from pyro_vae.inference_data.settings import ExportSettings
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DimensionNames", "parameters", "plates_and_event"]
+__all__ = ["DimensionNames", "parameters", "plates_and_event", "variable_names"]
 
 _LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
 _OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 _STATISTICS = {"lp", "log_q", "log_weight", "khat"}
+_OF_ARVIZ = {"chain", "draw", "sample"}  # its dimensions: those of draws, and of chains and draws in one
 
 
 class DimensionNames:
     """Dimension names and coordinates of the variables of an export.
+
+    Where a site has the name of a dimension, the dimension has ``_dim`` behind its name, ``obs_dim``; see
+    :func:`variable_names` for the sites themselves.
 
     Args:
         unobserved, observed: latent and deterministic sites, and observed sites, by name.
@@ -29,6 +36,8 @@ class DimensionNames:
         chains: size of the dimension ``chain``.
 
     Attributes:
+        variables: name of the variable of each site.
+        obs: name of the dimension of the data plate.
         dims, shapes: dimensions of each site and constant, without chain and draw, and their sizes.
         sizes: size of each dimension.
         coords: dimension and values of each coordinate, by name.
@@ -36,23 +45,35 @@ class DimensionNames:
 
     def __init__(self, unobserved: dict[str, Any], observed: dict[str, Any], settings: ExportSettings, chains: int = 1):
         sites, constants, history = unobserved | observed, settings.constants, settings.history
-        dims = _checked_dims(settings.dims, [*sites, *constants, *history])
+        self.variables = variable_names(sites)
+        self._taken = {*self.variables.values(), "chain", "draw"}
+        dims = _checked_dims(settings.dims, [*sites, *constants, *history], {*self.variables.values()})
+        self.obs = self._free("obs")
+        self._plates = {settings.plate: self.obs}  # the dimension of each plate
+        self._taken.add(self.obs)
+        for plate in (plate for site in sites.values() for plate in plates_and_event(site)[0]):
+            if plate not in self._plates:
+                self._plates[plate] = self._free(_allowed(plate))
+                self._taken.add(self._plates[plate])
         self.dims: dict[str, tuple[str, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes = {"chain": chains, "draw": settings.draws}
         for name, site in sites.items():
-            plates, shape = plates_and_event(site, settings.plate)
+            plates, shape = plates_and_event(site)
             event = dims.get(name) or self._event_dims(name, shape, name in observed)
             if len(event) != len(shape):
                 got = f"{list(event)} for {name!r}, whose event shape is {tuple(shape)}"
                 raise ValueError(f"`dims` must have one name for each event dimension, got {got}")
-            self._add(name, (*plates, *event), (*plates.values(), *shape), drawn=True)
+            of_plates = (self._plates[plate] for plate in plates)
+            self._add(name, (*of_plates, *event), (*plates.values(), *shape), drawn=True)
         for name, value in constants.items():
-            if name in sites:
+            _check_name(name, "constant_data")
+            if name in sites or name in self.variables.values():
                 raise ValueError(f"`constant_data` must have other names than the sites, got {name!r}")
             self._add(name, self._constant_dims(name, value, dims.get(name)), value.shape)
         self._history_dims: dict[str, tuple[str, ...]] = {}
         for name, value in history.items():
+            _check_name(name, "history")
             named = ("epoch",) if name in self.dims else tuple(dims.get(name, ("epoch",)))
             if len(named) != 1:
                 raise ValueError(f"`dims` must have one name for {name!r} of the history, got {list(named)}")
@@ -61,6 +82,10 @@ class DimensionNames:
         self.coords = {dim: (dim, np.arange(size)) for dim, size in self.sizes.items()}
         for name, values in settings.coords.items():
             self._add_coordinate(name, values)
+        if taken := (self.coords.keys() & constants.keys()) | ({"epoch"} & history.keys()):
+            raise ValueError(
+                f"`constant_data` and `history` must have other names than dimensions and `coords`, got {min(taken)!r}"
+            )
 
     def _add(self, name: str, dims: tuple[str, ...], shape: tuple[int, ...], drawn: bool = False) -> None:
         every = [*(["chain", "draw"] if drawn else []), *dims]
@@ -77,15 +102,22 @@ class DimensionNames:
 
     def _event_dims(self, name: str, shape: torch.Size, is_observed: bool) -> tuple[str, ...]:
         defaults = _OBSERVED_DIMS if is_observed else _LATENT_DIMS
-        dims = defaults.get(len(shape), tuple(f"dim_{axis}" for axis in range(len(shape))))
+        plain = defaults.get(len(shape), tuple(f"dim_{axis}" for axis in range(len(shape))))
+        dims = tuple(map(self._free, plain))
         clash = any(self.sizes.get(dim, size) != size for dim, size in zip(dims, shape, strict=True))
-        return tuple(f"{name}_{dim}" for dim in dims) if clash else dims
+        return tuple(self._free(f"{self.variables[name]}_{dim}") for dim in plain) if clash else dims
+
+    def _free(self, dim: str) -> str:
+        """Return a name for a dimension that no site, no plate, and neither chain nor draw has."""
+        while dim in self._taken:
+            dim += "_dim"
+        return dim
 
     def _constant_dims(self, name: str, value: np.ndarray, given: Sequence[str] | None) -> tuple[str, ...]:
         """The first axis lies along the data if it has as many entries, unless every axis is named."""
-        lead = ("obs",) if value.ndim and value.shape[0] == self.sizes.get("obs") else ()
+        lead = (self.obs,) if value.ndim and value.shape[0] == self.sizes.get(self.obs) else ()
         if given is None:
-            return (*lead, *(f"{name}_{axis}" for axis in range(len(lead), value.ndim)))
+            return (*lead, *(self._free(f"{name}_{axis}") for axis in range(len(lead), value.ndim)))
         if len(given) == value.ndim:
             return tuple(given)
         if len(given) + len(lead) != value.ndim:
@@ -96,6 +128,12 @@ class DimensionNames:
     def _add_coordinate(self, name: str, values: Any) -> None:
         dim, values = values if _has_dimension(values) else (name, values)
         coordinate, sizes = np.asarray(values), self.sizes
+        _check_name(name, "coords")
+        if dim not in sizes and f"{dim}_dim" in sizes:
+            raise ValueError(
+                f"`coords` must lie along a dimension, of {sizes}, got {name!r} along {dim!r}, which is a site: the "
+                f"dimension is called '{dim}_dim'"
+            )
         if coordinate.shape != (sizes.get(dim),):
             found = f"{len(coordinate)} entries" if coordinate.ndim == 1 else f"shape {coordinate.shape}"
             along = "" if name == dim else f" along {dim!r}"
@@ -103,14 +141,19 @@ class DimensionNames:
             raise ValueError(f"`coords` must have {must}, got {found} for {name!r}{along}")
         if name in sizes and name != dim:
             raise ValueError(f"`coords` must have the entries of the dimension {name!r} along it, got {dim!r}")
-        if name in self.dims.keys() | self._history_dims.keys() | _STATISTICS:
+        if name in {*self.variables.values()} | self.dims.keys() | self._history_dims.keys() | _STATISTICS:
             raise ValueError(f"`coords` must have other names than the variables, got {name!r}")
         self.coords[name] = (dim, coordinate)
 
     def dataset(self, values: Mapping[str, np.ndarray], drawn: bool = False) -> "xr.Dataset":
         """Make a dataset of sites or constants; draws have chains and draws on the left."""
         lead = ("chain", "draw") if drawn else ()
-        return self.named({name: ((*lead, *self.dims[name]), value) for name, value in values.items()})
+        found = {name: ((*lead, *self.dims[name]), value, self.attrs(name)) for name, value in values.items()}
+        return self.named({self.variables.get(name, name): variable for name, variable in found.items()})
+
+    def attrs(self, name: str) -> dict[str, str]:
+        """Return the attribute of a site's variable that has another name."""
+        return {} if self.variables.get(name, name) == name else {"site": name}
 
     def training(self, history: Mapping[str, np.ndarray]) -> "xr.Dataset":
         """Make a dataset of a history, in nats per datum."""
@@ -119,7 +162,7 @@ class DimensionNames:
 
     def guide(self, latents: Mapping[str, Any]) -> "xr.Dataset":
         """Make a dataset of the parameters of each latent's distribution, without draws."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, site in latents.items():
             fn, shape = site["fn"], self.shapes[name]
             batch = shape[: len(shape) - len(fn.event_shape)]
@@ -127,23 +170,30 @@ class DimensionNames:
                 if value.dim() < len(fn.batch_shape):
                     value = value.expand(fn.batch_shape)
                 value = value.reshape((*batch, *value.shape[len(fn.batch_shape) :]))
-                dims = self._parameter_dims(name, parameter, value.shape, len(batch))
-                arrays[f"{name}_{parameter}"] = (dims, value.cpu().numpy())
+                of_components = parameter == "component_logits" or isinstance(fn, MixtureOfNormals)
+                dims = self._parameter_dims(name, parameter, value.shape, len(batch), of_components)
+                variable = f"{self.variables[name]}_{parameter}"
+                while variable in arrays.keys() | self.sizes.keys():
+                    variable += "_"
+                arrays[variable] = (dims, value.cpu().numpy(), self.attrs(name))
         if taken := sorted(arrays.keys() & self.coords.keys()):
             raise ValueError(f"`coords` must have other names than the parameters of the guide, got {taken[0]!r}")
         return self.named(arrays)
 
-    def _parameter_dims(self, name: str, parameter: str, shape: tuple[int, ...], num_batch: int) -> tuple[str, ...]:
+    def _parameter_dims(
+        self, name: str, parameter: str, shape: tuple[int, ...], num_batch: int, of_components: bool
+    ) -> tuple[str, ...]:
         """The columns of a matrix lie along a second dimension, ``_bis``; axes of another shape are numbered."""
         dims, sizes = self.dims[name], self.shapes[name]
         own, event = tuple(shape[num_batch:]), sizes[num_batch:]
-        if own == event[: len(own)] and parameter != "component_logits":
+        if own == event[: len(own)] and not of_components:
             return dims[: len(shape)]
         if parameter in _MATRICES and own == 2 * event:
-            columns = f"{dims[-1]}_bis"
+            columns = self._free(f"{dims[-1]}_bis")
             self.coords.setdefault(columns, (columns, self.coords[dims[-1]][1]))
             return (*dims, columns)
-        numbered = tuple(f"{name}_{parameter}_{axis}" for axis in range(num_batch, len(shape)))
+        variable = f"{self.variables[name]}_{parameter}"
+        numbered = tuple(self._free(f"{variable}_{axis}") for axis in range(num_batch, len(shape)))
         for dim, size in zip(numbered, own, strict=True):
             self.coords.setdefault(dim, (dim, np.arange(size)))
         return (*dims[:num_batch], *numbered)
@@ -177,13 +227,43 @@ def parameters(fn: Any) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def plates_and_event(site: dict[str, Any], plate: str) -> tuple[dict[str, int], torch.Size]:
-    """Return the sizes of a site's plates, from left to right, and its event shape; the data plate is ``obs``.
+def variable_names(sites: Iterable[str]) -> dict[str, str]:
+    """Return the name of each site's variable: the site's own, if a netCDF file and ArviZ accept it.
+
+    Otherwise a character that a file cannot have is a dot: ``a/z``, of ``pyro.contrib.autoname.scope``, is ``a.z``; and
+    a site named as one of ArviZ's dimensions has ``_site`` behind it. Where another site has that name, ``_`` follows.
+
+    >>> variable_names(["z", "a/z", "a.z", "draw"])
+    {'z': 'z', 'a/z': 'a.z_', 'a.z': 'a.z', 'draw': 'draw_site'}
+    """
+    sites = list(sites)
+    wanted = {name: _allowed(name) + "_site" * (_allowed(name) in _OF_ARVIZ) for name in sites}
+    taken = {name for name in sites if wanted[name] == name}
+    for name in sites:
+        while wanted[name] != name and wanted[name] in taken:
+            wanted[name] += "_"
+        taken.add(wanted[name])
+    return wanted
+
+
+def _allowed(name: str) -> str:
+    """Replace by dots what a name in a netCDF file cannot have: slashes, control characters, spaces at the ends."""
+    name = re.sub(r"[/\x00-\x1f\x7f]|^\s|\s$", ".", unicodedata.normalize("NFC", name))
+    return name if re.match(r"\w|[^\x00-\x7f]", name) else f"_{name}"
+
+
+def _check_name(name: str, argument: str) -> None:
+    if _allowed(name) != name:
+        raise ValueError(f"`{argument}` must have names that a file accepts, such as {_allowed(name)!r}, got {name!r}")
+
+
+def plates_and_event(site: dict[str, Any]) -> tuple[dict[str, int], torch.Size]:
+    """Return the sizes of a site's plates, from left to right, and its event shape.
 
     ``pyro.deterministic`` counts all dimensions as the event's by default; those of plates are subtracted.
     """
     frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    plates = {"obs" if frame.name == plate else frame.name: frame.size for frame in frames}
+    plates = {frame.name: frame.size for frame in frames}
     shape = site["fn"].event_shape
     has_all = site["infer"].get("_deterministic") and len(shape) >= site["value"].dim()
     if has_all and tuple(shape[: len(plates)]) == tuple(plates.values()):
@@ -197,10 +277,16 @@ def _has_dimension(values: Any) -> bool:
     return is_pair and isinstance(values[0], str) and not isinstance(values[1], str)
 
 
-def _checked_dims(dims: Mapping[str, Sequence[str]], variables: Sequence[str]) -> Mapping[str, Sequence[str]]:
+def _checked_dims(
+    dims: Mapping[str, Sequence[str]], variables: Sequence[str], taken: set[str]
+) -> Mapping[str, Sequence[str]]:
     for name, value in dims.items():
         if not isinstance(value, Sequence) or not all(isinstance(dim, str) and dim for dim in value):
             raise TypeError(f"`dims` must be names, one for each dimension, got {value!r} for {name!r}")
+        for dim in value:
+            _check_name(dim, "dims")
+            if dim in taken:
+                raise ValueError(f"`dims` must have other names than the sites, got {dim!r} for {name!r}")
     if unknown := sorted(set(dims) - set(variables)):
         raise ValueError(f"`dims` must have variables as keys, of {sorted(variables)}, got {unknown}")
     return dims

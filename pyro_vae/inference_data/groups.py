@@ -27,13 +27,14 @@ _GROUPS = (
 class GroupLayout:
     """Dimensions and coordinates of everything that a sampler draws, and the groups without draws.
 
-    ``dims`` has the dimensions of each drawn variable, without chain and draw, by group and name.
+    ``dims`` has the dimensions of each drawn variable, without chain and draw, by group and site; ``variables`` the
+    name of each site's variable.
     """
 
     def __init__(self, sampler: JointSampler):
         settings = sampler.settings
         names = self._names = DimensionNames(sampler.latents | sampler.deterministic, sampler.observed, settings)
-        of_statistics = ("obs",) if sampler.by_datum else ()
+        self.variables, of_statistics = names.variables, (names.obs,) if sampler.by_datum else ()
         self._attrs = attributes(settings.draws, settings.seed)
         self.dims = {
             group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
@@ -48,9 +49,14 @@ class GroupLayout:
             "training": names.training(settings.history),
         }
 
-    def units(self, group: str) -> dict[str, str]:
-        """Return the attributes of the drawn variables of a group."""
-        return {"units": "nats"} if group == "sample_stats" else {}
+    def named(self, values: Groups) -> Groups:
+        """Return values by the names of their variables."""
+        variables = self.variables
+        return {group: {variables.get(name, name): of[name] for name in of} for group, of in values.items()}
+
+    def attrs(self, group: str, name: str) -> dict[str, str]:
+        """Return the attributes of a drawn variable."""
+        return {"units": "nats"} if group == "sample_stats" else self._names.attrs(name)
 
     def tree(self, drawn: Groups | None = None, khat: np.ndarray | None = None) -> "xr.DataTree":
         """Make the tree of all groups; without values the drawn groups have coordinates alone."""
@@ -61,7 +67,8 @@ class GroupLayout:
             dims = {"chain", "draw"}.union(*variables.values())
             arrays: dict[str, Any] = {}
             for name, values in (drawn[group] if drawn else {}).items():
-                arrays[name] = (("chain", "draw", *variables[name]), values, self.units(group))
+                dimensions = ("chain", "draw", *variables[name])
+                arrays[self.variables.get(name, name)] = (dimensions, values, self.attrs(group, name))
             if group == "sample_stats" and khat is not None:
                 arrays["khat"] = (variables["log_weight"], khat)
             groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))

@@ -184,7 +184,7 @@ class JointSampler:
         shape = tuple(value.shape)
         if group != "sample_stats":
             site = (self.latents | self.deterministic | self.observed)[name]
-            plates, event_shape = plates_and_event(site, self.settings.plate)
+            plates, event_shape = plates_and_event(site)
             shape = (*plates.values(), *event_shape)
         return Variable(shape, as_array(value).dtype)
 

@@ -14,6 +14,7 @@ from tree_checks import assert_file_holds, dims_of, drawn, run_program
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
+from pyro_vae.distributions.mixture import MixtureOfNormals
 from pyro_vae.inference_data.sampler import JointSampler
 
 DRAWS = {False: 500, True: 5000}  # one by one, and in parallel
@@ -240,10 +241,13 @@ def test_probabilities_of_classes_have_a_dimension_of_their_own(classes):
     np.testing.assert_allclose(group["z_probs"], (logits * X[:, :1]).softmax(-1), rtol=1e-6)
 
 
-def test_components_have_a_dimension_of_their_own_even_if_they_are_as_many_as_axes():
-    q = dist.MixtureOfDiagNormals(torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2))
+@pytest.mark.parametrize(("q", "axes"), [
+    (dist.MixtureOfDiagNormals(torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2)),
+     {"locs": 2, "coord_scale": 2, "component_logits": 1}),
+    (MixtureOfNormals(torch.zeros(2), torch.zeros(2, 2), torch.ones(2, 2)), {"logits": 1, "loc": 2, "scale": 2}),
+])  # fmt: skip
+def test_components_have_a_dimension_of_their_own_even_if_they_are_as_many_as_axes(q, axes):
     group = pv.to_datatree(*local_pair(q, lambda x: q), X[:, :2], draws=3, coords={"obs": list("abcdef")})["guide"]
-    axes = {"locs": 2, "coord_scale": 2, "component_logits": 1}
     expected = {f"z_{name}": ("obs", *(f"z_{name}_{axis + 1}" for axis in range(axes[name]))) for name in axes}
     assert dims_of(group) == expected
     assert all((group.coords[dim] == [0, 1]).all() for dim in set(group.dims) - {"obs"})
