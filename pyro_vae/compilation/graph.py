@@ -41,6 +41,11 @@ class Graph:
     Args:
         function: takes tensors and returns a sequence of tensors.
         inputs: an example of its arguments. Calls must have the same shapes, strides, dtypes and devices.
+        decompositions: replacements of operations, for speed.
+
+    Attributes:
+        module: the graph, a function of the inputs and of ``constants``.
+        constants: the tensors that the function refers to.
 
     Raises:
         CaptureError: if the function reads the value of a tensor, if its shapes depend on values, or if it draws random
@@ -54,7 +59,12 @@ class Graph:
     ([tensor(3.)], [tensor(6.)])
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+    def __init__(
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        decompositions: dict[Any, Callable[..., Any]] = decompositions,
+    ):
         site = _LastSite()
         rollback = _InPlaceRollback(site)
         with preserve_rng_state(), pyro.validation_enabled(False), rollback, site, _ValueAccessGuard(site):
@@ -68,7 +78,7 @@ class Graph:
                 raise _data_dependent(f"{site} reads the value of a tensor") from error
             if random_states()[0] != before:
                 raise _foreign_random_numbers(site, "NumPy or from the module `random`")
-        self._module, constants = _lift_constants(module)
+        self.module, constants = _lift_constants(module)
         if not all(isinstance(tensor, Tensor) for tensor in constants):
             raise _foreign_random_numbers(site, "a torch.Generator of its own")
         if any(_address(tensor) in rollback.computed for tensor in constants):
@@ -79,18 +89,18 @@ class Graph:
             )
         written = {_address(tensor) for tensor in rollback.written}
         self.written = [tensor for tensor in constants if _address(tensor) in written]  # what the function changes
-        self._constants = [tensor.detach() for tensor in constants]  # they share their memory with the originals
-        self._run: Callable[..., Any] = self._module
+        self.constants = [tensor.detach() for tensor in constants]  # they share their memory with the originals
+        self._run: Callable[..., Any] = self.module
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Repeat the operations on new inputs."""
         with torch.no_grad():
-            return list(self._run(*inputs, *self._constants))
+            return list(self._run(*inputs, *self.constants))
 
     def compile(self, inputs: Sequence[Tensor]) -> None:
         """Compile the graph for all further calls, like ``inputs``; without a C++ compiler, warn and do nothing."""
         try:
-            self._run = torch_private.compile_graph(self._module, [*inputs, *self._constants])
+            self._run = torch_private.compile_graph(self.module, [*inputs, *self.constants])
         except RuntimeError as error:
             cause = getattr(error, "inner_exception", error)
             if not torch_private.is_compiler_missing(cause):
@@ -105,7 +115,7 @@ class Graph:
     @property
     def code(self) -> str:
         """The operations, one per line; two captures of the same function have the same code."""
-        return self._module.code
+        return self.module.code
 
 
 class CompiledFunction:

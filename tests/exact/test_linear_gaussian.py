@@ -15,6 +15,7 @@ from torch.nn.functional import relu
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors, schedules
 from pyro_vae.exact import inference
+from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 
@@ -262,3 +263,47 @@ def test_a_linear_model_that_does_not_read_its_latent_has_the_density_of_its_noi
     x, noise = torch.randn(5, 3), dist.Normal(torch.zeros(3), 1.5).to_event(1)
     model = model_of(dist.Normal(torch.zeros(2), 1.0).to_event(1), lambda z: noise)
     torch.testing.assert_close(pv.exact.log_evidence(model, x), noise.log_prob(x))
+
+
+def test_data_with_a_large_offset_keep_their_digits():
+    weight, offset = torch.linspace(-1, 1, 20), 1e6 + torch.arange(20.0)
+    model = model_of(
+        dist.Normal(torch.zeros(1), 1.0).to_event(1), lambda z: dist.Normal(z * weight + offset, 0.5).to_event(1)
+    )
+    x = offset + 3 * torch.randn(4, 20)
+    covariance = weight.outer(weight).double() + 0.25 * torch.eye(20)
+    expected = MultivariateNormal(offset.double(), covariance).log_prob(x.double())
+    torch.testing.assert_close(exact.log_evidence(model, x).double(), expected, rtol=1e-6, atol=0)
+
+
+BENDS = {
+    "smooth, below the digits of float32": lambda z: 1e6 + 1.2 * torch.tanh(2 * z) * torch.ones(200),
+    "far out": lambda z: z + relu(z - 40),
+    "in a corner": lambda z: z + 4 * relu(0.5 - (z + 0.6).abs()),
+    "a clamp": lambda z: z.clamp(-50, 50),
+}
+
+
+@pytest.mark.parametrize("bend", BENDS.values(), ids=BENDS)
+def test_a_mean_that_bends_anywhere_is_not_linear(bend):
+    model = model_of(dist.Normal(torch.zeros(1), 1.0).to_event(1), lambda z: dist.Normal(bend(z), 0.5).to_event(1))
+    x = bend(torch.randn(3, 1))
+    assert linear_gaussian(ModelDensity(ModelGuide(model, None, x))) is None
+
+
+def test_rows_that_depend_on_each_other_are_not_linear_gaussian():
+    model = model_of(STANDARD, lambda z: dist.Normal((z + z.roll(1, -2)) @ WEIGHT, 0.5).to_event(1))
+    p = ModelDensity(ModelGuide(linear(STANDARD), None, X))
+    assert linear_gaussian(p) is not None
+    p.model = model
+    assert linear_gaussian(p) is None
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_scalar_data_of_a_vector_are_linear_gaussian(rank):
+    """x = z_1 + z_2 + noise is N(0, 3), or with a prior of correlation 1/2, N(0, 4)."""
+    tril = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]])) if rank == 2 else torch.eye(2)
+    prior = dist.MultivariateNormal(torch.zeros(2), scale_tril=tril)
+    x = torch.tensor([0.0, 1.0])
+    evidence = exact.log_evidence(model_of(prior, lambda z: dist.Normal(z.sum(-1), 1.0)), x)
+    torch.testing.assert_close(evidence, dist.Normal(0.0, (2.0 + rank) ** 0.5).log_prob(x))
