@@ -1,4 +1,4 @@
-"""The base class of our distributions: their parameters expand with the batch."""
+"""Base classes of our distributions: parameters that expand with the batch, and draws scored as they are made."""
 
 from copy import copy
 from typing import Any, Self
@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Parametric"]
+__all__ = ["Parametric", "ScoresDraws"]
 
 
 class Parametric(TorchDistribution):
@@ -20,3 +21,36 @@ class Parametric(TorchDistribution):
                 setattr(new, name, value.expand(batch + value.shape[len(self.batch_shape) :]))
         new._batch_shape = batch
         return new
+
+
+class ScoresDraws:
+    """Keeps the log-density of each draw, computed from the noise that it was made of, as long as the draw exists.
+
+    The score is not used where it would be wrong: for another tensor of the same values, such as a detached one; for a
+    draw changed in place; and for one made without gradients, when gradients are needed. The score of a draw by
+    ``rsample`` has the gradient of the *whole* formula in the parameters, also through the draw, but no gradient in the
+    draw: use a detached copy for that.
+    """
+
+    _scored: Any = None  # scores by draw, made by the first
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the stored scores out of a copy."""
+        return {**self.__dict__, "_scored": None}
+
+    def _store_score(self, value: Tensor, score: Tensor) -> None:
+        if not value.is_inference():  # inference tensors have no version number
+            if self._scored is None:
+                self._scored = WeakTensorKeyDictionary()
+            self._scored[value] = (value._version, torch.is_grad_enabled(), score)
+
+    def _stored_score(self, value: Tensor) -> Tensor | None:
+        """The stored score of a draw, if the draw is unchanged and the score has the gradient that is needed."""
+        if self._scored is None or value not in self._scored:
+            return None
+        version, has_graph, score = self._scored[value]
+        if version != value._version or (value.is_leaf and value.requires_grad):
+            return None
+        if not torch.is_grad_enabled():
+            return score.detach()
+        return score if has_graph else None

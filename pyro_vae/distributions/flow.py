@@ -12,9 +12,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from pyro_vae.distributions.base import Parametric
+from pyro_vae.distributions.base import Parametric, ScoresDraws
 from pyro_vae.distributions.extent import Extent
 
 __all__ = ["KINDS", "Flow", "autoregressive", "import_zuko"]
@@ -84,7 +83,7 @@ def _with_log_slope(transform: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, transform.log_abs_det_jacobian(x, y)
 
 
-class Flow(Parametric):
+class Flow(ScoresDraws, Parametric):
     r"""A normalizing flow, :math:`z = b + s \odot f(\epsilon)` with :math:`\epsilon \sim N(0, I)` and f invertible,
 
     .. math:: \log q(z) = \log N(\epsilon; 0, I) - \sum_d \log s_d
@@ -92,11 +91,8 @@ class Flow(Parametric):
               \qquad \epsilon = f^{-1}\big((z - b) / s\big).
 
     Where f is fast and its inverse slow, a draw should be scored when it is made. With ``scores_draws``, ``log_prob``
-    of a draw returns that stored score, and f is not inverted (which would also lose precision where f is strongly
-    curved). The score is stored as long as the draw exists. It is not used where it would be wrong: for another tensor
-    of the same values, such as a detached one; for a draw changed in place; and for one made without gradients, when
-    gradients are needed. The stored score of a draw by ``rsample`` has the gradient of the *whole* formula in the
-    parameters, also through the draw, but no gradient in the draw: use a detached copy for that.
+    of a draw returns that stored score (:class:`pyro_vae.distributions.base.ScoresDraws`), and f is not inverted, which
+    would also lose precision where f is strongly curved.
 
     Args:
         transform: f, from ``(*, D)`` to ``(*, D)``, with D the number of variables.
@@ -131,13 +127,8 @@ class Flow(Parametric):
         self.transform = transform
         self.shift, self.scale = torch.broadcast_tensors(shift, scale)
         self.scores_draws = scores_draws
-        self._scored: Any = None  # scores by draw, made by the first
         cut = self.shift.dim() - event_dim
         super().__init__(self.shift.shape[:cut], self.shift.shape[cut:], validate_args=validate_args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the stored scores out of a copy."""
-        return {**self.__dict__, "_scored": None}
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
@@ -150,10 +141,7 @@ class Flow(Parametric):
             return self.shift + self.scale * self.transform(noise).reshape(shape)
         standardized, log_slope = _with_log_slope(self.transform, noise)
         value = self.shift + self.scale * standardized.reshape(shape)
-        if not value.is_inference():  # inference tensors have no version number
-            if self._scored is None:
-                self._scored = WeakTensorKeyDictionary()
-            self._scored[value] = (value._version, torch.is_grad_enabled(), self._log_density(noise, log_slope))
+        self._store_score(value, self._log_density(noise, log_slope))
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -165,17 +153,6 @@ class Flow(Parametric):
         rows = standardized.reshape(*self._rows(standardized.shape), -1)
         noise, log_slope = _with_log_slope(self.transform.inv, rows)
         return self._log_density(noise, -log_slope)
-
-    def _stored_score(self, value: Tensor) -> Tensor | None:
-        """The stored score of a draw, if the draw is unchanged and the score has the gradient that is needed."""
-        if self._scored is None or value not in self._scored:
-            return None
-        version, has_graph, score = self._scored[value]
-        if version != value._version or (value.is_leaf and value.requires_grad):
-            return None
-        if not torch.is_grad_enabled():
-            return score.detach()
-        return score if has_graph else None
 
     def _log_density(self, noise: Tensor, log_slope: Tensor) -> Tensor:
         log_scale = self.scale.log().flatten(len(self.batch_shape)).sum(-1)

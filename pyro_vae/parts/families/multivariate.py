@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,6 +12,7 @@ from torch.distributions.kl import register_kl
 from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, positive_int
 from pyro_vae.distributions import flow
+from pyro_vae.distributions.base import ScoresDraws
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts.families.base import Family
 
@@ -32,21 +34,53 @@ class _Vector(Family):
 class FullRankNormal(_Vector):
     r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`, L lower triangular with a diagonal :math:`e^r`.
 
+    Below the diagonal, L is a raw output times :math:`\min(1, 8 / D)^{1/2}`. Without this factor, the condition number
+    of L would grow exponentially with D, to 1e12 at the start of a network with 100 variables.
+
     >>> FullRankNormal(2)(torch.zeros(5)).covariance_matrix
     tensor([[1., 0.],
             [0., 1.]])
     """
 
+    below_scale = 1.0  # of models in files from before the factor: they keep their covariances
+
     def __init__(self, event_shape: Shape):
         super().__init__(event_shape)
         self.num_raw = 2 * self.size + self.size * (self.size - 1) // 2
+        self.below_scale = min(1.0, 8 / self.size) ** 0.5
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_diagonal, below = raw.split([self.size, self.size, self.num_raw - 2 * self.size], dim=-1)
         rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=raw.device)
         scale_tril = log_diagonal.exp().diag_embed()
-        scale_tril[..., rows, columns] = below
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        scale_tril[..., rows, columns] = self.below_scale * below
+        return MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class MultivariateNormal(ScoresDraws, dist.MultivariateNormal):
+    """Pyro's, with full precision where L is ill-conditioned: by the noise of a draw, and in float64 elsewhere."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        scale_tril = self._unbroadcasted_scale_tril
+        value = self.loc + (scale_tril @ noise[..., None]).squeeze(-1)
+        self._store_score(value, self._log_density(noise, scale_tril))
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        if (stored := self._stored_score(value)) is not None:
+            return stored
+        exact = [tensor.double() for tensor in (value, self.loc, self._unbroadcasted_scale_tril)]
+        log_prob = dist.MultivariateNormal(exact[1], scale_tril=exact[2], validate_args=False).log_prob(exact[0])
+        return log_prob.to(self.loc.dtype)
+
+    @staticmethod
+    def _log_density(noise: Tensor, scale_tril: Tensor) -> Tensor:
+        log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (noise**2 + math.log(2 * math.pi)).sum(-1) - log_det
 
 
 class LowRankNormal(_Vector):
@@ -72,13 +106,13 @@ class LowRankNormal(_Vector):
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
         factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
         try:
-            return _LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
+            return LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
         except torch.linalg.LinAlgError as error:  # torch raises it before its check of the values
             found = f"{raw.min():.4g} to {raw.max():.4g}"
             raise ValueError(f"`raw` must be finite numbers, not too large, for {self}, got {found}") from error
 
 
-class _LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
     """Pyro's, with full precision where the scales are small compared with W.
 
     The squared distance is a difference of large terms, which in float32 cancel to noise at a ratio of 1:1000.

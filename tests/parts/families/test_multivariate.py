@@ -9,7 +9,7 @@ from pairs import NET
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, priors
+from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.parts.families import multivariate
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
@@ -124,3 +124,71 @@ def test_low_rank_keeps_its_digits_in_float32_at_small_scales(scale):
     z.requires_grad_()
     ours, theirs = (torch.autograd.grad(p.log_prob(y).sum(), z)[0] for p, y in ((q, z), (exact, z.double())))
     torch.testing.assert_close(ours, theirs, atol=1e-3 / scale, rtol=1e-3)
+
+
+def errors_of_log_q(part, x, seed=0):
+    """Errors of log q in float32, in nats, at draws and at copies of them, against the noise that they are made of."""
+    q = part(x)
+    torch.manual_seed(seed)
+    z = q.rsample()
+    torch.manual_seed(seed)
+    noise = torch.randn_like(q.loc).double()
+    root = q.scale_tril.detach().double()
+    torch.testing.assert_close(z.double(), q.loc.double() + (root @ noise[..., None])[..., 0], rtol=1e-4, atol=1e-4)
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    expected = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
+    return [float((q.log_prob(value).detach() - expected).abs().max()) for value in (z, z.detach())]
+
+
+@pytest.mark.parametrize("size", [8, 96, 512])
+def test_full_rank_keeps_its_digits_in_float32_at_the_start(size):
+    torch.manual_seed(0)
+    part = guides.FullRankNormal(2, size, networks.mlp([16]))
+    assert max(errors_of_log_q(part, torch.randn(8, 2))) < 1e-2
+
+
+def test_full_rank_trains_in_float32_with_many_variables_and_keeps_its_digits():
+    torch.manual_seed(0)
+    net, x = networks.mlp([16]), torch.randn(200, 2)
+    vae = pv.VAE(priors.StandardNormal(128), guides.FullRankNormal(2, 128, net), likelihoods.Normal(128, 2, net))
+    history = pv.fit(vae.model, vae.guide, x, epochs=20, batch_size=50, lr=5e-3, compile=False).history["elbo"]
+    assert history[-1] > history[0] + 1
+    assert max(errors_of_log_q(vae.encoder, x[:20])) < 1e-2
+    with torch.no_grad():
+        q = vae.encode(x)
+        kl = torch.distributions.kl_divergence(q, vae.prior())
+    exact = multivariate.FullRankNormal(128)(vae.encoder.raw_outputs(x).double())
+    expected = torch.distributions.kl_divergence(exact, dist.Normal(torch.zeros(128).double(), 1.0).to_event(1))
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_the_density_of_an_ill_conditioned_normal_is_right_at_draws_and_elsewhere():
+    """Two variables nearly on a line: the condition number of L is 1e7, beyond the digits of float32."""
+    raw = torch.tensor([0.0, 0.0, 0.0, math.log(1e-4), 1e3]).requires_grad_()
+    q = multivariate.FullRankNormal(2)(raw)
+    z = q.rsample((500,))
+    draws = q.log_prob(z)
+    slope = torch.autograd.grad(draws.mean(), raw)[0]  # E[log q] = -sum of log L_dd + const
+    torch.testing.assert_close(slope, torch.tensor([0.0, 0.0, -1.0, -1.0, 0.0]), rtol=1e-3, atol=1e-3)
+    assert abs(draws.mean() + q.entropy()) < 5 * draws.std() / 500**0.5
+    root = q.scale_tril.detach().double()
+    residual = z.detach().double() @ root.inverse().T
+    expected = -0.5 * residual.square().sum(-1) - math.log(2 * math.pi) - root.diagonal().log().sum()
+    torch.testing.assert_close(q.log_prob(z.detach()).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_score_function_of_a_full_rank_normal_sees_the_parameters():
+    raw = torch.randn(5).requires_grad_()
+    q = multivariate.FullRankNormal(2)(raw)
+    z = q.sample((3,))
+    torch_q = torch.distributions.MultivariateNormal(q.loc, scale_tril=q.scale_tril)
+    ours, theirs = (torch.autograd.grad(p.log_prob(z).sum(), raw, retain_graph=True)[0] for p in (q, torch_q))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_factor_of_many_variables_is_known_to_models_in_files():
+    family = multivariate.FullRankNormal(32)
+    raw = torch.randn(family.num_raw)
+    assert family(raw).scale_tril[1, 0] == pytest.approx(0.5 * float(raw[64]))
+    del family.below_scale  # as in a file from before the factor
+    assert family(raw).scale_tril[1, 0] == raw[64]
