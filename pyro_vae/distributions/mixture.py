@@ -67,7 +67,7 @@ class MixtureOfNormals(Parametric):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        if self._components[0].dim() == 2:
+        if self._components[0].dim() == 2 and _products_are_precise(*self._components):
             each = _log_normals(value, *self._components)
         else:
             each = _log_normal(value[..., None, :], self.loc, self.scale).sum(-1)
@@ -115,11 +115,23 @@ def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return -0.5 * ((value - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
 
 
+def _products_are_precise(loc: Tensor, scale: Tensor) -> bool:
+    """Whether rounding moves the log-densities of :func:`_log_normals` by less than a few 1e-8 nats."""
+    with torch.no_grad():
+        distance = (loc.double() - loc.double().mean(0)).abs().amax(0) / scale.double().amin(0)
+        # The products are as large as the squared distance, in scales; their sum may be near zero.
+        precise = distance.square().sum() * torch.finfo(torch.float64).eps < 1e-8
+    try:
+        return bool(precise)
+    except RuntimeError:  # torch.vmap runs several mixtures at once
+        return False
+
+
 def _log_normals(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The log-density of K components that are shared by all values, ``(*, K)``, without a tensor of ``(*, K, D)``."""
-    # The squared distances are matrix products, in float64, since they cancel.
-    centre = loc.detach().mean(0)
-    z, centred, precision = (value - centre).double(), (loc - centre).double(), scale.double() ** -2
+    # The squared distances are matrix products, in float64 and around the centre, since they cancel.
+    centre = loc.detach().double().mean(0)
+    z, centred, precision = value.double() - centre, loc.double() - centre, scale.double() ** -2
     squared = z**2 @ precision.T - 2 * z @ (centred * precision).T + (centred**2 * precision).sum(-1)
     log_norm = scale.double().log().sum(-1) + 0.5 * loc.shape[-1] * math.log(2 * math.pi)
     return (-0.5 * squared - log_norm).to(value.dtype)

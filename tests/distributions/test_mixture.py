@@ -1,9 +1,12 @@
 """The mixture of normals: its density, moments and pathwise gradients, compared with torch and quadrature."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae.distributions.mixture import MixtureOfNormals
 
@@ -42,6 +45,41 @@ def test_components_of_all_values_keep_their_digits_in_float32(batch):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     of_found, of_expected = (torch.autograd.grad(log_p.sum(), [logits, loc, log_scale]) for log_p in (found, expected))
     torch.testing.assert_close(of_found, of_expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("far", "scale"), [(1e3, 1e-3), (1e4, 1e-4), (1e2, 1e-6), (1e4, 1.0)])
+def test_components_up_to_1e8_scales_apart_keep_their_digits(far, scale, dtype):
+    """Near one component, the density is that component's; squared distances of 1e16 cancel in a matrix product."""
+    loc = torch.tensor([[-far, 0.25 * far], [far, 0.0], [0.3 * far, far]], dtype=dtype).requires_grad_()
+    log_scale = torch.full((3, 2), scale, dtype=dtype).log().requires_grad_()
+    value = (loc.detach() + scale * torch.tensor([[1.0, -2.0], [0.5, 0.25], [-3.0, 0.0]], dtype=dtype)).requires_grad_()
+    log_p = MixtureOfNormals(torch.zeros(3, dtype=dtype), loc, log_scale.exp()).log_prob(value)
+    steps, scales = (value - loc).detach().double(), log_scale.detach().double().exp()  # the difference is exact
+    expected = -0.5 * ((steps / scales) ** 2).sum(-1) - scales.log().sum(-1) - math.log(2 * math.pi) - math.log(3)
+    torch.testing.assert_close(log_p.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-9)
+    of_loc, of_scale, of_value = torch.autograd.grad(log_p.sum(), [loc, log_scale, value])
+    torch.testing.assert_close(of_loc.double(), steps / scales**2, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(of_scale.double(), (steps / scales) ** 2 - 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_value, -of_loc)
+
+
+def test_usual_components_are_scored_by_matrix_products():
+    """Without a number for each of 300,000 values, 100 components and 10 dimensions: 2.4 GB in float64."""
+    loc = 3 * torch.randn(100, 10)
+    with FlopCounterMode(display=False) as flops:
+        MixtureOfNormals(torch.zeros(100), loc, torch.ones(100, 10)).log_prob(torch.randn(1000, 10))
+    assert flops.get_total_flops() == 2 * 2 * 1000 * 100 * 10
+
+
+def test_a_mixture_of_each_draw_runs_under_vmap():
+    loc, value = torch.randn(5, 3, 2), torch.randn(5, 7, 2)
+
+    def log_prob(loc, value):
+        return MixtureOfNormals(torch.zeros(3), loc, torch.ones(3, 2), validate_args=False).log_prob(value)
+
+    expected = torch.stack([log_prob(*pair) for pair in zip(loc, value, strict=True)])
+    torch.testing.assert_close(torch.vmap(log_prob)(loc, value), expected)
 
 
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 2), (4, 2)])
