@@ -14,7 +14,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
-from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
+from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
 from pyro_vae.exact.model_density import ModelDensity, log_prob_at
 from pyro_vae.model_guide import ModelGuide
@@ -39,14 +39,15 @@ class Evidence:
         ess: ``(N,)``, the effective number of draws :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K. An estimate
             that depends on a few of many draws is too low, by more than its standard error.
         khat: ``(N,)``, the shape of the tail of the weights, see :func:`pyro_vae.evidence.pareto.pareto_shape`. Above
-            :attr:`reliable_khat` neither the estimate nor its standard error is reliable.
+            :attr:`reliable_khat` neither the estimate nor its standard error is reliable. k̂ is itself an estimate, with
+            the error :attr:`khat_error`, and sees only what was drawn.
         num_samples: K.
 
     >>> constant = torch.full((4,), -1.5)
     >>> print(Evidence(constant, ess=torch.full((4,), 100.0), khat=torch.full((4,), -math.inf), num_samples=100))
     log p(x), in expectation at least -1.500 nats per datum
     standard error 0.000 over 4 data, of it 0.000 from 100 draws each
-    median ess 100.0 of 100; k̂ above 0.50 for 0.0 % of the data
+    median ess 100.0 of 100; k̂ plus its error above 0.50 for 0.0 % of the data
     """
 
     log_evidence: Tensor
@@ -76,19 +77,25 @@ class Evidence:
         return reliable_shape(self.num_samples)
 
     @property
+    def khat_error(self) -> Tensor:
+        """Standard errors of k̂, ``(N,)``, see :func:`pyro_vae.evidence.pareto.shape_error`."""
+        return shape_error(self.khat, self.num_samples)
+
+    @property
     def unreliable(self) -> Tensor:
-        """Whether k̂ is above :attr:`reliable_khat`, or unknown because there are too few draws, ``(N,)``."""
-        return ~(self.khat <= self.reliable_khat)
+        """Whether k̂ plus its error is above :attr:`reliable_khat`, or unknown from too few draws, ``(N,)``."""
+        return ~(self.khat + self.khat_error <= self.reliable_khat)
 
     def __str__(self) -> str:
         estimate, noise, count = self.log_evidence.double(), self.standard_error.double(), len(self.log_evidence)
         spread = float(estimate.std() / count**0.5) if count > 1 else math.nan
+        unreliable = 100 * float(self.unreliable.double().mean())
         return (
             f"log p(x), in expectation at least {float(estimate.mean()):.3f} nats per datum\n"
             f"standard error {spread:.3f} over {count} data, of it "
             f"{float(noise.square().sum().sqrt() / count):.3f} from {self.num_samples} draws each\n"
             f"median ess {float(self.ess.median()):.1f} of {self.num_samples}; "
-            f"k̂ above {self.reliable_khat:.2f} for {100 * float(self.unreliable.double().mean()):.1f} % of the data"
+            f"k̂ plus its error above {self.reliable_khat:.2f} for {unreliable:.1f} % of the data"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae._utils.validation import describe, positive_int, real_tensor
 
-__all__ = ["pareto_shape", "reliable_shape", "tail_length"]
+__all__ = ["pareto_shape", "reliable_shape", "shape_error", "tail_length"]
 
 _MIN_TAIL = 5  # draws above the cutoff, to fit a shape
 _ROUNDING = 16  # units of the last digit of a log-weight
@@ -97,6 +97,29 @@ def pareto_shape(log_weights: Tensor, num_samples: int | None = None) -> Tensor:
     shape = torch.where(-cutoff <= rounding * (1 + largest.abs()), -math.inf, shape)
     shape = torch.where(largest == -math.inf, math.inf, shape)
     return torch.where(largest.isnan() | (largest == math.inf), math.nan, shape)
+
+
+def shape_error(shape: Tensor, num_samples: int) -> Tensor:
+    r"""Compute the standard error of k̂, from the T weights of the tail that it is fitted to,
+
+    .. math:: \mathrm{se}(\hat k) = \frac{T}{T + 10} \cdot \frac{1 + k}{\sqrt T}.
+
+    The second factor is the asymptotic error of a fitted shape k, the first the pull of the prior towards 1/2, which is
+    taken off :math:`\hat k` to get k. The error is that of the draws alone. Not in it is the bias of a cutoff where the
+    weights do not yet follow their limit, mostly towards low values.
+
+    Source: Smith 1985, "Maximum likelihood estimation in a class of nonregular cases", for k > -1/2.
+
+    Args:
+        shape: k̂ of :func:`pareto_shape`; if it is ``-inf`` there is no tail, and the error is 0.
+        num_samples: S.
+
+    >>> shape_error(torch.tensor([0.5, -torch.inf]), 1000)
+    tensor([0.1392, 0.0000])
+    """
+    tail = tail_length(num_samples)
+    fitted = ((tail + _PRIOR_DRAWS) * shape - _PRIOR_DRAWS / 2) / tail
+    return (1 + fitted).clamp(min=0) * tail**0.5 / (tail + _PRIOR_DRAWS)
 
 
 def _fit_shape(exceedances: Tensor, number: Tensor) -> Tensor:

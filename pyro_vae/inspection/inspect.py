@@ -63,8 +63,8 @@ class Inspection:
         """Reasons to read the numbers, or to use the latents, with care; empty if there are none."""
         share = self.evidence.unreliable.double().mean().item()
         unreliable = (
-            f"k̂ is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated log p(x) is "
-            "probably too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
+            f"k̂ plus its error is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated "
+            "log p(x) may be too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
         )
         found = [unreliable] if share > _MAX_UNRELIABLE else []
         found += [*(() if self._all_collapsed else self._collapse), *self._unexplained_divergence]

@@ -153,7 +153,10 @@ def _evidence(evidence: Evidence) -> _Table:
         ("standard error of the mean", f"{log_p.std() / count**0.5:.3f}" if count > 1 else "unknown"),
         ("standard error due to the draws alone", f"{error.square().sum().sqrt() / count:.3f}"),
         ("median effective sample size", f"{evidence.ess.median():.1f} of {evidence.num_samples} draws"),
-        (f"unreliable estimates (k̂ above {evidence.reliable_khat:.2f})", f"{evidence.unreliable.double().mean():.1%}"),
+        (
+            f"unreliable estimates (k̂ plus its error above {evidence.reliable_khat:.2f})",
+            f"{evidence.unreliable.double().mean():.1%}",
+        ),
     ]
     note = (
         f"In nats per datum, over {count} data. log p(x) is estimated by importance sampling from q(z|x): its "

@@ -70,11 +70,12 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
 
 
 def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes:
-    r"""For which data is the estimate of log p(x) reliable? The k̂ of each datum, and the threshold of reliability.
+    r"""For which data is the estimate of log p(x) reliable? The k̂ of each datum, its error, and the threshold.
 
-    Data above the threshold are crosses. There the guide misses a part of the posterior, the estimate depends on a few
-    draws, and it is usually too low, by more than its standard error. If k̂ is not finite, it is drawn at the edge:
-    minus infinity, for weights without a tail, at the bottom; unknown, from too few draws, at the top.
+    Bars are k̂ ± its standard error. Data with k̂ plus its error above the threshold are crosses. There the guide misses
+    a part of the posterior, the estimate depends on a few draws, and it is usually too low, by more than its standard
+    error. If k̂ is not finite, it is drawn at the edge: minus infinity, for weights without a tail, at the bottom;
+    unknown, from too few draws, at the top.
 
     Args:
         evidence: the result of :func:`pyro_vae.log_evidence`.
@@ -93,18 +94,21 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     if not isinstance(evidence, Evidence):
         raise TypeError(f"`evidence` must be a result of `pv.log_evidence`, got {describe(evidence)}")
     boolean(sort, "sort")
-    shapes, unreliable = evidence.khat.double().numpy(), evidence.unreliable.numpy()
+    columns = (evidence.khat.double(), evidence.khat_error.double(), evidence.unreliable)
+    shapes, errors, unreliable = (column.detach().cpu().numpy() for column in columns)
     if sort:
         order = np.argsort(-np.nan_to_num(shapes, nan=np.inf), kind="stable")
-        shapes, unreliable = shapes[order], unreliable[order]
+        shapes, errors, unreliable = shapes[order], errors[order], unreliable[order]
     limit = evidence.reliable_khat
-    finite = np.array([0.0, *(number for number in (*shapes, limit) if np.isfinite(number))])
+    finite = np.array([0.0, *(number for number in (*(shapes + errors), *shapes, limit) if np.isfinite(number))])
     room = 0.15 * (finite.max() - finite.min() + 0.1)
     bottom, top = finite.min() - room, finite.max() + room
     heights = np.where(np.isnan(shapes), top, shapes).clip(bottom, top)
     count, numbers = len(shapes), np.arange(len(shapes))
     ax = axes_or_new(ax)
     common: dict[str, Any] = {"linestyle": "none", "clip_on": False}
+    bars = np.where(np.isfinite(shapes), errors, 0.0)
+    ax.vlines(numbers, heights - bars, heights + bars, color="0.75", linewidth=0.8, zorder=0)
     x, y, label = numbers[~unreliable], heights[~unreliable], f"reliable: {(~unreliable).sum()} of {count} data"
     handles: list[Any] = ax.plot(x, y, "o", markersize=4, color="tab:blue", label=label, **common)
     x, y, share = numbers[unreliable], heights[unreliable], f"{100 * unreliable.mean():.1f} %"

@@ -257,7 +257,7 @@ def test_print_shows_a_summary():
     assert shown == [
         "log p(x), in expectation at least -2.500 nats per datum",
         "standard error 0.645 over 4 data, of it 0.050 from 100 draws each",
-        "median ess 50.0 of 100; k̂ above 0.50 for 50.0 % of the data",
+        "median ess 50.0 of 100; k̂ plus its error above 0.50 for 50.0 % of the data",
     ]
     assert "nan" in str(pv.Evidence(values[:1], torch.ones(1), khat[:1], 1))
 

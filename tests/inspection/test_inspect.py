@@ -141,7 +141,7 @@ def test_one_datum_can_be_inspected():
 
 def test_unreliable_importance_weights_are_a_warning():
     found = inspected(model, make_guide(covariance_factor=0.02))
-    assert any("k̂ is above" in warning for warning in found.warnings)
+    assert any("k̂ plus its error is above" in warning for warning in found.warnings)
 
 
 def test_a_part_that_the_guide_does_not_allow_is_skipped_with_the_reason():

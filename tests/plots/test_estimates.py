@@ -43,6 +43,10 @@ def test_each_datum_is_at_its_khat_and_a_cross_if_that_is_unreliable(sort):
     assert [text.get_text().strip() for text in ax.texts] == ["no tail", "unknown"]
     assert list(lines["reliable up to 0.67 (1000 draws each)"].get_ydata()) == pytest.approx([2 / 3, 2 / 3])
     assert set(lines) >= {text.get_text() for text in ax.get_legend().get_texts()}
+    bars = {int(segment[0, 0]): segment[:, 1] for segment in ax.collections[0].get_segments()}
+    for number in (0, 1, 3):  # of 1000 draws each
+        middle, error = EVIDENCE.khat[number].item(), EVIDENCE.khat_error[number].item()
+        assert bars[place[number]] == pytest.approx([middle - error, middle + error])
 
 
 def test_khat_of_one_draw_each_is_unknown():
@@ -69,7 +73,7 @@ def test_differences_in_the_picture_are_those_of_the_table():
                 low, high = bars[row, width]
                 assert (high - low) / 2 == pytest.approx(entry[column])
                 assert (high + low) / 2 == pytest.approx(entry["difference"])
-    assert "unreliable: 32 %" in ax.get_yticklabels()[2].get_text()
+    assert f"unreliable: {100 * table['unreliable'].iloc[2]:.2g} %" in ax.get_yticklabels()[2].get_text()
     assert f"{table.loc['bad', 'log_evidence']:.3f} nats" in ax.get_yticklabels()[2].get_text()
 
 
