@@ -13,9 +13,10 @@ class FileFormatError(ValueError):
     """A file that is damaged, or of another kind or version. A caller may have an earlier file to use instead."""
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+def write_file(path: str | os.PathLike[str], content: bytes, keep: Path | None = None) -> None:
     """Write a file. At each moment, the path has either the new content or what it had before.
 
+    What it had is moved to ``keep``, if that is given; for a moment nothing is at the path then.
     Raise ``ValueError`` for a folder or a device, ``FileNotFoundError`` without the folder, ``OSError`` on a full disk.
     """
     path = file_path(path, "path")
@@ -25,7 +26,7 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         )
     if path.exists():
         _check_regular(path)
-    with replacing(path) as partial, partial.open("xb") as file:
+    with replacing(path, keep) as partial, partial.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # before the move: a name without its content would outlive a loss of power

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -27,7 +28,13 @@ _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """As it stands among the metadata. Within the header, quotes have a backslash."""
 
 
-def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    header: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    keep: Path | None = None,
+) -> None:
     """Write a header and tensors. At each moment, the path has either the new file or what it had before.
 
     Args:
@@ -35,6 +42,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
         kind: what is in it, such as ``"checkpoint"``; :func:`read` checks it.
         header: what JSON can hold (tuples become lists), NaN and the infinities included.
         tensors: by name. A tensor with two names is written once, and shared again when read; a slice is written alone.
+        keep: the path to which an older file is moved, once the new one is complete.
 
     Raises:
         ValueError: if the header or a tensor cannot be written; and errors of ``write_file``.
@@ -61,7 +69,7 @@ def write(path: str | os.PathLike[str], kind: str, header: dict[str, Any], tenso
     found = _CHECKSUM.search(content)
     assert found is not None
     start, end = found.span(1)
-    write_file(path, content[:start] + hashlib.sha256(content).hexdigest().encode() + content[end:])
+    write_file(path, content[:start] + hashlib.sha256(content).hexdigest().encode() + content[end:], keep)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

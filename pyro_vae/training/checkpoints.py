@@ -3,20 +3,24 @@
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.files import remove_partial_files
+from pyro_vae._utils.files import locked, remove_partial_files
 from pyro_vae._utils.validation import positive, positive_int, with_article, writable
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
-__all__ = ["Checkpoints", "misfits"]
+__all__ = ["Checkpoints", "Contents", "misfits"]
 
+Contents = tuple[dict[str, Any], dict[str, Tensor]]
+"""The header and the tensors of a checkpoint."""
 _KIND, _KIND_OF_BEST = "checkpoint", "best parameters"
 
 
@@ -24,7 +28,11 @@ class Checkpoints:
     """A folder that a run writes its state to, and resumes from if it has one. Each run needs a folder of its own.
 
     The folder holds ``last.safetensors``, ``previous.safetensors``, and with validation data ``best.safetensors``, the
-    parameters of the best epoch. Each file is written whole or not at all, and has a checksum.
+    parameters of the best epoch. Each file is written whole or not at all, and has a checksum. A file that cannot be
+    written, on a full disk, leaves the one before; the run continues with a warning, and tries again at the next one.
+
+    While a run trains the folder has ``.lock``, and a second run in it is refused. A process that is killed leaves the
+    file, but not the lock.
 
     Args:
         folder: is made if it does not exist.
@@ -61,8 +69,14 @@ class Checkpoints:
         return by_steps or time.monotonic() - self._written >= self.every_seconds
 
     @classmethod
-    def at(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Checkpoints":
-        """Return checkpoints, made if a folder is given; make the folder, and clear it of half-written files."""
+    @contextmanager
+    def opened(cls, folder: "Checkpoints | str | os.PathLike[str]") -> "Iterator[Checkpoints]":
+        """Yield checkpoints, made if a folder is given; make the folder, lock it, and remove half-written checkpoints.
+
+        Raises:
+            BlockingIOError: if another run uses the folder.
+            OSError: if nothing can be written in it.
+        """
         checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
         try:
             checkpoints.folder.mkdir(parents=True, exist_ok=True)
@@ -72,28 +86,54 @@ class Checkpoints:
                 f"{str(checkpoints.folder)!r} cannot be made ({error.strerror})"
             ) from error
         writable(checkpoints.last, "checkpoints")
-        remove_partial_files(checkpoints.folder)
-        return checkpoints
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(checkpoints.folder / ".lock"))
+            except BlockingIOError as error:
+                raise BlockingIOError(
+                    f"`checkpoints` must be a folder of its own for each run, got {str(checkpoints.folder)!r}, which "
+                    f"{error.strerror} uses: wait for its end, or give another folder"
+                ) from None
+            for path in (checkpoints.last, checkpoints.best):
+                remove_partial_files(path)
+            yield checkpoints
 
-    def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the last checkpoint, and keep the one before it as the previous one."""
-        if self.last.exists() and not self._damaged:
-            os.replace(self.last, self.previous)
-        write(self.last, _KIND, header, tensors)
-        self._damaged, self._written = False, time.monotonic()
+    def save(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+        """Write the last checkpoint, and keep the one before it as the previous one; see :meth:`_write`."""
+        self._written = time.monotonic()
+        done = self._write(self.last, _KIND, header, tensors, None if self._damaged else self.previous)
+        self._damaged = self._damaged and not done
+        return done
 
-    def save_best(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the parameters of the best epoch."""
-        write(self.best, _KIND_OF_BEST, header, tensors)
+    def save_best(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+        """Write the parameters of the best epoch; see :meth:`_write`."""
+        return self._write(self.best, _KIND_OF_BEST, header, tensors)
 
-    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Return header and tensors of the newest readable checkpoint, or ``None``; raise if all are damaged."""
+    def _write(self, path: Path, *contents: Any) -> bool:
+        """Write a file, and return whether that was possible; warn if not, since hours of training are in memory."""
+        try:
+            write(path, *contents)
+        except OSError as error:
+            warnings.warn(
+                f"`checkpoints`: {str(path)!r} could not be written ({error.strerror or error}). The run continues, "
+                "the files before are as they were, and the next checkpoint is tried again",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def load(self, check: Callable[..., None] = lambda header, tensors: None) -> Contents | None:
+        """Return header and tensors of the newest checkpoint that can be used, or ``None``; raise if none can.
+
+        ``check`` raises for what cannot be used.
+        """
         errors: list[str] = []
         for path in (self.last, self.previous, self.folder / "last.ckpt"):  # the name before version 0.1.0
             if not path.exists():
                 continue
             try:
                 contents = read(path, _KIND)
+                _check(path, partial(check, *contents))
             except FileFormatError as error:
                 errors.append(str(error).partition(": ")[2])  # without the name of the argument
                 continue
@@ -117,12 +157,23 @@ class Checkpoints:
             ValueError: if the file is of another model, with the names and shapes that differ.
         """
         header, tensors = read(self.best, _KIND_OF_BEST)
+        _check(self.best, lambda: header["epoch"])
         own = dict(module.named_parameters()) | dict(module.named_buffers())
         if lines := misfits(tensors, own):
             raise ValueError(f"`module` must be the model of {str(self.best)!r}: {'; '.join(lines)}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         return header["epoch"]
+
+
+def _check(path: Path, check: Callable[[], Any]) -> None:
+    try:
+        check()
+    except Exception as error:  # of a file with the right checksum, made by hand or by another version
+        reason = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise FileFormatError(
+            f"`path` must be a whole checkpoint file: {str(path)!r} cannot be used: {reason}"
+        ) from error
 
 
 def misfits(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -26,7 +26,7 @@ from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
-from pyro_vae.training.schedules import Schedule, check_schedules
+from pyro_vae.training.schedules import Schedule, check_schedules, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
 
@@ -146,10 +146,11 @@ def fit(
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)
-    run_config = _run_config(evaluator, tensors, held_out, batch_size=batch_size, seed=seed, compile=compile)
-    saved = None if checkpoints is None else RunCheckpoints(Checkpoints.at(checkpoints), run_config)
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
+    settings |= {"lr": lr, "schedules": schedules}
+    run_config = {} if checkpoints is None else _run_config(evaluator, tensors, held_out, **settings)
     started = time.perf_counter()
-    with autoguide_follows_subsample(guide):
+    with RunCheckpoints.opened(checkpoints, run_config) as saved, autoguide_follows_subsample(guide):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
@@ -221,15 +222,28 @@ def _make_step(
 
 
 def _run_config(
-    evaluator: ElboEvaluator, data: tuple[Tensor, ...], held_out: tuple[Tensor, ...] | None, **arguments: Any
+    evaluator: ElboEvaluator,
+    data: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...] | None,
+    lr: float | Schedule,
+    schedules: Mapping[Tensor, Schedule],
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Return what must be equal for a run to resume from the checkpoint of another, by name of the argument."""
     return {
         **arguments,
+        "lr": described(lr),
+        "schedules": [described(schedule) for schedule in schedules.values()],
         "elbo": type(evaluator.elbo).__name__,
+        **{f"elbo.{name}": value for name, value in vars(evaluator.elbo).items() if _is_setting(name, value)},
         "data": data_fingerprint(data),
         "validation": None if held_out is None else data_fingerprint(held_out),
     }
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of an ELBO changes its value; Pyro finds the nesting of plates, and names have a count."""
+    return isinstance(value, int | float | str | None) and name not in ("max_plate_nesting", "name")
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """The loop over epochs, and its parts: batches, metrics, early stopping, checkpoints, Ctrl-C."""
 
 import math
+import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.state import (
     RunState,
+    check_run_state,
     discover_parameters,
     load_model_state,
     load_run_state,
@@ -74,7 +77,7 @@ class Loop:
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
         self.checkpoints, self.state = checkpoints, RunState()
-        self._pending, self._interrupt = PendingMetrics(batches.device), DeferredInterrupt()
+        self._pending, self._signals = PendingMetrics(batches.device), DeferredSignals(checkpoints is not None)
         self._early_stopping = EarlyStopping(step, patience)
 
     def resume(self) -> None:
@@ -87,14 +90,15 @@ class Loop:
         state = self.state
         unfinished = state.epoch < epochs and state.stop_reason == "epochs"
         self._bar = tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch")
-        with self._interrupt, warnings.catch_warnings(), self._bar:
+        with self._signals, warnings.catch_warnings(), self._bar:
             warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
             self._pending.clear()
             while state.epoch < epochs and state.stop_reason == "epochs":
                 self._run_epoch()
             self._sync_metrics()
-        if unfinished and self.checkpoints is not None:
-            self.checkpoints.save(self.step, self.batches, state)
+            if unfinished and self.checkpoints is not None:
+                self.checkpoints.save(self.step, self.batches, state)
+            self._signals.deliver()
         self._early_stopping.load_best(state)
 
     def _run_epoch(self) -> None:
@@ -106,12 +110,13 @@ class Loop:
             validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
             pending.add(rows, step(batches.context, rows, validate=validate))
             state.batch += 1
-            due = checkpoints is not None and checkpoints.due(step.count)
-            if due or self._interrupt.pressed or pending.due():
+            due = checkpoints is not None and (checkpoints.due(step.count) or self._signals.terminated)
+            if due or self._signals.pressed or pending.due():
                 self._sync_metrics()
             if due and checkpoints is not None:
                 checkpoints.save(step, batches, state)
-            if self._interrupt.pressed:
+                self._signals.deliver()
+            if self._signals.pressed:
                 state.stop_reason = "interrupted"
                 break
         if state.batch == batches.per_epoch:
@@ -271,23 +276,35 @@ class RunCheckpoints:
         self._checkpoints, self._run_config = checkpoints, run_config
         self._best_written = 0
 
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, checkpoints: Checkpoints | str | os.PathLike[str] | None, run_config: dict[str, Any]
+    ) -> "Iterator[RunCheckpoints | None]":
+        """Yield the checkpoints of a run, of which no other run uses the folder; ``None`` for ``None``."""
+        if checkpoints is None:
+            yield None
+            return
+        with Checkpoints.opened(checkpoints) as opened:
+            yield cls(opened, run_config)
+
     def save(self, step: Step, batches: Batches, state: RunState) -> None:
         """Write the state of the run, and the parameters of the best epoch if it is new."""
         if state.best_epoch > self._best_written:
             header = {"epoch": state.best_epoch, "validation": state.best_bound}
-            self._checkpoints.save_best(header, state.best_parameters)
-            self._best_written = state.best_epoch
+            if self._checkpoints.save_best(header, state.best_parameters):
+                self._best_written = state.best_epoch
         header, tensors = run_state(step, state, batches.order)
         self._checkpoints.save(header | {"run": self._run_config}, tensors)
 
     def resume(self, step: Step, batches: Batches, state: RunState) -> None:
         """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model."""
-        contents = self._checkpoints.load()
+        contents = self._checkpoints.load(check_run_state)
         if contents is None:
             return
         folder, saved_config = repr(str(self._checkpoints.folder)), contents[0]["run"]
         for name, value in self._run_config.items():
-            if (saved := saved_config.get(name)) != value:
+            if (saved := saved_config.get(name, value)) != value:  # an earlier version has fewer settings
                 raise ValueError(
                     f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
                     "another run"
@@ -296,24 +313,46 @@ class RunCheckpoints:
         batches.order = load_run_state(step, state, discover, contents, folder)
 
 
-class DeferredInterrupt:
-    """Let Ctrl-C end the run after the step, a second one at once; in the main thread, without a user's handler."""
+class DeferredSignals:
+    """Signals that take effect after the current step, in the main thread.
 
-    def __init__(self) -> None:
-        self.pressed = self._installed = False
+    Ctrl-C, without a user's handler, ends the run, a second one at once. With checkpoints SIGTERM, of a scheduler of
+    jobs, waits until one is written; :meth:`deliver` lets it do what it would have done: end the process, or call the
+    user's handler.
+    """
 
-    def __enter__(self) -> "DeferredInterrupt":
-        main = threading.current_thread() is threading.main_thread()
-        self._installed = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if self._installed:
-            signal.signal(signal.SIGINT, self._press)
+    def __init__(self, saves: bool) -> None:
+        self.pressed = self.terminated = False
+        self._saves, self._process = saves, os.getpid()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "DeferredSignals":
+        if threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._press)
+            if self._saves and signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, None):  # None: not of Python
+                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _press(self, *_: Any) -> None:
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
+
+    def _terminate(self, *_: Any) -> None:
+        again = self.terminated or os.getpid() != self._process  # a process that a callback forked has no checkpoint
+        self.terminated = True
+        if again:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Raise SIGTERM again, if it was received, for the handler that was there before the run."""
+        if self.terminated:
+            self.terminated = False
+            ours = signal.signal(signal.SIGTERM, self._previous[signal.SIGTERM])
+            signal.raise_signal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, ours)

@@ -5,6 +5,7 @@ import threading
 import warnings
 from array import array
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
-__all__ = ["Schedule", "check_schedules", "constant", "cyclical", "decayed", "exponential", "from_torch", "linear"]
+__all__ = [
+    "Schedule", "check_schedules", "constant", "cyclical", "decayed", "described", "exponential", "from_torch",
+    "linear",
+]  # fmt: skip
 
 Schedule = Callable[[int], float]
 """From the number of finished steps to the value for the next step."""
@@ -173,6 +177,21 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
         return values[step]
 
     return value
+
+
+def described(schedule: Schedule | float) -> float | str:
+    """Describe a schedule by its values at some of the first thousand steps, to compare it in another process.
+
+    >>> described(0.5), described(linear(0.0, 1.0, steps=10))
+    (0.5, 'a schedule: 0, 0.1, 0.2, 0.5, 1, 1, 1, 1, 1, 1, 1')
+    """
+    if not callable(schedule):
+        return schedule
+    values: list[str] = []
+    with suppress(LookupError):  # a table of values may be shorter
+        for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
+            values.append(f"{float(schedule(step)):.9g}")
+    return f"a schedule: {', '.join(values)}"
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:

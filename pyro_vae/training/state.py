@@ -1,7 +1,7 @@
 """The state of a training run, as named tensors and numbers of a checkpoint, and back."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
-from pyro_vae.training.checkpoints import misfits
+from pyro_vae.training.checkpoints import Contents, misfits
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
-    "RunState", "data_fingerprint", "discover_parameters", "load_model_state", "load_optimizer_state",
-    "load_run_state", "model_state", "optimizer_state", "run_state", "set_trainable_flags", "trainable_flags",
+    "RunState", "check_run_state", "data_fingerprint", "discover_parameters", "load_model_state",
+    "load_optimizer_state", "load_run_state", "model_state", "optimizer_state", "run_state", "set_trainable_flags",
+    "trainable_flags",
 ]  # fmt: skip
 
 _ROWS = 1000  # an upper bound on the rows in a checksum
@@ -37,10 +38,6 @@ class RunState:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)  # its parameters and buffers
 
 
-Contents = tuple[dict[str, Any], dict[str, Tensor]]
-"""The header and the tensors of a checkpoint."""
-
-
 def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
     """Collect all that a run resumes from; the order of the epoch is drawn from the random state ``order``."""
     random, streams = random_states()
@@ -54,23 +51,59 @@ def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
     return header, {f"{group}/{name}": tensor for group, found in groups.items() for name, tensor in found.items()}
 
 
+def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless header and tensors are what :func:`run_state` returns, so that a run can resume from them."""
+    types: dict[str, Any] = {one.name: type(one.default) for one in fields(RunState)}
+    types |= {"steps": int, "run": dict, "random": dict, "trainable_flags": dict, "history": dict, "metrics": list}
+    del types["best_parameters"]
+    for name, kind in types.items():
+        if type(header[name]) is not kind and (kind, type(header[name])) != (float, int):
+            raise ValueError(f"its {name!r} is {header[name]!r}")
+    if header["stop_reason"] not in ("epochs", "patience", "callback", "interrupted"):
+        raise ValueError(f"its 'stop_reason' is {header['stop_reason']!r}")
+    numbers = [*header["history"].values(), *header["metrics"]]
+    if not all(isinstance(row, list) and row and all(isinstance(one, int | float) for one in row) for row in numbers):
+        raise ValueError("its history holds something else than numbers")
+    groups, flags = _by_group(tensors), header["trainable_flags"]
+    model = groups["model"]
+    if unknown := {*flags["optimized"], *flags["frozen"]} - model.keys():
+        raise ValueError(f"it has no tensor for {sorted(unknown)}")
+    if not all(isinstance(training, bool) for training in flags["training"]):
+        raise ValueError("its modes of modules are not True or False")
+    if lines := misfits(groups["best"] or model, model):
+        raise ValueError(f"its best parameters are those of another model: {'; '.join(lines)}")
+    for path, tensor in groups["optimizer"].items():
+        if tensor.shape not in (model[path.rpartition("/")[0]].shape, (), (2,)):  # moments, step, powers of the betas
+            raise ValueError(f"its state of the optimizer, {path!r}, has shape {tuple(tensor.shape)}")
+    with preserve_rng_state():
+        set_random_states(header["random"], groups["random"])
+        torch.Generator().set_state(groups["random"]["order"])
+
+
+def _by_group(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
+    for path, tensor in tensors.items():
+        group, _, name = path.partition("/")
+        groups[group][name] = tensor
+    return groups
+
+
 def load_run_state(
     step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str
 ) -> Tensor:
     """Set ``step`` and ``state`` to what :func:`run_state` returned; return ``order``. Raise if the model differs."""
     header, tensors = contents
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
-    for path, tensor in tensors.items():
-        group, _, name = path.partition("/")
-        groups[group][name] = tensor
+    groups, flags = _by_group(tensors), header["trainable_flags"]
     discover()
     own = model_state(step)
-    if differences := misfits(groups["model"], own):
+    differences = misfits(groups["model"], own)
+    if len(flags["training"]) != (modules := sum(1 for _ in step.tensors.modules())):
+        differences.append(f"{len(flags['training'])} modules in the file and {modules} in the model")
+    if differences:
         raise ValueError(
             f"`checkpoints` must be those of this model, got {source}, which is of another model: "
             + "; ".join(differences)
         )
-    flags = header["trainable_flags"]
     if flags != trainable_flags(step):
         set_trainable_flags(step, flags)
         step.clear_parameter_cache()

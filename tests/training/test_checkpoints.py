@@ -2,9 +2,16 @@
 
 import copy
 import math
+import os
+import random
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from unittest.mock import Mock
 
 import killed_runs
@@ -12,12 +19,14 @@ import pyro
 import pytest
 import torch
 from pairs import gaussian
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
+from pyro_vae import objectives, schedules
 from pyro_vae.saving.files import FileFormatError
-from pyro_vae.saving.tensor_file import read
+from pyro_vae.saving.tensor_file import read, write
 from pyro_vae.training import checkpoints
+from pyro_vae.training.state import check_run_state
 
 
 @pytest.fixture
@@ -255,12 +264,178 @@ def test_intervals_that_are_not_positive_are_refused(name, value, tmp_path):
         pv.Checkpoints(tmp_path, **{name: value})
 
 
-def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed_and_no_others(tmp_path):
     run(tmp_path)
-    (tmp_path / f".{'0123' * 8}.partial").touch()
-    (tmp_path / ".mine.partial").touch()
+    others = {f".{name}.{'0123' * 8}.partial" for name in ("draws.nc", "page.html", "best.safetensors.old")}
+    others |= {".mine.partial", f".{'0123' * 8}.partial"}
+    for name in (*others, f".last.safetensors.{'0123' * 8}.partial", f".best.safetensors.{'89ab' * 8}.partial"):
+        (tmp_path / name).touch()
     run(tmp_path, epochs=4)
-    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", ".mine.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "previous.safetensors", *others}
+
+
+def test_a_second_run_in_the_folder_is_refused_at_once_in_this_process_and_in_another(tmp_path):
+    """Ours holds the lock while it calls back; afterwards, and after a run that was killed, the folder is free."""
+    refused = []
+
+    def second(epoch):
+        with pytest.raises(BlockingIOError, match=r"`checkpoints` must .* which another run in this process, \d+ uses"):
+            run(tmp_path)
+        other = "import sys, pyro_vae as pv\nwith pv.Checkpoints.opened(sys.argv[1]): pass"
+        refused.append(subprocess.run([sys.executable, "-c", other, tmp_path], capture_output=True, text=True))
+
+    with pyro.get_param_store().scope():
+        run(tmp_path, epochs=1, callbacks=[second])
+    assert (
+        f"`checkpoints` must be a folder of its own for each run, got '{tmp_path}', which process " in refused[0].stderr
+    )
+    assert f"process {os.getpid()} on {socket.gethostname()} uses: wait for its end" in refused[0].stderr
+    assert not (tmp_path / ".lock").exists()
+    run(tmp_path, epochs=2)
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    holding = "import sys, os, signal, pyro_vae as pv\nwith pv.Checkpoints.opened(sys.argv[1]): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", holding, tmp_path], check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / ".lock").exists()
+    run(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+class FullDisk:
+    """``os.fsync`` that fails in some calls, as on a disk that is full for a while."""
+
+    def __init__(self, failing):
+        self.calls, self.failing = 0, failing
+
+    def __call__(self, descriptor):
+        self.calls += 1
+        if self.calls in self.failing:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", [{2}, {1, 2}, {3, 4, 5, 6, 7}, range(1, 99)])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_and_the_run_goes_on(failing, tmp_path, monkeypatch):
+    whole, vae = vae_of(), vae_of()
+    expected = run(None, whole)
+    monkeypatch.setattr("os.fsync", FullDisk(failing))
+    with pytest.warns(
+        UserWarning, match=r"`checkpoints`: '.*' could not be written \(No space left on device\)\. The run"
+    ):
+        found = run(tmp_path, vae)
+    assert found.history == expected.history
+    assert same_parameters(vae, whole)
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ([] if 98 in failing else ["last.safetensors", "previous.safetensors"])
+    if "last.safetensors" in written:
+        read(tmp_path / "last.safetensors", "checkpoint")
+
+
+@pytest.mark.parametrize(("theirs", "ours", "message"), [
+    ({"lr": 1e-2}, {"lr": 2e-2}, r"`lr` must be 0\.01, as in the run of '.*', got 0\.02; use another folder"),
+    ({"lr": schedules.decayed(1e-2, 24)}, {"lr": schedules.decayed(1e-2, 48)}, "`lr` must be 'a schedule: 0.01, "),
+    ({"lr": schedules.constant(1e-2)}, {"lr": 1e-2}, "`lr` must be 'a schedule.*, got 0.01"),
+    ({}, {"clip_norm": 1.0}, "`clip_norm` must be None.*, got 1.0"),
+    ({"elbo": Trace_ELBO(num_particles=2)}, {"elbo": Trace_ELBO(num_particles=3)}, "`elbo.num_particles` .* 2.* got 3"),
+    ({"elbo": objectives.FreeBits(0.1)}, {"elbo": objectives.FreeBits(0.2)}, r"`elbo.nats` must be 0\.1.* got 0\.2"),
+    ({"schedules": {torch.zeros(()): schedules.linear(0.0, 1.0, 9)}},
+     {"schedules": {torch.zeros(()): schedules.linear(0.0, 1.0, 8)}}, r"`schedules` must be \['a schedule: 0, 0.11"),
+    ({"schedules": {torch.zeros(()): [0.1, 0.2, 0.3].__getitem__}}, {}, r"`schedules` must be \['a sch.*, got \[\]"),
+])  # fmt: skip
+def test_every_setting_that_differs_on_resuming_is_named_with_both_values(theirs, ours, message, tmp_path):
+    run(tmp_path, epochs=1, **theirs)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **theirs | {"schedules": {}} | ours)
+
+
+def changed(path, change):
+    """Write a checkpoint again, with a right checksum, after a change of its header and tensors."""
+    header, tensors = read(path, "checkpoint")
+    change(header, tensors)
+    write(path, "checkpoint", header, tensors)
+
+
+def test_a_checkpoint_that_lacks_anything_or_holds_another_type_is_no_checkpoint(tmp_path):
+    run(tmp_path, validation=HELD_OUT)
+    path, whole = tmp_path / "last.safetensors", (tmp_path / "last.safetensors").read_bytes()
+    (tmp_path / "previous.safetensors").unlink()
+    header, tensors = read(path, "checkpoint")
+    changes = [lambda h, t, name=name: h.pop(name) for name in header]
+    wrong = [(name, value) for name in header for value in (None, "3", [[]])]
+    changes += [lambda h, t, name=name, value=value: h.update({name: value}) for name, value in wrong]
+    changes += [
+        lambda h, t, key=key: h[key[0]].pop(key[1])
+        for key in [
+            ("trainable_flags", "optimized"),
+            ("trainable_flags", "training"),
+            ("random", "numpy"),
+            ("random", "random"),
+        ]
+    ]
+    changes += [lambda h, t, name=name: t.pop(name) for name in tensors if name.startswith(("model", "random", "best"))]
+    changes += [lambda h, t, name=name: t.update({name: torch.zeros(7)}) for name in tensors]
+    changes += [lambda h, t: t.update(lonely=torch.zeros(1)), lambda h, t: h["history"].update(elbo=["a"])]
+    for change in changes:
+        path.write_bytes(whole)
+        changed(path, change)
+        with pytest.raises(
+            FileFormatError, match=r"`checkpoints` must be an empty folder.*last.safetensors' cannot be used"
+        ):
+            pv.Checkpoints(tmp_path).load(check_run_state)
+    path.write_bytes(whole)
+    changed(path, lambda h, t: h.pop("steps"))
+    with pytest.raises(FileFormatError, match=r"last\.safetensors' cannot be used: it has no 'steps'"):
+        run(tmp_path, validation=HELD_OUT)
+    write(tmp_path / "best.safetensors", "best parameters", {}, {})
+    with pytest.raises(FileFormatError, match=r"best\.safetensors' cannot be used: it has no 'epoch'"):
+        pv.Checkpoints(tmp_path).load_best(vae_of())
+
+
+def test_no_damaged_byte_of_a_checkpoint_is_anything_but_a_format_error(tmp_path):
+    run(tmp_path)
+    path, chance = tmp_path / "last.safetensors", random.Random(0)
+    content = path.read_bytes()
+    places = [*range(0, 400, 7), *range(len(content) - 40, len(content)), *chance.choices(range(len(content)), k=100)]
+    damaged = [
+        content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :] for place in places
+    ]
+    damaged += [content[:place] for place in places] + [content + b"x", bytes([255] * 8) + content[8:]]
+    for one in damaged:
+        path.write_bytes(one)
+        with pytest.raises(FileFormatError):
+            read(path, "checkpoint")
+
+
+TRAINING = """
+import os, signal, sys, torch, pyro_vae as pv
+sys.path.insert(0, sys.argv[2])
+from pairs import gaussian
+torch.manual_seed(0)
+vae, x = gaussian(1, 2), torch.randn(30, 2)
+def terminate(epoch):
+    if epoch.number == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+def user(number, frame):
+    print("user's handler")
+    if sys.argv[3] == "raises":
+        sys.exit(7)
+if sys.argv[3] != "none":
+    signal.signal(signal.SIGTERM, user)
+pv.fit(vae.model, vae.guide, x, epochs=4, batch_size=10, callbacks=[terminate], checkpoints=sys.argv[1])
+print("finished", signal.getsignal(signal.SIGTERM) in (user, signal.SIG_DFL))
+"""
+
+
+@pytest.mark.parametrize(("handler", "code", "printed", "steps"), [
+    ("none", -signal.SIGTERM, "", 7), ("raises", 7, "user's handler\n", 7),
+    ("returns", 0, "user's handler\nfinished True\n", 12),
+])  # fmt: skip
+def test_sigterm_ends_the_process_as_before_once_a_checkpoint_is_written(handler, code, printed, steps, tmp_path):
+    """The signal comes at the end of the second epoch of three steps: one more step is done, and written."""
+    program = [sys.executable, "-c", TRAINING, tmp_path, Path(__file__).parents[1], handler]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, printed), done.stderr
+    assert read(tmp_path / "last.safetensors", "checkpoint")[0]["steps"] == steps
 
 
 def test_seconds_count_from_the_last_checkpoint(tmp_path, monkeypatch):
