@@ -1,11 +1,13 @@
 """IDX files, the format of MNIST: download from the first mirror that works, checksums, and reading."""
 
-import tempfile
+import gzip
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from pyro_vae._utils.validation import file_path
 __all__ = ["RemoteFile", "download", "find", "read"]
 
 _UNSIGNED_BYTES, _MAX_DIMS = 0x08, 8
+_MAX_RATIO, _SMALL = 100, 2**26  # the content of images is at most so many times the file, or small
 
 
 @dataclass(frozen=True)
@@ -69,30 +72,49 @@ def read(path: str | Path, content: str | None = None) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: with its name, if it is missing, corrupted, truncated or of another format.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "two-labels"
     ...     _ = path.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9]))
     ...     read(path)
     tensor([7, 9], dtype=torch.uint8)
     """
-    import pooch
-
     path = file_path(path, "path")
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be that of an IDX file: there is no file {str(path)!r}")
-    with tempfile.TemporaryDirectory() as folder:
-        plain = path
-        if path.suffix == ".gz":
-            try:
-                plain = Path(pooch.Decompress(name=f"{folder}/content")(str(path), "download", None))
-            except (EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"`path` must be a whole gzip file: {str(path)!r} is damaged: {error}") from error
-        if content is not None and (found := pooch.file_hash(str(plain))) != content:
-            raise ValueError(
-                f"`path` must be the published file, whose content has the SHA-256 {content}: {str(path)!r} is damaged "
-                f"or another file: its content has {found}"
-            )
-        return torch.from_numpy(_array(path, plain.read_bytes()).copy())
+    packed = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            data = _content(path, file, content is None)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"`path` must be a whole gzip file: {str(path)!r} is damaged: {error}") from error
+    if content is not None and (found := hashlib.sha256(data).hexdigest()) != content:
+        raise ValueError(
+            f"`path` must be the published file, whose content has the SHA-256 {content}: {str(path)!r} is damaged "
+            f"or another file: its content has {found}"
+        )
+    return torch.from_numpy(_array(path, data).copy())
+
+
+def _content(path: Path, file: IO[bytes] | gzip.GzipFile, checked: bool) -> bytes:
+    """Return the content, of the size in the header, which is compared with the size of the file before it is read."""
+    start = file.read(4)
+    count = start[3] if len(start) == 4 and start[3] <= _MAX_DIMS else 0
+    start += file.read(4 * count)
+    size = prod(_shape(start, count))
+    limit = _MAX_RATIO * path.stat().st_size + _SMALL
+    if size > limit:
+        if not checked:
+            return start  # of another file than the published one
+        raise ValueError(
+            f"`path` must be an IDX file of {len(start) + size} bytes, for its shape is {_shape(start, count)}: "
+            f"{str(path)!r} has {path.stat().st_size}"
+        )
+    return start + file.read(min(limit, size) + 1)
+
+
+def _shape(data: bytes, count: int) -> list[int]:
+    return [int(size) for size in np.frombuffer(data[4 : 4 + 4 * count].ljust(4 * count, b"\0"), dtype=">u4")]
 
 
 def _array(path: Path, data: bytes) -> np.ndarray:
@@ -101,11 +123,11 @@ def _array(path: Path, data: bytes) -> np.ndarray:
             f"`path` must be an IDX file of unsigned bytes, 00 00 08, in up to {_MAX_DIMS} dimensions: {str(path)!r} "
             f"begins with {data[:4].hex(' ')}"
         )
-    header = 4 + 4 * data[3]
-    shape = [int(size) for size in np.frombuffer(data[4:header].ljust(header - 4, b"\0"), dtype=">u4")]
+    header, shape = 4 + 4 * data[3], _shape(data, data[3])
     if len(data) != header + prod(shape):
+        more = "more" if len(data) > header + prod(shape) else len(data)
         raise ValueError(
             f"`path` must be an IDX file of {header + prod(shape)} bytes, for its shape is {shape}: {str(path)!r} has "
-            f"{len(data)}"
+            f"{more}"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

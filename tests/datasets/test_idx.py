@@ -7,6 +7,8 @@ import shutil
 import socket
 import struct
 import threading
+import tracemalloc
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
@@ -291,3 +293,27 @@ def test_another_form_is_refused_by_its_path(tmp_path, form, suffix):
     path.write_bytes(gzip.compress(form) if suffix else form)
     with pytest.raises(ValueError, match=f"^`path` must be an IDX file of .*: {re.escape(repr(str(path)))} "):
         idx.read(path)
+
+
+BOMBS = {
+    "a header of very many bytes, of which none is there": (2**28, 0),
+    "a header of very many bytes that are there": (2**28, 2**28),
+    "a header of eight bytes before very many": (8, 2**28),
+    "sizes whose product no memory holds": (2**32 - 1, 10),
+}
+
+
+@pytest.mark.parametrize(("claimed", "count"), BOMBS.values(), ids=BOMBS)
+def test_a_small_file_takes_no_memory_for_what_it_claims(tmp_path, claimed, count):
+    """Sizes in the header are compared with the file's, whatever it decompresses to."""
+    packer, block = zlib.compressobj(1, wbits=31), bytes(2**24)
+    parts = [packer.compress(struct.pack(">4BI", 0, 0, 8, 1, claimed))]
+    parts += [packer.compress(block[: min(count, 2**24)]) for _ in range(-(-count // 2**24))]
+    (tmp_path / "bomb.gz").write_bytes(b"".join([*parts, packer.flush()]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"^`path` must be .*bomb\.gz' "):
+            idx.read(tmp_path / "bomb.gz")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
