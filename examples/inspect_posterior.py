@@ -6,8 +6,9 @@ After training: how good is the model, how good is its q(z|x), and where is it w
 Pyro model and guide, and writes a page with tables and pictures. It runs twice: on a VAE as trained, and on the same
 VAE with a fault in its guide, half the variance. The call does not know of the fault, and has to find it.
 
-No trained encoder is exact, and the ranks of enough simulated data show that. A fault in the report is certain, and
-one change of all variances or of all means corrects it; training leaves no such fault.
+No trained encoder is exact, and the ranks of enough simulated data show that: it is approximate, and the report says by
+how much. A fault in the report is certain and large: one change of all variances or of all means would correct it, or
+intervals cover far from what they should.
 """
 
 import argparse

@@ -39,6 +39,9 @@ ALL = "all coordinates"
 """The key of the faults that all coordinates have in common."""
 
 _BATCH = 128  # rows for which the guide's network runs once
+_FAR = 5.0  # standard deviations of q: beyond them lie 6e-7 of a normal, and 4e-4 of one of twice the variance
+_MAX_FAR = 0.01  # share of the data whose truth may be that far away
+_NEGLIGIBLE = 0.01  # nats
 _EFFECTIVE = 20  # effective number of data that a coordinate needs to count in the overall errors
 
 
@@ -87,6 +90,8 @@ class Calibration:
         divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow.
         tolerance: the largest ratio of variances that is no fault.
         alpha: the probability of any false alarm.
+        far_shares: share of the simulated data whose true value is more than 5 standard deviations of q from the mean
+            of q, ``(D,)``; 0 for discrete latents, ``None`` if it was not computed.
 
     Source: Talts et al. 2018, "Validating Bayesian inference algorithms with simulation-based calibration"; Modrák et
     al. 2023, "Simulation-based calibration checking for Bayesian computation", for log p(x, z), without which a guide
@@ -104,6 +109,20 @@ class Calibration:
     divergence_error: float
     tolerance: float
     alpha: float
+    far_shares: Tensor | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on q, as one word.
+
+        * ``"sound"``: neither the ranks nor :attr:`divergence` show a difference from p(z | x).
+        * ``"approximate"``: there is one, which :attr:`headline` measures, and no fault, as for most trained encoders.
+        * ``"faulty"``: there are :attr:`faults`.
+        """
+        if self.faults:
+            return "faulty"
+        least = self.divergence - self._z_score(1) * self.divergence_error  # NaN if the divergence is infinite
+        return "sound" if self.is_exact and least <= _NEGLIGIBLE else "approximate"
 
     @property
     def is_exact(self) -> bool:
@@ -118,29 +137,56 @@ class Calibration:
     def faults(self) -> dict[str, str]:
         """Descriptions of the faults of q, by quantity, or by :data:`ALL`.
 
-        There is a fault only if some ranks leave their band, at level ``alpha`` for all quantities together, and if the
-        ELBO corrections, at the same level, change the variances by a factor of more than ``tolerance``, or the means
-        by as many nats; for a single coordinate the factor is squared. With ``tolerance=1``, and for discrete latents,
-        ``errors`` are used in place of the corrections.
+        There are three kinds. None is reported unless some ranks leave their band and the error is certain, both at
+        level ``alpha`` for all quantities together:
+
+        * the ELBO corrections change the variances by a factor of more than ``tolerance``, or the means by as many
+          nats; for a single coordinate the factor is squared. With ``tolerance=1``, and for discrete latents,
+          ``errors`` are used in place of the corrections;
+        * intervals of 50 or 90 % cover less, or more, than those of a normal whose variance is wrong by the squared
+          factor. This is what a guide does that finds one of two modes, where no small correction raises the ELBO;
+        * more than 1 % of the true values lie 5 standard deviations of q from its mean: q is wrong for some data.
         """
         if self.is_exact:
             return {}
-        from scipy.stats import norm
-
-        num_tests = 4 * len(self.names)  # two sides of two errors for each quantity
-        z_score = float(norm.isf(self.alpha / num_tests))
-        strict = self.tolerance == 1
+        z_score, strict = self._z_score(4 * len(self.names)), self.tolerance == 1  # two sides of two errors for each
         errors = self.errors if strict or self.elbo_corrections is None else self.elbo_corrections
         columns = (errors.variance_ratio, errors.log_ratio_error, errors.bias, errors.bias_error)
         found = {ALL: _describe_errors(errors.overall, self.tolerance, z_score)}
         for index, name in enumerate(self.names):
-            if errors is self.errors and not self.leaves_band(index):
-                continue
-            numbers = [] if name == JOINT else [float(column[index]) for column in columns]
-            found[name] = _describe_errors(numbers, self.tolerance**2, z_score) if numbers else []
-            if strict and not found[name]:
-                found[name] = [f"differs from p(z | x), p-value {self.p_values[index]:.1g}"]
+            lines = found[name] = []
+            if name != JOINT:
+                if errors is not self.errors or self.leaves_band(index):
+                    numbers = [float(column[index]) for column in columns]
+                    lines += _describe_errors(numbers, self.tolerance**2, z_score)
+                lines += self._coverage_faults(index, z_score)
+            if strict and not lines and self.leaves_band(index):
+                lines += [f"differs from p(z | x), p-value {self.p_values[index]:.1g}"]
         return {name: "; ".join(lines) for name, lines in found.items() if lines}
+
+    def _z_score(self, num_tests: int) -> float:
+        from scipy.stats import norm
+
+        return float(norm.isf(self.alpha / num_tests))
+
+    def _coverage_faults(self, index: int, z_score: float) -> list[str]:
+        """Describe intervals that cover too little or too much of one coordinate, and values far from all draws."""
+        from scipy.stats import norm
+
+        found: list[str] = []
+        for level in (0.9, 0.5):
+            share, error = (float(column[index]) for column in self.coverage(level))
+            edge = norm.isf((1 - level) / 2)
+            least, most = (1 - 2 * norm.sf(edge * factor) for factor in (1 / self.tolerance, self.tolerance))
+            if not found and (share + z_score * error < least or share - z_score * error > most):
+                found.append(f"its {level:.0%} intervals cover {share:.0%} of the true values".replace("%", " %"))
+        far = 0.0 if self.far_shares is None else float(self.far_shares[index])
+        if far - z_score * (far * (1 - far) / len(self.ranks)) ** 0.5 > _MAX_FAR:
+            found.append(
+                f"wrong for some data, {100 * far:.0f} % of the true values lie more than {_FAR:.0f} standard "
+                "deviations of q from its mean"
+            )
+        return found
 
     def ecdf_difference(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Compare the empirical distribution function (ECDF) of a quantity's ranks with the uniform one.
@@ -171,11 +217,24 @@ class Calibration:
         return covered.mean(0), covered.std(0) / len(covered) ** 0.5
 
     @property
-    def headline(self) -> str:
-        """One line with the estimated divergence of q from the exact posterior."""
+    def summary(self) -> str:
+        """How far q is from p(z | x): the coverage of its 90 % intervals, and the divergence in nats."""
+        shares, errors = (100 * column[:-1] for column in self.coverage(0.9))
+        ends = [int(shares.argmin()), int(shares.argmax())]
+        shown = [f"{float(shares[end]):.1f} ± {float(errors[end]):.1f} %" for end in ends]
+        names = [self.names[end] for end in ends]
+        range_ = f"{shown[0]} ({names[0]}) to {shown[1]} ({names[1]}) of the true values"
+        covered = f"{shown[0]} of the true {names[0]}" if len(shares) == 1 else range_
         return (
-            f"q(z | x) of {len(self.ranks)} data drawn from the model, {self.num_draws} draws each: "
-            f"{self.divergence:.2f} ± {self.divergence_error:.2f} nats from p(z | x), both KL divergences together"
+            f"90 % intervals of q(z | x) cover {covered}; q is {self.divergence:.2f} ± {self.divergence_error:.2f} "
+            "nats from p(z | x), both KL divergences together"
+        )
+
+    @property
+    def headline(self) -> str:
+        """One line with the verdict, the coverage of 90 % intervals, and the divergence from the exact posterior."""
+        return (
+            f"{self.verdict}: {self.summary}; {len(self.ranks)} data drawn from the model, {self.num_draws} draws each"
         )
 
     def __str__(self) -> str:
@@ -216,9 +275,10 @@ def calibrate(
 
     A trained encoder is hardly ever exact, and enough simulations show it: the errors of its means are larger than its
     variances allow. That is a limit of the encoder and the family, which longer training does not remove.
-    :attr:`Calibration.faults` therefore lists only deviations that the ranks make certain **and** that training should
-    have removed: another variance or mean, the same for all data, would raise the ELBO on the given data, by more than
-    a factor of ``tolerance``.
+    The verdict then is "approximate", with the coverage of 90 % intervals and the divergence in nats.
+    :attr:`Calibration.faults` lists only deviations that the ranks make certain **and** that are larger: another
+    variance or mean, the same for all data, would raise the ELBO on the given data, by more than a factor of
+    ``tolerance``; intervals cover far from what they should; or q is far off for some of the data.
 
     The default tolerance :math:`\sqrt 2` is half way, on a log scale, between a sound q and a q of half the variance,
     whose factor is 2. At :math:`\sqrt 2` an interval of 90 % of a normal covers 83 %, and the two KL divergences add up
@@ -269,8 +329,9 @@ def calibrate(
     p_values = torch.tensor([p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]).double()
     errors, tolerance = _simulation_errors(results, num_draws), float(tolerance)
     divergence, error = results.excess.mean().item(), results.excess.std().item() / num_simulations**0.5
+    far = (results.errors**2 > _FAR**2 * results.variances).double().mean(0).masked_fill(_is_discrete(pair), 0.0)
     tests = (_names(pair), results.ranks, num_draws, p_values, errors, elbo_corrections)
-    return Calibration(*tests, divergence, error, tolerance, alpha)
+    return Calibration(*tests, divergence, error, tolerance, alpha, far)
 
 
 def _check_arguments(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
@@ -405,10 +466,23 @@ def _unconstrained(fn: Any, value: Tensor) -> Tensor:
 
 def _names(pair: ModelGuide) -> tuple[str, ...]:
     names: list[str] = []
-    for name, site in pair.latents.items():
-        shape = _unconstrained(site["fn"], site["value"][None]).shape[2:]
+    for name, shape in _shapes(pair).items():
         names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
     return (*names, JOINT)
+
+
+def _shapes(pair: ModelGuide) -> dict[str, torch.Size]:
+    """The shape of each latent in unconstrained coordinates."""
+    return {name: _unconstrained(site["fn"], site["value"][None]).shape[2:] for name, site in pair.latents.items()}
+
+
+def _is_discrete(pair: ModelGuide) -> Tensor:
+    """Whether each coordinate is of a discrete latent, ``(D,)``."""
+    each = [
+        torch.full((shape.numel(),), pair.latents[name]["fn"].support.is_discrete)
+        for name, shape in _shapes(pair).items()
+    ]
+    return torch.cat(each)
 
 
 def _simulation_errors(results: SimulationResults, num_draws: int) -> CalibrationErrors:

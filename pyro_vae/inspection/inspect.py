@@ -20,6 +20,7 @@ from pyro_vae.model_guide import is_amortized
 
 __all__ = ["Inspection", "inspect"]
 
+_NEGLIGIBLE = 0.01  # nats of KL(q || p) that are no difference
 _MAX_UNRELIABLE = 0.1  # fraction of the data with an unreliable k̂ above which there is a warning
 _MAX_REASON = 600  # characters of an error message that are kept: messages of Pyro contain whole tensors
 
@@ -29,6 +30,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Inspection:
     """The results of :func:`inspect`. ``print`` shows them as text; :func:`pyro_vae.report` writes them with pictures.
+
+    The first line is the verdict, with the coverage of q and its distance from the posterior.
 
     Attributes:
         evidence: log p(x) of each datum.
@@ -54,9 +57,41 @@ class Inspection:
         return (*found, *(self._collapse if self._all_collapsed else ()))
 
     @property
-    def all_clear(self) -> str:
-        """The verdict if there are no faults, with a warning if the calibration was not tested."""
-        return "no fault found" + ("" if self.calibration else ", but the calibration of q(z|x) was not tested")
+    def verdict(self) -> str:
+        """The verdict on q(z | x), as one word (or two).
+
+        * ``"sound"``: no test shows a difference from p(z | x), and the ELBO reaches log p(x).
+        * ``"approximate"``: there is a difference, which :attr:`headline` measures, and no fault.
+        * ``"faulty"``: there are :attr:`faults`.
+        * ``"not tested"``: no fault was found, but the calibration was skipped.
+        """
+        if self.faults:
+            return "faulty"
+        if self.calibration is None:
+            return "not tested"
+        return "sound" if self.calibration.verdict == "sound" and not self._is_below_evidence else "approximate"
+
+    @property
+    def headline(self) -> str:
+        """One line with the verdict, the coverage of 90 % intervals, and the distance from p(z | x) in nats."""
+        begins = {
+            "sound": "sound, no fault found",
+            "approximate": "approximate, no fault found",
+            "not tested": "no fault found, but the calibration of q(z|x) was not tested",
+        }
+        found = [] if self.calibration is None else [self.calibration.summary]
+        if self.gap is not None:
+            least = "" if self.gap.is_exact else "at least "
+            found.append(f"the ELBO is {least}{self.gap.gap.mean().item():.3f} nats below log p(x)")
+        return ": ".join([begins.get(self.verdict, self.verdict), *(["; ".join(found)] if found else [])])
+
+    @property
+    def _is_below_evidence(self) -> bool:
+        """Whether the mean gap is above zero by more than the noise of the draws."""
+        if self.gap is None:
+            return False
+        noise = torch.cat([self.gap.log_evidence_error, self.gap.elbo_error]).double().norm() / len(self.gap.gap)
+        return bool(self.gap.gap.mean() > _NEGLIGIBLE + 3 * noise)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -90,9 +125,9 @@ class Inspection:
         )
 
     def __str__(self) -> str:
-        lines = [str(part) for part in (self.evidence, self.nats, self.gap) if part is not None]
+        lines = [self.headline, *(f"FAULT: {fault}" for fault in self.faults)]
+        lines += [str(part) for part in (self.evidence, self.nats, self.gap) if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
-        lines += [f"FAULT: {fault}" for fault in self.faults] or [self.all_clear]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 

@@ -50,7 +50,7 @@ def report(
 ) -> Inspection:
     """Inspect a fitted model and guide, and write the results as one self-contained page of HTML.
 
-    The page begins with the faults and warnings, or with the statement that no fault was found. Tables and pictures
+    The page begins with the verdict, with the coverage of q, and with the faults and warnings. Tables and pictures
     follow: how good the model is, what the ELBO consists of, what the guide loses, whether q(z | x) can be trusted.
 
     Args:
@@ -220,9 +220,10 @@ def _calibration(calibration: Calibration) -> _Table:
         covered = [f"{share[index].item():.1%} ± {error[index].item():.1%}" for share, error in coverages]
         rows.append((name, f"{p:.2g}" if p >= 1e-4 else "< 0.0001", *covered))
     note = (
-        f"{calibration.headline}. The p-value tests whether q(z|x) is exact. A trained encoder is never exact, so its "
-        "p-values are often small. A fault is reported if one common correction of all variances, or of all means, "
-        "would clearly raise the ELBO."
+        f"The calibration is {calibration.headline}. The p-value tests whether q(z|x) is exact. A trained encoder is "
+        "never exact, so its p-values are often small. A fault is reported if one common correction of all variances, "
+        "or of all means, would clearly raise the ELBO, if intervals clearly cover another share than they should, or "
+        "if q is far off for some of the data."
     )
     if len(rows) > _MAX_ROWS:  # the last quantity, log p(x, z), depends on the data: it is always shown
         note = f"The first {_MAX_ROWS - 1} of {len(rows) - 1} coordinates. {note}"

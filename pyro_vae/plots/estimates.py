@@ -195,7 +195,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     A quantity that leaves the band has its own line style and, for the first 16, its own name; the others are thin and
     grey. log p(x, z), which depends on the data, is black. If a curve is above zero on the left and below zero on the
     right, the truth is too often in the tails of q: q is too narrow. In the opposite case q is too wide. A curve on one
-    side of zero means that q is biased.
+    side of zero means that q is biased. The title is the verdict, with the coverage of the worst coordinate.
 
     Args:
         result: the result of :func:`pyro_vae.calibrate`.
@@ -233,5 +233,7 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
         ax.plot(places, difference, **style)
     ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band if q is exact")
     ax.set(xlabel="u, fraction of draws below the truth", ylabel="fraction of data below u, minus u", xlim=(0, 1))
+    worst = max(result.coverage(0.9)[0][:-1].tolist(), key=lambda share: abs(share - 0.9))
+    ax.set_title(f"{result.verdict}: 90 % intervals cover {100 * worst:.0f} %", fontsize=10)
     ax.legend(fontsize=8, ncols=1 + (len(outside) > 5))
     return ax

@@ -58,6 +58,7 @@ def test_the_exact_posterior_passes_with_every_seed(model, guide, data):
         result = calibrated(guide, seed, model, data, num_simulations=500, tolerance=1)
         assert result.is_exact, (seed, result.p_values)
         assert result.faults == {}
+        assert result.verdict == "sound"
         assert "\n" not in str(result)
         assert abs(result.divergence) < 5 * result.divergence_error + 1e-4
 
@@ -94,6 +95,60 @@ def test_half_the_variance_is_a_fault(seed):
     assert result.divergence == pytest.approx(2 * 0.25, rel=0.3)  # (2 + 1 / 2) / 2 - 1 for each of two dimensions
     share, error = result.coverage(0.9)
     assert ((share - 0.755).abs() < 5 * error)[:2].all()  # of a normal of twice the variance
+
+
+def one_mode_pair(modes=2):
+    """x = |z| + noise: p(z | x) has two equal modes, of which the guide finds one; its KL is log 2."""
+
+    def q(x):
+        side = 1.0 if modes == 1 else (torch.rand(x.shape) < 0.5) * 2.0 - 1
+        return dist.Normal(side * x / 1.01, 0.0995).to_event(1)
+
+    prior = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    return model_of(prior, lambda z: dist.Normal(z.abs(), 0.1).to_event(1)), guide_of(q)
+
+
+def test_a_guide_that_finds_one_of_two_modes_is_faulty_and_its_coverage_is_the_first_line():
+    model, guide = one_mode_pair(modes=1)
+    result = calibrated(guide, model=model, data=ROWS[:, :1])
+    share, error = (float(column[0]) for column in result.coverage(0.9))
+    assert abs(share - 0.45) < 5 * error + 0.06  # half of 90 %, and where x is small the modes overlap
+    assert result.verdict == "faulty"
+    assert f"its 90 % intervals cover {100 * share:.0f} % of the true values" in result.faults["z[0]"]
+    assert str(result).startswith(
+        f"faulty: 90 % intervals of q(z | x) cover {100 * share:.1f} ± {100 * error:.1f} % of"
+    )
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(8.0, "faulty"), (3.0, "approximate"), (0.0, "sound")])
+def test_a_guide_that_is_wrong_in_one_datum_of_ten_is_seen(shift, verdict):
+    """By a shift, in standard deviations of q, of either sign: neither the mean nor a common variance shows it."""
+
+    def q(x):
+        tenth = ((10 * x).floor() % 10 == 0) * (1 - 2 * ((100 * x).floor() % 2))
+        return dist.Normal(x / 2 + shift * 0.5**0.5 * tenth, 0.5**0.5).to_event(1)
+
+    for seed in range(3):
+        result = calibrated(guide_of(q), seed, scalar_model, torch.linspace(-3, 3, 200)[:, None])
+        share = float(result.coverage(0.9)[0][0])
+        assert result.verdict == verdict, str(result)
+        assert result.headline.startswith(f"{verdict}: 90 % intervals of q(z | x) cover {100 * share:.1f} ± ")
+        assert share == pytest.approx(0.9 if shift == 0 else 0.82, abs=0.05)
+    assert ("wrong for some data" in str(result)) == (verdict == "faulty")
+
+
+def test_wide_intervals_are_faulty_and_heavy_tails_of_q_are_not():
+    """Four times the variance; and a Student-t of the posterior's own scale, whose intervals are a little too wide."""
+    wide = calibrated(guide_of(lambda x: dist.Normal(x / 2, 2**0.5).to_event(1)), model=scalar_model, data=ROWS[:, :1])
+    assert "its 90 % intervals cover 100 % of the true values" in wide.faults["z[0]"]
+    heavy = guide_of(lambda x: dist.StudentT(8.0, x / 2, 0.5**0.5).to_event(1))
+    result = calibrated(heavy, model=scalar_model, data=ROWS[:, :1], num_simulations=4000)
+    assert (result.verdict, result.faults) == ("approximate", {})
+
+
+def test_few_simulations_raise_no_false_alarm():
+    for seed in range(5):
+        assert calibrated(normal_guide(0.9), seed, num_simulations=10, num_draws=10).verdict != "faulty"
 
 
 def test_twice_the_variance_is_too_wide_a_shift_only_a_bias_and_a_fault_of_one_coordinate_has_its_name():
@@ -149,6 +204,7 @@ def test_errors_that_cancel_in_the_ranks_add_up_in_the_divergence():
     exact = sum((share + 1 / share) / 2 - 1 for share in (0.7, 1.35)) / 2
     assert result.errors.overall[0] == pytest.approx(1, abs=0.2)
     assert abs(result.divergence - exact) < 5 * result.divergence_error < exact
+    assert result.verdict == "approximate"
 
 
 def test_a_trained_encoder_is_not_exact_but_has_no_fault_until_its_variance_is_halved():
@@ -163,7 +219,7 @@ def test_a_trained_encoder_is_not_exact_but_has_no_fault_until_its_variance_is_h
 
     for seed in range(5):
         trained = pv.calibrate(vae.model, vae.guide, x, num_draws=49, seed=seed)
-        assert trained.faults == {}
+        assert (trained.verdict, trained.faults) == ("approximate", {})
         assert not trained.is_exact
     assert "too narrow" in pv.calibrate(vae.model, guide_of(narrowed), x, num_draws=49).faults[ALL]
 

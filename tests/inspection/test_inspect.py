@@ -1,5 +1,7 @@
 """An inspection finds planted faults, finds none where there are none, and gives a reason where it cannot test."""
 
+import math
+import re
 from contextlib import suppress
 
 import pyro
@@ -27,7 +29,8 @@ box_guide = guide_of(lambda x: dist.Uniform(posterior_mean(x) - 0.4, posterior_m
 def test_an_exact_guide_has_no_fault_and_no_warning(seed):
     found = inspected(model, make_guide(), seed)
     assert (found.faults, found.warnings) == ((), ())
-    assert "no fault found" in str(found)
+    assert found.verdict == "sound"
+    assert str(found).startswith("sound, no fault found: 90 % intervals of q(z | x) cover ")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,17 @@ def test_a_planted_fault_is_found_and_named(guide, fault, seed):
     found = inspected(model, guide, seed)
     assert any(fault in line for line in found.faults), found
     assert f"FAULT: {found.faults[0]}" in str(found)
+    assert str(found).startswith("faulty: 90 % intervals of q(z | x) cover ")
+
+
+def test_an_error_that_is_no_fault_is_measured_in_the_first_line():
+    found = inspected(model, make_guide(covariance_factor=0.8), num_simulations=4000)
+    assert (found.verdict, found.faults) == ("approximate", ())
+    least, most = (100 * end for end in sorted(found.calibration.coverage(0.9)[0][:2].tolist()))
+    line = str(found).splitlines()[0]
+    assert re.match(rf"approximate, no fault found: 90 % intervals of q\(z \| x\) cover {least:.1f} ± .* to {most:.1f} ± ", line)
+    assert f"the ELBO is {found.gap.gap.mean():.3f} nats below log p(x)" in line
+    assert found.gap.gap.mean() == pytest.approx(0.5 * 2 * (0.8 - 1 - math.log(0.8)), abs=1e-3)
 
 
 def test_collapse_of_all_variables_is_a_fault():
