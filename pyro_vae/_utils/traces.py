@@ -15,7 +15,9 @@ def log_density(site: dict[str, Any]) -> Tensor:
     value = site.get("unscaled_log_prob")
     if value is None:
         value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"]), value, 0.0)
+    return (
+        value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"], device=value.device), value, 0.0)
+    )
 
 
 def _sample_sites(trace: Trace) -> dict[str, Any]:

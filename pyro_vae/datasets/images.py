@@ -29,7 +29,9 @@ def digits(split: str = "all") -> Dataset:
     splits = {"train": slice(0, 1500), "test": slice(1500, None), "all": slice(None)}
     _check_split(split, splits)
     bunch = load_digits()
-    shuffled = torch.randperm(len(bunch.data), generator=torch.Generator().manual_seed(0))[splits[split]]
+    shuffled = torch.randperm(len(bunch.data), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[
+        splits[split]
+    ]
     x = torch.from_numpy(bunch.data).to(torch.get_default_dtype())[shuffled] / 16
     return Dataset(x, torch.from_numpy(bunch.target)[shuffled])
 

@@ -59,6 +59,6 @@ def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaus
     positive_int(num_points, "num_points")
     positive(scale, "scale")
     generator = torch.Generator().manual_seed(seed_number(seed))
-    labels = (torch.rand(num_points, generator=generator) < 0.5).long()
-    noise = torch.randn(num_points, 2, generator=generator)
+    labels = (torch.rand(num_points, generator=generator, device="cpu") < 0.5).long()
+    noise = torch.randn(num_points, 2, generator=generator, device="cpu")
     return TwoGaussians((2.0 * labels - 1.0)[:, None] + scale * noise, labels, scale)

@@ -326,7 +326,9 @@ def calibrate(
         ]
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
         elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
-    p_values = torch.tensor([p_value(column.numpy(), num_draws + 1) for column in results.ranks.T]).double()
+    p_values = torch.tensor(
+        [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T], dtype=torch.float64, device="cpu"
+    )
     errors, tolerance = _simulation_errors(results, num_draws), float(tolerance)
     divergence, error = results.excess.mean().item(), results.excess.std().item() / num_simulations**0.5
     far = (results.errors**2 > _FAR**2 * results.variances).double().mean(0).masked_fill(_is_discrete(pair), 0.0)
@@ -479,7 +481,7 @@ def _shapes(pair: ModelGuide) -> dict[str, torch.Size]:
 def _is_discrete(pair: ModelGuide) -> Tensor:
     """Whether each coordinate is of a discrete latent, ``(D,)``."""
     each = [
-        torch.full((shape.numel(),), pair.latents[name]["fn"].support.is_discrete)
+        torch.full((shape.numel(),), pair.latents[name]["fn"].support.is_discrete, device="cpu")
         for name, shape in _shapes(pair).items()
     ]
     return torch.cat(each)

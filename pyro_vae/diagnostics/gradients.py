@@ -234,7 +234,9 @@ def exact_gradient(
         with torch.enable_grad():
             densities = p.log_joint(values), q.log_prob(values)
             weighted = [torch.where(w != 0, one * w, 0.0).sum() for one, w in zip(densities, slope, strict=True)]
-        found = torch.autograd.grad(sum(weighted, torch.zeros(())), list(parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(
+            sum(weighted, torch.zeros((), device="cpu")), list(parameters.values()), allow_unused=True
+        )
         for name, gradient in zip(parameters, found, strict=True):
             if gradient is not None:
                 gradients[name] += gradient

@@ -88,7 +88,7 @@ def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tenso
         elif isinstance(entry, Tensor):
             if not real_tensor(entry, f"evidence[{name!r}]", "a tensor of floats (N,)").is_floating_point():
                 raise TypeError(f"`evidence[{name!r}]` must be floats (N,), nats of each datum, got {describe(entry)}")
-            values, error, unreliable = entry, torch.zeros_like(entry), torch.zeros(entry.shape, dtype=torch.bool)
+            values, error, unreliable = entry, torch.zeros_like(entry), torch.zeros_like(entry, dtype=torch.bool)
         else:
             must = "the result of pv.log_evidence or pv.exact.log_evidence"
             raise TypeError(f"`evidence[{name!r}]` must be {must}, got {with_article(type(entry).__name__)}")

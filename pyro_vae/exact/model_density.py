@@ -139,7 +139,7 @@ def log_prob_at(function: Function, values: Values, data: tuple[Tensor, ...]) ->
 
 def joint_log_density(sites: dict[str, Any]) -> Tensor:
     """Sum the log-densities of sites, without scales."""
-    return sum((log_density(site) for site in sites.values()), torch.zeros(()))
+    return sum((log_density(site) for site in sites.values()), torch.zeros((), device="cpu"))
 
 
 def check_repeatable(owner: str, sites: dict[str, Any], again: Tensor) -> None:

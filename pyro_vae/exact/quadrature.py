@@ -182,7 +182,7 @@ class _LogIntegral:
 
     def __init__(self, log_integrand: Callable[[Tensor], Tensor], box: Box, chunk: int):
         self.log_integrand, self.box, self.chunk = log_integrand, box, chunk
-        self.edge_share = torch.zeros(())
+        self.edge_share = torch.zeros((), device="cpu")
 
     def terms(self, panels: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for nodes, log_weights, edge in QuadratureRule(self.box, panels).chunks(self.chunk):

@@ -94,7 +94,9 @@ class ImportanceWeighted(ParticleELBO):
 
 def _latent_weight(particles: Particles) -> Tensor:
     """The weight β of log q in log w, and so of the score that the second reparameterization removes."""
-    weights = {name: torch.as_tensor(site["scale"] / particles.scale) for name, site in particles.guide.items()}
+    weights = {
+        name: torch.as_tensor(site["scale"] / particles.scale, device="cpu") for name, site in particles.guide.items()
+    }
     first = next(iter(weights.values()))
     if any(not torch.equal(weight, first) for weight in weights.values()):
         got = {name: weight.tolist() for name, weight in weights.items()}

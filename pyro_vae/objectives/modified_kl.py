@@ -27,7 +27,7 @@ class _ModifiedKL(ParticleELBO):
         return self.surrogate(particles)
 
     def surrogate(self, particles: Particles) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for name, site, prior in particles.pairs():
             if is_masked(site["fn"]):
                 must = "masked by poutine.mask around model and guide"

@@ -175,7 +175,7 @@ class DisARM(_ELBOEstimator):
     def surrogate(self, particles: Particles) -> Tensor:
         half, f = self.num_particles // 2, particles.log_weight.detach()
         difference = 0.5 * (f[:half] - f[half:])  # (K/2, B)
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for site in particles.guide.values():
             logits = base_distribution(site["fn"]).logits[:half]
             first, second = site["value"].split(half)

@@ -1,10 +1,13 @@
 """Pictures of images: grids, decoded codes, reconstructions and samples."""
 
 from collections.abc import Callable, Iterable, Sequence
+from inspect import getclosurevars
+from types import FunctionType
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import describe, image_size, is_integer, numbers, positive_int, real_tensor
@@ -35,7 +38,7 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     count, height, width = images.shape
     rows = -(-count // columns)
-    sheet = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1)
+    sheet = torch.zeros(rows * (height + 1) - 1, columns * (width + 1) - 1, device="cpu")
     for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
         sheet[top : top + height, left : left + width] = image.detach()
@@ -49,7 +52,8 @@ def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = N
     """Which image does each point of a latent space with two standard normal dimensions decode to?
 
     Args:
-        decode: from codes ``(S, 2)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``.
+        decode: from codes ``(S, 2)`` to mean images ``(S, height * width)``: ``lambda z: vae.decode(z).mean``. The
+            codes are on the device of the first module that the function refers to.
         shape: height and width of an image.
         size: images per row and column, at the quantiles 1/(2 size), ... of the prior.
 
@@ -61,7 +65,7 @@ def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = N
     """
     _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
     positive_int(size, "size")
-    quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(size) + 0.5) / size)
+    quantiles = torch.special.ndtri((torch.arange(size, device=_device(decode)) + 0.5) / size)
     z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
     ax = image_grid(_as_images(decode(z), shape, "decode", size**2), size, ax)
     ax.set_axis_on()
@@ -186,6 +190,17 @@ def samples(
 def _check_function(value: object, name: str, example: str) -> None:
     if not callable(value) or isinstance(value, VAE):
         raise TypeError(f"`{name}` must be a function, such as {example}, got {describe(value)}")
+
+
+def _device(function: Any) -> torch.device | None:
+    """Return the device of the first module that a function refers to; ``None``, the default, if there is none."""
+    function = getattr(function, "func", function)  # of a functools.partial
+    found = [function, getattr(function, "__self__", None)]
+    if isinstance(getattr(function, "__func__", function), FunctionType):
+        names = getclosurevars(function)
+        found += [*names.nonlocals.values(), *names.globals.values()]
+    tensors = [tensor for one in found if isinstance(one, nn.Module) for tensor in one.state_dict().values()]
+    return tensors[0].device if tensors else None
 
 
 def _shape_or_type(value: object) -> str:

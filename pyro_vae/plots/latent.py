@@ -52,7 +52,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
     ax = axes_or_new(ax)
     for index, label in enumerate(classes):
         rows = z[labels == label]
-        jitter = torch.rand(len(rows), generator=torch.Generator().manual_seed(index)) - 0.5
+        jitter = torch.rand(len(rows), generator=torch.Generator("cpu").manual_seed(index), device="cpu") - 0.5
         y, size, marker = index + 0.6 * jitter, 9, MARKERS[index % len(MARKERS)]
         if planar:
             y, size, marker = rows[:, 1], 30, f"${label}$"
@@ -125,11 +125,12 @@ def _bars(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]
 def _curves(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]:
     chart = density.coordinates()
     (low,), (high,) = _extent(chart, *_draws(q, p, 400))
-    grid = torch.linspace(low, high, 600)
+    grid = torch.linspace(low, high, 600, device=density.data[0].device)
     values = chart.to_site(grid[:, None, None])
-    shown = values.flatten() if chart.is_elementwise else grid
-    area = ax.fill_between(shown, p.log_prob(values)[:, 0].exp(), color="0.75", label=_EXACT)
-    (line,) = ax.plot(shown, q.log_prob({chart.name: values})[:, 0].exp(), "--", color="tab:red", label=_GUIDE)
+    shown = (values.flatten() if chart.is_elementwise else grid).cpu()
+    truth, guess = (log_prob[:, 0].exp().cpu() for log_prob in (p.log_prob(values), q.log_prob({chart.name: values})))
+    area = ax.fill_between(shown, truth, color="0.75", label=_EXACT)
+    (line,) = ax.plot(shown, guess, "--", color="tab:red", label=_GUIDE)
     quantity = "value of site" if chart.is_elementwise else "log-ratio of the classes of"
     ax.set(xlabel=f"{quantity} ${chart.name}$", ylabel="density", ylim=(0, None))
     return [area, line]
@@ -140,17 +141,18 @@ def _regions(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
     chart = density.coordinates()
     draws = _draws(q, p, 4000)
     low, high = _extent(chart, *draws)
-    across, up = (torch.linspace(start, end, 200) for start, end in zip(low, high, strict=True))
+    device = density.data[0].device
+    across, up = (torch.linspace(start, end, 200, device=device) for start, end in zip(low, high, strict=True))
     nodes = torch.cartesian_prod(up, across).flip(1)
     sites = chart.to_site(nodes[:, None])
-    shown = (sites if chart.is_elementwise else nodes).reshape(200, 200, 2).unbind(-1)
+    shown = (sites if chart.is_elementwise else nodes).reshape(200, 200, 2).cpu().unbind(-1)
     handles: list[Any] = []
     for log_prob, values in ((p.log_prob, draws[0]), (lambda z: q.log_prob({chart.name: z}), draws[1])):
 
         def in_chunks(z: Tensor, log_prob: Callable[[Tensor], Tensor] = log_prob) -> Tensor:
-            return torch.cat([log_prob(part)[:, 0] for part in z.split(density.chunk)]).double()
+            return torch.cat([log_prob(part)[:, 0] for part in z.split(density.chunk)]).double().cpu()
 
-        levels = in_chunks(values).quantile(1 - torch.tensor(_MASSES, dtype=torch.float64)).tolist()
+        levels = in_chunks(values).quantile(1 - torch.tensor(_MASSES, dtype=torch.float64, device="cpu")).tolist()
         heights = in_chunks(sites).reshape(200, 200)
         if not handles:
             ax.contourf(*shown, heights, levels=[*levels, math.inf], colors=_GREYS)

@@ -41,7 +41,7 @@ class CapturedStep(Step):
         super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
         self.compiles = compiles
         self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
-        self._all_finite = torch.ones(())  # read and written by the graphs
+        self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs
         self._may_have_new_parameters = True
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
@@ -87,7 +87,7 @@ class CapturedStep(Step):
         """Compute the norm of all gradients together, by operations that a compiler joins in one loop."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         squares = [gradient.square().sum() for gradient in gradients]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device="cpu")
 
     def update(self) -> None:
         """Update the parameters, from the first step on by operations that can be captured."""

@@ -181,7 +181,7 @@ class Batches:
         self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
         self.per_epoch = -(-num_data // batch_size)  # number of batches
         self.first = torch.arange(batch_size, device=device)  # the first rows of the data, as many as a batch has
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
     def remaining(self, done: int) -> Sequence[Tensor]:
@@ -189,7 +189,7 @@ class Batches:
         if self.per_epoch == 1:
             return [self.first][done:]
         self._generator.set_state(self.order)
-        shuffled = torch.randperm(self.num_data, generator=self._generator).to(self.device)
+        shuffled = torch.randperm(self.num_data, generator=self._generator, device="cpu").to(self.device)
         return shuffled.split(self.batch_size)[done:]
 
     def next_epoch(self) -> None:

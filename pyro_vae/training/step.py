@@ -91,7 +91,7 @@ class Step:
                 self.restore_previous()
                 if not self.skips:
                     raise
-                return torch.tensor([0.0] + [math.nan] * (1 + len(self.names)), dtype=torch.float64)
+                return metrics_row(0.0, math.nan, [torch.full((), math.nan, dtype=torch.float64)] * len(self.names))
             self.clip(norm)
             self.update()
         return metrics_row(1.0, loss, terms)
@@ -153,7 +153,7 @@ class Step:
     def gradient_norm(self) -> Tensor:
         """Compute the norm of all gradients together."""
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device="cpu")
 
     def clip(self, norm: Tensor) -> None:
         """Scale the gradients, of this norm together, down to ``clip_norm``."""

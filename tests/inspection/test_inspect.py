@@ -54,7 +54,9 @@ def test_an_error_that_is_no_fault_is_measured_in_the_first_line():
     assert (found.verdict, found.faults) == ("approximate", ())
     least, most = (100 * end for end in sorted(found.calibration.coverage(0.9)[0][:2].tolist()))
     line = str(found).splitlines()[0]
-    assert re.match(rf"approximate, no fault found: 90 % intervals of q\(z \| x\) cover {least:.1f} ± .* to {most:.1f} ± ", line)
+    assert re.match(
+        rf"approximate, no fault found: 90 % intervals of q\(z \| x\) cover {least:.1f} ± .* to {most:.1f} ± ", line
+    )
     assert f"the ELBO is {found.gap.gap.mean():.3f} nats below log p(x)" in line
     assert found.gap.gap.mean() == pytest.approx(0.5 * 2 * (0.8 - 1 - math.log(0.8)), abs=1e-3)
 

@@ -1,0 +1,47 @@
+"""No operation mixes devices: with a model on another device, or with another default device than that of the data.
+
+The checks run on a stand-in device (tests/stand_in_device.py), in a process of their own, since it changes the whole
+process.
+"""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SITUATIONS = ["model on the device", "another default device"]
+CHECKS = [
+    "fit", "fit of two variables", "fit of a discrete latent", "full rank", "low rank", "mixture", "checkpoints",
+    "save", "evaluate", "log_evidence", "annealed", "exact of one variable", "exact of two variables",
+    "exact of a discrete latent", "decompose", "inference_gap", "calibrate", "plot of calibration", "report",
+    "plots of evidence", "plots of images", "posterior of one variable", "posterior of two variables",
+    "posterior of a discrete latent", "plate diagram", "to_datatree", "datasets",
+]  # fmt: skip
+
+
+@cache
+def errors():
+    """The errors of all checks, by situation."""
+    program = Path(__file__).with_name("device_checks.py")
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_no_operation_mixes_devices(situation, check):
+    assert errors()[situation][check] is None
+
+
+def test_the_stand_in_raises_where_devices_mix_and_all_checks_ran():
+    assert errors()["a mixture of devices"] == {
+        "an operation": "MixedDevices",
+        "a generator": "MixedDevices",
+        "a model and data": "ValueError",
+        "numpy": "TypeError",
+    }
+    assert all(set(errors()[situation]) == set(CHECKS) for situation in SITUATIONS)
