@@ -12,7 +12,15 @@ from torch import Tensor
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.validation import describe, number
 
-__all__ = ["FixedSubsample", "ResampleObserved", "SubsampleRows", "SubsampleStatements", "WeightKL", "register"]
+__all__ = [
+    "FixedSubsample",
+    "ResampleObserved",
+    "SubsampleRows",
+    "SubsampleStatements",
+    "UnsizedPlates",
+    "WeightKL",
+    "register",
+]
 
 
 class ResampleObserved(UnconditionMessenger):
@@ -99,6 +107,17 @@ class SubsampleStatements(Messenger):
 
     def _pyro_subsample(self, msg: Any) -> None:
         self.count += 1
+
+
+class UnsizedPlates(Messenger):
+    """List the names of plates without a size, ``pyro.plate("data")``, of the statements that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _process_message(self, msg: Any) -> None:
+        self.names += [frame.name for frame in msg["cond_indep_stack"] if frame.size == -1]
 
 
 class WeightKL(Messenger):

@@ -4,8 +4,10 @@ Training, evaluation, exact answers, evidence, diagnostics and export start from
 their role, the way in which rows are taken, and every check of whether model and guide are a pair.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -16,17 +18,38 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import get_provenance
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
-from pyro_vae._utils.traces import deterministic_sites, latent_shapes, latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import (
+    PARTICLES,
+    deterministic_sites,
+    latent_shapes,
+    latent_sites,
+    log_density,
+    observed_sites,
+    set_plate_sizes,
+)
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors, data_tensors, function
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
-from pyro_vae.distributions.properties import base_distribution, is_discrete, is_point
-from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
+from pyro_vae.distributions.properties import (
+    base_distribution,
+    base_support,
+    inside_support,
+    is_discrete,
+    is_normalized,
+    is_point,
+    masks,
+    spell_support,
+    within_support,
+    without_independent,
+)
+from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements, UnsizedPlates
 
 __all__ = [
     "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
@@ -40,7 +63,7 @@ Batcher = Callable[[Tensor], Any]
 Site = dict[str, Any]
 Sites = dict[str, Site]
 
-_PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
+_MAX_VARIABLES = 128  # whose change of volume is computed
 _MAX_ROWS = 10_000  # on which rows are compared with each other
 
 
@@ -87,6 +110,7 @@ class ModelGuide:
         self.data, self.plate = data_tensors(data, name), plate
         self.transform: Transform | None = None
         self.take: Batcher = lambda rows: nullcontext(self.data)
+        self.num_run = len(self.data[0])  # rows, the first ones, on which the pair was run
         self._amortized: dict[str, bool] = {}
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
@@ -99,10 +123,13 @@ class ModelGuide:
         self.deterministic = deterministic_sites(self.model_trace)
         drawn = latent_sites(self.guide_trace)
         self.factors = list(observed_sites(self.guide_trace))
-        self.auxiliary = [site for site in drawn if drawn[site]["infer"].get("is_auxiliary")]
+        self.auxiliary = [
+            site for site in drawn if drawn[site]["infer"].get("is_auxiliary") and site not in self.latents
+        ]
         self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
         if traces is None:
             check_missing(self.observed.values(), self.data, name)
+        self._check_one_value_per_row()
 
     @classmethod
     def on_batches(
@@ -150,7 +177,7 @@ class ModelGuide:
             _check_reading(pair, *within)
         if first_missing(data) is not None:
             check_missing(pair.observed.values(), transformed(tuple(x.clone() for x in data), transform), "data")
-        pair.take = lambda rows: _subsampled(data, rows, plate, transform)
+        pair.num_run, pair.take = batch_size, lambda rows: _subsampled(data, rows, plate, transform)
         return pair
 
     @classmethod
@@ -166,12 +193,18 @@ class ModelGuide:
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
         observed, shapes = [], []
-        with suppress(RunError), poutine.block():
+        with suppress(RunError), poutine.block(), UnsizedPlates() as plates:
             alone, _ = trace_pair(self.model, None, self.data)
             observed, shapes = list(observed_sites(alone).values()), [latent_shapes(alone)]
             if self.guide is not None:
                 _, drawn = trace_pair(lambda *_: None, self.guide, self.data)
                 shapes.append(latent_shapes(drawn))
+        if plates.names and (isinstance(self.guide, AutoGuide) or "pyro.subsample" in str(error)):
+            what = "pyro.subsample" if "pyro.subsample" in str(error) else "an autoguide"
+            raise ValueError(
+                f"`model` must give the plate {plates.names[0]!r} a size for {what}, "
+                f'`pyro.plate("{plates.names[0]}", len(x))`, got one without'
+            ) from error
         if not shapes or not all(accepts_missing(site["fn"]) for site in observed):
             check_missing([], self.data, name, error)
         for site, shape in shapes[0].items() if len(shapes) == 2 else ():
@@ -179,6 +212,16 @@ class ModelGuide:
                 raise ValueError(
                     f"`guide` must draw {site!r} with the shape of the model's latent, {shape}, got {shapes[1][site]}"
                 ) from error
+
+    def _check_one_value_per_row(self) -> None:
+        """Raise if the model has one latent where the guide has one for each row, as in a plate without a size."""
+        for name in self.latents.keys() & self.guide_latents.keys():
+            ours, theirs = (sites[name]["fn"].batch_shape for sites in (self.guide_latents, self.latents))
+            if self.is_local(self.guide_latents[name]) and ours.numel() > theirs.numel() == 1:
+                raise ValueError(
+                    f"`model` must draw {name!r} with the batch shape of the guide, {tuple(ours)}, got {tuple(theirs)}"
+                    f'. A plate needs a size for a value of each row, `pyro.plate("{self.plate}", len(x))`'
+                )
 
     @property
     def num_data(self) -> int:
@@ -211,19 +254,25 @@ class ModelGuide:
         """The names of the model's latents outside of the data plate."""
         return [name for name, site in self.latents.items() if not self.is_local(site)]
 
-    def has_points(self) -> bool:
-        """Whether the guide has a point instead of a density for a continuous latent, as ``AutoDelta`` has.
+    @cached_property
+    def points(self) -> list[str]:
+        """The continuous latents for which the guide has a point instead of a density, as ``AutoDelta`` has.
 
         Other autoguides also have ``Delta`` sites: functions of an auxiliary latent, whose density they carry.
         """
-        points = {name for name, site in self.guide_latents.items() if is_point(site["fn"])}
-        points -= {name for name, site in self.latents.items() if is_discrete(site["fn"])}
-        if not points:
-            return False
-        with poutine.block(), torch.no_grad(), TrackProvenance():
-            sites = poutine.trace(self.guide).get_trace(*self.data).nodes
+        points = [name for name, site in self.guide_latents.items() if is_point(site["fn"])]
+        points = [name for name in points if not _has_mass(self.latents.get(name))]
+        if not points or not self.auxiliary:
+            return points
+        sites = self._tracked(self.guide)
         origins = {name: get_provenance(base_distribution(sites[name]["fn"]).v) for name in points}
-        return not all(origins[name] & set(self.auxiliary) for name in points)
+        return [name for name in points if not origins[name] & set(self.auxiliary)]
+
+    def _tracked(self, run: Function) -> dict[str, Any]:
+        """The sites of a run of model or guide in which each tensor knows the latents from which it was computed."""
+        rows = torch.arange(self.num_run, device=self.data[0].device)
+        with poutine.block(), torch.no_grad(), seeded(0), self.take(rows) as data, _TrackLatents():
+            return dict(poutine.trace(run).get_trace(*data).nodes)
 
     @property
     def enumerated(self) -> set[str]:
@@ -235,6 +284,8 @@ class ModelGuide:
         """Return held-out data, transformed; raise if the guide has parameters for its training data alone."""
         seen = transformed(data, self.transform)
         check_missing(self.observed.values(), seen, "validation")
+        for name, site in self.observed.items() if not self.why_no_bound else ():
+            self._check_support(name, site, data, "validation")
         if not self.is_amortized("guide", seen):
             raise ValueError(
                 "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
@@ -250,6 +301,201 @@ class ModelGuide:
                 f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
                 f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
             )
+
+    @cached_property
+    def why_no_bound(self) -> str:
+        """Why -distortion - rate is no lower bound on log p(x); empty if it is one.
+
+        It is one if log p(x | z), log p(z) and log q(z | x) are logarithms of normalised densities or masses, on the
+        same data and of the same latents.
+        """
+        try:
+            self.check_likelihood()
+            self.check_density()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @property
+    def bound(self) -> str:
+        """The name of -distortion - rate: ``"elbo"``, or ``"surrogate"`` where it is no bound."""
+        return "surrogate" if self.why_no_bound else "elbo"
+
+    def check_likelihood(self) -> None:
+        """Raise if p(x, z) is no normalised density of the data: its p(x) then does not integrate to one."""
+        if unnormalised := [name for name, site in self.observed.items() if not is_normalized(site["fn"])]:
+            raise ValueError(
+                f"`model` must have a normalised likelihood, got soft targets or pyro.factor at {unnormalised}; use "
+                "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
+            )
+        if improper := [name for name, site in self.latents.items() if not _is_proper(site)]:
+            raise ValueError(f"`model` must have a normalised prior, got an improper one at {improper}")
+        for name, site in self.observed.items():
+            self._check_support(name, site, self.data, "data")
+        self._check_masks()
+
+    def check_density(self) -> None:
+        """Raise if q(z | x) is no normalised density of the latents that the model has."""
+        summed = {name for name, site in self.latents.items() if site["infer"].get("enumerate")}
+        drawn = {name: site for name, site in self.latents.items() if name not in summed - self.guide_latents.keys()}
+        check_same_latents(drawn, self.guide_latents)
+        self.check_points()
+        if self.auxiliary:
+            self._check_volumes()
+        else:
+            self.check_factors()
+        for name, site in self.guide_latents.items():
+            if not is_point(site["fn"]) and not is_normalized(site["fn"]):
+                raise ValueError(f"`guide` must have a normalised density, got one that is not at {name!r}")
+        self._check_masked_latents()
+
+    def _check_volumes(self) -> None:
+        """Raise if the ``Delta`` sites that are functions of auxiliary sites, and factors, do not have their density.
+
+        It is the density of the auxiliary values times the change of volume: as many numbers, one to one, and together
+        -log |det dz/du| from ``log_density`` and ``pyro.factor``. Autoguides have it.
+        """
+        drawn = latent_sites(self.guide_trace)
+        points = {name: site for name, site in self.guide_latents.items() if is_point(site["fn"])}
+        shapes = [_unconstrained_shape(self.latents[name], site["value"].shape) for name, site in points.items()]
+        given, needed = sum(drawn[name]["value"].numel() for name in self.auxiliary), sum(map(math.prod, shapes))
+        if given != needed:
+            raise ValueError(
+                f"`guide` must have latents that are functions of its auxiliary sites {self.auxiliary}, one to one, "
+                f"got {given} auxiliary numbers for {needed} of {sorted(points)}"
+            )
+        same_size = shapes == [site["value"].shape for site in points.values()]
+        if isinstance(self.guide, AutoGuide) or not same_size:
+            return
+        log_volume, log_density = self._change_of_volume(list(points))
+        if not torch.isclose(log_density, -log_volume, rtol=1e-3, atol=1e-3 * needed):
+            raise ValueError(
+                f"`guide` must have the change of volume of {sorted(points)} as functions of {self.auxiliary} in "
+                f"`Delta(..., log_density=)` or pyro.factor, {-log_volume:.6g} for all data, got {log_density:.6g}"
+            )
+
+    def _change_of_volume(self, points: list[str]) -> tuple[Tensor, Tensor]:
+        """log |det dz/du| of the points as functions of the auxiliary values, and minus that as the guide has it.
+
+        Of local latents a row's z is a function of its own u. Of too many variables it is not computed.
+        """
+        first = torch.arange(self.num_run, device=self.data[0].device)
+        with (
+            poutine.block(),
+            torch.enable_grad(),
+            seeded(0),
+            self.take(first) as data,
+            _Leaves(self.auxiliary) as leaves,
+        ):
+            sites: dict[str, Any] = dict(poutine.trace(self.guide).get_trace(*data).nodes)
+            rows = self.num_run if all(map(self.is_local, latent_sites(self.guide_trace).values())) else 1
+            z = torch.cat([base_distribution(sites[name]["fn"]).v.reshape(rows, -1) for name in points], 1)
+            added = torch.stack([log_density(sites[name]).sum() for name in (*points, *self.factors)])
+            added = added.sum().detach().double()
+            if z.shape[1] > _MAX_VARIABLES:
+                return -added, added
+            slopes = [
+                torch.autograd.grad(column.sum(), leaves.values, retain_graph=True, materialize_grads=True)
+                for column in z.unbind(1)
+            ]
+        jacobian = torch.stack([torch.cat([slope.reshape(rows, -1) for slope in of], 1) for of in slopes], 1)
+        return torch.linalg.slogdet(jacobian.double()).logabsdet.sum(), added
+
+    def _check_masked_latents(self) -> None:
+        """Raise if masks remove the rate of latents on which the likelihood of the data depends."""
+        hidden = {}
+        for name, site in self.guide_latents.items():
+            ours, theirs = torch.broadcast_tensors(_counted(site), _counted(self.latents[name]))
+            if not torch.equal(ours, theirs):
+                raise ValueError(f"`guide` must have the mask of the model at {name!r}, got another one")
+            if not ours.all():
+                hidden[name] = ours
+        if not hidden:
+            return
+        rows, others = torch.arange(self.num_run, device=self.data[0].device), {}
+        for name, site in self.guide_latents.items():
+            counted = hidden.get(name, torch.tensor(True))
+            counted = counted.reshape((*counted.shape, *[1] * site["fn"].event_dim))
+            others[name] = torch.where(counted, site["value"], site["value"].flip(0) + 1)
+        with poutine.block(), torch.no_grad(), seeded(0), pyro.validation_enabled(False), self.take(rows) as data:
+            again = poutine.trace(poutine.condition(self.model, data=others)).get_trace(*data)
+        new: dict[str, Any] = dict(again.nodes)
+        if not all(torch.allclose(log_density(site), log_density(new[name])) for name, site in self.observed.items()):
+            raise ValueError(
+                f"`model` must mask the data that depend on masked latents, got a likelihood that depends on "
+                f"{sorted(hidden)} where they are masked"
+            )
+
+    def check_points(self) -> None:
+        """Raise if the guide has a point for a continuous latent: log p(x, z) alone is no bound."""
+        for name in self.points:
+            got = f"a point (Delta, as in AutoDelta) for {name!r}"
+            raise ValueError(f"`guide` must have a density for each continuous latent, got {got}")
+
+    def check_kinds(self) -> None:
+        """Raise if a latent has a density in the model and a mass in the guide, or mass outside of the model's support.
+
+        The difference of their logarithms is then no KL, or an infinite one.
+        """
+        for name in self.latents.keys() & self.guide_latents.keys():
+            p, q = self.latents[name]["fn"], self.guide_latents[name]["fn"]
+            if is_point(p) or is_point(q):
+                continue
+            ours, theirs = ("mass" if is_discrete(fn) else "density" for fn in (q, p))
+            if ours != theirs:
+                raise ValueError(
+                    f"`guide` must have a {theirs} for the latent {name!r}, as the model has, got a {ours}, a "
+                    f"{_kind(q)} for a {_kind(p)}: log p(z) - log q(z) then bounds nothing. A relaxed guide needs a "
+                    "relaxed prior"
+                )
+            if not within_support(q, p):
+                raise outside_support(name, q, p)
+
+    def _check_support(self, name: str, site: Site, data: tuple[Tensor, ...], argument: str) -> None:
+        """Raise if an observed site has values outside of its support, which ``validate_args=False`` lets pass."""
+        for first, values in self._observed_values(site, data):
+            inside = inside_support(site["fn"], values)
+            if site["mask"] is not None and first == 0:
+                inside = inside | ~torch.as_tensor(site["mask"], device=inside.device)
+            if not inside.all():
+                row = first + int((~inside).nonzero()[0, -1]) if inside.dim() else first
+                raise ValueError(
+                    f"`{argument}` must hold values in the support of the likelihood of {name!r}, "
+                    f"{spell_support(site['fn'])}, got others, such as in row {row}: p(x | z) does not sum to one over "
+                    "them. Use a likelihood for such data, such as likelihoods.ContinuousBernoulli for grey values"
+                )
+
+    def _observed_values(self, site: Site, data: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and the values of an observed site: those of the run, then those of all other rows.
+
+        The other rows are known where the values are a data tensor, and the support is the same for all rows.
+        """
+        value, count = torch.as_tensor(site["value"]), self.num_run
+        if data is self.data:
+            yield 0, value
+        is_shared = all(value.numel() == 1 for value in _tensors(base_support(site["fn"])))
+        if (data is self.data and count == len(data[0])) or not is_shared or _tensors(masks(site["fn"])):
+            return
+        with seeded(0):
+            ours = transformed(tuple(tensor[:count] for tensor in self.data), self.transform)
+            found = [index for index, tensor in enumerate(ours) if _equal(tensor, value)]
+            for rows in torch.arange(len(data[0]), device=data[0].device).split(max(count, _MAX_ROWS)) if found else ():
+                yield int(rows[0]), transformed(tuple(tensor[rows] for tensor in data), self.transform)[found[0]]
+
+    def _check_masks(self) -> None:
+        """Raise if the mask of an observed site depends on a latent: what is observed is then no fixed set."""
+        masked = [name for name, site in self.observed.items() if _tensors([site["mask"], *masks(site["fn"])])]
+        if not masked or not self.latents:
+            return
+        sites = self._tracked(poutine.replay(self.model, self.guide_trace))
+        for name in masked:
+            site = sites[name]
+            origins = get_provenance([site["mask"], *masks(site["fn"])]) & self.latents.keys()
+            if origins:
+                raise ValueError(
+                    f"`model` must have a mask of {name!r} that depends on data alone, got one that depends on the "
+                    f"latents {sorted(origins)}: its density is no likelihood"
+                )
 
     def check_factors(self) -> None:
         """Raise if the guide has ``pyro.factor`` statements, whose terms are no density of q(z | x)."""
@@ -269,6 +515,7 @@ class ModelGuide:
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
         check_same_latents(self.latents, self.guide_latents, fewer=True)
+        self.check_kinds()
         if self.transform is not None and elbo.max_plate_nesting == float("inf"):
             # Pyro would find the nesting of the plates by a run on data without their transform.
             particles = int(elbo.vectorize_particles and elbo.num_particles > 1)
@@ -286,6 +533,75 @@ class ModelGuide:
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
             )
+
+
+class _TrackLatents(TrackProvenance):
+    """Track the latents from which a tensor is computed, but not the parameters, which stay plain tensors."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        pass
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN in the same places."""
+    return ours.shape == theirs.shape and bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+
+
+class _Leaves(Messenger):
+    """Make the values of some sites leaves of the graph."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names, self.values = names, list[Tensor]()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["value"] = msg["value"].detach().requires_grad_()
+            self.values.append(msg["value"])
+
+
+def _unconstrained_shape(site: Site, shape: torch.Size) -> torch.Size:
+    """The shape of the unconstrained coordinates of a latent; its own where they are not known."""
+    try:
+        return biject_to(site["fn"].support).inverse_shape(shape)
+    except NotImplementedError:
+        return shape
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in a list, or among the attributes of a constraint."""
+    values = values if isinstance(values, list) else vars(values).values()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _has_mass(site: Site | None) -> bool:
+    """Whether a latent of the model is discrete, or a point."""
+    return site is not None and (is_discrete(site["fn"]) or is_point(site["fn"]))
+
+
+def _is_proper(site: Site) -> bool:
+    """Whether a latent of the model has a normalised density; a point may be one of a function of others."""
+    return is_point(site["fn"]) or is_normalized(site["fn"])
+
+
+def _counted(site: Site) -> Tensor:
+    """Which data of a latent are not masked."""
+    counted = torch.as_tensor(True if site["mask"] is None else site["mask"])
+    for mask in masks(site["fn"]):
+        mask = torch.as_tensor(mask)
+        counted = counted & mask.reshape((*mask.shape[: len(site["fn"].batch_shape)], -1)).all(-1)
+    return counted
+
+
+def _kind(fn: Any) -> str:
+    return type(without_independent(fn)).__name__
+
+
+def outside_support(name: str, drawn: Any, fn: Any) -> ValueError:
+    """The error for a latent whose distribution in the guide, ``drawn``, has other values than in the model, ``fn``."""
+    must = f"have its latent {name!r} on {spell_support(fn)}, as the model has"
+    got = f"a {_kind(drawn)} on {spell_support(drawn)}"
+    return ValueError(f"`guide` must {must}, got {got}; mass outside of the support of p(z) makes the KL infinite")
 
 
 class RunError(ValueError):
@@ -306,7 +622,9 @@ def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]
                 f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
                 "does"
             )
-        return _trace("model", poutine.replay(model, guide_trace), data), guide_trace
+        model_trace = _trace("model", poutine.replay(model, guide_trace), data)
+        set_plate_sizes(model_trace, guide_trace)
+        return model_trace, guide_trace
 
 
 def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
@@ -325,13 +643,16 @@ def check_one_plate(
     first site if left out. ``purpose`` is what needs that, for the message.
     """
     for owner, name, site in sites:
-        frames = [frame for frame in site["cond_indep_stack"] if frame.name != _PARTICLES]
+        frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
         found = [frame.name for frame in frames]
         plate = plate or (found or ["data"])[0]
         if found != [plate] or frames[0].dim != -1:
+            hint = (
+                "" if found else f'; a plate without a size, `pyro.plate("{plate}")`, has no value of its own for a row'
+            )
             raise ValueError(
                 f"`{owner}` must have every site in one plate, {plate!r}, as the rightmost batch dimension{purpose}, "
-                f"got site {name!r} in the plates {found}"
+                f"got site {name!r} in the plates {found}{hint}"
             )
         size = size or frames[0].size
         if frames[0].size != size:

@@ -1,5 +1,6 @@
 """The sites of a Pyro trace by role, and their log-densities."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,7 +8,12 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["deterministic_sites", "latent_shapes", "latent_sites", "log_density", "observed_sites"]
+__all__ = [
+    "PARTICLES", "deterministic_sites", "latent_shapes", "latent_sites", "log_density", "masked", "observed_sites",
+    "plate_scale", "set_plate_sizes",
+]  # fmt: skip
+
+PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
 
 
 def log_density(site: dict[str, Any]) -> Tensor:
@@ -15,9 +21,14 @@ def log_density(site: dict[str, Any]) -> Tensor:
     value = site.get("unscaled_log_prob")
     if value is None:
         value = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return (
-        value if site["mask"] is None else torch.where(torch.as_tensor(site["mask"], device=value.device), value, 0.0)
-    )
+    return masked(value, site)
+
+
+def masked(value: Tensor, site: dict[str, Any]) -> Tensor:
+    """Set a value of each datum to zero where a site is masked."""
+    if site["mask"] is None:
+        return value
+    return torch.where(torch.as_tensor(site["mask"], device=value.device), value, 0.0)
 
 
 def _sample_sites(trace: Trace) -> dict[str, Any]:
@@ -39,6 +50,42 @@ def observed_sites(trace: Trace) -> dict[str, Any]:
     """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
     sites = {name: site for name, site in _sample_sites(trace).items() if not site["infer"].get("_deterministic")}
     return {name: site for name, site in sites.items() if site["is_observed"] and site["mask"] is not False}
+
+
+def plate_scale(site: dict[str, Any]) -> float:
+    """N/B, by which the subsampled plates of a site scale it; a larger scale of the site is a weight."""
+    frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+    return math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
+
+
+def set_plate_sizes(*traces: Trace) -> None:
+    """Give plates without a size, ``pyro.plate("data")``, that of their sites, in the traces of a run.
+
+    Pyro gives them the size -1. A site with one value for all rows of such a plate is then in no such plate, as in
+    Pyro's own sums, which count it once.
+    """
+    sites = [site for trace in traces for site in _sample_sites(trace).values() if not site_is_subsample(site)]
+    unsized = [(site, frame) for site in sites for frame in site["cond_indep_stack"] if frame.size == -1]
+    sizes: dict[str, int] = {}
+    for site, frame in unsized:
+        sizes[frame.name] = max(sizes.get(frame.name, 1), _extent(site, frame.dim, 1))
+    for site, frame in unsized:
+        extent = _extent(site, frame.dim, sizes[frame.name])
+        stack, sized = site["cond_indep_stack"], frame._replace(size=extent, full_size=extent)
+        place, outside = stack.index(frame), extent == 1 < sizes[frame.name]
+        site["cond_indep_stack"] = (*stack[:place], *([] if outside else [sized]), *stack[place + 1 :])
+
+
+def _extent(site: dict[str, Any], dim: int, default: int) -> int:
+    """The size of the batch of a site, of its distribution or its value, in a dimension from the right.
+
+    The batch dimensions of ``pyro.deterministic`` are not known: it has the default.
+    """
+    if site["infer"].get("_deterministic"):
+        return default
+    shape = torch.as_tensor(site["value"]).shape
+    batches = site["fn"].batch_shape, shape[: len(shape) - site["fn"].event_dim]
+    return max(batch[dim] if len(batch) >= -dim else 1 for batch in batches)
 
 
 def latent_shapes(trace: Trace) -> dict[str, tuple[int, ...]]:

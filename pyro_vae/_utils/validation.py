@@ -236,6 +236,8 @@ def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ..
     if not isinstance(data, Tensor | Sequence):
         raise TypeError(f"`{name}` must be {expected}, got {describe(data)}")
     tensors = (data,) if isinstance(data, Tensor) else tuple(data)
+    if len(tensors) == 1 and isinstance(tensors[0], list | tuple):  # `f(model, guide, (x, y))` for `f(..., x, y)`
+        tensors = tuple(tensors[0])
     for tensor in tensors:
         real_tensor(tensor, name, expected)
         if tensor.dim() == 0 or len(tensor) == 0:

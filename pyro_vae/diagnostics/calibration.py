@@ -432,7 +432,6 @@ class SimulationResults(NamedTuple):
 
 def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:
     q = GuideDensity(p)
-    q.check_densities()
     draws, log_q = sample_with_log_q(q.guide, p.data, count)
     chunks = range(0, count, p.chunk)
     log_p = torch.cat([p.log_joint({name: v[i : i + p.chunk] for name, v in draws.items()}) for i in chunks]).double()

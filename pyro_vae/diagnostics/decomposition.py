@@ -190,7 +190,6 @@ def decompose(
     with scoped_param_store(), seeded(seed):
         p = ModelDensity(ModelGuide(model, guide, data, plate))
         q = GuideDensity(p)
-        q.check_densities()
         if p.num_data < 2:
             raise ValueError("`data` must have 2 rows or more, for a mutual information with their index, got 1 row")
         _check_prior(p)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import parameters_of, scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import positive_int
+from pyro_vae._utils.validation import data_tensors, positive_int
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
 from pyro_vae.model_guide import ModelGuide
@@ -178,6 +178,7 @@ def compare(
     wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
     if wrong or not estimators:
         raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
+    data = data_tensors(data, "data")
     with scoped_param_store():  # a baseline registers parameters, too
         results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
     return Comparison(
@@ -222,7 +223,7 @@ def exact_gradient(
             "twin, `target=(twin.model, twin.guide)`"
         )
     q = GuideDensity(p)
-    parameters = _parameters(model, guide, data)
+    parameters = _parameters(model, guide, p.data)
     gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     # Two passes over chunks of states: first their densities, then the gradients, weighted by the bound's derivatives.
     with torch.no_grad():

@@ -155,13 +155,11 @@ def inference_gap(
         with torch.no_grad():
             p = ModelDensity(ModelGuide(model, guide, data, plate))
             q = GuideDensity(p)
-            q.check_densities()
         if refined is None:
             refined = refine(q, steps, lr, num_particles)
         function(refined, "refined")
         with torch.no_grad():
             best = GuideDensity(ModelDensity(ModelGuide(model, refined, data, plate)))
-            best.check_densities()
             log_p, log_p_error, is_exact = _exact_log_evidence(p, tolerance), p.zeros(), True
             if log_p is None:
                 estimate = log_evidence(model, refined, *data, num_samples=num_samples, plate=plate, seed=seed)

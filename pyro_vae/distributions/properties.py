@@ -11,9 +11,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["base_distribution", "base_support", "clamp_inside", "class_probabilities"]
-__all__ += ["conditional_mean", "discrete_twin", "is_discrete", "is_masked", "is_normalized", "is_point"]
-__all__ += ["same_support", "spell_support", "support_bounds", "without_independent"]
+__all__ = [
+    "base_distribution", "base_support", "clamp_inside", "class_probabilities", "conditional_mean", "discrete_twin",
+    "inside_support", "is_discrete", "is_masked", "is_normalized", "is_point", "masks", "same_support",
+    "spell_support", "support_bounds", "within_support", "without_independent",
+]  # fmt: skip
 
 
 def base_distribution(distribution: Any) -> Any:
@@ -57,23 +59,57 @@ def is_masked(distribution: Any) -> bool:
     >>> is_masked(dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1))
     True
     """
+    return bool(masks(distribution))
+
+
+def masks(distribution: Any) -> list[Any]:
+    """The masks of each ``MaskedDistribution`` among the wrappers, booleans or tensors.
+
+    >>> masks(dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1))
+    [False]
+    """
+    found = []
     while hasattr(distribution, "base_dist"):
         if isinstance(distribution, dist.MaskedDistribution):
-            return True
+            found.append(distribution._mask)
         distribution = distribution.base_dist
-    return False
+    return found
 
 
-def is_normalized(distribution: dist.Distribution) -> bool:
+def is_normalized(distribution: Any) -> bool:
     """Whether ``log_prob`` is the logarithm of a density or mass: it sums to one over the support.
 
-    Soft targets are not: their class has ``normalized = False``. ``pyro.factor``, a ``Unit``, may be any number.
+    Soft targets are not: their class has ``normalized = False``. ``pyro.factor``, a ``Unit``, may be any number, as may
+    the ``log_density`` of a ``Delta``, and an ``ImproperUniform`` has infinite mass.
 
     >>> is_normalized(dist.Normal(0.0, 1.0)), is_normalized(dist.Unit(torch.tensor(3.0)))
     (True, False)
     """
     base = base_distribution(distribution)
-    return getattr(base, "normalized", not isinstance(base, dist.Unit))
+    if isinstance(base, torch.distributions.MixtureSameFamily):
+        return is_normalized(base.component_distribution)
+    if isinstance(base, dist.Delta):
+        return not torch.as_tensor(base.log_density).any()
+    return getattr(base, "normalized", not isinstance(base, dist.Unit | dist.ImproperUniform))
+
+
+def inside_support(distribution: Any, value: Tensor) -> Tensor:
+    """Whether values are in the support of a distribution, ``(*batch)``, or masked; ``True`` where it is not known.
+
+    It does not depend on ``validate_args``, without which ``log_prob`` takes any number.
+
+    >>> inside_support(dist.Bernoulli(torch.full((2,), 0.5), validate_args=False), torch.tensor([1.0, 0.3]))
+    tensor([ True, False])
+    """
+    if isinstance(distribution, torch.distributions.Independent):
+        inside, dims = inside_support(distribution.base_dist, value), distribution.reinterpreted_batch_ndims
+        return inside.flatten(-dims).all(-1) if 0 < dims <= inside.dim() else inside
+    if isinstance(distribution, dist.MaskedDistribution):
+        return inside_support(distribution.base_dist, value) | ~torch.as_tensor(distribution._mask, device=value.device)
+    try:
+        return torch.as_tensor(distribution.support.check(value))
+    except (NotImplementedError, AttributeError, RuntimeError, TypeError):
+        return torch.ones((), dtype=torch.bool, device=value.device)
 
 
 def base_support(distribution: Any) -> Any:
@@ -111,6 +147,21 @@ def same_support(first: Any, second: Any) -> bool:
         return repr(one) == repr(other)
     pairs = zip(support_bounds(first), support_bounds(second), strict=True)
     return all(bool((_as_double(ours) == _as_double(theirs)).all()) for ours, theirs in pairs)
+
+
+def within_support(first: Any, second: Any) -> bool:
+    """Whether all values of a distribution are in the support of another one, where their bounds are known.
+
+    >>> within_support(dist.LogNormal(0.0, 1.0), dist.Normal(0.0, 1.0))
+    True
+    >>> within_support(dist.Normal(0.0, 1.0), dist.LogNormal(0.0, 1.0))
+    False
+    """
+    try:
+        (low, high), (least, most) = (map(_as_double, support_bounds(one)) for one in (first, second))
+        return bool((low >= least).all() and (high <= most).all())
+    except (NotImplementedError, AttributeError, RuntimeError):  # no known support, or bounds of other shapes
+        return True
 
 
 def spell_support(distribution: Any) -> str:

@@ -87,7 +87,6 @@ def annealed_log_evidence(
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
     p = ModelDensity(ModelGuide(model, guide, data, plate))
     q = GuideDensity(p)
-    q.check_densities()
     _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 

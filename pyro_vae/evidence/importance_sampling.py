@@ -148,7 +148,7 @@ def log_evidence(
     positive_int(num_samples, "num_samples")
     boolean(compile, "compile")
     p = ModelDensity(ModelGuide(model, guide, data, plate))
-    GuideDensity(p).check_densities()
+    GuideDensity(p)
     compiled: dict[int, CompiledFunction] = {}
 
     def make_sampler(p: ModelDensity, report: ReportProgress) -> WeightSampler:

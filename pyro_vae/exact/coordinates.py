@@ -10,6 +10,7 @@ from torch.distributions import biject_to
 from pyro_vae.distributions import properties
 from pyro_vae.distributions.extent import find_extent
 from pyro_vae.exact.quadrature import Box
+from pyro_vae.model_guide import outside_support
 
 __all__ = ["LatentCoordinates", "check_support"]
 
@@ -89,9 +90,7 @@ class LatentCoordinates:
 def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:
     """Raise if the distribution of a latent in the guide has another support than that in the model, ``fn``."""
     if not properties.same_support(drawn, fn):
-        must = f"have its latent {name!r} on {properties.spell_support(fn)}, as the model has"
-        got = f"a {_kind(drawn)} on {properties.spell_support(drawn)}"
-        raise ValueError(f"`guide` must {must}, got {got}; mass outside of the support of p(z) makes the KL infinite")
+        raise outside_support(name, drawn, fn)
 
 
 def _parameter_dtype(fn: dist.TorchDistribution) -> torch.dtype | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import is_point
 from pyro_vae.exact.model_density import (
     ModelDensity,
     Values,
@@ -42,6 +41,7 @@ class GuideDensity:
         if self.sites.keys() != p.latents.keys():
             must = f"draw the latents of the model, {sorted(p.latents)}"
             raise ValueError(f"`guide` must {must}, got {sorted(self.sites)}")
+        p.pair.check_points()
         check_one_plate([("guide", name, site) for name, site in self.sites.items()], p.plate, p.num_data)
         for name, site in self.sites.items():
             check_site("guide", name, site)
@@ -66,14 +66,6 @@ class GuideDensity:
     def log_prob(self, values: Values) -> Tensor:
         """Compute log q(z | x) at values of every latent, ``(C, N)``."""
         return log_prob_at(self.guide, values, self.p.data)
-
-    def check_densities(self) -> None:
-        """Raise if a continuous latent is a point: it has no density, and log p(x, z) alone is no bound."""
-        for name, site in self.sites.items():
-            continuous = not self.p.latents[name]["fn"].support.is_discrete
-            if continuous and is_point(site["fn"]):
-                got = f"a point (Delta, as in AutoDelta) for {name!r}"
-                raise ValueError(f"`guide` must have a density for each continuous latent, got {got}")
 
     def factors(self) -> dict[str, Any] | None:
         """Return q of each latent if q(z | x) is their product, else ``None``."""

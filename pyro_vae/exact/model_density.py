@@ -17,8 +17,8 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors
-from pyro_vae.distributions.properties import is_masked, is_normalized
-from pyro_vae.exact.coordinates import LatentCoordinates, check_support
+from pyro_vae.distributions.properties import is_masked
+from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
 __all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "joint_log_density", "log_prob_at"]
@@ -44,8 +44,7 @@ class ModelDensity:
             with torch.no_grad(), pyro.validation_enabled():
                 pair.model_trace.compute_log_prob()
         except ValueError:  # a draw of the guide may lie outside of the support of p(z)
-            for name in pair.guide_latents.keys() & pair.latents.keys():
-                check_support(name, pair.guide_latents[name]["fn"], pair.latents[name]["fn"])
+            pair.check_kinds()
             raise
         self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
         self.latents, self.observed = pair.latents, pair.observed
@@ -178,9 +177,6 @@ def _check_structure(pair: ModelGuide) -> int:
     check_one_plate(drawn, pair.plate, frame.full_size or frame.size)
     for name, site in sites.items():
         check_site("model", name, site)
-    if unnormalised := [name for name, site in pair.observed.items() if not is_normalized(site["fn"])]:
-        raise ValueError(
-            f"`model` must have a normalised likelihood, got soft targets or pyro.factor at {unnormalised}; use "
-            "likelihoods.ContinuousBernoulli for grey data, or likelihoods.Bernoulli on binarized data"
-        )
+    pair.check_likelihood()
+    pair.check_kinds()
     return frame.size

@@ -79,13 +79,15 @@ def reference(
             got = f"the discrete {discrete}; use pv.exact.posterior for these"
             raise ValueError(f"`model` must have continuous latents, got {got}")
         names = DimensionNames(pair.latents | pair.deterministic, pair.observed, settings, chains)
-        runs = [_chain(model, data, draws, warmup) for _ in range(chains)]
+        runs = [_chain(model, pair.data, draws, warmup) for _ in range(chains)]
         values = {name: torch.cat([run[name] for run, _, _ in runs]) for name in pair.latents}
         with torch.no_grad():
             chunks = zip(*(value.split(density.chunk) for value in values.values()), strict=True)
             log_p = [density.log_joint(dict(zip(values, chunk, strict=True))).sum(1) for chunk in chunks]
             if pair.deterministic:
-                values |= Predictive(ResampleObserved()(model), values, return_sites=tuple(pair.deterministic))(*data)
+                values |= Predictive(ResampleObserved()(model), values, return_sites=tuple(pair.deterministic))(
+                    *pair.data
+                )
     arrays = {name: as_array(value).reshape(chains, draws, *names.shapes[name]) for name, value in values.items()}
     stats = {"diverging": torch.cat([diverging for _, diverging, _ in runs]), "lp": torch.cat(log_p)}
     shaped = {name: (("chain", "draw"), as_array(value).reshape(chains, draws)) for name, value in stats.items()}

@@ -175,7 +175,7 @@ class JointSampler:
         same_kind = all(_same_kind(site["fn"], self.latents[name]["fn"]) for name, site in of_model.items())
         exists = {
             "lp": bool(self.observed) and normalized and same_kind,
-            "log_q": bool(self.latents) and not self.pair.has_points(),
+            "log_q": bool(self.latents) and not self.pair.points,
         }
         exists["log_weight"] = exists["lp"] and exists["log_q"] and of_model.keys() == self.latents.keys()
         return tuple(name for name, found in exists.items() if found)

@@ -8,30 +8,18 @@ All are in nats per datum and at β = 1. Scales of the objective are removed.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+from pyro.ops.packed import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
-from pyro_vae.distributions.properties import is_normalized, is_point
+from pyro_vae._utils.traces import PARTICLES, latent_sites, log_density, masked, observed_sites, plate_scale
+from pyro_vae.distributions.properties import is_point
 
-__all__ = ["bound_name", "elbo_terms", "rate_by_variable"]
-
-_PARTICLES = "num_particles_vectorized"
-
-
-def bound_name(model_trace: Trace, guide_trace: Trace) -> str:
-    """Return ``"elbo"``, or ``"surrogate"`` if the objective is no bound.
-
-    It is none if an observed site has no normalised density, or if all sites of the guide are points (``Delta``, as in
-    ``AutoDelta``): such a guide has no density, and the objective finds a mode.
-    """
-    bounded = all(is_normalized(site["fn"]) for site in observed_sites(model_trace).values())
-    latents = latent_sites(guide_trace).values()
-    points = bool(latents) and all(is_point(site["fn"]) for site in latents)
-    return "elbo" if bounded and not points else "surrogate"
+__all__ = ["elbo_terms", "rate_by_variable", "weights_removed"]
 
 
 def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | None:
@@ -53,11 +41,20 @@ def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | No
 
 
 @torch.no_grad()
-def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str, Tensor] | None:
+def elbo_terms(
+    traces: Sequence[tuple[Trace, Trace]], num_data: int, name: str = "elbo", closed_form: bool = False
+) -> dict[str, Tensor] | None:
     """Compute ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
     Latents that the guide enumerates are summed over exactly. ``None`` if the model marginalises a latent that the
     guide lacks, whose nats are neither rate nor distortion, or if two latents are enumerated in one dimension.
+
+    Args:
+        traces: of model and guide, with plates that have a size.
+        num_data: N.
+        name: of the sum of distortion and rate, see :attr:`pyro_vae.model_guide.ModelGuide.bound`.
+        closed_form: whether the rate is the closed form of KL(q || p) of each latent that has one, as in the loss of
+            ``TraceMeanField_ELBO``, instead of an estimate from the draws.
     """
     distortion: Any = 0.0
     rate: Any = 0.0
@@ -69,11 +66,50 @@ def elbo_terms(traces: Sequence[tuple[Trace, Trace]], num_data: int) -> dict[str
         weights = {site["infer"]["_enumerate_dim"]: _log_weight(site) for site in enumerated}
         if len(weights) < len(enumerated):  # two in one dimension
             return None
+        divergences = _divergences(guide_sites, model_sites) if closed_form else {}
         distortion = distortion - _expectations(observed_sites(model_trace), weights)
-        rate = rate + _expectations(guide_sites, weights) - _expectations(model_sites, weights)
+        for sites, sign in ((guide_sites | observed_sites(guide_trace), 1), (model_sites, -1)):  # with `pyro.factor`
+            sampled = {name: site for name, site in sites.items() if name not in divergences}
+            rate = rate + sign * _expectations(sampled, weights)
+        rate = rate + sum(_expectation(kl, guide_sites[name], {}) for name, kl in divergences.items())
     count = len(traces) * num_data
     distortion, rate = (torch.as_tensor(total, dtype=torch.float64) / count for total in (distortion, rate))
-    return {bound_name(*traces[0]): -distortion - rate, "distortion": distortion, "rate": rate}
+    return {name: -distortion - rate, "distortion": distortion, "rate": rate}
+
+
+def _divergences(guide_sites: dict[str, Any], model_sites: dict[str, Any]) -> dict[str, Tensor]:
+    """KL(q || p) of each latent, ``(*batch)``, where it has a closed form.
+
+    There is none in another order of the latents: p of one may then depend on draws that depend on it in the guide.
+    Pyro leaves out the log-density of a ``Delta``.
+    """
+    divergences: dict[str, Tensor] = {}
+    if list(model_sites) != [name for name in guide_sites if name in model_sites]:
+        return divergences
+    for name, prior in model_sites.items():
+        site = guide_sites[name]
+        if not is_point(site["fn"]):
+            with suppress(NotImplementedError):
+                divergence = torch.distributions.kl_divergence(site["fn"], prior["fn"])
+                divergences[name] = masked(divergence.expand(site["fn"].batch_shape), site)
+    return divergences
+
+
+def weights_removed(traces: Sequence[tuple[Trace, Trace]]) -> list[tuple[Trace, Trace]]:
+    """Return copies of traces of ``TraceEnum_ELBO`` whose sites have no other scale than N/B of their plates."""
+    return [(_without_weights(model_trace), _without_weights(guide_trace)) for model_trace, guide_trace in traces]
+
+
+def _without_weights(trace: Trace) -> Trace:
+    new = trace.copy()
+    new.plate_to_symbol, new.symbol_to_dim = trace.plate_to_symbol, trace.symbol_to_dim
+    nodes: Any = new.nodes
+    for name, site in nodes.items():
+        if site["type"] == "sample" and "packed" in site:
+            scale, known = plate_scale(site), site["packed"]
+            log_prob = scale_and_mask(known["unscaled_log_prob"], scale, known["mask"])
+            nodes[name] = {**site, "scale": scale, "packed": {**known, "scale": scale, "log_prob": log_prob}}
+    return new
 
 
 def _log_weight(site: dict[str, Any]) -> Tensor:
@@ -86,15 +122,12 @@ def _log_weight(site: dict[str, Any]) -> Tensor:
 
 
 def _expectations(sites: dict[str, Any], weights: dict[int, Tensor]) -> Any:
-    return sum(_expectation(site, weights) for site in sites.values())
+    return sum(_expectation(log_density(site), site, weights) for site in sites.values())
 
 
-def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
-    """The expected log-density of a site under the guide, summed over plates and scaled to all data."""
-    term = log_density(site)
-    frames = site["cond_indep_stack"]
-    scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames if frame.name != _PARTICLES)
-    particles = math.prod(frame.size for frame in frames if frame.name == _PARTICLES)
+def _expectation(term: Tensor, site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
+    """The expected value under the guide of a term of a site, summed over plates and scaled to all data."""
+    particles = math.prod(frame.size for frame in site["cond_indep_stack"] if frame.name == PARTICLES)
     summed = {dim: weight for dim, weight in weights.items() if _size(term, dim) > 1}
     pending = list(summed)
     while pending:  # the weight of a variable may depend on others, which are then summed over as well
@@ -106,7 +139,7 @@ def _expectation(site: dict[str, Any], weights: dict[int, Tensor]) -> Tensor:
         dim = next(dim for dim in summed if all(_size(w, dim) == 1 for other, w in summed.items() if other != dim))
         weight = summed.pop(dim).exp()
         term = torch.where(weight > 0, weight * term, 0.0).sum(dim, keepdim=True)
-    return term.sum(dtype=torch.float64) * (scale / particles)
+    return term.sum(dtype=torch.float64) * (plate_scale(site) / particles)
 
 
 def _size(tensor: Tensor, dim: int) -> int:

@@ -6,7 +6,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, set_plate_sizes
 from pyro_vae.model_guide import check_one_plate, check_same_latents
 
 __all__ = ["Particles"]
@@ -29,10 +29,11 @@ class Particles:
 
     def __init__(self, objective: str, model_trace: Trace, guide_trace: Trace, num_draws: int):
         self.objective = objective
+        set_plate_sizes(model_trace, guide_trace)
         self.observed, self.prior = observed_sites(model_trace), latent_sites(model_trace)
-        self.guide = latent_sites(guide_trace)
+        self.guide, factors = latent_sites(guide_trace), observed_sites(guide_trace)
         sites = [("model", name, site) for name, site in (self.observed | self.prior).items()]
-        sites += [("guide", name, site) for name, site in self.guide.items()]
+        sites += [("guide", name, site) for name, site in (self.guide | factors).items()]
         check_one_plate(sites, purpose=f" for {objective} (pyro.infer.Trace_ELBO has no such limit)")
         # An autoguide draws an auxiliary site, and the latent is a Delta with the Jacobian: together they are q.
         check_same_latents(self.prior, self.guide)
@@ -44,7 +45,7 @@ class Particles:
         self.shape = torch.Size([num_draws, next(f.size for f in first["cond_indep_stack"] if f.dim == -1)])
         self.log_likelihood = self.log_density(self.observed)
         self.log_prior = self.log_density(self.prior)
-        self.log_q = self.log_density(self.guide)
+        self.log_q = self.log_density(self.guide | factors)
         # log q of the latents without pathwise gradient; a handler's scale or mask has no part in it
         self.score = self._sum(site["score_parts"].score_function for site in self.guide.values())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import function
+from pyro_vae._utils.validation import data_tensors, function
 from pyro_vae.plots.axes import axes_or_new
 
 __all__ = ["plate_diagram"]
@@ -38,6 +38,7 @@ def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None,
     ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
+    data = data_tensors(data, "data") if data else data
     ax = axes_or_new(ax)
     with scoped_param_store(), seeded(0):
         relations = get_model_relations(model, data, include_deterministic=True)

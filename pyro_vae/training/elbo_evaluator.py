@@ -1,29 +1,36 @@
 """Evaluate an ELBO on a model and guide: its loss, its terms, and the first site that is not finite."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, plate_scale, set_plate_sizes
 from pyro_vae._utils.typing import Function
-from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
+from pyro_vae.objectives.elbo_terms import elbo_terms, weights_removed
 
 __all__ = ["ElboEvaluator"]
 
 
 class ElboEvaluator:
-    """An ELBO of a model and guide that keeps the traces of its last evaluation."""
+    """An ELBO of a model and guide that keeps the traces of its last evaluation.
+
+    ``bound`` is the name of its terms' sum: ``"elbo"``, or ``"surrogate"`` of a pair for which it is no bound, see
+    :attr:`pyro_vae.model_guide.ModelGuide.bound`.
+    """
 
     def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str | None = None):
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
+        self.bound = "elbo"
         self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
         self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
 
@@ -39,6 +46,8 @@ class ElboEvaluator:
         self.traces = []
         with self._capture_traces():
             loss = compute(self.model, self.guide, *args, **self.keywords)
+        for traces in self.traces:
+            set_plate_sizes(*traces)
         return loss[0] if isinstance(loss, tuple) else loss
 
     @contextmanager
@@ -63,19 +72,25 @@ class ElboEvaluator:
         """
         if self.plate is None:
             return {}
-        model_trace, guide_trace = self.traces[0]
-        site, frame = next(
-            (site, frame)
-            for site in observed_sites(model_trace).values()
+        size = next(
+            frame.full_size or frame.size
+            for site in observed_sites(self.traces[0][0]).values()
             for frame in site["cond_indep_stack"]
             if frame.name == self.plate
         )
-        terms = elbo_terms(self.traces, frame.full_size or frame.size)
-        if terms is not None:
-            return terms
-        # The scale of the site holds N / B of a mini-batch, and any scale that the model was given.
-        bound = -torch.as_tensor(loss, dtype=torch.float64) / (site["scale"] * frame.size)
-        return {bound_name(model_trace, guide_trace): bound}
+        terms = elbo_terms(self.traces, size, self.bound, closed_form=isinstance(self.elbo, TraceMeanField_ELBO))
+        return {self.bound: -self._unweighted(loss) / size} if terms is None else terms
+
+    @torch.no_grad()
+    def _unweighted(self, loss: Any) -> Tensor:
+        """Compute the loss of the last evaluation with every site at weight 1, from its traces."""
+        weights = [site["scale"] / plate_scale(site) for _, _, site in self.sites()]
+        common = not any(isinstance(weight, Tensor) for weight in weights) and math.isclose(min(weights), max(weights))
+        if common or not isinstance(self.elbo, TraceEnum_ELBO):  # N / B of slices, or a scale of the whole model
+            return torch.as_tensor(loss, dtype=torch.float64) / torch.as_tensor(weights[-1]).double().mean()
+        elbo: Any = copy(self.elbo)
+        elbo._get_traces = lambda *args: weights_removed(self.traces)
+        return torch.as_tensor(elbo.loss(self.model, self.guide), dtype=torch.float64)
 
     def sites(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yield owner, name and site of all latent and observed sites of the last evaluation, the guide's first."""

@@ -33,6 +33,18 @@ from pyro_vae.training.step import Step
 __all__ = ["Fitted", "evaluate", "fit"]
 
 
+class Terms(dict[str, Any]):
+    """ELBO, distortion and rate by name; where there is a surrogate instead of an ELBO, an error names the reason."""
+
+    def __init__(self, terms: Mapping[str, Any], why_no_bound: str):
+        super().__init__(terms)
+        self.why_no_bound = why_no_bound
+
+    def __missing__(self, name: str) -> Any:
+        bound = name.endswith("elbo") and self.why_no_bound
+        raise KeyError(f"{name!r}: the objective is no ELBO, but a 'surrogate': {self.why_no_bound}" if bound else name)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What :func:`fit` returns. The trained parameters are in the networks, and in Pyro's param store.
@@ -154,6 +166,7 @@ def fit(
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
+            evaluator.bound = pair.bound
             held_out = None if held_out is None else pair.held_out(held_out)
         step = _make_step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
         batches = Batches(pair.take, num_data, batch_size, seed, tensors[0].device)
@@ -168,7 +181,8 @@ def fit(
     if loop.state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
     seconds, state = time.perf_counter() - started, loop.state
-    return Fitted(model, guide, state.history, seed, step.count, seconds, state.stop_reason, state.skipped)
+    history = Terms(state.history, pair.why_no_bound)
+    return Fitted(model, guide, history, seed, step.count, seconds, state.stop_reason, state.skipped)
 
 
 def evaluate(
@@ -202,8 +216,9 @@ def evaluate(
         pair = ModelGuide(model, guide, data, plate, seed=seed)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
+        evaluator.bound = pair.bound
     with seeded(seed), buffers_kept(), pyro.validation_enabled():
-        return _terms(evaluator, pair.data, "data", num_samples)
+        return Terms(_terms(evaluator, pair.data, "data", num_samples), pair.why_no_bound)
 
 
 def _make_step(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
@@ -52,6 +52,11 @@ def as_elbo(elbo: ELBO | None) -> ELBO:
         raise ValueError(
             f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs "
             "TorchScript, deprecated in torch"
+        )
+    if isinstance(elbo, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "`elbo` must be an ELBO with a loss for each datum, got TraceTailAdaptive_ELBO, which computes no loss and "
+            "weights draws of all data together; use pv.objectives.ImportanceWeighted or pyro.infer.RenyiELBO"
         )
     return elbo
 

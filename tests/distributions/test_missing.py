@@ -16,7 +16,6 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae.distributions.missing import WithMissing, with_missing
 from pyro_vae.distributions.properties import base_support
-from pyro_vae.objectives.elbo_terms import bound_name
 
 NAN = math.nan
 Z_UNLIKELY = 4.5  # two-sided probability 7e-6
@@ -186,8 +185,6 @@ def test_soft_targets_with_missing_ones_are_no_likelihood_either():
     vae = gaussian(1, 2, encoder=reading(), decoder=decoder)
     x = torch.tensor([[0.3, NAN]])
     assert "surrogate" in pv.evaluate(vae.model, vae.guide, x)
-    trace = pyro.poutine.trace(vae.model).get_trace(x)
-    assert bound_name(trace, pyro.poutine.trace(vae.guide).get_trace(x)) == "surrogate"
     with pytest.raises(ValueError, match="must have a normalised likelihood"):
         pv.exact.log_evidence(vae.model, x)
 

@@ -17,7 +17,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, priors
 from pyro_vae._utils.traces import log_density
 from pyro_vae.handlers import SubsampleRows, WeightKL
-from pyro_vae.objectives.elbo_terms import bound_name, elbo_terms
+from pyro_vae.objectives.elbo_terms import elbo_terms
 
 N = 5
 X = torch.randn(N, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -182,10 +182,12 @@ def test_a_latent_that_the_model_marginalises_has_no_terms():
 
 def test_the_name_of_the_bound_depends_on_the_likelihood():
     vae = gaussian(decoder=likelihoods.Bernoulli(2, 3, NET, soft_targets=True)).double()
-    loss, traces = run(Trace_ELBO(), vae.model, vae.guide, X.sigmoid())
-    terms = elbo_terms(traces, N)
+    x = X.sigmoid()
+    pyro.set_rng_seed(0)
+    loss = Trace_ELBO().loss(vae.model, vae.guide, x)
+    terms = pv.evaluate(vae.model, vae.guide, x)
     assert set(terms) == {"surrogate", "distortion", "rate"}
-    assert (terms["surrogate"].item(), bound_name(*traces[0])) == (pytest.approx(-loss / N, rel=1e-9), "surrogate")
+    assert terms["surrogate"] == pytest.approx(-loss / N, rel=1e-9)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["poutine.mask", "masked distribution"])
