@@ -262,11 +262,15 @@ class ModelGuide:
         """
         points = [name for name, site in self.guide_latents.items() if is_point(site["fn"])]
         points = [name for name in points if not _has_mass(self.latents.get(name))]
-        if not points or not self.auxiliary:
+        drawn = latent_sites(self.guide_trace)
+        densities = {
+            name for name in self.auxiliary if not is_point(drawn[name]["fn"])
+        }  # as in AutoLaplaceApproximation
+        if not points or not densities:
             return points
         sites = self._tracked(self.guide)
         origins = {name: get_provenance(base_distribution(sites[name]["fn"]).v) for name in points}
-        return [name for name in points if not origins[name] & set(self.auxiliary)]
+        return [name for name in points if not origins[name] & densities]
 
     def _tracked(self, run: Function) -> dict[str, Any]:
         """The sites of a run of model or guide in which each tensor knows the latents from which it was computed."""
@@ -477,10 +481,13 @@ class ModelGuide:
         if (data is self.data and count == len(data[0])) or not is_shared or _tensors(masks(site["fn"])):
             return
         with seeded(0):
-            ours = transformed(tuple(tensor[:count] for tensor in self.data), self.transform)
-            found = [index for index, tensor in enumerate(ours) if _equal(tensor, value)]
+            ours = self.data  # already transformed, if all rows were run
+            if count < self.num_data:
+                ours = transformed(tuple(tensor[:count] for tensor in ours), self.transform)
+            found = [index for index, tensor in enumerate(ours) if _same_rows(tensor, value)]
             for rows in torch.arange(len(data[0]), device=data[0].device).split(max(count, _MAX_ROWS)) if found else ():
-                yield int(rows[0]), transformed(tuple(tensor[rows] for tensor in data), self.transform)[found[0]]
+                values = transformed(tuple(tensor[rows] for tensor in data), self.transform)[found[0]]
+                yield int(rows[0]), values.reshape(-1, *value.shape[1:])
 
     def _check_masks(self) -> None:
         """Raise if the mask of an observed site depends on a latent: what is observed is then no fixed set."""
@@ -542,9 +549,12 @@ class _TrackLatents(TrackProvenance):
         pass
 
 
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors have the same values, NaN in the same places."""
-    return ours.shape == theirs.shape and bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+def _same_rows(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same values in each row, in any shape, and NaN in the same places."""
+    if ours.shape[:1] != theirs.shape[:1] or ours.numel() != theirs.numel():
+        return False
+    ours = ours.reshape(theirs.shape)
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
 
 class _Leaves(Messenger):

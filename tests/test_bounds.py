@@ -14,6 +14,7 @@ from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuideList,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -63,7 +64,7 @@ def test_autoguides_have_a_density_of_their_latents(make):
     assert is_called_elbo(two_latents, make(two_latents))
 
 
-@pytest.mark.parametrize("make", [AutoDelta, half_a_map])
+@pytest.mark.parametrize("make", [AutoDelta, half_a_map, AutoLaplaceApproximation])
 def test_a_point_for_a_continuous_latent_bounds_nothing(make):
     assert not is_called_elbo(two_latents, make(two_latents))
 
@@ -298,11 +299,12 @@ def binary_guide(x):
 
 
 @pytest.mark.parametrize("transform", [None, lambda x: x / 255], ids=["plain", "transformed"])
-def test_the_data_of_all_batches_and_of_validation_are_looked_at(transform):
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_the_data_of_all_batches_and_of_validation_are_looked_at(transform, batch_size):
     factor = 1.0 if transform is None else 255.0
     binary, late = factor * GREY.round(), factor * GREY.round()
     late[9] = 0.5 * factor
-    options = {"epochs": 1, "batch_size": 4, "transform": transform}
+    options = {"epochs": 1, "batch_size": batch_size, "transform": transform}
     assert "elbo" in pv.fit(binary_model, binary_guide, binary, **options, validation=binary[:5]).history
     with pytest.raises(KeyError, match="in row 9"):
         pv.fit(binary_model, binary_guide, late, **options).history["elbo"]

@@ -169,6 +169,36 @@ def test_every_entry_refuses_what_is_no_pair_in_the_same_words(call, options):
             call(model, guide, X, **options | changes)
 
 
+def shifted_model(x, shift):
+    with pyro.plate("data", len(x)):
+        x, shift = pyro.subsample(x, event_dim=0), pyro.subsample(shift, event_dim=0)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+
+def shifted_guide(x, shift):
+    with pyro.plate("data", len(x)):
+        x, shift = pyro.subsample(x, event_dim=0), pyro.subsample(shift, event_dim=0)
+        pyro.sample("z", dist.Normal((x - shift) / 2, 0.7))
+
+
+def test_data_of_several_tensors_are_taken_together_or_one_by_one():
+    data = X[:30, 0], X[:30, 1]
+    model, guide = shifted_model, shifted_guide
+    for answer in (
+        lambda *data: pv.log_evidence(model, guide, *data, num_samples=20).log_evidence,
+        lambda *data: pv.annealed_log_evidence(model, guide, *data, num_chains=3, num_temperatures=3).log_evidence,
+        lambda *data: pv.exact.log_evidence(model, *data),
+        lambda *data: pv.exact.posterior(model, *data).mean,
+        lambda *data: pv.exact.elbo(model, guide, *data),
+        lambda *data: pv.exact.kl(model, guide, *data),
+        lambda *data: torch.tensor(pv.decompose(model, guide, *data).rate.value),
+        lambda *data: torch.as_tensor(pv.to_datatree(model, guide, *data, draws=2)["posterior"]["z"].values),
+    ):
+        torch.testing.assert_close(answer(data), answer(*data), rtol=0, atol=0)
+        torch.testing.assert_close(answer(list(data)), answer(*data), rtol=0, atol=0)
+
+
 HIDDEN = torch.arange(200.0)[:, None]
 DEPENDENT = {
     "the mean of all rows": lambda x: x[:, :2] - x[:, :2].mean(0),

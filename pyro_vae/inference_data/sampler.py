@@ -1,7 +1,7 @@
 """Joint draws of latents and data from a model and guide, in chunks, with their log-densities."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import is_discrete, is_normalized, is_point
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters, plates_and_event
 from pyro_vae.inference_data.settings import ExportSettings, as_array
@@ -170,14 +169,11 @@ class JointSampler:
 
     def _find_statistics(self) -> tuple[str, ...]:
         """Name the log-densities that exist; a weight is a ratio of two over the same latents."""
-        of_model = self.pair.latents
-        normalized = all(is_normalized(site["fn"]) for site in self.observed.values())
-        same_kind = all(_same_kind(site["fn"], self.latents[name]["fn"]) for name, site in of_model.items())
         exists = {
-            "lp": bool(self.observed) and normalized and same_kind,
+            "lp": bool(self.observed) and _passes(self.pair.check_likelihood) and _passes(self.pair.check_kinds),
             "log_q": bool(self.latents) and not self.pair.points,
         }
-        exists["log_weight"] = exists["lp"] and exists["log_q"] and of_model.keys() == self.latents.keys()
+        exists["log_weight"] = exists["lp"] and exists["log_q"] and _passes(self.pair.check_density)
         return tuple(name for name, found in exists.items() if found)
 
     def _variable(self, group: str, name: str, value: Tensor) -> Variable:
@@ -189,9 +185,12 @@ class JointSampler:
         return Variable(shape, as_array(value).dtype)
 
 
-def _same_kind(prior: Any, q: Any) -> bool:
-    """Whether both are densities, or both are masses."""
-    return is_point(q) or is_discrete(prior) == is_discrete(q)
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except ValueError:
+        return False
+    return True
 
 
 def _values_of(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:

@@ -98,8 +98,9 @@ def fit(
     A step is that of ``pyro.infer.SVI``, with one fused optimizer instead of one for each parameter. Parameters stay in
     the current param store. Random states, default dtype, threads and the validation flag are restored at the end.
 
-    The history holds the ELBO at β = 1, -distortion - rate; ``surrogate`` instead, if a likelihood is not normalised
-    (soft targets), so that there is no bound.
+    The history holds the ELBO at β = 1, -distortion - rate. It holds a ``surrogate`` instead where that is no bound,
+    see :attr:`pyro_vae.model_guide.ModelGuide.why_no_bound`: soft targets, a point for a continuous latent (MAP), data
+    outside of the support of the likelihood, for example; ``history["elbo"]`` is then an error that names the reason.
 
     Args:
         model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
