@@ -657,12 +657,10 @@ def check_one_plate(
         found = [frame.name for frame in frames]
         plate = plate or (found or ["data"])[0]
         if found != [plate] or frames[0].dim != -1:
-            hint = (
-                "" if found else f'; a plate without a size, `pyro.plate("{plate}")`, has no value of its own for a row'
-            )
+            unsized = '; a plate needs a size for a value of each row, `pyro.plate("data", len(x))`'
             raise ValueError(
                 f"`{owner}` must have every site in one plate, {plate!r}, as the rightmost batch dimension{purpose}, "
-                f"got site {name!r} in the plates {found}{hint}"
+                f"got site {name!r} in the plates {found}{unsized * site.get('left_unsized', False)}"
             )
         size = size or frames[0].size
         if frames[0].size != size:

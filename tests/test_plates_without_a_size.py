@@ -100,7 +100,7 @@ def test_a_latent_with_one_value_in_the_plate_is_counted_once():
     assert ModelGuide(shared_model, shared_guide, X).global_latents == ["mean"]
     with pytest.raises(ValueError, match=r"latents are global, got \['mean'\]"):
         pv.fit(shared_model, shared_guide, X, epochs=1, batch_size=5)
-    with pytest.raises(ValueError, match=r"got site 'mean' in the plates \[\]; a plate without a size"):
+    with pytest.raises(ValueError, match=r"got site 'mean' in the plates \[\]; a plate needs a size"):
         pv.exact.log_evidence(shared_model, X)
 
 

@@ -73,6 +73,7 @@ def set_plate_sizes(*traces: Trace) -> None:
         extent = _extent(site, frame.dim, sizes[frame.name])
         stack, sized = site["cond_indep_stack"], frame._replace(size=extent, full_size=extent)
         place, outside = stack.index(frame), extent == 1 < sizes[frame.name]
+        site["left_unsized"] = outside  # for errors
         site["cond_indep_stack"] = (*stack[:place], *([] if outside else [sized]), *stack[place + 1 :])
 
 
