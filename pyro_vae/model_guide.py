@@ -418,9 +418,10 @@ class ModelGuide:
             return
         rows, others = torch.arange(self.num_run, device=self.data[0].device), {}
         for name, site in self.guide_latents.items():
-            counted = hidden.get(name, torch.tensor(True))
-            counted = counted.reshape((*counted.shape, *[1] * site["fn"].event_dim))
-            others[name] = torch.where(counted, site["value"], site["value"].flip(0) + 1)
+            others[name] = site["value"]
+            if name in hidden:
+                counted = hidden[name].reshape((*hidden[name].shape, *[1] * site["fn"].event_dim))
+                others[name] = torch.where(counted, site["value"], site["value"].flip(0) + 1)
         with poutine.block(), torch.no_grad(), seeded(0), pyro.validation_enabled(False), self.take(rows) as data:
             again = poutine.trace(poutine.condition(self.model, data=others)).get_trace(*data)
         new: dict[str, Any] = dict(again.nodes)
@@ -596,9 +597,10 @@ def _is_proper(site: Site) -> bool:
 
 def _counted(site: Site) -> Tensor:
     """Which data of a latent are not masked."""
-    counted = torch.as_tensor(True if site["mask"] is None else site["mask"])
+    device = torch.as_tensor(site["value"]).device
+    counted = torch.as_tensor(True if site["mask"] is None else site["mask"], device=device)
     for mask in masks(site["fn"]):
-        mask = torch.as_tensor(mask)
+        mask = torch.as_tensor(mask, device=device)
         counted = counted & mask.reshape((*mask.shape[: len(site["fn"].batch_shape)], -1)).all(-1)
     return counted
 
