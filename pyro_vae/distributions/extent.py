@@ -7,6 +7,7 @@ log-simplex. A distribution of our own has a method ``extent()``; one of torch o
 
 import math
 from functools import singledispatch
+from itertools import product
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae.distributions.properties import base_support
 
-__all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "find_extent"]
+__all__ = ["LOG_TAIL", "NORMAL_REACH", "Extent", "around_components", "find_extent"]
 
 LOG_TAIL = 36.0
 """A box leaves out a mass of about e^-36 = 2e-16."""
@@ -27,11 +28,13 @@ class Extent(NamedTuple):
     """Lower corner, a point inside, and upper corner of a box, ``(*batch, *coordinates)``.
 
     Quadrature breaks each axis at the point inside: put it where the density, or what reads the value, has a kink.
+    ``parts`` are boxes inside of which there is a scale of its own, such as those of the components of a mixture.
     """
 
     low: Tensor
     middle: Tensor
     high: Tensor
+    parts: "tuple[Extent, ...]" = ()
 
     @classmethod
     def around(cls, middle: Tensor, radius: Tensor) -> "Extent":
@@ -56,7 +59,7 @@ def find_extent(distribution: Any) -> Extent:
         box = Extent.around(distribution.mean, NORMAL_REACH * distribution.variance.sqrt())
     except NotImplementedError as error:
         raise NotImplementedError("its mean and variance are not known") from error
-    if not all(corner.isfinite().all() for corner in box):
+    if not all(corner.isfinite().all() for corner in box[:3]):
         raise NotImplementedError("it is without a finite mean and variance")
     return box
 
@@ -64,15 +67,29 @@ def find_extent(distribution: Any) -> Extent:
 @find_extent.register(torch.distributions.Independent)
 @find_extent.register(dist.MaskedDistribution)
 def _(distribution: Any) -> Extent:
-    return find_extent(distribution.base_dist)
+    """The box of the variables; parts of two of them are combined."""
+    box = find_extent(distribution.base_dist)
+    if box.parts and distribution.batch_shape != distribution.base_dist.batch_shape and box.low.shape[-1] == 2:
+        return box._replace(parts=tuple(_from_two(*pair) for pair in product(box.parts, repeat=2)))
+    return box
+
+
+def _from_two(one: Extent, other: Extent) -> Extent:
+    low, middle, high = (torch.stack([a[..., 0], b[..., 1]], -1) for a, b in zip(one[:3], other[:3], strict=True))
+    return Extent(low, middle, high)
 
 
 @find_extent.register
 def _(distribution: torch.distributions.MixtureSameFamily) -> Extent:
     """The box around those of the components."""
-    each, dim = find_extent(distribution.component_distribution), len(distribution.batch_shape)
+    return around_components(find_extent(distribution.component_distribution), len(distribution.batch_shape))
+
+
+def around_components(each: Extent, dim: int) -> Extent:
+    """Return the box around those of components, which are the dimension ``dim`` of its corners."""
     low, high = each.low.amin(dim), each.high.amax(dim)
-    return Extent(low, (low + high) / 2, high)
+    inner = [box for part in each.parts or (each,) for box in zip(*(end.unbind(dim) for end in part[:3]), strict=True)]
+    return Extent(low, (low + high) / 2, high, tuple(Extent(*box) for box in inner))
 
 
 @find_extent.register

@@ -10,6 +10,7 @@ from torch.special import ndtr
 
 from pyro_vae._utils.validation import real_tensor
 from pyro_vae.distributions.base import Parametric
+from pyro_vae.distributions.extent import NORMAL_REACH, Extent, around_components
 
 __all__ = ["MixtureOfNormals"]
 
@@ -109,6 +110,10 @@ class MixtureOfNormals(Parametric):
     def variance(self) -> Tensor:
         weights = self.logits.softmax(-1)[..., None]
         return (weights * (self.scale**2 + (self.loc - self.mean[..., None, :]) ** 2)).sum(-2)
+
+    def extent(self) -> Extent:
+        """The box around those of the components."""
+        return around_components(Extent.around(self.loc, NORMAL_REACH * self.scale), len(self.batch_shape))
 
 
 def _log_normal(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

@@ -182,7 +182,9 @@ class LogRelaxedOneHotCategorical(Parametric):
 
 
 def _logistic_extent(logits: Tensor, temperature: Tensor) -> Extent:
-    """The box of logistic variables of location l / λ and scale 1 / λ."""
+    """The box of logistic variables of location l / λ and scale 1 / λ, and that of the passage from 0 to 1 inside."""
     loc, radius = logits / temperature, LOG_TAIL / temperature
     low, high = loc - radius, loc + radius
-    return Extent(low, torch.zeros_like(loc).clamp(low, high), high)
+    zero = torch.zeros_like(loc)
+    box = Extent(low, zero.clamp(low, high), high)
+    return box._replace(parts=(box, Extent.around(zero, (zero + LOG_TAIL).minimum(radius))))

@@ -80,11 +80,14 @@ class LatentCoordinates:
                 "with `pyro_vae.distributions.find_extent.register`"
             ) from error
         check_support(self.name, fn, self.fn)
-        low, middle, high = (
-            corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
-            for corner in torch.broadcast_tensors(*corners)
-        )
-        return Box(low, middle.clamp(low, high), high).shared()
+        boxes = [corners._replace(parts=()), *corners.parts]
+        ends = [[self._corner(corner, num_data) for corner in torch.broadcast_tensors(*box[:3])] for box in boxes]
+        low, middle, high = ends[0]
+        parts = [torch.stack([end[place] for end in ends[1:] or ends]) for place in (0, 2)]
+        return Box(low, middle.clamp(low, high), high, torch.stack(parts)).shared()
+
+    def _corner(self, corner: Tensor, num_data: int) -> Tensor:
+        return corner.expand(num_data, *self.coordinate_shape).reshape(num_data, self.dims).double()
 
 
 def check_support(name: str, drawn: dist.TorchDistribution, fn: dist.TorchDistribution) -> None:

@@ -17,10 +17,11 @@ from pyro_vae.exact.model_density import (
     Values,
     check_repeatable,
     check_site,
+    few_rows,
     joint_log_density,
     log_prob_at,
 )
-from pyro_vae.exact.quadrature import MAX_NODES, SHARED_NODES, Box, QuadratureError, QuadratureRule, refine_to_tolerance
+from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
 from pyro_vae.model_guide import check_one_plate
 
 __all__ = ["GuideDensity", "sample_sites", "sample_with_log_q"]
@@ -81,7 +82,7 @@ class GuideDensity:
 
     def integration_box(self) -> Box:
         """Return a box for each datum that contains q(z | x)."""
-        return self.p.coordinates().integration_box(self.site()["fn"], self.p.num_data)
+        return self.p.integration_box(self.site()["fn"])
 
     def sum(self, integrand: Callable[[Values], Tensor]) -> Tensor:
         """Compute an expectation as a sum over all states, ``(N,)``."""
@@ -90,38 +91,37 @@ class GuideDensity:
             total = total + _weighted_sum(self.log_prob(values).double(), integrand(values).double())
         return total
 
-    def integral(self, integrand: Callable[[Values], Tensor], around: Box, tolerance: float) -> Tensor:
-        """Compute an expectation by quadrature, ``(N,)``.
+    def elbo(self, tolerance: float, reach: float = 1.0) -> Tensor:
+        """Compute E_q[log p(x, z) - log q(z | x)] by quadrature, ``(N,)``, on a box of q that is wider by ``reach``."""
+        expectation = _Expectation(self)
+        log_mass, value, _ = integrate(expectation, self.integration_box(), tolerance, reach)
+        mass = log_mass.exp()
+        if value is None or ((mass - 1).abs() > 2 * tolerance + expectation.rounding).any():
+            masses = f"{float(mass.min()):.6g} to {float(mass.max()):.6g}"
+            raise QuadratureError(f"quadrature did not converge: the mass of q(z | x) on its nodes is {masses}")
+        return value
 
-        The first try is one box for all data that also contains ``around``: a decoder then runs once for all of them.
-        The second try is a box around each q(z | x).
-        """
-        own = self.integration_box()
-        try:
-            return self._integral(integrand, own.join(around).union(), tolerance, SHARED_NODES)
-        except QuadratureError:
-            return self._integral(integrand, own, tolerance, MAX_NODES)
 
-    def _integral(
-        self, integrand: Callable[[Values], Tensor], box: Box, tolerance: float, max_nodes: dict[int, int]
-    ) -> Tensor:
-        coordinates, mass = self.p.coordinates(), self.p.zeros()
+class _Expectation:
+    """log q(z | x), the density, and log p(x, z) - log q(z | x), at coordinates of the latent."""
 
-        def estimate(panels: int) -> Tensor:
-            total = mass.zero_().clone()
-            for nodes, log_weights, _ in QuadratureRule(box, panels).chunks(self.p.chunk):
-                values = {coordinates.name: coordinates.to_site(nodes)}
-                log_mass = self.log_prob(values).double() + log_weights + coordinates.log_jacobian(nodes)
-                total += _weighted_sum(log_mass, integrand(values).double())
-                mass.add_(log_mass.exp().sum(0))
-            return torch.where((mass - 1).abs() <= tolerance, total, torch.nan)  # NaN agrees with nothing
+    def __init__(self, q: GuideDensity):
+        self.q, self.coordinates = q, q.p.coordinates()
+        self.num_data, self.chunk = q.p.num_data, q.p.chunk
+        self.rounding = 8 * torch.finfo(q.p.dtype).eps
 
-        rounding = 8 * torch.finfo(self.p.dtype).eps
-        try:
-            return refine_to_tolerance(estimate, coordinates.dims, tolerance, max_nodes[coordinates.dims], rounding)[0]
-        except QuadratureError as error:
-            masses = f"; the mass of q(z | x) on its nodes is {float(mass.min()):.6g} to {float(mass.max()):.6g}"
-            raise QuadratureError(f"{error}{masses}") from error
+    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        values = {self.coordinates.name: self.coordinates.to_site(points)}
+        with pyro.validation_enabled(False):
+            log_q = self.q.log_prob(values)
+            ratio = self.q.p.log_joint(values) - log_q
+        shape = (len(points), self.num_data)
+        return (log_q.double() + self.coordinates.log_jacobian(points)).expand(shape), ratio.expand(shape)
+
+    def few_rows(self, count: int) -> "tuple[_Expectation, Tensor] | None":
+        if (rows := few_rows(self.q.p, count)) is None:
+            return None
+        return _Expectation(self.q.of_rows(self.q.p.of_rows(rows))), rows
 
 
 def sample_sites(guide: Function, data: tuple[Tensor, ...], count: int) -> dict[str, Any]:

@@ -104,8 +104,10 @@ def _may_be_linear(p: ModelDensity, mean: Tensor, factor: Tensor) -> bool:
     """Compare a few points in z, for all rows, at a small cost: most models are not linear."""
     name, dims = next(iter(p.latents)), len(mean)
     with seeded(0):
-        far = 3 * torch.randn(3, dims, dtype=torch.float64)
-    steps = torch.cat([torch.zeros(1, dims), torch.eye(dims), far]).to(mean)  # in standard deviations of the prior
+        far = 3 * torch.randn(3, dims, dtype=torch.float64, device="cpu")
+    steps = torch.cat([torch.zeros_like(far[:1]), torch.eye(dims, device="cpu"), far]).to(
+        mean
+    )  # in standard deviations of the prior
     locs = []
     for values in (mean + steps @ factor.T)[:, None].to(p.dtype).split(p.chunk):
         moments = _moments(p.sites({name: values}), p, (len(values), p.num_data))
@@ -139,7 +141,7 @@ def _affine_likelihood(p: ModelDensity, mean: Tensor) -> tuple[Tensor, Tensor, T
     if graph.degrees[0] is None or graph.degrees[1] != 0:
         return None
     with seeded(0):  # a step for each row: a row that depends on others steps differently
-        ramp = torch.randn(*shape, dims, dtype=torch.float64).to(mean)
+        ramp = torch.randn(*shape, dims, dtype=torch.float64, device="cpu").to(mean)
     centre, scale = graph(mean.expand(*shape, dims))
     ends = [graph((mean + step).expand(*shape, dims))[0] for step in torch.eye(dims).to(mean)]
     weight, loc, scale = torch.stack([(end - centre)[0] for end in ends], -1), centre[0], scale[0]

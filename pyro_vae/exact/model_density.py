@@ -9,6 +9,7 @@ from copy import copy
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -19,9 +20,11 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors
 from pyro_vae.distributions.properties import is_masked
 from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.exact.quadrature import Box
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
-__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "joint_log_density", "log_prob_at"]
+__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "few_rows"]
+__all__ += ["joint_log_density", "log_prob_at"]
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
@@ -49,6 +52,7 @@ class ModelDensity:
         self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
         self.latents, self.observed = pair.latents, pair.observed
         self.num_data = _check_structure(pair)
+        self.rows = torch.arange(self.num_data, device=pair.data[0].device)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
         # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
@@ -80,20 +84,35 @@ class ModelDensity:
         name, site = self.single_site()
         return LatentCoordinates(name, site["fn"], self.dtype)
 
+    def integration_box(self, fn: dist.TorchDistribution) -> Box:
+        """Return a box for each datum with nearly all mass of p(z) or q(z | x), ``fn``; one if all are the same."""
+        box = self.coordinates().integration_box(fn, self.pair.num_data)
+        return box if len(box.low) == 1 else box[self.rows].shared()
+
     def chunk_size(self, budget: int) -> int:
         """Return how many values of the latents fit a budget of numbers in the largest tensor."""
         widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
         return max(1, budget // (self.num_data * max(64, *widths)))
 
+    def of_rows(self, rows: Tensor | slice) -> "ModelDensity":
+        """Return the density of some rows, for a model and guide whose rows do not depend on each other."""
+        part = copy(self)
+        part.data = DataTensors(tuple(tensor[rows] for tensor in self.data))
+        part.num_data, part.rows = len(part.data[0]), self.rows[rows]
+        part.chunk = part.chunk_size(_BUDGET)
+        return part
+
     def batches(self, size: int) -> "list[ModelDensity]":
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
-        parts = []
-        for rows in zip(*(tensor.split(size) for tensor in self.data), strict=True):
-            part = copy(self)
-            part.data, part.num_data = DataTensors(rows), len(rows[0])
-            part.chunk = part.chunk_size(_BUDGET)
-            parts.append(part)
-        return parts
+        return [self.of_rows(slice(start, start + size)) for start in range(0, self.num_data, size)]
+
+    def has_independent_rows(self) -> bool:
+        """Whether some rows can be computed without the others, in the model and the guide, if there is one."""
+        coordinates = [LatentCoordinates(name, site["fn"], self.dtype) for name, site in self.latents.items()]
+        if any(isinstance(bound, Tensor) and bound.dim() for each in coordinates for bound in each.bounds):
+            return False  # the bounds of a support are those of all rows
+        owners = ["model"] if self.pair.guide is None else ["model", "guide"]
+        return all(self.pair.is_amortized(owner) for owner in owners)
 
     def zeros(self) -> Tensor:
         """Return zeros ``(N,)`` in float64, on the device of the data."""
@@ -122,6 +141,14 @@ class ModelDensity:
     def _supports(self) -> list[Tensor]:
         fns = [site["fn"] for site in self.latents.values()]
         return [fn.enumerate_support(expand=False).reshape(-1, 1, *fn.event_shape) for fn in fns]
+
+
+def few_rows(p: ModelDensity, count: int) -> Tensor | None:
+    """Return the numbers of a few rows; ``None`` if they cannot be looked at without the others."""
+    device = p.data[0].device
+    if p.num_data <= count:
+        return torch.arange(p.num_data, device=device)
+    return torch.linspace(0, p.num_data - 1, count, device=device).long() if p.has_independent_rows() else None
 
 
 def _conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_quadrature_and_the_closed_form_agree_on_a_linear_model(latent):
     with torch.no_grad():
         evidence, rule = inference._integrated_evidence(p, 1e-6)
     assert torch.allclose(evidence, exact.log_evidence(vae.model, x), atol=1e-6)
-    closed, integrated = exact.posterior(vae.model, x), exact.Posterior(p, evidence, rule)
+    closed, integrated = exact.posterior(vae.model, x), exact.Posterior(p, evidence, [(p, rule)])
     z = torch.randn(7, 50, latent, dtype=torch.float64)
     assert torch.allclose(closed.log_prob(z), integrated.log_prob(z), atol=1e-6)
     assert torch.allclose(closed.mean, integrated.mean, atol=1e-5)
