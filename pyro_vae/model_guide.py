@@ -268,14 +268,18 @@ class ModelGuide:
         }  # as in AutoLaplaceApproximation
         if not points or not densities:
             return points
-        sites = self._tracked(self.guide)
+        try:
+            sites = self._tracked(self.guide)
+        except (TypeError, ValueError, RuntimeError):  # code that takes plain tensors alone
+            return []
         origins = {name: get_provenance(base_distribution(sites[name]["fn"]).v) for name in points}
         return [name for name in points if not origins[name] & densities]
 
-    def _tracked(self, run: Function) -> dict[str, Any]:
+    def _tracked(self, run: Function, track: bool = True) -> dict[str, Any]:
         """The sites of a run of model or guide in which each tensor knows the latents from which it was computed."""
         rows = torch.arange(self.num_run, device=self.data[0].device)
-        with poutine.block(), torch.no_grad(), seeded(0), self.take(rows) as data, _TrackLatents():
+        tracker = _TrackLatents() if track else nullcontext()
+        with poutine.block(), torch.no_grad(), seeded(1), self.take(rows) as data, tracker:
             return dict(poutine.trace(run).get_trace(*data).nodes)
 
     @property
@@ -495,14 +499,20 @@ class ModelGuide:
         masked = [name for name, site in self.observed.items() if _tensors([site["mask"], *masks(site["fn"])])]
         if not masked or not self.latents:
             return
-        sites = self._tracked(poutine.replay(self.model, self.guide_trace))
+        origins = dict.fromkeys(masked, frozenset[str]())
+        try:
+            sites = self._tracked(poutine.replay(self.model, self.guide_trace))
+            origins = {name: get_provenance([sites[name]["mask"], *masks(sites[name]["fn"])]) for name in masked}
+        except (TypeError, ValueError, RuntimeError):  # code that takes plain tensors alone: masks at other latents
+            sites = self._tracked(self.model, track=False)
+            for name in masked:
+                if not torch.equal(_counted(sites[name]), _counted(self.observed[name])):
+                    origins[name] = frozenset(self.latents)
         for name in masked:
-            site = sites[name]
-            origins = get_provenance([site["mask"], *masks(site["fn"])]) & self.latents.keys()
-            if origins:
+            if latents := sorted(origins[name] & self.latents.keys()):
                 raise ValueError(
                     f"`model` must have a mask of {name!r} that depends on data alone, got one that depends on the "
-                    f"latents {sorted(origins)}: its density is no likelihood"
+                    f"latents {latents}: its density is no likelihood"
                 )
 
     def check_factors(self) -> None:

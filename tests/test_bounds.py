@@ -225,6 +225,21 @@ def test_a_mask_of_the_data_may_depend_on_data_alone(inside):
             estimate(by_latent, X)
 
 
+def test_a_mask_is_compared_at_other_latents_where_code_takes_plain_tensors_alone():
+    def plain(z):
+        if type(z) is not torch.Tensor:
+            raise TypeError("a plain tensor is needed")
+        return z
+
+    def model(x, by_latent):
+        with pyro.plate("data", len(x)):
+            z = plain(pyro.sample("z", dist.Normal(0.0, 1.0)))
+            pyro.sample("x", dist.Normal(z, 1.0).mask(z > 0 if by_latent else MASK), obs=x)
+
+    assert is_called_elbo(lambda x: model(x, by_latent=False), normal_guide)
+    assert not is_called_elbo(lambda x: model(x, by_latent=True), normal_guide)
+
+
 def test_masks_of_latents_remove_the_same_rows_and_their_data():
     assert not is_called_elbo(normal_model, poutine.mask(normal_guide, mask=MASK))
     hidden = poutine.mask(normal_model, mask=MASK), poutine.mask(normal_guide, mask=MASK)
