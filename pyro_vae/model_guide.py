@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import get_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -281,6 +281,15 @@ class ModelGuide:
         tracker = _TrackLatents() if track else nullcontext()
         with poutine.block(), torch.no_grad(), seeded(1), self.take(rows) as data, tracker:
             return dict(poutine.trace(run).get_trace(*data).nodes)
+
+    def has_dependent_latents(self) -> bool:
+        """Whether q of a latent, given x, is computed from another latent of the guide."""
+        names, sites = self.guide_latents.keys(), self._tracked(self.guide)
+        for name in names:
+            log_prob = sites[name]["fn"].log_prob(detach_provenance(sites[name]["value"]))
+            if get_provenance(log_prob) & names - {name}:
+                return True
+        return False
 
     @property
     def enumerated(self) -> set[str]:

@@ -69,8 +69,16 @@ def test_a_guide_with_dropout_is_refused():
         exact.kl(other.model, other.guide, X)
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_only_independent_latents_have_factors(weight):
+@pytest.mark.parametrize(
+    ("logits", "independent"),
+    [
+        (lambda a, x: 0.5 * x, True),
+        (lambda a, x: a - 0.5, False),
+        (lambda a, x: torch.where((x > 50) & (a > 0), 4.0, 0.5 * x), False),  # at no datum here
+        (lambda a, x: a * a.detach() * 1e-9 + x, False),
+    ],
+)
+def test_only_latents_that_are_not_computed_from_others_have_factors(logits, independent):
     def model(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Bernoulli(0.5))
@@ -80,9 +88,9 @@ def test_only_independent_latents_have_factors(weight):
     def guide(x):
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Bernoulli(logits=x))
-            pyro.sample("b", dist.Bernoulli(logits=weight * a - 0.5))
+            pyro.sample("b", dist.Bernoulli(logits=logits(a, x)))
 
     x = torch.randn(50)
     factors = GuideDensity(ModelDensity(ModelGuide(model, guide, x))).factors()
-    assert (factors is None) == (weight > 0)
-    assert weight or (set(factors) == {"a", "b"} and torch.equal(factors["a"].logits, x))
+    assert (factors is not None) == independent
+    assert factors is None or (set(factors) == {"a", "b"} and torch.equal(factors["a"].logits, x))

@@ -335,6 +335,14 @@ def test_an_infinite_elbo_raises():
         exact.elbo(model, guide, torch.ones(1, 1).double())
 
 
+def test_a_negative_kl_raises(monkeypatch):
+    vae, x = gaussian(1).double(), torch.randn(4, 3).double()
+    too_low = inference._integrated_evidence
+    monkeypatch.setattr(inference, "_integrated_evidence", lambda p, tol: (too_low(p, tol)[0] - 100, None))
+    with pytest.raises(QuadratureError, match=r"the KL of datum \d would be -\d+\.?\d* nats, and no KL is negative"):
+        exact.kl(vae.model, vae.guide, x)
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.1])
 @pytest.mark.parametrize("size", [1, 2])
 def test_draws_of_a_posterior_follow_its_density(scale, size):
