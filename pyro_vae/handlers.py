@@ -88,6 +88,11 @@ class FixedSubsample(Messenger):
 
     def __init__(self, data: Sequence[Tensor], rows: Sequence[Tensor]):
         super().__init__()
+        for name, tensors in (("data", data), ("rows", rows)):
+            if not isinstance(tensors, Sequence) or not all(isinstance(one, Tensor) for one in tensors):
+                raise TypeError(f"`{name}` must be a sequence of tensors, got {describe(tensors)}")
+        if len(rows) != len(data):
+            raise ValueError(f"`rows` must be one tensor for each of the {len(data)} of `data`, got {len(rows)}")
         self.data, self.rows, self.read = data, rows, [False] * len(data)
 
     def _pyro_subsample(self, msg: Any) -> None:

@@ -35,7 +35,7 @@ from pyro_vae._utils.traces import (
     set_plate_sizes,
 )
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import DataTensors, data_tensors, function
+from pyro_vae._utils.validation import DataTensors, data_tensors, function, nonempty_string, taking_data
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
 from pyro_vae.distributions.properties import (
     base_distribution,
@@ -107,7 +107,7 @@ class ModelGuide:
     ):
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
-        self.data, self.plate = data_tensors(data, name), plate
+        self.data, self.plate = data_tensors(data, name), nonempty_string(plate, "plate")
         self.transform: Transform | None = None
         self.take: Batcher = lambda rows: nullcontext(self.data)
         self.num_run = len(self.data[0])  # rows, the first ones, on which the pair was run
@@ -660,7 +660,8 @@ def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]
 
 def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
     try:
-        return poutine.trace(run).get_trace(*data)
+        with taking_data(run, who, data):
+            return poutine.trace(run).get_trace(*data)
     except (ValueError, RuntimeError, IndexError) as error:
         raise RunError(who, error) from error
 
@@ -708,7 +709,11 @@ def transformed(rows: tuple[Tensor, ...], transform: Transform | None) -> tuple[
     if not callable(transform):
         raise TypeError(f"{expected}, got {transform!r}")
     versions = [_version(tensor) for tensor in rows]
-    result = transform(*rows)
+    try:
+        result = transform(*rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{expected}, got one that raises: {error}") from error
     if [_version(tensor) for tensor in rows] != versions:
         raise ValueError(
             "`transform` must be a function that makes new tensors, `x / 255` instead of `x.div_(255)`, got one that "

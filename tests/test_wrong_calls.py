@@ -1,6 +1,7 @@
 """Wrong calls, in a table: before any work, each raises an error that names argument, expectation and what came."""
 
 import math
+import random
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -8,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from good_calls import GOOD, NOT_CALLED, POOL, call_with
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
@@ -20,6 +23,7 @@ import pyro_vae as pv
 from pyro_vae import (
     baselines,
     datasets,
+    distributions,
     exact,
     families,
     gradients,
@@ -32,6 +36,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    tabular,
 )
 from pyro_vae.datasets import idx
 from pyro_vae.distributions.bernoulli import Bernoulli
@@ -140,7 +145,7 @@ def positive(call, argument, got):
 
 
 def shape(call, got):
-    return Row(call, ValueError, "event_shape", f"must be a positive integer or a tuple of them, got {got!r}")
+    return Row(call, ValueError, "latent", f"must be a positive integer or a tuple of them, got {got!r}")
 
 
 def seed(call, got):
@@ -225,7 +230,7 @@ PARTS = {
     "a truth value as a size": shape(lambda w: priors.Laplace(True), True),
     "a tensor as a shape": shape(lambda w: priors.StandardNormal(torch.tensor([2, 3])), torch.tensor([2, 3])),
     "a latent that no tensor could hold": Row(lambda w: priors.StandardNormal((2**40, 2**40)),
-        ValueError, "event_shape", "must be a size below 2^63, got (1099511627776, 1099511627776)"),
+        ValueError, "latent", "must be a size below 2^63, got (1099511627776, 1099511627776)"),
     "infinite degrees of freedom": positive(lambda w: priors.StudentT(1, df=math.inf), "df", math.inf),
     "a probability of one": Row(lambda w: priors.Bernoulli(2, probs=1.0),
         ValueError, "probs", "must be strictly between 0 and 1, got 1.0"),
@@ -238,7 +243,7 @@ PARTS = {
     "no components": positive_int(lambda w: priors.MixtureOfNormals(2, 0), "num_components", 0),
     "a temperature of NaN": positive(lambda w: priors.RelaxedBernoulli(2, math.nan), "temperature", math.nan),
     "one class": Row(lambda w: priors.GumbelSoftmax((2, 1), 0.5),
-        ValueError, "event_shape", "must be (n, k)...got (2, 1)"),
+        ValueError, "latent", "must be (n, k)...got (2, 1)"),
     "an array of pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x.numpy()),
         TypeError, "pseudo_data", "must be a tensor, such as x[:20], got an ndarray"),
     "infinite pseudo-data": Row(lambda w: priors.VampPrior(w.vae.encoder, w.x * math.inf),
@@ -266,7 +271,7 @@ PARTS = {
         ValueError, "rank", "must be 1 to 2...got 3"),
     "no columns": positive_int(lambda w: guides.LowRankNormal(2, 2, NET, rank=0), "rank", 0),
     "a latent of two dimensions with all correlations": Row(lambda w: guides.FullRankNormal(2, (2, 3), NET),
-        ValueError, "event_shape", "must be (D,)...got (2, 3)"),
+        ValueError, "latent", "must be (D,)...got (2, 3)"),
     "the class of a family": Row(lambda w: guides.PerDatum(families.Normal, 3),
         TypeError, "family", "must be a family...got the class Normal"),
     "raw outputs of NaN": Row(lambda w: guides.PerDatum(families.Normal(1), torch.full((3, 2), math.nan)),
@@ -776,6 +781,70 @@ def test_a_wrong_call_raises_before_any_work_naming_argument_expected_and_got(ro
 def test_the_table_is_complete_and_has_no_call_twice():
     assert len(ROWS) >= 286
     assert len({row.call for row in ROWS.values()}) == len(ROWS)
+
+
+HEAVY = {"fit", "inspect", "report", "inference_gap", "calibrate", "reference", "annealed_log_evidence", "save_draws",
+         "to_datatree", "gradients.compare", "plots.calibration", "plots.posterior", "exact.kl", "exact.elbo",
+         "exact.log_evidence", "exact.posterior"}  # fmt: skip
+ALWAYS_WRONG = ["object()", "set()", "nan", "10**30", "complex numbers", "an array of objects", "b''"]
+
+
+def assert_wrong_values_are_named(name, folder, count):
+    """Each call succeeds, or raises an error that names an argument in backticks, as the user wrote it.
+
+    Of each argument ``count`` wrong values are tried, of a function that takes long fewer, which never succeed.
+    """
+    (call, good), chance = GOOD[name], random.Random(name)
+    w = make_inputs(folder)
+    for parameter in good(w):
+        labels = (
+            chance.sample(ALWAYS_WRONG, 2) if name in HEAVY and count < len(POOL) else chance.sample([*POOL], count)
+        )
+        for label in labels:
+            if (parameter, label) == ("compile", "True"):  # takes half a minute
+                continue
+            w = make_inputs(folder) if name == "fit" else w  # it may have spoiled the parameters
+            arguments = good(w)
+            try:
+                call_with(call, {**arguments, parameter: POOL[label]})
+            except FloatingPointError:  # with a learning rate of 10**30 the run diverges
+                pass
+            except (TypeError, ValueError, OSError) as error:
+                names = "|".join(map(re.escape, {"x", "model", "guide", *arguments}))
+                if not re.search(rf"`({names})\b|the context of ", str(error)):
+                    pytest.fail(f"{name}({parameter}={label}) raises {error!r}")
+            pyro.clear_param_store()
+            plt.close("all")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", GOOD)
+def test_no_wrong_value_of_an_argument_ends_in_an_error_without_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some wrong values are paths
+    call, good = GOOD[name]
+    if name not in HEAVY:
+        call_with(call, good(make_inputs(tmp_path)))
+    assert_wrong_values_are_named(name, tmp_path, count=8)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", GOOD)
+def test_no_wrong_value_of_all_ends_in_an_error_without_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call, good = GOOD[name]
+    call_with(call, good(make_inputs(tmp_path)))
+    assert_wrong_values_are_named(name, tmp_path, count=len(POOL))
+
+
+def test_every_public_function_and_class_is_called_wrongly():
+    modules = [priors, guides, likelihoods, networks, objectives, baselines, schedules, datasets, plots, distributions,
+               families, gradients, handlers, exact, missing, tabular]  # fmt: skip
+    public = {name for name in dir(pv) if not name.startswith("_") and callable(getattr(pv, name))}
+    for module in modules:
+        short = module.__name__.rpartition(".")[2]
+        public |= {f"{short}.{name}" for name in module.__all__ if callable(getattr(module, name))}
+    assert public == (GOOD.keys() - {"likelihoods.Normal.mse"}) | {*" ".join(NOT_CALLED.values()).split()}
 
 
 def test_a_folder_in_which_nothing_can_be_written_is_refused_before_any_draw(tmp_path, monkeypatch):

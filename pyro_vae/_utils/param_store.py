@@ -9,6 +9,8 @@ import pyro
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from pyro_vae._utils.validation import describe, nonempty_string
+
 __all__ = ["module_registry", "parameters_of", "register", "rollback_params_on_error", "scoped_param_store"]
 
 
@@ -67,6 +69,9 @@ def register(name: str, module: nn.Module) -> None:
 
     Raise if another module has the same name, whose parameters would be trained in place of these.
     """
+    nonempty_string(name, "name")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"`module` must be a module, such as `networks.linear()(2, 3)`, got {describe(module)}")
     modules, known = _registered.get(({}, False))
     if known and name in modules and modules[name][0] is module:
         pyro.param(*modules[name][1:])

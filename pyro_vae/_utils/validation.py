@@ -1,9 +1,11 @@
 """Validation of arguments: each error names the argument, what it must be and what it was."""
 
+import inspect
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,7 +16,7 @@ from torch import Tensor
 __all__ = [
     "as_shape", "boolean", "data_tensors", "describe", "file_path", "first_index", "function", "image_size",
     "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
-    "rows_like", "seed_number", "tqdm_disable", "whole_numbers", "with_article",
+    "rows_like", "seed_number", "taking_data", "tqdm_disable", "whole_numbers", "with_article",
     "writable",
 ]  # fmt: skip
 
@@ -149,6 +151,20 @@ def function(value: Any, name: str) -> Any:
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"`{name}` must be a Pyro function, such as {example}, got {describe(value)}")
     return value
+
+
+@contextmanager
+def taking_data(run: Callable[..., Any], name: str, data: Sequence[Tensor]) -> Iterator[None]:
+    """Name a model or guide that is called inside, if it does not take the data as its arguments."""
+    try:
+        yield
+    except TypeError as error:
+        try:
+            inspect.signature(run).bind(*data)
+        except TypeError:
+            taken = "one tensor, `data`" if len(data) == 1 else f"the {len(data)} tensors of `data`"
+            raise TypeError(f"`{name}` must be a function of {taken}, got one that raises: {error}") from error
+        raise
 
 
 def file_path(value: Any, name: str) -> Path:

@@ -36,7 +36,7 @@ def binarize(x: Tensor, *, threshold: float = 0.5) -> Tensor:
     >>> binarize(torch.tensor([0, 127, 128], dtype=torch.uint8))
     tensor([0., 0., 1.])
     """
-    number(threshold, "threshold")
+    threshold = number(threshold, "threshold")
     values = grey(x)
     return (values > threshold).to(values.dtype)
 

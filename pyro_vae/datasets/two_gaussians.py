@@ -57,7 +57,7 @@ def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaus
     (torch.Size([1000, 2]), 1.1)
     """
     positive_int(num_points, "num_points")
-    positive(scale, "scale")
+    scale = positive(scale, "scale")
     generator = torch.Generator().manual_seed(seed_number(seed))
     labels = (torch.rand(num_points, generator=generator, device="cpu") < 0.5).long()
     noise = torch.randn(num_points, 2, generator=generator, device="cpu")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import parameters_of, scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, positive_int
+from pyro_vae._utils.validation import data_tensors, describe, positive_int, real_tensor
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
 from pyro_vae.model_guide import ModelGuide
@@ -359,6 +359,12 @@ def measure(estimates: Tensor, target: Tensor) -> Measured:
     >>> measure(estimates, torch.ones(3)).p_value > 1e-3, measure(estimates, torch.zeros(3)).p_value < 1e-3
     (True, True)
     """
+    for name, value, form, dims in (("estimates", estimates, "(R, P) with R >= 2", 2), ("target", target, "(P,)", 1)):
+        if not real_tensor(value, name, f"floats {form}").is_floating_point() or value.dim() != dims:
+            raise ValueError(f"`{name}` must be floats {form}, got {describe(value)}")
+    if len(estimates) < 2 or estimates.shape[1:] != target.shape or not len(target):
+        got = f"shapes {tuple(estimates.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"`estimates` and `target` must be (R, P) with R >= 2 and (P,), got {got}")
     repeats, mean = len(estimates), estimates.mean(0)
     centred, deviation = estimates - mean, mean - target
     variance = estimates.var(0)

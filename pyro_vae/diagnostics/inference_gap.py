@@ -148,7 +148,7 @@ def inference_gap(
     positive_int(steps, "steps")
     positive_int(num_particles, "num_particles")
     positive(lr, "lr")
-    positive(tolerance, "tolerance")
+    tolerance = positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     with scoped_param_store(), seeded(seed):

@@ -39,7 +39,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = schedule(step)
         with torch.enable_grad():
-            fns = {name: build(parameters[name]) for name, (_, build) in families.items()}
+            fns = _rebuilt(families, parameters)
             frozen = {name: build([p.detach() for p in parameters[name]]) for name, (_, build) in families.items()}
             loss = -_elbo(q, fns, frozen, num_particles).sum()
             gradients = torch.autograd.grad(loss, free)
@@ -53,7 +53,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
                 average += parameter.detach() / len(averaged)
     with torch.no_grad():
         remaining = iter(averages)
-        fns = {name: build([next(remaining) for _ in start]) for name, (start, build) in families.items()}
+        fns = _rebuilt(families, {name: [next(remaining) for _ in start] for name, (start, _) in families.items()})
     plate, num_data = q.p.plate, q.p.num_data
 
     def refined(*data: Tensor) -> None:
@@ -62,6 +62,14 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
                 pyro.sample(name, fn)
 
     return refined
+
+
+def _rebuilt(families: dict[str, tuple[list[Tensor], Build]], parameters: dict[str, list[Tensor]]) -> dict[str, Any]:
+    """The distribution of each latent from its unconstrained parameters."""
+    try:
+        return {name: build(parameters[name]) for name, (_, build) in families.items()}
+    except ValueError as error:
+        raise FloatingPointError(f"refinement: a parameter left its range. Take a smaller `lr`. {error}") from error
 
 
 def _elbo(q: GuideDensity, fns: dict[str, Any], frozen: dict[str, Any], num_particles: int) -> Tensor:

@@ -1,18 +1,68 @@
 """Base classes of our distributions: parameters that expand with the batch, and draws scored as they are made."""
 
+import inspect
 from copy import copy
-from typing import Any, Self
+from functools import wraps
+from typing import Any, Self, TypeVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Parametric", "ScoresDraws"]
+from pyro_vae._utils.validation import describe, number, real_tensor
+
+__all__ = ["Parametric", "ScoresDraws", "named_arguments"]
+
+D = TypeVar("D")
+
+
+def named_arguments(cls: type[D]) -> type[D]:
+    """Let errors of the constructor of a distribution name the argument, which is looked for after an error alone.
+
+    Not for subclasses of torch's distributions, whose ``expand`` does not accept another constructor than torch's.
+    """
+    init, constraints = cls.__init__, getattr(cls, "arg_constraints", {})
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def naming(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, IndexError) as error:
+            try:
+                given = signature.bind(self, *args, **kwargs).arguments
+            except TypeError:
+                raise error from None
+            names = [name for name in given if name not in ("self", "validate_args")]
+            if any(f"`{name}`" in str(error) for name in names):
+                raise
+            for name in (name for name in names if name in constraints or name in ("low", "high")):
+                _check_parameter(given[name], name)
+            listed = " and ".join(f"`{name}`" for name in names)
+            raise ValueError(f"{listed} must be arguments that make a {cls.__name__}, which raises: {error}") from error
+
+    cls.__init__ = naming  # type: ignore[method-assign]
+    return cls
+
+
+def _check_parameter(value: Any, name: str) -> None:
+    """Raise unless ``value`` is a number or a tensor of finite numbers, as parameters are."""
+    expected = "a number or a tensor of them"
+    if isinstance(value, Tensor):
+        real_tensor(value, name, expected)
+        if value.is_floating_point() and value.isnan().any():
+            raise ValueError(f"`{name}` must be {expected}, got nan in {describe(value)}")
+    else:
+        number(value, name)
 
 
 class Parametric(TorchDistribution):
     """A distribution whose tensor attributes are parameters of shape ``(*batch, ...)``."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        named_arguments(cls)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         new, batch = copy(self), torch.Size(batch_shape)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_vae._utils.validation import describe, first_index
+from pyro_vae.distributions.base import named_arguments
 
 __all__ = ["WithMissing", "accepts_missing", "check_missing", "first_missing", "with_missing"]
 
@@ -40,6 +41,7 @@ class _OrMissing(constraints.Constraint):
         return f"OrMissing({self.base_constraint!r})"
 
 
+@named_arguments
 class WithMissing(dist.TorchDistribution):
     """A distribution of single variables whose values may be missing: NaN has a ``log_prob`` of 0.
 

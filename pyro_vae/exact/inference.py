@@ -56,7 +56,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
     >>> log_evidence(vae.model, torch.randn(5, 2)).shape
     torch.Size([5])
     """
-    positive(tolerance, "tolerance")
+    tolerance = positive(tolerance, "tolerance")
     p = ModelDensity(ModelGuide(model, None, data, plate))
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
@@ -79,7 +79,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
     >>> posterior(vae.model, torch.randn(100, 2)).sample((3,)).shape
     torch.Size([3, 100, 1])
     """
-    positive(tolerance, "tolerance")
+    tolerance = positive(tolerance, "tolerance")
     p = ModelDensity(ModelGuide(model, None, data, plate))
     p.single_site()
     if p.is_discrete:
@@ -105,7 +105,7 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
     >>> total = elbo(vae.model, vae.guide, x) + kl(vae.model, vae.guide, x)
     >>> torch.testing.assert_close(total, log_evidence(vae.model, x), atol=1e-3, rtol=0)
     """
-    positive(tolerance, "tolerance")
+    tolerance = positive(tolerance, "tolerance")
     p = ModelDensity(ModelGuide(model, guide, data, plate))
     q = GuideDensity(p)
     if p.is_discrete:
@@ -128,7 +128,7 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
     >>> bool((kl(vae.model, vae.guide, torch.randn(5, 2)) >= 0).all())
     True
     """
-    positive(tolerance, "tolerance")
+    tolerance = positive(tolerance, "tolerance")
     p = ModelDensity(ModelGuide(model, guide, data, plate))
     q = GuideDensity(p)
     if p.is_discrete:

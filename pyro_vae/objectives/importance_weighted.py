@@ -57,7 +57,7 @@ class ImportanceWeighted(ParticleELBO):
 
     def __init__(self, num_particles: int, gradient: str = "pathwise"):
         super().__init__(num_particles)
-        if gradient not in _GRADIENTS:
+        if not isinstance(gradient, str) or gradient not in _GRADIENTS:
             raise ValueError(f"`gradient` must be one of {', '.join(map(repr, _GRADIENTS))}, got {gradient!r}")
         self.gradient = gradient
         self._cut = _CutGraph()

@@ -5,6 +5,10 @@ A part is a family (:mod:`pyro_vae.parts.families`) and the source of its raw ou
 :mod:`pyro_vae.parts.guides` and :mod:`pyro_vae.parts.likelihoods` are these two with a family filled in.
 """
 
+import inspect
+from functools import wraps
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,24 @@ class Part(nn.Module):
     """
 
     family: Family
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let errors of a family name the argument of the part: ``latent``, or ``out_features`` of a likelihood."""
+        super().__init_subclass__(**options)
+        if init := vars(cls).get("__init__"):
+            names = inspect.signature(init).parameters.keys()
+            own = [name for name in ("event_shape", "out_features", "latent") if name in names]
+
+            @wraps(init)
+            def renaming(self: Any, *args: Any, **kwargs: Any) -> None:
+                try:
+                    init(self, *args, **kwargs)
+                except (TypeError, ValueError) as error:
+                    if "`event_shape`" not in str(error) or not own:
+                        raise
+                    raise type(error)(str(error).replace("`event_shape`", f"`{own[0]}`")) from error
+
+            cls.__init__ = renaming  # type: ignore[method-assign]
 
     @property
     def event_shape(self) -> torch.Size:

@@ -18,7 +18,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, with_article
+from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, positive_int, with_article
 
 __all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear"]
 __all__ += ["mlp", "one_hot", "standardized", "with_missing"]
@@ -37,6 +37,8 @@ def build(network: NetworkFactory, in_features: int, out_features: int) -> nn.Mo
     must = "`network` must be a factory, (in_features, out_features) -> nn.Module, such as networks.mlp([32])"
     if isinstance(network, nn.Module):
         raise TypeError(f"{must}, got {with_article(type(network).__name__)}, a finished module")
+    positive_int(in_features, "in_features")
+    positive_int(out_features, "out_features")
     must = f"{must}: called with ({in_features}, {out_features}), it"
     try:
         module = network(in_features, out_features)
@@ -67,7 +69,8 @@ def mlp(hidden: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) ->
       (2): Linear(in_features=32, out_features=3, bias=True)
     )
     """
-    if not isinstance(hidden, Iterable) or not all(is_integer(size) and size > 0 for size in hidden):
+    listed = isinstance(hidden, Iterable) and not isinstance(hidden, Tensor)
+    if not listed or not all(is_integer(size) and size > 0 for size in hidden):
         raise ValueError(f"`hidden` must be a list of positive sizes, such as [400] or [512, 256], got {hidden!r}")
     _check_activation(activation)
     widths = [int(size) for size in hidden]  # numbers of NumPy could not be saved with the layers

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_vae._utils.validation import describe, number
+from pyro_vae._utils.validation import describe, number, real_tensor
 from pyro_vae.evidence.importance_sampling import Evidence
 from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
 
@@ -53,8 +53,8 @@ def training_curves(
         "distortion": ("distortion", "-distortion", -1.0, "tab:blue", "s"),
         "rate": ("rate", "-rate", -1.0, "tab:orange", "^"),
     }
-    unknown = terms if isinstance(terms, str) else sorted(set(terms) - set(labels))
-    if unknown or not terms:
+    listed = isinstance(terms, Sequence) and not isinstance(terms, str) and len(terms) > 0
+    if not listed or not all(isinstance(term, str) and term in labels for term in terms):
         raise ValueError(f"`terms` must be one or more of {list(labels)}, got {terms!r}")
     levels = [
         (prefix, _level(history, terms, given, prefix))
@@ -111,6 +111,8 @@ def _level(
             f"`{name}` must be left out unless the history has '{prefix}elbo' and the terms have 'elbo', got {has} in "
             f"the history and the terms {list(terms)}"
         )
+    if isinstance(given, Tensor):
+        real_tensor(given, name, "log p(x) of each datum, or its mean")
     values, kind = (given.log_evidence, ", estimated") if isinstance(given, Evidence) else (given, "")
     mean = values.double().mean().item() if isinstance(values, Tensor) else values
     return number(mean, name), f"log p(x){kind}"

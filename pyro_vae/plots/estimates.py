@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pyro_vae._utils.validation import boolean, describe
+from pyro_vae._utils.validation import boolean, describe, nonempty_string
 from pyro_vae.diagnostics.calibration import Calibration
 from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
@@ -43,6 +43,7 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
     """
     if not isinstance(comparison, Comparison):
         raise TypeError(f"`comparison` must be a result of `gradients.compare`, got {describe(comparison)}")
+    nonempty_string(group, "group")
     shown = {name: row for name, row in comparison.of(group).items() if row.variance > 0 and row.target_norm > 0}
     if not shown:
         raise ValueError(

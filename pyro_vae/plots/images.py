@@ -67,7 +67,7 @@ def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = N
     positive_int(size, "size")
     quantiles = torch.special.ndtri((torch.arange(size, device=_device(decode)) + 0.5) / size)
     z = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)
-    ax = image_grid(_as_images(decode(z), shape, "decode", size**2), size, ax)
+    ax = image_grid(_as_images(_call(decode, "decode", z), shape, "decode", size**2), size, ax)
     ax.set_axis_on()
     ax.set(xticks=[], yticks=[], xlabel="$z_1$, at quantiles of the prior", ylabel="$z_2$, at quantiles of the prior")
     return ax
@@ -110,7 +110,7 @@ def traversals(
     steps = numbers(values, "values").to(z)
     if steps.dim() != 1 or len(steps) == 0:
         raise ValueError(f"`values` must be one or more numbers, (V,), got shape {tuple(steps.shape)}")
-    if not isinstance(coordinates, Iterable | None):
+    if not isinstance(coordinates, Iterable | None) or isinstance(coordinates, Tensor):
         raise TypeError(f"`coordinates` must be integers from 0 to {len(z) - 1}, got {describe(coordinates)}")
     chosen = list(range(len(z)) if coordinates is None else coordinates)
     wrong = [index for index in chosen if not is_integer(index) or not 0 <= index < len(z)]
@@ -119,7 +119,7 @@ def traversals(
     codes = z.repeat(len(chosen), len(steps), 1)
     for row, index in enumerate(chosen):
         codes[row, :, index] = steps
-    images = _as_images(decode(codes.flatten(0, 1)), shape, "decode", len(chosen) * len(steps))
+    images = _as_images(_call(decode, "decode", codes.flatten(0, 1)), shape, "decode", len(chosen) * len(steps))
     ax = image_grid(images, len(steps), ax)
     rows = [f"z[{index}] = {round(float(z[index]), 2) + 0.0:.2f}" for index in chosen]
     _label(ax, shape, rows, [f"{value:.3g}" for value in steps.tolist()])
@@ -151,7 +151,7 @@ def reconstructions(
     data = _as_images(x, shape, "x")
     columns = min(positive_int(columns, "columns"), len(data))
     with seeded(seed):
-        means = _as_images(reconstruct(x), shape, "reconstruct", len(data))
+        means = _as_images(_call(reconstruct, "reconstruct", x), shape, "reconstruct", len(data))
     blank = data.new_zeros(-len(data) % columns, *shape)
     pairs = [torch.cat([images, blank.to(images)]).split(columns) for images in (data, means)]
     ax = image_grid(torch.cat([row for pair in zip(*pairs, strict=True) for row in pair]), columns, ax)
@@ -183,7 +183,7 @@ def samples(
     _check_function(generate, "generate", "`vae.generate`")
     positive_int(count, "count")
     with seeded(seed):
-        drawn = _as_images(generate(count), shape, "generate", count)
+        drawn = _as_images(_call(generate, "generate", count), shape, "generate", count)
     return image_grid(drawn, columns, ax)
 
 
@@ -201,6 +201,16 @@ def _device(function: Any) -> torch.device | None:
         found += [*names.nonlocals.values(), *names.globals.values()]
     tensors = [tensor for one in found if isinstance(one, nn.Module) for tensor in one.state_dict().values()]
     return tensors[0].device if tensors else None
+
+
+def _call(function: Callable[[Any], Tensor], name: str, argument: Any) -> Tensor:
+    """Call a function of the user, and name it if it does not take the argument."""
+    try:
+        return function(argument)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"`{name}` must be a function of {describe(argument)}, got one that raises: {error}"
+        ) from error
 
 
 def _shape_or_type(value: object) -> str:

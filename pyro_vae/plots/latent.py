@@ -16,7 +16,7 @@ from pyro_vae import exact
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import real_tensor, whole_numbers
+from pyro_vae._utils.validation import data_tensors, real_tensor, whole_numbers
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
@@ -89,7 +89,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    density = ModelDensity(ModelGuide(model, guide, datum))
+    density = ModelDensity(ModelGuide(model, guide, data_tensors(datum, "datum"), name="datum"))
     if density.num_data != 1:
         raise ValueError(f"`datum` must have one row, such as `x[:1]`, got {density.num_data} rows")
     density.single_site()

@@ -49,8 +49,9 @@ class Checkpoints:
     def __init__(
         self, folder: str | os.PathLike[str], every_steps: int | None = None, every_seconds: float | None = None
     ):
-        if not isinstance(folder, str | os.PathLike):
-            raise TypeError(f"`folder` must be the path of a folder, got {with_article(type(folder).__name__)}")
+        if not isinstance(folder, str | os.PathLike) or not str(folder):
+            got = "an empty string" if folder == "" else with_article(type(folder).__name__)
+            raise TypeError(f"`folder` must be the path of a folder, got {got}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`folder` must be a folder, or a path to make one at, got the file {str(folder)!r}")
@@ -77,7 +78,10 @@ class Checkpoints:
             BlockingIOError: if another run uses the folder.
             OSError: if nothing can be written in it.
         """
-        checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
+        try:
+            checkpoints = folder if isinstance(folder, Checkpoints) else cls(folder)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`checkpoints`: {error}") from error
         try:
             checkpoints.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -26,7 +26,7 @@ from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
-from pyro_vae.training.schedules import Schedule, check_schedules, described
+from pyro_vae.training.schedules import Schedule, check_schedules, checked_schedule, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
 
@@ -155,7 +155,9 @@ def fit(
     tensors = data_tensors(data, "data")
     held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
-    lr, schedules = lr if callable(lr) else positive(lr, "lr"), check_schedules({} if schedules is None else schedules)
+    lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
+    schedules = check_schedules({} if schedules is None else schedules)
+    clip_norm = None if clip_norm is None else float(clip_norm)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)

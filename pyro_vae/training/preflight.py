@@ -36,7 +36,7 @@ def check_options(
         positive_int(patience, "patience")
         if not validates:
             raise ValueError("`patience` needs held-out data, `validation=`, got none")
-    if nonfinite not in ("stop", "skip"):
+    if not isinstance(nonfinite, str) or nonfinite not in ("stop", "skip"):
         raise ValueError(f"`nonfinite` must be 'stop' or 'skip', got {nonfinite!r}")
     if not isinstance(callbacks, Sequence) or not all(callable(call) for call in callbacks):
         raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")

@@ -1,5 +1,6 @@
 """Schedules of values that change during training, such as a temperature: functions from the step to a number."""
 
+import inspect
 import math
 import threading
 import warnings
@@ -15,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
 __all__ = [
-    "Schedule", "check_schedules", "constant", "cyclical", "decayed", "described", "exponential", "from_torch",
-    "linear",
+    "Schedule", "check_schedules", "checked_schedule", "constant", "cyclical", "decayed", "described", "exponential",
+    "from_torch", "linear",
 ]  # fmt: skip
 
 Schedule = Callable[[int], float]
@@ -143,7 +144,10 @@ def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Sched
     optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
     group = optimizer.param_groups[0]
     betas = group["betas"]
-    scheduler: Any = make(optimizer) if callable(make) else None
+    try:
+        scheduler: Any = make(optimizer) if callable(make) else None
+    except TypeError as error:
+        raise TypeError(f"`make` must be a function of an optimizer, got {make!r}, which raises: {error}") from error
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         got = f"a function that returns {with_article(type(scheduler).__name__)}" if callable(make) else repr(make)
         raise TypeError(
@@ -188,10 +192,21 @@ def described(schedule: Schedule | float) -> float | str:
     if not callable(schedule):
         return schedule
     values: list[str] = []
-    with suppress(LookupError):  # a table of values may be shorter
+    with suppress(LookupError, ValueError):  # a table of values, or a scheduler of torch, may be shorter
         for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
             values.append(f"{float(schedule(step)):.9g}")
     return f"a schedule: {', '.join(values)}"
+
+
+def checked_schedule(schedule: Schedule, name: str) -> Schedule:
+    """Return a schedule if it can be called with the step."""
+    try:
+        inspect.signature(schedule).bind(0)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be a function of the step, got {schedule!r}: {error}") from error
+    except ValueError:  # some functions in C have no signature
+        pass
+    return schedule
 
 
 def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Schedule]:
@@ -211,4 +226,5 @@ def check_schedules(schedules: Mapping[Tensor, Schedule]) -> Mapping[Tensor, Sch
             raise TypeError(
                 f"each value of `schedules` must be a function of the step, such as `exponential()`, got {schedule!r}"
             )
+        checked_schedule(schedule, "schedules")
     return schedules

@@ -43,7 +43,9 @@ def test_an_error_of_the_network_itself_is_passed_on():
 @pytest.mark.parametrize("latent", [0, -1, (), (2, 0), 1.5, (1.5,), "2"])
 def test_sizes_that_are_not_positive_integers_are_refused(latent):
     for name, build in (
-        ("event_shape", lambda: priors.StandardNormal(latent)),
+        ("latent", lambda: priors.StandardNormal(latent)),
+        ("latent", lambda: guides.DiagonalNormal(2, latent, linear())),
+        ("out_features", lambda: likelihoods.Normal(2, latent, linear())),
         ("in_features", lambda: guides.DiagonalNormal(latent, 2, linear())),
         ("latent", lambda: likelihoods.Normal(latent, 2, linear())),
     ):

@@ -199,9 +199,9 @@ class Flow(Family):
         inverse: bool = False,
     ):
         super().__init__(event_shape)
-        if kind not in flow.KINDS:
+        if not isinstance(kind, str) or kind not in flow.KINDS:
             raise ValueError(f"`kind` must be {', '.join(map(repr, flow.KINDS))}, got {kind!r}")
-        if type(context) is not int or context < 0:
+        if type(context) is not int or not 0 <= context < 2**31:
             raise ValueError(f"`context` must be an integer, 0 or more, got {context!r}")
         self.kind, self.context, self.inverse = kind, context, inverse
         self.transforms = positive_int(transforms, "transforms")
