@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import matplotlib as mpl
+import pair_cases
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
@@ -82,7 +83,43 @@ def make_checks(device):
         assert torch.allclose(pv.exact.log_evidence(vae.model, x), total, atol=1e-3)
         pv.exact.posterior(vae.model, x[:2]).sample((3,))
 
-    return {
+    def every_part(prior, guide, likelihood="Normal", objective="Trace_ELBO"):
+        vae, data = pair_cases.vae_of(prior, guide, likelihood)
+        vae, elbo = vae.to(device), pair_cases.OBJECTIVES[objective][1]()
+        if isinstance(getattr(elbo, "baseline", None), nn.Module):
+            elbo.baseline.to(device)
+        guide = pair_cases.guide_for(vae, objective)
+        pv.fit(vae.model, guide, data.to(device), epochs=1, elbo=elbo, compile=False)
+        pv.log_evidence(vae.model, vae.guide, data.to(device), num_samples=2)
+
+    def every(name, fitting):
+        return {f"{name} {one}": partial(every_part, *case) for one, case in fitting.items()}
+
+    pairs = pair_cases.PAIRS
+    of_likelihoods = {name: ("StandardNormal", "DiagonalNormal", name) for name in pair_cases.LIKELIHOODS}
+    of_objectives = {
+        name: (*next(pair for pair in pairs if pair_cases.takes(name, *pair)), "Normal", name)
+        for name in pair_cases.OBJECTIVES
+    }
+    parts = every("prior", {pair[0]: pair for pair in pairs}) | every("guide", {pair[1]: pair for pair in pairs})
+    parts |= every("likelihood", of_likelihoods) | every("objective", of_objectives)
+
+    def missing():
+        net, holes = networks.with_missing(NET), x.clone()
+        holes[0, 0] = torch.nan
+        likelihood = likelihoods.Normal(1, 4, NET, missing=True)
+        vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(4, 1, net), likelihood).to(device)
+        pv.fit(vae.model, vae.guide, holes, epochs=1, compile=False)
+        pv.calibrate(vae.model, vae.guide, holes, num_simulations=10, num_draws=10)
+
+    def draws():
+        with tempfile.TemporaryDirectory() as folder:
+            pv.save_draws(Path(folder) / "draws.nc", two.model, two.guide, x, draws=5)
+        pv.reference(vae.model, x[:2], draws=3, warmup=2, chains=1)
+
+    return parts | {
+        "missing entries": missing,
+        "draws in files, and a reference": draws,
         "fit": fit,
         "fit of two variables": lambda: fit(two, validation=x, patience=3),
         "fit of a discrete latent": lambda: fit(discrete, elbo=Trace_ELBO()),

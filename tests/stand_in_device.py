@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -103,14 +105,14 @@ def stand_in_device() -> Iterator[torch.device]:
     def make(data, *args, device=None, **options):
         with _disable_current_modes():
             found = tensor(_unwrap(data.detach()) if isinstance(data, torch.Tensor) else data, *args, **options)
-        return _wrap(found) if _names_gpu(device or torch.get_default_device()) else found
+        return _wrap(found) if _names_gpu(device or _default_device()) else found
 
     def convert(data, *args, device=None, **options):
         if isinstance(data, torch.Tensor):
             return as_tensor(data, *args, device=device, **options)
         with _disable_current_modes():
             found = as_tensor(data, *args, **options)
-        return _wrap(found) if _names_gpu(device or torch.get_default_device()) else found
+        return _wrap(found) if _names_gpu(device or _default_device()) else found
 
     torch.tensor, torch.as_tensor = make, convert
     try:
@@ -118,6 +120,12 @@ def stand_in_device() -> Iterator[torch.device]:
             yield torch.device(GPU)
     finally:
         torch.tensor, torch.as_tensor = tensor, as_tensor
+
+
+def _default_device() -> Any:
+    """Return the default device, by which ``torch.get_default_device`` would call ``torch.tensor`` again."""
+    modes = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    return modes[-1] if modes else None
 
 
 def _names_gpu(device: Any) -> bool:

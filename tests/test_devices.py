@@ -10,6 +10,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pair_cases
+import part_cases
 import pytest
 
 SITUATIONS = ["model on the device", "another default device"]
@@ -18,7 +20,11 @@ CHECKS = [
     "save", "evaluate", "log_evidence", "annealed", "exact of one variable", "exact of two variables",
     "exact of a discrete latent", "decompose", "inference_gap", "calibrate", "plot of calibration", "report",
     "plots of evidence", "plots of images", "posterior of one variable", "posterior of two variables",
-    "posterior of a discrete latent", "plate diagram", "to_datatree", "datasets",
+    "posterior of a discrete latent", "plate diagram", "to_datatree", "datasets", "missing entries",
+    "draws in files, and a reference",
+    *(f"prior {name}" for name in pair_cases.PRIORS), *(f"guide {name}" for name in pair_cases.GUIDES),
+    *(f"likelihood {name}" for name in pair_cases.LIKELIHOODS),
+    *(f"objective {name}" for name in pair_cases.OBJECTIVES),
 ]  # fmt: skip
 
 
@@ -31,12 +37,14 @@ def errors():
     return json.loads(run.stdout)
 
 
+@pytest.mark.skipif(not part_cases.HAS_ZUKO, reason="flows need zuko")
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("check", CHECKS)
 def test_no_operation_mixes_devices(situation, check):
     assert errors()[situation][check] is None
 
 
+@pytest.mark.skipif(not part_cases.HAS_ZUKO, reason="flows need zuko")
 def test_the_stand_in_raises_where_devices_mix_and_all_checks_ran():
     assert errors()["a mixture of devices"] == {
         "an operation": "MixedDevices",

@@ -1,6 +1,7 @@
 """A reference for q(z | x) that needs no exact answer: draws of p(z | x) for a few data, by the No-U-Turn sampler."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -105,8 +106,10 @@ def _chain(
 ) -> tuple[dict[str, Tensor], Tensor, float]:
     """Return draws ``(draws, N, *event)`` of each latent, which of them diverged, and the acceptance rate."""
     sampler = MCMC(NUTS(model, init_strategy=init_to_sample), draws, warmup, disable_progbar=True)
-    sampler.run(*data)
+    device = data[0].device
+    with nullcontext() if torch.get_default_device().type == device.type else device:  # Pyro's tensors are made there
+        sampler.run(*data)
     found: Any = sampler._diagnostics[0]  # `diagnostics()` computes much more
-    diverging = torch.zeros(draws, dtype=torch.bool)
+    diverging = torch.zeros(draws, dtype=torch.bool, device="cpu")
     diverging[found["divergences"]] = True
     return sampler.get_samples(), diverging, float(found["acceptance rate"])
