@@ -302,7 +302,7 @@ class ModelGuide:
         seen = transformed(data, self.transform)
         check_missing(self.observed.values(), seen, "validation")
         for name, site in self.observed.items() if not self.why_no_bound else ():
-            self._check_support(name, site, data, "validation")
+            self._check_support(name, site, seen, "validation")
         if not self.is_amortized("guide", seen):
             raise ValueError(
                 "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
@@ -486,7 +486,8 @@ class ModelGuide:
     def _observed_values(self, site: Site, data: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the values of an observed site: those of the run, then those of all other rows.
 
-        The other rows are known where the values are a data tensor, and the support is the same for all rows.
+        The other rows are known where the values are a data tensor, and the support is the same for all rows. Data that
+        are not those of the pair, for validation, are transformed already.
         """
         value, count = torch.as_tensor(site["value"]), self.num_run
         if data is self.data:
@@ -500,7 +501,8 @@ class ModelGuide:
                 ours = transformed(tuple(tensor[:count] for tensor in ours), self.transform)
             found = [index for index, tensor in enumerate(ours) if _same_rows(tensor, value)]
             for rows in torch.arange(len(data[0]), device=data[0].device).split(max(count, _MAX_ROWS)) if found else ():
-                values = transformed(tuple(tensor[rows] for tensor in data), self.transform)[found[0]]
+                block = tuple(tensor[rows] for tensor in data)
+                values = (transformed(block, self.transform) if data is self.data else block)[found[0]]
                 yield int(rows[0]), values.reshape(-1, *value.shape[1:])
 
     def _check_masks(self) -> None:
