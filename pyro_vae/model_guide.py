@@ -5,6 +5,7 @@ their role, the way in which rows are taken, and every check of whether model an
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
@@ -165,6 +166,9 @@ class ModelGuide:
         if not subsamples or isinstance(found, RunError):
             pair = cls._on_all_rows(model, guide, data, plate, transform)
             if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
+                few = transformed(tuple(tensor[:batch_size] for tensor in data), transform)
+                if _is_of_few_rows(found, model, guide, few, len(data[0])):
+                    raise found.error from found.error.__cause__
                 raise _no_subsample(found.who, plate, str(found.error)) from found.error
             _check_slicing(pair)
             pair.take = lambda rows: _sliced(data, rows, transform)
@@ -787,6 +791,21 @@ def autoguide_follows_subsample(guide: Function) -> Iterator[None]:
         yield
     finally:
         guide.create_plates = None
+
+
+def _is_of_few_rows(failure: RunError, model: Function, guide: Function, few: tuple[Tensor, ...], count: int) -> bool:
+    """Whether what a pair raises under a subsample is its own error, and not a mix-up of all rows with some.
+
+    It is if the pair raises on data of as few rows, too, and the message has no number of all rows.
+    """
+    if re.search(rf"\b{count}\b", str(failure.error)):
+        return False
+    with poutine.block(), preserve_rng_state():
+        try:
+            trace_pair(model, guide, few)
+        except RunError:
+            return True
+    return False
 
 
 def _no_subsample(who: str, plate: str, reason: str) -> ValueError:

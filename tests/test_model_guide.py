@@ -404,3 +404,39 @@ def test_pairs_that_batches_would_train_wrong_are_refused(model, guide, message)
         pv.fit(model, guide, ROWS, epochs=1, batch_size=6)
     pyro.clear_param_store()
     assert pv.fit(model, guide, ROWS, epochs=1).steps == 1  # all rows at once are right
+
+
+def refusing_model(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        if len(x) < 10:
+            raise ValueError("my model wants ten rows")
+        z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, x.new_ones(2)).to_event(1), obs=x)
+
+
+def subsampled_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(pyro.subsample(x, event_dim=1)[:, :1], 1.0).to_event(1))
+
+
+def indexing_guide(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        pyro.sample("z", dist.Normal(x[:, :1] + x[9, 0], 1.0).to_event(1))
+
+
+def normalizing_guide(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        pyro.sample("z", dist.Normal(nn.BatchNorm1d(1)(x[:, :1]), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(("model", "guide", "rows", "error", "message"), [
+    (refusing_model, subsampled_guide, 6, ValueError, "^my model wants ten rows"),
+    (subsampled_model, indexing_guide, 6, IndexError, "index 9 is out of bounds"),
+    (subsampled_model, normalizing_guide, 1, ValueError, "Expected more than 1 value per channel"),
+])  # fmt: skip
+def test_an_error_of_the_users_own_in_a_batch_is_raised_as_it_is(model, guide, rows, error, message):
+    with pytest.raises(error, match=message):
+        pv.fit(model, guide, ROWS, epochs=1, batch_size=rows)
