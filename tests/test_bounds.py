@@ -19,6 +19,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from pyro.optim import Adam
 
 import pyro_vae as pv
 from pyro_vae.handlers import WeightKL
@@ -374,3 +375,5 @@ def test_an_objective_without_a_loss_is_refused_before_any_step():
     elbo = TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
     with pytest.raises(ValueError, match=r"`elbo` must be an ELBO with a loss .* got TraceTailAdaptive_ELBO, .* use"):
         pv.fit(normal_model, normal_guide, X, epochs=1, elbo=elbo)
+    with pytest.raises(ValueError, match="`loss` must be an ELBO with a loss"):
+        pv.SVI(normal_model, normal_guide, Adam({"lr": 1e-3}), elbo)

@@ -13,7 +13,7 @@ from pyro_vae._utils.validation import boolean, positive, positive_int, tqdm_dis
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches
 
-__all__ = ["as_elbo", "check_options", "run_all_rows"]
+__all__ = ["as_elbo", "check_has_loss", "check_options", "run_all_rows"]
 
 
 def check_options(
@@ -42,6 +42,15 @@ def check_options(
         raise TypeError(f"`callbacks` must be a sequence of functions of an Epoch, got {callbacks!r}")
 
 
+def check_has_loss(elbo: ELBO, name: str) -> None:
+    """Raise for an ELBO of Pyro that has gradients, but no loss."""
+    if isinstance(elbo, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            f"`{name}` must be an ELBO with a loss for each datum, got TraceTailAdaptive_ELBO, which computes none and "
+            "weights draws of all data together; use pv.objectives.ImportanceWeighted or pyro.infer.RenyiELBO"
+        )
+
+
 def as_elbo(elbo: ELBO | None) -> ELBO:
     """Return an ELBO, ``Trace_ELBO()`` for ``None``; raise for what is none, or needs TorchScript."""
     if elbo is None:
@@ -53,11 +62,7 @@ def as_elbo(elbo: ELBO | None) -> ELBO:
             f"`elbo` must be the ELBO of the same name without Jit, got {type(elbo).__name__}, which needs "
             "TorchScript, deprecated in torch"
         )
-    if isinstance(elbo, TraceTailAdaptive_ELBO):
-        raise ValueError(
-            "`elbo` must be an ELBO with a loss for each datum, got TraceTailAdaptive_ELBO, which computes no loss and "
-            "weights draws of all data together; use pv.objectives.ImportanceWeighted or pyro.infer.RenyiELBO"
-        )
+    check_has_loss(elbo, "elbo")
     return elbo
 
 

@@ -20,6 +20,7 @@ from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.torch_private import TreeSpec, tree_flatten, tree_unflatten
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
+from pyro_vae.training.preflight import check_has_loss
 from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
@@ -68,6 +69,7 @@ class SVI:
             raise TypeError(
                 f"`loss` must be an ELBO of pyro.infer or pyro_vae.objectives, such as Trace_ELBO(), got {loss!r}"
             )
+        check_has_loss(loss, "loss")
         boolean(compile, "compile")
         if clip_norm is not None:
             positive(clip_norm, "clip_norm")
