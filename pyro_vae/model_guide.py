@@ -7,8 +7,9 @@ their role, the way in which rows are taken, and every check of whether model an
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from copy import copy
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -24,7 +25,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.module_state import evaluation_mode
+from pyro_vae._utils.param_store import check_parameters, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import (
     PARTICLES,
@@ -54,7 +56,7 @@ from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
 __all__ = [
     "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
-    "check_same_latents", "is_amortized", "trace_pair", "transformed",
+    "check_same_latents", "is_amortized", "rows_at_once", "trace_pair", "transformed",
 ]  # fmt: skip
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
@@ -65,7 +67,8 @@ Site = dict[str, Any]
 Sites = dict[str, Site]
 
 _MAX_VARIABLES = 128  # whose change of volume is computed
-_MAX_ROWS = 10_000  # on which rows are compared with each other
+_SEED = 20_160_901  # of checks: a draw with a common seed may equal data that a user drew with it
+_BUDGET = 2**19  # numbers in the data of rows that are run together
 
 
 class ModelGuide:
@@ -90,6 +93,8 @@ class ModelGuide:
         observed: the observed sites of the model that count into its density, by name.
         deterministic: the sites of ``pyro.deterministic`` in the model, by name.
         take: the right way to run the pair on some of its rows, see :meth:`on_batches`.
+        batch_size: the number of rows to take; all of them if no smaller number is right.
+        subsamples: whether ``take`` sets the subsample of the data plate.
 
     Raises:
         TypeError, ValueError: if data, model or guide cannot be used: data with NaN that the model does not accept, a
@@ -104,13 +109,14 @@ class ModelGuide:
         plate: str = "data",
         name: str = "data",
         traces: tuple[Trace, Trace] | None = None,
-        seed: int | None = 0,
+        seed: int | None = _SEED,
     ):
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
         self.data, self.plate = data_tensors(data, name), nonempty_string(plate, "plate")
         self.transform: Transform | None = None
-        self.take: Batcher = lambda rows: nullcontext(self.data)
+        self.take: Batcher = partial(_all_rows, self.data)
+        self.batch_size, self.subsamples = len(self.data[0]), False
         self.num_run = len(self.data[0])  # rows, the first ones, on which the pair was run
         self._amortized: dict[str, bool] = {}
         try:
@@ -166,12 +172,16 @@ class ModelGuide:
         if not subsamples or isinstance(found, RunError):
             pair = cls._on_all_rows(model, guide, data, plate, transform)
             if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
+                if batch_size == 1:
+                    _check_single_rows(pair, lambda rows: _subsampled(data, rows, plate, transform))
                 few = transformed(tuple(tensor[:batch_size] for tensor in data), transform)
                 if _is_of_few_rows(found, model, guide, few, len(data[0])):
                     raise found.error from found.error.__cause__
                 raise _no_subsample(found.who, plate, str(found.error)) from found.error
-            _check_slicing(pair)
-            pair.take = lambda rows: _sliced(data, rows, transform)
+            numbered = plate if _check_slicing(pair) else None
+            pair.take, pair.batch_size = lambda rows: _sliced(data, rows, transform, numbered), batch_size
+            if batch_size == 1:
+                _check_single_rows(pair, pair.take)
             return pair
         pair = cls(model, guide, DataTensors(data), plate, traces=found)
         pair.transform = transform
@@ -181,7 +191,8 @@ class ModelGuide:
             _check_reading(pair, *within)
         if first_missing(data) is not None:
             check_missing(pair.observed.values(), transformed(tuple(x.clone() for x in data), transform), "data")
-        pair.num_run, pair.take = batch_size, lambda rows: _subsampled(data, rows, plate, transform)
+        pair.take, pair.batch_size = lambda rows: _subsampled(data, rows, plate, transform), batch_size
+        pair.num_run, pair.subsamples = batch_size, True
         return pair
 
     @classmethod
@@ -301,9 +312,13 @@ class ModelGuide:
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
 
-    def held_out(self, data: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return held-out data, transformed; raise if the guide has parameters for its training data alone."""
-        seen = transformed(data, self.transform)
+    def held_out(self, data: tuple[Tensor, ...], batch_size: int) -> "ModelGuide":
+        """Return the pair on held-out data, transformed, to run in batches if that is right, else on all rows.
+
+        Raise if the guide has parameters for its training data alone.
+        """
+        pair = copy(self)
+        pair.data = seen = transformed(data, self.transform)
         check_missing(self.observed.values(), seen, "validation")
         for name, site in self.observed.items() if not self.why_no_bound else ():
             self._check_support(name, site, seen, "validation")
@@ -312,7 +327,12 @@ class ModelGuide:
                 "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
                 "none for held-out data"
             )
-        return seen
+        pair.take, pair.batch_size = partial(_all_rows, seen), len(seen[0])
+        if len(seen[0]) > batch_size and not self.global_latents and self.is_amortized("model", seen):
+            pair.take, pair.batch_size = lambda rows: _sliced(seen, rows), batch_size
+        elif len(seen[0]) > batch_size and self.subsamples:
+            pair.take, pair.batch_size = lambda rows: _subsampled(seen, rows, self.plate, None), batch_size
+        return pair
 
     def check_data_plate(self, every_site: bool = True) -> None:
         """Raise if the observed sites are not all in the data plate; or if no site is, though some are in plates."""
@@ -504,9 +524,11 @@ class ModelGuide:
             if count < self.num_data:
                 ours = transformed(tuple(tensor[:count] for tensor in ours), self.transform)
             found = [index for index, tensor in enumerate(ours) if _same_rows(tensor, value)]
-            for rows in torch.arange(len(data[0]), device=data[0].device).split(max(count, _MAX_ROWS)) if found else ():
-                block = tuple(tensor[rows] for tensor in data)
-                values = (transformed(block, self.transform) if data is self.data else block)[found[0]]
+            for rows in (
+                torch.arange(len(data[0]), device=data[0].device).split(max(count, rows_at_once(data))) if found else ()
+            ):
+                batch = tuple(tensor[rows] for tensor in data)  # held-out data are transformed by now
+                values = (transformed(batch, self.transform) if data is self.data else batch)[found[0]]
                 yield int(rows[0]), values.reshape(-1, *value.shape[1:])
 
     def _check_masks(self) -> None:
@@ -544,6 +566,27 @@ class ModelGuide:
             run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
             self._amortized[owner] = is_amortized(run, data or self.data, self.plate, trace)
         return self._amortized[owner]
+
+    def check_rows(self, owner: str) -> None:
+        """Raise if the densities of a row in ``"model"`` or ``"guide"`` are no function of its latents and data alone.
+
+        Where they depend on the place of the row, as parameters for each datum do, the rows keep their places: each
+        half of them is run with the other half replaced.
+        """
+        if self.is_amortized(owner):
+            return
+        run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
+        with scoped_param_store(), evaluation_mode(run), poutine.block(), torch.no_grad(), seeded(_SEED + 1):
+            rows = _Rows(run, self.plate)
+            values, ours = rows.read(trace)
+            count = max((len(density) for density in ours.values()), default=1)
+            place = torch.arange(count, device=self.data[0].device)
+            first = torch.randperm(count, device=place.device) < -(-count // 2)
+            for kept in (first, ~first) if count > 1 else (first,):
+                index = place.where(kept, place[kept][torch.randint(int(kept.sum()), place.shape, device=place.device)])
+                if name := rows.first_change(ours, self.data, values, index, kept):
+                    again = rows.first_change(ours, self.data, values, place, kept)
+                    raise _random(owner) if again else _dependent(owner, name)
 
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
@@ -650,7 +693,14 @@ class RunError(ValueError):
 
 
 def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
-    """Run a guide, then its model at its draws; return the traces, the model's first. Raise if the guide observes."""
+    """Run a guide, then its model at its draws; return the traces, the model's first.
+
+    Raise if the guide observes, or if Pyro's store has parameters of other modules under the names of theirs.
+    """
+    return check_parameters(partial(_trace_pair, model, guide, data))
+
+
+def _trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
     with torch.no_grad(), pyro.validation_enabled():
         guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
         observed = observed_sites(guide_trace).items()
@@ -763,6 +813,10 @@ def _fixed_subsample(data: tuple[Tensor, ...], rows: Tensor, transform: Transfor
     return FixedSubsample(data, transformed(tuple(tensor[rows] for tensor in data), transform))
 
 
+def _all_rows(data: tuple[Tensor, ...], rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
+    return nullcontext(data)
+
+
 @contextmanager
 def _subsampled(
     data: tuple[Tensor, ...], rows: Tensor, plate: str, transform: Transform | None
@@ -772,8 +826,12 @@ def _subsampled(
 
 
 @contextmanager
-def _sliced(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> Iterator[tuple[Tensor, ...]]:
-    with poutine.scale(scale=len(data[0]) / len(rows)):
+def _sliced(
+    data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None = None, numbered: str | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """Take slices of the data; the plate ``numbered`` then has the numbers of these rows."""
+    within = nullcontext() if numbered is None else SubsampleRows(numbered, rows)
+    with poutine.scale(scale=len(data[0]) / len(rows)), within:
         yield transformed(tuple(tensor[rows] for tensor in data), transform)
 
 
@@ -856,8 +914,26 @@ def _allclose(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.allclose(value, theirs[name]) for name, value in ours.items())
 
 
-def _check_slicing(pair: ModelGuide) -> None:
-    """Raise if slices of the data would train a pair wrong."""
+def _check_single_rows(pair: ModelGuide, take: Batcher) -> None:
+    """Raise if a batch of one row fails where two rows run, as batch normalisation in training mode does."""
+
+    def failure(size: int) -> RunError | None:
+        with poutine.block(), take(torch.arange(size, device=pair.data[0].device)) as arguments:
+            try:
+                trace_pair(pair.model, pair.guide, arguments)
+            except RunError as error:
+                return error
+        return None
+
+    if (failed := failure(1)) is not None and failure(2) is None:
+        raise ValueError(
+            f"`batch_size` must be 2 or more where the {failed.who} runs on two rows but not on one, as with batch "
+            f"normalisation in training mode, got 1: {failed.error}"
+        ) from failed.error
+
+
+def _check_slicing(pair: ModelGuide) -> bool:
+    """Raise if slices of the data would train a pair wrong; return whether it needs the numbers of their rows."""
     remedy = (
         "Read the data in model and guide with `pyro.subsample(x, event_dim=...)` inside the plate, or leave "
         "batch_size out for full batches"
@@ -867,33 +943,43 @@ def _check_slicing(pair: ModelGuide) -> None:
             f"`batch_size` needs a model that reads its data with pyro.subsample where latents are global, got "
             f"{pair.global_latents} outside of the plate {pair.plate!r}. {remedy}"
         )
-    for who in ("model", "guide"):
-        if not pair.is_amortized(who):
+    if pair.is_amortized("model") and pair.is_amortized("guide"):
+        return False
+    runs = (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace))
+    for who, run, trace in runs:
+        if not is_amortized(run, pair.data, pair.plate, trace, numbered=True):
             raise ValueError(
                 f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
                 f"a row's distribution in it depends on more than that row, such as parameters for each datum. {remedy}"
             )
+    return True
 
 
-def is_amortized(run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None) -> bool:
+def is_amortized(
+    run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None, numbered: bool = False
+) -> bool:
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
-    The rows (at most 10,000, evenly spread) are run twice: as they are, and in reverse with the first row many times
-    over. At the same latents every row must have the same density in both runs. The parameters, known from ``trace``,
-    are shifted by noise, since equal ones do not distinguish rows. Autoguides are judged by their plates.
+    All rows are run twice in evaluation mode, at most :func:`rows_at_once` together: in order, and in a random order
+    among rows beyond the range of the data. At the same latents every row must have the same density in both runs. The
+    parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows. Autoguides are
+    judged by their plates. With ``numbered``, the data plate has the numbers of the rows in the data.
     """
-    step = -(-len(data[0]) // _MAX_ROWS)
-    rows = tuple(tensor[::step] for tensor in data)
-    with scoped_param_store(), poutine.block(), torch.no_grad(), seeded(0):
+    first = tuple(tensor[: rows_at_once(data)] for tensor in data)
+    with scoped_param_store(), evaluation_mode(run), poutine.block(), torch.no_grad(), seeded(_SEED):
         try:
-            trace = trace or poutine.trace(run).get_trace(*rows)
+            trace = trace or poutine.trace(run).get_trace(*first)
             if isinstance(run, AutoGuide):
                 return not any(_dims_of(trace, plate))
             with _perturbed(trace):
-                whole = poutine.trace(run).get_trace(*rows)
-                return _has_same_rows(run, whole, rows, plate)
-        except (ValueError, RuntimeError, IndexError):
+                return _Rows(run, plate, numbered).are_independent(data)
+        except (ValueError, RuntimeError, IndexError, KeyError):
             return False
+
+
+def rows_at_once(data: tuple[Tensor, ...]) -> int:
+    """How many rows are run together where any number is right: that bounds the memory."""
+    return max(2, _BUDGET // max(64, *(tensor[0].numel() for tensor in data)))
 
 
 def _dims_of(trace: Trace, plate: str) -> dict[str, int]:
@@ -906,24 +992,117 @@ def _dims_of(trace: Trace, plate: str) -> dict[str, int]:
     }
 
 
-def _has_same_rows(run: Function, whole: Trace, data: tuple[Tensor, ...], plate: str) -> bool:
-    """Whether each row has the density that it has in ``whole``, when rows are run in reverse and the first often."""
-    count = len(data[0])
-    backwards = torch.arange(count - 1, -1, -1, device=data[0].device)
-    index = torch.cat([backwards, backwards.new_zeros(-(-count // 2))])
-    dims = _dims_of(whole, plate)
-    values = {
-        name: site["value"].index_select(dims[name] - site["fn"].event_dim, index) if name in dims else site["value"]
-        for name, site in latent_sites(whole).items()
-    }
-    again = poutine.trace(poutine.condition(run, data=values)).get_trace(*(tensor[index] for tensor in data))
-    ours, theirs = latent_sites(whole) | observed_sites(whole), observed_sites(again)
-    return all(
-        torch.allclose(
-            log_density(ours[name]).index_select(dim, index), log_density(theirs[name]), rtol=1e-3, atol=1e-3
+class _Rows:
+    """Runs of a model or guide on rows of data at given latents. In values and densities the rows come first."""
+
+    def __init__(self, run: Function, plate: str, numbered: bool = False):
+        self.run, self.plate, self.numbered = run, plate, numbered
+        self.outside: dict[str, Tensor] = {}  # the latents outside of the plate, the same in all runs
+        self.dims: dict[str, int] = {}  # of the rows in the density of each site in the plate
+        self.event_dims: dict[str, int] = {}
+
+    def read(self, trace: Trace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the latents in the plate, and the densities of all sites in it, of the first run."""
+        sites = latent_sites(trace) | observed_sites(trace)
+        self.dims = _dims_of(trace, self.plate)
+        self.event_dims = {name: site["fn"].event_dim for name, site in sites.items()}
+        latents = {name: site["value"] for name, site in latent_sites(trace).items()}
+        self.outside |= {name: value for name, value in latents.items() if name not in self.dims}
+        values = {name: self._moved(name, value) for name, value in latents.items() if name in self.dims}
+        return values, {name: log_density(sites[name]).movedim(dim, 0) for name, dim in self.dims.items()}
+
+    def trace(self, data: tuple[Tensor, ...], values: dict[str, Tensor], rows: Tensor) -> Trace:
+        """Run rows, with these numbers in all data, at values of their latents."""
+        values = self.outside | {name: self._moved(name, value, back=True) for name, value in values.items()}
+        with SubsampleRows(self.plate, rows) if self.numbered else nullcontext():
+            trace = poutine.trace(poutine.condition(self.run, data=values)).get_trace(*data)
+        frames = [frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
+        if any(frame.full_size not in (None, -1, len(rows)) for frame in frames if frame.name == self.plate):
+            raise ValueError("the plate has another size than the data, and scales the densities of slices by itself")
+        return trace
+
+    def densities(self, data: tuple[Tensor, ...], values: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Return the densities of rows in another run."""
+        sites: dict[str, Any] = dict(self.trace(data, values, rows).nodes)
+        return {name: log_density(sites[name]).movedim(dim, 0) for name, dim in self.dims.items()}
+
+    def first_change(
+        self, ours: dict[str, Tensor], data: tuple[Tensor, ...], values: dict[str, Tensor], index: Tensor, kept: Tensor
+    ) -> str | None:
+        """Return the first site whose density changes in the rows that are kept, where others are replaced."""
+        if len(data[0]) == len(index):  # else the plate lies along another dimension of the data
+            data = tuple(tensor[index] for tensor in data)
+        theirs = self.densities(data, {name: value[index] for name, value in values.items()}, index)
+        return next((name for name in ours if not _close(ours[name][kept], theirs[name][kept])), None)
+
+    def are_independent(self, data: tuple[Tensor, ...]) -> bool:
+        """Whether rows have the same densities in order and in a random order, among values beyond the data's range."""
+        count, device = len(data[0]), data[0].device
+        chunks = torch.arange(count, device=device).split(rows_at_once(data))
+        found = [self.read(self.trace(tuple(tensor[rows] for tensor in data), {}, rows)) for rows in chunks]
+        values, ours = (
+            {name: torch.cat([of[name] for of in parts]) for name in parts[0]} for parts in zip(*found, strict=True)
         )
-        for name, dim in dims.items()
+        cycle = torch.randperm(count, device=device)
+        order = torch.empty_like(cycle).index_copy_(0, cycle, cycle.roll(1))  # moves every row
+        for rows in order.split(len(chunks[0])):
+            theirs = self._among_others(data, values, rows)
+            if not all(_close(ours[name][rows], theirs[name][: len(rows)]) for name in ours):
+                return False
+        return True
+
+    def _among_others(self, data: tuple[Tensor, ...], values: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Return the densities of rows, with half as many others after them."""
+        others = rows[torch.randint(len(rows), (-(-len(rows) // 2),), device=rows.device)]
+        numbers = torch.cat([rows, others])
+
+        def run(beyond: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+            def together(tensor: Tensor) -> Tensor:
+                return torch.cat([tensor[rows], beyond(tensor[rows], tensor[others])])
+
+            latents = {name: together(value) for name, value in values.items()}
+            return self.densities(tuple(map(together, data)), latents, numbers)
+
+        with pyro.validation_enabled(False):
+            try:
+                return run(_beyond_range)
+            except (ValueError, RuntimeError, IndexError):  # such as an index that is out of range
+                return run(lambda rows, others: others)
+
+    def _moved(self, name: str, value: Tensor, back: bool = False) -> Tensor:
+        """Bring the rows of the value of a site to the first dimension, or back."""
+        dim = self.dims[name] - self.event_dims[name]
+        return value.movedim(0, dim) if back else value.movedim(dim, 0)
+
+
+def _random(owner: str) -> ValueError:
+    return ValueError(
+        f"`{owner}` must have one {'log p(x, z)' if owner == 'model' else 'log q(z | x)'} at each z, got two different "
+        "ones at the same z: it draws random numbers outside of its sites. Dropout is off in evaluation mode as a "
+        "module, `nn.Dropout`, or as `F.dropout(x, training=self.training)`"
     )
+
+
+def _dependent(owner: str, name: str) -> ValueError:
+    return ValueError(
+        f"`{owner}` must have a density of each row that depends on that row alone, got one at site {name!r} that "
+        "changes with the values of other rows, as by statistics of the batch, `x.roll(1, 0)` or attention over rows. "
+        "Compute it from the row alone; batch normalisation does with its running statistics"
+    )
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def _beyond_range(rows: Tensor, others: Tensor) -> Tensor:
+    """Values far above and below those of all rows, as many as others: extremes, means and orders are then others."""
+    if not others.is_floating_point():
+        return others
+    low, high = rows.nan_to_num().amin(0), rows.nan_to_num().amax(0)
+    step = high - low + 1
+    place = torch.arange(len(others), device=rows.device).reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.where(place % 2 == 0, high + 3 * step, low - step)
 
 
 @contextmanager

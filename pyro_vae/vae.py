@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vae._utils.param_store import register
+from pyro_vae._utils.module_state import evaluation_mode
+from pyro_vae._utils.param_store import register, without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import boolean, describe, nonempty_string, positive_int
 from pyro_vae.distributions.properties import same_support, spell_support
@@ -33,6 +34,7 @@ class VAE(nn.Module):
 
     ``model`` and ``guide`` are plain Pyro functions of the data ``x``, ``(N, *data_shape)``, for SVI, ``Predictive``,
     ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and ``code``, the decoder's input, if not z.
+    :meth:`generate`, :meth:`reconstruct` and :meth:`impute` run in evaluation mode.
 
     Args:
         prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`.
@@ -151,11 +153,13 @@ class VAE(nn.Module):
         return self.decoder(self.code(z))
 
     @torch.no_grad()
+    @without_training
     def reconstruct(self, x: Tensor) -> Tensor:
         """The mean of p(x | z) at one draw z ~ q(z | x) for each row."""
         return self.decode(self.encode(x).sample()).mean
 
     @torch.no_grad()
+    @without_training
     def generate(self, num_samples: int, mean: bool = False) -> Tensor:
         """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
         boolean(mean, "mean")
@@ -163,6 +167,7 @@ class VAE(nn.Module):
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
+    @without_training
     def impute(self, x: Tensor, num_samples: int) -> Tensor:
         r"""Draws of the missing entries of x, NaN, given the observed ones: :math:`z \sim q(z \mid x_\mathrm{obs})`,
         :math:`x_\mathrm{mis} \sim p(x_\mathrm{mis} \mid z)`.
@@ -240,7 +245,7 @@ class VAE(nn.Module):
 
     def _validate_parts(self) -> torch.Size:
         """Run the parts once, check that they fit, and return the shape of a datum."""
-        with torch.no_grad(), seeded(0), _evaluating(self):
+        with torch.no_grad(), seeded(0), evaluation_mode(self):
             with _error_context(f"`prior` must return p(z) without a context, got {_name(self.prior)}"):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
@@ -305,15 +310,3 @@ def _error_context(message: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{message}: {error}") from error
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, so that running statistics do not change, and restore the modes afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode

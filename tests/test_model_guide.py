@@ -205,7 +205,12 @@ DEPENDENT = {
     "the next row": lambda x: x[:, :2].roll(1, 0),
     "the place of a row": lambda x: x[:, :2] + 0.1 * torch.arange(len(x))[:, None],
     "a hidden covariate by place": lambda x: x[:, :2] + 0.01 * HIDDEN[: len(x)],
-    "batch normalisation": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+    "statistics of the batch": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)),
+    "the range of all rows": lambda x: (x / x.abs().amax(0))[:, :2],
+    "the ranks of all rows": lambda x: x[:, :2].argsort(0).argsort(0) / len(x),
+    "both neighbours": lambda x: (x + x.roll(1, 0) + x.roll(-1, 0))[:, :2],
+    "attention over rows": lambda x: (torch.softmax(x @ x.T, -1) @ x)[:, :2],
+    "random numbers": lambda x: x[:, :2] + 0.1 * torch.randn(len(x), 2),
     "one row among many": lambda x: x[:, :2] + (torch.arange(len(x)) == 137)[:, None],
 }
 
@@ -219,9 +224,23 @@ def test_a_guide_whose_rows_depend_on_more_than_themselves_is_not_amortized(netw
     assert not is_amortized(normal_guide(network), (X,), "data")
 
 
+INDEPENDENT = {
+    "linear": nn.Linear(3, 2),
+    "running statistics": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)),
+    "dropout": nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)),
+    "random slopes": nn.Sequential(nn.Linear(3, 2), nn.RReLU()),
+    "statistics of the row": nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.GroupNorm(1, 2)),
+    "statistics of the feature map": nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1), nn.Flatten(), nn.Linear(3, 2)
+    ),
+    "an index": lambda x: torch.eye(2)[(x[:, 0] > 0).long()],
+}
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 200])
-def test_a_guide_whose_rows_depend_on_themselves_is_amortized(rows):
-    assert is_amortized(normal_guide(nn.Linear(3, 2)), (X[:rows],), "data")
+@pytest.mark.parametrize("network", INDEPENDENT.values(), ids=INDEPENDENT)
+def test_a_guide_whose_rows_depend_on_themselves_is_amortized(network, rows):
+    assert is_amortized(normal_guide(network), (X[:rows],), "data")
     assert is_amortized(AutoDelta(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0))), (X[:rows],), "data")
 
 
@@ -380,8 +399,51 @@ def per_place(x):
         pyro.sample("z", dist.Normal(loc[: len(x)], 1.0).to_event(1))
 
 
+def fixed_size(x):
+    """A plate that keeps its size scales the densities of a slice by itself."""
+    with pyro.plate("data", 24):
+        pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * x[:, :1], 1.0).to_event(1))
+
+
 def global_guide(x):
     pyro.sample("mean", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+def test_all_rows_are_compared_in_runs_of_bounded_size(monkeypatch):
+    monkeypatch.setattr("pyro_vae.model_guide._BUDGET", 64 * 50)
+    seen = []
+
+    def network(x, rare=False):
+        seen.append(len(x))
+        return x[:, :2] + (x[:, :1] == X[151, :1]) * x.mean() * rare
+
+    assert is_amortized(normal_guide(network), (X,), "data")
+    assert max(seen) <= 75
+    assert not is_amortized(normal_guide(lambda x: network(x, rare=True)), (X,), "data")
+
+
+TREATED = torch.zeros(1000).index_fill(0, torch.tensor([17, 500, 999]), 1.0)  # rarely 1
+
+
+def treated_model(x):
+    effect = pyro.param("effect", torch.tensor(0.0))
+    with pyro.plate("data", len(x)) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + effect * TREATED[rows], 0.5), obs=x)
+
+
+def treated_guide(x):
+    with pyro.plate("data", len(x)) as rows:
+        pyro.sample("z", dist.Normal((x - 5 * TREATED[rows]) / 1.25, 0.2**0.5))
+
+
+def test_a_covariate_that_the_rows_of_the_plate_index_is_that_of_the_rows_of_a_batch():
+    x = torch.randn(1000) + 5 * TREATED
+    pv.fit(treated_model, treated_guide, x, epochs=200, batch_size=100, lr=0.1)
+    # At the optimum the weighted residuals x - z - effect of the three treated rows are zero on average.
+    residuals = (x - (x - 5) / 1.25)[TREATED > 0]
+    assert abs(pyro.param("effect").item() - residuals.mean().item()) < 0.5
+    assert not is_amortized(treated_model, (x,), "data")
 
 
 def test_a_guide_of_two_layers_is_amortized():
@@ -394,6 +456,7 @@ def test_a_guide_of_two_layers_is_amortized():
         (sliced_global_model, global_guide, r"latents are global, got \['mean'\]"),
         (sliced_model, per_datum, "not amortized"),
         (sliced_model, per_place, "not amortized"),
+        (sliced_model, fixed_size, "not amortized"),
         (sliced_model, AutoNormal(sliced_model), "not amortized"),
         (two_layer_model, centring_guide, "the guide is not amortized"),
         (subsampled_model, normal_guide(lambda x: x[:, :1]), "a guide that follows the subsample"),

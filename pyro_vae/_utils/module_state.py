@@ -1,4 +1,4 @@
-"""Find the modules that run inside a block, to save their tensors or to restore their buffers."""
+"""Find the modules that run inside a block, to save their tensors, or to restore their buffers and modes."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = ["ModuleTensors", "buffers_kept"]
+__all__ = ["ModuleTensors", "before_each_run", "buffers_kept", "evaluation_mode"]
 
 
 class ModuleTensors:
@@ -41,17 +41,8 @@ class ModuleTensors:
     @contextmanager
     def noticed(self) -> Iterator[None]:
         """Add the modules that this thread runs inside the block, with the values of their buffers before."""
-        thread = threading.get_ident()
-
-        def notice(module: nn.Module, _: Any) -> None:
-            if thread == threading.get_ident():
-                self._add(module)
-
-        handle = nn.modules.module.register_module_forward_pre_hook(notice)
-        try:
+        with before_each_run(self._add):
             yield
-        finally:
-            handle.remove()
 
     def _add(self, root: nn.Module | None) -> None:
         if root is None or id(root) in self._seen:
@@ -115,6 +106,22 @@ def _bound(function: Callable[..., Any]) -> nn.Module | None:
 
 
 @contextmanager
+def before_each_run(call: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Call a function with each module that this thread runs inside the block, before it runs."""
+    thread = threading.get_ident()
+
+    def notice(module: nn.Module, _: Any) -> None:
+        if thread == threading.get_ident():
+            call(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(notice)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def buffers_kept() -> Iterator[None]:
     """Run a block, then restore the buffers of the modules that ran inside."""
     tensors = ModuleTensors()
@@ -123,3 +130,37 @@ def buffers_kept() -> Iterator[None]:
             yield
     finally:
         tensors.load_model_state()
+
+
+@contextmanager
+def evaluation_mode(*functions: Any) -> Iterator[None]:
+    """Run a block with every module that runs inside, or that a function is or is bound to, in evaluation mode.
+
+    The mode of each module, and its buffers, are restored afterwards.
+
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+    >>> with evaluation_mode():
+    ...     torch.equal(network(torch.ones(4, 2)), network(torch.ones(4, 2)))
+    True
+    >>> network.training
+    True
+    """
+    modes: dict[nn.Module, bool] = {}
+    seen: set[int] = set()
+
+    def switch(root: nn.Module) -> None:
+        if id(root) in seen:
+            return
+        for module in root.modules():  # by the attribute: a method `train` of the user's may do more
+            seen.add(id(module))
+            modes.setdefault(module, module.training)
+            module.training = False
+
+    try:
+        with buffers_kept(), before_each_run(switch):
+            for root in filter(None, map(_bound, functions)):
+                switch(root)
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -19,7 +19,7 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
@@ -257,6 +257,7 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
 
 
 @torch.no_grad()
+@without_training
 def calibrate(
     model: Function,
     guide: Function,
@@ -314,7 +315,7 @@ def calibrate(
     _check_arguments(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data")
     function(guide, "guide")
-    with scoped_param_store(), seeded(seed):
+    with seeded(seed):
         pair = ModelGuide(model, guide, data, plate)
         ModelDensity(pair)  # first, since its errors are more precise than those of the next check
         _check_local(pair)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Function
@@ -146,6 +146,7 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
 
 
 @torch.no_grad()
+@without_training
 def decompose(
     model: Function, guide: Function, *data: Tensor, num_samples: int = 10, plate: str = "data", seed: int = 0
 ) -> Decomposition:
@@ -187,7 +188,7 @@ def decompose(
     """
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
-    with scoped_param_store(), seeded(seed):
+    with seeded(seed):
         p = ModelDensity(ModelGuide(model, guide, data, plate))
         q = GuideDensity(p)
         if p.num_data < 2:

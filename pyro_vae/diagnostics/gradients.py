@@ -16,7 +16,8 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
-from pyro_vae._utils.param_store import parameters_of, scoped_param_store
+from pyro_vae._utils.module_state import evaluation_mode
+from pyro_vae._utils.param_store import parameters_of, without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, describe, positive_int, real_tensor
@@ -145,6 +146,7 @@ class Comparison:
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).to_string(col_space=11)
 
 
+@without_training  # a baseline registers parameters, too
 def compare(
     estimators: Mapping[str, Estimator],
     *data: Tensor,
@@ -179,13 +181,13 @@ def compare(
     if wrong or not estimators:
         raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
     data = data_tensors(data, "data")
-    with scoped_param_store():  # a baseline registers parameters, too
-        results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
+    results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
     return Comparison(
         {name: groups for name, (groups, _) in results.items()}, {name: cost for name, (_, cost) in results.items()}
     )
 
 
+@evaluation_mode()
 def exact_gradient(
     model: Function, guide: Function, *data: Tensor, num_draws: int = 1, plate: str = "data"
 ) -> dict[str, Tensor]:

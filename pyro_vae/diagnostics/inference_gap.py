@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import function, positive, positive_int
@@ -96,6 +96,7 @@ def _mean(values: Tensor, errors: Tensor) -> str:
     return f"{values.mean().item():.3f} ± {errors.square().sum().sqrt().item() / len(values):.3f}"
 
 
+@without_training
 def inference_gap(
     model: Function,
     guide: Function,
@@ -151,7 +152,7 @@ def inference_gap(
     tolerance = positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
-    with scoped_param_store(), seeded(seed):
+    with seeded(seed):
         with torch.no_grad():
             p = ModelDensity(ModelGuide(model, guide, data, plate))
             q = GuideDensity(p)

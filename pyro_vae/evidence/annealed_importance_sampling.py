@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate
@@ -24,7 +24,7 @@ _PRELIMINARY_MOVES = 2  # at each temperature
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def annealed_log_evidence(
     model: Function,
     guide: Function,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
@@ -100,7 +100,7 @@ class Evidence:
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def log_evidence(
     model: Function,
     guide: Function,

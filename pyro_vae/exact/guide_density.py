@@ -50,6 +50,7 @@ class GuideDensity:
             if shape != expected:
                 must = f"have the event shape of the model at site {name!r}, {expected}"
                 raise ValueError(f"`guide` must {must}, got {shape}")
+        p.pair.check_rows("guide")
         with torch.no_grad(), seeded(1):
             values = {name: site["value"][None] for name, site in self.sites.items()}
             check_repeatable("guide", self.sites, self.log_prob(values)[0])

@@ -9,6 +9,7 @@ Every function takes a Pyro model with one data plate, the rightmost dimension, 
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 
 import pyro
@@ -17,7 +18,8 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.module_state import evaluation_mode
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive
@@ -33,7 +35,7 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
@@ -66,7 +68,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
@@ -92,7 +94,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
@@ -114,7 +116,7 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the inference gap :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
@@ -148,7 +150,8 @@ def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tol
 class Posterior(dist.TorchDistribution):
     """An exact posterior p(z | x) of a discrete latent, or of a continuous one by quadrature.
 
-    The batch shape is ``(N,)``, the event shape that of the latent site. ``log_prob`` and ``sample`` run the model.
+    The batch shape is ``(N,)``, the event shape that of the latent site. ``log_prob`` and ``sample`` run the model, in
+    evaluation mode.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -156,7 +159,8 @@ class Posterior(dist.TorchDistribution):
     def __init__(
         self, p: ModelDensity, evidence: Tensor, rules: "Sequence[tuple[ModelDensity, QuadratureRule]] | None" = None
     ):
-        self._p, self._rules, self.log_evidence = p, rules, evidence
+        self._p, self.log_evidence = _evaluated(p), evidence
+        self._rules = None if rules is None else [(_evaluated(part), rule) for part, rule in rules]
         self._name, site = p.single_site()
         self._support = site["fn"].support
         super().__init__(torch.Size([p.num_data]), site["fn"].event_shape, validate_args=False)
@@ -295,6 +299,13 @@ def _draw(p: ModelDensity, rule: QuadratureRule, count: int) -> Tensor:
         accepted = torch.rand_like(at).log() < proposed_ratio - at
         current, at = torch.where(accepted[..., None], proposed, current), torch.where(accepted, proposed_ratio, at)
     return joint.coordinates.to_site(current)
+
+
+def _evaluated(p: ModelDensity) -> ModelDensity:
+    """A copy that runs the model in evaluation mode whenever it is run."""
+    copied = copy(p)
+    copied.log_joint = evaluation_mode(p.model)(p.log_joint)  # type: ignore[method-assign]
+    return copied
 
 
 def _summed_evidence(p: ModelDensity) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import describe, positive_int, tqdm_disable
@@ -31,7 +31,7 @@ _MAX_BYTES = 4 * 2**30
 _LEAST_TAIL = 5  # draws to which k̂ is fitted
 
 
-@scoped_param_store()
+@without_training
 def to_datatree(
     model: Function,
     guide: Function,
@@ -131,7 +131,7 @@ def to_datatree(
     return layout.tree(groups, largest.khat())
 
 
-@scoped_param_store()
+@without_training
 def save_draws(
     path: str | os.PathLike[str],
     model: Function,

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["reference"]
 
 
+@without_training
 def reference(
     model: Function,
     *data: Tensor,
@@ -72,8 +73,7 @@ def reference(
     positive_int(chains, "chains")
     positive_int(warmup, "warmup")
     settings = ExportSettings(draws, seed, plate, dims, coords)
-    store = pyro.get_param_store()
-    with store.scope(store.get_state()), seeded(seed):
+    with seeded(seed):
         pair = ModelGuide(model, None, data, plate)
         density = ModelDensity(pair)
         if discrete := [name for name, site in pair.latents.items() if site["fn"].support.is_discrete]:

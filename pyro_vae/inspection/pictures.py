@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, observed_sites
 from pyro_vae._utils.typing import Function
@@ -39,6 +39,7 @@ def check_pictures(history: Any, pictures: Mapping[str, Any]) -> None:
             raise TypeError(f"`pictures` must be matplotlib figures, got {describe(figure)} for {question!r}")
 
 
+@without_training
 def draw_pictures(
     found: Inspection,
     model: Function,
@@ -57,7 +58,7 @@ def draw_pictures(
     drawn.append(_draw("Which estimates of log p(x) are reliable?", plots.khat, found.evidence, sort=True))
     if found.calibration is not None:
         drawn.append(_draw("Is q(z|x) calibrated?", plots.calibration, found.calibration))
-    with scoped_param_store(), seeded(seed), torch.no_grad(), poutine.block():
+    with seeded(seed), torch.no_grad(), poutine.block():
         if labels is not None:
             drawn += _latent_map(guide, data, labels)
         if image_shape is not None:

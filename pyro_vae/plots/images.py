@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import describe, image_size, is_integer, numbers, positive_int, real_tensor
 from pyro_vae.plots.axes import axes_or_new
@@ -48,6 +49,7 @@ def image_grid(images: Tensor, columns: int, ax: Axes | None = None) -> Axes:
 
 
 @torch.no_grad()
+@without_training
 def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = None) -> Axes:
     """Which image does each point of a latent space with two standard normal dimensions decode to?
 
@@ -74,6 +76,7 @@ def manifold(decode: ToImages, shape: Shape, size: int = 15, ax: Axes | None = N
 
 
 @torch.no_grad()
+@without_training
 def traversals(
     decode: ToImages,
     z: Tensor,
@@ -128,6 +131,7 @@ def traversals(
 
 
 @torch.no_grad()
+@without_training
 def reconstructions(
     reconstruct: ToImages, x: Tensor, shape: Shape, columns: int = 12, seed: int = 0, ax: Axes | None = None
 ) -> Axes:
@@ -162,6 +166,7 @@ def reconstructions(
 
 
 @torch.no_grad()
+@without_training
 def samples(
     generate: Generate, shape: Shape, count: int = 50, columns: int = 10, seed: int = 0, ax: Axes | None = None
 ) -> Axes:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vae import exact
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, real_tensor, whole_numbers
@@ -66,7 +66,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
 
 
 @torch.no_grad()
-@scoped_param_store()
+@without_training
 def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
     r"""How close is q(z | x) to the exact p(z | x), for one datum and a latent of one or two variables?
 

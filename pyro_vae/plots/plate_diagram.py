@@ -9,7 +9,7 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from pyro.infer.inspect import get_model_relations
 from torch import Tensor
 
-from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function, taking_data
@@ -18,6 +18,7 @@ from pyro_vae.plots.axes import axes_or_new
 __all__ = ["plate_diagram"]
 
 
+@without_training
 def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None, ax: Axes | None = None) -> Axes:
     """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.
 
@@ -40,7 +41,7 @@ def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None,
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
     data = data_tensors(data, "data") if data else data
     ax = axes_or_new(ax)
-    with scoped_param_store(), seeded(0), taking_data(model, "model", data):
+    with seeded(0), taking_data(model, "model", data):
         relations = get_model_relations(model, data, include_deterministic=True)
     if not relations["sample_sample"]:
         raise ValueError("`model` must have sites, got one without `pyro.sample`")
@@ -65,7 +66,7 @@ def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None,
         for parent in parents[name]:
             _arrow(ax, circles[parent], circles[name], "-", 0.0)
     if guide is not None:
-        with scoped_param_store(), seeded(0), taking_data(guide, "guide", data):
+        with seeded(0), taking_data(guide, "guide", data):
             latents = get_model_relations(guide, data)["sample_sample"]
         for latent, name in product(latents, observed):
             _arrow(ax, circles[name], circles[latent], "--", -0.4)

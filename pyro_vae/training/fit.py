@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.param_store import rollback_params_on_error, scoped_param_store
+from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
+from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function, positive, positive_int, rows_like
-from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample
+from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
@@ -107,11 +108,14 @@ def fit(
         guide: its guide, called with the same arguments.
         data: tensor of N rows, or a sequence of tensors with N rows each.
         epochs: passes over the data; without ``batch_size``, each is one step.
-        batch_size: rows per step, in a new random order in each epoch; all N if left out. Mini-batches subsample the
-            data plate, see :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
+        batch_size: rows per step, in a new random order in each epoch; all N if left out. A single row that is left
+            joins the batch before. Mini-batches subsample the data plate, see
+            :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
         lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
         elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
-        validation: held-out data of the same form, evaluated after each epoch; networks stay in their mode.
+        validation: held-out data of the same form, evaluated after each epoch, in batches of ``batch_size`` and in
+            evaluation mode: dropout is off, and batch normalisation uses its running statistics. Training is in the
+            mode that the networks are in.
         transform: function of the rows of each data tensor, such as :func:`pyro_vae.datasets.pixels.resample` for
             bytes; it must return new tensors. It is called once per step, which model and guide share, once with the
             validation data, and a few times before training as a check.
@@ -160,6 +164,8 @@ def fit(
     clip_norm = None if clip_norm is None else float(clip_norm)
     num_data = len(tensors[0])
     batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
+    if 1 < batch_size == num_data - 1:  # the row that is left joins
+        batch_size = num_data
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
     settings |= {"lr": lr, "schedules": schedules}
@@ -170,10 +176,11 @@ def fit(
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
             evaluator.bound = pair.bound
-            held_out = None if held_out is None else pair.held_out(held_out)
+            with evaluation_mode(model, guide):
+                held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size)
         step = _make_step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
         batches = Batches(pair.take, num_data, batch_size, seed, tensors[0].device)
-        validate = None if held_out is None else partial(_evaluate_held_out, evaluator, held_out, seed)
+        validate = None if held_out_pair is None else partial(_evaluate_held_out, evaluator, held_out_pair, seed)
         loop = Loop(step, batches, validate, patience, callbacks, saved)
         with seeded(seed):
             with rollback_params_on_error():
@@ -181,6 +188,7 @@ def fit(
                 if compile and step.count == 0:
                     run_all_rows(ElboEvaluator(model, guide, copy.copy(evaluator.elbo), plate), batches)
             loop.run(epochs, progress)
+    pyro.get_param_store().get_state()  # removes Pyro's weak references from the parameters, which pickle refuses
     if loop.state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
     seconds, state = time.perf_counter() - started, loop.state
@@ -188,6 +196,7 @@ def fit(
     return Fitted(model, guide, history, seed, step.count, seconds, state.stop_reason, state.skipped)
 
 
+@without_training
 def evaluate(
     model: Function,
     guide: Function,
@@ -195,17 +204,24 @@ def evaluate(
     *,
     elbo: ELBO | None = None,
     num_samples: int = 1,
+    batch_size: int | None = None,
     plate: str = "data",
     seed: int = 0,
 ) -> dict[str, float]:
-    """ELBO, distortion and rate of a pair on data, in nats per datum, without training.
+    """ELBO, distortion and rate of a pair on data, in nats per datum, without training, in evaluation mode.
 
     Args:
         model: a Pyro model.
         guide: its guide; must be amortized to take data that it was not trained on.
         data, elbo: as for :func:`fit`; enumerated latents are summed over exactly.
         num_samples: how many draws of the latents to average over.
+        batch_size: rows that are run at once, which bounds the memory; the sums are the same. If left out, half a
+            million numbers of data, where the pair can be run on some of its rows, and else all rows.
         plate, seed: name of the data plate, and seed of the draws.
+
+    Raises:
+        ValueError: if the pair cannot be run on ``batch_size`` of its rows, see
+            :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
 
     >>> from pyro_vae import VAE, priors, guides, likelihoods, networks
     >>> net = networks.linear()
@@ -214,14 +230,21 @@ def evaluate(
     ['distortion', 'elbo', 'rate']
     """
     positive_int(num_samples, "num_samples")
-    evaluator = ElboEvaluator(function(model, "model"), function(guide, "guide"), as_elbo(elbo), plate)
-    with scoped_param_store(), buffers_kept():
-        pair = ModelGuide(model, guide, data, plate, seed=seed)
+    function(model, "model")
+    evaluator = ElboEvaluator(model, function(guide, "guide"), as_elbo(elbo), plate)
+    tensors = data_tensors(data, "data")
+    most = rows_at_once(tensors) if batch_size is None else positive_int(batch_size, "batch_size")
+    with autoguide_follows_subsample(guide):
+        pair = None
+        if most < len(tensors[0]):
+            with nullcontext() if batch_size is not None else suppress(ValueError), seeded(seed):
+                pair = ModelGuide.on_batches(model, guide, tensors, most, plate)
+        pair = pair or ModelGuide(model, guide, tensors, plate)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
         evaluator.bound = pair.bound
-    with seeded(seed), buffers_kept(), pyro.validation_enabled():
-        return Terms(_terms(evaluator, pair.data, "data", num_samples), pair.why_no_bound)
+        with seeded(seed), pyro.validation_enabled():
+            return Terms(_terms(evaluator, pair, "data", num_samples), pair.why_no_bound)
 
 
 def _make_step(
@@ -265,19 +288,22 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 @torch.no_grad()
-def _terms(evaluator: ElboEvaluator, data: tuple[Tensor, ...], name: str, num_samples: int = 1) -> dict[str, float]:
-    """Return the ELBO and its terms, means over some runs, in nats per datum."""
-    found: list[dict[str, Tensor]] = []
-    for _ in range(num_samples):
-        loss = evaluator.loss(*data)
-        if not math.isfinite(loss):
-            cause = evaluator.first_nonfinite_site() or "the log_prob of every site is finite"
-            raise FloatingPointError(f"{name}: the loss is {loss}; {cause}")
-        found.append(evaluator.terms(loss))
-    return {name: float(torch.stack([terms[name] for terms in found]).mean()) for name in found[0]}
+def _terms(evaluator: ElboEvaluator, pair: ModelGuide, name: str, num_samples: int = 1) -> dict[str, float]:
+    """Return the ELBO and its terms, means over some runs on all rows, in nats per datum."""
+    totals: dict[str, Tensor] = {}
+    for rows in torch.arange(pair.num_data, device=pair.data[0].device).split(pair.batch_size) * num_samples:
+        with pair.take(rows) as arguments:
+            loss = evaluator.loss(*arguments)
+            if not math.isfinite(loss):
+                cause = evaluator.first_nonfinite_site(rows) or "the log_prob of every site is finite"
+                raise FloatingPointError(f"{name}: the loss is {loss}; {cause}")
+            weight = len(rows) / (pair.num_data * num_samples)  # terms of a batch are scaled to all rows
+            for term, value in evaluator.terms(loss).items():
+                totals[term] = totals.get(term, 0.0) + weight * value
+    return {term: float(value) for term, value in totals.items()}
 
 
-def _evaluate_held_out(evaluator: ElboEvaluator, data: tuple[Tensor, ...], seed: int) -> dict[str, float]:
+def _evaluate_held_out(evaluator: ElboEvaluator, pair: ModelGuide, seed: int) -> dict[str, float]:
     """Evaluate with random numbers of a stream of its own, so that validation does not change the run."""
-    with seeded(seed):
-        return _terms(evaluator, data, "validation")
+    with seeded(seed), evaluation_mode(pair.model, pair.guide):
+        return _terms(evaluator, pair, "validation")

@@ -179,7 +179,7 @@ class Batches:
 
     def __init__(self, context: BatchContext, num_data: int, batch_size: int, seed: int, device: torch.device):
         self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
-        self.per_epoch = -(-num_data // batch_size)  # number of batches
+        self.per_epoch = len(self.split(torch.arange(num_data)))  # number of batches
         self.first = torch.arange(batch_size, device=device)  # the first rows of the data, as many as a batch has
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
@@ -190,7 +190,14 @@ class Batches:
             return [self.first][done:]
         self._generator.set_state(self.order)
         shuffled = torch.randperm(self.num_data, generator=self._generator, device="cpu").to(self.device)
-        return shuffled.split(self.batch_size)[done:]
+        return self.split(shuffled)[done:]
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """Split rows into batches. A single row that is left joins them: batch normalisation needs two rows."""
+        *batches, last = rows.split(self.batch_size)
+        if batches and len(last) == 1 < self.batch_size:
+            batches, last = batches[:-1], torch.cat([batches[-1], last])
+        return [*batches, last]
 
     def next_epoch(self) -> None:
         """Continue with the order of the next epoch."""

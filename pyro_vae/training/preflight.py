@@ -70,6 +70,6 @@ def as_elbo(elbo: ELBO | None) -> ELBO:
 def run_all_rows(evaluator: ElboEvaluator, batches: Batches) -> None:
     """Compute the loss on all rows with Pyro's validation, which a captured step does not have."""
     with preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
-        for rows in torch.arange(batches.num_data, device=batches.device).split(batches.batch_size):
+        for rows in batches.split(torch.arange(batches.num_data, device=batches.device)):
             with batches.context(rows) as arguments:
                 evaluator.loss(*arguments)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._utils.module_state import ModuleTensors
-from pyro_vae._utils.param_store import Registered, module_registry, parameters_of
+from pyro_vae._utils.param_store import Registered, check_parameters, module_registry, parameters_of
 from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.schedules import Schedule
@@ -129,7 +130,8 @@ class Step:
         noticed = nullcontext() if known else self.tensors.noticed()
         with poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
             try:
-                loss = self.evaluator.loss_and_grads(*arguments)
+                run = partial(self.evaluator.loss_and_grads, *arguments)
+                loss = run() if known else check_parameters(run, partial(self.evaluator.loss, *arguments))
             except ValueError as error:
                 describe = self.evaluator.first_nonfinite_site_unvalidated
                 site = describe(arguments, self._rows(inputs)) if self.count > 1 else None

@@ -12,7 +12,7 @@ from pyro.infer import config_enumerate
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae._utils.module_state import ModuleTensors, buffers_kept
+from pyro_vae._utils.module_state import ModuleTensors, buffers_kept, evaluation_mode
 from pyro_vae.handlers import WeightKL
 
 NORM = nn.BatchNorm1d(2)
@@ -136,3 +136,21 @@ def test_batch_norm_of_a_plain_function_counts_each_step_once(compile, monkeypat
 
     fitted = pv.fit(model, guide, torch.randn(50, 2), epochs=4, batch_size=20, compile=compile)
     assert network[1].num_batches_tracked == fitted.steps == 12
+
+
+def test_every_module_that_runs_is_in_evaluation_mode_until_the_block_ends_or_fails():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))
+    other = nn.Dropout(0.5)
+    network[1].eval()
+
+    def fail():
+        assert not other.training
+        network(X)
+        assert not any(module.training for module in network.modules())
+        raise KeyError
+
+    with pytest.raises(KeyError), evaluation_mode(other.forward):
+        fail()
+    assert [module.training for module in network.modules()] == [True, True, False, True]
+    assert other.training
+    assert network[1].num_batches_tracked == 0

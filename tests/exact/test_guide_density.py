@@ -61,11 +61,28 @@ def test_a_guide_of_another_event_shape_is_refused_even_if_the_model_runs_on_its
         exact.elbo(model, partial(inside, width=4), X[:, 0])
 
 
-def test_a_guide_with_dropout_is_refused():
+class AlwaysDropping(nn.Linear):
+    """Dropout that evaluation mode leaves on, as ``F.dropout`` without ``training`` does."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (AlwaysDropping, r"one log q\(z \| x\) at each z, .*random numbers outside of its sites"),
+        (
+            lambda i, o: nn.Sequential(nn.Linear(i, o), nn.BatchNorm1d(o, track_running_stats=False)),
+            "depends on that row alone",
+        ),
+    ],
+    ids=["functional dropout", "statistics of the batch"],
+)
+def test_a_guide_without_one_density_at_each_z_is_refused(network, message):
     vae = bernoulli(1)
-    noisy = guides.Bernoulli(3, 1, lambda i, o: nn.Sequential(nn.Linear(i, 9), nn.Dropout(0.5), nn.Linear(9, o)))
-    other = pv.VAE(vae.prior, noisy, vae.decoder)
-    with pytest.raises(ValueError, match=r"`guide` must have one log q\(z \| x\) at each z.*evaluation mode"):
+    other = pv.VAE(vae.prior, guides.Bernoulli(3, 1, network), vae.decoder)
+    with pytest.raises(ValueError, match="`guide` must have .*" + message):
         exact.kl(other.model, other.guide, X)
 
 

@@ -69,7 +69,7 @@ def many_states(x):
 
 
 def estimated_evidence(model, *data):
-    return pv.log_evidence(model, poutine.block(model, hide=["x"]), *data)
+    return pv.log_evidence(model, poutine.block(model, hide=["x"]), *data).log_evidence
 
 
 ESTIMATES = pytest.mark.parametrize("evidence", [exact.log_evidence, estimated_evidence])
@@ -117,12 +117,67 @@ def test_too_many_states_of_one_latent_are_refused():
         exact.log_evidence(bernoulli(20, 2).model, torch.rand(4, 2))
 
 
+class Normalised(nn.Module):
+    """Batch normalisation that takes what stands on the left of the rows for more rows."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(in_features, 5), nn.BatchNorm1d(5), nn.Linear(5, out_features)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.last(self.norm(hidden.reshape(-1, 5)).reshape(hidden.shape).relu())
+
+
 @ESTIMATES
-def test_dropout_is_refused_until_the_network_is_in_evaluation_mode(evidence):
+@pytest.mark.parametrize("layer", [Normalised, lambda i, o: nn.Sequential(nn.Linear(i, o), nn.Dropout(0.5))])
+def test_a_network_in_training_mode_has_the_numbers_of_evaluation_mode_and_stays_as_it_is(evidence, layer):
     vae, x = bernoulli(2, 3), torch.randn(5, 3)
-    vae.decoder = likelihoods.Normal(2, 3, lambda i, o: nn.Sequential(nn.Linear(i, o), nn.Dropout(0.5)), scale=0.1)
-    with pytest.raises(ValueError, match=r"`model` must have one log p\(x, z\) at each z.*vae\.eval\(\)"):
-        evidence(vae.model, x)
-    vae.eval()
-    assert exact.log_evidence(vae.model, x).isfinite().all()
-    assert pv.log_evidence(vae.model, vae.guide, x, num_samples=10).log_evidence.isfinite().all()
+    vae.decoder = likelihoods.Normal(2, 3, layer, scale=0.1)
+    list(vae.decoder.modules())[-1].eval()
+    modes = [module.training for module in vae.modules()]
+    buffers = {name: value.clone() for name, value in vae.named_buffers()}
+    in_training = evidence(vae.model, x)
+    assert [module.training for module in vae.modules()] == modes
+    assert all(torch.equal(value, buffers[name]) for name, value in vae.named_buffers())
+    torch.testing.assert_close(evidence(vae.eval().model, x), in_training)
+
+
+def shifted_model(shift):
+    """z ~ N(0, 1), x ~ N(shift(z), 1): the rows of ``shift`` may depend on each other."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(shift(z), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+def attended(z):
+    return torch.softmax(z @ z.mT, -1) @ z
+
+
+MIXING = {
+    "the next row": lambda z: z + z.roll(1, -2),
+    "both neighbours": lambda z: z + z.roll(1, -2) + z.roll(-1, -2),
+    "the mean": lambda z: z - 0.1 * z.mean(-2, keepdim=True),
+    "the largest": lambda z: z / z.abs().amax(-2, keepdim=True),
+    "the order": lambda z: z.sort(-2).values,
+    "attention": attended,
+    "statistics of the batch": nn.BatchNorm1d(1, track_running_stats=False),
+}
+
+
+@ESTIMATES
+@pytest.mark.parametrize("rows", [4, 150])
+@pytest.mark.parametrize("shift", MIXING.values(), ids=MIXING)
+def test_rows_that_depend_on_each_other_are_refused(evidence, shift, rows):
+    with pytest.raises(ValueError, match="`model` must have a density of each row that depends on that row alone"):
+        evidence(shifted_model(shift), torch.randn(rows, 1))
+
+
+@ESTIMATES
+def test_random_numbers_outside_of_sites_are_refused(evidence):
+    with pytest.raises(ValueError, match=r"`model` must have one log p\(x, z\) at each z, .*outside of its sites"):
+        evidence(shifted_model(lambda z: nn.functional.dropout(z, 0.5)), torch.randn(30, 1))
