@@ -23,6 +23,7 @@ from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive
+from pyro_vae.distributions.properties import base_support, without_independent
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity, few_rows
@@ -350,7 +351,36 @@ def _integrated_evidence(p: ModelDensity, tolerance: float) -> tuple[Tensor, Qua
     box = p.integration_box(p.single_site()[1]["fn"]).union()
     evidence, _, rule = integrate(_Joint(p, box), box, tolerance)
     _compare_with_draws(p, evidence, tolerance)
+    _check_digits(p, rule, tolerance)
     return evidence, rule
+
+
+def _check_digits(p: ModelDensity, rule: QuadratureRule, tolerance: float) -> None:
+    """Raise if the numbers of x have too few digits for log p(x | z), as data with an offset far above the noise."""
+    peaks, heights = [], []
+    for cells, log_mass in rule.blocks:
+        top, place = log_mass.max(0)
+        centre = (cells.low + cells.width / 2).expand(-1, p.num_data, -1)
+        peaks.append(centre[place, torch.arange(p.num_data, device=place.device)])
+        heights.append(top)
+    best = torch.stack(heights).argmax(0)
+    z = torch.stack(peaks)[best, torch.arange(p.num_data, device=best.device)]
+    coordinates = p.coordinates()
+    sites = p.sites({coordinates.name: coordinates.to_site(z[None])})
+    lost = p.zeros()
+    for name in p.observed:
+        fn, x = without_independent(sites[name]["fn"]), sites[name]["value"]
+        if x.is_floating_point() and base_support(fn) is torch.distributions.constraints.real and not fn.event_shape:
+            rounded = torch.nextafter(x, torch.full_like(x, torch.inf))
+            change = (fn.log_prob(rounded) - fn.log_prob(x)).double().nan_to_num(0.0) ** 2
+            lost = lost + change.expand(1, p.num_data, *x.shape[1:]).reshape(p.num_data, -1).sum(1) / 12
+    if (lost.sqrt() > 0.01 + 10 * tolerance).any():
+        datum = int(lost.argmax())
+        raise QuadratureError(
+            f"quadrature did not converge: the last digit of the data in {str(p.dtype).removeprefix('torch.')} changes "
+            f"log p(x, z) of datum {datum} by {float(lost[datum].sqrt()):.2g} nats; subtract an offset that is far "
+            "above the noise, or compute in float64: `vae.double()`, `x.double()`"
+        )
 
 
 def _compare_with_draws(p: ModelDensity, evidence: Tensor, tolerance: float) -> None:

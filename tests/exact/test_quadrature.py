@@ -335,6 +335,21 @@ def test_an_infinite_elbo_raises():
         exact.elbo(model, guide, torch.ones(1, 1).double())
 
 
+@pytest.mark.parametrize("offset", [1e2, 1e6])
+def test_data_of_too_few_digits_are_refused_in_float32_alone(offset):
+    def likelihood(z):
+        return dist.Normal(offset + 1.2 * torch.tanh(2 * z) * torch.ones(50).to(z), 0.5).to_event(1)
+
+    x = likelihood(torch.zeros(2, 1)).sample()
+    truth = exact.log_evidence(model_of(standard(1), likelihood), x.double())
+    single = model_of(dist.Normal(torch.zeros(1), 1.0).to_event(1), likelihood)
+    if offset == 1e6:
+        with pytest.raises(QuadratureError, match=r"the last digit of the data in float32 .* compute in float64"):
+            exact.log_evidence(single, x)
+    else:
+        assert torch.allclose(exact.log_evidence(single, x).double(), truth, atol=2e-3)
+
+
 def test_a_negative_kl_raises(monkeypatch):
     vae, x = gaussian(1).double(), torch.randn(4, 3).double()
     too_low = inference._integrated_evidence
