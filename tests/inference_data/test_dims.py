@@ -12,7 +12,7 @@ import pyro_vae as pv
 from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli
 from pyro_vae.inference_data.dims import variable_names
 
-N, DRAWS = 4, 25
+N, DRAWS = 4, 3
 X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
 DIMS = {"z": ("obs", "latent"), "x": ("obs", "feature")}
 
@@ -66,7 +66,7 @@ def test_a_tree_has_the_same_numbers_whatever_the_sites_are_called(names, tmp_pa
     for name, site in ((latent, names[0]), (observed, names[1])):
         group = tree["posterior" if site == names[0] else "observed_data"]
         assert group[name].attrs == ({} if name == site else {"site": site})
-    path = pv.save_draws(tmp_path / "draws.nc", *pair_of(*names), X, draws=DRAWS, chunk=10, history={"elbo": [1.0]})
+    path = pv.save_draws(tmp_path / "draws.nc", *pair_of(*names), X, draws=DRAWS, chunk=2, history={"elbo": [1.0]})
     tree.to_netcdf(tmp_path / "tree.nc", engine="h5netcdf")
     for file in (path, tmp_path / "tree.nc"):
         with xr.open_datatree(file) as loaded:

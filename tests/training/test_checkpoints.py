@@ -427,7 +427,7 @@ print("finished", signal.getsignal(signal.SIGTERM) in (user, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize(("handler", "code", "printed", "steps"), [
-    ("none", -signal.SIGTERM, "", 7), ("raises", 7, "user's handler\n", 7),
+    ("none", -signal.SIGTERM, "", 7), pytest.param("raises", 7, "user's handler\n", 7, marks=pytest.mark.slow),
     ("returns", 0, "user's handler\nfinished True\n", 12),
 ])  # fmt: skip
 def test_sigterm_ends_the_process_as_before_once_a_checkpoint_is_written(handler, code, printed, steps, tmp_path):
