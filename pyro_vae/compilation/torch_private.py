@@ -6,12 +6,13 @@ A new version of torch may change them. ``pyproject.toml`` therefore bounds it, 
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # leaves the innermost `torch.vmap`
 from torch._subclasses import FakeTensor  # inductor's tensors without values, which a capture must not keep
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,  # a check runs on the values of tensors and stays out of the graph
@@ -21,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # sees each operatio
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
 
 __all__ = [
-    "FakeTensor", "TorchDispatchMode", "TreeSpec", "compile_graph", "disable_proxy_modes_tracing",
-    "forced_compiling_flag", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema", "tree_flatten",
-    "tree_unflatten",
+    "FakeTensor", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "disable_proxy_modes_tracing",
+    "forced_compiling_flag", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema",
+    "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -70,3 +71,37 @@ def operation_schema(operation: Any) -> Any:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``x @ weight.T + bias`` with oneDNN, which torch calls by itself in compiled inference only."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_functorch: Any = torch._C._functorch
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor inside of ``torch.vmap`` depends on the mapped dimension."""
+    return _functorch.is_batchedtensor(tensor)
+
+
+@contextmanager
+def outside_vmap() -> Iterator[int | None]:
+    """Run a block inside of ``torch.vmap`` as if it were outside; give the level of the vmap, ``None`` without one."""
+    level = _functorch.maybe_current_level()
+    with nullcontext() if level is None else temporarily_pop_interpreter_stack():
+        yield level
+
+
+def batched(tensor: Tensor, level: int | None) -> Tensor:
+    """Make a tensor ``(C, *shape)`` one of ``(*shape)`` inside of the vmap of this level."""
+    return tensor if level is None else _functorch._add_batch_dim(tensor, 0, level)
+
+
+def unbatched(tensor: Tensor, level: int | None, count: int) -> Tensor:
+    """Return the tensor ``(C, *shape)`` of a tensor ``(*shape)`` inside of the vmap of this level."""
+    return tensor if level is None else _functorch._remove_batch_dim(tensor, level, count, 0)
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Run a block without the warnings of operations that ``torch.vmap`` runs draw by draw."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+        yield

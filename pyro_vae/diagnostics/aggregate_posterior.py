@@ -1,12 +1,11 @@
 """The aggregate posterior q(z), the mixture of q(z | x_n) over the data, and its log-densities at draws of z."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.traces import log_density
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import Values
@@ -71,7 +70,7 @@ class AggregatePosterior:
             log_q, by_variable = self._log_q(values)
             log_sum = log_q.logsumexp(1, keepdim=True).expand_as(log_q)
             others = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
-            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(self.p.sites(values)))
+            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(self.p.log_probs(values)))
             aggregate, others = log_sum - math.log(self.num_data), others - math.log(self.num_data - 1)
             weight = log_q.exp()
             terms = torch.stack([likelihood, prior, log_q, aggregate, others])
@@ -82,14 +81,14 @@ class AggregatePosterior:
                 information[name] = information.get(name, torch.zeros_like(gain)) + gain
         return LogDensities(*total[:, None]), information
 
-    def model_terms(self, sites: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute log p(x | z) and log p(z) from the sites of the model."""
+    def model_terms(self, log_probs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute log p(x | z) and log p(z) from the log-densities of the sites of the model."""
         likelihood, prior = self.p.zeros(), self.p.zeros()
-        for name, site in sites.items():
+        for name, log_prob in log_probs.items():
             if name in self.p.latents:
-                prior = prior + log_density(site).double()
+                prior = prior + log_prob.double()
             else:
-                likelihood = likelihood + log_density(site).double()
+                likelihood = likelihood + log_prob.double()
         return likelihood, prior
 
     def _log_q(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import data_tensors, function, positive, positive_int
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.model_guide import ModelGuide, is_amortized
@@ -433,7 +433,7 @@ class SimulationResults(NamedTuple):
 
 def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:
     q = GuideDensity(p)
-    draws, log_q = sample_with_log_q(q.guide, p.data, count)
+    draws, log_q = q.sample(count)
     chunks = range(0, count, p.chunk)
     log_p = torch.cat([p.log_joint({name: v[i : i + p.chunk] for name, v in draws.items()}) for i in chunks]).double()
     at_truth = {name: value[None] for name, value in truth.items()}
@@ -510,10 +510,10 @@ def _elbo_corrections(
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
     parts = []
     for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
-        p = ModelDensity(ModelGuide(model, None, part, plate))
+        p = ModelDensity(ModelGuide(model, guide, part, plate))
         if any(site["fn"].support.is_discrete for site in p.latents.values()):
             return None
-        z, gradients = _gradients(p, sample_with_log_q(guide, part, num_draws)[0])
+        z, gradients = _gradients(p, GuideDensity(p).sample(num_draws)[0])
         h = -(gradients * (z - z.mean(0))).sum(0) / (num_draws - 1)
         parts.append((h, gradients.mean(0) * z.std(0)))
     h, slope = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))  # (N, D); slope per deviation of q

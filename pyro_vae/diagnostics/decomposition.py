@@ -23,7 +23,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, LogDensities
 from pyro_vae.distributions.properties import conditional_mean
-from pyro_vae.exact.guide_density import GuideDensity, sample_sites
+from pyro_vae.exact.guide_density import GuideDensity, Sites
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 from pyro_vae.objectives.elbo_terms import rate_by_variable
@@ -198,7 +198,7 @@ def decompose(
         summed = _can_sum(p)
         accumulator = _Accumulator(aggregate)
         for first in range(0, num_samples, p.chunk):
-            accumulator.add(sample_sites(guide, p.data, min(p.chunk, num_samples - first)), with_densities=not summed)
+            accumulator.add(min(p.chunk, num_samples - first), with_densities=not summed)
         densities, information = aggregate.over_states() if summed else accumulator.densities()
     return _assemble(densities, accumulator.units(information), p.num_data, 0 if summed else num_samples)
 
@@ -214,8 +214,7 @@ def _can_sum(p: ModelDensity) -> bool:
 def _check_prior(p: ModelDensity) -> None:
     """Raise if the prior depends on the datum: there is then no single p(z) to compare q(z) with."""
     values = {name: site["value"][:8, None] for name, site in p.latents.items()}
-    for name, site in p.sites(values).items():
-        log_p = log_density(site)
+    for name, log_p in p.log_probs(values).items():
         if name in p.latents and not torch.allclose(log_p, log_p[:, :1], rtol=1e-4, atol=1e-4):
             raise ValueError(f"`model` must have one prior p(z) for all data, got one that depends on x at {name!r}")
 
@@ -231,27 +230,42 @@ class _Accumulator:
         self.rates: dict[str, Tensor | None] = {}
         self.classes: dict[str, bool] = {}
 
-    def add(self, sites: dict[str, Any], with_densities: bool) -> None:
-        """Add draws ``(K, N, *event)``."""
-        values = {name: site["value"] for name, site in sites.items()}
-        model_sites = self.aggregate.p.sites(values)
-        count = len(next(iter(values.values())))
+    def add(self, count: int, with_densities: bool) -> None:
+        """Add ``count`` draws of the latents of each datum."""
+        results = self.aggregate.q.sample_and_read(count, self._read)
         self.count += count
-        for name, site in sites.items():
-            known, self.classes[name] = conditional_mean(site["fn"])
-            mean = (site["value"] if known is None else known).double()  # the draw instead of an unknown mean
+        for name in self.aggregate.q.sites:
+            mean = results.each(("mean", name), count).double()
             sums = torch.stack([mean.sum(0), (mean**2).sum(0)])
             self.means[name] = [old + new for old, new in zip(self.means.get(name, [0.0, 0.0]), sums, strict=True)]
-            rate = rate_by_variable(site, model_sites[name])
-            summed = None if rate is None else rate.double().mean(1).sum(0)
+            known = ("rate", name) in results.tensors
+            summed = results.each(("rate", name), count).double().mean(1).sum(0) if known else None
             before = self.rates.get(name)
             self.rates[name] = summed if before is None or summed is None else before + summed
         if with_densities:
-            likelihood, prior = (part.expand(count, -1) for part in self.aggregate.model_terms(model_sites))
+            log_probs = {name: results.each(("log_p", name), count) for name in self.aggregate.p.sites}
+            likelihood, prior = (part.expand(count, -1) for part in self.aggregate.model_terms(log_probs))
+            values = {name: results.each(("value", name), count) for name in self.aggregate.q.sites}
             densities, information = self.aggregate.at_draws(values)
             self.parts.append(torch.cat([torch.stack([likelihood, prior]), densities]))
             for name, summed in information.items():
                 self.information[name] = self.information.get(name, 0.0) + summed
+
+    def _read(self, sites: Sites) -> dict[Any, Tensor]:
+        """Read value, mean and rate of each latent of one draw, and the log-densities of the model."""
+        p, found = self.aggregate.p, {}
+        values = {name: site["value"] for name, site in sites.items()}
+        model_sites = p.runs.sites(values, p.data)
+        for name, site in sites.items():
+            known, self.classes[name] = conditional_mean(site["fn"])
+            # the draw instead of a mean that is unknown or infinite
+            known = site["value"] if known is None else known
+            known = known if self.classes[name] else torch.where(known.isfinite(), known, site["value"])
+            found["mean", name] = known
+            found["value", name] = site["value"]
+            if (rate := rate_by_variable(site, model_sites[name])) is not None:
+                found["rate", name] = rate
+        return found | {("log_p", name): log_density(site) for name, site in model_sites.items()}
 
     def densities(self) -> tuple[LogDensities, dict[str, Tensor]]:
         """Return the log-densities at all draws, and the information of each variable."""

@@ -22,7 +22,7 @@ from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.evidence.importance_sampling import log_evidence
-from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
@@ -214,6 +214,6 @@ def _elbo_terms(q: GuideDensity, num_samples: int, seed: int) -> Tensor:
     p, parts = q.p, []
     with seeded(seed):
         for first in range(0, num_samples, p.chunk):
-            values, log_q = sample_with_log_q(q.guide, p.data, min(p.chunk, num_samples - first))
+            values, log_q = q.sample(min(p.chunk, num_samples - first))
             parts.append((p.log_joint(values) - log_q).double())
     return torch.cat(parts)

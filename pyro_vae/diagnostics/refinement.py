@@ -151,6 +151,9 @@ def _rebuildable(name: str, fn: Any) -> tuple[list[Tensor], Build]:
         start, inner = _rebuildable(name, fn.base_dist)
         wrapper, dims = type(fn), fn.reinterpreted_batch_ndims
         return start, lambda parameters: wrapper(inner(parameters), dims)
+    if hasattr(fn, "with_base"):  # of an autoguide
+        start, inner = _rebuildable(name, fn.base_dist)
+        return start, lambda parameters: fn.with_base(inner(parameters))
     kind = type(fn)
     given = {key: getattr(fn, key) for key in _names(fn)}
     free = [key for key in given if key not in _FIXED]

@@ -227,7 +227,8 @@ def _(distribution: Any) -> Tensor:
 def conditional_mean(distribution: Any) -> tuple[Tensor | None, bool]:
     """The mean of each variable, and whether its last dimension is classes; ``None`` where the mean is not known.
 
-    Of categorical variables it is the probability of each class; of relaxed ones that of their discrete twin.
+    It may be infinite. Of categorical variables it is the probability of each class; of relaxed ones that of their
+    discrete twin.
 
     >>> conditional_mean(dist.Categorical(torch.ones(2)))
     (tensor([0.5000, 0.5000]), True)
@@ -238,7 +239,6 @@ def conditional_mean(distribution: Any) -> tuple[Tensor | None, bool]:
     if (classes := class_probabilities(variables)) is not None:
         return classes, True
     try:
-        mean = variables.mean
+        return variables.mean, False
     except NotImplementedError:
         return None, False
-    return (mean if mean.isfinite().all() else None), False

@@ -11,7 +11,7 @@ from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate
-from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
+from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
 from pyro_vae.model_guide import ModelGuide
 
@@ -174,7 +174,7 @@ class _Path:
 
     def start(self, count: int) -> _State:
         """Start chains at draws of the guide."""
-        return self.at(self.coordinates.points(sample_with_log_q(self.q.guide, self.p.data, count)[0]))
+        return self.at(self.coordinates.points(self.q.sample(count)[0]))
 
     def at(self, point: Tensor) -> _State:
         point = point.detach().requires_grad_()

@@ -15,8 +15,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
-from pyro_vae.exact.guide_density import GuideDensity, sample_with_log_q
-from pyro_vae.exact.model_density import ModelDensity, log_prob_at
+from pyro_vae.exact.guide_density import GuideDensity
+from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "log_evidence"]
@@ -148,12 +148,12 @@ def log_evidence(
     positive_int(num_samples, "num_samples")
     boolean(compile, "compile")
     p = ModelDensity(ModelGuide(model, guide, data, plate))
-    GuideDensity(p)
+    q = GuideDensity(p)
     compiled: dict[int, CompiledFunction] = {}
 
     def make_sampler(p: ModelDensity, report: ReportProgress) -> WeightSampler:
         def sample(count: int) -> Tensor:
-            weights = partial(_log_weights, model, guide, count)
+            weights = partial(_log_weights, q.of_rows(p), count)
             run = compiled.setdefault(count, CompiledFunction(weights)) if compile else weights
             (log_weights,) = run(*p.data)
             report(log_weights.numel())
@@ -207,7 +207,8 @@ def _summarize_weights(p: ModelDensity, sampler: WeightSampler, num_samples: int
     return total - math.log(num_samples), ess, pareto_shape(top, num_samples)
 
 
-def _log_weights(model: Function, guide: Function, count: int, *data: Tensor) -> list[Tensor]:
+def _log_weights(q: GuideDensity, count: int, *data: Tensor) -> list[Tensor]:
     """log p(x, z) - log q(z | x) at draws z ~ q, ``(count, N)``."""
-    values, log_q = sample_with_log_q(guide, data, count)
-    return [log_prob_at(model, values, data) - log_q]
+    q = q.of_rows(q.p.on_data(data))
+    values, log_q = q.sample(count)
+    return [q.p.log_joint(values) - log_q]

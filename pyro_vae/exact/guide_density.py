@@ -5,30 +5,40 @@ from copy import copy
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites
-from pyro_vae._utils.typing import Function
+from pyro_vae.distributions.extent import Extent, find_extent
+from pyro_vae.distributions.properties import base_distribution
+from pyro_vae.draws import PerDraw, Results
 from pyro_vae.exact.model_density import (
+    ConditionedRuns,
     ModelDensity,
+    Sites,
     Values,
     check_repeatable,
     check_site,
     few_rows,
     joint_log_density,
-    log_prob_at,
 )
 from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
-from pyro_vae.model_guide import check_one_plate
+from pyro_vae.model_guide import check_one_plate, check_same_latents
 
-__all__ = ["GuideDensity", "sample_sites", "sample_with_log_q"]
+__all__ = ["GuideDensity"]
 
 
 class GuideDensity:
     """A guide on the data of a model, ``p`` of a pair with a guide: log q(z | x) at any z, and expectations under it.
+
+    An autoguide such as ``AutoNormal`` draws an auxiliary site in unconstrained coordinates; the latent is a function
+    of it, a ``Delta`` whose log-density is that of the change of variables. Then q(z | x) is the distribution of that
+    function, if it is that of ``biject_to``, which is compared at the draws at hand.
 
     Raises:
         ValueError: if the guide does not have the latents of the model, all in the data plate, unscaled and unmasked;
@@ -37,23 +47,50 @@ class GuideDensity:
 
     def __init__(self, p: ModelDensity):
         self.p, self.guide = p, p.pair.guide
-        self.sites = latent_sites(p.pair.guide_trace)
+        self.runs, self._draws = ConditionedRuns(self.guide), PerDraw()
+        sites = latent_sites(p.pair.guide_trace)
         p.pair.check_factors()
-        if self.sites.keys() != p.latents.keys():
-            must = f"draw the latents of the model, {sorted(p.latents)}"
-            raise ValueError(f"`guide` must {must}, got {sorted(self.sites)}")
+        check_same_latents(p.latents, sites)
         p.pair.check_points()
-        check_one_plate([("guide", name, site) for name, site in self.sites.items()], p.plate, p.num_data)
-        for name, site in self.sites.items():
+        self._check_rows(sites)
+        for name, site in sites.items():
             check_site("guide", name, site)
+        self._origins = {
+            name: origin for name, site in p.latents.items() if (origin := _origin(name, site["fn"], sites)) is not None
+        }
+        self.sites = self._latents(sites)
+        for name in self.sites:
             expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
             if shape != expected:
                 must = f"have the event shape of the model at site {name!r}, {expected}"
                 raise ValueError(f"`guide` must {must}, got {shape}")
         p.pair.check_rows("guide")
-        with torch.no_grad(), seeded(1):
-            values = {name: site["value"][None] for name, site in self.sites.items()}
-            check_repeatable("guide", self.sites, self.log_prob(values)[0])
+        if self._has_any_density():
+            with torch.no_grad(), seeded(1):
+                values = {name: site["value"][None] for name, site in self.sites.items()}
+                check_repeatable("guide", sites, self.log_prob(values)[0])
+
+    def _check_rows(self, sites: Sites) -> None:
+        """Raise if the rows are not drawn separately."""
+        if together := [name for name in self.p.pair.auxiliary if not self.p.pair.is_local(sites[name])]:
+            raise ValueError(
+                f"`guide` must draw the latents of each row in the plate {self.p.plate!r}, got one that draws those of "
+                f"all rows together, from {together}, as AutoDiagonalNormal and AutoMultivariateNormal do: it has no "
+                "q(z | x) of a row. Use AutoNormal, or a guide of your own"
+            )
+        check_one_plate([("guide", name, site) for name, site in sites.items()], self.p.plate, self.p.num_data)
+
+    def _latents(self, sites: Sites) -> Sites:
+        """The sites of the model's latents, with q(z | x) in place of a function of an auxiliary site."""
+        latents = {name: site for name, site in sites.items() if name in self.p.latents}
+        for name, (auxiliary, transform) in self._origins.items():
+            fn = _Transformed(sites[auxiliary]["fn"], transform, self.p.latents[name]["fn"].support)
+            latents[name] = {**sites[name], "fn": fn.base_dist if _is_identity(transform) else fn}
+        return latents
+
+    def _has_any_density(self) -> bool:
+        """Whether log q(z | x) is known at any z: each auxiliary site can be computed from a latent."""
+        return {auxiliary for auxiliary, _ in self._origins.values()} == set(self.p.pair.auxiliary)
 
     def of_rows(self, p: ModelDensity) -> "GuideDensity":
         """Return the density of the guide on a batch of rows, one of :meth:`ModelDensity.batches`."""
@@ -66,8 +103,29 @@ class GuideDensity:
         return self.sites[self.p.single_site()[0]]
 
     def log_prob(self, values: Values) -> Tensor:
-        """Compute log q(z | x) at values of every latent, ``(C, N)``."""
-        return log_prob_at(self.guide, values, self.p.data)
+        """Compute log q(z | x) at values of every latent, ``(C, 1 or N, *event)``, as ``(C, N)``."""
+        if not self._has_any_density():
+            got = f"{sorted(self.sites.keys() - self._origins.keys())}, computed from {self.p.pair.auxiliary}"
+            hint = "use AutoNormal, or pv.log_evidence, which needs log q(z | x) at draws of the guide alone"
+            raise ValueError(f"`guide` must have latents whose density is known at any value, got {got}; {hint}")
+        at = {name: value for name, value in values.items() if name not in self._origins}
+        at |= {auxiliary: transform.inv(values[name]) for name, (auxiliary, transform) in self._origins.items()}
+        return self.runs.log_prob(at, self.p.data, self.p.num_data)
+
+    def sample(self, count: int) -> tuple[Values, Tensor]:
+        """Draw values, ``(count, N, *event)`` by site, and compute their log q(z | x), ``(count, N)``."""
+        results = self.sample_and_read(count, lambda sites: {name: site["value"] for name, site in sites.items()})
+        return {name: results.each(name, count) for name in self.sites}, results.each("log_q", count)
+
+    def sample_and_read(self, count: int, read: Callable[[Sites], dict[Any, Tensor]]) -> Results:
+        """Draw from the guide, and read tensors from its latents in each draw, besides their ``"log_q"``."""
+
+        def run(_: Values) -> tuple[dict[Any, Tensor], None]:
+            sites = latent_sites(poutine.trace(self.guide).get_trace(*self.p.data))
+            return {**read(self._latents(sites)), "log_q": joint_log_density(sites)}, None
+
+        with poutine.block():
+            return self._draws(run, count)
 
     def factors(self) -> dict[str, Any] | None:
         """Return q of each latent if q(z | x) is their product, else ``None``: none is computed from another."""
@@ -119,16 +177,56 @@ class _Expectation:
         return _Expectation(self.q.of_rows(self.q.p.of_rows(rows))), rows
 
 
-def sample_sites(guide: Function, data: tuple[Tensor, ...], count: int) -> dict[str, Any]:
-    """Return the latent sites of a guide with one data plate, with ``count`` draws of every datum."""
-    with poutine.block(), pyro.plate("num_draws", count, dim=-2):
-        return latent_sites(poutine.trace(guide).get_trace(*data))
+class _Transformed(dist.TransformedDistribution):
+    """The distribution q(z | x) of a function of an autoguide's auxiliary site."""
+
+    def __init__(self, base: Any, transform: Any, support: Any):
+        super().__init__(base, [transform])
+        self._support = support
+
+    @property
+    def support(self) -> Any:
+        return self._support
+
+    def with_base(self, base: Any) -> "_Transformed":
+        """Return the distribution of the same function of another base."""
+        return _Transformed(base, self.transforms[0], self._support)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Transformed":
+        return self.with_base(self.base_dist.expand(batch_shape))
+
+    def extent(self) -> Extent:
+        """Return the box of the auxiliary site, which has the unconstrained coordinates of the latent."""
+        return find_extent(self.base_dist)
 
 
-def sample_with_log_q(guide: Function, data: tuple[Tensor, ...], count: int) -> tuple[Values, Tensor]:
-    """Draw values from a guide, ``(count, N, *event)`` by site, and compute their log q(z | x), ``(count, N)``."""
-    sites = sample_sites(guide, data, count)
-    return {name: site["value"] for name, site in sites.items()}, joint_log_density(sites)
+def _origin(name: str, prior: Any, sites: Sites) -> tuple[str, Any] | None:
+    """The auxiliary site of which an autoguide's latent is the function ``biject_to`` of the support, and the function.
+
+    ``None`` for a latent with a distribution of its own, or with another function, as the values at hand show.
+    """
+    fn = base_distribution(sites[name]["fn"])
+    if not isinstance(fn, dist.Delta):
+        return None
+    for auxiliary, site in sites.items():
+        if not site["infer"].get("is_auxiliary"):
+            continue
+        try:
+            transform = biject_to(prior.support)
+            same = torch.equal(transform(site["value"]), sites[name]["value"])
+            volume = transform.inv.log_abs_det_jacobian(sites[name]["value"], site["value"])
+        except (NotImplementedError, ValueError, RuntimeError):
+            continue
+        volume = sum_rightmost(volume, volume.dim() - len(fn.batch_shape))
+        if same and torch.allclose(volume, fn.log_density, rtol=1e-3, atol=1e-3):
+            return auxiliary, transform
+    return None
+
+
+def _is_identity(transform: Any) -> bool:
+    while isinstance(transform, torch.distributions.transforms.IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, torch.distributions.transforms.ComposeTransform) and not transform.parts
 
 
 def _weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:

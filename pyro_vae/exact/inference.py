@@ -366,7 +366,7 @@ def _check_digits(p: ModelDensity, rule: QuadratureRule, tolerance: float) -> No
     best = torch.stack(heights).argmax(0)
     z = torch.stack(peaks)[best, torch.arange(p.num_data, device=best.device)]
     coordinates = p.coordinates()
-    sites = p.sites({coordinates.name: coordinates.to_site(z[None])})
+    sites = p.runs.sites({coordinates.name: coordinates.to_site(z[None])[0]}, p.data)
     lost = p.zeros()
     for name in p.observed:
         fn, x = without_independent(sites[name]["fn"]), sites[name]["value"]

@@ -110,8 +110,8 @@ def _may_be_linear(p: ModelDensity, mean: Tensor, factor: Tensor) -> bool:
     )  # in standard deviations of the prior
     locs = []
     for values in (mean + steps @ factor.T)[:, None].to(p.dtype).split(p.chunk):
-        moments = _moments(p.sites({name: values}), p, (len(values), p.num_data))
-        if moments is None or not all(_close(moment, moment[:, :1]) for moment in moments):
+        moments = p.read({name: values}, lambda sites: dict(enumerate(_moments(sites, p, (p.num_data,)) or ())))
+        if not moments or not all(_close(moment, moment[:, :1]) for moment in moments.values()):
             return False  # the likelihood is not normal, or depends on the datum
         locs.append(moments[0][:, 0].double())
     loc = torch.cat(locs)

@@ -1,10 +1,10 @@
 """The joint density log p(x, z) of a Pyro model with one data plate, at any values of its latents.
 
-The model runs once with its latents conditioned on many values, which are one more batch dimension on the left.
+The model runs with its latents conditioned on many values, each as if it were alone, see :mod:`pyro_vae.draws`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
@@ -15,21 +15,23 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors
 from pyro_vae.distributions.properties import is_masked
+from pyro_vae.draws import PerDraw, Results, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.quadrature import Box
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
-__all__ = ["MAX_STATES", "ModelDensity", "Values", "check_repeatable", "check_site", "few_rows"]
-__all__ += ["joint_log_density", "log_prob_at"]
+__all__ = ["MAX_STATES", "ConditionedRuns", "ModelDensity", "Values", "check_repeatable", "check_site", "few_rows"]
+__all__ += ["joint_log_density"]
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
-Values = dict[str, Tensor]
-"""Values of latents by site name, ``(C, 1 or N, *event)`` each."""
+Sites = dict[str, dict[str, Any]]
+Read = Callable[[Sites], dict[Any, Tensor]]
+"""From the sites at one value of the latents to tensors by key."""
 
 _BUDGET = 2**20  # numbers in the largest tensor of a chunk; larger tensors are slower because of page faults
 
@@ -55,11 +57,17 @@ class ModelDensity:
         self.rows = torch.arange(self.num_data, device=pair.data[0].device)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
+        self.runs = ConditionedRuns(self.model)
         pair.check_rows("model")
         # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
         values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
         with torch.no_grad(), seeded(1):
             check_repeatable("model", self.latents | self.observed, self.log_joint(values)[0])
+
+    @property
+    def sites(self) -> Sites:
+        """The latent and observed sites."""
+        return self.latents | self.observed
 
     @property
     def is_discrete(self) -> bool:
@@ -103,6 +111,12 @@ class ModelDensity:
         part.chunk = part.chunk_size(_BUDGET)
         return part
 
+    def on_data(self, data: tuple[Tensor, ...]) -> "ModelDensity":
+        """Return the density on other data, of as many rows or of another batch."""
+        part = copy(self)
+        part.data, part.num_data = DataTensors(data), self.num_data + len(data[0]) - len(self.data[0])
+        return part
+
     def batches(self, size: int) -> "list[ModelDensity]":
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
         return [self.of_rows(slice(start, start + size)) for start in range(0, self.num_data, size)]
@@ -120,12 +134,17 @@ class ModelDensity:
         return torch.zeros(self.num_data, dtype=torch.float64, device=self.data[0].device)
 
     def log_joint(self, values: Values) -> Tensor:
-        """Compute log p(x, z) at values of every latent, ``(C, N)``."""
-        return log_prob_at(self.model, values, self.data)
+        """Compute log p(x, z) at values of every latent, ``(C, 1 or N, *event)``, as ``(C, N)``."""
+        return self.runs.log_prob(values, self.data, self.num_data)
 
-    def sites(self, values: Values) -> dict[str, Any]:
-        """Return the sites of the model, latent and observed, at values of every latent."""
-        return _conditioned_sites(self.model, values, self.data)
+    def read(self, values: Values, read: Read) -> dict[Any, Tensor]:
+        """Read tensors from the sites at values of every latent, ``(C, 1 or N, *event)``; ``(C, *shape)`` each."""
+        results, count = self.runs(values, self.data, self.num_data, read), _count(values)
+        return {key: results.each(key, count) for key in results.tensors}
+
+    def log_probs(self, values: Values) -> dict[str, Tensor]:
+        """Compute the log-density of each site, latent and observed, at values of every latent, ``(C, 1 or N)``."""
+        return self.read(values, _log_densities)
 
     def states(self) -> Iterator[Values]:
         """Iterate over the joint states of all latents in chunks, as values ``(C, 1, *event)``."""
@@ -152,16 +171,70 @@ def few_rows(p: ModelDensity, count: int) -> Tensor | None:
     return torch.linspace(0, p.num_data - 1, count, device=device).long() if p.has_independent_rows() else None
 
 
-def _conditioned_sites(function: Function, values: Values, data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The sites of a model or guide at values of every latent."""
-    with poutine.block():
-        trace = poutine.trace(poutine.condition(function, data=values)).get_trace(*data)
-    return observed_sites(trace)
+class ConditionedRuns:
+    """Runs of a model or guide at values of every latent, ``(C, 1 or N, *event)``.
+
+    Values that are the same for all data, one row, are given as one row if the code has the same densities then as with
+    N rows, which is compared at the first and the last of the first values. A decoder then runs on C rows, and not C N.
+    """
+
+    def __init__(self, function: Function):
+        self.function = function
+        self._runs = {rows: PerDraw() for rows in ("one", "all")}
+        self._one_row: bool | None = None  # not known yet
+
+    def sites(self, values: Values, data: tuple[Tensor, ...]) -> Sites:
+        """Run once, at one value of every latent, ``(N, *event)``, and return the sites."""
+        trace = poutine.trace(poutine.condition(self.function, data=values)).get_trace(*data)
+        # An autoguide at values of its auxiliary sites draws the latents that are functions of them.
+        return observed_sites(trace) | latent_sites(trace)
+
+    def __call__(self, values: Values, data: tuple[Tensor, ...], num_data: int, read: Read | None = None) -> Results:
+        """Read tensors from the sites, by default the log-density of each by its name, at C values of every latent."""
+        short = any(value.shape[1] == 1 for value in values.values())
+        if not short or num_data == 1:
+            return self._at("all", values, data, num_data, read)
+        if self._one_row is None:
+            self._one_row = self._same_with_one_row(values, data, num_data)
+        return self._at("one" if self._one_row else "all", values, data, num_data, read)
+
+    def log_prob(self, values: Values, data: tuple[Tensor, ...], num_data: int) -> Tensor:
+        """Compute the log-density of all sites together, ``(C, N)``."""
+        return _total(self(values, data, num_data), _count(values))
+
+    def _at(
+        self, rows: str, values: Values, data: tuple[Tensor, ...], num_data: int, read: Read | None = None
+    ) -> Results:
+        if rows == "all":
+            values = {name: value.expand(-1, num_data, *value.shape[2:]) for name, value in values.items()}
+
+        def run(values: Values) -> tuple[dict[Any, Tensor], None]:
+            return (read or _log_densities)(self.sites(values, data)), None
+
+        with poutine.block():
+            return self._runs[rows](run, _count(values), values)
+
+    def _same_with_one_row(self, values: Values, data: tuple[Tensor, ...], num_data: int) -> bool:
+        ends = {name: value[:: max(1, len(value) - 1)] for name, value in values.items()}
+        expected = _total(self._at("all", ends, data, num_data), _count(ends))
+        try:
+            found = _total(self._at("one", ends, data, num_data), _count(ends))
+        except Exception:  # code such as torch.cat, which needs N rows
+            return False
+        return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def log_prob_at(function: Function, values: Values, data: tuple[Tensor, ...]) -> Tensor:
-    """Compute the log-density of a model or guide at values of every latent, ``(C, N)``."""
-    return joint_log_density(_conditioned_sites(function, values, data))
+def _log_densities(sites: Sites) -> dict[Any, Tensor]:
+    return {name: log_density(site) for name, site in sites.items()}
+
+
+def _count(values: Values) -> int:
+    return len(next(iter(values.values())))
+
+
+def _total(results: Results, count: int) -> Tensor:
+    total = sum(results.tensors.values(), torch.zeros((), device="cpu"))
+    return total if results.stacked else total.expand(count, *total.shape)
 
 
 def joint_log_density(sites: dict[str, Any]) -> Tensor:

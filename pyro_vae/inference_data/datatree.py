@@ -89,7 +89,7 @@ def to_datatree(
             dimension, such as ``{"label": ("obs", labels)}``, for selections and colours.
         history: the result of :func:`pyro_vae.fit`, or values for each epoch.
         constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``, along ``obs`` if of its length.
-        parallel: whether to make many draws at once, with networks that accept one more dimension on the left; faster.
+        parallel: whether to make many draws at once, by ``torch.vmap``; faster. Each is the draw of a run of its own.
         max_bytes: largest size of the draws in memory.
 
     Raises:

@@ -1,13 +1,10 @@
 """Joint draws of latents and data from a model and guide, in chunks, with their log-densities."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.inspect import TrackProvenance
@@ -18,6 +15,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
+from pyro_vae.draws import PerDraw
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters, plates_and_event
 from pyro_vae.inference_data.settings import ExportSettings, as_array
@@ -54,7 +52,7 @@ class JointSampler:
     """
 
     def __init__(self, model: Function, guide: Function, data: tuple[Tensor, ...], settings: ExportSettings):
-        self.settings = settings
+        self.settings, self._per_draw = settings, PerDraw()
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
             pair.check_data_plate(every_site=False)
@@ -112,28 +110,36 @@ class JointSampler:
 
     def _chunk(self, count: int) -> Groups:
         if self.settings.parallel:
-            drawn = self._draw(count)
+            with poutine.block(), torch.no_grad():
+                results = self._per_draw(lambda _: (self._draw_by_key(), None), count)
             return {
-                group: {name: as_array(_stacked(drawn[group][name], count, of.shape)) for name, of in variables.items()}
+                group: {name: as_array(results.each((group, name), count)) for name in variables}
                 for group, variables in self.variables.items()
             }
         values = self.empty(count)
         for number in range(count):
-            drawn = self._draw(None)
+            with poutine.block():
+                drawn = self._draw()
             for group, variables in self.variables.items():
                 for name, variable in variables.items():
                     values[group][name][number] = as_array(drawn[group][name]).reshape(variable.shape)
         return values
 
+    def _draw_by_key(self) -> dict[Any, Tensor]:
+        drawn = self._draw()
+        return {
+            (group, name): drawn[group][name].reshape(variable.shape)
+            for group, variables in self.variables.items()
+            for name, variable in variables.items()
+        }
+
     @torch.no_grad()
-    def _draw(self, count: int | None) -> dict[str, dict[str, Tensor]]:
-        """Draw everything once, or ``count`` times in a plate on the left."""
-        plate = nullcontext() if count is None else pyro.plate("num_draws", count, dim=-1 - self.pair.max_plate_nesting)
-        with poutine.block(), plate:
-            q = p = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
-            if self.statistics or self.deterministic:
-                p = poutine.trace(poutine.replay(self.pair.model, q)).get_trace(*self.pair.data)
-            return self._with_redraws(q, p)
+    def _draw(self) -> dict[str, dict[str, Tensor]]:
+        """Draw everything once."""
+        q = p = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
+        if self.statistics or self.deterministic:
+            p = poutine.trace(poutine.replay(self.pair.model, q)).get_trace(*self.pair.data)
+        return self._with_redraws(q, p)
 
     def _with_redraws(self, q: Trace, p: Trace) -> dict[str, dict[str, Tensor]]:
         """Add draws of new data, and of everything from the prior, to a draw of the guide that the model scored."""
@@ -160,7 +166,7 @@ class JointSampler:
         total: Any = 0.0
         for site in sites.values():
             term = log_density(site) if self.by_datum else log_density(site).double()
-            kept = {-1 - self.pair.max_plate_nesting} | {
+            kept = {
                 frame.dim for frame in site["cond_indep_stack"] if self.by_datum and frame.name == self.settings.plate
             }
             summed = [dim for dim in range(-term.dim(), 0) if dim not in kept]
@@ -196,11 +202,3 @@ def _passes(check: Callable[[], None]) -> bool:
 def _values_of(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
     nodes: dict[str, Any] = dict(trace.nodes)
     return {name: nodes[name]["value"] for name in names}
-
-
-def _stacked(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Bring ``count`` draws to ``(C, *shape)``; a value that depends on no draw is repeated."""
-    full = (count, *shape)
-    if value.numel() == math.prod(full):
-        return value.reshape(full)
-    return value.reshape(value.shape[-len(full) :]).expand(full)

@@ -6,8 +6,8 @@ r"""ELBOs that Pyro lacks. Each computes a bound and a learning signal for every
 * Objectives with another rate, which are no bounds: :mod:`pyro_vae.objectives.modified_kl`.
 
 Each is a ``pyro.infer.ELBO``: pass it to :func:`pyro_vae.fit` or to ``pyro.infer.SVI``. All need a model and a guide
-with all latents in one data plate, the rightmost dimension. The K draws are a plate on its left. The scale N/B of a
-mini-batch multiplies the estimate of each datum.
+with all latents in one data plate, the rightmost dimension. The K draws are K runs of model and guide, done at once
+where ``torch.vmap`` can. The scale N/B of a mini-batch multiplies the estimate of each datum.
 """
 
 from pyro_vae.objectives import baselines as baselines

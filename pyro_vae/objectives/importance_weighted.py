@@ -10,7 +10,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae._utils.typing import Function
-from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
+from pyro_vae.compilation import torch_private
+from pyro_vae.objectives.particle_elbo import Pair, ParticleELBO, sum_events
 from pyro_vae.objectives.particles import Particles
 
 __all__ = ["ImportanceWeighted"]
@@ -60,12 +61,15 @@ class ImportanceWeighted(ParticleELBO):
         if not isinstance(gradient, str) or gradient not in _GRADIENTS:
             raise ValueError(f"`gradient` must be one of {', '.join(map(repr, _GRADIENTS))}, got {gradient!r}")
         self.gradient = gradient
-        self._cut = _CutGraph()
+        self._cut = _CutGraph(num_particles)
 
-    def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Any:
-        self._cut = _CutGraph()
+    def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Pair:
+        self._cut = _CutGraph(self.num_particles)
+        return super()._get_trace(model, guide, args, kwargs)
+
+    def _one_draw(self, *args: Any) -> Pair:
         with nullcontext() if self.gradient == "pathwise" else self._cut:
-            return super()._get_trace(model, guide, args, kwargs)
+            return super()._one_draw(*args)
 
     @property
     def bound_draws(self) -> int:
@@ -88,7 +92,7 @@ class ImportanceWeighted(ParticleELBO):
         slopes = self._cut.total_derivatives((factor * particles.log_weight).sum())
         total = (weights * (particles.log_likelihood + particles.log_prior)).sum(0)
         for name, value, slope in slopes:
-            total = total + sum_events(slope * value, particles.guide[name]).expand(particles.shape).sum(0)
+            total = total + sum_events(slope * value, particles.guide[name]).sum_to_size(total.shape)
         return total
 
 
@@ -107,9 +111,11 @@ def _latent_weight(particles: Particles) -> Tensor:
 class _CutGraph(Messenger):
     """Cut the graph at the draws of a guide: later sites depend on leaves with the same values."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_draws: int) -> None:
         super().__init__()
+        self.num_draws = num_draws
         self._open: set[str] = set()
+        self._at_once = False
         self._draws: list[tuple[str, Tensor, Tensor]] = []  # name, value, leaf
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -120,13 +126,22 @@ class _CutGraph(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self._open:
             self._open.remove(msg["name"])
-            value = msg["value"]
-            if value.requires_grad:
-                msg["value"] = value.detach().requires_grad_()
-                self._draws.append((msg["name"], value, msg["value"]))
+            with torch_private.outside_vmap() as level:
+                value = torch_private.unbatched(msg["value"], level, self.num_draws)
+                if not value.requires_grad:
+                    return
+                leaf = value.detach().requires_grad_()
+            msg["value"] = torch_private.batched(leaf, level)
+            if level is None and self._at_once:  # torch.vmap has failed, and draws are run one by one
+                self._draws.clear()
+            self._at_once = level is not None
+            self._draws.append((msg["name"], value, leaf))
 
     def total_derivatives(self, signal: Tensor) -> list[tuple[str, Tensor, Tensor]]:
-        """List name and value of each draw with the derivative of the signal in it, also through later draws."""
+        """List name and value of each draw with the derivative of the signal in it, also through later draws.
+
+        A value holds all draws, or one where they are run one by one.
+        """
         if not self._draws:
             return []
         leaves = [leaf for *_, leaf in self._draws]

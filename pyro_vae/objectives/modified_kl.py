@@ -1,7 +1,6 @@
 """Objectives whose rate differs from that of the ELBO. **None of them is a bound.**"""
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +8,8 @@ from torch import Tensor
 from pyro_vae._utils.validation import positive, with_article
 from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.elbo_terms import rate_by_variable
-from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
-from pyro_vae.objectives.particles import Particles
+from pyro_vae.objectives.particle_elbo import ParticleELBO
+from pyro_vae.objectives.particles import Particles, Site
 
 __all__ = ["DiscreteKL", "FreeBits"]
 
@@ -19,8 +18,20 @@ class _ModifiedKL(ParticleELBO):
     """The mean log-likelihood of the draws minus a rate that the subclass defines."""
 
     @abstractmethod
-    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
-        """Compute the rate of each variable of a latent, from its sites in guide and model."""
+    def rate(self, name: str, site: Site, prior: Site) -> Tensor:
+        """Compute the rate of each variable of a latent in one draw, ``(B, *variables)``, from guide and model."""
+
+    def modified(self, rate: Tensor, counted: Tensor) -> Tensor:
+        """Change the rates ``(K, B, *variables)`` of all draws; ``counted`` are the data that are not masked."""
+        return rate
+
+    def read(self, name: str, site: Site, prior: Site | None) -> dict[str, Tensor]:
+        if prior is None:
+            return {}
+        if is_masked(site["fn"]):
+            must = "masked by poutine.mask around model and guide"
+            raise ValueError(f"site {name!r} must be {must}, got a masked distribution")
+        return {"rate": self.rate(name, site, prior)}
 
     def bound(self, particles: Particles) -> Tensor:
         """Compute the objective, which is no bound."""
@@ -28,12 +39,10 @@ class _ModifiedKL(ParticleELBO):
 
     def surrogate(self, particles: Particles) -> Tensor:
         total = torch.zeros((), device="cpu")
-        for name, site, prior in particles.pairs():
-            if is_masked(site["fn"]):
-                must = "masked by poutine.mask around model and guide"
-                raise ValueError(f"site {name!r} must be {must}, got a masked distribution")
-            rate = torch.where(_mask(site), sum_events(self.rate(name, site, prior), site), 0.0)
-            total = total + rate * (site["scale"] / particles.scale)
+        for _, site, _ in particles.pairs():
+            rate, counted = site["read"]["rate"], _mask(site)
+            rate = self.modified(rate, counted).reshape(*rate.shape[:2], -1).sum(-1)
+            total = total + torch.where(counted, rate, 0.0) * (site["scale"] / particles.scale)
         return (particles.log_likelihood - total).mean(0)
 
 
@@ -63,7 +72,7 @@ class DiscreteKL(_ModifiedKL):
     def __init__(self, num_particles: int = 1):
         super().__init__(num_particles)
 
-    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
+    def rate(self, name: str, site: Site, prior: Site) -> Tensor:
         twins = [discrete_twin(one["fn"]) for one in (site, prior)]
         for one, twin in zip((site, prior), twins, strict=True):
             if twin is None:
@@ -103,7 +112,7 @@ class FreeBits(_ModifiedKL):
         super().__init__(num_particles)
         self.nats = positive(nats, "nats")
 
-    def rate(self, name: str, site: dict[str, Any], prior: dict[str, Any]) -> Tensor:
+    def rate(self, name: str, site: Site, prior: Site) -> Tensor:
         if not site["fn"].has_rsample:
             got = f"{name!r} without pathwise gradients"
             why = "from others the guide would get no gradient of the likelihood"
@@ -115,13 +124,15 @@ class FreeBits(_ModifiedKL):
                 "FreeBits needs products over the variables of z, such as guides.DiagonalNormal with "
                 f"priors.StandardNormal, got a {q} in the guide and a {p} in the model for site {name!r}"
             )
-        counted = _mask(site)
-        rows = counted.reshape(counted.shape + (1,) * (each.dim() - counted.dim()))
-        average = torch.where(rows, each, 0.0).flatten(0, counted.dim() - 1).sum(0) / counted.sum()
-        return torch.where(average > self.nats, each, self.nats)
+        return each
+
+    def modified(self, rate: Tensor, counted: Tensor) -> Tensor:
+        rows = counted.reshape(counted.shape + (1,) * (rate.dim() - counted.dim()))
+        average = torch.where(rows, rate, 0.0).flatten(0, 1).sum(0) / counted.sum()
+        return torch.where(average > self.nats, rate, self.nats)
 
 
-def _mask(site: dict[str, Any]) -> Tensor:
-    """The mask of the data at a site, ``(*batch)``: False for data that do not count."""
+def _mask(site: Site) -> Tensor:
+    """The mask of the data at a site, ``(K, B)``: False for data that do not count."""
     mask = True if site["mask"] is None else site["mask"]
-    return torch.as_tensor(mask, device=site["value"].device).expand(site["fn"].batch_shape)
+    return torch.as_tensor(mask, device=site["value"].device).expand(site["unscaled_log_prob"].shape)

@@ -21,7 +21,7 @@ class Particles:
     Args:
         objective: the name of the objective, for error messages.
         model_trace, guide_trace: of the model, replayed with the guide's draws, and of the guide.
-        num_draws: K, in a plate on the left of the data plate.
+        num_draws: K, the dimension on the left of the data plate.
 
     Raises:
         ValueError: if a site is not in the one data plate, or guide and model have different latents.
@@ -42,7 +42,7 @@ class Particles:
             raise ValueError(f"{objective} needs a model with latent and observed sites, got no {missing} sites")
         first = next(iter(self.observed.values()))
         self.scale: Any = first["scale"]  # N/B of a mini-batch, times a scale of the whole model
-        self.shape = torch.Size([num_draws, next(f.size for f in first["cond_indep_stack"] if f.dim == -1)])
+        self.shape = torch.Size([num_draws, log_density(first).shape[-1]])
         self.log_likelihood = self.log_density(self.observed)
         self.log_prior = self.log_density(self.prior)
         self.log_q = self.log_density(self.guide | factors)
@@ -57,7 +57,10 @@ class Particles:
     @property
     def x(self) -> Tensor:
         """The first observed site of each datum, ``(B, features)``."""
-        return next(iter(self.observed.values()))["value"].detach().reshape(self.shape[1], -1)
+        site = next(iter(self.observed.values()))
+        value = site["value"].detach()
+        same = value.dim() == len(site["fn"].batch_shape) + site["fn"].event_dim
+        return (value if same else value[0]).reshape(self.shape[1], -1)
 
     def log_density(self, sites: Sites) -> Tensor:
         """Sum the log-densities of sites, each with its scale relative to that of the data."""

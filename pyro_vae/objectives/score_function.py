@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import nonempty_string
+from pyro_vae.compilation import torch_private
 from pyro_vae.distributions.properties import base_distribution
-from pyro_vae.objectives.particle_elbo import ParticleELBO, sum_events
-from pyro_vae.objectives.particles import Particles
+from pyro_vae.draws import DrawError
+from pyro_vae.objectives.particle_elbo import Pair, ParticleELBO, sum_events
+from pyro_vae.objectives.particles import Particles, Site
 
 __all__ = ["VIMCO", "DisARM", "LeaveOneOut", "ScoreFunction"]
 
@@ -168,16 +170,25 @@ class DisARM(_ELBOEstimator):
     def __init__(self, num_particles: int = 2):
         super().__init__(num_particles, minimum=2, even=True)
 
-    def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Any:
-        with _Antithetic(self.num_particles // 2):
-            return super()._get_trace(model, guide, args, kwargs)
+        self._pairs = _Antithetic(num_particles // 2)
+
+    def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Pair:
+        self._pairs = _Antithetic(self.num_particles // 2)
+        return super()._get_trace(model, guide, args, kwargs)
+
+    def _one_draw(self, *args: Any) -> Pair:
+        with self._pairs:
+            return super()._one_draw(*args)
+
+    def read(self, name: str, site: Site, prior: Site | None) -> dict[str, Tensor]:
+        return {"logits": base_distribution(site["fn"]).logits}
 
     def surrogate(self, particles: Particles) -> Tensor:
         half, f = self.num_particles // 2, particles.log_weight.detach()
         difference = 0.5 * (f[:half] - f[half:])  # (K/2, B)
         total = torch.zeros((), device="cpu")
         for site in particles.guide.values():
-            logits = base_distribution(site["fn"]).logits[:half]
+            logits = site["read"]["logits"][:half]
             first, second = site["value"].split(half)
             direction = (1 - 2 * second) * (first != second) * logits.detach().abs().sigmoid()
             total = total + difference * sum_events(direction * logits, site)
@@ -190,32 +201,44 @@ class _Antithetic(Messenger):
     def __init__(self, pairs: int):
         super().__init__()
         self.pairs = pairs
-        self.values: list[Tensor] = []
+        self.draws: dict[str, int] = {}  # by site, the number of draws so far that are run one by one
+        self.first: dict[str, tuple[Tensor, Tensor]] = {}  # their first probabilities, and the values of all draws
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["done"] or site_is_subsample(msg):
             return
-        base = base_distribution(msg["fn"])
+        base, name = base_distribution(msg["fn"]), msg["name"]
         transformed = isinstance(msg["fn"], torch.distributions.TransformedDistribution)
         if transformed or not isinstance(base, dist.Bernoulli | torch.distributions.Bernoulli):
             kind = type(msg["fn"] if transformed else base).__name__
-            raise ValueError(f"DisARM needs Bernoulli latents, got a {kind} for site {msg['name']!r} of the guide")
-        if self._depends_on_latents(base.probs):
-            got = f"site {msg['name']!r} of the guide, which depends on other latents"
-            hint = "objectives.LeaveOneOut takes any latents"
-            raise ValueError(f"DisARM needs latents that depend on the data alone, got {got}; {hint}")
-        probs = base.probs.detach()[: self.pairs]
-        u = torch.rand(probs.shape, dtype=probs.dtype, device=probs.device)
-        value = torch.cat([u > 1 - probs, u < probs]).to(probs.dtype)
-        # The gradient shows which later sites depend on this value.
-        self.values.append(value.requires_grad_(torch.is_grad_enabled()))
+            raise ValueError(f"DisARM needs Bernoulli latents, got a {kind} for site {name!r} of the guide")
+        if torch_private.is_batched(base.probs):
+            raise _depends_on_latents(name)
+        with torch_private.outside_vmap() as level:
+            if level is not None:
+                value = torch_private.batched(self._values(base.probs), level)
+            else:
+                value = self._next_value(name, base.probs)
         msg["value"], msg["done"] = value, True
 
-    def _depends_on_latents(self, probs: Tensor) -> bool:
-        """Whether the graph connects earlier draws and ``probs``; without a graph, whether the pairs differ."""
-        if not torch.equal(probs[: self.pairs], probs[self.pairs :]):
-            return True
-        if not self.values or not probs.requires_grad or not torch.is_grad_enabled():
-            return False
-        slopes = torch.autograd.grad(probs.sum(), self.values, retain_graph=True, allow_unused=True)
-        return any(slope is not None for slope in slopes)
+    def _next_value(self, name: str, probs: Tensor) -> Tensor:
+        """Return the value of the next draw, where draws are run one by one."""
+        if name not in self.first:
+            self.first[name] = probs, self._values(probs)
+        first, values = self.first[name]
+        if not torch.equal(first, probs):
+            raise _depends_on_latents(name)
+        self.draws[name] = self.draws.get(name, -1) + 1
+        return values[self.draws[name]]
+
+    def _values(self, probs: Tensor) -> Tensor:
+        """Draw all values, ``(K, *shape)``."""
+        probs = probs.detach()
+        u = torch.rand(self.pairs, *probs.shape, dtype=probs.dtype, device=probs.device)
+        return torch.cat([u > 1 - probs, u < probs]).to(probs.dtype)
+
+
+def _depends_on_latents(name: str) -> ValueError:
+    got = f"site {name!r} of the guide, which depends on other latents"
+    hint = "objectives.LeaveOneOut takes any latents"
+    return DrawError(f"DisARM needs latents that depend on the data alone, got {got}; {hint}")

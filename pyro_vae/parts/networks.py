@@ -7,8 +7,8 @@ that its distribution needs; the factory builds the network between them. Any fu
 >>> def residual(in_features, out_features):
 ...     return nn.Sequential(nn.Linear(in_features, 64), nn.Tanh(), nn.Linear(64, out_features))
 
-The module that it returns maps ``(*, in_features)`` to ``(*, out_features)``, with any number of dimensions on the
-left: particles and enumerated states add some.
+The module that it returns maps ``(N, in_features)`` to ``(N, out_features)``. Those here take any number of dimensions
+on the left, which Pyro's enumeration and ``vae.decode`` of several draws add.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import bernoulli, gaussian, guide_of, model_of
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -40,7 +40,10 @@ BERNOULLI = dist.Bernoulli(torch.full((1,), 0.3)).to_event(1)
         (poutine.mask(inside, mask=MASK), r"have latents without a mask, got 'z'"),
         (guide_of(lambda x: BERNOULLI.mask(False)), r"have latents without a mask, got 'z'"),
         (guide_of(lambda x: BERNOULLI.mask(MASK).expand([2]).to_event(0)), r"have latents without a mask, got 'z'"),
-        (AutoNormal(gaussian(1).model), r"draw the latents of the model, \['z'\], got \['z', 'z_unconstrained'\]"),
+        (
+            AutoDiagonalNormal(gaussian(1).model),
+            r"draw .* together, from \['_AutoDiagonalNormal_latent'\].*Use AutoNormal",
+        ),
         (partial(inside, name="y"), r"draw the latents of the model, \['z'\], got \['y'\]"),
         (partial(inside, rows=1), r"have one number of rows at all sites, 2, got 1 at site 'z'"),
         (partial(inside, width=4), r"draw 'z' with the shape of the model's latent, \(2, 1\), got \(2, 4\)"),
@@ -50,7 +53,7 @@ BERNOULLI = dist.Bernoulli(torch.full((1,), 0.3)).to_event(1)
 )
 @pytest.mark.parametrize("estimate", [pv.log_evidence, exact.elbo, exact.kl])
 def test_guides_of_another_structure_are_refused(estimate, guide, message):
-    model = gaussian(1).model if isinstance(guide, AutoNormal) else bernoulli(1).model
+    model = gaussian(1).model if isinstance(guide, AutoDiagonalNormal) else bernoulli(1).model
     with pytest.raises(ValueError, match="`guide` must " + message):
         estimate(model, guide, X)
 

@@ -17,15 +17,15 @@ from pyro_vae.exact import model_density
 def test_chunks_bound_the_memory_and_do_not_change_the_answer(monkeypatch):
     vae, x = bernoulli(10, 2), torch.randn(7, 2)
     whole, mean = exact.log_evidence(vae.model, x), exact.posterior(vae.model, x).mean
-    shapes, log_prob_at = [], model_density.log_prob_at
+    shapes, log_joint = [], model_density.ModelDensity.log_joint
 
     def recording(*arguments):
-        result = log_prob_at(*arguments)
+        result = log_joint(*arguments)
         shapes.append(result.shape)
         return result
 
     monkeypatch.setattr(model_density, "_BUDGET", 7 * 64 * 50)
-    monkeypatch.setattr(model_density, "log_prob_at", recording)
+    monkeypatch.setattr(model_density.ModelDensity, "log_joint", recording)
     assert torch.allclose(exact.log_evidence(vae.model, x), whole, atol=1e-5)
     assert torch.allclose(exact.posterior(vae.model, x).mean, mean, atol=1e-5)
     assert max(shape[0] for shape in shapes) <= 50

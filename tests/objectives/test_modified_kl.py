@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 from gradient_estimates import TANH, X, enumerated, flat, gradient, vae_of
-from pairs import gaussian, guide_of, record_traces
+from pairs import gaussian, guide_of
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim import Adam
@@ -15,6 +15,7 @@ from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae._utils.traces import latent_sites
 from pyro_vae.handlers import WeightKL
 from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
 
 MASK = torch.tensor([True, True, False, True])
 KINDS = pytest.mark.parametrize("kind", ["relaxed", "gumbel"])
@@ -26,9 +27,9 @@ def masked(vae, mask=MASK):
 
 def run(vae, elbo, model=None, guide=None):
     """The loss, and the draws of z, ``(K, N, *event)``."""
-    traces = []
-    loss = elbo.loss(model or vae.model, record_traces(guide or vae.guide, traces), X)
-    z = latent_sites(traces[0])["z"]["value"]
+    evaluator = ElboEvaluator(model or vae.model, guide or vae.guide, elbo)
+    loss = evaluator.loss(X)
+    z = latent_sites(evaluator.traces[0][1])["z"]["value"]
     return loss, z.reshape(elbo.num_particles, len(X), *vae.prior().event_shape)
 
 

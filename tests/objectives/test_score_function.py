@@ -23,7 +23,7 @@ from gradient_estimates import (
     gradients,
     vae_of,
 )
-from pairs import guide_of, model_of, record_traces
+from pairs import guide_of, model_of
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
@@ -36,6 +36,7 @@ from pyro_vae.diagnostics.gradients import exact_gradient
 from pyro_vae.handlers import WeightKL
 from pyro_vae.objectives.baselines import NeuralBaseline, RunningAverage
 from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
+from pyro_vae.training.elbo_evaluator import ElboEvaluator
 
 Y = X[:, 0]
 DATA = X.repeat(100, 1)
@@ -195,9 +196,9 @@ def test_the_gradients_of_rows_are_unbiased(name):
 @pytest.mark.parametrize("count", [2, 4])
 def test_both_halves_of_the_draws_of_disarm_follow_the_guide_and_are_antithetic(count):
     model, guide = wide_pair(ALPHA.expand(ROWS, 3))
-    traces = []
-    DisARM(count).loss(model, record_traces(guide, traces), torch.zeros(ROWS).double())
-    z = latent_sites(traces[0])["z"]["value"]
+    evaluator = ElboEvaluator(model, guide, DisARM(count))
+    evaluator.loss(torch.zeros(ROWS).double())
+    z = latent_sites(evaluator.traces[0][1])["z"]["value"]
     assert (z.shape, set(z.unique().tolist())) == ((count, ROWS, 3), {0.0, 1.0})
     first, second = z.reshape(2, -1, 3)
     probs, calls = ALPHA.sigmoid(), ROWS * count // 2
