@@ -50,7 +50,7 @@ class Checkpoints:
         self, folder: str | os.PathLike[str], every_steps: int | None = None, every_seconds: float | None = None
     ):
         if not isinstance(folder, str | os.PathLike) or not str(folder):
-            got = "an empty string" if folder == "" else with_article(type(folder).__name__)
+            got = "an empty string" if isinstance(folder, str) else with_article(type(folder).__name__)
             raise TypeError(f"`folder` must be the path of a folder, got {got}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
