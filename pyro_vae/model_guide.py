@@ -6,6 +6,7 @@ their role, the way in which rows are taken, and every check of whether model an
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from copy import copy
@@ -25,12 +26,14 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import check_parameters, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import (
     PARTICLES,
     deterministic_sites,
+    has_bad_rows,
     latent_shapes,
     latent_sites,
     log_density,
@@ -82,6 +85,7 @@ class ModelGuide:
         name: of the data in errors.
         traces: the traces of a run of the pair, if it has been run; the data may then be larger than what it ran on.
         seed: of the random numbers of the run; ``None`` for those of the current stream.
+        bad_rows: whether some rows may have log-densities that are not finite; a training step names or skips them.
 
     Attributes:
         model_trace: the trace of the model, at the guide's draws.
@@ -98,7 +102,8 @@ class ModelGuide:
 
     Raises:
         TypeError, ValueError: if data, model or guide cannot be used: data with NaN that the model does not accept, a
-            guide that observes data, or draws a latent with another shape than the model.
+            guide that observes data, or draws a latent with another shape than the model; or if a handler of Pyro
+            around the call, such as an outer plate, would change their sites.
     """
 
     def __init__(
@@ -110,7 +115,9 @@ class ModelGuide:
         name: str = "data",
         traces: tuple[Trace, Trace] | None = None,
         seed: int | None = _SEED,
+        bad_rows: bool = False,
     ):
+        check_no_outer_handlers()
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
         self.data, self.plate = data_tensors(data, name), nonempty_string(plate, "plate")
@@ -121,7 +128,7 @@ class ModelGuide:
         self._amortized: dict[str, bool] = {}
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
-                self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data)
+                self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data, bad_rows)
         except RunError as failure:
             with preserve_rng_state():
                 self._explain(failure.error, name)
@@ -160,6 +167,7 @@ class ModelGuide:
         Raises:
             ValueError: if no way is right, with the reason and what to do.
         """
+        check_no_outer_handlers()
         # A transform that works in place is refused on a copy, before it changes the data.
         transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)
         if batch_size == len(data[0]):
@@ -199,7 +207,7 @@ class ModelGuide:
     def _on_all_rows(
         cls, model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, transform: Transform | None
     ) -> "ModelGuide":
-        pair = cls(model, guide, transformed(data, transform), plate, seed=None)
+        pair = cls(model, guide, transformed(data, transform), plate, seed=None, bad_rows=True)
         pair.transform = transform
         pair.check_data_plate()
         pair.take = lambda rows: nullcontext(transformed(data, transform))
@@ -692,26 +700,43 @@ class RunError(ValueError):
         self.who, self.error = who, error
 
 
-def trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
+def trace_pair(
+    model: Function, guide: Function | None, data: tuple[Tensor, ...], bad_rows: bool = False
+) -> tuple[Trace, Trace]:
     """Run a guide, then its model at its draws; return the traces, the model's first.
 
-    Raise if the guide observes, or if Pyro's store has parameters of other modules under the names of theirs.
+    Raise if the guide observes, or if Pyro's store has parameters of other modules under the names of theirs. With
+    ``bad_rows``, run without Pyro's validation where some rows have log-densities that are not finite.
     """
-    return check_parameters(partial(_trace_pair, model, guide, data))
+    run = partial(_trace_pair, model, guide, data)
+    with torch.no_grad(), fresh_autocast():
+        try:
+            with pyro.validation_enabled():
+                return check_parameters(run)
+        except RunError as failure:
+            if not bad_rows or not isinstance(failure.error, ValueError):
+                raise
+            with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
+                traces = check_parameters(run)
+                if not has_bad_rows(site for trace in traces[::-1] for site in _scored_sites(trace).values()):
+                    raise
+            return traces
+
+
+def _scored_sites(trace: Trace) -> Sites:
+    return latent_sites(trace) | observed_sites(trace)
 
 
 def _trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
-    with torch.no_grad(), pyro.validation_enabled():
-        guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
-        observed = observed_sites(guide_trace).items()
-        if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
-            raise ValueError(
-                f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model "
-                "does"
-            )
-        model_trace = _trace("model", poutine.replay(model, guide_trace), data)
-        set_plate_sizes(model_trace, guide_trace)
-        return model_trace, guide_trace
+    guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
+    observed = observed_sites(guide_trace).items()
+    if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
+        raise ValueError(
+            f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model does"
+        )
+    model_trace = _trace("model", poutine.replay(model, guide_trace), data)
+    set_plate_sizes(model_trace, guide_trace)
+    return model_trace, guide_trace
 
 
 def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
@@ -803,6 +828,9 @@ def _run_first_batch(
             if failure.who == "guide":  # then the model has not run
                 with suppress(RunError):
                     trace_pair(model, None, data)
+            if statements.count:
+                with suppress(RunError):
+                    return trace_pair(model, guide, data, bad_rows=True), True
             return failure, statements.count > 0
 
 

@@ -1,16 +1,19 @@
 """Find the modules that run inside a block, to save their tensors, or to restore their buffers and modes."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = ["ModuleTensors", "before_each_run", "buffers_kept", "evaluation_mode"]
+__all__ = ["ModuleSnapshot", "ModuleTensors", "before_each_run", "buffers_kept", "evaluation_mode"]
 
 
 class ModuleTensors:
@@ -80,6 +83,48 @@ class ModuleTensors:
     def modules(self) -> list[nn.Module]:
         """All modules, each once."""
         return list({id(module): module for root in self._roots for module in root.modules()}.values())
+
+
+class ModuleSnapshot:
+    """What Python can change in modules and in the param store at any time: tensors, children and their flags.
+
+    Args:
+        roots: the modules.
+        names: of parameters in Pyro's param store.
+
+    >>> network = nn.Sequential(nn.Linear(2, 3))
+    >>> snapshot = ModuleSnapshot([network], [])
+    >>> snapshot.has_changed(), network.eval() and snapshot.has_changed()
+    (False, True)
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], names: Sequence[str]):
+        self._names = names
+        self._modules = list({id(module): module for root in roots for module in root.modules()}.values())
+        self._dicts: list[dict[str, Any]] = [
+            held for module in self._modules for held in (module._parameters, module._buffers, module._modules)
+        ]
+        self._values = self._held()  # kept alive, so that no other object gets the same id
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._before = self._read(self._values)
+
+    def has_changed(self) -> bool:
+        """Whether anything differs from what it was."""
+        return self._read(self._held()) != self._before
+
+    def _held(self) -> list[Any]:
+        stored: Any = pyro.get_param_store().named_parameters()
+        return [*chain.from_iterable(map(_VALUES, self._dicts)), *map(stored.mapping.get, self._names)]
+
+    def _read(self, held: list[Any]) -> list[list[Any]]:
+        return [
+            list(map(id, held)),
+            [(tensor.requires_grad, tensor.data_ptr()) for tensor in self._tensors],
+            [module.training for module in self._modules],
+        ]
+
+
+_VALUES = methodcaller("values")
 
 
 def _values(places: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

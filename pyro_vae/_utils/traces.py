@@ -1,6 +1,7 @@
 """The sites of a Pyro trace by role, and their log-densities."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
-    "PARTICLES", "deterministic_sites", "latent_shapes", "latent_sites", "log_density", "masked", "observed_sites",
-    "plate_scale", "set_plate_sizes",
+    "PARTICLES", "deterministic_sites", "has_bad_rows", "latent_shapes", "latent_sites", "log_density", "masked",
+    "observed_sites", "plate_scale", "set_plate_sizes",
 ]  # fmt: skip
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
@@ -92,3 +93,12 @@ def _extent(site: dict[str, Any], dim: int, default: int) -> int:
 def latent_shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
     """The shapes of the values of the latent sites, by name."""
     return {name: tuple(site["value"].shape) for name, site in latent_sites(trace).items()}
+
+
+def has_bad_rows(sites: Iterable[dict[str, Any]]) -> bool:
+    """Whether the first site with a log-density that is not finite has finite ones too: some rows are at fault."""
+    for site in sites:
+        finite = log_density(site).isfinite()
+        if not finite.all():
+            return bool(finite.any())
+    return False

@@ -1,6 +1,7 @@
 """Adam for a captured step: the numbers that depend on the count of steps are kept in tensors."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,11 +42,8 @@ class CapturableAdam(torch.optim.Optimizer):
         """Add parameters; their count of steps starts at zero."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        number = {"dtype": torch.float64, "device": group["params"][0].device}
-        group["lr"] = torch.tensor(float(group["lr"]), **number)
-        powers = torch.tensor(group["betas"], **number)
-        corrections = {"powers": powers, "mean_correction": 1 / (1 - powers[0])}
-        corrections["scale_correction"] = (1 - powers[1]).rsqrt()
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
+        corrections = _corrections(group, 0.0)
         for parameter in group["params"]:
             moments = {name: torch.zeros_like(parameter).detach() for name in ("mean", "square")}
             self.state[parameter] = moments | corrections
@@ -74,6 +72,41 @@ class CapturableAdam(torch.optim.Optimizer):
                 state["scale_correction"].copy_((1 - powers[1]).rsqrt())
         return loss
 
+    @staticmethod
+    def accepts(settings: dict[str, Any]) -> bool:
+        """Whether these settings of ``torch.optim.Adam`` are those of this optimizer."""
+        return not any(settings.get(name) for name in ("weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"))
+
+    def torch_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter as ``torch.optim.Adam`` has it."""
+        state, number = self.state[parameter], torch.zeros((), dtype=torch.float64)
+        for power, beta in zip(state["powers"].tolist(), group["betas"], strict=True):
+            if 0 < beta < 1:  # a power that is too small for its number is that of a count without effect
+                number = number.maximum(torch.tensor(math.log(max(power, 1e-300)) / math.log(beta)).round() - 1)
+        return {"step": number.float(), "exp_avg": state["mean"], "exp_avg_sq": state["square"]}
+
+    def change_betas(self, group: dict[str, Any], before: tuple[float, float]) -> None:
+        """Set the corrections to those of other betas, at the same counts of steps."""
+        found: dict[int, dict[str, Tensor]] = {}  # by the tensor that parameters of one count share
+        for parameter in group["params"]:
+            state = self.state[parameter]
+            if id(state["powers"]) not in found:
+                number = self.torch_state(parameter, {"betas": before})["step"]
+                found[id(state["powers"])] = _corrections(group, float(number))
+            self.state[parameter] = state | found[id(state["powers"])]
+
+    def load_torch_states(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Set the states of parameters to those of ``torch.optim.Adam``; parameters of one count share their powers."""
+        for group in self.param_groups:
+            shared: dict[float, dict[str, Tensor]] = {}
+            for parameter in group["params"]:
+                if saved := states.get(parameter):
+                    number = float(saved["step"])
+                    shared.setdefault(number, _corrections(group, number))
+                    moments = {"mean": saved["exp_avg"], "square": saved["exp_avg_sq"]}
+                    copies = {name: value.to(parameter, copy=True) for name, value in moments.items()}
+                    self.state[parameter] = copies | shared[number]
+
     def untie_frozen(self) -> None:
         """Give frozen parameters corrections of their own, before a capture: a captured step cannot do that."""
         for group in self.param_groups:
@@ -87,3 +120,9 @@ class CapturableAdam(torch.optim.Optimizer):
             state = self.state[parameter]
             if id(state["powers"]) in shared:
                 state |= {name: state[name].clone() for name in ("powers", "mean_correction", "scale_correction")}
+
+
+def _corrections(group: dict[str, Any], number: float) -> dict[str, Tensor]:
+    """The corrections of the step after this number of steps."""
+    powers = torch.tensor(group["betas"], dtype=torch.float64, device=group["params"][0].device) ** (number + 1)
+    return {"powers": powers, "mean_correction": 1 / (1 - powers[0]), "scale_correction": (1 - powers[1]).rsqrt()}

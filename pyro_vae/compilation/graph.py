@@ -4,7 +4,9 @@ Python's work around the operations (Pyro's handlers, shapes, sites) is then don
 so the function must run the same ones on all data: a capture refuses a function that reads the value of a tensor.
 """
 
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,15 +69,17 @@ class Graph:
     ):
         site = _LastSite()
         rollback = _InPlaceRollback(site)
-        with preserve_rng_state(), pyro.validation_enabled(False), rollback, site, _ValueAccessGuard(site):
+        # oneDNN's recurrent layers have a backward pass that cannot be recorded; torch's own one can.
+        plain = torch_private.without_onednn()
+        with preserve_rng_state(), pyro.validation_enabled(False), plain, rollback, site, _ValueAccessGuard(site):
             before = random_states()[0]
             try:
                 trace = torch_private.make_fx(lambda *args: list(function(*args)), decomposition_table=decompositions)
                 module = trace(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
-                    raise
-                raise _data_dependent(f"{site} reads the value of a tensor") from error
+                    raise _not_capturable(site, error) from error
+                raise _data_dependent(f"{site} reads the value of a tensor{_line_of(error)}") from error
             if random_states()[0] != before:
                 raise _foreign_random_numbers(site, "NumPy or from the module `random`")
         self.module, constants = _lift_constants(module)
@@ -111,6 +115,21 @@ class Graph:
                 "slower. Name a compiler in the environment variable CXX",
                 stacklevel=2,
             )
+
+    @property
+    def operations(self) -> list[str]:
+        """The operations in order, each with its arguments that are no tensors: the numbers that a capture fixes."""
+        return [
+            f"{node.target}{torch.fx.map_arg((node.args, node.kwargs), lambda _: None)}"
+            for node in self.module.graph.nodes
+            if node.op == "call_function"
+        ]
+
+    def new_constants(self, other: "Graph") -> tuple[list[Tensor], list[Tensor]]:
+        """The constants of each of two graphs that the other has not: the function makes them in each run."""
+        addresses = [set(map(_address, graph.constants)) for graph in (self, other)]
+        ours = [tensor for tensor in self.constants if _address(tensor) not in addresses[1]]
+        return ours, [tensor for tensor in other.constants if _address(tensor) not in addresses[0]]
 
     @property
     def code(self) -> str:
@@ -184,6 +203,22 @@ def _data_dependent(what: str) -> CaptureError:
         f"`compile` must be False where the operations depend on data: {what}. Use `torch.where` or `poutine.mask`, or "
         "leave `compile` out"
     )
+
+
+def _not_capturable(site: "_LastSite", error: Exception) -> CaptureError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CaptureError(
+        f"`compile` must be False where torch cannot record an operation: {site} ends in {type(error).__name__}"
+        f"{_line_of(error)}: {first_line}. Use another operation there, or leave `compile` out"
+    )
+
+
+def _line_of(error: Exception) -> str:
+    """Name the last line of the user's code that led to an error."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(f"{os.sep}{package}{os.sep}" in frame.filename for package in ("torch", "pyro", "pyro_vae")):
+            return f" ({frame.filename}, line {frame.lineno}: {frame.line})"
+    return ""
 
 
 def _foreign_random_numbers(site: "_LastSite", source: str) -> CaptureError:

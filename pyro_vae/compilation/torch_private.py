@@ -24,7 +24,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the te
 __all__ = [
     "FakeTensor", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "disable_proxy_modes_tracing",
     "forced_compiling_flag", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema",
-    "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched",
+    "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -61,6 +61,17 @@ def forced_compiling_flag() -> Iterator[None]:
     """Make ``torch.compiler.is_compiling()`` true in a block: torch's optimizers then read no value of a tensor."""
     with patch.object(torch.compiler, "_is_compiling_flag", True):
         yield
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Run a block without oneDNN, by its switch alone: ``torch.backends.mkldnn.flags`` warns about another one."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def operation_schema(operation: Any) -> Any:

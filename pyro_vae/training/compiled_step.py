@@ -1,8 +1,11 @@
 """The step of SVI captured as one graph, with loss, gradients and update, for each signature of its inputs."""
 
 import math
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -10,17 +13,22 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.module_state import buffers_kept
+from pyro_vae._utils.ambient import check_no_outer_handlers
+from pyro_vae._utils.module_state import ModuleSnapshot, buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.traces import log_density
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
+from pyro_vae.compilation.python_state import PythonState
+from pyro_vae.training.state import discover_parameters
 from pyro_vae.training.step import BatchContext, Step, metrics_row
 
 __all__ = ["CapturedStep"]
 
-_FIRST_CHECKS = 3  # replays that are compared with an eager run
-_CHECK_EVERY = 1000  # replays between two later comparisons
+_FIRST_CHECKS = 3  # replays that are compared with an eager run, and then ever fewer
+_SHARE = 0.01  # of the time of a run, for later comparisons
+_LOSS_DIGITS = 1e-5  # to which an eager loss and that of the graph agree, relative to their largest terms
+_MOST_CAPTURES = 3  # that one and the same Python value may lead to, since each takes seconds to compile
 _REMEDY = (
     "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
 )
@@ -32,29 +40,124 @@ class CapturedStep(Step):
     A step whose loss or gradient is not finite changes nothing. If ``skips`` is false, later steps change nothing
     either: the state stays that of the last good step, and :meth:`diagnose_nonfinite` finds the cause.
 
-    The first replays of each graph, and every thousandth one, are compared with an eager run: sites, distributions,
-    shapes and log-densities must be those of the capture. ``compiles`` returns whether the graph for some inputs is
-    compiled, or replayed as it is; other arguments are those of the eager step.
+    What Python can change is compared by :meth:`refresh`: modules and their flags, the param store, the settings of the
+    optimizer, and the Python values that model, guide and ELBO can read. After a change the step is captured again.
+    What that cannot see is found in replays that are compared with an eager run: sites, distributions, shapes,
+    log-densities and the loss with all its weights must be those of the capture.
+
+    ``compiles`` returns whether the graph for some inputs is compiled, or replayed as it is. With ``refreshes``, each
+    step begins with :meth:`refresh`; other arguments are those of the eager step.
     """
 
-    def __init__(self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, **kwargs: Any):
+    def __init__(
+        self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, refreshes: bool = True, **kwargs: Any
+    ):
         super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
-        self.compiles = compiles
+        self.compiles, self.refreshes = compiles, refreshes
         self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
         self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs
         self._may_have_new_parameters = True
+        self._python: PythonState | None = None  # since the capture
+        self._groups: list[_Group] = []  # of the optimizer, since the capture
+        self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
+        self._last: tuple[BatchContext, Sequence[Tensor]] | None = None
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Update the parameters on one batch; return 0 first, and raise nothing, if a replayed step is not finite."""
-        if self._may_have_new_parameters and (self.optimizer is None or self.new_parameters()):
-            return super().__call__(batch_context, *inputs, validate=validate)
-        self._may_have_new_parameters = False
+        if self.refreshes:
+            self.refresh()
+        if self._may_have_new_parameters:
+            if self.optimizer is not None and not self.parameters:
+                discover_parameters(self, batch_context, *inputs)
+            if self.optimizer is None or self.new_parameters():
+                return super().__call__(batch_context, *inputs, validate=validate)
+            self._may_have_new_parameters = False
         self.set_schedules(self.count)
         self.count += 1
+        self._last = batch_context, inputs
         key = batch_context, input_signature(inputs)
         if key not in self._graphs:
-            self._graphs[key] = _StepGraphs(self, batch_context, inputs)
+            self._graphs[key] = self._capture(batch_context, inputs)
         return self._graphs[key](batch_context, inputs)
+
+    def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
+        self._check_contexts()
+        evaluator = self.evaluator
+        if self._python is None:
+            self._python = PythonState(evaluator.model, evaluator.guide, evaluator.elbo)
+            self.snapshot = ModuleSnapshot(self.tensors.modules(), list(self.parameters))
+        with self.own_run():
+            graphs = _StepGraphs(self, batch_context, inputs)
+        self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
+        return graphs
+
+    def _check_contexts(self) -> None:
+        check_no_outer_handlers()
+        if torch.is_autocast_enabled(self._all_finite.device.type):
+            raise ValueError("`compile` must be False inside of torch.autocast, got True. Leave one of them out")
+
+    @contextmanager
+    def own_run(self) -> Iterator[None]:
+        """Run model and guide in a block; raise if a number changes in it that their code can read, such as a counter.
+
+        A replay does not run their code, so that the number would stand still.
+        """
+        assert self._python is not None
+        error = None
+        try:
+            yield
+        except CaptureError as raised:
+            error = raised
+        if self._python.has_changed():
+            changes = self._python.changes()
+            for place, (before, now) in changes.items():
+                if isinstance(before, int | float) and isinstance(now, int | float):
+                    raise CaptureError(
+                        f"`compile` must be False where model or guide change a Python number that they read: {place} "
+                        f"was {before!r} before a run and is {now!r} after it. {_REMEDY}"
+                    ) from error
+            self._python.ignore(changes)
+            self._python.rebase()
+        if error is not None:
+            raise error
+
+    def refresh(self) -> bool:
+        """Notice what Python has changed since the last step; return whether parameters must be found again."""
+        if self._python is None:
+            return super().refresh()
+        self._check_contexts()
+        changed = self.snapshot is None or self.snapshot.has_changed()
+        settings = [group.has_changed() for group in self._groups]  # each one reads its rate
+        if any(settings) or self._other_groups():
+            for group in self._groups:
+                group.follow(self.optimizer)
+            changed = True
+        if self._python.has_changed():
+            changes = self._python.changes()
+            self._captures.update(changes.keys())
+            for place, (before, now) in changes.items():
+                if self._captures[place] > _MOST_CAPTURES:
+                    raise CaptureError(
+                        f"`compile` must be False where a Python value changes again and again: {place} was {before!r} "
+                        f"and is {now!r} at step {self.count + 1}. {_REMEDY}"
+                    )
+            self._python.rebase()
+            changed = changed or bool(changes)
+        if changed:
+            self.clear_parameter_cache()
+        return changed
+
+    def _other_groups(self) -> bool:
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [id(group) for group in groups] != [id(group.values) for group in self._groups]
+
+    def finish(self) -> None:
+        """Compare the step with an eager run at the end of a training run, with Pyro's validation."""
+        self.refresh()
+        if self._last is not None:
+            batch_context, inputs = self._last
+            if graphs := self._graphs.get((batch_context, input_signature(inputs))):
+                graphs.check(batch_context, inputs)
 
     def diagnose_nonfinite(
         self, batch_context: BatchContext, done: Sequence[Sequence[Tensor]], rewind: Callable[[], None]
@@ -102,9 +205,10 @@ class CapturedStep(Step):
             self.optimizer.untie_frozen()
 
     def clear_parameter_cache(self) -> None:
-        """Find the parameters and capture the step again, after some were frozen or unfrozen."""
+        """Find the parameters and capture the step again, after Python has changed some of them, or anything else."""
         super().clear_parameter_cache()
         self._graphs.clear()
+        self._python, self._groups = None, []
         self._may_have_new_parameters = True
 
     def unguarded(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
@@ -130,35 +234,78 @@ class CapturedStep(Step):
             return torch.cat([taken.to(row.dtype)[None], row[1:]])
 
 
+class _Group:
+    """A group of the optimizer with its settings at the capture, of which the graph reads the learning rate alone."""
+
+    def __init__(self, group: dict[str, Any]):
+        self.values, self._rate = group, group["lr"]
+        self._others = self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in self.values.items() if name not in ("params", "lr")}
+
+    def has_changed(self) -> bool:
+        """Set the rate to one that was put in its place; return whether another setting differs."""
+        if (rate := self.values["lr"]) is not self._rate:
+            self._rate.fill_(float(rate))
+            self.values["lr"] = self._rate
+        return self._settings() != self._others
+
+    def follow(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Prepare the optimizer for another capture with the present settings."""
+        if isinstance(optimizer, CapturableAdam) and self._settings() != self._others:
+            if further := self._settings().keys() - self._others.keys():
+                raise CaptureError(
+                    f"`compile` must be False where Adam gets a setting later, got {sorted(further)}. Give it to "
+                    "`pyro.optim.Adam` at the start"
+                )
+            optimizer.change_betas(self.values, self._others["betas"])
+
+
 class _StepGraphs:
-    """The graphs for inputs of one signature: of the step, and of the log-densities that it is checked by."""
+    """The graphs for inputs of one signature: of the step, and of the log-densities and loss that it is checked by."""
 
     def __init__(self, step: CapturedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
-        self.owner, self.calls = step, 0
+        self.owner, self.calls, self._next_check = step, 0, 0
         step.prepare_capture()
         found: list[_Sites] = []
 
         def log_probs(*inputs: Tensor) -> list[Tensor]:
-            found.append(_Sites(step, batch_context, inputs))
+            found.append(_Sites(step, batch_context, inputs, step.evaluator.loss))
             return [found[-1].log_probs]
 
         self.log_probs = Graph(log_probs, inputs)
         self.sites = found[-1]
-        written = Graph(lambda *inputs: [step.unguarded(batch_context, inputs)], inputs).written
+        unguarded = Graph(lambda *inputs: [step.unguarded(batch_context, inputs)], inputs)
+        written = unguarded.written
         self.step = Graph(lambda *inputs: [step.guarded(batch_context, inputs, written)], inputs)
+        _check_same_operations(unguarded, self.step)
         if step.compiles(*inputs):
             self.step.compile(inputs)
+        self._since = time.perf_counter()
 
     def __call__(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
-        if self.calls < _FIRST_CHECKS or self.calls % _CHECK_EVERY == 0:
-            self._check(batch_context, inputs)
+        if self.calls >= self._next_check:
+            self.check(batch_context, inputs)
         self.calls += 1
         return self.step(*inputs)[0]
 
-    def _check(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
+    def check(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
+        """Compare with an eager run, and set the time of the next comparison: they take up to 1 % of the time."""
+        started = time.perf_counter()
+        with self.owner.own_run():
+            self._compare(batch_context, inputs)
+        now = time.perf_counter()
+        per_call = (started - self._since) / max(1, self.calls)
+        self._next_check = self.calls + 1
+        if self._next_check >= _FIRST_CHECKS:
+            self._next_check = min(2 * self.calls, self.calls + math.ceil((now - started) / (_SHARE * per_call)))
+
+    def _compare(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
         with buffers_kept():  # the eager run finds the modules whose buffers the graph changes as well
-            with preserve_rng_state(), pyro.validation_enabled():
-                sites = _Sites(self.owner, batch_context, inputs)
+            with preserve_rng_state(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Encountered NaN")  # the step names or skips what is not finite
+                sites = _Sites(self.owner, batch_context, inputs, self.owner.evaluator.validated_loss)
             with preserve_rng_state():
                 (log_probs,) = self.log_probs(*inputs)
         changed = f"`compile` must be False where steps run different operations: step {self.owner.count} "
@@ -166,25 +313,48 @@ class _StepGraphs:
             pairs = zip_longest(sites.descriptions, self.sites.descriptions, fillvalue="no further site")
             now, captured = next(pair for pair in pairs if pair[0] != pair[1])
             raise CaptureError(f"{changed}runs {now}, but {captured} was captured. {_REMEDY}")
-        close = torch.isclose(sites.log_probs, log_probs, rtol=1e-3, atol=1e-3, equal_nan=True)
+        close = torch.isclose(sites.log_probs[:-1], log_probs[:-1], rtol=1e-3, atol=1e-3, equal_nan=True)
         if not close.all():
             site = sites.descriptions[int((~close).nonzero()[0])]
             raise CaptureError(f"{changed}has another log_prob of {site} than its captured operations. {_REMEDY}")
+        eager, replayed = sites.log_probs[-1].item(), log_probs[-1].item()
+        size = float(sites.log_probs.abs().sum())  # of the terms of the loss, whose digits it cannot have more of
+        if math.isfinite(size) and abs(eager - replayed) > _LOSS_DIGITS * size:
+            raise CaptureError(
+                f"`compile` must be False where a weight changes: step {self.owner.count} has the loss {eager:.6g}, "
+                f"with the scales of its sites, but {replayed:.6g} by its captured operations. {_REMEDY}"
+            )
+
+
+def _check_same_operations(first: Graph, second: Graph) -> None:
+    """Raise if two captures of a step differ; the second one first copies each tensor that the step writes."""
+    ours, begin = first.operations, 2 * len(first.written)
+    theirs = second.operations[begin : begin + len(ours)]
+    different = next((pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1]), None)
+    if different is None and not all(map(torch.equal, *first.new_constants(second))):
+        different = ("a constant tensor", "another one")
+    if different is not None:
+        raise CaptureError(
+            "`compile` must be False where two runs on the same data differ, such as by a counter or a generator: "
+            f"{different[0]} was captured, and {different[1]} a run later. {_REMEDY}"
+        )
 
 
 class _Sites:
     """The sites of guide and model in an evaluation of the ELBO, and the sum of each one's log-densities."""
 
-    def __init__(self, step: Step, batch_context: BatchContext, inputs: Sequence[Tensor]):
+    def __init__(self, step: Step, batch_context: BatchContext, inputs: Sequence[Tensor], compute: Callable[..., Any]):
         with torch.no_grad(), batch_context(*inputs) as arguments:
-            step.evaluator.loss(*arguments)
+            loss = compute(*arguments)
         sites = list(step.evaluator.sites())
         self.descriptions = [
             f"site {name!r} of the {owner}, a {_class_name(site['fn'])} of shape "
             f"{tuple(site['fn'].batch_shape + site['fn'].event_shape)}"
             for owner, name, site in sites
         ]
-        self.log_probs = torch.stack([log_density(site).sum(dtype=torch.float64) for _, _, site in sites])
+        log_probs = [log_density(site).sum(dtype=torch.float64) for _, _, site in sites]
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=log_probs[0].device)
+        self.log_probs = torch.stack([*log_probs, loss])  # the loss last
 
 
 def _class_name(distribution: Any) -> str:

@@ -13,7 +13,15 @@ from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, plate_scale, set_plate_sizes
+from pyro_vae._utils.ambient import fresh_autocast
+from pyro_vae._utils.traces import (
+    has_bad_rows,
+    latent_sites,
+    log_density,
+    observed_sites,
+    plate_scale,
+    set_plate_sizes,
+)
 from pyro_vae._utils.typing import Function
 from pyro_vae.objectives.elbo_terms import elbo_terms, weights_removed
 
@@ -38,13 +46,27 @@ class ElboEvaluator:
         """Compute the loss: a number, or a tensor during a capture."""
         return self._evaluate(self.elbo.loss, args)
 
+    def validated_loss(self, *args: Any) -> Any:
+        """Compute the loss with Pyro's validation; where it raises as some rows are not finite, without."""
+        before = torch.get_rng_state()
+        try:
+            with pyro.validation_enabled():
+                return self.loss(*args)
+        except ValueError:
+            torch.set_rng_state(before)
+            with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
+                loss = self.loss(*args)
+            if not has_bad_rows(site for _, _, site in self.sites()):
+                raise
+            return loss
+
     def loss_and_grads(self, *args: Any) -> Any:
         """Compute the loss and add its gradients to those of the parameters."""
         return self._evaluate(self.elbo.loss_and_grads, args)
 
     def _evaluate(self, compute: Function, args: tuple[Any, ...]) -> Any:
         self.traces = []
-        with self._capture_traces():
+        with fresh_autocast(), self._capture_traces():
             loss = compute(self.model, self.guide, *args, **self.keywords)
         for traces in self.traces:
             set_plate_sizes(*traces)
@@ -119,10 +141,3 @@ class ElboEvaluator:
             found = rows.to(found.device)[found]
         shown = ", ".join(map(str, found[:5].tolist()))
         return f", in rows {shown}{', ...' if len(found) > 5 else ''} of the data"
-
-    @torch.no_grad()
-    def first_nonfinite_site_unvalidated(self, args: tuple[Any, ...], rows: Tensor | None) -> str | None:
-        """Do so after an evaluation without validation, which raises before a site has a log-density."""
-        with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
-            self.loss(*args)
-        return self.first_nonfinite_site(rows)

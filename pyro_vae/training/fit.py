@@ -16,6 +16,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.rng import seeded
@@ -156,6 +157,7 @@ def fit(
     """
     function(model, "model")
     function(guide, "guide")
+    check_gradients_enabled("fit")
     tensors = data_tensors(data, "data")
     held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
@@ -171,7 +173,11 @@ def fit(
     settings |= {"lr": lr, "schedules": schedules}
     run_config = {} if checkpoints is None else _run_config(evaluator, tensors, held_out, **settings)
     started = time.perf_counter()
-    with RunCheckpoints.opened(checkpoints, run_config) as saved, autoguide_follows_subsample(guide):
+    with (
+        one_thread("fit"),
+        RunCheckpoints.opened(checkpoints, run_config) as saved,
+        autoguide_follows_subsample(guide),
+    ):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
@@ -234,7 +240,7 @@ def evaluate(
     evaluator = ElboEvaluator(model, function(guide, "guide"), as_elbo(elbo), plate)
     tensors = data_tensors(data, "data")
     most = rows_at_once(tensors) if batch_size is None else positive_int(batch_size, "batch_size")
-    with autoguide_follows_subsample(guide):
+    with one_thread("evaluate"), autoguide_follows_subsample(guide):
         pair = None
         if most < len(tensors[0]):
             with nullcontext() if batch_size is not None else suppress(ValueError), seeded(seed):
@@ -259,7 +265,9 @@ def _make_step(
     options: dict[str, Any] = {"clip_norm": clip_norm, "skips": skips, "numbered": True}
     if compiled_rows is None:
         return Step(evaluator, lr, schedules, **options)
-    return CapturedStep(evaluator, lr, schedules, compiles=lambda rows: len(rows) == compiled_rows, **options)
+    return CapturedStep(
+        evaluator, lr, schedules, compiles=lambda rows: len(rows) == compiled_rows, refreshes=False, **options
+    )
 
 
 def _run_config(

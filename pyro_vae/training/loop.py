@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae._utils.ambient import check_gradients_enabled
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
 from pyro_vae._utils.validation import tqdm_disable
@@ -29,7 +31,6 @@ from pyro_vae.training.state import (
     load_run_state,
     model_state,
     run_state,
-    trainable_flags,
 )
 from pyro_vae.training.step import BatchContext, Step
 
@@ -56,7 +57,7 @@ class Epoch:
 
 
 Callback = Callable[[Epoch], Any]
-"""Function called at the end of each epoch; training ends if it returns ``True``."""
+"""Function called at the end of each epoch; training ends if it returns ``True``, also as NumPy or torch spell it."""
 
 
 class Loop:
@@ -96,6 +97,7 @@ class Loop:
             while state.epoch < epochs and state.stop_reason == "epochs":
                 self._run_epoch()
             self._sync_metrics()
+            self.step.finish()
             if unfinished and self.checkpoints is not None:
                 self.checkpoints.save(self.step, self.batches, state)
             self._signals.deliver()
@@ -132,6 +134,12 @@ class Loop:
         latest = {name: f"{values[-1]:.4g}" for name, values in self.state.history.items()}
         self._bar.set_postfix(latest, refresh=False)
         self._bar.update(self.state.epoch - self._bar.n)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let the step notice what Python has changed, such as parameters that were frozen."""
+        if self.step.refresh():
+            discover_parameters(self.step, self.batches.context, self.batches.first)
 
     def _record_epochs(self) -> None:
         """Append to the history the mean of each metric over the finite steps of each finished epoch."""
@@ -160,15 +168,27 @@ class Loop:
 
     def _call_callbacks(self) -> None:
         """Call each callback: it may end the run, freeze parameters, and draw random numbers."""
-        state, flags = self.state, trainable_flags(self.step)
+        state = self.state
         record = {name: values[-1] for name, values in state.history.items()}
         with preserve_rng_state():
             for call in self.callbacks:
-                if call(Epoch(state.epoch, self.step.count, record, state.history)) is True:
+                if _ends_run(call(Epoch(state.epoch, self.step.count, record, state.history))):
                     state.stop_reason = "callback"
-        if trainable_flags(self.step) != flags:
-            self.step.clear_parameter_cache()
-            discover_parameters(self.step, self.batches.context, self.batches.first)
+        check_gradients_enabled("fit")
+        self._refresh()
+
+
+def _ends_run(result: Any) -> bool:
+    """Whether a callback returned ``True``, as Python, NumPy or torch spell it; raise for what is no answer."""
+    is_flag = isinstance(result, bool | np.bool_) or (
+        isinstance(result, Tensor) and result.dtype == torch.bool and result.dim() == 0
+    )
+    if not is_flag and result is not None:
+        raise TypeError(
+            f"`callbacks` must be functions that return True to end the run, or False or None, got one that returns "
+            f"{result!r}"
+        )
+    return bool(result)
 
 
 class Batches:

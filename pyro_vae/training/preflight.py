@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 
@@ -68,8 +67,11 @@ def as_elbo(elbo: ELBO | None) -> ELBO:
 
 @torch.no_grad()
 def run_all_rows(evaluator: ElboEvaluator, batches: Batches) -> None:
-    """Compute the loss on all rows with Pyro's validation, which a captured step does not have."""
-    with preserve_rng_state(), buffers_kept(), pyro.validation_enabled():
+    """Compute the loss on all rows with Pyro's validation, which a captured step does not have.
+
+    Rows that are not finite pass: the step names or skips them.
+    """
+    with preserve_rng_state(), buffers_kept():
         for rows in batches.split(torch.arange(batches.num_data, device=batches.device)):
             with batches.context(rows) as arguments:
-                evaluator.loss(*arguments)
+                evaluator.validated_loss(*arguments)

@@ -1,7 +1,8 @@
 """One step of stochastic variational inference: as in ``pyro.infer.SVI``, with one optimizer for all parameters."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_vae._utils.module_state import ModuleTensors
+from pyro_vae._utils.module_state import ModuleSnapshot, ModuleTensors
 from pyro_vae._utils.param_store import Registered, check_parameters, module_registry, parameters_of
+from pyro_vae._utils.traces import has_bad_rows
 from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.schedules import Schedule
@@ -67,9 +70,11 @@ class Step:
         self.numbered = numbered
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters: dict[str, Tensor] = {}  # by name in Pyro's param store
+        self.traced: Collection[str] = ()  # names of the parameters of the last run, but for those of `modules`
         self.names: list[str] = []  # of the terms of the ELBO, after the first step
         self.count = 0  # number of finished steps
         self.modules: Registered = {}
+        self.snapshot: ModuleSnapshot | None = None  # of these modules and of the parameters, since they were found
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)  # of all modules that these and the ELBO run
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
@@ -78,6 +83,7 @@ class Step:
         Return 1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum; float64. Raise
         ``FloatingPointError`` if loss or gradient is not finite. Parameters and buffers are those of the step before.
         """
+        self.refresh()
         self.tensors.note()
         self.set_schedules(self.count)
         self.count += 1
@@ -96,6 +102,16 @@ class Step:
             self.clip(norm)
             self.update()
         return metrics_row(1.0, loss, terms)
+
+    def refresh(self) -> bool:
+        """Find the parameters again if modules, their flags or the param store have changed; return whether so."""
+        changed = self.snapshot is not None and self.snapshot.has_changed()
+        if changed:
+            self.clear_parameter_cache()
+        return changed
+
+    def finish(self) -> None:
+        """Do what is due at the end of a training run."""
 
     def set_schedules(self, step: int) -> None:
         """Set the learning rate and the values with a schedule to those of a step, counted from 0."""
@@ -120,37 +136,67 @@ class Step:
                 group["lr"] = lr
 
     def clear_parameter_cache(self) -> None:
-        """Find the parameters again in the next run, after some were frozen or unfrozen."""
+        """Find the parameters again in the next run, after some were frozen, unfrozen, put in or replaced."""
         self.modules.clear()
         self.parameters.clear()
+        self.snapshot = None
 
     def backward(self, arguments: tuple[Any, ...], *inputs: Tensor) -> tuple[Any, list[Tensor]]:
-        """Compute the gradients of the parameters; return the loss and its terms."""
+        """Compute the gradients of the parameters; return the loss and its terms.
+
+        Where Pyro's validation raises because rows are not finite, return the loss that is not, as without validation:
+        the answer must not depend on whether a step is validated.
+        """
+        before = torch.get_rng_state() if is_validation_enabled() else None
+        try:
+            loss = self._loss_and_grads(arguments)
+        except ValueError:
+            if before is None:
+                raise
+            loss = self._run_unvalidated(arguments, before)
+            finite = math.isfinite(loss) and self.gradient_norm().isfinite()
+            if finite or (self.count == 1 and not has_bad_rows(site for _, _, site in self.evaluator.sites())):
+                raise
+        if not any(parameter.requires_grad for parameter in self.parameters.values()):
+            parameters = [one for one in self.tensors.named().values() if isinstance(one, torch.nn.Parameter)]
+            if frozen := sum(not parameter.requires_grad for parameter in [*parameters, *self.parameters.values()]):
+                raise ValueError(
+                    "`model` and `guide` must have a parameter that can be trained, got none: all are frozen "
+                    f"({frozen} tensors). Unfreeze some, with `vae.requires_grad_(True)`"
+                )
+        terms = self.evaluator.terms(loss)
+        self.names = list(terms)
+        return loss, list(terms.values())
+
+    def _run_unvalidated(self, arguments: tuple[Any, ...], random_state: Tensor) -> Any:
+        """Compute the loss again, from the same random state and buffers."""
+        torch.set_rng_state(random_state)
+        self.tensors.load_model_state()
+        with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
+            return self._loss_and_grads(arguments)
+
+    def _loss_and_grads(self, arguments: tuple[Any, ...]) -> Any:
+        """Compute the loss and its gradients, and find the parameters that the run registers."""
         known = bool(self.parameters)
         noticed = nullcontext() if known else self.tensors.noticed()
         with poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
             try:
                 run = partial(self.evaluator.loss_and_grads, *arguments)
-                loss = run() if known else check_parameters(run, partial(self.evaluator.loss, *arguments))
-            except ValueError as error:
-                describe = self.evaluator.first_nonfinite_site_unvalidated
-                site = describe(arguments, self._rows(inputs)) if self.count > 1 else None
-                if site is None:
-                    raise
-                raise FloatingPointError(f"step {self.count}: the loss is not finite; {site}") from error
+                return run() if known else check_parameters(run, partial(self.evaluator.loss, *arguments))
             finally:
                 self._add(parameters_of(tracer.trace))
-        terms = self.evaluator.terms(loss)
-        self.names = list(terms)
-        return loss, list(terms.values())
 
     def _add(self, found: dict[str, Tensor]) -> None:
         """Add each parameter once: a module may be registered under two names."""
+        self.traced = found.keys()
         known = {id(parameter) for parameter in self.parameters.values()}
         for name, parameter in found.items():
-            if name in self.parameters or id(parameter) not in known:
+            if self.parameters.get(name) is not parameter and (name in self.parameters or id(parameter) not in known):
                 self.parameters[name] = parameter
                 known.add(id(parameter))
+                self.snapshot = None
+        if self.snapshot is None:
+            self.snapshot = ModuleSnapshot([module for module, *_ in self.modules.values()], list(self.parameters))
 
     def gradient_norm(self) -> Tensor:
         """Compute the norm of all gradients together."""
@@ -168,14 +214,24 @@ class Step:
     def update(self) -> None:
         """Update the parameters by their gradients."""
         if new := self.new_parameters():
+            optimizer = self.make_optimizer(new)
             if self.optimizer is None:
-                self.optimizer = self.make_optimizer(new)
+                self.optimizer = optimizer
             else:
-                self.optimizer.add_param_group({"params": new})
+                self.optimizer.param_groups += optimizer.param_groups
+                self.optimizer.state.update(optimizer.state)
             self._set_lr(self.count - 1)
         if self.optimizer is not None:
+            self._zero_missing_gradients(self.optimizer)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _zero_missing_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give zeros to parameters that this step has, but not its loss: as in Pyro, their momentum moves them on."""
+        for name, parameter in self.parameters.items():
+            traced = name in self.traced or name.partition("$$$")[0] in self.modules
+            if traced and parameter.grad is None and parameter.requires_grad and parameter in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
 
     def new_parameters(self) -> list[Tensor]:
         """Return the parameters that the optimizer does not have yet."""

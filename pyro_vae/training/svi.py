@@ -1,7 +1,6 @@
 """Pyro's ``SVI`` for training loops of the user: one optimizer for all parameters, and an optional captured step."""
 
 import inspect
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdam
@@ -36,10 +36,12 @@ class SVI:
 
     Args:
         model, guide: a Pyro model and its guide.
-        optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``.
+        optim: an optimizer of ``pyro.optim``, such as ``Adam({"lr": 1e-3})``. Its state is used, and its ``get_state``
+            returns that of these steps, for any other SVI.
         loss: any ELBO of ``pyro.infer`` or of :mod:`pyro_vae.objectives`.
-        compile: whether to capture the step as a graph and replay it compiled, again for other shapes or arguments; the
-            values of tensors may change. The optimizer must be one of ``torch.optim``.
+        compile: whether to capture the step as a graph and replay it compiled, again for other shapes or arguments, and
+            after a change of modules, flags, Python numbers, ``param_groups`` or the param store; the values of tensors
+            may change. The optimizer must be one of ``torch.optim``.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
 
     Raises:
@@ -76,8 +78,8 @@ class SVI:
         _check_optim(optim, compile)
         self._evaluator = ElboEvaluator(model, guide, loss)
         step_class = CapturedStep if compile else Step
-        make_optimizer = partial(_make_optimizer, optim, compile)
-        self._step = step_class(self._evaluator, make_optimizer=make_optimizer, clip_norm=clip_norm)
+        self._step = step_class(self._evaluator, make_optimizer=self._make_optimizer, clip_norm=clip_norm)
+        self._optim, self._compile = optim, compile
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -86,17 +88,47 @@ class SVI:
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss, as ``pyro.infer.SVI.step`` does."""
+        check_gradients_enabled("SVI.step")
         leaves, form = tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         call = _CallContext(self._evaluator, form, others)
         before = torch.get_rng_state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
+        with one_thread("SVI.step"):
             finite, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
-        if not finite and isinstance(self._step, CapturedStep):
-            raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
+            if not finite and isinstance(self._step, CapturedStep):
+                raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
         return loss
+
+    def _make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Make torch's optimizer for Pyro's, with its state, and a group for the parameters of the same settings."""
+        optim = self._optim
+        constructor: Any = optim.pt_optim_constructor
+        accepted = inspect.signature(constructor).parameters
+        groups: dict[str, dict[str, Any]] = {}
+        states = {parameter: _take_state(optim, parameter) for parameter in parameters}
+        for parameter, (state, _) in states.items():
+            (saved,) = state.get("param_groups", [{}])
+            settings = _settings(optim, parameter)
+            settings |= {name: saved[name] for name in (saved.keys() & accepted.keys()) - _IMPLEMENTATION - {"params"}}
+            groups.setdefault(repr(sorted(settings.items())), {"params": [], **settings})["params"].append(parameter)
+        implementation: dict[str, Any] = {}
+        if self._compile and constructor is torch.optim.Adam and all(map(CapturableAdam.accepts, groups.values())):
+            constructor = CapturableAdam
+            for group in groups.values():
+                for name in group.keys() - {"params", "lr", "betas", "eps"}:
+                    del group[name]
+        elif self._compile:
+            implementation = {name: True for name in ("foreach", "capturable") if name in accepted}
+        elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):
+            implementation = {"fused": True}
+        optimizer: Any = constructor([{**implementation, **group} for group in groups.values()])
+        for group in optimizer.param_groups if self._compile else []:
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
+        _load_states(optimizer, states)
+        optim.optim_objs.update({parameter: ParameterOptimizer(self, parameter) for parameter in parameters})
+        optim.grad_clip.update(dict.fromkeys(parameters))
+        return optimizer
 
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -143,21 +175,80 @@ def _check_optim(optim: Any, compile: bool) -> None:
         )
 
 
-def _make_optimizer(optim: PyroOptim, compile: bool, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Make torch's optimizer for Pyro's, with one group per parameter if the settings depend on the parameter."""
-    constructor: Any = optim.pt_optim_constructor
-    accepted = inspect.signature(constructor).parameters
-    name_of = pyro.get_param_store().param_name
-    settings: Any = optim.pt_optim_args
-    groups = [{"params": [p], **settings(name_of(p))} for p in parameters] if callable(settings) else parameters
-    common = {} if callable(settings) else dict(settings)
-    if compile and constructor is torch.optim.Adam and settings.keys() <= {"lr", "betas", "eps"}:
-        return CapturableAdam(groups, **common)
-    if compile:
-        common |= {name: value for name, value in {"foreach": True, "capturable": True}.items() if name in accepted}
-    elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):
-        common.setdefault("fused", True)
-    optimizer = constructor(groups, **common)
-    for group in optimizer.param_groups if compile else []:
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
-    return optimizer
+class ParameterOptimizer:
+    """What ``pyro.optim`` keeps for one parameter: its part of the optimizer of a :class:`SVI`.
+
+    ``get_state`` and ``save`` of the ``pyro.optim`` object read it, and changes of its ``param_groups`` are those of
+    the whole group. The state has the form of torch's optimizer of one parameter, which any other SVI can load.
+    """
+
+    def __init__(self, svi: SVI, parameter: Tensor):
+        self._svi, self._parameter = svi, parameter
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        assert self._svi.optimizer is not None
+        return self._svi.optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The group of the parameter."""
+        groups = self._optimizer.param_groups
+        return [group for group in groups if any(one is self._parameter for one in group["params"])]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """The optimizer's tensors of the parameter."""
+        return {self._parameter: self._optimizer.state[self._parameter]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch's optimizer of this parameter alone would."""
+        (group,), state = self.param_groups, self.state[self._parameter]
+        if isinstance(self._optimizer, CapturableAdam):
+            state = self._optimizer.torch_state(self._parameter, group)
+        optim = self._svi._optim
+        constructor: Any = optim.pt_optim_constructor
+        (settings,) = constructor([self._parameter], **_settings(optim, self._parameter)).state_dict()["param_groups"]
+        settings |= {name: group[name] for name in (settings.keys() & group.keys()) - _IMPLEMENTATION - {"params"}}
+        settings["lr"] = float(settings["lr"])
+        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        return {"state": {0: copies} if copies else {}, "param_groups": [settings]}
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: the whole optimizer takes the step."""
+        raise RuntimeError(
+            "`optim` must be an optimizer of its own for each SVI of pyro.infer, got one whose parameters a "
+            "pyro_vae.SVI trains. Make a new one, and give it the state: `new.set_state(optim.get_state())`"
+        )
+
+
+_IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
+"""Settings that choose how torch computes the same numbers."""
+
+
+def _settings(optim: PyroOptim, parameter: Tensor) -> dict[str, Any]:
+    return dict(optim._get_optim_args(parameter))
+
+
+def _take_state(optim: PyroOptim, parameter: Tensor) -> tuple[dict[str, Any], Any]:
+    """The state that ``optim`` has for a parameter, as a state dict, and its optimizer, if it took steps here."""
+    name = pyro.get_param_store().param_name(parameter)
+    if (known := optim.optim_objs.get(parameter)) is not None:
+        return known.state_dict(), known
+    return optim._state_waiting_to_be_consumed.pop(name, None) or {}, None
+
+
+def _load_states(optimizer: torch.optim.Optimizer, states: dict[Tensor, tuple[dict[str, Any], Any]]) -> None:
+    """Give an optimizer the states of parameters; what two eager optimizers have of one parameter, they share."""
+    tensors = {parameter: state.get("state", {}).get(0, {}) for parameter, (state, _) in states.items()}
+    if isinstance(optimizer, CapturableAdam):
+        optimizer.load_torch_states(tensors)
+        return
+    for parameter, (_, known) in states.items():
+        if known is not None and not isinstance(getattr(known, "_optimizer", None), CapturableAdam):
+            optimizer.state[parameter] = known.state[parameter]
+        elif tensors[parameter]:
+            optimizer.state[parameter] = {
+                name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                for name, value in tensors[parameter].items()
+            }

@@ -41,6 +41,13 @@ def binary_data():
     return pairs.gaussian(1, 2, decoder=likelihoods.Bernoulli(1, 2, pairs.NET))
 
 
+def hidden_noise(change):
+    """The noise of the model's runs, in a generator, whose next value nobody can see."""
+    yield from [dist.Normal(0.0, 1.0)] * 15
+    while True:
+        yield change
+
+
 def neural_baseline():
     return objectives.ScoreFunction(pv.baselines.NeuralBaseline(2, networks.mlp([4])).double())
 
@@ -197,18 +204,133 @@ def test_any_pyro_pair_is_captured(make, batch_size):
     ],
 )
 def test_a_model_that_changes_after_the_capture_is_refused_with_the_site(change, message):
-    vae, noise = gaussian(), [dist.Normal(0.0, 1.0)]
+    vae, noise = gaussian(), iter(hidden_noise(change))
 
     def likelihood(z):
-        return type(noise[-1])(vae.decoder(z).mean, noise[-1].scale).to_event(1)
-
-    def drift(epoch):
-        if epoch.number == 500:
-            noise.append(change)
+        now = next(noise)
+        return type(now)(vae.decoder(z).mean, now.scale).to_event(1)
 
     model = pairs.model_of(STANDARD_NORMAL, likelihood)
     with pytest.raises(CaptureError, match=f"`compile` must be False where steps run different .*: .*{message}"):
-        pv.fit(model, vae.guide, X, epochs=2000, compile=True, callbacks=[drift])
+        pv.fit(model, vae.guide, X, epochs=2000, compile=True)
+
+
+@UNCOMPILED
+def test_a_weight_that_changes_unseen_is_refused_by_the_loss():
+    vae, weights = gaussian(), iter([1.0] * 15 + [2.0] * 100)
+    model = pairs.model_of(STANDARD_NORMAL, lambda z: vae.decoder(z))
+
+    def weighted(x):
+        with pyro.poutine.scale(scale=next(weights)):
+            model(x)
+
+    with pytest.raises(CaptureError, match=r"where a weight changes: step .* has the loss"):
+        pv.fit(weighted, vae.guide, X, epochs=2000, compile=True)
+
+
+class Counted:
+    """A pair with a warm-up of the KL by a counter."""
+
+    def __init__(self, make_scale):
+        self.vae, self.runs, self.make_scale = gaussian(), 0, make_scale
+
+    def model(self, x):
+        self.runs += 1
+        with WeightKL(self.make_scale(self.runs)):
+            self.vae.model(x)
+
+    def guide(self, x):
+        self.vae.guide(x)
+
+
+@UNCOMPILED
+@pytest.mark.parametrize(
+    "make_scale",
+    [
+        lambda runs: min(1.0, runs / 1e6),  # the difference between two runs is far below the digits of the loss
+        lambda runs: 0.1 if runs < 10_000 else 1.0,
+        lambda runs: torch.tensor(min(1.0, runs / 50)),
+    ],
+    ids=["slow", "late", "tensor"],
+)
+def test_a_weight_by_a_counter_is_refused_at_the_capture(make_scale):
+    pair = Counted(make_scale)
+    with pytest.raises(CaptureError, match=r"change a Python number that they read: Counted\.runs was \d+ before"):
+        pv.fit(pair.model, pair.guide, X, epochs=50, compile=True)
+
+
+@UNCOMPILED
+def test_weights_of_a_generator_are_refused_at_the_capture():
+    vae, betas = gaussian(), (step / 1e6 for step in range(1, 10**6))
+
+    def model(x):
+        with WeightKL(next(betas)):
+            vae.model(x)
+
+    with pytest.raises(CaptureError, match="two runs on the same data differ"):
+        pv.fit(model, vae.guide, X, epochs=50, compile=True)
+
+
+@UNCOMPILED
+def test_callbacks_that_change_python_values_are_heard_in_the_next_epoch():
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae, elbo = (
+            pairs.gaussian(2, 2, decoder=likelihoods.Normal(2, 2, batch_norm)).double(),
+            objectives.FreeBits(2.0),
+        )
+
+        def change(epoch, vae=vae, elbo=elbo):
+            if epoch.number == 4:
+                elbo.nats = 0.01
+            if epoch.number == 6:
+                vae.decoder.network[1].momentum = 0.9
+            if epoch.number == 8:
+                vae.eval()
+
+        settings = {"epochs": 12, "lr": 1e-2, "elbo": elbo, "callbacks": [change], "compile": compile}
+        found.append(pv.fit(vae.model, vae.guide, X.double(), **settings).history["elbo"])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+@UNCOMPILED
+def test_a_value_that_changes_in_each_epoch_is_refused():
+    vae, elbo = gaussian(), objectives.FreeBits(2.0)
+
+    def change(epoch):
+        elbo.nats = 2.0 / epoch.number
+
+    with pytest.raises(
+        CaptureError, match=r"changes again and again: FreeBits\.nats was .* Keep a number that changes"
+    ):
+        pv.fit(vae.model, vae.guide, X, epochs=50, elbo=elbo, callbacks=[change], compile=True)
+
+
+@UNCOMPILED
+def test_recurrent_layers_are_captured():
+    class Recurrent(nn.Module):
+        def __init__(self, in_features, out_features):
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, out_features)
+
+        def forward(self, x):
+            return self.last(self.lstm(x[..., None])[0][:, -1])
+
+    (eager, theirs), (captured, ours) = eager_and_captured(
+        lambda: pairs.gaussian(1, 2, decoder=likelihoods.Normal(1, 2, Recurrent)), dtype=torch.float64, epochs=5
+    )
+    assert captured.history["elbo"] == pytest.approx(eager.history["elbo"], rel=1e-9)
+    assert torch.allclose(ours, theirs, rtol=1e-7)
+
+
+@UNCOMPILED
+def test_what_cannot_be_captured_is_named_with_its_line():
+    vae = gaussian()
+    model = pairs.model_of(STANDARD_NORMAL, lambda z: vae.decoder(z + z.cpu().detach().numpy().sum()))
+    with pytest.raises(CaptureError, match=r"`compile` must be False .*test_compiled_step\.py"):
+        pv.fit(model, vae.guide, X, epochs=5, compile=True)
 
 
 @UNCOMPILED

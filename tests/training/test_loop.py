@@ -210,9 +210,12 @@ def test_the_error_names_validation_data_whose_elbo_is_not_finite():
     def likelihood(z):
         return dist.Normal(vae.decoder(z).mean / scale, 1.0, validate_args=False).to_event(1)
 
+    def collapse(epoch):
+        scale.fill_(0.0)
+
     model = model_of(vae.prior(), likelihood)
     with pytest.raises(FloatingPointError, match=r"validation: the loss is -?\w+; log_prob of site 'x'|step 2"):
-        pv.fit(model, vae.guide, X, epochs=3, validation=HELD_OUT, callbacks=[lambda epoch: scale.fill_(0.0)])
+        pv.fit(model, vae.guide, X, epochs=3, validation=HELD_OUT, callbacks=[collapse])
     with pytest.raises(FloatingPointError, match=r"data: the loss is"):
         pv.evaluate(model, vae.guide, X)
 
@@ -274,7 +277,7 @@ def test_callbacks_receive_each_epoch_and_may_end_the_run(compile):
     def note(epoch):
         received.append((epoch.number, epoch.steps, epoch.record, {len(rows) for rows in epoch.history.values()}))
         torch.rand(3)  # must not change the run
-        return "yes" if epoch.number < 4 else epoch.number == 4
+        return epoch.number == 4
 
     ours, theirs = vae_of(), vae_of()
     fitted = run(ours, validation=HELD_OUT, callbacks=[note], compile=compile)
@@ -453,3 +456,50 @@ def test_global_state_is_as_before(compile, ends, random_states):
     names = {f"vae$$${path}" for path, _ in pair.vae.named_parameters() if "decoder.family" not in path}
     assert {name for name in pyro.get_param_store() if "decoder.family" not in name} == {"mine"} | names
     assert pyro.param("mine") == 3.0
+
+
+@pytest.mark.parametrize("answer", [True, np.True_, torch.tensor(True)])
+def test_a_callback_ends_the_run_with_any_true(answer):
+    assert run(vae_of(), callbacks=[lambda epoch: answer]).stopped == "callback"
+
+
+@pytest.mark.parametrize("answer", [1, "stop", torch.zeros(2), np.float64(1.0)])
+def test_a_callback_that_returns_no_answer_is_refused(answer):
+    with pytest.raises(TypeError, match=r"`callbacks` must be functions that return True.*got one"):
+        run(vae_of(), callbacks=[lambda epoch: answer])
+
+
+@EAGER_AND_CAPTURED
+@pytest.mark.parametrize(("row", "batch_size"), [(3, None), (45, 20)])
+def test_an_outlier_has_one_answer_whatever_its_row_and_the_options(compile, row, batch_size):
+    data = X.clone()
+    data[row] = 1e30  # its q(z | x) has an infinite scale, which Pyro's validation refuses where it is on
+    options = {"batch_size": batch_size, "epochs": 3, "compile": compile}
+    with pytest.raises(FloatingPointError, match=rf"step \d: the loss is nan; .*site 'z' .* in rows {row} of the data"):
+        run(vae_of(), data, **options)
+    fitted = run(vae_of(), data, nonfinite="skip", **options)
+    assert fitted.skipped == 3
+
+
+@EAGER_AND_CAPTURED
+def test_a_run_that_can_train_nothing_is_refused(compile):
+    vae = vae_of().requires_grad_(False)
+    with pytest.raises(ValueError, match=r"must have a parameter that can be trained, got none: all are frozen"):
+        run(vae, compile=compile)
+
+
+def test_a_captured_run_ends_with_validated_parameters():
+    """A probability that has left its range has a finite log-density all the same."""
+
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, z):
+            return dist.Bernoulli(self.factor.expand(*z.shape[:-1], 3), validate_args=None).to_event(1)
+
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(3, 1, MLP), Growing())
+    with pytest.raises(ValueError, match="Expected parameter probs"):
+        pv.fit(vae.model, vae.guide, torch.ones(20, 3), epochs=20, lr=0.05, compile=True)
+    assert vae.decoder.factor > 1
