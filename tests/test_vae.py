@@ -58,9 +58,12 @@ def test_two_vaes_in_one_process_train_apart(vae):
 
 
 def test_a_second_vae_of_the_same_name_is_refused_instead_of_left_untrained():
-    step(gaussian(name="mine"))
+    first = gaussian(name="mine")
+    step(first)
     with pytest.raises(ValueError, match=r"`name` must be one that no other module .* has, got 'mine'"):
         step(gaussian(name="mine"))
+    del first  # and with it its name in the store
+    step(gaussian(name="mine"))
 
 
 def test_frozen_parameters_stay_and_the_rest_trains_without_a_warning(vae):
