@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae._utils.rng import random_states, set_random_states
 from pyro_vae.compilation import torch_private
@@ -159,6 +160,26 @@ class _SameSubsamples(Messenger):
             self.drawn[msg["name"]] = msg["value"]
 
 
+_IN_PLACE = {
+    Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_,
+}  # fmt: skip
+
+
+class _RandomNumbersOfEachDraw(TorchFunctionMode):
+    """Fill tensors with random numbers of each draw: ``torch.empty(shape).normal_()`` is refused by ``torch.vmap``."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _IN_PLACE or torch_private.is_batched(args[0]):
+            return func(*args, **(kwargs or {}))
+        with torch_private.outside_vmap() as level:
+            drawn = func(args[0].new_empty((self.count, *args[0].shape)), *args[1:], **(kwargs or {}))
+        return torch_private.batched(drawn, level)
+
+
 class _SitesOfOneDraw(Messenger):
     """Draw values inside of ``torch.vmap``, and collect checks of constraints, whose results cannot be read there."""
 
@@ -180,7 +201,8 @@ class _SitesOfOneDraw(Messenger):
                 raise NotImplementedError("a subsample is the same for all draws")
             return
         try:
-            value = msg["fn"](*msg["args"], **msg["kwargs"])
+            with _RandomNumbersOfEachDraw(self.count):
+                value = msg["fn"](*msg["args"], **msg["kwargs"])
         except RuntimeError:
             if msg["args"]:
                 raise

@@ -182,6 +182,17 @@ def test_what_does_not_depend_on_the_draw_is_computed_once():
     assert found.tensors["sum"].unique().numel() == 15  # draws differ
 
 
+@pytest.mark.parametrize("family", [dist.Normal, dist.Laplace, lambda loc, scale: dist.Exponential(scale + loc**2)])
+def test_a_latent_that_depends_on_another_is_drawn_for_all_draws_at_once(family):
+    def run(values):
+        z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        return {"y": pyro.sample("y", family(z, torch.ones(4)))}, None
+
+    per_draw = PerDraw()
+    assert per_draw(run, 50).tensors["y"].unique().numel() == 200
+    assert not per_draw.loops
+
+
 def test_an_invalid_parameter_of_one_draw_is_an_error_that_names_it():
     def run(values):
         pyro.sample("x", dist.Normal(0.0, values["scale"]))
