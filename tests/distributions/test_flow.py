@@ -260,7 +260,7 @@ def test_the_three_exact_answers_add_up_with_flows(latent, kind, tolerance):
 def exact_gradient(vae, x, size):
     """That of the ELBO, summed over x, by midpoints around the images of noise."""
     q, p = vae.encode(x), vae.prior()
-    low, _, high = (corner.detach() for corner in q.extent())
+    low, _, high = (corner.detach() for corner in q.extent()[:3])
     step = (high - low) / size
     axes = [low[:, axis] + step[:, axis] * (torch.arange(size)[:, None] + 0.5) for axis in range(low.shape[-1])]
     flat = torch.cartesian_prod(*[torch.arange(size)] * len(axes)).reshape(-1, len(axes))
