@@ -173,7 +173,7 @@ def integrate(
     if cells.low.shape[1] == 1:
         hull = hull.union()
     refinement = _Refinement(integrand, tolerance, box)
-    refinement.add(_split_where_rough(integrand, cells, box), hull)
+    refinement.add(_split_where_rough(integrand, cells), hull)
     shells: list[Tensor] = []
     expansions = 0
     while (refinement.edge > tolerance / 8).any():
@@ -191,19 +191,26 @@ def integrate(
 
 
 class _Estimates(NamedTuple):
-    """Estimates of cells for each datum, ``(C, N)``: log-mass, integral, and the log of what may hide between nodes."""
+    """Estimates of cells for each datum, ``(C, N)``: log-mass, integral, and the log of what may hide between nodes.
+
+    ``rough_mass``, a logarithm, and ``rough_moment`` are their last Legendre coefficients. If halves have nearly the
+    same, there is a jump or a kink, at which two resolutions may agree by chance.
+    """
 
     log_mass: Tensor
     moment: Tensor
     potential: Tensor
+    rough_mass: Tensor
+    rough_moment: Tensor
 
     def take(self, index: Tensor) -> "_Estimates":
         return _Estimates(*(_pick(part, index) for part in self))
 
     def of_parents(self, count: int) -> "_Estimates":
         """Join the estimates of the children of each of ``count`` cells."""
-        mass, moment, potential = (part.unflatten(0, (-1, count)) for part in self)
-        return _Estimates(mass.logsumexp(0), moment.sum(0), potential.amax(0))
+        mass, moment, potential, rough_mass, rough_moment = (part.unflatten(0, (-1, count)) for part in self)
+        rough = rough_mass.logsumexp(0), rough_moment.sum(0)
+        return _Estimates(mass.logsumexp(0), moment.sum(0), potential.amax(0), *rough)
 
 
 class _Refinement:
@@ -250,8 +257,11 @@ class _Refinement:
         """Whether a cell is to be halved again for a datum, since its integral and that of its halves differ."""
         before, after = ((each.log_mass - total).exp() for each in (coarse, fine))
         digits = self.integrand.rounding * (1 + total.abs())  # the density is about as large as its integral
-        error = (after - before).abs() - digits * after
-        moved = (fine.moment - coarse.moment).abs() - self.integrand.rounding * fine.moment.abs()
+        rough = (fine.rough_mass - total).exp().masked_fill(fine.rough_mass < coarse.rough_mass - math.log(4), 0.0)
+        error = torch.maximum((after - before).abs(), rough) - digits * after
+        rough = fine.rough_moment.masked_fill(fine.rough_moment < coarse.rough_moment / 3, 0.0)
+        moved = torch.maximum((fine.moment - coarse.moment).abs(), rough)
+        moved = moved - self.integrand.rounding * fine.moment.abs()
         error = torch.maximum(error, moved).clamp(min=0).masked_fill(~needed, 0.0).nan_to_num(torch.inf)
         hidden = needed & (fine.potential > torch.maximum(total + math.log(self.tolerance) - 5, fine.log_mass + 6))
         hidden = hidden & may_hide
@@ -289,13 +299,16 @@ class _Refinement:
             grid = log_density.unflatten(0, (_ORDER,) * self.dims)
             height = (log_density + _neighbour_gaps(grid)).amax(0)
             log_volume = part.width.log().sum(-1)
-            moment = torch.zeros_like(height)
+            top = log_density.amax(0).nan_to_num(neginf=0.0)
+            rough_mass = _last_coefficients((log_density - top).exp(), self.dims).log() + top + log_volume
+            moment = rough_moment = torch.zeros_like(height)
             if function is not None:
-                weight = terms.exp()
                 values = function.double().unflatten(0, (per_cell, -1))
-                moment = torch.where(weight > 0, weight * values, 0.0).sum(0)
+                values = torch.where(terms > -torch.inf, (log_density + log_volume).exp() * values, 0.0)
+                moment = (log_weights - log_volume).exp().mul(values).sum(0)
+                rough_moment = _last_coefficients(values, self.dims)
                 self.moment = torch.zeros_like(self.log_mass) if self.moment is None else self.moment
-            parts.append(_Estimates(terms.logsumexp(0), moment, height + log_volume))
+            parts.append(_Estimates(terms.logsumexp(0), moment, height + log_volume, rough_mass, rough_moment))
         return _Estimates(*map(torch.cat, zip(*parts, strict=True)))
 
     def _accept(self, cells: Cells, found: _Estimates, accepted: Tensor, hull: Box) -> None:
@@ -357,6 +370,16 @@ def _neighbour_gaps(grid: Tensor) -> Tensor:
     return total.flatten(0, dims - 1)
 
 
+def _last_coefficients(values: Tensor, dims: int) -> Tensor:
+    """The size of the last two Legendre coefficients of values at the nodes, ``(8^d, C, N)``, of their means on each axis."""
+    weight, last = (part.to(values.device) for part in _projection())
+    grid, total = values.unflatten(0, (_ORDER,) * dims), torch.zeros_like(values[0])
+    for axis in range(dims):
+        lines = torch.tensordot(last, grid.movedim(axis, 0), 1)  # (2, ..., C, N)
+        total += (torch.tensordot(lines, weight, ([1], [0])) if dims == 2 else lines).abs().sum(0)
+    return total / 4
+
+
 def _first_cells(hull: Box, is_shared: bool) -> Cells:
     """Cells that fill a hull and resolve each of its parts, those of all data if these are not many more."""
     own = _bisect(hull, 4 * MAX_NODES[hull.low.shape[-1]] // _ORDER ** hull.low.shape[-1])
@@ -403,22 +426,20 @@ def _join(parts: list[Cells]) -> Cells:
     return Cells(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _split_where_rough(integrand: Integrand, cells: Cells, box: Box) -> Cells:
+def _split_where_rough(integrand: Integrand, cells: Cells) -> Cells:
     """Halve cells around points at which a few data show more than the nodes do: narrow bumps, kinks, jumps.
 
     A bump of a decoder is one for every datum. In a cell, the values at many points are compared with the polynomial
     through its nodes.
     """
     dims = cells.low.shape[-1]
-    centre, size = cells.low + cells.width / 2, _SCANNED[dims]
-    near = ((centre > box.low) & (centre < box.high)).all(-1).any(-1)
-    if (found := integrand.few_rows(4 // dims)) is None or not near.any():
+    size = _SCANNED[dims]
+    if (found := integrand.few_rows(4 // dims)) is None:
         return cells
     few, rows = found
-    inside = cells.take(near)
-    shown = inside if cells.low.shape[1] == 1 else Cells(*(each[:, rows] for each in inside))
+    inside, done = cells, []
+    shown = cells if cells.low.shape[1] == 1 else Cells(*(each[:, rows] for each in cells))
     flags = torch.cat([_rough(few, part, size) for part in shown.chunks(few.chunk // size**dims)], -1)
-    done = [cells.take(~near)]
     while flags.shape[0] > _ORDER and flags.any():
         hit, half = flags.flatten(0, -2).any(0), flags.shape[0] // 2
         done.append(inside.take(~hit))
@@ -455,6 +476,15 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
 def _panel() -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.legendre.leggauss(_ORDER)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+@cache
+def _projection() -> tuple[Tensor, Tensor]:
+    """The weights of the nodes, and the matrix from values at them to the last two Legendre coefficients."""
+    position, weight = _panel()
+    orders = np.arange(_ORDER - 2, _ORDER)
+    polynomials = torch.from_numpy(np.polynomial.legendre.legvander(2 * position.numpy() - 1, _ORDER - 1)[:, orders].T)
+    return weight, torch.from_numpy(2.0 * orders + 1)[:, None] * weight * polynomials
 
 
 @cache

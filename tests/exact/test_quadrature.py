@@ -214,6 +214,10 @@ DECODERS = {
         lambda z: dist.Normal(torch.where(z > 12, 5 * ONE, 0 * ONE), 0.1),
         [5.0],
     ),
+    "a bump beyond nine standard deviations": (
+        lambda z: dist.Normal(5 * torch.exp(-0.5 * ((z + 9.5) / 0.1) ** 2), 0.2),
+        [0.0, 5.0],
+    ),
     "a hinge": (lambda z: dist.Normal(z + relu(z - 7.5), 0.5), [12.0, 16.0]),
     "a narrow mode 20 standard deviations out": (lambda z: dist.Normal(z + 1e-3 * z**3, 0.01), [0.0, 28.0]),
     "a fold": (lambda z: dist.Normal(z.abs(), 0.02), [0.0, 5.0]),
@@ -225,6 +229,18 @@ def test_the_evidence_of_sharp_and_far_decoders_is_that_of_a_fine_grid(likelihoo
     x = torch.tensor(x, dtype=torch.float64)
     expected = torch.cat([summed(likelihood, row, 32, 1_600_000) for row in x[:, None]])
     assert torch.allclose(exact.log_evidence(model_of(standard(), likelihood), x), expected, atol=3e-4)
+
+
+def test_a_jump_at_any_place_is_within_the_tolerance():
+    x = torch.tensor([-3.0, 0.0, 1.5, 4.0], dtype=torch.float64)
+    for place in torch.linspace(-2.03, 2.17, 12, dtype=torch.float64):
+        parts = [  # p(x, z < place) and p(x, z > place): a normal of x, and one of z given x
+            dist.Normal(0.0, 1.25**0.5).log_prob(x - shift)
+            + dist.Normal(0.0, 1.0).cdf(sign * (place - 0.8 * (x - shift)) / 0.2**0.5).log()
+            for shift, sign in ((0.0, 1.0), (1.0, -1.0))
+        ]
+        model = model_of(standard(), lambda z, place=place: dist.Normal(z + (z > place).double(), 0.5))
+        assert torch.allclose(exact.log_evidence(model, x), torch.logaddexp(*parts), atol=1e-4)
 
 
 def mixture(weights, means, scales):
