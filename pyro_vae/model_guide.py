@@ -706,7 +706,8 @@ def trace_pair(
     """Run a guide, then its model at its draws; return the traces, the model's first.
 
     Raise if the guide observes, or if Pyro's store has parameters of other modules under the names of theirs. With
-    ``bad_rows``, run without Pyro's validation where some rows have log-densities that are not finite.
+    ``bad_rows``, run without Pyro's validation where some rows have log-densities that are not finite, though no
+    data are NaN.
     """
     run = partial(_trace_pair, model, guide, data)
     with torch.no_grad(), fresh_autocast():
@@ -714,7 +715,7 @@ def trace_pair(
             with pyro.validation_enabled():
                 return check_parameters(run)
         except RunError as failure:
-            if not bad_rows or not isinstance(failure.error, ValueError):
+            if not bad_rows or not isinstance(failure.error, ValueError) or first_missing(data) is not None:
                 raise
             with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
                 traces = check_parameters(run)

@@ -56,7 +56,7 @@ def check_no_outer_handlers() -> None:
         got = f"the plate {name!r}" if kind == "plate" else f"`poutine.{kind}`"
         raise ValueError(
             f"`model` and `guide` must be run outside of Pyro's handlers, got a call inside of {got}, which would "
-            "change their sites in every run. Put the handler around the model itself, such as "
+            "see or change their sites in every run. Put the handler around the model itself, such as "
             "`poutine.condition(model, data=...)`, or call outside of the block"
         )
 

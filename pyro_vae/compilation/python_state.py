@@ -31,12 +31,6 @@ class PythonState:
 
     Args:
         roots: functions, methods, modules or other objects.
-
-    >>> weights = {"kl": 0.5}
-    >>> state = PythonState(lambda: weights["kl"])
-    >>> weights["kl"] = 1.0
-    >>> state.changes()
-    {"weights['kl']": (0.5, 1.0)}
     """
 
     def __init__(self, *roots: Any):

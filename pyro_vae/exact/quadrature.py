@@ -371,7 +371,7 @@ def _neighbour_gaps(grid: Tensor) -> Tensor:
 
 
 def _last_coefficients(values: Tensor, dims: int) -> Tensor:
-    """The size of the last two Legendre coefficients of values at the nodes, ``(8^d, C, N)``, of their means on each axis."""
+    """The size of the last two Legendre coefficients along each axis, of values at the nodes ``(8^d, C, N)``."""
     weight, last = (part.to(values.device) for part in _projection())
     grid, total = values.unflatten(0, (_ORDER,) * dims), torch.zeros_like(values[0])
     for axis in range(dims):

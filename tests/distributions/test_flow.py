@@ -239,7 +239,7 @@ def test_any_transform_will_do_and_its_parameters_must_be_finite():
     z = q.sample((9,))
     torch.testing.assert_close(q.log_prob(z), expected.to_event(1).log_prob(z))
     family = multivariate.Flow(2, hidden=[4])
-    with pytest.raises(ValueError, match="Expected parameter shift"):
+    with pytest.raises(ValueError, match="`shift` must be a number or a tensor of them, got nan"):
         family(torch.full((family.num_raw,), math.nan))
 
 
