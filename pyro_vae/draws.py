@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae._utils.module_state import ModuleTensors
 from pyro_vae._utils.rng import random_states, set_random_states
 from pyro_vae.compilation import torch_private
 
@@ -69,14 +70,16 @@ class PerDraw:
         """
         values = values or {}
         if count > 1 and not self.loops:
-            before = None if self._vmaps else random_states()
+            before, buffers = None if self._vmaps else random_states(), ModuleTensors()
             try:
-                results = _vmapped(run, count, values)
+                with buffers.noticed() if before else nullcontext():
+                    results = _vmapped(run, count, values)
             except (DrawError, torch.OutOfMemoryError):
                 raise
             except Exception:  # torch.vmap cannot; an error of the code itself is raised again below
                 if before is not None:
                     set_random_states(*before)
+                    buffers.load_model_state()
                 looped = _looped(run, count, values)
                 self.loops = True
                 return looped

@@ -233,6 +233,17 @@ def test_failed_tries_do_not_use_up_random_numbers():
     assert torch.equal(found, torch.randn(3, 2))
 
 
+def test_failed_tries_do_not_change_buffers():
+    norm = nn.BatchNorm1d(2)
+
+    def run(values):
+        z = pyro.sample("z", dist.Normal(norm(torch.randn(5, 2)), 1.0))
+        return {"z": z + (z.sum().item() > 100)}, None
+
+    PerDraw()(run, 3)
+    assert norm.num_batches_tracked == 3  # those of three plain runs
+
+
 def test_a_subsample_is_the_same_for_all_draws():
     def run(values):
         with pyro.plate("data", 100, subsample_size=3) as rows:
