@@ -169,14 +169,19 @@ def spell_support(distribution: Any) -> str:
 
     >>> spell_support(dist.Uniform(torch.zeros(3, 2), 1.0).to_event(1)), spell_support(dist.Normal(0.0, 1.0))
     ('[0, 1]', 'Real()')
+    >>> spell_support(dist.Bernoulli(torch.zeros(2)).to_event(1)), spell_support(dist.Poisson(1.0))
+    ('0 and 1', '[0, inf], whole numbers')
     """
-    if not _is_bounded(base_support(distribution)):
+    base = base_support(distribution)
+    if base is torch.distributions.constraints.boolean:
+        return "0 and 1"
+    if not _is_bounded(base):
         return str(distribution.support)
     ends = []
     for bound in map(_as_double, support_bounds(distribution)):
         low, high = bound.min().item(), bound.max().item()
         ends.append(f"{low:g}" if low == high else f"{low:g}...{high:g}")
-    return f"[{', '.join(ends)}]"
+    return f"[{', '.join(ends)}]" + (", whole numbers" if base.is_discrete else "")
 
 
 def clamp_inside(value: Tensor, low: Tensor | float, high: Tensor | float, dtype: torch.dtype | None = None) -> Tensor:
