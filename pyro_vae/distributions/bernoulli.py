@@ -7,8 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions.utils import broadcast_all
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from pyro_vae.distributions.base import Parametric
 from pyro_vae.distributions.relaxed import open_uniform
@@ -79,8 +78,8 @@ class SharedBernoulli(dist.Bernoulli):
         logits = self._logits
         shape = torch.broadcast_shapes(logits.shape, value.shape)
         if shape == logits.shape or value.dtype != logits.dtype:
-            logits, value = broadcast_all(logits, value)
-            return -binary_cross_entropy_with_logits(logits, value, reduction="none")
+            # as `binary_cross_entropy_with_logits`, which is eight times slower in torch.vmap
+            return torch.addcmul(logsigmoid(logits), 1 - value, logits, value=-1)
         return torch.lerp(logsigmoid(-logits), logsigmoid(logits), value)
 
 
