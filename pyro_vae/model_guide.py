@@ -28,7 +28,7 @@ from torch.distributions import biject_to
 
 from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
 from pyro_vae._utils.module_state import evaluation_mode
-from pyro_vae._utils.param_store import check_parameters, scoped_param_store
+from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import (
     PARTICLES,
@@ -202,6 +202,32 @@ class ModelGuide:
         pair.take, pair.batch_size = lambda rows: _subsampled(data, rows, plate, transform), batch_size
         pair.num_run, pair.subsamples = batch_size, True
         return pair
+
+    @classmethod
+    def on_few_rows(
+        cls, model: Function, guide: Function, data: tuple[Tensor, ...], plate: str
+    ) -> "tuple[ModelGuide, ModelGuide]":
+        """Run a pair on no more rows than run together, if none of all rows depends on others; else on all rows.
+
+        Return the pair on the rows that it ran on, and on all rows.
+        """
+        count = rows_at_once(data)
+        if count < len(data[0]) and not isinstance(guide, AutoGuide):
+            with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
+                few = cls(model, guide, tuple(tensor[:count] for tensor in data), plate)
+                whole = cls(model, guide, data, plate, traces=(few.model_trace, few.guide_trace))
+                whole.num_run = count
+                if not all(map(whole._knows_all_rows, whole.observed.values())):
+                    raise ValueError("the observed values of other rows are not known")
+                if not whole.is_amortized("model") or not whole.is_amortized("guide"):
+                    raise ValueError("rows depend on each other, or on their place")
+                if first_missing(data) is not None:
+                    check_missing(whole.observed.values(), data, "data")
+                whole.check_likelihood()
+                few._amortized = whole._amortized
+                return few, whole
+        whole = cls(model, guide, data, plate)
+        return whole, whole
 
     @classmethod
     def _on_all_rows(
@@ -514,6 +540,13 @@ class ModelGuide:
                     f"{spell_support(site['fn'])}, got others, such as in row {row}: p(x | z) does not sum to one over "
                     "them. Use a likelihood for such data, such as likelihoods.ContinuousBernoulli for grey values"
                 )
+
+    def _knows_all_rows(self, site: Site) -> bool:
+        """Whether the values of an observed site in all rows are a data tensor, and have one support without a mask."""
+        value, first = torch.as_tensor(site["value"]), (tensor[: self.num_run] for tensor in self.data)
+        is_shared = all(bound.numel() == 1 for bound in _tensors(base_support(site["fn"])))
+        is_masked = _tensors([site["mask"], *masks(site["fn"])])
+        return is_shared and not is_masked and any(_same_rows(tensor, value) for tensor in first)
 
     def _observed_values(self, site: Site, data: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the values of an observed site: those of the run, then those of all other rows.

@@ -10,10 +10,9 @@ from torch.distributions import biject_to
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import positive_int
-from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate
+from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate, densities
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
-from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["annealed_log_evidence"]
 
@@ -85,8 +84,7 @@ def annealed_log_evidence(
     positive_int(num_chains, "num_chains")
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
-    p = ModelDensity(ModelGuide(model, guide, data, plate))
-    q = GuideDensity(p)
+    p, q = densities(model, guide, data, plate)
     _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 

@@ -1,7 +1,7 @@
 """Importance sampling with the guide as proposal: estimates of log p(x), with their error and reliability."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
+from pyro_vae._utils.validation import boolean, data_tensors, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 
-__all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "log_evidence"]
+__all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "densities", "log_evidence"]
 
 WeightSampler = Callable[[int], Tensor]
 """From a number of draws to their log-weights, ``(count, N)``."""
@@ -147,8 +147,7 @@ def log_evidence(
     """
     positive_int(num_samples, "num_samples")
     boolean(compile, "compile")
-    p = ModelDensity(ModelGuide(model, guide, data, plate))
-    q = GuideDensity(p)
+    p, q = densities(model, guide, data, plate)
     compiled: dict[int, CompiledFunction] = {}
 
     def make_sampler(p: ModelDensity, report: ReportProgress) -> WeightSampler:
@@ -162,6 +161,15 @@ def log_evidence(
         return sample
 
     return batched_estimate(p, num_samples, make_sampler, seed, progress)
+
+
+def densities(
+    model: Function, guide: Function, data: Sequence[Tensor], plate: str
+) -> tuple[ModelDensity, GuideDensity]:
+    """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
+    few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data"), plate)
+    p = ModelDensity(few)
+    return (p if few is whole else p.on_all_rows(whole)), GuideDensity(p)
 
 
 def batched_estimate(

@@ -111,6 +111,14 @@ class ModelDensity:
         part.chunk = part.chunk_size(_BUDGET)
         return part
 
+    def on_all_rows(self, pair: ModelGuide) -> "ModelDensity":
+        """Return the density on all rows of a pair whose first rows this one has, independent of the others."""
+        whole = copy(self)
+        whole.pair, whole.data, whole.num_data = pair, pair.data, pair.num_data
+        whole.rows = torch.arange(pair.num_data, device=pair.data[0].device)
+        whole.chunk = whole.chunk_size(_BUDGET)
+        return whole
+
     def on_data(self, data: tuple[Tensor, ...]) -> "ModelDensity":
         """Return the density on other data, of as many rows or of another batch."""
         part = copy(self)

@@ -15,7 +15,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta
 
 import pyro_vae as pv
-from pyro_vae import exact, guides, likelihoods, networks
+from pyro_vae import exact, guides, likelihoods, model_guide, networks
 from pyro_vae.compilation.graph import CaptureError, Graph
 from pyro_vae.evidence import importance_sampling
 from pyro_vae.evidence.pareto import pareto_shape
@@ -320,6 +320,20 @@ def test_a_wide_network_on_narrow_data_does_not_get_all_draws_at_once(monkeypatc
     assert {len(shape) for shape in hidden} == {2}
     assert max(len(X), *(shape[0] for shape in hidden)) <= 1.5 * len(X)  # rows are compared among others
     assert max(counts) == 50
+
+
+def test_rows_are_run_in_batches_from_the_first_run_on(monkeypatch):
+    vae, x, seen = gaussian(1), torch.randn(400, 3), []
+    expected = pv.log_evidence(vae.model, vae.guide, x, num_samples=20)
+    for part in (vae.encoder, vae.decoder):
+        part.register_forward_pre_hook(lambda part, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(model_guide, "_BUDGET", 64 * 32)
+    found = pv.log_evidence(vae.model, vae.guide, x, num_samples=20)
+    assert max(seen) <= 128
+    torch.testing.assert_close(found.log_evidence, expected.log_evidence)
+    x[333, 1] = math.nan
+    with pytest.raises(ValueError, match="`data` must hold finite numbers, got nan at row 333"):
+        pv.log_evidence(vae.model, vae.guide, x, num_samples=20)
 
 
 def test_chunks_have_different_draws(monkeypatch):
