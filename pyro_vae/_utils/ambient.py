@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,20 +14,24 @@ __all__ = ["check_gradients_enabled", "check_no_outer_handlers", "fresh_autocast
 _lock = threading.RLock()
 
 
-@contextmanager
-def one_thread(name: str) -> Iterator[None]:
+class one_thread:
     """Run a block of one thread at a time: Pyro's handlers and its param store belong to the whole process.
 
     A second thread is refused at once; the same thread may enter again, as a callback of ``fit`` that evaluates does.
     """
-    if not _lock.acquire(blocking=False):
-        raise RuntimeError(
-            f"`{name}` must not run while another thread of the process trains or evaluates: Pyro's handlers and its "
-            "param store belong to the whole process. Run one after the other, or each in a process of its own"
-        )
-    try:
-        yield
-    finally:
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __enter__(self) -> None:
+        if not _lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"`{self._name}` must not run while another thread of the process trains or evaluates: Pyro's "
+                "handlers and its param store belong to the whole process. Run one after the other, or each in a "
+                "process of its own"
+            )
+
+    def __exit__(self, *exception: Any) -> None:
         _lock.release()
 
 

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from operator import call
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,10 +37,11 @@ class PythonState:
     def __init__(self, *roots: Any):
         found = _Places(roots)
         attributes = found.attributes()
-        self._gets = [held.get for _, held, _ in attributes]
-        self._keys = [keys for _, _, keys in attributes]
+        self._gets = [held.get for _, held, keys in attributes for _ in keys]
+        self._keys = [key for _, _, keys in attributes for key in keys]
         self._cells = [cell for _, cell in found.cells]
         self._containers = found.containers
+        self._items = [dict.values(held) if isinstance(held, dict) else held for _, held in found.containers]
         self._names = [f"{label}.{key}".lstrip(".") for label, _, keys in attributes for key in keys]
         self._names += [label for label, _ in found.cells]
         self._ignored: set[str] = set()
@@ -66,11 +68,10 @@ class PythonState:
         self._ignored |= set(labels)
 
     def _values(self) -> Iterator[Any]:
-        cells = map(_content, self._cells)
-        return chain(chain.from_iterable(map(map, self._gets, self._keys)), cells, *map(_items, self._containers))
+        return chain(map(call, self._gets, self._keys), map(_content, self._cells), *self._items)
 
     def _labelled(self) -> dict[str, Any]:
-        single = chain(chain.from_iterable(map(map, self._gets, self._keys)), map(_content, self._cells))
+        single = chain(map(call, self._gets, self._keys), map(_content, self._cells))
         found = dict(zip(self._names, single, strict=True))
         for label, container in self._containers:
             pairs = container.items() if isinstance(container, dict) else enumerate(container)
@@ -83,10 +84,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # it is empty
         return None
-
-
-def _items(place: tuple[str, Any]) -> Iterable[Any]:
-    return place[1].values() if isinstance(place[1], dict) else place[1]
 
 
 def _differ(before: Any, now: Any) -> bool:

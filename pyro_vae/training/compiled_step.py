@@ -76,9 +76,10 @@ class CapturedStep(Step):
         self.count += 1
         self._last = batch_context, inputs
         key = batch_context, input_signature(inputs)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(batch_context, inputs)
-        return self._graphs[key](batch_context, inputs)
+        graphs = self._graphs.get(key)
+        if graphs is None:
+            graphs = self._graphs[key] = self._capture(batch_context, inputs)
+        return graphs(batch_context, inputs)
 
     def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
         self._check_contexts()

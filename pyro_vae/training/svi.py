@@ -80,6 +80,7 @@ class SVI:
         step_class = CapturedStep if compile else Step
         self._step = step_class(self._evaluator, make_optimizer=self._make_optimizer, clip_norm=clip_norm)
         self._optim, self._compile = optim, compile
+        self._calls: dict[tuple[object, ...], _CallContext] = {}  # of tensors alone, by their number and names
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -89,16 +90,27 @@ class SVI:
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss, as ``pyro.infer.SVI.step`` does."""
         check_gradients_enabled("SVI.step")
-        leaves, form = tree_flatten((args, kwargs))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        call = _CallContext(self._evaluator, form, others)
+        call, inputs = self._split(args, kwargs)
         before = torch.get_rng_state()
         with one_thread("SVI.step"):
             finite, loss = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
             if not finite and isinstance(self._step, CapturedStep):
                 raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
         return loss
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "tuple[_CallContext, list[Tensor]]":
+        """Separate the tensors of a call from the rest; a call of tensors alone is one seen before, which is faster."""
+        values, key = [*args, *kwargs.values()], (len(args), *kwargs)
+        only_tensors = {Tensor}.issuperset(map(type, values))
+        if only_tensors and key in self._calls:
+            return self._calls[key], values
+        leaves, form = tree_flatten((args, kwargs))
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        call = _CallContext(self._evaluator, form, others)
+        if only_tensors:
+            self._calls[key] = call
+        return call, inputs
 
     def _make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Make torch's optimizer for Pyro's, with its state, and a group for the parameters of the same settings."""

@@ -12,7 +12,7 @@ from pyro.infer import config_enumerate
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae._utils.module_state import ModuleTensors, buffers_kept, evaluation_mode
+from pyro_vae._utils.module_state import ModuleSnapshot, ModuleTensors, buffers_kept, evaluation_mode
 from pyro_vae.handlers import WeightKL
 
 NORM = nn.BatchNorm1d(2)
@@ -154,3 +154,30 @@ def test_every_module_that_runs_is_in_evaluation_mode_until_the_block_ends_or_fa
     assert [module.training for module in network.modules()] == [True, True, False, True]
     assert other.training
     assert network[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: linear.eval(),
+        lambda linear: linear.weight.requires_grad_(False),
+        lambda linear: setattr(linear.weight, "data", torch.zeros(2, 2)),
+        lambda linear: setattr(linear, "bias", nn.Parameter(torch.zeros(2))),
+        lambda linear: setattr(linear, "bias", None),
+        lambda linear: linear.register_buffer("first", torch.zeros(2)),  # where there was none
+        lambda linear: linear.add_module("child", nn.Linear(2, 2)),
+        lambda linear: linear._parameters.clear(),
+        lambda linear: pyro.get_param_store().__setitem__("own", torch.zeros(3)),
+        lambda linear: pyro.clear_param_store(),
+    ],
+)
+def test_a_snapshot_hears_each_change_of_modules_and_of_the_store(change):
+    linear = nn.Linear(2, 2)
+    pyro.param("own", torch.ones(3))
+    snapshot = ModuleSnapshot([linear], ["own"])
+    assert not snapshot.has_changed()
+    with torch.no_grad():
+        linear.weight.fill_(3.0)  # a value, which a graph reads
+    assert not snapshot.has_changed()
+    change(linear)
+    assert snapshot.has_changed()

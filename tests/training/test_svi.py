@@ -75,6 +75,16 @@ def test_values_shapes_and_keyword_arguments_may_change():
     )
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_tensors_may_be_given_by_place_or_by_name_in_any_order():
+    x, y = torch.randn(8), torch.randn(8)
+
+    def losses(svi):
+        return [loss for _ in range(4) for loss in (svi.step(x, y), svi.step(y=x, x=y), svi.step(x, y=y))]
+
+    assert_same_losses(lambda: (regression, regression_guide), losses)
+
+
 @pytest.mark.integration
 def test_data_may_have_other_strides():
     """Compiled: a graph that is replayed uncompiled takes any strides."""
