@@ -115,6 +115,7 @@ def test_a_vamp_priors_encoder_is_registered_once_under_its_own_name():
     assert {name.rpartition("$$$")[2] for name in pyro.get_param_store()} == set(names)
 
 
+@pytest.mark.slow
 def test_the_optimal_prior_is_the_average_of_the_guide_over_the_data():
     """With all data as pseudo-data no prior has a lower rate."""
     torch.manual_seed(0)
