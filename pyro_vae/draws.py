@@ -32,12 +32,9 @@ Run = Callable[[Values], tuple[Mapping[Any, Tensor], Any]]
 
 
 class Results(NamedTuple):
-    """The results of C draws.
+    """Tensors of C draws by key, the keys of those that depend on the draw, and what a run of one draw returns besides.
 
-    Attributes:
-        tensors: by key; ``(C, *shape)`` where they depend on the draw, else ``(*shape)``.
-        stacked: the keys of the tensors that depend on the draw.
-        info: what the run of one draw returned besides.
+    Tensors that depend on the draw are ``(C, *shape)``, others ``(*shape)``.
     """
 
     tensors: dict[Any, Tensor]

@@ -218,7 +218,7 @@ class Calibration:
 
     @property
     def summary(self) -> str:
-        """How far q is from p(z | x): the coverage of its 90 % intervals, and the divergence in nats."""
+        """The coverage of the 90 % intervals of q, and its divergence from p(z | x) in nats."""
         shares, errors = (100 * column[:-1] for column in self.coverage(0.9))
         ends = [int(shares.argmin()), int(shares.argmax())]
         shown = [f"{float(shares[end]):.1f} ± {float(errors[end]):.1f} %" for end in ends]
