@@ -68,7 +68,7 @@ def check_no_outer_handlers() -> None:
 
 @contextmanager
 def fresh_autocast() -> Iterator[None]:
-    """Run a block in which ``torch.autocast`` casts the weights anew.
+    """Run a block in which ``torch.autocast`` casts the weights again.
 
     It keeps the copies that it has cast until its own block ends: later steps would not see that weights have changed,
     and copies that were made without gradients would have none.

@@ -19,16 +19,16 @@ from pyro_vae.compilation.graph import Graph
 
 __all__ = ["AffineGraph"]
 
-_LINEAR = set(
-    """
-    _reshape_alias _unsafe_view add alias as_strided as_strided_scatter avg_pool1d avg_pool2d cat clone concat
-    constant_pad_nd copy cumsum detach diag_embed diagonal diagonal_scatter expand flip gather getitem im2col col2im
-    index index_put index_select lift_fresh_copy masked_fill mean neg permute pixel_shuffle positive reflection_pad1d
-    reflection_pad2d repeat replication_pad1d replication_pad2d reshape roll rsub select select_scatter slice
-    slice_scatter split split_with_sizes squeeze stack sub sum t trace transpose tril triu unbind unfold unsqueeze
-    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d view where
-    """.split()  # noqa: SIM905
-)
+_LINEAR = {
+    "_reshape_alias", "_unsafe_view", "add", "alias", "as_strided", "as_strided_scatter", "avg_pool1d",
+    "avg_pool2d", "cat", "clone", "concat", "constant_pad_nd", "copy", "cumsum", "detach", "diag_embed", "diagonal",
+    "diagonal_scatter", "expand", "flip", "gather", "getitem", "im2col", "col2im", "index", "index_put",
+    "index_select", "lift_fresh_copy", "masked_fill", "mean", "neg", "permute", "pixel_shuffle", "positive",
+    "reflection_pad1d", "reflection_pad2d", "repeat", "replication_pad1d", "replication_pad2d", "reshape", "roll",
+    "rsub", "select", "select_scatter", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
+    "sub", "sum", "t", "trace", "transpose", "tril", "triu", "unbind", "unfold", "unsqueeze", "upsample_bilinear2d",
+    "upsample_linear1d", "upsample_nearest1d", "upsample_nearest2d", "view", "where",
+}  # fmt: skip
 """Operations that are linear in all their tensors of numbers together."""
 
 _FACTORS = {

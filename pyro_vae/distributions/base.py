@@ -88,6 +88,14 @@ class ScoresDraws:
         """Leave the stored scores out of a copy."""
         return {**self.__dict__, "_scored": None}
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the stored score of a draw, and compute that of any other value by ``_score``."""
+        distribution: Any = self
+        if distribution._validate_args:
+            distribution._validate_sample(value)
+        stored = self._stored_score(value)
+        return distribution._score(value) if stored is None else stored
+
     def _store_score(self, value: Tensor, score: Tensor) -> None:
         if not value.is_inference():  # inference tensors have no version number
             if self._scored is None:

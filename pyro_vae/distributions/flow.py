@@ -144,11 +144,7 @@ class Flow(ScoresDraws, Parametric):
         self._store_score(value, self._log_density(noise, log_slope))
         return value
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        if (stored := self._stored_score(value)) is not None:
-            return stored
+    def _score(self, value: Tensor) -> Tensor:
         standardized = (value - self.shift) / self.scale
         rows = standardized.reshape(*self._rows(standardized.shape), -1)
         noise, log_slope = _with_log_slope(self.transform.inv, rows)

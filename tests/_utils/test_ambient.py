@@ -77,7 +77,7 @@ def test_a_handler_without_effect_on_sites_changes_nothing(handler):
     assert found[0] == found[1]
 
 
-def test_weights_are_cast_anew_in_each_step_of_autocast():
+def test_each_step_in_autocast_casts_the_weights_again():
     """torch keeps the copies that it has cast until its block ends, unless it is told not to."""
     found = []
     for options in ({}, {"cache_enabled": False}):

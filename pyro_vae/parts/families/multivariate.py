@@ -68,11 +68,7 @@ class MultivariateNormal(ScoresDraws, dist.MultivariateNormal):
         self._store_score(value, self._log_density(noise, scale_tril))
         return value
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        if (stored := self._stored_score(value)) is not None:
-            return stored
+    def _score(self, value: Tensor) -> Tensor:
         exact = [tensor.double() for tensor in (value, self.loc, self._unbroadcasted_scale_tril)]
         log_prob = dist.MultivariateNormal(exact[1], scale_tril=exact[2], validate_args=False).log_prob(exact[0])
         return log_prob.to(self.loc.dtype)
