@@ -36,7 +36,9 @@ def errors(situation):
 
 
 @pytest.mark.skipif(not part_cases.HAS_ZUKO, reason="flows need zuko")
-@pytest.mark.parametrize("situation", ["model on the device", "another default device"])
+@pytest.mark.parametrize(
+    "situation", ["model on the device", pytest.param("another default device", marks=pytest.mark.slow)]
+)
 def test_no_operation_mixes_devices(situation):
     assert errors(situation) == dict.fromkeys(CHECKS)
 

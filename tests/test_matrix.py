@@ -54,7 +54,7 @@ def test_what_fits_trains(prior, guide, likelihood, objective):
 @pytest.mark.parametrize(
     NAMES,
     [
-        param if index % 40 == 0 else pytest.param(*param.values, marks=[*param.marks, pytest.mark.slow])
+        param if index % 60 == 0 else pytest.param(*param.values, marks=[*param.marks, pytest.mark.slow])
         for index, param in enumerate(with_likelihoods(TRIPLES))
     ],
 )

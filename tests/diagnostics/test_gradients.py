@@ -371,6 +371,7 @@ def test_the_bias_of_a_shifted_estimator_is_the_shift():
     assert rows["decoder"].p_value > 1e-5
 
 
+@pytest.mark.slow
 def test_the_variance_of_an_average_falls_with_the_number_of_evaluations():
     vae = vae_of("bernoulli")
     estimators = {"pairs": estimator(vae, DisARM(2)), "one": estimator(vae, Trace_ELBO())}

@@ -358,6 +358,7 @@ def fit_closely(x):
     return vae
 
 
+@pytest.mark.slow
 def test_training_with_a_third_missing_finds_the_parameters_of_the_complete_data():
     x = true_ppca().generate(2000)
     covariance = x.T.cov(correction=0).double()

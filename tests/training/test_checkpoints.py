@@ -50,7 +50,7 @@ def same(ours, theirs):
     return True
 
 
-SHORT = {"continuous": 10, "discrete": 6, "frozen": 6, "captured": 1}
+SHORT = {"continuous": 10, "discrete": 6, "frozen": 6}
 LONG = {"continuous": 150, "discrete": 100, "frozen": 100, "captured": 25, "frozen, captured": 10, "compiled": 8}
 SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in LONG.items()]
 

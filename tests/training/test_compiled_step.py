@@ -295,6 +295,7 @@ def test_callbacks_that_change_python_values_are_heard_in_the_next_epoch():
     assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
+@pytest.mark.slow
 @UNCOMPILED
 def test_a_value_that_changes_in_each_epoch_is_refused():
     vae, elbo = gaussian(), objectives.FreeBits(2.0)

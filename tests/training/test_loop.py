@@ -23,6 +23,7 @@ from pyro_vae.training.loop import Loop
 from pyro_vae.training.state import model_state, optimizer_state
 
 EAGER_AND_CAPTURED = pytest.mark.parametrize("compile", [False, True])
+EAGER_AND_SLOWLY_CAPTURED = pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 X = pv.datasets.two_gaussians(50, seed=1).x
 HELD_OUT = pv.datasets.two_gaussians(30, seed=2).x
 
@@ -182,7 +183,7 @@ def test_a_skip_leaves_out_the_bad_steps_and_nothing_else(compile, where):
     assert np.allclose(fitted.history["elbo"], np.nanmean(np.reshape(bounds, (6, 3)), axis=1), rtol=1e-5)
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_a_hundred_skipped_steps_in_a_row_stop_the_run(compile):
     pair = NaNInjectingPair(list(range(7, 500)))
     with pytest.raises(FloatingPointError, match=r"step 107: it is the 100th in a row"):
@@ -270,7 +271,7 @@ def test_validation_and_evaluation_add_to_the_history_and_change_nothing():
     assert ours.decoder.network[1].num_batches_tracked == 18
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_callbacks_receive_each_epoch_and_may_end_the_run(compile):
     received = []
 
@@ -291,7 +292,7 @@ def test_callbacks_receive_each_epoch_and_may_end_the_run(compile):
     assert same(ours.state_dict(), theirs.state_dict())
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_callbacks_may_freeze_and_unfreeze(compile, steps):
     vae, twin = vae_of().double(), vae_of().double()
     states = []
@@ -322,7 +323,7 @@ def test_callbacks_may_freeze_and_unfreeze(compile, steps):
         assert torch.allclose(tensor, twin.state_dict()[name], rtol=1e-7, atol=1e-9), name
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_callbacks_may_set_modules_to_evaluation_mode(compile):
     vae = vae_of(batch_norm)
     means = []
@@ -366,7 +367,7 @@ def press_ctrl_c(times, begun=None, between=0.3):
     return thread
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_ctrl_c_ends_a_run_that_can_be_resumed(compile, tmp_path):
     vae, whole = vae_of(), vae_of()
     begun = threading.Event()
@@ -414,7 +415,7 @@ def test_a_handler_of_the_user_stays():
         signal.signal(signal.SIGINT, ours)
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_a_run_in_another_thread_gives_the_same_numbers(compile):
     ours, theirs = vae_of(), vae_of()
     found = []
@@ -424,7 +425,7 @@ def test_a_run_in_another_thread_gives_the_same_numbers(compile):
     assert run(theirs, compile=compile).history == found[0].history
 
 
-@EAGER_AND_CAPTURED
+@EAGER_AND_SLOWLY_CAPTURED
 def test_a_seed_gives_the_same_run_twice_to_the_bit(compile):
     def noisy(x):
         return x + 0.1 * torch.randn_like(x)
