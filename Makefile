@@ -12,7 +12,7 @@ BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 ARVIZ1 := $(VENV1)/.installed
-SOURCES := pyro_vae examples tests docs
+SOURCES := pyro_vae examples tests docs conftest.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Every test starts with an empty param store and a fixed seed, and must not change the global state of the process."""
+"""Every test and doctest starts with an empty param store and a fixed seed, and must not change the global state."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)
 
-collect_ignore = ["benchmarks"]  # scripts that import modules of their own folder, one of them JAX
+collect_ignore = ["tests/benchmarks"]  # scripts that import modules of their own folder, one of them JAX
 
 
 def _global_switches():
