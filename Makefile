@@ -77,7 +77,7 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[flows,test,docs]'
+	$(PIP) -e '.[flows,frames,examples,test,docs]'
 	@touch $(BASE) $@
 
 $(BENCH): pyproject.toml constraints.txt | $(BIN)/python
