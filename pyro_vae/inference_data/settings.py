@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import boolean, mapping, positive_int, with_article
-from pyro_vae.training.fit import Fitted
+from pyro_vae.training.fit import Fitted, as_history
 
 __all__ = ["ExportSettings", "as_array"]
 
@@ -31,36 +31,27 @@ class ExportSettings:
         constant_data: Mapping[str, Any] | None = None,
         parallel: bool = False,
     ):
-        epochs = history.history if isinstance(history, Fitted) else history
-        if not isinstance(epochs, Mapping | None):
-            raise TypeError(f"`history` must be the result of `fit`, or its `history`, got {history!r}")
+        epochs = {} if history is None else as_history(history)
         self.draws = positive_int(draws, "draws")
         self.seed, self.plate, self.parallel = seed, plate, boolean(parallel, "parallel")
         self.dims: Mapping[str, Sequence[str]] = mapping(dims, "dims", "{'x': ['height', 'width']}")
         self.coords = mapping(coords, "coords", "{'obs': names}")
-        epochs = mapping(epochs, "history", "`fitted.history`")
-        self.history = {name: _epochs(name, value) for name, value in epochs.items()}
+        self.history = {name: as_array(value) for name, value in epochs.items()}
         constants = mapping(constant_data, "constant_data", "{'labels': labels}")
         self.constants = {name: _constant(name, value) for name, value in constants.items()}
 
 
-def as_array(value: Tensor) -> np.ndarray:
-    """Convert a tensor to an array; ``bfloat16``, which NumPy lacks, to single precision."""
+def as_array(value: Any) -> np.ndarray:
+    """Convert a tensor or numbers to an array; ``bfloat16``, which NumPy lacks, to single precision."""
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
     value = value.detach().cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def _epochs(name: str, value: Sequence[float]) -> np.ndarray:
-    array = np.asarray(value)
-    if array.ndim != 1 or array.dtype.kind not in "iuf":
-        got = f"{name!r} of shape {array.shape} and dtype {array.dtype}"
-        raise ValueError(f"`history` must have one number per epoch, got {got}")
-    return array
-
-
 def _constant(name: str, value: Any) -> np.ndarray:
     try:
-        array = as_array(value) if isinstance(value, Tensor) else np.asarray(value)
+        array = as_array(value)
     except ValueError as error:
         raise ValueError(f"`constant_data` must have rows of one length, got {name!r}: {error}") from error
     if array.dtype.kind not in "biufUSM":

@@ -25,6 +25,7 @@ from pyro_vae.diagnostics.decomposition import Decomposition
 from pyro_vae.diagnostics.inference_gap import InferenceGap
 from pyro_vae.evidence.importance_sampling import Evidence
 from pyro_vae.inspection.inspect import Inspection, inspect
+from pyro_vae.training.fit import Fitted, as_history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def report(
     guide: Function,
     *data: Tensor,
     title: str = "Inspection of a fitted model",
-    history: Mapping[str, Sequence[float]] | None = None,
+    history: Fitted | Mapping[str, Sequence[float]] | None = None,
     labels: Tensor | None = None,
     image_shape: tuple[int, int] | None = None,
     pictures: Mapping[str, "Figure"] | None = None,
@@ -58,7 +59,7 @@ def report(
         model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
         data: the arguments of both, best held-out data. Images come first.
         title: title of the page.
-        history: the history of :class:`pyro_vae.Fitted`, for training curves.
+        history: the result of :func:`pyro_vae.fit`, or its ``history``, for training curves.
         labels: whole numbers, ``(N,)``, for a map of the latent space.
         image_shape: height and width of images in [0, 1] at the first observed site, for reconstructions and samples.
         pictures: further figures, by the question that each one answers.
@@ -92,6 +93,7 @@ def report(
         _check_image(image_shape, data[0])
     nonempty_string(title, "title")
     pictures = mapping(pictures, "pictures", "{'Are images sharp?': figure}")
+    history = None if history is None else as_history(history)
     check_pictures(history, pictures)
     found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
     drawn = draw_pictures(found, model, guide, data, history, labels, image_shape, pictures, seed)

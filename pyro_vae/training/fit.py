@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer import ELBO
@@ -21,7 +22,7 @@ from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, function, positive, positive_int, rows_like
+from pyro_vae._utils.validation import data_tensors, describe, function, mapping, positive, positive_int, rows_like
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
@@ -32,7 +33,7 @@ from pyro_vae.training.schedules import Schedule, check_schedules, checked_sched
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
 
-__all__ = ["Fitted", "evaluate", "fit"]
+__all__ = ["Fitted", "as_history", "evaluate", "fit"]
 
 
 class Terms(dict[str, Any]):
@@ -71,6 +72,30 @@ class Fitted:
     seconds: float
     stopped: str = "epochs"
     skipped: int = 0
+
+
+def as_history(history: "Fitted | Mapping[str, Sequence[float]]") -> Mapping[str, Sequence[float]]:
+    """Return the history of a :class:`Fitted`, or a mapping from names to one number per epoch, as it is.
+
+    Every function with an argument ``history`` takes it through here.
+
+    >>> as_history({"elbo": [-3.0, -2.0]})
+    {'elbo': [-3.0, -2.0]}
+    """
+    expected = "the result of `fit`, or a mapping from names to one number per epoch"
+    if not isinstance(history, Fitted | Mapping):
+        raise TypeError(f"`history` must be {expected}, got {describe(history)}")
+    epochs: Mapping[str, Any] = history.history if isinstance(history, Fitted) else history
+    for name, values in mapping(epochs, "history", "`fitted.history`").items():
+        numbers = values.detach().cpu() if isinstance(values, Tensor) else values
+        try:
+            array = np.asarray(numbers)
+        except ValueError as error:
+            raise ValueError(f"`history` must be {expected}, got {values!r} for {name!r}") from error
+        if array.ndim != 1 or array.dtype.kind not in "iuf":
+            got = f"{name!r} of shape {array.shape} and dtype {array.dtype}"
+            raise ValueError(f"`history` must be {expected}, got {got}")
+    return epochs
 
 
 def fit(

@@ -92,7 +92,7 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off_on_a_wide_and_a_narrow_scree
         ("/dev/null", {}, ValueError, "`path` must be .*regular file, got '/dev/null'"),
         ("page.html", {"labels": ["a"] * 200}, TypeError, "`labels` must be whole numbers.*got a list"),
         ("page.html", {"image_shape": 2}, ValueError, "`image_shape` must be height and width.*got 2"),
-        ("page.html", {"history": [1.0]}, TypeError, "`history` must be `fitted.history`.*got a list"),
+        ("page.html", {"history": [1.0]}, TypeError, "`history` must be the result of `fit`.*got a list"),
         ("page.html", {"pictures": {"What?": 3}}, TypeError, "`pictures` must be .*figures, got an int for 'What.'"),
     ],
 )

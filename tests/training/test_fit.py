@@ -26,6 +26,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import SubsampleRows, WeightKL
+from pyro_vae.training.fit import Fitted, as_history
 
 TANH = networks.mlp([8], activation=nn.Tanh)
 ENUMERATED = TraceEnum_ELBO(max_plate_nesting=1)
@@ -329,3 +330,26 @@ def test_an_interrupted_step_leaves_no_gradient(x):
     with pytest.raises(KeyboardInterrupt):
         pv.fit(vae.model, vae.guide, x, epochs=1, elbo=Interrupted())
     assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_a_history_is_taken_from_the_result_of_fit_or_as_a_mapping():
+    fitted = Fitted(None, None, {"elbo": [-2.0, -1.0], "rate": torch.tensor([0.5, 0.25])}, 0, 2, 1.0)
+    assert as_history(fitted) is fitted.history
+    assert as_history(fitted.history) is fitted.history
+
+
+@pytest.mark.parametrize(
+    ("history", "error", "got"),
+    [
+        (None, TypeError, "a NoneType"),
+        ([1.0], TypeError, "a list"),
+        ({1: [1.0]}, TypeError, "the key 1"),
+        ({"elbo": 3.0}, ValueError, r"'elbo' of shape \(\)"),
+        ({"elbo": [[1.0], [2.0]]}, ValueError, r"'elbo' of shape \(2, 1\)"),
+        ({"elbo": [[1.0], 2.0]}, ValueError, r"\[\[1.0\], 2.0\] for 'elbo'"),
+        ({"elbo": ["a"]}, ValueError, "'elbo' .* dtype <U1"),
+    ],
+)
+def test_what_is_no_history_is_refused(history, error, got):
+    with pytest.raises(error, match=f"`history` must .*, got {got}"):
+        as_history(history)
