@@ -18,7 +18,6 @@ import common
 import matplotlib.pyplot as plt
 import pyro
 import torch
-from common import concat_broadcast
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -42,43 +41,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-class ConditionalVAE(nn.Module):
+def conditional_vae(pixels: int, context: int, hidden: int) -> pv.VAE:
     """Sohn, Lee and Yan 2015, "Learning structured output representation using deep conditional generative models"."""
-
-    def __init__(self, name: str, pixels: int, context: int, hidden: int):
-        super().__init__()
-        self.name = name
-        network = networks.mlp([hidden], activation=nn.Tanh)
-        code = families.Normal(LATENT)
-        self.prior = Conditional(code, context, network(context, code.num_raw))
-        self.encoder = guides.DiagonalNormal(pixels + context, LATENT, network)
-        self.decoder = likelihoods.Bernoulli(LATENT + context, pixels, network)
-
-    def model(self, x: Tensor, c: Tensor) -> None:
-        """p(z|c) p(x|z, c)."""
-        pyro.module(self.name, self)
-        with pyro.plate("data", len(x)):
-            x, c = pyro.subsample(x, event_dim=1), pyro.subsample(c, event_dim=1)
-            z = pyro.sample("z", self.prior(c))
-            pyro.sample("x", self.decoder(concat_broadcast(z, c)), obs=x)
-
-    def guide(self, x: Tensor, c: Tensor) -> None:
-        """q(z|x, c)."""
-        pyro.module(self.name, self)
-        with pyro.plate("data", len(x)):
-            x, c = pyro.subsample(x, event_dim=1), pyro.subsample(c, event_dim=1)
-            pyro.sample("z", self.encoder(concat_broadcast(x, c)))
-
-    @torch.no_grad()
-    def mean_images(self, c: Tensor, noise: Tensor) -> Tensor:
-        """Decode z = μ(c) + σ(c) ε for each ε."""
-        p = self.prior(c)
-        return self.decoder(concat_broadcast(p.mean + p.stddev * noise, c)).mean
+    network = networks.mlp([hidden], activation=nn.Tanh)
+    code = families.Normal(LATENT)
+    prior = Conditional(code, context, network(context, code.num_raw))
+    encoder = guides.DiagonalNormal(pixels + context, LATENT, network)
+    return pv.VAE(prior, encoder, likelihoods.Bernoulli(LATENT + context, pixels, network), context=context)
 
 
-def evidence_by_label(cvae: ConditionalVAE, x: Tensor) -> Tensor:
+@torch.no_grad()
+def mean_images(cvae: pv.VAE, c: Tensor, noise: Tensor) -> Tensor:
+    """Decode z = μ(c) + σ(c) ε for each ε."""
+    p: Any = cvae.prior(c)
+    return cvae.decode(p.mean + p.stddev * noise, c).mean
+
+
+def evidence_by_label(cvae: pv.VAE, x: Tensor) -> Tensor:
     """Return log p(x|y) of every image and label, ``(N, 10)``; the context has one row, shared by all images."""
-    return torch.stack([common.exact_log_p(partial(cvae.model, c=label[None]), x) for label in torch.eye(10)], 1)
+    return torch.stack([common.exact_log_p(partial(cvae.model, context=label[None]), x) for label in torch.eye(10)], 1)
 
 
 def split(data: datasets.Dataset, given: str) -> tuple[Tensor, Tensor]:
@@ -112,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     figures, trees = {}, {}
     for given in args.given:
         rows, (x, c) = split(train, given), split(test, given)
-        cvae = ConditionalVAE(f"given_{given}", x.shape[1], c.shape[1], args.hidden)
+        cvae = conditional_vae(x.shape[1], c.shape[1], args.hidden)
         vae = common.plain_vae(x.shape[1], LATENT, networks.mlp([args.hidden], activation=nn.Tanh))
         fitted = pv.fit(cvae.model, cvae.guide, rows, **options)
         pv.fit(vae.model, vae.guide, rows[0], **options)
@@ -128,12 +109,12 @@ def main(args: argparse.Namespace) -> None:
             row["accuracy"] = (posterior.argmax(1) == labels).float().mean().item()
             title = "Mean p(y|x) of the held-out images of each label, by Bayes' rule"
             figures["bayes_rule"] = common.draw_classes(posterior, labels, title, sort=False)
-            images, names = cvae.mean_images(torch.eye(10)[:, None], torch.randn(12, LATENT)), [*"0123456789"]
+            images, names = mean_images(cvae, torch.eye(10)[:, None], torch.randn(12, LATENT)), [*"0123456789"]
             figures["samples_by_label"] = draw_grid(images, names, "Each row a label y, each column the same noise ε")
         else:
             log_p = pv.log_evidence(cvae.model, cvae.guide, x, c, seed=args.seed).log_evidence
             row["log_p_given_context"] = log_p.mean().item()
-            lower = cvae.mean_images(c[:12], torch.randn(6, 1, LATENT))
+            lower = mean_images(cvae, c[:12], torch.randn(6, 1, LATENT))
             lower = torch.cat([x[None, :12], torch.full((1, *lower.shape[1:]), 0.3), lower])  # grey: not in the context
             names = ["held-out image", "context", *(f"completion {number}" for number in range(1, 7))]
             images = torch.cat([c[:12].expand(len(lower), -1, -1), lower], -1)

@@ -24,6 +24,7 @@ from pyro_vae.saving.files import FileFormatError
 __all__ = ["VAE"]
 
 _numbers = count(1)
+_ROWS = 3  # on which the parts are tried
 
 
 class VAE(nn.Module):
@@ -36,12 +37,22 @@ class VAE(nn.Module):
     ``poutine`` or NUTS. Sites are ``z`` and ``x`` in the plate ``data``, and ``code``, the decoder's input, if not z.
     :meth:`generate`, :meth:`reconstruct` and :meth:`impute` run in evaluation mode.
 
+    **Covariates.** With ``context=C``, model and guide are functions of x and of covariates c, ``(N, C)``: a design
+    matrix, one-hot batches or labels. Each part reads c behind its own input,
+
+    .. math:: z_i \sim p(z),\quad x_i \sim p(x \mid z_i, c_i)\qquad\text{and}\qquad z_i \sim q(z \mid x_i, c_i),
+
+    so the encoder takes D + C numbers, the flat x and c, and the decoder those of the code and c. A prior that is a
+    :class:`pyro_vae.parts.base.Conditional` of C numbers is :math:`p(z \mid c)`. Nothing models c itself.
+
     Args:
-        prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`.
+        prior: part without a context, such as :class:`pyro_vae.parts.priors.StandardNormal`; or one with the context c.
         encoder: part with the context x, such as :class:`pyro_vae.parts.guides.DiagonalNormal`.
         decoder: part with the context ``prior.read(z)``, which is z for most priors, such as
             :class:`pyro_vae.parts.likelihoods.Normal`.
         name: prefix of the parameters in Pyro's param store; by default unique in the process.
+        context: C, the number of covariates of a datum; none by default.
+        table: a :class:`pyro_vae.tables.Table`, whose encoding is kept and saved with the model, without its rows.
 
     Raises:
         ValueError: if the parts do not fit: different event shapes or supports, or a density and a mass.
@@ -52,9 +63,24 @@ class VAE(nn.Module):
     >>> from pyro import infer, optim
     >>> svi = infer.SVI(vae.model, vae.guide, optim.Adam({"lr": 4e-3}), infer.Trace_ELBO())
     >>> loss = svi.step(torch.randn(100, 2))
+
+    With three covariates of each datum:
+
+    >>> encoder, decoder = guides.DiagonalNormal(2 + 3, 1, net), likelihoods.Normal(1 + 3, 2, net)
+    >>> vae = VAE(priors.StandardNormal(1), encoder, decoder, context=3)
+    >>> x, c = torch.randn(100, 2), torch.eye(3)[torch.arange(100) % 3]
+    >>> loss = infer.SVI(vae.model, vae.guide, optim.Adam({"lr": 4e-3}), infer.Trace_ELBO()).step(x, c)
     """
 
-    def __init__(self, prior: nn.Module, encoder: nn.Module, decoder: nn.Module, name: str | None = None):
+    def __init__(
+        self,
+        prior: nn.Module,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        name: str | None = None,
+        context: int | None = None,
+        table: Any = None,
+    ):
         super().__init__()
         roles = {"prior": ("priors", prior), "encoder": ("guides", encoder), "decoder": ("likelihoods", decoder)}
         for role, (chapter, part) in roles.items():
@@ -64,7 +90,14 @@ class VAE(nn.Module):
         self.encoder = encoder  # first, so that parameters shared with the prior have the encoder's names
         self.prior, self.decoder = prior, decoder
         self.name = f"vae{next(_numbers)}" if name is None else nonempty_string(name, "name")
-        self.data_shape = self._validate_parts()
+        self.context = None if context is None else positive_int(context, "context")
+        without_rows = getattr(table, "without_rows", None) if isinstance(table, nn.Module) else None
+        if table is not None and without_rows is None:
+            must = "a table, such as pv.tables.Table.from_frame(frame)"
+            raise TypeError(f"`table` must be {must}, got {describe(table)}")
+        self.table: Any = without_rows and without_rows()
+        self.data_shape: torch.Size
+        self._validate_parts()
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, without weak references of Pyro to parameters, which pickle refuses and Pyro sets again."""
@@ -77,24 +110,28 @@ class VAE(nn.Module):
         super().__setstate__(state)
         self.name = f"{self.name}_copy{next(_numbers)}"
 
-    def model(self, x: Tensor) -> None:
-        """The generative model, p(x, z)."""
-        self._check_rows(x)
+    def model(self, x: Tensor, context: Tensor | None = None) -> None:
+        """The generative model, p(x, z), or p(x, z | c) with covariates, ``(N, C)``, or ``(1, C)`` for all rows."""
+        self._check_rows(x, context)
         self.register()
         with pyro.plate("data", len(x)):
-            x = pyro.subsample(x, event_dim=len(self.data_shape))
-            z = pyro.sample("z", self.prior())
-            pyro.sample("x", self.decoder(self._read(z)), obs=x)
+            x, context = self._subsample(x, context)
+            z = pyro.sample("z", self._prior(context))
+            pyro.sample("x", self.decoder(self._with_context(self._read(z, context), context)), obs=x)
 
-    def guide(self, x: Tensor) -> None:
-        """The approximate posterior, q(z | x)."""
-        self._check_rows(x)
+    def guide(self, x: Tensor, context: Tensor | None = None) -> None:
+        """The approximate posterior, q(z | x), or q(z | x, c) with covariates."""
+        self._check_rows(x, context)
         self.register()
         with pyro.plate("data", len(x)):
-            x = pyro.subsample(x, event_dim=len(self.data_shape))
-            pyro.sample("z", self.encoder(x))
+            pyro.sample("z", self.encoder(self.encoder_input(*self._subsample(x, context))))
 
-    def _check_rows(self, x: Tensor) -> None:
+    def _subsample(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The rows of the data plate's subsample."""
+        x = pyro.subsample(x, event_dim=len(self.data_shape))
+        return x, None if context is None else pyro.subsample(context, event_dim=1)
+
+    def _check_rows(self, x: Tensor, context: Tensor | None) -> None:
         shape = ", ".join(map(str, self.data_shape))
         if not isinstance(x, Tensor):
             raise TypeError(f"`x` must be a tensor, (N, {shape}), got {describe(x)}")
@@ -104,6 +141,24 @@ class VAE(nn.Module):
             raise ValueError(f"`x` must be (N, {shape}) with N >= 1, got shape {tuple(x.shape)}, without rows")
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"`x` must be real numbers (convert booleans with `x.float()`), got {describe(x)}")
+        self._check_context(context)
+        if context is not None and (context.dim() != 2 or len(context) not in (1, len(x))):
+            must = f"({len(x)}, {self.context}), the covariates of each row of x, or one row for all"
+            raise ValueError(f"`context` must be {must}, got shape {tuple(context.shape)}")
+
+    def _check_context(self, context: Tensor | None) -> None:
+        if self.context is None:
+            if context is not None:
+                raise TypeError(
+                    f"`context` must be left out for a VAE without covariates, `VAE(..., context=C)`, got "
+                    f"{describe(context)}"
+                )
+        elif not isinstance(context, Tensor):
+            got = "none" if context is None else describe(context)
+            raise TypeError(f"`context` must be a tensor (N, {self.context}), the covariates of the VAE, got {got}")
+        elif not context.is_floating_point() or context.shape[-1:] != (self.context,):
+            must = f"floats (N, {self.context}), the covariates of the VAE"
+            raise ValueError(f"`context` must be {must}, got {describe(context)}")
 
     def forward(self, *args: Any) -> None:
         """Raise a TypeError: a VAE is a pair of functions."""
@@ -113,9 +168,21 @@ class VAE(nn.Module):
         """Register the parameters with Pyro under the VAE's name, see :func:`pyro_vae._utils.param_store.register`."""
         register(self.name, self)
 
-    def _read(self, z: Tensor) -> Tensor:
+    def _prior(self, context: Tensor | None) -> Any:
+        """p(z), or p(z | c) of each row if the prior is a part with a context."""
+        return self.prior(context) if hasattr(self.prior, "context_shape") else self.prior()
+
+    def _read(self, z: Tensor, context: Tensor | None) -> Tensor:
         code = self.code(z)
-        return code if code is z else pyro.deterministic("code", code, event_dim=self.prior().event_dim)
+        return code if code is z else pyro.deterministic("code", code, event_dim=self._prior(context).event_dim)
+
+    def encoder_input(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """What the encoder reads of data ``x``, ``(*, *data_shape)``: x, or with covariates the flat x and c."""
+        return x if context is None else _join(x.flatten(x.dim() - len(self.data_shape)), context)
+
+    def _with_context(self, code: Tensor, context: Tensor | None) -> Tensor:
+        """What the decoder reads: the code, or with covariates the flat code and c."""
+        return code if context is None else _join(code.flatten(code.dim() - self._latent_dims), context)
 
     def code(self, z: Tensor) -> Tensor:
         """The input of the decoder at values of the site ``z``: for a relaxed latent, its sigmoid or exponential."""
@@ -142,33 +209,47 @@ class VAE(nn.Module):
                 raise TypeError(f"`{role}` must be a Part with `discrete()`, got {got}")
             twins.append(part.discrete())
         prior, encoder = twins
-        return VAE(prior, encoder, self.decoder, name=self.name)
+        return VAE(prior, encoder, self.decoder, self.name, self.context, self.table)
 
-    def encode(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x) of each row of ``x``, ``(*, *data_shape)``."""
-        return self.encoder(x)
+    def encode(self, x: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """q(z | x) of each row of ``x``, ``(*, *data_shape)``; q(z | x, c) with covariates, ``(*, C)``."""
+        self._check_context(context)
+        return self.encoder(self.encoder_input(x, context))
 
-    def decode(self, z: Tensor) -> dist.TorchDistribution:
-        """p(x | z) at values of the site ``z``."""
-        return self.decoder(self.code(z))
+    def decode(self, z: Tensor, context: Tensor | None = None) -> dist.TorchDistribution:
+        """p(x | z) at values of the site ``z``; p(x | z, c) with covariates, ``(*, C)``."""
+        self._check_context(context)
+        return self.decoder(self._with_context(self.code(z), context))
 
     @torch.no_grad()
     @without_training
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The mean of p(x | z) at one draw z ~ q(z | x) for each row."""
-        return self.decode(self.encode(x).sample()).mean
+        return self.decode(self.encode(x, context).sample(), context).mean
 
     @torch.no_grad()
     @without_training
-    def generate(self, num_samples: int, mean: bool = False) -> Tensor:
-        """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z)."""
+    def generate(self, num_samples: int, mean: bool = False, context: Tensor | None = None) -> Tensor:
+        """``num_samples`` new data x ~ p(x), or with ``mean`` the means of p(x | z) at z ~ p(z).
+
+        Args:
+            context: the covariates of the new data, ``(num_samples, C)``, or ``(C,)`` for all of them.
+        """
         boolean(mean, "mean")
-        p = self.decode(self.prior().sample(torch.Size([positive_int(num_samples, "num_samples")])))
+        shape = torch.Size([positive_int(num_samples, "num_samples")])
+        self._check_context(context)
+        if context is not None:
+            if context.shape[:-1] not in ((), shape):
+                must = f"({num_samples}, {self.context}) or ({self.context},), for {num_samples} new data"
+                raise ValueError(f"`context` must be {must}, got shape {tuple(context.shape)}")
+            context = context.expand(num_samples, -1)
+        prior = self._prior(context)
+        p = self.decode(prior.sample() if prior.batch_shape else prior.sample(shape), context)
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
     @without_training
-    def impute(self, x: Tensor, num_samples: int) -> Tensor:
+    def impute(self, x: Tensor, num_samples: int, context: Tensor | None = None) -> Tensor:
         r"""Draws of the missing entries of x, NaN, given the observed ones: :math:`z \sim q(z \mid x_\mathrm{obs})`,
         :math:`x_\mathrm{mis} \sim p(x_\mathrm{mis} \mid z)`.
 
@@ -176,6 +257,7 @@ class VAE(nn.Module):
 
         Args:
             x: ``(N, *data_shape)``, with NaN where entries are missing.
+            context: the covariates, ``(N, C)``.
 
         Returns:
             ``(num_samples, N, *data_shape)``. Observed entries are those of x in every draw.
@@ -190,8 +272,8 @@ class VAE(nn.Module):
         tensor([0.5000])
         """
         positive_int(num_samples, "num_samples")
-        self._check_rows(x)
-        drawn = self.decode(self.encode(x).sample(torch.Size([num_samples]))).sample()
+        self._check_rows(x, context)
+        drawn = self.decode(self.encode(x, context).sample(torch.Size([num_samples])), context).sample()
         return torch.where(x.isnan(), drawn, x)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -243,24 +325,41 @@ class VAE(nn.Module):
         vae.name = f"vae{next(_numbers)}"
         return vae
 
-    def _validate_parts(self) -> torch.Size:
-        """Run the parts once, check that they fit, and return the shape of a datum."""
+    def _validate_parts(self) -> None:
+        """Run the parts once, check that they fit, and find the shape of a datum."""
         with torch.no_grad(), seeded(0), evaluation_mode(self):
+            rows = self._check_prior()
+            context = None if self.context is None else rows.new_zeros(_ROWS, self.context)
+            prior = self._prior(context)
+            self._latent_dims = prior.event_dim
+            read = self._with_context(self.code(rows), context)
+            likelihood = self._run_part("decoder", self.decoder, read, "prior", self.prior)
+            self.data_shape = likelihood.event_shape
+            read = self.encoder_input(likelihood.sample(), context)
+            self._check_guide(self._run_part("encoder", self.encoder, read, "decoder", self.decoder), prior)
+
+    def _check_prior(self) -> Tensor:
+        """Raise if the prior is no p(z), or p(z | c) of three rows; else return values of z for three rows."""
+        if not hasattr(self.prior, "context_shape"):
             with _error_context(f"`prior` must return p(z) without a context, got {_name(self.prior)}"):
                 prior = _distribution(self.prior())
             if prior.batch_shape:
                 got = f"{_name(self.prior)} of batch shape {tuple(prior.batch_shape)}"
                 raise ValueError(f"`prior` must have an empty batch shape (use `.to_event()`), got {got}")
-            z = prior.sample(torch.Size([3]))
-            likelihood = self._run_part("decoder", self.decoder, self.code(z), "prior", self.prior)
-            guide = self._run_part("encoder", self.encoder, likelihood.sample(), "decoder", self.decoder)
-            self._check_guide(guide, prior)
-        return likelihood.event_shape
+            return prior.sample(torch.Size([_ROWS]))
+        shape: Any = self.prior.context_shape
+        if self.context is None or shape != (self.context,):
+            got = f"{_name(self.prior)}, which takes {tuple(shape)}"
+            have = "no context, or covariates `VAE(..., context=C)`" if self.context is None else f"({self.context},)"
+            raise ValueError(f"`prior` must take {have}, got {got}")
+        with _error_context(f"`prior` must return p(z | c), got {_name(self.prior)}"):
+            return _distribution(self.prior(torch.zeros(_ROWS, self.context))).sample()
 
     def _run_part(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
         given = context.shape[1:]
         accepted = getattr(part, "context_shape", given)
-        must = f"`{role}` must take shape {tuple(given)} from the {source} {_name(maker)}, got {_name(part)}"
+        origin = f"the {source} {_name(maker)}" + ("" if self.context is None else f" and {self.context} covariates")
+        must = f"`{role}` must take shape {tuple(given)} from {origin}, got {_name(part)}"
         if accepted != given:
             size = "latent" if role == "decoder" else "in_features"
             fitting = given[0] if len(given) == 1 else tuple(given)
@@ -291,6 +390,16 @@ class VAE(nn.Module):
             f"{kinds[0]} of shape {tuple(guide.event_shape)} on {spell_support(guide)}, {_name(self.encoder)}, and "
             f"{_name(self.prior)}, a {kinds[1]} of shape {tuple(prior.event_shape)} on {spell_support(prior)}.{hint}"
         )
+
+
+def _join(inputs: Tensor, context: Tensor) -> Tensor:
+    """Put the covariates ``(*, C)`` behind inputs ``(*, D)``; further dimensions on the left of one fit the other.
+
+    >>> _join(torch.zeros(5, 3, 2), torch.ones(3, 4)).shape
+    torch.Size([5, 3, 6])
+    """
+    shape = torch.broadcast_shapes(inputs.shape[:-1], context.shape[:-1])
+    return torch.cat([inputs.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
 
 
 def _name(part: nn.Module) -> str:

@@ -546,7 +546,7 @@ def test_conditional_in_a_short_form(run):
 
 def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
     example = functions_of("conditional.py")
-    cvae = example["ConditionalVAE"]("mixture_over_labels", 64, 10, hidden=8)
+    cvae = example["conditional_vae"](64, 10, hidden=8)
     x = pv.datasets.binarize(pv.datasets.digits("test").x[:5])
     labels = pv.priors.OneHotCategorical((1, 10))  # uniform, in model and guide
 
@@ -554,12 +554,12 @@ def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", labels())[..., 0, :]
             z = pyro.sample("z", cvae.prior(y))
-            pyro.sample("x", cvae.decoder(example["concat_broadcast"](z, y)), obs=x)
+            pyro.sample("x", cvae.decode(z, y), obs=x)
 
     def guide(x):
         with pyro.plate("data", len(x)):
             y = pyro.sample("y", labels())[..., 0, :]
-            pyro.sample("z", cvae.encoder(example["concat_broadcast"](x, y)))
+            pyro.sample("z", cvae.encode(x, y))
 
     by_sum = example["evidence_by_label"](cvae, x).logsumexp(1) - torch.tensor(10.0).log()
     sampled = pv.log_evidence(model, guide, x, num_samples=5000)
@@ -568,7 +568,7 @@ def test_the_sum_over_labels_is_the_evidence_of_the_mixture():
 
 def test_a_context_of_one_row_is_that_of_all_images():
     example = functions_of("conditional.py")
-    cvae = example["ConditionalVAE"]("one_row", 64, 10, hidden=8)
+    cvae = example["conditional_vae"](64, 10, hidden=8)
     x, context = pv.datasets.binarize(pv.datasets.digits("test").x[:4]), torch.eye(10)[3:4]
     slow = pv.exact.log_evidence(cvae.model, x, context.expand(4, -1))
     assert torch.allclose(example["evidence_by_label"](cvae, x)[:, 3], slow, atol=2e-2)

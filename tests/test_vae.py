@@ -13,7 +13,8 @@ from pyro.optim import Adam
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, priors
+from pyro_vae import families, guides, likelihoods, networks, priors
+from pyro_vae.parts import Conditional
 from pyro_vae.parts.networks import linear
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
@@ -275,3 +276,98 @@ def test_twin_encodes_with_the_same_logits():
     assert twin.name == vae.name
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(twin.model, config_enumerate(twin.guide), X)
     assert loss == pytest.approx(-pv.exact.elbo(twin.model, twin.guide, X).sum().item(), rel=1e-5)
+
+
+C = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
+
+
+def conditional(prior=None, latent=2):
+    prior = priors.StandardNormal(latent) if prior is None else prior
+    encoder, decoder = guides.DiagonalNormal(3 + 3, latent, NET), likelihoods.Normal(latent + 3, 3, NET, missing=True)
+    return pv.VAE(prior, encoder, decoder, context=3)
+
+
+def conditional_prior(context=3):
+    return Conditional(families.Normal(2), context, linear()(context, 4))
+
+
+@pytest.mark.parametrize("prior", [None, conditional_prior], ids=["p(z)", "p(z|c)"])
+def test_with_covariates_each_part_reads_them_behind_its_input_as_in_a_pair_written_by_hand(prior):
+    vae = conditional(prior and prior())
+
+    def model(x, c):
+        with pyro.plate("data", len(x)):
+            x, c = pyro.subsample(x, event_dim=1), pyro.subsample(c, event_dim=1)
+            z = pyro.sample("z", vae.prior(c) if prior else vae.prior())
+            pyro.sample("x", vae.decoder(torch.cat([z, c], -1)), obs=x)
+
+    def guide(x, c):
+        with pyro.plate("data", len(x)):
+            x, c = pyro.subsample(x, event_dim=1), pyro.subsample(c, event_dim=1)
+            pyro.sample("z", vae.encoder(torch.cat([x, c], -1)))
+
+    ours, theirs = (pv.evaluate(*pair, (X, C), seed=3) for pair in ((vae.model, vae.guide), (model, guide)))
+    assert ours == theirs
+    torch.testing.assert_close(pv.exact.log_evidence(vae.model, X, C), pv.exact.log_evidence(model, X, C))
+    options = {"epochs": 2, "batch_size": 4, "lr": 1e-9, "seed": 1}
+    fitted = [pv.fit(*pair, (X, C), **options).history for pair in ((vae.model, vae.guide), (model, guide))]
+    assert fitted[0]["elbo"] == pytest.approx(fitted[1]["elbo"], rel=1e-5)
+
+
+def test_with_covariates_a_model_of_each_level_is_the_model_at_that_level():
+    """With a linear decoder a one-hot covariate shifts the mean: log p(x|c) is that of the shifted data."""
+    torch.manual_seed(0)
+    decoder = likelihoods.Normal(1 + 3, 3, linear())
+    vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(3 + 3, 1, linear()), decoder, context=3)
+    plain = pv.VAE(vae.prior, guides.DiagonalNormal(3, 1, linear()), likelihoods.Normal(1, 3, linear()))
+    plain.decoder.family.load_state_dict(decoder.family.state_dict())
+    weight = decoder.network.weight.detach()
+    plain.decoder.network.load_state_dict({"weight": weight[:, :1], "bias": decoder.network.bias})
+    levels = torch.eye(3)[torch.arange(6) % 3]
+    shifted = X - levels @ weight[:, 1:].T
+    expected = pv.exact.log_evidence(plain.model, shifted)
+    torch.testing.assert_close(pv.exact.log_evidence(vae.model, X, levels), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_covariates_pass_through_the_methods(tmp_path):
+    vae = conditional(conditional_prior())
+    assert vae.reconstruct(X, C).shape == X.shape
+    assert vae.generate(4, context=C[:4]).shape == vae.generate(4, mean=True, context=C[0]).shape == (4, 3)
+    assert conditional().generate(4, context=C[0]).shape == (4, 3)
+    masked = X.masked_fill(X > 0.5, torch.nan)
+    missing = pv.VAE(vae.prior, guides.DiagonalNormal(6, 2, networks.with_missing(NET)), vae.decoder, context=3)
+    filled = missing.impute(masked, 5, C)
+    assert torch.equal(torch.where(masked.isnan(), torch.nan, filled).nan_to_num(), masked.nan_to_num().expand(5, 6, 3))
+    vae.save(tmp_path / "model.pt")
+    again = pv.VAE.load(tmp_path / "model.pt")
+    assert torch.equal(again.encode(X, C).mean, vae.encode(X, C).mean)
+    assert pv.inference_gap(vae.model, vae.guide, X, C, steps=2).gap.shape == (6,)
+
+
+def test_covariates_of_an_image_and_of_a_latent_with_two_dimensions_are_put_behind_the_flat_values():
+    prior, encoder = priors.OneHotCategorical((2, 3)), guides.OneHotCategorical(4 + 3, (2, 3), NET)
+    vae = pv.VAE(prior, encoder, likelihoods.Bernoulli(6 + 3, (2, 2), NET), context=3)
+    x = (torch.rand(6, 2, 2) > 0.5).float()
+    assert pv.exact.log_evidence(vae.model, x, C).shape == (6,)
+    fitted = pv.fit(vae.model, config_enumerate(vae.guide), (x, C), epochs=1, elbo=TraceEnum_ELBO(max_plate_nesting=1))
+    assert len(fitted.history["elbo"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gaussian().model(X, C), r"`context` must be left out for a VAE without covariates"),
+        (lambda: conditional().model(X), r"`context` must be a tensor \(N, 3\).*got none"),
+        (lambda: conditional().model(X, C[:2]), r"`context` must be \(6, 3\), the covariates .* or one row"),
+        (lambda: conditional().encode(X, C.long()), r"`context` must be floats \(N, 3\)"),
+        (lambda: conditional().generate(5, context=C), r"`context` must be \(5, 3\) or \(3,\), for 5 new data"),
+        (lambda: gaussian(prior=conditional_prior()), r"`prior` must take no context, or covariates .*takes \(3,\)"),
+        (lambda: conditional(conditional_prior(2)), r"`prior` must take \(3,\), got base.Conditional, which takes"),
+        (lambda: pv.VAE(priors.StandardNormal(2), diagonal(), likelihoods.Normal(5, 3, NET), context=3),
+         r"`encoder` must take shape \(6,\) from the decoder .* and 3 covariates.*in_features=6"),
+        (lambda: gaussian(table=X), r"`table` must be a table, such as pv.tables.Table.from_frame\(frame\), got"),
+    ],
+)  # fmt: skip
+def test_wrong_covariates_are_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -130,19 +130,20 @@ def _families(q: GuideDensity) -> dict[str, tuple[list[Tensor], Build]]:
                 )
         if num_states > MAX_STATES:
             raise _cannot_refine(f"discrete latents of at most {MAX_STATES} states together", f"{num_states} states")
-        encoder = _encoder(q)
-        if encoder is not None:
-            raw = encoder.raw_outputs(*q.p.data).clone()
+        vae = _amortized_vae(q)
+        if vae is not None:
+            encoder: Any = vae.encoder
+            raw = encoder.raw_outputs(vae.encoder_input(*q.p.data)).clone()
             return {"z": ([raw], lambda parameters: encoder.family(parameters[0]))}
         return {name: _rebuildable(name, fn) for name, fn in factors.items()}
 
 
-def _encoder(q: GuideDensity) -> Conditional | None:
-    """The amortized guide of a VAE, whose raw outputs are its free parameters."""
+def _amortized_vae(q: GuideDensity) -> VAE | None:
+    """The VAE of a guide whose raw outputs are its free parameters: those of its amortized encoder."""
     owner = getattr(q.guide, "__self__", None)
     if not isinstance(owner, VAE) or getattr(q.guide, "__func__", None) is not VAE.guide:
         return None
-    return owner.encoder if isinstance(owner.encoder, Conditional) else None
+    return owner if isinstance(owner.encoder, Conditional) else None
 
 
 def _rebuildable(name: str, fn: Any) -> tuple[list[Tensor], Build]:
