@@ -227,6 +227,8 @@ def _checks(fn: Any, value: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     for name in ("base_dist", "mixture_distribution", "component_distribution"):
         if hasattr(fn, name):
             yield from _checks(getattr(fn, name), None)
+    for column in getattr(fn, "columns", {}).values():
+        yield from _checks(column, None)
     for name, constraint in getattr(fn, "arg_constraints", {}).items():
         lazy = name not in fn.__dict__ and isinstance(getattr(type(fn), name, None), lazy_property)
         if not lazy and not constraints.is_dependent(constraint):

@@ -42,6 +42,7 @@ from pyro_vae._utils.traces import (
 )
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import DataTensors, data_tensors, function, nonempty_string, taking_data
+from pyro_vae.distributions.columns import Columns
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
 from pyro_vae.distributions.properties import (
     base_distribution,
@@ -534,6 +535,8 @@ class ModelGuide:
             if site["mask"] is not None and first == 0:
                 inside = inside | ~torch.as_tensor(site["mask"], device=inside.device)
             if not inside.all():
+                if isinstance(columns := site["fn"], Columns) and (text := columns.find_outside(values, first)):
+                    raise ValueError(f"`{argument}` must hold values in the support of the likelihood: {text}")
                 row = first + int((~inside).nonzero()[0, -1]) if inside.dim() else first
                 raise ValueError(
                     f"`{argument}` must hold values in the support of the likelihood of {name!r}, "

@@ -153,6 +153,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "guides.SplineFlow": (guides.SplineFlow, lambda w: part(w, transforms=1, hidden=[4], context=2)),
     "likelihoods.Bernoulli": (likelihoods.Bernoulli, lambda w: likelihood(w, soft_targets=False, missing=False)),
     "likelihoods.Categorical": (likelihoods.Categorical, lambda w: likelihood(w, num_classes=3, missing=False)),
+    "likelihoods.Columns": (likelihoods.Columns, lambda w: {
+        "latent": 2, "columns": {"a": families.Normal(1), "b": families.Bernoulli(1)}, "network": NET,
+        "missing": False}),
     "likelihoods.ContinuousBernoulli": (likelihoods.ContinuousBernoulli, lambda w: likelihood(w, missing=False)),
     "likelihoods.NegativeBinomial": (likelihoods.NegativeBinomial, lambda w: likelihood(
         w, dispersion="shared", missing=False)),
@@ -160,9 +163,17 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "likelihoods.Poisson": (likelihoods.Poisson, lambda w: likelihood(w, missing=False)),
     "likelihoods.StudentT": (likelihoods.StudentT, lambda w: likelihood(
         w, df="shared", scale="shared", min_scale=0.1, missing=False)),
+    "likelihoods.LogNormal": (likelihoods.LogNormal, lambda w: likelihood(
+        w, scale="shared", min_scale=0.1, missing=False)),
+    "likelihoods.Ordinal": (likelihoods.Ordinal, lambda w: likelihood(w, num_levels=3, missing=False)),
+    "likelihoods.ZeroInflatedNegativeBinomial": (likelihoods.ZeroInflatedNegativeBinomial, lambda w: likelihood(
+        w, dispersion="shared", gate="shared", missing=False)),
+    "likelihoods.ZeroInflatedPoisson": (likelihoods.ZeroInflatedPoisson, lambda w: likelihood(
+        w, gate="shared", missing=False)),
     "likelihoods.Normal.mse": (likelihoods.Normal.mse, lambda w: likelihood(w, kl_weight=1.0, missing=False)),
     "families.Bernoulli": (families.Bernoulli, lambda w: {"event_shape": 2}),
     "families.Categorical": (families.Categorical, lambda w: {"event_shape": 2, "num_classes": 3}),
+    "families.Columns": (families.Columns, lambda w: {"columns": [families.Normal(1), families.Bernoulli(1)]}),
     "families.ContinuousBernoulli": (families.ContinuousBernoulli, lambda w: {"event_shape": 2}),
     "families.Family": (families.Family, lambda w: {"event_shape": 2}),
     "families.Gamma": (families.Gamma, lambda w: {"event_shape": 2}),
@@ -173,6 +184,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "families.NegativeBinomial": (families.NegativeBinomial, lambda w: {"event_shape": 2, "dispersion": "shared"}),
     "families.Normal": (families.Normal, lambda w: {"event_shape": 2, "scale": 1.0, "min_scale": 0.1}),
     "families.OneHotCategorical": (families.OneHotCategorical, lambda w: {"event_shape": (2, 3)}),
+    "families.Ordinal": (families.Ordinal, lambda w: {"event_shape": 2, "num_levels": 3}),
     "families.Poisson": (families.Poisson, lambda w: {"event_shape": 2}),
     "families.Relaxed": (families.Relaxed, lambda w: {"event_shape": 2, "temperature": 0.5}),
     "families.RelaxedBernoulli": (families.RelaxedBernoulli, lambda w: {"event_shape": 2, "temperature": 0.5}),
@@ -181,6 +193,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "families.SoftTargetBernoulli": (families.SoftTargetBernoulli, lambda w: {"event_shape": 2}),
     "families.StudentT": (families.StudentT, lambda w: {"event_shape": 2, "df": 3.0, "scale": 1.0, "min_scale": 0.1}),
     "families.Uniform": (families.Uniform, lambda w: {"event_shape": 2, "low": 0.0, "high": 1.0}),
+    "families.ZeroInflated": (families.ZeroInflated, lambda w: {"base": families.Poisson(2), "gate": 0.1}),
     "schedules.constant": (schedules.constant, lambda w: {"value": 1.0}),
     "schedules.cyclical": (schedules.cyclical, lambda w: {"start": 0.0, "end": 1.0, "period": 10, "rise": 0.5}),
     "schedules.decayed": (schedules.decayed, lambda w: {"start": 1.0, "steps": 10, "hold": 0.5, "end": 0.1}),
@@ -251,6 +264,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "group": "all", "ax": None}),
     "plots.calibration": (plots.calibration, lambda w: {
         "result": pv.calibrate(*w.pair, w.x, num_simulations=10, num_draws=10)}),
+    "distributions.Columns": (distributions.Columns, lambda w: {
+        "columns": [dist.Normal(torch.zeros(1), 1.0).to_event(1)]}),
     "distributions.ContinuousBernoulli": (distributions.ContinuousBernoulli, lambda w: {"logits": torch.zeros(2)}),
     "distributions.LogRelaxedOneHotCategorical": (distributions.LogRelaxedOneHotCategorical, lambda w: {
         "temperature": 0.5, "logits": torch.zeros(2)}),
@@ -259,6 +274,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "distributions.LogitNormal": (distributions.LogitNormal, lambda w: {
         "loc": torch.zeros(2), "scale": torch.ones(2), "low": 0.0, "high": 1.0}),
     "tabular.NegativeBinomial": (tabular.NegativeBinomial, lambda w: {"log_mean": torch.zeros(2), "dispersion": 0.5}),
+    "tabular.Ordinal": (tabular.Ordinal, lambda w: {"loc": torch.zeros(2), "cuts": torch.arange(3.0)}),
+    "tabular.ZeroInflated": (tabular.ZeroInflated, lambda w: {
+        "base": tabular.Poisson(torch.zeros(2)), "gate_logits": torch.zeros(2)}),
     "tabular.Poisson": (tabular.Poisson, lambda w: {"log_rate": torch.zeros(2)}),
     "missing.WithMissing": (missing.WithMissing, lambda w: {"base_dist": dist.Normal(torch.zeros(2), 1.0)}),
 }  # fmt: skip
@@ -270,7 +288,7 @@ NOT_CALLED = {
     ),
     "constructors and messages of torch": (
         "distributions.Bernoulli distributions.SoftTargetBernoulli distributions.Product "
-        "distributions.AdditiveLogRatioTransform tabular.Categorical tabular.StudentT"
+        "distributions.AdditiveLogRatioTransform tabular.Categorical tabular.LogNormal tabular.StudentT"
     ),
     "what takes a distribution, and is for parts": (
         "distributions.base_distribution distributions.base_support distributions.discrete_twin "

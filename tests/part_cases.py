@@ -82,10 +82,37 @@ LIKELIHOODS = [
     ("StudentT-network", lambda: likelihoods.StudentT(3, 2, NET, df="network", scale="network")),
     ("StudentT-fixed", lambda: likelihoods.StudentT(3, 2, NET, df=1.5, scale=0.5)),
 ]
+
+
+def mixed_columns():
+    return {"height": families.Normal(1), "sex": families.Bernoulli(1), "grade": families.Ordinal(1, 3)}
+
+
+def skewed_columns():
+    counts = families.ZeroInflated(families.Poisson(1), gate="shared")
+    return [families.LogNormal(1, scale="shared"), counts, families.Categorical(1, 3)]
+
+
 LIKELIHOODS += [
-    (f"{name}-missing", partial(getattr(likelihoods, name), 3, 2, *[3] * (name == "Categorical"), NET, missing=True))
-    for name in likelihoods.__all__
-]
+    ("LogNormal-shared", lambda: likelihoods.LogNormal(3, 2, NET)),
+    ("LogNormal-network", lambda: likelihoods.LogNormal(3, (1, 2), NET, scale="network")),
+    ("Ordinal", lambda: likelihoods.Ordinal((1, 3), (1, 2), 4, NET)),
+    ("ZeroInflatedPoisson-network", lambda: likelihoods.ZeroInflatedPoisson(3, 2, NET)),
+    ("ZeroInflatedPoisson-shared", lambda: likelihoods.ZeroInflatedPoisson(3, (1, 2), NET, gate="shared")),
+    ("ZeroInflatedPoisson-fixed", lambda: likelihoods.ZeroInflatedPoisson(3, 2, NET, gate=0.3)),
+    ("ZeroInflatedNegativeBinomial-per_dimension",
+        lambda: likelihoods.ZeroInflatedNegativeBinomial(3, 2, NET, 0.2, gate="per_dimension")),
+    ("Columns-mixed", lambda: likelihoods.Columns(3, mixed_columns(), NET, missing=False)),
+    ("Columns-skewed", lambda: likelihoods.Columns((1, 3), skewed_columns(), NET, missing=False)),
+]  # fmt: skip
+OF_DATA = {"Categorical": lambda: (2, 3), "Ordinal": lambda: (2, 3), "Columns": lambda: (mixed_columns(),)}
+
+
+def with_missing_entries(name):
+    return getattr(likelihoods, name)(3, *OF_DATA.get(name, lambda: (2,))(), NET, missing=True)
+
+
+LIKELIHOODS += [(f"{name}-missing", partial(with_missing_entries, name)) for name in likelihoods.__all__]
 ROLES = {"priors": PRIORS, "guides": GUIDES, "likelihoods": LIKELIHOODS}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 UNLIKELY = 1e-5

@@ -56,6 +56,7 @@ class WithMissing(dist.TorchDistribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
+    accepts_missing = True
 
     def __init__(self, base_dist: dist.TorchDistribution):
         if base_dist.event_shape:
@@ -116,6 +117,8 @@ def with_missing(distribution: Any) -> Any:
     >>> q.log_prob(torch.tensor([0.0, torch.nan, torch.nan])), q.event_shape
     (tensor(-1.), torch.Size([3]))
     """
+    if hasattr(distribution, "with_missing"):  # of several kinds of variables
+        return distribution.with_missing()
     if not hasattr(distribution, "log_prob"):
         raise TypeError(f"`distribution` must be a distribution of single variables, got {describe(distribution)}")
     if isinstance(distribution, torch.distributions.Independent):
@@ -124,12 +127,12 @@ def with_missing(distribution: Any) -> Any:
 
 
 def accepts_missing(distribution: Any) -> bool:
-    """Whether a distribution takes NaN as a missing entry."""
-    while not isinstance(distribution, WithMissing):
+    """Whether a distribution takes NaN as a missing entry, in all of its variables."""
+    while not hasattr(distribution, "accepts_missing"):
         if not hasattr(distribution, "base_dist"):
             return False
         distribution = distribution.base_dist
-    return True
+    return bool(distribution.accepts_missing)
 
 
 def first_missing(data: Sequence[Tensor]) -> str | None:

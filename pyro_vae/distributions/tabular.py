@@ -1,4 +1,6 @@
-r"""Distributions for tables: counts, classes by number, and numbers with outliers, finite in float32.
+r"""Distributions for tables: counts, classes and levels by number, amounts, and numbers with outliers.
+
+They are finite in float32 at any output of a network.
 
 The terms of the log-mass of a count cancel: :math:`\log 10000!` is 82,000 nats, which float32 holds to one decimal
 only. They are computed in float64, and rounded at the end.
@@ -14,9 +16,12 @@ from torch import Tensor
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid, relu
 
-from pyro_vae.distributions.base import Parametric
+from pyro_vae._utils.validation import describe
+from pyro_vae.distributions.base import Parametric, named_arguments
+from pyro_vae.distributions.properties import base_support
 
-__all__ = ["Categorical", "NegativeBinomial", "Poisson", "StudentT", "log_of_bounded_exp"]
+__all__ = ["Categorical", "LogNormal", "NegativeBinomial", "Ordinal", "Poisson", "StudentT", "ZeroInflated"]
+__all__ += ["log_of_bounded_exp"]
 
 _BEND = 16.0  # e^16 = 9e6: far above it, float32 cannot represent neighbouring counts
 _STIRLING = 1e4  # above it, the series is exact to 1e-22; a difference of log-gammas is not
@@ -129,6 +134,67 @@ class NegativeBinomial(Parametric):
         return (ways + theta * logsigmoid(-logits) + x * logsigmoid(logits)).to(self.log_mean.dtype)
 
 
+class ZeroInflated(Parametric):
+    r"""Counts with more zeros than those of a base distribution: zero with the probability :math:`\pi`, else its count.
+
+    .. math:: p(0) = \pi + (1 - \pi)\,p_\mathrm{base}(0), \qquad p(x) = (1 - \pi)\,p_\mathrm{base}(x), \quad x > 0.
+
+    The logarithms are those of :math:`\sigma(\pm l)` for the gate's logits :math:`l = \mathrm{logit}\,\pi`, which keep
+    the digits of both at any logits.
+
+    Args:
+        base: single counts, event shape ``()``.
+        gate_logits: logits of the probability of a zero that is not the base's, of the batch shape of ``base``.
+
+    Source: Lambert 1992, "Zero-inflated Poisson regression".
+
+    >>> q = ZeroInflated(Poisson(torch.tensor(0.0)), gate_logits=torch.tensor(0.0))
+    >>> q.log_prob(torch.tensor([0.0, 1.0])).exp(), q.mean
+    (tensor([0.6839, 0.1839]), tensor(0.5000))
+    """
+
+    arg_constraints = {"gate_logits": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, base: dist.TorchDistribution, gate_logits: Tensor, validate_args: bool | None = None):
+        if base.event_shape or base_support(base) is not constraints.nonnegative_integer:
+            what = f"a {type(base).__name__} on {base.support}, of event shape {tuple(base.event_shape)}"
+            raise ValueError(f"`base` must be a distribution of single counts, such as a Poisson, got {what}")
+        self.gate_logits = torch.as_tensor(gate_logits)
+        batch = torch.broadcast_shapes(base.batch_shape, self.gate_logits.shape)
+        self.base, self.gate_logits = base.expand(batch), self.gate_logits.expand(batch)
+        super().__init__(batch, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ZeroInflated":
+        new = super().expand(batch_shape, _instance)
+        new.base = self.base.expand(torch.Size(batch_shape))
+        return new
+
+    @property
+    def gate(self) -> Tensor:
+        r"""The probability :math:`\pi`."""
+        return self.gate_logits.sigmoid()
+
+    @property
+    def mean(self) -> Tensor:
+        return (-self.gate_logits).sigmoid() * self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return (-self.gate_logits).sigmoid() * (self.base.variance + self.gate * self.base.mean**2)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        counts = self.base.sample(torch.Size(sample_shape))
+        return torch.where(torch.rand_like(counts) < self.gate, 0.0, counts)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        counted = logsigmoid(-self.gate_logits) + self.base.log_prob(value)
+        return torch.where(value == 0, torch.logaddexp(logsigmoid(self.gate_logits), counted), counted)
+
+
 class Categorical(dist.Categorical):
     """Pyro's Categorical on class numbers 0, ..., k - 1 in the dtype of its logits, for an encoder to read.
 
@@ -161,6 +227,68 @@ class Categorical(dist.Categorical):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         return super().enumerate_support(expand).to(self.logits.dtype)
+
+
+@named_arguments
+class Ordinal(Categorical):
+    r"""Ordered levels 0, ..., k - 1: where a logistic variable around a location lies among k - 1 cut points.
+
+    .. math:: P(x \le j) = \sigma(c_{j+1} - \eta), \qquad c_1 < \dots < c_{k-1},
+
+    the cumulative logit or proportional-odds model. The mass of a level between the cut points a and b is
+    :math:`\sigma(b) - \sigma(a) = \sigma(b)\,\sigma(-a)\,(1 - e^{a - b})`; the logarithm of the product has all digits
+    in both tails.
+
+    Args:
+        loc: :math:`\eta`; the higher, the higher the level.
+        cuts: ``(*, k - 1)``, increasing.
+
+    Source: McCullagh 1980, "Regression models for ordinal data".
+
+    >>> q = Ordinal(torch.tensor(0.0), cuts=torch.tensor([-1.0, 1.0]))
+    >>> q.probs, q.mean
+    (tensor([0.2689, 0.4621, 0.2689]), tensor(1.))
+    """
+
+    arg_constraints = {"loc": constraints.real, "cuts": constraints.ordered_vector}
+
+    def __init__(self, loc: Tensor | float, cuts: Tensor, validate_args: bool | None = None):
+        if not isinstance(cuts, Tensor) or not cuts.dim() or not cuts.shape[-1]:
+            raise ValueError(f"`cuts` must be a tensor (*, k - 1) of increasing numbers, got {describe(cuts)}")
+        loc = torch.as_tensor(loc).to(cuts)
+        batch = torch.broadcast_shapes(loc.shape, cuts.shape[:-1])
+        self.loc, self.cuts = loc.expand(batch), cuts.expand(*batch, -1)
+        above = cuts - loc[..., None]
+        gaps = torch.log(-torch.expm1(-cuts.diff(dim=-1)))
+        inner = gaps + logsigmoid(above[..., 1:]) + logsigmoid(-above[..., :-1])
+        logits = torch.cat([logsigmoid(above[..., :1]), inner, logsigmoid(-above[..., -1:])], -1)
+        super().__init__(logits=logits, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = super().expand(batch_shape, self._get_checked_instance(Ordinal, _instance))
+        new.loc, new.cuts = self.loc.expand(batch_shape), self.cuts.expand(*batch_shape, -1)
+        return new
+
+
+class LogNormal(dist.LogNormal):
+    """Pyro's LogNormal, with an error for zeros that names the alternatives.
+
+    >>> LogNormal(0.0, 1.0).log_prob(torch.tensor([1.0, 0.0]))
+    Traceback (most recent call last):
+        ...
+    ValueError: the values of a LogNormal must be positive numbers, got 0. Alternatives: ...
+    """
+
+    alternatives = (
+        "Alternatives: for counts, a zero-inflated Poisson or NegativeBinomial; for other amounts that may be 0, a "
+        "Normal on log(1 + x), or a Bernoulli column of whether x > 0 and a LogNormal one with NaN where x is 0."
+    )
+
+    def _validate_sample(self, value: Tensor) -> None:
+        if isinstance(value, Tensor) and not value.is_complex() and (value <= 0).any():
+            got = f"got {float(value.min()):.4g}"
+            raise ValueError(f"the values of a LogNormal must be positive numbers, {got}. {self.alternatives}")
+        super()._validate_sample(value)
 
 
 class StudentT(dist.StudentT):

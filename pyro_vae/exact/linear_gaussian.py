@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import observed_sites
 from pyro_vae.compilation.affine import AffineGraph
+from pyro_vae.distributions.columns import Columns
 from pyro_vae.distributions.missing import WithMissing
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.exact.model_density import ModelDensity
@@ -154,13 +155,16 @@ def _affine_likelihood(p: ModelDensity, mean: Tensor) -> tuple[Tensor, Tensor, T
 
 def _moments(sites: dict[str, Any], p: ModelDensity, batch: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
     """Mean and scale of x at the only observed site, ``(*batch, D)``, if it is normal."""
-    (name, observed), *_ = p.observed.items()
-    fn = without_independent(sites[name]["fn"])
-    fn = fn.base_dist if isinstance(fn, WithMissing) else fn
-    if not isinstance(fn, dist.Normal):
-        return None
-    shape = (*batch, *observed["fn"].event_shape)  # the parameters have fewer dimensions if they do not read z or x
-    loc, scale = (moment.expand(shape).reshape(*batch, -1) for moment in (fn.loc, fn.scale))
+    (name,) = p.observed
+    whole, moments = sites[name]["fn"], []
+    for fn in whole.columns.values() if isinstance(whole, Columns) else [whole]:
+        base = without_independent(fn)
+        base = base.base_dist if isinstance(base, WithMissing) else base
+        if not isinstance(base, dist.Normal):
+            return None
+        shape = (*batch, *fn.event_shape)  # the parameters have fewer dimensions if they do not read z or x
+        moments.append([moment.expand(shape).reshape(*batch, -1) for moment in (base.loc, base.scale)])
+    loc, scale = (torch.cat(each, -1) for each in zip(*moments, strict=True))
     return loc, scale
 
 

@@ -7,6 +7,7 @@ network that accepts NaN, such as :func:`pyro_vae.parts.networks.with_missing`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import pyro.distributions as dist
 import torch
@@ -19,7 +20,8 @@ from pyro_vae.parts.base import Conditional
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.networks import NetworkFactory
 
-__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial", "Normal", "Poisson", "StudentT"]
+__all__ = ["Bernoulli", "Categorical", "Columns", "ContinuousBernoulli", "LogNormal", "NegativeBinomial", "Normal"]
+__all__ += ["Ordinal", "Poisson", "StudentT", "ZeroInflatedNegativeBinomial", "ZeroInflatedPoisson"]
 
 
 class _Decoder(Conditional):
@@ -87,6 +89,30 @@ class Normal(_Decoder):
         """
         variance = positive(kl_weight, "kl_weight") * as_shape(out_features, "out_features").numel() / 2
         return cls(latent, out_features, network, scale=math.sqrt(variance), missing=missing)
+
+
+class LogNormal(_Decoder):
+    r""":math:`\log x_d \sim N(\mu_d(z), \sigma_d^2)`, a density for positive amounts, such as incomes.
+
+    The scale and its floor are those of :math:`\log x`: a scale of 0.1 is an error of about 10 %.
+
+    Raises:
+        ValueError: for data with zeros or negative numbers; the message names the alternatives.
+
+    >>> LogNormal(1, 2, networks.linear(), scale=0.1)(torch.zeros(5, 1)).log_prob(torch.ones(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        latent: Shape,
+        out_features: Shape,
+        network: NetworkFactory,
+        scale: str | float = "shared",
+        min_scale: float = 1e-3,
+        missing: bool = False,
+    ):
+        super().__init__(families.LogNormal(out_features, scale, min_scale), latent, network, missing)
 
 
 class StudentT(_Decoder):
@@ -176,6 +202,27 @@ class Categorical(_Decoder):
         super().__init__(families.Categorical(out_features, num_classes), latent, network, missing)
 
 
+class Ordinal(_Decoder):
+    r""":math:`P(x_d \le j \mid z) = \sigma(c_{d,j+1} - \eta_d(z))`, a mass on ordered levels 0 to k - 1.
+
+    The network gives the location :math:`\eta_d`, one number for each entry. The cut points :math:`c_d` are learned,
+    and do not depend on z. The data are level numbers, as the class numbers of :class:`Categorical`.
+
+    Args:
+        num_levels: k, the same for every entry.
+
+    Source: McCullagh 1980, "Regression models for ordinal data", the proportional-odds model.
+
+    >>> Ordinal(1, 2, 5, networks.linear())(torch.zeros(5, 1)).log_prob(torch.ones(5, 2)).shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self, latent: Shape, out_features: Shape, num_levels: int, network: NetworkFactory, missing: bool = False
+    ):
+        super().__init__(families.Ordinal(out_features, num_levels), latent, network, missing)
+
+
 class Poisson(_Decoder):
     r""":math:`p(x \mid z) = \prod_d \lambda_d(z)^{x_d} e^{-\lambda_d(z)} / x_d!`, a mass on counts 0, 1, 2, ...
 
@@ -213,3 +260,90 @@ class NegativeBinomial(_Decoder):
         missing: bool = False,
     ):
         super().__init__(families.NegativeBinomial(out_features, dispersion), latent, network, missing)
+
+
+class ZeroInflatedPoisson(_Decoder):
+    r"""A mass on counts with more zeros than a :class:`Poisson` has: zero with the probability :math:`\pi_d(z)`.
+
+    .. math:: p(x_d \mid z) = \pi_d\,[x_d = 0] + (1 - \pi_d)\,\mathrm{Poisson}(x_d; \lambda_d(z)).
+
+    Args:
+        gate: :math:`\pi`: ``"network"`` (the default), ``"shared"`` or ``"per_dimension"``, or a fixed probability.
+
+    Source: Lambert 1992, "Zero-inflated Poisson regression".
+
+    >>> ZeroInflatedPoisson(1, 3, networks.linear(), gate="per_dimension")(torch.zeros(5, 1)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        latent: Shape,
+        out_features: Shape,
+        network: NetworkFactory,
+        gate: str | float = "network",
+        missing: bool = False,
+    ):
+        family = families.ZeroInflated(families.Poisson(out_features), gate)
+        super().__init__(family, latent, network, missing)
+
+
+class ZeroInflatedNegativeBinomial(_Decoder):
+    r"""A mass on counts with more zeros than a :class:`NegativeBinomial` has, see :class:`ZeroInflatedPoisson`.
+
+    Args:
+        dispersion: as of :class:`NegativeBinomial`.
+        gate: as of :class:`ZeroInflatedPoisson`.
+
+    Source: Lopez, Regier, Cole, Jordan and Yosef 2018, "Deep generative modeling for single-cell transcriptomics".
+
+    >>> ZeroInflatedNegativeBinomial(1, 3, networks.linear())(torch.zeros(5, 1)).sample().shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        latent: Shape,
+        out_features: Shape,
+        network: NetworkFactory,
+        dispersion: str | float = "shared",
+        gate: str | float = "network",
+        missing: bool = False,
+    ):
+        family = families.ZeroInflated(families.NegativeBinomial(out_features, dispersion), gate)
+        super().__init__(family, latent, network, missing)
+
+
+class Columns(_Decoder):
+    r""":math:`p(x \mid z) = \prod_d p_d(x_d \mid z)`, a table whose columns have each a likelihood of its own kind.
+
+    The data are one tensor of floats, ``(N, D)``: classes and levels are numbers 0 to k - 1, counts whole numbers, and
+    NaN a missing entry. One network gives the raw outputs of all columns. The distribution is a
+    :class:`pyro_vae.distributions.Columns`: ``p["sex"]`` is that of one column.
+
+    Args:
+        columns: families of one variable, ``families.Normal(1, scale="shared")``, ``families.StudentT(1)``,
+            ``families.LogNormal(1)``, ``families.Poisson(1)``, ``families.NegativeBinomial(1)``,
+            ``families.ZeroInflated(families.Poisson(1))``, ``families.Bernoulli(1)``, ``families.Categorical(1, k)`` or
+            ``families.Ordinal(1, k)``, by the names of the columns, in the order of the columns of x; or a sequence.
+        missing: whether NaN in x is a missing entry, as it is by default; if not, it is an error.
+
+    Raises:
+        ValueError: for data outside of a column's support; the message names the column and the row.
+
+    Source: Nazábal, Olmos, Ghahramani and Valera 2020, "Handling incomplete heterogeneous data using VAEs".
+
+    >>> columns = {"height": families.Normal(1, scale="shared"), "sex": families.Bernoulli(1)}
+    >>> p = Columns(2, columns, networks.linear())(torch.zeros(5, 2))
+    >>> p.log_prob(torch.tensor([[torch.nan, 1.0]])).shape, p["sex"].event_shape
+    (torch.Size([5]), torch.Size([1]))
+    """
+
+    def __init__(
+        self,
+        latent: Shape,
+        columns: Mapping[str, Family] | Sequence[Family],
+        network: NetworkFactory,
+        missing: bool = True,
+    ):
+        super().__init__(families.Columns(columns), latent, network, missing)

@@ -23,6 +23,7 @@ from scipy.stats import chisquare, kstest
 from torch.distributions import biject_to
 
 from pyro_vae import families, guides, likelihoods, priors
+from pyro_vae.distributions import Columns
 from pyro_vae.distributions.properties import base_distribution, base_support, conditional_mean, is_normalized
 from pyro_vae.parts.families import multivariate
 
@@ -43,23 +44,23 @@ def test_every_concrete_family_is_in_some_part_listed_here():
 class Grid:
     """The mass of a continuous distribution on a grid of midpoints in unconstrained coordinates."""
 
-    def __init__(self, q):
+    def __init__(self, q, size=200_000):
         self.transform = biject_to(base_support(q))
         self.heavy = isinstance(base_distribution(q), dist.StudentT)  # on the inverse hyperbolic sine, a logarithm
         shape = self.transform.inverse_shape(q.event_shape)
         self.dims = torch.Size(shape).numel()
         assert 1 <= self.dims <= 2
-        size = 900 if self.dims == 2 else 200_000  # a spline's density has kinks
+        size = 900 if self.dims == 2 else size  # many: a spline's density has kinks
         self.low, self.high = -45.0, 45.0
         self.step = (self.high - self.low) / size
         axis = self.low + self.step * (torch.arange(size, dtype=torch.float64) + 0.5)
         points = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, *shape)
         log_jacobian = points.cosh().log().flatten(1).sum(1) if self.heavy else 0.0
         points = points.sinh() if self.heavy else points
-        values = self.transform(points)
-        log_jacobian = log_jacobian + self.transform.log_abs_det_jacobian(points, values).flatten(1).sum(1)
-        self.mass = ((q.log_prob(values) + log_jacobian).exp() * self.step**self.dims).reshape([size] * self.dims)
-        self.mass = self.mass.detach()
+        self.values = self.transform(points)
+        log_jacobian = log_jacobian + self.transform.log_abs_det_jacobian(points, self.values).flatten(1).sum(1)
+        self.volume = log_jacobian.exp() * self.step**self.dims
+        self.mass = (q.log_prob(self.values).exp() * self.volume).reshape([size] * self.dims).detach()
 
     def coordinates(self, values):
         points = self.transform.inv(values)
@@ -103,6 +104,13 @@ def test_density_or_mass_sums_to_one_and_samples_follow_it(build):
     samples = q.sample((20_000,))
     assert is_normalized(q)
     assert q.support.check(samples).all()
+    total, p_values = of_columns(q, samples) if isinstance(q, Columns) else of_one_kind(q, samples)
+    assert total.item() == pytest.approx(1, abs=1e-6)
+    assert min(p_values) > UNLIKELY
+
+
+def of_one_kind(q, samples):
+    """The total of a density or mass, and p-values of the samples."""
     if q.support.is_discrete:
         states = states_of(q)
         mass = q.log_prob(states).exp().detach()
@@ -110,13 +118,22 @@ def test_density_or_mass_sums_to_one_and_samples_follow_it(build):
         place = (drawn[:, None] == states.flatten(1)).all(-1).int().argmax(1)
         assert torch.equal(states.flatten(1)[place], drawn)
         counts, expected = pooled(torch.zeros_like(mass).index_add(0, place, times.double()), 20_000 * mass)
-        p_values = [chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue]
-    else:
-        grid = Grid(q)
-        mass, coordinates = grid.mass, grid.coordinates(samples).detach().T.numpy()
-        p_values = [kstest(values, grid.marginal_cdf(dim)).pvalue for dim, values in enumerate(coordinates)]
-    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
-    assert min(p_values) > UNLIKELY
+        return mass.sum(), [chisquare(counts.numpy(), expected.numpy(), sum_check=False).pvalue]
+    grid = Grid(q)
+    coordinates = grid.coordinates(samples).detach().T.numpy()
+    return grid.mass.sum(), [kstest(values, grid.marginal_cdf(dim)).pvalue for dim, values in enumerate(coordinates)]
+
+
+def of_columns(q, samples):
+    """The sum over all states of the discrete columns of the integral over the others, and p-values by column."""
+    points, volumes, p_values = [], [], []
+    for place, column in enumerate(q.columns.values()):
+        p_values += of_one_kind(column, samples[:, place : place + 1])[1]
+        grid = None if column.support.is_discrete else Grid(column, 2000)
+        points.append(states_of(column)[:, 0] if grid is None else grid.values[:, 0])
+        volumes.append(torch.ones_like(points[-1]) if grid is None else grid.volume)
+    mass = q.log_prob(torch.cartesian_prod(*points)).exp() * torch.cartesian_prod(*volumes).prod(-1)
+    return mass.sum().detach(), p_values
 
 
 @pytest.mark.parametrize("build", [param for param in ALL if param.id.startswith("likelihoods.")])
@@ -237,7 +254,7 @@ def test_repr_names_part_family_and_shape(build):
     assert f"event_shape={tuple(part.event_shape)}" in text
     if is_relaxed(part):
         assert f"temperature={part.family.temperature.item():.4g}" in text
-    for name in ("scale", "df", "dispersion", "num_classes"):
+    for name in ("scale", "df", "dispersion", "gate", "num_classes", "num_levels"):
         assert not hasattr(part.family, name) or f"{name}={getattr(part.family, name)!r}" in text
     assert ("missing=True" in text) == getattr(part, "missing", False)
 

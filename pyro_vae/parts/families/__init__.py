@@ -5,6 +5,7 @@ parameters (a prior), in :class:`pyro_vae.parts.base.Conditional` the output of 
 """
 
 from pyro_vae.parts.families.base import Family
+from pyro_vae.parts.families.columns import Columns
 from pyro_vae.parts.families.continuous import Gamma, Laplace, LogitNormal, LogNormal, Normal, StudentT, Uniform
 from pyro_vae.parts.families.discrete import (
     Bernoulli,
@@ -12,11 +13,14 @@ from pyro_vae.parts.families.discrete import (
     ContinuousBernoulli,
     NegativeBinomial,
     OneHotCategorical,
+    Ordinal,
     Poisson,
     SoftTargetBernoulli,
+    ZeroInflated,
 )
 from pyro_vae.parts.families.relaxed import Relaxed, RelaxedBernoulli, RelaxedOneHotCategorical
 
-__all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "Family", "Gamma", "Laplace"]
-__all__ += ["LogNormal", "LogitNormal", "NegativeBinomial", "Normal", "OneHotCategorical", "Poisson"]
+__all__ = ["Bernoulli", "Categorical", "Columns", "ContinuousBernoulli", "Family", "Gamma", "Laplace"]
+__all__ += ["LogNormal", "LogitNormal", "NegativeBinomial", "Normal", "OneHotCategorical", "Ordinal", "Poisson"]
 __all__ += ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical", "SoftTargetBernoulli", "StudentT", "Uniform"]
+__all__ += ["ZeroInflated"]

@@ -8,9 +8,9 @@ from pyro_vae._utils.typing import Shape
 from pyro_vae._utils.validation import as_shape, describe, positive
 from pyro_vae.distributions import tabular
 
-__all__ = ["Family"]
+__all__ = ["KINDS", "Family"]
 
-_KINDS = ("network", "shared", "per_dimension")
+KINDS = ("network", "shared", "per_dimension")
 
 
 class Family(nn.Module):
@@ -50,8 +50,8 @@ class Family(nn.Module):
 
     def _declare(self, name: str, kind: str | float) -> int:
         """Create the parameter or buffer of a positive quantity, and return how many raw outputs it takes."""
-        if isinstance(kind, str) and kind not in _KINDS:
-            raise ValueError(f"`{name}` must be {', '.join(map(repr, _KINDS))} or a number, got {kind!r}")
+        if isinstance(kind, str) and kind not in KINDS:
+            raise ValueError(f"`{name}` must be {', '.join(map(repr, KINDS))} or a number, got {kind!r}")
         if not isinstance(kind, str):
             self.register_buffer(f"fixed_{name}", torch.tensor(positive(kind, name)))
         elif kind != "network":

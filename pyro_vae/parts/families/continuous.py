@@ -114,7 +114,7 @@ class LogNormal(_LocationScale):
     fitting_guide = "LogNormal"
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
-        return dist.LogNormal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
+        return tabular.LogNormal(*self._loc_and_scale(raw)).to_event(len(self.event_shape))
 
 
 class Gamma(Family):

@@ -1,19 +1,30 @@
 """Families of binary, categorical and count variables."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from pyro.distributions import constraints
+from torch import Tensor, nn
 
 from pyro_vae import distributions
 from pyro_vae._utils.typing import Shape
-from pyro_vae._utils.validation import positive_int
+from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.distributions import tabular
-from pyro_vae.parts.families.base import Family
+from pyro_vae.distributions.properties import base_support, without_independent
+from pyro_vae.parts.families.base import KINDS, Family
 
 __all__ = ["Bernoulli", "Categorical", "ContinuousBernoulli", "NegativeBinomial"]
-__all__ += ["OneHot", "OneHotCategorical", "Poisson", "SoftTargetBernoulli"]
+__all__ += ["OneHot", "OneHotCategorical", "Ordinal", "Poisson", "SoftTargetBernoulli", "ZeroInflated"]
+
+_CUT_FLOOR = 1e-4  # of the step between cut points, which float32 can still represent next to a cut point of 100
+
+
+def _probability(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+        raise ValueError(f"`{name}` must be a probability between 0 and 1, got {value!r}")
+    return float(value)
 
 
 class Poisson(Family):
@@ -51,6 +62,51 @@ class NegativeBinomial(Family):
         return tabular.NegativeBinomial(log_mean, dispersion).to_event(len(self.event_shape))
 
 
+class ZeroInflated(Family):
+    r"""Independent counts of a family with more zeros, :class:`pyro_vae.distributions.tabular.ZeroInflated`.
+
+    The raw outputs are those of the counts. Those of the gate, the logits of the probability :math:`\pi` of a zero that
+    is not a count, follow where the gate is from a network.
+
+    Args:
+        base: family of counts, :class:`Poisson` or :class:`NegativeBinomial`.
+        gate: :math:`\pi`: ``"network"``, ``"shared"`` or ``"per_dimension"``, or a fixed probability.
+
+    >>> q = ZeroInflated(Poisson(1), gate=0.5)(torch.zeros(1))
+    >>> q.log_prob(torch.zeros(1)).exp(), q.mean
+    (tensor(0.6839), tensor([0.5000]))
+    """
+
+    _options = ("gate",)
+
+    def __init__(self, base: Family, gate: str | float = "network"):
+        must = "a family of counts, such as families.Poisson(2), as a density has no mass at 0 to add zeros to"
+        if not isinstance(base, Family):
+            raise TypeError(f"`base` must be {must}, got {describe(base)}")
+        if base_support(base(base.start())) is not constraints.nonnegative_integer:
+            raise ValueError(f"`base` must be {must}, got {base}")
+        super().__init__(base.event_shape)
+        self.base, self.gate = base, gate
+        self.num_raw = base.num_raw
+        if not isinstance(gate, str):
+            self.register_buffer("fixed_gate", torch.tensor(_probability(gate, "gate")).logit())
+        elif gate == "network":
+            self.num_raw += self.event_shape.numel()
+        elif gate in KINDS:
+            self.gate_logits = nn.Parameter(torch.zeros(self.event_shape if gate == "per_dimension" else ()))
+        else:
+            raise ValueError(f"`gate` must be {', '.join(map(repr, KINDS))} or a probability, got {gate!r}")
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        counts = without_independent(self.base(raw[..., : self.base.num_raw]))
+        return tabular.ZeroInflated(counts, self._gate_logits(raw)).to_event(len(self.event_shape))
+
+    def _gate_logits(self, raw: Tensor) -> Tensor:
+        if self.gate == "network":
+            return self._shaped(raw[..., self.base.num_raw :])
+        return getattr(self, "gate_logits" if isinstance(self.gate, str) else "fixed_gate")
+
+
 class Categorical(Family):
     """Independent variables of k classes, numbered 0 to k - 1, enumerable as one site.
 
@@ -73,6 +129,37 @@ class Categorical(Family):
         by_class = raw.reshape(*raw.shape[:-1], self.num_classes, *self.event_shape)
         logits = torch.movedim(by_class, raw.dim() - 1, -1)
         return distributions.Product(tabular.Categorical(logits=logits), len(self.event_shape))
+
+
+class Ordinal(Family):
+    r"""Independent variables of k ordered levels, numbered 0 to k - 1, :class:`pyro_vae.distributions.tabular.Ordinal`.
+
+    The raw output of a variable is its location :math:`\eta`. The cut points are parameters of the family, not
+    functions of the context: the first one, and the logarithms of the steps to the next ones, plus a floor of
+    :math:`10^{-4}`. They start where all levels have the mass :math:`1/k` at :math:`\eta = 0`.
+
+    >>> Ordinal(1, num_levels=4)(torch.zeros(1)).base_dist.probs
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]], grad_fn=<SoftmaxBackward0>)
+    """
+
+    _options = ("num_levels",)
+
+    def __init__(self, event_shape: Shape, num_levels: int):
+        super().__init__(event_shape)
+        self.num_levels = positive_int(num_levels, "num_levels")
+        if num_levels < 2:
+            raise ValueError(f"`num_levels` must be an integer of 2 or more, got {num_levels}")
+        cuts = (torch.arange(1, self.num_levels) / self.num_levels).logit()
+        start = torch.cat([cuts[:1], (cuts.diff() - _CUT_FLOOR).log()])
+        self.raw_cuts = nn.Parameter(start.repeat(*self.event_shape, 1))
+
+    def cuts(self) -> Tensor:
+        """The cut points, ``(*event_shape, k - 1)``, increasing."""
+        first, steps = self.raw_cuts[..., :1], self.raw_cuts[..., 1:]
+        return torch.cat([first, tabular.log_of_bounded_exp(steps).exp() + _CUT_FLOOR], -1).cumsum(-1)
+
+    def forward(self, raw: Tensor) -> dist.TorchDistribution:
+        return distributions.Product(tabular.Ordinal(self._shaped(raw), self.cuts()), len(self.event_shape))
 
 
 class Bernoulli(Family):
