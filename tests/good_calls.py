@@ -300,4 +300,5 @@ NOT_CALLED = {
         "networks.NetworkFactory schedules.check_schedules schedules.checked_schedule schedules.described"
     ),
     "downloads, see the table of wrong calls": "datasets.mnist",
+    "takes nothing": "datasets.penguins",
 }
