@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
+from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
@@ -40,8 +41,8 @@ from pyro_vae._utils.traces import (
     observed_sites,
     set_plate_sizes,
 )
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import DataTensors, data_tensors, function, nonempty_string, taking_data
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import function, nonempty_string, taking_data
 from pyro_vae.distributions.columns import Columns
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
 from pyro_vae.distributions.properties import (
@@ -60,7 +61,7 @@ from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements
 
 __all__ = [
     "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
-    "check_same_latents", "is_amortized", "rows_at_once", "trace_pair", "transformed",
+    "check_same_latents", "is_amortized", "rows_at_once", "same_rows", "trace_pair", "transformed",
 ]  # fmt: skip
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
@@ -111,7 +112,7 @@ class ModelGuide:
         self,
         model: Function,
         guide: Function | None,
-        data: Tensor | Sequence[Tensor],
+        data: Data,
         plate: str = "data",
         name: str = "data",
         traces: tuple[Trace, Trace] | None = None,
@@ -121,7 +122,7 @@ class ModelGuide:
         check_no_outer_handlers()
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
-        self.data, self.plate = data_tensors(data, name), nonempty_string(plate, "plate")
+        self.data, self.plate = data_tensors(data, name, model), nonempty_string(plate, "plate")
         self.transform: Transform | None = None
         self.take: Batcher = partial(_all_rows, self.data)
         self.batch_size, self.subsamples = len(self.data[0]), False
@@ -353,7 +354,7 @@ class ModelGuide:
         Raise if the guide has parameters for its training data alone.
         """
         pair = copy(self)
-        pair.data = seen = transformed(data, self.transform)
+        pair.data = seen = DataTensors(transformed(data, self.transform))
         check_missing(self.observed.values(), seen, "validation")
         for name, site in self.observed.items() if not self.why_no_bound else ():
             self._check_support(name, site, seen, "validation")
@@ -549,7 +550,7 @@ class ModelGuide:
         value, first = torch.as_tensor(site["value"]), (tensor[: self.num_run] for tensor in self.data)
         is_shared = all(bound.numel() == 1 for bound in _tensors(base_support(site["fn"])))
         is_masked = _tensors([site["mask"], *masks(site["fn"])])
-        return is_shared and not is_masked and any(_same_rows(tensor, value) for tensor in first)
+        return is_shared and not is_masked and any(same_rows(tensor, value) for tensor in first)
 
     def _observed_values(self, site: Site, data: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the values of an observed site: those of the run, then those of all other rows.
@@ -564,10 +565,10 @@ class ModelGuide:
         if (data is self.data and count == len(data[0])) or not is_shared or _tensors(masks(site["fn"])):
             return
         with seeded(0):
-            ours = self.data  # already transformed, if all rows were run
+            ours: tuple[Tensor, ...] = self.data  # already transformed, if all rows were run
             if count < self.num_data:
                 ours = transformed(tuple(tensor[:count] for tensor in ours), self.transform)
-            found = [index for index, tensor in enumerate(ours) if _same_rows(tensor, value)]
+            found = [index for index, tensor in enumerate(ours) if same_rows(tensor, value)]
             for rows in (
                 torch.arange(len(data[0]), device=data[0].device).split(max(count, rows_at_once(data))) if found else ()
             ):
@@ -662,7 +663,7 @@ class _TrackLatents(TrackProvenance):
         pass
 
 
-def _same_rows(ours: Tensor, theirs: Tensor) -> bool:
+def same_rows(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors have the same values in each row, in any shape, and NaN in the same places."""
     if ours.shape[:1] != theirs.shape[:1] or ours.numel() != theirs.numel():
         return False

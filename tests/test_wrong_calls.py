@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from good_calls import GOOD, NOT_CALLED, POOL, call_with
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from scipy import sparse
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import (
@@ -108,6 +112,23 @@ def fit(w, model=None, guide=None, data=None, **options):
 
 def vae_with(w, **parts):
     return pv.VAE(**{"prior": w.vae.prior, "encoder": w.vae.encoder, "decoder": w.vae.decoder} | parts)
+
+
+def tree_of(w, *data):
+    return pv.to_datatree(*w.pair, *data, draws=2)
+
+
+class Keyed(Dataset):
+    """A data set whose items are dictionaries, or something else that is no number."""
+
+    def __init__(self, item=None, count=2):
+        self.item, self.count = {"x": torch.zeros(2)} if item is None else item, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, number):
+        return self.item
 
 
 def tree(w, **options):
@@ -351,12 +372,49 @@ NETWORKS = {
 
 DATA = {
     "a list of lists": tensors(lambda w: exact.log_evidence(w.vae.model, [[0.0, 1.0]]), "a list"),
-    "an array": tensors(lambda w: pv.log_evidence(*w.pair, w.x.numpy()), "an ndarray"),
+    "an array of strings": tensors(lambda w: pv.log_evidence(*w.pair, w.x.numpy().astype(str)),
+        "an ndarray of dtype <U32 and shape (6, 2)"),
+    "an array of complex numbers": tensors(lambda w: exact.kl(*w.pair, w.x.numpy() + 1j), "an ndarray of dtype comp"),
+    "a number as an array": Row(lambda w: pv.decompose(*w.pair, np.array(1.0)),
+        ValueError, "data", "must have shape (N, ...) with N >= 1, got shape (), without rows"),
+    "a frame with strings": Row(lambda w: fit(w, data=datasets.penguins()),
+        TypeError, "data", "must have columns of numbers, got the columns 'species' (...), 'island' (...Encode such"),
+    "a frame with dates": Row(lambda w: pv.evaluate(*w.pair, pd.DataFrame({"a": pd.date_range("2020", periods=2)})),
+        TypeError, "data", "must have columns of numbers, got the column 'a' (datetime64["),
+    "a frame of polars with categories": Row(
+        lambda w: fit(w, data=pl.DataFrame({"a": [1.0], "b": ["x"]}, schema={"a": pl.Float32, "b": pl.Categorical})),
+        TypeError, "data", "must have columns of numbers, got the column 'b' (Categorical)"),
+    "a lazy frame": Row(lambda w: exact.log_evidence(w.vae.model, pl.LazyFrame({"a": [1.0]})),
+        TypeError, "data", "must be a frame whose rows are in memory, got a LazyFrame of polars. Collect it"),
+    "a frame with an infinity": Row(lambda w: tree_of(w, pd.DataFrame({"a": [0.0, 1.0], "b": [0.0, math.inf]})),
+        ValueError, "data", "must hold finite numbers, got inf at row 1, column 'b'"),
+    "a frame with a column twice": Row(lambda w: fit(w, data=pd.DataFrame([[0.0, 1.0]], columns=["a", "a"])),
+        ValueError, "data", "must have different names for its columns, got 'a' 2 times"),
+    "a frame without columns": Row(lambda w: fit(w, data=pd.DataFrame(index=[0, 1])),
+        ValueError, "data", "must have columns of numbers, got a frame without columns"),
+    "a frame without rows": Row(lambda w: fit(w, data=pd.DataFrame({"a": [0.0], "b": [1.0]})[:0]),
+        ValueError, "data", "must have shape (N, ...) with N >= 1, got shape (0, 2), without rows"),
+    "frames of different rows": Row(
+        lambda w: fit(w, data=(pd.DataFrame({"a": [0.0, 1.0]}, index=["u", "v"]), pd.Series([0.0, 1.0], ["v", "u"]))),
+        ValueError, "data", "must be frames with the same index, got different ones"),
+    "validation with other columns": Row(lambda w: fit(
+        w, data=pd.DataFrame(w.x, columns=["a", "b"]), validation=pd.DataFrame(w.x, columns=["b", "a"])),
+        ValueError, "validation", "must have the columns of `data` in the same order, got 'b' in place of 'a'"),
+    "a sparse matrix of complex numbers": tensors(lambda w: fit(w, data=sparse.eye_array(3, dtype=complex)),
+        "a sparse matrix of complex128"),
+    "a sparse matrix with an infinity": Row(lambda w: fit(w, data=sparse.csr_array([[0.0, 1.0], [0.0, math.inf]])),
+        ValueError, "data", "must hold finite numbers, got inf at row 1, column (1,)"),
+    "a loader for exact answers": tensors(lambda w: exact.log_evidence(w.vae.model, DataLoader(TensorDataset(w.x))),
+        "a DataLoader, which `fit`"),
+    "a data set of dictionaries": Row(lambda w: pv.calibrate(*w.pair, Keyed()),
+        TypeError, "data", "must give tensors, or tuples of them for several arguments, got a dict with the keys 'x'"),
+    "a data set of strings": Row(lambda w: pv.decompose(*w.pair, Keyed("x")),
+        TypeError, "data", "must give a tensor, an array or a number in each item, or a tuple of these, got a str"),
+    "a data set without rows": Row(lambda w: pv.decompose(*w.pair, Keyed(count=0)),
+        ValueError, "data", "must have shape (N, ...) with N >= 1, got a data set without rows"),
     "a word": tensors(lambda w: exact.posterior(w.vae.model, "x"), "a str"),
     "nothing": tensors(lambda w: pv.log_evidence(*w.pair), "no tensor", ValueError),
     "None": tensors(lambda w: pv.decompose(*w.pair, None), "a NoneType"),
-    "a data set in place of its x": tensors(lambda w: pv.inspect(*w.pair, datasets.Dataset(w.x, w.labels)),
-        "a Dataset"),
     "no rows": Row(lambda w: exact.elbo(*w.pair, w.x[:0]),
         ValueError, "data", "must have shape (N, ...) with N >= 1, got shape (0, 2), without rows"),
     "no columns": Row(lambda w: exact.kl(*w.pair, w.x[:, :0]), ValueError, "x", "must be (N, 2)...got shape (6, 0)"),

@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-__all__ = ["ModuleSnapshot", "ModuleTensors", "before_each_run", "buffers_kept", "evaluation_mode"]
+__all__ = ["ModuleSnapshot", "ModuleTensors", "before_each_run", "bound_module", "buffers_kept", "evaluation_mode"]
 
 
 class ModuleTensors:
@@ -39,7 +39,7 @@ class ModuleTensors:
         self._places: list[tuple[nn.Module, str]] = []
         self._noted: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         for function in functions:
-            self._add(_bound(function))
+            self._add(bound_module(function))
 
     @contextmanager
     def noticed(self) -> Iterator[None]:
@@ -135,7 +135,7 @@ def _values(places: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str, T
     ]
 
 
-def _bound(function: Callable[..., Any]) -> nn.Module | None:
+def bound_module(function: Callable[..., Any]) -> nn.Module | None:
     """The module that a function is or is bound to, inside any partial, decorators and handlers."""
     while not isinstance(function, nn.Module):
         if isinstance(function, partial):
@@ -202,7 +202,7 @@ def evaluation_mode(*functions: Any) -> Iterator[None]:
 
     try:
         with buffers_kept(), before_each_run(switch):
-            for root in filter(None, map(_bound, functions)):
+            for root in filter(None, map(bound_module, functions)):
                 switch(root)
             yield
     finally:

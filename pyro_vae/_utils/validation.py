@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_shape", "boolean", "data_tensors", "describe", "file_path", "first_index", "function", "image_size",
+    "as_shape", "boolean", "describe", "file_path", "first_index", "function", "image_size",
     "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
-    "rows_like", "seed_number", "taking_data", "tqdm_disable", "whole_numbers", "with_article",
+    "seed_number", "taking_data", "tqdm_disable", "whole_numbers", "with_article",
     "writable",
 ]  # fmt: skip
 
@@ -235,54 +235,3 @@ def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     if (wrong := found != found.long()).any():
         raise ValueError(f"`{name}` must be {expected}, got {found[wrong][0].item()}")
     return found.long()
-
-
-class DataTensors(tuple[Tensor, ...]):
-    """Data that :func:`data_tensors` has checked."""
-
-
-def data_tensors(data: Tensor | Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
-    """Return the data as tensors with the same number of rows and without infinities.
-
-    NaN is accepted here: whether a model allows missing values is checked by :mod:`pyro_vae.distributions.missing`.
-    """
-    if isinstance(data, DataTensors):
-        return data
-    expected = "a tensor, such as `torch.as_tensor(array)` or `dataset.x`, or a sequence of tensors"
-    if not isinstance(data, Tensor | Sequence):
-        raise TypeError(f"`{name}` must be {expected}, got {describe(data)}")
-    tensors = (data,) if isinstance(data, Tensor) else tuple(data)
-    if len(tensors) == 1 and isinstance(tensors[0], list | tuple):  # `f(model, guide, (x, y))` for `f(..., x, y)`
-        tensors = tuple(tensors[0])
-    for tensor in tensors:
-        real_tensor(tensor, name, expected)
-        if tensor.dim() == 0 or len(tensor) == 0:
-            raise ValueError(
-                f"`{name}` must have shape (N, ...) with N >= 1, got shape {tuple(tensor.shape)}, without rows"
-            )
-        if len(tensor) != len(tensors[0]):
-            raise ValueError(f"`{name}` must be tensors of one number of rows, got {len(tensors[0])} and {len(tensor)}")
-        if tensor.device != tensors[0].device:
-            raise ValueError(f"`{name}` must be tensors on one device, got {tensors[0].device} and {tensor.device}")
-        if (place := first_index(torch.isinf, tensor)) is not None:
-            row, *column = place
-            where = f"row {row}" + (f", column {tuple(column)}" if column else "")
-            raise ValueError(f"`{name}` must hold finite numbers, got {tensor[(row, *column)].item()} at {where}")
-    if not tensors:
-        raise ValueError(f"`{name}` must be {expected}, got no tensor")
-    return DataTensors(tensors)
-
-
-def rows_like(held_out: tuple[Tensor, ...], data: tuple[Tensor, ...], name: str) -> tuple[Tensor, ...]:
-    """Return ``held_out`` if its rows have the shapes, dtypes and device of those of ``data``."""
-    if len(held_out) != len(data):
-        raise ValueError(f"`{name}` must be {len(data)} tensors, as `data`, got {len(held_out)}")
-    for ours, theirs in zip(held_out, data, strict=True):
-        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
-            raise ValueError(
-                f"`{name}` must have rows like those of `data`, shape {tuple(theirs.shape[1:])}, {theirs.dtype}, got "
-                f"shape {tuple(ours.shape[1:])}, {ours.dtype}"
-            )
-        if ours.device != theirs.device:
-            raise ValueError(f"`{name}` must be on {theirs.device}, as `data`, got {ours.device}")
-    return held_out

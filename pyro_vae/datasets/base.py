@@ -21,3 +21,7 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def to_data(self) -> Tensor:
+        """Return the observations, without labels: what :func:`pyro_vae.fit` and its like take."""
+        return self.x

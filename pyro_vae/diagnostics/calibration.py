@@ -19,11 +19,12 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, function, positive, positive_int
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.exact.guide_density import GuideDensity
@@ -261,7 +262,7 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
 def calibrate(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     num_simulations: int = 1000,
     num_draws: int = 99,
     tolerance: float = 2**0.5,
@@ -313,7 +314,7 @@ def calibrate(
     (False, {})
     """
     _check_arguments(num_simulations, num_draws, tolerance, alpha)
-    data = data_tensors(data, "data")
+    data = data_tensors(data, "data", model)
     function(guide, "guide")
     with seeded(seed):
         pair = ModelGuide(model, guide, data, plate)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, LogDensities
 from pyro_vae.distributions.properties import conditional_mean
@@ -148,7 +148,7 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
 @torch.no_grad()
 @without_training
 def decompose(
-    model: Function, guide: Function, *data: Tensor, num_samples: int = 10, plate: str = "data", seed: int = 0
+    model: Function, guide: Function, *data: Data, num_samples: int = 10, plate: str = "data", seed: int = 0
 ) -> Decomposition:
     r"""Decompose the ELBO into distortion and rate, and the rate into mutual information and marginal KL.
 

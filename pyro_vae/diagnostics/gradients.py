@@ -16,11 +16,12 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import parameters_of, without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, describe, positive_int, real_tensor
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import describe, positive_int, real_tensor
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
 from pyro_vae.model_guide import ModelGuide
@@ -149,7 +150,7 @@ class Comparison:
 @without_training  # a baseline registers parameters, too
 def compare(
     estimators: Mapping[str, Estimator],
-    *data: Tensor,
+    *data: Data,
     evaluations: int | None = None,
     repeats: int = 1000,
     plate: str = "data",
@@ -180,7 +181,7 @@ def compare(
     wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
     if wrong or not estimators:
         raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
-    data = data_tensors(data, "data")
+    data = data_tensors(data, "data", next(iter(estimators.values())).model)
     results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
     return Comparison(
         {name: groups for name, (groups, _) in results.items()}, {name: cost for name, (_, cost) in results.items()}
@@ -189,7 +190,7 @@ def compare(
 
 @evaluation_mode()
 def exact_gradient(
-    model: Function, guide: Function, *data: Tensor, num_draws: int = 1, plate: str = "data"
+    model: Function, guide: Function, *data: Data, num_draws: int = 1, plate: str = "data"
 ) -> dict[str, Tensor]:
     r"""Compute the gradient of the ELBO, or of the K-sample bound, by enumeration, in nats per datum.
 

@@ -17,7 +17,7 @@ from torch.distributions import kl_divergence
 from pyro_vae import exact
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
@@ -100,7 +100,7 @@ def _mean(values: Tensor, errors: Tensor) -> str:
 def inference_gap(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     refined: Function | None = None,
     steps: int = 1000,
     lr: float = 1e-2,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.param_store import without_training
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate, densities
 from pyro_vae.exact.guide_density import GuideDensity
@@ -27,7 +27,7 @@ _PRELIMINARY_MOVES = 2  # at each temperature
 def annealed_log_evidence(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     num_chains: int = 100,
     num_temperatures: int = 100,
     num_leapfrog_steps: int = 5,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import boolean, data_tensors, positive_int, tqdm_disable
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity
@@ -104,7 +105,7 @@ class Evidence:
 def log_evidence(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     num_samples: int = 1000,
     plate: str = "data",
     seed: int = 0,
@@ -167,7 +168,7 @@ def densities(
     model: Function, guide: Function, data: Sequence[Tensor], plate: str
 ) -> tuple[ModelDensity, GuideDensity]:
     """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
-    few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data"), plate)
+    few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model), plate)
     p = ModelDensity(few)
     return (p if few is whole else p.on_all_rows(whole)), GuideDensity(p)
 

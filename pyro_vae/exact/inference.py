@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
 from pyro_vae.distributions.properties import base_support, without_independent
 from pyro_vae.exact.guide_density import GuideDensity
@@ -37,7 +37,7 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 
 @torch.no_grad()
 @without_training
-def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def log_evidence(model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
     Args:
@@ -70,7 +70,7 @@ def log_evidence(model: Function, *data: Tensor, plate: str = "data", tolerance:
 
 @torch.no_grad()
 @without_training
-def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
+def posterior(model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
     The result is a :class:`Posterior`, or a ``MultivariateNormal`` for a linear Gaussian model. Arguments and errors
@@ -96,7 +96,7 @@ def posterior(model: Function, *data: Tensor, plate: str = "data", tolerance: fl
 
 @torch.no_grad()
 @without_training
-def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def elbo(model: Function, guide: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
     It is a sum over states, or a quadrature around q(z | x_i). All else is as in :func:`log_evidence`.
@@ -118,7 +118,7 @@ def elbo(model: Function, guide: Function, *data: Tensor, plate: str = "data", t
 
 @torch.no_grad()
 @without_training
-def kl(model: Function, guide: Function, *data: Tensor, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def kl(model: Function, guide: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
     r"""Compute the inference gap :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
     For a continuous latent it is log p(x) less an ELBO on other nodes than those of :func:`elbo`. So their sum equals

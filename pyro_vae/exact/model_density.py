@@ -14,10 +14,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import DataTensors
 from pyro_vae.distributions.properties import is_masked
 from pyro_vae.draws import PerDraw, Results, Values
 from pyro_vae.exact.coordinates import LatentCoordinates

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int, tqdm_disable
 from pyro_vae.evidence.pareto import pareto_shape, tail_length
 from pyro_vae.inference_data.groups import GroupLayout
@@ -35,7 +35,7 @@ _LEAST_TAIL = 5  # draws to which k̂ is fitted
 def to_datatree(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     draws: int = 1000,
     seed: int = 0,
     plate: str = "data",
@@ -136,7 +136,7 @@ def save_draws(
     path: str | os.PathLike[str],
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     draws: int = 1000,
     seed: int = 0,
     plate: str = "data",

@@ -3,25 +3,45 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.data import Columns
 from pyro_vae.distributions.mixture import MixtureOfNormals
 from pyro_vae.inference_data.settings import ExportSettings
+from pyro_vae.model_guide import ModelGuide, same_rows
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DimensionNames", "parameters", "plates_and_event", "variable_names"]
+__all__ = ["DataLabels", "DimensionNames", "data_labels", "parameters", "plates_and_event", "variable_names"]
 
 _LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
 _OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
 _STATISTICS = {"lp", "log_q", "log_weight", "khat"}
 _OF_ARVIZ = {"chain", "draw", "sample"}  # its dimensions: those of draws, and of chains and draws in one
+
+
+class DataLabels(NamedTuple):
+    """The labels that data come with: of their rows, and of the columns of observed sites, by name."""
+
+    rows: np.ndarray | None = None
+    columns: dict[str, Columns] = {}
+
+
+def data_labels(pair: ModelGuide) -> DataLabels:
+    """Return the labels of the data of a pair: an observed site has those of the tensor that its values are."""
+    columns = {
+        name: labels
+        for name, site in pair.observed.items()
+        for tensor, labels in zip(pair.data, pair.data.columns, strict=True)
+        if labels is not None and tensor.shape == site["value"].shape and same_rows(tensor, site["value"])
+    }
+    return DataLabels(pair.data.row_labels, columns)
 
 
 class DimensionNames:
@@ -34,6 +54,7 @@ class DimensionNames:
         unobserved, observed: latent and deterministic sites, and observed sites, by name.
         settings: the user's names, the constant data and the history; an error if they do not fit the variables.
         chains: size of the dimension ``chain``.
+        labels: the labels of the data, which are coordinates where the user has no others.
 
     Attributes:
         variables: name of the variable of each site.
@@ -43,7 +64,15 @@ class DimensionNames:
         coords: dimension and values of each coordinate, by name.
     """
 
-    def __init__(self, unobserved: dict[str, Any], observed: dict[str, Any], settings: ExportSettings, chains: int = 1):
+    def __init__(
+        self,
+        unobserved: dict[str, Any],
+        observed: dict[str, Any],
+        settings: ExportSettings,
+        chains: int = 1,
+        labels: DataLabels | None = None,
+    ):
+        labels = labels or DataLabels()
         sites, constants, history = unobserved | observed, settings.constants, settings.history
         self.variables = variable_names(sites)
         self._taken = {*self.variables.values(), "chain", "draw"}
@@ -58,14 +87,18 @@ class DimensionNames:
         self.dims: dict[str, tuple[str, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes = {"chain": chains, "draw": settings.draws}
+        columns: dict[str, np.ndarray] = {}  # by dimension
         for name, site in sites.items():
             plates, shape = plates_and_event(site)
-            event = dims.get(name) or self._event_dims(name, shape, name in observed)
+            of_columns = labels.columns.get(name) if len(shape) == 1 else None
+            event = dims.get(name) or self._event_dims(name, shape, name in observed, of_columns, columns)
             if len(event) != len(shape):
                 got = f"{list(event)} for {name!r}, whose event shape is {tuple(shape)}"
                 raise ValueError(f"`dims` must have one name for each event dimension, got {got}")
             of_plates = (self._plates[plate] for plate in plates)
             self._add(name, (*of_plates, *event), (*plates.values(), *shape), drawn=True)
+            if of_columns is not None:
+                columns[event[0]] = of_columns[1]
         for name, value in constants.items():
             _check_name(name, "constant_data")
             if name in sites or name in self.variables.values():
@@ -80,6 +113,9 @@ class DimensionNames:
             self._add_sizes(name, named, value.shape)
             self._history_dims[name] = named
         self.coords = {dim: (dim, np.arange(size)) for dim, size in self.sizes.items()}
+        self.coords |= {dim: (dim, values) for dim, values in columns.items()}
+        if labels.rows is not None and self.sizes.get(self.obs) == len(labels.rows):
+            self.coords[self.obs] = (self.obs, labels.rows)
         for name, values in settings.coords.items():
             self._add_coordinate(name, values)
         if taken := (self.coords.keys() & constants.keys()) | ({"epoch"} & history.keys()):
@@ -100,9 +136,20 @@ class DimensionNames:
                 got = f"{dim!r} of size {size} for {name!r}, and of size {self.sizes[dim]} elsewhere"
                 raise ValueError(f"`dims` must have one name for dimensions of one size, got {got}")
 
-    def _event_dims(self, name: str, shape: torch.Size, is_observed: bool) -> tuple[str, ...]:
+    def _event_dims(
+        self,
+        name: str,
+        shape: torch.Size,
+        is_observed: bool,
+        labels: Columns | None,
+        columns: Mapping[str, np.ndarray],
+    ) -> tuple[str, ...]:
         defaults = _OBSERVED_DIMS if is_observed else _LATENT_DIMS
         plain = defaults.get(len(shape), tuple(f"dim_{axis}" for axis in range(len(shape))))
+        if labels is not None:
+            plain = (_allowed(labels[0]),)
+            if not np.array_equal(columns.get(self._free(plain[0]), labels[1]), labels[1]):
+                return (self._free(f"{self.variables[name]}_{plain[0]}"),)
         dims = tuple(map(self._free, plain))
         clash = any(self.sizes.get(dim, size) != size for dim, size in zip(dims, shape, strict=True))
         return tuple(self._free(f"{self.variables[name]}_{dim}") for dim in plain) if clash else dims

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae.inference_data.dims import DimensionNames
+from pyro_vae.inference_data.dims import DimensionNames, data_labels
 from pyro_vae.inference_data.sampler import Groups, JointSampler
 from pyro_vae.inference_data.settings import as_array
 
@@ -33,7 +33,9 @@ class GroupLayout:
 
     def __init__(self, sampler: JointSampler):
         settings = sampler.settings
-        names = self._names = DimensionNames(sampler.latents | sampler.deterministic, sampler.observed, settings)
+        names = self._names = DimensionNames(
+            sampler.latents | sampler.deterministic, sampler.observed, settings, labels=data_labels(sampler.pair)
+        )
         self.variables, of_statistics = names.variables, (names.obs,) if sampler.by_datum else ()
         self._attrs = attributes(settings.draws, settings.seed)
         self.dims = {

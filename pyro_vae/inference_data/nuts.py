@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.handlers import ResampleObserved
-from pyro_vae.inference_data.dims import DimensionNames
+from pyro_vae.inference_data.dims import DimensionNames, data_labels
 from pyro_vae.inference_data.groups import attributes, tree_of
 from pyro_vae.inference_data.settings import ExportSettings, as_array
 from pyro_vae.model_guide import ModelGuide
@@ -29,7 +29,7 @@ __all__ = ["reference"]
 @without_training
 def reference(
     model: Function,
-    *data: Tensor,
+    *data: Data,
     draws: int = 1000,
     chains: int = 2,
     warmup: int = 500,
@@ -79,7 +79,7 @@ def reference(
         if discrete := [name for name, site in pair.latents.items() if site["fn"].support.is_discrete]:
             got = f"the discrete {discrete}; use pv.exact.posterior for these"
             raise ValueError(f"`model` must have continuous latents, got {got}")
-        names = DimensionNames(pair.latents | pair.deterministic, pair.observed, settings, chains)
+        names = DimensionNames(pair.latents | pair.deterministic, pair.observed, settings, chains, data_labels(pair))
         runs = [_chain(model, pair.data, draws, warmup) for _ in range(chains)]
         values = {name: torch.cat([run[name] for run, _, _ in runs]) for name in pair.latents}
         with torch.no_grad():

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, positive_int
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import positive_int
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
 from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
@@ -134,7 +135,7 @@ class Inspection:
 def inspect(
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     num_samples: int = 1000,
     num_simulations: int = 1000,
     max_rows: int = 1000,
@@ -177,7 +178,7 @@ def inspect(
             raise ValueError(f"`{name}` must be {least} or more, to estimate a standard error, got {value}")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
-    data = data_tensors(data, "data")
+    data = data_tensors(data, "data", model)
     count = len(data[0])
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed, progress=progress)
     with scoped_param_store(), seeded(seed):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.files import replacing
-from pyro_vae._utils.typing import Function
+from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import (
-    data_tensors,
     file_path,
     image_size,
     mapping,
@@ -39,7 +39,7 @@ def report(
     path: str | os.PathLike[str],
     model: Function,
     guide: Function,
-    *data: Tensor,
+    *data: Data,
     title: str = "Inspection of a fitted model",
     history: Fitted | Mapping[str, Sequence[float]] | None = None,
     labels: Tensor | None = None,
@@ -87,7 +87,7 @@ def report(
     from pyro_vae.inspection.pictures import check_pictures, draw_pictures  # only a report needs matplotlib
 
     path = _page_path(path)
-    data = data_tensors(data, "data")
+    data = data_tensors(data, "data", model)
     labels = None if labels is None else whole_numbers(labels, "labels", len(data[0]))
     if image_shape is not None:
         _check_image(image_shape, data[0])

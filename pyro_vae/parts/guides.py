@@ -10,8 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.typing import Shape
-from pyro_vae._utils.validation import as_shape, data_tensors, positive_int
+from pyro_vae._utils.validation import as_shape, positive_int
 from pyro_vae.parts import families, networks
 from pyro_vae.parts.base import Conditional, Part, checked_amortized, checked_family, checked_raw
 from pyro_vae.parts.families import multivariate

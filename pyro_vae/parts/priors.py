@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.typing import Shape
-from pyro_vae._utils.validation import boolean, data_tensors, numbers, real_tensor, with_article
+from pyro_vae._utils.validation import boolean, numbers, real_tensor, with_article
 from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
 from pyro_vae.parts import families
 from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized

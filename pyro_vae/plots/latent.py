@@ -13,10 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyro_vae import exact
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, real_tensor, whole_numbers
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import real_tensor, whole_numbers
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
@@ -67,7 +68,7 @@ def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
 
 @torch.no_grad()
 @without_training
-def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None = None) -> Axes:
+def posterior(model: Function, guide: Function, *datum: Data, ax: Axes | None = None) -> Axes:
     r"""How close is q(z | x) to the exact p(z | x), for one datum and a latent of one or two variables?
 
     Each state of a discrete latent has two bars. A continuous latent of one variable has two densities; one of two
@@ -89,7 +90,7 @@ def posterior(model: Function, guide: Function, *datum: Tensor, ax: Axes | None 
     >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
     'density'
     """
-    density = ModelDensity(ModelGuide(model, guide, data_tensors(datum, "datum"), name="datum"))
+    density = ModelDensity(ModelGuide(model, guide, data_tensors(datum, "datum", model), name="datum"))
     if density.num_data != 1:
         raise ValueError(f"`datum` must have one row, such as `x[:1]`, got {density.num_data} rows")
     density.single_site()

@@ -7,19 +7,19 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch
 from pyro.infer.inspect import get_model_relations
-from torch import Tensor
 
+from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, function, taking_data
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import function, taking_data
 from pyro_vae.plots.axes import axes_or_new
 
 __all__ = ["plate_diagram"]
 
 
 @without_training
-def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None, ax: Axes | None = None) -> Axes:
+def plate_diagram(model: Function, *data: Data, guide: Function | None = None, ax: Axes | None = None) -> Axes:
     """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.
 
     Observed sites are filled. Deterministic sites have a dashed outline. ``pyro.render_model`` uses Graphviz instead.
@@ -39,7 +39,7 @@ def plate_diagram(model: Function, *data: Tensor, guide: Function | None = None,
     ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
-    data = data_tensors(data, "data") if data else data
+    data = data_tensors(data, "data", model) if data else data
     ax = axes_or_new(ax)
     with seeded(0), taking_data(model, "model", data):
         relations = get_model_relations(model, data, include_deterministic=True)

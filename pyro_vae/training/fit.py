@@ -18,11 +18,12 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
+from pyro_vae._utils.data import data_tensors, rows_like
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.typing import Function
-from pyro_vae._utils.validation import data_tensors, describe, function, mapping, positive, positive_int, rows_like
+from pyro_vae._utils.typing import Data, Function
+from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
@@ -101,13 +102,13 @@ def as_history(history: "Fitted | Mapping[str, Sequence[float]]") -> Mapping[str
 def fit(
     model: Function,
     guide: Function,
-    data: Tensor | Sequence[Tensor],
+    data: Data,
     *,
     epochs: int,
     batch_size: int | None = None,
     lr: float | Schedule = 1e-3,
     elbo: ELBO | None = None,
-    validation: Tensor | Sequence[Tensor] | None = None,
+    validation: Data | None = None,
     transform: Transform | None = None,
     schedules: Mapping[Tensor, Schedule] | None = None,
     plate: str = "data",
@@ -183,8 +184,12 @@ def fit(
     function(model, "model")
     function(guide, "guide")
     check_gradients_enabled("fit")
-    tensors = data_tensors(data, "data")
-    held_out = None if validation is None else rows_like(data_tensors(validation, "validation"), tensors, "validation")
+    keep = transform is not None
+    tensors = data_tensors(data, "data", model, keep_integers=keep)
+    held_out = None
+    if validation is not None:
+        held_out = data_tensors(validation, "validation", model, keep_integers=keep)
+        rows_like(held_out, tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
     lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
     schedules = check_schedules({} if schedules is None else schedules)
@@ -231,7 +236,7 @@ def fit(
 def evaluate(
     model: Function,
     guide: Function,
-    data: Tensor | Sequence[Tensor],
+    data: Data,
     *,
     elbo: ELBO | None = None,
     num_samples: int = 1,
@@ -263,7 +268,7 @@ def evaluate(
     positive_int(num_samples, "num_samples")
     function(model, "model")
     evaluator = ElboEvaluator(model, function(guide, "guide"), as_elbo(elbo), plate)
-    tensors = data_tensors(data, "data")
+    tensors = data_tensors(data, "data", model)
     most = rows_at_once(tensors) if batch_size is None else positive_int(batch_size, "batch_size")
     with one_thread("evaluate"), autoguide_follows_subsample(guide):
         pair = None

@@ -237,7 +237,7 @@ def test_the_bar_is_shown_on_a_terminal_or_on_demand(x, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data": np.zeros((3, 2))}, TypeError, "`data` must be .*got an ndarray"),
+        ({"data": np.full((3, 2), "x")}, TypeError, "`data` must be .*got an ndarray of dtype <U1"),
         ({"data": []}, ValueError, "`data` must be .*got no tensor"),
         ({"data": torch.zeros(0, 2)}, ValueError, r"`data` must have .* N >= 1, got shape \(0, 2\), without rows"),
         ({"data": torch.zeros(())}, ValueError, r"`data` must have shape .* with N >= 1, got shape \(\), without rows"),
