@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from part_cases import NEEDS_ZUKO
+from part_cases import NEEDS_ZUKO, mixed_columns
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 
 import pyro_vae as pv
@@ -45,6 +45,7 @@ GUIDES = {
     "GumbelSoftmax": ("relaxed classes", lambda: guides.GumbelSoftmax(D, CLASSES, NET, 0.66)),
 }
 REAL, COUNTS = torch.rand(N, D), torch.arange(N * D).reshape(N, D).remainder(3).float()
+MIXED = torch.stack([REAL[:, 0], (COUNTS[:, 1] > 0).float(), COUNTS[:, 2]], 1)
 LIKELIHOODS = {
     "Normal": (lambda z: likelihoods.Normal(z, D, NET), REAL),
     "Bernoulli": (lambda z: likelihoods.Bernoulli(z, D, NET), (COUNTS > 0).float()),
@@ -53,6 +54,11 @@ LIKELIHOODS = {
     "Categorical": (lambda z: likelihoods.Categorical(z, D, 3, NET), COUNTS),
     "Poisson": (lambda z: likelihoods.Poisson(z, D, NET), COUNTS),
     "NegativeBinomial": (lambda z: likelihoods.NegativeBinomial(z, D, NET), COUNTS),
+    "LogNormal": (lambda z: likelihoods.LogNormal(z, D, NET), REAL),
+    "Ordinal": (lambda z: likelihoods.Ordinal(z, D, 3, NET), COUNTS),
+    "ZeroInflatedPoisson": (lambda z: likelihoods.ZeroInflatedPoisson(z, D, NET), COUNTS),
+    "ZeroInflatedNegativeBinomial": (lambda z: likelihoods.ZeroInflatedNegativeBinomial(z, D, NET), COUNTS),
+    "Columns": (lambda z: likelihoods.Columns(z, mixed_columns(), NET), MIXED),
 }
 CONTINUOUS = {"real", "positive", "box"}
 PATHWISE = CONTINUOUS | {"relaxed bits", "relaxed classes"}
