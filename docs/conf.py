@@ -10,6 +10,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
 import gallery  # noqa: E402
+import notebook_pages  # noqa: E402
 import reference  # noqa: E402
 
 import pyro_vae  # noqa: E402
@@ -19,7 +20,7 @@ author = "the pyro_vae authors"
 release = version = pyro_vae.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # includes myst_parser
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
@@ -30,6 +31,10 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
 suppress_warnings: list[str] = []
 
 plot_formats = [("png", 120)]
@@ -77,3 +82,5 @@ def setup(app):
         source[0] = reference.expand(source[0])
 
     app.connect("source-read", expand)
+    app.connect("source-read", notebook_pages.add_download)
+    app.connect("builder-inited", notebook_pages.write_downloads)

@@ -1,0 +1,32 @@
+"""The notebooks: text files that myst-nb runs while the pages are built, each with a download."""
+
+from pathlib import Path
+from typing import Any
+
+import jupytext
+
+FOLDER = Path(__file__).parent / "notebooks"
+DOWNLOADS = "_build/notebooks"
+
+
+def names() -> list[str]:
+    """Return the names of the notebooks."""
+    return sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "index")
+
+
+def write_downloads(app: Any) -> None:
+    """Write each notebook as an ``.ipynb`` file without outputs."""
+    folder = FOLDER.parent / DOWNLOADS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names():
+        jupytext.write(jupytext.read(FOLDER / f"{name}.md"), folder / f"{name}.ipynb")
+
+
+def add_download(app: Any, page: str, source: list[str]) -> None:
+    """Put a link to the download below the title of a notebook's page."""
+    folder, _, name = page.rpartition("/")
+    if folder == "notebooks" and name in names():
+        before, title, after = source[0].partition("\n# ")
+        heading, _, text = after.partition("\n")
+        link = f"{{download}}`Download this notebook </{DOWNLOADS}/{name}.ipynb>`"
+        source[0] = f"{before}{title}{heading}\n\n{link}\n{text}"
