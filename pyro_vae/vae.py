@@ -1,7 +1,7 @@
 """The variational autoencoder: a prior, a decoder and an encoder as a Pyro model and guide."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import register, without_training
 from pyro_vae._utils.rng import seeded
@@ -27,7 +28,7 @@ _numbers = count(1)
 _ROWS = 3  # on which the parts are tried
 
 
-class VAE(nn.Module):
+class VAE(Result, nn.Module):
     r"""A generative model and its guide.
 
     .. math:: z_i \sim p(z),\quad x_i \sim p(x \mid z_i)\qquad\text{and}\qquad z_i \sim q(z \mid x_i),
@@ -104,6 +105,33 @@ class VAE(nn.Module):
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return vars(self).copy()
+
+    def _parts(self) -> Iterator[tuple[str, str, str, int]]:
+        """For each part: role, name, shapes of context and value, and number of its parameters."""
+        for role in ("prior", "encoder", "decoder"):
+            part = getattr(self, role)
+            context, value = getattr(part, "context_shape", None), getattr(part, "event_shape", None)
+            if role == "decoder":
+                value = self.data_shape
+            shown = " → ".join(_spell_shape(shape) for shape in (context, value) if shape is not None)
+            yield role, type(part).__name__, shown, sum(parameter.numel() for parameter in part.parameters())
+
+    def _total(self) -> str:
+        """The number of all parameters, with dtype and device."""
+        parameters = list(self.parameters())
+        total = count_of(sum(parameter.numel() for parameter in parameters), "parameter")
+        kinds = {f"{str(each.dtype).removeprefix('torch.')} on {each.device}" for each in parameters}
+        return f"{total} in all, {' and '.join(sorted(kinds))}" if kinds else total
+
+    def _line(self) -> str:
+        parts = [f"{r}: {part}({shape}), {count_of(n, 'parameter')}" for r, part, shape, n in self._parts()]
+        covariates = [] if self.context is None else [f"context: {count_of(self.context, 'covariate')}"]
+        return "\n".join([*parts, *covariates, self._total()])
+
+    def _table(self) -> Table:
+        rows = [(role, part, shape, f"{number:,}") for role, part, shape, number in self._parts()]
+        covariates = "" if self.context is None else f" Model and guide take {count_of(self.context, 'covariate')}."
+        return Table(("role", "part", "shape", "parameters"), rows, f"{self._total()}.{covariates}")
 
     def __setstate__(self, state: dict) -> None:
         """A copy has parameters of its own, and so a name of its own."""
@@ -400,6 +428,11 @@ def _join(inputs: Tensor, context: Tensor) -> Tensor:
     """
     shape = torch.broadcast_shapes(inputs.shape[:-1], context.shape[:-1])
     return torch.cat([inputs.expand(*shape, -1), context.expand(*shape, -1)], dim=-1)
+
+
+def _spell_shape(shape: Sequence[int]) -> str:
+    """Spell a shape as in the arguments of parts: 64, or (3, 8, 8)."""
+    return str(shape[0]) if len(shape) == 1 else str(tuple(shape))
 
 
 def _name(part: nn.Module) -> str:

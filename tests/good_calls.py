@@ -91,19 +91,22 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "annealed_log_evidence": (pv.annealed_log_evidence, lambda w: pair(w) | {
         "num_chains": 2, "num_temperatures": 2, "num_leapfrog_steps": 1, "plate": "data", "seed": 0, "progress": None}),
     "compare_evidence": (pv.compare_evidence, lambda w: {"evidence": {"a": evidence(w)}}),
-    "decompose": (pv.decompose, lambda w: pair(w) | {"num_samples": 2, "plate": "data", "seed": 0}),
+    "decompose": (pv.decompose, lambda w: pair(w) | {
+        "num_samples": 2, "plate": "data", "seed": 0, "progress": None}),
     "inference_gap": (pv.inference_gap, lambda w: pair(w) | {
         "refined": None, "steps": 1, "lr": 1e-2, "num_particles": 2, "num_samples": 5, "plate": "data", "seed": 0,
-        "tolerance": 1e-4}),
+        "tolerance": 1e-4, "progress": None}),
     "calibrate": (pv.calibrate, lambda w: pair(w) | {
-        "num_simulations": 10, "num_draws": 10, "tolerance": 1.4, "alpha": 0.001, "plate": "data", "seed": 0}),
+        "num_simulations": 10, "num_draws": 10, "tolerance": 1.4, "alpha": 0.001, "plate": "data", "seed": 0,
+        "progress": None}),
     "inspect": (pv.inspect, lambda w: pair(w) | {
         "num_samples": 5, "num_simulations": 10, "max_rows": 3, "max_refined": 2, "plate": "data", "seed": 0,
         "progress": None}),
     "report": (pv.report, lambda w: pair(w) | {
         "path": w.folder / "r.html", "title": "t", "history": {"elbo": [-1.0]}, "labels": w.labels,
         "image_shape": (1, 2),
-        "pictures": None, "plate": "data", "seed": 0, "num_samples": 5, "num_simulations": 10, "max_refined": 2}),
+        "pictures": None, "found": None, "plate": "data", "seed": 0, "progress": None,
+        "num_samples": 5, "num_simulations": 10, "max_refined": 2}),
     "reference": (pv.reference, lambda w: {
         "model": w.vae.model, "data": w.x[:2], "draws": 1, "chains": 1, "warmup": 1, "seed": 0, "plate": "data",
         "dims": None, "coords": None}),
@@ -115,11 +118,11 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "history": None, "constant_data": None, "parallel": False, "chunk": 1, "progress": None}),
     "to_arviz": (pv.to_arviz, lambda w: {"tree": xr.DataTree()}),
     "exact.log_evidence": (exact.log_evidence, lambda w: {
-        "model": w.vae.model, "data": w.x, "plate": "data", "tolerance": 1e-4}),
+        "model": w.vae.model, "data": w.x, "plate": "data", "tolerance": 1e-4, "progress": None}),
     "exact.posterior": (exact.posterior, lambda w: {
-        "model": w.vae.model, "data": w.x, "plate": "data", "tolerance": 1e-4}),
-    "exact.elbo": (exact.elbo, lambda w: pair(w) | {"plate": "data", "tolerance": 1e-4}),
-    "exact.kl": (exact.kl, lambda w: pair(w) | {"plate": "data", "tolerance": 1e-4}),
+        "model": w.vae.model, "data": w.x, "plate": "data", "tolerance": 1e-4, "progress": None}),
+    "exact.elbo": (exact.elbo, lambda w: pair(w) | {"plate": "data", "tolerance": 1e-4, "progress": None}),
+    "exact.kl": (exact.kl, lambda w: pair(w) | {"plate": "data", "tolerance": 1e-4, "progress": None}),
     "priors.Bernoulli": (priors.Bernoulli, lambda w: {"latent": 2, "probs": 0.5, "learnable": False}),
     "priors.Gamma": (priors.Gamma, lambda w: {"latent": 2, "concentration": 1.0, "rate": 1.0, "learnable": False}),
     "priors.GumbelSoftmax": (priors.GumbelSoftmax, lambda w: {

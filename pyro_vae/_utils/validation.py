@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = [
     "as_shape", "boolean", "describe", "file_path", "first_index", "function", "image_size",
     "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
-    "seed_number", "taking_data", "tqdm_disable", "whole_numbers", "with_article",
+    "seed_number", "taking_data", "whole_numbers", "with_article",
     "writable",
 ]  # fmt: skip
 
@@ -120,11 +120,6 @@ def boolean(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}")
     return value
-
-
-def tqdm_disable(progress: bool | None) -> bool | None:
-    """Return the ``disable`` argument of ``tqdm``; ``None`` shows the progress bar only on a terminal."""
-    return None if progress is None else not boolean(progress, "progress")
 
 
 def nonempty_string(value: object, name: str) -> str:

@@ -12,10 +12,9 @@ from pyro_vae.datasets.base import Dataset
 __all__ = ["TwoGaussians", "two_gaussians"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TwoGaussians(Dataset):
     r"""Draws from :math:`z \sim \mathrm{Bernoulli}(1/2),\ x \mid z \sim N(\pm(1, 1), s^2 I)`.
-
 
     Attributes:
         x: ``(N, 2)``.
@@ -24,6 +23,9 @@ class TwoGaussians(Dataset):
     """
 
     scale: float
+
+    def _line(self) -> str:
+        return f"{super()._line()}, scale {self.scale:g}"
 
     def _log_joint(self, x: Tensor) -> Tensor:
         if not real_tensor(x, "x", "points (*, 2)").is_floating_point() or x.shape[-1:] != (2,):

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae._utils.data import data_tensors
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Data, Function
@@ -46,8 +48,8 @@ _NEGLIGIBLE = 0.01  # nats
 _EFFECTIVE = 20  # effective number of data that a coordinate needs to count in the overall errors
 
 
-@dataclass(frozen=True)
-class CalibrationErrors:
+@dataclass(frozen=True, repr=False)
+class CalibrationErrors(Result):
     """Errors of the variance and the mean of q, for each coordinate, ``(D,)``, and overall.
 
     Attributes:
@@ -65,9 +67,25 @@ class CalibrationErrors:
     bias_error: Tensor
     overall: tuple[float, float, float, float]
 
+    def _line(self) -> str:
+        ratio, log_ratio_error, bias, bias_error = self.overall
+        return (
+            f"variance ratio {ratio:.3f} ± {ratio * log_ratio_error:.3f}, bias {bias:.3f} ± {bias_error:.3f} standard "
+            f"deviations of q, over {count_of(len(self.bias), 'coordinate')}"
+        )
 
-@dataclass(frozen=True)
-class Calibration:
+    def _table(self) -> Table:
+        columns = [self.variance_ratio, self.log_ratio_error, self.bias, self.bias_error]
+        rows = [
+            (index, f"{ratio:.3f} ± {ratio * log_error:.3f}", f"{bias:.3f} ± {bias_error:.3f}")
+            for index, (ratio, log_error, bias, bias_error) in enumerate(torch.stack(columns, 1).tolist())
+        ]
+        note = f"{self._line()[0].upper()}{self._line()[1:]}."
+        return Table(("coordinate", "variance ratio", "bias, in standard deviations of q"), rows, note)
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration(Result):
     r"""The result of :func:`calibrate`: ranks of R simulated truths among L draws of each q(z | x), and their tests.
 
     There are Q quantities: the coordinates of the latents, and last log p(x, z). A latent on the reals is its own
@@ -238,6 +256,27 @@ class Calibration:
             f"{self.verdict}: {self.summary}; {len(self.ranks)} data drawn from the model, {self.num_draws} draws each"
         )
 
+    def _line(self) -> str:
+        return self.headline
+
+    def _table(self) -> Table:
+        levels = (0.5, 0.9)
+        coverages = [self.coverage(level) for level in levels]
+        rows = []
+        for index, name in enumerate(self.names):
+            p = self.p_values[index].item()
+            covered = [f"{share[index].item():.1%} ± {error[index].item():.1%}" for share, error in coverages]
+            rows.append((name, f"{p:.2g}" if p >= 1e-4 else "< 0.0001", *covered))
+        note = (
+            f"The calibration is {self.headline}. The p-value tests whether q(z|x) is exact. A trained encoder is "
+            "never exact, so its p-values are often small. A fault is reported if one common correction of all "
+            "variances, or of all means, would clearly raise the ELBO, if intervals clearly cover another share than "
+            "they should, or if q is far off for some of the data."
+        )
+        return Table(
+            ("quantity", "p-value", *(f"coverage of the {level:.0%} interval" for level in levels)), rows, note
+        )
+
     def __str__(self) -> str:
         return "\n".join([self.headline, *(f"  {name}: {fault}" for name, fault in self.faults.items())])
 
@@ -269,6 +308,7 @@ def calibrate(
     alpha: float = 1e-3,
     plate: str = "data",
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Calibration:
     r"""Test a guide by simulation-based calibration, on data drawn from the model.
 
@@ -299,6 +339,7 @@ def calibrate(
         tolerance: the largest ratio of variances that is no fault, 1 or more.
         alpha: the probability of any false alarm if q is exact.
         plate, seed: name of the data plate, and seed of all draws.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
         ValueError: if the guide is not amortized, if the model has values of its own for each datum, if the data plate
@@ -316,18 +357,19 @@ def calibrate(
     _check_arguments(num_simulations, num_draws, tolerance, alpha)
     data = data_tensors(data, "data", model)
     function(guide, "guide")
-    with seeded(seed):
+    rows = num_simulations + min(num_simulations, len(data[0]))  # of the ranks, and of the corrections
+    with seeded(seed), progress_bar("calibrate", progress, total=rows, unit="datum") as bar:
         pair = ModelGuide(model, guide, data, plate)
         ModelDensity(pair)  # first, since its errors are more precise than those of the next check
         _check_local(pair)
         simulated, truth = _simulate(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
-        parts = [
-            _rank_truth(ModelDensity(ModelGuide(model, guide, part, plate)), values, num_draws)
-            for part, values in _batches(simulated, truth)
-        ]
+        parts = []
+        for part, values in _batches(simulated, truth):
+            parts.append(_rank_truth(ModelDensity(ModelGuide(model, guide, part, plate)), values, num_draws))
+            bar.advance(len(part[0]))
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
-        elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws)
+        elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws, bar)
     p_values = torch.tensor(
         [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T], dtype=torch.float64, device="cpu"
     )
@@ -503,7 +545,7 @@ def _simulation_errors(results: SimulationResults, num_draws: int) -> Calibratio
 
 
 def _elbo_corrections(
-    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, num_draws: int
+    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, num_draws: int, bar: Progress
 ) -> CalibrationErrors | None:
     """Compute what would make the ELBO stationary, from gradients of log p(x, z) on at most ``num`` of the data."""
     if len(data[0]) == 1:
@@ -517,6 +559,7 @@ def _elbo_corrections(
         z, gradients = _gradients(p, GuideDensity(p).sample(num_draws)[0])
         h = -(gradients * (z - z.mean(0))).sum(0) / (num_draws - 1)
         parts.append((h, gradients.mean(0) * z.std(0)))
+        bar.advance(len(part[0]))
     h, slope = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))  # (N, D); slope per deviation of q
     mean = h.mean(0).clamp(1e-9, 1e9)
     bias_error = slope.std(0) / mean / len(slope) ** 0.5

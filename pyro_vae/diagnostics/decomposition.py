@@ -9,14 +9,17 @@ with the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z \mid x_n)`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Data, Function
@@ -28,7 +31,7 @@ from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
-__all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose"]
+__all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose", "units_table"]
 
 MAX_SUMMED = 2**12
 """Discrete latents of up to this many joint states are summed over; larger ones are sampled."""
@@ -45,9 +48,12 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {self.standard_error:.3f}"
 
+    def __repr__(self) -> str:
+        return f"Estimate({self})"
 
-@dataclass(frozen=True)
-class Units:
+
+@dataclass(frozen=True, repr=False)
+class Units(Result):
     r"""Activity, rate and information of each variable of a latent site, in the shape of the variables.
 
     Attributes:
@@ -73,9 +79,18 @@ class Units:
         """Which variables are collapsed: information of at most 0.01 nats or, if that is unknown, inactive units."""
         return ~self.active if self.information is None else self.information <= COLLAPSE_NATS
 
+    def _line(self) -> str:
+        sums = {"rate": self.rate, "information": self.information}
+        shown = [f"{name} {values.sum():.3f}" for name, values in sums.items() if values is not None]
+        nats = f", {' and '.join(shown)} nats per datum in all" if shown else ""
+        return f"{int(self.active.sum())} of {self.active.numel()} active, {int(self.collapsed.sum())} collapsed{nats}"
 
-@dataclass(frozen=True)
-class Decomposition:
+    def _table(self) -> Table:
+        return units_table({"": self})
+
+
+@dataclass(frozen=True, repr=False)
+class Decomposition(Result):
     r"""The result of :func:`decompose`: nats per datum for the N given data, each with the standard error of its draws.
 
     ``elbo`` is ``-distortion - rate`` and ``rate`` is ``mutual_information + marginal_kl``, since the draws are shared.
@@ -116,6 +131,33 @@ class Decomposition:
             return (f"{names} carries nothing about x: {self.mutual_information.value:.3f} nats; {cost}",)
         return tuple(line for name, units in self.units.items() for line in _collapsed_variables(name, units))
 
+    def _line(self) -> str:
+        active = ", ".join(
+            f"{int(units.active.sum())} of {units.active.numel()} in {n}" for n, units in self.units.items()
+        )
+        return (
+            f"ELBO {self.elbo} nats per datum = - distortion {self.distortion} - rate {self.rate}, of it mutual "
+            f"information {self.mutual_information}; active units: {active}; {count_of(self.num_data, 'datum', 'data')}"
+        )
+
+    def _table(self) -> Table:
+        lower, upper = self.population_information
+        rows = [
+            ("ELBO = − distortion − rate", self.elbo),
+            ("distortion, the expected −log p(x|z)", self.distortion),
+            ("rate = mutual information + marginal KL", self.rate),
+            ("mutual information of x and z", self.mutual_information),
+            ("marginal KL, from the average q(z|x) to the prior", self.marginal_kl),
+            ("mutual information in the population, lower bound", lower),
+            ("mutual information in the population, upper bound", upper),
+        ]
+        count = self.num_data
+        note = (
+            f"In nats per datum, ± the standard error due to the draws. With {count} data the mutual information is at "
+            f"most log {count} = {math.log(count):.2f} nats. The bounds for the population hold in expectation."
+        )
+        return Table(("quantity", "value"), rows, note)
+
     def __str__(self) -> str:
         lower, upper = self.population_information
         lines = [
@@ -129,6 +171,19 @@ class Decomposition:
         active = {name: units.active for name, units in self.units.items()}
         lines += [f"active units of {name}: {int(units.sum())} of {units.numel()}" for name, units in active.items()]
         return "\n".join(lines + [f"collapse: {line}" for line in self.collapse])
+
+
+def units_table(units: Mapping[str, Units]) -> Table:
+    """Return a table with a row for each latent variable."""
+    rows = []
+    for name, site in units.items():
+        for index in np.ndindex(*site.activity.shape):
+            values = (site.rate, site.information, site.activity)
+            shown = ("" if value is None else f"{value[index].item():.3f}" for value in values)
+            active = "yes" if site.active[index].item() else "no"
+            rows.append((f"{name}{list(index)}" if index else name, *shown, active))
+    head = ("latent variable", "rate, nats", "mutual information, nats", "variance of its mean over data", "active")
+    return Table(head, rows)
 
 
 def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
@@ -148,7 +203,13 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
 @torch.no_grad()
 @without_training
 def decompose(
-    model: Function, guide: Function, *data: Data, num_samples: int = 10, plate: str = "data", seed: int = 0
+    model: Function,
+    guide: Function,
+    *data: Data,
+    num_samples: int = 10,
+    plate: str = "data",
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> Decomposition:
     r"""Decompose the ELBO into distortion and rate, and the rate into mutual information and marginal KL.
 
@@ -167,6 +228,7 @@ def decompose(
         data: arguments of both, of N rows, 2 or more. Cost grows as num_samples N²; memory is bounded.
         num_samples: K, draws of each datum, 2 or more. Discrete latents of at most 2^12 joint states are summed over.
         plate, seed: name of the data plate, and seed of the draws.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
         ValueError: if model and guide are not of this form, or the likelihood is not normalised.
@@ -188,7 +250,7 @@ def decompose(
     """
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
-    with seeded(seed):
+    with seeded(seed), progress_bar("decompose", progress, total=num_samples, unit="draw") as bar:
         p = ModelDensity(ModelGuide(model, guide, data, plate))
         q = GuideDensity(p)
         if p.num_data < 2:
@@ -199,6 +261,7 @@ def decompose(
         accumulator = _Accumulator(aggregate)
         for first in range(0, num_samples, p.chunk):
             accumulator.add(min(p.chunk, num_samples - first), with_densities=not summed)
+            bar.advance_to(min(first + p.chunk, num_samples))
         densities, information = aggregate.over_states() if summed else accumulator.densities()
     return _assemble(densities, accumulator.units(information), p.num_data, 0 if summed else num_samples)
 

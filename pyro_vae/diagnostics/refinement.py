@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import with_article
 from pyro_vae.exact.guide_density import GuideDensity
@@ -36,21 +37,24 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
     optimizer, schedule = torch.optim.Adam(free, lr=lr, eps=1e-3), decayed(lr, steps)
     averages = [torch.zeros_like(parameter) for parameter in free]
     averaged = range(steps // 2, steps)  # the mean of these steps is closer to the optimum than the last step
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = schedule(step)
-        with torch.enable_grad():
-            fns = _rebuilt(families, parameters)
-            frozen = {name: build([p.detach() for p in parameters[name]]) for name, (_, build) in families.items()}
-            loss = -_elbo(q, fns, frozen, num_particles).sum()
-            gradients = torch.autograd.grad(loss, free)
-        if not all(gradient.isfinite().all() for gradient in gradients):
-            raise FloatingPointError(f"refinement, step {step + 1}: the gradient is not finite. Take a smaller `lr`")
-        for parameter, gradient in zip(free, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        if step in averaged:
-            for average, parameter in zip(averages, free, strict=True):
-                average += parameter.detach() / len(averaged)
+    with progress_bar("refine", None, total=steps, unit="step") as bar:
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = schedule(step)
+            with torch.enable_grad():
+                fns = _rebuilt(families, parameters)
+                frozen = {name: build([p.detach() for p in parameters[name]]) for name, (_, build) in families.items()}
+                loss = -_elbo(q, fns, frozen, num_particles).sum()
+                gradients = torch.autograd.grad(loss, free)
+            if not all(gradient.isfinite().all() for gradient in gradients):
+                where = f"refinement, step {step + 1}"
+                raise FloatingPointError(f"{where}: the gradient is not finite. Take a smaller `lr`")
+            for parameter, gradient in zip(free, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            if step in averaged:
+                for average, parameter in zip(averages, free, strict=True):
+                    average += parameter.detach() / len(averaged)
+            bar.advance()
     with torch.no_grad():
         remaining = iter(averages)
         fns = _rebuilt(families, {name: [next(remaining) for _ in start] for name, (start, _) in families.items()})

@@ -64,7 +64,7 @@ def annealed_log_evidence(
         num_leapfrog_steps: of a move. Each computes a gradient of log p(x, z) and log q(z | x).
         plate: name of the data plate.
         seed: of the draws.
-        progress: whether to show a progress bar; by default only on a terminal.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
         ValueError: if model and guide are not of this form, a latent is discrete or has a support without unconstrained
@@ -94,7 +94,7 @@ def annealed_log_evidence(
         return lambda count: path.log_weights(count, betas, steps, report)
 
     with pyro.validation_enabled(False):  # a diverging trajectory is rejected, and is no error
-        return batched_estimate(p, num_chains, make_sampler, seed, progress)
+        return batched_estimate("annealed_log_evidence", p, num_chains, make_sampler, seed, progress)
 
 
 def _temperatures(count: int) -> list[float]:

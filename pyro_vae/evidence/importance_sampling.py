@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae._utils.data import data_tensors
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
-from pyro_vae._utils.validation import boolean, positive_int, tqdm_disable
+from pyro_vae._utils.validation import boolean, positive_int
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity
@@ -31,8 +32,8 @@ _BUDGET = 2**22  # numbers in the largest tensor of a chunk
 _ROWS = 128  # in a batch
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Result):
     r"""Estimates of :math:`\log p(x_i)` from K weighted draws each. ``print`` shows a summary.
 
     Attributes:
@@ -87,6 +88,33 @@ class Evidence:
         """Whether k̂ plus its error is above :attr:`reliable_khat`, or unknown from too few draws, ``(N,)``."""
         return ~(self.khat + self.khat_error <= self.reliable_khat)
 
+    def _line(self) -> str:
+        draws = count_of(self.num_samples, "draw")
+        return (
+            f"log p(x) at least {_mean_and_error(self.log_evidence)} nats per datum in expectation, from "
+            f"{count_of(len(self.log_evidence), 'datum', 'data')} with {draws} each, k̂ unreliable for "
+            f"{100 * float(self.unreliable.double().mean()):.1f} %"
+        )
+
+    def _table(self) -> Table:
+        log_p, error = self.log_evidence.double(), self.standard_error.double()
+        count = len(log_p)
+        rows = [
+            ("mean of log p(x)", f"{log_p.mean():.3f}"),
+            ("standard error of the mean", f"{log_p.std() / count**0.5:.3f}" if count > 1 else "unknown"),
+            ("standard error due to the draws alone", f"{error.square().sum().sqrt() / count:.3f}"),
+            ("median effective sample size", f"{self.ess.median():.1f} of {self.num_samples} draws"),
+            (
+                f"unreliable estimates (k̂ plus its error above {self.reliable_khat:.2f})",
+                f"{self.unreliable.double().mean():.1%}",
+            ),
+        ]
+        note = (
+            f"In nats per datum, over {count_of(count, 'datum', 'data')}. log p(x) is estimated by importance sampling "
+            "from q(z|x): its expectation is a lower bound."
+        )
+        return Table(("quantity", "value"), rows, note)
+
     def __str__(self) -> str:
         estimate, noise, count = self.log_evidence.double(), self.standard_error.double(), len(self.log_evidence)
         spread = float(estimate.std() / count**0.5) if count > 1 else math.nan
@@ -98,6 +126,12 @@ class Evidence:
             f"median ess {float(self.ess.median()):.1f} of {self.num_samples}; "
             f"k̂ plus its error above {self.reliable_khat:.2f} for {unreliable:.1f} % of the data"
         )
+
+
+def _mean_and_error(log_p: Tensor) -> str:
+    """Format the mean over data with its standard error, where there are two data or more."""
+    log_p = log_p.double()
+    return f"{log_p.mean():.3f}" + (f" ± {log_p.std() / len(log_p) ** 0.5:.3f}" if len(log_p) > 1 else "")
 
 
 @torch.no_grad()
@@ -128,7 +162,7 @@ def log_evidence(
             memory: only running sums of the weights are stored, and the 3 sqrt(K) largest ones of each datum, for k̂.
         plate: name of the data plate.
         seed: of the draws.
-        progress: whether to show a progress bar; by default only on a terminal.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
         compile: whether to capture the weights of a chunk as a graph and compile it, see
             :mod:`pyro_vae.compilation.graph`. The results are the same except for rounding. Compilation takes some
             seconds in each call, which pays for many draws of many data.
@@ -161,7 +195,7 @@ def log_evidence(
 
         return sample
 
-    return batched_estimate(p, num_samples, make_sampler, seed, progress)
+    return batched_estimate("log_evidence", p, num_samples, make_sampler, seed, progress)
 
 
 def densities(
@@ -174,6 +208,7 @@ def densities(
 
 
 def batched_estimate(
+    name: str,
     p: ModelDensity,
     num_samples: int,
     make_sampler: Callable[[ModelDensity, ReportProgress], WeightSampler],
@@ -182,12 +217,13 @@ def batched_estimate(
 ) -> Evidence:
     """Estimate the evidence from K log-weights of each datum, in batches of rows and chunks of draws.
 
+    ``name`` is that of the function, for the progress bar.
     ``make_sampler`` returns the function that draws the log-weights of a batch of rows; the rest is as in
     :func:`log_evidence`.
     """
     total = p.num_data * num_samples
-    with seeded(seed), tqdm(total=total, disable=tqdm_disable(progress), unit="draw", unit_scale=True) as bar:
-        parts = [_summarize_weights(part, make_sampler(part, bar.update), num_samples) for part in _batches(p)]
+    with seeded(seed), progress_bar(name, progress, total=total, unit="draw", unit_scale=True) as bar:
+        parts = [_summarize_weights(part, make_sampler(part, bar.advance), num_samples) for part in _batches(p)]
     log_evidence, ess, khat = (torch.cat(list(part)).to(p.dtype) for part in zip(*parts, strict=True))
     return Evidence(log_evidence, ess, khat, num_samples)
 

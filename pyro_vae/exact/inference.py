@@ -18,8 +18,10 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
@@ -37,13 +39,16 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 
 @torch.no_grad()
 @without_training
-def log_evidence(model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def log_evidence(
+    model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4, progress: bool | None = None
+) -> Tensor:
     r"""Compute the log marginal likelihood of each datum, :math:`\log p(x_i) = \log \int p(x_i, z)\,dz`.
 
     Args:
         model, data: a Pyro model and its arguments, called as ``model(*data)``.
         plate: name of its data plate.
         tolerance: largest error of a quadrature, in nats per datum.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Returns:
         ``(N,)``, in nats. The error of a quadrature is judged by two resolutions, and by draws from the prior. A bump
@@ -65,12 +70,15 @@ def log_evidence(model: Function, *data: Data, plate: str = "data", tolerance: f
         return _summed_evidence(p).to(p.dtype)
     if (linear := linear_gaussian(p)) is not None:
         return linear.log_evidence().to(p.dtype)
-    return torch.cat([_integrated_evidence(part, tolerance)[0] for part in _batches(p)]).to(p.dtype)
+    parts = _shown("exact.log_evidence", progress, _batches(p))
+    return torch.cat([_integrated_evidence(part, tolerance)[0] for part in parts]).to(p.dtype)
 
 
 @torch.no_grad()
 @without_training
-def posterior(model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> dist.TorchDistribution:
+def posterior(
+    model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4, progress: bool | None = None
+) -> dist.TorchDistribution:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
     The result is a :class:`Posterior`, or a ``MultivariateNormal`` for a linear Gaussian model. Arguments and errors
@@ -90,13 +98,21 @@ def posterior(model: Function, *data: Data, plate: str = "data", tolerance: floa
     if (linear := linear_gaussian(p)) is not None:
         return linear.posterior()
     parts = _batches(p)
-    evidence, rules = zip(*(_integrated_evidence(part, tolerance) for part in parts), strict=True)
+    shown = _shown("exact.posterior", progress, parts)
+    evidence, rules = zip(*(_integrated_evidence(part, tolerance) for part in shown), strict=True)
     return Posterior(p, torch.cat(evidence), list(zip(parts, rules, strict=True)))
 
 
 @torch.no_grad()
 @without_training
-def elbo(model: Function, guide: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def elbo(
+    model: Function,
+    guide: Function,
+    *data: Data,
+    plate: str = "data",
+    tolerance: float = 1e-4,
+    progress: bool | None = None,
+) -> Tensor:
     r"""Compute the ELBO of each datum without Monte Carlo, :math:`\mathbb{E}_{q}[\log p(x_i, z) - \log q(z \mid x_i)]`.
 
     It is a sum over states, or a quadrature around q(z | x_i). All else is as in :func:`log_evidence`.
@@ -113,12 +129,20 @@ def elbo(model: Function, guide: Function, *data: Data, plate: str = "data", tol
     q = GuideDensity(p)
     if p.is_discrete:
         return q.sum(lambda values: p.log_joint(values) - q.log_prob(values)).to(p.dtype)
-    return torch.cat([q.of_rows(part).elbo(tolerance) for part in _batches(p)]).to(p.dtype)
+    parts = _shown("exact.elbo", progress, _batches(p))
+    return torch.cat([q.of_rows(part).elbo(tolerance) for part in parts]).to(p.dtype)
 
 
 @torch.no_grad()
 @without_training
-def kl(model: Function, guide: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4) -> Tensor:
+def kl(
+    model: Function,
+    guide: Function,
+    *data: Data,
+    plate: str = "data",
+    tolerance: float = 1e-4,
+    progress: bool | None = None,
+) -> Tensor:
     r"""Compute the inference gap :math:`\mathrm{KL}(q(z \mid x_i) \,\Vert\, p(z \mid x_i))` of each datum, in nats.
 
     For a continuous latent it is log p(x) less an ELBO on other nodes than those of :func:`elbo`. So their sum equals
@@ -137,8 +161,12 @@ def kl(model: Function, guide: Function, *data: Data, plate: str = "data", toler
     if p.is_discrete:
         evidence = _summed_evidence(p)
         return q.sum(lambda values: q.log_prob(values) - (p.log_joint(values) - evidence)).to(p.dtype)
-    evidence = torch.cat([_integrated_evidence(part, tolerance)[0] for part in _batches(p)])
-    gap = evidence - torch.cat([q.of_rows(part).elbo(tolerance, reach=1.25) for part in _batches(p)])
+    evidences, elbos = [], []
+    for part in _shown("exact.kl", progress, _batches(p)):
+        evidences.append(_integrated_evidence(part, tolerance)[0])
+        elbos.append(q.of_rows(part).elbo(tolerance, reach=1.25))
+    evidence = torch.cat(evidences)
+    gap = evidence - torch.cat(elbos)
     rounding = 16 * torch.finfo(p.dtype).eps * (1 + evidence.abs())
     if (gap < -2 * tolerance - rounding).any():
         raise QuadratureError(
@@ -148,7 +176,7 @@ def kl(model: Function, guide: Function, *data: Data, plate: str = "data", toler
     return gap.to(p.dtype)
 
 
-class Posterior(dist.TorchDistribution):
+class Posterior(Result, dist.TorchDistribution):
     """An exact posterior p(z | x) of a discrete latent, or of a continuous one by quadrature.
 
     The batch shape is ``(N,)``, the event shape that of the latent site. ``log_prob`` and ``sample`` run the model, in
@@ -165,6 +193,22 @@ class Posterior(dist.TorchDistribution):
         self._name, site = p.single_site()
         self._support = site["fn"].support
         super().__init__(torch.Size([p.num_data]), site["fn"].event_shape, validate_args=False)
+
+    def _line(self) -> str:
+        how = f"by a sum over {count_of(self._p.num_states, 'state')}" if self._rules is None else "by quadrature"
+        data, shape = count_of(len(self.log_evidence), "datum", "data"), tuple(self.event_shape)
+        log_p = self.log_evidence.double().mean().item()
+        return f"p({self._name} | x) of {data}, event shape {shape}, exact {how}; log p(x) {log_p:.3f} nats per datum"
+
+    def _table(self) -> Table:
+        rows = [
+            ("latent site", self._name),
+            ("data", f"{len(self.log_evidence):,}"),
+            ("event shape", tuple(self.event_shape)),
+            ("log p(x)", f"{self.log_evidence.double().mean().item():.3f}"),
+        ]
+        how = f"a sum over {count_of(self._p.num_states, 'state')}" if self._rules is None else "quadrature"
+        return Table(("property", "value"), rows, f"Exact, by {how}. log p(x) is in nats per datum.")
 
     @property
     def _rule(self) -> QuadratureRule | None:
@@ -323,6 +367,14 @@ def _batches(p: ModelDensity) -> list[ModelDensity]:
         )
     size = max(16, p.num_data * p.chunk_size(2**42) // 2**20 // 8 ** p.coordinates().dims)
     return p.batches(size) if size < p.num_data and p.has_independent_rows() else [p]
+
+
+def _shown(name: str, progress: bool | None, parts: list[ModelDensity]) -> Iterator[ModelDensity]:
+    """Iterate over batches of rows under a progress bar."""
+    with progress_bar(name, progress, total=sum(part.num_data for part in parts), unit="datum") as bar:
+        for part in parts:
+            yield part
+            bar.advance(part.num_data)
 
 
 class _Joint:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
-from pyro_vae._utils.validation import describe, positive_int, tqdm_disable
+from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.evidence.pareto import pareto_shape, tail_length
 from pyro_vae.inference_data.groups import GroupLayout
 from pyro_vae.inference_data.netcdf import check_space, new_path, writing
@@ -161,7 +161,7 @@ def save_draws(
         path: path of the file, which is also returned; an existing file is replaced.
         model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel: see :func:`to_datatree`.
         chunk: number of draws in a chunk; by default as many as take about 64 MiB.
-        progress: whether to show a progress bar; by default on a terminal alone.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
         ValueError, OSError: before the first draw, if the path is unusable or the disk is full; and as ``to_datatree``.
@@ -191,11 +191,11 @@ def save_draws(
             for name, variable in variables.items():
                 every = ("chain", "draw", *layout.dims[group][name])
                 file.add(group, layout.variables.get(name, name), every, variable.dtype, layout.attrs(group, name))
-        with seeded(seed), tqdm(total=draws, disable=tqdm_disable(progress), unit="draw") as bar:
+        with seeded(seed), progress_bar("save_draws", progress, total=draws, unit="draw") as bar:
             for taken, values in sampler.chunks(chunk):
                 largest.add(values)
                 file.write(taken, layout.named(values))
-                bar.update(taken.stop - taken.start)
+                bar.advance(taken.stop - taken.start)
         if (khat := largest.khat()) is not None:
             file.put("sample_stats", "khat", layout.dims["sample_stats"]["log_weight"], khat)
     return path

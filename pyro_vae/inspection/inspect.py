@@ -8,8 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.data import data_tensors
+from pyro_vae._utils.data import DataTensors, data_tensors
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -23,13 +25,14 @@ __all__ = ["Inspection", "inspect"]
 
 _NEGLIGIBLE = 0.01  # nats of KL(q || p) that are no difference
 _MAX_UNRELIABLE = 0.1  # fraction of the data with an unreliable k̂ above which there is a warning
+_TOLERANCE = 1e-3  # nats of a quadrature: a tenth of the time of 1e-4, and below what is shown
 _MAX_REASON = 600  # characters of an error message that are kept: messages of Pyro contain whole tensors
 
-Result = TypeVar("Result")
+Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
     """The results of :func:`inspect`. ``print`` shows them as text; :func:`pyro_vae.report` writes them with pictures.
 
     The first line is the verdict, with the coverage of q and its distance from the posterior.
@@ -125,6 +128,26 @@ class Inspection:
             f"add up to {found.divergence:.2f} ± {found.divergence_error:.2f} nats per datum",
         )
 
+    def _line(self) -> str:
+        counts = [count_of(len(found), noun) for found, noun in ((self.faults, "fault"), (self.warnings, "warning"))]
+        skipped = f", skipped: {', '.join(self.skipped)}" if self.skipped else ""
+        return f"{self.headline}; {count_of(self.num_data['evidence'], 'datum', 'data')}, {', '.join(counts)}{skipped}"
+
+    def _table(self) -> Table:
+        log_p = self.evidence.log_evidence.double().mean().item()
+        rows: list[tuple[str, object]] = [("verdict on q(z|x)", self.verdict), ("log p(x), at least", f"{log_p:.3f}")]
+        if self.nats is not None:
+            rows += [("ELBO", self.nats.elbo), ("mutual information of x and z", self.nats.mutual_information)]
+        if self.gap is not None:
+            least = "" if self.gap.is_exact else "at least "
+            rows.append(("inference gap, log p(x) − ELBO", f"{least}{self.gap.gap.mean().item():.3f}"))
+        if self.calibration is not None:
+            both = f"{self.calibration.divergence:.3f} ± {self.calibration.divergence_error:.3f}"
+            rows.append(("KL(q‖p) + KL(p‖q) of q(z|x) and p(z|x)", both))
+        rows += [("fault", fault) for fault in self.faults] + [("warning", warning) for warning in self.warnings]
+        data = ", ".join(f"{number} for {name}" for name, number in self.num_data.items())
+        return Table(("quantity", "value"), rows, f"In nats per datum. Data used: {data}.")
+
     def __str__(self) -> str:
         lines = [self.headline, *(f"FAULT: {fault}" for fault in self.faults)]
         lines += [str(part) for part in (self.evidence, self.nats, self.gap) if part is not None]
@@ -157,9 +180,11 @@ def inspect(
         num_simulations: data drawn from the model for the calibration.
         max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
             spaced ones are used; if the guide is not amortized, all rows are used.
-        max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way.
+        max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way. Its
+            quadratures, for latents of one or two dimensions, have a tolerance of 0.001 nats. Finer ones, and a longer
+            refinement, are arguments of :func:`pyro_vae.inference_gap`.
         plate, seed: name of the data plate, and seed of all draws.
-        progress: whether to show a progress bar; by default only on a terminal.
+        progress: whether to show a progress bar with the stages; by default only on a terminal or in a notebook.
 
     Raises:
         ValueError: if model and guide do not have this form, or the likelihood is not normalised. Errors of a single
@@ -179,16 +204,33 @@ def inspect(
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
     data = data_tensors(data, "data", model)
+    with progress_bar("inspect", progress, stages=("evidence", "decomposition", "gap", "calibration")) as bar:
+        return _inspect(model, guide, data, num_samples, num_simulations, max_rows, max_refined, plate, seed, bar)
+
+
+def _inspect(
+    model: Function,
+    guide: Function,
+    data: DataTensors,
+    num_samples: int,
+    num_simulations: int,
+    max_rows: int,
+    max_refined: int,
+    plate: str,
+    seed: int,
+    bar: Progress,
+) -> Inspection:
     count = len(data[0])
-    evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed, progress=progress)
+    bar.begin("evidence")
+    evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed)
     with scoped_param_store(), seeded(seed):
         amortized = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
     rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))
     skipped: dict[str, str] = {}
 
     def run_or_skip(
-        name: str, diagnostic: Callable[..., Result], rows: Tensor | None = None, **options: int
-    ) -> Result | None:
+        name: str, diagnostic: Callable[..., Found], rows: Tensor | None = None, **options: float
+    ) -> Found | None:
         """Run a diagnostic on some rows; if it fails, return ``None`` and keep the reason."""
         chosen = data if rows is None else [tensor[rows.to(tensor.device)] for tensor in data]
         try:
@@ -197,9 +239,12 @@ def inspect(
             skipped[name] = shorten(str(error), _MAX_REASON, placeholder=" ...")
             return None
 
+    bar.begin("decomposition")
     nats = run_or_skip("nats", decompose, rows)
-    gap = run_or_skip("gap", inference_gap, refined_rows, num_samples=num_samples)
+    bar.begin("gap")
+    gap = run_or_skip("gap", inference_gap, refined_rows, num_samples=num_samples, tolerance=_TOLERANCE)
     gap = None if gap is None else replace(gap, rows=refined_rows.to(data[0].device))
+    bar.begin("calibration")
     calibration = run_or_skip("calibration", calibrate, num_simulations=num_simulations)
     num_data = {"evidence": count, "nats": len(rows), "gap": len(refined_rows)}
     return Inspection(evidence, nats, gap, calibration, skipped, num_data)

@@ -4,15 +4,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from pyro_vae._utils.data import data_tensors
+from pyro_vae._utils.display import Table
 from pyro_vae._utils.files import replacing
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import (
+    describe,
     file_path,
     image_size,
     mapping,
@@ -20,10 +22,7 @@ from pyro_vae._utils.validation import (
     whole_numbers,
     writable,
 )
-from pyro_vae.diagnostics.calibration import Calibration
-from pyro_vae.diagnostics.decomposition import Decomposition
-from pyro_vae.diagnostics.inference_gap import InferenceGap
-from pyro_vae.evidence.importance_sampling import Evidence
+from pyro_vae.diagnostics.decomposition import units_table
 from pyro_vae.inspection.inspect import Inspection, inspect
 from pyro_vae.training.fit import Fitted, as_history
 
@@ -45,8 +44,10 @@ def report(
     labels: Tensor | None = None,
     image_shape: tuple[int, int] | None = None,
     pictures: Mapping[str, "Figure"] | None = None,
+    found: Inspection | None = None,
     plate: str = "data",
     seed: int = 0,
+    progress: bool | None = None,
     **options: Any,
 ) -> Inspection:
     """Inspect a fitted model and guide, and write the results as one self-contained page of HTML.
@@ -63,15 +64,17 @@ def report(
         labels: whole numbers, ``(N,)``, for a map of the latent space.
         image_shape: height and width of images in [0, 1] at the first observed site, for reconstructions and samples.
         pictures: further figures, by the question that each one answers.
+        found: the result of :func:`pyro_vae.inspect` for these data, which is then not computed again.
         plate, seed: name of the data plate, and seed of all draws.
+        progress: whether to show a progress bar with the stages; by default only on a terminal or in a notebook.
         options: further arguments of :func:`pyro_vae.inspect`.
 
     Returns:
         The result of :func:`pyro_vae.inspect`.
 
     Raises:
-        TypeError, ValueError: before any computation, if labels, image shape, history or pictures do not have the form
-            above; and the errors of :func:`pyro_vae.inspect`.
+        TypeError, ValueError: before any computation, if labels, image shape, history, pictures or ``found`` do not
+            have the form above; and the errors of :func:`pyro_vae.inspect`.
         FileNotFoundError, IsADirectoryError, PermissionError: before any computation, if the path cannot be written.
 
     >>> import tempfile
@@ -95,8 +98,14 @@ def report(
     pictures = mapping(pictures, "pictures", "{'Are images sharp?': figure}")
     history = None if history is None else as_history(history)
     check_pictures(history, pictures)
-    found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
-    drawn = draw_pictures(found, model, guide, data, history, labels, image_shape, pictures, seed)
+    if found is not None:
+        _check_found(found, len(data[0]), options)
+    with progress_bar("report", progress, stages=("inspection", "pictures")) as bar:
+        if found is None:
+            bar.begin("inspection")
+            found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
+        bar.begin("pictures")
+        drawn = draw_pictures(found, model, guide, data, history, labels, image_shape, pictures, seed)
     with replacing(path) as partial:
         partial.write_text(_render(title=title, found=found, sections=_sections(found), pictures=drawn), "utf-8")
     return found
@@ -109,6 +118,16 @@ def _page_path(path: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` must be the path of a regular file, got {str(path)!r}")
     return writable(path, "path").resolve()  # a link stays a link, and its target is replaced
+
+
+def _check_found(found: object, num_data: int, options: Mapping[str, Any]) -> None:
+    if not isinstance(found, Inspection):
+        raise TypeError(f"`found` must be the result of `pv.inspect`, got {describe(found)}")
+    if (inspected := found.num_data["evidence"]) != num_data:
+        raise ValueError(f"`found` must be an inspection of these {num_data} rows of data, got one of {inspected} rows")
+    if options:
+        name = next(iter(options))
+        raise ValueError(f"`{name}` must be left out where `found` is given, which is not computed again")
 
 
 def _check_image(shape: Any, images: Tensor) -> None:
@@ -128,106 +147,13 @@ def _render(**variables: Any) -> str:
     return environment.get_template("report.html.jinja").render(variables)
 
 
-class _Table(NamedTuple):
-    """A table whose first column names the rows, with a note below."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
-    note: str = ""
-
-
-def _sections(found: Inspection) -> list[tuple[str, list[_Table]]]:
-    sections = [("How good is the model?", [_evidence(found.evidence)])]
+def _sections(found: Inspection) -> list[tuple[str, list[Table]]]:
+    sections = [("How good is the model?", [found.evidence._table()])]
     if found.nats is not None:
-        sections.append(("What does the ELBO consist of?", [_nats(found.nats), _units(found.nats)]))
+        units = units_table(found.nats.units).limited(_MAX_ROWS)
+        sections.append(("What does the ELBO consist of?", [found.nats._table(), units]))
     if found.gap is not None:
-        sections.append(("How much does the guide lose?", [_gap(found.gap)]))
-    if found.calibration is not None:
-        sections.append(("Can q(z|x) be trusted?", [_calibration(found.calibration)]))
+        sections.append(("How much does the guide lose?", [found.gap._table()]))
+    if found.calibration is not None:  # the last quantity, log p(x, z), depends on the data: it is always shown
+        sections.append(("Can q(z|x) be trusted?", [found.calibration._table().limited(_MAX_ROWS)]))
     return sections
-
-
-def _evidence(evidence: Evidence) -> _Table:
-    log_p, error = evidence.log_evidence.double(), evidence.standard_error.double()
-    count = len(log_p)
-    rows = [
-        ("mean of log p(x)", f"{log_p.mean():.3f}"),
-        ("standard error of the mean", f"{log_p.std() / count**0.5:.3f}" if count > 1 else "unknown"),
-        ("standard error due to the draws alone", f"{error.square().sum().sqrt() / count:.3f}"),
-        ("median effective sample size", f"{evidence.ess.median():.1f} of {evidence.num_samples} draws"),
-        (
-            f"unreliable estimates (k̂ plus its error above {evidence.reliable_khat:.2f})",
-            f"{evidence.unreliable.double().mean():.1%}",
-        ),
-    ]
-    note = (
-        f"In nats per datum, over {count} data. log p(x) is estimated by importance sampling from q(z|x): its "
-        "expectation is a lower bound."
-    )
-    return _Table(("", "value"), rows, note)
-
-
-def _nats(nats: Decomposition) -> _Table:
-    lower, upper = nats.population_information
-    rows = [
-        ("ELBO = − distortion − rate", nats.elbo),
-        ("distortion, the expected −log p(x|z)", nats.distortion),
-        ("rate = mutual information + marginal KL", nats.rate),
-        ("mutual information of x and z", nats.mutual_information),
-        ("marginal KL, from the average q(z|x) to the prior", nats.marginal_kl),
-        ("mutual information in the population, lower bound", lower),
-        ("mutual information in the population, upper bound", upper),
-    ]
-    count = nats.num_data
-    note = (
-        f"In nats per datum, ± the standard error due to the draws. With {count} data the mutual information is at "
-        f"most log {count} = {math.log(count):.2f} nats. The bounds for the population hold in expectation."
-    )
-    return _Table(("", "value"), rows, note)
-
-
-def _units(nats: Decomposition) -> _Table:
-    rows = []
-    for name, units in nats.units.items():
-        for index in np.ndindex(*units.activity.shape):
-            values = (units.rate, units.information, units.activity)
-            shown = ("" if value is None else f"{value[index].item():.3f}" for value in values)
-            active = "yes" if units.active[index].item() else "no"
-            rows.append((f"{name}{list(index)}" if index else name, *shown, active))
-    note = f"The first {_MAX_ROWS} of {len(rows)} variables." if len(rows) > _MAX_ROWS else ""
-    head = ("latent variable", "rate, nats", "mutual information, nats", "variance of its mean over data", "active")
-    return _Table(head, rows[:_MAX_ROWS], note)
-
-
-def _gap(gap: InferenceGap) -> _Table:
-    least = "" if gap.is_exact else "at least "
-    worst, row = gap.worst
-    rows = [
-        ("inference gap, log p(x) − ELBO", f"{least}{gap.gap.mean().item():.3f}"),
-        ("approximation gap, due to the family of q", f"{least}{gap.approximation.mean().item():.3f}"),
-        ("amortization gap, due to the network of q", f"{gap.amortization.mean().item():.3f}"),
-        ("largest inference gap of a datum", f"{worst:.3f} (datum {row})"),
-    ]
-    kind = "exact" if gap.is_exact else "estimated by importance sampling from the optimized q"
-    note = f"In nats per datum, over {len(gap.gap)} data. q was optimized for each of them. log p(x) is {kind}."
-    return _Table(("", "value"), rows, note)
-
-
-def _calibration(calibration: Calibration) -> _Table:
-    levels = (0.5, 0.9)
-    coverages = [calibration.coverage(level) for level in levels]
-    rows = []
-    for index, name in enumerate(calibration.names):
-        p = calibration.p_values[index].item()
-        covered = [f"{share[index].item():.1%} ± {error[index].item():.1%}" for share, error in coverages]
-        rows.append((name, f"{p:.2g}" if p >= 1e-4 else "< 0.0001", *covered))
-    note = (
-        f"The calibration is {calibration.headline}. The p-value tests whether q(z|x) is exact. A trained encoder is "
-        "never exact, so its p-values are often small. A fault is reported if one common correction of all variances, "
-        "or of all means, would clearly raise the ELBO, if intervals clearly cover another share than they should, or "
-        "if q is far off for some of the data."
-    )
-    if len(rows) > _MAX_ROWS:  # the last quantity, log p(x, z), depends on the data: it is always shown
-        note = f"The first {_MAX_ROWS - 1} of {len(rows) - 1} coordinates. {note}"
-        rows = [*rows[: _MAX_ROWS - 1], rows[-1]]
-    return _Table(("quantity", "p-value", *(f"coverage of the {level:.0%} interval" for level in levels)), rows, note)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
 from pyro_vae._utils.data import data_tensors, rows_like
+from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.rng import seeded
@@ -49,8 +50,8 @@ class Terms(dict[str, Any]):
         raise KeyError(f"{name!r}: the objective is no ELBO, but a 'surrogate': {self.why_no_bound}" if bound else name)
 
 
-@dataclass(frozen=True)
-class Fitted:
+@dataclass(frozen=True, repr=False)
+class Fitted(Result):
     """What :func:`fit` returns. The trained parameters are in the networks, and in Pyro's param store.
 
     Attributes:
@@ -65,14 +66,57 @@ class Fitted:
         skipped: steps that were left out, as they were not finite.
     """
 
-    model: Function = field(repr=False)
-    guide: Function = field(repr=False)
-    history: dict[str, list[float]] = field(repr=False)
+    model: Function
+    guide: Function
+    history: dict[str, list[float]]
     seed: int
     steps: int
     seconds: float
     stopped: str = "epochs"
     skipped: int = 0
+
+    @property
+    def _bound(self) -> str:
+        """The name of the objective in the history."""
+        return "surrogate" if "surrogate" in self.history else "elbo"
+
+    def _line(self) -> str:
+        bound = self._bound
+        held_out = f"validation_{bound}"
+        found = [f"{'ELBO' if bound == 'elbo' else bound} {self.history[bound][-1]:.3f}"]
+        if held_out in self.history:
+            found.append(f"validation {self.history[held_out][-1]:.3f}")
+        ended = f", ended by {self.stopped}" if self.stopped != "epochs" else ""
+        skipped = f", {count_of(self.skipped, 'step')} skipped" if self.skipped else ""
+        return (
+            f"{', '.join(found)} nats per datum after {count_of(len(self.history[bound]), 'epoch')}, "
+            f"{count_of(self.steps, 'step')}, {self.seconds:.3g} s{ended}{skipped}"
+        )
+
+    def _table(self) -> Table:
+        terms = [name for name in self.history if not name.startswith("validation_")]
+        held_out = any(name.startswith("validation_") for name in self.history)
+        rows: list[tuple[object, ...]] = []
+        for term in terms:
+            columns = [self.history.get(prefix + term, []) for prefix in ("", "validation_")[: 1 + held_out]]
+            shown = (f"{column[-1]:.3f}" if len(column) else "" for column in columns)
+            rows.append(("ELBO" if term == "elbo" else term, *shown))
+        epochs = count_of(len(next(iter(self.history.values()), [])), "epoch")
+        note = f"In nats per datum, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
+        note += f"Seed {self.seed}."
+        best = self.history.get(f"validation_{self._bound}", [])
+        if len(best) and (epoch := int(np.argmax(best))) < len(best) - 1:
+            note += f" The best validation was {best[epoch]:.3f}, in epoch {epoch + 1:,}."
+        if self.stopped != "epochs":
+            note += f" The run was ended by {self.stopped}."
+        if self.skipped:
+            note += f" {count_of(self.skipped, 'step')} not finite: left out."
+        return Table(("term", "training", *(["validation"] if held_out else [])), rows, note)
+
+    def _curves(self) -> Mapping[str, Sequence[float]]:
+        shown = {"": "training", "validation_": "validation"}
+        names = {f"{label} {self._bound}": prefix + self._bound for prefix, label in shown.items()}
+        return {label: self.history[name] for label, name in names.items() if name in self.history}
 
 
 def as_history(history: "Fitted | Mapping[str, Sequence[float]]") -> Mapping[str, Sequence[float]]:
@@ -151,7 +195,7 @@ def fit(
         plate: name of the data plate.
         seed: of the random numbers of the run and of the order of the data. Weights are drawn when parts are built:
             call ``torch.manual_seed`` before that. A second call of ``fit`` continues from the current parameters.
-        progress: whether to show a progress bar; only on a terminal if left out.
+        progress: whether to show a progress bar; by default only on a terminal or in a notebook.
         compile: whether to capture the step as one graph and compile it: the same numbers, many times faster, after
             some seconds in a C++ compiler. Model and guide must run the same operations in every step.
         clip_norm: largest norm of all gradients together; larger gradients are scaled down to it.

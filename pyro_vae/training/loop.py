@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_vae._utils.ambient import check_gradients_enabled
 from pyro_vae._utils.module_state import buffers_kept
+from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
-from pyro_vae._utils.validation import tqdm_disable
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.state import (
@@ -90,8 +89,8 @@ class Loop:
         """Train until this number of epochs is finished, or a part of the loop ends the run earlier."""
         state = self.state
         unfinished = state.epoch < epochs and state.stop_reason == "epochs"
-        self._bar = tqdm(total=epochs, disable=tqdm_disable(progress), unit="epoch")
-        with self._signals, warnings.catch_warnings(), self._bar:
+        bar = progress_bar("fit", progress, total=epochs, unit="epoch")
+        with self._signals, warnings.catch_warnings(), bar as self._progress:
             warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
             self._pending.clear()
             while state.epoch < epochs and state.stop_reason == "epochs":
@@ -132,8 +131,8 @@ class Loop:
         self._record_epochs()
         self._pending.clear()
         latest = {name: f"{values[-1]:.4g}" for name, values in self.state.history.items()}
-        self._bar.set_postfix(latest, refresh=False)
-        self._bar.update(self.state.epoch - self._bar.n)
+        self._progress.note(latest)
+        self._progress.advance_to(self.state.epoch)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -7,8 +7,9 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 
 from pyro_vae._utils.module_state import buffers_kept
+from pyro_vae._utils.progress import check_progress
 from pyro_vae._utils.rng import preserve_rng_state
-from pyro_vae._utils.validation import boolean, positive, positive_int, tqdm_disable
+from pyro_vae._utils.validation import boolean, positive, positive_int
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches
 
@@ -28,7 +29,7 @@ def check_options(
     """Raise for an option of :func:`pyro_vae.fit` that has no meaning."""
     positive_int(epochs, "epochs")
     boolean(compile, "compile")
-    tqdm_disable(progress)
+    check_progress(progress)
     if clip_norm is not None:
         positive(clip_norm, "clip_norm")
     if patience is not None:

@@ -11,7 +11,7 @@ from plain_pyro import copy_weights
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
@@ -59,8 +59,6 @@ def _ticking(tick: Tick, total: int, work: int) -> Iterator[None]:
 
     def update_and_tick(bar: tqdm, n: float | None = 1) -> bool | None:
         shown = update(bar, n)
-        if bar.disable:  # such a bar counts nothing, and the loop reads the count
-            bar.n += 1 if n is None else n
         if bar.total == total and n != 0:
             tick(work * (1 if n is None else n))
         return shown

@@ -1,5 +1,6 @@
 """The page of a report is one file that shows all results, fits into a browser, and is replaced as a whole."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -91,6 +92,7 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off_on_a_wide_and_a_narrow_scree
     [
         ("/dev/null", {}, ValueError, "`path` must be .*regular file, got '/dev/null'"),
         ("page.html", {"labels": ["a"] * 200}, TypeError, "`labels` must be whole numbers.*got a list"),
+        ("page.html", {"found": "sound"}, TypeError, "`found` must be the result of `pv.inspect`, got a str"),
         ("page.html", {"image_shape": 2}, ValueError, "`image_shape` must be height and width.*got 2"),
         ("page.html", {"history": [1.0]}, TypeError, "`history` must be the result of `fit`.*got a list"),
         ("page.html", {"pictures": {"What?": 3}}, TypeError, "`pictures` must be .*figures, got an int for 'What.'"),
@@ -138,7 +140,7 @@ def test_a_page_of_many_coordinates_keeps_the_quantity_that_depends_on_the_data(
     vae = gaussian(70, 4)
     found = reported(page, vae.model, vae.guide, make_data(rows=30), labels=[0, 1] * 15)
     assert len(found.calibration.names) == 71
-    assert "The first 59 of 70 coordinates." in page.read_text()
+    assert "The first 59 and the last of 71 rows." in page.read_text()
     assert '<th scope="row">log p(x, z)</th>' in page.read_text()
 
 
@@ -150,3 +152,22 @@ def test_a_latent_map_of_a_guide_without_a_known_mean_is_labelled_as_draws(page,
     monkeypatch.setattr(plt, "close", lambda figure: (labels.append(figure.axes[0].get_xlabel()), close(figure)))
     reported(page, model, guide_of(q), make_data(rows=20), labels=torch.arange(20) % 2)
     assert "draw of z[0]" in labels
+
+
+def test_a_finished_inspection_is_not_computed_again(page, monkeypatch):
+    x = make_data(rows=20)
+    found = pv.inspect(model, make_guide(), x, num_samples=50, num_simulations=100, max_refined=5)
+    monkeypatch.setattr("pyro_vae.inspection.report.inspect", None)
+    assert pv.report(page, model, make_guide(), x, found=found) is found
+    assert found.headline[1:] in html.unescape(page.read_text())
+    with pytest.raises(ValueError, match="`found` must be an inspection of these 10 rows of data, got one of 20 rows"):
+        pv.report(page, model, make_guide(), x[:10], found=found)
+    with pytest.raises(ValueError, match="`num_samples` must be left out where `found` is given"):
+        pv.report(page, model, make_guide(), x, found=found, num_samples=3)
+
+
+def test_a_report_takes_the_result_of_fit(page):
+    vae, x = gaussian(1, 4), make_data(rows=20)
+    fitted = pv.fit(vae.model, vae.guide, x, epochs=2)
+    reported(page, vae.model, vae.guide, x, history=fitted)
+    assert "Has training converged" in page.read_text()
