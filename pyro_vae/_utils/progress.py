@@ -32,7 +32,8 @@ class Progress:
     def __init__(
         self, name: str, total: float, stages: Sequence[str], bar: "tqdm | None", outer: "Progress | None" = None
     ):
-        self.name, self.total, self.stages, self.done = name, total, list(stages), 0.0
+        self.name, self.total, self.stages = name, total, list(stages)
+        self.done: float = 0
         self._bar, self._outer, self._stage = bar, outer, 0
 
     def advance(self, amount: float = 1) -> None:
@@ -89,7 +90,7 @@ def progress_bar(
     Args:
         name: the name of the function.
         progress: whether to show the bar; if ``None``, on a terminal and in a notebook alone. There, the environment
-            variable ``TQDM_DISABLE=1`` hides it.
+            variable ``TQDM_DISABLE=1``, set before the import, hides it.
         total: what there is to do, in units of ``unit``; with ``unit_scale`` shown as 1.5k.
         stages: the names of the stages of the call, in place of ``total``.
     """

@@ -57,7 +57,7 @@ def test_an_exact_guide_has_no_gap_and_is_not_changed_by_refinement():
     vae = linear_vae(guides.FullRankNormal)
     found = pv.inference_gap(vae.model, vae.guide, data(20), steps=50)
     for part in (found.gap, found.approximation, found.amortization):
-        assert part.abs().max() < 1e-5
+        assert part.abs().max() < 1e-4  # rounding alone, times the learning rate
 
 
 @pytest.mark.parametrize("part", [guides.DiagonalNormal, guides.FullRankNormal])
@@ -120,7 +120,7 @@ def test_the_approximation_of_a_product_of_bits_agrees_with_a_grid_search():
     with torch.no_grad():
         vae.decoder.network.weight.fill_(1.5)  # given x, the bits are dependent
     x = torch.tensor([[0.7, 0.9]])
-    found, grid = pv.inference_gap(vae.model, vae.guide, x, lr=5e-2), torch.linspace(-9, 9, 181)
+    found, grid = pv.inference_gap(vae.model, vae.guide, x, steps=1000, lr=5e-2), torch.linspace(-9, 9, 181)
     logits = torch.cartesian_prod(grid, grid)
     states = vae.prior().enumerate_support(expand=False).reshape(4, 1, 2)
     with torch.no_grad():
