@@ -79,7 +79,8 @@ def evidence(w):
 GOOD = {  # by name: the function or class, and its arguments by name
     "VAE": (pv.VAE, lambda w: {"prior": w.vae.prior, "encoder": w.vae.encoder, "decoder": w.vae.decoder, "name": "v"}),
     "fit": (pv.fit, lambda w: pair(w) | {
-        "epochs": 1, "batch_size": 3, "lr": 1e-3, "elbo": Trace_ELBO(), "validation": w.x, "transform": None,
+        "epochs": 1, "batch_size": 3, "lr": 1e-3, "optimizer": torch.optim.AdamW, "elbo": Trace_ELBO(),
+        "validation": w.x, "transform": None,
         "schedules": None, "plate": "data", "seed": 0, "progress": None, "compile": False, "clip_norm": 1.0,
         "nonfinite": "stop", "patience": 1, "callbacks": (), "checkpoints": None}),
     "evaluate": (pv.evaluate, lambda w: pair(w) | {"elbo": None, "num_samples": 1, "plate": "data", "seed": 0}),
@@ -202,6 +203,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "schedules.decayed": (schedules.decayed, lambda w: {"start": 1.0, "steps": 10, "hold": 0.5, "end": 0.1}),
     "schedules.exponential": (schedules.exponential, lambda w: {"start": 1.0, "rate": 0.1, "floor": 0.1, "every": 1}),
     "schedules.linear": (schedules.linear, lambda w: {"start": 0.0, "end": 1.0, "steps": 10}),
+    "schedules.on_plateau": (schedules.on_plateau, lambda w: {
+        "start": 1e-3, "factor": 0.1, "patience": 10, "threshold": 1e-4, "floor": 0.0}),
     "schedules.from_torch": (schedules.from_torch, lambda w: {
         "make": lambda optim: torch.optim.lr_scheduler.ExponentialLR(optim, 0.9), "start": 0.1}),
     "datasets.two_gaussians": (datasets.two_gaussians, lambda w: {"num_points": 3, "scale": 0.1, "seed": 0}),
@@ -300,7 +303,8 @@ NOT_CALLED = {
     ),
     "without arguments, types, or checks themselves": (
         "handlers.ResampleObserved handlers.SubsampleStatements handlers.UnsizedPlates schedules.Schedule "
-        "networks.NetworkFactory schedules.check_schedules schedules.checked_schedule schedules.described"
+        "networks.NetworkFactory schedules.Plateau schedules.PlateauRate schedules.TorchSchedule "
+        "schedules.check_schedules schedules.checked_schedule schedules.described"
     ),
     "downloads, see the table of wrong calls": "datasets.mnist",
     "takes nothing": "datasets.penguins",

@@ -5,6 +5,7 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -602,6 +603,16 @@ TRAINING = {
     "half an epoch": positive_int(lambda w: fit(w, epochs=0.5), "epochs", 0.5),
     "batches of no rows": positive_int(lambda w: fit(w, batch_size=0), "batch_size", 0),
     "a learning rate of NaN": positive(lambda w: fit(w, lr=math.nan), "lr", math.nan),
+    "two learning rates": Row(lambda w: fit(w, lr=0.1, optimizer=partial(torch.optim.SGD, lr=0.1)),
+        ValueError, "lr", "must be left out where `optimizer` sets the learning rate itself, got 0.1 and SGD"),
+    "the name of an optimizer": Row(lambda w: fit(w, optimizer="Adam"),
+        TypeError, "optimizer", "must be a class of torch.optim, or a function from a list of...got a str"),
+    "an optimizer of Pyro": Row(lambda w: fit(w, optimizer=pyro.optim.Adam({})),
+        TypeError, "optimizer", "must be a class of torch.optim, or a function...got PyroOptim, which returns a Non"),
+    "an optimizer that needs a closure": Row(lambda w: fit(w, optimizer=torch.optim.LBFGS),
+        ValueError, "optimizer", "must take a step from one gradient, got LBFGS, which computes the loss several"),
+    "a factor that lets a rate grow": Row(lambda w: schedules.on_plateau(factor=1.5),
+        ValueError, "factor", "must be above 0 and below 1, got 1.5"),
     "a word for a learning rate": positive(lambda w: fit(w, lr="1e-3"), "lr", "1e-3"),
     "the class of an ELBO": Row(lambda w: fit(w, elbo=TraceEnum_ELBO),
         TypeError, "elbo", "must be an instance...got <class 'pyro.infer.traceenum_elbo.TraceEnum_ELBO'>"),

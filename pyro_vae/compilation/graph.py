@@ -261,6 +261,9 @@ _CHECKS = (
 )  # fmt: skip
 """Modules that read values only to warn or raise: their operations are otherwise the same on all data."""
 
+_MOMENTUM = ("torch.optim.sgd", "torch.optim.rmsprop")
+"""Modules that compare a scheduled momentum with 0; a captured step has one above 0 all the time."""
+
 _DICE = "pyro.infer.util"
 """The module that drops states of probability zero from a sum if there are any; a capture keeps them, as zeros."""
 
@@ -287,7 +290,7 @@ class _ValueAccessGuard(TorchFunctionMode):
             return torch.where(args[1], args[0], 0.0) if caller == _DICE else func(*args, **(kwargs or {}))
         if func is Tensor.item and caller.startswith(_LOSS_SUMS):
             return args[0].detach()
-        if caller.startswith(_CHECKS):
+        if caller.startswith(_CHECKS) or (func is Tensor.__bool__ and caller in _MOMENTUM):
             with torch_private.disable_proxy_modes_tracing():
                 return func(*args, **(kwargs or {}))
         where = f"({frame.f_code.co_filename}, line {frame.f_lineno}: {func.__name__})"

@@ -203,9 +203,9 @@ class DimensionNames:
         return {} if self.variables.get(name, name) == name else {"site": name}
 
     def training(self, history: Mapping[str, np.ndarray]) -> "xr.Dataset":
-        """Make a dataset of a history, in nats per datum."""
-        units = {"units": "nats per datum"}
-        return self.named({name: (self._history_dims[name], value, units) for name, value in history.items()})
+        """Make a dataset of a history: a learning rate, and numbers in nats per datum."""
+        units = {name: {} if name == "lr" else {"units": "nats per datum"} for name in history}
+        return self.named({name: (self._history_dims[name], value, units[name]) for name, value in history.items()})
 
     def guide(self, latents: Mapping[str, Any]) -> "xr.Dataset":
         """Make a dataset of the parameters of each latent's distribution, without draws."""

@@ -52,7 +52,7 @@ class CapturedStep(Step):
     def __init__(
         self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, refreshes: bool = True, **kwargs: Any
     ):
-        super().__init__(*args, **{"make_optimizer": CapturableAdam} | kwargs)
+        super().__init__(*args, **kwargs)
         self.compiles, self.refreshes = compiles, refreshes
         self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
         self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs

@@ -30,8 +30,9 @@ from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
+from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
-from pyro_vae.training.schedules import Schedule, check_schedules, checked_schedule, described
+from pyro_vae.training.schedules import Plateau, Schedule, check_schedules, checked_schedule, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
 
@@ -58,7 +59,8 @@ class Fitted(Result):
         model: the model, as given.
         guide: the guide, as given.
         history: per epoch, in nats per datum: ``elbo``, ``distortion`` and ``rate``, means over the epoch's steps; with
-            validation data ``validation_elbo``, ``validation_distortion`` and ``validation_rate`` at its end.
+            validation data ``validation_elbo``, ``validation_distortion`` and ``validation_rate`` at its end. With a
+            schedule of the learning rate also ``lr``, that of the epoch's last step.
         seed: the seed.
         steps: number of gradient steps.
         seconds: wall-clock time of the training.
@@ -150,7 +152,8 @@ def fit(
     *,
     epochs: int,
     batch_size: int | None = None,
-    lr: float | Schedule = 1e-3,
+    lr: float | Schedule | Plateau | None = None,
+    optimizer: MakeOptimizer = torch.optim.Adam,
     elbo: ELBO | None = None,
     validation: Data | None = None,
     transform: Transform | None = None,
@@ -165,10 +168,11 @@ def fit(
     callbacks: Sequence[Callback] = (),
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
 ) -> Fitted:
-    r"""Maximise the ELBO of a Pyro model and guide with Adam.
+    r"""Maximise the ELBO of a Pyro model and guide with Adam, or another optimizer of torch.
 
-    A step is that of ``pyro.infer.SVI``, with one fused optimizer instead of one for each parameter. Parameters stay in
-    the current param store. Random states, default dtype, threads and the validation flag are restored at the end.
+    A step is that of ``pyro.infer.SVI``, with one optimizer for all parameters in place of one for each. Parameters
+    stay in the current param store. Random states, default dtype, threads and the validation flag are restored at the
+    end.
 
     The history holds the ELBO at β = 1, -distortion - rate. It holds a ``surrogate`` instead where that is no bound,
     see :attr:`pyro_vae.model_guide.ModelGuide.why_no_bound`: soft targets, a point for a continuous latent (MAP), data
@@ -182,7 +186,14 @@ def fit(
         batch_size: rows per step, in a new random order in each epoch; all N if left out. A single row that is left
             joins the batch before. Mini-batches subsample the data plate, see
             :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
-        lr: Adam's learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`).
+        lr: the learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`); the optimizer's own if left
+            out, 1e-3 for Adam. It must be left out if ``optimizer`` sets one. With a schedule, the history has the rate
+            of each epoch's last step, ``lr``.
+        optimizer: a class of ``torch.optim``, with settings by ``functools.partial(torch.optim.AdamW,
+            weight_decay=0.01)``, or a function from a list of parameters to their optimizer. ``lr`` is passed to it by
+            name. It is called for all parameters of the first step, again for those that a later step adds, and once
+            before training, for a small tensor, as a check. With ``compile=True`` it must be one whose steps can be
+            captured: most of ``torch.optim``.
         elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
         validation: held-out data of the same form, evaluated after each epoch, in batches of ``batch_size`` and in
             evaluation mode: dropout is off, and batch normalisation uses its running statistics. Training is in the
@@ -235,7 +246,8 @@ def fit(
         held_out = data_tensors(validation, "validation", model, keep_integers=keep)
         rows_like(held_out, tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
-    lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
+    if not isinstance(lr, Plateau | None):
+        lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
     num_data = len(tensors[0])
@@ -243,8 +255,9 @@ def fit(
     if 1 < batch_size == num_data - 1:  # the row that is left joins
         batch_size = num_data
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)
+    make_optimizer = RunOptimizer(optimizer, lr, compile, checkpoints is not None, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
-    settings |= {"lr": lr, "schedules": schedules}
+    settings |= {"lr": make_optimizer.rate, "optimizer": make_optimizer.description, "schedules": schedules}
     run_config = {} if checkpoints is None else _run_config(evaluator, tensors, held_out, **settings)
     started = time.perf_counter()
     with (
@@ -258,10 +271,13 @@ def fit(
             evaluator.bound = pair.bound
             with evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size)
-        step = _make_step(evaluator, lr, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None)
+        rate = lr.begin() if isinstance(lr, Plateau) else lr
+        step = _make_step(
+            evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
+        )
         batches = Batches(pair.take, num_data, batch_size, seed, tensors[0].device)
         validate = None if held_out_pair is None else partial(_evaluate_held_out, evaluator, held_out_pair, seed)
-        loop = Loop(step, batches, validate, patience, callbacks, saved)
+        loop = Loop(step, batches, validate, patience, callbacks, saved, records_rate=callable(rate))
         with seeded(seed):
             with rollback_params_on_error():
                 loop.resume()
@@ -329,7 +345,8 @@ def evaluate(
 
 def _make_step(
     evaluator: ElboEvaluator,
-    lr: float | Schedule,
+    make_optimizer: MakeOptimizer,
+    lr: float | Schedule | None,
     schedules: Mapping[Tensor, Schedule],
     clip_norm: float | None,
     skips: bool,
@@ -338,24 +355,21 @@ def _make_step(
     """Return the step of a run, eager or compiled for batches of so many rows."""
     options: dict[str, Any] = {"clip_norm": clip_norm, "skips": skips, "numbered": True}
     if compiled_rows is None:
-        return Step(evaluator, lr, schedules, **options)
-    return CapturedStep(
-        evaluator, lr, schedules, compiles=lambda rows: len(rows) == compiled_rows, refreshes=False, **options
-    )
+        return Step(evaluator, make_optimizer, lr, schedules, **options)
+    options |= {"compiles": lambda rows: len(rows) == compiled_rows, "refreshes": False}
+    return CapturedStep(evaluator, make_optimizer, lr, schedules, **options)
 
 
 def _run_config(
     evaluator: ElboEvaluator,
     data: tuple[Tensor, ...],
     held_out: tuple[Tensor, ...] | None,
-    lr: float | Schedule,
     schedules: Mapping[Tensor, Schedule],
     **arguments: Any,
 ) -> dict[str, Any]:
     """Return what must be equal for a run to resume from the checkpoint of another, by name of the argument."""
     return {
         **arguments,
-        "lr": described(lr),
         "schedules": [described(schedule) for schedule in schedules.values()],
         "elbo": type(evaluator.elbo).__name__,
         **{f"elbo.{name}": value for name, value in vars(evaluator.elbo).items() if _is_setting(name, value)},

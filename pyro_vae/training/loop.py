@@ -22,6 +22,7 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
+from pyro_vae.training.schedules import PlateauRate
 from pyro_vae.training.state import (
     RunState,
     check_run_state,
@@ -62,7 +63,8 @@ Callback = Callable[[Epoch], Any]
 class Loop:
     """Train a step for some epochs, each over all rows in a new random order; ``state`` is the progress of the run.
 
-    At the end of each epoch, ``validate`` returns the ELBO and its terms on held-out data, and callbacks are called.
+    At the end of each epoch, ``validate`` returns the ELBO and its terms on held-out data, a learning rate that depends
+    on the loss is updated, and callbacks are called. With ``records_rate``, the history has the learning rate.
     After ``patience`` epochs without a better validation ELBO training ends, with the parameters of the best epoch.
     """
 
@@ -74,16 +76,27 @@ class Loop:
         patience: int | None = None,
         callbacks: Sequence[Callback] = (),
         checkpoints: "RunCheckpoints | None" = None,
+        records_rate: bool = False,
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
         self.checkpoints, self.state = checkpoints, RunState()
         self._pending, self._signals = PendingMetrics(batches.device), DeferredSignals(checkpoints is not None)
         self._early_stopping = EarlyStopping(step, patience)
+        self._plateau = step.lr if isinstance(step.lr, PlateauRate) else None
+        self._records_rate = records_rate
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
         if self.checkpoints is not None:
             self.checkpoints.resume(self.step, self.batches, self.state)
+        for epoch in range(self.state.epoch):
+            self._update_plateau(epoch)
+
+    def _update_plateau(self, epoch: int) -> None:
+        """Set the learning rate to that after an epoch, by its validation ELBO, or without that its training ELBO."""
+        if self._plateau is not None:
+            name = ("" if self.validate is None else "validation_") + self.step.names[0]
+            self._plateau.update(-self.state.history[name][epoch])
 
     def run(self, epochs: int, progress: bool | None) -> None:
         """Train until this number of epochs is finished, or a part of the loop ends the run earlier."""
@@ -153,7 +166,11 @@ class Loop:
         state = self.state
         state.epoch, state.batch = state.epoch + 1, 0
         self.batches.next_epoch()
-        if self.validate is not None or self.callbacks:
+        if self._records_rate and self.step.lr is not None:
+            for name in self.step.names:  # they stand first
+                state.history.setdefault(name, [])
+            state.history.setdefault("lr", []).append(float(self.step.lr(self.step.count - 1)))
+        if self.validate is not None or self.callbacks or self._plateau is not None:
             self._sync_metrics()
         if self.validate is not None:
             with buffers_kept():
@@ -162,6 +179,7 @@ class Loop:
                 state.history.setdefault(f"validation_{name}", []).append(value)
             if self._early_stopping.patience is not None or self.checkpoints is not None:
                 self._early_stopping.update(state, next(iter(terms.values())))
+        self._update_plateau(state.epoch - 1)
         if self.callbacks:
             self._call_callbacks()
 

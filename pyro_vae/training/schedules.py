@@ -7,7 +7,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
 __all__ = [
-    "Schedule", "check_schedules", "checked_schedule", "constant", "cyclical", "decayed", "described", "exponential",
-    "from_torch", "linear",
+    "Plateau", "PlateauRate", "Schedule", "TorchSchedule", "check_schedules", "checked_schedule", "constant",
+    "cyclical", "decayed", "described", "exponential", "from_torch", "linear", "on_plateau",
 ]  # fmt: skip
 
 Schedule = Callable[[int], float]
@@ -122,80 +122,204 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
     return value
 
 
-def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> Schedule:
-    """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, with one call of its ``step()`` per step.
+class Plateau:
+    """A learning rate that falls when the loss does: for ``lr`` of :func:`pyro_vae.fit`, see :func:`on_plateau`.
 
-    The scheduler has its own optimizer, which trains nothing: a checkpoint therefore holds no state of it.
+    It has no value for a step: each run begins with a rate of its own, :meth:`begin`.
+    """
+
+    def __init__(self, make: Callable[[Any], ReduceLROnPlateau], start: float):
+        self._make, self.start = make, start
+        self.begin()
+
+    def begin(self) -> "PlateauRate":
+        """Return the rate of one run, before its first epoch."""
+        return PlateauRate(self._make(_optimizer(self.start)))
+
+    def __repr__(self) -> str:
+        scheduler = self.begin().scheduler
+        names = ("factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lrs", "eps")
+        settings = [f"{name}={getattr(scheduler, name)}" for name in names]
+        return f"{type(scheduler).__name__}({', '.join([f'start={self.start}', *settings])})"
+
+
+class PlateauRate:
+    """The learning rate of one run, which :meth:`update` lowers; a function of the step, as schedules are.
+
+    >>> rate = on_plateau(0.1, factor=0.5, patience=1).begin()
+    >>> rate(0)
+    0.1
+    >>> for loss in (3.0, 3.0, 3.0):
+    ...     rate.update(loss)
+    >>> rate(60)
+    0.05
+    """
+
+    def __init__(self, scheduler: ReduceLROnPlateau):
+        self.scheduler = scheduler
+
+    def __call__(self, step: int) -> float:
+        """Return the rate of all steps until the next update."""
+        return self.scheduler.optimizer.param_groups[0]["lr"]
+
+    def update(self, loss: float) -> None:
+        """Take note of the loss of an epoch, in nats per datum."""
+        self.scheduler.step(loss)
+
+
+def on_plateau(
+    start: float = 1e-3, factor: float = 0.1, patience: int = 10, threshold: float = 1e-4, floor: float = 0.0
+) -> Plateau:
+    """A learning rate that is multiplied by ``factor`` when the loss has not fallen for more than ``patience`` epochs.
+
+    The loss is the negative ELBO of the validation data at the end of each epoch, or without ``validation`` that of the
+    training data, the mean over the epoch's steps: the first entry of the history, in nats per datum.
 
     Args:
-        make: from an optimizer to its scheduler.
+        start: learning rate of the first epochs.
+        factor: from one learning rate to the next, above 0 and below 1.
+        patience: number of epochs without a lower loss that change nothing.
+        threshold: nats per datum by which a loss must be below the best one to be lower.
+        floor: lower bound of the learning rate.
+
+    Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau``, with ``threshold_mode="abs"``: relative to a negative loss,
+    which densities can have, torch takes a slightly higher one for a lower one.
+
+    >>> lr = on_plateau(1e-2, factor=0.5, patience=5)
+    >>> lr
+    ReduceLROnPlateau(start=0.01, factor=0.5, patience=5, threshold=0.0001, threshold_mode=abs, ..., eps=0.0)
+    """
+    positive(start, "start")
+    positive_int(patience, "patience")
+    if not 0 < number(factor, "factor") < 1:
+        raise ValueError(f"`factor` must be above 0 and below 1, got {factor!r}")
+    number(threshold, "threshold", least=0)
+    number(floor, "floor", least=0)
+    settings: dict[str, Any] = {"factor": factor, "patience": patience, "threshold": threshold, "min_lr": floor}
+    return Plateau(lambda optimizer: ReduceLROnPlateau(optimizer, threshold_mode="abs", eps=0.0, **settings), start)
+
+
+class TorchSchedule:
+    """The learning rates of a scheduler of torch, and its momenta, if it has some; see :func:`from_torch`.
+
+    Attributes:
+        momentum: a schedule of the momentum, or of the first of Adam's betas; ``None`` if the scheduler has none.
+    """
+
+    def __init__(self, scheduler: LRScheduler, changes_momentum: bool):
+        self._scheduler, self._lock = scheduler, threading.Lock()
+        self._rates, self._momenta = array("d"), array("d")
+        self._append()
+        self.momentum: Schedule | None = self._momentum if changes_momentum else None
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        self._reach(step)
+        return self._rates[step]
+
+    def _momentum(self, step: int) -> float:
+        self._reach(step)
+        return self._momenta[step]
+
+    def _append(self) -> None:
+        (group,) = self._scheduler.optimizer.param_groups
+        self._rates.append(group["lr"])
+        self._momenta.append(group["betas"][0])
+
+    def _reach(self, step: int) -> None:
+        """Call the scheduler until it has a value for this step."""
+        if step < len(self._rates):
+            return
+        with self._lock, warnings.catch_warnings():
+            # SequentialLR itself calls its schedulers in the way that torch warns of.
+            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
+            while len(self._rates) <= step:
+                self._scheduler.optimizer.step()
+                try:
+                    self._scheduler.step()
+                except ValueError as error:
+                    raise ValueError(
+                        "`lr` must be a scheduler for all steps of the run, got "
+                        f"{with_article(type(self._scheduler).__name__)} without a value for step "
+                        f"{len(self._rates) + 1}: {error}"
+                    ) from error
+                self._append()
+
+
+def from_torch(make: Callable[[Any], LRScheduler], start: float = 1e-3) -> TorchSchedule | Plateau:
+    """The learning rates of a scheduler of ``torch.optim.lr_scheduler``, with one call of its ``step()`` per step.
+
+    The scheduler has its own optimizer, which trains nothing: a checkpoint therefore holds no state of it. One that
+    changes the momentum too, such as ``OneCycleLR``, changes that of the run's optimizer: the first of its ``betas``,
+    or its ``momentum``.
+
+    ``ReduceLROnPlateau`` is called at the end of each epoch, with the loss that :func:`on_plateau` describes, which
+    falls: its ``mode`` must be ``"min"``. On resuming, it gets the losses of the history again.
+
+    Args:
+        make: from an optimizer to its scheduler; a plateau's is called at the beginning of each run.
         start: the optimizer's learning rate, where most schedulers begin.
 
     Raises:
-        TypeError: if ``make`` does not return a scheduler, or returns ``ReduceLROnPlateau``, which depends on losses.
-        ValueError: if the scheduler also changes Adam's momentum; from the schedule, after the last step of a
-            scheduler with a fixed number of steps, such as ``OneCycleLR``.
+        TypeError: if ``make`` does not return a scheduler.
+        ValueError: if the mode of a plateau is ``"max"``; from the schedule, after the last step of a scheduler with a
+            fixed number of steps, such as ``OneCycleLR``.
 
     >>> from torch.optim.lr_scheduler import CosineAnnealingLR
     >>> lr = from_torch(lambda optimizer: CosineAnnealingLR(optimizer, 1000), start=1e-3)
     >>> [round(lr(step), 6) for step in (0, 500, 1000)]
     [0.001, 0.0005, 0.0]
     """
-    optimizer = torch.optim.Adam([torch.zeros(())], lr=positive(start, "start"))
-    group = optimizer.param_groups[0]
-    betas = group["betas"]
+    optimizer = _optimizer(positive(start, "start"))
+    (group,) = optimizer.param_groups
     try:
         scheduler: Any = make(optimizer) if callable(make) else None
     except TypeError as error:
         raise TypeError(f"`make` must be a function of an optimizer, got {make!r}, which raises: {error}") from error
-    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+    if not isinstance(scheduler, LRScheduler):
         got = f"a function that returns {with_article(type(scheduler).__name__)}" if callable(make) else repr(make)
         raise TypeError(
             "`make` must be a function from an optimizer to a scheduler of torch.optim.lr_scheduler, such as `lambda "
-            f"optimizer: CosineAnnealingLR(optimizer, 1000)`, got {got}. ReduceLROnPlateau depends on losses; "
-            "`patience` ends a run that no longer improves"
+            f"optimizer: CosineAnnealingLR(optimizer, 1000)`, got {got}"
         )
-    if group["betas"] != betas:
-        raise ValueError(
-            "`make` must return a scheduler of the learning rate alone, got "
-            f"{with_article(type(scheduler).__name__)} that changes Adam's momentum; use `cycle_momentum=False`"
-        )
-    values, lock = array("d", [group["lr"]]), threading.Lock()
-
-    def value(step: int) -> float:
-        if step < len(values):
-            return values[step]
-        with lock, warnings.catch_warnings():
-            # SequentialLR itself calls its schedulers in the way that torch warns of.
-            warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step", UserWarning)
-            while len(values) <= step:
-                optimizer.step()
-                try:
-                    scheduler.step()
-                except ValueError as error:
-                    raise ValueError(
-                        "`lr` must be a scheduler for all steps of the run, got "
-                        f"{with_article(type(scheduler).__name__)} without a value for step {len(values) + 1}: {error}"
-                    ) from error
-                values.append(group["lr"])
-        return values[step]
-
-    return value
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if scheduler.mode != "min":
+            raise ValueError("`make` must return a ReduceLROnPlateau with mode='min', for losses, got mode='max'")
+        return Plateau(cast(Any, make), start)
+    return TorchSchedule(scheduler, changes_momentum=group["betas"][0] != _NO_MOMENTUM)
 
 
-def described(schedule: Schedule | float) -> float | str:
+_NO_MOMENTUM = 0.123456789
+"""The first of the betas of a scheduler's own optimizer, by which one that sets the momentum is recognised."""
+
+
+def _optimizer(lr: float) -> torch.optim.Optimizer:
+    """Return an optimizer for a scheduler."""
+    return torch.optim.Adam([torch.zeros(())], lr=lr, betas=(_NO_MOMENTUM, 0.999))
+
+
+def described(schedule: Schedule | Plateau | float) -> float | str:
     """Describe a schedule by its values at some of the first thousand steps, to compare it in another process.
 
     >>> described(0.5), described(linear(0.0, 1.0, steps=10))
     (0.5, 'a schedule: 0, 0.1, 0.2, 0.5, 1, 1, 1, 1, 1, 1, 1')
     """
+    if isinstance(schedule, Plateau):
+        return repr(schedule)
     if not callable(schedule):
         return schedule
+    text = f"a schedule: {_values(schedule)}"
+    if isinstance(schedule, TorchSchedule) and schedule.momentum is not None:
+        text += f", momentum: {_values(schedule.momentum)}"
+    return text
+
+
+def _values(schedule: Schedule) -> str:
     values: list[str] = []
     with suppress(LookupError, ValueError):  # a table of values, or a scheduler of torch, may be shorter
         for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
             values.append(f"{float(schedule(step)):.9g}")
-    return f"a schedule: {', '.join(values)}"
+    return ", ".join(values)
 
 
 def checked_schedule(schedule: Schedule, name: str) -> Schedule:

@@ -73,11 +73,19 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
     if lines := misfits(groups["best"] or model, model):
         raise ValueError(f"its best parameters are those of another model: {'; '.join(lines)}")
     for path, tensor in groups["optimizer"].items():
-        if tensor.shape not in (model[path.rpartition("/")[0]].shape, (), (2,)):  # moments, step, powers of the betas
+        if not _fits(tensor, model[path.rpartition("/")[0]]) and tensor.shape != (2,):  # the powers of the betas
             raise ValueError(f"its state of the optimizer, {path!r}, has shape {tuple(tensor.shape)}")
     with preserve_rng_state():
         set_random_states(header["random"], groups["random"])
         torch.Generator().set_state(groups["random"]["order"])
+
+
+def _fits(state: Tensor, parameter: Tensor) -> bool:
+    """Whether the state has the shape of a moment, of means of its rows or columns, or of a count of steps."""
+    try:
+        return torch.broadcast_shapes(state.shape, parameter.shape) == parameter.shape
+    except RuntimeError:
+        return False
 
 
 def _by_group(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -184,25 +192,41 @@ def set_trainable_flags(step: Step, saved: Mapping[str, Any]) -> None:
         module.training = training
 
 
+_NUMBERS: dict[str, tuple[Any, torch.dtype]] = {
+    "bool": (bool, torch.bool), "int": (int, torch.int64), "float": (float, torch.float64)
+}  # fmt: skip
+"""By the name of a type: the type, and the dtype of a tensor that holds a number of it."""
+
+
 def optimizer_state(step: Step) -> dict[str, Tensor]:
-    """Return the optimizer's tensors for each parameter, named ``parameter/name``; none before the first step."""
+    """Return the optimizer's state of each parameter, named ``parameter/name``; none before the first step.
+
+    A Python number, such as a count of steps, is a tensor whose name ends with its type: ``parameter/name:int``.
+    """
+    found: dict[str, Tensor] = {}
     state = {} if step.optimizer is None else step.optimizer.state
-    return {
-        f"{name}/{kind}": value
-        for name, parameter in _named(step).items()
-        if parameter in state
-        for kind, value in state[parameter].items()
-    }
+    for name, parameter in _named(step).items():
+        for kind, value in state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{name}/{kind}"] = value
+            else:
+                number = type(value).__name__
+                found[f"{name}/{kind}:{number}"] = torch.tensor(value, dtype=_NUMBERS[number][1], device="cpu")
+    return found
 
 
 def load_optimizer_state(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
-    """Make an optimizer of the named parameters with the tensors that :func:`optimizer_state` returned."""
+    """Make an optimizer of the named parameters with the state that :func:`optimizer_state` returned."""
     named = _named(step)
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
     copies: dict[int, Tensor] = {}  # by address: parameters that shared a tensor share its copy
     for path, value in saved.items():
         name, _, kind = path.rpartition("/")
+        kind, _, number = kind.partition(":")
         assert optimizer is not None
+        if number:
+            optimizer.state[named[name]][kind] = _NUMBERS[number][0](value.item())
+            continue
         address = value.data_ptr()
         if address not in copies:
             copies[address] = value.to(named[name].device, copy=True)

@@ -18,19 +18,13 @@ from pyro_vae._utils.param_store import Registered, check_parameters, module_reg
 from pyro_vae._utils.traces import has_bad_rows
 from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
-from pyro_vae.training.schedules import Schedule
+from pyro_vae.training.optimizers import MakeOptimizer, set_rates
+from pyro_vae.training.schedules import Schedule, TorchSchedule
 
-__all__ = ["BatchContext", "MakeOptimizer", "Step", "adam", "metrics_row"]
+__all__ = ["BatchContext", "Step", "metrics_row"]
 
 BatchContext = Callable[..., AbstractContextManager[tuple[Any, ...]]]
 """From the inputs of a step to a context that returns the arguments of model and guide."""
-MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
-"""From parameters to their optimizer."""
-
-
-def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Make an Adam that updates all parameters in one kernel."""
-    return torch.optim.Adam(parameters, fused=True)
 
 
 def metrics_row(finite: float | Tensor, loss: Any, terms: list[Tensor]) -> Tensor:
@@ -44,6 +38,7 @@ class Step:
     """One step of SVI on a batch: loss, gradients and update.
 
     Args:
+        make_optimizer: from a list of parameters to their optimizer.
         lr: learning rate, or a schedule of it; the optimizer's own if left out.
         schedules: by 0-dim tensor, the schedule of its value.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
@@ -54,9 +49,9 @@ class Step:
     def __init__(
         self,
         evaluator: ElboEvaluator,
+        make_optimizer: MakeOptimizer,
         lr: float | Schedule | None = None,
         schedules: Mapping[Tensor, Schedule] | None = None,
-        make_optimizer: MakeOptimizer = adam,
         clip_norm: float | None = None,
         skips: bool = False,
         numbered: bool = False,
@@ -128,12 +123,9 @@ class Step:
     def _set_lr(self, step: int) -> None:
         if self.lr is None or self.optimizer is None:
             return
+        momentum = self.lr.momentum if isinstance(self.lr, TorchSchedule) else None
         lr = number(self.lr(step), f"lr: at step {step}", least=0)
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        set_rates(self.optimizer, lr, None if momentum is None else momentum(step))
 
     def clear_parameter_cache(self) -> None:
         """Find the parameters again in the next run, after some were frozen, unfrozen, put in or replaced."""

@@ -20,6 +20,7 @@ from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.torch_private import TreeSpec, tree_flatten, tree_unflatten
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
+from pyro_vae.training.optimizers import IMPLEMENTATION, capturable
 from pyro_vae.training.preflight import check_has_loss
 from pyro_vae.training.step import Step
 
@@ -122,21 +123,13 @@ class SVI:
         for parameter, (state, _) in states.items():
             (saved,) = state.get("param_groups", [{}])
             settings = _settings(optim, parameter)
-            settings |= {name: saved[name] for name in (saved.keys() & accepted.keys()) - _IMPLEMENTATION - {"params"}}
+            settings |= {name: saved[name] for name in (saved.keys() & accepted.keys()) - IMPLEMENTATION - {"params"}}
             groups.setdefault(repr(sorted(settings.items())), {"params": [], **settings})["params"].append(parameter)
-        implementation: dict[str, Any] = {}
-        if self._compile and constructor is torch.optim.Adam and all(map(CapturableAdam.accepts, groups.values())):
-            constructor = CapturableAdam
-            for group in groups.values():
-                for name in group.keys() - {"params", "lr", "betas", "eps"}:
-                    del group[name]
-        elif self._compile:
-            implementation = {name: True for name in ("foreach", "capturable") if name in accepted}
-        elif "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters):
-            implementation = {"fused": True}
+        fused = "fused" in accepted and all(parameter.is_floating_point() for parameter in parameters)
+        implementation: dict[str, Any] = {"fused": True} if fused and not self._compile else {}
         optimizer: Any = constructor([{**implementation, **group} for group in groups.values()])
-        for group in optimizer.param_groups if self._compile else []:
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float64, device=parameters[0].device)
+        if self._compile:
+            optimizer = capturable(optimizer)
         _load_states(optimizer, states)
         optim.optim_objs.update({parameter: ParameterOptimizer(self, parameter) for parameter in parameters})
         optim.grad_clip.update(dict.fromkeys(parameters))
@@ -221,7 +214,7 @@ class ParameterOptimizer:
         optim = self._svi._optim
         constructor: Any = optim.pt_optim_constructor
         (settings,) = constructor([self._parameter], **_settings(optim, self._parameter)).state_dict()["param_groups"]
-        settings |= {name: group[name] for name in (settings.keys() & group.keys()) - _IMPLEMENTATION - {"params"}}
+        settings |= {name: group[name] for name in (settings.keys() & group.keys()) - IMPLEMENTATION - {"params"}}
         settings["lr"] = float(settings["lr"])
         copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
         return {"state": {0: copies} if copies else {}, "param_groups": [settings]}
@@ -232,10 +225,6 @@ class ParameterOptimizer:
             "`optim` must be an optimizer of its own for each SVI of pyro.infer, got one whose parameters a "
             "pyro_vae.SVI trains. Make a new one, and give it the state: `new.set_state(optim.get_state())`"
         )
-
-
-_IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
-"""Settings that choose how torch computes the same numbers."""
 
 
 def _settings(optim: PyroOptim, parameter: Tensor) -> dict[str, Any]:

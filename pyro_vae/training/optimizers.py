@@ -1,0 +1,257 @@
+"""The optimizer of a training run: made by a class or function of the user, for eager and for captured steps."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae._utils.validation import describe, number
+from pyro_vae.compilation.adam import CapturableAdam
+from pyro_vae.compilation.graph import CaptureError, Graph, capturable_optimizers
+from pyro_vae.training.schedules import Plateau, Schedule, TorchSchedule, described
+
+__all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "set_rates"]
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+"""From a list of parameters, and the learning rate ``lr`` if it takes one, to their optimizer."""
+
+IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
+"""Settings that choose how torch computes the same numbers."""
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # with one kernel for all parameters on every device
+_CAPTURED = "Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, SGD, ASGD, Adadelta and Adagrad"
+_EXPECTED = "a class of torch.optim, or a function from a list of parameters to their optimizer"
+
+
+class RunOptimizer:
+    """Make the optimizer of a training run. It is tried on a small tensor first, before any work is lost.
+
+    Args:
+        make: a class of ``torch.optim``, or a function from a list of parameters to their optimizer.
+        lr: the learning rate of the run; the one of the optimizer if ``None``.
+        compile: whether steps are captured.
+        saves: whether the state of the optimizer is written to checkpoints.
+        device: where parameters are.
+
+    Attributes:
+        description: name and settings of the optimizer, without its learning rate.
+        rate: the learning rate as a number or a description, to compare it in another process.
+
+    Raises:
+        TypeError, ValueError: if ``make`` returns no optimizer, or one that cannot train a VAE, or if ``lr`` is given
+            and it sets its own.
+        CaptureError: if its captured steps are not its eager ones.
+
+    >>> make = RunOptimizer(partial(torch.optim.SGD, momentum=0.9), lr=0.1)
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> make([weight]).param_groups[0]["lr"], make.rate
+    (0.1, 0.1)
+    >>> make.description
+    'SGD(dampening=0, maximize=False, momentum=0.9, nesterov=False, weight_decay=0)'
+    """
+
+    def __init__(
+        self,
+        make: MakeOptimizer,
+        lr: float | Schedule | Plateau | None,
+        compile: bool = False,
+        saves: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if not callable(make):
+            raise TypeError(f"`optimizer` must be {_EXPECTED}, got {describe(make)}")
+        self._make, self._compile, self._device = make, compile, device
+        self._bare = make.func if isinstance(make, partial) else make
+        self._bound = {*make.keywords} if isinstance(make, partial) else set[str]()
+        self._name = getattr(self._bare, "__name__", type(self._bare).__name__)
+        self._momentum = isinstance(lr, TorchSchedule) and lr.momentum is not None
+        self._options: dict[str, Any] = {}
+        if lr is not None:
+            if "lr" in self._bound or "lr" not in _argument_names(make):
+                raise ValueError(
+                    "`lr` must be left out where `optimizer` sets the learning rate itself, got "
+                    f"{described(lr)} and {self._name}. Set it in one place; a function takes it as its argument `lr`"
+                )
+            start = lr.start if isinstance(lr, Plateau) else lr(0) if callable(lr) else lr
+            self._options["lr"] = number(start, "lr: at step 0", least=0)
+        groups = self._try(saves)
+        self.description = " and ".join(dict.fromkeys(f"{self._name}({_settings(group)})" for group in groups))
+        rates = [float(group.get("lr", 0.0)) for group in groups]
+        self.rate: Any = described(lr) if lr is not None else rates[0] if len(rates) == 1 else rates
+        if compile:
+            self._try_captured()
+
+    def __call__(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Make the optimizer of these parameters."""
+        optimizer = self._made(parameters)
+        return capturable(optimizer, self._momentum) if self._compile else optimizer
+
+    def _made(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        options = dict(self._options)
+        if not self._compile and self._bare in _FUSED and not IMPLEMENTATION & self._bound:
+            options["fused"] = True
+        try:
+            optimizer = self._make(list(parameters), **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise self._error(error, f"`optimizer` must be {_EXPECTED}, got {self._name}, which raises") from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` must be {_EXPECTED}, got {self._name}, which returns {describe(optimizer)}")
+        taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if taken != {*map(id, parameters)}:
+            raise ValueError(
+                "`optimizer` must return an optimizer of the parameters that it gets, got one from "
+                f"{self._name} of {len(taken)} tensors, {len(taken & {*map(id, parameters)})} of the {len(parameters)}"
+            )
+        rates = {float(group.get("lr", 0.0)) for group in optimizer.param_groups}
+        if self._options and rates != {self._options["lr"]}:
+            raise ValueError(
+                f"`optimizer` must use the `lr` that it gets, {self._options['lr']}, for all parameters, got one from "
+                f"{self._name} with {', '.join(map(str, sorted(rates)))}. With other rates, leave `lr` of `fit` out"
+            )
+        return optimizer
+
+    @staticmethod
+    def _error(error: Exception, message: str) -> Exception:
+        return (TypeError if isinstance(error, TypeError) else ValueError)(f"{message}: {error}")
+
+    def _try(self, saves: bool) -> list[dict[str, Any]]:
+        """Take one step on a small tensor; return the groups of the optimizer, as they were before it."""
+        weight = torch.ones(2, 2, device=self._device, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        with preserve_rng_state():
+            optimizer = self._made([weight])
+            groups = [dict(group) for group in optimizer.param_groups]
+            if self._momentum and not all({"betas", "momentum"} & group.keys() for group in groups):
+                raise ValueError(
+                    f"`optimizer` must have betas or a momentum, which this `lr` changes, got {self._name}. Use "
+                    "another optimizer, or `cycle_momentum=False`"
+                )
+            closure = inspect.signature(optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"`optimizer` must take a step from one gradient, got {self._name}, which computes the loss "
+                    "several times in a step: an ELBO with random draws is another number each time"
+                )
+            try:
+                optimizer.step()
+            except (TypeError, ValueError, RuntimeError) as error:
+                message = f"`optimizer` must take dense gradients, got {self._name}, whose step raises"
+                raise self._error(error, message) from error
+        for name, value in optimizer.state[weight].items():
+            if saves and not isinstance(value, Tensor | bool | int | float):
+                raise ValueError(
+                    "`optimizer` must keep tensors and numbers in its state with `checkpoints`, got "
+                    f"{self._name}, whose {name!r} is {describe(value)}"
+                )
+        return groups
+
+    def _try_captured(self) -> None:
+        """Compare captured steps with eager ones, on small tensors, while learning rate and momentum change."""
+        message = f"`optimizer` must be one whose steps can be captured with compile=True, such as {_CAPTURED}, got "
+        start = torch.tensor([[0.5, -1.0], [2.0, 0.25]], dtype=torch.float64, device=self._device)
+        ours, theirs = ([(start * size).requires_grad_() for size in (1.0, -3.0)] for _ in range(2))
+        gradients = [[(start + step).sin() * size for size in (1.0, 0.5)] for step in range(5)]
+
+        def step(*gradients: Tensor) -> list[Tensor]:
+            for weight, gradient in zip(ours, gradients, strict=True):
+                weight.grad = gradient
+            with capturable_optimizers():
+                captured.step()
+            captured.zero_grad(set_to_none=True)
+            return [weight.detach().clone() for weight in ours]
+
+        with preserve_rng_state():
+            eager = self._made(theirs)
+            with capturable_optimizers():
+                captured = self(ours)
+            graph: Graph | None = None
+            for index, given in enumerate(gradients):
+                for optimizer in (eager, captured):
+                    rate = 0.1 / (1 + index) if self._options else None
+                    set_rates(optimizer, rate, 0.9 - 0.1 * index if self._momentum else None)
+                for weight, gradient in zip(theirs, given, strict=True):
+                    weight.grad = gradient.clone()
+                eager.step()
+                try:
+                    if index == 0:
+                        step(*given)
+                    else:
+                        graph = graph or Graph(step, given)
+                        graph(*given)
+                except Exception as error:
+                    first_line = str(error).partition("\n")[0]
+                    raise CaptureError(f"{message}{self._name}: {first_line}") from error
+                if not all(map(partial(torch.allclose, rtol=1e-6, atol=1e-6), ours, theirs)):
+                    settings = _settings(captured.param_groups[0])
+                    raise CaptureError(
+                        f"{message}{self._name} with {settings}, whose captured steps differ from its eager ones"
+                    )
+
+
+def capturable(optimizer: torch.optim.Optimizer, momentum: bool = False) -> torch.optim.Optimizer:
+    """Return the optimizer for captured steps, in which the learning rate, and the momentum, are tensors.
+
+    Args:
+        optimizer: one that has taken no step.
+        momentum: whether a schedule changes the momentum.
+    """
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    if type(optimizer) is torch.optim.Adam and not momentum and all(map(CapturableAdam.accepts, groups)):
+        return CapturableAdam([{name: group[name] for name in ("params", "lr", "betas", "eps")} for group in groups])
+    optimizer.param_groups[:] = groups
+    for group in groups:
+        as_tensor = partial(torch.tensor, dtype=torch.float64, device=group["params"][0].device)
+        group |= {name: True for name in ("capturable", "foreach") if name in group}
+        group |= {name: False for name in ("fused",) if name in group}
+        group["lr"] = as_tensor(float(group.get("lr", 0.0)))
+        if momentum and "betas" in group:
+            group["betas"] = (as_tensor(group["betas"][0]), *group["betas"][1:])
+            group["foreach"] = False  # torch's loops over all tensors take a number here
+        elif momentum:
+            group["momentum"] = as_tensor(group["momentum"])
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float | None, momentum: float | None = None) -> None:
+    """Set the learning rate, and the momentum or the first of the betas, of all parameters; ``None`` changes nothing.
+
+    >>> optimizer = torch.optim.Adam([torch.ones(2)])
+    >>> set_rates(optimizer, 0.1, 0.8)
+    >>> optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]
+    (0.1, (0.8, 0.999))
+    """
+    for group in optimizer.param_groups:
+        if lr is not None:
+            group["lr"] = _filled(group.get("lr"), lr)
+        if momentum is not None and "betas" in group:
+            first, *others = group["betas"]
+            group["betas"] = (_filled(first, momentum), *others)
+        elif momentum is not None:
+            if isinstance(group["momentum"], Tensor) and momentum <= 0:  # torch leaves out operations at 0
+                raise CaptureError(f"`compile` must be False where a schedule sets the momentum to 0, got {momentum}")
+            group["momentum"] = _filled(group["momentum"], momentum)
+
+
+def _filled(before: Any, value: float) -> Any:
+    """Return a number, in the tensor that is there, if it is one that a graph reads."""
+    return before.fill_(value) if isinstance(before, Tensor) else value
+
+
+def _argument_names(make: Callable[..., Any]) -> set[str]:
+    try:
+        return {*inspect.signature(make).parameters}
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return set()
+
+
+def _settings(group: dict[str, Any]) -> str:
+    """List the settings of a group that have the same text in every process."""
+    values = {name: group[name] for name in sorted(group.keys() - IMPLEMENTATION - {"params", "lr"})}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | None) or (isinstance(value, tuple) and all(map(_is_plain, value)))
