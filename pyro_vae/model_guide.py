@@ -145,6 +145,7 @@ class ModelGuide:
         self.guide_latents = {site: drawn[site] for site in drawn if site not in self.auxiliary}
         if traces is None:
             check_missing(self.observed.values(), self.data, name)
+        self._check_columns(self.observed, name)
         self._check_one_value_per_row()
 
     @classmethod
@@ -203,6 +204,7 @@ class ModelGuide:
             check_missing(pair.observed.values(), transformed(tuple(x.clone() for x in data), transform), "data")
         pair.take, pair.batch_size = lambda rows: _subsampled(data, rows, plate, transform), batch_size
         pair.num_run, pair.subsamples = batch_size, True
+        pair._check_columns(pair.observed, "data")
         return pair
 
     @classmethod
@@ -258,6 +260,8 @@ class ModelGuide:
             ) from error
         if not shapes or not all(accepts_missing(site["fn"]) for site in observed):
             check_missing([], self.data, name, error)
+        with suppress(RunError), poutine.block(), pyro.validation_enabled(False):
+            self._check_columns(observed_sites(_trace("model", self.model, self.data)), name, error)
         for site, shape in shapes[0].items() if len(shapes) == 2 else ():
             if shapes[1].get(site, shape) != shape:
                 raise ValueError(
@@ -537,13 +541,22 @@ class ModelGuide:
                 inside = inside | ~torch.as_tensor(site["mask"], device=inside.device)
             if not inside.all():
                 if isinstance(columns := site["fn"], Columns) and (text := columns.find_outside(values, first)):
-                    raise ValueError(f"`{argument}` must hold values in the support of the likelihood: {text}")
+                    raise ValueError(f"`{argument}` must hold values that its columns can have: {text}")
                 row = first + int((~inside).nonzero()[0, -1]) if inside.dim() else first
                 raise ValueError(
                     f"`{argument}` must hold values in the support of the likelihood of {name!r}, "
                     f"{spell_support(site['fn'])}, got others, such as in row {row}: p(x | z) does not sum to one over "
                     "them. Use a likelihood for such data, such as likelihoods.ContinuousBernoulli for grey values"
                 )
+
+    def _check_columns(self, observed: Sites, argument: str, error: Exception | None = None) -> None:
+        """Raise if a table has values that a column cannot have, with the column and the row among all rows."""
+        for name, site in observed.items():
+            if isinstance(site["fn"], Columns):
+                try:
+                    self._check_support(name, site, self.data, argument)
+                except ValueError as found:
+                    raise found from error
 
     def _knows_all_rows(self, site: Site) -> bool:
         """Whether the values of an observed site in all rows are a data tensor, and have one support without a mask."""

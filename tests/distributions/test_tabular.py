@@ -113,3 +113,80 @@ def test_classes_by_number_are_those_of_pyro_by_one_hot_vector():
     for value in (x, x.float(), x.to(torch.uint8)):
         torch.testing.assert_close(ours.log_prob(value), expected)
     assert torch.equal(ours.mode, logits.argmax(-1).float())
+
+
+LOGITS = torch.tensor([-90.0, -8.0, -1.0, 0.0, 0.7, 8.0, 90.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("base", [tabular.Poisson(torch.tensor(0.4)), tabular.NegativeBinomial(torch.tensor(0.4), 1.5)])
+def test_more_zeros_are_a_mixture_of_a_point_and_the_counts(base):
+    p = tabular.ZeroInflated(base, LOGITS.float())
+    x = torch.arange(400.0)[:, None]
+    pi = LOGITS.sigmoid()
+    expected = pi * (x == 0) + (1 - pi) * base.log_prob(x).double().exp()
+    mass = p.log_prob(x).double().exp()
+    torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(mass.sum(0), torch.ones_like(pi), rtol=0, atol=1e-5)
+    mean = (x * mass).sum(0)
+    torch.testing.assert_close(p.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(p.variance.double(), (x**2 * mass).sum(0) - mean**2, rtol=1e-4, atol=1e-5)
+    draws = p.sample((20_000,))
+    assert ((draws.mean(0) - p.mean).abs() <= 6 * (p.variance / len(draws)).sqrt() + 1e-6).all()
+    error = (mass[0] * (1 - mass[0]) / len(draws)).clamp(min=0).sqrt()
+    assert (((draws == 0).double().mean(0) - mass[0]).abs() <= 6 * error + 1e-5).all()
+
+
+def test_a_gate_keeps_the_digits_of_both_probabilities_in_float32():
+    logits = torch.tensor([-1e6, -100.0, 100.0, 1e6], requires_grad=True)
+    counts = tabular.Poisson(torch.tensor(1.0))
+    p = tabular.ZeroInflated(counts, logits)
+    for x in (torch.tensor(0.0), torch.tensor(2.0)):
+        log_prob = p.log_prob(x)
+        assert log_prob[:2].tolist() == pytest.approx([float(counts.log_prob(x))] * 2, rel=1e-6)
+        assert torch.autograd.grad(log_prob.sum(), logits)[0].isfinite().all()
+    assert p.log_prob(torch.tensor(0.0))[2:].tolist() == pytest.approx([0.0, 0.0], abs=1e-40)
+
+
+def test_a_density_is_not_inflated_with_zeros():
+    classes = tabular.Categorical(torch.ones(3))
+    for base in (dist.Normal(0.0, 1.0), dist.LogNormal(0.0, 1.0), dist.Bernoulli(0.5), classes):
+        with pytest.raises(ValueError, match="`base` must be a distribution of single counts"):
+            tabular.ZeroInflated(base, torch.tensor(0.0))
+
+
+def test_levels_are_differences_of_the_logistic_distribution_function():
+    torch.manual_seed(0)
+    loc = 3 * torch.randn(50, dtype=torch.float64)
+    cuts = torch.randn(50, 4, dtype=torch.float64).sort(-1).values
+    p = tabular.Ordinal(loc, cuts)
+    below = scipy.stats.logistic.cdf(cuts, loc=loc[:, None])
+    expected = [below[:, 0], *(below[:, j] - below[:, j - 1] for j in (1, 2, 3)), 1 - below[:, 3]]
+    for level, mass in enumerate(expected):
+        found = p.log_prob(torch.tensor(float(level), dtype=torch.float64)).exp()
+        torch.testing.assert_close(found.numpy(), mass, rtol=1e-8, atol=1e-14)
+    wide = p.expand((2, 50))
+    assert (wide.loc.shape, wide.cuts.shape, wide.sample().shape) == ((2, 50), (2, 50, 4), (2, 50))
+
+
+@pytest.mark.parametrize("loc", [-200.0, -60.0, 0.0, 60.0, 200.0])
+def test_levels_keep_their_digits_in_both_tails_in_float32(loc):
+    loc, cuts = torch.tensor(loc, requires_grad=True), torch.tensor([-1.0, 0.5, 0.5 + 2**-13])
+    found = tabular.Ordinal(loc, cuts).log_prob(torch.arange(4.0))
+    assert found.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.autograd.grad(found.sum(), loc)[0].isfinite()
+    if loc.abs() >= 60:  # sigma(b) - sigma(a) is e^b - e^a on the left, e^-a - e^-b on the right
+        a, b = (ends.double() - loc.detach() for ends in (cuts[:-1], cuts[1:]))
+        tail = torch.where(a > 0, -a, b) + torch.log(-torch.expm1(a - b))
+        torch.testing.assert_close(found[1:3].detach().double(), tail, rtol=1e-5, atol=0)
+
+
+def test_amounts_agree_with_scipy_and_zeros_are_refused_with_the_alternatives():
+    x = torch.tensor([1e-20, 0.3, 1.0, 50.0, 1e20], dtype=torch.float64)
+    p = tabular.LogNormal(torch.tensor(0.7, dtype=torch.float64), torch.tensor(1.3, dtype=torch.float64))
+    reference = scipy.stats.lognorm.logpdf(x, 1.3, scale=math.exp(0.7))
+    torch.testing.assert_close(p.log_prob(x).numpy(), reference, rtol=1e-12, atol=0)
+    for value in (0.0, -2.0):
+        with pytest.raises(
+            ValueError, match=rf"must be positive numbers, got {value:g}. Alternatives: .*zero-inflated"
+        ):
+            p.log_prob(torch.tensor(value))
