@@ -339,7 +339,7 @@ PARTS = {
     "a gate without a chance": Row(lambda w: likelihoods.ZeroInflatedPoisson(1, 2, NET, gate=0),
         ValueError, "gate", "must be a probability between 0 and 1, got 0"),
     "a column of two variables": Row(lambda w: likelihoods.Columns(1, {"age": families.Normal(2)}, NET),
-        ValueError, "columns", "must be a mapping from names...of event shape (1,)...got Normal(event_shape=(2,)...'age'"),
+        ValueError, "columns", "must be a mapping...of event shape (1,)...got Normal(event_shape=(2,)...'age'"),
     "a table without columns": Row(lambda w: likelihoods.Columns(1, {}, NET),
         ValueError, "columns", "must be a mapping from names of columns...got no column"),
     "a family in place of a table": Row(lambda w: likelihoods.Columns(1, families.Normal(1), NET),
