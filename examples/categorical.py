@@ -67,7 +67,7 @@ def draw_prototypes(means: Tensor, shares: Tensor, shape: tuple[int, int]) -> Fi
         if index < n * k:
             variable, place = divmod(index, k)
             chosen = order[variable, place]
-            plots.image_grid(means[variable, chosen].reshape(1, *shape), 1, ax)
+            plots.image_grid(means[variable, chosen].reshape(1, *shape), columns=1, ax=ax)
             ax.set_title(f"#{int(chosen)}: {shares[variable, chosen]:.1%}", fontsize=9)
     figure.suptitle("The mean image of each class, with its number and its share of the held-out images")
     return figure

@@ -365,7 +365,7 @@ def draw_images(vae: pv.VAE, history: History, x: Tensor, labels: Tensor, shape:
     means = mean_code(vae, x[:1500])
     axes = {
         "training": plots.training_curves(history),
-        "latent_map": plots.latent_map(first_components(means), labels[:1500]),
+        "latent_map": plots.latent_map(means, labels[:1500]),
         "reconstructions": plots.reconstructions(vae.reconstruct, x[:12], shape),
         "samples": plots.samples(partial(vae.generate, mean=True), shape),
     }
@@ -394,14 +394,6 @@ def mean_code(vae: pv.VAE, x: Tensor) -> Tensor:
         return q.mean.flatten(1)
     except NotImplementedError:
         return vae.code(q.sample(torch.Size([100]))).mean(0).flatten(1)
-
-
-def first_components(values: Tensor) -> Tensor:
-    """Project ``(N, D)`` with D > 2 on its first two principal components, ``(N, 2)``."""
-    if values.shape[1] <= 2:
-        return values
-    centred = values - values.mean(0)
-    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
 
 
 def draw_classes(posterior: Tensor, labels: Tensor, title: str, sort: bool = True) -> Figure:

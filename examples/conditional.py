@@ -73,7 +73,7 @@ def split(data: datasets.Dataset, given: str) -> tuple[Tensor, Tensor]:
 def draw_grid(images: Tensor, rows: list[str], title: str) -> Figure:
     """Draw images ``(rows, columns, 64)``, with a name for each row."""
     figure, ax = plt.subplots(figsize=(8, 0.65 * len(rows) + 0.5), layout="constrained")
-    plots.image_grid(images.reshape(-1, 8, 8), images.shape[1], ax)
+    plots.image_grid(images.reshape(-1, 8, 8), columns=images.shape[1], ax=ax)
     ax.set_axis_on()
     ax.set(xticks=[], yticks=[9 * row + 3.5 for row in range(len(rows))], yticklabels=rows, title=title)
     return figure

@@ -103,13 +103,13 @@ def draw(mixture: GaussianMixtureVAE, x: Tensor, labels: Tensor, shape: common.S
     """Draw images of each component, the clusters of held-out images and, in two dimensions, their codes."""
     prior, posterior = mixture.components(), mixture.classifier(x).mean[:, 0]
     z = torch.cat([prior.mean[None], prior.sample(torch.Size([11]))]).transpose(0, 1)  # (K, 12, D)
-    images = plots.image_grid(mixture.decoder(z).mean.reshape(-1, *shape), 12)
+    images = plots.image_grid(mixture.decoder(z).mean.reshape(-1, *shape), columns=12)
     figures = {"samples": common.set_title(images, "A row for each component: its centre, and eleven draws z | y")}
     figures["clusters"] = common.draw_classes(posterior, labels, "Mean q(y|x) of the held-out images of each label")
     if z.shape[2] == 2:
         figures["latent"], ax = plt.subplots(figsize=(7, 6.4), layout="constrained")
         y = nn.functional.one_hot(posterior.argmax(1), len(prior.mean)).to(x.dtype)
-        plots.latent_map(mixture.encoder(common.concat_broadcast(x, y)).mean, labels, ax)
+        plots.latent_map(mixture.encoder(common.concat_broadcast(x, y)).mean, labels, ax=ax)
         for centre, scale in zip(prior.mean.tolist(), prior.stddev.tolist(), strict=True):
             ax.add_patch(Ellipse(tuple(centre), 4 * scale[0], 4 * scale[1], fill=False))
         ax.set_title("Codes of held-out images, by label\nellipses: two standard deviations of each component")

@@ -107,7 +107,7 @@ def evaluate_layers(pair: Any, x: Tensor, seed: int) -> dict[str, float]:
 def draw(pair: TwoLayers, shape: common.Shape) -> Figure:
     """Draw rows with one z2 each; similar images in a row show that z2 determines the digit and z1 its style."""
     z1 = pair.p_z1(pair.p_z2().sample(torch.Size([8]))).sample(torch.Size([10])).transpose(0, 1)
-    ax = plots.image_grid(pair.p_x(z1).mean.reshape(-1, *shape), 10)
+    ax = plots.image_grid(pair.p_x(z1).mean.reshape(-1, *shape))
     return common.set_title(ax, f"{pair.name}: each row one z2 ~ p(z2) and ten z1 ~ p(z1|z2)")
 
 

@@ -75,7 +75,7 @@ def make_checks(device):
         plots.traversals(lambda z: images.decode(z).mean, torch.zeros(2).to(device), shape)
         plots.reconstructions(images.reconstruct, binary, shape)
         plots.samples(images.generate, shape, count=4)
-        plots.image_grid(binary.reshape(-1, 2, 2), 4)
+        plots.image_grid(binary.reshape(-1, 2, 2), columns=4)
         plots.latent_map(images.encode(binary).mean, labels)
 
     def exact(vae):
@@ -143,7 +143,7 @@ def make_checks(device):
         "posterior of one variable": lambda: plots.posterior(vae.model, vae.guide, x[:1]),
         "posterior of two variables": lambda: plots.posterior(two.model, two.guide, x[:1]),
         "posterior of a discrete latent": lambda: plots.posterior(discrete.model, discrete.guide, x[:1]),
-        "plate diagram": lambda: plots.plate_diagram(vae.model, x, guide=vae.guide),
+        "plate diagram": lambda: plots.plate_diagram(vae.model, vae.guide, x),
         "to_datatree": lambda: pv.to_datatree(two.model, two.guide, x, draws=25),
         "save": save,
         "checkpoints": checkpoints,

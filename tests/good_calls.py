@@ -264,7 +264,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "objectives.LeaveOneOut": (objectives.LeaveOneOut, lambda w: {"num_particles": 2}),
     "plots.reconstructions": (plots.reconstructions, lambda w: {
         "reconstruct": lambda x: x, "x": torch.zeros(3, 4), "shape": (2, 2), "columns": 2, "seed": 0}),
-    "plots.plate_diagram": (plots.plate_diagram, lambda w: {"model": w.vae.model, "data": w.x, "guide": w.vae.guide}),
+    "plots.plate_diagram": (plots.plate_diagram, lambda w: {"model": w.vae.model, "guide": w.vae.guide, "data": w.x}),
     "plots.bias_variance": (plots.bias_variance, lambda w: {
         "comparison": gradients.Comparison({"a": {"all": gradients.Measured(1.0, 0.1, 0.1, 1.0, 1.0, 2, 2, 9)}}, {}),
         "group": "all", "ax": None}),

@@ -40,8 +40,5 @@ estimators = {
 }
 comparison = compare(estimators, x[:20], evaluations=4, repeats=300)
 figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-pv.plots.bias_variance(comparison, "encoder", ax)
+pv.plots.bias_variance(comparison, group="encoder", ax=ax)
 ax.set_title("gradient of the encoder, four runs of the decoder each")
-legend = ax.get_legend()
-figure.legend(handles=legend.legend_handles, loc="outside right upper")
-legend.remove()

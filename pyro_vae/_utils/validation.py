@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "as_shape", "boolean", "describe", "file_path", "first_index", "function", "image_size",
+    "as_shape", "boolean", "class_labels", "describe", "file_path", "first_index", "function", "image_size",
     "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
     "seed_number", "taking_data", "whole_numbers", "with_article",
     "writable",
@@ -73,11 +73,15 @@ def as_shape(size: int | Sequence[int], name: str) -> torch.Size:
     return torch.Size(int(extent) for extent in shape)
 
 
-def image_size(shape: object, name: str) -> tuple[int, int]:
-    """Return height and width if these are two positive integers."""
-    if not isinstance(shape, Sequence) or len(shape) != 2 or not all(is_integer(n) and n > 0 for n in shape):
-        raise ValueError(f"`{name}` must be height and width of an image, such as (28, 28), got {shape!r}")
-    return int(shape[0]), int(shape[1])
+def image_size(shape: object, name: str) -> tuple[int, int, int]:
+    """Return channels, height and width of an image: ``(3, H, W)`` in colour, ``(1, H, W)`` or ``(H, W)`` in grey."""
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    sizes = (1, *sizes) if len(sizes) == 2 else sizes
+    if len(sizes) != 3 or not all(is_integer(n) and n > 0 for n in sizes) or sizes[0] not in (1, 3):
+        raise ValueError(
+            f"`{name}` must be height and width of an image, such as (28, 28), or (3, 32, 32) in colour, got {shape!r}"
+        )
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
 def seed_number(value: object, name: str = "seed") -> int:
@@ -230,3 +234,15 @@ def whole_numbers(value: Any, name: str, count: int) -> Tensor:
     if (wrong := found != found.long()).any():
         raise ValueError(f"`{name}` must be {expected}, got {found[wrong][0].item()}")
     return found.long()
+
+
+def class_labels(value: Any, name: str, count: int) -> list[int] | list[str]:
+    """Return the class of each datum: whole numbers, ``(count,)``, or as many names."""
+    if isinstance(value, Tensor) or not isinstance(value, Iterable) or isinstance(value, str):
+        return whole_numbers(value, name, count).tolist()
+    labels = list(value)
+    if not labels or not all(isinstance(label, str) for label in labels):
+        return whole_numbers(labels, name, count).tolist()
+    if len(labels) != count:
+        raise ValueError(f"`{name}` must be one name for each of the {count} data, got {len(labels)} names")
+    return labels

@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyro import poutine
 from torch import Tensor
@@ -46,8 +45,8 @@ def draw_pictures(
     guide: Function,
     data: tuple[Tensor, ...],
     history: Mapping[str, Sequence[float]] | None,
-    labels: Tensor | None,
-    image_shape: tuple[int, int] | None,
+    labels: list[int] | list[str] | None,
+    image_shape: tuple[int, ...] | None,
     pictures: Mapping[str, Figure],
     seed: int,
 ) -> list[Picture]:
@@ -82,7 +81,7 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: Tensor) -> Iterator[Picture]:
+def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: list[int] | list[str]) -> Iterator[Picture]:
     """Draw the first continuous latent, if there is one: the means of q(z | x), or draws if the mean is not known."""
     sites = latent_sites(poutine.trace(guide).get_trace(*data))
     name = next((name for name, site in sites.items() if not site["fn"].support.is_discrete), None)
@@ -90,18 +89,14 @@ def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: Tensor) -> It
         return
     values = _mean_or_value(sites[name])
     kind = "draw" if values is sites[name]["value"] else "mean"
-    points = values.reshape(len(labels), -1)[:_MAX_POINTS].cpu()
-    chosen = points.var(0, correction=0).topk(min(2, points.shape[1])).indices.sort().values
-
-    def draw(ax: Axes) -> None:
-        plots.latent_map(points[:, chosen], labels[:_MAX_POINTS].cpu(), ax)
-        names = [f"{kind} of {name}[{index}]" for index in chosen.tolist()]
-        ax.set(**dict(zip(("xlabel", "ylabel"), names, strict=False)))
-
-    yield _draw("Where does each label lie, in the latent variables that vary most?", draw, size=(6.4, 5.6))
+    points = values.reshape(len(labels), -1)[:_MAX_POINTS]
+    options: dict[str, Any] = {"name": f"the {kind} of {name}", "size": (6.4, 5.6)}
+    yield _draw(
+        "Where in the latent space does each label lie?", plots.latent_map, points, labels[:_MAX_POINTS], **options
+    )
 
 
-def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: tuple[int, int]) -> Iterator[Picture]:
+def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: tuple[int, ...]) -> Iterator[Picture]:
     """Draw reconstructions and samples of the first observed site."""
     name = next(iter(observed_sites(poutine.trace(model).get_trace(*data))))
 
@@ -115,7 +110,7 @@ def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: t
     first = data[0][:12]
     yield _draw("How well are images reconstructed?", plots.reconstructions, reconstruct, first, shape, size=(8.0, 2.2))
     count = min(50, len(data[0]))
-    yield _draw("Which images does the model generate?", plots.samples, generate, shape, count, size=(8.0, 4.4))
+    yield _draw("Which images does the model generate?", plots.samples, generate, shape, count=count, size=(8.0, 4.4))
 
 
 def _mean_or_value(site: Any) -> Tensor:

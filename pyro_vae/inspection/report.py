@@ -14,12 +14,12 @@ from pyro_vae._utils.files import replacing
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import (
+    class_labels,
     describe,
     file_path,
     image_size,
     mapping,
     nonempty_string,
-    whole_numbers,
     writable,
 )
 from pyro_vae.diagnostics.decomposition import units_table
@@ -41,8 +41,8 @@ def report(
     *data: Data,
     title: str = "Inspection of a fitted model",
     history: Fitted | Mapping[str, Sequence[float]] | None = None,
-    labels: Tensor | None = None,
-    image_shape: tuple[int, int] | None = None,
+    labels: Tensor | Sequence[str] | None = None,
+    image_shape: tuple[int, ...] | None = None,
     pictures: Mapping[str, "Figure"] | None = None,
     found: Inspection | None = None,
     plate: str = "data",
@@ -61,8 +61,9 @@ def report(
         data: the arguments of both, best held-out data. Images come first.
         title: title of the page.
         history: the result of :func:`pyro_vae.fit`, or its ``history``, for training curves.
-        labels: whole numbers, ``(N,)``, for a map of the latent space.
-        image_shape: height and width of images in [0, 1] at the first observed site, for reconstructions and samples.
+        labels: whole numbers or names, ``(N,)``, for a map of the latent space.
+        image_shape: ``(height, width)`` of images in [0, 1] at the first observed site, or ``(3, height, width)`` in
+            colour, for reconstructions and samples.
         pictures: further figures, by the question that each one answers.
         found: the result of :func:`pyro_vae.inspect` for these data, which is then not computed again.
         plate, seed: name of the data plate, and seed of all draws.
@@ -91,7 +92,7 @@ def report(
 
     path = _page_path(path)
     data = data_tensors(data, "data", model)
-    labels = None if labels is None else whole_numbers(labels, "labels", len(data[0]))
+    classes = None if labels is None else class_labels(labels, "labels", len(data[0]))
     if image_shape is not None:
         _check_image(image_shape, data[0])
     nonempty_string(title, "title")
@@ -105,7 +106,7 @@ def report(
             bar.begin("inspection")
             found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
         bar.begin("pictures")
-        drawn = draw_pictures(found, model, guide, data, history, labels, image_shape, pictures, seed)
+        drawn = draw_pictures(found, model, guide, data, history, classes, image_shape, pictures, seed)
     with replacing(path) as partial:
         partial.write_text(_render(title=title, found=found, sections=_sections(found), pictures=drawn), "utf-8")
     return found
@@ -134,8 +135,8 @@ def _check_image(shape: Any, images: Tensor) -> None:
     size = images[0].numel()
     if math.prod(image_size(shape, "image_shape")) != size:
         raise ValueError(
-            f"`image_shape` must be height and width of the {size} pixels in each row of the first data tensor, got "
-            f"{shape!r}"
+            f"`image_shape` must be height and width, or (3, height, width), of the {size} pixels in each row of the "
+            f"first data tensor, got {shape!r}"
         )
 
 

@@ -1,7 +1,6 @@
 """Pictures of the ELBO: its course in training, its gap to log p(x), and its rate and distortion."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,20 @@ from torch import Tensor
 
 from pyro_vae._utils.validation import describe, number, real_tensor
 from pyro_vae.evidence.importance_sampling import Evidence
-from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
+from pyro_vae.plots.axes import axes_or_new, legend_below
+from pyro_vae.plots.colours import PALETTE, style
+from pyro_vae.training.fit import Fitted, as_history
 
 __all__ = ["check_history", "rate_distortion", "training_curves"]
 
 
 def training_curves(
-    history: Mapping[str, Sequence[float]],
-    ax: Axes | None = None,
+    history: Fitted | Mapping[str, Sequence[float]],
+    *,
     terms: Sequence[str] = ("elbo", "distortion", "rate"),
     log_evidence: float | Tensor | Evidence | None = None,
     validation_log_evidence: float | Tensor | Evidence | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     r"""Has training converged, does it overfit, and how large is the gap of the ELBO?
 
@@ -31,7 +33,7 @@ def training_curves(
     model. The arrow at the last epoch is the gap, the mean :math:`\mathrm{KL}(q(z \mid x) \Vert p(z \mid x))`.
 
     Args:
-        history: the history of :class:`pyro_vae.Fitted`.
+        history: what :func:`pyro_vae.fit` returns, or its ``history``.
         terms: the terms to draw. For images, draw the rate on separate axes: it is much smaller than the others.
         log_evidence: log p(x) of the training data under the trained model, in nats: ``(N,)`` from
             :func:`pyro_vae.exact.log_evidence`, the :class:`pyro_vae.Evidence`, or the mean. The ELBO of an epoch, a
@@ -44,14 +46,14 @@ def training_curves(
     >>> history = {"elbo": [-2.0, -1.0], "distortion": [1.5, 0.5], "rate": [0.5, 0.5]}
     >>> ax = training_curves(history, log_evidence=-0.7)
     >>> ax.get_ylabel(), ax.get_legend().get_texts()[-1].get_text()
-    ('nats per datum', 'log p(x): a gap of 0.300 nats')
+    ('ELBO and its terms, nats per datum', 'log p(x): a gap of 0.300 nats')
     """
-    check_history(history)
+    history = check_history(history)
     bound = "elbo" if "elbo" in history else "surrogate"
     labels = {
         "elbo": (bound, "ELBO" if bound == "elbo" else "surrogate, no bound", 1.0, "black", ""),
-        "distortion": ("distortion", "-distortion", -1.0, "tab:blue", "s"),
-        "rate": ("rate", "-rate", -1.0, "tab:orange", "^"),
+        "distortion": ("distortion", "-distortion", -1.0, PALETTE[0], "s"),
+        "rate": ("rate", "-rate", -1.0, PALETTE[1], "^"),
     }
     listed = isinstance(terms, Sequence) and not isinstance(terms, str) and len(terms) > 0
     if not listed or not all(isinstance(term, str) and term in labels for term in terms):
@@ -61,43 +63,41 @@ def training_curves(
         for prefix, given in (("", log_evidence), ("validation_", validation_log_evidence))
         if given is not None
     ]
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     styles = {"": ("-", ""), "validation_": ("--", ", validation")}
     for name, label, sign, colour, marker in (labels[term] for term in terms):
-        for prefix, (style, suffix) in styles.items():
+        for prefix, (line, suffix) in styles.items():
             if prefix + name in history:
                 values = [sign * value for value in history[prefix + name]]
                 epochs, every = range(1, len(values) + 1), max(1, len(values) // 8)
                 shape = marker or ("o" if len(values) == 1 else "")  # a line with one point would be invisible
-                options: dict[str, Any] = {"linestyle": style, "linewidth": 1.2 if marker else 2.0, "color": colour}
+                options: dict[str, Any] = {"linestyle": line, "linewidth": 1.2 if marker else 2.0, "color": colour}
                 options |= {"marker": shape, "markevery": every, "markersize": 5}
                 ax.plot(epochs, values, label=label + suffix, **options)
     for prefix, (level, kind) in levels:
-        style, suffix = styles[prefix]
+        line, suffix = styles[prefix]
         last = history[prefix + "elbo"][-1]
         label = f"{kind}{suffix}: a gap of {level - last:.3f} nats"
-        ax.axhline(level, color="0.45", linestyle=style, linewidth=2.5, zorder=1, label=label)
+        ax.axhline(level, color="0.45", linestyle=line, linewidth=2.5, zorder=1, label=label)
         epoch = len(history[prefix + "elbo"]) * (1.02 if prefix else 1.0)  # next to the other arrow
         arrow: dict[str, Any] = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", (epoch, level), (epoch, last), arrowprops=arrow)
-    ax.set(xlabel="epoch", ylabel="nats per datum")
+    names = [label for _, label, *_ in (labels[term] for term in terms)]
+    ax.set(xlabel="epoch", ylabel=f"{names[0] if len(names) == 1 else 'ELBO and its terms'}, nats per datum")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.legend()
+    legend_below(ax, grow=new)
     return ax
 
 
-def check_history(history: Any) -> None:
-    """Raise unless ``history`` has a term to draw, and a number for each epoch of each term."""
-    expected = "`fitted.history`, a mapping from names to a number for each epoch"
-    if not isinstance(history, Mapping):
-        raise TypeError(f"`history` must be {expected}, got {describe(history)}")
-    terms = ["elbo", "surrogate", "distortion", "rate"]
+def check_history(history: Fitted | Mapping[str, Sequence[float]]) -> Mapping[str, Sequence[float]]:
+    """Return the history if it has a term to draw, and a number for each epoch of each term."""
+    history, terms = as_history(history), ["elbo", "surrogate", "distortion", "rate"]
+    expected = "the result of `fit`, or a mapping from names to one number per epoch"
     if not any(name in history for name in terms):
         raise ValueError(f"`history` must be {expected}, with one or more of the names {terms}, got {list(history)}")
-    for name, values in history.items():
-        fits = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str) and len(values) > 0
-        if not fits or not all(isinstance(value, Real) for value in np.asarray(values).tolist()):
-            raise ValueError(f"`history` must be {expected}, got {values!r} for {name!r}")
+    if empty := [name for name, values in history.items() if not len(values)]:
+        raise ValueError(f"`history` must be {expected}, got no number for {empty[0]!r}")
+    return history
 
 
 def _level(
@@ -118,7 +118,7 @@ def _level(
     return number(mean, name), f"log p(x){kind}"
 
 
-def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+def rate_distortion(models: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     r"""How much information about the datum is in the code, and how well does the code reconstruct the datum?
 
     Each model is a point. Models on one of the lines, distortion + rate = -ELBO, have the same ELBO, which is higher
@@ -138,15 +138,14 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ('rate, nats per datum', ['collapsed', 'used', 'equal ELBO'])
     """
     points = _points(models)
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     handles: list[Any] = []
     for index, (name, ((rate, distortion), errors)) in enumerate(points.items()):
-        colour, marker = f"C{index % 10}", MARKERS[index % len(MARKERS)]
-        face = colour if index // len(MARKERS) % 2 == 0 else "none"
-        options: dict[str, Any] = {"marker": marker, "color": colour, "markerfacecolor": face, "markersize": 8}
+        options = style(index) | {"linestyle": "none", "markersize": 8, "zorder": 3, "label": name}
         if any(errors):
-            ax.errorbar(rate, distortion, errors[1], errors[0], fmt="none", ecolor=colour, capsize=3, zorder=3)
-        handles += ax.plot(rate, distortion, linestyle="none", label=name, zorder=3, **options)
+            bars: dict[str, Any] = {"fmt": "none", "ecolor": options["color"], "capsize": 3, "zorder": 3}
+            ax.errorbar(rate, distortion, errors[1], errors[0], **bars)
+        handles += ax.plot(rate, distortion, **options)
     ends = np.array([middle for middle, _ in points.values()])
     low, high = ends.min(0), ends.max(0)
     room = np.maximum(0.18 * (high - low), 0.1 * max((high - low).max(), 0.5))
@@ -155,7 +154,7 @@ def rate_distortion(models: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     _equal_elbos(ax, ends)
     handles.append(Line2D([], [], color="0.6", linewidth=0.8, label="equal ELBO"))
     ax.set(xlabel="rate, nats per datum", ylabel="distortion, nats per datum")
-    legend_below(ax, handles, 2)
+    legend_below(ax, handles, grow=new)
     return ax
 
 

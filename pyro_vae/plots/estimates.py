@@ -11,7 +11,8 @@ from pyro_vae._utils.validation import boolean, describe, nonempty_string
 from pyro_vae.diagnostics.calibration import Calibration
 from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
-from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
+from pyro_vae.plots.axes import axes_or_new, grow_figure, legend_below, wrap
+from pyro_vae.plots.colours import PALETTE, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
 _MAX_NAMED = 16  # quantities in a legend
+_NAME_WIDTH = 24  # characters in a line of a name at the y-axis
+_LINE_HEIGHT, _LINES = 0.17, 16  # of these names: inches of a line, and lines in a figure of the default size
 
 
-def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = None) -> Axes:
+def bias_variance(comparison: Comparison, *, group: str = "all", ax: Axes | None = None) -> Axes:
     """How large are the bias and the noise of each gradient estimator, relative to the exact gradient?
 
     A hollow marker at the bottom means that no significant bias was found; the dots end at the standard error of the
@@ -49,28 +52,28 @@ def bias_variance(comparison: Comparison, group: str = "all", ax: Axes | None = 
         raise ValueError(
             f"`comparison` must have an estimator with noise, and a gradient that is not zero, got none in {group!r}"
         )
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     biased = {name for name, row in shown.items() if row.p_value < 1e-3 and row.bias > 0}
     heights = [(row.bias if name in biased else row.bias_error) / row.target_norm for name, row in shown.items()]
     floor = 0.3 * min(heights)
     for index, (name, row) in enumerate(shown.items()):
         noise, significant = row.variance**0.5 / row.target_norm, name in biased
         height = row.bias / row.target_norm if significant else floor
-        marker, colour = MARKERS[index % len(MARKERS)], f"C{index % 10}"
-        face = colour if significant else "none"
-        ax.plot(noise, height, marker, color=colour, markerfacecolor=face, markersize=9, linestyle="none", label=name)
+        options = style(index) | {"linestyle": "none", "markersize": 9, "label": name}
         if not significant:
-            ax.plot([noise] * 2, [floor, row.bias_error / row.target_norm], ":", color=colour, linewidth=1)
+            options["markerfacecolor"] = "none"
+            ax.plot([noise] * 2, [floor, row.bias_error / row.target_norm], ":", color=options["color"], linewidth=1)
+        ax.plot(noise, height, **options)
     ax.set(xscale="log", yscale="log", xlabel="standard deviation / length of the exact gradient")
     ax.set_ylabel("bias / length of the exact gradient")
     if len(biased) < len(shown):
-        label = "hollow: no bias found;\ndots up to its standard error"
+        label = "hollow: no bias found, dots up to its standard error"
         ax.plot([], [], "o:", color="0.4", markerfacecolor="none", label=label)
-    ax.legend(fontsize=8)
+    legend_below(ax, grow=new)
     return ax
 
 
-def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes:
+def khat(evidence: Evidence, *, sort: bool = False, ax: Axes | None = None) -> Axes:
     r"""For which data is the estimate of log p(x) reliable? The k̂ of each datum, its error, and the threshold.
 
     Bars are k̂ ± its standard error. Data with k̂ plus its error above the threshold are crosses. There the guide misses
@@ -106,15 +109,15 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     bottom, top = finite.min() - room, finite.max() + room
     heights = np.where(np.isnan(shapes), top, shapes).clip(bottom, top)
     count, numbers = len(shapes), np.arange(len(shapes))
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     common: dict[str, Any] = {"linestyle": "none", "clip_on": False}
     bars = np.where(np.isfinite(shapes), errors, 0.0)
     ax.vlines(numbers, heights - bars, heights + bars, color="0.75", linewidth=0.8, zorder=0)
     x, y, label = numbers[~unreliable], heights[~unreliable], f"reliable: {(~unreliable).sum()} of {count} data"
-    handles: list[Any] = ax.plot(x, y, "o", markersize=4, color="tab:blue", label=label, **common)
+    handles: list[Any] = ax.plot(x, y, "o", markersize=4, color=PALETTE[0], label=label, **common)
     x, y, share = numbers[unreliable], heights[unreliable], f"{100 * unreliable.mean():.1f} %"
     label = f"not reliable: {unreliable.sum()} of {count} data ({share})"
-    handles += ax.plot(x, y, "x", markersize=7, markeredgewidth=1.8, color="tab:red", label=label, **common)
+    handles += ax.plot(x, y, "x", markersize=7, markeredgewidth=1.8, color=PALETTE[1], label=label, **common)
     if np.isfinite(limit):
         label = f"reliable up to {limit:.2f} ({evidence.num_samples} draws each)"
         handles.append(ax.axhline(limit, color="black", linestyle="--", linewidth=1.2, label=label))
@@ -126,11 +129,11 @@ def khat(evidence: Evidence, sort: bool = False, ax: Axes | None = None) -> Axes
     xlabel = r"data, sorted by $\hat{k}$" if sort else "index of the datum"
     ax.set(xlabel=xlabel, ylabel=r"$\hat{k}$, tail shape of the importance weights")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    legend_below(ax, handles, 1)
+    legend_below(ax, handles, grow=new)
     return ax
 
 
-def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
+def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axes:
     """Which model has the highest log p(x) of held-out data, and are the differences significant?
 
     Each row is a model, with the mean of log p(x) under its name. The thin bar is the difference to the best model, ±
@@ -158,11 +161,11 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
     if missing or len(table) == 0:
         got = f"a table without the columns {missing}" if missing else "a table without rows"
         raise ValueError(f"`table` must be a result of `pv.compare_evidence`, got {got}")
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     handles: dict[str, Any] = {}
     names = []
     for row, (name, entry) in enumerate(table.iterrows()):
-        middle, colour = float(entry["difference"]), "black" if row == 0 else "tab:blue"
+        middle, colour = float(entry["difference"]), "black" if row == 0 else PALETTE[0]
         unreliable = entry["unreliable"] > 0
         for column, width, label in (
             ("difference_error", 1.5, "± one standard error"),
@@ -178,7 +181,7 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
         ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **options)
         handles.setdefault(label, Line2D([], [], color=colour, label=label, **options))
         share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if unreliable else ""
-        names.append(f"{name}\n{entry['log_evidence']:.3f} nats{share}")
+        names.append(f"{wrap(str(name), _NAME_WIDTH)}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
         label = "hollow: unreliable, may be better"
         options = {"marker": "o", "markersize": 8, "linestyle": "none"}
@@ -186,11 +189,14 @@ def evidence_comparison(table: "pd.DataFrame", ax: Axes | None = None) -> Axes:
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)
     ax.set_yticks(range(len(table)), names)
     ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) minus that of the best, nats per datum", ylabel="")
-    legend_below(ax, list(handles.values()), 1)
+    if new:
+        lines = sum(name.count("\n") + 2 for name in names)
+        grow_figure(ax, _LINE_HEIGHT * (lines - _LINES))
+    legend_below(ax, list(handles.values()), grow=new)
     return ax
 
 
-def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
+def calibration(result: Calibration, *, ax: Axes | None = None) -> Axes:
     """Is q(z | x) calibrated? The ranks of the truth among draws of q, and the band that contains them if q is exact.
 
     A quantity that leaves the band has its own line style and, for the first 16, its own name; the others are thin and
@@ -214,27 +220,27 @@ def calibration(result: Calibration, ax: Axes | None = None) -> Axes:
     """
     if not isinstance(result, Calibration):
         raise TypeError(f"`result` must be a result of `pv.calibrate`, got {describe(result)}")
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     *coordinates, joint = range(len(result.names))
     outside = [index for index in coordinates if result.leaves_band(index)]
     within = [index for index in coordinates if index not in outside]
     inside = result.names[within[0]] if len(within) == 1 else f"{len(within)} coordinates"
     for index in [*within, *outside, joint]:
         places, difference, lower, upper = result.ecdf_difference(index)
-        style: dict[str, Any] = {"color": "black", "linewidth": 2, "label": result.names[index]}
+        options: dict[str, Any] = {"color": "black", "linewidth": 2, "label": result.names[index]}
         if index in within:
             first = index == within[0]
-            style = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {inside}" if first else None}
+            options = {"color": "0.55", "linewidth": 0.8, "label": f"within the band: {inside}" if first else None}
         elif index in outside:
             number = outside.index(index)
-            style |= {"color": f"C{number % 10}", "linewidth": 1.2, "linestyle": ("--", "-.", ":")[number % 3]}
-            style |= {"marker": MARKERS[number % len(MARKERS)], "markevery": (3 * number % 14, 14), "markersize": 4}
+            options |= {"color": style(number)["color"], "linewidth": 1.2, "linestyle": ("--", "-.", ":")[number % 3]}
+            options |= {"marker": style(number)["marker"], "markevery": (3 * number % 14, 14), "markersize": 4}
             if number >= _MAX_NAMED:
-                style["label"] = f"{len(outside) - _MAX_NAMED} more" if number == _MAX_NAMED else None
-        ax.plot(places, difference, **style)
+                options["label"] = f"{len(outside) - _MAX_NAMED} more" if number == _MAX_NAMED else None
+        ax.plot(places, difference, **options)
     ax.fill_between(places, lower, upper, color="0.88", zorder=0, label="band if q is exact")
     ax.set(xlabel="u, fraction of draws below the truth", ylabel="fraction of data below u, minus u", xlim=(0, 1))
     worst = max(result.coverage(0.9)[0][:-1].tolist(), key=lambda share: abs(share - 0.9))
     ax.set_title(f"{result.verdict}: 90 % intervals cover {100 * worst:.0f} %", fontsize=10)
-    ax.legend(fontsize=8, ncols=1 + (len(outside) > 5))
+    legend_below(ax, grow=new)
     return ax

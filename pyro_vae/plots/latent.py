@@ -17,13 +17,20 @@ from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
-from pyro_vae._utils.validation import real_tensor, whole_numbers
+from pyro_vae._utils.validation import (
+    class_labels,
+    first_index,
+    is_integer,
+    nonempty_string,
+    real_tensor,
+)
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.exact.quadrature import QuadratureError
 from pyro_vae.model_guide import ModelGuide
-from pyro_vae.plots.axes import MARKERS, axes_or_new, legend_below
+from pyro_vae.plots.axes import axes_or_new, legend_below, wrap
+from pyro_vae.plots.colours import EXACT, GUIDE, style
 
 __all__ = ["latent_map", "posterior"]
 
@@ -32,38 +39,63 @@ _MASSES, _GREYS = (0.99, 0.9, 0.5), ("0.9", "0.78", "0.6")
 _STYLES: tuple[Any, ...] = (":", "--", "-")
 
 
-def latent_map(z: Tensor, labels: Tensor, ax: Axes | None = None) -> Axes:
-    """Where in the latent space does each class lie? Each point is drawn as its label.
+def latent_map(z: Tensor, labels: Any, *, name: str = "z", ax: Axes | None = None) -> Axes:
+    """Where in the latent space does each class lie? A point for each code, in the colour and marker of its class.
+
+    Codes of one variable have a row for each class, with jitter. Codes of two variables are drawn as they are. Codes of
+    more variables are projected on their first two principal components; the axes state their share of the variance.
+    If all labels are whole numbers from 0 to 9, each point is drawn as its label.
 
     Args:
-        z: codes, ``(N, 2)``, or ``(N, 1)``: then each class is a row of points, with jitter.
-        labels: whole numbers, ``(N,)``.
+        z: codes, ``(N, D)``, such as ``vae.encode(x).mean``.
+        labels: the class of each code, ``(N,)``: whole numbers or names.
+        name: what the codes are, on the axes.
 
     Raises:
-        TypeError, ValueError: if codes or labels have another type or shape.
+        TypeError, ValueError: if codes or labels have another type or shape, or a code is not finite.
 
     >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
-    '$z_1$'
+    'z[0]'
+    >>> latent_map(torch.randn(20, 5), ["Adelie", "Gentoo"] * 10).get_xlabel()
+    'principal component 1 of z, 40 % of the variance'
     """
-    expected = "a tensor (N, 1) or (N, 2), such as two columns of the codes"
-    if real_tensor(z, "z", expected).dim() != 2 or z.shape[1] not in (1, 2) or not len(z):
+    expected = "a tensor (N, D) of codes, such as `vae.encode(x).mean`"
+    if real_tensor(z, "z", expected).dim() != 2 or 0 in z.shape:
         raise ValueError(f"`z` must be {expected}, got shape {tuple(z.shape)}")
-    z, labels = z.detach().cpu(), whole_numbers(labels, "labels", len(z)).cpu()
-    planar, classes = z.shape[1] == 2, labels.unique().tolist()
-    ax = axes_or_new(ax)
-    for index, label in enumerate(classes):
-        rows = z[labels == label]
-        jitter = torch.rand(len(rows), generator=torch.Generator("cpu").manual_seed(index), device="cpu") - 0.5
-        y, size, marker = index + 0.6 * jitter, 9, MARKERS[index % len(MARKERS)]
-        if planar:
-            y, size, marker = rows[:, 1], 30, f"${label}$"
-        colour = f"C{label % 10}"  # a label has the same colour in every picture, whatever the other labels are
-        ax.scatter(rows[:, 0], y, s=size, marker=marker, color=colour, alpha=0.7, linewidths=0)
-    if planar:
-        ax.set(xlabel="$z_1$", ylabel="$z_2$")
-    else:
-        ax.set(xlabel="$z$", ylabel="label (with jitter)", yticks=range(len(classes)), yticklabels=classes)
+    if (place := first_index(lambda part: ~part.isfinite(), z)) is not None:
+        raise ValueError(f"`z` must hold finite numbers, got {z[tuple(place)].item()} at {tuple(place)}")
+    nonempty_string(name, "name")
+    classes, members = np.unique(class_labels(labels, "labels", len(z)), return_inverse=True)
+    classes = classes.tolist()
+    numerals = all(is_integer(label) and 0 <= label < 10 for label in classes)
+    points, axis_labels = _plane(z.detach().cpu().double(), name)
+    new, ax = ax is None, axes_or_new(ax)
+    for row, label in enumerate(classes):
+        look, rows = style(label if numerals else row), points[members == row]
+        jitter = torch.rand(len(rows), generator=torch.Generator("cpu").manual_seed(row), device="cpu") - 0.5
+        y, size, marker = row + 0.6 * jitter, 12, look["marker"]
+        if points.shape[1] == 2:
+            y, size, marker = rows[:, 1], 30, f"${label}$" if numerals else marker
+        ax.scatter(rows[:, 0], y, s=size, marker=marker, color=look["color"], alpha=0.7, linewidths=0, label=str(label))
+    ax.set(**dict(zip(("xlabel", "ylabel"), axis_labels, strict=False)))
+    if points.shape[1] == 1:
+        names = [wrap(str(label), 24) for label in classes]
+        ax.set(ylabel="label, with jitter", yticks=range(len(classes)), yticklabels=names)
+    elif not numerals:
+        legend_below(ax, grow=new)
     return ax
+
+
+def _plane(z: Tensor, name: str) -> tuple[Tensor, list[str]]:
+    """Return codes of at most two variables, and their names: principal components if there are more."""
+    if z.shape[1] <= 2:
+        return z, [name if z.shape[1] == 1 else f"{name}[{index}]" for index in range(z.shape[1])]
+    centred = z - z.mean(0)
+    _, lengths, directions = torch.linalg.svd(centred, full_matrices=len(z) == 1)
+    directions = directions[:2] * torch.where(directions[:2].sum(1, keepdim=True) < 0, -1.0, 1.0)  # a fixed sign
+    shares = [*(lengths.square() / lengths.square().sum()).nan_to_num().tolist(), 0.0]
+    names = [f"principal component {i + 1} of {name}, {100 * shares[i]:.0f} % of the variance" for i in range(2)]
+    return centred @ directions.T, names
 
 
 @torch.no_grad()
@@ -98,16 +130,13 @@ def posterior(model: Function, guide: Function, *datum: Data, ax: Axes | None = 
     planar = not density.is_discrete and density.coordinates().dims == 2
     draw = _regions if planar else _bars if density.is_discrete else _curves
     p = exact.posterior(model, *datum)
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     handles = draw(density, q, p, ax)
     try:
         gap = f"KL(q ‖ p) = {float(exact.kl(model, guide, *datum)):.2g} nats"
     except (QuadratureError, ValueError):  # quadrature needs to know where q is and how heavy its tails are
         gap = None
-    if planar:
-        legend_below(ax, handles, 2, gap)
-    else:
-        ax.legend(handles=handles, title=gap, fontsize=9, title_fontsize=9)
+    legend_below(ax, handles, title=gap, grow=new)
     return ax
 
 
@@ -116,9 +145,9 @@ def _bars(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[Any]
     states = p.enumerate_support()
     places = np.arange(len(states))
     truth, guess = (log_prob[:, 0].exp().tolist() for log_prob in (p.log_prob(states), q.log_prob({name: states})))
-    exact_bars = ax.bar(places - 0.2, truth, 0.4, label=_EXACT, color="0.75")
-    guide_bars = ax.bar(places + 0.2, guess, 0.4, label=_GUIDE, color="tab:red", hatch="//")
-    ax.set(xlabel=f"state of ${name}$", ylabel="probability", ylim=(0, 1.05))
+    exact_bars = ax.bar(places - 0.2, truth, 0.4, label=_EXACT, color=EXACT)
+    guide_bars = ax.bar(places + 0.2, guess, 0.4, label=_GUIDE, color=GUIDE, hatch="//")
+    ax.set(xlabel=f"state of {name}", ylabel="probability", ylim=(0, 1.05))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return [exact_bars, guide_bars]
 
@@ -130,10 +159,10 @@ def _curves(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[An
     values = chart.to_site(grid[:, None, None])
     shown = (values.flatten() if chart.is_elementwise else grid).cpu()
     truth, guess = (log_prob[:, 0].exp().cpu() for log_prob in (p.log_prob(values), q.log_prob({chart.name: values})))
-    area = ax.fill_between(shown, truth, color="0.75", label=_EXACT)
-    (line,) = ax.plot(shown, guess, "--", color="tab:red", label=_GUIDE)
-    quantity = "value of site" if chart.is_elementwise else "log-ratio of the classes of"
-    ax.set(xlabel=f"{quantity} ${chart.name}$", ylabel="density", ylim=(0, None))
+    area = ax.fill_between(shown, truth, color=EXACT, label=_EXACT)
+    (line,) = ax.plot(shown, guess, "--", color=GUIDE, label=_GUIDE)
+    quantity = "value of" if chart.is_elementwise else "log-ratio of the classes of"
+    ax.set(xlabel=f"{quantity} {chart.name}", ylabel="density", ylim=(0, None))
     return [area, line]
 
 
@@ -160,11 +189,11 @@ def _regions(density: ModelDensity, q: GuideDensity, p: Any, ax: Axes) -> list[A
             greys = zip(_GREYS, _MASSES, strict=True)
             handles = [Patch(color=grey, label=f"{mass:.0%} of {_EXACT}") for grey, mass in greys]
         else:
-            ax.contour(*shown, heights, levels=levels, colors="tab:red", linestyles=_STYLES)
+            ax.contour(*shown, heights, levels=levels, colors=GUIDE, linestyles=_STYLES)
             styles = zip(_STYLES, _MASSES, strict=True)
-            handles += [Line2D([], [], color="tab:red", ls=ls, label=f"{mass:.0%} of {_GUIDE}") for ls, mass in styles]
-    label = "log-ratio {} of ${}$" if not chart.is_elementwise else "variable {} of site ${}$"
-    ax.set(xlabel=label.format(1, chart.name), ylabel=label.format(2, chart.name))
+            handles += [Line2D([], [], color=GUIDE, ls=ls, label=f"{mass:.0%} of {_GUIDE}") for ls, mass in styles]
+    label = "{1}[{0}]" if chart.is_elementwise else "log-ratio {0} of the classes of {1}"
+    ax.set(xlabel=label.format(0, chart.name), ylabel=label.format(1, chart.name))
     return handles
 
 

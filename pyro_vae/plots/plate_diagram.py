@@ -19,15 +19,15 @@ __all__ = ["plate_diagram"]
 
 
 @without_training
-def plate_diagram(model: Function, *data: Data, guide: Function | None = None, ax: Axes | None = None) -> Axes:
+def plate_diagram(model: Function, guide: Function | None, *data: Data, ax: Axes | None = None) -> Axes:
     """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.
 
     Observed sites are filled. Deterministic sites have a dashed outline. ``pyro.render_model`` uses Graphviz instead.
 
     Args:
         model: a Pyro model.
-        data: the arguments of the model.
-        guide: its guide; dashed arrows go from the observed sites to its latents.
+        guide: its guide, or ``None``. Dashed arrows go from the observed sites to its latents.
+        data: the arguments of both.
 
 
     >>> import torch, pyro, pyro.distributions as dist
@@ -35,7 +35,7 @@ def plate_diagram(model: Function, *data: Data, guide: Function | None = None, a
     ...     with pyro.plate("data", len(x)):
     ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
     ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> sorted(text.get_text() for text in plate_diagram(model, torch.zeros(3)).texts)
+    >>> sorted(text.get_text() for text in plate_diagram(model, None, torch.zeros(3)).texts)
     ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")

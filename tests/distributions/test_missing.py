@@ -327,7 +327,7 @@ def test_other_objectives_autoguides_and_diagrams_leave_out_what_is_missing():
         fitted = pv.fit(model, guide, X, epochs=5, lr=1e-2, elbo=elbo)
         assert all(math.isfinite(nats) for nats in fitted.history["elbo"])
     assert all(parameter.isfinite().all() for parameter in (*bits.parameters(), *baseline.parameters()))
-    pv.plots.plate_diagram(vae.model, X, guide=vae.guide)
+    pv.plots.plate_diagram(vae.model, vae.guide, X)
 
 
 def test_what_a_missing_entry_would_have_been_changes_no_gradient():

@@ -91,7 +91,7 @@ def test_nothing_on_the_page_overlaps_or_is_cut_off_on_a_wide_and_a_narrow_scree
     ("path", "options", "error", "message"),
     [
         ("/dev/null", {}, ValueError, "`path` must be .*regular file, got '/dev/null'"),
-        ("page.html", {"labels": ["a"] * 200}, TypeError, "`labels` must be whole numbers.*got a list"),
+        ("page.html", {"labels": ["a", 1] * 100}, TypeError, "`labels` must be whole numbers.*got a list"),
         ("page.html", {"found": "sound"}, TypeError, "`found` must be the result of `pv.inspect`, got a str"),
         ("page.html", {"image_shape": 2}, ValueError, "`image_shape` must be height and width.*got 2"),
         ("page.html", {"history": [1.0]}, TypeError, "`history` must be the result of `fit`.*got a list"),
@@ -151,7 +151,7 @@ def test_a_latent_map_of_a_guide_without_a_known_mean_is_labelled_as_draws(page,
     labels, close = [], plt.close
     monkeypatch.setattr(plt, "close", lambda figure: (labels.append(figure.axes[0].get_xlabel()), close(figure)))
     reported(page, model, guide_of(q), make_data(rows=20), labels=torch.arange(20) % 2)
-    assert "draw of z[0]" in labels
+    assert "the draw of z[0]" in labels
 
 
 def test_a_finished_inspection_is_not_computed_again(page, monkeypatch):

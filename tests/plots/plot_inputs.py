@@ -52,4 +52,4 @@ def draw_posterior(vae, x=DATUM, **options):
 
 
 def draw_diagram(vae, **options):
-    return plots.plate_diagram(vae.model, X, guide=vae.guide, **options)
+    return plots.plate_diagram(vae.model, vae.guide, X, **options)

@@ -13,7 +13,7 @@ from plots import plot_inputs as inputs
 from pyro_vae import plots
 
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
-EPOCHS = ("epoch", "nats per datum")
+EPOCHS = ("epoch", "ELBO and its terms, nats per datum")
 BEST = ("log p(x) minus that of the best, nats per datum", "")
 PLANE = ("rate, nats per datum", "distortion, nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
@@ -21,7 +21,7 @@ IMAGES, SHAPE = inputs.IMAGES, (3, 4)
 RATIOS = tuple(f"{size} / length of the exact gradient" for size in ("standard deviation", "bias"))
 KHAT = ("index of the datum", r"$\hat{k}$, tail shape of the importance weights")
 RANKS = ("u, fraction of draws below the truth", "fraction of data below u, minus u")
-QUANTILES = tuple(f"$z_{i}$, at quantiles of the prior" for i in (1, 2))
+QUANTILES = tuple(f"z[{i}], at quantiles of the prior" for i in (0, 1))
 VARIED = ("value of the row's coordinate; the others are fixed", "coordinate and its value in z")
 
 
@@ -39,13 +39,13 @@ DRAWINGS = {
     "training_curves-validated": (partial(plots.training_curves, inputs.VALIDATED), EPOCHS),
     "training_curves-gap": (partial(plots.training_curves, inputs.VALIDATED, **GAP), EPOCHS),
     "rate_distortion": (partial(plots.rate_distortion, {"one": (1.0, 2.0), "other": (0.5, 3.0)}), PLANE),
-    "latent_map": (partial(plots.latent_map, CODES, LABELS), ("$z_1$", "$z_2$")),
-    "latent_map-one": (partial(plots.latent_map, CODES[:, :1], LABELS), ("$z$", "label (with jitter)")),
-    "posterior": (posterior_of(gaussian, 1), ("value of site $z$", "density")),
-    "posterior-gumbel": (posterior_of(gumbel, (1, 2)), ("log-ratio of the classes of $z$", "density")),
-    "posterior-two": (posterior_of(gaussian, 2), ("variable 1 of site $z$", "variable 2 of site $z$")),
-    "posterior-discrete": (posterior_of(bernoulli, 1), ("state of $z$", "probability")),
-    "image_grid": (partial(plots.image_grid, IMAGES.reshape(5, *SHAPE), 2), None),
+    "latent_map": (partial(plots.latent_map, CODES, LABELS), ("z[0]", "z[1]")),
+    "latent_map-one": (partial(plots.latent_map, CODES[:, :1], LABELS), ("z", "label, with jitter")),
+    "posterior": (posterior_of(gaussian, 1), ("value of z", "density")),
+    "posterior-gumbel": (posterior_of(gumbel, (1, 2)), ("log-ratio of the classes of z", "density")),
+    "posterior-two": (posterior_of(gaussian, 2), ("z[0]", "z[1]")),
+    "posterior-discrete": (posterior_of(bernoulli, 1), ("state of z", "probability")),
+    "image_grid": (partial(plots.image_grid, IMAGES.reshape(5, *SHAPE), columns=2), None),
     "manifold": (partial(plots.manifold, inputs.decode, SHAPE, size=3), QUANTILES),
     "traversals": (partial(plots.traversals, inputs.decode, torch.tensor([0.5, -1.0]), SHAPE), VARIED),
     "reconstructions": (partial(plots.reconstructions, lambda x: 0.5 * x, IMAGES, SHAPE), ("", "")),

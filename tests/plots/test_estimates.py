@@ -85,7 +85,7 @@ NOISELESS = Comparison({"enumerated": COMPARISON.measured["enumerated"]}, {"enum
     (lambda: plots.evidence_comparison(evidence_table()[:0]), ValueError, "`table` must .*without rows"),
     (lambda: plots.evidence_comparison(evidence_table()[["difference"]]), ValueError, r"`table` must .*\['log_ev"),
     (lambda: plots.bias_variance(NOISELESS), ValueError, "`comparison` must have an .* noise.*got none in 'all'"),
-    (lambda: plots.bias_variance(COMPARISON, "encodr"), ValueError, "`group` must be 'all'.*got 'encodr'"),
+    (lambda: plots.bias_variance(COMPARISON, group="encodr"), ValueError, "`group` must be 'all'.*got 'encodr'"),
 ])  # fmt: skip
 def test_estimates_that_cannot_be_drawn_are_refused(draw, error, message):
     with pytest.raises(error, match=message):

@@ -43,7 +43,7 @@ def test_a_row_of_traversals_varies_its_coordinate_and_no_other(coordinates):
     codes = z.repeat(len(chosen), 3, 1)
     for row, index in enumerate(chosen):
         codes[row, :, index] = torch.tensor(values)
-    torch.testing.assert_close(cells(ax, (3, 4)), decode(codes.flatten(0, 1)).reshape(-1, 3, 3, 4))
+    torch.testing.assert_close(cells(ax, (3, 4)), decode(codes.flatten(0, 1)).clamp(0, 1).reshape(-1, 3, 3, 4))
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"z[{i}] = {z[i]:.2f}" for i in chosen]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-2", "0", "3"]
     assert z.tolist() == [0.5, -1.0], "the user's code was changed"
@@ -63,8 +63,11 @@ def test_an_image_is_above_its_own_reconstruction(columns):
 def test_draws_in_pictures_depend_only_on_the_seed():
     vae = gaussian(1, 2)
     with seeded(3):
-        expected = vae.generate(4)
-    shown = [cells(plots.samples(vae.generate, (1, 2), 4, 2, seed), (1, 2)).reshape(4, 2) for seed in (3, 3, 4)]
+        expected = vae.generate(4).clamp(0, 1)
+    shown = [
+        cells(plots.samples(vae.generate, (1, 2), count=4, columns=2, seed=seed), (1, 2)).reshape(4, 2)
+        for seed in (3, 3, 4)
+    ]
     torch.testing.assert_close(shown[0], expected)
     torch.testing.assert_close(shown[1], expected)
     assert not torch.equal(shown[2], expected)
@@ -73,20 +76,20 @@ def test_draws_in_pictures_depend_only_on_the_seed():
 CODE, SHAPE = torch.zeros(2), (3, 4)
 
 
-@pytest.mark.parametrize(("plot", "arguments", "error", "message"), [
-    ("traversals", (gaussian(), CODE, SHAPE), TypeError, "`decode` must .*vae.decode.*got a VAE"),
-    ("reconstructions", (gaussian(), IMAGES, SHAPE), TypeError, "`reconstruct` must .*vae.reconstruct.*got a VAE"),
-    ("samples", (gaussian(), SHAPE), TypeError, "`generate` must .*vae.generate.*got a VAE"),
-    ("traversals", (decode, CODE[None], SHAPE), ValueError, r"`z` must be .*got shape \(1, 2\)"),
-    ("traversals", (decode, [0.0, 1.0], SHAPE), ValueError, "`z` must be .*got a list"),
-    ("traversals", (decode, CODE, SHAPE, []), ValueError, r"`values` must be .*got shape \(0,\)"),
-    ("traversals", (decode, CODE, SHAPE, "a"), TypeError, "`values` must be .*got 'a'"),
-    ("traversals", (decode, CODE, (3, 5)), ValueError, r"`decode` must .* 3 by 5 pixels, got .*\(14, 12\)"),
-    ("reconstructions", (abs, IMAGES, (4, 4)), ValueError, r"`x` must be .* 4 by 4 pixels, got .*\(5, 12\)"),
-    ("reconstructions", (lambda x: x[:2], IMAGES, SHAPE), ValueError, r"`reconstruct` must .*got .*\(2, 12\)"),
-    ("reconstructions", (abs, IMAGES, SHAPE, 0), ValueError, "`columns` must be .*got 0"),
-    ("samples", (lambda count: IMAGES, SHAPE, 0), ValueError, "`count` must be .*got 0"),
+@pytest.mark.parametrize(("plot", "arguments", "options", "error", "message"), [
+    ("traversals", (gaussian(), CODE, SHAPE), {}, TypeError, "`decode` must .*vae.decode.*got a VAE"),
+    ("reconstructions", (gaussian(), IMAGES, SHAPE), {}, TypeError, "`reconstruct` must .*vae.reconstruct.*got a VAE"),
+    ("samples", (gaussian(), SHAPE), {}, TypeError, "`generate` must .*vae.generate.*got a VAE"),
+    ("traversals", (decode, CODE[None], SHAPE), {}, ValueError, r"`z` must be .*got shape \(1, 2\)"),
+    ("traversals", (decode, [0.0, 1.0], SHAPE), {}, ValueError, "`z` must be .*got a list"),
+    ("traversals", (decode, CODE, SHAPE), {"values": []}, ValueError, r"`values` must be .*got shape \(0,\)"),
+    ("traversals", (decode, CODE, SHAPE), {"values": "a"}, TypeError, "`values` must be .*got 'a'"),
+    ("traversals", (decode, CODE, (3, 5)), {}, ValueError, r"`decode` must .* 3 by 5 pixels, got .*\(14, 12\)"),
+    ("reconstructions", (abs, IMAGES, (4, 4)), {}, ValueError, r"`x` must be .* 4 by 4 pixels, got .*\(5, 12\)"),
+    ("reconstructions", (lambda x: x[:2], IMAGES, SHAPE), {}, ValueError, r"`reconstruct` must .*got .*\(2, 12\)"),
+    ("reconstructions", (abs, IMAGES, SHAPE), {"columns": 0}, ValueError, "`columns` must be .*got 0"),
+    ("samples", (lambda count: IMAGES, SHAPE), {"count": 0}, ValueError, "`count` must be .*got 0"),
 ])  # fmt: skip
-def test_images_that_cannot_be_drawn_are_refused(plot, arguments, error, message):
+def test_images_that_cannot_be_drawn_are_refused(plot, arguments, options, error, message):
     with pytest.raises(error, match=message):
-        getattr(plots, plot)(*arguments)
+        getattr(plots, plot)(*arguments, **options)

@@ -95,7 +95,7 @@ def test_plates_of_a_relaxed_vae_show_the_code_that_the_decoder_takes():
     (late_global, torch.zeros(3), {"data": {"z"}, "data2": {"w", "x"}}, 4),
 ])  # fmt: skip
 def test_a_plate_holds_its_sites_and_no_other_and_arrows_are_the_dependencies(model, x, members, num_arrows):
-    circles, boxes, arrows = parts_of(plots.plate_diagram(model, x))
+    circles, boxes, arrows = parts_of(plots.plate_diagram(model, None, x))
     assert (set(boxes), arrows) == (set(members), (num_arrows, 0))
     assert set(circles) == pyro.poutine.trace(model).get_trace(x).nodes.keys() - {*members, "_INPUT", "_RETURN"}
     assert len({circle.center for circle in circles.values()}) == len(circles), "circles overlap"
