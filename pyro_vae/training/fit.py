@@ -96,7 +96,7 @@ class Fitted(Result):
         )
 
     def _table(self) -> Table:
-        terms = [name for name in self.history if not name.startswith("validation_")]
+        terms = [name for name in self.history if not name.startswith("validation_") and name != "lr"]
         held_out = any(name.startswith("validation_") for name in self.history)
         rows: list[tuple[object, ...]] = []
         for term in terms:

@@ -363,7 +363,9 @@ def test_a_higher_loss_below_zero_is_no_improvement():
 def test_the_history_has_the_rate_of_the_last_step_of_each_epoch():
     lr = linear(0.1, 0.0, steps=60)
     for options in ({}, {"validation": X}):
-        history = shifted(lr=lr, **options).history
+        fitted = shifted(lr=lr, **options)
+        history = fitted.history
         assert history["lr"] == [lr(2 * epoch + 1) for epoch in range(30)]
         assert list(history)[:4] == ["elbo", "distortion", "rate", "lr"]
         assert all(len(values) == 30 for values in history.values())
+        assert "lr" not in fitted._repr_html_()  # it is not in nats
