@@ -221,7 +221,7 @@ def to_arviz(tree: "xr.DataTree") -> Any:
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(guide|training) group is not defined", UserWarning)
+        warnings.filterwarnings("ignore", "(guide|training|imputed) group is not defined", UserWarning)
         return arviz.from_datatree(tree)
 
 

@@ -1,0 +1,685 @@
+"""A table: the rows of a frame as tensors, how they were encoded, and the way back."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_vae._utils.data import DataTensors
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.validation import describe, mapping, positive_int
+from pyro_vae.inference_data.datatree import to_datatree
+from pyro_vae.parts import guides, likelihoods, networks, priors
+from pyro_vae.parts.families.base import Family
+from pyro_vae.parts.networks import NetworkFactory
+from pyro_vae.tables.columns import Classes, Column, make_column
+from pyro_vae.tables.frames import as_pandas, is_pandas, native_column, native_frame, storage_of
+from pyro_vae.tables.kinds import KINDS, UnreadableColumn, infer_kind, is_classes, numbers_of
+from pyro_vae.tables.networks import input_network, output_network
+from pyro_vae.tables.tree import by_column
+from pyro_vae.vae import VAE
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+__all__ = ["Table"]
+
+
+class Table(nn.Module):
+    r"""The rows of a frame as a tensor x, ``(N, D)``, and how each column was encoded.
+
+    :meth:`from_frame` makes a table. ``print(table)`` shows what it has decided for each column.
+
+    - Real numbers are standardised, log-normal ones divided by their geometric mean, counts stay as they are, and
+      classes are their numbers 0 to k - 1. Missing entries are NaN.
+    - ``table.vae()`` makes a VAE with a :class:`pyro_vae.parts.likelihoods.Columns` decoder. ``pv.fit`` and everything
+      else that takes data takes the table, or its tensors ``table.data``.
+    - :meth:`decode`, :meth:`impute`, :meth:`imputed_cells` and :meth:`to_datatree` lead back to the frame's names,
+      units and dtypes.
+    - A VAE with ``table=`` keeps the encoding, without the rows, and ``vae.save`` stores it in the model's file:
+      ``VAE.load(path).table.encode(new_frame)``.
+
+    Attributes:
+        x: the encoded rows, ``(N, D)``.
+        context: covariates of each row, ``(N, C)``, or ``None``; the offset is the last of them.
+        data: ``(x,)`` or ``(x, context)``, the arguments of the VAE's model and guide.
+        index: names of the rows, an index of pandas.
+        columns: what is known of each column, in the order of x.
+
+    >>> import pyro_vae as pv
+    >>> table = Table.from_frame(pv.datasets.penguins(), context=["island"])
+    >>> print(table)
+    Table of 344 rows, 7 columns, 0.8% of entries missing
+    column             kind         missing  encoding
+    species            categorical     0.0%  Adelie, Chinstrap, Gentoo
+    bill_length_mm     normal          0.6%  mean 43.92, sd 5.452
+    bill_depth_mm      normal          0.6%  mean 17.15, sd 1.972
+    flipper_length_mm  normal          0.6%  mean 200.9, sd 14.04
+    body_mass_g        normal          0.6%  mean 4202, sd 800.8
+    sex                bernoulli       3.2%  female, male
+    year               ordinal         0.0%  2007 < 2008 < 2009
+    island             covariate       0.0%  Biscoe, Dream, Torgersen
+    >>> vae = table.vae(latent=2)
+    >>> fitted = pv.fit(vae.model, vae.guide, table, epochs=2)
+    >>> table.decode(vae.generate(2, context=table.context[:2])).columns.tolist() == table.names
+    True
+    """
+
+    def __init__(self, columns: Sequence[Column], covariates: Sequence["_Covariate"], offset: "_Offset | None"):
+        super().__init__()
+        self.columns, self.covariates, self.offset = nn.ModuleList(columns), nn.ModuleList(covariates), offset
+        self._set_rows(torch.zeros(0, len(columns)), None, None, None)
+
+    def _set_rows(self, x: Tensor, context: Tensor | None, index: Any, frame: Any) -> None:
+        self.x, self.context, self.index, self._frame = x, context, index, frame
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        kinds: Mapping[str, str] | None = None,
+        context: Sequence[str] = (),
+        offset: str | None = None,
+        index: str | None = None,
+        drop: Sequence[str] = (),
+    ) -> "Table":
+        """Make a table from a frame of pandas or polars.
+
+        Args:
+            frame: the frame. Missing entries are NaN, ``None`` or ``pd.NA``.
+            kinds: the kind of a column, one of :data:`KINDS`, by its name. Those that you leave out are inferred, see
+                :mod:`pyro_vae.tables.kinds`.
+            context: names of columns that are covariates: the model is of the other columns, given these. Numbers are
+                standardised; texts, booleans, categories, and columns of a kind of classes in ``kinds``, are one-hot.
+            offset: name of a column of positive exposures, such as library sizes or person-years. Their logarithm is
+                added to the log-mean of each column of counts, with the coefficient 1.
+            index: name of a column that names the rows; by default the index of the frame.
+            drop: names of columns to leave out.
+
+        Raises:
+            ValueError: with the name of each column that needs a decision, and what can be done: columns with one
+                value, without values, with dates or numbers as text, with values of several types, or a row number.
+        """
+        whole = as_pandas(frame)
+        roles = _Roles(whole, kinds, context, offset, index, drop)
+        problems = _Problems()
+        columns: list[Column] = []
+        for label in roles.columns:
+            with problems.of(label):
+                column = whole[label]
+                kind = roles.kinds.get(str(label)) or infer_kind(column)
+                columns.append(make_column(column, kind, storage_of(frame, label)))
+        covariates: list[_Covariate] = []
+        for label in roles.context:
+            with problems.of(label):
+                stated = roles.kinds.get(str(label))
+                covariates.append(_Covariate(whole[label], stated, storage_of(frame, label)))
+        exposure = None
+        if roles.offset is not None:
+            with problems.of(roles.offset):
+                exposure = _Offset(whole[roles.offset])
+        problems.raise_all(roles.columns)
+        if exposure is not None and not any(column.has_log_mean for column in columns):
+            kinds_found = {column.name: column.kind for column in columns}
+            raise ValueError(f"`offset` needs a column of counts, got the kinds {kinds_found}: state them in `kinds`")
+        table = cls(columns, covariates, exposure)
+        table._index_name = index
+        return table.encode(frame)
+
+    def encode(self, frame: Any, unseen: str = "raise") -> "Table":
+        """Encode new rows as those of this table: the same levels, locations and scales.
+
+        Args:
+            frame: a frame with the columns of this table; others are left out.
+            unseen: what happens to a level that this table does not have: ``"raise"``, or ``"missing"``.
+
+        Returns:
+            a table of the new rows.
+
+        Raises:
+            ValueError: if a column is not there, or has values that its kind cannot have.
+        """
+        if unseen not in ("raise", "missing"):
+            raise ValueError(f"`unseen` must be 'raise' or 'missing', got {unseen!r}")
+        whole, problems = as_pandas(frame, rows=1), _Problems()
+        needed = [*self._columns(), *self._covariates(), *([self.offset] if self.offset is not None else [])]
+        if absent := [part.name for part in needed if part.label not in whole.columns]:
+            hint = f"For a column that was not observed: `frame[{absent[0]!r}] = float('nan')`"
+            raise ValueError(f"`frame` must have the columns of the table, got none that is called {absent}. {hint}")
+        encoded: dict[int, Any] = {}
+        for part in needed:
+            with problems.of(part.label):
+                encoded[id(part)] = part.encode(whole[part.label], unseen)
+        problems.raise_all()
+        dtype = torch.get_default_dtype()
+        x = torch.as_tensor(np.stack([encoded[id(column)] for column in self._columns()], 1), dtype=dtype)
+        given = [encoded[id(part)] for part in needed if not isinstance(part, Column)]
+        context = torch.as_tensor(np.concatenate(given, 1), dtype=dtype) if given else None
+        table = self.without_rows()
+        name = self._index_name
+        if name is not None and name not in whole.columns:
+            raise ValueError(f"`frame` must have the column {name!r}, which names the rows, got {list(whole.columns)}")
+        rows = whole.index if name is None else whole.set_index(name).index
+        table._set_rows(x, context, rows, frame)
+        return table
+
+    _index_name: str | None = None
+
+    def without_rows(self) -> "Table":
+        """The encoding alone: a table that shares its columns with this one, and has no rows."""
+        table = Table(self._columns(), self._covariates(), self.offset)
+        table._index_name = self._index_name
+        return table
+
+    # --- What it has -------------------------------------------------------------------------------------------------
+
+    def _columns(self) -> list[Any]:
+        return list(self.columns)
+
+    def _covariates(self) -> list[Any]:
+        return list(self.covariates)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns of x."""
+        return [column.name for column in self._columns()]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each column, by its name."""
+        return {column.name: column.kind for column in self._columns()}
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def data(self) -> tuple[Tensor, ...]:
+        """The arguments of the VAE's model and guide: x, and the covariates if there are any."""
+        return (self.x,) if self.context is None else (self.x, self.context)
+
+    def to_data(self) -> DataTensors:
+        """The data for everything that takes data: ``pv.fit(vae.model, vae.guide, table)``."""
+        self._check_rows()
+        columns = [("column", np.array(self.names)), *[None] * (len(self.data) - 1)]
+        return DataTensors(self.data, _row_labels(self.index), columns)
+
+    def _check_rows(self) -> None:
+        if not len(self):
+            raise ValueError("a table must have rows for this, got the encoding alone: `vae.table.encode(frame)`")
+
+    @property
+    def num_covariates(self) -> int | None:
+        """C, the number of covariates of a row, the offset included; ``None`` without any."""
+        count = sum(covariate.width for covariate in self._covariates()) + (self.offset is not None)
+        return count or None
+
+    @property
+    def log_scale(self) -> Tensor:
+        r""":math:`\sum_{d\ \mathrm{observed}} \log s_d` of each row, ``(N,)``: the change of scale in nats.
+
+        The tensor x has real numbers divided by their scale s. In the units of the frame the density is
+
+        .. math:: \log p(\mathrm{row}) = \log p(x) - \sum_{d\ \mathrm{observed}} \log s_d ,
+
+        the same for each way to scale the columns. Compare log p(row), and not log p(x), between tables that scale in
+        different ways, such as tables made from different rows, or with ``normal`` and ``student_t``.
+        """
+        scales = torch.tensor([column.log_scale for column in self._columns()], dtype=self.x.dtype)
+        return torch.where(self.x.isnan(), 0.0, scales.to(self.x.device)).sum(-1)
+
+    def describe(self) -> "pd.DataFrame":
+        """Return a frame with a row for each column: kind, share of missing entries, and encoding."""
+        import pandas as pd
+
+        rows = [(part.name, part.kind, part.missing, part.describe()) for part in self._columns()]
+        rows += [(part.name, "covariate", 0.0, part.describe()) for part in self._covariates()]
+        rows += [(self.offset.name, "offset", 0.0, self.offset.describe())] if self.offset is not None else []
+        return pd.DataFrame(rows, columns=["column", "kind", "missing", "encoding"]).set_index("column")
+
+    def _headline(self) -> str:
+        if not len(self):
+            return f"Encoding of {len(self.columns)} columns, without rows"
+        share = self.x.isnan().double().mean()
+        return f"Table of {len(self)} rows, {len(self.columns)} columns, {share:.1%} of entries missing"
+
+    def __repr__(self) -> str:
+        rows = [("column", "kind", "missing", "encoding")]
+        rows += [(name, kind, f"{missing:.1%}", text) for name, kind, missing, text in self.describe().itertuples()]
+        first, second = (max(len(row[place]) for row in rows) for place in (0, 1))
+        lines = [f"{name:<{first}}  {kind:<{second}}  {missing:>7}  {text}" for name, kind, missing, text in rows]
+        return "\n".join([self._headline(), *lines])
+
+    def _repr_html_(self) -> str:
+        shown = self.describe().reset_index().to_html(index=False, formatters={"missing": "{:.1%}".format})
+        return f"<p>{self._headline()}</p>{shown}"
+
+    # --- A model -----------------------------------------------------------------------------------------------------
+
+    def families(self) -> dict[str, Family]:
+        """New families of the columns, by name, for :class:`pyro_vae.parts.likelihoods.Columns`."""
+        return {column.name: column.family() for column in self._columns()}
+
+    def network(self, network: NetworkFactory) -> NetworkFactory:
+        """A network for encoders: it reads standardised numbers, logarithms, one-hot classes and what is missing.
+
+        >>> import pyro_vae as pv
+        >>> table = Table.from_frame(pv.datasets.penguins())
+        >>> table.network(networks.mlp([32]))(8, 4)[0]
+        _Features(8 columns as 19 features)
+        """
+        return input_network(self._columns(), network)
+
+    def output_network(self, network: NetworkFactory) -> NetworkFactory:
+        """A network for decoders: it starts at the distributions of the columns alone, and adds the offset."""
+        return output_network(self._columns(), network, self.offset is not None)
+
+    def vae(self, latent: int = 2, hidden: Sequence[int] = (64,), activation: Callable[[], nn.Module] = nn.Tanh) -> VAE:
+        """Make the usual VAE of this table.
+
+        The prior is standard normal and the guide a diagonal normal. It is short for parts that you can replace:
+
+        .. code-block:: python
+
+            net, C = networks.mlp([64], nn.Tanh), table.num_covariates or 0
+            encoder = guides.DiagonalNormal(len(table.names) + C, latent, table.network(net))
+            decoder = likelihoods.Columns(latent + C, table.families(), table.output_network(net))
+            vae = pv.VAE(priors.StandardNormal(latent), encoder, decoder, context=C or None, table=table)
+
+        Args:
+            latent: number of latent variables.
+            hidden: sizes of the hidden layers of both networks; ``[]`` for a factor analysis, a linear decoder.
+            activation: of the hidden layers.
+        """
+        network, covariates = networks.mlp(hidden, activation), self.num_covariates or 0
+        encoder = guides.DiagonalNormal(len(self.columns) + covariates, latent, self.network(network))
+        decoder = likelihoods.Columns(latent + covariates, self.families(), self.output_network(network))
+        return VAE(priors.StandardNormal(latent), encoder, decoder, context=self.num_covariates, table=self)
+
+    # --- Back to the frame -------------------------------------------------------------------------------------------
+
+    def decode(self, draws: Tensor, index: Any = None) -> Any:
+        """Turn encoded rows into a frame with the names, units, levels and dtypes of the first one.
+
+        Args:
+            draws: rows ``(N, D)``, such as ``vae.generate(N)``, or several draws of them, ``(S, N, D)``.
+            index: names of the rows; by default those of the table if N is its number of rows, else 0, 1, ...
+
+        Returns:
+            a frame of N rows; of several draws, one of S N rows, whose index has the number of the draw first; a frame
+            of polars has it as the first column, ``draw``.
+        """
+        values = self._draws(draws)
+        columns = {column.label: column.decode(values[..., place].ravel()) for place, column in self._numbered()}
+        library = self._library()
+        frame = native_frame(columns, library)
+        rows = self._row_names(values.shape[-2], index)
+        if library != "pandas":
+            return _with_draws(frame, values.shape[:-2], len(rows), library)
+        frame.index = rows if values.ndim == 2 else _draw_index(len(values), rows)
+        return frame
+
+    def _draws(self, draws: Tensor) -> np.ndarray:
+        shape = f"({len(self.columns)},)"
+        if not isinstance(draws, Tensor) or draws.dim() not in (2, 3) or draws.shape[-1] != len(self.columns):
+            must = f"encoded rows, a tensor (N, {len(self.columns)}) or (S, N, {len(self.columns)})"
+            raise ValueError(f"`draws` must be {must}, rows of shape {shape}, got {describe(draws)}")
+        return draws.detach().cpu().double().numpy()
+
+    def _numbered(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self._columns())
+
+    def _library(self) -> str:
+        return self._columns()[0].storage["library"]
+
+    def _row_names(self, count: int, index: Any) -> Any:
+        import pandas as pd
+
+        if index is None:
+            return self.index if count == len(self) and self.index is not None else pd.RangeIndex(count)
+        if len(index) != count:
+            raise ValueError(f"`index` must have a name for each of {count} rows, got {len(index)}")
+        return pd.Index(index)
+
+    def impute(self, vae: VAE, num_draws: int = 1000, seed: int = 0) -> Any:
+        r"""Return the frame with its missing entries filled in, and its observed ones untouched.
+
+        A missing number becomes the median of its draws, and a missing class the most frequent one. One completed frame
+        hides how uncertain its new entries are: see :meth:`imputed_cells`, and for multiple imputation
+        ``table.decode(vae.impute(table.x, 20))``.
+
+        Args:
+            vae: a VAE of this table.
+            num_draws: draws of each missing entry, :math:`z \sim q(z \mid x_\mathrm{obs})`,
+                :math:`x_\mathrm{mis} \sim p(x_\mathrm{mis} \mid z)`.
+            seed: of the draws.
+        """
+        draws = self._imputed(vae, num_draws, seed)
+        whole = as_pandas(self._frame, rows=1)
+        filled: dict[Any, Any] = {}
+        for place, column in self._numbered():
+            holes = np.flatnonzero(self._holes(place))
+            if holes.size:
+                centres = column.values(_centre(column, draws[:, holes, place]))
+                filled[column.label] = _fill(whole[column.label], holes, centres)
+        return _replace(self._frame, whole, filled, self._columns())
+
+    def imputed_cells(
+        self, vae: VAE, num_draws: int = 1000, quantiles: Sequence[float] = (0.05, 0.95), seed: int = 0
+    ) -> "pd.DataFrame":
+        """Return a row for each missing entry: its centre and interval, in the units of the frame.
+
+        Args:
+            vae, num_draws, seed: see :meth:`impute`.
+            quantiles: between 0 and 1, by default those of an interval of 90 %.
+
+        Returns:
+            a frame of pandas with the columns ``row`` and ``column``; ``value``, the median, or the most frequent
+            class; one column for each quantile, such as ``5%``, of numbers and ordered levels; ``probability``, the
+            share of draws with this value, of classes, levels and counts.
+        """
+        import pandas as pd
+
+        levels = _checked_quantiles(quantiles)
+        draws, rows = self._imputed(vae, num_draws, seed), []
+        for place, column in self._numbered():
+            for hole in np.flatnonzero(self._holes(place)):
+                drawn = draws[:, hole, place]
+                centre = _centre(column, drawn[:, None])
+                row = {"row": self.index[hole], "column": column.name, "value": column.values(centre).iloc[0]}
+                if column.kind not in ("bernoulli", "categorical"):
+                    ends = np.quantile(drawn, levels, method="inverted_cdf" if _is_discrete(column) else "linear")
+                    row |= {f"{level:.4g}%": end for level, end in zip(
+                        np.multiply(levels, 100), column.values(np.atleast_1d(ends)), strict=True)}  # fmt: skip
+                if _is_discrete(column):
+                    row["probability"] = float((drawn == centre).mean())
+                rows.append(row)
+        names = ["row", "column", "value", *(f"{100 * level:.4g}%" for level in levels), "probability"]
+        return pd.DataFrame(rows, columns=names)
+
+    def _holes(self, place: int) -> np.ndarray:
+        return self.x[:, place].isnan().cpu().numpy()
+
+    def _imputed(self, vae: VAE, num_draws: int, seed: int) -> np.ndarray:
+        """Draws ``(S, N, D)`` of the missing entries of all rows."""
+        positive_int(num_draws, "num_draws")
+        self._check_vae(vae)
+        with seeded(seed):
+            return self._draws(vae.impute(self.x, num_draws, self.context))
+
+    def _check_vae(self, vae: VAE) -> None:
+        if not isinstance(vae, VAE):
+            raise TypeError(f"`vae` must be a VAE of this table, such as `table.vae()`, got {describe(vae)}")
+        self._check_rows()
+        shapes = (tuple(vae.data_shape), vae.context)
+        if shapes != ((len(self.columns),), self.num_covariates):
+            must = f"of {len(self.columns)} columns and {self.num_covariates or 'no'} covariates, as the table"
+            raise ValueError(f"`vae` must be {must}, got data of shape {shapes[0]} and {shapes[1] or 'no'} covariates")
+
+    def to_datatree(self, vae: VAE, draws: int = 1000, seed: int = 0, **options: Any) -> "xr.DataTree":
+        """Export draws for ArviZ with a variable for each column, in the units of the frame.
+
+        The groups are those of :func:`pyro_vae.to_datatree`. In ``posterior_predictive``, ``prior_predictive`` and
+        ``observed_data`` each column is a variable along ``obs``, whose coordinate is the index of the frame. Classes
+        are their numbers, or their levels if these are numbers; the attribute ``levels`` names them. ``imputed`` has
+        the draws of the missing entries alone, along a dimension for each column, such as ``sex_missing``.
+        Covariates are in ``constant_data``.
+
+        Args:
+            vae: a VAE of this table.
+            draws, seed: number of draws, and their seed.
+            options: further arguments of :func:`pyro_vae.to_datatree`, such as ``history`` or ``coords``.
+        """
+        self._check_vae(vae)
+        coords = {"obs": _row_labels(self.index)} | dict(mapping(options.pop("coords", None), "coords", "{}"))
+        constants = self._constants() | dict(mapping(options.pop("constant_data", None), "constant_data", "{}"))
+        names: dict[str, Any] = {"coords": coords, "constant_data": constants}
+        tree = to_datatree(vae.model, vae.guide, *self.data, draws=draws, seed=seed, **names, **options)
+        return by_column(tree, self._columns())
+
+    def _constants(self) -> dict[str, np.ndarray]:
+        if not self.num_covariates:
+            return {}
+        whole = as_pandas(self._frame, rows=1)
+        needed = [*self._covariates(), *([self.offset] if self.offset is not None else [])]
+        return {part.name: part.values(whole[part.label]) for part in needed}
+
+
+class _Covariate(nn.Module):
+    """A column that the model is given: standardised numbers, or one-hot classes."""
+
+    def __init__(self, column: "pd.Series", kind: str | None, storage: Mapping[str, Any]):
+        super().__init__()
+        self.label = column.name
+        self._check(column)
+        classes = is_classes(column) if kind is None else kind in ("bernoulli", "categorical", "ordinal")
+        if kind is None and not classes and numbers_of(column).std() == 0:
+            raise UnreadableColumn("has one value alone, so it cannot be a covariate")
+        self.classes = Classes(column, "categorical", storage) if classes else None
+        if not classes:
+            from sklearn.preprocessing import StandardScaler
+
+            fitted = StandardScaler().fit(numbers_of(column)[:, None])
+            self.loc, self.scale = float(fitted.mean_[0]), float(fitted.scale_[0])
+
+    def _check(self, column: "pd.Series") -> None:
+        if column.isna().any():
+            row = column.index[np.flatnonzero(column.isna())[0]]
+            raise UnreadableColumn(
+                f"has a missing entry in row {row!r}: a covariate must be known; model the column, or leave out the row"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name of the column as text."""
+        return str(self.label)
+
+    @property
+    def width(self) -> int:
+        """How many numbers of the context it is."""
+        return 1 if self.classes is None else len(self.classes.levels)
+
+    def encode(self, column: "pd.Series", unseen: str) -> np.ndarray:
+        self._check(column)
+        if self.classes is None:
+            return ((numbers_of(column) - self.loc) / self.scale)[:, None]
+        from sklearn.preprocessing import OneHotEncoder
+
+        numbers = self.classes.encode(column, "raise")
+        encoder = OneHotEncoder(categories=[np.arange(float(self.width))], sparse_output=False)
+        return encoder.fit_transform(numbers[:, None])
+
+    def values(self, column: "pd.Series") -> np.ndarray:
+        """Values for an array: numbers, or levels as texts."""
+        if self.classes is None:
+            return numbers_of(column)
+        return column.astype("object").map(str).to_numpy(dtype=str)
+
+    def describe(self) -> str:
+        return f"mean {self.loc:.4g}, sd {self.scale:.4g}" if self.classes is None else self.classes.describe()
+
+
+class _Offset(nn.Module):
+    """A column of exposures, whose logarithm, less its mean, is added to the log-mean of counts."""
+
+    width = 1
+
+    def __init__(self, column: "pd.Series"):
+        super().__init__()
+        self.label = column.name
+        self.loc = 0.0
+        self.loc = float(self.encode(column).mean())
+
+    @property
+    def name(self) -> str:
+        """The name of the column as text."""
+        return str(self.label)
+
+    def encode(self, column: "pd.Series", unseen: str = "raise") -> np.ndarray:
+        values = numbers_of(column)
+        wrong = np.flatnonzero(~(values > 0))
+        if wrong.size:
+            row = column.index[wrong[0]]
+            raise UnreadableColumn(f"must be a positive exposure in each row, got {values[wrong[0]]:g} in row {row!r}")
+        return (np.log(values) - self.loc)[:, None]
+
+    def values(self, column: "pd.Series") -> np.ndarray:
+        """Values for an array."""
+        return numbers_of(column)
+
+    def describe(self) -> str:
+        return f"log of it is added to the log-mean of counts, geometric mean {np.exp(self.loc):.4g}"
+
+
+class _Roles:
+    """Which column of a frame has which role, checked."""
+
+    def __init__(self, frame: "pd.DataFrame", kinds: Any, context: Any, offset: Any, index: Any, drop: Any):
+        self._labels = {str(label): label for label in frame.columns}
+        self.kinds = {str(name): kind for name, kind in _mapping_of_kinds(kinds).items()}
+        for name, kind in self.kinds.items():
+            self._label(name, "kinds")
+            if kind not in KINDS:
+                raise ValueError(f"`kinds` must be one of {', '.join(KINDS)}, got {kind!r} for {name!r}")
+        self.context = [self._label(name, "context") for name in _names(context, "context")]
+        self.offset = None if offset is None else self._label(offset, "offset")
+        self.index = None if index is None else self._label(index, "index")
+        self.dropped = [self._label(name, "drop") for name in _names(drop, "drop")]
+        taken = [*self.context, *self.dropped]
+        taken += [label for label in (self.offset, self.index) if label is not None]
+        if twice := [label for place, label in enumerate(taken) if label in taken[:place]]:
+            raise ValueError(
+                f"a column must have one role of `context`, `offset`, `index` and `drop`, got two for {twice[0]!r}"
+            )
+        self.columns = [label for label in frame.columns if label not in taken]
+        if not self.columns:
+            raise ValueError("`frame` must have a column that is no covariate, offset, index, or left out, got none")
+
+    def _label(self, name: Any, argument: str) -> Any:
+        if str(name) not in self._labels:
+            raise ValueError(f"`{argument}` must be columns of the frame, {list(self._labels.values())}, got {name!r}")
+        return self._labels[str(name)]
+
+
+def _mapping_of_kinds(kinds: Any) -> Mapping[Any, Any]:
+    if not isinstance(kinds, Mapping | None):
+        raise TypeError(f"`kinds` must be a mapping, such as {{'sex': 'bernoulli'}}, got {describe(kinds)}")
+    return kinds or {}
+
+
+def _names(value: Any, argument: str) -> list[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"`{argument}` must be a list of names of columns, such as ['batch'], got {value!r}")
+    return list(value)
+
+
+class _Problems:
+    """What is wrong with the columns of a frame, collected so that one error names them all."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, str] = {}
+
+    @contextmanager
+    def of(self, label: Any) -> Iterator[None]:
+        """Collect what is wrong with a column inside the block."""
+        try:
+            yield
+        except UnreadableColumn as error:
+            self._found[label] = str(error)
+
+    def raise_all(self, may_drop: Sequence[Any] = ()) -> None:
+        """Raise if there is a problem; ``may_drop`` are the columns that can be left out."""
+        if not self._found:
+            return
+        texts = [f"column {label!r} {text}" for label, text in self._found.items()]
+        droppable = [label for label in self._found if label in may_drop]
+        hint = f"\nTo leave out: drop={droppable!r}" if droppable else ""
+        lead = "`frame` must have columns that can be encoded: "
+        if len(texts) == 1:
+            raise ValueError(f"{lead}{texts[0]}.{hint}")
+        raise ValueError("".join([lead.rstrip(), *(f"\n- {text}" for text in texts), hint]))
+
+
+def _draw_index(count: int, rows: Any) -> Any:
+    """An index of draws and rows."""
+    import pandas as pd
+
+    draws = np.repeat(np.arange(count), len(rows))
+    names = ["draw", *rows.names] if isinstance(rows, pd.MultiIndex) else ["draw", rows.name or "row"]
+    levels = [rows.get_level_values(level).repeat(1) for level in range(rows.nlevels)]
+    return pd.MultiIndex.from_arrays([draws, *(np.tile(level, count) for level in levels)], names=names)
+
+
+def _with_draws(frame: Any, lead: tuple[int, ...], rows: int, library: Any) -> Any:
+    """Put the numbers of draws in front of the columns of a frame that has no index."""
+    if not lead:
+        return frame
+    import narwhals as nw
+
+    draws = np.repeat(np.arange(lead[0]), rows).tolist()
+    found = nw.from_native(frame, eager_only=True)
+    number = nw.new_series("draw", draws, nw.Int64, backend=library)
+    return nw.to_native(found.select(number, nw.all()))
+
+
+def _is_discrete(column: Any) -> bool:
+    return column.feature is None or column.has_log_mean
+
+
+def _centre(column: Any, draws: np.ndarray) -> np.ndarray:
+    """The median of draws ``(S, K)``, or of classes the most frequent number."""
+    if column.kind not in ("bernoulli", "categorical"):
+        return np.quantile(draws, 0.5, axis=0, method="inverted_cdf" if _is_discrete(column) else "linear")
+    counts = np.stack([(draws == number).sum(0) for number in range(len(column.levels))])
+    return counts.argmax(0).astype(float)
+
+
+def _fill(column: "pd.Series", holes: np.ndarray, values: "pd.Series") -> "pd.Series":
+    """Fill entries of a column; observed ones stay the same objects."""
+    import pandas as pd
+
+    filled = column.astype("object").to_numpy(dtype=object, copy=True)
+    filled[holes] = values.to_numpy(dtype=object)
+    return pd.Series(filled, column.index, dtype=object)
+
+
+def _replace(frame: Any, whole: "pd.DataFrame", filled: Mapping[Any, "pd.Series"], columns: Sequence[Any]) -> Any:
+    """Return the frame with other columns of the same dtypes."""
+    made = {
+        column.label: native_column(column.name, filled[column.label], storage_of(frame, column.label))
+        for column in columns
+        if column.label in filled
+    }
+    if is_pandas(frame):
+        found = whole.copy()
+        for label, column in made.items():
+            found[label] = column
+        return found
+    import narwhals as nw
+
+    found = nw.from_native(frame, eager_only=True)
+    return nw.to_native(found.with_columns(*(nw.from_native(column, series_only=True) for column in made.values())))
+
+
+def _checked_quantiles(quantiles: Any) -> list[float]:
+    is_list = isinstance(quantiles, Sequence) and not isinstance(quantiles, str)
+    if not is_list or not all(isinstance(level, int | float) and 0 <= level <= 1 for level in quantiles):
+        raise ValueError(f"`quantiles` must be numbers between 0 and 1, such as (0.05, 0.95), got {quantiles!r}")
+    return [float(level) for level in quantiles]
+
+
+def _row_labels(index: Any) -> np.ndarray:
+    """Names of rows for a coordinate: numbers, times or texts."""
+    import pandas as pd
+
+    if isinstance(index, pd.MultiIndex):
+        return np.array([" ".join(map(str, row)) for row in index])
+    if index.dtype.kind in "iufM":
+        return index.to_numpy()
+    return index.map(str).to_numpy(dtype=str)
