@@ -3,6 +3,7 @@
 import math
 
 import pairs
+import part_cases
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,7 +14,7 @@ from pyro.optim import Adam
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import likelihoods, networks, objectives, priors, schedules
+from pyro_vae import families, guides, likelihoods, networks, objectives, priors, schedules
 from pyro_vae.compilation.graph import CaptureError, Graph
 from pyro_vae.handlers import WeightKL
 
@@ -39,6 +40,13 @@ def bernoulli():
 
 def binary_data():
     return pairs.gaussian(1, 2, decoder=likelihoods.Bernoulli(1, 2, pairs.NET))
+
+
+def mixed_table():
+    """A table with a column of each kind of operations, and with missing entries."""
+    columns = {**part_cases.mixed_columns(), "visits": families.ZeroInflated(families.NegativeBinomial(1))}
+    encoder = guides.DiagonalNormal(4, 1, networks.with_missing(pairs.NET))
+    return pairs.gaussian(1, 4, encoder=encoder, decoder=likelihoods.Columns(1, columns, pairs.NET))
 
 
 def hidden_noise(change):
@@ -111,6 +119,16 @@ def test_captured_steps_are_the_eager_ones_over_a_hundred_steps_on_all_rows_in_f
     (eager, theirs), (captured, ours) = eager_and_captured(*OBJECTIVES["batch norm"], **settings)
     assert captured.history["elbo"] == pytest.approx(eager.history["elbo"], rel=0, abs=1e-5)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.integration
+def test_compiled_steps_on_a_mixed_table_with_holes_are_the_eager_ones():
+    torch.manual_seed(0)
+    x = mixed_table().generate(64)
+    x = x.masked_fill(torch.rand(x.shape) < 0.2, math.nan).double()
+    (eager, theirs), (captured, ours) = eager_and_captured(mixed_table, dtype=torch.float64, data=x, epochs=5)
+    assert captured.history["elbo"] == pytest.approx(eager.history["elbo"], rel=1e-10)
+    assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.integration
