@@ -123,6 +123,14 @@ def test_a_scheduler_changes_rate_and_momentum_as_in_torch(name, compile):
     assert any(not torch.allclose(ours[each], constant[each], rtol=1e-6) for each in ours)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["AdamW", "SGD, momentum"])
+def test_compiled_steps_are_the_eager_ones_while_rate_and_momentum_change(name):
+    lr = schedules.from_torch(partial(OneCycleLR, **ONE_CYCLE))
+    eager, compiled = (trained(OPTIMIZERS[name], lr=lr, compile=compile)[0] for compile in (False, True))
+    assert_close(compiled, eager, 1e-10, 1e-10)
+
+
 def test_a_momentum_between_bounds_that_are_the_defaults_is_seen():
     """Adam begins at 0.9, the upper bound of the cycle."""
     cycle = partial(torch.optim.lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.05, step_size_up=3)
