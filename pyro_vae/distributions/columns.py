@@ -72,7 +72,7 @@ class Columns(dist.TorchDistribution):
     ):
         self.columns = by_name(columns, "a distribution of one variable, of event shape (1,)", _is_single)
         batch = torch.broadcast_shapes(*(column.batch_shape for column in self.columns.values()))
-        self.columns = {name: column.expand(batch) for name, column in self.columns.items()}
+        self.columns = self._expanded(batch)
         super().__init__(batch, torch.Size([len(self.columns)]), validate_args=validate_args)
 
     def __getitem__(self, name: str) -> dist.TorchDistribution:
@@ -84,13 +84,13 @@ class Columns(dist.TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> "Columns":
         batch = torch.Size(batch_shape)
         new = self._get_checked_instance(Columns, _instance)
-        new.columns = {name: column.expand(batch) for name, column in self.columns.items()}
+        new.columns = self._expanded(batch)
         super(Columns, new).__init__(batch, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> _OfColumns:
         return _OfColumns({name: column.support for name, column in self.columns.items()})
 
     @property
@@ -137,6 +137,11 @@ class Columns(dist.TorchDistribution):
                 raise
             raise ValueError(text) from error
 
+    def _expanded(self, batch: torch.Size) -> dict[str, dist.TorchDistribution]:
+        """The columns with a batch shape, which most of them have already."""
+        each = self.columns.items()
+        return {name: one if one.batch_shape == batch else one.expand(batch) for name, one in each}
+
     def _of_columns(self, read: Callable[[Any], Tensor]) -> Tensor:
         return torch.cat([read(column) for column in self.columns.values()], -1)
 
@@ -147,7 +152,7 @@ class Columns(dist.TorchDistribution):
         >>> p.find_outside(torch.tensor([[0.0], [1.0], [2.0], [0.0], [0.0]]))
         "column 'sex' must hold 0 or 1, got 2 at row 2"
         """
-        outside = ~self.support.check_entries(value)  # type: ignore[attr-defined]
+        outside = ~self.support.check_entries(value)
         if not outside.any():
             return None
         *batch, place = outside.nonzero()[0].tolist()

@@ -250,6 +250,20 @@ def test_imputed_entries_follow_the_exact_conditional_mass():
     assert scipy.stats.chisquare(counts.numpy(), (20_000 * mass / mass.sum()).numpy()).pvalue > UNLIKELY
 
 
+def test_intervals_of_imputed_entries_cover_what_was_hidden_at_their_nominal_rate_in_each_kind_of_column():
+    torch.manual_seed(0)
+    vae = class_vae()
+    complete = vae.generate(2000)
+    x = holed(complete)
+    draws = vae.impute(x, 99)
+    below, ties = (draws < complete).sum(0), (draws == complete).sum(0)
+    ranks = below + (torch.rand(x.shape) * (ties + 1)).long()  # of 100 equally likely ones, ties at random
+    inside = (ranks >= 5) & (ranks < 95)
+    for place, name in enumerate(columns()):
+        found = inside[:, place][x[:, place].isnan()]
+        assert scipy.stats.binomtest(int(found.sum()), len(found), 0.9).pvalue > UNLIKELY, name
+
+
 def test_every_chapter_takes_a_mixed_table_with_holes(tmp_path):
     torch.manual_seed(0)
     vae = table_vae()
