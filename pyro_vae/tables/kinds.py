@@ -8,9 +8,9 @@ The rules, in this order:
 - Numbers with two values are ``bernoulli``.
 - Whole numbers with at most 5 values, or at most 10 if they start above 0, are ``ordinal``: marks, answers, years.
   Each value must occur twice on average.
-- Whole numbers that come near zero (none is negative, and the mean is below 3 standard deviations and below 1000) are
-  counts: ``poisson``, or ``negative_binomial`` if the variance is above 1.5 times the mean. Other whole numbers, such
-  as a mass in grams, are treated as real numbers.
+- Whole numbers that are not negative are counts if 0 is one of them or their mean is below 5, and the mean is below 3
+  standard deviations and below 1000: ``poisson``, or ``negative_binomial`` if the variance is above 1.5 times the mean.
+  Other whole numbers, such as an age or a mass in grams, are treated as real numbers.
 - Real numbers are ``normal``, or ``log_normal`` if they are positive, have a skewness above 1, and their logarithms a
   smaller one.
 
@@ -19,7 +19,7 @@ latent variables.
 """
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,9 @@ _MAX_TEXTS = 20  # levels of a column of texts that nobody called categorical
 _FEW, _FEW_ABOVE_ZERO = 5, 10  # values of whole numbers that are levels
 _LEAST_ROWS = 10  # below it, values that are all different say little
 _LARGEST_COUNT = 1000  # mean of counts; larger ones are like real numbers
+_SMALL_COUNT = 5  # mean of counts of which some are 0, unless the table is small
 _OVERDISPERSION, _SKEWNESS, _FROM_ZERO = 1.5, 1.0, 3.0
+_FOR_MISSING = {"?", "", "-", "--", ".", "na", "n/a", "nan", "null", "<na>"}
 _DATE = re.compile(r"\s*(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})([T\s].*)?")
 
 
@@ -75,7 +77,7 @@ def infer_kind(column: "pd.Series") -> str:
     if time_of(column) and levels > 1:
         return "normal"
     if not is_classes(column):
-        return _kind_of_numbers(numbers_of(column))
+        return _kind_of_numbers(numbers_of(column), column.name)
     if levels == 1:
         raise _constant(present)
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -109,6 +111,14 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
             f"has numbers as text, such as {texts[is_number].iloc[0]!r}{other}: convert them, `frame[{name!r}] = "
             f"pd.to_numeric(frame[{name!r}], errors='coerce')`"
         )
+    holes = texts[texts.map(lambda text: text.strip().lower() in _FOR_MISSING)]
+    if len(holes):
+        mark = repr(holes.iloc[0])
+        raise UnreadableColumn(
+            f"has {mark} in {len(holes)} rows, which looks like a missing entry: make it one, `frame[{name!r}] = "
+            f"frame[{name!r}].replace({mark}, None)` or `pd.read_csv(path, na_values=[{mark}])`; if it is a level, "
+            f"state the kind, `kinds={{{name!r}: 'categorical'}}`"
+        )
     if many:
         each = "a different text in each row, as names and notes have" if levels == len(texts) else f"{levels} texts"
         raise UnreadableColumn(
@@ -117,7 +127,7 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
         )
 
 
-def _kind_of_numbers(values: np.ndarray) -> str:
+def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     """Return the kind of numbers, of which NaN are missing."""
     import pandas as pd
 
@@ -132,11 +142,13 @@ def _kind_of_numbers(values: np.ndarray) -> str:
         if count == len(present) >= _LEAST_ROWS and present.max() - least == count - 1:
             raise UnreadableColumn(
                 "has consecutive whole numbers, a different one in each row, as a row number has: if they name the "
-                "rows, use `index=`; if they are data, state the kind, such as 'normal'"
+                f"rows, `index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'normal'}}`"
             )
         if 2 * count <= len(present) and count <= (_FEW_ABOVE_ZERO if least > 0 else _FEW):
             return "ordinal"
-        if least >= 0 and mean < min(_FROM_ZERO * variance**0.5, _LARGEST_COUNT):
+        if (least == 0 or (least > 0 and mean < _SMALL_COUNT)) and mean < min(
+            _FROM_ZERO * variance**0.5, _LARGEST_COUNT
+        ):
             return "negative_binomial" if variance > _OVERDISPERSION * mean else "poisson"
     if least > 0 and (skewness := present.skew()) > _SKEWNESS and abs(np.log(present).skew()) < skewness:
         return "log_normal"

@@ -142,7 +142,11 @@ def one_bad(values, **options):
         ([1.0] * 12, r"column 'bad' has one value alone, 1, and so"),
         (["x"] * 12, r"column 'bad' has one value alone, 'x'"),
         ([None] * 12, r"column 'bad' has no value: all are missing"),
-        (range(5, 17), r"column 'bad' has consecutive whole numbers, .* `index=`"),
+        (range(5, 17), r"column 'bad' has consecutive whole numbers, .* `index='bad'`"),
+        (
+            ["yes", "no", " ?"] * 4,
+            r"column 'bad' has ' \?' in 4 rows, which looks like .*na_values=\[' ",
+        ),
         ([f"note {number}" for number in range(12)], r"column 'bad' has a different text in each row.*`index='bad'`"),
         ([f"{number % 25}x" for number in range(60)], r"column 'bad' has 25 texts: .*kinds=\{'bad': 'categorical'\}"),
         (
