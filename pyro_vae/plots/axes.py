@@ -11,9 +11,10 @@ from matplotlib.transforms import ScaledTranslation
 
 from pyro_vae._utils.validation import describe
 
-__all__ = ["axes_or_new", "grow_figure", "legend_below", "wrap"]
+__all__ = ["axes_or_new", "fit_figure", "grow_figure", "legend_below", "name_rows", "wrap"]
 
 _LEGEND_HEIGHT = 0.9  # inches of a legend for which a figure of the default size has room
+_LINE_HEIGHT, _LINES = 0.17, 16  # inches of a line of a name, and lines for which such a figure has room
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
@@ -40,6 +41,8 @@ def legend_below(
     handles = ax.get_legend_handles_labels()[0] if handles is None else list(handles)
     if not handles:
         return
+    if grow:
+        cast(Figure, ax.figure).draw_without_rendering()  # the layout, and with it the width of the axes
     box = ax.get_window_extent()
     axis_box = ax.xaxis.get_tightbbox()
     below_axes = 0.0 if axis_box is None else box.y0 - axis_box.y0
@@ -65,6 +68,20 @@ def grow_figure(ax: Axes, inches: float) -> None:
     """Make the figure of the axes higher, if ``inches`` is positive."""
     figure = cast(Figure, ax.figure)
     figure.set_figheight(figure.get_figheight() + max(0.0, inches))
+
+
+def name_rows(ax: Axes, names: Sequence[str], *, grow: bool = False) -> None:
+    """Write a name at each whole number of the y-axis, in a figure that is high enough for their lines."""
+    ax.set_yticks(range(len(names)), names)
+    if grow:
+        lines = len(names) * max(name.count("\n") + 1.5 for name in names)
+        grow_figure(ax, _LINE_HEIGHT * (lines - _LINES))
+
+
+def fit_figure(ax: Axes, height: float, width: float) -> None:
+    """Give the figure of the axes the height of an image, in proportion to its width, and room for labels."""
+    figure = cast(Figure, ax.figure)
+    figure.set_figheight(min(max(0.9 * figure.get_figwidth() * height / width, 0.6), 9.0) + 0.7)
 
 
 def wrap(name: str, width: int) -> str:

@@ -11,7 +11,7 @@ from pyro_vae._utils.validation import boolean, describe, nonempty_string
 from pyro_vae.diagnostics.calibration import Calibration
 from pyro_vae.diagnostics.gradients import Comparison
 from pyro_vae.evidence.importance_sampling import Evidence
-from pyro_vae.plots.axes import axes_or_new, grow_figure, legend_below, wrap
+from pyro_vae.plots.axes import axes_or_new, legend_below, name_rows, wrap
 from pyro_vae.plots.colours import PALETTE, style
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ __all__ = ["bias_variance", "calibration", "evidence_comparison", "khat"]
 
 _MAX_NAMED = 16  # quantities in a legend
 _NAME_WIDTH = 24  # characters in a line of a name at the y-axis
-_LINE_HEIGHT, _LINES = 0.17, 16  # of these names: inches of a line, and lines in a figure of the default size
 
 
 def bias_variance(comparison: Comparison, *, group: str = "all", ax: Axes | None = None) -> Axes:
@@ -37,12 +36,28 @@ def bias_variance(comparison: Comparison, *, group: str = "all", ax: Axes | None
     Raises:
         TypeError, ValueError: if ``comparison`` is something else, or no estimator has noise and a gradient.
 
-    >>> from pyro_vae.diagnostics.gradients import Measured
-    >>> found = Measured(
-    ...     2.0, bias=0.1, bias_error=0.01, variance=4.0, max_z=9.0, num_parameters=3, num_tested=3, repeats=99
-    ... )
-    >>> bias_variance(Comparison({"relaxed": {"all": found}}, {"relaxed": 1})).get_ylabel()
-    'bias / length of the exact gradient'
+    .. plot::
+        :include-source:
+        :filename-prefix: bias_variance
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro.infer import Trace_ELBO
+        >>> from pyro_vae import guides, likelihoods, networks, objectives, priors
+        >>> from pyro_vae.gradients import Estimator, compare
+        >>> _ = torch.manual_seed(0)
+        >>> vae = pv.VAE(
+        ...     priors.RelaxedBernoulli(3, temperature=3.0),
+        ...     guides.RelaxedBernoulli(4, 3, networks.linear(), temperature=3.0),
+        ...     likelihoods.Normal(3, 4, networks.linear()),
+        ... )
+        >>> twin = vae.discrete()
+        >>> hard = {"score function": Trace_ELBO(), "DisARM": objectives.DisARM(2)}
+        >>> estimators = {name: Estimator(twin.model, twin.guide, elbo) for name, elbo in hard.items()}
+        >>> estimators["relaxed"] = Estimator(vae.model, vae.guide, Trace_ELBO(), target=(twin.model, twin.guide))
+        >>> ax = pv.plots.bias_variance(compare(estimators, torch.randn(10, 4), evaluations=4, repeats=40))
+        >>> ax.get_ylabel()
+        'bias / length of the exact gradient'
     """
     if not isinstance(comparison, Comparison):
         raise TypeError(f"`comparison` must be a result of `gradients.compare`, got {describe(comparison)}")
@@ -89,11 +104,20 @@ def khat(evidence: Evidence, *, sort: bool = False, ax: Axes | None = None) -> A
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, "Pareto smoothed importance sampling", on k̂ and its threshold.
 
-    >>> import torch
-    >>> shapes = torch.tensor([0.1, 0.9, 0.3, 0.2])
-    >>> ax = khat(Evidence(torch.zeros(4), ess=torch.ones(4), khat=shapes, num_samples=1000))
-    >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['reliable: 3 of 4 data', 'not reliable: 1 of 4 data (25.0 %)', 'reliable up to 0.67 (1000 draws each)']
+    .. plot::
+        :include-source:
+        :filename-prefix: khat
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> data, net = pv.datasets.two_gaussians(500, seed=0), networks.mlp([16])
+        >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+        >>> fitted = pv.fit(vae.model, vae.guide, data.x, epochs=150, lr=2e-2)
+        >>> ax = pv.plots.khat(pv.log_evidence(vae.model, vae.guide, data.x[:60], num_samples=500), sort=True)
+        >>> ax.get_legend().get_texts()[-1].get_text()
+        'reliable up to 0.63 (500 draws each)'
     """
     if not isinstance(evidence, Evidence):
         raise TypeError(f"`evidence` must be a result of `pv.log_evidence`, got {describe(evidence)}")
@@ -110,14 +134,16 @@ def khat(evidence: Evidence, *, sort: bool = False, ax: Axes | None = None) -> A
     heights = np.where(np.isnan(shapes), top, shapes).clip(bottom, top)
     count, numbers = len(shapes), np.arange(len(shapes))
     new, ax = ax is None, axes_or_new(ax)
-    common: dict[str, Any] = {"linestyle": "none", "clip_on": False}
+    groups: list[tuple[Any, dict[str, Any]]] = [(~unreliable, {"marker": "o", "markersize": 4, "color": PALETTE[0]})]
+    groups += [(unreliable, {"marker": "x", "markersize": 7, "markeredgewidth": 1.8, "color": PALETTE[1]})]
     bars = np.where(np.isfinite(shapes), errors, 0.0)
     ax.vlines(numbers, heights - bars, heights + bars, color="0.75", linewidth=0.8, zorder=0)
-    x, y, label = numbers[~unreliable], heights[~unreliable], f"reliable: {(~unreliable).sum()} of {count} data"
-    handles: list[Any] = ax.plot(x, y, "o", markersize=4, color=PALETTE[0], label=label, **common)
-    x, y, share = numbers[unreliable], heights[unreliable], f"{100 * unreliable.mean():.1f} %"
-    label = f"not reliable: {unreliable.sum()} of {count} data ({share})"
-    handles += ax.plot(x, y, "x", markersize=7, markeredgewidth=1.8, color=PALETTE[1], label=label, **common)
+    handles: list[Any] = []
+    for words, (which, look) in zip(("reliable", "not reliable"), groups, strict=True):
+        share = f" ({100 * which.mean():.1f} %)" if words == "not reliable" else ""
+        options = look | {"linestyle": "none", "clip_on": not which.any()}  # points at the edge are drawn whole
+        options["label"] = f"{words}: {which.sum()} of {count} data{share}"
+        handles += ax.plot(numbers[which], heights[which], **options)
     if np.isfinite(limit):
         label = f"reliable up to {limit:.2f} ({evidence.num_samples} draws each)"
         handles.append(ax.axhline(limit, color="black", linestyle="--", linewidth=1.2, label=label))
@@ -143,14 +169,18 @@ def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axe
     Args:
         table: the result of :func:`pyro_vae.compare_evidence`.
 
+    .. plot::
+        :include-source:
+        :filename-prefix: evidence_comparison
 
-    >>> import torch, pyro_vae as pv
-    >>> x = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    >>> normal = torch.distributions.Normal
-    >>> exact = {"wide": normal(0.0, 2.0).log_prob(x), "true": normal(0.0, 1.0).log_prob(x)}
-    >>> ax = evidence_comparison(pv.compare_evidence(exact))
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['true\\n-1.433 nats', 'wide\\n-1.741 nats']
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+        >>> normal = torch.distributions.Normal
+        >>> exact = {f"normal of scale {scale:g}": normal(0.0, scale).log_prob(x) for scale in (0.8, 1.0, 2.0)}
+        >>> ax = pv.plots.evidence_comparison(pv.compare_evidence(exact))
+        >>> [label.get_text() for label in ax.get_yticklabels()][0]
+        'normal of scale 1\\n-1.433 nats'
     """
     import pandas as pd
 
@@ -187,11 +217,8 @@ def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axe
         options = {"marker": "o", "markersize": 8, "linestyle": "none"}
         handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **options)
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)
-    ax.set_yticks(range(len(table)), names)
     ax.set(ylim=(len(table) - 0.4, -0.6), xlabel="log p(x) minus that of the best, nats per datum", ylabel="")
-    if new:
-        lines = sum(name.count("\n") + 2 for name in names)
-        grow_figure(ax, _LINE_HEIGHT * (lines - _LINES))
+    name_rows(ax, names, grow=new)
     legend_below(ax, list(handles.values()), grow=new)
     return ax
 
@@ -207,16 +234,20 @@ def calibration(result: Calibration, *, ax: Axes | None = None) -> Axes:
     Args:
         result: the result of :func:`pyro_vae.calibrate`.
 
+    .. plot::
+        :include-source:
+        :filename-prefix: calibration
 
-    >>> import torch
-    >>> from pyro_vae.diagnostics.calibration import CalibrationErrors
-    >>> ranks = torch.arange(200)[:, None] % torch.tensor([20, 10])
-    >>> none = CalibrationErrors(*torch.zeros(4, 1), (1.0, 0.0, 0.0, 0.0))
-    >>> result = Calibration(
-    ...     ("z", "log p(x, z)"), ranks, 19, torch.tensor([1.0, 0.0]), none, None, 0.0, 0.0, tolerance=1.4, alpha=1e-3
-    ... )
-    >>> [text.get_text() for text in calibration(result).get_legend().get_texts()]
-    ['within the band: z', 'log p(x, z)', 'band if q is exact']
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> data, net = pv.datasets.two_gaussians(500, seed=0), networks.mlp([16])
+        >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+        >>> fitted = pv.fit(vae.model, vae.guide, data.x, epochs=150, lr=2e-2)
+        >>> ax = pv.plots.calibration(pv.calibrate(vae.model, vae.guide, data.x[:10], num_simulations=500))
+        >>> ax.get_xlabel()
+        'u, fraction of draws below the truth'
     """
     if not isinstance(result, Calibration):
         raise TypeError(f"`result` must be a result of `pv.calibrate`, got {describe(result)}")

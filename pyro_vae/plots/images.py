@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import describe, image_size, is_integer, numbers, positive_int, real_tensor
-from pyro_vae.plots.axes import axes_or_new
+from pyro_vae.plots.axes import axes_or_new, fit_figure, grow_figure
 from pyro_vae.plots.colours import MISSING
 from pyro_vae.vae import VAE
 
@@ -40,8 +40,14 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
     Raises:
         TypeError, ValueError: if images have another type or shape, or are integers above 1.
 
-    >>> image_grid(torch.rand(6, 8, 8), columns=3).images[0].get_array().shape
-    (17, 26)
+    .. plot::
+        :include-source:
+        :filename-prefix: image_grid
+
+        >>> import pyro_vae as pv
+        >>> ax = pv.plots.image_grid(pv.datasets.digits("test").x[:40].reshape(-1, 8, 8), columns=10)
+        >>> ax.images[0].get_array().shape
+        (35, 89)
     """
     positive_int(columns, "columns")
     expected = "a tensor (N, height, width), or (N, 3, height, width) in colour, with N >= 1"
@@ -54,7 +60,7 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
         raise ValueError(
             f"`images` must have values in [0, 1], such as `x / 255`, got {images.dtype} up to {images.max()}"
         )
-    ax = axes_or_new(ax)
+    new, ax = ax is None, axes_or_new(ax)
     pixels = images.detach().cpu().float().clamp(0, 1)
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels
     count, channels, height, width = pixels.shape
@@ -69,6 +75,8 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
         missing = sheet.isnan().any(0)
         ax.imshow(torch.where(missing, torch.tensor(to_rgb(MISSING))[:, None, None], sheet).movedim(0, -1).numpy())
     ax.set_axis_off()
+    if new:
+        fit_figure(ax, *sheet.shape[1:])
     return ax
 
 
@@ -86,8 +94,21 @@ def manifold(decode: ToImages, shape: Shape, *, size: int = 15, ax: Axes | None 
     Raises:
         TypeError, ValueError: if ``decode`` is not a function, or returns images of another shape.
 
-    >>> manifold(lambda z: z.sigmoid()[:, :1].expand(-1, 64), (8, 8), size=3).get_xlabel()
-    'z[0], at quantiles of the prior'
+    .. plot::
+        :include-source:
+        :filename-prefix: manifold
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> digits, net = pv.datasets.digits("train"), networks.mlp([64])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(64, 2, net), likelihoods.Bernoulli(2, 64, net))
+        >>> x = pv.datasets.binarize(digits.x)
+        >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=25, batch_size=100, lr=1e-2)
+        >>> ax = pv.plots.manifold(lambda z: vae.decode(z).mean, (8, 8))
+        >>> ax.get_xlabel()
+        'z[0], at quantiles of the prior'
     """
     _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
     positive_int(size, "size")
@@ -125,11 +146,21 @@ def traversals(
     Raises:
         TypeError, ValueError: if an argument has another type or shape, or a coordinate does not exist.
 
-    >>> def decode(z):
-    ...     return z[:, :1].sigmoid().expand(-1, 64)
-    >>> ax = traversals(decode, torch.tensor([0.5, -1.0]), (8, 8))
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['z[0] = 0.50', 'z[1] = -1.00']
+    .. plot::
+        :include-source:
+        :filename-prefix: traversals
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> digits, net = pv.datasets.digits("train"), networks.mlp([64])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(64, 2, net), likelihoods.Bernoulli(2, 64, net))
+        >>> x = pv.datasets.binarize(digits.x)
+        >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=25, batch_size=100, lr=1e-2)
+        >>> ax = pv.plots.traversals(lambda z: vae.decode(z).mean, vae.encode(x[:1]).mean[0], (8, 8))
+        >>> len(ax.get_yticklabels())
+        2
     """
     _check_function(decode, "decode", "`lambda z: vae.decode(z).mean`")
     if not isinstance(z, Tensor) or z.dim() != 1 or len(z) == 0:
@@ -148,10 +179,12 @@ def traversals(
     for row, index in enumerate(chosen):
         codes[row, :, index] = steps
     images = _as_images(_call(decode, "decode", codes.flatten(0, 1)), shape, "decode", len(chosen) * len(steps))
-    ax = image_grid(images, columns=len(steps), ax=ax)
+    new, ax = ax is None, image_grid(images, columns=len(steps), ax=ax)
     rows = [f"z[{index}] = {round(float(z[index]), 2) + 0.0:.2f}" for index in chosen]
     _label(ax, shape, rows, [f"{value:.3g}" for value in steps.tolist()])
-    ax.set(xlabel="value of the row's coordinate; the others are fixed", ylabel="coordinate and its value in z")
+    if new:
+        grow_figure(ax, 0.8)
+    ax.set(xlabel="value of the row's coordinate; the others are fixed", ylabel="coordinate,\nand its value in z")
     return ax
 
 
@@ -172,9 +205,21 @@ def reconstructions(
     Raises:
         TypeError, ValueError: if ``reconstruct`` is not a function, or images have another shape.
 
-    >>> ax = reconstructions(lambda x: 0.5 * x, torch.rand(6, 64), (8, 8), columns=6)
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['data', 'mean of p(x|z)']
+    .. plot::
+        :include-source:
+        :filename-prefix: reconstructions
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> digits, net = pv.datasets.digits("train"), networks.mlp([64])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(64, 2, net), likelihoods.Bernoulli(2, 64, net))
+        >>> x = pv.datasets.binarize(digits.x)
+        >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=25, batch_size=100, lr=1e-2)
+        >>> ax = pv.plots.reconstructions(vae.reconstruct, x[:12], (8, 8))
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['data', 'mean of p(x|z)']
     """
     _check_function(reconstruct, "reconstruct", "`vae.reconstruct`")
     data = _as_images(x, shape, "x")
@@ -207,8 +252,21 @@ def samples(
     Raises:
         TypeError, ValueError: if ``generate`` is not a function, or returns images of another shape or number.
 
-    >>> samples(lambda count: torch.rand(count, 64), (8, 8), count=20).images[0].get_array().shape
-    (17, 89)
+    .. plot::
+        :include-source:
+        :filename-prefix: samples
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> digits, net = pv.datasets.digits("train"), networks.mlp([64])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(64, 2, net), likelihoods.Bernoulli(2, 64, net))
+        >>> x = pv.datasets.binarize(digits.x)
+        >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=25, batch_size=100, lr=1e-2)
+        >>> ax = pv.plots.samples(lambda count: vae.generate(count, mean=True), (8, 8))
+        >>> ax.images[0].get_array().shape
+        (44, 89)
     """
     _check_function(generate, "generate", "`vae.generate`")
     positive_int(count, "count")

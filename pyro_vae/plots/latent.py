@@ -29,7 +29,7 @@ from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.exact.quadrature import QuadratureError
 from pyro_vae.model_guide import ModelGuide
-from pyro_vae.plots.axes import axes_or_new, legend_below, wrap
+from pyro_vae.plots.axes import axes_or_new, legend_below, name_rows, wrap
 from pyro_vae.plots.colours import EXACT, GUIDE, style
 
 __all__ = ["latent_map", "posterior"]
@@ -54,10 +54,21 @@ def latent_map(z: Tensor, labels: Any, *, name: str = "z", ax: Axes | None = Non
     Raises:
         TypeError, ValueError: if codes or labels have another type or shape, or a code is not finite.
 
-    >>> latent_map(torch.randn(20, 2), torch.arange(20) % 2).get_xlabel()
-    'z[0]'
-    >>> latent_map(torch.randn(20, 5), ["Adelie", "Gentoo"] * 10).get_xlabel()
-    'principal component 1 of z, 40 % of the variance'
+    .. plot::
+        :include-source:
+        :filename-prefix: latent_map
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> digits, net = pv.datasets.digits("train"), networks.mlp([64])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(64, 2, net), likelihoods.Bernoulli(2, 64, net))
+        >>> x = pv.datasets.binarize(digits.x)
+        >>> fitted = pv.fit(vae.model, vae.guide, x, epochs=25, batch_size=100, lr=1e-2)
+        >>> ax = pv.plots.latent_map(vae.encode(x[:600]).mean, digits.labels[:600])
+        >>> ax.get_xlabel()
+        'z[0]'
     """
     expected = "a tensor (N, D) of codes, such as `vae.encode(x).mean`"
     if real_tensor(z, "z", expected).dim() != 2 or 0 in z.shape:
@@ -73,14 +84,16 @@ def latent_map(z: Tensor, labels: Any, *, name: str = "z", ax: Axes | None = Non
     for row, label in enumerate(classes):
         look, rows = style(label if numerals else row), points[members == row]
         jitter = torch.rand(len(rows), generator=torch.Generator("cpu").manual_seed(row), device="cpu") - 0.5
-        y, size, marker = row + 0.6 * jitter, 12, look["marker"]
+        y, size, marker = row + 0.6 * jitter, 20, look["marker"]
         if points.shape[1] == 2:
             y, size, marker = rows[:, 1], 30, f"${label}$" if numerals else marker
-        ax.scatter(rows[:, 0], y, s=size, marker=marker, color=look["color"], alpha=0.7, linewidths=0, label=str(label))
+        ax.scatter(
+            rows[:, 0], y, s=size, marker=marker, color=look["color"], alpha=0.85, linewidths=0, label=str(label)
+        )
     ax.set(**dict(zip(("xlabel", "ylabel"), axis_labels, strict=False)))
     if points.shape[1] == 1:
-        names = [wrap(str(label), 24) for label in classes]
-        ax.set(ylabel="label, with jitter", yticks=range(len(classes)), yticklabels=names)
+        ax.set_ylabel("label, with jitter")
+        name_rows(ax, [wrap(str(label), 24) for label in classes], grow=new)
     elif not numerals:
         legend_below(ax, grow=new)
     return ax
@@ -89,13 +102,13 @@ def latent_map(z: Tensor, labels: Any, *, name: str = "z", ax: Axes | None = Non
 def _plane(z: Tensor, name: str) -> tuple[Tensor, list[str]]:
     """Return codes of at most two variables, and their names: principal components if there are more."""
     if z.shape[1] <= 2:
-        return z, [name if z.shape[1] == 1 else f"{name}[{index}]" for index in range(z.shape[1])]
+        return z, [wrap(name if z.shape[1] == 1 else f"{name}[{index}]", 30) for index in range(z.shape[1])]
     centred = z - z.mean(0)
     _, lengths, directions = torch.linalg.svd(centred, full_matrices=len(z) == 1)
     directions = directions[:2] * torch.where(directions[:2].sum(1, keepdim=True) < 0, -1.0, 1.0)  # a fixed sign
     shares = [*(lengths.square() / lengths.square().sum()).nan_to_num().tolist(), 0.0]
-    names = [f"principal component {i + 1} of {name}, {100 * shares[i]:.0f} % of the variance" for i in range(2)]
-    return centred @ directions.T, names
+    names = [wrap(f"principal component {i + 1} of {name}", 34) for i in range(2)]
+    return centred @ directions.T, [f"{names[i]},\n{100 * shares[i]:.0f} % of the variance" for i in range(2)]
 
 
 @torch.no_grad()
@@ -116,11 +129,20 @@ def posterior(model: Function, guide: Function, *datum: Data, ax: Axes | None = 
         ValueError: if there is more than one row, or the latent has more variables.
         pyro_vae.exact.QuadratureError: if the exact posterior cannot be computed.
 
-    >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
-    >>> net = networks.linear()
-    >>> vae = VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
-    >>> posterior(vae.model, vae.guide, torch.zeros(1, 2)).get_ylabel()
-    'density'
+    .. plot::
+        :include-source:
+        :filename-prefix: posterior
+
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> _ = torch.manual_seed(0)
+        >>> data, net = pv.datasets.two_gaussians(500, seed=0), networks.mlp([16])
+        >>> vae = pv.VAE(priors.StandardNormal(2), guides.DiagonalNormal(2, 2, net), likelihoods.Normal(2, 2, net))
+        >>> fitted = pv.fit(vae.model, vae.guide, data.x, epochs=150, lr=2e-2)
+        >>> ax = pv.plots.posterior(vae.model, vae.guide, data.x[:1])
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('z[0]', 'z[1]')
     """
     density = ModelDensity(ModelGuide(model, guide, data_tensors(datum, "datum", model), name="datum"))
     if density.num_data != 1:

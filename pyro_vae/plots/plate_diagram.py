@@ -29,14 +29,18 @@ def plate_diagram(model: Function, guide: Function | None, *data: Data, ax: Axes
         guide: its guide, or ``None``. Dashed arrows go from the observed sites to its latents.
         data: the arguments of both.
 
+    .. plot::
+        :include-source:
+        :filename-prefix: plate_diagram
 
-    >>> import torch, pyro, pyro.distributions as dist
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-    >>> sorted(text.get_text() for text in plate_diagram(model, None, torch.zeros(3)).texts)
-    ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
+        >>> import torch
+        >>> import pyro_vae as pv
+        >>> from pyro_vae import guides, likelihoods, networks, priors
+        >>> net = networks.linear()
+        >>> vae = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, net), likelihoods.Normal(1, 2, net))
+        >>> ax = pv.plots.plate_diagram(vae.model, vae.guide, torch.zeros(3, 2))
+        >>> sorted(text.get_text() for text in ax.texts)
+        ['data', 'x', 'x ~ Normal', 'z', 'z ~ Normal']
     """
     model, guide = function(model, "model"), None if guide is None else function(guide, "guide")
     data = data_tensors(data, "data", model) if data else data

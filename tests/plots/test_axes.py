@@ -1,5 +1,7 @@
 """Every picture returns labelled axes, draws only on the axes it is given, and leaves the process as it was."""
 
+import inspect
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -9,8 +11,11 @@ import pytest
 import torch
 from pairs import bernoulli, gaussian, gumbel, relaxed
 
+import pyro_vae as pv
 from plots import plot_inputs as inputs
 from pyro_vae import plots
+from pyro_vae.diagnostics.calibration import Calibration, CalibrationErrors
+from pyro_vae.diagnostics.gradients import Comparison
 
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "ELBO and its terms, nats per datum")
@@ -22,7 +27,7 @@ RATIOS = tuple(f"{size} / length of the exact gradient" for size in ("standard d
 KHAT = ("index of the datum", r"$\hat{k}$, tail shape of the importance weights")
 RANKS = ("u, fraction of draws below the truth", "fraction of data below u, minus u")
 QUANTILES = tuple(f"z[{i}], at quantiles of the prior" for i in (0, 1))
-VARIED = ("value of the row's coordinate; the others are fixed", "coordinate and its value in z")
+VARIED = ("value of the row's coordinate; the others are fixed", "coordinate,\nand its value in z")
 
 
 def posterior_of(make, latent):
@@ -53,6 +58,94 @@ DRAWINGS = {
     "plate_diagram": (partial(inputs.draw_diagram, gaussian(1, 2)), None),
     "plate_diagram-relaxed": (partial(inputs.draw_diagram, relaxed(1, 2)), None),
 }
+
+
+def many_names(count, length=60):
+    """Names of that length, each another one."""
+    return [
+        f"{'a long name of a model with many words in it and its number ' * 2}"[: length - 3] + f" {index:02d}"
+        for index in range(count)
+    ]
+
+
+def long_evidence(count):
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    normals = (torch.distributions.Normal(0.0, 1 + index / 10) for index in range(count))
+    return pv.compare_evidence(
+        {name: normal.log_prob(x) for name, normal in zip(many_names(count), normals, strict=True)}
+    )
+
+
+def long_comparison(count):
+    measured = inputs.COMPARISON.measured["unbiased"]["all"]
+    rows = {name: {"all": replace(measured, variance=1.0 + index)} for index, name in enumerate(many_names(count))}
+    return Comparison(rows, dict.fromkeys(rows, 1))
+
+
+def long_calibration():
+    """Twenty coordinates with long names, each outside the band."""
+    generator = torch.Generator().manual_seed(0)
+    ranks = (torch.rand(500, 21, generator=generator) ** 2 * 20).long()
+    errors = CalibrationErrors(*torch.ones(4, 20), (1.0, 0.0, 0.0, 0.0))
+    return Calibration(
+        (*many_names(20), "log p(x, z)"), ranks, 19, torch.zeros(21), errors, None, 0.0, 0.0, 1.4, alpha=1e-3
+    )
+
+
+ONE = pv.Evidence(torch.zeros(1), torch.ones(1), torch.tensor([0.2]), num_samples=100)
+EXTREMES = {
+    "bias_variance-many": lambda **options: plots.bias_variance(long_comparison(15), **options),
+    "calibration-many": lambda **options: plots.calibration(long_calibration(), **options),
+    "evidence_comparison-many": lambda **options: plots.evidence_comparison(long_evidence(15), **options),
+    "evidence_comparison-one": lambda **options: plots.evidence_comparison(long_evidence(1), **options),
+    "rate_distortion-many": partial(
+        plots.rate_distortion, {name: (1.0 + index, 3.0) for index, name in enumerate(many_names(15))}
+    ),
+    "rate_distortion-unbroken": partial(plots.rate_distortion, {"x" * 90: (1.0, 2.0)}),
+    "latent_map-classes": partial(plots.latent_map, torch.randn(40, 3), torch.arange(40) % 20),
+    "latent_map-names": partial(plots.latent_map, torch.randn(40, 2), many_names(20) * 2, name="n" * 60),
+    "latent_map-strip": partial(plots.latent_map, torch.randn(40, 1), many_names(20) * 2),
+    "latent_map-datum": partial(plots.latent_map, torch.randn(1, 5), ["only one"]),
+    "khat-one": partial(plots.khat, ONE),
+    "training_curves-one": partial(plots.training_curves, {name: each[:1] for name, each in inputs.VALIDATED.items()}),
+    "image_grid-one": partial(plots.image_grid, torch.rand(1, 8, 8)),
+    "image_grid-colour": partial(plots.image_grid, torch.rand(7, 3, 8, 8), columns=3),
+    "samples-colour": partial(plots.samples, lambda count: torch.rand(count, 3 * 8 * 8), (3, 8, 8)),
+    "manifold-colour": partial(plots.manifold, lambda z: z.sigmoid().repeat(1, 24), (3, 4, 4), size=3),
+}
+
+
+@pytest.mark.parametrize("name", [*DRAWINGS, *EXTREMES])
+def test_nothing_is_cut_off_by_a_plain_savefig(name):
+    draw = EXTREMES[name] if name in EXTREMES else DRAWINGS[name][0]
+    figure = draw().figure
+    figure.canvas.draw()
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 >= -0.01, "cut off on the left"
+    assert box.y0 >= -0.01, "cut off at the bottom"
+    assert box.x1 <= width + 0.01, "cut off on the right"
+    assert box.y1 <= height + 0.01, "cut off at the top"
+    (ax,) = figure.axes
+    inches = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    assert inches.height > 0.25, "the axes have no room"
+    assert inches.width > 1.5, "the axes have no room"
+
+
+@pytest.mark.parametrize("name", plots.__all__)
+def test_the_subject_comes_first_and_every_option_is_a_keyword(name):
+    parameters = inspect.signature(getattr(plots, name)).parameters
+    assert list(parameters)[-1] == "ax"
+    for parameter in parameters.values():
+        is_option = parameter.default is not parameter.empty
+        assert is_option == (parameter.kind is parameter.KEYWORD_ONLY), parameter
+    assert parameters["ax"].default is None
+
+
+@pytest.mark.parametrize("name", plots.__all__)
+def test_the_reference_shows_each_function_with_its_picture(name):
+    text = inspect.getdoc(getattr(plots, name))
+    assert f".. plot::\n    :include-source:\n    :filename-prefix: {name}\n" in text
 
 
 def test_every_plot_is_in_the_list():

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from pairs import gaussian
 
 from plots.plot_inputs import IMAGES, decode
 from pyro_vae import plots
 from pyro_vae._utils.rng import seeded
+from pyro_vae.plots.colours import MISSING
 
 
 def cells(ax, shape):
@@ -25,6 +27,52 @@ def test_image_grid_contains_every_image_in_reading_order():
     for index, image in enumerate(images):
         top, left = 4 * (index // 2), 5 * (index % 2)
         np.testing.assert_array_equal(sheet[top : top + 3, left : left + 4], image)
+
+
+@pytest.mark.parametrize("values", [torch.rand(5, 1, 3, 4), torch.rand(5, 3, 4)], ids=["one channel", "no channel"])
+def test_grey_images_may_have_a_channel(values):
+    sheet = plots.image_grid(values, columns=5).images[0].get_array()
+    np.testing.assert_array_equal(sheet[:, :4], values.reshape(5, 3, 4)[0])
+
+
+def test_colour_images_are_red_green_and_blue_in_their_cells():
+    images = torch.rand(5, 3, 2, 4)
+    sheet = np.asarray(plots.image_grid(images, columns=2).images[0].get_array())
+    assert sheet.shape == (3 * 3 - 1, 2 * 5 - 1, 3)
+    for index, image in enumerate(images):
+        top, left = 3 * (index // 2), 5 * (index % 2)
+        np.testing.assert_array_equal(sheet[top : top + 2, left : left + 4], image.movedim(0, -1))
+    assert (sheet[2] == 1).all(), "the lines between images are not white"
+    assert (sheet[6:, 5:] == 1).all(), "a cell without an image is not white"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_values_outside_the_range_are_clipped_and_missing_pixels_have_a_colour_of_their_own(channels):
+    values = torch.tensor([-0.5, 0.25, 1.5, torch.nan]).expand(1, channels, 1, 4)
+    ax = plots.image_grid(values)
+    shown = ax.images[0]
+    colours = np.asarray(shown.cmap(shown.norm(shown.get_array())) if channels == 1 else shown.get_array())[0, :, :3]
+    expected = np.array([0.0, 0.25, 1.0])
+    expected = 1 - expected if channels == 1 else expected  # grey images are black on white
+    np.testing.assert_allclose(colours[:3], np.tile(expected[:, None], 3), atol=1 / 255)
+    np.testing.assert_allclose(colours[3], to_rgb(MISSING), atol=1e-6)
+
+
+def test_colour_images_of_all_functions_are_those_of_the_grid():
+    images = torch.rand(4, 3 * 2 * 5)
+    sheet = plots.image_grid(images.reshape(4, 3, 2, 5), columns=4).images[0].get_array()
+    np.testing.assert_array_equal(
+        plots.samples(lambda count: images, (3, 2, 5), count=4, columns=4).images[0].get_array(), sheet
+    )
+    pairs = np.asarray(plots.reconstructions(lambda x: x, images, (3, 2, 5), columns=4).images[0].get_array())
+    np.testing.assert_array_equal(pairs[:2], sheet)
+    np.testing.assert_array_equal(pairs[3:], sheet)
+    half = np.asarray(plots.reconstructions(lambda x: x, images, (3, 2, 5), columns=3).images[0].get_array())
+    assert (half[6:, 6:] == 1).all(), "cells without an image are not white"
+    varied = plots.traversals(lambda z: images[:1].expand(len(z), -1), torch.zeros(1), (3, 2, 5), values=[0.0, 1.0])
+    np.testing.assert_array_equal(np.asarray(varied.images[0].get_array())[:, :5], np.asarray(sheet)[:, :5])
+    squares = plots.manifold(lambda z: images, (3, 2, 5), size=2).images[0].get_array()
+    np.testing.assert_array_equal(np.asarray(squares)[:2], np.asarray(sheet)[:, :11])
 
 
 def test_manifold_runs_with_z_1_to_the_right_and_z_2_upwards():

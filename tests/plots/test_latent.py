@@ -1,6 +1,7 @@
 """The map of the codes; densities, bars and regions of the guide and the exact posterior, and the gap between them."""
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -32,6 +33,38 @@ def test_latent_map_of_one_variable_has_a_row_for_each_class():
         assert (abs(offsets[:, 1] - row) < 0.5).all(), "rows overlap"
     markers = {collection.get_paths()[0].vertices.tobytes() for collection in ax.collections}
     assert len(markers) == 3, "classes differ in colour alone"
+
+
+def test_latent_map_of_many_variables_shows_the_principal_components_and_their_shares():
+    """Codes on two orthogonal directions of a space of five dimensions, with variances 9 and 1."""
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    plane = torch.linalg.svd(plane - plane.mean(0), full_matrices=False).U * torch.tensor([3.0, 1.0])
+    basis = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q[:2]
+    ax = plots.latent_map((plane @ basis + 7.0).requires_grad_(), torch.zeros(200))
+    found = torch.as_tensor(np.asarray(ax.collections[0].get_offsets()))
+    torch.testing.assert_close(found.abs(), plane.abs())
+    assert ax.get_xlabel() == "principal component 1 of z,\n90 % of the variance"
+    assert ax.get_ylabel() == "principal component 2 of z,\n10 % of the variance"
+    again = plots.latent_map(plane @ -basis, torch.zeros(200))
+    assert again.get_xlabel() == ax.get_xlabel()
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(3, 4), torch.randn(1, 4), torch.randn(2, 3), torch.randn(3, 1)])
+def test_latent_map_of_few_or_equal_codes_is_drawn(codes):
+    ax = plots.latent_map(codes, [0] * len(codes))
+    assert np.isfinite(np.asarray(ax.collections[0].get_offsets())).all()
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("kind", [list, np.array, pd.Series])
+def test_labels_may_be_names_which_are_in_the_legend(kind):
+    z, names = torch.randn(6, 2), ["Gentoo", "Adelie", "Gentoo", "Chinstrap", "Adelie", "Gentoo"]
+    ax = plots.latent_map(z, kind(names))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["Adelie", "Chinstrap", "Gentoo"]
+    for name, collection in zip(("Adelie", "Chinstrap", "Gentoo"), ax.collections, strict=True):
+        rows = torch.tensor([each == name for each in names])
+        np.testing.assert_allclose(collection.get_offsets(), z[rows])
 
 
 @pytest.mark.parametrize("variables", [1, 2])
