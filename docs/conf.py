@@ -3,6 +3,7 @@
 The build needs no network.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
+os.environ["TQDM_DISABLE"] = "1"  # pages show results, not progress bars
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600

@@ -145,7 +145,7 @@ def inference_gap(
     num_samples: int = 1000,
     plate: str = "data",
     seed: int = 0,
-    tolerance: float = 1e-4,
+    tolerance: float | None = 1e-4,
     progress: bool | None = None,
 ) -> InferenceGap:
     r"""Compute the gap between log p(x) and the ELBO for each datum, and split it into approximation and amortization.
@@ -171,7 +171,8 @@ def inference_gap(
         num_particles: draws of continuous latents of each datum in a step.
         num_samples: K, draws of each datum for ELBOs without a closed form and for the importance-weighted log p(x).
         plate, seed: name of the data plate, and seed of all draws.
-        tolerance: tolerance of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`.
+        tolerance: tolerance of quadrature, see :func:`pyro_vae.exact.inference.log_evidence`. With ``None`` there is no
+            quadrature, which takes long for two latent dimensions and many pixels.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
@@ -191,7 +192,7 @@ def inference_gap(
     positive_int(steps, "steps")
     positive_int(num_particles, "num_particles")
     positive(lr, "lr")
-    tolerance = positive(tolerance, "tolerance")
+    tolerance = None if tolerance is None else positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     with seeded(seed), progress_bar("inference_gap", progress, stages=("refinement", "log p(x)", "ELBO")) as bar:
@@ -218,14 +219,20 @@ def inference_gap(
     return InferenceGap(log_p, log_p_error, elbo, elbo_error, best_elbo, error, is_exact, rows, refined, steps)
 
 
-def _exact_log_evidence(p: ModelDensity, tolerance: float) -> Tensor | None:
+def _exact_log_evidence(p: ModelDensity, tolerance: float | None) -> Tensor | None:
+    if tolerance is None and not p.is_discrete and linear_gaussian(p) is None:
+        return None
     with suppress(ValueError, exact.QuadratureError):
-        return exact.log_evidence(p.model, *p.data, plate=p.plate, tolerance=tolerance)
+        return exact.log_evidence(p.model, *p.data, plate=p.plate, **_options(tolerance))
     return None
 
 
+def _options(tolerance: float | None) -> dict[str, Any]:
+    return {} if tolerance is None else {"tolerance": tolerance}
+
+
 def _elbos(
-    q: GuideDensity, best: GuideDensity, log_p: Tensor, num_samples: int, seed: int, tolerance: float
+    q: GuideDensity, best: GuideDensity, log_p: Tensor, num_samples: int, seed: int, tolerance: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The ELBO of q with its error, the ELBO of q*, and the error of their difference, ``(N,)`` each."""
     elbo, refined_elbo = (_exact_elbo(guide, log_p, tolerance) for guide in (q, best))
@@ -237,13 +244,15 @@ def _elbos(
     return terms.mean(0), error, refined_terms.mean(0), difference_error
 
 
-def _exact_elbo(q: GuideDensity, log_p: Tensor, tolerance: float) -> Tensor | None:
+def _exact_elbo(q: GuideDensity, log_p: Tensor, tolerance: float | None) -> Tensor | None:
     p = q.p
     linear = linear_gaussian(p)
     if linear is not None and (normal := _as_multivariate_normal(q.site()["fn"])) is not None:
         return log_p - kl_divergence(normal, linear.posterior())
+    if tolerance is None and not p.is_discrete:
+        return None
     with suppress(ValueError, exact.QuadratureError):
-        return exact.elbo(p.model, q.guide, *p.data, plate=p.plate, tolerance=tolerance)
+        return exact.elbo(p.model, q.guide, *p.data, plate=p.plate, **_options(tolerance))
     return None
 
 

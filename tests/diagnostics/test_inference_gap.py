@@ -229,3 +229,33 @@ def test_the_importance_weighted_log_evidence_agrees_with_the_exact_one(monkeypa
     exactly = pv.exact.log_evidence(vae.model, x)
     assert not estimate.is_exact
     assert ((estimate.log_evidence - exactly).abs() < SURE * estimate.log_evidence_error).all()
+
+
+def test_the_default_refinement_agrees_with_a_longer_one_of_more_draws():
+    vae = gaussian(2, 3)
+    x = torch.randn(10, 3)
+    short = pv.inference_gap(vae.model, vae.guide, x, tolerance=1e-3)
+    long = pv.inference_gap(vae.model, vae.guide, x, steps=1000, lr=1e-2, num_particles=32, seed=1)
+    assert (short.steps, long.steps) == (300, 1000)
+    assert short.amortization.mean() > 0.05, "there is something to refine"
+    for part in ("log_evidence", "elbo"):
+        torch.testing.assert_close(getattr(short, part), getattr(long, part), rtol=0, atol=1.5e-3)
+    assert (short.refined_elbo - long.refined_elbo).abs().mean() < 2e-3
+    assert (short.refined_elbo - long.refined_elbo).abs().max() < 0.02
+
+
+def test_without_quadrature_log_p_is_an_estimate_with_its_error():
+    vae, x = gaussian(2, 3), torch.randn(10, 3)
+    exact = pv.inference_gap(vae.model, vae.guide, x)
+    found = pv.inference_gap(vae.model, vae.guide, x, tolerance=None)
+    assert (exact.is_exact, found.is_exact) == (True, False)
+    for value, error in (("log_evidence", "log_evidence_error"), ("elbo", "elbo_error")):
+        assert (getattr(found, error) > 0).all()
+        distance = (getattr(found, value) - getattr(exact, value)) / getattr(found, error)
+        assert distance.abs().max() < SURE + 0.5
+
+
+def test_sums_and_closed_forms_need_no_quadrature():
+    linear, x = linear_vae(guides.DiagonalNormal), data(5)
+    for vae, rows in ((linear, x), (bits(2), x[:, :2].float())):
+        assert pv.inference_gap(vae.model, vae.guide, rows, steps=5, tolerance=None).is_exact

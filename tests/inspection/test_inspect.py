@@ -177,3 +177,17 @@ FEW = [("num_samples", 1, "2 or more"), ("num_simulations", 5, "10 or more")]
 def test_wrong_options_are_refused(name, value, expected):
     with pytest.raises(ValueError, match=f"`{name}` must be {expected}.*got {value!r}"):
         inspected(model, make_guide(), **{name: value})
+
+
+def test_log_p_is_estimated_where_quadratures_would_take_long(monkeypatch):
+    vae, x = gaussian(2, 3), torch.randn(20, 3)
+    options = {"num_samples": 200, "num_simulations": 20, "max_refined": 10}
+    exact = pv.inspect(vae.model, vae.guide, x, **options)
+    monkeypatch.setattr("pyro_vae.inspection.inspect._MAX_QUADRATURE", 29)
+    found = pv.inspect(vae.model, vae.guide, x, **options)
+    assert (exact.gap.is_exact, found.gap.is_exact) == (True, False)
+    assert "the ELBO is at least" in found.headline
+    errors = torch.cat([found.gap.log_evidence_error, found.gap.elbo_error])
+    assert (found.gap.gap - exact.gap.gap).mean().abs() < 5 * errors.norm() / 10 + 1e-3
+    line = gaussian(1, 3)
+    assert pv.inspect(line.model, line.guide, x, **options).gap.is_exact, "one dimension takes little"
