@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
-from pyro_vae._utils.data import DataTensors, data_tensors
+from pyro_vae._utils.data import DataTensors, LazyData, data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.rng import preserve_rng_state, seeded
@@ -66,8 +66,11 @@ __all__ = [
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
 """From the rows of each data tensor to the rows that model and guide run on."""
-Batcher = Callable[[Tensor], Any]
-"""From row numbers to a context manager that yields the arguments of model and guide for these rows."""
+Batcher = Callable[..., Any]
+"""From row numbers to a context manager that yields the arguments of model and guide for these rows.
+
+Rows that have been read already follow the numbers, a tensor for each argument, before the transform.
+"""
 Site = dict[str, Any]
 Sites = dict[str, Site]
 
@@ -122,7 +125,8 @@ class ModelGuide:
         check_no_outer_handlers()
         self.model = function(model, "model")
         self.guide: Any = None if guide is None else function(guide, "guide")
-        self.data, self.plate = data_tensors(data, name, model), nonempty_string(plate, "plate")
+        self.data = data_tensors(data, name, model, lazy=traces is not None)
+        self.plate = nonempty_string(plate, "plate")
         self.transform: Transform | None = None
         self.take: Batcher = partial(_all_rows, self.data)
         self.batch_size, self.subsamples = len(self.data[0]), False
@@ -167,49 +171,64 @@ class ModelGuide:
 
         A ``transform`` is called once for each batch, so that both see the same rows, in the current random stream.
 
+        Of data that are read by rows, those in ``pyro.subsample`` are read, and tensors of the size of all data stand
+        in for the rest. A stream has no numbers of rows, so that each row must be independent of the others.
+
         Raises:
             ValueError: if no way is right, with the reason and what to do.
         """
         check_no_outer_handlers()
+        data = data if isinstance(data, DataTensors) else DataTensors(data)
         # A transform that works in place is refused on a copy, before it changes the data.
-        transformed(tuple(tensor[:batch_size].clone() for tensor in data), transform)
-        if batch_size == len(data[0]):
-            return cls._on_all_rows(model, guide, data, plate, transform)
-        if transform is not None:  # `FixedSubsample` knows a tensor by its identity, and one may have two roles
-            data = tuple(tensor.view_as(tensor) for tensor in data)
+        transformed(tuple(tensor.clone() for tensor in data.few(batch_size)), transform)
+        if batch_size == len(data[0]) and data.in_any_order:
+            return cls._on_all_rows(model, guide, data.whole(), plate, transform)
+        lazy = isinstance(data, LazyData)
+        if transform is not None and not lazy:  # `FixedSubsample` knows a tensor by its identity, and one may have two
+            data = DataTensors([tensor.view_as(tensor) for tensor in data])  # roles
+        some = data.few(max(batch_size, rows_at_once(data))) if lazy else data
         first = torch.arange(batch_size, device=data[0].device)
-        within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
-        found, subsamples = _run_first_batch(model, guide, data, within)
-        if not subsamples or isinstance(found, RunError):
-            pair = cls._on_all_rows(model, guide, data, plate, transform)
+        if lazy and not _has_subsample(model, DataTensors(transformed(some, transform))):
+            found, subsamples = None, False  # slices are read, and no run needs the size of all data
+        else:
+            within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
+            found, subsamples = _run_first_batch(model, guide, data, within)
+        if found is None or not subsamples or isinstance(found, RunError):
+            pair = cls._on_all_rows(model, guide, some, plate, transform)
             if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
                 if batch_size == 1:
                     _check_single_rows(pair, lambda rows: _subsampled(data, rows, plate, transform))
-                few = transformed(tuple(tensor[:batch_size] for tensor in data), transform)
+                few = transformed(data.few(batch_size), transform)
                 if _is_of_few_rows(found, model, guide, few, len(data[0])):
                     raise found.error from found.error.__cause__
                 raise _no_subsample(found.who, plate, str(found.error)) from found.error
-            numbered = plate if _check_slicing(pair) else None
-            pair.take, pair.batch_size = lambda rows: _sliced(data, rows, transform, numbered), batch_size
+            numbered = plate if _check_slicing(pair, data.in_any_order) else None
+            if lazy:
+                pair.data, pair.num_run = data, len(some[0])
+            pair.take = lambda rows, *read: _sliced(data, rows, transform, numbered, read)
+            pair.batch_size = batch_size
             if batch_size == 1:
                 _check_single_rows(pair, pair.take)
             return pair
-        pair = cls(model, guide, DataTensors(data), plate, traces=found)
+        pair = cls(model, guide, data, plate, traces=found)
         pair.transform = transform
         pair.check_data_plate()
         _check_subsampling(pair, batch_size)
-        if transform is not None:
+        if transform is not None or lazy:
             _check_reading(pair, *within)
         if first_missing(data) is not None:
-            check_missing(pair.observed.values(), transformed(tuple(x.clone() for x in data), transform), "data")
-        pair.take, pair.batch_size = lambda rows: _subsampled(data, rows, plate, transform), batch_size
-        pair.num_run, pair.subsamples = batch_size, True
+            seen = data if transform is None else transformed(tuple(tensor.clone() for tensor in some), transform)
+            check_missing(pair.observed.values(), seen, "data")
+        if not data.in_any_order:
+            _check_independent(pair, DataTensors(transformed(some, transform)))
+        pair.take = lambda rows, *read: _subsampled(data, rows, plate, transform, read)
+        pair.num_run, pair.batch_size, pair.subsamples = batch_size, batch_size, True
         pair._check_columns(pair.observed, "data")
         return pair
 
     @classmethod
     def on_few_rows(
-        cls, model: Function, guide: Function, data: tuple[Tensor, ...], plate: str
+        cls, model: Function, guide: Function, data: DataTensors, plate: str
     ) -> "tuple[ModelGuide, ModelGuide]":
         """Run a pair on no more rows than run together, if none of all rows depends on others; else on all rows.
 
@@ -218,7 +237,7 @@ class ModelGuide:
         count = rows_at_once(data)
         if count < len(data[0]) and not isinstance(guide, AutoGuide):
             with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
-                few = cls(model, guide, tuple(tensor[:count] for tensor in data), plate)
+                few = cls(model, guide, DataTensors(data.rows(slice(0, count))), plate)
                 whole = cls(model, guide, data, plate, traces=(few.model_trace, few.guide_trace))
                 whole.num_run = count
                 if not all(map(whole._knows_all_rows, whole.observed.values())):
@@ -230,7 +249,7 @@ class ModelGuide:
                 whole.check_likelihood()
                 few._amortized = whole._amortized
                 return few, whole
-        whole = cls(model, guide, data, plate)
+        whole = cls(model, guide, data.whole(), plate)
         return whole, whole
 
     @classmethod
@@ -240,7 +259,7 @@ class ModelGuide:
         pair = cls(model, guide, transformed(data, transform), plate, seed=None, bad_rows=True)
         pair.transform = transform
         pair.check_data_plate()
-        pair.take = lambda rows: nullcontext(transformed(data, transform))
+        pair.take = lambda rows, *read: nullcontext(transformed(data, transform))
         return pair
 
     def _explain(self, error: Exception, name: str) -> None:
@@ -352,26 +371,31 @@ class ModelGuide:
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
 
-    def held_out(self, data: tuple[Tensor, ...], batch_size: int) -> "ModelGuide":
+    def held_out(self, data: DataTensors, batch_size: int) -> "ModelGuide":
         """Return the pair on held-out data, transformed, to run in batches if that is right, else on all rows.
 
         Raise if the guide has parameters for its training data alone.
         """
-        pair = copy(self)
-        pair.data = seen = DataTensors(transformed(data, self.transform))
+        pair, lazy = copy(self), isinstance(data, LazyData)
+        pair.data = seen = data if lazy else DataTensors(transformed(data, self.transform))
+        some = DataTensors(transformed(data.few(rows_at_once(data)), self.transform)) if lazy else seen
         check_missing(self.observed.values(), seen, "validation")
         for name, site in self.observed.items() if not self.why_no_bound else ():
             self._check_support(name, site, seen, "validation")
-        if not self.is_amortized("guide", seen):
+        if not self.is_amortized("guide", some):
             raise ValueError(
                 "`validation` needs an amortized guide, got one with parameters for each datum of `data`, and so with "
                 "none for held-out data"
             )
-        pair.take, pair.batch_size = partial(_all_rows, seen), len(seen[0])
-        if len(seen[0]) > batch_size and not self.global_latents and self.is_amortized("model", seen):
-            pair.take, pair.batch_size = lambda rows: _sliced(seen, rows), batch_size
-        elif len(seen[0]) > batch_size and self.subsamples:
-            pair.take, pair.batch_size = lambda rows: _subsampled(seen, rows, self.plate, None), batch_size
+        transform, pair.batch_size = self.transform if lazy else None, batch_size
+        in_batches = len(seen[0]) > batch_size or not seen.in_any_order
+        if in_batches and not self.global_latents and self.is_amortized("model", some):
+            pair.take = lambda rows, *read: _sliced(seen, rows, transform, read=read)
+        elif in_batches and self.subsamples:
+            pair.take = lambda rows, *read: _subsampled(seen, rows, self.plate, transform, read)
+        else:
+            whole = transformed(seen.whole("validation"), transform)
+            pair.take, pair.batch_size = partial(_all_rows, whole), len(whole[0])
         return pair
 
     def check_data_plate(self, every_site: bool = True) -> None:
@@ -533,7 +557,7 @@ class ModelGuide:
             if not within_support(q, p):
                 raise outside_support(name, q, p)
 
-    def _check_support(self, name: str, site: Site, data: tuple[Tensor, ...], argument: str) -> None:
+    def _check_support(self, name: str, site: Site, data: DataTensors, argument: str) -> None:
         """Raise if an observed site has values outside of its support, which ``validate_args=False`` lets pass."""
         for first, values in self._observed_values(site, data):
             inside = inside_support(site["fn"], values)
@@ -560,16 +584,16 @@ class ModelGuide:
 
     def _knows_all_rows(self, site: Site) -> bool:
         """Whether the values of an observed site in all rows are a data tensor, and have one support without a mask."""
-        value, first = torch.as_tensor(site["value"]), (tensor[: self.num_run] for tensor in self.data)
+        value, first = torch.as_tensor(site["value"]), self.data.rows(slice(0, self.num_run))
         is_shared = all(bound.numel() == 1 for bound in _tensors(base_support(site["fn"])))
         is_masked = _tensors([site["mask"], *masks(site["fn"])])
         return is_shared and not is_masked and any(same_rows(tensor, value) for tensor in first)
 
-    def _observed_values(self, site: Site, data: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
+    def _observed_values(self, site: Site, data: DataTensors) -> Iterator[tuple[int, Tensor]]:
         """Yield the first row and the values of an observed site: those of the run, then those of all other rows.
 
         The other rows are known where the values are a data tensor, and the support is the same for all rows. Data that
-        are not those of the pair, for validation, are transformed already.
+        are not those of the pair, for validation, are transformed already unless their rows are read on demand.
         """
         value, count = torch.as_tensor(site["value"]), self.num_run
         if data is self.data:
@@ -578,15 +602,18 @@ class ModelGuide:
         if (data is self.data and count == len(data[0])) or not is_shared or _tensors(masks(site["fn"])):
             return
         with seeded(0):
-            ours: tuple[Tensor, ...] = self.data  # already transformed, if all rows were run
+            ours = self.data.rows(slice(0, count))  # already transformed, if all rows were run
             if count < self.num_data:
-                ours = transformed(tuple(tensor[:count] for tensor in ours), self.transform)
+                ours = transformed(ours, self.transform)
             found = [index for index, tensor in enumerate(ours) if same_rows(tensor, value)]
             for rows in (
-                torch.arange(len(data[0]), device=data[0].device).split(max(count, rows_at_once(data))) if found else ()
+                torch.arange(data.num_checked, device=data[0].device).split(max(count, rows_at_once(data)))
+                if found
+                else ()
             ):
-                batch = tuple(tensor[rows] for tensor in data)  # held-out data are transformed by now
-                values = (transformed(batch, self.transform) if data is self.data else batch)[found[0]]
+                batch = data.rows(rows)
+                raw = data is self.data or isinstance(data, LazyData)
+                values = (transformed(batch, self.transform) if raw else batch)[found[0]]
                 yield int(rows[0]), values.reshape(-1, *value.shape[1:])
 
     def _check_masks(self) -> None:
@@ -618,7 +645,7 @@ class ModelGuide:
                 "densities of q(z | x)"
             )
 
-    def is_amortized(self, owner: str, data: tuple[Tensor, ...] | None = None) -> bool:
+    def is_amortized(self, owner: str, data: DataTensors | None = None) -> bool:
         """Whether a row's distributions in ``"model"`` or ``"guide"`` depend on that row alone; found once."""
         if not self._amortized.get(owner):
             run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
@@ -868,6 +895,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def _has_subsample(model: Function, data: tuple[Tensor, ...]) -> bool:
+    """Whether a model reads its data with ``pyro.subsample``, or does not run on them."""
+    with poutine.block(), SubsampleStatements() as statements, preserve_rng_state():
+        try:
+            trace_pair(model, None, data, bad_rows=True)
+        except RunError:
+            return True
+    return statements.count > 0
+
+
 def _run_first_batch(
     model: Function, guide: Function, data: tuple[Tensor, ...], within: tuple[SubsampleRows, FixedSubsample]
 ) -> tuple[tuple[Trace, Trace] | RunError, bool]:
@@ -885,33 +922,39 @@ def _run_first_batch(
             return failure, statements.count > 0
 
 
-def _fixed_subsample(data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None) -> FixedSubsample:
-    """Transformed rows for ``pyro.subsample`` to return; without a transform the plate subsamples by itself."""
-    if transform is None:
+def _fixed_subsample(
+    data: DataTensors, rows: Tensor, transform: Transform | None, read: tuple[Tensor, ...] = ()
+) -> FixedSubsample:
+    """Transformed rows for ``pyro.subsample`` to return; of tensors without a transform the plate takes them itself."""
+    if transform is None and not isinstance(data, LazyData):
         return FixedSubsample((), ())
-    return FixedSubsample(data, transformed(tuple(tensor[rows] for tensor in data), transform))
+    return FixedSubsample(data, transformed(read or data.rows(rows), transform))
 
 
-def _all_rows(data: tuple[Tensor, ...], rows: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
+def _all_rows(data: tuple[Tensor, ...], rows: Tensor, *read: Tensor) -> AbstractContextManager[tuple[Tensor, ...]]:
     return nullcontext(data)
 
 
 @contextmanager
 def _subsampled(
-    data: tuple[Tensor, ...], rows: Tensor, plate: str, transform: Transform | None
+    data: DataTensors, rows: Tensor, plate: str, transform: Transform | None, read: tuple[Tensor, ...] = ()
 ) -> Iterator[tuple[Tensor, ...]]:
-    with SubsampleRows(plate, rows), _fixed_subsample(data, rows, transform):
+    with SubsampleRows(plate, rows), _fixed_subsample(data, rows, transform, read):
         yield data
 
 
 @contextmanager
 def _sliced(
-    data: tuple[Tensor, ...], rows: Tensor, transform: Transform | None = None, numbered: str | None = None
+    data: DataTensors,
+    rows: Tensor,
+    transform: Transform | None = None,
+    numbered: str | None = None,
+    read: tuple[Tensor, ...] = (),
 ) -> Iterator[tuple[Tensor, ...]]:
     """Take slices of the data; the plate ``numbered`` then has the numbers of these rows."""
     within = nullcontext() if numbered is None else SubsampleRows(numbered, rows)
     with poutine.scale(scale=len(data[0]) / len(rows)), within:
-        yield transformed(tuple(tensor[rows] for tensor in data), transform)
+        yield transformed(read or data.rows(rows), transform)
 
 
 @contextmanager
@@ -961,16 +1004,20 @@ def _check_subsampling(pair: ModelGuide, batch_size: int) -> None:
 
 
 def _check_reading(pair: ModelGuide, subsample: SubsampleRows, drawn: FixedSubsample) -> None:
-    """Raise if a function reads data that are not transformed: at the same rows, other data must change nothing."""
-    other = tuple(tensor[-1:].expand_as(tensor) for tensor in pair.data)
+    """Raise if a function reads data but by their subsample: at the same rows, other data must change nothing."""
+    last = pair.data.rows(slice(pair.data.num_checked - 1, pair.data.num_checked))
+    other = tuple(row.expand_as(tensor) for row, tensor in zip(last, pair.data, strict=True))
     statement = "`pyro.subsample(x, event_dim=...)` of the tensor that it is given"
-    remedy = "Read it so, or transform the data before"
+    needs, remedy, without = "`transform` needs", "Read it so, or transform the data before", "without the transform"
+    if pair.transform is None:
+        needs, remedy = "`data` whose rows are read on demand need", "Read it so, or pass tensors, which are in memory"
+        without = "where only these are there"
     for who, run, trace in (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace)):
         if isinstance(run, AutoGuide):  # never reads data
             continue
         if who == "model" and not all(drawn.read):
             raise ValueError(
-                f"`transform` needs a model that reads every data tensor with {statement}, got one that does not read "
+                f"{needs} a model that reads every data tensor with {statement}, got one that does not read "
                 f"tensor {drawn.read.index(False)} so. {remedy}"
             )
         fixed = poutine.condition(run, data={name: site["value"] for name, site in latent_sites(trace).items()})
@@ -984,8 +1031,8 @@ def _check_reading(pair: ModelGuide, subsample: SubsampleRows, drawn: FixedSubsa
         theirs = densities(other)
         if not _allclose(ours, theirs) and not _allclose(densities(pair.data), theirs):  # not by random numbers alone
             raise ValueError(
-                f"`transform` needs a {who} that reads its data with {statement} alone, got one that reads some of "
-                f"them in another way, without the transform. {remedy}"
+                f"{needs} a {who} that reads its data with {statement} alone, "
+                f"got one that reads some of them in another way, {without}. {remedy}"
             )
 
 
@@ -1011,7 +1058,18 @@ def _check_single_rows(pair: ModelGuide, take: Batcher) -> None:
         ) from failed.error
 
 
-def _check_slicing(pair: ModelGuide) -> bool:
+def _check_independent(pair: ModelGuide, first: DataTensors) -> None:
+    """Raise if a row of a stream, of which this is the first batch, depends on other rows, or on its number."""
+    for owner in ("model", "guide"):
+        if not pair.is_amortized(owner, first):
+            raise ValueError(
+                f"`data` must be read by the numbers of their rows where the {owner} is not amortized: a row's "
+                "distribution in it depends on more than that row, such as parameters for each datum. Got a stream; "
+                "pass a tensor, an array or a Dataset with `batch_size`"
+            )
+
+
+def _check_slicing(pair: ModelGuide, in_any_order: bool = True) -> bool:
     """Raise if slices of the data would train a pair wrong; return whether it needs the numbers of their rows."""
     remedy = (
         "Read the data in model and guide with `pyro.subsample(x, event_dim=...)` inside the plate, or leave "
@@ -1024,6 +1082,8 @@ def _check_slicing(pair: ModelGuide) -> bool:
         )
     if pair.is_amortized("model") and pair.is_amortized("guide"):
         return False
+    if not in_any_order:
+        _check_independent(pair, pair.data)
     runs = (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace))
     for who, run, trace in runs:
         if not is_amortized(run, pair.data, pair.plate, trace, numbered=True):
@@ -1044,7 +1104,8 @@ def is_amortized(
     parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows. Autoguides are
     judged by their plates. With ``numbered``, the data plate has the numbers of the rows in the data.
     """
-    first = tuple(tensor[: rows_at_once(data)] for tensor in data)
+    data = data if isinstance(data, DataTensors) else DataTensors(data)
+    first = data.few(rows_at_once(data))
     with scoped_param_store(), evaluation_mode(run), poutine.block(), torch.no_grad(), seeded(_SEED):
         try:
             trace = trace or poutine.trace(run).get_trace(*first)
@@ -1114,11 +1175,11 @@ class _Rows:
         theirs = self.densities(data, {name: value[index] for name, value in values.items()}, index)
         return next((name for name in ours if not _close(ours[name][kept], theirs[name][kept])), None)
 
-    def are_independent(self, data: tuple[Tensor, ...]) -> bool:
+    def are_independent(self, data: DataTensors) -> bool:
         """Whether rows have the same densities in order and in a random order, among values beyond the data's range."""
-        count, device = len(data[0]), data[0].device
+        count, device = data.num_checked, data[0].device
         chunks = torch.arange(count, device=device).split(rows_at_once(data))
-        found = [self.read(self.trace(tuple(tensor[rows] for tensor in data), {}, rows)) for rows in chunks]
+        found = [self.read(self.trace(data.rows(rows), {}, rows)) for rows in chunks]
         values, ours = (
             {name: torch.cat([of[name] for of in parts]) for name in parts[0]} for parts in zip(*found, strict=True)
         )
@@ -1130,17 +1191,17 @@ class _Rows:
                 return False
         return True
 
-    def _among_others(self, data: tuple[Tensor, ...], values: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def _among_others(self, data: DataTensors, values: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Return the densities of rows, with half as many others after them."""
         others = rows[torch.randint(len(rows), (-(-len(rows) // 2),), device=rows.device)]
         numbers = torch.cat([rows, others])
 
         def run(beyond: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-            def together(tensor: Tensor) -> Tensor:
-                return torch.cat([tensor[rows], beyond(tensor[rows], tensor[others])])
+            def together(ours: Tensor, theirs: Tensor) -> Tensor:
+                return torch.cat([ours, beyond(ours, theirs)])
 
-            latents = {name: together(value) for name, value in values.items()}
-            return self.densities(tuple(map(together, data)), latents, numbers)
+            latents = {name: together(value[rows], value[others]) for name, value in values.items()}
+            return self.densities(tuple(map(together, data.rows(rows), data.rows(others))), latents, numbers)
 
         with pyro.validation_enabled(False):
             try:

@@ -4,7 +4,6 @@
 matrix or a :class:`torch.utils.data.Dataset` are read on demand where the caller takes some rows at a time.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "Columns", "DataTensors", "LazyData", "Placement", "as_tensors", "data_tensors", "placement", "rows_like",
+    "Columns", "DataTensors", "FirstBatch", "LazyData", "Placement", "as_tensors", "data_tensors", "placement",
+    "rows_like", "to_device", "without_infinity",
 ]  # fmt: skip
 
 Columns = tuple[str, np.ndarray]
@@ -76,6 +76,15 @@ class DataTensors(tuple[Tensor, ...]):
         """Return the data in memory."""
         return self
 
+    @property
+    def in_any_order(self) -> bool:
+        """Whether each row can be read at any time, by its number."""
+        return True
+
+    def few(self, count: int) -> "DataTensors":
+        """Return the first rows in memory, at most this number and no more than are checked before training."""
+        return DataTensors(self.rows(slice(0, min(count, self.num_checked))))
+
     def first_index(self, test: Callable[[Tensor], Tensor]) -> tuple[int, list[int]] | None:
         """Find the first number that passes a test, among the rows that are checked: its tensor, and its index."""
         found = ((number, first_index(test, tensor)) for number, tensor in enumerate(self))
@@ -98,13 +107,15 @@ class RowSource:
 
     Attributes:
         num_rows: N.
-        templates: a row of each tensor, for shape and dtype.
+        templates: the first row of each tensor.
         num_checked: how many rows are read in checks before training.
+        in_any_order: whether each row can be read at any time, by its number.
     """
 
     num_rows: int
     templates: tuple[Tensor, ...]
     num_checked: int
+    in_any_order = True
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Read some rows of each tensor."""
@@ -124,8 +135,9 @@ class RowSource:
 class LazyData(DataTensors):
     """Data of which some are read on demand, by :meth:`rows`.
 
-    As a tuple it has tensors of the right shapes, dtypes and device without their numbers, NaN in place of floats: what
-    model and guide get where ``pyro.subsample`` returns the rows, see :class:`pyro_vae.handlers.FixedSubsample`.
+    As a tuple it has tensors of the right shapes, dtypes and device, whose rows all are the first one, and which take
+    no memory: what model and guide get where ``pyro.subsample`` returns the rows, see
+    :class:`pyro_vae.handlers.FixedSubsample`.
 
     Args:
         parts: tensors, and sources of rows.
@@ -145,9 +157,9 @@ class LazyData(DataTensors):
         tensors: list[Tensor] = []
         for part in parts:
             if isinstance(part, RowSource):
-                tensors += [_stand_in((part.num_rows, *row.shape), row.dtype, device) for row in part.templates]
+                tensors += [row.to(device).expand(part.num_rows, *row.shape) for row in part.templates]
             else:
-                tensors.append(_stand_in(part.shape, part.dtype, device))
+                tensors.append(part.view_as(part))  # one tensor may have two roles
         self = super().__new__(cls, tensors, row_labels, columns)
         assert isinstance(self, LazyData)
         self.parts, self.device = tuple(parts), device
@@ -157,6 +169,11 @@ class LazyData(DataTensors):
     def num_checked(self) -> int:
         """How many rows, the first ones, are checked before training."""
         return min(part.num_checked if isinstance(part, RowSource) else len(part) for part in self.parts)
+
+    @property
+    def in_any_order(self) -> bool:
+        """Whether each row can be read at any time, by its number."""
+        return all(part.in_any_order for part in self.parts if isinstance(part, RowSource))
 
     def rows(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Read some rows of each tensor."""
@@ -192,11 +209,6 @@ class LazyData(DataTensors):
                 return first + found[0], found[1]
             first += len(part.templates) if isinstance(part, RowSource) else 1
         return None
-
-
-def _stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of this shape that takes the memory of one number."""
-    return torch.full((), math.nan if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(*shape)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -300,17 +312,16 @@ def _assembled(data: Any, name: str, to: Placement) -> DataTensors:
             raise ValueError(f"`{name}` must be tensors of one number of rows, got {len(result[0])} and {len(tensor)}")
     if row_labels is not None and len(row_labels) != len(result[0]):
         raise ValueError(f"`{name}` must have a label for each of its {len(result[0])} rows, got {len(row_labels)}")
-    if (where := result.place(torch.isinf)) is not None:
-        raise ValueError(f"`{name}` must hold finite numbers, got {_infinity(result)} at {where}")
-    return result
+    return without_infinity(result, name)
 
 
-def _infinity(data: DataTensors) -> float:
-    """The first infinity in the data."""
-    found = data.first_index(torch.isinf)
-    assert found is not None
-    number, (row, *column) = found
-    return data.rows(slice(row, row + 1))[number][(0, *column)].item()
+def without_infinity(data: DataTensors, name: str) -> DataTensors:
+    """Return the data if the rows that are checked hold no infinity."""
+    if (found := data.first_index(torch.isinf)) is not None:
+        number, (row, *column) = found
+        value = data.rows(slice(row, row + 1))[number][(0, *column)].item()
+        raise ValueError(f"`{name}` must hold finite numbers, got {value} at {data.place(torch.isinf)}")
+    return data
 
 
 def _common_labels(found: list[np.ndarray], name: str) -> np.ndarray | None:
@@ -456,6 +467,19 @@ class MappedRows(RowSource):
         return (torch.from_numpy(block).to(self._dtype),)
 
 
+class FirstBatch(RowSource):
+    """The first batch of a stream of N rows, of which others cannot be read by their numbers."""
+
+    in_any_order = False
+
+    def __init__(self, batch: Sequence[Tensor], num_rows: int):
+        self._batch, self.num_rows, self.num_checked = batch, num_rows, len(batch[0])
+        self.templates = tuple(tensor[0] for tensor in batch)
+
+    def read(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[rows.to(tensor.device)] for tensor in self._batch)
+
+
 class SparseRows(RowSource):
     """Rows of a SciPy sparse matrix, which become dense when they are read."""
 
@@ -470,7 +494,8 @@ class SparseRows(RowSource):
         self.num_rows = self.num_checked = matrix.shape[0]
         keep = to.keep_integers and matrix.dtype.kind != "f"
         self._dtype = torch.from_numpy(_checked_array(np.zeros(1, matrix.dtype), name)).dtype if keep else to.dtype
-        self.templates = (torch.zeros(matrix.shape[1], dtype=self._dtype, device="cpu"),)
+        first = np.zeros((1, matrix.shape[1])) if not self.num_rows else self._matrix[:1].toarray()
+        self.templates = (torch.from_numpy(first[0]).to(self._dtype),)
 
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         block = self._matrix[rows.numpy()].toarray()

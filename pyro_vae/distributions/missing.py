@@ -20,7 +20,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_vae._utils.validation import describe, first_index
+from pyro_vae._utils.data import DataTensors
+from pyro_vae._utils.validation import describe
 from pyro_vae.distributions.base import named_arguments
 
 __all__ = ["WithMissing", "accepts_missing", "check_missing", "first_missing", "with_missing"]
@@ -141,11 +142,7 @@ def first_missing(data: Sequence[Tensor]) -> str | None:
     >>> first_missing([torch.tensor([[0.0, 1.0], [torch.nan, 2.0]])])
     'row 1, column (0,)'
     """
-    for tensor in data:
-        if (place := first_index(torch.isnan, tensor)) is not None:
-            row, *column = place or [0]
-            return f"row {row}" + (f", column {tuple(column)}" if column else "")
-    return None
+    return (data if isinstance(data, DataTensors) else DataTensors(data)).place(torch.isnan)
 
 
 def check_missing(

@@ -1,7 +1,7 @@
 """Importance sampling with the guide as proposal: estimates of log p(x), with their error and reliability."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -202,7 +202,7 @@ def densities(
     model: Function, guide: Function, data: Sequence[Tensor], plate: str
 ) -> tuple[ModelDensity, GuideDensity]:
     """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
-    few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model), plate)
+    few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
     p = ModelDensity(few)
     return (p if few is whole else p.on_all_rows(whole)), GuideDensity(p)
 
@@ -228,7 +228,7 @@ def batched_estimate(
     return Evidence(log_evidence, ess, khat, num_samples)
 
 
-def _batches(p: ModelDensity) -> list[ModelDensity]:
+def _batches(p: ModelDensity) -> Iterable[ModelDensity]:
     """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
     if p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
         return [p]

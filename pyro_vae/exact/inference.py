@@ -366,7 +366,7 @@ def _batches(p: ModelDensity) -> list[ModelDensity]:
             "variables, replace `base.to_event(num_dims)` by pyro_vae.distributions.product.Product(base, num_dims)"
         )
     size = max(16, p.num_data * p.chunk_size(2**42) // 2**20 // 8 ** p.coordinates().dims)
-    return p.batches(size) if size < p.num_data and p.has_independent_rows() else [p]
+    return list(p.batches(size)) if size < p.num_data and p.has_independent_rows() else [p]
 
 
 def _shown(name: str, progress: bool | None, parts: list[ModelDensity]) -> Iterator[ModelDensity]:

@@ -123,7 +123,7 @@ def _may_be_linear(p: ModelDensity, mean: Tensor, factor: Tensor) -> bool:
 
 def _affine_likelihood(p: ModelDensity, mean: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Weight ``(D, k)``, the value at the prior's mean ``(D,)`` and the variances of x, if its mean is affine."""
-    rows = p.batches(_ROWS)[0] if p.num_data > _ROWS and p.pair.is_amortized("model") else p
+    rows = p.of_rows(slice(0, _ROWS)) if p.num_data > _ROWS and p.pair.is_amortized("model") else p
     (name,) = p.latents
     shape, dims = (rows.num_data,), len(mean)
 

@@ -106,7 +106,7 @@ class ModelDensity:
     def of_rows(self, rows: Tensor | slice) -> "ModelDensity":
         """Return the density of some rows, for a model and guide whose rows do not depend on each other."""
         part = copy(self)
-        part.data = DataTensors(tuple(tensor[rows] for tensor in self.data))
+        part.data = DataTensors(self.data.rows(rows))
         part.num_data, part.rows = len(part.data[0]), self.rows[rows]
         part.chunk = part.chunk_size(_BUDGET)
         return part
@@ -125,9 +125,9 @@ class ModelDensity:
         part.data, part.num_data = DataTensors(data), self.num_data + len(data[0]) - len(self.data[0])
         return part
 
-    def batches(self, size: int) -> "list[ModelDensity]":
+    def batches(self, size: int) -> "Iterator[ModelDensity]":
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
-        return [self.of_rows(slice(start, start + size)) for start in range(0, self.num_data, size)]
+        return (self.of_rows(slice(start, start + size)) for start in range(0, self.num_data, size))
 
     def has_independent_rows(self) -> bool:
         """Whether some rows can be computed without the others, in the model and the guide, if there is one."""

@@ -5,7 +5,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
-from pyro_vae._utils.data import data_tensors, rows_like
+from pyro_vae._utils.data import DataTensors, rows_like
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
@@ -29,12 +29,13 @@ from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsam
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
-from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints
+from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, StreamBatches
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
 from pyro_vae.training.schedules import Plateau, Schedule, check_schedules, checked_schedule, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
+from pyro_vae.training.streams import Stream, as_source, check_no_batch_size
 
 __all__ = ["Fitted", "as_history", "evaluate", "fit"]
 
@@ -167,6 +168,7 @@ def fit(
     patience: int | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+    num_data: int | None = None,
 ) -> Fitted:
     r"""Maximise the ELBO of a Pyro model and guide with Adam, or another optimizer of torch.
 
@@ -239,21 +241,22 @@ def fit(
     function(model, "model")
     function(guide, "guide")
     check_gradients_enabled("fit")
-    keep = transform is not None
-    tensors = data_tensors(data, "data", model, keep_integers=keep)
-    held_out = None
+    check_no_batch_size(data, batch_size)
+    tensors, stream = as_source(data, "data", model, transform is not None, batch_size, num_data)
+    held_out, held_out_stream = None, None
     if validation is not None:
-        held_out = data_tensors(validation, "validation", model, keep_integers=keep)
+        held_out, held_out_stream = as_source(validation, "validation", model, transform is not None, batch_size)
         rows_like(held_out, tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
     if not isinstance(lr, Plateau | None):
         lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
-    num_data = len(tensors[0])
-    batch_size = num_data if batch_size is None else min(positive_int(batch_size, "batch_size"), num_data)
-    if 1 < batch_size == num_data - 1:  # the row that is left joins
-        batch_size = num_data
+    batch_size = _batch_size(batch_size, len(tensors[0])) if stream is None else stream.batch_size
+    if batch_size == len(tensors[0]) and stream is None:
+        tensors = tensors.whole()
+    if stream is not None and checkpoints is not None:
+        stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate)
     make_optimizer = RunOptimizer(optimizer, lr, compile, checkpoints is not None, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
@@ -275,8 +278,13 @@ def fit(
         step = _make_step(
             evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
         )
-        batches = Batches(pair.take, num_data, batch_size, seed, tensors[0].device)
-        validate = None if held_out_pair is None else partial(_evaluate_held_out, evaluator, held_out_pair, seed)
+        if stream is None:
+            batches = Batches(pair.take, tensors, batch_size, seed)
+        else:
+            batches = StreamBatches(pair.take, stream, seed)
+        validate = None
+        if held_out_pair is not None:
+            validate = partial(_evaluate_held_out, evaluator, held_out_pair, seed, held_out_stream)
         loop = Loop(step, batches, validate, patience, callbacks, saved, records_rate=callable(rate))
         with seeded(seed):
             with rollback_params_on_error():
@@ -328,19 +336,22 @@ def evaluate(
     positive_int(num_samples, "num_samples")
     function(model, "model")
     evaluator = ElboEvaluator(model, function(guide, "guide"), as_elbo(elbo), plate)
-    tensors = data_tensors(data, "data", model)
+    check_no_batch_size(data, batch_size)
+    tensors, stream = as_source(data, "data", model, batch_size=batch_size)
+    if stream is not None:
+        batch_size = stream.batch_size
     most = rows_at_once(tensors) if batch_size is None else positive_int(batch_size, "batch_size")
     with one_thread("evaluate"), autoguide_follows_subsample(guide):
         pair = None
-        if most < len(tensors[0]):
+        if most < len(tensors[0]) or stream is not None:
             with nullcontext() if batch_size is not None else suppress(ValueError), seeded(seed):
                 pair = ModelGuide.on_batches(model, guide, tensors, most, plate)
-        pair = pair or ModelGuide(model, guide, tensors, plate)
+        pair = pair or ModelGuide(model, guide, tensors.whole(), plate)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
         evaluator.bound = pair.bound
         with seeded(seed), pyro.validation_enabled():
-            return Terms(_terms(evaluator, pair, "data", num_samples), pair.why_no_bound)
+            return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
 
 
 def _make_step(
@@ -356,14 +367,14 @@ def _make_step(
     options: dict[str, Any] = {"clip_norm": clip_norm, "skips": skips, "numbered": True}
     if compiled_rows is None:
         return Step(evaluator, make_optimizer, lr, schedules, **options)
-    options |= {"compiles": lambda rows: len(rows) == compiled_rows, "refreshes": False}
+    options |= {"compiles": lambda rows, *read: len(rows) == compiled_rows, "refreshes": False}
     return CapturedStep(evaluator, make_optimizer, lr, schedules, **options)
 
 
 def _run_config(
     evaluator: ElboEvaluator,
-    data: tuple[Tensor, ...],
-    held_out: tuple[Tensor, ...] | None,
+    data: DataTensors,
+    held_out: DataTensors | None,
     schedules: Mapping[Tensor, Schedule],
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -384,22 +395,38 @@ def _is_setting(name: str, value: Any) -> bool:
 
 
 @torch.no_grad()
-def _terms(evaluator: ElboEvaluator, pair: ModelGuide, name: str, num_samples: int = 1) -> dict[str, float]:
-    """Return the ELBO and its terms, means over some runs on all rows, in nats per datum."""
+def _terms(
+    evaluator: ElboEvaluator, pair: ModelGuide, name: str, stream: Stream | None, num_samples: int, seed: int
+) -> dict[str, float]:
+    """Return the ELBO and its terms, means over some runs on all rows, or on those of a pass, in nats per datum."""
     totals: dict[str, Tensor] = {}
-    for rows in torch.arange(pair.num_data, device=pair.data[0].device).split(pair.batch_size) * num_samples:
-        with pair.take(rows) as arguments:
+    if stream is None:
+        every = torch.arange(pair.num_data, device=pair.data[0].device).split(pair.batch_size) * num_samples
+        batches: Iterable[tuple[Tensor, ...]] = ((rows,) for rows in every)
+    else:
+        batches = (inputs for inputs in stream.batches(seed) for _ in range(num_samples))
+    count = 0
+    for rows, *read in batches:
+        with pair.take(rows, *read) as arguments:
             loss = evaluator.loss(*arguments)
             if not math.isfinite(loss):
                 cause = evaluator.first_nonfinite_site(rows) or "the log_prob of every site is finite"
                 raise FloatingPointError(f"{name}: the loss is {loss}; {cause}")
-            weight = len(rows) / (pair.num_data * num_samples)  # terms of a batch are scaled to all rows
-            for term, value in evaluator.terms(loss).items():
-                totals[term] = totals.get(term, 0.0) + weight * value
-    return {term: float(value) for term, value in totals.items()}
+            count += len(rows)
+            for term, value in evaluator.terms(loss).items():  # of a batch, scaled to all rows
+                totals[term] = totals.get(term, 0.0) + len(rows) * value
+    return {term: float(value) / count for term, value in totals.items()}
 
 
-def _evaluate_held_out(evaluator: ElboEvaluator, pair: ModelGuide, seed: int) -> dict[str, float]:
+def _batch_size(given: int | None, num_data: int) -> int:
+    """The number of rows of a batch; a single row that is left of all rows joins."""
+    size = num_data if given is None else min(positive_int(given, "batch_size"), num_data)
+    return num_data if 1 < size == num_data - 1 else size
+
+
+def _evaluate_held_out(
+    evaluator: ElboEvaluator, pair: ModelGuide, seed: int, stream: Stream | None
+) -> dict[str, float]:
     """Evaluate with random numbers of a stream of its own, so that validation does not change the run."""
     with seeded(seed), evaluation_mode(pair.model, pair.guide):
-        return _terms(evaluator, pair, "validation")
+        return _terms(evaluator, pair, "validation", stream, 1, seed)

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled
+from pyro_vae._utils.data import DataTensors, LazyData
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
@@ -33,10 +34,12 @@ from pyro_vae.training.state import (
     run_state,
 )
 from pyro_vae.training.step import BatchContext, Step
+from pyro_vae.training.streams import Stream
 
-__all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints"]
+__all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints", "StreamBatches"]
 
 _SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
+_MOST_PENDING = 2**28  # bytes of the inputs of steps whose metrics are not read yet
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Loop:
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
         self.checkpoints, self.state = checkpoints, RunState()
-        self._pending, self._signals = PendingMetrics(batches.device), DeferredSignals(checkpoints is not None)
+        keeps = isinstance(step, CapturedStep) and not step.skips
+        self._pending, self._signals = PendingMetrics(batches.device, keeps), DeferredSignals(checkpoints is not None)
+        self._lengths: list[int] = []  # numbers of steps of the finished epochs that are not in the history yet
         self._early_stopping = EarlyStopping(step, patience)
         self._plateau = step.lr if isinstance(step.lr, PlateauRate) else None
         self._records_rate = records_rate
@@ -119,10 +124,11 @@ class Loop:
         """Run the steps of the current epoch that are not yet done."""
         state, step, batches = self.state, self.step, self.batches
         pending, checkpoints = self._pending, self.checkpoints
-        for rows in batches.remaining(state.batch):
+        ended = True
+        for inputs in batches.remaining(state.batch):
             # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
             validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
-            pending.add(rows, step(batches.context, rows, validate=validate))
+            pending.add(inputs, step(batches.context, *inputs, validate=validate))
             state.batch += 1
             due = checkpoints is not None and (checkpoints.due(step.count) or self._signals.terminated)
             if due or self._signals.pressed or pending.due():
@@ -132,8 +138,9 @@ class Loop:
                 self._signals.deliver()
             if self._signals.pressed:
                 state.stop_reason = "interrupted"
+                ended = state.batch == batches.per_epoch
                 break
-        if state.batch == batches.per_epoch:
+        if ended:
             self._end_epoch()
 
     def _sync_metrics(self) -> None:
@@ -151,12 +158,13 @@ class Loop:
     def _refresh(self) -> None:
         """Let the step notice what Python has changed, such as parameters that were frozen."""
         if self.step.refresh():
-            discover_parameters(self.step, self.batches.context, self.batches.first)
+            discover_parameters(self.step, self.batches.context, *self.batches.first)
 
     def _record_epochs(self) -> None:
         """Append to the history the mean of each metric over the finite steps of each finished epoch."""
-        names, metrics, length = self.step.names, self.state.metrics, self.batches.per_epoch
-        while len(metrics) >= length:
+        names, metrics = self.step.names, self.state.metrics
+        while self._lengths and len(metrics) >= self._lengths[0]:
+            length = self._lengths.pop(0)
             finite = [row[2:] for row in metrics[:length] if row[0]] or [[math.nan] * len(names)]
             for name, column in zip(names, zip(*finite, strict=True), strict=True):
                 self.state.history.setdefault(name, []).append(math.fsum(column) / len(column))
@@ -164,6 +172,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         state = self.state
+        self._lengths.append(state.batch)
         state.epoch, state.batch = state.epoch + 1, 0
         self.batches.next_epoch()
         if self._records_rate and self.step.lr is not None:
@@ -209,25 +218,42 @@ def _ends_run(result: Any) -> bool:
 
 
 class Batches:
-    """The rows of each batch of an epoch: all N in random order, or in one batch that holds them in order.
+    """The inputs of each step of an epoch: all N rows in random order, or in one batch that holds them in order.
 
-    ``context`` turns the rows of a batch into the arguments of model and guide.
+    The inputs are numbers of rows, and the rows themselves where these are read on demand. ``context`` turns them into
+    the arguments of model and guide.
+
+    Attributes:
+        per_epoch: number of batches, ``None`` if it is not known.
+        first: inputs of the first rows of the data, as many as a batch has.
     """
 
-    def __init__(self, context: BatchContext, num_data: int, batch_size: int, seed: int, device: torch.device):
-        self.context, self.num_data, self.batch_size, self.device = context, num_data, batch_size, device
-        self.per_epoch = len(self.split(torch.arange(num_data)))  # number of batches
-        self.first = torch.arange(batch_size, device=device)  # the first rows of the data, as many as a batch has
+    per_epoch: int | None
+
+    def __init__(self, context: BatchContext, data: DataTensors, batch_size: int, seed: int):
+        self.context, self.data, self.batch_size, self.device = context, data, batch_size, data[0].device
+        self.num_data = len(data[0])
+        self.per_epoch = len(self.split(torch.arange(self.num_data)))
+        self.first = self._inputs(torch.arange(batch_size, device=self.device))
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
-    def remaining(self, done: int) -> Sequence[Tensor]:
-        """Return the row numbers of each batch of the current epoch, without the first ``done`` batches."""
+    def remaining(self, done: int) -> Iterable[tuple[Tensor, ...]]:
+        """Return the inputs of each step of the current epoch, without the first ``done`` ones."""
         if self.per_epoch == 1:
             return [self.first][done:]
         self._generator.set_state(self.order)
         shuffled = torch.randperm(self.num_data, generator=self._generator, device="cpu").to(self.device)
-        return self.split(shuffled)[done:]
+        return map(self._inputs, self.split(shuffled)[done:])
+
+    def in_order(self) -> Iterable[tuple[Tensor, ...]]:
+        """Return inputs for all rows in order; of a data set, whose rows may be slow to read, those of one batch."""
+        if self.data.num_checked < self.num_data:
+            return [self.first]
+        return map(self._inputs, self.split(torch.arange(self.num_data, device=self.device)))
+
+    def _inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows, *self.data.rows(rows)) if isinstance(self.data, LazyData) else (rows,)
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """Split rows into batches. A single row that is left joins them: batch normalisation needs two rows."""
@@ -238,33 +264,97 @@ class Batches:
 
     def next_epoch(self) -> None:
         """Continue with the order of the next epoch."""
-        if self.per_epoch > 1:
+        if self.per_epoch != 1:
             self.order = self._generator.get_state()
+
+    def states(self) -> dict[str, Tensor]:
+        """Return the random states from which the order of the current epoch is drawn."""
+        return {"order": self.order}
+
+    def sampler(self) -> Any:
+        """Return the state of a sampler of the user at the start of the current epoch, if there is one."""
+        return None
+
+    def load(self, states: Mapping[str, Tensor], sampler: Any) -> None:
+        """Set the current epoch to one with the states that :meth:`states` and :meth:`sampler` returned."""
+        self.order = states["order"]
+
+
+class StreamBatches(Batches):
+    """The inputs of each step of a pass over a stream, see :class:`pyro_vae.training.streams.Stream`."""
+
+    def __init__(self, context: BatchContext, stream: Stream, seed: int):
+        super().__init__(context, stream.data, stream.batch_size, seed)
+        self.stream, self.per_epoch = stream, None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._users, self._sampler = self.stream.generator_states(), self.stream.sampler_state()
+
+    def remaining(self, done: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the inputs of each step of the current pass, without the first ``done`` ones."""
+        self._generator.set_state(self.order)
+        self.stream.set_generator_states(self._users)
+        seed = int(torch.randint(2**32, (), generator=self._generator, device="cpu"))
+        for number, inputs in enumerate(self.stream.batches(seed, done), done + 1):
+            done = number
+            yield inputs
+        if not done:
+            raise ValueError(
+                "`data` must give batches in each pass, got none in a later one: `__iter__` of an iterable data set "
+                "must begin again each time, and not return one iterator that is used up"
+            )
+
+    def next_epoch(self) -> None:
+        """Continue with the next pass."""
+        super().next_epoch()
+        self._begin()
+
+    def states(self) -> dict[str, Tensor]:
+        """Return the random states from which the order of the current pass is drawn."""
+        return super().states() | {f"generator{number}": state for number, state in enumerate(self._users)}
+
+    def sampler(self) -> Any:
+        """Return the state of a sampler of the user at the start of the current pass, if there is one."""
+        return self._sampler
+
+    def load(self, states: Mapping[str, Tensor], sampler: Any) -> None:
+        """Set the current pass to one with the states that :meth:`states` and :meth:`sampler` returned."""
+        super().load(states, sampler)
+        self._users, self._sampler = [states[f"generator{number}"] for number in range(len(self._users))], sampler
+        self.stream.set_sampler_state(sampler)
 
 
 class PendingMetrics:
-    """Metrics of the latest steps, not yet read from the device, with their rows and the random states before them."""
+    """Metrics of the latest steps, not yet read from the device, and the random states before them.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.rows: list[Tensor] = []
+    ``keeps``: whether the inputs of the steps are kept as well, to find out by another run why one was not finite.
+    """
+
+    def __init__(self, device: torch.device, keeps: bool = True):
+        self.device, self.keeps = device, keeps
+        self.inputs: list[tuple[Tensor, ...]] = []
         self._metrics: list[Tensor] = []
+        self._bytes = 0  # of these inputs
 
     def clear(self) -> None:
         """Begin with no steps, at the current random states."""
-        self.rows.clear()
+        self.inputs.clear()
         self._metrics.clear()
+        self._bytes = 0
         self.random_states = random_states()
         self._next_sync = time.perf_counter() + _SYNC_SECONDS
 
-    def add(self, rows: Tensor, metrics: Tensor) -> None:
+    def add(self, inputs: tuple[Tensor, ...], metrics: Tensor) -> None:
         """Append a step."""
-        self.rows.append(rows)
+        if self.keeps:
+            self.inputs.append(inputs)
+            self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
         self._metrics.append(metrics)
 
     def due(self) -> bool:
         """Whether it is time to read the metrics."""
-        return time.perf_counter() > self._next_sync
+        return time.perf_counter() > self._next_sync or self._bytes > _MOST_PENDING
 
     def read(self) -> list[list[float]]:
         """Return the metrics of each step, as :class:`pyro_vae.training.step.Step` describes them."""
@@ -284,7 +374,7 @@ def check_finite(
         number = step.count + index + 1 - len(table)
         if isinstance(step, CapturedStep) and not step.skips:
             step.count = number
-            inputs = [(rows,) for rows in pending.rows[: index + 1]]
+            inputs = pending.inputs[: index + 1]
             raise step.diagnose_nonfinite(context, inputs, partial(set_random_states, *pending.random_states))
         if state.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
@@ -338,8 +428,10 @@ class RunCheckpoints:
             header = {"epoch": state.best_epoch, "validation": state.best_bound}
             if self._checkpoints.save_best(header, state.best_parameters):
                 self._best_written = state.best_epoch
-        header, tensors = run_state(step, state, batches.order)
-        self._checkpoints.save(header | {"run": self._run_config}, tensors)
+        header, tensors = run_state(step, state, batches.states())
+        sampler = batches.sampler()
+        header |= {"run": self._run_config} | ({} if sampler is None else {"sampler": sampler})
+        self._checkpoints.save(header, tensors)
 
     def resume(self, step: Step, batches: Batches, state: RunState) -> None:
         """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model."""
@@ -353,8 +445,8 @@ class RunCheckpoints:
                     f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
                     "another run"
                 )
-        discover = partial(discover_parameters, step, batches.context, batches.first)
-        batches.order = load_run_state(step, state, discover, contents, folder)
+        discover = partial(discover_parameters, step, batches.context, *batches.first)
+        batches.load(load_run_state(step, state, discover, contents, folder), contents[0].get("sampler"))
 
 
 class DeferredSignals:

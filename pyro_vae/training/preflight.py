@@ -70,9 +70,10 @@ def as_elbo(elbo: ELBO | None) -> ELBO:
 def run_all_rows(evaluator: ElboEvaluator, batches: Batches) -> None:
     """Compute the loss on all rows with Pyro's validation, which a captured step does not have.
 
+    Of a data set or a stream these are the rows of one batch, see :meth:`pyro_vae.training.loop.Batches.in_order`.
     Rows that are not finite pass: the step names or skips them.
     """
     with preserve_rng_state(), buffers_kept():
-        for rows in batches.split(torch.arange(batches.num_data, device=batches.device)):
-            with batches.context(rows) as arguments:
+        for inputs in batches.in_order():
+            with batches.context(*inputs) as arguments:
                 evaluator.validated_loss(*arguments)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
 from pyro_vae.training.checkpoints import Contents, misfits
@@ -38,15 +39,15 @@ class RunState:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)  # its parameters and buffers
 
 
-def run_state(step: Step, state: RunState, order: Tensor) -> Contents:
-    """Collect all that a run resumes from; the order of the epoch is drawn from the random state ``order``."""
+def run_state(step: Step, state: RunState, batches: Mapping[str, Tensor]) -> Contents:
+    """Collect all that a run resumes from; the order of the epoch is drawn from the random states of ``batches``."""
     random, streams = random_states()
     header = vars(state) | {"steps": step.count, "random": random, "trainable_flags": trainable_flags(step)}
     groups = {
         "model": model_state(step),
         "optimizer": optimizer_state(step),
         "best": header.pop("best_parameters"),
-        "random": streams | {"order": order},
+        "random": streams | dict(batches),
     }
     return header, {f"{group}/{name}": tensor for group, found in groups.items() for name, tensor in found.items()}
 
@@ -61,6 +62,8 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
             raise ValueError(f"its {name!r} is {header[name]!r}")
     if header["stop_reason"] not in ("epochs", "patience", "callback", "interrupted"):
         raise ValueError(f"its 'stop_reason' is {header['stop_reason']!r}")
+    if type(header.get("sampler", {})) is not dict:
+        raise ValueError(f"its state of a sampler is {header['sampler']!r}")
     numbers = [*header["history"].values(), *header["metrics"]]
     if not all(isinstance(row, list) and row and all(isinstance(one, int | float) for one in row) for row in numbers):
         raise ValueError("its history holds something else than numbers")
@@ -77,7 +80,8 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
             raise ValueError(f"its state of the optimizer, {path!r}, has shape {tuple(tensor.shape)}")
     with preserve_rng_state():
         set_random_states(header["random"], groups["random"])
-        torch.Generator().set_state(groups["random"]["order"])
+        for name in groups["random"].keys() - {"torch", "cuda"} | {"order"}:
+            torch.Generator().set_state(groups["random"][name])
 
 
 def _fits(state: Tensor, parameter: Tensor) -> bool:
@@ -98,8 +102,11 @@ def _by_group(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def load_run_state(
     step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str
-) -> Tensor:
-    """Set ``step`` and ``state`` to what :func:`run_state` returned; return ``order``. Raise if the model differs."""
+) -> dict[str, Tensor]:
+    """Set ``step`` and ``state`` to what :func:`run_state` returned; return the random states of its batches.
+
+    Raise if the model differs.
+    """
     header, tensors = contents
     groups, flags = _by_group(tensors), header["trainable_flags"]
     discover()
@@ -124,28 +131,30 @@ def load_run_state(
     state.best_parameters = {name: tensor.to(own[name].device) for name, tensor in groups["best"].items()}
     if state.stop_reason == "interrupted":
         state.stop_reason = "epochs"
-    order = groups["random"].pop("order")
     set_random_states(header["random"], groups["random"])
-    return order
+    return {name: tensor for name, tensor in groups["random"].items() if name not in ("torch", "cuda")}
 
 
-def discover_parameters(step: Step, batch_context: BatchContext, rows: Tensor) -> None:
+def discover_parameters(step: Step, batch_context: BatchContext, *inputs: Tensor) -> None:
     """Let a step find its parameters and modules in a run that changes nothing."""
-    with preserve_rng_state(), buffers_kept(), step.discard_gradients(), batch_context(rows) as arguments:
-        step.backward(arguments, rows)
+    with preserve_rng_state(), buffers_kept(), step.discard_gradients(), batch_context(*inputs) as arguments:
+        step.backward(arguments, *inputs)
 
 
-def data_fingerprint(data: Sequence[Tensor]) -> str:
+def data_fingerprint(data: DataTensors) -> str:
     """Describe data by their sizes and a checksum of up to a thousand evenly spaced rows.
 
-    >>> data_fingerprint([torch.zeros(5, 2)]), data_fingerprint([torch.ones(5, 2)])
+    Data of which some rows alone can be checked, as of a data set or a stream, have no checksum.
+
+    >>> data_fingerprint(DataTensors([torch.zeros(5, 2)])), data_fingerprint(DataTensors([torch.ones(5, 2)]))
     ('(5, 2) float32, checksum 2c34ce1d', '(5, 2) float32, checksum 00e1a993')
     """
-    digest = sha256()
-    for tensor in data:
-        rows = torch.arange(0, len(tensor), -(-len(tensor) // _ROWS), device=tensor.device)
-        digest.update(tensor.detach()[rows].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest, count = sha256(), len(data[0])
     sizes = " and ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in data)
+    if data.num_checked < count:
+        return sizes
+    for tensor in data.rows(torch.arange(0, count, -(-count // _ROWS), device=data[0].device)):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return f"{sizes}, checksum {digest.hexdigest()[:8]}"
 
 
