@@ -21,6 +21,7 @@ SHORT_FORMS = {
     "discrete_latents": {"epochs": 20, "repeats": 60},
     "posterior_collapse": {"epochs": 4},
     "convolutional_images": {"epochs": 2, "size": 5},
+    "table_to_arviz": {"epochs": 30, "draws": 50},
     "your_own_model": {"epochs": 30, "draws": 50},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
 }
