@@ -20,6 +20,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
+CODE = [page for page in PAGES if "notebooks" not in page.parts]  # test_notebooks.py runs the others
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.py"))
 
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,7 +50,7 @@ def run_session(code: str, namespace: dict, page: str, line: int) -> None:
     assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+@pytest.mark.parametrize("page", [page for page in CODE if blocks(page)], ids=name)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files of a page go there
     document = ModuleType("__document__")
