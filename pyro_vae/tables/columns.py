@@ -248,6 +248,12 @@ class Classes(Column):
     def __init__(self, column: "pd.Series", kind: str, storage: Mapping[str, Any]):
         super().__init__(column, kind, storage)
         self.levels = _levels(column)
+        if others := [level for level in self.levels if not isinstance(level, str | int | float)]:
+            kind_found = type(others[0]).__name__
+            raise UnreadableColumn(
+                f"has levels of the type {kind_found}, such as {others[0]!r}: make them texts, "
+                f"`frame[{self.label!r}] = frame[{self.label!r}].cat.rename_categories(str)`"
+            )
         if len(self.levels) < 2 or (kind == "bernoulli" and len(self.levels) != 2):
             need = "two levels" if kind == "bernoulli" else "two levels or more"
             raise UnreadableColumn(f"must have {need} to be {kind}, got {len(self.levels)}: {_listed(self.levels)}")

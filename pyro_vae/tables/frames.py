@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_pandas", "is_pandas", "native_column", "native_frame", "storage_of"]
 
+_LARGEST_WHOLE = 2**62  # that a float and an integer of 64 bits both hold
 _MUST = "a data frame of pandas or polars, such as `pd.read_csv(path)`"
 
 
@@ -131,6 +132,10 @@ def native_column(name: str, values: "pd.Series", storage: Mapping[str, Any]) ->
         return values.astype("float64")
     if holes and dtype == "bool":
         return values.astype("object")
+    if dtype.lower().startswith(("int", "uint")):
+        limits = np.iinfo(dtype.lower().partition("[")[0])
+        low, high = max(limits.min, -_LARGEST_WHOLE), min(limits.max, _LARGEST_WHOLE)
+        return values.astype("float64").clip(low, high).round().astype(dtype)
     return values.astype(dtype)
 
 

@@ -1,7 +1,6 @@
 """A table: the rows of a frame as tensors, how they were encoded, and the way back."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +14,12 @@ from pyro_vae.inference_data.datatree import to_datatree
 from pyro_vae.parts import guides, likelihoods, networks, priors
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.networks import NetworkFactory
-from pyro_vae.tables.columns import Classes, Column, make_column
+from pyro_vae.tables.columns import Column, make_column
+from pyro_vae.tables.covariates import Covariate, Offset
 from pyro_vae.tables.frames import as_pandas, is_pandas, native_column, native_frame, storage_of
-from pyro_vae.tables.kinds import KINDS, UnreadableColumn, infer_kind, is_classes, numbers_of
+from pyro_vae.tables.kinds import infer_kind
 from pyro_vae.tables.networks import input_network, output_network
+from pyro_vae.tables.roles import Problems, Roles
 from pyro_vae.tables.tree import by_column
 from pyro_vae.vae import VAE
 
@@ -69,13 +70,24 @@ class Table(nn.Module):
     True
     """
 
-    def __init__(self, columns: Sequence[Column], covariates: Sequence["_Covariate"], offset: "_Offset | None"):
+    x: Tensor
+    context: Tensor | None
+
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        covariates: Sequence[Covariate],
+        offset: Offset | None,
+        index_name: str | None = None,
+    ):
         super().__init__()
         self.columns, self.covariates, self.offset = nn.ModuleList(columns), nn.ModuleList(covariates), offset
-        self._set_rows(torch.zeros(0, len(columns)), None, None, None)
-
-    def _set_rows(self, x: Tensor, context: Tensor | None, index: Any, frame: Any) -> None:
-        self.x, self.context, self.index, self._frame = x, context, index, frame
+        # Buffers follow `table.to(device)`. They are no state: a model file has the encoding alone.
+        self.register_buffer("x", torch.zeros(0, len(columns)), persistent=False)
+        self.register_buffer("context", None, persistent=False)
+        self.index: Any = None
+        self._frame: Any = None
+        self._index_name = index_name
 
     @classmethod
     def from_frame(
@@ -105,30 +117,28 @@ class Table(nn.Module):
                 value, without values, with dates or numbers as text, with values of several types, or a row number.
         """
         whole = as_pandas(frame)
-        roles = _Roles(whole, kinds, context, offset, index, drop)
-        problems = _Problems()
+        roles = Roles(whole, kinds, context, offset, index, drop)
+        problems = Problems()
         columns: list[Column] = []
         for label in roles.columns:
             with problems.of(label):
                 column = whole[label]
                 kind = roles.kinds.get(str(label)) or infer_kind(column)
                 columns.append(make_column(column, kind, storage_of(frame, label)))
-        covariates: list[_Covariate] = []
+        covariates: list[Covariate] = []
         for label in roles.context:
             with problems.of(label):
                 stated = roles.kinds.get(str(label))
-                covariates.append(_Covariate(whole[label], stated, storage_of(frame, label)))
+                covariates.append(Covariate(whole[label], stated, storage_of(frame, label)))
         exposure = None
         if roles.offset is not None:
             with problems.of(roles.offset):
-                exposure = _Offset(whole[roles.offset])
+                exposure = Offset(whole[roles.offset])
         problems.raise_all(roles.columns)
         if exposure is not None and not any(column.has_log_mean for column in columns):
             kinds_found = {column.name: column.kind for column in columns}
             raise ValueError(f"`offset` needs a column of counts, got the kinds {kinds_found}: state them in `kinds`")
-        table = cls(columns, covariates, exposure)
-        table._index_name = index
-        return table.encode(frame)
+        return cls(columns, covariates, exposure, index).encode(frame)
 
     def encode(self, frame: Any, unseen: str = "raise") -> "Table":
         """Encode new rows as those of this table: the same levels, locations and scales.
@@ -145,7 +155,7 @@ class Table(nn.Module):
         """
         if unseen not in ("raise", "missing"):
             raise ValueError(f"`unseen` must be 'raise' or 'missing', got {unseen!r}")
-        whole, problems = as_pandas(frame, rows=1), _Problems()
+        whole, problems = as_pandas(frame, rows=1), Problems()
         needed = [*self._columns(), *self._covariates(), *([self.offset] if self.offset is not None else [])]
         if absent := [part.name for part in needed if part.label not in whole.columns]:
             hint = f"For a column that was not observed: `frame[{absent[0]!r}] = float('nan')`"
@@ -164,16 +174,12 @@ class Table(nn.Module):
         if name is not None and name not in whole.columns:
             raise ValueError(f"`frame` must have the column {name!r}, which names the rows, got {list(whole.columns)}")
         rows = whole.index if name is None else whole.set_index(name).index
-        table._set_rows(x, context, rows, frame)
+        table.x, table.context, table.index, table._frame = x, context, rows, frame
         return table
-
-    _index_name: str | None = None
 
     def without_rows(self) -> "Table":
         """The encoding alone: a table that shares its columns with this one, and has no rows."""
-        table = Table(self._columns(), self._covariates(), self.offset)
-        table._index_name = self._index_name
-        return table
+        return Table(self._columns(), self._covariates(), self.offset, self._index_name)
 
     # --- What it has -------------------------------------------------------------------------------------------------
 
@@ -411,7 +417,13 @@ class Table(nn.Module):
         positive_int(num_draws, "num_draws")
         self._check_vae(vae)
         with seeded(seed):
-            return self._draws(vae.impute(self.x, num_draws, self.context))
+            x, *context = self._data_for(vae)
+            return self._draws(vae.impute(x, num_draws, *context))
+
+    def _data_for(self, vae: VAE) -> list[Tensor]:
+        """The data on the device and in the dtype of a VAE."""
+        like = next(vae.decoder.parameters())
+        return [tensor.to(like) for tensor in self.data]
 
     def _check_vae(self, vae: VAE) -> None:
         if not isinstance(vae, VAE):
@@ -440,7 +452,7 @@ class Table(nn.Module):
         coords = {"obs": _row_labels(self.index)} | dict(mapping(options.pop("coords", None), "coords", "{}"))
         constants = self._constants() | dict(mapping(options.pop("constant_data", None), "constant_data", "{}"))
         names: dict[str, Any] = {"coords": coords, "constant_data": constants}
-        tree = to_datatree(vae.model, vae.guide, *self.data, draws=draws, seed=seed, **names, **options)
+        tree = to_datatree(vae.model, vae.guide, *self._data_for(vae), draws=draws, seed=seed, **names, **options)
         return by_column(tree, self._columns())
 
     def _constants(self) -> dict[str, np.ndarray]:
@@ -449,161 +461,6 @@ class Table(nn.Module):
         whole = as_pandas(self._frame, rows=1)
         needed = [*self._covariates(), *([self.offset] if self.offset is not None else [])]
         return {part.name: part.values(whole[part.label]) for part in needed}
-
-
-class _Covariate(nn.Module):
-    """A column that the model is given: standardised numbers, or one-hot classes."""
-
-    def __init__(self, column: "pd.Series", kind: str | None, storage: Mapping[str, Any]):
-        super().__init__()
-        self.label = column.name
-        self._check(column)
-        classes = is_classes(column) if kind is None else kind in ("bernoulli", "categorical", "ordinal")
-        if kind is None and not classes and numbers_of(column).std() == 0:
-            raise UnreadableColumn("has one value alone, so it cannot be a covariate")
-        self.classes = Classes(column, "categorical", storage) if classes else None
-        if not classes:
-            from sklearn.preprocessing import StandardScaler
-
-            fitted = StandardScaler().fit(numbers_of(column)[:, None])
-            self.loc, self.scale = float(fitted.mean_[0]), float(fitted.scale_[0])
-
-    def _check(self, column: "pd.Series") -> None:
-        if column.isna().any():
-            row = column.index[np.flatnonzero(column.isna())[0]]
-            raise UnreadableColumn(
-                f"has a missing entry in row {row!r}: a covariate must be known; model the column, or leave out the row"
-            )
-
-    @property
-    def name(self) -> str:
-        """The name of the column as text."""
-        return str(self.label)
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the context it is."""
-        return 1 if self.classes is None else len(self.classes.levels)
-
-    def encode(self, column: "pd.Series", unseen: str) -> np.ndarray:
-        self._check(column)
-        if self.classes is None:
-            return ((numbers_of(column) - self.loc) / self.scale)[:, None]
-        from sklearn.preprocessing import OneHotEncoder
-
-        numbers = self.classes.encode(column, "raise")
-        encoder = OneHotEncoder(categories=[np.arange(float(self.width))], sparse_output=False)
-        return encoder.fit_transform(numbers[:, None])
-
-    def values(self, column: "pd.Series") -> np.ndarray:
-        """Values for an array: numbers, or levels as texts."""
-        if self.classes is None:
-            return numbers_of(column)
-        return column.astype("object").map(str).to_numpy(dtype=str)
-
-    def describe(self) -> str:
-        return f"mean {self.loc:.4g}, sd {self.scale:.4g}" if self.classes is None else self.classes.describe()
-
-
-class _Offset(nn.Module):
-    """A column of exposures, whose logarithm, less its mean, is added to the log-mean of counts."""
-
-    width = 1
-
-    def __init__(self, column: "pd.Series"):
-        super().__init__()
-        self.label = column.name
-        self.loc = 0.0
-        self.loc = float(self.encode(column).mean())
-
-    @property
-    def name(self) -> str:
-        """The name of the column as text."""
-        return str(self.label)
-
-    def encode(self, column: "pd.Series", unseen: str = "raise") -> np.ndarray:
-        values = numbers_of(column)
-        wrong = np.flatnonzero(~(values > 0))
-        if wrong.size:
-            row = column.index[wrong[0]]
-            raise UnreadableColumn(f"must be a positive exposure in each row, got {values[wrong[0]]:g} in row {row!r}")
-        return (np.log(values) - self.loc)[:, None]
-
-    def values(self, column: "pd.Series") -> np.ndarray:
-        """Values for an array."""
-        return numbers_of(column)
-
-    def describe(self) -> str:
-        return f"log of it is added to the log-mean of counts, geometric mean {np.exp(self.loc):.4g}"
-
-
-class _Roles:
-    """Which column of a frame has which role, checked."""
-
-    def __init__(self, frame: "pd.DataFrame", kinds: Any, context: Any, offset: Any, index: Any, drop: Any):
-        self._labels = {str(label): label for label in frame.columns}
-        self.kinds = {str(name): kind for name, kind in _mapping_of_kinds(kinds).items()}
-        for name, kind in self.kinds.items():
-            self._label(name, "kinds")
-            if kind not in KINDS:
-                raise ValueError(f"`kinds` must be one of {', '.join(KINDS)}, got {kind!r} for {name!r}")
-        self.context = [self._label(name, "context") for name in _names(context, "context")]
-        self.offset = None if offset is None else self._label(offset, "offset")
-        self.index = None if index is None else self._label(index, "index")
-        self.dropped = [self._label(name, "drop") for name in _names(drop, "drop")]
-        taken = [*self.context, *self.dropped]
-        taken += [label for label in (self.offset, self.index) if label is not None]
-        if twice := [label for place, label in enumerate(taken) if label in taken[:place]]:
-            raise ValueError(
-                f"a column must have one role of `context`, `offset`, `index` and `drop`, got two for {twice[0]!r}"
-            )
-        self.columns = [label for label in frame.columns if label not in taken]
-        if not self.columns:
-            raise ValueError("`frame` must have a column that is no covariate, offset, index, or left out, got none")
-
-    def _label(self, name: Any, argument: str) -> Any:
-        if str(name) not in self._labels:
-            raise ValueError(f"`{argument}` must be columns of the frame, {list(self._labels.values())}, got {name!r}")
-        return self._labels[str(name)]
-
-
-def _mapping_of_kinds(kinds: Any) -> Mapping[Any, Any]:
-    if not isinstance(kinds, Mapping | None):
-        raise TypeError(f"`kinds` must be a mapping, such as {{'sex': 'bernoulli'}}, got {describe(kinds)}")
-    return kinds or {}
-
-
-def _names(value: Any, argument: str) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"`{argument}` must be a list of names of columns, such as ['batch'], got {value!r}")
-    return list(value)
-
-
-class _Problems:
-    """What is wrong with the columns of a frame, collected so that one error names them all."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, str] = {}
-
-    @contextmanager
-    def of(self, label: Any) -> Iterator[None]:
-        """Collect what is wrong with a column inside the block."""
-        try:
-            yield
-        except UnreadableColumn as error:
-            self._found[label] = str(error)
-
-    def raise_all(self, may_drop: Sequence[Any] = ()) -> None:
-        """Raise if there is a problem; ``may_drop`` are the columns that can be left out."""
-        if not self._found:
-            return
-        texts = [f"column {label!r} {text}" for label, text in self._found.items()]
-        droppable = [label for label in self._found if label in may_drop]
-        hint = f"\nTo leave out: drop={droppable!r}" if droppable else ""
-        lead = "`frame` must have columns that can be encoded: "
-        if len(texts) == 1:
-            raise ValueError(f"{lead}{texts[0]}.{hint}")
-        raise ValueError("".join([lead.rstrip(), *(f"\n- {text}" for text in texts), hint]))
 
 
 def _draw_index(count: int, rows: Any) -> Any:

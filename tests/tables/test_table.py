@@ -161,6 +161,8 @@ def one_bad(values, **options):
         ([(1, 2), (3, 4), (5, 6)] * 4, r"column 'bad' has values of the type tuple, such as \(1, 2\): convert"),
         ([1.0, np.inf, 2.0] * 4, r"column 'bad' has inf in row 1"),
         ([1j, 2.0, 3.0] * 4, r"column 'bad' has values of"),
+        (pd.cut(np.arange(12.0), 3), r"column 'bad' has levels of the type Interval.*cat.rename_categories\(str\)"),
+        (pd.period_range("2024-01", periods=12, freq="M"), r"column 'bad' has values of the type Period"),
     ],
 )
 def test_a_column_that_needs_a_decision_is_named_with_what_to_do(values, message):
@@ -449,6 +451,9 @@ def test_covariates_are_one_hot_or_standardised_and_the_offset_has_the_coefficie
     z, c = torch.randn(1, 1), table.context[:1]
     doubled = c + torch.tensor([0.0, 0.0, 0.0, float(np.log(2.0))])
     torch.testing.assert_close(vae.decode(z, doubled).mean, 2 * vae.decode(z, c).mean)
+    frame["center"] = np.arange(500) % 3
+    coded = Table.from_frame(frame, kinds | {"center": "categorical"}, context=["center"], drop=["library_size"])
+    assert torch.equal(coded.context, torch.eye(3)[torch.arange(500) % 3])
     tree = table.to_datatree(vae, draws=3)
     assert tree["constant_data"]["batch"].values.tolist() == frame["batch"].tolist()
     with pytest.raises(ValueError, match=r"`offset` needs a column of counts"):
@@ -472,6 +477,24 @@ def test_an_offset_explains_the_size_and_a_covariate_the_batch():
             ratio = vae.decode(z, two).mean / vae.decode(z, one).mean
             torch.testing.assert_close(ratio, torch.full((1, 3), 2.0), atol=0.2, rtol=0)
     assert found["with"] > found["without"] + 1
+
+
+def test_whole_numbers_stay_in_the_range_of_their_dtype():
+    frame = pd.DataFrame({"small": np.arange(60, dtype="int8") ** 2 % 113, "big": np.arange(60) ** 9})
+    table = Table.from_frame(frame, kinds={"small": "normal", "big": "normal"})
+    found = table.decode(torch.full((3, 2), 1e6))
+    assert found["small"].tolist() == [127] * 3
+    assert (found["big"] > 2**61).all()
+    assert found.dtypes.equals(frame.dtypes)
+
+
+def test_a_model_in_double_precision_imputes_and_the_rows_follow_the_table(table):
+    vae = table.vae(hidden=[4]).double()
+    table.impute(vae, num_draws=3)
+    assert table.to_datatree(vae, draws=2)["posterior"]["z"].dtype == "float64"
+    double = table.without_rows().encode(mixed_frame()).double()
+    assert double.x.dtype == torch.float64
+    assert not dict(table.state_dict()), "the rows are no state of a model"
 
 
 def test_parts_by_hand_are_those_of_the_one_line(table):
