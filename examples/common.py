@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -323,7 +322,7 @@ def draw_elbos(rows: Mapping[str, Mapping[str, Any]], floor: float = -math.inf) 
     places = range(len(rows), 0, -1)
     log_p, elbo = ([row[key] for row in rows.values()] for key in ("log_p", "elbo"))
     ax.hlines(places, elbo, log_p, color="0.6", label="gap")
-    ax.plot(elbo, places, "o", color="tab:blue", label="ELBO")
+    ax.plot(elbo, places, "o", color=plots.colours.PALETTE[0], label="ELBO")
     ax.plot(log_p, places, "|", color="black", markersize=14, markeredgewidth=2, label="log p(x)")
     for place, row in zip(places, rows.values(), strict=True):
         if row["elbo"] < floor:
@@ -337,13 +336,13 @@ def draw_elbos(rows: Mapping[str, Mapping[str, Any]], floor: float = -math.inf) 
 
 
 def draw_lines(lines: Mapping[str, tuple[Any, Any]], **axis: Any) -> Figure:
-    """Draw lines ``(x, y)`` by name, each with its own marker and style; ``axis`` are arguments of ``ax.set``."""
+    """Draw lines ``(x, y)`` by name, each in its own colour and style; ``axis`` are arguments of ``ax.set``."""
     figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    for (name, (x, y)), marker, style in zip(lines.items(), cycle("os^vD"), cycle(("-", "--", "-.", ":"))):
-        ax.plot(x, y, marker=marker, markersize=4, linestyle=style, label=name)
+    for index, (name, (x, y)) in enumerate(lines.items()):
+        ax.plot(x, y, markersize=5, label=name, **plots.colours.style(index))
     ax.set(**axis)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small")
+    plots.axes.legend_below(ax, grow=True)
     return figure
 
 
@@ -365,13 +364,13 @@ def draw_images(vae: pv.VAE, history: History, x: Tensor, labels: Tensor, shape:
     means = mean_code(vae, x[:1500])
     axes = {
         "training": plots.training_curves(history),
-        "latent_map": plots.latent_map(means, labels[:1500]),
+        "latent_map": plots.latent_map(means, labels[:1500], name="the mean of z"),
         "reconstructions": plots.reconstructions(vae.reconstruct, x[:12], shape),
         "samples": plots.samples(partial(vae.generate, mean=True), shape),
     }
     titles = {
         "training": "Training: ELBO = -distortion - rate",
-        "latent_map": "Means of q(z|x) of held-out images, by label",
+        "latent_map": "Held-out images, each at the mean of its q(z|x)",
         "reconstructions": "Held-out images, and their reconstructions below",
         "samples": "Samples: z from the prior, mean of p(x|z)",
         "manifold": "The decoder's image at each place of the latent space",

@@ -101,10 +101,8 @@ def draw(rows: dict[str, dict[str, float]]) -> Figure:
     figure, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
     ax.axvline(0, color="0.6", linewidth=1)
     for name, row in rows.items():
-        marker, colour = {"relaxed": ("o", "tab:blue"), "score": ("s", "black")}.get(
-            name.split(",")[0], ("X", "tab:red")
-        )
-        ax.plot(row["bias"], row["sd"], marker, color=colour, markersize=8)
+        look = pv.plots.colours.style({"relaxed": 0, "score": 1}.get(name.split(",")[0], 2))
+        ax.plot(row["bias"], row["sd"], **look | {"linestyle": "none", "markersize": 8})
         ax.annotate(name, (row["bias"], row["sd"]), xytext=(8, 4), textcoords="offset points", fontsize=9)
     ax.set(xlabel="bias: mean - exact derivative", ylabel="standard deviation of one draw")
     ax.set_title("An average over draws reduces the standard deviation, but not the bias")

@@ -88,9 +88,9 @@ def draw_shares(found: dict[str, Any]) -> Figure:
     bars = {"softmax of the logits": found["softmax"], **found["share"]}
     for place, ((name, shares), hatch) in enumerate(zip(bars.items(), ("", "//", "..", "xx"), strict=True)):
         where = [index + 1 + 0.2 * (place - 1.5) for index in range(len(shares))]
-        ax.bar(where, shares, 0.2, hatch=hatch, edgecolor="white", label=name)
+        ax.bar(where, shares, 0.2, hatch=hatch, edgecolor="white", color=pv.plots.colours.PALETTE[place], label=name)
     ax.set(xlabel="class", ylabel="share of draws", title="Gumbel noise gives the softmax; Gaussian noise does not")
-    ax.legend()
+    pv.plots.axes.legend_below(ax)
     return figure
 
 
@@ -100,9 +100,15 @@ def draw_simplex(points: dict[float, Tensor]) -> Figure:
     centre = PLACES.mean(0)
     for ax, (temperature, y) in zip(axes, points.items(), strict=True):
         ax.fill(*PLACES.T, facecolor="none", edgecolor="black")
-        for k, (corner, marker) in enumerate(zip(PLACES, "os^", strict=True)):
+        for k, corner in enumerate(PLACES):
             ax.plot(*torch.stack([centre, (PLACES.sum(0) - corner) / 2]).T, color="0.5", linestyle="--", linewidth=1)
-            ax.scatter(*(y[y.argmax(-1) == k] @ PLACES).T, s=14, marker=marker, alpha=0.5, linewidths=0)
+            look = pv.plots.colours.style(k) | {
+                "linestyle": "none",
+                "alpha": 0.5,
+                "markeredgewidth": 0,
+                "markersize": 4,
+            }
+            ax.plot(*(y[y.argmax(-1) == k] @ PLACES).T, **look)
         ax.set(aspect="equal", title=f"λ = {temperature:g}")
         ax.axis("off")
     figure.suptitle("The same noise at each temperature: a draw stays within its third of the triangle")

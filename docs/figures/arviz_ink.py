@@ -24,8 +24,12 @@ figure, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 for group, style, label in (
     ("observed_data", {"color": "0.8"}, "200 held-out images"),
     ("prior_predictive", {"histtype": "step", "color": "black", "linestyle": "--"}, "drawn from p(x)"),
-    ("posterior_predictive", {"histtype": "step", "color": "tab:red"}, "drawn again from p(x|z), z from q(z|x)"),
+    (
+        "posterior_predictive",
+        {"histtype": "step", "color": pv.plots.colours.GUIDE},
+        "drawn again from p(x|z), z from q(z|x)",
+    ),
 ):
     ax.hist(tree[group]["x"].sum("pixel").values.ravel(), bins, density=True, label=label, **style)
 ax.set(xlabel="black pixels of an image", ylabel="share of the images, per pixel")
-ax.legend()
+pv.plots.axes.legend_below(ax)

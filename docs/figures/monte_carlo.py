@@ -45,7 +45,7 @@ for ax, latent in zip(axes, (2, 6), strict=True):
     from_prior = [mean_error(vae, vae.prior().expand([20]), x, size) for size in SIZES]
     ax.loglog(SIZES, from_prior, "o-", color="black", label="from the prior")
     from_q = [mean_error(vae, q, x, size) for size in SIZES]
-    ax.loglog(SIZES, from_q, "s--", color="tab:red", label="from q(z|x)")
+    ax.loglog(SIZES, from_q, "s--", color=pv.plots.colours.GUIDE, label="from q(z|x)")
     ax.axvline(math.exp(information), color="0.5", linestyle=":", label="exp KL(p(z|x) ‖ p(z))")
     ax.set(title=f"{latent} latent dimensions, KL = {information:.1f} nats", xlabel="samples K")
 axes[0].set_ylabel("mean |error| of log p(x), nats")

@@ -22,14 +22,22 @@ for (codes, points), weight in zip(axes, (1.0, 0.0), strict=True):
         z = vae.encode(data.x).sample()[:, 0]
     bins = torch.linspace(-4, 4, 81)
     share = 1 / (len(z) * float(bins[1] - bins[0]))  # so that both clusters together have area one, as the prior has
-    for label, shade in ((0, "0.3"), (1, "0.75")):
+    for label in (0, 1):
         code = z[data.labels == label]
-        codes.hist(code, bins.tolist(), weights=[share] * len(code), color=shade, label=f"codes of cluster {label}")
+        codes.hist(
+            code,
+            bins.tolist(),
+            weights=[share] * len(code),
+            color=pv.plots.colours.PALETTE[label],
+            label=f"codes of cluster {label}",
+        )
     grid = torch.linspace(-4, 4, 200)
     codes.plot(grid, torch.distributions.Normal(0.0, 1.0).log_prob(grid).exp(), "--k", label="prior p(z)")
     codes.set(title=f"weight of the KL term: {weight:g}", ylabel="density", xlabel="z, one draw of q(z|x) per point")
     codes.set(ylim=(0, 1.6))
-    points.scatter(*vae.generate(1000).T, s=6, marker="x", linewidths=0.6, color="tab:red", label="generated")
+    points.scatter(
+        *vae.generate(1000).T, s=6, marker="x", linewidths=0.6, color=pv.plots.colours.GUIDE, label="generated"
+    )
     points.scatter(*data.x[:200].T, s=8, color="black", linewidths=0, label="data")
     nats = float(pv.exact.log_evidence(vae.model, data.x).mean())
     points.set(title=f"log p(x) = {nats:.2f} nats per point", xlabel="$x_1$", ylabel="$x_2$")

@@ -49,9 +49,9 @@ for number, (name, make) in enumerate(kinds.items()):
     rows = [measured(*make(temperature)) for temperature in TEMPERATURES]
     bias = [row.bias / row.target_norm for row in rows]
     error = [row.bias_error / row.target_norm for row in rows]
-    left.errorbar(TEMPERATURES, bias, error, marker="o", capsize=3, color=f"C{number}", label=name)
+    left.errorbar(TEMPERATURES, bias, error, capsize=3, label=name, **pv.plots.colours.style(number))
     noise = [row.variance**0.5 / row.target_norm for row in rows]
-    right.plot(TEMPERATURES, noise, marker="o", color=f"C{number}", label=name)
+    right.plot(TEMPERATURES, noise, label=name, **pv.plots.colours.style(number))
 pairs = Estimator(hard.model, hard.guide, objectives.DisARM(2))
 row = compare({"pairs": pairs}, x[:20], repeats=500).measured["pairs"]["encoder"]
 right.axhline(row.variance**0.5 / row.target_norm, color="0.4", linestyle="--", label="DisARM, without bias")

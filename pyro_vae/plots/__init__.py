@@ -6,9 +6,13 @@
 * images: :mod:`pyro_vae.plots.images`;
 * the model itself: :mod:`pyro_vae.plots.plate_diagram`.
 
-Functions draw on ``ax``, by default on the axes of a new figure, and return the axes; none calls ``plt.show()``.
-Clusters, methods and models differ in marker, line style or hatching as well as in colour: a picture can be read in
-black and white.
+The order of arguments is that of the whole package: the subject first, such as a history or ``model, guide, *data``,
+then options by keyword, ``ax`` last. Functions draw on ``ax``, by default on the axes of a new figure, and return the
+axes; none calls ``plt.show()``. For axes of your own, make the figure with ``layout="constrained"``, which has room for
+the legend below them.
+
+Clusters, methods and models differ in marker, line style or hatching as well as in colour. The colours, from
+:mod:`pyro_vae.plots.colours`, are safe for colour-blind readers, and a picture can be read in grey.
 """
 
 from pyro_vae.plots.elbo import rate_distortion, training_curves
