@@ -22,7 +22,7 @@ from good_calls import GOOD, NOT_CALLED, POOL, call_with
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from scipy import sparse
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import (
@@ -118,6 +118,13 @@ def vae_with(w, **parts):
 
 def tree_of(w, *data):
     return pv.to_datatree(*w.pair, *data, draws=2)
+
+
+class Lines(IterableDataset):
+    """Rows that come in one order."""
+
+    def __iter__(self):
+        return iter(torch.zeros(4, 2))
 
 
 class Keyed(Dataset):
@@ -428,6 +435,23 @@ DATA = {
         ValueError, "data", "must hold finite numbers, got inf at row 1, column (1,)"),
     "a loader for exact answers": tensors(lambda w: exact.log_evidence(w.vae.model, DataLoader(TensorDataset(w.x))),
         "a DataLoader, which `fit`"),
+    "a batch size next to a loader": Row(lambda w: fit(w, data=DataLoader(TensorDataset(w.x)), batch_size=2),
+        ValueError, "batch_size", "must be left out where a DataLoader makes the batches, got 2"),
+    "a stream without a batch size": Row(lambda w: pv.evaluate(*w.pair, Lines()),
+        ValueError, "data", "must come in batches, with `batch_size` or from a DataLoader, got a Lines"),
+    "a number of rows next to a tensor": Row(lambda w: fit(w, num_data=6),
+        ValueError, "num_data", "must be left out for data that have N rows, got 6"),
+    "fewer rows than a batch has": Row(lambda w: fit(w, data=DataLoader(TensorDataset(w.x), 4), num_data=3),
+        ValueError, "num_data", "must be the number of rows in a pass over the stream, got 3 and a batch of 4 rows"),
+    "a loader of dictionaries": Row(lambda w: fit(w, data=DataLoader(Keyed())),
+        TypeError, "data", "must give tensors, or tuples of them for several arguments, got a dict with the keys 'x'"),
+    "a loader with labels": Row(lambda w: fit(w, data=DataLoader(TensorDataset(w.x, w.labels), 3)),
+        TypeError, "context", "must be left out for a VAE without covariates"),
+    "a loader with an infinity": Row(lambda w: fit(w, data=DataLoader(TensorDataset(w.x / 0), 3)),
+        ValueError, "data", "must hold finite numbers, got"),
+    "a validation loader of other rows": Row(
+        lambda w: fit(w, validation=DataLoader(TensorDataset(torch.zeros(4, 3)), 2)),
+        ValueError, "validation", "must have rows like those of `data`, shape (2,), torch.float32, got shape (3,)"),
     "a data set of dictionaries": Row(lambda w: pv.calibrate(*w.pair, Keyed()),
         TypeError, "data", "must give tensors, or tuples of them for several arguments, got a dict with the keys 'x'"),
     "a data set of strings": Row(lambda w: pv.decompose(*w.pair, Keyed("x")),

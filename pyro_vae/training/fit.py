@@ -183,11 +183,15 @@ def fit(
     Args:
         model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
         guide: its guide, called with the same arguments.
-        data: tensor of N rows, or a sequence of tensors with N rows each.
+        data: N rows, or a sequence of data with N rows each, one for each argument. Tensors are used as they are.
+            Arrays of NumPy, memory-mapped ones too, frames of pandas and polars, sparse matrices of SciPy and data sets
+            of torch get dtype and device of the VAE, or the default ones; with ``batch_size``, rows of files, sparse
+            matrices and data sets are read for each batch. A ``DataLoader`` or an iterable data set of torch is a
+            stream: its batches are used as they come, and a tuple has the arguments of model and guide.
         epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, in a new random order in each epoch; all N if left out. A single row that is left
             joins the batch before. Mini-batches subsample the data plate, see
-            :func:`pyro_vae.model_guide.ModelGuide.on_batches`.
+            :func:`pyro_vae.model_guide.ModelGuide.on_batches`. It must be left out for a ``DataLoader``.
         lr: the learning rate, or a schedule of it (see :mod:`pyro_vae.training.schedules`); the optimizer's own if left
             out, 1e-3 for Adam. It must be left out if ``optimizer`` sets one. With a schedule, the history has the rate
             of each epoch's last step, ``lr``.
@@ -218,7 +222,10 @@ def fit(
         callbacks: functions called at the end of each epoch with an :class:`pyro_vae.training.loop.Epoch`; training
             ends if one returns ``True``.
         checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If the
-            folder has a checkpoint, the run resumes from it, with the same numbers as without the stop.
+            folder has a checkpoint, the run resumes from it, with the same numbers as without the stop. A
+            ``DataLoader`` needs a sampler of torch for that, or one with ``state_dict`` and ``load_state_dict``.
+        num_data: N of a stream, by which terms of B rows are scaled, N/B. By default the length of its data set, of a
+            ``SubsetRandomSampler``, or else the number of rows of a pass, which is read before training.
 
     Ctrl-C ends the run after the current step, with a warning; the parameters stay as trained so far.
 
@@ -317,7 +324,8 @@ def evaluate(
     Args:
         model: a Pyro model.
         guide: its guide; must be amortized to take data that it was not trained on.
-        data, elbo: as for :func:`fit`; enumerated latents are summed over exactly.
+        data, elbo: as for :func:`fit`; enumerated latents are summed over exactly. Of a ``DataLoader`` the means are
+            those over the rows of one pass.
         num_samples: how many draws of the latents to average over.
         batch_size: rows that are run at once, which bounds the memory; the sums are the same. If left out, half a
             million numbers of data, where the pair can be run on some of its rows, and else all rows.
