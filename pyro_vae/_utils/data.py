@@ -5,7 +5,8 @@ matrix or a :class:`torch.utils.data.Dataset` are read on demand where the calle
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Columns", "DataTensors", "FirstBatch", "LazyData", "Placement", "as_tensors", "data_tensors", "placement",
-    "rows_like", "to_device", "without_infinity",
+    "read_only_arrays", "rows_like", "to_device", "without_infinity",
 ]  # fmt: skip
 
 Columns = tuple[str, np.ndarray]
@@ -390,7 +391,8 @@ def as_tensors(batch: Any, name: str, to: Placement) -> tuple[Tensor, ...]:
         if isinstance(item, Tensor):
             tensor = real_tensor(item, name, expected)
         elif isinstance(item, np.ndarray | np.number | float | int):
-            tensor = torch.as_tensor(_checked_array(np.asarray(item), name, expected))
+            with read_only_arrays():
+                tensor = torch.as_tensor(_checked_array(np.asarray(item), name, expected))
         else:
             raise TypeError(f"`{name}` must give {expected}, got {describe(item)}")
         floats = tensor.is_floating_point()
@@ -440,9 +442,16 @@ def _from_array(array: np.ndarray, name: str, to: Placement) -> "Tensor | RowSou
     dtype = _target_dtype(array, to, to.integers)
     if any(step < 0 for step in array.strides) or not (array.flags.writeable or mapped):
         array = array.copy()  # torch has no negative strides, and warns of arrays that cannot be written to
+    with read_only_arrays():
+        return torch.from_numpy(np.asarray(array)).to(device=to.device, dtype=dtype)
+
+
+@contextmanager
+def read_only_arrays() -> Iterator[None]:
+    """Let torch take arrays that cannot be written to, as rows of frames are, without a warning: nothing is written."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(np.asarray(array)).to(device=to.device, dtype=dtype)
+        yield
 
 
 def _is_mapped(array: Any) -> bool:
@@ -539,7 +548,8 @@ class DatasetRows(RowSource):
         if isinstance(items[0], dict):
             as_tensors(items[0], self._name, self._to)
         try:
-            batch = default_collate(items)
+            with read_only_arrays():
+                batch = default_collate(items)
         except (TypeError, RuntimeError) as error:
             raise type(error)(
                 f"`{self._name}` must have items of one shape, of tensors, arrays or numbers, got a data set whose "

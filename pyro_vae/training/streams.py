@@ -25,6 +25,7 @@ from pyro_vae._utils.data import (
     as_tensors,
     data_tensors,
     placement,
+    read_only_arrays,
     without_infinity,
 )
 from pyro_vae._utils.rng import RandomStream
@@ -148,7 +149,7 @@ class Stream:
         with random:
             loaded = iter(self._loader)
         while True:
-            with random:
+            with random, read_only_arrays():
                 try:
                     batch = next(loaded)
                 except StopIteration:

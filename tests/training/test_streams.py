@@ -100,6 +100,11 @@ class Lines(IterableDataset):
         return iter(self.tensor[first::step] if self.passes is None or self.passes >= 0 else [])
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
 def run(data, vae=None, **options):
     """Train a new VAE; return history and parameters."""
     torch.manual_seed(0)
@@ -136,6 +141,7 @@ def test_every_form_of_data_trains_to_the_same_bits_without_being_read_whole(com
         np.load(tmp_path / "x.npy", mmap_mode="r"),
         sparse.csr_array(X.numpy()),
         Rows(X),
+        Rows(read_only(X.double().numpy())),
         TensorDataset(X),
         Subset(Rows(torch.cat([X, X])), range(N)),
     ]
@@ -149,8 +155,8 @@ def test_every_form_of_data_trains_to_the_same_bits_without_being_read_whole(com
 def test_a_loader_with_the_same_batches_trains_to_the_same_bits(compile):
     expected = run(X, batch_size=B, compile=compile)
     assert_same(run(loader(), compile=compile), expected)
-    doubles = loader(Rows(X.double().numpy()))
-    assert_same(run(doubles, compile=compile), expected)
+    if not compile:
+        assert_same(run(loader(Rows(read_only(X.double().numpy())))), expected)
 
 
 def test_workers_give_the_same_bits():
