@@ -405,7 +405,7 @@ def draw_classes(posterior: Tensor, labels: Tensor, title: str, sort: bool = Tru
     figure, ax = plt.subplots(figsize=(0.3 * means.shape[1] + 2.4, 4.2), layout="constrained")
     shown = ax.imshow(means[:, order].numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
-    ax.set(xlabel="class", ylabel="label", yticks=range(10), title=title)
+    ax.set(xlabel="class", ylabel="label", yticks=range(10), title=plots.axes.wrap(title, 40))
     figure.colorbar(shown, label="mean probability")
     return figure
 

@@ -107,7 +107,7 @@ def _plane(z: Tensor, name: str) -> tuple[Tensor, list[str]]:
     _, lengths, directions = torch.linalg.svd(centred, full_matrices=len(z) == 1)
     directions = directions[:2] * torch.where(directions[:2].sum(1, keepdim=True) < 0, -1.0, 1.0)  # a fixed sign
     shares = [*(lengths.square() / lengths.square().sum()).nan_to_num().tolist(), 0.0]
-    names = [wrap(f"principal component {i + 1} of {name}", 34) for i in range(2)]
+    names = [wrap(f"principal component {i + 1} of {name}", 40) for i in range(2)]
     return centred @ directions.T, [f"{names[i]},\n{100 * shares[i]:.0f} % of the variance" for i in range(2)]
 
 

@@ -15,7 +15,7 @@ from pairs import bernoulli, gaussian, guide_of
 from torch.distributions.transforms import AffineTransform
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae import guides, likelihoods, networks, plots, priors
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -171,3 +171,14 @@ def test_a_report_takes_the_result_of_fit(page):
     fitted = pv.fit(vae.model, vae.guide, x, epochs=2)
     reported(page, vae.model, vae.guide, x, history=fitted)
     assert "Has training converged" in page.read_text()
+
+
+def test_a_report_draws_colour_images_and_named_classes(page, monkeypatch):
+    vae, x, drawn = gaussian(3, 12), torch.rand(20, 12), []
+    monkeypatch.setattr(plots, "latent_map", lambda z, labels, **options: drawn.append((z.shape, labels)))
+    monkeypatch.setattr(plots, "samples", lambda generate, shape, **options: drawn.append((generate(2).shape, shape)))
+    names = ["even", "odd"] * 10
+    reported(page, vae.model, vae.guide, x, labels=names, image_shape=(3, 2, 2))
+    assert drawn == [((20, 3), names), ((2, 12), (3, 2, 2))]
+    with pytest.raises(ValueError, match=r"`image_shape` must be .* or \(3, 32, 32\) in colour, got \(4, 3, 1\)"):
+        reported(page, vae.model, vae.guide, x, image_shape=(4, 3, 1))
