@@ -11,7 +11,7 @@ __all__ = ["Result", "Table", "count_of", "spark_line"]
 _MAX_ROWS = 20
 _MAX_CELL = 300  # characters
 _MAX_POINTS = 120  # of a spark line
-_LEFT = "text-align:left"  # notebooks align the cells of a table to the right
+_MAX_LINE = 60  # characters of a cell that stay on one line
 _SIZE = (160, 32)  # width and height of a spark line, in pixels
 
 
@@ -58,15 +58,14 @@ class Result:
 
     def _repr_html_(self) -> str:
         table, curves = self._table().limited(_MAX_ROWS), self._curves()
-        head = [f'<th scope="col" style="{_LEFT}">{_cell(cell)}</th>' for cell in table.head]
-        body = [
-            f'<tr><th scope="row" style="{_LEFT};font-weight:normal">{_cell(row[0])}</th>'
-            + "".join(f'<td style="{_LEFT}">{_cell(cell)}</td>' for cell in row[1:])
-            + "</tr>"
-            for row in table.rows
+        head = [_cell(cell, 'th scope="col"') for cell in table.head]
+        rows = [
+            [_cell(name, 'th scope="row"', ";font-weight:normal"), *(_cell(cell, "td") for cell in cells)]
+            for name, *cells in table.rows
         ]
+        body = [f"<tr>{''.join(row)}</tr>" for row in rows]
         return (
-            f"<div><b>{escape(type(self).__name__)}</b>{spark_line(curves) if curves else ''}"
+            f'<div style="overflow-x:auto"><b>{escape(type(self).__name__)}</b>{spark_line(curves) if curves else ""}'
             f'<table style="color:inherit;border-collapse:separate;border-spacing:1em 0;margin:0">'
             f"<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
             f"<small>{escape(table.note)}</small></div>"
@@ -123,5 +122,8 @@ def _short(text: str) -> str:
     return shorten(text, _MAX_CELL, placeholder=" ...")
 
 
-def _cell(value: Any) -> str:
-    return escape(_short(str(value)))
+def _cell(value: Any, tag: str, style: str = "") -> str:
+    """Return a cell of a table, whose text breaks into lines only if it is long."""
+    text = _short(str(value))
+    style += "" if len(text) > _MAX_LINE else ";white-space:nowrap"
+    return f'<{tag} style="text-align:left{style}">{escape(text)}</{tag.split()[0]}>'

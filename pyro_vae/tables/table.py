@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae._utils import display
 from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import describe, mapping, positive_int
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Table"]
 
 
-class Table(nn.Module):
+class Table(display.Result, nn.Module):
     r"""The rows of a frame as a tensor x, ``(N, D)``, and how each column was encoded.
 
     :meth:`from_frame` makes a table. ``print(table)`` shows what it has decided for each column.
@@ -255,16 +256,22 @@ class Table(nn.Module):
         share = self.x.isnan().double().mean()
         return f"Table of {len(self)} rows, {len(self.columns)} columns, {share:.1%} of entries missing"
 
-    def __repr__(self) -> str:
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """The header, and what was decided for each column."""
         rows = [("column", "kind", "missing", "encoding")]
-        rows += [(name, kind, f"{missing:.1%}", text) for name, kind, missing, text in self.describe().itertuples()]
+        return rows + [
+            (str(n), kind, f"{missing:.1%}", text) for n, kind, missing, text in self.describe().itertuples()
+        ]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
         first, second = (max(len(row[place]) for row in rows) for place in (0, 1))
         lines = [f"{name:<{first}}  {kind:<{second}}  {missing:>7}  {text}" for name, kind, missing, text in rows]
         return "\n".join([self._headline(), *lines])
 
-    def _repr_html_(self) -> str:
-        shown = self.describe().reset_index().to_html(index=False, formatters={"missing": "{:.1%}".format})
-        return f"<p>{self._headline()}</p>{shown}"
+    def _table(self) -> display.Table:
+        head, *rows = self._rows()
+        return display.Table(head, rows, f"{self._headline()}.")
 
     # --- A model -----------------------------------------------------------------------------------------------------
 

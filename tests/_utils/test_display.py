@@ -158,6 +158,14 @@ def test_a_result_shows_itself_without_tensors(make):
     assert (cells["td"] + cells["th"]) % cells["tr"] == 0, "rows of different lengths"
 
 
+def test_a_table_of_columns_shows_itself_in_the_same_way():
+    table = pv.tables.Table.from_frame(datasets.penguins())
+    html = Parsed(table._repr_html_())
+    assert [tag for tag, _ in html.tags].count("tr") == 9
+    assert "Table of 344 rows, 8 columns" in html.text
+    assert "Adelie, Chinstrap, Gentoo" in html.text
+
+
 def test_a_fit_names_its_bounds_in_nats():
     found = Fitted(None, None, {"elbo": [-9.0, 0.4712], "validation_elbo": [-8.0, 0.25]}, 0, 1000, 1.94)
     assert repr(found) == "Fitted(ELBO 0.471, validation 0.250 nats per datum after 2 epochs, 1,000 steps, 1.94 s)"

@@ -551,4 +551,4 @@ def test_the_description_is_a_table_of_the_columns(table):
     lines = str(table).splitlines()
     assert lines[0] == "Table of 40 rows, 15 columns, 1.5% of entries missing"
     assert any(line.split() == ["size", "ordinal", "2.5%", "S", "<", "M", "<", "L"] for line in lines)
-    assert "<td>categorical</td>" in table._repr_html_()
+    assert ">categorical</td>" in table._repr_html_()
