@@ -13,7 +13,9 @@ import pytest
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 try:
-    cases, inputs, measuring, tables = map(importlib.import_module, ("cases", "inputs", "measuring", "tables"))
+    cases, inputs, measuring, result_tables = map(
+        importlib.import_module, ("cases", "inputs", "measuring", "result_tables")
+    )
 finally:
     sys.path.remove(str(BENCHMARKS))
 HAS_NUMPYRO = importlib.util.find_spec("numpyro") is not None
@@ -90,7 +92,7 @@ def test_the_floor_computes_the_products_of_a_step(tmp_path):
 
 def test_a_slower_contestant_misses_its_target():
     found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
-    report = tables.of_targets(found)
+    report = result_tables.of_targets(found)
     assert report.count("missed") == report.count("met") == 1
 
 

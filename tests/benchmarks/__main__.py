@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import tables
+import result_tables
 from cases import CASES, Case, shortened
 from growth import GROWTHS, measure_growth, to_markdown
 from measuring import Settings, measure
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
             case: Case = shortened(CASES[name]) if args.quick else CASES[name]
             result = measure(case, args.contestants, settings, Path(folder) / name, log, args.folder)
             found["cases"][name] = result
-            written.append(f"## {case.title}\n\n{tables.of_case(result, case.unit)}")
+            written.append(f"## {case.title}\n\n{result_tables.of_case(result, case.unit)}")
             print(f"{written[-1]}\n", flush=True)
         for name in args.growth:
             grown = measure_growth(name, args.contestants, settings, Path(folder) / name, log, args.quick)
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
             written.append(to_markdown(name, grown))
             print(f"{written[-1]}\n", flush=True)
     if not args.quick:
-        written.append(f"## Targets\n\n{tables.of_targets(found['cases'])}")
+        written.append(f"## Targets\n\n{result_tables.of_targets(found['cases'])}")
         print(written[-1])
     (args.out / "results.json").write_text(json.dumps(found, indent=2))
     (args.out / "results.md").write_text("\n\n".join(written) + "\n")

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from cases import CASES, DIGITS, MIXTURE, MNIST, Case, shortened
 from measuring import Settings, measure
-from tables import absent, format_seconds, peak, table
+from result_tables import absent, format_seconds, peak, table
 
 OURS = ("captured", "eager")
 
