@@ -58,8 +58,9 @@ format: $(DEV)  ## let ruff mend what it can
 	$(BIN)/ruff format $(SOURCES)
 
 docs: $(DEV)  ## the documentation, in docs/_build/html
-	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j $(JOBS) -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
+	$(BIN)/python docs/check_pages.py docs/_build/html
 
 clean:  ## remove caches and the built documentation; results/ and the environment stay
 	rm -rf docs/_build docs/examples docs/sg_execution_times.rst build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \

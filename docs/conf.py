@@ -1,6 +1,7 @@
 """Configuration of Sphinx: MyST pages, figures from scripts, a gallery of examples, a reference from docstrings.
 
-The build needs no network.
+Neither the build nor the pages need a network: formulas are set by a MathJax that is copied next to the pages, and the
+names of other libraries come from the lists in ``inventories``.
 """
 
 import os
@@ -11,6 +12,8 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
 import gallery  # noqa: E402
+import inventory  # noqa: E402
+import mathjax  # noqa: E402
 import notebook_pages  # noqa: E402
 import reference  # noqa: E402
 
@@ -23,14 +26,17 @@ release = version = pyro_vae.__version__
 extensions = [
     "myst_nb",  # includes myst_parser
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
     "matplotlib.sphinxext.plot_directive",
-    "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 os.environ["TQDM_DISABLE"] = "1"  # pages show results, not progress bars
 nb_execution_mode = "force"
@@ -38,26 +44,22 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars
-suppress_warnings: list[str] = []
+
+mathjax_path = mathjax.PATH
+mathjax3_config = mathjax.CONFIG
+
+intersphinx_mapping = inventory.mapping(DOCS / "_build" / "inventories")
+viewcode_line_numbers = True
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_only_copy_prompt_lines = True
+copybutton_exclude = ".linenos, .gp, .go"
+copybutton_selector = "div:not(.printed) > div.highlight pre"
 
 plot_formats = [("png", 120)]
 plot_html_show_formats = False
 plot_html_show_source_link = True
-
-sphinx_gallery_conf = {
-    "examples_dirs": "../examples",
-    "gallery_dirs": "examples",
-    "filename_pattern": ".",
-    "ignore_pattern": rf"^(?!({'|'.join(gallery.SHORT_FORMS)})\.py$)",
-    "within_subsection_order": "gallery.Order",
-    "reset_argv": gallery.ShortForm(),
-    "image_scrapers": (gallery.SavedPictures(),),
-    "abort_on_example_error": True,
-    "download_all_examples": False,
-    "notebook_extensions": set(),
-    "show_signature": False,
-    "min_reported_time": 1e9,
-}
 
 autodoc_default_options = {"members": True}
 autodoc_inherit_docstrings = False  # inherited docstrings, such as torch's of `forward`, describe torch
@@ -79,11 +81,16 @@ html_copy_source = False
 
 
 def setup(app):
-    """Generate the sections of the reference."""
+    """Run the examples, generate the sections of the reference, and add MathJax to the pages."""
 
     def expand(app, name, source):
         source[0] = reference.expand(source[0])
 
+    app.connect("builder-inited", gallery.generate)
     app.connect("source-read", expand)
     app.connect("source-read", notebook_pages.add_download)
     app.connect("builder-inited", notebook_pages.write_downloads)
+    app.connect("autodoc-skip-member", reference.skip_fields)
+    app.connect("missing-reference", reference.resolve, priority=400)
+    app.connect("doctree-read", lambda app, doctree: reference.link_sources(app, doctree), priority=400)
+    app.connect("html-collect-pages", lambda app: mathjax.install(app) or [])

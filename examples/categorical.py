@@ -75,12 +75,14 @@ def draw_prototypes(means: Tensor, shares: Tensor, shape: tuple[int, int]) -> Fi
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 1. Build the VAE: relaxed classes in prior and encoder.
     train, test, shape = common.load_images(args.data, args.folder)
     pixels, latent = train.x.shape[1], (args.variables, args.classes)
     prior = priors.GumbelSoftmax(latent, args.prior_temperature)
     encoder = guides.GumbelSoftmax(pixels, latent, networks.mlp(args.hidden), args.temperature)
     vae = pv.VAE(prior, encoder, decoder=likelihoods.Bernoulli(latent, pixels, networks.mlp(args.hidden[::-1])))
 
+    # 2. Train it, while the temperature falls to its floor.
     halfway = args.epochs * math.ceil(len(train.x) / args.batch_size) / 2
     rate = math.log(args.temperature / args.floor) / halfway
     cooling = schedules.exponential(args.temperature, rate, args.floor)
@@ -94,6 +96,7 @@ def main(args: argparse.Namespace) -> None:
         **common.training_options(args),
     )
 
+    # 3. Evaluate the discrete twin, the model with the same parameters and hard classes.
     twin = vae.discrete()
     x, labels = datasets.binarize(test.x)[: args.test_images], test.labels[: args.test_images]
     relaxed = pv.evaluate(vae.model, vae.guide, x, num_samples=20, seed=args.seed)["elbo"]
@@ -123,6 +126,7 @@ def main(args: argparse.Namespace) -> None:
         "seconds": fitted.seconds,
         "history": fitted.history,
     }
+    # 4. Draw what each class stands for.
     figures = common.draw_images(twin, fitted.history, x, labels, shape)
     figures["classes"] = draw_prototypes(prototypes(twin), posterior.mean(0), shape)
     figures["labels"] = common.draw_classes(posterior[:, 0], labels, "Mean q(z|x) of the held-out images of each label")

@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> None:
     figures, trees = {}, {}
     for given in args.given:
         rows, (x, c) = split(train, given), split(test, given)
+        # 1. Train a VAE with the context, and one without it.
         cvae = conditional_vae(x.shape[1], c.shape[1], args.hidden)
         vae = common.plain_vae(x.shape[1], LATENT, networks.mlp([args.hidden], activation=nn.Tanh))
         fitted = pv.fit(cvae.model, cvae.guide, rows, **options)
@@ -101,6 +102,7 @@ def main(args: argparse.Namespace) -> None:
         row["elbo"] = pv.evaluate(cvae.model, cvae.guide, (x, c), num_samples=20, seed=args.seed)["elbo"]
         row["log_p_without_context"] = common.exact_log_p(vae.model, x).mean().item()
         if given == "label":
+            # 2. Given a label: log p(x|y) for each of ten labels makes a classifier, by Bayes' rule.
             log_p = evidence_by_label(cvae, x)
             log_joint = log_p + rows[1].mean(0).log()  # p(y): the share of each label in the training data
             posterior = log_joint.softmax(1)  # p(y|x), by Bayes' rule
@@ -112,6 +114,7 @@ def main(args: argparse.Namespace) -> None:
             images, names = mean_images(cvae, torch.eye(10)[:, None], torch.randn(12, LATENT)), [*"0123456789"]
             figures["samples_by_label"] = draw_grid(images, names, "Each row a label y, each column the same noise ε")
         else:
+            # 3. Given the upper half: each z is another way to complete the image.
             log_p = pv.log_evidence(cvae.model, cvae.guide, x, c, seed=args.seed).log_evidence
             row["log_p_given_context"] = log_p.mean().item()
             lower = mean_images(cvae, c[:12], torch.randn(6, 1, LATENT))

@@ -25,6 +25,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+# 1. A prior, an encoder and a decoder: a latent of two dimensions, and pixels that are 0 or 1.
 def digits_vae(hidden: int) -> pv.VAE:
     network = networks.mlp([hidden], activation=nn.Tanh)
     return pv.VAE(
@@ -36,11 +37,13 @@ def digits_vae(hidden: int) -> pv.VAE:
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 2. Read 1500 digits to train on, and others to evaluate on. Train.
     train, test, shape = common.load_binary_images("digits", test_images=args.test_images)
     x, labels = test.x, test.labels
     vae = digits_vae(args.hidden)
     fitted = pv.fit(vae.model, vae.guide, train.x, validation=x, **common.training_options(args))
 
+    # 3. Compute log p(x) of held-out digits by quadrature, and compare the ELBO with it.
     evidence = pv.exact.log_evidence(vae.model, x, tolerance=1e-3)
     elbo = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-3)
     found = {
@@ -56,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"  ELBO            {found['elbo']:.3f}")
     print(f"  gap, KL(q || p) {found['kl']:.3f}")
 
+    # 4. Draw the pictures, and write draws of z for ArviZ.
     figures = common.draw_images(vae, fitted.history, x, labels, shape)
     common.save(args, found, figures, {"digits": common.image_tree(vae, x, labels, args)})
 

@@ -72,6 +72,7 @@ def make_parts(args: argparse.Namespace, estimator: str, mean: Tensor) -> tuple[
             return priors.Bernoulli(200), guides.Bernoulli(pixels, 200, encode)
 
 
+# 1. Prior and guide with discrete or relaxed codes, and a decoder that reads scaled codes.
 def discrete_vae(args: argparse.Namespace, estimator: str, mean: Tensor) -> pv.VAE:
     """Make the VAE. Its decoder reads codes scaled to mean 0 and variance 1 under the prior."""
     prior, encoder = make_parts(args, estimator, mean)
@@ -103,6 +104,7 @@ def make_objective(args: argparse.Namespace, estimator: str, mean: Tensor) -> An
             return objectives.DisARM(draws)
 
 
+# 2. Train with the estimator. A relaxed VAE is returned as its discrete twin, the model with hard codes.
 def train(args: argparse.Namespace, estimator: str, data: Tensor) -> tuple[pv.VAE, pv.Fitted]:
     """Train with an estimator, and return the discrete model."""
     pyro.set_rng_seed(args.seed)

@@ -111,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
     train, test, _ = common.load_binary_images("digits", test_images=args.test_images)
     rows: list[dict[str, Any]] = []
     training: dict[int, float] = {}
+    # 1. Train a VAE with n bits, for a growing n, and time log p(x): the sum over 2^n states, and two estimates.
     for n in (size for size in SIZES if size <= args.largest):
         pyro.set_rng_seed(args.seed)  # the number of timed calls differs, and so does the random state after them
         vae = bernoulli_vae(n)
@@ -118,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
         training[n] = pv.fit(vae.model, vae.guide, train.x, **options).seconds
         rows.append(evaluate(args, vae, n, test.x, rows))
         print(f"n = {n}: trained in {training[n]:.1f} s", flush=True)
+    # 2. Print where the sum stopped, and draw time and error.
     named = {f"n = {row['n']}": row | {"mebibytes": row["bytes"] / 2**20} for row in rows}
     text = f"{common.table('', named, COLUMNS, NOTES)}\n\n{conclude(rows)}"
     print(text)

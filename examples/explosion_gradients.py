@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> None:
     x = train.x[: args.batch_size].clone()
     steps: dict[str, list[dict[str, Any]]] = {}
     stop = ""
+    # 1. Train a VAE with n bits, for a growing n, and time one step with each estimator.
     for n in (size for size in SIZES if size <= args.largest):
         pyro.set_rng_seed(args.seed)
         vae, relaxed = bernoulli_vae(n), relaxed_vae(n)
@@ -89,6 +90,7 @@ def main(args: argparse.Namespace) -> None:
             rows.append({"n": n, "seconds": measure_time(step)[0], "bytes": largest.bytes})
         print(f"n = {n}", flush=True)
 
+    # 2. Print the milliseconds of a step, and draw time and memory.
     table: dict[str, dict[str, float]] = {}
     for name, rows in steps.items():
         for row in rows:

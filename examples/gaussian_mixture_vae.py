@@ -126,12 +126,15 @@ def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = common.load_binary_images(args.data, args.folder, args.test_images)
     x, seed = test.x, args.seed
+    # 1. Build a VAE whose prior is a mixture of Gaussians, and the same one with a standard normal prior.
     mixture = GaussianMixtureVAE(x.shape[1], args.components, args.latent, args.hidden)
     plain = common.plain_vae(x.shape[1], args.latent, networks.mlp([args.hidden]))
+    # 2. Train both. The component y is summed over in every step.
     enum = TraceEnum_ELBO(max_plate_nesting=1)
     fit: Any = partial(pv.fit, data=train.x, validation=x, **common.training_options(args))
     one, several = "one standard normal", "mixture, y summed over"
     fits = {one: fit(plain.model, plain.guide), several: fit(mixture.model, mixture.guide, elbo=enum)}
+    # 3. Compare log p(x), by quadrature, and how well the clusters agree with the labels.
     exact = (plain.model, mixture.marginal_model) if args.latent <= 2 else (None, None)
     rows = {one: common.evaluate(plain, x, seed=seed, exact=exact[0])}
     rows[several] = common.evaluate(mixture, x, seed=seed, exact=exact[1], elbo=enum)

@@ -117,6 +117,7 @@ COLUMNS |= {"not zero": "{not_zero}", "largest": "{largest:.0f}"}
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     draws = 1000 * args.epochs
+    # 1. Estimate the derivative many times with each estimator, and compare mean and spread with the exact one.
     gradients = {name: moments(gradient) for name, gradient in estimate(draws).items()}
     differences = finite_differences(draws)
     notes = f"""exact derivative: {exact_derivative():.4f}; error: standard error of the mean; sd: of one draw

@@ -118,8 +118,10 @@ def draw_simplex(points: dict[float, Tensor]) -> Figure:
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     draws = 1000 * args.epochs
+    # 1. Draw classes by the argmax of logits plus noise, and relaxed draws by a softmax.
     classes = sample_classes(draws)
     simplex, points = sample_simplex(draws, args.seed)
+    # 2. Compare the shares of the classes with the softmax of the logits.
     rows = {
         name: {"shares": format_shares(shares), "p": classes["p_value"][name]}
         for name, shares in classes["share"].items()

@@ -114,12 +114,15 @@ in 50 %, in 90 %: share of masked entries in these intervals; log p: nats per ma
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 1. Mask a quarter of the entries. The baselines are column means and a regression of each column on all
+    # others.
     complete, incomplete, names = common.load_measurements(args.percent, args.seed)
     train, x, complete, masked = incomplete[:400], incomplete[400:], complete[400:], incomplete[400:].isnan()
     found = {
         "column means": normal_imputation(torch.zeros_like(x), torch.ones(30), complete, args.draws),
         "IterativeImputer": regression_imputation(train, x, complete, args.draws, args.seed),
     }
+    # 2. Train three VAEs that skip missing entries, and draw the masked ones from each.
     histories = {}
     for name in ("VAE, nothing more hidden", "VAE, Normal", "VAE, Student-t"):
         likelihood = likelihoods.Normal if name == "VAE, Normal" else likelihoods.StudentT
@@ -128,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
         fitted = pv.fit(vae.model, vae.guide, train, **options)
         histories[name] = fitted.history
         found[name] = vae_imputation(vae, x, complete, args.draws)
+    # 3. Compare error and coverage: do intervals contain the true value as often as they claim?
     rows = {name: evaluate(imputed, complete, masked) for name, imputed in found.items()}
     covered = {name: row.pop("coverage") for name, row in rows.items()}
     text = common.table(f"{int(masked.sum())} masked entries", rows, COLUMNS, NOTES)

@@ -68,9 +68,11 @@ def forest(trees: dict[str, Any], count: int) -> Figure:
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = common.load_binary_images(args.data, args.folder, args.test_images)
+    # 1. Train a VAE. Make a second guide with a fault: half the variance.
     vae = common.plain_vae(train.x.shape[1], args.latent, networks.mlp([args.hidden], nn.SiLU))
     fitted = pv.fit(vae.model, vae.guide, train.x, validation=test.x, **common.training_options(args))
     pairs = {"as trained": vae.guide, f"variance times {args.variance:g}": scaled(vae, args.variance)}
+    # 2. Inspect both. Each call writes a page, and lists the faults that it found.
     found, trees, texts = {}, {}, []
     for name, guide in pairs.items():
         page = args.out / f"{name.replace(' ', '_')}.html"
@@ -101,6 +103,7 @@ def main(args: argparse.Namespace) -> None:
             constant_data={"label": test.labels[:20]},
         )
     print("Pages:", *(f"{args.out / name.replace(' ', '_')}.html" for name in pairs))
+    # 3. Draw intervals of both for ArviZ.
     figures = {"forest": forest(trees, count=1)}
     named = {name.replace(" ", "_"): tree for name, tree in trees.items()}
     common.save(args, {"guides": found, "history": fitted.history}, figures, named, "\n".join(texts))

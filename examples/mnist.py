@@ -87,12 +87,15 @@ def image_vae(args: argparse.Namespace, shape: tuple[int, int]) -> pv.VAE:
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 1. Read the images, build the VAE that the options describe, and train it. Pixels are drawn again in each
+    # epoch.
     train, test, shape = common.load_images(args.data, args.folder)
     pixels = PIXELS[args.binarization]
     vae = image_vae(args, shape)
     options = common.training_options(args)
     fitted = pv.fit(vae.model, vae.guide, train.x, validation=test.x, transform=pixels, **options)
 
+    # 2. Evaluate on held-out images: ELBO, and log p(x) from many draws of q(z|x).
     # A relaxed VAE is evaluated as its discrete twin, the model with hard codes.
     if {args.prior, args.guide} == {"relaxed-bernoulli"}:
         vae = vae.discrete()
@@ -125,6 +128,7 @@ def main(args: argparse.Namespace) -> None:
         "seconds": fitted.seconds,
         "history": fitted.history,
     }
+    # 3. Draw training curves, latent map, reconstructions, samples and the manifold.
     figures = common.draw_images(vae, fitted.history, x, labels, shape)
     common.save(args, found, figures, {"mnist": common.image_tree(vae, x[:20], labels[:20], args)})
 

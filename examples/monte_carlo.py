@@ -45,11 +45,13 @@ def estimation_error(vae: pv.VAE, x: Tensor, draws: int, repeats: int, from_prio
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 1. Train a VAE with one Gaussian latent on points from two Gaussians.
     train = pv.datasets.two_gaussians(1000, seed=args.seed)
     test = pv.datasets.two_gaussians(args.test_points, seed=args.seed + 1)
     vae = gaussian_vae()
     fitted = pv.fit(vae.model, vae.guide, train.x, epochs=args.epochs, lr=args.lr, seed=args.seed)
 
+    # 2. Estimate log p(x) from 1, 4, 16, ... draws of the prior and of the guide, and compare with quadrature.
     sizes = [4**power for power in range(7) if 4**power <= args.largest]
     errors = {
         name: [estimation_error(vae, test.x, size, args.repeats, name == "prior") for size in sizes]

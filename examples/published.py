@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+# 1. Prior and guide for each method: a standard normal or a VampPrior, a Gaussian guide or a flow.
 def image_vae(args: argparse.Namespace, method: str, train: Tensor) -> pv.VAE:
     """Make a VAE with the prior and the guide of the method."""
     x = datasets.grey(train[:10_000])
@@ -65,6 +66,7 @@ def image_vae(args: argparse.Namespace, method: str, train: Tensor) -> pv.VAE:
     return pv.VAE(prior, encoder, decoder)
 
 
+# 2. Train with KL annealing and a falling learning rate.
 def train(args: argparse.Namespace, method: str, data: Tensor) -> tuple[pv.VAE, pv.Fitted]:
     """Train by a method, with KL annealing: the weight of the KL rises to 1, so that no dimension collapses early."""
     pyro.set_rng_seed(args.seed)

@@ -118,18 +118,21 @@ NOTES = "ELBO and log p(x) (200 draws) of held-out images without labels, with h
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
+    # 1. Keep a hundred labels, and set all others to -1.
     train, test, _ = common.load_binary_images(args.data, args.folder, args.test_images)
     labels = common.mask_labels(train.labels, args.labels)
     x, missing = test.x, torch.full_like(test.labels, -1)
     m2s = {name: M2(name, x.shape[1], args.latent, args.hidden) for name in METHODS}
     m2, soft, enum = m2s["enumerated"], m2s["relaxed"], TraceEnum_ELBO(max_plate_nesting=1)
     options = common.training_options(args)
+    # 2. Train with an enumerated y, with a relaxed y, and a classifier on the labels alone.
     fit: Any = partial(pv.fit, data=(train.x, labels), validation=(x, missing), **options)
     fits = {"enumerated": fit(partial(m2.model, alpha=args.alpha), m2.guide, elbo=enum)}
     fits["relaxed"] = fit(partial(soft.model, alpha=args.alpha, relaxed=True), partial(soft.guide, relaxed=True))
     options["epochs"] = max(1, fits["enumerated"].steps // math.ceil(args.labels / args.batch_size))
     known = train.x[labels >= 0], labels[labels >= 0]
     fits["alone"] = pv.fit(m2s["alone"].supervised_model, lambda x, labels: None, known, **options)
+    # 3. Compare the share of right classes on held-out images, and log p(x).
     rows: dict[str, Any] = {}
     for name, pair in m2s.items():
         right = (pair.classifier(x).mean[:, 0].argmax(1) == test.labels).double()

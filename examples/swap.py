@@ -83,6 +83,7 @@ def main(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     trees: dict[str, xr.DataTree] = {}
     refused: dict[str, str] = {}
+    # 1. Try each prior with each guide. A pair that does not fit raises an error; keep its text.
     for prior in PRIORS:
         for guide in GUIDES:
             try:
@@ -106,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
             trees[f"{len(trees)}_{file}"] = common.image_tree(vae, x[:20], labels[:20], args)
             print(f"{prior}, {guide}: {fitted.seconds:.1f} s", flush=True)
 
+    # 2. Print a table: log p(x) and ELBO of each pair.
     named = {f"{row['prior']:30s} {row['guide']}".rstrip(): row | {"sign": "" if row["exact"] else "~"} for row in rows}
     note = "in nats per held-out image of 64 pixels; ~ estimated with 5000 draws for each"
     text = common.table("prior and guide", named, COLUMNS, note)

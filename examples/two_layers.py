@@ -121,10 +121,12 @@ def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     train, test, shape = common.load_binary_images(args.data, args.folder, args.test_images)
     x, pixels = test.x, test.x.shape[1]
+    # 1. Build a VAE with one layer, and models with two layers: bottom-up and top-down guides.
     one = common.plain_vae(pixels, args.latent[0], networks.mlp([args.hidden], activation=nn.Tanh))
     pairs: dict[str, Any] = {ONE: one} | {name: TwoLayers(name, pixels, args.latent, args.hidden) for name in TWO}
     steps = args.warm_up * math.ceil(len(train.x) / args.batch_size)
     rows, histories, log_p = {}, {}, {}
+    # 2. Train each, with and without KL annealing, and measure the rate of each layer and log p(x).
     for name, pair in pairs.items():
         beta = torch.tensor(0.0 if name.endswith("warm-up") else 1.0)
         options = common.training_options(args) | {"schedules": {beta: schedules.linear(beta.item(), 1.0, steps)}}
@@ -137,6 +139,7 @@ def main(args: argparse.Namespace) -> None:
         if name != ONE:
             gain = log_p[name] - log_p[ONE]
             rows[name] |= {"gain": gain.mean().item(), "gain_error": common.standard_error(gain)}
+    # 3. Print the table, and draw samples of the best model.
     rows[ONE]["rate_z1"] = rows[ONE].pop("rate_z")
     print(text := common.table("model and guide", rows, COLUMNS, "in nats per held-out image; log p(x): a lower bound"))
     best = max(TWO, key=lambda name: rows[name]["log_p"])

@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import pkgutil
+import posixpath
 import re
 import runpy
 import subprocess
@@ -18,8 +20,10 @@ from pyro_vae._utils.rng import seeded
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "_build" not in page.parts]
+GENERATED = [DOCS / "_build", DOCS / "examples"]
+PAGES = [page for page in PAGES if not any(map(page.is_relative_to, GENERATED))]
 CODE = [page for page in PAGES if "notebooks" not in page.parts]  # test_notebooks.py runs the others
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.py"))
 
@@ -93,7 +97,7 @@ def test_every_figure_is_shown_once_with_alt_text_and_caption():
     assert sorted(path for path, _ in shown) == FIGURES
     for path, page in shown:
         directive = page.read_text().partition(f".. plot:: figures/{path.name}\n")[2].partition("```")[0]
-        assert re.match(r"   :alt: \S.{20,}\n\n   \S", directive), (
+        assert re.match(r"   :alt: \S.{20,}\n(   :class: .*\n)?\n   \S", directive), (
             f"{name(page)}: {path.name} lacks alt text or caption"
         )
 
@@ -124,25 +128,168 @@ def test_dead_links_of_built_pages_are_found(tmp_path):
     ]
 
 
-def test_the_reference_describes_every_module_and_every_name_once(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    reference = importlib.import_module("reference")
-    pages = {page.stem: reference.expand(page.read_text()) for page in sorted((ROOT / "docs" / "api").glob("*.md"))}
+@pytest.fixture
+def load(monkeypatch):
+    """Return a function that imports a module of the folder ``docs``."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module
+
+
+def described(load, folder: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return the pages of a folder with their markers replaced, and the modules and names that they describe."""
+    pages = {page.stem: load("reference").expand(page.read_text()) for page in sorted((DOCS / folder).glob("*.md"))}
     lines = [line.split() for page in pages.values() for line in page.splitlines() if line.startswith(".. auto")]
     modules = [name for _, directive, name in lines if directive == "automodule::"]
-    names = [name for _, directive, name in lines if directive != "automodule::"]
-    expected = set(reference.modules_below("pyro_vae")) - {"pyro_vae", "pyro_vae.parts"}
-    assert sorted(modules) == sorted(expected)
-    assert len(names) == len(set(names)) > 100
-    assert {"pyro_vae.VAE", "pyro_vae.fit", "pyro_vae.exact.log_evidence", "pyro_vae.parts.priors.Normal"} <= set(names)
-    contents = (ROOT / "docs" / "api.md").read_text()
+    return pages, modules, [name for _, directive, name in lines if directive != "automodule::"]
+
+
+def test_the_reference_describes_each_public_name_once_as_a_user_types_it(load):
+    pages, _, names = described(load, "api")
+    reference = load("reference")
+    assert sorted(names) == sorted({reference.typed(place) for place in reference.public_paths()})
+    assert {"pyro_vae.VAE", "pyro_vae.fit", "pyro_vae.exact.log_evidence", "pyro_vae.priors.Normal"} <= set(names)
+    assert not [name for name in names if "._" in name]
+    contents = (DOCS / "api.md").read_text()
     assert not [page for page in pages if f"api/{page}" not in contents], "a page is not in the table of contents"
+
+
+def test_the_table_of_a_chapter_has_each_of_its_names_with_a_sentence(load):
+    pages, _, names = described(load, "api")
+    rows = [found for page in pages.values() for found in re.findall(r"py:obj}`\S+ <(\S+)>`\n  - (.*)", page)]
+    assert sorted(path for path, _ in rows) == sorted(names)
+    assert not [row for row in rows if len(row[1]) < 5]
+
+
+def test_the_pages_for_developers_describe_all_other_names_and_every_module(load):
+    public, internal = described(load, "api"), described(load, "developers")
+    assert not set(public[2]) & set(internal[2])
+    assert len(internal[2]) == len(set(internal[2])) > 100
+    reference = load("reference")
+    with_names = {name for name in reference.modules_below("pyro_vae")[1:] if reference.names_of(name)}
+    assert with_names <= {*public[1], *internal[1]}
+    contents = (DOCS / "developers" / "index.md").read_text()
+    assert not [page for page in internal[0] if page != "index" and f"\n{page}\n" not in contents]
+
+
+def test_a_reference_by_place_or_bare_name_finds_the_public_name(load):
+    candidates = load("reference").candidates
+    assert "pyro_vae.guides.DiagonalNormal" in candidates("pyro_vae.parts.guides.DiagonalNormal", None)
+    assert "pyro_vae.VAE.save" in candidates("pyro_vae.vae.VAE.save", None)
+    assert "pyro_vae.log_evidence" in candidates("log_evidence", "pyro_vae.evidence")
+    assert "pyro_vae.exact.log_evidence" in candidates("log_evidence", "pyro_vae.exact")
+
+
+INVENTORIES = sorted((DOCS / "inventories").glob("*.txt"))
+
+
+@pytest.mark.parametrize("path", INVENTORIES, ids=lambda path: path.stem)
+def test_names_of_other_documentations_exist_and_are_read_by_sphinx(load, path, tmp_path):
+    from sphinx.util.inventory import InventoryFile
+
+    inventory = load("inventory").Inventory.read(path)
+    for name, kind, _ in inventory.lines:
+        value = pkgutil.resolve_name(name)
+        kinds = {"class": isinstance(value, type), "function": callable(value), "module": isinstance(value, ModuleType)}
+        assert kinds[kind]
+    inventory.write(tmp_path / "objects.inv")
+    with (tmp_path / "objects.inv").open("rb") as file:
+        read = InventoryFile.load(file, inventory.address, posixpath.join)
+    found = {
+        (item, role.removeprefix("py:")): entry.uri for role, items in read.items() for item, entry in items.items()
+    }
+    assert found == {(name, kind): inventory.address + page.replace("$", name) for name, kind, page in inventory.lines}
+
+
+EXAMPLE = """import math
+
+
+# 1. The model.
+@decorated
+def model():
+    return 1
+
+
+def main():
+    # 2. Train it,
+    # and look.
+    for _ in range(3):
+        # 3. A step.
+        train()
+
+        report()
+    save()
+"""
+
+
+def test_numbered_comments_of_an_example_are_its_steps(load):
+    first, second, third = load("gallery").steps(EXAMPLE)
+    assert first == ("The model.", "@decorated\ndef model():\n    return 1")
+    assert second == ("Train it, and look.", "for _ in range(3):")
+    assert third == ("A step.", "train()\n\nreport()")
+
+
+def test_each_example_of_the_gallery_exists_and_each_theme_names_examples(load):
+    gallery = load("gallery")
+    themed = [name for names in gallery.THEMES.values() for name in names]
+    assert len(themed) == len(set(themed))
+    assert set(themed) <= set(gallery.SHORT_FORMS)
+    assert not [name for name in gallery.SHORT_FORMS if not gallery.Example.read(name).introduction]
+
+
+def test_the_first_page_shows_the_program_that_draws_its_picture():
+    page = DOCS / "index.md"
+    picture = (DOCS / "figures" / "first_picture.py").read_text().split('"""')[2].strip()
+    assert page.read_text().index("first_picture.py") < page.read_text().index("## ")
+    assert blocks(page)[0][2].strip() == picture
+    assert len(picture.split("\n\n")[1].splitlines()) <= 7
+
+
+def test_formulas_need_one_file_that_is_copied_next_to_the_pages(load, tmp_path):
+    mathjax = load("mathjax")
+    mathjax.install(type("App", (), {"outdir": tmp_path}))
+    copied = [path for path in (tmp_path / "_static").rglob("*") if path.is_file()]
+    assert [path.name for path in copied] == [mathjax.COMPONENT]
+    assert copied[0].stat().st_size < 3e6
+
+
+def test_the_browser_finds_what_is_wrong_with_a_page(load, tmp_path):
+    check = load("check_pages")
+    if check.browser() is None:
+        pytest.skip("needs Chromium")
+    load("mathjax").install(type("App", (), {"outdir": tmp_path}))
+    head = '<!doctype html><meta name="viewport" content="width=device-width"><body style="margin:0">'
+    formula = r'<span class="math">\(\mathbb{E}_{q}[\log p] \ge \mathcal{L}\)</span>'
+    script = f'<script src="_static/{load("mathjax").PATH}"></script>'
+    pages = {
+        "good": f"{formula}{script}<div style='overflow-x:auto'><div style='width:2000px'>wide</div></div>",
+        "no_script": formula,
+        "remote": '<img src="https://example.org/picture.png">',
+        "wide": '<div class="broad" style="width:800px">wide</div>',
+        "wrong": r'<span class="math">\(\frac{1}\)</span>' + script,
+    }
+    for name, body in pages.items():
+        (tmp_path / f"{name}.html").write_text(head + body)
+    found = check.faults(tmp_path)
+    assert {(page, width) for page, width, _ in found} == {
+        *(("no_script.html", width) for width in check.WIDTHS),
+        *(("remote.html", width) for width in check.WIDTHS),
+        *(("wrong.html", width) for width in check.WIDTHS),
+        ("wide.html", 390),
+    }
+    text = {page: fault for page, _, fault in found}
+    assert "1 of 1 formulas are not set" in text["no_script.html"]
+    assert text["remote.html"] == "requests https://example.org/picture.png"
+    assert text["wide.html"] == "800 pixels wide in a window of 390: div.broad"
 
 
 def test_the_pages_have_code():
     learn = {"maximum_likelihood", "reparameterisation", "kl", "posterior_and_prior", "losses"}
-    use = {"index", "exact", "your_own"}
-    assert {name(page) for page in PAGES if blocks(page)} >= {"README.md", *(f"docs/{page}.md" for page in learn | use)}
+    use = {"index", "exact", "your_own", "cheat_sheet"}
+    how_to = {f"how_to/{page.stem}" for page in (DOCS / "how_to").glob("*.md") if page.stem != "index"}
+    assert {name(page) for page in PAGES if blocks(page)} >= {
+        "README.md",
+        *(f"docs/{page}.md" for page in learn | use | how_to),
+    }
 
 
 def test_lines_of_code_fit_a_screen():
