@@ -65,7 +65,9 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), float(channels == 3))
+    sheet = torch.full(
+        (channels, rows * (height + 1) - 1, columns * (width + 1) - 1), float(channels == 3), device="cpu"
+    )
     for index, image in enumerate(pixels):
         top, left = (index // columns) * (height + 1), (index % columns) * (width + 1)
         sheet[:, top : top + height, left : left + width] = image
@@ -73,7 +75,11 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
         ax.imshow(sheet[0].numpy(), cmap=colormaps["gray_r"].with_extremes(bad=MISSING), vmin=0, vmax=1)
     else:
         missing = sheet.isnan().any(0)
-        ax.imshow(torch.where(missing, torch.tensor(to_rgb(MISSING))[:, None, None], sheet).movedim(0, -1).numpy())
+        ax.imshow(
+            torch.where(missing, torch.tensor(to_rgb(MISSING), device="cpu")[:, None, None], sheet)
+            .movedim(0, -1)
+            .numpy()
+        )
     ax.set_axis_off()
     if new:
         fit_figure(ax, *sheet.shape[1:])
