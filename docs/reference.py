@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.pycode import ModuleAnalyzer
 
 import pyro_vae
 
@@ -36,7 +37,7 @@ def public(package: str) -> str:
     table = [":::{list-table}", ":widths: auto", ":class: summary", ""]
     for names in described.values():
         for path, value in names.items():
-            table += [f"* - {{py:obj}}`{path.removeprefix(PACKAGE + '.')} <{path}>`", f"  - {_summary(path, value)}"]
+            table += [f"* - {{py:obj}}`{_shown(path)} <{path}>`", f"  - {_summary(path, value)}"]
     sections = ["", *table, ":::", ""]
     if package not in described:
         sections = [_automodule(package), *sections]
@@ -145,13 +146,25 @@ def _entries(names: dict[str, Any]) -> str:
 
 
 def _summary(path: str, value: Any) -> str:
-    """Return the first sentence of a docstring as Markdown."""
-    if _kind(value) == "data":
-        return "A constant."
-    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[^.\s]{2}[.:])\s", text)[0].rstrip(":")
+    """Return the first sentence of a description as Markdown."""
+    description = inspect.getdoc(value) if _kind(value) != "data" else _comment(path)
+    text = " ".join((description or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[^.\s]{2}\.)\s", text)[0].rstrip(":,")
+    sentence = re.sub(r":math:`([^`]*)`", r"$\1$", sentence)
     sentence = re.sub(r":\w+:`~?([\w.]+\.)?(\w+)`", r"`\2`", sentence)
-    return sentence.replace("``", "`").replace("*", r"\*")
+    return sentence.replace("``", "`").replace("**", "")
+
+
+def _shown(path: str) -> str:
+    """Return what a user types after the name of the package."""
+    return public_paths().get(path, path).removeprefix(f"{PACKAGE}.")
+
+
+def _comment(path: str) -> str:
+    """Return the string below a constant, or the name of its type."""
+    module, _, name = path.rpartition(".")
+    lines = ModuleAnalyzer.for_module(module).find_attr_docs().get(("", name))
+    return "\n".join(lines) if lines else f"A {type(_get(path)).__name__}."
 
 
 def _title(name: str, package: str) -> str:
