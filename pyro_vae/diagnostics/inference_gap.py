@@ -164,7 +164,7 @@ def inference_gap(
         data: arguments of both, N rows. All are refined at once: some hundreds are enough for the mean.
         refined: q*, a guide of these data that is refined already, in place of a refinement here.
         steps: steps of Adam. On VAEs of 64 pixels with a trained encoder, the default of 300 steps of 16 draws reaches
-            the ELBO of 1000 steps of 32 draws to 0.001 nats, in a fifth of the time; see ``lr`` for a guide that
+            the ELBO of 1000 steps of 32 draws to 0.001 nats, in a quarter of the time; see ``lr`` for a guide that
             is far from its best.
         lr: its learning rate, constant for half the steps and then decayed. A raw output moves by at most 0.75 ``lr``
             ``steps``, 6.75 by default.
