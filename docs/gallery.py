@@ -67,7 +67,9 @@ OTHERS = "Around the training"
 
 CAPTIONS = {
     "bayes_rule": "How probable each digit is by Bayes' rule, for held-out images of each label.",
+    "bytes": "The largest tensor of a step grows with the number of states only where they are summed over.",
     "calibration": "How often intervals contain the true value. On the diagonal they do as often as they claim.",
+    "categorical": "Shares of the classes: Gumbel noise gives the softmax of the logits, Gaussian noise does not.",
     "classes": "What the classes stand for.",
     "clusters": "Which components hold the held-out images of each label.",
     "comparison": "The ELBO and log p(x) of each model; the line between them is the gap.",
@@ -86,6 +88,7 @@ CAPTIONS = {
     "samples": "Images that the model generates.",
     "samples_by_label": "One row for each label; in a column all images have the same noise.",
     "samples_by_layer": "Images that the model generates, by layer.",
+    "seconds": "The time of a step grows with the number of states only where they are summed over.",
     "simplex": "Relaxed draws on the simplex: a lower temperature moves them to the corners.",
     "swap": "The ELBO and log p(x) of each pair of prior and guide.",
     "training": "The ELBO in training and on held-out data.",
