@@ -150,7 +150,7 @@ def test_every_form_of_data_trains_to_the_same_bits_without_being_read_whole(com
         assert_same(run(form, batch_size=B, validation=validation, compile=compile), expected)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("uncompiled")
 def test_a_loader_with_the_same_batches_trains_to_the_same_bits(compile):
     expected = run(X, batch_size=B, compile=compile)
