@@ -48,7 +48,6 @@ class Table(display.Result, nn.Module):
     Attributes:
         x: the encoded rows, ``(N, D)``.
         context: covariates of each row, ``(N, C)``, or ``None``; the offset is the last of them.
-        data: ``(x,)`` or ``(x, context)``, the arguments of the VAE's model and guide.
         index: names of the rows, an index of pandas.
         columns: what is known of each column, in the order of x.
 
@@ -208,7 +207,7 @@ class Table(display.Result, nn.Module):
 
     @property
     def data(self) -> tuple[Tensor, ...]:
-        """The arguments of the VAE's model and guide: x, and the covariates if there are any."""
+        """The arguments of the VAE's model and guide, ``(x,)`` or ``(x, context)``."""
         return (self.x,) if self.context is None else (self.x, self.context)
 
     def to_data(self) -> DataTensors:
