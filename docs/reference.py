@@ -221,10 +221,11 @@ def candidates(target: str, module: str | None) -> Iterator[str]:
 
 def link_sources(app: Any, doctree: nodes.document) -> None:
     """Name the defining module of each described object, which :mod:`sphinx.ext.viewcode` reads."""
-    places = {typed(place): place for place in public_paths()}
+    places = {typed(place): place for place in public_paths() if typed(place) != place}
     for signature in doctree.findall(lambda node: node.tagname == "desc_signature"):
         path = f"{signature.get('module')}.{signature.get('fullname')}"
         found = next((each for each in (path, path.rpartition(".")[0]) if each in places), None)
         if found is not None:
             module, _, name = places[found].rpartition(".")
             signature["module"], signature["fullname"] = module, name + path.removeprefix(found)
+            signature["ids"].append(f"{module}.{signature['fullname']}")  # where the link back from the source leads
