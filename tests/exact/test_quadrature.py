@@ -392,7 +392,7 @@ def test_the_answers_in_batches_of_rows_are_those_of_all_rows(monkeypatch):
     vae, x = gaussian(1).double(), torch.randn(40, 3).double()
     whole = [exact.log_evidence(vae.model, x), exact.elbo(vae.model, vae.guide, x), exact.kl(vae.model, vae.guide, x)]
     posterior = exact.posterior(vae.model, x)
-    monkeypatch.setattr(inference, "_batches", lambda p: p.batches(16))
+    monkeypatch.setattr(inference, "_batches", lambda p: list(p.batches(16)))
     parts = [exact.log_evidence(vae.model, x), exact.elbo(vae.model, vae.guide, x), exact.kl(vae.model, vae.guide, x)]
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=3e-4)
