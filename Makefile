@@ -17,7 +17,7 @@ SOURCES := pyro_vae examples tests docs conftest.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration slow bench arviz1 pytest lint types format docs clean help
+.PHONY: demo test integration package slow bench arviz1 pytest lint types format docs clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,12 @@ pytest: $(DEV)  ## the tests and doctests alone, without the slow and the integr
 
 integration: docs $(DEV)  ## the documentation, warnings as errors; its code, the examples, and the real compiler
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'integration and not slow'
+
+package: $(DEV)  ## a wheel and a source archive in dist/, checked
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/check_wheel.py dist
 
 slow: $(DEV)  ## the heavy statistical tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow

@@ -77,7 +77,10 @@ CAPTIONS = {
     "cost": "The time of the exact sum grows with the number of states; that of an estimate does not.",
     "errors": "The error of the estimates, where the exact sum is known.",
     "forest": "Means and intervals of the posterior, and what ArviZ draws from the files.",
-    "generated": "The data, and points that each trained model generates.",
+    "bernoulli": "A bit, summed out or drawn: the posterior of each point, samples, and the nats lost in training.",
+    "relaxed_bernoulli": "A relaxed bit: at one temperature, and with a temperature that falls.",
+    "gumbel_softmax": "The same with two relaxed classes.",
+    "gaussian": "A continuous latent, and the prior in place of a guide.",
     "gradients": "Each estimator of the derivative, compared with the exact one.",
     "labels": "Which classes hold the held-out images of each label.",
     "latent": "The codes of held-out images, and the components of the prior.",
@@ -95,7 +98,16 @@ CAPTIONS = {
 }
 """A sentence for each picture, by the name of its file."""
 
-FIRST = ("generated", "manifold", "latent", "samples_by_label", "simplex", "completions", "comparison", "latent_map")
+FIRST = (
+    "relaxed_bernoulli",
+    "manifold",
+    "latent",
+    "samples_by_label",
+    "simplex",
+    "completions",
+    "comparison",
+    "latent_map",
+)
 """The pictures that stand at the top of a page and in the gallery, where an example has them, the best one first."""
 
 STEP = re.compile(r"^( *)# (\d+)\. (.*)$")

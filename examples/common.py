@@ -346,15 +346,22 @@ def draw_lines(lines: Mapping[str, tuple[Any, Any]], **axis: Any) -> Figure:
     return figure
 
 
-def draw_points(panels: Mapping[str, Tensor], columns: int = 4, limit: float = 2.2) -> Figure:
-    """Draw the first 1000 points of each panel, ``(N, 2)``, under its title."""
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.1 * rows), layout="constrained")
-    for ax, (title, points) in zip(axes.flat, panels.items(), strict=False):
-        ax.scatter(points[:1000, 0], points[:1000, 1], s=4, alpha=0.4, color="black", linewidths=0)
-        ax.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for ax in axes.flat[len(panels) :]:
-        ax.set_axis_off()
+def draw_fits(x: Tensor, fits: Mapping[str, tuple[Tensor, Tensor, Any]]) -> Figure:
+    """Draw a row for each fit to points ``(N, 2)``: the code of each point, samples, and steps with nats lost."""
+    figure, axes = plt.subplots(len(fits), 3, figsize=(9.5, 2.9 * len(fits)), layout="constrained", squeeze=False)
+    data, model = plots.colours.PALETTE[:2]
+    for (name, (codes, generated, lost)), (left, middle, right) in zip(fits.items(), axes, strict=True):
+        left.set_title(name, loc="left", fontsize=10)
+        figure.colorbar(left.scatter(*x.T, c=codes, s=8, cmap="cividis"), ax=left, label="mean of z given x")
+        middle.scatter(*x.T, s=10, marker="x", linewidths=0.6, label="data", color=data)
+        middle.scatter(*generated.T, s=4, label="samples", color=model)
+        middle.legend(loc="upper left", fontsize=8)
+        for ax in (left, middle):
+            ax.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xlabel="x[0]", ylabel="x[1]")
+        right.plot(*lost, marker=".", color=data)
+        right.set_yscale("symlog", linthresh=0.01)
+        right.set(xlabel="step", ylabel="lost against the truth, nats", ylim=(-0.005, 30))
+        right.set_yticks([0, 0.01, 0.1, 1, 10], ["0", "0.01", "0.1", "1", "10"])
     return figure
 
 
@@ -428,6 +435,13 @@ def make_tree(pair: Any, x: Tensor, args: argparse.Namespace, *context: Tensor, 
     return pv.to_datatree(pair.model, pair.guide, x, *context, draws=args.draws, seed=args.seed, parallel=True, **names)
 
 
+def save_figure(args: argparse.Namespace, name: str, figure: Figure) -> None:
+    """Write a picture as a PNG file, and print its path."""
+    figure.savefig(args.out / f"{name}.png", dpi=130)
+    plt.close(figure)
+    print(f"Picture: {args.out / name}.png", flush=True)
+
+
 def save(
     args: argparse.Namespace,
     results: dict[str, Any],
@@ -439,11 +453,10 @@ def save(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     (args.out / "results.json").write_text(json.dumps({"settings": settings} | results, indent=2))
     for name, figure in figures.items():
-        figure.savefig(args.out / f"{name}.png", dpi=130)
-        plt.close(figure)
+        save_figure(args, name, figure)
     for name, tree in trees.items():
         tree.to_netcdf(args.out / f"{name}.nc", engine="h5netcdf")
-    written = ["results.json", *(f"{name}.png" for name in figures), *(f"{name}.nc" for name in trees)]
+    written = ["results.json", *(f"{name}.nc" for name in trees)]
     if text is not None:
         (args.out / "table.txt").write_text(text + "\n")
         written.append("table.txt")
