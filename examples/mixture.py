@@ -39,7 +39,7 @@ LESSONS = {
     "relaxed Bernoulli, relaxed": "Codes between 0 and 1 put points between the clusters.",
     "relaxed Bernoulli, twin": "The same decoder with a hard bit is better, but it was trained for soft bits.",
     "relaxed Bernoulli, annealed": "A falling temperature with the KL of the bit is as good as enumeration.",
-    "relaxed Bernoulli, annealed, relaxed KL": "At any temperature the relaxed KL makes certain codes expensive: no cure.",
+    "relaxed Bernoulli, annealed, relaxed KL": "At any temperature the relaxed KL makes sure codes costly: no cure.",
 }
 LESSONS |= {
     name.replace("relaxed Bernoulli", "Gumbel-softmax"): lesson for name, lesson in LESSONS.items() if "," in name
