@@ -246,6 +246,8 @@ class Classes(Column):
     """Classes, as their numbers 0 to k - 1 in the order of the levels."""
 
     def __init__(self, column: "pd.Series", kind: str, storage: Mapping[str, Any]):
+        import pandas as pd
+
         super().__init__(column, kind, storage)
         self.levels = _levels(column)
         if others := [level for level in self.levels if not isinstance(level, str | int | float)]:
@@ -257,6 +259,12 @@ class Classes(Column):
         if len(self.levels) < 2 or (kind == "bernoulli" and len(self.levels) != 2):
             need = "two levels" if kind == "bernoulli" else "two levels or more"
             raise UnreadableColumn(f"must have {need} to be {kind}, got {len(self.levels)}: {_listed(self.levels)}")
+        if kind == "ordinal" and not isinstance(column.dtype, pd.CategoricalDtype) and isinstance(self.levels[0], str):
+            shown = ", ".join(map(repr, self.levels[:2]))
+            raise UnreadableColumn(
+                f"has texts, which have no order: state it from low to high, `frame[{self.label!r}] = "
+                f"pd.Categorical(frame[{self.label!r}], [{shown}, ...], ordered=True)`"
+            )
         numbers = self.encode(column)
         counts = np.array([(numbers == number).sum() for number in range(len(self.levels))])
         self.shares = [float(count) for count in np.maximum(counts, _FLOOR) / np.maximum(counts, _FLOOR).sum()]

@@ -11,6 +11,8 @@ The rules, in this order:
 - Whole numbers that are not negative are counts if 0 is one of them or their mean is below 5, and the mean is below 3
   standard deviations and below 1000: ``poisson``, or ``negative_binomial`` if the variance is above 1.5 times the mean.
   Other whole numbers, such as an age or a mass in grams, are treated as real numbers.
+- Whole numbers in a column that is called ``id`` or ends so are refused. So are -99, -999 and -9999 if they repeat and
+  no other number is negative, and texts that differ only in spaces or capital letters: state what they are.
 - Real numbers are ``normal``, or ``log_normal`` if they are positive, have a skewness above 1, and their logarithms a
   smaller one.
 
@@ -19,6 +21,7 @@ latent variables.
 """
 
 import re
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +47,10 @@ _LARGEST_COUNT = 1000  # mean of counts; larger ones are like real numbers
 _SMALL_COUNT = 5  # mean of counts of which some are 0, unless the table is small
 _OVERDISPERSION, _SKEWNESS, _FROM_ZERO = 1.5, 1.0, 3.0
 _FOR_MISSING = {"?", "", "-", "--", ".", "na", "n/a", "nan", "null", "<na>"}
+_CODES_FOR_MISSING = (-99.0, -999.0, -9999.0)  # below numbers that are not negative otherwise
+_IDENTIFIER = re.compile(r"(?i:(.*[\W_])?id)|.*[a-z]I[Dd]")
+_FORMATTED = re.compile(r"\s*[-+]?[$€£]?\s*(\d{1,3}(,\d{3})+|\d+)(\.\d+)?\s*%?\s*")
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 _DATE = re.compile(r"\s*(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})([T\s].*)?")
 
 
@@ -73,6 +80,8 @@ def infer_kind(column: "pd.Series") -> str:
     present = column.dropna()
     if not len(present):
         raise UnreadableColumn("has no value: all are missing")
+    if not all(isinstance(value, Hashable) for value in present):
+        raise UnreadableColumn(_unreadable(column, ""))
     levels = present.nunique()
     if time_of(column) and levels > 1:
         return "normal"
@@ -95,21 +104,22 @@ def _constant(present: "pd.Series") -> UnreadableColumn:
 
 def _check_texts(texts: "pd.Series", levels: int) -> None:
     """Raise for texts that are dates, numbers or notes."""
-    import pandas as pd
-
     name = texts.name
     if texts.map(lambda text: bool(_DATE.fullmatch(text))).all():
         raise UnreadableColumn(
             f"has dates as text, such as {texts.iloc[0]!r}: convert them, `frame[{name!r}] = "
             f"pd.to_datetime(frame[{name!r}])`, and they are modelled as days"
         )
-    is_number = pd.to_numeric(texts, errors="coerce").notna()
     many = levels > _MAX_TEXTS or (levels == len(texts) >= _LEAST_ROWS)
+    is_number, conversion = _number_texts(texts)
     if is_number.mean() > 0.5 and (many or not is_number.all()):
-        other = "" if is_number.all() else f", and {texts[~is_number].iloc[0]!r}, which is none"
+        others = texts[~is_number]
+        other = f", and {others.iloc[0]!r}, which is none" if len(others) else ""
+        marks = others.map(lambda text: text.strip().lower() in _FOR_MISSING)
+        lost = "" if marks.all() else f", if the {len(others)} others may be missing"
         raise UnreadableColumn(
             f"has numbers as text, such as {texts[is_number].iloc[0]!r}{other}: convert them, `frame[{name!r}] = "
-            f"pd.to_numeric(frame[{name!r}], errors='coerce')`"
+            f"pd.to_numeric({conversion}, errors='coerce')`{lost}"
         )
     holes = texts[texts.map(lambda text: text.strip().lower() in _FOR_MISSING)]
     if len(holes):
@@ -125,6 +135,38 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
             f"has {each}: if these are classes, state the kind, `kinds={{{name!r}: 'categorical'}}`; if they name the "
             f"rows, `index={name!r}`"
         )
+    _check_spelling(texts)
+
+
+def _number_texts(texts: "pd.Series") -> tuple["pd.Series", str]:
+    """Return which texts are numbers, such as 1,234 or 45%, and the expression that makes all of them plain."""
+    import pandas as pd
+
+    column = f"frame[{texts.name!r}]"
+    is_plain = pd.to_numeric(texts, errors="coerce").notna()
+    is_formatted = is_plain | texts.map(lambda text: bool(_FORMATTED.fullmatch(text)))
+    has_comma = is_plain | texts.map(lambda text: bool(_DECIMAL_COMMA.fullmatch(text)))
+    if has_comma.sum() > is_formatted.sum():
+        return has_comma, f"{column}.str.replace(',', '.')"
+    if is_formatted.sum() > is_plain.sum():
+        return is_formatted, f"{column}.str.replace('[$€£,%]', '', regex=True)"
+    return is_plain, column
+
+
+def _check_spelling(texts: "pd.Series") -> None:
+    """Raise for levels that are probably one: they differ in spaces, or in small and capital letters."""
+    name, levels = texts.name, texts.drop_duplicates()
+    for what, method, plain_levels in (
+        ("spaces", "strip", levels.str.strip()),
+        ("capital letters", "lower", levels.str.lower()),
+    ):
+        if len(same := levels[plain_levels.duplicated(keep=False)]):
+            group = levels[plain_levels == plain_levels[same.index[0]]]
+            raise UnreadableColumn(
+                f"has levels that differ only in {what}, such as {group.iloc[0]!r} and {group.iloc[1]!r}: make them "
+                f"one, `frame[{name!r}] = frame[{name!r}].str.{method}()`; if they are different, state the kind, "
+                f"`kinds={{{name!r}: 'categorical'}}`"
+            )
 
 
 def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
@@ -136,6 +178,14 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     count = present.nunique()
     if count == 1:
         raise _constant(present)
+    others = present[present != least]
+    if least in _CODES_FOR_MISSING and (repeats := len(present) - len(others)) > 1 and others.min() >= 0:
+        code = plain_number(least)
+        raise UnreadableColumn(
+            f"has {code} in {repeats} rows and no other negative number, which looks like a missing entry: make it "
+            f"one, `frame[{name!r}] = frame[{name!r}].replace({code}, None)` or `pd.read_csv(path, na_values=[{code}])`"
+            f"; if it is a number, state the kind, `kinds={{{name!r}: 'normal'}}`"
+        )
     if count == 2:
         return "bernoulli"
     if (present == present.round()).all():
@@ -143,6 +193,11 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
             raise UnreadableColumn(
                 "has consecutive whole numbers, a different one in each row, as a row number has: if they name the "
                 f"rows, `index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'normal'}}`"
+            )
+        if _IDENTIFIER.fullmatch(str(name)):
+            raise UnreadableColumn(
+                "has whole numbers and the name of an identifier: if they name the rows, "
+                f"`index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'categorical'}}` or 'normal'"
             )
         if 2 * count <= len(present) and count <= (_FEW_ABOVE_ZERO if least > 0 else _FEW):
             return "ordinal"

@@ -157,6 +157,9 @@ def one_bad(values, **options):
             ["1.5", "2", "3.5", "?"] * 3,
             r"column 'bad' has numbers as text, such as '1.5', and '\?', which is none: con",
         ),
+        (["12", "22-23", "24"] * 4, r"has numbers as text, .* if the 4 others may be missing"),
+        ([-999, 1.5, 2.5, 0.0] * 3, r"column 'bad' has -999 in 3 rows and no other .*na_values=\[-999\]"),
+        ([[1], [2]] * 6, r"column 'bad' has values of the type list"),
         ([1, "a", 2.5, None] * 3, r"column 'bad' has values of several types, int and str, such as 1 and 'a'"),
         ([(1, 2), (3, 4), (5, 6)] * 4, r"column 'bad' has values of the type tuple, such as \(1, 2\): convert"),
         ([1.0, np.inf, 2.0] * 4, r"column 'bad' has inf in row 1"),
@@ -552,3 +555,56 @@ def test_the_description_is_a_table_of_the_columns(table):
     assert lines[0] == "Table of 40 rows, 15 columns, 1.5% of entries missing"
     assert any(line.split() == ["size", "ordinal", "2.5%", "S", "<", "M", "<", "L"] for line in lines)
     assert ">categorical</td>" in table._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        ([f"{2 * number}%" for number in range(30)], 2.0 * np.arange(30)),
+        ([f"{1000 + 37 * number:,}" for number in range(30)], 1000.0 + 37 * np.arange(30)),
+        ([f"${100 * number:,}.50" for number in range(30)], 0.5 + 100 * np.arange(30)),
+        ([f"{number},5" for number in range(30)], 0.5 + np.arange(30)),
+        (["7.5", "?", *map(str, range(28))], [7.5, np.nan, *range(28)]),
+    ],
+)
+def test_the_conversion_that_an_error_states_gives_the_numbers(texts, numbers):
+    frame = pd.DataFrame({"good": np.linspace(0, 1, 30), "a'b": texts})
+    with pytest.raises(ValueError, match="numbers as text") as caught:
+        Table.from_frame(frame)
+    _, statement, *_ = str(caught.value).split("`frame[")
+    code = "frame[" + statement.split("`")[0]
+    exec(code, {"frame": frame, "pd": pd})
+    np.testing.assert_allclose(frame["a'b"], numbers)
+    assert Table.from_frame(frame).kinds["a'b"] in ("normal", "log_normal", "ordinal", "poisson", "negative_binomial")
+
+
+@pytest.mark.parametrize(
+    ("levels", "message", "mend"),
+    [
+        (["a", " a", "b"], "only in spaces, such as 'a' and ' a'", lambda texts: texts.str.strip()),
+        (["Yes", "No", "yes"], "only in capital letters, such as 'Yes' and 'yes'", lambda texts: texts.str.lower()),
+    ],
+)
+def test_levels_that_differ_only_in_spelling_are_refused_unless_the_kind_is_stated(levels, message, mend):
+    frame = pd.DataFrame({"answer": levels * 5, "y": np.linspace(0, 1, 15)})
+    with pytest.raises(ValueError, match=message):
+        Table.from_frame(frame)
+    assert len(Table.from_frame(frame, kinds={"answer": "categorical"}).columns[0].levels) == 3
+    assert len(Table.from_frame(frame.assign(answer=mend(frame["answer"]))).columns[0].levels) == 2
+
+
+@pytest.mark.parametrize("name", ["id", "ID", "RespondentID", "school_id", "user Id"])
+def test_whole_numbers_with_the_name_of_an_identifier_need_a_decision(name):
+    frame = pd.DataFrame({name: [3, 11, 7, 22, 5, 7] * 2, "y": np.linspace(0, 1, 12)})
+    with pytest.raises(ValueError, match="name of an identifier"):
+        Table.from_frame(frame)
+    assert Table.from_frame(frame, kinds={name: "categorical"}).kinds[name] == "categorical"
+    assert Table.from_frame(frame.rename(columns={name: "humid"})).kinds["humid"] != "categorical"
+
+
+def test_texts_are_ordinal_only_in_a_stated_order():
+    frame = pd.DataFrame({"often": ["Never", "Rarely", "Always"] * 4, "y": np.linspace(0, 1, 12)})
+    with pytest.raises(ValueError, match=r"has texts, which have no order: .*pd.Categorical\(frame\['often'\]"):
+        Table.from_frame(frame, kinds={"often": "ordinal"})
+    frame["often"] = pd.Categorical(frame["often"], ["Never", "Rarely", "Always"], ordered=True)
+    assert Table.from_frame(frame).columns[0].levels == ["Never", "Rarely", "Always"]
