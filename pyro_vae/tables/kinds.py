@@ -43,6 +43,7 @@ KINDS = (*REALS, *COUNTS, *CLASSES)
 _MAX_TEXTS = 20  # levels of a column of texts that nobody called categorical
 _FEW, _FEW_ABOVE_ZERO = 5, 10  # values of whole numbers that are levels
 _LEAST_ROWS = 10  # below it, values that are all different say little
+_LEAST_IDENTIFIER = 1e5  # mean of numbers that may be identifiers; a year is smaller
 _LARGEST_COUNT = 1000  # mean of counts; larger ones are like real numbers
 _SMALL_COUNT = 5  # mean of counts of which some are 0, unless the table is small
 _OVERDISPERSION, _SKEWNESS, _FROM_ZERO = 1.5, 1.0, 3.0
@@ -189,9 +190,11 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     if count == 2:
         return "bernoulli"
     if (present == present.round()).all():
-        if count == len(present) >= _LEAST_ROWS and present.max() - least == count - 1:
+        consecutive = present.max() - least == count - 1
+        if count == len(present) >= _LEAST_ROWS and (consecutive or _LEAST_IDENTIFIER < mean > 100 * variance**0.5):
+            which = "consecutive whole numbers" if consecutive else "large whole numbers of nearly the same size"
             raise UnreadableColumn(
-                "has consecutive whole numbers, a different one in each row, as a row number has: if they name the "
+                f"has {which}, a different one in each row, as a row number or an identifier has: if they name the "
                 f"rows, `index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'normal'}}`"
             )
         if _IDENTIFIER.fullmatch(str(name)):

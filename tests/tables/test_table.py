@@ -142,6 +142,10 @@ def one_bad(values, **options):
         ([1.0] * 12, r"column 'bad' has one value alone, 1, and so"),
         (["x"] * 12, r"column 'bad' has one value alone, 'x'"),
         ([None] * 12, r"column 'bad' has no value: all are missing"),
+        (
+            range(3_432_000, 3_432_600, 50),
+            r"column 'bad' has large whole numbers of nearly .* identifier .* `index='bad'`",
+        ),
         (range(5, 17), r"column 'bad' has consecutive whole numbers, .* `index='bad'`"),
         (
             ["yes", "no", " ?"] * 4,
