@@ -240,6 +240,34 @@ def test_digits_in_a_short_form(run):
     assert_trees(folder, {"digits"}, draws=20, rows=5)
 
 
+def test_watch_training_writes_the_history_to_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, found, _ = run("watch_training.py", "--epochs", "4", "--every", "2")
+    events = EventAccumulator(str(folder)).Reload()
+    history = {name: values[1::2] for name, values in found["history"].items()}
+    assert {name: [event.value for event in events.Scalars(name)] for name in history} == {
+        name: pytest.approx(values) for name, values in history.items()
+    }
+    assert [event.step for event in events.Scalars("elbo")] == [30, 60]
+    assert events.Tags()["images"] == ["samples"]
+
+
+def test_sweep_ends_trials_and_sorts_the_others(run):
+    _, found, printed = run("sweep.py", "--epochs", "2", "--trials", "8")
+    elbos = [row["elbo"] for row in found["trials"].values()]
+    assert elbos == sorted(elbos, reverse=True)
+    assert -64 * 0.7 < elbos[0] < 0
+    assert f"{found['pruned']} of 8 trials ended early" in printed
+
+
+def test_export_encoder_gives_the_codes_of_the_vae(run):
+    folder, found, _ = run("export_encoder.py", "--epochs", "1")
+    assert (found["rows"], found["error"] < 1e-6) == (297, True)
+    mean, scale = torch.export.load(folder / "encoder.pt2").module()(torch.zeros(1, 64))
+    assert (mean.shape, bool((scale > 0).all())) == ((1, 2), True)
+
+
 @pytest.mark.parametrize("options", [(), ("--network", "convolutional", "--channels", "4", "8")], ids=["mlp", "conv"])
 def test_mnist_in_a_short_form(run, enlarged, options):
     folder, found, printed = run("mnist.py", *SHORT, "--hidden", "32", *options)
