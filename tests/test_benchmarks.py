@@ -96,6 +96,7 @@ def test_a_slower_contestant_misses_its_target():
     assert report.count("missed") == report.count("met") == 1
 
 
+@pytest.mark.slow
 def test_the_short_form(tmp_path):
     names = ["eager", "handwritten", *["numpyro"] * HAS_NUMPYRO, "floor"]
     found = bench(tmp_path, "--cases", "mixture", "--growth", "mapped", "--contestants", *names)
