@@ -40,6 +40,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 os.environ["TQDM_DISABLE"] = "1"  # pages show results, not progress bars
 nb_execution_mode = "force"
+nb_execution_in_temp = True  # files of a notebook are no part of the repository
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
