@@ -24,8 +24,8 @@ help:  ## this list
 	@echo "  Variables: VENV=$(VENV) (where to install), PYTHON=$(PYTHON) (3.11 or later), JOBS=$(JOBS) (test processes)"
 
 demo: $(BASE)  ## run two of the examples; tables, pictures and ArviZ files go to results/
-	$(BIN)/python examples/mixture.py --out results/mixture
-	$(BIN)/python examples/digits.py --out results/digits
+	OMP_NUM_THREADS=1 $(BIN)/python examples/mixture.py --out results/mixture
+	OMP_NUM_THREADS=1 $(BIN)/python examples/digits.py --out results/digits
 
 test: lint types pytest  ## lint, types, tests with doctests
 
