@@ -109,6 +109,8 @@ def storage_of(frame: Any, label: Any) -> dict[str, Any]:
     if isinstance(dtype, pd.CategoricalDtype):
         categories = [plain(category) for category in dtype.categories]
         return {"library": "pandas", "dtype": "category", "categories": categories, "ordered": bool(dtype.ordered)}
+    if dtype == object and pd.api.types.infer_dtype(frame[label], skipna=True) == "date":
+        return {"library": "pandas", "dtype": "date"}
     return {"library": "pandas", "dtype": str(dtype)}
 
 
@@ -127,6 +129,8 @@ def native_column(name: str, values: "pd.Series", storage: Mapping[str, Any]) ->
     if dtype == "category":
         kind = pd.CategoricalDtype(storage["categories"], ordered=storage["ordered"])
         return pd.Series(pd.Categorical(values, dtype=kind), values.index)
+    if dtype == "date":  # objects of Python
+        return pd.to_datetime(values).dt.date
     holes = bool(values.isna().any())
     if holes and dtype.startswith(("int", "uint")):
         return values.astype("float64")

@@ -122,6 +122,12 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
             f"has numbers as text, such as {texts[is_number].iloc[0]!r}{other}: convert them, `frame[{name!r}] = "
             f"pd.to_numeric({conversion}, errors='coerce')`{lost}"
         )
+    if many:
+        each = "a different text in each row, as names and notes have" if levels == len(texts) else f"{levels} texts"
+        raise UnreadableColumn(
+            f"has {each}: if these are classes, state the kind, `kinds={{{name!r}: 'categorical'}}`; if they name the "
+            f"rows, `index={name!r}`"
+        )
     holes = texts[texts.map(lambda text: text.strip().lower() in _FOR_MISSING)]
     if len(holes):
         mark = repr(holes.iloc[0])
@@ -129,12 +135,6 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
             f"has {mark} in {len(holes)} rows, which looks like a missing entry: make it one, `frame[{name!r}] = "
             f"frame[{name!r}].replace({mark}, None)` or `pd.read_csv(path, na_values=[{mark}])`; if it is a level, "
             f"state the kind, `kinds={{{name!r}: 'categorical'}}`"
-        )
-    if many:
-        each = "a different text in each row, as names and notes have" if levels == len(texts) else f"{levels} texts"
-        raise UnreadableColumn(
-            f"has {each}: if these are classes, state the kind, `kinds={{{name!r}: 'categorical'}}`; if they name the "
-            f"rows, `index={name!r}`"
         )
     _check_spelling(texts)
 

@@ -1,5 +1,6 @@
 """Tables: frames to tensors and back, imputation, ArviZ, files, and densities in the units of the frame."""
 
+import datetime
 import subprocess
 import sys
 import warnings
@@ -161,6 +162,7 @@ def one_bad(values, **options):
             ["1.5", "2", "3.5", "?"] * 3,
             r"column 'bad' has numbers as text, such as '1.5', and '\?', which is none: con",
         ),
+        (["-", *map(chr, range(65, 90))] * 2, r"column 'bad' has 26 texts"),
         (["12", "22-23", "24"] * 4, r"has numbers as text, .* if the 4 others may be missing"),
         ([-999, 1.5, 2.5, 0.0] * 3, r"column 'bad' has -999 in 3 rows and no other .*na_values=\[-999\]"),
         ([[1], [2]] * 6, r"column 'bad' has values of the type list"),
@@ -612,3 +614,13 @@ def test_texts_are_ordinal_only_in_a_stated_order():
         Table.from_frame(frame, kinds={"often": "ordinal"})
     frame["often"] = pd.Categorical(frame["often"], ["Never", "Rarely", "Always"], ordered=True)
     assert Table.from_frame(frame).columns[0].levels == ["Never", "Rarely", "Always"]
+
+
+def test_dates_of_python_come_back_as_dates_also_where_they_were_missing():
+    days = [datetime.date(2000, 1, 1) + datetime.timedelta(days=3 * number) for number in range(20)]
+    frame = pd.DataFrame({"day": [None, *days[1:]], "y": np.linspace(0, 1, 20)})
+    table = Table.from_frame(frame)
+    assert table.decode(table.x)["day"].tolist()[1:] == days[1:]
+    filled = table.impute(table.vae(latent=1, hidden=[4]), num_draws=10)["day"]
+    assert filled.tolist()[1:] == days[1:]
+    assert type(filled.iloc[0]) is datetime.date
