@@ -109,7 +109,7 @@ def storage_of(frame: Any, label: Any) -> dict[str, Any]:
     if isinstance(dtype, pd.CategoricalDtype):
         categories = [plain(category) for category in dtype.categories]
         return {"library": "pandas", "dtype": "category", "categories": categories, "ordered": bool(dtype.ordered)}
-    if dtype == object and pd.api.types.infer_dtype(frame[label], skipna=True) == "date":
+    if pd.api.types.is_object_dtype(dtype) and pd.api.types.infer_dtype(frame[label], skipna=True) == "date":
         return {"library": "pandas", "dtype": "date"}
     return {"library": "pandas", "dtype": str(dtype)}
 
