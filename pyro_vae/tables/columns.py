@@ -156,7 +156,7 @@ class Reals(Column):
         error = _PRECISION * self.scale * np.maximum(np.abs(numbers), least)
         # Without the digits that single precision does not have: 3750 and not 3750.000023.
         per_step = 10.0 ** -np.ceil(np.log10(np.where(error > 0, error, 1.0)))
-        return np.where(per_step >= 1, np.round(values * per_step) / per_step, values)
+        return np.where(per_step >= 1, np.round(values * per_step) / per_step, values) + 0.0  # 0 and not -0
 
     def values(self, numbers: np.ndarray) -> "pd.Series":
         import pandas as pd
@@ -246,8 +246,6 @@ class Classes(Column):
     """Classes, as their numbers 0 to k - 1 in the order of the levels."""
 
     def __init__(self, column: "pd.Series", kind: str, storage: Mapping[str, Any]):
-        import pandas as pd
-
         super().__init__(column, kind, storage)
         self.levels = _levels(column)
         if others := [level for level in self.levels if not isinstance(level, str | int | float)]:
@@ -259,11 +257,10 @@ class Classes(Column):
         if len(self.levels) < 2 or (kind == "bernoulli" and len(self.levels) != 2):
             need = "two levels" if kind == "bernoulli" else "two levels or more"
             raise UnreadableColumn(f"must have {need} to be {kind}, got {len(self.levels)}: {_listed(self.levels)}")
-        if kind == "ordinal" and not isinstance(column.dtype, pd.CategoricalDtype) and isinstance(self.levels[0], str):
-            shown = ", ".join(map(repr, self.levels[:2]))
+        if kind == "ordinal" and len(self.levels) > 2 and not _order_is_known(column):
             raise UnreadableColumn(
-                f"has texts, which have no order: state it from low to high, `frame[{self.label!r}] = "
-                f"pd.Categorical(frame[{self.label!r}], [{shown}, ...], ordered=True)`"
+                f"has levels whose order is not known, {_listed(self.levels)}: write all of them from low to high, "
+                f"{_in_order(self.label, self.levels, self.storage['library'])}"
             )
         numbers = self.encode(column)
         counts = np.array([(numbers == number).sum() for number in range(len(self.levels))])
@@ -342,6 +339,22 @@ def make_column(column: "pd.Series", kind: str, storage: Mapping[str, Any]) -> C
 def _listed(levels: list[Any], separator: str = ", ") -> str:
     shown = [str(level) for level in levels]
     return separator.join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])
+
+
+def _order_is_known(column: "pd.Series") -> bool:
+    """Whether levels have an order: ordered categories and numbers. The order of the alphabet is none."""
+    import pandas as pd
+
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return bool(column.dtype.ordered) or pd.api.types.is_numeric_dtype(column.cat.categories.dtype)
+    return not is_classes(column)
+
+
+def _in_order(label: Any, levels: list[Any], library: str) -> str:
+    """The code that gives levels an order. It has all of them: a level that is left out would become missing."""
+    if library == "polars":
+        return f"`frame = frame.with_columns(pl.col({label!r}).cast(pl.Enum({levels!r})))`"
+    return f"`frame[{label!r}] = pd.Categorical(frame[{label!r}], {levels!r}, ordered=True)`"
 
 
 def _levels(column: "pd.Series") -> list[Any]:

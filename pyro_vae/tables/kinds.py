@@ -11,8 +11,9 @@ The rules, in this order:
 - Whole numbers that are not negative are counts if 0 is one of them or their mean is below 5, and the mean is below 3
   standard deviations and below 1000: ``poisson``, or ``negative_binomial`` if the variance is above 1.5 times the mean.
   Other whole numbers, such as an age or a mass in grams, are treated as real numbers.
-- Whole numbers in a column that is called ``id`` or ends so are refused. So are -99, -999 and -9999 if they repeat and
-  no other number is negative, and texts that differ only in spaces or capital letters: state what they are.
+- Whole numbers in a column that is called ``id`` or ends so are refused. So are codes for missing entries: -99, -999
+  and -9999 if they repeat and no other number is negative, and 9, 99, 999, 9999 of either sign if they repeat and are
+  further from all other numbers than these are from each other. So are texts that differ only in spaces or capitals.
 - Real numbers are ``normal``, or ``log_normal`` if they are positive, have a skewness above 1, and their logarithms a
   smaller one.
 
@@ -48,9 +49,11 @@ _LARGEST_COUNT = 1000  # mean of counts; larger ones are like real numbers
 _SMALL_COUNT = 5  # mean of counts of which some are 0, unless the table is small
 _OVERDISPERSION, _SKEWNESS, _FROM_ZERO = 1.5, 1.0, 3.0
 _FOR_MISSING = {"?", "", "-", "--", ".", "na", "n/a", "nan", "null", "<na>"}
-_CODES_FOR_MISSING = (-99.0, -999.0, -9999.0)  # below numbers that are not negative otherwise
+_CODES_FOR_MISSING = (9.0, 99.0, 999.0, 9999.0)  # of either sign
 _IDENTIFIER = re.compile(r"(?i:(.*[\W_])?id)|.*[a-z]I[Dd]")
 _FORMATTED = re.compile(r"\s*[-+]?[$€£]?\s*(\d{1,3}(,\d{3})+|\d+)(\.\d+)?\s*%?\s*")
+_DURATION = re.compile(r"\s*\d+:\d{2}:\d{2}(\.\d+)?\s*")
+_LEADING_ZERO = re.compile(r"\s*0\d+\s*")
 _DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 _DATE = re.compile(r"\s*(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})([T\s].*)?")
 
@@ -111,9 +114,15 @@ def _check_texts(texts: "pd.Series", levels: int) -> None:
             f"has dates as text, such as {texts.iloc[0]!r}: convert them, `frame[{name!r}] = "
             f"pd.to_datetime(frame[{name!r}])`, and they are modelled as days"
         )
+    if texts.map(lambda text: bool(_DURATION.fullmatch(text))).all():
+        raise UnreadableColumn(
+            f"has durations as text, such as {texts.iloc[0]!r}: convert them, `frame[{name!r}] = "
+            f"pd.to_timedelta(frame[{name!r}])`, and they are modelled as days"
+        )
     many = levels > _MAX_TEXTS or (levels == len(texts) >= _LEAST_ROWS)
     is_number, conversion = _number_texts(texts)
-    if is_number.mean() > 0.5 and (many or not is_number.all()):
+    is_code = texts.map(lambda text: bool(_LEADING_ZERO.fullmatch(text))).any()  # as of post: its zero is no digit
+    if not is_code and is_number.mean() > 0.5 and (many or not is_number.all()):
         others = texts[~is_number]
         other = f", and {others.iloc[0]!r}, which is none" if len(others) else ""
         marks = others.map(lambda text: text.strip().lower() in _FOR_MISSING)
@@ -179,14 +188,7 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     count = present.nunique()
     if count == 1:
         raise _constant(present)
-    others = present[present != least]
-    if least in _CODES_FOR_MISSING and (repeats := len(present) - len(others)) > 1 and others.min() >= 0:
-        code = plain_number(least)
-        raise UnreadableColumn(
-            f"has {code} in {repeats} rows and no other negative number, which looks like a missing entry: make it "
-            f"one, `frame[{name!r}] = frame[{name!r}].replace({code}, None)` or `pd.read_csv(path, na_values=[{code}])`"
-            f"; if it is a number, state the kind, `kinds={{{name!r}: 'normal'}}`"
-        )
+    _check_codes(present, name)
     if count == 2:
         return "bernoulli"
     if (present == present.round()).all():
@@ -211,6 +213,24 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     if least > 0 and (skewness := present.skew()) > _SKEWNESS and abs(np.log(present).skew()) < skewness:
         return "log_normal"
     return "normal"
+
+
+def _check_codes(present: "pd.Series", name: Any) -> None:
+    """Raise if the least or the largest of two numbers or more repeats as codes for missing entries do."""
+    for value in (present.min(), present.max()):
+        others = present[present != value]
+        repeats = len(present) - len(others)
+        if abs(value) not in _CODES_FOR_MISSING or repeats == 1:
+            continue
+        alone = value <= -99 and others.min() >= 0
+        distance, spread = (others - value).abs().min(), others.max() - others.min()
+        if alone or distance > spread > 0:
+            code, what = plain_number(value), "no other negative number" if alone else "all other numbers far away"
+            raise UnreadableColumn(
+                f"has {code} in {repeats} rows and {what}, which looks like a missing entry: make it one, "
+                f"`frame[{name!r}] = frame[{name!r}].replace({code}, None)` or `pd.read_csv(path, na_values=[{code}])`"
+                f"; if it is a number, state the kind, such as `kinds={{{name!r}: 'normal'}}`"
+            )
 
 
 def time_of(column: "pd.Series") -> str:
@@ -250,7 +270,8 @@ def numbers_of(column: "pd.Series") -> np.ndarray:
     found = values.astype("float64").to_numpy(dtype=float, na_value=np.nan)
     if (places := np.flatnonzero(np.isinf(found))).size:
         where = f"{found[places[0]]} in row {column.index[places[0]]!r}"
-        raise UnreadableColumn(f"has {where}: make infinite numbers missing ones, or leave out the rows")
+        missing = f"frame[{column.name!r}].replace([float('inf'), -float('inf')], float('nan'))"
+        raise UnreadableColumn(f"has {where}: make infinite numbers missing ones, `frame[{column.name!r}] = {missing}`")
     return found
 
 

@@ -165,6 +165,10 @@ def one_bad(values, **options):
         (["-", *map(chr, range(65, 90))] * 2, r"column 'bad' has 26 texts"),
         (["12", "22-23", "24"] * 4, r"has numbers as text, .* if the 4 others may be missing"),
         ([-999, 1.5, 2.5, 0.0] * 3, r"column 'bad' has -999 in 3 rows and no other .*na_values=\[-999\]"),
+        ([1, 2, 3, 9] * 3, r"column 'bad' has 9 in 3 rows and all other numbers far away, .*na_values=\[9\]"),
+        ([21.5, 999.0, 30.0] * 4, r"column 'bad' has 999 in 4 rows and all other numbers far away"),
+        ([f"{hour:02d}:30:00" for hour in range(12)], r"column 'bad' has durations as text.*pd.to_timedelta\("),
+        ([f"0{number}" for number in range(100, 112)], r"column 'bad' has a different text in each row"),
         ([[1], [2]] * 6, r"column 'bad' has values of the type list"),
         ([1, "a", 2.5, None] * 3, r"column 'bad' has values of several types, int and str, such as 1 and 'a'"),
         ([(1, 2), (3, 4), (5, 6)] * 4, r"column 'bad' has values of the type tuple, such as \(1, 2\): convert"),
@@ -610,7 +614,7 @@ def test_whole_numbers_with_the_name_of_an_identifier_need_a_decision(name):
 
 def test_texts_are_ordinal_only_in_a_stated_order():
     frame = pd.DataFrame({"often": ["Never", "Rarely", "Always"] * 4, "y": np.linspace(0, 1, 12)})
-    with pytest.raises(ValueError, match=r"has texts, which have no order: .*pd.Categorical\(frame\['often'\]"):
+    with pytest.raises(ValueError, match=r"order is not known.*\['Always', 'Never', 'Rarely'\], ordered=True\)"):
         Table.from_frame(frame, kinds={"often": "ordinal"})
     frame["often"] = pd.Categorical(frame["often"], ["Never", "Rarely", "Always"], ordered=True)
     assert Table.from_frame(frame).columns[0].levels == ["Never", "Rarely", "Always"]
@@ -624,3 +628,37 @@ def test_dates_of_python_come_back_as_dates_also_where_they_were_missing():
     filled = table.impute(table.vae(latent=1, hidden=[4]), num_draws=10)["day"]
     assert filled.tolist()[1:] == days[1:]
     assert type(filled.iloc[0]) is datetime.date
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (pd.DataFrame({"often": pd.Categorical(["Never", "Rarely", "Always"] * 4)}), "pd.Categorical(frame['often'], "),
+        (pl.DataFrame({"often": ["Never", "Rarely", "Always"] * 4}), "pl.Enum("),
+        (pl.DataFrame({"often": pl.Series(["Never", "Rarely", "Always"] * 4, dtype=pl.Categorical)}), "pl.Enum("),
+    ],
+)
+def test_the_order_of_the_alphabet_is_no_order_and_the_stated_code_keeps_all_levels(frame, code):
+    with pytest.raises(ValueError, match="order is not known") as caught:
+        Table.from_frame(frame, kinds={"often": "ordinal"})
+    assert code in str(caught.value)
+    line = str(caught.value).split("`")[-2].replace("['Always', 'Never', 'Rarely']", "['Never', 'Rarely', 'Always']")
+    scope = {"frame": frame.copy() if isinstance(frame, pd.DataFrame) else frame, "pd": pd, "pl": pl}
+    exec(line, scope)
+    table = Table.from_frame(scope["frame"])
+    assert table.kinds == {"often": "ordinal"}
+    assert table.columns[0].levels == ["Never", "Rarely", "Always"]
+    assert not table.x.isnan().any()
+
+
+def test_a_zero_comes_back_without_a_sign():
+    table = Table.from_frame(pd.DataFrame({"x": np.where(np.arange(40) % 3, np.sin(np.arange(40.0)), 0)}))
+    assert not np.signbit(table.decode(table.x)["x"][table.decode(table.x)["x"] == 0]).any()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 2, 3, 9, 5] * 3, [9.0, 0.5, 12.0, 15.5] * 3, [80, 99, 60] * 4, [20.0, 999.0, *np.linspace(1, 40, 10)]],
+)
+def test_a_number_like_a_code_for_missing_entries_is_data_among_others_or_alone(values):
+    assert one_bad(values).names == ["good", "bad"]
