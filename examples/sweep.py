@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
 
 
 # 1. One trial: choose, train, and return the held-out ELBO.
-def run_trial(trial: optuna.Trial, train: pv.datasets.Dataset, test: pv.datasets.Dataset, epochs: int) -> float:
+def run_trial(
+    trial: optuna.Trial, train: pv.datasets.Dataset, test: pv.datasets.Dataset, args: argparse.Namespace
+) -> float:
     latent = trial.suggest_int("latent", 1, 16, log=True)
     hidden = trial.suggest_int("hidden", 16, 128, log=True)
     lr = trial.suggest_float("lr", 3e-4, 3e-2, log=True)
@@ -39,16 +41,17 @@ def run_trial(trial: optuna.Trial, train: pv.datasets.Dataset, test: pv.datasets
         return trial.should_prune()
 
     options: dict[str, Any] = {
-        "epochs": epochs,
+        "epochs": args.epochs,
         "batch_size": 100,
         "lr": lr,
         "validation": test.x,
+        "seed": args.seed,
         "callbacks": [prune],
     }
     fitted = pv.fit(vae.model, vae.guide, train.x, **options)
     if fitted.stopped == "callback":
         raise optuna.TrialPruned
-    return pv.evaluate(vae.model, vae.guide, test.x, num_samples=10)["elbo"]
+    return pv.evaluate(vae.model, vae.guide, test.x, num_samples=10, seed=args.seed)["elbo"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -58,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     # 3. The study: proposals by a seeded sampler, and a pruner that needs five trials to compare with.
     sampler, pruner = optuna.samplers.TPESampler(seed=args.seed), optuna.pruners.MedianPruner(n_startup_trials=5)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-    study.optimize(lambda trial: run_trial(trial, train, test, args.epochs), n_trials=args.trials)
+    study.optimize(lambda trial: run_trial(trial, train, test, args), n_trials=args.trials)
     # 4. The best trials, and how many ended early.
     complete = sorted(
         study.get_trials(states=[optuna.trial.TrialState.COMPLETE]), key=lambda trial: trial.value or 0.0, reverse=True
