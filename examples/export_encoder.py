@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
         mean, scale = loaded(test.x)
         q = vae.encode(test.x)
     error = max(float((mean - q.mean).abs().max()), float((scale - q.stddev).abs().max()))
-    print(f"{path}: codes of {len(test.x)} digits, which differ from those of the VAE by at most {error:.1g}")
+    print(f"{path.name}: codes of {len(test.x)} digits, which differ from those of the VAE by at most {error:.1g}")
     common.save(args, {"rows": len(test.x), "error": error, "bytes": path.stat().st_size}, {}, {})
 
 

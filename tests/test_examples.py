@@ -263,8 +263,9 @@ def test_sweep_ends_trials_and_sorts_the_others(run):
 
 
 def test_export_encoder_gives_the_codes_of_the_vae(run):
-    folder, found, _ = run("export_encoder.py", "--epochs", "1")
+    folder, found, printed = run("export_encoder.py", "--epochs", "1")
     assert (found["rows"], found["error"] < 1e-6) == (297, True)
+    assert "codes of 297 digits" in next(line for line in printed.splitlines() if str(folder) not in line)
     mean, scale = torch.export.load(folder / "encoder.pt2").module()(torch.zeros(1, 64))
     assert (mean.shape, bool((scale > 0).all())) == ((1, 2), True)
 
