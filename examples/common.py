@@ -350,9 +350,11 @@ def draw_fits(x: Tensor, fits: Mapping[str, tuple[Tensor, Tensor, Any]]) -> Figu
     """Draw a row for each fit to points ``(N, 2)``: the code of each point, samples, and steps with nats lost."""
     figure, axes = plt.subplots(len(fits), 3, figsize=(9.5, 2.9 * len(fits)), layout="constrained", squeeze=False)
     data, model = plots.colours.PALETTE[:2]
+    every_code = torch.cat([codes for codes, _, _ in fits.values()])
+    limits = {"vmin": float(every_code.min()), "vmax": float(every_code.max())}  # shared: a code that ignores x is flat
     for (name, (codes, generated, lost)), (left, middle, right) in zip(fits.items(), axes, strict=True):
         left.set_title(name, loc="left", fontsize=10)
-        figure.colorbar(left.scatter(*x.T, c=codes, s=8, cmap="cividis"), ax=left, label="mean of z given x")
+        figure.colorbar(left.scatter(*x.T, c=codes, s=8, cmap="cividis", **limits), ax=left, label="mean of z given x")
         middle.scatter(*x.T, s=10, marker="x", linewidths=0.6, label="data", color=data)
         middle.scatter(*generated.T, s=4, label="samples", color=model)
         middle.legend(loc="upper left", fontsize=8)

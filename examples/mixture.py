@@ -34,7 +34,7 @@ LESSONS = {
     "enumerated Bernoulli": "A guide for z costs nothing if every step sums over its states.",
     "score function": "A drawn bit works as well: with one bit the noise of the score function does no harm.",
     "Jensen under the prior": "A guide that ignores x makes the best model ignore z.",
-    "naive Monte Carlo": "Draws from the prior fit the data, but their ELBO says nothing about the model.",
+    "naive Monte Carlo": "Draws from the prior fit well, with points between the clusters; their ELBO is useless.",
     "Gaussian": "A continuous latent connects the clusters, and its posterior is no Gaussian.",
     "relaxed Bernoulli, relaxed": "Codes between 0 and 1 put points between the clusters.",
     "relaxed Bernoulli, twin": "The same decoder with a hard bit is better, but it was trained for soft bits.",
