@@ -179,6 +179,17 @@ def _check_spelling(texts: "pd.Series") -> None:
             )
 
 
+def _sign_of_identifier(present: "pd.Series", name: Any) -> str | None:
+    """Say why whole numbers look like row numbers or identifiers; ``None`` if they do not."""
+    mean, count = present.mean(), present.nunique()
+    if count == len(present) >= _LEAST_ROWS:
+        if present.max() - present.min() == count - 1:
+            return "consecutive whole numbers, a different one in each row, as a row number has"
+        if _LEAST_IDENTIFIER < mean > 100 * present.std():
+            return "large whole numbers of nearly the same size, a different one in each row, as an identifier has"
+    return "whole numbers and the name of an identifier" if _IDENTIFIER.fullmatch(str(name)) else None
+
+
 def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     """Return the kind of numbers, of which NaN are missing."""
     import pandas as pd
@@ -192,17 +203,10 @@ def _kind_of_numbers(values: np.ndarray, name: Any) -> str:
     if count == 2:
         return "bernoulli"
     if (present == present.round()).all():
-        consecutive = present.max() - least == count - 1
-        if count == len(present) >= _LEAST_ROWS and (consecutive or _LEAST_IDENTIFIER < mean > 100 * variance**0.5):
-            which = "consecutive whole numbers" if consecutive else "large whole numbers of nearly the same size"
+        if (sign := _sign_of_identifier(present, name)) is not None:
             raise UnreadableColumn(
-                f"has {which}, a different one in each row, as a row number or an identifier has: if they name the "
-                f"rows, `index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'normal'}}`"
-            )
-        if _IDENTIFIER.fullmatch(str(name)):
-            raise UnreadableColumn(
-                "has whole numbers and the name of an identifier: if they name the rows, "
-                f"`index={name!r}`; if they are data, state the kind, `kinds={{{name!r}: 'categorical'}}` or 'normal'"
+                f"has {sign}: if they name the rows, `index={name!r}`; if they are data, state the kind, "
+                f"`kinds={{{name!r}: 'normal'}}` or 'categorical'"
             )
         if 2 * count <= len(present) and count <= (_FEW_ABOVE_ZERO if least > 0 else _FEW):
             return "ordinal"
