@@ -11,13 +11,13 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
-import gallery  # noqa: E402
-import inventory  # noqa: E402
-import mathjax  # noqa: E402
-import notebook_pages  # noqa: E402
-import reference  # noqa: E402
+import gallery
+import inventory
+import mathjax
+import notebook_pages
+import reference
 
-import pyro_vae  # noqa: E402
+import pyro_vae
 
 project = "pyro_vae"
 author = "the pyro_vae authors"
