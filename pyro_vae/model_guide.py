@@ -21,6 +21,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -40,6 +41,7 @@ from pyro_vae._utils.traces import (
     log_density,
     observed_sites,
     set_plate_sizes,
+    shared_plates,
 )
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, nonempty_string, taking_data
@@ -312,6 +314,15 @@ class ModelGuide:
     def plates(self) -> list[str]:
         """The names of the plates around latent and observed sites."""
         return sorted({frame.name for _, _, site in self.sites for frame in site["cond_indep_stack"]})
+
+    @property
+    def units(self) -> tuple[CondIndepStackFrame, ...]:
+        """The plates that hold every latent and observed site of model and guide, from left to right.
+
+        log p(x) has a value for each of their cells: for each datum where all latents are local to it, for each group
+        where they are local to an outer plate, and one for all data, without plates, where some latent is global.
+        """
+        return shared_plates(site for _, _, site in self.sites)
 
     @property
     def max_plate_nesting(self) -> int:

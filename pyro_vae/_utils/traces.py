@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
     "PARTICLES", "deterministic_sites", "has_bad_rows", "latent_shapes", "latent_sites", "log_density", "masked",
-    "observed_sites", "plate_scale", "set_plate_sizes",
+    "observed_sites", "plate_scale", "set_plate_sizes", "shared_plates", "summed_to",
 ]  # fmt: skip
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
@@ -57,6 +58,25 @@ def plate_scale(site: dict[str, Any]) -> float:
     """N/B, by which the subsampled plates of a site scale it; a larger scale of the site is a weight."""
     frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
     return math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
+
+
+def shared_plates(sites: Iterable[dict[str, Any]]) -> tuple[CondIndepStackFrame, ...]:
+    """The plates that every site lies in, from the leftmost dimension to the rightmost; none without sites.
+
+    Given the parameters, log p(x, z) is a sum of independent terms over the cells of these plates. Plates that are
+    loops in Python (``for i in pyro.plate(...)``) have no dimension and do not count.
+    """
+    stacks = [{frame.name: frame for frame in site["cond_indep_stack"] if frame.vectorized} for site in sites]
+    names = set(stacks[0]).intersection(*stacks[1:]) - {PARTICLES} if stacks else set()
+    return tuple(sorted((stacks[0][name] for name in names), key=lambda frame: frame.dim))
+
+
+def summed_to(term: Tensor, plates: Iterable[CondIndepStackFrame]) -> Tensor:
+    """Sum a log-density over all of its dimensions but those of some plates; ``(*sizes of the plates)``."""
+    sizes = {frame.dim: frame.size for frame in plates if frame.dim is not None}  # from left to right
+    term = term.reshape((1,) * max(0, -min(sizes, default=0) - term.dim()) + term.shape)
+    summed = [dim for dim in range(-term.dim(), 0) if dim not in sizes]
+    return (term.sum(summed) if summed else term).expand([*sizes.values()])
 
 
 def set_plate_sizes(*traces: Trace) -> None:
