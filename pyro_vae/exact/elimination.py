@@ -10,7 +10,7 @@ Variable Elimination for Plated Factor Graphs", algorithm 1.
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -26,7 +26,10 @@ from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, se
 from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_masked
 
-__all__ = ["Factor", "FactorGraph", "Step", "enumerated", "log_marginal", "read_factors"]
+__all__ = [
+    "Factor", "FactorGraph", "Factors", "Latent", "enumerated", "log_marginal", "named_factor", "read_factors",
+    "sample_eliminated", "site_log_density",
+]  # fmt: skip
 
 
 def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
@@ -40,7 +43,8 @@ def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
         The log-density of the other latents and the data, not scaled, summed to the plates, ``(*sizes)``, in float64.
 
     Raises:
-        ValueError: if a sum needs too many states, or a site depends on a latent of another plate.
+        ValueError: if no sum is feasible, since latents of crossed plates depend on each other, or if a site depends
+            on a latent of another plate.
 
     >>> import pyro
     >>> from pyro import poutine
@@ -52,9 +56,19 @@ def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
     >>> log_marginal(trace, trace.nodes["x"]["cond_indep_stack"])
     tensor([-1.4189, -1.4189, -1.4189], dtype=torch.float64)
     """
-    frames = list(plates)
-    graph = FactorGraph(read_factors(trace), [frame.name for frame in frames])
-    return graph.log_sum()
+    return FactorGraph(read_factors(trace), [frame.name for frame in plates]).log_sum()
+
+
+def sample_eliminated(trace: Trace, count: int) -> dict[str, Tensor]:
+    """Draw the enumerated latents from their exact conditional, given the data and the other latents of a trace.
+
+    Return ``(count, *batch, *event)`` by site, with the batch shape of a run without enumeration. Latents that
+    :func:`log_marginal` sums out are drawn in the opposite order, each given those that are drawn already.
+
+    Source: Carter & Kohn 1994, "On Gibbs sampling for state space models", for chains.
+    """
+    graph = FactorGraph(read_factors(trace), [])
+    return graph.values(graph.sample(count))
 
 
 def enumerated(model: Function, names: Iterable[str], first_available_dim: int) -> Function:
@@ -98,99 +112,69 @@ class _EnumerationMarks(Messenger):
 
 
 class Factor(NamedTuple):
-    """A log-density of a site by the states of the latents that it depends on.
+    """A log-density by the states of the latents that it depends on.
 
     Args:
-        log: a dimension for each of ``dims``.
+        log: a dimension for each of ``dims``, in any order.
         dims: names of latents and plates.
-        plates: the names of all plates of the site; its log-density need not have a dimension for each.
-        latents: the latents among ``dims``.
+        plates: all plates of its site, from left to right; its log-density need not have a dimension for each.
     """
 
     log: Tensor
     dims: tuple[str, ...]
-    plates: frozenset[str]
-    latents: frozenset[str]
+    plates: tuple[str, ...]
+
+    @property
+    def latents(self) -> frozenset[str]:
+        """The latents among its dimensions."""
+        return frozenset(self.dims).difference(self.plates)
 
 
-class Step(NamedTuple):
-    """A latent that is summed out.
+class Latent(NamedTuple):
+    """A latent that is to be summed out.
 
     Args:
-        latent: its name.
-        log: the product of all factors with it.
-        dims: the latent, other latents that it depends on, which are summed out later, and plates.
+        states: its values, ``(K, *event)``.
+        plates: around it, from left to right.
+        batch_shape: of its site in a run without enumeration.
     """
 
-    latent: str
-    log: Tensor
-    dims: tuple[str, ...]
+    states: Tensor
+    plates: tuple[str, ...]
+    batch_shape: torch.Size
 
 
 class Factors(NamedTuple):
-    """The factors of a model, the plates of each latent that is to be summed out, and sizes of latents and plates."""
+    """The factors of a model by site, its latents that are to be summed out, and the sizes of plates."""
 
-    factors: list[Factor]
-    plates: dict[str, frozenset[str]]
+    factors: dict[str, Factor]
+    latents: dict[str, Latent]
     sizes: dict[str, int]
 
 
 def read_factors(trace: Trace) -> Factors:
-    """Read the factors from the trace of an :func:`enumerated` model, in float64.
-
-    Masks of latents that are summed out do not count: a masked latent of a padded step sums to one, as in
-    ``TraceEnum_ELBO``.
-    """
+    """Read the factors from the trace of an :func:`enumerated` model, in float64."""
     set_plate_sizes(trace)
     latents = latent_sites(trace)
-    sites = latents | observed_sites(trace)
     dims = {name: site["infer"].get("_enumerate_dim") for name, site in latents.items()}
     summed = {name: dim for name, dim in dims.items() if dim is not None}
-    names = {latents[name]["infer"]["_dim_to_id"][dim]: name for name, dim in summed.items()}
-    plates = {name: _plates(latents[name]) for name in summed}
-    sizes = {frame.name: frame.size for site in sites.values() for frame in site["cond_indep_stack"]}
-    for name, dim in summed.items():
-        shape, event_dim = latents[name]["value"].shape, latents[name]["fn"].event_dim
-        sizes[name] = shape[dim - event_dim]
-    factors = []
+    ids = {latents[name]["infer"]["_dim_to_id"][dim]: name for name, dim in summed.items()}
+    sites = latents | observed_sites(trace)
+    sizes = {frame.name: frame.size for site in sites.values() for frame in _frames(site)}
+    factors = {}
     for name, site in sites.items():
-        log = _unmasked(site["fn"]).log_prob(site["value"]) if name in summed else log_density(site)
-        factor = _named(name, log.double(), site, names)
-        for latent in factor.latents:
-            check_inside(name, factor.plates, latent, plates[latent])
-        factors.append(factor)
-    return Factors(factors, plates, sizes)
+        own = {dim: ids[id_] for dim, id_ in site["infer"].get("_dim_to_id", {}).items() if id_ in ids}
+        factors[name] = named_factor(name, site_log_density(site, name in summed), site, own)
+    return Factors(factors, {name: _latent(latents[name], dim) for name, dim in summed.items()}, sizes)
 
 
-def check_inside(name: str, inside: frozenset[str], latent: str, plates: frozenset[str]) -> None:
-    """Raise if a site depends on a latent of a plate that it does not lie in."""
-    if not plates <= inside:
-        raise ValueError(
-            f"`model` must use the latent {latent!r} inside of its plates {sorted(plates)} alone, got the site "
-            f"{name!r} outside of {sorted(plates - inside)}, which depends on it: the cells of the plate are then not "
-            "independent, and their joint states too many to be summed over"
-        )
+def site_log_density(site: dict[str, Any], summed: bool) -> Tensor:
+    """Return the log-density of a site, without its masks if its states are summed over.
 
-
-def _named(name: str, log: Tensor, site: dict[str, Any], latents: dict[int, str]) -> Factor:
-    """Name the dimensions of a log-density."""
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-    ids = site["infer"].get("_dim_to_id", {})
-    dims = []
-    for dim in (dim for dim in range(-log.dim(), 0) if log.shape[dim] > 1):
-        found = plates.get(dim) or latents.get(ids.get(dim, -1))
-        if found is None:
-            raise ValueError(
-                f"`model` must have densities with a dimension for each plate around a site alone, got the shape "
-                f"{tuple(log.shape)} at site {name!r} in the plates {sorted(plates.values())}"
-            )
-        dims.append(found)
-    log = log.reshape([size for size in log.shape if size > 1])
-    return Factor(log, tuple(dims), frozenset(plates.values()), frozenset(dims) - frozenset(plates.values()))
-
-
-def _plates(site: dict[str, Any]) -> frozenset[str]:
-    return frozenset(frame.name for frame in site["cond_indep_stack"] if frame.vectorized)
+    A masked latent of a padded step has no factors but its prior, which sums to one, as in ``TraceEnum_ELBO``; a mask
+    would give each of its states the mass one.
+    """
+    return _unmasked(site["fn"]).log_prob(site["value"]) if summed else log_density(site)
 
 
 def _unmasked(fn: Any) -> Any:
@@ -200,8 +184,38 @@ def _unmasked(fn: Any) -> Any:
     return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if is_masked(fn) else fn
 
 
+def named_factor(name: str, log: Tensor, site: dict[str, Any], latents: Mapping[int, str]) -> Factor:
+    """Name the dimensions of a log-density: plates of the site, and latents by dimension."""
+    frames = _frames(site)
+    names = dict(latents) | {frame.dim or 0: frame.name for frame in frames}
+    used = [dim for dim in range(-log.dim(), 0) if log.shape[dim] > 1]
+    if unknown := [dim for dim in used if dim not in names]:
+        raise ValueError(
+            f"`model` must have densities with a dimension for each plate around a site alone, got the shape "
+            f"{tuple(log.shape)} at site {name!r}, whose dimension {unknown[0]} is no plate"
+        )
+    log = log.double().reshape([log.shape[dim] for dim in used])
+    return Factor(log, tuple(names[dim] for dim in used), tuple(frame.name for frame in frames))
+
+
+def _frames(site: dict[str, Any]) -> list[CondIndepStackFrame]:
+    """The plates around a site that have a dimension, from left to right."""
+    return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim or 0)
+
+
+def _latent(site: dict[str, Any], dim: int) -> Latent:
+    """Read a latent whose states are in a dimension of its value."""
+    value, event_shape, frames = site["value"], site["fn"].event_shape, _frames(site)
+    states = value.movedim(dim - len(event_shape), 0).reshape(value.shape[dim - len(event_shape)], -1, *event_shape)
+    sizes = {frame.dim or 0: frame.size for frame in frames}
+    shape = torch.Size([sizes.get(place, 1) for place in range(min(sizes, default=0), 0)])
+    return Latent(states[:, 0], tuple(frame.name for frame in frames), shape)
+
+
 Reduction = Callable[[Tensor, int], Tensor]
 """From log-densities and a dimension to those without it: a sum of densities, or their maximum."""
+States = dict[str, Tensor]
+"""Numbers of states of latents by name, ``(S, *sizes of the plates)``."""
 
 
 class FactorGraph:
@@ -216,61 +230,70 @@ class FactorGraph:
 
     Attributes:
         width: the largest number of joint states that one sum needs in a cell of its plates.
+        widest: the latents of that sum.
 
     Raises:
-        ValueError: if latents of crossed plates depend on each other, so that no order is feasible.
+        ValueError: if a site depends on a latent of a plate that it does not lie in, or latents of crossed plates
+            depend on each other, so that no order is feasible.
     """
 
     def __init__(self, factors: Factors, kept: Sequence[str]):
-        self.factors, self.plates, self.sizes = factors
-        self.kept = list(kept)
-        self.width = 1
-        self.largest: tuple[str, ...] = ()  # the latents of the largest sum
-        self._live = {index: (factor.latents, factor.plates) for index, factor in enumerate(self.factors)}
-        self._order: list[tuple[str | None, tuple[int, ...], frozenset[str]]] = []
-        left = set(self.plates)
-        while levels := {self.plates[name] for name in left} | {plates for _, plates in self._live.values()}:
+        self.factors, self.latents, self.sizes = factors
+        self.kept, self.width, self.widest = list(kept), 1, list[str]()
+        for name, factor in self.factors.items():
+            self._check_inside(name, factor)
+        self._levels = {name: frozenset(latent.plates) for name, latent in self.latents.items()}
+        self._live = {index: (each.latents, frozenset(each.plates)) for index, each in enumerate(self.factors.values())}
+        self._order: list[tuple[str | None, list[int], frozenset[str]]] = []
+        left = set(self.latents)
+        while levels := {self._levels[name] for name in left} | {plates for _, plates in self._live.values()}:
             level = max(levels, key=lambda plates: (len(plates), sorted(plates)))
-            self._sum_out([name for name in self.plates if name in left and self.plates[name] == level], level)
-            left -= {name for name in left if self.plates[name] == level}
+            self._sum_out([name for name in self.latents if self._levels[name] == level], level)
+            left -= {name for name in left if self._levels[name] == level}
             if level <= frozenset(kept):
                 break
             self._multiply(level)
 
+    def _check_inside(self, name: str, factor: Factor) -> None:
+        for latent in sorted(factor.latents):
+            if outside := sorted(set(self.latents[latent].plates).difference(factor.plates)):
+                raise ValueError(
+                    f"`model` must use the latent {latent!r} inside of the plates {outside} alone, got the site "
+                    f"{name!r} outside of them, which depends on it: the latents of all cells then depend on each "
+                    "other, and their joint states are too many to be summed over"
+                )
+
     def _sum_out(self, names: list[str], level: frozenset[str]) -> None:
         """Order the latents of a level."""
-        having: dict[str, set[int]] = {name: set() for name in self.plates}
+        having: dict[str, set[int]] = {name: set() for name in self.latents}
         for index, (latents, _) in self._live.items():
             for name in latents:
                 having[name].add(index)
-        place = {name: number for number, name in enumerate(names)}
+        places, left = {name: place for place, name in enumerate(names)}, set(names)
 
         def scope(name: str) -> frozenset[str]:
             return frozenset({name}).union(*(self._live[index][0] for index in having[name]))
 
         def cost(name: str) -> tuple[int, int, str]:
-            return self._states(scope(name) - {name}), place[name], name
+            return self._num_states(scope(name) - {name}), places[name], name
 
         queue = [cost(name) for name in names]
         heapq.heapify(queue)
-        left = set(names)
         while left:
-            known, _, name = heapq.heappop(queue)
-            if name not in left:
-                continue
-            if known != (now := cost(name))[0]:
-                heapq.heappush(queue, now)
+            entry = heapq.heappop(queue)
+            name = entry[-1]
+            if name not in left or entry != cost(name):  # an entry of its present cost is in the queue, too
                 continue
             left.discard(name)
-            joint, used = scope(name), tuple(sorted(having[name]))
-            if self._states(joint) > self.width:
-                self.width, self.largest = self._states(joint), tuple(sorted(joint))
-            self._add((name, used, level), joint - {name}, level)
+            joint, used = scope(name), sorted(having[name])
+            if self._num_states(joint) > self.width:
+                self.width, self.widest = self._num_states(joint), sorted(joint)
             for index in used:
                 for other in self._live.pop(index)[0]:
                     having[other].discard(index)
+            made = self._add((name, used, level), joint - {name})
             for other in joint - {name}:
-                having[other].add(max(self._live))
+                having[other].add(made)
                 if other in left:
                     heapq.heappush(queue, cost(other))
 
@@ -278,66 +301,168 @@ class FactorGraph:
         """Multiply the factors of a level over the plates of which no latent of theirs has a value of its own."""
         for index in [index for index, (_, plates) in self._live.items() if plates == level]:
             latents, _ = self._live.pop(index)
-            outer = frozenset(self.kept).union(*(self.plates[name] for name in latents))
+            outer = frozenset(self.kept).union(*(self._levels[name] for name in latents))
             if outer == level:
                 raise ValueError(
                     f"`model` must have discrete latents that do not depend on each other across plates, got a site in "
                     f"the plates {sorted(level)} that depends on {sorted(latents)}: the sum over their states grows "
-                    "exponentially with the size of a plate. Give one of them a distribution in the guide, or use a "
-                    "sequential plate, `for i in pyro.plate(...)`, if it is small"
+                    "exponentially with the size of a plate. Draw some of them in the guide, or use a sequential "
+                    "plate, `for i in pyro.plate(...)`, if it is small"
                 )
-            self._add((None, (index,), outer), latents, outer)
+            self._add((None, [index], outer), latents)
 
-    def _add(
-        self, step: tuple[str | None, tuple[int, ...], frozenset[str]], latents: frozenset[str], plates: frozenset[str]
-    ) -> None:
+    def _add(self, step: tuple[str | None, list[int], frozenset[str]], latents: frozenset[str]) -> int:
+        """Add a step to the order, and return the number of the factor that it makes."""
+        made = len(self.factors) + len(self._order)
         self._order.append(step)
-        self._live[len(self.factors) + len(self._order) - 1] = latents, plates
+        self._live[made] = latents, step[-1]
+        return made
 
-    def _states(self, names: Iterable[str]) -> int:
-        return math.prod(self.sizes[name] for name in names)
+    def _num_states(self, names: Iterable[str]) -> int:
+        return math.prod(len(self.latents[name].states) for name in names)
 
-    def log_sum(self, reduction: Reduction = torch.logsumexp, steps: list[Step] | None = None) -> Tensor:
-        """Eliminate all latents; return what is left of the density in each cell of the kept plates, ``(*sizes)``.
+    def log_sum(self, reduction: Reduction = torch.logsumexp, steps: list[Factor] | None = None) -> Tensor:
+        """Eliminate all latents, and return what is left of the density in the cells of the kept plates, ``(*sizes)``.
 
         Args:
-            reduction: what to do with the states of a latent; by default, sum their densities.
-            steps: gets a step for each latent.
+            reduction: of the states of a latent; by default a sum of densities.
+            steps: gets the product of all factors with a latent, for each latent, before the reduction; its first
+                dimension is the latent, others are later latents and plates.
         """
-        factors = dict(enumerate(self.factors))
-        for number, (name, used, plates) in enumerate(self._order, len(self.factors)):
+        factors = dict(enumerate(self.factors.values()))
+        for made, (name, used, plates) in enumerate(self._order, len(self.factors)):
             terms = [factors.pop(index) for index in used]
             if name is None:
-                factors[number] = self._over_plates(terms[0], plates)
+                factors[made] = self._over_plates(terms[0], plates)
                 continue
-            log, dims = self._product(terms, first=name)
+            step = _product(terms, name, self.latents[name].plates)
             if steps is not None:
-                steps.append(Step(name, log, dims))
-            latents = frozenset(dims[1:]) & self.plates.keys()
-            factors[number] = Factor(reduction(log, 0), dims[1:], plates, latents)
-        total, dims = self._product([self._over_plates(factor, frozenset(self.kept)) for factor in factors.values()])
-        shape = [self.sizes[name] if name in dims else 1 for name in self.kept]
-        order = [dims.index(name) for name in self.kept if name in dims]
-        return total.permute(order).reshape(shape).expand([self.sizes[name] for name in self.kept])
-
-    def _product(self, terms: Sequence[Factor], first: str = "") -> tuple[Tensor, tuple[str, ...]]:
-        """Multiply factors by the names of their dimensions."""
-        found = dict.fromkeys(name for term in terms for name in term.dims)
-        rest = sorted((name for name in found if name != first), key=lambda name: name not in self.plates)
-        dims = (first, *rest) if first else tuple(rest)
-        total: Any = 0.0
-        for term in terms:
-            order = sorted(range(len(term.dims)), key=lambda place: dims.index(term.dims[place]))
-            sizes = dict(zip(term.dims, term.log.shape, strict=True))
-            total = total + term.log.permute(order).reshape([sizes.get(name, 1) for name in dims])
-        total = torch.as_tensor(total, dtype=torch.float64)
-        return total.reshape([1] * (len(dims) - total.dim()) + list(total.shape)), dims
+                steps.append(step)
+            factors[made] = Factor(reduction(step.log, 0), step.dims[1:], step.plates)
+        total = _product([self._over_plates(factor, frozenset(self.kept)) for factor in factors.values()])
+        return _arranged(total.log, total.dims, self.kept).expand([self.sizes[name] for name in self.kept])
 
     def _over_plates(self, factor: Factor, plates: frozenset[str]) -> Factor:
         """Multiply a factor over the cells of the plates that are not among these."""
-        gone = factor.plates - plates
+        gone = frozenset(factor.plates) - plates
         places = [place for place, name in enumerate(factor.dims) if name in gone]
-        times = math.prod(self.sizes[name] for name in gone if name not in factor.dims)
-        log = factor.log.sum(places) if places else factor.log
-        dims = tuple(name for name in factor.dims if name not in gone)
-        return Factor(log * times, dims, plates, factor.latents)
+        times = math.prod(self.sizes[name] for name in gone.difference(factor.dims))
+        dims, left = (tuple(name for name in names if name not in gone) for names in (factor.dims, factor.plates))
+        return Factor((factor.log.sum(places) if places else factor.log) * times, dims, left)
+
+    def sample(self, count: int) -> States:
+        """Draw from the joint posterior of all latents."""
+
+        def draw(logits: Tensor) -> Tensor:
+            cumulated = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+            uniform = torch.rand(count, *cumulated.shape[1:-1], dtype=cumulated.dtype, device=cumulated.device)
+            passed = cumulated <= uniform[..., None] * cumulated[..., -1:]
+            return passed.sum(-1).clamp(max=cumulated.shape[-1] - 1)
+
+        return self._backward(torch.logsumexp, draw)
+
+    def mode(self) -> States:
+        """Return the joint state of the largest posterior mass, with S = 1.
+
+        Source: Viterbi 1967, "Error bounds for convolutional codes", for chains.
+        """
+        return self._backward(lambda log, dim: log.amax(dim), lambda logits: logits.argmax(-1))
+
+    def _backward(self, reduction: Reduction, choose: Callable[[Tensor], Tensor]) -> States:
+        """Choose states in the opposite order, each from log-masses given the chosen ones, ``(S, *plates, K)``."""
+        steps: list[Factor] = []
+        self.log_sum(reduction, steps)
+        states: States = {}
+        for step in reversed(steps):
+            states[step.dims[0]] = choose(self.at(step, states))
+        return states
+
+    def at(self, factor: Factor, states: States) -> Tensor:
+        """Read a log-density at the states of some of its latents, ``(S, *plates)``, or ``(S, *plates, K)``.
+
+        The last dimension is that of the first latent, if it has no state.
+        """
+        others = [name for name in factor.dims if name in states and name not in factor.plates]
+        free = [name for name in factor.dims if name in self.latents and name not in others]
+        sizes = [self.sizes[name] for name in factor.plates]
+        log = _arranged(factor.log, factor.dims, [*others, *factor.plates, *free])
+        left, right = log.shape[: len(others)], log.shape[len(others) + len(sizes) :]
+        log = log.expand([*left, *sizes, *right])
+        if not others:
+            return log[None]
+        cells = [
+            torch.arange(size, device=log.device).reshape([-1 if place == at else 1 for at in range(len(sizes))])
+            for place, size in enumerate(sizes)
+        ]
+        index = [_arranged(states[name], ("", *self.latents[name].plates), ["", *factor.plates]) for name in others]
+        return log[(*index, *(cell[None] for cell in cells))]
+
+    def log_prob(self, states: States) -> Tensor:
+        """Compute the log-density of all factors at states of all latents, ``(S, *sizes of the kept plates)``."""
+        count = max(map(len, states.values()), default=1)
+        total: Any = 0.0
+        for factor in self.factors.values():
+            log = Factor(self.at(factor, states), ("", *factor.plates), ("", *factor.plates))
+            total = total + self._over_plates(log, frozenset(["", *self.kept])).log
+        return total.expand([count, *(self.sizes[name] for name in self.kept)])
+
+    def marginals(self) -> dict[str, Tensor]:
+        """Compute the posterior mass of each state of each latent, ``(K, *batch)``.
+
+        In the opposite order, the joint mass of a latent and those that it was summed out with is its conditional mass
+        times their joint mass, which is known then.
+
+        Source: Lauritzen & Spiegelhalter 1988, "Local computations with probabilities on graphical structures"; the
+        forward-backward algorithm for chains.
+        """
+        steps: list[Factor] = []
+        self.log_sum(steps=steps)
+        places = {step.dims[0]: place for place, step in enumerate(steps)}
+        beliefs: dict[str, Factor] = {}
+        masses = {}
+        for step in reversed(steps):
+            name, plates = step.dims[0], step.plates
+            others = [other for other in step.dims[1:] if other not in plates]
+            conditional = (step.log - step.log.logsumexp(0)).exp().nan_to_num(0.0)  # states that cannot be reached
+            log_mass = Factor(conditional.log(), step.dims, plates)
+            if others:
+                parent = beliefs[min(others, key=lambda other: places[other])]
+                gone = [place for place, dim in enumerate(parent.dims) if dim in parent.latents.difference(others)]
+                dims = tuple(dim for place, dim in enumerate(parent.dims) if place not in gone)
+                mass = parent.log.logsumexp(gone) if gone else parent.log
+                log_mass = _product([log_mass, Factor(mass, dims, parent.plates)], name, plates)
+            beliefs[name] = log_mass
+            other_dims = [place for place, dim in enumerate(log_mass.dims) if dim in others]
+            mass = log_mass.log.logsumexp(other_dims) if other_dims else log_mass.log
+            dims = tuple(dim for dim in log_mass.dims if dim not in others)
+            sizes = [self.sizes[plate] for plate in plates]
+            mass = _arranged(mass.exp(), dims, [name, *plates]).expand([-1, *sizes])
+            masses[name] = mass.reshape(-1, *self.latents[name].batch_shape)
+        return {name: masses[name] for name in self.latents}
+
+    def values(self, states: States) -> dict[str, Tensor]:
+        """Return the values of states, ``(S, *batch, *event)`` by site."""
+        values = {}
+        for name, latent in self.latents.items():
+            value = latent.states[states[name]]
+            values[name] = value.reshape(len(value), *latent.batch_shape, *latent.states.shape[1:])
+        return values
+
+
+def _arranged(tensor: Tensor, dims: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Put the named dimensions of a tensor into an order, with size one for names that it does not have."""
+    tensor = tensor.permute([dims.index(name) for name in names if name in dims])
+    sizes = iter(tensor.shape)
+    return tensor.reshape([next(sizes) if name in dims else 1 for name in names])
+
+
+def _product(terms: Sequence[Factor], first: str = "", plates: tuple[str, ...] = ()) -> Factor:
+    """Multiply factors: the dimensions of the result are a latent, if it is given, other latents, and plates."""
+    found = dict.fromkeys(name for term in terms for name in term.dims if name != first)
+    inner = {name for term in terms for name in term.plates}
+    dims = [*[first] * bool(first), *(name for name in found if name not in inner)]
+    dims += [name for name in found if name in inner]
+    total = torch.zeros([1] * len(dims), dtype=torch.float64, device=terms[0].log.device if terms else None)
+    for term in terms:
+        total = total + _arranged(term.log, term.dims, dims)
+    return Factor(total, tuple(dims), plates)

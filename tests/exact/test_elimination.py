@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy.stats import chi2
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae.draws import PerDraw
-from pyro_vae.exact.elimination import enumerated, log_marginal
+from pyro_vae.exact.elimination import FactorGraph, enumerated, log_marginal, read_factors, sample_eliminated
 from pyro_vae.model_guide import ModelGuide
 
 TRANSITION = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)
@@ -157,9 +158,57 @@ def by_hand(model, data):
 
 
 def marginal(model, data, **options):
+    units = ModelGuide(model, None, data).units
+    return log_marginal(enumerated_trace(model, data), options.get("plates", units))
+
+
+def enumerated_trace(model, data):
     pair = ModelGuide(model, None, data)
-    run = enumerated(model, pair.latents, -1 - pair.max_plate_nesting)
-    return log_marginal(poutine.trace(run).get_trace(*data), options.get("plates", pair.units))
+    return poutine.trace(enumerated(model, pair.latents, -1 - pair.max_plate_nesting)).get_trace(*data)
+
+
+def posterior_by_hand(model, data):
+    """Joint values of all latents, stacked by site, and their posterior masses."""
+    names, values, log_joint = by_hand(model, data)
+    return {name: torch.stack([at[name] for at in values]) for name in names}, log_joint.softmax(0)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_marginals_and_mode_are_those_of_the_posterior_by_hand(program):
+    model, data = PROGRAMS[program]
+    values, mass = posterior_by_hand(model, data)
+    graph = FactorGraph(read_factors(enumerated_trace(model, data)), [])
+    mode, best = graph.values(graph.mode()), mass.argmax()
+    for name, marginal_mass in graph.marginals().items():
+        states = graph.latents[name].states
+        for state, found in zip(states, marginal_mass, strict=True):
+            same = values[name] == state
+            same = same.all(-1) if state.dim() else same
+            expected = (mass.reshape(-1, *[1] * (same.dim() - 1)) * same).sum(0)
+            assert torch.allclose(found, expected)
+        assert torch.equal(mode[name][0], values[name][best])
+    log_joint = graph.log_prob(graph.mode())[0]
+    assert torch.allclose(log_joint - graph.log_sum(), mass.max().log())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_draws_have_the_posterior_masses_of_all_joint_states(program):
+    model, data = PROGRAMS[program]
+    values, mass = posterior_by_hand(model, data)
+    count = 20_000
+    drawn = sample_eliminated(enumerated_trace(model, data), count)
+    joint = torch.cat([values[name].double().reshape(len(mass), -1) for name in values], 1)
+    draws = torch.cat([drawn[name].double().reshape(count, -1) for name in values], 1)
+    places = {tuple(state.tolist()): place for place, state in enumerate(joint)}
+    counts = torch.zeros(len(mass))
+    for state, number in zip(*draws.unique(dim=0, return_counts=True), strict=True):
+        counts[places[tuple(state.tolist())]] = number
+    assert counts[mass == 0].sum() == 0
+    common = mass * count >= 5
+    expected = torch.cat([mass[common] * count, mass[~common].sum()[None] * count])
+    found = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    statistic = ((found - expected) ** 2 / expected.clamp(min=1e-12))[expected > 0].sum()
+    assert chi2.sf(float(statistic), max(1, int((expected > 0).sum()) - 1)) > 1e-5
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
