@@ -5,6 +5,7 @@ from . import handlers as handlers
 from . import objectives as objectives
 from . import plots as plots
 from . import tables as tables
+from .arguments import Arguments as Arguments
 from .diagnostics import gradients as gradients
 from .diagnostics.calibration import Calibration as Calibration
 from .diagnostics.calibration import calibrate as calibrate

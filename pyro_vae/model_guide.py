@@ -34,6 +34,7 @@ from pyro_vae._utils.param_store import check_parameters, rollback_params_on_err
 from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import (
     PARTICLES,
+    data_plate,
     deterministic_sites,
     has_bad_rows,
     latent_shapes,
@@ -45,6 +46,7 @@ from pyro_vae._utils.traces import (
 )
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, nonempty_string, taking_data
+from pyro_vae.arguments import bind, unbound
 from pyro_vae.distributions.columns import Columns
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
 from pyro_vae.distributions.properties import (
@@ -62,7 +64,7 @@ from pyro_vae.distributions.properties import (
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements, UnsizedPlates
 
 __all__ = [
-    "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
+    "DATA_PLATE", "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
     "check_same_latents", "is_amortized", "rows_at_once", "same_rows", "trace_pair", "transformed",
 ]  # fmt: skip
 
@@ -76,6 +78,9 @@ Rows that have been read already follow the numbers, a tensor for each argument,
 Site = dict[str, Any]
 Sites = dict[str, Site]
 
+DATA_PLATE = "data"
+"""The default name of the data plate; where no plate has it, the plate of N rows around the observed sites."""
+
 _MAX_VARIABLES = 128  # whose change of volume is computed
 _SEED = 20_160_901  # of checks: a draw with a common seed may equal data that a user drew with it
 _BUDGET = 2**19  # numbers in the data of rows that are run together
@@ -87,14 +92,17 @@ class ModelGuide:
     Args:
         model: a Pyro model, called as ``model(*data)``.
         guide: its guide, called with the same; none for what needs the model alone.
-        data: a tensor of N rows, or a sequence of them.
-        plate: name of the data plate.
+        data: a tensor of N rows, or a sequence of them; or any arguments, see :func:`pyro_vae.arguments.bind`.
+        plate: name of the data plate. The default stands for the plate that holds the observed sites and has N rows
+            where no plate has this name.
         name: of the data in errors.
         traces: the traces of a run of the pair, if it has been run; the data may then be larger than what it ran on.
         seed: of the random numbers of the run; ``None`` for those of the current stream.
         bad_rows: whether some rows may have log-densities that are not finite; a training step names or skips them.
 
     Attributes:
+        model, guide: as functions of the rows of data.
+        plate: the name of the data plate.
         model_trace: the trace of the model, at the guide's draws.
         guide_trace: the trace of the guide; empty without one.
         latents: the latent sites of the model, by name.
@@ -125,10 +133,12 @@ class ModelGuide:
         bad_rows: bool = False,
     ):
         check_no_outer_handlers()
-        self.model = function(model, "model")
-        self.guide: Any = None if guide is None else function(guide, "guide")
+        function(model, "model")
+        if guide is not None:
+            function(guide, "guide")
+        nonempty_string(plate, "plate")
+        self.model, self.guide, data = bind(model, guide, data, plate, name)
         self.data = data_tensors(data, name, model, lazy=traces is not None)
-        self.plate = nonempty_string(plate, "plate")
         self.transform: Transform | None = None
         self.take: Batcher = partial(_all_rows, self.data)
         self.batch_size, self.subsamples = len(self.data[0]), False
@@ -143,6 +153,7 @@ class ModelGuide:
             raise failure.error from failure.error.__cause__
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
+        self.plate = self._find_plate(plate)
         drawn = latent_sites(self.guide_trace)
         self.factors = list(observed_sites(self.guide_trace))
         self.auxiliary = [
@@ -190,6 +201,7 @@ class ModelGuide:
             data = DataTensors([tensor.view_as(tensor) for tensor in data])  # roles
         some = data.few(max(batch_size, rows_at_once(data))) if lazy else data
         first = torch.arange(batch_size, device=data[0].device)
+        by_name = partial(cls.on_batches, model, guide, data, batch_size, transform=transform)
         if lazy and not _has_subsample(model, DataTensors(transformed(some, transform))):
             found, subsamples = None, False  # slices are read, and no run needs the size of all data
         else:
@@ -197,6 +209,8 @@ class ModelGuide:
             found, subsamples = _run_first_batch(model, guide, data, within)
         if found is None or not subsamples or isinstance(found, RunError):
             pair = cls._on_all_rows(model, guide, some, plate, transform)
+            if pair.plate != plate:
+                return by_name(plate=pair.plate)
             if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
                 if batch_size == 1:
                     _check_single_rows(pair, lambda rows: _subsampled(data, rows, plate, transform))
@@ -213,6 +227,8 @@ class ModelGuide:
                 _check_single_rows(pair, pair.take)
             return pair
         pair = cls(model, guide, data, plate, traces=found)
+        if pair.plate != plate:
+            return by_name(plate=pair.plate)
         pair.transform = transform
         pair.check_data_plate()
         _check_subsampling(pair, batch_size)
@@ -237,10 +253,10 @@ class ModelGuide:
         Return the pair on the rows that it ran on, and on all rows.
         """
         count = rows_at_once(data)
-        if count < len(data[0]) and not isinstance(guide, AutoGuide):
+        if count < len(data[0]) and not isinstance(unbound(guide), AutoGuide):
             with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
                 few = cls(model, guide, DataTensors(data.rows(slice(0, count))), plate)
-                whole = cls(model, guide, data, plate, traces=(few.model_trace, few.guide_trace))
+                whole = cls(model, guide, data, few.plate, traces=(few.model_trace, few.guide_trace))
                 whole.num_run = count
                 if not all(map(whole._knows_all_rows, whole.observed.values())):
                     raise ValueError("the observed values of other rows are not known")
@@ -273,7 +289,7 @@ class ModelGuide:
             if self.guide is not None:
                 _, drawn = trace_pair(lambda *_: None, self.guide, self.data)
                 shapes.append(latent_shapes(drawn))
-        if plates.names and (isinstance(self.guide, AutoGuide) or "pyro.subsample" in str(error)):
+        if plates.names and (isinstance(unbound(self.guide), AutoGuide) or "pyro.subsample" in str(error)):
             what = "pyro.subsample" if "pyro.subsample" in str(error) else "an autoguide"
             raise ValueError(
                 f"`model` must give the plate {plates.names[0]!r} a size for {what}, "
@@ -298,6 +314,13 @@ class ModelGuide:
                     f"`model` must draw {name!r} with the batch shape of the guide, {tuple(ours)}, got {tuple(theirs)}"
                     f'. A plate needs a size for a value of each row, `pyro.plate("{self.plate}", len(x))`'
                 )
+
+    def _find_plate(self, plate: str) -> str:
+        """The name of the data plate: as given, or by default that of the plate of N rows around observed sites."""
+        if plate != DATA_PLATE or plate in self.plates:
+            return plate
+        frame = data_plate(self.observed.values(), [self.num_data])
+        return plate if frame is None else frame.name
 
     @property
     def num_data(self) -> int:
@@ -382,12 +405,15 @@ class ModelGuide:
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
 
-    def held_out(self, data: DataTensors, batch_size: int) -> "ModelGuide":
+    def held_out(self, data: DataTensors, batch_size: int, model: Function, guide: Function) -> "ModelGuide":
         """Return the pair on held-out data, transformed, to run in batches if that is right, else on all rows.
+
+        ``model`` and ``guide`` are the pair with the other arguments of these data.
 
         Raise if the guide has parameters for its training data alone.
         """
         pair, lazy = copy(self), isinstance(data, LazyData)
+        pair.model, pair.guide = model, guide
         pair.data = seen = data if lazy else DataTensors(transformed(data, self.transform))
         some = DataTensors(transformed(data.few(rows_at_once(data)), self.transform)) if lazy else seen
         check_missing(self.observed.values(), seen, "validation")
@@ -481,7 +507,7 @@ class ModelGuide:
                 f"got {given} auxiliary numbers for {needed} of {sorted(points)}"
             )
         same_size = shapes == [site["value"].shape for site in points.values()]
-        if isinstance(self.guide, AutoGuide) or not same_size:
+        if isinstance(unbound(self.guide), AutoGuide) or not same_size:
             return
         log_volume, log_density = self._change_of_volume(list(points))
         if not torch.isclose(log_density, -log_volume, rtol=1e-3, atol=1e-3 * needed):
@@ -971,17 +997,17 @@ def _sliced(
 @contextmanager
 def autoguide_follows_subsample(guide: Function) -> Iterator[None]:
     """Let an autoguide without ``create_plates`` take any subsample; Pyro fixes the size at that of the first call."""
-    if not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+    auto = unbound(guide)
+    if not isinstance(auto, AutoGuide) or auto.create_plates is not None:
         yield
         return
-    guide.create_plates = lambda *args, **kwargs: [
-        pyro.plate(name, frame.full_size or frame.size, dim=frame.dim)
-        for name, frame in guide._prototype_frames.items()
+    auto.create_plates = lambda *args, **kwargs: [
+        pyro.plate(name, frame.full_size or frame.size, dim=frame.dim) for name, frame in auto._prototype_frames.items()
     ]
     try:
         yield
     finally:
-        guide.create_plates = None
+        auto.create_plates = None
 
 
 def _is_of_few_rows(failure: RunError, model: Function, guide: Function, few: tuple[Tensor, ...], count: int) -> bool:
@@ -1024,7 +1050,7 @@ def _check_reading(pair: ModelGuide, subsample: SubsampleRows, drawn: FixedSubsa
         needs, remedy = "`data` whose rows are read on demand need", "Read it so, or pass tensors, which are in memory"
         without = "where only these are there"
     for who, run, trace in (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace)):
-        if isinstance(run, AutoGuide):  # never reads data
+        if isinstance(unbound(run), AutoGuide):  # never reads data
             continue
         if who == "model" and not all(drawn.read):
             raise ValueError(
@@ -1120,7 +1146,7 @@ def is_amortized(
     with scoped_param_store(), evaluation_mode(run), poutine.block(), torch.no_grad(), seeded(_SEED):
         try:
             trace = trace or poutine.trace(run).get_trace(*first)
-            if isinstance(run, AutoGuide):
+            if isinstance(unbound(run), AutoGuide):
                 return not any(_dims_of(trace, plate))
             with _perturbed(trace):
                 return _Rows(run, plate, numbered).are_independent(data)

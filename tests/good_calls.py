@@ -298,6 +298,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
 
 NOT_CALLED = {
     "a class that its class method makes": "tables.Table",
+    "what takes any values": "Arguments",
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.TwoGaussians "
         "gradients.Comparison gradients.Measured exact.Posterior exact.QuadratureError distributions.Extent"

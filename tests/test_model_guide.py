@@ -1,5 +1,7 @@
 """A pair is run few times before the first step or draw; what it is, and how its rows are taken, is found there."""
 
+from contextlib import ExitStack
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -503,3 +505,76 @@ def normalizing_guide(x):
 def test_an_error_of_the_users_own_in_a_batch_is_raised_as_it_is(model, guide, rows, error, message):
     with pytest.raises(error, match=message):
         pv.fit(model, guide, ROWS, epochs=1, batch_size=rows)
+
+
+def in_plates(*plates):
+    """Normal variables in nested plates of (name, size), all latents local to them."""
+
+    def model(x):
+        with ExitStack() as stack:
+            for dim, (name, size) in enumerate(plates):
+                stack.enter_context(pyro.plate(name, size, dim=dim - len(plates)))
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("plates", "shape", "expected"),
+    [
+        ([("data", 6)], (6,), "data"),
+        ([("rows", 6)], (6,), "rows"),
+        ([("rows", None)], (6,), "rows"),
+        ([("rows", 6), ("columns", 6)], (6, 6), "rows"),  # the outermost one of N rows
+        ([("columns", 2), ("rows", 6)], (2, 6), "columns"),
+        ([("rows", 6), ("data", 2)], (6, 2), "data"),  # by its name
+    ],
+)
+def test_the_default_data_plate_is_found_by_its_role(plates, shape, expected):
+    pair = ModelGuide(in_plates(*plates), None, torch.zeros(shape))
+    assert pair.plate == expected
+    assert [frame.name for frame in pair.units] == [name for name, _ in plates]
+
+
+def test_a_plate_that_holds_some_observed_sites_is_no_data_plate_by_role():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        pyro.sample("total", dist.Normal(0.0, 1.0), obs=x.sum())
+
+    assert ModelGuide(model, None, torch.zeros(6)).plate == "data"  # which no site is in
+
+
+@pytest.mark.parametrize("names", [("z", "x"), ("latent", "obs"), ("_z", "data_x")])
+@pytest.mark.parametrize("size", [len, lambda x: None], ids=["sized", "unsized"])
+def test_every_number_is_per_row_of_the_plate_found(names, size):
+    def model(x):
+        with pyro.plate("rows", size(x)):
+            z = pyro.sample(names[0], dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample(names[1], dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", size(x)):
+            pyro.sample(names[0], dist.Normal(0.5 * x, 0.5**0.5))  # the posterior
+
+    x = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    log_p = dist.Normal(0.0, 2**0.5).log_prob(x)
+    assert pv.evaluate(model, guide, x)["elbo"] == pytest.approx(log_p.mean().item(), abs=1e-4)
+    assert pv.fit(model, guide, x, epochs=1).history["elbo"][0] == pytest.approx(log_p.mean().item(), abs=1e-4)
+    torch.testing.assert_close(pv.log_evidence(model, guide, x, num_samples=5).log_evidence, log_p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pv.exact.log_evidence(model, x), log_p, atol=1e-3, rtol=0)
+
+
+def test_inspect_finds_the_data_plate():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("latent", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("latent", dist.Normal(0.5 * x, 0.5**0.5))
+
+    found = pv.inspect(model, guide, ROWS[:, 0], num_samples=10, num_simulations=20, max_refined=3)
+    assert (found.skipped, found.num_data["gap"]) == ({}, 3)  # rows are independent: some are enough

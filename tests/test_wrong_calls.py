@@ -629,6 +629,13 @@ NUMBERS = {
 }  # fmt: skip
 
 TRAINING = {
+    "arguments next to others": Row(lambda w: fit(w, data=(pv.Arguments(w.x), w.x)),
+        TypeError, "data", "must be one Arguments(...), with all arguments in it, got others next to it"),
+    "arguments that the model does not take": Row(lambda w: fit(w, data=pv.Arguments(w.x, covariates=None)),
+        TypeError, "data", "must be arguments that model and guide take, got Arguments(a torch.float32 tensor of "
+        "shape (6, 2), covariates=a NoneType), which raise TypeError:"),
+    "a dictionary for a model of tensors": tensors(lambda w: pv.log_evidence(*w.pair, {"x": w.x}),
+        "a dict. As arguments of model and guide, they raise TypeError: `x` must be a tensor"),
     "a list of data": tensors(lambda w: fit(w, data=[1.0]), "a float"),
     "data without values": Row(lambda w: fit(w, data=w.meta),
         ValueError, "data", "must be a tensor...got a torch.float32 tensor of shape (6, 2) on meta"),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    "Columns", "DataTensors", "FirstBatch", "LazyData", "Placement", "as_tensors", "data_tensors", "placement",
-    "read_only_arrays", "rows_like", "to_device", "without_infinity",
+    "Columns", "DataTensors", "FirstBatch", "LazyData", "Placement", "as_tensors", "data_tensors", "is_data",
+    "placement", "read_only_arrays", "rows_like", "to_device", "without_infinity",
 ]  # fmt: skip
 
 Columns = tuple[str, np.ndarray]
@@ -333,6 +333,19 @@ def _common_labels(found: list[np.ndarray], name: str) -> np.ndarray | None:
                 "position. Align them, `right.loc[left.index]`, or use `reset_index(drop=True)`"
             )
     return found[0] if found else None
+
+
+def is_data(item: Any) -> bool:
+    """Whether a value is of a type whose rows :func:`data_tensors` reads, or a loader of such data.
+
+    >>> is_data(np.zeros(3)), is_data([0.0]), is_data(None)
+    (True, False, False)
+    """
+    if isinstance(item, Tensor | np.ndarray | DataTensors | Dataset | DataLoader):
+        return True
+    if callable(getattr(item, "to_data", None)) and not isinstance(item, type):
+        return True
+    return type(item).__module__.partition(".")[0] in {"pandas", "scipy", *_FRAMES}
 
 
 class _Converted(NamedTuple):

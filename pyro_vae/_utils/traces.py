@@ -11,8 +11,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
-    "PARTICLES", "deterministic_sites", "has_bad_rows", "latent_shapes", "latent_sites", "log_density", "masked",
-    "observed_sites", "plate_scale", "set_plate_sizes", "shared_plates", "summed_to",
+    "PARTICLES", "data_plate", "data_plate_size", "deterministic_sites", "has_bad_rows", "latent_shapes",
+    "latent_sites", "log_density", "masked", "observed_sites", "plate_scale", "set_plate_sizes", "shared_plates",
+    "summed_to",
 ]  # fmt: skip
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
@@ -77,6 +78,28 @@ def summed_to(term: Tensor, plates: Iterable[CondIndepStackFrame]) -> Tensor:
     term = term.reshape((1,) * max(0, -min(sizes, default=0) - term.dim()) + term.shape)
     summed = [dim for dim in range(-term.dim(), 0) if dim not in sizes]
     return (term.sum(summed) if summed else term).expand([*sizes.values()])
+
+
+def data_plate(observed: Iterable[dict[str, Any]], sizes: Iterable[int]) -> CondIndepStackFrame | None:
+    """The plate that holds every observed site and has one of these sizes, the outermost; ``None`` if there is none."""
+    stacks = [site["cond_indep_stack"] for site in observed]
+    sizes = set(sizes)
+    shared = set.intersection(*({frame.name for frame in stack} for stack in stacks)) - {PARTICLES} if stacks else set()
+    found = (frame for stack in stacks[:1] for frame in stack if frame.name in shared)
+    return next((frame for frame in found if (frame.full_size or frame.size) in sizes), None)
+
+
+def data_plate_size(trace: Trace, plate: str, sizes: Iterable[int]) -> int | None:
+    """The number of rows of a data plate, by name, or else of :func:`data_plate`, in a trace of the model.
+
+    The sizes are those of the tensors that it is given. If none of them fits, the plate is the outermost one.
+    """
+    observed = observed_sites(trace)
+    frames = [frame for site in (latent_sites(trace) | observed).values() for frame in site["cond_indep_stack"]]
+    named = next((frame for frame in frames if frame.name == plate), None)
+    frame = named or data_plate(observed.values(), sizes)
+    frame = frame or data_plate(observed.values(), {one.full_size or one.size for one in frames})
+    return None if frame is None else frame.full_size or frame.size
 
 
 def set_plate_sizes(*traces: Trace) -> None:

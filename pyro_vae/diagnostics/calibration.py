@@ -27,6 +27,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
 from pyro_vae.exact.guide_density import GuideDensity
@@ -297,6 +298,7 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def calibrate(
     model: Function,
@@ -362,6 +364,7 @@ def calibrate(
         pair = ModelGuide(model, guide, data, plate)
         ModelDensity(pair)  # first, since its errors are more precise than those of the next check
         _check_local(pair)
+        plate = pair.plate
         simulated, truth = _simulate(model, data, plate, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = []

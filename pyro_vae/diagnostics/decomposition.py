@@ -24,6 +24,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, LogDensities
 from pyro_vae.distributions.properties import conditional_mean
 from pyro_vae.exact.guide_density import GuideDensity, Sites
@@ -201,6 +202,7 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def decompose(
     model: Function,

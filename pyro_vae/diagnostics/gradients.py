@@ -22,6 +22,7 @@ from pyro_vae._utils.param_store import parameters_of, without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int, real_tensor
+from pyro_vae.arguments import any_arguments
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, ModelDensity
 from pyro_vae.model_guide import ModelGuide
@@ -189,6 +190,7 @@ def compare(
 
 
 @evaluation_mode()
+@any_arguments
 def exact_gradient(
     model: Function, guide: Function, *data: Data, num_draws: int = 1, plate: str = "data"
 ) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.refinement import refine
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.evidence.importance_sampling import log_evidence
@@ -133,6 +134,7 @@ def _mean(values: Tensor, errors: Tensor) -> str:
     return f"{values.mean().item():.3f} ± {errors.square().sum().sqrt().item() / len(values):.3f}"
 
 
+@any_arguments
 @without_training
 def inference_gap(
     model: Function,

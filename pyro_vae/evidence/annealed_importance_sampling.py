@@ -10,6 +10,7 @@ from torch.distributions import biject_to
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate, densities
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
@@ -23,6 +24,7 @@ _PRELIMINARY_MOVES = 2  # at each temperature
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def annealed_log_evidence(
     model: Function,

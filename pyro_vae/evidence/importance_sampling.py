@@ -15,6 +15,7 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import boolean, positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity
@@ -135,6 +136,7 @@ def _mean_and_error(log_p: Tensor) -> str:
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def log_evidence(
     model: Function,

@@ -25,6 +25,7 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
+from pyro_vae.arguments import any_arguments
 from pyro_vae.distributions.properties import base_support, without_independent
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
@@ -38,6 +39,7 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def log_evidence(
     model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4, progress: bool | None = None
@@ -75,6 +77,7 @@ def log_evidence(
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def posterior(
     model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4, progress: bool | None = None
@@ -104,6 +107,7 @@ def posterior(
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def elbo(
     model: Function,
@@ -134,6 +138,7 @@ def elbo(
 
 
 @torch.no_grad()
+@any_arguments
 @without_training
 def kl(
     model: Function,

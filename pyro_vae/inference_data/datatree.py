@@ -15,6 +15,7 @@ from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.evidence.pareto import pareto_shape, tail_length
 from pyro_vae.inference_data.groups import GroupLayout
 from pyro_vae.inference_data.netcdf import check_space, new_path, writing
@@ -31,6 +32,7 @@ _MAX_BYTES = 4 * 2**30
 _LEAST_TAIL = 5  # draws to which k̂ is fitted
 
 
+@any_arguments
 @without_training
 def to_datatree(
     model: Function,
@@ -131,6 +133,7 @@ def to_datatree(
     return layout.tree(groups, largest.khat())
 
 
+@any_arguments
 @without_training
 def save_draws(
     path: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import DimensionNames, data_labels
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["reference"]
 
 
+@any_arguments
 @without_training
 def reference(
     model: Function,
@@ -75,6 +77,7 @@ def reference(
     settings = ExportSettings(draws, seed, plate, dims, coords)
     with seeded(seed):
         pair = ModelGuide(model, None, data, plate)
+        settings.plate = pair.plate
         density = ModelDensity(pair)
         if discrete := [name for name, site in pair.latents.items() if site["fn"].support.is_discrete]:
             got = f"the discrete {discrete}; use pv.exact.posterior for these"

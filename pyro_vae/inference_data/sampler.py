@@ -55,11 +55,12 @@ class JointSampler:
         self.settings, self._per_draw = settings, PerDraw()
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
+            settings.plate = pair.plate
             pair.check_data_plate(every_site=False)
             check_same_latents(pair.latents, pair.guide_latents, more=True)
             pair.check_factors()
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic
-            self._generative = ResampleObserved()(model)
+            self._generative = ResampleObserved()(pair.model)
             self.by_datum = all(pair.is_local(site) for _, _, site in pair.sites)
             self.statistics = self._find_statistics()
             first = self._with_redraws(pair.guide_trace, pair.model_trace)

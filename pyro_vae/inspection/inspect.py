@@ -15,11 +15,12 @@ from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
+from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
 from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
 from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
-from pyro_vae.model_guide import is_amortized
+from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["Inspection", "inspect"]
 
@@ -156,6 +157,7 @@ class Inspection(Result):
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+@any_arguments
 def inspect(
     model: Function,
     guide: Function,
@@ -226,7 +228,8 @@ def _inspect(
     bar.begin("evidence")
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed)
     with scoped_param_store(), seeded(seed):
-        amortized = is_amortized(model, data, plate) and is_amortized(guide, data, plate)
+        _, pair = ModelGuide.on_few_rows(model, guide, data, plate)
+        amortized = pair.is_amortized("model") and pair.is_amortized("guide")
     rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))
     skipped: dict[str, str] = {}
 

@@ -22,6 +22,7 @@ from pyro_vae._utils.validation import (
     nonempty_string,
     writable,
 )
+from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.decomposition import units_table
 from pyro_vae.inspection.inspect import Inspection, inspect
 from pyro_vae.training.fit import Fitted, as_history
@@ -34,6 +35,7 @@ __all__ = ["report"]
 _MAX_ROWS = 60  # rows of a table with a row for each latent variable
 
 
+@any_arguments
 def report(
     path: str | os.PathLike[str],
     model: Function,

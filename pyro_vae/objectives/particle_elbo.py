@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import is_integer
+from pyro_vae.arguments import Bound, unbound
 from pyro_vae.draws import PerDraw, Results, Values
 from pyro_vae.objectives.particles import Particles, Site
 
@@ -87,8 +88,10 @@ class ParticleELBO(Trace_ELBO):
 
     def _get_trace(self, model: Function, guide: Function, args: Any, kwargs: Any) -> Pair:
         """Return the traces of model and guide, with the K draws on the left of the tensors of their sites."""
-        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-            guide._setup_prototype(*args, **kwargs)  # makes parameters, which no draw must make
+        auto = unbound(guide)
+        if isinstance(auto, AutoGuide) and auto.prototype_trace is None:  # makes parameters, which no draw must make
+            of_model = guide.arguments(*args) if isinstance(guide, Bound) else (args, kwargs)
+            auto._setup_prototype(*of_model[0], **of_model[1])
         validates = infer.is_validation_enabled()
 
         def run(_: Values) -> tuple[dict[Any, Tensor], Pair]:

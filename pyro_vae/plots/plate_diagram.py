@@ -13,11 +13,13 @@ from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, taking_data
+from pyro_vae.arguments import any_arguments
 from pyro_vae.plots.axes import axes_or_new
 
 __all__ = ["plate_diagram"]
 
 
+@any_arguments
 @without_training
 def plate_diagram(model: Function, guide: Function | None, *data: Data, ax: Axes | None = None) -> Axes:
     """Which sites depend on which? The model as circles, arrows and plates; the guide as dashed arrows.

@@ -41,6 +41,12 @@ class ElboEvaluator:
         self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
         self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
 
+    def of(self, model: Function, guide: Function) -> "ElboEvaluator":
+        """Return an evaluator of the same ELBO for the pair with other arguments."""
+        other = copy(self)
+        other.model, other.guide = model, guide
+        return other
+
     def loss(self, *args: Any) -> Any:
         """Compute the loss: a number, or a tensor during a capture."""
         return self._evaluate(self.elbo.loss, args)

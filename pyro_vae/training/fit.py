@@ -25,6 +25,7 @@ from pyro_vae._utils.param_store import rollback_params_on_error, without_traini
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
+from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
@@ -146,10 +147,11 @@ def as_history(history: "Fitted | Mapping[str, Sequence[float]]") -> Mapping[str
     return epochs
 
 
+@any_arguments
 def fit(
     model: Function,
     guide: Function,
-    data: Data,
+    data: Data = (),
     *,
     epochs: int,
     batch_size: int | None = None,
@@ -181,13 +183,15 @@ def fit(
     outside of the support of the likelihood, for example; ``history["elbo"]`` is then an error that names the reason.
 
     Args:
-        model: a Pyro model with a data plate, called as ``model(data)``, or ``model(*data)`` for a sequence.
+        model: a Pyro model, called as ``model(data)``, or ``model(*data)`` for a sequence.
         guide: its guide, called with the same arguments.
         data: N rows, or a sequence of data with N rows each, one for each argument. Tensors are used as they are.
             Arrays of NumPy, memory-mapped ones too, frames of pandas and polars, sparse matrices of SciPy and data sets
             of torch get dtype and device of the VAE, or the default ones; with ``batch_size``, rows of files, sparse
             matrices and data sets are read for each batch. A ``DataLoader`` or an iterable data set of torch is a
-            stream: its batches are used as they come, and a tuple has the arguments of model and guide.
+            stream: its batches are used as they come, and a tuple has the arguments of model and guide. Any other
+            arguments, such as keywords, numbers and dictionaries, are possible, see
+            :class:`pyro_vae.arguments.Arguments`; none for a program that has its data already.
         epochs: passes over the data; without ``batch_size``, each is one step.
         batch_size: rows per step, in a new random order in each epoch; all N if left out. A single row that is left
             joins the batch before. Mini-batches subsample the data plate, see
@@ -209,7 +213,8 @@ def fit(
             validation data, and a few times before training as a check.
         schedules: values that change during training: 0-dim tensors, such as the ``temperature`` of a relaxed family
             (taken after ``vae.to(...)``, which replaces it), each with a schedule: a function of the step, from 0.
-        plate: name of the data plate.
+        plate: name of the data plate. Where no plate has the default name, it is the one that holds every observed
+            site and has N rows.
         seed: of the random numbers of the run and of the order of the data. Weights are drawn when parts are built:
             call ``torch.manual_seed`` before that. A second call of ``fit`` continues from the current parameters.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
@@ -250,8 +255,11 @@ def fit(
     check_gradients_enabled("fit")
     check_no_batch_size(data, batch_size)
     tensors, stream = as_source(data, "data", model, transform is not None, batch_size, num_data)
-    held_out, held_out_stream = None, None
+    held_out, held_out_stream, to_validate = None, None, [model, guide]
     if validation is not None:
+        *to_validate, validation = bind(
+            unbound(model), unbound(guide), validation, plate, "validation", transform is not None
+        )
         held_out, held_out_stream = as_source(validation, "validation", model, transform is not None, batch_size)
         rows_like(held_out, tensors, "validation")
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
@@ -278,9 +286,9 @@ def fit(
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
-            evaluator.bound = pair.bound
+            evaluator.bound, evaluator.plate = pair.bound, pair.plate
             with evaluation_mode(model, guide):
-                held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size)
+                held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
         rate = lr.begin() if isinstance(lr, Plateau) else lr
         step = _make_step(
             evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
@@ -291,27 +299,29 @@ def fit(
             batches = StreamBatches(pair.take, stream, seed)
         validate = None
         if held_out_pair is not None:
-            validate = partial(_evaluate_held_out, evaluator, held_out_pair, seed, held_out_stream)
+            validator = evaluator if held_out_pair.model is model else evaluator.of(*to_validate)
+            validate = partial(_evaluate_held_out, validator, held_out_pair, seed, held_out_stream)
         loop = Loop(step, batches, validate, patience, callbacks, saved, records_rate=callable(rate))
         with seeded(seed):
             with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
-                    run_all_rows(ElboEvaluator(model, guide, copy.copy(evaluator.elbo), plate), batches)
+                    run_all_rows(ElboEvaluator(model, guide, copy.copy(evaluator.elbo), pair.plate), batches)
             loop.run(epochs, progress)
     pyro.get_param_store().get_state()  # removes Pyro's weak references from the parameters, which pickle refuses
     if loop.state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
     seconds, state = time.perf_counter() - started, loop.state
     history = Terms(state.history, pair.why_no_bound)
-    return Fitted(model, guide, history, seed, step.count, seconds, state.stop_reason, state.skipped)
+    return Fitted(unbound(model), unbound(guide), history, seed, step.count, seconds, state.stop_reason, state.skipped)
 
 
+@any_arguments
 @without_training
 def evaluate(
     model: Function,
     guide: Function,
-    data: Data,
+    data: Data = (),
     *,
     elbo: ELBO | None = None,
     num_samples: int = 1,
@@ -357,7 +367,7 @@ def evaluate(
         pair = pair or ModelGuide(model, guide, tensors.whole(), plate)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
-        evaluator.bound = pair.bound
+        evaluator.bound, evaluator.plate = pair.bound, pair.plate
         with seeded(seed), pyro.validation_enabled():
             return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
 
