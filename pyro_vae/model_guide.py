@@ -258,6 +258,8 @@ class ModelGuide:
                 few = cls(model, guide, DataTensors(data.rows(slice(0, count))), plate)
                 whole = cls(model, guide, data, few.plate, traces=(few.model_trace, few.guide_trace))
                 whole.num_run = count
+                if not whole.has_one_plate or whole.eliminated:
+                    raise ValueError("not every site has a value for each row alone")
                 if not all(map(whole._knows_all_rows, whole.observed.values())):
                     raise ValueError("the observed values of other rows are not known")
                 if not whole.is_amortized("model") or not whole.is_amortized("guide"):
@@ -346,6 +348,23 @@ class ModelGuide:
         where they are local to an outer plate, and one for all data, without plates, where some latent is global.
         """
         return shared_plates(site for _, _, site in self.sites)
+
+    @property
+    def has_one_plate(self) -> bool:
+        """Whether every site lies in the data plate alone, the rightmost dimension, and no latent is masked."""
+        stacks = [[frame for frame in site["cond_indep_stack"] if frame.vectorized] for _, _, site in self.sites]
+        latents = (*self.latents.values(), *latent_sites(self.guide_trace).values())
+        return all([(frame.name, frame.dim) for frame in stack] == [(self.plate, -1)] for stack in stacks) and not any(
+            site["mask"] is not None or masks(site["fn"]) for site in latents
+        )
+
+    @property
+    def eliminated(self) -> list[str]:
+        """The discrete latents that the guide, if there is one, leaves to be summed out."""
+        if self.guide is None:
+            return []
+        left = self.latents.keys() - self.guide_latents.keys()
+        return [name for name in self.latents if name in left and self.latents[name]["fn"].has_enumerate_support]
 
     @property
     def max_plate_nesting(self) -> int:
@@ -478,8 +497,7 @@ class ModelGuide:
 
     def check_density(self) -> None:
         """Raise if q(z | x) is no normalised density of the latents that the model has."""
-        summed = {name for name, site in self.latents.items() if site["infer"].get("enumerate")}
-        drawn = {name: site for name, site in self.latents.items() if name not in summed - self.guide_latents.keys()}
+        drawn = {name: site for name, site in self.latents.items() if name not in self.eliminated}
         check_same_latents(drawn, self.guide_latents)
         self.check_points()
         if self.auxiliary:

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import pyro
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.traces import masked
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
@@ -106,10 +108,10 @@ def _temperatures(count: int) -> list[float]:
 
 
 class _Coordinates:
-    """Unconstrained coordinates ``(C, N, D)`` of all latents of a model."""
+    """Unconstrained coordinates ``(C, N, D)`` of all latents of a model, in N cells."""
 
     def __init__(self, p: ModelDensity):
-        self.transforms, self.shapes = {}, {}
+        self.transforms, self.shapes, self.latents, self.layouts = {}, {}, p.latents, p.layouts
         for name, site in p.latents.items():
             fn = site["fn"]
             if fn.support.is_discrete:
@@ -122,20 +124,30 @@ class _Coordinates:
                 must = "have latents with unconstrained coordinates (torch.distributions.biject_to)"
                 hint = "write it on the real line and transform it after the site, or use pv.log_evidence"
                 raise ValueError(f"`model` must {must}, got {name!r} on {fn.support}; {hint}") from error
-            self.shapes[name] = self.transforms[name].inverse_shape(fn.event_shape)
+            value = p.layouts[name].to_cells(site["value"][None])
+            self.shapes[name] = self.transforms[name].inverse_shape(value.shape[2:])
 
     def points(self, values: Values) -> Tensor:
-        """Map values ``(C, N, *event)`` to coordinates."""
-        return torch.cat([_flat(self.transforms[name].inv(values[name])) for name in self.shapes], -1)
+        """Map values ``(C, N, *inner, *event)`` to coordinates."""
+        parts = []
+        for name, transform in self.transforms.items():
+            layout = self.layouts[name]
+            parts.append(_flat(layout.to_cells(transform.inv(layout.to_site(values[name])))))
+        return torch.cat(parts, -1)
 
     def values(self, points: Tensor) -> tuple[Values, Tensor]:
         """Map coordinates to values, with the log-determinant of the Jacobian, ``(C, N)``."""
         values, volume = {}, points.new_zeros(points.shape[:2])
         parts = points.split([shape.numel() for shape in self.shapes.values()], -1)
         for (name, transform), part in zip(self.transforms.items(), parts, strict=True):
-            coordinates = part.reshape(*points.shape[:2], *self.shapes[name])
-            values[name] = transform(coordinates)
-            volume = volume + _flat(transform.log_abs_det_jacobian(coordinates, values[name])).sum(-1)
+            layout, site = self.layouts[name], self.latents[name]
+            coordinates = layout.to_site(part.reshape(*points.shape[:2], *self.shapes[name]))
+            value = transform(coordinates)
+            log_volume = transform.log_abs_det_jacobian(coordinates, value)
+            num_batch = site["value"].dim() - site["fn"].event_dim
+            log_volume = masked(sum_rightmost(log_volume, log_volume.dim() - 1 - num_batch), site)
+            values[name] = layout.to_cells(value)
+            volume = volume + _flat(layout.to_cells(log_volume)).sum(-1)
         return values, volume
 
 

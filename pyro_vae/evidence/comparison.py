@@ -35,7 +35,8 @@ def compare_evidence(evidence: Mapping[str, Evidence | Tensor]) -> pd.DataFrame:
 
     Args:
         evidence: by name, the :class:`pyro_vae.Evidence` of a model, or ``(N,)`` of
-            :func:`pyro_vae.exact.inference.log_evidence`, all of the same data in the same order.
+            :func:`pyro_vae.exact.inference.log_evidence`, all of the same data in the same order. Of models with global
+            latents it is one number for all data, and the columns are in nats of all data.
 
     Raises:
         TypeError, ValueError: if there is no model, or an entry has another type, shape, or number of data.
@@ -92,9 +93,11 @@ def _entries(evidence: Mapping[str, Evidence | Tensor]) -> dict[str, tuple[Tenso
         else:
             must = "the result of pv.log_evidence or pv.exact.log_evidence"
             raise TypeError(f"`evidence[{name!r}]` must be {must}, got {with_article(type(entry).__name__)}")
-        if values.dim() != 1 or len(values) == 0:
-            raise ValueError(f"`evidence[{name!r}]` must be (N,) with N >= 1, got shape {tuple(values.shape)}")
-        entries[name] = (values.detach().cpu().double(), error.detach().cpu().double(), unreliable.cpu())
+        if values.dim() > 1 or values.numel() == 0:
+            must = "(N,) with N >= 1, or one number for all data"
+            raise ValueError(f"`evidence[{name!r}]` must be {must}, got shape {tuple(values.shape)}")
+        values, error, unreliable = (part.detach().cpu().reshape(-1) for part in (values, error, unreliable))
+        entries[name] = (values.double(), error.double(), unreliable)
     sizes = {name: len(values) for name, (values, _, _) in entries.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"`evidence` must have the same data, in the same order, for each model, got {sizes} data")

@@ -37,6 +37,10 @@ _ROWS = 128  # in a batch
 class Evidence(Result):
     r"""Estimates of :math:`\log p(x_i)` from K weighted draws each. ``print`` shows a summary.
 
+    There is one for each datum where all latents are local to it; one for each cell of the plates that all sites share
+    where they are local to an outer plate, such as groups; and one number for all data, of shape ``()``, where some
+    latent is global, or the guide draws the latents of all data together. Shapes below are those of the first case.
+
     Attributes:
         log_evidence: ``(N,)``, in nats: a lower bound in expectation.
         ess: ``(N,)``, the effective number of draws :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K. An estimate
@@ -45,6 +49,7 @@ class Evidence(Result):
             :attr:`reliable_khat` neither the estimate nor its standard error is reliable. k̂ is itself an estimate, with
             the error :attr:`khat_error`, and sees only what was drawn.
         num_samples: K.
+        plates: the names of the plates whose cells the estimates are of, from left to right; ``None`` for data.
 
     >>> constant = torch.full((4,), -1.5)
     >>> print(Evidence(constant, ess=torch.full((4,), 100.0), khat=torch.full((4,), -math.inf), num_samples=100))
@@ -57,6 +62,20 @@ class Evidence(Result):
     ess: Tensor
     khat: Tensor
     num_samples: int
+    plates: tuple[str, ...] | None = None
+
+    @property
+    def _of(self) -> str:
+        """What each estimate is of."""
+        if self.plates is None:
+            return "per datum"
+        return f"per cell of {' × '.join(map(repr, self.plates))}" if self.plates else "of all data"
+
+    @property
+    def _over(self) -> str:
+        """How many estimates there are, of what."""
+        count = self.log_evidence.numel()
+        return count_of(count, "datum", "data") if self.plates is None else count_of(count, "cell")
 
     @property
     def standard_error(self) -> Tensor:
@@ -91,15 +110,33 @@ class Evidence(Result):
 
     def _line(self) -> str:
         draws = count_of(self.num_samples, "draw")
+        if self.plates == ():
+            trust = "unreliable" if self.unreliable.any() else "reliable"
+            return (
+                f"log p(x) at least {float(self.log_evidence):.3f} ± {float(self.standard_error):.3f} nats of all data "
+                f"in expectation, from {draws}, k̂ {float(self.khat):.2f}, {trust}"
+            )
         return (
-            f"log p(x) at least {_mean_and_error(self.log_evidence)} nats per datum in expectation, from "
-            f"{count_of(len(self.log_evidence), 'datum', 'data')} with {draws} each, k̂ unreliable for "
+            f"log p(x) at least {_mean_and_error(self.log_evidence)} nats {self._of} in expectation, from "
+            f"{self._over} with {draws} each, k̂ unreliable for "
             f"{100 * float(self.unreliable.double().mean()):.1f} %"
         )
 
     def _table(self) -> Table:
-        log_p, error = self.log_evidence.double(), self.standard_error.double()
+        log_p, error = self.log_evidence.double().flatten(), self.standard_error.double().flatten()
         count = len(log_p)
+        estimate = "log p(x) is estimated by importance sampling from q(z|x): its expectation is a lower bound."
+        if self.plates == ():
+            rows = [
+                ("log p(x) of all data", f"{log_p.item():.3f}"),
+                ("standard error due to the draws", f"{error.item():.3f}"),
+                ("effective sample size", f"{self.ess.item():.1f} of {self.num_samples} draws"),
+                (
+                    f"k̂, reliable up to {self.reliable_khat:.2f}",
+                    f"{self.khat.item():.2f} ± {self.khat_error.item():.2f}",
+                ),
+            ]
+            return Table(("quantity", "value"), rows, f"In nats. {estimate}")
         rows = [
             ("mean of log p(x)", f"{log_p.mean():.3f}"),
             ("standard error of the mean", f"{log_p.std() / count**0.5:.3f}" if count > 1 else "unknown"),
@@ -110,22 +147,27 @@ class Evidence(Result):
                 f"{self.unreliable.double().mean():.1%}",
             ),
         ]
-        note = (
-            f"In nats per datum, over {count_of(count, 'datum', 'data')}. log p(x) is estimated by importance sampling "
-            "from q(z|x): its expectation is a lower bound."
-        )
-        return Table(("quantity", "value"), rows, note)
+        return Table(("quantity", "value"), rows, f"In nats {self._of}, over {self._over}. {estimate}")
 
     def __str__(self) -> str:
-        estimate, noise, count = self.log_evidence.double(), self.standard_error.double(), len(self.log_evidence)
+        estimate, noise = self.log_evidence.double().flatten(), self.standard_error.double().flatten()
+        count, unsure = len(estimate), "above" if self.unreliable.any() else "not above"
+        if self.plates == ():
+            return (
+                f"log p(x) of all data, in expectation at least {estimate.item():.3f} nats\n"
+                f"standard error {noise.item():.3f} from {self.num_samples} draws\n"
+                f"ess {self.ess.item():.1f} of {self.num_samples}; k̂ {self.khat.item():.2f}, plus its error {unsure} "
+                f"{self.reliable_khat:.2f}"
+            )
         spread = float(estimate.std() / count**0.5) if count > 1 else math.nan
         unreliable = 100 * float(self.unreliable.double().mean())
         return (
-            f"log p(x), in expectation at least {float(estimate.mean()):.3f} nats per datum\n"
-            f"standard error {spread:.3f} over {count} data, of it "
+            f"log p(x), in expectation at least {float(estimate.mean()):.3f} nats {self._of}\n"
+            f"standard error {spread:.3f} over {count} {'data' if self.plates is None else 'cells'}, of it "
             f"{float(noise.square().sum().sqrt() / count):.3f} from {self.num_samples} draws each\n"
             f"median ess {float(self.ess.median()):.1f} of {self.num_samples}; "
-            f"k̂ plus its error above {self.reliable_khat:.2f} for {unreliable:.1f} % of the data"
+            f"k̂ plus its error above {self.reliable_khat:.2f} for {unreliable:.1f} % of "
+            f"{'the data' if self.plates is None else 'them'}"
         )
 
 
@@ -157,8 +199,14 @@ def log_evidence(
     :func:`pyro_vae.exact.inference.log_evidence` where it has an answer. If k̂ is large, the guide is too far from the
     posterior, and :func:`pyro_vae.annealed_log_evidence` may be better. Latents may be continuous, discrete, or both.
 
+    What x_i is follows from the plates that hold every site: a datum where all latents are local to it, a group where
+    they are local to an outer plate. Where some latent is global, or the guide draws the latents of all data together,
+    there is one number for all data. Its weights need a guide that is close to the posterior of all latents. Discrete
+    latents that the guide leaves out are summed out, as ``TraceEnum_ELBO`` does. Latents may be masked, in model and
+    guide alike.
+
     Args:
-        model, guide: a Pyro model with one data plate, the rightmost dimension, that contains all its sites; its guide.
+        model, guide: a Pyro model and its guide.
         data: arguments of both.
         num_samples: K, draws for each datum. They are computed in batches of rows and chunks of draws, which bound the
             memory: only running sums of the weights are stored, and the 3 sqrt(K) largest ones of each datum, for k̂.
@@ -205,8 +253,34 @@ def densities(
 ) -> tuple[ModelDensity, GuideDensity]:
     """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
     few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
-    p = ModelDensity(few)
-    return (p if few is whole else p.on_all_rows(whole)), GuideDensity(p)
+    if plate != "data":
+        whole.check_data_plate(every_site=False)
+    p = ModelDensity(few, by_rows=few.has_one_plate and not few.eliminated)
+    q = GuideDensity(p)
+    if not p.by_rows and not _has_independent_cells(p, q):
+        p = ModelDensity(few, by_rows=False, units=())
+        q = GuideDensity(p)
+    return (p if few is whole else p.on_all_rows(whole)), q
+
+
+def _has_independent_cells(p: ModelDensity, q: GuideDensity) -> bool:
+    """Whether the densities of a cell depend on its own latents alone: those of half of the cells are replaced."""
+    if p.num_data == 1 or not q.sites:
+        return True
+    with torch.no_grad(), seeded(2):
+        values, log_q = q.sample(2)
+        functions = [p.log_joint, *([q.log_prob] if q.has_any_density else [])]
+        even = torch.arange(p.num_data, device=log_q.device) % 2 == 0
+        for kept in (even, ~even):
+            one = {name: value[:1] for name, value in values.items()}
+            mixed = {
+                name: torch.where(kept.reshape(-1, *[1] * (value.dim() - 2)), value[:1], value[1:])
+                for name, value in values.items()
+            }
+            for density in functions:
+                if not torch.allclose(density(one)[0][kept], density(mixed)[0][kept], rtol=1e-3, atol=1e-3):
+                    return False
+    return True
 
 
 def batched_estimate(
@@ -226,13 +300,16 @@ def batched_estimate(
     total = p.num_data * num_samples
     with seeded(seed), progress_bar(name, progress, total=total, unit="draw", unit_scale=True) as bar:
         parts = [_summarize_weights(part, make_sampler(part, bar.advance), num_samples) for part in _batches(p)]
-    log_evidence, ess, khat = (torch.cat(list(part)).to(p.dtype) for part in zip(*parts, strict=True))
-    return Evidence(log_evidence, ess, khat, num_samples)
+    sizes = [p.num_data] if p.by_rows else [frame.size for frame in p.units]
+    log_evidence, ess, khat = (torch.cat(list(of)).to(p.dtype).reshape(sizes) for of in zip(*parts, strict=True))
+    names = tuple(frame.name for frame in p.units)
+    plates = None if p.by_rows or names == (p.plate,) else names
+    return Evidence(log_evidence, ess, khat, num_samples, plates)
 
 
 def _batches(p: ModelDensity) -> Iterable[ModelDensity]:
     """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
-    if p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
+    if not p.by_rows or p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
         return [p]
     return p.batches(_ROWS)
 

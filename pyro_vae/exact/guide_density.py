@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import latent_sites
+from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae.distributions.extent import Extent, find_extent
-from pyro_vae.distributions.properties import base_distribution
+from pyro_vae.distributions.properties import base_distribution, is_point
 from pyro_vae.draws import PerDraw, Results
 from pyro_vae.exact.model_density import (
     ConditionedRuns,
@@ -25,7 +25,8 @@ from pyro_vae.exact.model_density import (
     check_repeatable,
     check_site,
     few_rows,
-    joint_log_density,
+    layouts_of,
+    plus,
 )
 from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
 from pyro_vae.model_guide import check_one_plate, check_same_latents
@@ -38,37 +39,47 @@ class GuideDensity:
 
     An autoguide such as ``AutoNormal`` draws an auxiliary site in unconstrained coordinates; the latent is a function
     of it, a ``Delta`` whose log-density is that of the change of variables. Then q(z | x) is the distribution of that
-    function, if it is that of ``biject_to``, which is compared at the draws at hand.
+    function, if it is that of ``biject_to``, which is compared at the draws at hand. One auxiliary vector may also be
+    that of all latents together, as of ``AutoMultivariateNormal``.
+
+    Values and densities are those of the cells of ``p``.
 
     Raises:
-        ValueError: if the guide does not have the latents of the model, all in the data plate, unscaled and unmasked;
-            if two runs give different densities.
+        ValueError: if the guide does not have the latents of the model, all in the data plate, unscaled and unmasked
+            where the model has a density of each row; if two runs give different densities.
     """
 
     def __init__(self, p: ModelDensity):
         self.p, self.guide = p, p.pair.guide
-        self.runs, self._draws = ConditionedRuns(self.guide), PerDraw()
         sites = latent_sites(p.pair.guide_trace)
-        p.pair.check_factors()
+        self.layouts = layouts_of(sites, p.units)
+        self.runs, self._draws = ConditionedRuns(self.guide, self.layouts, p.units), PerDraw()
+        check_same_latents(p.pair.latents, sites, fewer=True)  # all of them, for the message
         check_same_latents(p.latents, sites)
-        p.pair.check_points()
-        self._check_rows(sites)
+        if p.by_rows:
+            p.pair.check_factors()
+            p.pair.check_points()
+            self._check_rows(sites)
+        else:
+            p.pair.check_density()
         for name, site in sites.items():
-            check_site("guide", name, site)
+            check_site("guide", name, site, p.by_rows)
         self._origins = {
             name: origin for name, site in p.latents.items() if (origin := _origin(name, site["fn"], sites)) is not None
         }
+        self._together = None if self._has_all_origins() else _common_origin(p.latents, sites)
         self.sites = self._latents(sites)
         for name in self.sites:
             expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
             if shape != expected:
                 must = f"have the event shape of the model at site {name!r}, {expected}"
                 raise ValueError(f"`guide` must {must}, got {shape}")
-        p.pair.check_rows("guide")
-        if self._has_any_density():
+        if p.by_rows:
+            p.pair.check_rows("guide")
+        if self.has_any_density:
             with torch.no_grad(), seeded(1):
-                values = {name: site["value"][None] for name, site in self.sites.items()}
-                check_repeatable("guide", sites, self.log_prob(values)[0])
+                values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.sites.items()}
+                check_repeatable("guide", self._joint(sites), self.log_prob(values)[0])
 
     def _check_rows(self, sites: Sites) -> None:
         """Raise if the rows are not drawn separately."""
@@ -88,9 +99,19 @@ class GuideDensity:
             latents[name] = {**sites[name], "fn": fn.base_dist if _is_identity(transform) else fn}
         return latents
 
-    def _has_any_density(self) -> bool:
-        """Whether log q(z | x) is known at any z: each auxiliary site can be computed from a latent."""
+    def _has_all_origins(self) -> bool:
         return {auxiliary for auxiliary, _ in self._origins.values()} == set(self.p.pair.auxiliary)
+
+    @property
+    def has_any_density(self) -> bool:
+        """Whether log q(z | x) is known at any z: the auxiliary sites can be computed from the latents."""
+        return self._has_all_origins() or self._together is not None
+
+    def _joint(self, sites: Sites) -> Tensor:
+        """The log-density of sites together, for each cell."""
+        if not sites:
+            return self.p.zeros().to(self.p.dtype)
+        return plus(self.runs.summed(log_density(site)) for site in sites.values())
 
     def of_rows(self, p: ModelDensity) -> "GuideDensity":
         """Return the density of the guide on a batch of rows, one of :meth:`ModelDensity.batches`."""
@@ -104,25 +125,29 @@ class GuideDensity:
 
     def log_prob(self, values: Values) -> Tensor:
         """Compute log q(z | x) at values of every latent, ``(C, 1 or N, *event)``, as ``(C, N)``."""
-        if not self._has_any_density():
+        if not self.has_any_density:
             got = f"{sorted(self.sites.keys() - self._origins.keys())}, computed from {self.p.pair.auxiliary}"
             hint = "use AutoNormal, or pv.log_evidence, which needs log q(z | x) at draws of the guide alone"
             raise ValueError(f"`guide` must have latents whose density is known at any value, got {got}; {hint}")
-        at = {name: value for name, value in values.items() if name not in self._origins}
-        at |= {auxiliary: transform.inv(values[name]) for name, (auxiliary, transform) in self._origins.items()}
+        if self._together is not None:
+            at = self._together(values)
+        else:
+            at = {name: value for name, value in values.items() if name not in self._origins}
+            at |= {auxiliary: transform.inv(values[name]) for name, (auxiliary, transform) in self._origins.items()}
         return self.runs.log_prob(at, self.p.data, self.p.num_data)
 
     def sample(self, count: int) -> tuple[Values, Tensor]:
         """Draw values, ``(count, N, *event)`` by site, and compute their log q(z | x), ``(count, N)``."""
         results = self.sample_and_read(count, lambda sites: {name: site["value"] for name, site in sites.items()})
-        return {name: results.each(name, count) for name in self.sites}, results.each("log_q", count)
+        values = {name: self.layouts[name].to_cells(results.each(name, count)) for name in self.sites}
+        return values, results.each("log_q", count)
 
     def sample_and_read(self, count: int, read: Callable[[Sites], dict[Any, Tensor]]) -> Results:
         """Draw from the guide, and read tensors from its latents in each draw, besides their ``"log_q"``."""
 
         def run(_: Values) -> tuple[dict[Any, Tensor], None]:
             sites = latent_sites(poutine.trace(self.guide).get_trace(*self.p.data))
-            return {**read(self._latents(sites)), "log_q": joint_log_density(sites)}, None
+            return {**read(self._latents(sites)), "log_q": self._joint(sites)}, None
 
         with poutine.block():
             return self._draws(run, count)
@@ -221,6 +246,28 @@ def _origin(name: str, prior: Any, sites: Sites) -> tuple[str, Any] | None:
         if same and torch.allclose(volume, fn.log_density, rtol=1e-3, atol=1e-3):
             return auxiliary, transform
     return None
+
+
+def _common_origin(latents: Sites, sites: Sites) -> Callable[[Values], Values] | None:
+    """The map from values of all latents to an auxiliary vector of all of them, which they are functions of.
+
+    It has the unconstrained coordinates of the latents one after another, in the order of the guide, as the values at
+    hand show.
+    """
+    names = [name for name, site in sites.items() if name in latents and is_point(site["fn"])]
+    vectors = [name for name, site in sites.items() if name not in latents]
+    if len(vectors) != 1 or len(names) < len(latents):
+        return None
+    transforms = {name: biject_to(latents[name]["fn"].support) for name in names}
+
+    def pack(values: Values) -> Values:
+        parts = [transform.inv(values[name]) for name, transform in transforms.items()]
+        return {vectors[0]: torch.cat([part.reshape(part.shape[0], 1, -1) for part in parts], -1)}
+
+    vector = sites[vectors[0]]["value"]
+    packed = pack({name: sites[name]["value"][None, None] for name in names})[vectors[0]][0, 0]
+    same = packed.shape == vector.shape and torch.allclose(packed, vector, rtol=1e-3, atol=1e-3)
+    return pack if same else None
 
 
 def _is_identity(transform: Any) -> bool:

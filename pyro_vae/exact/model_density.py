@@ -1,10 +1,13 @@
-"""The joint density log p(x, z) of a Pyro model with one data plate, at any values of its latents.
+"""The joint density log p(x, z) of a Pyro model at any values of its latents, for each cell of its units.
 
-The model runs with its latents conditioned on many values, each as if it were alone, see :mod:`pyro_vae.draws`.
+The units are the plates that all sites share, :attr:`pyro_vae.model_guide.ModelGuide.units`: one cell for each datum
+where all latents are local to it, and a single cell where some latent is global. Values have the cells first, see
+:class:`CellLayout`. The model runs with its latents conditioned on many values, each as if it were alone, see
+:mod:`pyro_vae.draws`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -12,20 +15,25 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_masked
 from pyro_vae.draws import PerDraw, Results, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.exact.elimination import enumerated, log_marginal
 from pyro_vae.exact.quadrature import Box
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
-__all__ = ["MAX_STATES", "ConditionedRuns", "ModelDensity", "Values", "check_repeatable", "check_site", "few_rows"]
-__all__ += ["joint_log_density"]
+__all__ = [
+    "MAX_STATES", "CellLayout", "ConditionedRuns", "ModelDensity", "Values", "check_repeatable", "check_site",
+    "few_rows", "layouts_of", "plus",
+]  # fmt: skip
 
 MAX_STATES = 2**16
 """The largest number of joint states of discrete latents that is summed over."""
@@ -36,15 +44,54 @@ Read = Callable[[Sites], dict[Any, Tensor]]
 _BUDGET = 2**20  # numbers in the largest tensor of a chunk; larger tensors are slower because of page faults
 
 
+class CellLayout:
+    """The values of a site, ``(C, *batch, *event)`` for C draws, with the cells of some plates first, ``(C, U, ...)``.
+
+    >>> from pyro.poutine.indep_messenger import CondIndepStackFrame
+    >>> layout = CellLayout([CondIndepStackFrame("rows", dim=-1, size=5, counter=0)], num_batch=2)
+    >>> layout.to_cells(torch.zeros(7, 4, 5, 3)).shape, layout.to_site(torch.zeros(7, 5, 4, 3)).shape
+    (torch.Size([7, 5, 4, 3]), torch.Size([7, 4, 5, 3]))
+    """
+
+    def __init__(self, plates: Iterable[CondIndepStackFrame], num_batch: int):
+        frames = [frame for frame in plates if frame.dim is not None]
+        self.sizes = [frame.size for frame in frames]
+        self._axes = [1 + num_batch + frame.dim for frame in frames if frame.dim is not None]
+        self._first = list(range(1, 1 + len(frames)))
+
+    def to_cells(self, value: Tensor) -> Tensor:
+        """Move the cells behind the draws, and flatten them."""
+        return value.movedim(self._axes, self._first).reshape(value.shape[0], -1, *self._others(value))
+
+    def to_site(self, value: Tensor) -> Tensor:
+        """Return values to their places; one cell may stand for all."""
+        cells = value.shape[1]  # of one plate as many as there are: rows come in batches
+        sizes = [cells] if len(self.sizes) == 1 else self.sizes if cells > 1 else [1] * len(self.sizes)
+        return value.reshape(value.shape[0], *sizes, *value.shape[2:]).movedim(self._first, self._axes)
+
+    def _others(self, value: Tensor) -> list[int]:
+        return [size for axis, size in enumerate(value.shape) if axis and axis not in self._axes]
+
+
 class ModelDensity:
     """A model on its data, ``pair``: log p(x, z) at any z, and its latents.
+
+    Args:
+        pair: the model, and its guide if there is one.
+        by_rows: whether all sites must be in the data plate, the rightmost dimension, so that each cell is a row.
+        units: the plates whose cells have a log p(x, z) each; by default those that all sites share.
+
+    Attributes:
+        num_data: N, the number of cells: of rows, of groups, or 1.
+        latents: the sites of the latents, by name, without those that are summed out.
+        layouts: of their values.
 
     Raises:
         ValueError: if the model does not have latent and observed sites, all in the data plate and unscaled; if a
             latent is masked, or a likelihood not normalised; if two runs give different densities.
     """
 
-    def __init__(self, pair: ModelGuide):
+    def __init__(self, pair: ModelGuide, by_rows: bool = True, units: Sequence[CondIndepStackFrame] | None = None):
         try:
             with torch.no_grad(), pyro.validation_enabled():
                 pair.model_trace.compute_log_prob()
@@ -52,17 +99,32 @@ class ModelDensity:
             pair.check_kinds()
             raise
         self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
-        self.latents, self.observed = pair.latents, pair.observed
-        self.num_data = _check_structure(pair)
+        eliminated = [] if by_rows else pair.eliminated
+        self.latents = {name: site for name, site in pair.latents.items() if name not in eliminated}
+        self.observed, self.by_rows = pair.observed, by_rows
+        if by_rows:
+            _check_structure(pair)
+        else:
+            _check_form(pair)
+        self.units = pair.units if units is None else units
+        self.num_data = math.prod(frame.size for frame in self.units)
         self.rows = torch.arange(self.num_data, device=pair.data[0].device)
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
-        self.runs = ConditionedRuns(self.model)
-        pair.check_rows("model")
+        self.layouts = layouts_of(self.latents, self.units)
+        self.runs = ConditionedRuns(self.model, self.layouts, self.units, eliminated, pair.max_plate_nesting)
+        if by_rows:
+            pair.check_rows("model")
         # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
-        values = {name: torch.stack([site["value"], site["value"].roll(1, 0)]) for name, site in self.latents.items()}
+        values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.latents.items()}
+        others = {name: torch.cat([value, value.roll(1, 1)]) for name, value in values.items()}
         with torch.no_grad(), seeded(1):
-            check_repeatable("model", self.latents | self.observed, self.log_joint(values)[0])
+            expected = self.log_joint(values)[0] if eliminated else self._traced()
+            check_repeatable("model", expected, self.log_joint(others)[0])
+
+    def _traced(self) -> Tensor:
+        """log p(x, z) of the run of the pair, for each cell."""
+        return plus([summed_to(log_density(site), self.units).flatten() for site in self.sites.values()])
 
     @property
     def sites(self) -> Sites:
@@ -100,7 +162,10 @@ class ModelDensity:
 
     def chunk_size(self, budget: int) -> int:
         """Return how many values of the latents fit a budget of numbers in the largest tensor."""
-        widths = [site["fn"].event_shape.numel() for site in (self.latents | self.observed).values()]
+        if self.by_rows:
+            widths = [site["fn"].event_shape.numel() for site in self.sites.values()]
+        else:
+            widths = [-(-torch.as_tensor(site["value"]).numel() // self.num_data) for site in self.sites.values()]
         return max(1, budget // (self.num_data * max(64, *widths)))
 
     def of_rows(self, rows: Tensor | slice) -> "ModelDensity":
@@ -152,7 +217,7 @@ class ModelDensity:
 
     def log_probs(self, values: Values) -> dict[str, Tensor]:
         """Compute the log-density of each site, latent and observed, at values of every latent, ``(C, 1 or N)``."""
-        return self.read(values, _log_densities)
+        return self.read(values, lambda sites: {name: self.runs.summed(log_density(s)) for name, s in sites.items()})
 
     def states(self) -> Iterator[Values]:
         """Iterate over the joint states of all latents in chunks, as values ``(C, 1, *event)``."""
@@ -180,22 +245,42 @@ def few_rows(p: ModelDensity, count: int) -> Tensor | None:
 
 
 class ConditionedRuns:
-    """Runs of a model or guide at values of every latent, ``(C, 1 or N, *event)``.
+    """Runs of a model or guide at values of every latent, ``(C, 1 or N, *inner, *event)``.
 
     Values that are the same for all data, one row, are given as one row if the code has the same densities then as with
     N rows, which is compared at the first and the last of the first values. A decoder then runs on C rows, and not C N.
+
+    Args:
+        function: the model or guide.
+        layouts: of the values of its latents.
+        units: the plates for whose cells it has a log-density each.
+        eliminated: the discrete latents that are summed out.
+        max_plate_nesting: how many dimensions the plates take.
     """
 
-    def __init__(self, function: Function):
-        self.function = function
+    def __init__(
+        self,
+        function: Function,
+        layouts: Mapping[str, CellLayout],
+        units: Sequence[CondIndepStackFrame],
+        eliminated: Iterable[str] = (),
+        max_plate_nesting: int = 1,
+    ):
+        self.function, self.layouts, self.units = function, layouts, units
+        self.eliminated = list(eliminated)
+        if self.eliminated:
+            self.function = enumerated(function, self.eliminated, -1 - max_plate_nesting)
         self._runs = {rows: PerDraw() for rows in ("one", "all")}
         self._one_row: bool | None = None  # not known yet
 
+    def trace(self, values: Values, data: tuple[Tensor, ...]) -> Trace:
+        """Run once, at one value of every latent, ``(N, *inner, *event)``."""
+        at = {name: self.layouts[name].to_site(value[None])[0] for name, value in values.items()}
+        return poutine.trace(poutine.condition(self.function, data=at)).get_trace(*data)
+
     def sites(self, values: Values, data: tuple[Tensor, ...]) -> Sites:
-        """Run once, at one value of every latent, ``(N, *event)``, and return the sites."""
-        trace = poutine.trace(poutine.condition(self.function, data=values)).get_trace(*data)
-        # An autoguide at values of its auxiliary sites draws the latents that are functions of them.
-        return observed_sites(trace) | latent_sites(trace)
+        """Run once, at one value of every latent, and return the sites."""
+        return _scored_sites(self.trace(values, data))
 
     def __call__(self, values: Values, data: tuple[Tensor, ...], num_data: int, read: Read | None = None) -> Results:
         """Read tensors from the sites, by default the log-density of each by its name, at C values of every latent."""
@@ -217,10 +302,23 @@ class ConditionedRuns:
             values = {name: value.expand(-1, num_data, *value.shape[2:]) for name, value in values.items()}
 
         def run(values: Values) -> tuple[dict[Any, Tensor], None]:
-            return (read or _log_densities)(self.sites(values, data)), None
+            trace = self.trace(values, data)
+            return (read(_scored_sites(trace)) if read else self.log_densities(trace)), None
 
         with poutine.block():
             return self._runs[rows](run, _count(values), values)
+
+    def log_densities(self, trace: Trace) -> dict[Any, Tensor]:
+        """The log-density of each site for each cell, or of all sites together where latents are summed out."""
+        if self.eliminated:
+            return {"joint": log_marginal(trace, self.units).flatten()}
+        return {name: self.summed(log_density(site)) for name, site in _scored_sites(trace).items()}
+
+    def summed(self, term: Tensor) -> Tensor:
+        """Sum a log-density to ``(N)`` cells; that of one row, which stands for all, stays one."""
+        if [frame.dim for frame in self.units] == [-1] and term.dim() == 1:
+            return term
+        return summed_to(term, self.units).flatten()
 
     def _same_with_one_row(self, values: Values, data: tuple[Tensor, ...], num_data: int) -> bool:
         ends = {name: value[:: max(1, len(value) - 1)] for name, value in values.items()}
@@ -232,39 +330,45 @@ class ConditionedRuns:
         return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def _log_densities(sites: Sites) -> dict[Any, Tensor]:
-    return {name: log_density(site) for name, site in sites.items()}
+def _scored_sites(trace: Trace) -> Sites:
+    # An autoguide at values of its auxiliary sites draws the latents that are functions of them.
+    return observed_sites(trace) | latent_sites(trace)
+
+
+def layouts_of(sites: Sites, units: Sequence[CondIndepStackFrame]) -> dict[str, CellLayout]:
+    """The layouts of the values of sites."""
+    return {name: CellLayout(units, site["value"].dim() - site["fn"].event_dim) for name, site in sites.items()}
 
 
 def _count(values: Values) -> int:
-    return len(next(iter(values.values())))
+    return len(next(iter(values.values()), (None,)))
 
 
 def _total(results: Results, count: int) -> Tensor:
-    total = sum(results.tensors.values(), torch.zeros((), device="cpu"))
+    total = plus(results.tensors.values())
     return total if results.stacked else total.expand(count, *total.shape)
 
 
-def joint_log_density(sites: dict[str, Any]) -> Tensor:
-    """Sum the log-densities of sites, without scales."""
-    return sum((log_density(site) for site in sites.values()), torch.zeros((), device="cpu"))
+def plus(terms: Iterable[Tensor]) -> Tensor:
+    """Sum log-densities, which may be none."""
+    return sum(terms, torch.zeros((), device="cpu"))
 
 
-def check_repeatable(owner: str, sites: dict[str, Any], again: Tensor) -> None:
+def check_repeatable(owner: str, expected: Tensor, again: Tensor) -> None:
     """Raise if the log-density of another run of ``"model"`` or ``"guide"`` at the same latents is another one."""
-    if not torch.allclose(joint_log_density(sites), again, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(expected, again, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"`{owner}` must have one {'log p(x, z)' if owner == 'model' else 'log q(z | x)'} at each z, got two "
             "different ones at the same z"
         )
 
 
-def check_site(owner: str, name: str, site: dict[str, Any]) -> None:
-    """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent."""
+def check_site(owner: str, name: str, site: dict[str, Any], by_rows: bool = True) -> None:
+    """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent where each row needs a density."""
     if _is_scaled(site):
         must = "use all data, with densities that are not scaled"
         raise ValueError(f"`{owner}` must {must}, got site {name!r} with the scale {site['scale']}")
-    if not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
+    if by_rows and not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
         got = f"{name!r} with one: its masked density is no distribution"
         raise ValueError(f"`{owner}` must have latents without a mask, got {got}")
 
@@ -273,8 +377,18 @@ def _is_scaled(site: dict[str, Any]) -> bool:
     return bool(torch.as_tensor(site["scale"]).ne(1).any())
 
 
-def _check_structure(pair: ModelGuide) -> int:
-    """Raise if the structure of a model has no exact density; return the number of its rows."""
+def _check_form(pair: ModelGuide) -> None:
+    """Raise if a model has no log p(x, z) of all data."""
+    if not pair.observed:
+        raise ValueError(f"`model` must have observed sites, got the latents {list(pair.latents)} alone")
+    for name, site in (pair.latents | pair.observed).items():
+        check_site("model", name, site, by_rows=False)
+    pair.check_likelihood()
+    pair.check_kinds()
+
+
+def _check_structure(pair: ModelGuide) -> None:
+    """Raise if a model has no exact density of each row."""
     if not pair.latents or not pair.observed:
         got = f"the latents {list(pair.latents)} and the observed sites {list(pair.observed)}"
         raise ValueError(f"`model` must have latent and observed sites, got {got}")
@@ -288,4 +402,3 @@ def _check_structure(pair: ModelGuide) -> int:
         check_site("model", name, site)
     pair.check_likelihood()
     pair.check_kinds()
-    return frame.size

@@ -12,6 +12,8 @@ import pyro_vae as pv
 from pyro_vae import exact, likelihoods
 from pyro_vae.distributions.product import Product
 from pyro_vae.exact import model_density
+from pyro_vae.exact.model_density import ModelDensity
+from pyro_vae.model_guide import ModelGuide
 
 
 def test_chunks_bound_the_memory_and_do_not_change_the_answer(monkeypatch):
@@ -78,18 +80,31 @@ ESTIMATES = pytest.mark.parametrize("evidence", [exact.log_evidence, estimated_e
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (global_latent, r"every site in one plate, 'data'.*got site 'mean' in the plates \[\]"),
-        (poutine.scale(global_latent, scale=0.5), r"got site 'mean' in the plates"),
-        (nothing_latent, r"latent and observed sites, got the latents \[\] and the observed sites \['x'\]"),
+        (
+            poutine.scale(global_latent, scale=0.5),
+            r"(got site 'mean' in the plates|got site 'mean' with the scale 0.5)",
+        ),
         (subsampled, r"use all data, .* got site 'z' with the scale 2.0"),
         (poutine.scale(binary, scale=torch.arange(1.0, 5)), r"use all data, .* got site 'z' with the scale tensor"),
-        (poutine.mask(binary, mask=torch.arange(4) > 1), r"latents without a mask, got 'z'"),
     ],
 )
 @ESTIMATES
 def test_models_of_another_structure_are_refused(evidence, model, message):
     with pytest.raises(ValueError, match="`model` must .*" + message):
         evidence(model, torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (global_latent, r"every site in one plate, 'data'.*got site 'mean' in the plates \[\]"),
+        (nothing_latent, r"latent and observed sites, got the latents \[\] and the observed sites \['x'\]"),
+        (poutine.mask(binary, mask=torch.arange(4) > 1), r"latents without a mask, got 'z'"),
+    ],
+)
+def test_models_without_an_exact_density_of_each_row_are_refused(model, message):
+    with pytest.raises(ValueError, match="`model` must .*" + message):
+        ModelDensity(ModelGuide(model, None, torch.rand(4)))
 
 
 @ESTIMATES
