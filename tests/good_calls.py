@@ -107,8 +107,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "refined": None, "steps": 1, "lr": 1e-2, "num_particles": 2, "num_samples": 5, "plate": "data", "seed": 0,
         "tolerance": 1e-4, "progress": None}),
     "calibrate": (pv.calibrate, lambda w: pair(w) | {
-        "num_simulations": 10, "num_draws": 10, "tolerance": 1.4, "alpha": 0.001, "plate": "data", "seed": 0,
-        "progress": None}),
+        "num_simulations": 10, "num_draws": 10, "refit": {"epochs": 1}, "processes": 1, "latents": None,
+        "tolerance": 1.4, "alpha": 0.001, "plate": "data", "seed": 0, "progress": None}),
     "inspect": (pv.inspect, lambda w: pair(w) | {
         "num_samples": 5, "num_simulations": 10, "max_rows": 3, "max_refined": 2, "plate": "data", "seed": 0,
         "progress": None}),

@@ -1,13 +1,16 @@
 r"""Simulation-based calibration: test whether a guide's q(z | x) is the exact posterior, on data drawn from the model.
 
+Where a latent is global, or q has parameters for the given data, each simulation is a data set, to which q is fitted.
+
 If z* is drawn from the prior and x* from the likelihood at z*, then z* is a draw from the exact posterior p(z | x*).
 If q(z | x*) is that posterior, the rank of z* among L draws of q(z | x*) is uniform on 0, ..., L, for each latent
 coordinate and for any function of z and x.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,18 +24,22 @@ from torch.nn.functional import one_hot
 
 from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Result, Table, count_of
-from pyro_vae._utils.param_store import without_training
+from pyro_vae._utils.module_state import evaluation_mode
+from pyro_vae._utils.param_store import scoped_param_store, without_training
+from pyro_vae._utils.processes import default_processes, run_in_processes
 from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.arguments import any_arguments
+from pyro_vae.diagnostics.refits import Refits, check_refit
+from pyro_vae.diagnostics.simulation import Simulation, Simulator
 from pyro_vae.diagnostics.uniformity import p_value, simultaneous_band
 from pyro_vae.distributions.properties import base_distribution
+from pyro_vae.evidence.importance_sampling import densities
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
-from pyro_vae.handlers import ResampleObserved
 from pyro_vae.model_guide import ModelGuide, is_amortized
 
 __all__ = ["ALL", "JOINT", "Calibration", "CalibrationErrors", "calibrate"]
@@ -107,11 +114,14 @@ class Calibration(Result):
         divergence: unbiased estimate of
             :math:`\mathbb{E}_{p(x)}[\mathrm{KL}(q \Vert p(z|x)) + \mathrm{KL}(p(z|x) \Vert q)]`, in which log p(x)
             cancels, in nats per datum. Errors of single data that cancel in the ranks add up here.
-        divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow.
+        divergence_error: standard error of ``divergence``. The estimate has heavy tails where q is far too narrow. Both
+            are NaN where log q(z | x) is known at the guide's own draws alone.
         tolerance: the largest ratio of variances that is no fault.
         alpha: the probability of any false alarm.
         far_shares: share of the simulated data whose true value is more than 5 standard deviations of q from the mean
             of q, ``(D,)``; 0 for discrete latents, ``None`` if it was not computed.
+        num_data_sets: number of data sets, each with a q of its own; 0 where the rows of one were the simulations. A
+            "datum" above is then the whole data set, or a group or a row of it where log p(x) has a value for each.
 
     Source: Talts et al. 2018, "Validating Bayesian inference algorithms with simulation-based calibration"; Modrák et
     al. 2023, "Simulation-based calibration checking for Bayesian computation", for log p(x, z), without which a guide
@@ -130,6 +140,7 @@ class Calibration(Result):
     tolerance: float
     alpha: float
     far_shares: Tensor | None = None
+    num_data_sets: int = 0
 
     @property
     def verdict(self) -> str:
@@ -142,7 +153,8 @@ class Calibration(Result):
         if self.faults:
             return "faulty"
         least = self.divergence - self._z_score(1) * self.divergence_error  # NaN if the divergence is infinite
-        return "sound" if self.is_exact and least <= _NEGLIGIBLE else "approximate"
+        close = math.isnan(self.divergence) or least <= _NEGLIGIBLE
+        return "sound" if self.is_exact and close else "approximate"
 
     @property
     def is_exact(self) -> bool:
@@ -245,17 +257,16 @@ class Calibration(Result):
         names = [self.names[end] for end in ends]
         range_ = f"{shown[0]} ({names[0]}) to {shown[1]} ({names[1]}) of the true values"
         covered = f"{shown[0]} of the true {names[0]}" if len(shares) == 1 else range_
-        return (
-            f"90 % intervals of q(z | x) cover {covered}; q is {self.divergence:.2f} ± {self.divergence_error:.2f} "
-            "nats from p(z | x), both KL divergences together"
-        )
+        both = f"{self.divergence:.2f} ± {self.divergence_error:.2f} nats from p(z | x), both KL divergences together"
+        return f"90 % intervals of q(z | x) cover {covered}" + ("" if math.isnan(self.divergence) else f"; q is {both}")
 
     @property
     def headline(self) -> str:
         """One line with the verdict, the coverage of 90 % intervals, and the divergence from the exact posterior."""
-        return (
-            f"{self.verdict}: {self.summary}; {len(self.ranks)} data drawn from the model, {self.num_draws} draws each"
-        )
+        simulated = f"{len(self.ranks)} data drawn from the model"
+        if self.num_data_sets:
+            simulated = f"{count_of(self.num_data_sets, 'data set')} drawn from the model"
+        return f"{self.verdict}: {self.summary}; {simulated}, {self.num_draws} draws each"
 
     def _line(self) -> str:
         return self.headline
@@ -297,15 +308,16 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
     return found
 
 
-@torch.no_grad()
 @any_arguments
-@without_training
 def calibrate(
     model: Function,
     guide: Function,
     *data: Data,
-    num_simulations: int = 1000,
+    num_simulations: int | None = None,
     num_draws: int = 99,
+    refit: Mapping[str, Any] | None = None,
+    processes: int | None = None,
+    latents: Sequence[str] | None = None,
     tolerance: float = 2**0.5,
     alpha: float = 1e-3,
     plate: str = "data",
@@ -331,21 +343,38 @@ def calibrate(
     All results are averages over data, in which a few data with a wrong q can be hidden.
     :func:`pyro_vae.exact.inference.kl` has the KL divergence of each datum, where there is an exact answer.
 
+    **One simulation is a row, or a data set.** Where all latents are local to the data plate and the guide is
+    amortized, each simulated row is one, and nothing is fitted. Otherwise each is a whole data set, as where a latent
+    is global. A guide whose q is fitted to the data, such as an autoguide, is fitted to each of them with the options
+    ``refit``: the test is of the whole procedure, of the family of q and of its optimization alike. The model keeps its
+    parameters. A guide that reads the data set with a network of its own needs no ``refit``. Data sets are independent,
+    and so are the cells of the plates that all sites share: with three groups that share no latent, each data set has
+    three ranks.
+
     Args:
-        model: a Pyro model of one data plate, as the rightmost dimension, that holds all its sites.
-        guide: its guide, amortized: it gives a q(z | x) of new data without being fitted to them.
-        data: arguments of both. Their rows, repeated, are the template of the simulations: covariates and the pattern
-            of missing entries (NaN) stay, and observed values are simulated.
-        num_simulations: R, 10 or more.
-        num_draws: L for each datum, 10 or more.
+        model: a Pyro model.
+        guide: its guide. Without ``refit`` it gives a q(z | x) of new data without being fitted to them. With it, each
+            fit starts at its present parameters.
+        data: arguments of both. They are the template of the simulations (their rows, repeated, where each row is one):
+            covariates and the pattern of missing entries (NaN) stay, and observed values are simulated. Values that a
+            model closes over are simulated as well; a guide must read data from its arguments.
+        num_simulations: R, 10 or more; by default 1000, and 100 with ``refit``.
+        num_draws: L for each simulation, 10 or more.
+        refit: options of :func:`pyro_vae.fit` for a fit of the guide to each simulated data set, such as
+            ``{"epochs": 1000, "lr": 0.01}``. Take those of the fit to the given data.
+        processes: number of processes for the data sets, of one thread each; by default all processors. The results are
+            the same for each number. Where no process can be forked (on Windows and macOS, and with CUDA) there is one.
+        latents: names of the latents to rank; by default those outside of the data plate or, without any, all. All
+            latents count in log p(x, z). Fewer names make a sharper test, since ``alpha`` is that of all together.
         tolerance: the largest ratio of variances that is no fault, 1 or more.
         alpha: the probability of any false alarm if q is exact.
-        plate, seed: name of the data plate, and seed of all draws.
+        plate, seed: name of the data plate, and seed of all draws and refits.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
-        ValueError: if the guide is not amortized, if the model has values of its own for each datum, if the data plate
-            does not hold all sites, or if an observed value is not one of the data tensors, unchanged.
+        ValueError: if a q does not depend on the data and ``refit`` is left out, if the model has values of its own for
+            each datum, or if simulated values cannot reach the guide.
+        FloatingPointError: if a refit meets a loss or gradient that is not finite, with the number of its data set.
 
     >>> from pyro_vae import VAE, fit, priors, guides, likelihoods, networks
     >>> net = networks.linear()
@@ -355,32 +384,156 @@ def calibrate(
     >>> fitted = fit(vae.model, vae.guide, x, epochs=500, lr=1e-2, seed=0)
     >>> before.is_exact, calibrate(vae.model, vae.guide, x).faults
     (False, {})
+
+    The global mean of a normal, whose exact q is known for each data set, and a fit of q to each of them:
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> def model(x):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(x)):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    >>> def exact(x):
+    ...     pyro.sample("mean", dist.Normal(x.sum() / (1 + len(x)), (1 + len(x)) ** -0.5))
+    >>> calibrate(model, exact, torch.randn(8), num_simulations=200).verdict
+    'sound'
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> options = {"epochs": 100, "lr": 0.05}
+    >>> fitted = calibrate(model, AutoNormal(model), torch.randn(8), refit=options, num_simulations=10)
+    >>> fitted.names, fitted.num_data_sets
+    (('mean', 'log p(x, z)'), 10)
     """
+    many = 1000 if refit is None else 100
+    num_simulations = many if num_simulations is None else num_simulations
     _check_arguments(num_simulations, num_draws, tolerance, alpha)
+    refit = None if refit is None else check_refit(refit)
+    processes = default_processes() if processes is None else positive_int(processes, "processes")
     data = data_tensors(data, "data", model)
     function(guide, "guide")
+    test = partial(Calibration, num_draws=num_draws, tolerance=float(tolerance), alpha=alpha)
+    with scoped_param_store():
+        with seeded(seed), torch.no_grad(), evaluation_mode(model, guide):
+            pair = ModelGuide(model, guide, data, plate)
+        if refit is None and (pair.has_one_plate or plate not in ("data", *pair.plates)):
+            return _by_rows(pair, num_simulations, num_draws, latents, seed, progress, test)
+        if refit is None:
+            _check_reads_data(pair)
+        return _by_data_sets(pair, num_simulations, num_draws, refit, processes, latents, seed, progress, test)
+
+
+@torch.no_grad()
+@without_training
+def _by_rows(
+    pair: ModelGuide,
+    num_simulations: int,
+    num_draws: int,
+    latents: Sequence[str] | None,
+    seed: int,
+    progress: bool | None,
+    test: Callable[..., Calibration],
+) -> Calibration:
+    """Calibrate an amortized guide on simulated rows, each a simulation of its own."""
+    model, guide, data, plate = pair.model, pair.guide, pair.data, pair.plate
     rows = num_simulations + min(num_simulations, len(data[0]))  # of the ranks, and of the corrections
     with seeded(seed), progress_bar("calibrate", progress, total=rows, unit="datum") as bar:
-        pair = ModelGuide(model, guide, data, plate)
-        ModelDensity(pair)  # first, since its errors are more precise than those of the next check
+        p = ModelDensity(pair)  # first, since its errors are more precise than those of the next check
+        names = _chosen(latents, p, list(p.latents))
         _check_local(pair)
-        plate = pair.plate
-        simulated, truth = _simulate(model, data, plate, num_simulations)
+        simulated, truth = _simulate(model, guide, data, num_simulations)
         _check_amortized(guide, simulated, plate)
         parts = []
         for part, values in _batches(simulated, truth):
-            parts.append(_rank_truth(ModelDensity(ModelGuide(model, guide, part, plate)), values, num_draws))
+            q = GuideDensity(ModelDensity(ModelGuide(model, guide, part, plate)))
+            parts.append(_rank_truth(q, values, num_draws, names))
             bar.advance(len(part[0]))
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
-        elbo_corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws, bar)
+        corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws, names, bar)
+    return _tested(p, names, results, num_draws, corrections, test)
+
+
+def _by_data_sets(
+    pair: ModelGuide,
+    num_simulations: int,
+    num_draws: int,
+    refit: Mapping[str, Any] | None,
+    processes: int,
+    latents: Sequence[str] | None,
+    seed: int,
+    progress: bool | None,
+    test: Callable[..., Calibration],
+) -> Calibration:
+    """Calibrate a guide on simulated data sets, fitted to each; each cell of the units is a simulation of its own."""
+    with seeded(seed), torch.no_grad(), evaluation_mode(pair.model, pair.guide):
+        refits = Refits(pair, refit, seed)
+        p, q = densities(refits.model, pair.guide, pair.data, pair.plate)
+        names = _chosen(latents, p, [name for name in p.latents if not pair.is_local(p.latents[name])])
+
+    def read(simulation: Simulation) -> list[np.ndarray]:
+        ours = q.of_rows(p.on_data(simulation.data))
+        truth = {name: p.layouts[name].to_cells(simulation.truth[name][None])[0] for name in p.latents}
+        return [tensor.cpu().numpy() for tensor in _rank_truth(ours, truth, num_draws, names)]
+
+    with progress_bar("calibrate", progress, total=num_simulations, unit="data set") as bar:
+        found = run_in_processes(lambda number: refits.run(number, read), num_simulations, processes, bar.advance)
+    results = SimulationResults(*(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True)))
+    return _tested(p, names, results, num_draws, None, test, num_data_sets=num_simulations)
+
+
+def _chosen(latents: Sequence[str] | None, p: ModelDensity, default: list[str]) -> list[str]:
+    """The names of the latents that are ranked: by default those outside of the data plate or, without any, all."""
+    if latents is None:
+        return default or list(p.latents)
+    names = [latents] if isinstance(latents, str) else list(latents)
+    if not names or any(name not in p.latents for name in names):
+        raise ValueError(
+            f"`latents` must be names of latents that the guide draws, of {list(p.latents)}, got {latents!r}"
+        )
+    return names
+
+
+def _tested(
+    p: ModelDensity,
+    names: list[str],
+    results: "SimulationResults",
+    num_draws: int,
+    corrections: CalibrationErrors | None,
+    test: Callable[..., Calibration],
+    num_data_sets: int = 0,
+) -> Calibration:
+    """Test the ranks, and assemble the result."""
     p_values = torch.tensor(
         [p_value(column.numpy(), num_draws + 1) for column in results.ranks.T], dtype=torch.float64, device="cpu"
     )
-    errors, tolerance = _simulation_errors(results, num_draws), float(tolerance)
-    divergence, error = results.excess.mean().item(), results.excess.std().item() / num_simulations**0.5
-    far = (results.errors**2 > _FAR**2 * results.variances).double().mean(0).masked_fill(_is_discrete(pair), 0.0)
-    tests = (_names(pair), results.ranks, num_draws, p_values, errors, elbo_corrections)
-    return Calibration(*tests, divergence, error, tolerance, alpha, far)
+    divergence, error = results.excess.mean().item(), results.excess.std().item() / len(results.excess) ** 0.5
+    far = (results.errors**2 > _FAR**2 * results.variances).double().mean(0).masked_fill(_is_discrete(p, names), 0.0)
+    return test(
+        names=_names(p, names),
+        ranks=results.ranks,
+        p_values=p_values,
+        errors=_simulation_errors(results, num_draws),
+        elbo_corrections=corrections,
+        divergence=divergence,
+        divergence_error=error,
+        far_shares=far,
+        num_data_sets=num_data_sets,
+    )
+
+
+def _check_reads_data(pair: ModelGuide) -> None:
+    """Raise if the guide has some q that does not depend on the data: it is that of the given data alone."""
+    drawn = latent_sites(pair.guide_trace)
+    others = tuple(
+        tensor.flip(0) + 0.5 + tensor.nan_to_num().abs() if tensor.is_floating_point() else tensor.flip(0)
+        for tensor in pair.data
+    )
+    with poutine.block(), torch.no_grad(), seeded(0), pyro.validation_enabled(False):
+        again = latent_sites(poutine.trace(poutine.replay(pair.guide, pair.guide_trace)).get_trace(*others))
+    if fixed := [name for name in drawn if torch.allclose(log_density(drawn[name]), log_density(again[name]))]:
+        shown = [name for name in fixed if name in pair.latents] or sorted(pair.latents)
+        raise ValueError(
+            f'`refit` must be options of `pv.fit`, such as {{"epochs": 1000, "lr": 0.01}}, where q does not depend on '
+            f"the data, got none, and such a q of {shown}, fitted to the given data: simulated data need a new fit"
+        )
 
 
 def _check_arguments(num_simulations: int, num_draws: int, tolerance: float, alpha: float) -> None:
@@ -411,55 +564,21 @@ def _check_amortized(guide: Function, data: tuple[Tensor, ...], plate: str) -> N
         )
 
 
-def _simulate(model: Function, data: tuple[Tensor, ...], plate: str, num: int) -> tuple[tuple[Tensor, ...], Values]:
+def _simulate(
+    model: Function, guide: Function, data: tuple[Tensor, ...], num: int
+) -> tuple[tuple[Tensor, ...], Values]:
     """Draw data of ``num`` rows from the model, like the given ones, with the latents that they were drawn from."""
     count, index = len(data[0]), torch.arange(num, device=data[0].device)
     rows = index * count // num if num < count else index % count
-    template = tuple(tensor[rows] for tensor in data)
-    with poutine.block():
-        observed = observed_sites(poutine.trace(model).get_trace(*template))
-        trace = poutine.trace(ResampleObserved()(model)).get_trace(*template)
-    sources = {name: _source_tensor(name, site["value"], template) for name, site in observed.items()}
-    if len(set(sources.values())) < len(sources):
-        raise ValueError(f"`model` must observe each data tensor at one site, got one tensor at {list(sources)}")
-    sites: dict[str, Any] = dict(trace.nodes)
-    simulated = list(template)
-    for name, place in sources.items():
-        value = sites[name]["value"].reshape(template[place].shape)
-        simulated[place] = value.to(template[place])
-        if not value.equal(simulated[place].to(value)) and not template[place].is_floating_point():
-            raise ValueError(
-                f"`data` must have a dtype that holds the draws of {name!r}, {value.dtype} with fractions, got "
-                f"{template[place].dtype}. Convert it by `x.to(dtype)`"
-            )
-    truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in observed}
-    with poutine.block():
-        again = observed_sites(poutine.trace(poutine.condition(model, data=truth)).get_trace(*simulated))
-    for name in sources:
-        if not torch.allclose(log_density(sites[name]), log_density(again[name]), rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"`model` must have a likelihood of {name!r} that depends on latents and covariates, not on the "
-                "observed values themselves, got draws that have another density when they are passed as data"
-            )
-    for place, nan in enumerate(tensor.isnan() for tensor in template):
-        simulated[place] = simulated[place].masked_fill(nan, math.nan) if nan.any() else simulated[place]
-    return tuple(simulated), truth
-
-
-def _source_tensor(name: str, value: Tensor, data: tuple[Tensor, ...]) -> int:
-    """Find the data tensor that is the value of an observed site."""
-    found = [index for index, tensor in enumerate(data) if tensor is value] or [
-        index
-        for index, tensor in enumerate(data)
-        if tensor.numel() == value.numel()
-        and torch.allclose(tensor.double().flatten(), value.double().flatten(), equal_nan=True)
-    ]
-    if len(found) != 1:
+    simulator = Simulator(model, guide, tuple(tensor[rows] for tensor in data))
+    if others := [name for name in simulator.shapes if name not in simulator.places]:
         raise ValueError(
-            f"`model` must observe one of its {len(data)} data tensors, unchanged, at {name!r}, as in `obs=x`, got "
-            f"values that are equal to {'several' if found else 'none'} of them"
+            f"`model` must observe one of its {len(data)} data tensors, unchanged, at {others[0]!r}, as in `obs=x`, "
+            "got values that are equal to none of them. With `refit`, it may observe others"
         )
-    return found[0]
+    simulation = simulator.draw()
+    simulator.check(simulation)
+    return simulation.data, simulation.truth
 
 
 def _batches(data: tuple[Tensor, ...], truth: Values) -> Iterator[tuple[tuple[Tensor, ...], Values]]:
@@ -477,26 +596,29 @@ class SimulationResults(NamedTuple):
     excess: Tensor  # log p(x, z) - log q(z | x) at the truth minus its mean over the draws, (N,)
 
 
-def _rank_truth(p: ModelDensity, truth: Values, count: int) -> SimulationResults:
-    q = GuideDensity(p)
+def _rank_truth(q: GuideDensity, truth: Values, count: int, names: Sequence[str]) -> SimulationResults:
+    """Compare the truth, ``(N, ...)``, with draws of q, in all coordinates of these latents and in log p(x, z)."""
+    p = q.p
     draws, log_q = q.sample(count)
     chunks = range(0, count, p.chunk)
     log_p = torch.cat([p.log_joint({name: v[i : i + p.chunk] for name, v in draws.items()}) for i in chunks]).double()
     at_truth = {name: value[None] for name, value in truth.items()}
     true_log_p = p.log_joint(at_truth)[0].double()
-    with pyro.validation_enabled(False):  # the truth may lie where q has no density
-        true_log_q = q.log_prob(at_truth)[0].double().nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
-    values = torch.cat([_coordinates(p, draws), log_p[..., None]], -1)
-    true = torch.cat([_coordinates(p, at_truth)[0], true_log_p[:, None]], -1)
+    true_log_q = torch.full_like(true_log_p, math.nan)
+    if q.has_any_density:
+        with pyro.validation_enabled(False):  # the truth may lie where q has no density
+            true_log_q = q.log_prob(at_truth)[0].double().nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf)
+    values = torch.cat([_coordinates(p, draws, names), log_p[..., None]], -1)
+    true = torch.cat([_coordinates(p, at_truth, names)[0], true_log_p[:, None]], -1)
     ties = (values == true).sum(0)
     ranks = (values < true).sum(0) + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
     excess = (true_log_p - true_log_q) - (log_p - log_q.double()).mean(0)
     return SimulationResults(ranks, (true - values.mean(0))[:, :-1], values.var(0)[:, :-1], excess)
 
 
-def _coordinates(p: ModelDensity, values: Values) -> Tensor:
-    """All latents in unconstrained coordinates, ``(C, N, D)``."""
-    return _concatenate(_unconstrained(site["fn"], values[name]) for name, site in p.latents.items())
+def _coordinates(p: ModelDensity, values: Values, names: Sequence[str]) -> Tensor:
+    """These latents in unconstrained coordinates, ``(C, N, D)``."""
+    return _concatenate(_unconstrained(p.latents[name]["fn"], values[name]) for name in names)
 
 
 def _concatenate(values: Iterable[Tensor]) -> Tensor:
@@ -512,23 +634,24 @@ def _unconstrained(fn: Any, value: Tensor) -> Tensor:
     return one_hot(value.long(), base.probs.shape[-1]) if isinstance(base, dist.Categorical) else value
 
 
-def _names(pair: ModelGuide) -> tuple[str, ...]:
+def _names(p: ModelDensity, latents: Sequence[str]) -> tuple[str, ...]:
     names: list[str] = []
-    for name, shape in _shapes(pair).items():
+    for name, shape in _shapes(p, latents).items():
         names += [f"{name}{list(place)}" if shape else name for place in np.ndindex(*shape)]
     return (*names, JOINT)
 
 
-def _shapes(pair: ModelGuide) -> dict[str, torch.Size]:
-    """The shape of each latent in unconstrained coordinates."""
-    return {name: _unconstrained(site["fn"], site["value"][None]).shape[2:] for name, site in pair.latents.items()}
+def _shapes(p: ModelDensity, names: Sequence[str]) -> dict[str, torch.Size]:
+    """The shape of each latent, of one datum, in unconstrained coordinates."""
+    values = {name: p.layouts[name].to_cells(p.latents[name]["value"][None]) for name in names}
+    return {name: _unconstrained(p.latents[name]["fn"], value).shape[2:] for name, value in values.items()}
 
 
-def _is_discrete(pair: ModelGuide) -> Tensor:
+def _is_discrete(p: ModelDensity, names: Sequence[str]) -> Tensor:
     """Whether each coordinate is of a discrete latent, ``(D,)``."""
     each = [
-        torch.full((shape.numel(),), pair.latents[name]["fn"].support.is_discrete, device="cpu")
-        for name, shape in _shapes(pair).items()
+        torch.full((shape.numel(),), p.latents[name]["fn"].support.is_discrete, device="cpu")
+        for name, shape in _shapes(p, names).items()
     ]
     return torch.cat(each)
 
@@ -548,7 +671,14 @@ def _simulation_errors(results: SimulationResults, num_draws: int) -> Calibratio
 
 
 def _elbo_corrections(
-    model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, num: int, num_draws: int, bar: Progress
+    model: Function,
+    guide: Function,
+    data: tuple[Tensor, ...],
+    plate: str,
+    num: int,
+    num_draws: int,
+    names: Sequence[str],
+    bar: Progress,
 ) -> CalibrationErrors | None:
     """Compute what would make the ELBO stationary, from gradients of log p(x, z) on at most ``num`` of the data."""
     if len(data[0]) == 1:
@@ -559,7 +689,7 @@ def _elbo_corrections(
         p = ModelDensity(ModelGuide(model, guide, part, plate))
         if any(site["fn"].support.is_discrete for site in p.latents.values()):
             return None
-        z, gradients = _gradients(p, GuideDensity(p).sample(num_draws)[0])
+        z, gradients = _gradients(p, GuideDensity(p).sample(num_draws)[0], names)
         h = -(gradients * (z - z.mean(0))).sum(0) / (num_draws - 1)
         parts.append((h, gradients.mean(0) * z.std(0)))
         bar.advance(len(part[0]))
@@ -569,7 +699,7 @@ def _elbo_corrections(
     return _with_overall(1 / mean, -(h - mean) / mean, slope.mean(0) / mean, bias_error, torch.ones_like(mean).bool())
 
 
-def _gradients(p: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
+def _gradients(p: ModelDensity, draws: Values, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Draws in unconstrained coordinates, and the gradients of log p(x, z) in them, ``(C, N, D)`` each."""
     maps = {name: biject_to(site["fn"].support) for name, site in p.latents.items()}
     parts = []
@@ -581,7 +711,8 @@ def _gradients(p: ModelDensity, draws: Values) -> tuple[Tensor, Tensor]:
             log_p = p.log_joint(sites).sum()
             log_p = log_p + sum(maps[name].log_abs_det_jacobian(values[name], sites[name]).sum() for name in maps)
             gradients = torch.autograd.grad(log_p, list(values.values()))
-        parts.append((_concatenate(values.values()), _concatenate(gradients)))
+        of = dict(zip(values, gradients, strict=True))
+        parts.append((_concatenate(values[name] for name in names), _concatenate(of[name] for name in names)))
     z, slopes = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return z, slopes
 

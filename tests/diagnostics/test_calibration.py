@@ -5,6 +5,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import gaussian, guide_of, gumbel, model_of
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from torch import nn
 
 import pyro_vae as pv
@@ -301,3 +303,182 @@ def test_pairs_that_cannot_be_calibrated_raise(model, guide, data, message):
 def test_invalid_arguments_raise(name, value, expected):
     with pytest.raises(ValueError, match=f"`{name}` must be {expected}.*got {value}"):
         calibrated(normal_guide(), **{name: value})
+
+
+COUNT, PRIOR = 6, 2.0  # rows of a data set, and the standard deviation of its mean
+PRECISION_OF_MEAN = PRIOR**-2 + COUNT
+
+
+def mean_model(x):
+    """A global mean; p(mean | x) is normal, of precision 1/4 + 6."""
+    mean = pyro.sample("mean", dist.Normal(0.0, PRIOR))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def mean_guide(factor=1.0):
+    """The exact posterior, with its standard deviation multiplied."""
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.sum() / PRECISION_OF_MEAN, factor * PRECISION_OF_MEAN**-0.5))
+
+    return guide
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_exact_sampler_of_a_global_latent_has_uniform_ranks_and_half_its_scale_has_not(seed):
+    x = torch.zeros(COUNT)
+    sound = pv.calibrate(mean_model, mean_guide(), x, num_simulations=200, seed=seed, tolerance=1)
+    assert (sound.verdict, sound.faults, sound.num_data_sets) == ("sound", {}, 200)
+    assert sound.names == ("mean", "log p(x, z)")
+    assert abs(sound.divergence) < 5 * sound.divergence_error + 1e-4
+    assert "200 data sets drawn from the model" in str(sound)
+    half = pv.calibrate(mean_model, mean_guide(0.5), x, num_simulations=200, seed=seed)
+    assert half.verdict == "faulty"
+    assert "too narrow" in half.faults["mean"]
+    assert half.errors.variance_ratio.item() == pytest.approx(4, rel=0.4)
+    assert abs(half.divergence - ((0.25 + 4) / 2 - 1)) < 5 * half.divergence_error < 2
+    assert abs(float(half.coverage(0.9)[0][0]) - 0.589) < 5 * 0.035  # P(|z| < 1.645 / 2)
+
+
+def scaled_auto_normal(scale):
+    """A guide with a free mean, and the exact standard deviation multiplied: no fit makes up for that."""
+
+    def guide(*data):
+        loc = pyro.param("loc", torch.zeros(()))
+        pyro.sample("mean", dist.Normal(loc, scale * PRECISION_OF_MEAN**-0.5))
+
+    return guide
+
+
+REFIT = {"epochs": 80, "lr": pv.schedules.decayed(0.3, 80), "elbo": TraceMeanField_ELBO()}
+
+
+def test_refits_of_a_guide_to_each_data_set_pass_if_its_family_is_right():
+    options = {"refit": REFIT, "num_simulations": 30, "processes": 2}
+    sound = pv.calibrate(mean_model, scaled_auto_normal(1.0), torch.zeros(COUNT), **options)
+    assert (sound.is_exact, sound.faults) == (True, {})
+    assert abs(sound.divergence) < 5 * sound.divergence_error + 0.05
+
+
+@pytest.mark.slow
+def test_refits_find_a_scale_of_half():
+    options = {"refit": REFIT, "num_simulations": 60, "processes": 2}
+    half = pv.calibrate(mean_model, scaled_auto_normal(0.5), torch.zeros(COUNT), **options)
+    assert half.verdict == "faulty"
+    assert "too narrow" in half.faults["mean"]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_refits_are_the_same_in_any_number_of_processes_and_leave_no_trace(closed, random_states):
+    x = torch.zeros(COUNT)
+
+    def closed_model():
+        mean_model(x)
+
+    model, data = (closed_model, ()) if closed else (mean_model, (x,))
+    guide = scaled_auto_normal(1.0)
+    pyro.param("loc", torch.tensor(3.0))
+    before = random_states()
+    options = {"refit": {"epochs": 3, "lr": 0.1}, "num_simulations": 10, "num_draws": 20}
+    one, two = (pv.calibrate(model, guide, *data, processes=count, **options) for count in (1, 2))
+    assert torch.equal(one.ranks, two.ranks)
+    assert torch.equal(one.errors.bias, two.errors.bias)
+    assert (random_states(), pyro.param("loc").item()) == (before, 3.0)
+    assert list(pyro.get_param_store()) == ["loc"]
+
+
+def test_the_parameters_of_the_model_are_not_refitted():
+    seen = []
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+        seen.append(scale.item())
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, scale), obs=x)
+
+    def guide(x):
+        pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)  # shared with the model
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+
+    refit = {"epochs": 5, "lr": 0.5}
+    pv.calibrate(model, guide, torch.zeros(3), refit=refit, num_simulations=10, num_draws=10, processes=1)
+    assert set(seen) == {2.0}
+
+
+def test_groups_that_share_no_latent_have_a_rank_each():
+    def model(x):
+        with pyro.plate("group", x.shape[1], dim=-1):
+            mean = pyro.sample("mean", dist.Normal(0.0, PRIOR))
+            with pyro.plate("data", len(x), dim=-2):
+                pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x, factor=1.0):
+        with pyro.plate("group", x.shape[1], dim=-1):
+            pyro.sample("mean", dist.Normal(x.sum(0) / PRECISION_OF_MEAN, factor * PRECISION_OF_MEAN**-0.5))
+
+    def narrow(x):
+        guide(x, 0.5)
+
+    x = torch.zeros(COUNT, 5)
+    sound = pv.calibrate(model, guide, x, num_simulations=50, tolerance=1)
+    assert (sound.ranks.shape, sound.names) == ((250, 2), ("mean", "log p(x, z)"))
+    assert sound.verdict == "sound"
+    assert "too narrow" in pv.calibrate(model, narrow, x, num_simulations=50).faults["mean"]
+
+
+def hierarchy(x):
+    """A global mean, and a latent for each datum: the mean of each row is normal around it."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def hierarchy_guide(x):
+    """The exact posterior: x_i given the mean has variance 2."""
+    precision = 1 + len(x) / 2
+    mean = pyro.sample("mean", dist.Normal(x.sum() / 2 / precision, precision**-0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((mean + x) / 2, 0.5**0.5))
+
+
+def test_latents_outside_of_the_data_plate_are_ranked_unless_others_are_named():
+    options = {"num_simulations": 100, "tolerance": 1}
+    assert pv.calibrate(hierarchy, hierarchy_guide, torch.zeros(3), **options).names == ("mean", "log p(x, z)")
+    every = pv.calibrate(hierarchy, hierarchy_guide, torch.zeros(3), latents=["mean", "z"], **options)
+    assert every.names == ("mean", "z[0]", "z[1]", "z[2]", "log p(x, z)")
+    assert every.verdict == "sound"
+
+
+def test_a_guide_that_is_fitted_to_the_data_needs_refits_and_the_reason_names_its_latents():
+    def half_amortized(x):
+        pyro.sample("mean", dist.Normal(pyro.param("loc", torch.zeros(())), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    for guide, names in ((half_amortized, r"\['mean'\]"), (AutoNormal(hierarchy), r"\['mean', 'z'\]")):
+        with pytest.raises(ValueError, match=f"`refit` must be options of `pv.fit`.*a q of {names}, fitted to the"):
+            pv.calibrate(hierarchy, guide, torch.randn(4))
+
+
+def test_a_refit_that_diverges_names_its_data_set():
+    refit = {"epochs": 50, "lr": 1e30}
+    with pytest.raises(FloatingPointError, match=r"refit of simulation [0-9]+: step [0-9]+"):
+        pv.calibrate(mean_model, AutoNormal(mean_model), torch.zeros(3), refit=refit, num_simulations=10, processes=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal, AutoDiagonalNormal])
+def test_autoguides_that_are_exact_pass_and_a_mean_field_is_too_narrow(make):
+    """mean and z are correlated in p(mean, z | x), which only the full covariance has."""
+    refit = {"epochs": 1500, "lr": pv.schedules.decayed(0.1, 1500)}
+    found = pv.calibrate(hierarchy, make(hierarchy), torch.zeros(4), refit=refit, num_simulations=200, processes=2)
+    assert found.num_data_sets == 200
+    if make is AutoMultivariateNormal:
+        assert found.faults == {}
+        assert found.divergence < 0.2
+    else:  # the variance of a mean field is the inverse of the diagonal of the precision: 1 / 5, where 1 / 3 is right
+        assert "too narrow" in found.faults["mean"]
+        assert found.errors.variance_ratio[0].item() == pytest.approx(5 / 3, rel=0.4)
