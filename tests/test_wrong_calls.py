@@ -578,7 +578,7 @@ NUMBERS = {
         ValueError, "num_simulations", "must be 10 or more, for a test of uniform ranks, got 5"),
     "no processes": positive_int(lambda w: pv.calibrate(*w.pair, w.x, processes=0), "processes", 0),
     "a number of epochs for a refit": Row(lambda w: pv.calibrate(*w.pair, w.x, refit=100),
-        TypeError, "refit", "must be a dictionary, such as ...epochs...got an int"),
+        TypeError, "refit", "must be a mapping, such as ...epochs...got an int"),
     "a refit without a length": Row(lambda w: pv.calibrate(*w.pair, w.x, refit={"lr": 0.1}),
         ValueError, "refit", "must have the number of `epochs`...got {'lr': 0.1}"),
     "a refit with a seed of its own": Row(lambda w: pv.calibrate(*w.pair, w.x, refit={"epochs": 1, "seed": 3}),

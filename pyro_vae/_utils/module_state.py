@@ -180,7 +180,7 @@ def buffers_kept() -> Iterator[None]:
 def evaluation_mode(*functions: Any) -> Iterator[None]:
     """Run a block with every module that runs inside, or that a function is or is bound to, in evaluation mode.
 
-    The mode of each module, and its buffers, are restored afterwards.
+    The mode of each module, and its buffers, are restored afterwards, at the end of the outermost block that knows it.
 
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
     >>> with evaluation_mode():
@@ -191,20 +191,28 @@ def evaluation_mode(*functions: Any) -> Iterator[None]:
     """
     modes: dict[nn.Module, bool] = {}
     seen: set[int] = set()
+    outer = list(_modes)
 
     def switch(root: nn.Module) -> None:
         if id(root) in seen:
             return
         for module in root.modules():  # by the attribute: a method `train` of the user's may do more
             seen.add(id(module))
-            modes.setdefault(module, module.training)
+            if not any(module in held for held in outer):
+                inner = next((held for held in _modes if module in held), {})  # one inside may have been the first
+                modes[module] = inner.pop(module, module.training)
             module.training = False
 
+    _modes.append(modes)
     try:
         with buffers_kept(), before_each_run(switch):
             for root in filter(None, map(bound_module, functions)):
                 switch(root)
             yield
     finally:
+        _modes[:] = [held for held in _modes if held is not modes]
         for module, mode in modes.items():
             module.training = mode
+
+
+_modes: list[dict[nn.Module, bool]] = []  # of the blocks at present, the outermost first

@@ -181,3 +181,18 @@ def test_a_snapshot_hears_each_change_of_modules_and_of_the_store(change):
     assert not snapshot.has_changed()
     change(linear)
     assert snapshot.has_changed()
+
+
+def test_a_block_inside_of_another_leaves_the_mode_to_the_outer_one():
+    """The inner one names the network before the outer one has seen it run."""
+    network, modes = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), []
+    network[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    with evaluation_mode():
+        with evaluation_mode(network):
+            network(torch.ones(1, 2))
+        network(torch.ones(1, 2))
+        with evaluation_mode(network):
+            pass
+        network(torch.ones(1, 2))
+    assert modes == [False] * 3
+    assert all(module.training for module in network.modules())
