@@ -130,7 +130,7 @@ def bind(
     """
     args, kwargs = _positional_and_keywords(data, name)
     if not kwargs and _are_rows(args):
-        return Program(model, guide, data)
+        return Program(model, guide, list(args) if _is_wrapped(data) else data)
     converted = [_as_tensors(value, name, model, keep_integers) for value in args]
     args = tuple(value for values in converted for value in values)
     leaves, form = tree_flatten((args, kwargs))
@@ -173,9 +173,17 @@ def any_arguments(entry: _Entry) -> _Entry:
     return call  # type: ignore[return-value]
 
 
+def _items(data: Data) -> tuple[Any, ...]:
+    return tuple(data) if isinstance(data, Sequence) and not isinstance(data, str | bytes) else (data,)
+
+
+def _is_wrapped(data: Data) -> bool:
+    return any(isinstance(item, Arguments) for item in _items(data))
+
+
 def _positional_and_keywords(data: Data, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments in data of any form; a sequence has an argument in each item."""
-    items = tuple(data) if isinstance(data, Sequence) and not isinstance(data, str | bytes) else (data,)
+    items = _items(data)
     if len(items) == 1 and isinstance(items[0], list | tuple):  # `f(model, guide, (x, y))` for `f(..., x, y)`
         items = tuple(items[0])
     if len(items) == 1 and isinstance(items[0], Arguments):

@@ -48,6 +48,7 @@ def with_arguments(read):
 FORMS = {  # how x and the scale are read, and the arguments
     "a number": (lambda x, scale: (x, scale), (X, SCALE)),
     "None": (lambda x, scale: (x, scale or SCALE), (X, None)),
+    "rows alone": (lambda x: (x, SCALE), pv.Arguments(X)),
     "a keyword": (lambda x, *, scale: (x, scale), pv.Arguments(X, scale=SCALE)),
     "keywords alone": (lambda x, scale: (x, scale), pv.Arguments(x=X, scale=SCALE)),
     "a dictionary": (lambda data: (data["x"], data["scale"]), {"x": X, "scale": SCALE}),
