@@ -411,12 +411,20 @@ class ModelGuide:
 
     def has_dependent_latents(self) -> bool:
         """Whether q of a latent, given x, is computed from another latent of the guide."""
-        names, sites = self.guide_latents.keys(), self._tracked(self.guide)
-        for name in names:
+        origins, names = self.origins("guide"), self.guide_latents.keys()
+        return any(origins[name] & names - {name} for name in names)
+
+    def origins(self, owner: str) -> dict[str, frozenset[str]]:
+        """The latents from whose values the log-density of each site in ``"model"`` or ``"guide"`` is computed.
+
+        Its own value does not count. What passes through a number of Python is not seen.
+        """
+        run, trace = (self.model, self.model_trace) if owner == "model" else (self.guide, self.guide_trace)
+        sites, origins = self._tracked(run), {}
+        for name in latent_sites(trace) | observed_sites(trace):
             log_prob = sites[name]["fn"].log_prob(detach_provenance(sites[name]["value"]))
-            if get_provenance(log_prob) & names - {name}:
-                return True
-        return False
+            origins[name] = get_provenance([log_prob, sites[name]["mask"]])
+        return origins
 
     @property
     def enumerated(self) -> set[str]:

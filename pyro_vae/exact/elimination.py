@@ -27,9 +27,13 @@ from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_masked
 
 __all__ = [
-    "Factor", "FactorGraph", "Factors", "Latent", "enumerated", "log_marginal", "named_factor", "read_factors",
-    "sample_eliminated", "site_log_density",
+    "EliminationError", "Factor", "FactorGraph", "Factors", "Latent", "States", "enumerated", "log_marginal",
+    "named_factor", "read_factors", "read_latent", "sample_eliminated", "site_log_density",
 ]  # fmt: skip
+
+
+class EliminationError(ValueError):
+    """A sum over discrete latents is not feasible."""
 
 
 def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
@@ -43,8 +47,8 @@ def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
         The log-density of the other latents and the data, not scaled, summed to the plates, ``(*sizes)``, in float64.
 
     Raises:
-        ValueError: if no sum is feasible, since latents of crossed plates depend on each other, or if a site depends
-            on a latent of another plate.
+        EliminationError: if latents of crossed plates depend on each other, or a site depends on a latent of a plate
+            that it does not lie in.
 
     >>> import pyro
     >>> from pyro import poutine
@@ -129,6 +133,15 @@ class Factor(NamedTuple):
         """The latents among its dimensions."""
         return frozenset(self.dims).difference(self.plates)
 
+    def bounded(self, low: float) -> "Factor":
+        """Return a factor of log-densities that are not below a number."""
+        return self._replace(log=self.log.clamp(min=low))
+
+    def times(self, power: Tensor, plates: tuple[str, ...]) -> "Factor":
+        """Raise a factor to a power in each cell of some of its plates."""
+        dims = (*self.dims, *(name for name in plates if name not in self.dims))
+        return self._replace(log=_arranged(self.log, self.dims, dims) * _arranged(power, plates, dims), dims=dims)
+
 
 class Latent(NamedTuple):
     """A latent that is to be summed out.
@@ -152,8 +165,11 @@ class Factors(NamedTuple):
     sizes: dict[str, int]
 
 
-def read_factors(trace: Trace) -> Factors:
-    """Read the factors from the trace of an :func:`enumerated` model, in float64."""
+def read_factors(trace: Trace, masked: bool = False) -> Factors:
+    """Read the factors from the trace of an :func:`enumerated` model, in float64.
+
+    With ``masked`` the masks of its latents count, see :func:`site_log_density`.
+    """
     set_plate_sizes(trace)
     latents = latent_sites(trace)
     dims = {name: site["infer"].get("_enumerate_dim") for name, site in latents.items()}
@@ -164,8 +180,8 @@ def read_factors(trace: Trace) -> Factors:
     factors = {}
     for name, site in sites.items():
         own = {dim: ids[id_] for dim, id_ in site["infer"].get("_dim_to_id", {}).items() if id_ in ids}
-        factors[name] = named_factor(name, site_log_density(site, name in summed), site, own)
-    return Factors(factors, {name: _latent(latents[name], dim) for name, dim in summed.items()}, sizes)
+        factors[name] = named_factor(name, site_log_density(site, name in summed and not masked), site, own)
+    return Factors(factors, {name: read_latent(latents[name], dim) for name, dim in summed.items()}, sizes)
 
 
 def site_log_density(site: dict[str, Any], summed: bool) -> Tensor:
@@ -203,10 +219,15 @@ def _frames(site: dict[str, Any]) -> list[CondIndepStackFrame]:
     return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim or 0)
 
 
-def _latent(site: dict[str, Any], dim: int) -> Latent:
-    """Read a latent whose states are in a dimension of its value."""
-    value, event_shape, frames = site["value"], site["fn"].event_shape, _frames(site)
-    states = value.movedim(dim - len(event_shape), 0).reshape(value.shape[dim - len(event_shape)], -1, *event_shape)
+def read_latent(site: dict[str, Any], dim: int | None = None) -> Latent:
+    """Read a latent that has its states in a dimension of its value, or one of a run without enumeration."""
+    fn, frames = site["fn"], _frames(site)
+    if dim is None:
+        states = fn.enumerate_support(expand=False)
+        states = states.reshape(len(states), 1, *fn.event_shape)
+    else:
+        dim -= fn.event_dim
+        states = site["value"].movedim(dim, 0).reshape(site["value"].shape[dim], -1, *fn.event_shape)
     sizes = {frame.dim or 0: frame.size for frame in frames}
     shape = torch.Size([sizes.get(place, 1) for place in range(min(sizes, default=0), 0)])
     return Latent(states[:, 0], tuple(frame.name for frame in frames), shape)
@@ -233,7 +254,7 @@ class FactorGraph:
         widest: the latents of that sum.
 
     Raises:
-        ValueError: if a site depends on a latent of a plate that it does not lie in, or latents of crossed plates
+        EliminationError: if a site depends on a latent of a plate that it does not lie in, or latents of crossed plates
             depend on each other, so that no order is feasible.
     """
 
@@ -257,7 +278,7 @@ class FactorGraph:
     def _check_inside(self, name: str, factor: Factor) -> None:
         for latent in sorted(factor.latents):
             if outside := sorted(set(self.latents[latent].plates).difference(factor.plates)):
-                raise ValueError(
+                raise EliminationError(
                     f"`model` must use the latent {latent!r} inside of the plates {outside} alone, got the site "
                     f"{name!r} outside of them, which depends on it: the latents of all cells then depend on each "
                     "other, and their joint states are too many to be summed over"
@@ -303,7 +324,7 @@ class FactorGraph:
             latents, _ = self._live.pop(index)
             outer = frozenset(self.kept).union(*(self._levels[name] for name in latents))
             if outer == level:
-                raise ValueError(
+                raise EliminationError(
                     f"`model` must have discrete latents that do not depend on each other across plates, got a site in "
                     f"the plates {sorted(level)} that depends on {sorted(latents)}: the sum over their states grows "
                     "exponentially with the size of a plate. Draw some of them in the guide, or use a sequential "
@@ -397,6 +418,10 @@ class FactorGraph:
         index = [_arranged(states[name], ("", *self.latents[name].plates), ["", *factor.plates]) for name in others]
         return log[(*index, *(cell[None] for cell in cells))]
 
+    def in_cells(self, factor: Factor) -> Tensor:
+        """Give a log-density without latents a number for each cell of all of its plates, ``(*sizes)``."""
+        return _arranged(factor.log, factor.dims, factor.plates).expand([self.sizes[name] for name in factor.plates])
+
     def log_prob(self, states: States) -> Tensor:
         """Compute the log-density of all factors at states of all latents, ``(S, *sizes of the kept plates)``."""
         count = max(map(len, states.values()), default=1)
@@ -447,6 +472,22 @@ class FactorGraph:
             value = latent.states[states[name]]
             values[name] = value.reshape(len(value), *latent.batch_shape, *latent.states.shape[1:])
         return values
+
+    def states(self, values: Mapping[str, Tensor]) -> States:
+        """Return the states of values, ``(S, *batch, *event)`` by site.
+
+        Raises:
+            ValueError: if a value is none of the states of its latent.
+        """
+        states = {}
+        for name, latent in self.latents.items():
+            event_dim, value = latent.states.dim() - 1, values[name]
+            same = value.unsqueeze(value.dim() - event_dim) == latent.states
+            same = same.flatten(-event_dim).all(-1) if event_dim else same
+            if not same.any(-1).all():
+                raise ValueError(f"`values` must have states of {name!r} alone, got others")
+            states[name] = same.long().argmax(-1).reshape([len(value), *(self.sizes[plate] for plate in latent.plates)])
+        return states
 
 
 def _arranged(tensor: Tensor, dims: Sequence[str], names: Sequence[str]) -> Tensor:

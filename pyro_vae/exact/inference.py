@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -27,6 +28,7 @@ from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
 from pyro_vae.arguments import any_arguments
 from pyro_vae.distributions.properties import base_support, without_independent
+from pyro_vae.exact.discrete import DiscreteModel
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity, few_rows
@@ -67,7 +69,10 @@ def log_evidence(
     torch.Size([5])
     """
     tolerance = positive(tolerance, "tolerance")
-    p = ModelDensity(ModelGuide(model, None, data, plate))
+    pair = ModelGuide(model, None, data, plate)
+    if (discrete := _discrete_model(pair)) is not None:
+        return discrete.log_evidence().to(discrete.dtype)
+    p = ModelDensity(pair)
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
     if (linear := linear_gaussian(p)) is not None:
@@ -81,7 +86,7 @@ def log_evidence(
 @without_training
 def posterior(
     model: Function, *data: Data, plate: str = "data", tolerance: float = 1e-4, progress: bool | None = None
-) -> dist.TorchDistribution:
+) -> Any:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
     The result is a :class:`Posterior`, or a ``MultivariateNormal`` for a linear Gaussian model. Arguments and errors
@@ -94,7 +99,10 @@ def posterior(
     torch.Size([3, 100, 1])
     """
     tolerance = positive(tolerance, "tolerance")
-    p = ModelDensity(ModelGuide(model, None, data, plate))
+    pair = ModelGuide(model, None, data, plate)
+    if (discrete := _discrete_model(pair)) is not None:
+        return discrete.posterior()
+    p = ModelDensity(pair)
     p.single_site()
     if p.is_discrete:
         return Posterior(p, _summed_evidence(p))
@@ -129,7 +137,10 @@ def elbo(
     >>> torch.testing.assert_close(total, log_evidence(vae.model, x), atol=1e-3, rtol=0)
     """
     tolerance = positive(tolerance, "tolerance")
-    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    pair = ModelGuide(model, guide, data, plate)
+    if (discrete := _discrete_model(pair)) is not None:
+        return discrete.elbo().to(discrete.dtype)
+    p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
         return q.sum(lambda values: p.log_joint(values) - q.log_prob(values)).to(p.dtype)
@@ -161,7 +172,10 @@ def kl(
     True
     """
     tolerance = positive(tolerance, "tolerance")
-    p = ModelDensity(ModelGuide(model, guide, data, plate))
+    pair = ModelGuide(model, guide, data, plate)
+    if (discrete := _discrete_model(pair)) is not None:
+        return (discrete.log_evidence() - discrete.elbo()).to(discrete.dtype)
+    p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
         evidence = _summed_evidence(p)
@@ -179,6 +193,17 @@ def kl(
             "and no KL is negative; its log p(x) or its ELBO is wrong"
         )
     return gap.to(p.dtype)
+
+
+def _discrete_model(pair: ModelGuide) -> DiscreteModel | None:
+    """The model, if its latents are summed out by elimination."""
+    discrete = [name for name, site in pair.latents.items() if site["fn"].has_enumerate_support]
+    if others := [name for name in pair.latents if discrete and name not in discrete]:
+        raise ValueError(
+            f"`model` must have latents that are all discrete, or all continuous, got the discrete {discrete} and "
+            f"{others}; use pv.log_evidence with a guide of {others}, which sums over the discrete ones"
+        )
+    return DiscreteModel(pair) if DiscreteModel.fits(pair) else None
 
 
 class Posterior(Result, dist.TorchDistribution):

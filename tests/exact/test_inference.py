@@ -115,8 +115,10 @@ def test_several_discrete_sites_are_summed_over_jointly():
     chance = float((torch.tensor([0.7, 0.3])[:, None] * torch.tensor([0.2, 0.8]) * probs).sum())
     expected = torch.tensor([1 - chance, chance]).log()
     assert torch.allclose(exact.log_evidence(model, x), expected)
-    with pytest.raises(ValueError, match=r"got the latents \['a', 'b'\]; a posterior is computed for a single latent"):
-        exact.posterior(model, x)
+    joint = torch.tensor([0.7, 0.3])[:, None] * torch.tensor([0.2, 0.8]) * torch.stack([1 - probs, probs])
+    marginals = exact.posterior(model, x).marginals
+    assert torch.allclose(marginals["a"].T, joint.sum(2) / joint.sum((1, 2))[:, None])
+    assert torch.allclose(marginals["b"].T, joint.sum(1) / joint.sum((1, 2))[:, None])
 
 
 def test_the_box_grows_to_a_datum_far_out_in_the_prior():

@@ -117,9 +117,9 @@ def test_soft_targets_have_no_evidence(evidence):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (of_two_kinds, r"or a single continuous latent, got the latents \['c', 'z'\]"),
+        (of_two_kinds, r"all discrete, or all continuous, got the discrete \['c'\] and \['z'\]; use pv.log_evidence"),
         (counts, r"discrete latents with `enumerate_support`, got 'z' without it"),
-        (many_states, r"discrete latents with at most 65536 states together, got 16777216 states of \['a', 'b'\]"),
+        (many_states, r"at most 65536 states together in one sum, got 16777216 states of \['a', 'b'\]"),
     ],
 )
 def test_models_without_an_exact_answer_are_refused_with_the_reason(model, message):
