@@ -7,6 +7,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
@@ -46,11 +47,11 @@ def log_joint(program: Any, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def guide_trace(program: Any) -> Any:
-    """A run of the guide, without the sites that it observes for itself."""
+    """A run of the guide, without plates and the sites that it observes for itself."""
     keywords = {**program.kwargs, **program.all_rows}
     trace = poutine.trace(program.guide).get_trace(*program.args, **keywords)
     for name, site in list(trace.nodes.items()):
-        if site["type"] == "sample" and site["is_observed"]:
+        if site["type"] == "sample" and (site["is_observed"] or site_is_subsample(site)):
             trace.remove_node(name)
     return trace
 

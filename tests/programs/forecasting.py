@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.infer.reparam import LocScaleReparam
 
 from programs.by_hand import grid, moments
@@ -24,29 +24,30 @@ def model(covariate, y=None, horizon=0):
 
 
 def make():
-    covariate = torch.sin(torch.arange(16.0))
-    y = 0.3 * torch.randn(16).cumsum(0) + 0.8 * covariate + 0.4 * torch.randn(16)
+    covariate = torch.sin(torch.arange(10.0))
+    y = 0.3 * torch.randn(10).cumsum(0) + 0.8 * covariate + 0.4 * torch.randn(10)
 
     def integrate():
         (drift, noise), volume = grid(torch.linspace(-3.5, 1.5, 100), torch.linspace(-3.5, 1.5, 100))  # logarithms
-        steps = torch.arange(1.0, 17.0)
+        steps = torch.arange(1.0, 11.0)
         walk = torch.minimum(steps[:, None], steps)
 
         def squared(log_sigma):
             return (2 * log_sigma).exp()[:, None, None]
 
-        covariance = squared(drift) * walk + covariate[:, None] * covariate + squared(noise) * torch.eye(16)
+        covariance = squared(drift) * walk + covariate[:, None] * covariate + squared(noise) * torch.eye(10)
         prior = dist.Normal(-1.0, 0.5).log_prob(drift) + dist.Normal(-1.0, 0.5).log_prob(noise)
-        joint = prior + dist.MultivariateNormal(torch.zeros(16), covariance).log_prob(y)
+        joint = prior + dist.MultivariateNormal(torch.zeros(10), covariance).log_prob(y)
         return moments(joint, volume, drift_scale=drift.exp(), noise_scale=noise.exp())
 
     return Program(
         model,
-        AutoDiagonalNormal(model),
+        AutoMultivariateNormal(model),
         (covariate,),
         {"y": y},
         how="quadrature and a closed form",
-        steps=800,
+        lr=0.005,
+        steps=1200,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
     )
