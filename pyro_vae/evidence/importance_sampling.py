@@ -255,7 +255,7 @@ def densities(
     few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
     if plate != "data":
         whole.check_data_plate(every_site=False)
-    p = ModelDensity(few, by_rows=few.has_one_plate and not few.eliminated)
+    p = ModelDensity(few, by_rows=bool(few.latents) and few.has_one_plate and not few.eliminated)
     q = GuideDensity(p)
     if not p.by_rows and not _has_independent_cells(p, q):
         p = ModelDensity(few, by_rows=False, units=())

@@ -24,6 +24,7 @@ from pyro_vae.exact.model_density import (
     Values,
     check_repeatable,
     check_site,
+    common_weight,
     few_rows,
     layouts_of,
     plus,
@@ -63,7 +64,7 @@ class GuideDensity:
         else:
             p.pair.check_density()
         for name, site in sites.items():
-            check_site("guide", name, site, p.by_rows)
+            check_site("guide", name, site, common_weight(p.pair), p.by_rows)
         self._origins = {
             name: origin for name, site in p.latents.items() if (origin := _origin(name, site["fn"], sites)) is not None
         }

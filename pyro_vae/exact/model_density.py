@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, plate_scale, summed_to
 from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_masked
 from pyro_vae.draws import PerDraw, Results, Values
@@ -32,7 +32,7 @@ from pyro_vae.model_guide import ModelGuide, check_one_plate
 
 __all__ = [
     "MAX_STATES", "CellLayout", "ConditionedRuns", "ModelDensity", "Values", "check_repeatable", "check_site",
-    "few_rows", "layouts_of", "plus",
+    "common_weight", "few_rows", "layouts_of", "plus",
 ]  # fmt: skip
 
 MAX_STATES = 2**16
@@ -363,9 +363,12 @@ def check_repeatable(owner: str, expected: Tensor, again: Tensor) -> None:
         )
 
 
-def check_site(owner: str, name: str, site: dict[str, Any], by_rows: bool = True) -> None:
-    """Raise if a site of ``"model"`` or ``"guide"`` is scaled, or is a masked latent where each row needs a density."""
-    if _is_scaled(site):
+def check_site(owner: str, name: str, site: dict[str, Any], weight: float = 1.0, by_rows: bool = True) -> None:
+    """Raise if a site of ``"model"`` or ``"guide"`` has another weight than all sites have, :func:`common_weight`.
+
+    Raise also if it is a masked latent where each row needs a density.
+    """
+    if _is_scaled(site, weight):
         must = "use all data, with densities that are not scaled"
         raise ValueError(f"`{owner}` must {must}, got site {name!r} with the scale {site['scale']}")
     if by_rows and not site["is_observed"] and (site["mask"] is not None or is_masked(site["fn"])):
@@ -373,8 +376,18 @@ def check_site(owner: str, name: str, site: dict[str, Any], by_rows: bool = True
         raise ValueError(f"`{owner}` must have latents without a mask, got {got}")
 
 
-def _is_scaled(site: dict[str, Any]) -> bool:
-    return bool(torch.as_tensor(site["scale"]).ne(1).any())
+def common_weight(pair: ModelGuide) -> float:
+    """The scale that all sites of a model have, 1 if they differ.
+
+    One scale for everything, such as 1/N for a loss per datum, changes the steps of an optimizer, and not the model.
+    """
+    sites = (pair.latents | pair.observed).values()
+    weights = {float(torch.as_tensor(site["scale"]).max()) / plate_scale(site) for site in sites}
+    return weights.pop() if len(weights) == 1 else 1.0
+
+
+def _is_scaled(site: dict[str, Any], weight: float = 1.0) -> bool:
+    return bool(torch.as_tensor(site["scale"]).ne(weight).any())
 
 
 def _check_form(pair: ModelGuide) -> None:
@@ -382,7 +395,7 @@ def _check_form(pair: ModelGuide) -> None:
     if not pair.observed:
         raise ValueError(f"`model` must have observed sites, got the latents {list(pair.latents)} alone")
     for name, site in (pair.latents | pair.observed).items():
-        check_site("model", name, site, by_rows=False)
+        check_site("model", name, site, common_weight(pair), by_rows=False)
     pair.check_likelihood()
     pair.check_kinds()
 
@@ -396,9 +409,9 @@ def _check_structure(pair: ModelGuide) -> None:
     check_one_plate([("model", name, site) for name, site in sites.items()], pair.plate)
     frame = next(iter(pair.observed.values()))["cond_indep_stack"][0]
     # A plate of fewer rows in the guide is a subsample in the model, which is replayed with it.
-    drawn = [("guide", name, site) for name, site in pair.guide_latents.items() if not _is_scaled(site)]
+    drawn = [("guide", name, site) for name, site in pair.guide_latents.items() if plate_scale(site) == 1]
     check_one_plate(drawn, pair.plate, frame.full_size or frame.size)
     for name, site in sites.items():
-        check_site("model", name, site)
+        check_site("model", name, site, common_weight(pair))
     pair.check_likelihood()
     pair.check_kinds()

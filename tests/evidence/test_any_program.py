@@ -288,3 +288,31 @@ def test_models_are_compared_by_one_evidence_for_all_data():
     table = pv.compare_evidence(evidence)
     assert list(table.index) == ["a", "b"]
     assert abs(table.difference["b"] + 1) < 0.1
+
+
+def test_one_scale_for_all_sites_changes_nothing():
+    x = data(N) + 1
+    expected = pv.log_evidence(mean_model, mean_guide, x)
+    found = pv.log_evidence(poutine.scale(mean_model, scale=1 / N), poutine.scale(mean_guide, scale=1 / N), x)
+    assert torch.equal(found.log_evidence, expected.log_evidence)
+    for model, guide in ((mean_model, poutine.scale(mean_guide, scale=0.5)), (annealed_model, mean_guide)):
+        with pytest.raises(ValueError, match="densities that are not scaled, got site 'mu' with the scale 0.5"):
+            pv.log_evidence(model, guide, x)
+
+
+def annealed_model(x):
+    with poutine.scale(scale=0.5):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(mu, 1.0), obs=x)
+
+
+def test_a_model_without_latents_has_its_own_density():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    x = data(5)
+    found = pv.log_evidence(model, lambda x: None, x, num_samples=25)
+    torch.testing.assert_close(found.log_evidence, dist.Normal(0.0, 1.0).log_prob(x))
+    assert not found.unreliable.any()
