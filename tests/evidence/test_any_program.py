@@ -296,7 +296,7 @@ def test_one_scale_for_all_sites_changes_nothing():
     found = pv.log_evidence(poutine.scale(mean_model, scale=1 / N), poutine.scale(mean_guide, scale=1 / N), x)
     assert torch.equal(found.log_evidence, expected.log_evidence)
     for model, guide in ((mean_model, poutine.scale(mean_guide, scale=0.5)), (annealed_model, mean_guide)):
-        with pytest.raises(ValueError, match="densities that are not scaled, got site 'mu' with the scale 0.5"):
+        with pytest.raises(ValueError, match=r"densities that are not scaled, got site 'mu' with the scale 0\.5"):
             pv.log_evidence(model, guide, x)
 
 

@@ -80,10 +80,6 @@ ESTIMATES = pytest.mark.parametrize("evidence", [exact.log_evidence, estimated_e
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (
-            poutine.scale(global_latent, scale=0.5),
-            r"(got site 'mean' in the plates|got site 'mean' with the scale 0.5)",
-        ),
         (subsampled, r"use all data, .* got site 'z' with the scale 2.0"),
         (poutine.scale(binary, scale=torch.arange(1.0, 5)), r"use all data, .* got site 'z' with the scale tensor"),
     ],
