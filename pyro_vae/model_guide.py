@@ -585,7 +585,7 @@ class ModelGuide:
             others[name] = site["value"]
             if name in hidden:
                 counted = hidden[name].reshape((*hidden[name].shape, *[1] * site["fn"].event_dim))
-                others[name] = torch.where(counted, site["value"], site["value"].flip(0) + 1)
+                others[name] = torch.where(counted, site["value"], _another_value(site))
         with poutine.block(), torch.no_grad(), seeded(0), pyro.validation_enabled(False), self.take(rows) as data:
             again = poutine.trace(poutine.condition(self.model, data=others)).get_trace(*data)
         new: dict[str, Any] = dict(again.nodes)
@@ -819,6 +819,22 @@ def _counted(site: Site) -> Tensor:
         mask = torch.as_tensor(mask, device=device)
         counted = counted & mask.reshape((*mask.shape[: len(site["fn"].batch_shape)], -1)).all(-1)
     return counted
+
+
+def _another_value(site: Site) -> Tensor:
+    """Values of a latent that differ from those of the run, in its support."""
+    fn, value = site["fn"], site["value"]
+    if fn.has_enumerate_support:
+        support = fn.enumerate_support(expand=False)
+        same = (value == support[0]).reshape(*value.shape[: value.dim() - fn.event_dim], -1).all(-1)
+        return torch.where(same.reshape(same.shape + (1,) * fn.event_dim), support[-1], support[0])
+    if is_discrete(fn):
+        return value + 1
+    try:
+        transform = biject_to(fn.support)
+        return transform(transform.inv(value).flip(0) + 1)
+    except NotImplementedError:
+        return value.flip(0) + 1
 
 
 def _kind(fn: Any) -> str:

@@ -53,6 +53,7 @@ def to_datatree(
     The groups, each if there is something in it:
 
     * ``posterior``: the guide's latents, and the deterministic sites given them, such as the ``code`` of a relaxed one.
+      Discrete latents that the guide leaves out, as for ``TraceEnum_ELBO``, are drawn from their exact conditional.
     * ``sample_stats``, in nats, for each draw in ``posterior``: ``lp``, :math:`\log p(x_i, z_i)`; ``log_q``,
       :math:`\log q(z_i \mid x_i)`; ``log_weight``, their difference. The mean of ``log_weight`` estimates the ELBO of
       datum i, and the logarithm of its mean exponential is the estimate of :func:`pyro_vae.log_evidence`. All are
@@ -72,11 +73,18 @@ def to_datatree(
     ``chain_site`` and so on. The attribute ``site`` of such a variable has the name of the site, which is also its key
     in ``dims``.
 
-    **A latent outside the data plate**, of the model or of an autoguide, is shared by all data, so log p(x, z) and
-    log q are no sums over data. ``sample_stats`` then has the joint densities of all data, ``(chain, draw)``, and one
-    ``khat``. A density that does not exist is left out: ``lp`` if the likelihood is not normalised (soft targets) or
-    the prior is discrete and q is relaxed; ``log_q`` if the guide is a point (``AutoDelta``); ``log_weight`` if one of
-    these is missing, or if the guide has latents that the model does not have.
+    **Plates.** The data plate is the dimension ``obs``; each other plate is a dimension of its own name. A plate that
+    is a loop is none: its sites are variables. Log-densities in ``sample_stats``, and ``khat``, have a value for each
+    cell of the plates that all latent and observed sites share: for each datum where all latents are local to it, for
+    each group where they are local to an outer plate, and one for all data, ``(chain, draw)``, where some latent is
+    global or the guide draws all rows together. Latents that the guide leaves out are summed out of them.
+
+    **Masks.** Where a site is masked, by ``poutine.mask``, ``fn.mask`` or ``obs_mask``, as in the padded steps of a
+    sequence, its values are NaN, and integers are floats. Missing data (NaN) that a likelihood accepts are drawn.
+
+    A density that does not exist is left out: ``lp`` if the likelihood is not normalised (soft targets) or the prior is
+    discrete and q is relaxed; ``log_q`` if the guide is a point (``AutoDelta``); ``log_weight`` if one of these is
+    missing, or if the guide has latents that the model does not have.
 
     Save the tree with ``tree.to_netcdf("run.nc", engine="h5netcdf")``, load it with ``xarray.open_datatree("run.nc")``,
     and convert it for the installed ArviZ with :func:`to_arviz`. :func:`save_draws` takes more draws than memory holds.
@@ -232,13 +240,14 @@ class _LargestWeights:
     """The largest weights of each datum, or of all data together, from which k̂ is computed, collected by chunk."""
 
     def __init__(self, sampler: JointSampler):
-        self._draws = sampler.settings.draws
+        self._draws, self._dtype = sampler.settings.draws, sampler.dtype
         self._exists = "log_weight" in sampler.statistics and tail_length(self._draws) >= _LEAST_TAIL
         self._top: Tensor | None = None
 
     def add(self, values: Groups) -> None:
         if self._exists:
-            new = torch.from_numpy(values["sample_stats"]["log_weight"])
+            # In the dtype of the densities, from which k̂ takes the size of a rounding error.
+            new = torch.from_numpy(values["sample_stats"]["log_weight"]).to(self._dtype)
             top = new if self._top is None else torch.cat([self._top, new])
             self._top = top.topk(min(tail_length(self._draws) + 1, len(top)), dim=0).values
 

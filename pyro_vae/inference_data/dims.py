@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
-import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae._utils.data import Columns
 from pyro_vae.distributions.mixture import MixtureOfNormals
+from pyro_vae.inference_data.layouts import SiteLayout
 from pyro_vae.inference_data.settings import ExportSettings
 from pyro_vae.model_guide import ModelGuide, same_rows
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["DataLabels", "DimensionNames", "data_labels", "parameters", "plates_and_event", "variable_names"]
+__all__ = ["DataLabels", "DimensionNames", "data_labels", "parameters", "variable_names"]
 
 _LATENT_DIMS = {0: (), 1: ("latent",), 2: ("latent", "category")}
 _OBSERVED_DIMS = {0: (), 1: ("feature",), 2: ("row", "column"), 3: ("channel", "row", "column")}
@@ -75,12 +76,13 @@ class DimensionNames:
         labels = labels or DataLabels()
         sites, constants, history = unobserved | observed, settings.constants, settings.history
         self.variables = variable_names(sites)
-        self._taken = {*self.variables.values(), "chain", "draw"}
+        self._taken = {*self.variables.values(), *_OF_ARVIZ}
         dims = _checked_dims(settings.dims, [*sites, *constants, *history], {*self.variables.values()})
         self.obs = self._free("obs")
         self._plates = {settings.plate: self.obs}  # the dimension of each plate
         self._taken.add(self.obs)
-        for plate in (plate for site in sites.values() for plate in plates_and_event(site)[0]):
+        layouts = {name: SiteLayout(site) for name, site in sites.items()}
+        for plate in (plate for layout in layouts.values() for plate in layout.plates):
             if plate not in self._plates:
                 self._plates[plate] = self._free(_allowed(plate))
                 self._taken.add(self._plates[plate])
@@ -88,14 +90,14 @@ class DimensionNames:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.sizes = {"chain": chains, "draw": settings.draws}
         columns: dict[str, np.ndarray] = {}  # by dimension
-        for name, site in sites.items():
-            plates, shape = plates_and_event(site)
+        for name, layout in layouts.items():
+            plates, shape = layout.plates, layout.event
             of_columns = labels.columns.get(name) if len(shape) == 1 else None
             event = dims.get(name) or self._event_dims(name, shape, name in observed, of_columns, columns)
             if len(event) != len(shape):
                 got = f"{list(event)} for {name!r}, whose event shape is {tuple(shape)}"
                 raise ValueError(f"`dims` must have one name for each event dimension, got {got}")
-            of_plates = (self._plates[plate] for plate in plates)
+            of_plates = (self._plate_dim(name, plate, size) for plate, size in plates.items())
             self._add(name, (*of_plates, *event), (*plates.values(), *shape), drawn=True)
             if of_columns is not None:
                 columns[event[0]] = of_columns[1]
@@ -130,6 +132,17 @@ class DimensionNames:
         self._add_sizes(name, dims, shape)
         self.dims[name], self.shapes[name] = dims, shape
 
+    def plate_dims(self, frames: Iterable[CondIndepStackFrame]) -> tuple[str, ...]:
+        """Return the names of the dimensions of plates."""
+        return tuple(self._plates[frame.name] for frame in frames)
+
+    def _plate_dim(self, name: str, plate: str, size: int) -> str:
+        """Name the dimension of a plate around a site; plates of one name and several sizes have several dimensions."""
+        dim = self._plates[plate]
+        if self.sizes.get(dim, size) == size:
+            return dim
+        return self._free(f"{self.variables[name]}_{dim}")
+
     def _add_sizes(self, name: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
         for dim, size in zip(dims, shape, strict=True):
             if self.sizes.setdefault(dim, size) != size:
@@ -139,7 +152,7 @@ class DimensionNames:
     def _event_dims(
         self,
         name: str,
-        shape: torch.Size,
+        shape: tuple[int, ...],
         is_observed: bool,
         labels: Columns | None,
         columns: Mapping[str, np.ndarray],
@@ -213,9 +226,10 @@ class DimensionNames:
         for name, site in latents.items():
             fn, shape = site["fn"], self.shapes[name]
             batch = shape[: len(shape) - len(fn.event_shape)]
+            if len(batch) > len(SiteLayout(site).plates):
+                continue  # the batch has dimensions that are no plates
             for parameter, value in parameters(fn).items():
-                if value.dim() < len(fn.batch_shape):
-                    value = value.expand(fn.batch_shape)
+                value = value.expand((*fn.batch_shape, *value.shape[len(fn.batch_shape) :]))
                 value = value.reshape((*batch, *value.shape[len(fn.batch_shape) :]))
                 of_components = parameter == "component_logits" or isinstance(fn, MixtureOfNormals)
                 dims = self._parameter_dims(name, parameter, value.shape, len(batch), of_components)
@@ -264,6 +278,7 @@ _ALIASES = {"logits": "probs", "precision_matrix": "covariance_matrix", "scale_t
 def parameters(fn: Any) -> dict[str, Tensor]:
     """Return the parameters of a distribution, each once; a transformed distribution may have none.
 
+    >>> import torch
     >>> parameters(dist.Normal(torch.zeros(2), 1.0).to_event(1))
     {'loc': tensor([0., 0.]), 'scale': tensor([1., 1.])}
     """
@@ -302,20 +317,6 @@ def _allowed(name: str) -> str:
 def _check_name(name: str, argument: str) -> None:
     if _allowed(name) != name:
         raise ValueError(f"`{argument}` must have names that a file accepts, such as {_allowed(name)!r}, got {name!r}")
-
-
-def plates_and_event(site: dict[str, Any]) -> tuple[dict[str, int], torch.Size]:
-    """Return the sizes of a site's plates, from left to right, and its event shape.
-
-    ``pyro.deterministic`` counts all dimensions as the event's by default; those of plates are subtracted.
-    """
-    frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    plates = {frame.name: frame.size for frame in frames}
-    shape = site["fn"].event_shape
-    has_all = site["infer"].get("_deterministic") and len(shape) >= site["value"].dim()
-    if has_all and tuple(shape[: len(plates)]) == tuple(plates.values()):
-        shape = shape[len(plates) :]
-    return plates, shape
 
 
 def _has_dimension(values: Any) -> bool:

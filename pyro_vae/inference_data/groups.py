@@ -10,13 +10,14 @@ import pyro
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae.inference_data.dims import DimensionNames, data_labels
+from pyro_vae.inference_data.layouts import SiteLayout
 from pyro_vae.inference_data.sampler import Groups, JointSampler
 from pyro_vae.inference_data.settings import as_array
 
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["GroupLayout", "attributes", "tree_of"]
+__all__ = ["GroupLayout", "attributes", "observed_values", "tree_of"]
 
 _GROUPS = (
     *("posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"),
@@ -36,7 +37,7 @@ class GroupLayout:
         names = self._names = DimensionNames(
             sampler.latents | sampler.deterministic, sampler.observed, settings, labels=data_labels(sampler.pair)
         )
-        self.variables, of_statistics = names.variables, (names.obs,) if sampler.by_datum else ()
+        self.variables, of_statistics = names.variables, names.plate_dims(sampler.units)
         self._attrs = attributes(settings.draws, settings.seed)
         self.dims = {
             group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
@@ -45,7 +46,7 @@ class GroupLayout:
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
             parametric = sampler.parametric_latents()
         self._static = {
-            "observed_data": names.dataset({name: as_array(site["value"]) for name, site in sampler.observed.items()}),
+            "observed_data": names.dataset(observed_values(sampler.observed)),
             "constant_data": names.dataset(settings.constants),
             "guide": names.guide(parametric),
             "training": names.training(settings.history),
@@ -75,6 +76,11 @@ class GroupLayout:
                 arrays["khat"] = (variables["log_weight"], khat)
             groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))
         return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self._attrs)
+
+
+def observed_values(observed: Mapping[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return the values of observed sites, with NaN where they are masked."""
+    return {name: as_array(SiteLayout(site).values(site)) for name, site in observed.items()}
 
 
 def tree_of(groups: Mapping[str, "xr.Dataset"], attrs: dict[str, Any]) -> "xr.DataTree":

@@ -13,13 +13,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
-from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae._utils.typing import Function
 from pyro_vae.draws import PerDraw
+from pyro_vae.exact.elimination import enumerated, log_marginal, sample_eliminated
 from pyro_vae.handlers import ResampleObserved
-from pyro_vae.inference_data.dims import parameters, plates_and_event
+from pyro_vae.inference_data.dims import parameters
+from pyro_vae.inference_data.layouts import SiteLayout
 from pyro_vae.inference_data.settings import ExportSettings, as_array
-from pyro_vae.model_guide import ModelGuide, check_same_latents
+from pyro_vae.model_guide import DATA_PLATE, ModelGuide, check_same_latents
 
 __all__ = ["Groups", "JointSampler", "Variable"]
 
@@ -43,9 +45,14 @@ class JointSampler:
     It runs the pair once, for its sites and the size of a draw, and leaves the random stream of the draws unchanged. It
     raises a TypeError or ValueError if model, guide and data do not fit each other.
 
+    Discrete latents that the guide leaves out are drawn from their exact conditional, given the data and the draw of
+    the guide, and summed out of the densities.
+
     Attributes:
         latents, deterministic, observed: the sites of these roles, by name, without the auxiliary latents of a guide.
-        by_datum: whether all sites are in the data plate, and log-densities are ``(N)``; else they are of all data.
+        layouts: of the values of these sites.
+        dtype: of log-densities.
+        units: the plates that all sites share, in whose cells log-densities have values of their own.
         statistics: names of the log-densities that exist.
         variables: what is drawn, by group and name.
         nbytes: size of all draws.
@@ -55,17 +62,25 @@ class JointSampler:
         self.settings, self._per_draw = settings, PerDraw()
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
+            if settings.plate != DATA_PLATE:
+                pair.check_data_plate(every_site=False)
             settings.plate = pair.plate
-            pair.check_data_plate(every_site=False)
-            check_same_latents(pair.latents, pair.guide_latents, more=True)
-            pair.check_factors()
+            eliminated = {name: pair.latents[name] for name in pair.eliminated}
+            drawn = {name: site for name, site in pair.latents.items() if name not in eliminated}
+            check_same_latents(drawn, pair.guide_latents, more=True)
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic
+            self.latents = self.latents | eliminated
+            sites = self.latents | self.deterministic | self.observed
+            self.layouts = {name: SiteLayout(site) for name, site in sites.items()}
+            self._missing = {name: _missing(site) for name, site in self.observed.items()}
             self._generative = ResampleObserved()(pair.model)
-            self.by_datum = all(pair.is_local(site) for _, _, site in pair.sites)
+            self._enumerated = enumerated(pair.model, eliminated, -1 - pair.max_plate_nesting) if eliminated else None
+            self.units = pair.units
+            self.dtype = next((log_density(site).dtype for _, _, site in pair.sites), torch.get_default_dtype())
             self.statistics = self._find_statistics()
-            first = self._with_redraws(pair.guide_trace, pair.model_trace)
+            first = self._read(pair.guide_trace, pair.model_trace)
         self.variables = {
-            group: {name: self._variable(group, name, value) for name, value in values.items()}
+            group: {name: Variable(tuple(value.shape), as_array(value).dtype) for name, value in values.items()}
             for group, values in first.items()
             if values
         }
@@ -93,21 +108,22 @@ class JointSampler:
 
     def parametric_latents(self) -> dict[str, Any]:
         """Return the latents whose parameters depend on the data alone, and not on the draw of another latent."""
+        of_guide = self.pair.guide_latents
         if self.pair.auxiliary:
             return {}
         with poutine.block(), torch.no_grad(), TrackProvenance():
             tracked = latent_sites(poutine.trace(self.pair.guide).get_trace(*self.pair.data))
 
         def depends_on_draws(name: str) -> bool:
-            first, second = parameters(self.latents[name]["fn"]), parameters(tracked[name]["fn"])
+            first, second = parameters(of_guide[name]["fn"]), parameters(tracked[name]["fn"])
             return any(
-                get_provenance(second[key]) & self.latents.keys()
+                get_provenance(second[key]) & of_guide.keys()
                 # Provenance is lost where the guide converts a draw to an array and back.
                 or not torch.allclose(value, detach_provenance(second[key]), equal_nan=True)
                 for key, value in first.items()
             )
 
-        return {name: site for name, site in self.latents.items() if not depends_on_draws(name)}
+        return {name: site for name, site in of_guide.items() if not depends_on_draws(name)}
 
     def _chunk(self, count: int) -> Groups:
         if self.settings.parallel:
@@ -122,74 +138,77 @@ class JointSampler:
             with poutine.block():
                 drawn = self._draw()
             for group, variables in self.variables.items():
-                for name, variable in variables.items():
-                    values[group][name][number] = as_array(drawn[group][name]).reshape(variable.shape)
+                for name in variables:
+                    values[group][name][number] = as_array(drawn[group][name])
         return values
 
     def _draw_by_key(self) -> dict[Any, Tensor]:
         drawn = self._draw()
-        return {
-            (group, name): drawn[group][name].reshape(variable.shape)
-            for group, variables in self.variables.items()
-            for name, variable in variables.items()
-        }
+        return {(group, name): drawn[group][name] for group, variables in self.variables.items() for name in variables}
 
     @torch.no_grad()
     def _draw(self) -> dict[str, dict[str, Tensor]]:
         """Draw everything once."""
         q = p = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
-        if self.statistics or self.deterministic:
+        if not self._enumerated and (self.statistics or self.deterministic):
             p = poutine.trace(poutine.replay(self.pair.model, q)).get_trace(*self.pair.data)
-        return self._with_redraws(q, p)
+        return self._read(q, p)
 
-    def _with_redraws(self, q: Trace, p: Trace) -> dict[str, dict[str, Tensor]]:
-        """Add draws of new data, and of everything from the prior, to a draw of the guide that the model scored."""
-        new_data = poutine.trace(poutine.replay(self._generative, q)).get_trace(*self.pair.data)
+    def _read(self, q: Trace, p: Trace) -> dict[str, dict[str, Tensor]]:
+        """Add draws of the eliminated latents, of new data, and of everything from the prior, to a draw of the guide.
+
+        Args:
+            q: the trace of the guide.
+            p: that of the model at the same values.
+        """
+        summed, drawn = None, q
+        if self._enumerated:
+            summed = poutine.trace(poutine.replay(self._enumerated, q)).get_trace(*self.pair.data)
+            drawn = with_values(q, {name: value[0] for name, value in sample_eliminated(summed, 1).items()})
+            p = poutine.trace(poutine.replay(self.pair.model, drawn)).get_trace(*self.pair.data)
+        new_data = poutine.trace(poutine.replay(self._generative, drawn)).get_trace(*self.pair.data)
         prior = poutine.trace(self._generative).get_trace(*self.pair.data)
         in_prior = [name for name in (*self.latents, *self.deterministic) if name in prior.nodes]
         return {
-            "posterior": _values_of(q, self.latents) | _values_of(p, self.deterministic),
-            "sample_stats": self._log_densities(q, p),
-            "prior": _values_of(prior, in_prior),
-            "posterior_predictive": _values_of(new_data, self.observed),
-            "prior_predictive": _values_of(prior, self.observed),
+            "posterior": self._values(p, self.latents, q) | self._values(p, self.deterministic),
+            "sample_stats": self._log_densities(q, p, summed),
+            "prior": self._values(prior, in_prior),
+            "posterior_predictive": self._values(new_data, self.observed),
+            "prior_predictive": self._values(prior, self.observed),
         }
 
-    def _log_densities(self, q: Trace, p: Trace) -> dict[str, Tensor]:
-        sites = {"lp": latent_sites(p) | observed_sites(p), "log_q": latent_sites(q)}
-        found = {name: self._log_density(of) for name, of in sites.items() if name in self.statistics}
+    def _values(self, trace: Trace, names: Iterable[str], other: Trace | None = None) -> dict[str, Tensor]:
+        """The values of sites, arranged; of a latent that the model does not have, those in another trace."""
+        nodes: dict[str, Any] = {**(other.nodes if other else {}), **trace.nodes}
+        return {name: self.layouts[name].values(nodes[name], self._missing.get(name)) for name in names}
+
+    def _log_densities(self, q: Trace, p: Trace, summed: Trace | None) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if "lp" in self.statistics:
+            found["lp"] = (
+                log_marginal(summed, self.units) if summed else self._total(latent_sites(p) | observed_sites(p))
+            )
+        if "log_q" in self.statistics:
+            found["log_q"] = self._total(latent_sites(q) | observed_sites(q))  # with factors of the change of volume
         if "log_weight" in self.statistics:
             found["log_weight"] = found["lp"] - found["log_q"]
         return found
 
-    def _log_density(self, sites: dict[str, Any]) -> Tensor:
-        """Sum over sites and plates; keep the data plate if every site is in it."""
-        total: Any = 0.0
-        for site in sites.values():
-            term = log_density(site) if self.by_datum else log_density(site).double()
-            kept = {
-                frame.dim for frame in site["cond_indep_stack"] if self.by_datum and frame.name == self.settings.plate
-            }
-            summed = [dim for dim in range(-term.dim(), 0) if dim not in kept]
-            total = total + (term.sum(summed) if summed else term)
-        return total
+    def _total(self, sites: dict[str, Any]) -> Tensor:
+        """Sum over sites and plates, for each cell of the units; the sum of all data in double precision."""
+        terms = [log_density(site) for site in sites.values()]
+        terms = [summed_to(term if self.units else term.double(), self.units) for term in terms]
+        return sum(terms[1:], terms[0])
 
     def _find_statistics(self) -> tuple[str, ...]:
         """Name the log-densities that exist; a weight is a ratio of two over the same latents."""
+        pair = self.pair
         exists = {
-            "lp": bool(self.observed) and _passes(self.pair.check_likelihood) and _passes(self.pair.check_kinds),
-            "log_q": bool(self.latents) and not self.pair.points,
+            "lp": bool(self.observed) and _passes(pair.check_likelihood) and _passes(pair.check_kinds),
+            "log_q": bool(pair.guide_latents) and not pair.points and (bool(pair.auxiliary) or not pair.factors),
         }
-        exists["log_weight"] = exists["lp"] and exists["log_q"] and _passes(self.pair.check_density)
+        exists["log_weight"] = exists["lp"] and exists["log_q"] and _passes(pair.check_density)
         return tuple(name for name, found in exists.items() if found)
-
-    def _variable(self, group: str, name: str, value: Tensor) -> Variable:
-        shape = tuple(value.shape)
-        if group != "sample_stats":
-            site = (self.latents | self.deterministic | self.observed)[name]
-            plates, event_shape = plates_and_event(site)
-            shape = (*plates.values(), *event_shape)
-        return Variable(shape, as_array(value).dtype)
 
 
 def _passes(check: Callable[[], None]) -> bool:
@@ -200,6 +219,16 @@ def _passes(check: Callable[[], None]) -> bool:
     return True
 
 
-def _values_of(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return {name: nodes[name]["value"] for name in names}
+def with_values(trace: Trace, values: dict[str, Tensor]) -> Trace:
+    """Return a trace to replay with the values of further latents."""
+    trace = trace.copy()
+    for name, value in values.items():
+        if name not in trace.nodes:
+            trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+    return trace
+
+
+def _missing(site: dict[str, Any]) -> Tensor | None:
+    """Where data are missing: NaN, which a new draw replaces."""
+    value = torch.as_tensor(site["value"])
+    return value.isnan() if value.is_floating_point() else None

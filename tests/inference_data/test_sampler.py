@@ -85,13 +85,13 @@ def test_several_latents_of_both_kinds(parallel):
     assert_densities(found, lp, log_q + dist.LogNormal(0.1, 0.4).log_prob(s))
 
 
-@pytest.mark.parametrize(("plate", "summed"), [("days", 1), ("people", 2)])
-def test_another_plate_is_summed_over(plate, summed, parallel):
+@pytest.mark.parametrize(("plate", "dims"), [("days", ("people", "obs")), ("people", ("obs", "days"))])
+def test_each_cell_of_crossed_plates_that_hold_all_sites_has_its_densities(plate, dims, parallel):
     tree, found = statistics(*TWO_PLATES, plate=plate, parallel=parallel)
     z, x = drawn(tree, "z"), TWO_PLATES[2]
     lp = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x)
-    assert_densities(found, lp.sum(summed), dist.Normal(x, 0.1).log_prob(z).sum(summed))
-    assert tree["sample_stats"]["lp"].dims == ("chain", "draw", "obs")
+    assert_densities(found, lp, dist.Normal(x, 0.1).log_prob(z))
+    assert tree["sample_stats"]["lp"].dims == ("chain", "draw", *dims)
 
 
 def test_weights_of_an_objective_change_no_density():
@@ -115,6 +115,48 @@ def test_the_mean_weight_is_the_evidence_and_the_mean_log_weight_the_elbo(make):
     assert ((evidence - estimate.log_evidence).abs() < SIGMAS * error.hypot(estimate.standard_error) + 1e-4).all()
     elbo = pv.exact.elbo(vae.model, vae.guide, X)
     assert ((log_weight.mean(0) - elbo).abs() < SIGMAS * log_weight.std(0) / draws**0.5 + 1e-4).all()
+
+
+def switched_model(x):
+    """A discrete latent that a guide may leave out, and a continuous one that depends on it."""
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(0.3))
+        z = pyro.sample("z", dist.Normal(2 * c, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def switched_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.6 * x, 0.9))
+
+
+def test_a_latent_that_the_guide_leaves_out_is_summed_out_of_densities_and_drawn_from_its_conditional():
+    x, draws = X[:, 0], 4000
+    tree, found = statistics(switched_model, switched_guide, x, draws=draws, parallel=True)
+    c, z = drawn(tree, "c"), drawn(tree, "z")
+    log_prior = torch.tensor([0.7, 0.3]).log()
+    log_z = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(z[..., None]) + log_prior
+    lp = log_z.logsumexp(-1) + dist.Normal(z, 1.0).log_prob(x)
+    assert_densities(found, lp, dist.Normal(0.6 * x, 0.9).log_prob(z))
+    p = log_z.softmax(-1)[..., 1]  # of c = 1, given z
+    assert ((c - p).mean(0).abs() < SIGMAS * (p * (1 - p)).mean(0).sqrt() / draws**0.5).all()
+    assert (((c - p) * z).mean(0).abs() < SIGMAS * (p * (1 - p) * z**2).mean(0).sqrt() / draws**0.5).all()
+    exact = (dist.Normal(torch.tensor([0.0, 2.0]), 2**0.5).log_prob(x[:, None]) + log_prior).logsumexp(-1)
+    weight = found["log_weight"].exp()
+    assert ((weight.mean(0) - exact.exp()).abs() < SIGMAS * weight.std(0) / draws**0.5).all()
+
+
+def test_under_a_guide_without_latents_lp_is_the_evidence(parallel):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.7, 0.3])))
+            pyro.sample("x", dist.Normal(2.0 * c, 1.0), obs=x)
+
+    x = X[:, 0]
+    _, found = statistics(model, lambda x: None, x, parallel=parallel)
+    exact = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(x[:, None]) + torch.tensor([0.7, 0.3]).log()
+    assert list(found) == ["lp"]
+    torch.testing.assert_close(found["lp"].float(), exact.logsumexp(-1).expand(8, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("draws", [20, 21, 200])
@@ -148,7 +190,7 @@ def test_with_a_global_latent_the_mean_weight_is_the_evidence_of_all_data():
     error = weight.std() / weight.mean() / draws**0.5
     assert abs(weight.mean().log() - expected) < SIGMAS * error
     assert tree["sample_stats"]["khat"].dims == ()
-    assert tree["sample_stats"]["khat"].item() == pareto_shape(found["log_weight"][:, None]).item()
+    assert tree["sample_stats"]["khat"].item() == pareto_shape(found["log_weight"][:, None].float()).item()
 
 
 def positive_model(x):
