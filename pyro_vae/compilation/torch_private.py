@@ -25,6 +25,7 @@ __all__ = [
     "FakeTensor", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "disable_proxy_modes_tracing",
     "forced_compiling_flag", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema",
     "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn",
+    "without_torch_function", "wrapper_tensor",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -116,3 +117,15 @@ def quiet_vmap() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
         yield
+
+
+def without_torch_function() -> Any:
+    """Run a block in which subclasses of tensors see operations below ``__torch_function__`` alone."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def wrapper_tensor(
+    subclass: type[Tensor], shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Return a tensor of a subclass that has a shape and no memory: the subclass runs each operation on it."""
+    return Tensor._make_wrapper_subclass(subclass, shape, strides=strides, dtype=dtype, device=device)
