@@ -19,6 +19,9 @@ from pyro_vae.compilation import torch_private
 __all__ = ["AffineForm", "AffineTensor", "NotAffineError", "affine_form", "affine_variables"]
 
 
+_MOST = 2**25  # coefficients of one operation, about a gigabyte
+
+
 class NotAffineError(ValueError):
     """Error for an operation whose result is not proved to be affine in the variables."""
 
@@ -41,6 +44,8 @@ class AffineForm(NamedTuple):
     def combined(self, weight: np.ndarray, index: np.ndarray) -> "AffineForm":
         """Return ``sum_k weight[o, k] self[index[o, k]]`` for each o, of arrays ``(outputs, K)``."""
         count, width = index.shape
+        if index.size > _MOST:
+            raise NotAffineError(f"a result has {index.size:,} coefficients, more than {_MOST:,}")
         starts = np.arange(0, count * width + 1, width) if width else np.zeros(count + 1, dtype=np.int64)
         shape = (count, len(self.constant))
         sums = sparse.csr_array((weight.reshape(-1), index.reshape(-1), starts), shape=shape)
@@ -62,18 +67,18 @@ class AffineTensor(Tensor):
     """A tensor without values, each of whose numbers is an affine function of variables; see :func:`affine_form`."""
 
     storage_of_forms: _Storage
-    index: Tensor  # the place of each of its numbers in the storage
+    places: Tensor  # the place of each of its numbers in the storage
 
     @staticmethod
     def __new__(cls, storage: _Storage, index: Tensor, dtype: torch.dtype, device: torch.device) -> "AffineTensor":
         tensor = torch_private.wrapper_tensor(cls, index.shape, index.stride(), dtype, device)
-        tensor.storage_of_forms, tensor.index = storage, index
+        tensor.storage_of_forms, tensor.places = storage, index
         return tensor
 
     def __init__(self, *args: Any) -> None:
         pass
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:
         return f"AffineTensor({tuple(self.shape)})"
 
     @classmethod
@@ -85,14 +90,14 @@ class AffineTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         with torch.no_grad():
             if name in _NEW:
                 return _new_constant(func, args, kwargs)
             if name in _VIEWS and isinstance(args[0], AffineTensor) and not _affine(args[1:]):
-                return _view(args[0], func(args[0].index, *args[1:], **kwargs))
+                return _view(args[0], func(args[0].places, *args[1:], **kwargs))
             if name in _MOVES:
                 return _wrap(_moved(func, args, kwargs), args, kwargs)
             if name.endswith("_") and isinstance(args[0], AffineTensor):
@@ -120,7 +125,7 @@ def affine_form(tensor: Tensor, shape: Sequence[int], total: int) -> AffineForm:
     (array([1., 1., 3., 3.]), [[2.0, 0.0], [0.0, 2.0]])
     """
     if isinstance(tensor, AffineTensor):
-        return _rows(tensor, tensor.index.expand(tuple(shape)))
+        return _rows(tensor, tensor.places.expand(tuple(shape)))
     constant = _number(tensor).expand(tuple(shape)).reshape(-1).numpy()
     return AffineForm(constant, sparse.csr_array((len(constant), total)))
 
@@ -185,7 +190,8 @@ def _new_constant(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 _VIEWS = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "expand", "lift_fresh", "permute",
-    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze",
+    "view",
 }  # fmt: skip
 """Operations whose result shares its numbers with the first argument."""
 
@@ -223,7 +229,7 @@ def _moved(func: Any, args: Any, kwargs: Any) -> "_Result":
         if isinstance(value, AffineTensor):
             offset = 1 + sum(len(form.constant) for form in storages)
             storages.append(value.storage_of_forms.form)
-            return (value.index + offset).double()
+            return (value.places + offset).double()
         return torch.zeros(value.shape, dtype=torch.float64, device="cpu") if isinstance(value, Tensor) else 0
 
     def constants(value: Any) -> Any:
@@ -281,7 +287,7 @@ def _weighted(tensor: AffineTensor, index: Tensor, weight: Any, sums: bool) -> "
 
 def _product(one: Any, other: Any) -> "_Result":
     tensor, weight = _factors(one, other)
-    return _weighted(tensor, tensor.index, _number(weight), sums=False)
+    return _weighted(tensor, tensor.places, _number(weight), sums=False)
 
 
 def _number(value: Any) -> Tensor:
@@ -301,11 +307,17 @@ def _quotient(one: Any, other: Any, rounding_mode: str | None = None) -> "_Resul
     return _product(one, 1 / _number(other))
 
 
-def _sum(tensor: AffineTensor, dims: Any = None, keepdim: bool = False, scale: bool = False, **_: Any) -> "_Result":
+def _mean(tensor: AffineTensor, *args: Any, **kwargs: Any) -> "_Result":
+    total = _sum(tensor, *args, **kwargs)
+    share = total.shape.numel() / tensor.numel()
+    return _Result(AffineForm(share * total.form.constant, share * total.form.matrix), total.shape)
+
+
+def _sum(tensor: AffineTensor, dims: Any = None, keepdim: bool = False, **_: Any) -> "_Result":
     dims = [dims] if isinstance(dims, int) else list(dims or range(tensor.dim()))
     dims = sorted(dim % max(1, tensor.dim()) for dim in dims) if tensor.dim() else []
-    index = tensor.index.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)) if dims else tensor.index[None]
-    found = _weighted(tensor, index, 1 / index.shape[-1] if scale else 1.0, sums=True)
+    index = tensor.places.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)) if dims else tensor.places[None]
+    found = _weighted(tensor, index, 1.0, sums=True)
     if not keepdim:
         return found
     shape = torch.Size(1 if dim in dims else size for dim, size in enumerate(tensor.shape))
@@ -313,7 +325,7 @@ def _sum(tensor: AffineTensor, dims: Any = None, keepdim: bool = False, scale: b
 
 
 def _cumsum(tensor: AffineTensor, dim: int, **_: Any) -> "_Result":
-    index = tensor.index.movedim(dim, -1)
+    index = tensor.places.movedim(dim, -1)
     lower = torch.ones(index.shape[-1], index.shape[-1], device="cpu").tril()
     found = _weighted(tensor, index[..., None, :], lower, sums=True)
     places = torch.arange(len(found.form.constant), device="cpu").reshape(found.shape).movedim(-1, dim)
@@ -322,7 +334,7 @@ def _cumsum(tensor: AffineTensor, dim: int, **_: Any) -> "_Result":
 
 def _matmul(one: Tensor, other: Tensor) -> "_Result":
     """``(..., i, k) @ (..., k, j)``, vectors on the left and on the right included."""
-    left, right = (value.index if isinstance(value, AffineTensor) else _double(value) for value in (one, other))
+    left, right = (value.places if isinstance(value, AffineTensor) else _double(value) for value in (one, other))
     rows = left[..., None, :] if left.dim() > 1 and right.dim() > 1 else left
     columns = right.mT if right.dim() > 1 else right
     columns = columns[..., None, :, :] if left.dim() > 1 and right.dim() > 1 else columns
@@ -373,7 +385,7 @@ _OPERATIONS: dict[str, Callable[..., "_Result"]] = {
     "dot": _matmul,
     "linear": _linear,
     "matmul": _matmul,
-    "mean": lambda tensor, *args, **kwargs: _sum(tensor, *args, **kwargs, scale=True),
+    "mean": _mean,
     "mm": _matmul,
     "mul": _product,
     "mv": _matmul,
@@ -397,7 +409,7 @@ def _write(func: Any, args: Any, kwargs: Any) -> AffineTensor:
         form = _moved(getattr(torch.ops.aten, name).default, args, kwargs).form
     else:
         raise NotAffineError(f"torch's operation `{name}_` is not affine")
-    storage, places = target.storage_of_forms, target.index.reshape(-1).numpy()
+    storage, places = target.storage_of_forms, target.places.reshape(-1).numpy()
     before = storage.form
     source = np.arange(len(before.constant))
     source[places] = len(source) + np.arange(len(places))

@@ -4,8 +4,8 @@ Each latent and observed site is normal, its mean is affine in the latents befor
 
 .. math:: \log p(x, z) = \sum_r \log N(c_r + J_r z; 0, 1) - \log s_r,
 
-a sum over the standardised residuals r of all sites. The rows of J are sparse: those of a chain have two entries, a state
-and the one before it. So :math:`p(z \mid x)` is normal with the sparse precision :math:`\Lambda = J^\top J`, whose
+a sum over the standardised residuals r of all sites. The rows of J are sparse: those of a chain have two entries, a
+state and the one before it. So :math:`p(z \mid x)` is normal with the sparse precision :math:`\Lambda = J^\top J`, whose
 factor :math:`LDL^\top` costs T operations for a chain of T steps, as a Kalman filter does, and
 
 .. math:: \log p(x) = \log p(x, \mu) + \tfrac{n}{2} \log 2\pi - \tfrac{1}{2} \log |\Lambda|
@@ -16,7 +16,7 @@ Source: Rue and Held 2005, "Gaussian Markov Random Fields", sections 2.3 and 2.4
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from pyro_vae._utils.display import Result, Table, count_of
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.rng import random_states, seeded
 from pyro_vae._utils.traces import latent_sites, log_density, masked, observed_sites, summed_to
 from pyro_vae._utils.typing import Function
 from pyro_vae.compilation.affine_tensor import AffineForm, AffineTensor, NotAffineError, affine_form, affine_variables
@@ -74,11 +74,7 @@ class _AffineLatents(Messenger):
         span, shape = self.spans.get(msg["name"]), msg["fn"].shape()
         if span is None or span.shape != shape:
             raise NotAffineError(f"the latent {msg['name']!r} has another shape in another run")
-        msg["value"] = affine_variables(shape, span.first, self.total, torch.empty((), device=_device(msg["fn"])))
-
-
-def _device(fn: Any) -> torch.device:
-    return _normal(fn)[0].loc.device
+        msg["value"] = affine_variables(shape, span.first, self.total, like=_normal(msg["fn"])[0].loc)
 
 
 @dataclass(frozen=True)
@@ -102,14 +98,15 @@ class _Density:
         run, data: model or guide, and its arguments.
         sites: its latent sites.
         units: the plates whose cells have a value each.
+        seed: of random numbers that the run draws outside of its sites.
 
     Raises:
         NotAffineError: if it is not proved to be linear and Gaussian.
     """
 
-    def __init__(self, run: Function, data: Sequence[Any], sites: Sites, units: Sequence[Any]):
+    def __init__(self, run: Function, data: Sequence[Any], sites: Sites, units: Sequence[Any], seed: int):
         self.sizes = torch.Size(frame.size for frame in units)
-        self._units = units
+        self.units = units
         self.spans: dict[str, _Span] = {}
         self.total = 0
         for name, site in sites.items():
@@ -118,8 +115,11 @@ class _Density:
                 self.spans[name] = _Span(self.total, site["value"].shape)
                 self.total += site["value"].numel()
         latents = _AffineLatents(self.spans, self.total)
-        with poutine.block(), torch.no_grad(), seeded(1), pyro.validation_enabled(False), latents:
-            trace = poutine.trace(run).get_trace(*data)
+        with poutine.block(), torch.no_grad(), seeded(seed), pyro.validation_enabled(False):
+            before = random_states()
+            with latents:
+                trace = poutine.trace(run).get_trace(*data)
+            self.draws_random_numbers = not _same_states(before, random_states())
         self.latents, observed = latent_sites(trace), observed_sites(trace)
         self.absent = np.zeros(self.total, dtype=bool)  # variables whose prior is masked: they count nowhere
         self.cell = np.zeros(self.total, dtype=np.int64)
@@ -155,7 +155,7 @@ class _Density:
             keep = keep & mask.reshape(mask.shape + (1,) * event_dims)
         if _accepts_missing(fn):
             keep = keep & ~value.cpu().isnan().expand(shape)
-        cell = _cells(self._units, batch).reshape(batch + (1,) * len(fn.event_shape)).expand(shape)
+        cell = _cells(self.units, batch).reshape(batch + (1,) * len(fn.event_shape)).expand(shape)
         flags, cells = keep.reshape(-1).numpy(), cell.reshape(-1).numpy()
         kept = np.flatnonzero(flags)
         scales = log_scale.expand(shape).reshape(-1).numpy()
@@ -168,7 +168,7 @@ class _Density:
             z[span.columns] = sites[name]["value"].detach().double().cpu().reshape(-1).numpy()
         return z
 
-    def check_cells(self, owner: str) -> None:
+    def check_cells(self, owner: str, pair: ModelGuide) -> None:
         """Raise if a residual depends on a latent of another cell, or on one whose own density is masked."""
         entries = self.rows.form.matrix.tocoo()
         nonzero = entries.data != 0
@@ -180,11 +180,11 @@ class _Density:
                 "where they are masked"
             )
         if (self.rows.cell[row] != self.cell[column]).any():
+            pair.check_rows(owner)  # names the site, where the cells are rows of data
             raise ValueError(
-                f"`{owner}` must have a density of each cell of its plates {[frame.name for frame in self._units]} "
+                f"`{owner}` must have a density of each cell of its plates {[frame.name for frame in self.units]} "
                 "that depends on the latents of that cell alone, got one that depends on those of others"
             )
-
 
     def log_volume(self) -> np.ndarray:
         """Sum the log-densities of the points, functions of other latents, by cell: those of a change of variables."""
@@ -194,7 +194,7 @@ class _Density:
                 point = base_distribution(site["fn"])
                 added = _constant(point.log_density).expand(point.batch_shape)
                 added = masked(sum_rightmost(added, len(site["fn"].event_shape) - len(point.event_shape)), site)
-                total += summed_to(added.double(), self._units).reshape(-1).cpu().numpy()
+                total += summed_to(added.double(), self.units).reshape(-1).cpu().numpy()
         return total
 
     def functions(self, spans: Mapping[str, _Span]) -> AffineForm:
@@ -202,6 +202,11 @@ class _Density:
         parts = [affine_form(self.latents[name]["value"], span.shape, self.total) for name, span in spans.items()]
         matrix = sparse.csr_array(sparse.vstack([part.matrix for part in parts], format="csr"))
         return AffineForm(np.concatenate([part.constant for part in parts]), matrix)
+
+
+def _same_states(one: Any, other: Any) -> bool:
+    same = all(torch.equal(state, other[1][name]) for name, state in one[1].items())
+    return same and one[0] == other[0]
 
 
 def _is_joint(base: Any) -> bool:
@@ -260,9 +265,7 @@ class _Factor:
     def __init__(self, precision: sparse.csc_array):
         self.precision = precision
         # Pivots stay on the diagonal, so that each one belongs to a variable.
-        self._lu = splu(
-            precision, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-        )
+        self._lu = splu(precision, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         self.log_pivots = np.log(np.abs(self._lu.U.diagonal()[self._lu.perm_c]))
 
     def solve(self, right: np.ndarray) -> np.ndarray:
@@ -351,6 +354,13 @@ class GaussianPosterior(Result):
             loc = self.mean[name].reshape(*batch, size)
             found[name] = dist.MultivariateNormal(loc, scale_tril=root, validate_args=False)
         return found
+
+    def single_marginal(self) -> dist.TorchDistribution | None:
+        """Return the posterior of the only latent, if it is independent in each place of its batch; else ``None``."""
+        names = list(self._density.latents)
+        if len(names) > 1 or self._density.latents[names[0]]["fn"].batch_shape != self._density.sizes:
+            return None
+        return self.marginals[names[0]]
 
     def covariance(self, name: str, other: str | None = None) -> Tensor:
         """Compute the posterior covariance of the numbers of a latent, flattened, with those of another or its own."""
@@ -457,9 +467,11 @@ class GaussianPosterior(Result):
         return self._by_cell(log_q - log_p)
 
     def _line(self) -> str:
-        variables = count_of(len(self._kept), "variable")
+        names, more = self.sites[:3], len(self.sites) - 3
+        at = ", ".join(names) + (f" and {more} more" if more > 0 else "")
         total = self.log_evidence.double().sum().item()
-        return f"p(z | x) of {variables} at {', '.join(self.sites)}, normal; log p(x) {total:.3f} nats for all data"
+        variables = count_of(len(self._kept), "variable")
+        return f"p(z | x) of {variables} at {at}, normal; log p(x) {total:.3f} nats for all data"
 
     def _table(self) -> Table:
         rows = [(name, tuple(span.shape)) for name, span in self._density.spans.items()]
@@ -475,30 +487,41 @@ def _split(index: np.ndarray, height: int) -> list[np.ndarray]:
 
 def gaussian_elimination(pair: ModelGuide) -> GaussianPosterior | None:
     """Return the posterior of a linear Gaussian model, or ``None`` if the model is not proved to be one."""
+
+    def again(seed: int) -> _Density:
+        return _Density(pair.model, pair.data, pair.latents, pair.units, seed)
+
     try:
         for site in (pair.latents | pair.observed).values():
             if not is_point(site["fn"]):
                 _normal(site["fn"])
-        density = _Density(pair.model, pair.data, pair.latents, pair.units)
+        density = again(1)
     except (NotAffineError, RuntimeError, TypeError):  # also code that needs the values of its tensors
         return None
     if not density.total:
         return None
     pair.check_likelihood()
-    _check_density("model", density, pair.latents, pair.observed, pair.units)
-    density.check_cells("model")
+    _check_repeatable("model", density, pair.latents | pair.observed, again)
+    density.check_cells("model", pair)
     terms = [log_density(site) for site in pair.observed.values()]
     return GaussianPosterior(density, terms[0].dtype, terms[0].device)
 
 
-def _check_density(owner: str, density: _Density, latents: Sites, others: Sites, units: Sequence[Any]) -> None:
-    """Compare with the density of the run itself: random numbers outside of its sites differ between two runs."""
-    sites = {name: site for name, site in (latents | others).items() if not is_point(site["fn"])}
-    terms = [summed_to(log_density(site).double(), units) for site in sites.values()]
-    sizes = [summed_to(log_density(site).double().abs(), units) for site in sites.values()]
-    found = density.rows.log_prob(density.values(latents), density.sizes.numel())
-    expected, size = (sum(each, torch.zeros(density.sizes)).reshape(-1).cpu() for each in (terms, sizes))
-    if ((torch.from_numpy(found) - expected).abs() > 1e-3 * (1 + size)).any():
+def _check_repeatable(owner: str, density: _Density, sites: Sites, again: Callable[[int], _Density]) -> None:
+    """Raise if the density differs between runs: random numbers outside of its sites do that.
+
+    Only a run that draws random numbers, or has another density than the run of ``sites``, is repeated: the latter may
+    be the rounding of the run's own dtype.
+    """
+    sites = {name: site for name, site in sites.items() if not is_point(site["fn"])}
+    terms = [summed_to(log_density(site).double(), density.units).cpu() for site in sites.values()]
+    sizes = torch.stack([term.abs() for term in terms]).sum(0)
+    found = torch.from_numpy(density.rows.log_prob(density.values(sites), density.sizes.numel()))
+    same = ((found.reshape(density.sizes) - torch.stack(terms).sum(0)).abs() <= 1e-3 * (1 + sizes)).all()
+    if same and not density.draws_random_numbers:
+        return
+    form, other = density.rows.form, again(2).rows.form
+    if not np.array_equal(form.constant, other.constant) or (form.matrix != other.matrix).nnz:
         raise ValueError(
             f"`{owner}` must have one {'log p(x, z)' if owner == 'model' else 'log q(z | x)'} at each z, got two "
             "different ones at the same z: it draws random numbers outside of its sites"
@@ -513,11 +536,15 @@ def gaussian_kl(pair: ModelGuide, posterior: GaussianPosterior) -> Tensor | None
     """
     sites = latent_sites(pair.guide_trace)
     pair.check_density()
+
+    def again(seed: int) -> _Density:
+        return _Density(pair.guide, pair.data, sites, pair.units, seed)
+
     try:
-        guide = _Density(pair.guide, pair.data, sites, pair.units)
+        guide = again(1)
         log_volume = guide.log_volume()
     except (NotAffineError, RuntimeError, TypeError):
         return None
-    _check_density("guide", guide, sites, {}, pair.units)
-    guide.check_cells("guide")
+    _check_repeatable("guide", guide, sites, again)
+    guide.check_cells("guide", pair)
     return posterior.kl(guide, log_volume)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +24,7 @@ from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import log_density, summed_to
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
 from pyro_vae.arguments import any_arguments
@@ -34,6 +35,9 @@ from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity, few_rows
 from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, integrate
 from pyro_vae.model_guide import ModelGuide
+
+if TYPE_CHECKING:
+    from pyro_vae.exact.gaussian_elimination import GaussianPosterior
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 
@@ -72,6 +76,10 @@ def log_evidence(
     pair = ModelGuide(model, None, data, plate)
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.log_evidence().to(discrete.dtype)
+    if not pair.latents and pair.observed:
+        return _own_density(pair)
+    if (gaussian := _gaussian_posterior(pair)) is not None:
+        return gaussian.log_evidence
     p = ModelDensity(pair)
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
@@ -89,8 +97,10 @@ def posterior(
 ) -> Any:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
-    The result is a :class:`Posterior`, or a ``MultivariateNormal`` for a linear Gaussian model. Arguments and errors
-    are those of :func:`log_evidence`. The model must have one latent site.
+    The result is a :class:`Posterior`; of a linear Gaussian model it is a normal distribution if the latent is
+    independent in each place of its batch, and else, also for several latents, a
+    :class:`~pyro_vae.exact.gaussian_elimination.GaussianPosterior`, with numbers by site. Arguments and errors are those
+    of :func:`log_evidence`. A model that is not linear Gaussian must have one latent site.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
     >>> net = networks.mlp([8])
@@ -102,6 +112,8 @@ def posterior(
     pair = ModelGuide(model, None, data, plate)
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.posterior()
+    if (gaussian := _gaussian_posterior(pair)) is not None:
+        return gaussian.single_marginal() or gaussian
     p = ModelDensity(pair)
     p.single_site()
     if p.is_discrete:
@@ -140,6 +152,8 @@ def elbo(
     pair = ModelGuide(model, guide, data, plate)
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.elbo().to(discrete.dtype)
+    if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
+        return gaussian.log_evidence - gap
     p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
@@ -175,6 +189,8 @@ def kl(
     pair = ModelGuide(model, guide, data, plate)
     if (discrete := _discrete_model(pair)) is not None:
         return (discrete.log_evidence() - discrete.elbo()).to(discrete.dtype)
+    if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
+        return gap
     p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
@@ -381,6 +397,25 @@ def _evaluated(p: ModelDensity) -> ModelDensity:
     copied = copy(p)
     copied.log_joint = evaluation_mode(p.model)(p.log_joint)  # type: ignore[method-assign]
     return copied
+
+
+def _gaussian_posterior(pair: ModelGuide) -> "GaussianPosterior | None":
+    from pyro_vae.exact.gaussian_elimination import gaussian_elimination  # scipy.sparse is slow to import
+
+    return gaussian_elimination(pair)
+
+
+def _gaussian_kl(pair: ModelGuide, posterior: "GaussianPosterior") -> Tensor | None:
+    from pyro_vae.exact.gaussian_elimination import gaussian_kl
+
+    return gaussian_kl(pair, posterior)
+
+
+def _own_density(pair: ModelGuide) -> Tensor:
+    """The log-density of the data of a model without latents, for each cell of the plates that all sites share."""
+    pair.check_likelihood()
+    terms = [summed_to(log_density(site), pair.units) for site in pair.observed.values()]
+    return torch.stack(terms).sum(0)
 
 
 def _summed_evidence(p: ModelDensity) -> Tensor:
