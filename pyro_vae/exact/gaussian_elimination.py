@@ -5,8 +5,9 @@ Each latent and observed site is normal, its mean is affine in the latents befor
 .. math:: \log p(x, z) = \sum_r \log N(c_r + J_r z; 0, 1) - \log s_r,
 
 a sum over the standardised residuals r of all sites. The rows of J are sparse: those of a chain have two entries, a
-state and the one before it. So :math:`p(z \mid x)` is normal with the sparse precision :math:`\Lambda = J^\top J`, whose
-factor :math:`LDL^\top` costs T operations for a chain of T steps, as a Kalman filter does, and
+state and the one before it. So :math:`p(z \mid x)` is normal with the sparse precision
+:math:`\Lambda = J^\top J`. Its factor :math:`LDL^\top` costs T operations for a chain of T steps, as a Kalman filter
+does, and
 
 .. math:: \log p(x) = \log p(x, \mu) + \tfrac{n}{2} \log 2\pi - \tfrac{1}{2} \log |\Lambda|
 

@@ -2,9 +2,10 @@ r"""Exact log p(x), p(z | x), ELBO and KL(q || p(z | x)) of a Pyro model.
 
 * Discrete latents: a sum over all states.
 * Continuous latents of one or two dimensions, real (flows too), positive, in a box or relaxed: adaptive quadrature.
-* Linear Gaussian models of any size: closed form.
+* Linear Gaussian models of any size and form (state space models, hierarchies, regressions): closed form.
 
-Every function takes a Pyro model with one data plate, the rightmost dimension, that contains all latents.
+A linear Gaussian model may have any plates or none: there is a number for each cell of the plates that all sites share,
+such as each datum or each group. All others have one data plate, the rightmost dimension, that contains all latents.
 """
 
 import math
@@ -99,8 +100,8 @@ def posterior(
 
     The result is a :class:`Posterior`; of a linear Gaussian model it is a normal distribution if the latent is
     independent in each place of its batch, and else, also for several latents, a
-    :class:`~pyro_vae.exact.gaussian_elimination.GaussianPosterior`, with numbers by site. Arguments and errors are those
-    of :func:`log_evidence`. A model that is not linear Gaussian must have one latent site.
+    :class:`~pyro_vae.exact.gaussian_elimination.GaussianPosterior`, with numbers by site. Arguments and errors are
+    those of :func:`log_evidence`. A model that is not linear Gaussian must have one latent site.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
     >>> net = networks.mlp([8])
