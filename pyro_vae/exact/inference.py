@@ -33,7 +33,7 @@ from pyro_vae.distributions.properties import base_support, without_independent
 from pyro_vae.exact.discrete import DiscreteModel
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
-from pyro_vae.exact.model_density import ModelDensity, few_rows
+from pyro_vae.exact.model_density import ModelDensity, check_site, few_rows
 from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, integrate
 from pyro_vae.model_guide import ModelGuide
 
@@ -415,6 +415,8 @@ def _gaussian_kl(pair: ModelGuide, posterior: "GaussianPosterior") -> Tensor | N
 def _own_density(pair: ModelGuide) -> Tensor:
     """The log-density of the data of a model without latents, for each cell of the plates that all sites share."""
     pair.check_likelihood()
+    for name, site in pair.observed.items():
+        check_site("model", name, site)
     terms = [summed_to(log_density(site), pair.units) for site in pair.observed.values()]
     return torch.stack(terms).sum(0)
 
