@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from programs.by_hand import grid, moments
+from programs.by_hand import grid, leave_one_out, moments
 from programs.program import Program
 
 
@@ -25,9 +25,10 @@ def make():
         (m, log_kappa), volume = grid(torch.linspace(0.1, 0.6, 120), torch.linspace(0.0, 6.5, 150))
         kappa = log_kappa.exp()
         a, b = (m * kappa)[:, None], ((1 - m) * kappa)[:, None]
-        likelihood = dist.BetaBinomial(a, b, at_bats).log_prob(hits).sum(-1)
-        joint = dist.Normal(3.0, 0.7).log_prob(log_kappa) + likelihood
-        return moments(joint, volume, m=m, kappa=kappa, phi=(a + hits) / (a + b + at_bats))
+        likelihood = dist.BetaBinomial(a, b, at_bats).log_prob(hits)
+        joint = dist.Normal(3.0, 0.7).log_prob(log_kappa) + likelihood.sum(-1)
+        means = {"m": m, "kappa": kappa, "phi": (a + hits) / (a + b + at_bats)}
+        return *moments(joint, volume, **means), leave_one_out(joint, likelihood)
 
     return Program(
         model,
@@ -38,4 +39,5 @@ def make():
         steps=500,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

@@ -7,6 +7,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
+from programs.by_hand import normal_leave_one_out
 from programs.program import Program
 
 
@@ -38,11 +39,22 @@ def make():
         basis = features()
         return dist.MultivariateNormal(torch.zeros(30), basis @ basis.T + 0.09 * torch.eye(30)).log_prob(y)
 
+    def loo():
+        basis = features()
+        return normal_leave_one_out(torch.zeros(30), basis @ basis.T + 0.09 * torch.eye(30), y)
+
     def means():
         basis = features()
         weights = torch.linalg.solve(basis.T @ basis / 0.09 + torch.eye(6), basis.T @ y / 0.09)
         return {"out.weight": weights[None, :5], "out.bias": weights[5:]}
 
     return Program(
-        network, AutoMultivariateNormal(network), (x, y), how="closed form", steps=1500, by_hand=by_hand, means=means
+        network,
+        AutoMultivariateNormal(network),
+        (x, y),
+        how="closed form",
+        steps=1500,
+        by_hand=by_hand,
+        means=means,
+        loo=loo,
     )

@@ -22,10 +22,23 @@ def grid(*axes: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def moments(log_joint: Tensor, volume: Tensor, **values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """log p(x), and posterior means, from log p(x, z) at the points of a grid."""
+    """log p(x), and posterior means, from log p(x, z) at the K points of a grid, ``(K,)``, or ``(K, N)`` for N data."""
     weights = log_joint.softmax(0)
-    means = {name: torch.einsum("k,k...->...", weights, value) for name, value in values.items()}
+    means = {name: torch.tensordot(weights, value, ([0], [0])) for name, value in values.items()}
     return log_joint.logsumexp(0) + volume, means
+
+
+def leave_one_out(log_joint: Tensor, pointwise: Tensor) -> Tensor:
+    """log p(x_i | all other x), from log p(x, z) at K points, and log p(x_i | all other x, z), ``(K, N)``."""
+    return log_joint.logsumexp(0) - (log_joint[:, None] - pointwise).logsumexp(0)
+
+
+def normal_leave_one_out(loc: Tensor, covariance: Tensor, value: Tensor) -> Tensor:
+    """log p(x_i | all other x) of a multivariate normal, ``(..., N)``."""
+    precision = torch.linalg.inv(covariance)
+    variance = 1 / precision.diagonal(dim1=-2, dim2=-1)
+    residual = variance * (precision @ (value - loc)[:, None])[..., 0]
+    return normal(residual, 0.0, variance.sqrt())
 
 
 def forward_algorithm(initial: Tensor, transition: Tensor, emission: Tensor) -> Tensor:

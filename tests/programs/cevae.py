@@ -6,7 +6,7 @@ import torch
 from pyro.contrib.cevae import TraceCausalEffect_ELBO
 from torch import nn
 
-from programs.by_hand import normal
+from programs.by_hand import moments, normal
 from programs.program import Program
 
 
@@ -51,13 +51,21 @@ def make():
     cevae = CEVAE()
 
     @torch.no_grad()
-    def by_hand():
+    def integrate():
         point = torch.linspace(-7, 7, 701)[:, None, None]
         likelihood = normal(x, cevae.x_nn(point), 1.0).sum(-1)
         likelihood = likelihood + dist.Bernoulli(logits=cevae.t_nn(point).squeeze(-1)).log_prob(t)
         likelihood = likelihood + cevae.outcome(point, t).log_prob(y)
-        return (normal(point[..., 0], 0.0, 1.0) + likelihood).logsumexp(0) + torch.tensor(14 / 700).log()
+        joint = normal(point[..., 0], 0.0, 1.0) + likelihood
+        return moments(joint, torch.tensor(14 / 700).log(), z=point[:, 0])
 
     return Program(
-        cevae.model, cevae.guide, (x, t, y), elbo=TraceCausalEffect_ELBO(), steps=600, how="quadrature", by_hand=by_hand
+        cevae.model,
+        cevae.guide,
+        (x, t, y),
+        elbo=TraceCausalEffect_ELBO(),
+        steps=600,
+        how="quadrature",
+        by_hand=lambda: integrate()[0],
+        means=lambda: integrate()[1],
     )

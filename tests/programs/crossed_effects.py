@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from programs.by_hand import grid, moments
+from programs.by_hand import grid, leave_one_out, moments, normal_leave_one_out
 from programs.program import Program
 
 STUDENTS, LECTURERS = 5, 4
@@ -28,7 +28,7 @@ def make():
     rating = 3 + 0.7 * torch.randn(STUDENTS)[student] + 0.6 * torch.randn(LECTURERS)[lecturer] + 0.5 * torch.randn(40)
 
     def integrate():
-        (tau_s, tau_l), volume = grid(torch.linspace(-3, 2, 80), torch.linspace(-3, 2, 80))  # logarithms
+        (tau_s, tau_l), volume = grid(torch.linspace(-3, 2, 40), torch.linspace(-3, 2, 40))  # logarithms
         same_s, same_l = (student[:, None] == student).float(), (lecturer[:, None] == lecturer).float()
 
         def squared(log_tau):
@@ -37,7 +37,8 @@ def make():
         covariance = 1.0 + squared(tau_s) * same_s + squared(tau_l) * same_l + 0.25 * torch.eye(40)
         prior = dist.Normal(-0.5, 0.5).log_prob(tau_s) + dist.Normal(-0.5, 0.5).log_prob(tau_l)
         joint = prior + dist.MultivariateNormal(3.0 * torch.ones(40), covariance).log_prob(rating)
-        return moments(joint, volume, tau_s=tau_s.exp(), tau_l=tau_l.exp())
+        others = normal_leave_one_out(3.0 * torch.ones(40), covariance, rating)
+        return *moments(joint, volume, tau_s=tau_s.exp(), tau_l=tau_l.exp()), leave_one_out(joint, others)
 
     return Program(
         model,
@@ -47,4 +48,5 @@ def make():
         how="quadrature and a closed form",
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

@@ -43,7 +43,7 @@ def make():
 
     def integrate():
         limits = [(0.03, 0.97), (0.03, 0.97), (0.5, 5.0), (5.0, 16.0), (14.0, 27.0)]
-        axes = [torch.linspace(*limit, 17) for limit in limits]
+        axes = [torch.linspace(*limit, 13) for limit in limits]
         (first, second, *rates), volume = grid(*axes)
         log_weights = mix_weights(torch.stack([first, second], -1)).log()
         rate = torch.stack(rates, -1)

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 
-from programs.by_hand import moments
+from programs.by_hand import leave_one_out, moments, normal_leave_one_out
 from programs.program import Program
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -29,7 +29,8 @@ def make():
         joint = dist.MultivariateNormal(torch.zeros(8), covariance).log_prob(Y) + dist.HalfCauchy(5.0).log_prob(tau)
         precision = torch.linalg.inv(covariance)
         mu = 25.0 * (precision @ Y).sum(-1)
-        return moments(joint + log_tau, (log_tau[1] - log_tau[0]).log(), mu=mu)
+        others = normal_leave_one_out(torch.zeros(8), covariance, Y)
+        return *moments(joint + log_tau, (log_tau[1] - log_tau[0]).log(), mu=mu), leave_one_out(joint + log_tau, others)
 
     return Program(
         model,
@@ -39,4 +40,5 @@ def make():
         steps=600,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoIAFNormal
 
-from programs.by_hand import grid, moments, normal
+from programs.by_hand import grid, leave_one_out, moments, normal
 from programs.program import Program
 
 
@@ -20,8 +20,9 @@ def make():
     def integrate():
         axis = torch.linspace(-5, 5, 400)
         (a, b), volume = grid(axis, axis)
-        joint = normal(a, 0.0, 1.0) + normal(b, 0.0, 1.0) + normal(data, (a + b**2)[:, None], 1.0).sum(-1)
-        return moments(joint, volume, theta=torch.stack([a, b], -1))
+        likelihood = normal(data, (a + b**2)[:, None], 1.0)
+        joint = normal(a, 0.0, 1.0) + normal(b, 0.0, 1.0) + likelihood.sum(-1)
+        return *moments(joint, volume, theta=torch.stack([a, b], -1)), leave_one_out(joint, likelihood)
 
     return Program(
         model,
@@ -32,4 +33,5 @@ def make():
         steps=600,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

@@ -17,6 +17,7 @@ import pyro
 import torch
 from pyro.infer import SVI
 from pyro.optim import Adam
+from torch import Tensor
 
 import pyro_vae as pv
 from programs.by_hand import guide_trace, log_joint
@@ -144,9 +145,9 @@ def steps_captured(trained: Trained) -> str:
         first = time.perf_counter() - start
         laps = []
         for _ in range(50):
-            start = time.perf_counter()
+            start = time.process_time()  # which other processes do not lengthen
             svi.step(*program.args, **program.kwargs)
-            laps.append(time.perf_counter() - start)
+            laps.append(time.process_time() - start)
         times[svi_class] = first, statistics.median(laps)
     assert_same(found, expected, 1e-3)
     (_, plain), (first, captured) = times[SVI], times[pv.SVI]
@@ -194,14 +195,9 @@ def compares(trained: Trained) -> str:
         return "held-out log p(x)"
     result = az.loo(pv.to_arviz(tree))
     assert torch.isfinite(torch.tensor(float(result.elpd_loo)))
-    if trained.name not in LOO:
+    if program.loo is None:
         raise NoNumberError
-    return assert_close(
-        "LOO", float(result.elpd_loo), float(LOO[trained.name](program)), 3 * float(result.se) / 10 + 0.3
-    )
-
-
-LOO: Mapping[str, Callable[[Program], Any]] = {}
+    return assert_close("LOO", float(result.elpd_loo), float(program.loo().sum()), 0.1 * float(result.se) + 0.2)
 
 
 def assert_evidence(trained: Trained, evidence: Any) -> str:
@@ -234,17 +230,32 @@ def integrates(trained: Trained) -> str:
     return assert_close("log p(x)", total, trained.log_evidence, 1e-3 * (1 + abs(trained.log_evidence)))
 
 
+ROWS = 3  # of local latents that NUTS samples
+
+
+def few_rows(program: Program) -> tuple[tuple[Any, ...], int | None]:
+    """The first rows of the data, where log p(x) is a sum over them; else all data."""
+    parts = pv.log_evidence(program.model, program.guide, *program.data, num_samples=2).log_evidence.numel()
+    if parts == 1:
+        return program.data, None
+    assert not program.kwargs
+    rows = [value[:ROWS] if isinstance(value, Tensor) and len(value) == parts else value for value in program.args]
+    return tuple(rows), ROWS
+
+
 def references(trained: Trained) -> str:
     """Posterior means by NUTS are those by hand."""
     import arviz as az
 
     program = trained.trained()
-    tree = pv.reference(program.model, *program.data, draws=300, chains=2, warmup=200)
+    data, rows = few_rows(program)
+    tree = pv.reference(program.model, *data, draws=300, chains=2, warmup=200)
     summary = az.summary(pv.to_arviz(tree), round_to="none")
     if program.means is None:
         raise NoNumberError
     note = ""
     for name, expected in program.means().items():
+        expected = expected if rows is None else expected[:rows]
         for row, value in zip(
             summary.filter(regex=rf"^{name}(\[|$)", axis=0).itertuples(), expected.flatten(), strict=True
         ):
@@ -274,9 +285,23 @@ def finds_gap(trained: Trained) -> str:
     return assert_close("gap", float(found.gap.sum()), trained.log_evidence - elbo, tolerance)
 
 
+AMORTIZED = {
+    "cevae",
+    "cvae",
+    "deep_markov",
+    "factor_analysis",
+    "missing_labels",
+    "prod_lda",
+    "single_cell",
+    "ss_vae",
+    "vae",
+}
+
+
 def calibrates(trained: Trained) -> str:
     program = trained.trained()
-    found = pv.calibrate(program.model, program.guide, *program.data, num_simulations=20, num_draws=19)
+    refit = {} if trained.name in AMORTIZED else {"refit": {"epochs": 150, "lr": 0.05, "elbo": program.elbo}}
+    found = pv.calibrate(program.model, program.guide, *program.data, num_simulations=10, num_draws=19, **refit)
     assert str(found)
     raise NoNumberError
 

@@ -45,20 +45,20 @@ def make():
 
     def integrate():
         axes = [
-            torch.linspace(-4, 4, 25),
-            torch.linspace(-4, 4, 25),
-            torch.linspace(-4, 4, 25),
-            torch.linspace(-4, 4, 25),
+            torch.linspace(-4, 4, 17),
+            torch.linspace(-4, 4, 17),
+            torch.linspace(-4, 4, 17),
+            torch.linspace(-4, 4, 17),
         ]
         (d1, d2, a1, a2), volume = grid(*axes)
-        ability = torch.linspace(-5, 5, 41)
+        ability = torch.linspace(-5, 5, 21)
         difficulty, slope = torch.stack([d1, d2], -1), (0.5 * torch.stack([a1, a2], -1)).exp()
         patterns, counts = correct.unique(dim=0, return_counts=True)
         joint = sum(normal(value, 0.0, 1.0) for value in (d1, d2, a1, a2))
         logits = slope[:, None] * (ability[:, None] - difficulty[:, None])
         for pattern, count in zip(patterns, counts, strict=True):
             likelihood = dist.Bernoulli(logits=logits).log_prob(pattern).sum(-1) + normal(ability, 0.0, 1.0)
-            joint = joint + count * (likelihood.logsumexp(-1) + torch.tensor(0.25).log())
+            joint = joint + count * (likelihood.logsumexp(-1) + torch.tensor(0.5).log())
         return moments(joint, volume, difficulty=difficulty, discrimination=slope)
 
     return Program(

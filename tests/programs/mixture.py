@@ -7,7 +7,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 
-from programs.by_hand import grid, moments, normal
+from programs.by_hand import grid, leave_one_out, moments, normal
 from programs.program import Program
 
 K = 2
@@ -28,15 +28,16 @@ def make():
     data = torch.where(torch.rand(40) < 0.35, -2.5, 2.0) + 0.9 * torch.randn(40)
 
     def integrate():
-        axes = [torch.linspace(*limits, 30) for limits in [(0.05, 0.85), (0.4, 2.0), (-4.5, -0.8), (1.0, 3.2)]]
+        axes = [torch.linspace(*limits, 20) for limits in [(0.05, 0.85), (0.4, 2.0), (-4.5, -0.8), (1.0, 3.2)]]
         (weight, scale, a, b), volume = grid(*axes)
-        likelihood = torch.zeros(())
-        for x in data:
-            first, second = weight.log() + normal(x, a, scale), (1 - weight).log() + normal(x, b, scale)
-            likelihood = likelihood + torch.logaddexp(first, second)
+        weight, scale, a, b = (values[:, None] for values in (weight, scale, a, b))
+        first, second = weight.log() + normal(data, a, scale), (1 - weight).log() + normal(data, b, scale)
+        likelihood = torch.logaddexp(first, second)
+        weight, scale, a, b = (values[:, 0] for values in (weight, scale, a, b))
         prior = dist.Beta(2.0, 2.0).log_prob(weight) + dist.LogNormal(0.0, 0.5).log_prob(scale)
-        joint = prior + normal(a, -3.0, 1.0) + normal(b, 3.0, 1.0) + likelihood
-        return moments(joint, volume, scale=scale, locs=torch.stack([a, b], -1))
+        joint = prior + normal(a, -3.0, 1.0) + normal(b, 3.0, 1.0) + likelihood.sum(-1)
+        means = moments(joint, volume, scale=scale, locs=torch.stack([a, b], -1))
+        return *means, leave_one_out(joint, likelihood)
 
     guide = AutoNormal(poutine.block(model, hide=["assignment"]))
     return Program(
@@ -48,4 +49,5 @@ def make():
         how="quadrature",
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

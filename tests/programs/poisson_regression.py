@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal
 
-from programs.by_hand import grid, moments, normal
+from programs.by_hand import grid, leave_one_out, moments, normal
 from programs.program import Program
 
 
@@ -22,8 +22,9 @@ def make():
 
     def integrate():
         (a, b), volume = grid(torch.linspace(-1, 2, 200), torch.linspace(-1, 2, 200))
-        likelihood = dist.Poisson(torch.exp(a[:, None] + b[:, None] * x)).log_prob(y).sum(-1)
-        return moments(normal(a, 0.0, 1.0) + normal(b, 0.0, 1.0) + likelihood, volume, a=a, b=b)
+        likelihood = dist.Poisson(torch.exp(a[:, None] + b[:, None] * x)).log_prob(y)
+        joint = normal(a, 0.0, 1.0) + normal(b, 0.0, 1.0) + likelihood.sum(-1)
+        return *moments(joint, volume, a=a, b=b), leave_one_out(joint, likelihood)
 
     return Program(
         model,
@@ -35,4 +36,5 @@ def make():
         steps=800,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

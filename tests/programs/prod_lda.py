@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
-from programs.by_hand import grid, normal
+from programs.by_hand import grid, moments, normal
 from programs.program import Program
 
 
@@ -39,12 +39,15 @@ def make():
     lda = ProdLDA()
 
     @torch.no_grad()
-    def by_hand():
+    def integrate():
         axis = torch.linspace(-5.5, 5.5, 45)
         points, volume = grid(axis, axis, axis)
         log_probs = lda.beta(torch.stack(points, -1).softmax(-1)).log_softmax(-1)
         constant = torch.lgamma(docs.sum(-1) + 1) - torch.lgamma(docs + 1).sum(-1)
         prior = sum(normal(point, 0.0, 1.0) for point in points)
-        return (prior[:, None] + log_probs @ docs.T).logsumexp(0) + constant + volume
+        joint = prior[:, None] + log_probs @ docs.T + constant
+        return moments(joint, volume, logtheta=torch.stack(points, -1))
 
-    return Program(lda.model, lda.guide, (docs,), how="quadrature", by_hand=by_hand)
+    return Program(
+        lda.model, lda.guide, (docs,), how="quadrature", by_hand=lambda: integrate()[0], means=lambda: integrate()[1]
+    )

@@ -16,8 +16,8 @@ class Program:
 
     ``by_hand`` computes log p(x) of all data at the current parameters, in total or as parts that add up to it, with
     plain torch and no function of the package: ``how`` names the method. ``means`` has the posterior means of some
-    latents, by the same method. ``all_rows`` are keywords for a model that draws a mini-batch, with which it
-    takes all rows.
+    latents, and ``loo`` the terms log p(x_i | all other x), by the same method. ``all_rows`` are keywords for a model
+    that draws a mini-batch, with which it takes all rows.
     """
 
     model: Callable[..., Any]
@@ -31,6 +31,7 @@ class Program:
     how: str = ""
     by_hand: Callable[[], Tensor] | None = None
     means: Callable[[], dict[str, Tensor]] | None = None
+    loo: Callable[[], Tensor] | None = None
 
     @property
     def data(self) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from programs.by_hand import grid, moments
+from programs.by_hand import grid, leave_one_out, moments, normal_leave_one_out
 from programs.program import Program
 
 COUNTIES = 6
@@ -28,7 +28,7 @@ def make():
     log_radon = 1.2 + 0.8 * torch.randn(COUNTIES)[county] - 0.6 * floor + 0.5 * torch.randn(36)
 
     def integrate():
-        (sigma_a, sigma_y), volume = grid(torch.linspace(0.01, 5, 150), torch.linspace(0.2, 1.5, 100))
+        (sigma_a, sigma_y), volume = grid(torch.linspace(0.01, 5, 80), torch.linspace(0.2, 1.5, 40))
         same = (county[:, None] == county).float()
 
         def squared(sigma):
@@ -38,7 +38,8 @@ def make():
         likelihood = dist.MultivariateNormal(torch.zeros(36), covariance).log_prob(log_radon)
         prior = torch.distributions.HalfNormal(1.0)
         joint = prior.log_prob(sigma_a) + prior.log_prob(sigma_y) + likelihood
-        return moments(joint, volume, sigma_a=sigma_a, sigma_y=sigma_y)
+        others = normal_leave_one_out(torch.zeros(36), covariance, log_radon)
+        return *moments(joint, volume, sigma_a=sigma_a, sigma_y=sigma_y), leave_one_out(joint, others)
 
     return Program(
         model,
@@ -48,4 +49,5 @@ def make():
         steps=800,
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )

@@ -6,7 +6,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from programs.by_hand import grid, moments, normal
+from programs.by_hand import grid, leave_one_out, moments, normal
 from programs.program import Program
 
 
@@ -29,9 +29,9 @@ def make():
     def integrate():
         (intercept, slope), volume = grid(torch.linspace(-3, 3, 150), torch.linspace(-3, 3, 150))
         log_rate = intercept[:, None] + slope[:, None] * age
-        likelihood = (died * log_rate - log_rate.exp() * time).sum(-1)
-        prior = normal(intercept, 0.0, 1.0) + normal(slope, 0.0, 1.0)
-        return moments(prior + likelihood, volume, intercept=intercept, slope=slope)
+        likelihood = died * log_rate - log_rate.exp() * time
+        joint = normal(intercept, 0.0, 1.0) + normal(slope, 0.0, 1.0) + likelihood.sum(-1)
+        return *moments(joint, volume, intercept=intercept, slope=slope), leave_one_out(joint, likelihood)
 
     return Program(
         model,
@@ -40,4 +40,5 @@ def make():
         how="quadrature",
         by_hand=lambda: integrate()[0],
         means=lambda: integrate()[1],
+        loo=lambda: integrate()[2],
     )
