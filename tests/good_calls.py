@@ -301,7 +301,8 @@ NOT_CALLED = {
     "what takes any values": "Arguments",
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.TwoGaussians "
-        "gradients.Comparison gradients.Measured exact.Posterior exact.QuadratureError distributions.Extent"
+        "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
+        "distributions.Extent"
     ),
     "constructors and messages of torch": (
         "distributions.Bernoulli distributions.SoftTargetBernoulli distributions.Product "

@@ -88,10 +88,14 @@ class DiscreteModel:
     def elbo(self) -> Tensor:
         r"""Compute :math:`\mathbb{E}_q[\log p(x, z) - \log q(z \mid x)]` in each cell, in float64.
 
-        It is the derivative in :math:`\epsilon`, at zero, of
+        A guide may leave out all latents, as with ``TraceEnum_ELBO``: then they are summed out, and it is log p(x).
+        Else it is the derivative in :math:`\epsilon`, at zero, of
         :math:`\log \sum_z q(z \mid x) \exp(\epsilon \, [\log p(x, z) - \log q(z \mid x)])`, found by elimination.
         """
         pair = self.pair
+        if not pair.guide_latents:
+            pair.check_factors()
+            return self.log_evidence()
         check_same_latents(pair.latents, pair.guide_latents)
         pair.check_density()
         if without := [name for name, site in pair.guide_latents.items() if not site["fn"].has_enumerate_support]:
@@ -144,6 +148,10 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown}" if len(names) <= _MAX_SHOWN else f"{shown} and {len(names) - _MAX_SHOWN} more"
 
 
+class _ChangedDensityError(ValueError):
+    """Factors are not the densities of a plain run."""
+
+
 class _FactorReader:
     """Reads the factors of a model or guide, ``owner``, in the first way that reproduces the densities of plain runs.
 
@@ -183,10 +191,12 @@ class _FactorReader:
                 raise
             except Exception as error:  # code that does not broadcast, or branches on values
                 errors.append(error)
+        first = next((error for error in errors if isinstance(error, _ChangedDensityError)), errors[0])
         raise ValueError(
-            f"`{self.owner}` must have log-densities that depend on its latents and data alone, and code that takes "
-            f"many states of a latent at once, got one whose densities could not be read: {errors[0]}"
-        ) from errors[0]
+            f"`{self.owner}` must have log-densities that are functions of its latents and data, got others: "
+            f"{str(first).splitlines()[0]}. Code has none that draws random numbers outside of its sites, compares the "
+            "cells of a plate, or needs more steps than `pyro.markov(history=)` allows"
+        ) from first
 
     def _kept(self) -> list[str]:
         return [frame.name for frame in self.pair.units]
@@ -325,6 +335,20 @@ class DiscretePosterior(Result):
         log_evidence: log p(x) in each cell of the plates that all sites share, ``(*units)``, in nats: per datum where
             all latents are local to it, one number ``()`` where some latent is global.
         support: the states of each latent by name, ``(K, *event)``.
+
+    >>> import pyro
+    >>> import pyro.distributions as dist
+    >>> from pyro_vae import exact
+    >>> def model(x):
+    ...     a = pyro.sample("a", dist.Bernoulli(0.5))
+    ...     with pyro.plate("data", len(x)):
+    ...         b = pyro.sample("b", dist.Bernoulli(0.1 + 0.8 * a))
+    ...         pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+    >>> posterior = exact.posterior(model, torch.tensor([0.5, 0.5, 0.5]))
+    >>> posterior.marginals["a"], posterior.marginals["b"].shape
+    (tensor([0.5000, 0.5000]), torch.Size([2, 3]))
+    >>> {name: draw.shape for name, draw in posterior.sample((10,)).items()}
+    {'a': torch.Size([10]), 'b': torch.Size([10, 3])}
     """
 
     def __init__(self, graph: FactorGraph, dtype: torch.dtype):

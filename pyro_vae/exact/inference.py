@@ -1,11 +1,12 @@
 r"""Exact log p(x), p(z | x), ELBO and KL(q || p(z | x)) of a Pyro model.
 
-* Discrete latents: a sum over all states.
+* Discrete latents: a sum over all states, in any plates, by variable elimination where there are several.
 * Continuous latents of one or two dimensions, real (flows too), positive, in a box or relaxed: adaptive quadrature.
 * Linear Gaussian models of any size and form (state space models, hierarchies, regressions): closed form.
 
-A linear Gaussian model may have any plates or none: there is a number for each cell of the plates that all sites share,
-such as each datum or each group. All others have one data plate, the rightmost dimension, that contains all latents.
+There is an answer for each cell of the plates that all sites share: each datum, each group, or all data together. A
+model with continuous latents that is not linear Gaussian must have one data plate, the rightmost dimension, that
+contains all latents.
 """
 
 import math
@@ -60,7 +61,8 @@ def log_evidence(
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Returns:
-        ``(N,)``, in nats. The error of a quadrature is judged by two resolutions, and by draws from the prior. A bump
+        ``(N,)``, in nats, for latents that are local to each datum. Several discrete latents may lie in other plates:
+        then it is ``(*sizes)`` of the plates that all sites share, ``()`` where a latent is global. The error of a quadrature is judged by two resolutions, and by draws from the prior. A bump
         of the decoder is missed if it is narrower than 1/1000 of the prior, or 1/100 in two dimensions.
 
     Raises:
@@ -98,10 +100,11 @@ def posterior(
 ) -> Any:
     r"""Compute the exact posterior :math:`p(z_i \mid x_i)`, a distribution of batch shape ``(N,)``.
 
-    The result is a :class:`Posterior`; of a linear Gaussian model it is a normal distribution if the latent is
+    The result is a :class:`Posterior` of one latent. Of several discrete latents, in any plates, it is a
+    :class:`~pyro_vae.exact.DiscretePosterior`. Of a linear Gaussian model it is a normal distribution if the latent is
     independent in each place of its batch, and else, also for several latents, a
-    :class:`~pyro_vae.exact.gaussian_elimination.GaussianPosterior`, with numbers by site. Arguments and errors are
-    those of :func:`log_evidence`. A model that is not linear Gaussian must have one latent site.
+    :class:`~pyro_vae.exact.gaussian_elimination.GaussianPosterior`. The last two have numbers by site. Arguments and
+    errors are those of :func:`log_evidence`.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
     >>> net = networks.mlp([8])

@@ -110,11 +110,12 @@ def test_code_that_cannot_be_enumerated_at_once_has_the_sum_by_hand(model):
 
 def test_code_that_compares_the_cells_of_a_plate_is_refused():
     def model(x):
+        a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
         with pyro.plate("steps", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+            z = pyro.sample("z", dist.Bernoulli(0.2 + 0.6 * a))
             pyro.sample("x", dist.Normal(z - z.roll(1, -1), 0.5), obs=x)
 
-    with pytest.raises(ValueError, match=r"densities that depend on its latents and data alone|that row alone"):
+    with pytest.raises(ValueError, match="functions of its latents and data, got others: that of site 'x'"):
         exact.log_evidence(model, numbers(5))
 
 
@@ -167,6 +168,17 @@ def test_draws_of_a_long_chain_have_its_marginals():
     found = torch.stack([(draws[name][None] == posterior.support[name][:, None]).double().mean(1) for name in draws])
     expected = torch.stack([posterior.marginals[name] for name in draws])
     assert ((found - expected).abs() < 5.5 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("noise", [lambda z: z + torch.randn(()), lambda z: nn.functional.dropout(z, 0.5)])
+def test_random_numbers_outside_of_sites_are_refused(noise):
+    def model(x):
+        a = pyro.sample("a", dist.Bernoulli(0.5))
+        b = pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * a))
+        pyro.sample("x", dist.Normal(noise(a + b + 1.0), 1.0).expand([len(x)]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"`model` must have .*outside of its sites"):
+        exact.log_evidence(model, torch.zeros(3))
 
 
 def test_values_that_are_no_states_have_no_log_prob():
@@ -271,6 +283,20 @@ def test_elbo_and_kl_are_the_sums_by_hand(program):
     assert (found > 0).all()
     total = exact.elbo(model, guide, *data) + found
     assert torch.allclose(total.sum(), log_joint.logsumexp(0))
+
+
+@pytest.mark.parametrize("program", ["ragged chains", "factorial chain"])
+def test_a_guide_that_leaves_out_all_latents_has_no_gap(program):
+    model, data = PROGRAMS[program]
+    evidence = exact.log_evidence(model, *data)
+    assert torch.equal(exact.elbo(model, lambda *_: None, *data), evidence)
+    assert torch.equal(exact.kl(model, lambda *_: None, *data), torch.zeros_like(evidence))
+
+
+@pytest.mark.parametrize("guide", [lambda x: pyro.sample("z_0", dist.Categorical(TRANSITION[0])), chain_without_markov])
+def test_guides_of_other_latents_are_refused(guide):
+    with pytest.raises(ValueError, match=r"`guide` must (draw the latents of the model|have latent sites alone)"):
+        exact.elbo(chain, guide, numbers(3))
 
 
 def mean_field_at(data, states):
