@@ -30,7 +30,7 @@ from pyro_vae.exact.elimination import (
     read_latent,
     site_log_density,
 )
-from pyro_vae.exact.model_density import MAX_STATES, check_site
+from pyro_vae.exact.model_density import MAX_STATES, check_site, common_weight
 from pyro_vae.model_guide import ModelGuide, check_same_latents
 
 __all__ = ["DiscreteModel", "DiscretePosterior"]
@@ -54,8 +54,9 @@ class DiscreteModel:
 
     def __init__(self, pair: ModelGuide):
         self.pair, self.kept = pair, [frame.name for frame in pair.units]
+        weight = common_weight(pair)
         for owner, name, site in pair.sites:
-            check_site(owner, name, site, by_rows=False)
+            check_site(owner, name, site, weight, by_rows=False)
         pair.check_likelihood()
         pair.check_kinds()
         if pair.plate in self.kept:
@@ -310,9 +311,7 @@ class _FactorReader:
                 for name, log in self._densities(values).items():
                     expected = graph.in_cells(named_factor(name, log, self.sites[name], {}))
                     if not torch.allclose(graph.at(graph.factors[name], states), expected, rtol=1e-4, atol=1e-4):
-                        raise ValueError(
-                            f"the log-density of site {name!r} is another one in a run without enumeration"
-                        )
+                        raise _ChangedDensityError(f"that of site {name!r} at given latents changes in another run")
 
 
 class _LimitedSize(TorchFunctionMode):

@@ -61,9 +61,10 @@ def log_evidence(
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Returns:
-        ``(N,)``, in nats, for latents that are local to each datum. Several discrete latents may lie in other plates:
-        then it is ``(*sizes)`` of the plates that all sites share, ``()`` where a latent is global. The error of a quadrature is judged by two resolutions, and by draws from the prior. A bump
-        of the decoder is missed if it is narrower than 1/1000 of the prior, or 1/100 in two dimensions.
+        ``(N,)``, in nats, for latents that are local to each datum. Several discrete latents, and those of linear
+        Gaussian models, may lie in other plates: then it is ``(*sizes)`` of the plates that all sites share, ``()``
+        where a latent is global. The error of a quadrature is judged by two resolutions, and by draws from the prior. A
+        bump of the decoder is missed if it is narrower than 1/1000 of the prior, or 1/100 in two dimensions.
 
     Raises:
         ValueError: if there is no exact answer, with the reason, for example the number of states.
