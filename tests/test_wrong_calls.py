@@ -499,8 +499,6 @@ DATA = {
     "bytes for a Bernoulli likelihood": Row(
         lambda w: exact.log_evidence(w.binary.model, torch.full((3, 2), 255, dtype=torch.uint8)), ValueError, "data",
         "of a Bernoulli likelihood must be 0s and 1s, got 255 to 255...Bring them to [0, 1] first, such as `x / 255`"),
-    "a single row to tell codes apart by": Row(lambda w: pv.decompose(*w.pair, w.x[:1]),
-        ValueError, "data", "must have 2 rows or more...got 1 row"),
     "a list of grey values": Row(lambda w: datasets.grey([0.5]),
         TypeError, "x", "must be bytes (torch.uint8)...got a list"),
     "grey values above one": Row(lambda w: datasets.resample(torch.tensor([0.5, 2.0])),

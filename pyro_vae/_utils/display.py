@@ -6,7 +6,7 @@ from html import escape
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-__all__ = ["Result", "Table", "count_of", "spark_line"]
+__all__ = ["Result", "Table", "count_of", "per_cell", "spark_line"]
 
 _MAX_ROWS = 20
 _MAX_CELL = 300  # characters
@@ -79,6 +79,17 @@ def count_of(number: int, noun: str, plural: str = "") -> str:
     ('1 datum', '1,000 epochs')
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def per_cell(plates: Sequence[str] | None) -> str:
+    """Spell what a number of nats is of: a datum for ``None``, else a cell of some plates, or all data without plates.
+
+    >>> per_cell(None), per_cell(["group"]), per_cell([])
+    ('per datum', "per cell of 'group'", 'of all data')
+    """
+    if plates is None:
+        return "per datum"
+    return f"per cell of {' × '.join(map(repr, plates))}" if plates else "of all data"
 
 
 def spark_line(curves: Mapping[str, Sequence[float]]) -> str:

@@ -62,24 +62,32 @@ class AggregatePosterior:
         aggregate, others = aggregate - math.log(self.num_data), others - math.log(self.num_data - 1)
         return torch.stack([own, aggregate, others]), information
 
-    def over_states(self) -> tuple[LogDensities, dict[str, Tensor]]:
-        """Sum over all states of discrete latents, for exact expectations ``(1, N)`` in place of draws."""
+    def over_states(self) -> tuple[LogDensities, dict[str, Tensor], dict[str, Tensor]]:
+        """Sum over all states of discrete latents, for exact expectations ``(1, N)`` in place of draws.
+
+        Return the log-densities, the information of each variable, and the rate of each site, ``(1, N)``.
+        """
         total = torch.stack([self.p.zeros()] * 5)
         information: dict[str, Tensor] = {}
+        rates = {name: self.p.zeros() for name in self.q.sites}
         for values in self.p.states():
             log_q, by_variable = self._log_q(values)
             log_sum = log_q.logsumexp(1, keepdim=True).expand_as(log_q)
             others = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
-            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(self.p.log_probs(values)))
+            log_probs, of_guide = self.p.log_probs(values), self.q.runs(values, self.p.data, self.num_data)
+            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(log_probs))
             aggregate, others = log_sum - math.log(self.num_data), others - math.log(self.num_data - 1)
             weight = log_q.exp()
             terms = torch.stack([likelihood, prior, log_q, aggregate, others])
             total = total + torch.where(weight > 0, weight * terms, 0.0).sum(1)
+            for name in rates:
+                gain = of_guide.each(name, len(log_q)).double() - log_probs[name].double()
+                rates[name] = rates[name] + torch.where(weight > 0, weight * gain, 0.0).sum(0)
             for name, each in by_variable.items():
                 gain = each - each.logsumexp(1, keepdim=True) + math.log(self.num_data)
                 gain = torch.where(weight[..., None] > 0, weight[..., None] * gain, 0.0).sum(0).mean(0)
                 information[name] = information.get(name, torch.zeros_like(gain)) + gain
-        return LogDensities(*total[:, None]), information
+        return LogDensities(*total[:, None]), information, {name: rate[None] for name, rate in rates.items()}
 
     def model_terms(self, log_probs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Compute log p(x | z) and log p(z) from the log-densities of the sites of the model."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.data import data_tensors
-from pyro_vae._utils.display import Result, Table, count_of
+from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
@@ -22,7 +22,10 @@ from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
 from pyro_vae.model_guide import ModelGuide
 
-__all__ = ["Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "densities", "log_evidence"]
+__all__ = [
+    "Evidence", "ReportProgress", "WeightSampler", "batched_estimate", "cell_densities", "cell_plates", "densities",
+    "log_evidence",
+]  # fmt: skip
 
 WeightSampler = Callable[[int], Tensor]
 """From a number of draws to their log-weights, ``(count, N)``."""
@@ -67,9 +70,7 @@ class Evidence(Result):
     @property
     def _of(self) -> str:
         """What each estimate is of."""
-        if self.plates is None:
-            return "per datum"
-        return f"per cell of {' × '.join(map(repr, self.plates))}" if self.plates else "of all data"
+        return per_cell(self.plates)
 
     @property
     def _over(self) -> str:
@@ -255,12 +256,24 @@ def densities(
     few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
     if plate != "data":
         whole.check_data_plate(every_site=False)
-    p = ModelDensity(few, by_rows=bool(few.latents) and few.has_one_plate and not few.eliminated)
+    p, q = cell_densities(few)
+    return (p if few is whole else p.on_all_rows(whole)), q
+
+
+def cell_densities(pair: ModelGuide) -> tuple[ModelDensity, GuideDensity]:
+    """Return log p(x, z) and log q(z | x) of a pair, for the cells in which both have densities of their own."""
+    p = ModelDensity(pair, by_rows=bool(pair.latents) and pair.has_one_plate and not pair.eliminated)
     q = GuideDensity(p)
     if not p.by_rows and not _has_independent_cells(p, q):
-        p = ModelDensity(few, by_rows=False, units=())
+        p = ModelDensity(pair, by_rows=False, units=())
         q = GuideDensity(p)
-    return (p if few is whole else p.on_all_rows(whole)), q
+    return p, q
+
+
+def cell_plates(p: ModelDensity) -> tuple[str, ...] | None:
+    """Return the names of the plates whose cells have densities of their own; ``None`` where they are the data."""
+    names = tuple(frame.name for frame in p.units)
+    return None if p.by_rows or names == (p.plate,) else names
 
 
 def _has_independent_cells(p: ModelDensity, q: GuideDensity) -> bool:
@@ -302,9 +315,7 @@ def batched_estimate(
         parts = [_summarize_weights(part, make_sampler(part, bar.advance), num_samples) for part in _batches(p)]
     sizes = [p.num_data] if p.by_rows else [frame.size for frame in p.units]
     log_evidence, ess, khat = (torch.cat(list(of)).to(p.dtype).reshape(sizes) for of in zip(*parts, strict=True))
-    names = tuple(frame.name for frame in p.units)
-    plates = None if p.by_rows or names == (p.plate,) else names
-    return Evidence(log_evidence, ess, khat, num_samples, plates)
+    return Evidence(log_evidence, ess, khat, num_samples, cell_plates(p))
 
 
 def _batches(p: ModelDensity) -> Iterable[ModelDensity]:

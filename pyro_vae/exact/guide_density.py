@@ -108,6 +108,11 @@ class GuideDensity:
         """Whether log q(z | x) is known at any z: the auxiliary sites can be computed from the latents."""
         return self._has_all_origins() or self._together is not None
 
+    @property
+    def splits_by_site(self) -> bool:
+        """Whether log q(z | x) is a sum over the latents: none is a function of an auxiliary site of several."""
+        return not any(is_point(site["fn"]) for site in self.sites.values())
+
     def _joint(self, sites: Sites) -> Tensor:
         """The log-density of sites together, for each cell."""
         if not sites:
@@ -235,7 +240,8 @@ def _origin(name: str, prior: Any, sites: Sites) -> tuple[str, Any] | None:
     if not isinstance(fn, dist.Delta):
         return None
     for auxiliary, site in sites.items():
-        if not site["infer"].get("is_auxiliary"):
+        shapes = {len(each["fn"].batch_shape) for each in (site, sites[name])}
+        if not site["infer"].get("is_auxiliary") or len(shapes) > 1:  # a vector of all rows is not that of each
             continue
         try:
             transform = biject_to(prior.support)

@@ -17,7 +17,7 @@ from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
-from pyro_vae.diagnostics.decomposition import COLLAPSE_NATS, Decomposition, decompose
+from pyro_vae.diagnostics.decomposition import Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
 from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
 from pyro_vae.model_guide import ModelGuide
@@ -117,7 +117,7 @@ class Inspection(Result):
 
     @property
     def _all_collapsed(self) -> bool:
-        return self.nats is not None and self.nats.mutual_information.value <= COLLAPSE_NATS
+        return self.nats is not None and self.nats.is_collapsed
 
     @property
     def _unexplained_divergence(self) -> tuple[str, ...]:
@@ -139,7 +139,9 @@ class Inspection(Result):
         log_p = self.evidence.log_evidence.double().mean().item()
         rows: list[tuple[str, object]] = [("verdict on q(z|x)", self.verdict), ("log p(x), at least", f"{log_p:.3f}")]
         if self.nats is not None:
-            rows += [("ELBO", self.nats.elbo), ("mutual information of x and z", self.nats.mutual_information)]
+            rows.append(("ELBO", self.nats.elbo))
+        if self.nats is not None and self.nats.mutual_information is not None:
+            rows.append(("mutual information of x and z", self.nats.mutual_information))
         if self.gap is not None:
             least = "" if self.gap.is_exact else "at least "
             rows.append(("inference gap, log p(x) − ELBO", f"{least}{self.gap.gap.mean().item():.3f}"))

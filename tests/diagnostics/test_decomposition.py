@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pairs import gaussian, gumbel, one_hot, relaxed
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
@@ -308,8 +310,6 @@ POINT_GUIDE = one_site(lambda x: dist.Normal(0.0, 1.0), dist.Delta)
 @pytest.mark.parametrize(("model", "guide", "x", "num_samples", "message"), [
     (two_sites_model, two_sites_guide, torch.zeros(5, 2), 1, "`num_samples` must be 2 or more.*got 1"),
     (two_sites_model, two_sites_guide, torch.zeros(5, 2), 0, "`num_samples` must be .*got 0"),
-    (two_sites_model, two_sites_guide, torch.zeros(1, 2), 5, "`data` must have 2 rows or more.*got 1 row"),
-    (*PER_DATUM_PRIOR, torch.randn(5, 2), 5, "`model` must have one prior .*got one that depends on x at 'z'"),
     (*POINT_GUIDE, torch.randn(5, 2), 5, "`guide` must have a density for .*got a point .* for 'z'"),
 ])  # fmt: skip
 def test_invalid_arguments_raise(model, guide, x, num_samples, message):
@@ -325,3 +325,221 @@ def test_many_discrete_variables_are_sampled():
     q, p = vae.encode(x).base_dist, dist.Bernoulli(0.3)
     assert found.num_samples == 10
     close(found.rate, torch.distributions.kl_divergence(dist.Bernoulli(logits=q.logits), p).sum(1).mean().item())
+
+
+def kl_of_normals(loc, scale, prior_scale):
+    return torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(0.0, prior_scale)).sum().item()
+
+
+def mean_model(x):
+    """A global mean."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def mean_guide(x):
+    pyro.sample("mean", dist.Normal(torch.tensor(0.3), 0.5))
+
+
+X = torch.linspace(-1, 2, 6)
+
+
+def log_likelihood_of(x, loc, scale):
+    """E_q[log N(x; mean, 1)] for a mean ~ N(loc, scale), summed over the data."""
+    return (-0.5 * math.log(2 * math.pi) - 0.5 * ((x - loc) ** 2 + scale**2)).sum().item()
+
+
+def test_a_global_latent_has_one_distortion_and_rate_of_all_data_and_no_information():
+    nats = pv.decompose(mean_model, mean_guide, X, num_samples=500)
+    close(nats.distortion, -log_likelihood_of(X, 0.3, 0.5))
+    close(nats.rate, kl_of_normals(torch.tensor(0.3), 0.5, 2.0))
+    assert nats.elbo.value == pytest.approx(-nats.distortion.value - nats.rate.value, abs=1e-5)
+    assert (nats.num_data, nats.plates, nats.num_samples, list(nats.rates)) == (1, (), 500, ["mean"])
+    assert nats.rates["mean"] == nats.rate
+    assert (nats.mutual_information, nats.marginal_kl, nats.population_information, nats.units) == (
+        None,
+        None,
+        None,
+        {},
+    )
+    assert nats.why_no_information == "a datum has no latents of its own, since ['mean'] are those of many data"
+    assert str(nats).startswith(f"ELBO {nats.elbo} nats of all data\n")
+    assert str(nats).endswith(f"no mutual information of x and z: {nats.why_no_information}")
+    assert (nats.collapse, nats.is_collapsed) == ((), False)
+    assert "nats of all data" in repr(nats)
+    assert nats.why_no_information in nats._repr_html_().replace("&#x27;", "'")
+
+
+def test_the_standard_error_of_a_global_latent_is_the_spread_over_seeds():
+    found = [pv.decompose(mean_model, mean_guide, X, num_samples=10, seed=seed).elbo for seed in range(150)]
+    reported = math.sqrt(sum(elbo.standard_error**2 for elbo in found) / len(found))
+    spread = torch.tensor([elbo.value for elbo in found]).std().item()
+    assert reported / spread == pytest.approx(1, abs=0.3)
+
+
+def groups(x):
+    with pyro.plate("group", x.shape[1], dim=-1):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide_of_groups(x):
+    with pyro.plate("group", x.shape[1], dim=-1):
+        pyro.sample("mean", dist.Normal(x.mean(0), 0.5))
+        with pyro.plate("data", len(x), dim=-2):
+            pyro.sample("z", dist.Normal(x, 0.7))
+
+
+def test_latents_of_groups_have_the_mean_over_groups_and_the_rate_of_each_site():
+    x = torch.linspace(-1, 2, 12).reshape(4, 3)
+    nats = pv.decompose(groups, guide_of_groups, x, num_samples=500)
+    assert (nats.num_data, nats.plates) == (3, ("group",))
+    assert "nats per cell of 'group', of 3 cells" in str(nats)
+    close(nats.rates["mean"], kl_of_normals(x.mean(0), 0.5, 2.0) / 3)
+    # E_q of KL(N(x, 0.7) || N(mean, 1)), with the mean of the group ~ N(mean of x, 0.5)
+    of_z = (0.7**2 + (x - x.mean(0)) ** 2 + 0.5**2 - 1) / 2 - math.log(0.7)
+    close(nats.rates["z"], of_z.sum().item() / 3)
+    assert nats.rates["mean"].value + nats.rates["z"].value == pytest.approx(nats.rate.value, abs=1e-5)
+    close(nats.distortion, -sum(log_likelihood_of(value, value, 0.7) for value in x.flatten()) / 3)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoIAFNormal])
+def test_autoguides_have_numbers_of_all_data_that_agree_with_evaluate(make):
+    def model(x):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z.sum(-1), scale), obs=x)
+
+    torch.manual_seed(0)
+    guide = make(model)
+    nats = pv.decompose(model, guide, X, num_samples=400)
+    terms = pv.evaluate(model, guide, X, num_samples=400, seed=3)
+    for name in ("elbo", "distortion", "rate"):  # of all data, and of each of the 6
+        assert abs(getattr(nats, name).value - 6 * terms[name]) < SURE * 1.5 * getattr(nats, name).standard_error
+    by_site = make is AutoNormal
+    assert list(nats.rates) == (["scale", "z"] if by_site else [])
+    if by_site:
+        assert sum(rate.value for rate in nats.rates.values()) == pytest.approx(nats.rate.value, abs=1e-4)
+
+
+def test_autoguides_of_all_rows_together_have_no_information_and_say_so():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    together = pv.decompose(model, AutoMultivariateNormal(model), X)
+    assert (together.plates, together.mutual_information) == ((), None)
+    assert "the guide draws the latents of all data together" in together.why_no_information
+    alone = pv.decompose(model, AutoNormal(model), X)
+    assert (alone.plates, alone.why_no_information) == (None, "")
+    assert alone.mutual_information is not None
+
+
+def test_latents_that_are_summed_out_belong_to_the_likelihood_and_to_the_prior_of_the_others():
+    """p(z) is a mixture of two normals, and p(x | z) depends on the class, too."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+            z = pyro.sample("z", dist.Normal(2.0 * c - 1, 0.5))
+            pyro.sample("x", dist.Normal(z + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.6))
+
+    nats = pv.decompose(model, guide, X, num_samples=1000)
+    z, step = torch.linspace(-8, 8, 4001)[:, None, None].double(), 16 / 4000
+    c = torch.tensor([0, 1])
+    log_both = torch.tensor([0.3, 0.7]).log() + dist.Normal(2.0 * c - 1, 0.5).log_prob(z)
+    log_x = dist.Normal(z + c, 1.0).log_prob(X[:, None])  # (4001, 6, 2)
+    log_prior, log_joint = log_both.logsumexp(-1), (log_both + log_x).logsumexp(-1)
+    log_q = dist.Normal(X / 2, 0.6).log_prob(z[..., 0])
+    rate = ((log_q.exp() * (log_q - log_prior)).sum(0) * step).mean().item()
+    elbo = ((log_q.exp() * (log_joint - log_q)).sum(0) * step).mean().item()
+    close(nats.rate, rate)
+    close(nats.elbo, elbo)
+    assert (nats.plates, nats.num_data, nats.rates) == (None, 6, {})
+    assert nats.why_no_information == "the guide leaves out ['c'], which are summed out"
+
+
+def test_a_guide_that_draws_nothing_has_the_exact_evidence_as_elbo():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(2.0 * c - 1, 1.0), obs=x)
+
+    nats = pv.decompose(model, lambda x: None, X)
+    log_p = torch.logsumexp(
+        torch.tensor([0.3, 0.7]).log() + dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).log_prob(X[:, None]), -1
+    )
+    assert (nats.elbo.value, nats.elbo.standard_error) == (pytest.approx(log_p.mean().item(), abs=1e-5), 0.0)
+    assert (nats.rate.value, nats.num_samples) == (pytest.approx(0, abs=1e-6), 0)
+
+
+def test_masked_steps_of_a_sequence_count_in_no_term():
+    lengths = torch.tensor([1, 3, 2])
+    x = torch.linspace(-1, 1, 9).reshape(3, 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = 0.0
+            for t in range(3):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                    pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for t in range(3):
+                with poutine.mask(mask=t < lengths):
+                    pyro.sample(f"z_{t}", dist.Normal(x[:, t], 0.5))
+
+    nats = pv.decompose(model, guide, x, num_samples=1000)
+    before = torch.cat([torch.zeros(3, 1), x[:, :2]], 1)
+    noise = torch.tensor([0.0, 0.25, 0.25])  # of the step before
+    rates = (0.25 + (x - before) ** 2 + noise - 1) / 2 + math.log(2)
+    for t in range(3):
+        close(nats.rates[f"z_{t}"], (rates[:, t] * (t < lengths)).sum().item() / 3)
+    close(nats.distortion, lengths.sum().item() / 3 * (0.5 * math.log(2 * math.pi) + 0.125))
+    assert nats.why_no_information == "the latents of a datum lie in further plates, or are masked"
+
+
+@pytest.mark.parametrize(("model", "guide", "x", "reason"), [
+    (two_sites_model, two_sites_guide, torch.zeros(1, 2), "one datum has none with its index"),
+    (*PER_DATUM_PRIOR, torch.randn(5, 2), "there is no single prior p(z), since that of 'z' depends on x"),
+])  # fmt: skip
+def test_rows_without_information_have_the_other_terms_and_the_reason(model, guide, x, reason):
+    nats = pv.decompose(model, guide, x, num_samples=300)
+    assert (nats.why_no_information, nats.plates, nats.num_data) == (reason, None, len(x))
+    elbo = pv.evaluate(model, guide, x, num_samples=300, seed=2)["elbo"]
+    assert abs(nats.elbo.value - elbo) < SURE * 1.5 * nats.elbo.standard_error + 1e-5
+    assert f"no mutual information of x and z: {reason}" in str(nats)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_rates_of_sites_add_up_for_sums_over_states_and_for_draws(monkeypatch, summed):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(torch.tensor([0.3, 0.7])))
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor([0.2, 0.9])[a]))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(logits=torch.stack([-x, x], -1)))
+            pyro.sample("b", dist.Bernoulli(logits=x - a))
+
+    if not summed:
+        monkeypatch.setattr(decomposition, "MAX_SUMMED", 0)
+    nats = pv.decompose(model, guide, X, num_samples=400)
+    q = torch.stack([-X, X], -1).softmax(-1).double()
+    exact = (q * (q / torch.tensor([0.3, 0.7])).log()).sum(-1).mean().item()
+    close(nats.rates["a"], exact) if not summed else None
+    assert not summed or nats.rates["a"].value == pytest.approx(exact, abs=1e-6)
+    assert nats.rates["a"].value + nats.rates["b"].value == pytest.approx(nats.rate.value, abs=1e-5)
