@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -26,7 +28,7 @@ from pyro_vae._utils.traces import data_plate_size, set_plate_sizes
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe
 
-__all__ = ["Arguments", "Bound", "Program", "any_arguments", "bind", "unbound"]
+__all__ = ["Arguments", "Bound", "LatentsOf", "Program", "any_arguments", "bind", "unbound"]
 
 _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 
@@ -91,9 +93,31 @@ class Bound:
         return self.__wrapped__(*args, **kwargs)
 
 
+class LatentsOf:
+    """A guide whose runs show its latent sites alone, and not the sites that it observes.
+
+    A guide of :class:`pyro.poutine.guide.GuideMessenger`, such as ``AutoNormalMessenger``, runs the model itself, with
+    its observed sites. A guide may also observe sites to train a regression in it, as that of ``pyro.contrib.cevae``.
+    """
+
+    def __init__(self, guide: Function):
+        self.__wrapped__ = guide
+        self._run = poutine.block(guide, hide_fn=_is_observed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
+def _is_observed(msg: Any) -> bool:
+    """Whether a statement is one of data; ``pyro.factor`` counts into the density of a guide."""
+    return msg["type"] == "sample" and msg["is_observed"] and not isinstance(msg["fn"], dist.Unit)
+
+
 def unbound(function: Any) -> Any:
     """Return the model or guide that the user gave."""
-    return function.__wrapped__ if isinstance(function, Bound) else function
+    while isinstance(function, Bound | LatentsOf):
+        function = function.__wrapped__
+    return function
 
 
 class Program(NamedTuple):
@@ -128,6 +152,8 @@ def bind(
     Raises:
         TypeError, ValueError: if the program does not run on arguments that are more than tensors of N rows.
     """
+    if isinstance(poutine.unwrap(guide), Messenger):
+        guide = LatentsOf(guide)
     args, kwargs = _positional_and_keywords(data, name)
     if not kwargs and _are_rows(args):
         return Program(model, guide, list(args) if _is_wrapped(data) else data)
@@ -163,9 +189,9 @@ def any_arguments(entry: _Entry) -> _Entry:
         guide, data, plate = values.get("guide"), values.get("data", ()), values.get("plate", "data")
         keeps = values.get("transform") is not None
         program = bind(values["model"], guide, data, plate, keep_integers=keeps)
-        if program.data is data:
-            return entry(*args, **kwargs)
-        values["model"], values["data"] = program.model, (program.data,) if variable else program.data
+        values["model"] = program.model
+        if program.data is not data:
+            values["data"] = (program.data,) if variable else program.data
         if "guide" in values:
             values["guide"] = program.guide
         return entry(*given.args, **given.kwargs)
@@ -229,7 +255,7 @@ def _run(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         warnings.catch_warnings(action="ignore"),
     ):
         drawn = Trace()
-        if guide is not None and not isinstance(guide, nn.Module):
+        if guide is not None and not isinstance(unbound(guide), nn.Module):
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         trace = poutine.trace(poutine.replay(model, drawn)).get_trace(*args, **kwargs)
         set_plate_sizes(trace)

@@ -95,6 +95,11 @@ class FixedSubsample(Messenger):
             raise ValueError(f"`rows` must be one tensor for each of the {len(data)} of `data`, got {len(rows)}")
         self.data, self.rows, self.read = data, rows, [False] * len(data)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether there is no tensor to replace."""
+        return not self.data
+
     def _pyro_subsample(self, msg: Any) -> None:
         for index, tensor in enumerate(self.data):
             if msg["args"][0] is tensor:

@@ -46,7 +46,7 @@ from pyro_vae._utils.traces import (
 )
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, nonempty_string, taking_data
-from pyro_vae.arguments import bind, unbound
+from pyro_vae.arguments import LatentsOf, bind, unbound
 from pyro_vae.distributions.columns import Columns
 from pyro_vae.distributions.missing import accepts_missing, check_missing, first_missing
 from pyro_vae.distributions.properties import (
@@ -109,6 +109,8 @@ class ModelGuide:
         guide_latents: the latent sites of the guide that are not auxiliary, by name.
         auxiliary: the names of the sites that an autoguide draws for itself.
         factors: the names of ``pyro.factor`` statements in the guide.
+        regressions: the names of the auxiliary sites that the guide observes, as that of ``pyro.contrib.cevae`` does to
+            train a regression of them. Its q(z | x) is that of its latent sites.
         observed: the observed sites of the model that count into its density, by name.
         deterministic: the sites of ``pyro.deterministic`` in the model, by name.
         take: the right way to run the pair on some of its rows, see :meth:`on_batches`.
@@ -154,6 +156,11 @@ class ModelGuide:
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         self.plate = self._find_plate(plate)
+        self.regressions = _observations(self.guide_trace)
+        if self.regressions:
+            self.guide, self.guide_trace = LatentsOf(self.guide), self.guide_trace.copy()
+            for site in self.regressions:
+                self.guide_trace.remove_node(site)
         drawn = latent_sites(self.guide_trace)
         self.factors = list(observed_sites(self.guide_trace))
         self.auxiliary = [
@@ -206,11 +213,12 @@ class ModelGuide:
             found, subsamples = None, False  # slices are read, and no run needs the size of all data
         else:
             within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
-            found, subsamples = _run_first_batch(model, guide, data, within)
+            found, subsamples = _run_first_batch(model, guide, data, within, plate if within[1].takes_all else None)
         if found is None or not subsamples or isinstance(found, RunError):
             pair = cls._on_all_rows(model, guide, some, plate, transform)
             if pair.plate != plate:
                 return by_name(plate=pair.plate)
+            pair.check_no_own_subsample()
             if isinstance(found, RunError) and subsamples:  # what all rows raise as well is another fault than this
                 if batch_size == 1:
                     _check_single_rows(pair, lambda rows: _subsampled(data, rows, plate, transform))
@@ -231,6 +239,8 @@ class ModelGuide:
             return by_name(plate=pair.plate)
         pair.transform = transform
         pair.check_data_plate()
+        if not pair.has_data_plate:
+            raise pair._outside_plate(list(pair.observed))
         _check_subsampling(pair, batch_size)
         if transform is not None or lazy:
             _check_reading(pair, *within)
@@ -367,6 +377,16 @@ class ModelGuide:
         return [name for name in self.latents if name in left and self.latents[name]["fn"].has_enumerate_support]
 
     @property
+    def required_latents(self) -> Sites:
+        """The latents of the model that the guide must draw.
+
+        Discrete ones that it leaves out are summed out. A point that it leaves out has no density: its log p is 0.
+        """
+        left_out = {name for name, site in self.latents.items() if name in self.eliminated or is_point(site["fn"])}
+        drawn = self.guide_latents.keys()
+        return {name: site for name, site in self.latents.items() if name in drawn or name not in left_out}
+
+    @property
     def max_plate_nesting(self) -> int:
         """How many dimensions the plates take."""
         dims = [frame.dim for _, _, site in self.sites for frame in site["cond_indep_stack"]]
@@ -462,14 +482,26 @@ class ModelGuide:
             pair.take, pair.batch_size = partial(_all_rows, whole), len(whole[0])
         return pair
 
-    def check_data_plate(self, every_site: bool = True) -> None:
-        """Raise if the observed sites are not all in the data plate; or if no site is, though some are in plates."""
-        outside = [name for name, site in self.observed.items() if not self.is_local(site)]
-        if (outside or not self.observed) if every_site else (self.plates and self.plate not in self.plates):
-            raise ValueError(
-                f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
-                f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
-            )
+    @property
+    def has_data_plate(self) -> bool:
+        """Whether some observed site lies in the data plate, so that there is a number of nats per datum."""
+        return any(frame.name == self.plate for site in self.observed.values() for frame in site["cond_indep_stack"])
+
+    def check_data_plate(self, trains: bool = True) -> None:
+        """Raise if no site is in a plate of the name that was given, or if there is nothing to train on."""
+        if (self.plate != DATA_PLATE and self.plate not in self.plates) or (trains and not self.observed):
+            raise self._outside_plate([name for name, site in self.observed.items() if not self.is_local(site)])
+
+    def _check_all_in_plate(self) -> None:
+        """Raise if slices of the data would give observed sites that are not in the data plate a wrong scale."""
+        if outside := [name for name, site in self.observed.items() if not self.is_local(site)]:
+            raise self._outside_plate(outside)
+
+    def _outside_plate(self, outside: list[str]) -> ValueError:
+        return ValueError(
+            f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
+            f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
+        )
 
     @cached_property
     def why_no_bound(self) -> str:
@@ -505,8 +537,7 @@ class ModelGuide:
 
     def check_density(self) -> None:
         """Raise if q(z | x) is no normalised density of the latents that the model has."""
-        drawn = {name: site for name, site in self.latents.items() if name not in self.eliminated}
-        check_same_latents(drawn, self.guide_latents)
+        check_same_latents(self.required_latents, self.guide_latents)
         self.check_points()
         if self.auxiliary:
             self._check_volumes()
@@ -736,6 +767,24 @@ class ModelGuide:
                     again = rows.first_change(ours, self.data, values, place, kept)
                     raise _random(owner) if again else _dependent(owner, name)
 
+    def check_no_own_subsample(self) -> None:
+        """Raise if the data plate takes a subsample of its own, which is not the one that a batch has."""
+        for _, _, site in self.sites:
+            for frame in site["cond_indep_stack"]:
+                if frame.name == self.plate and frame.full_size is not None and frame.size < frame.full_size:
+                    raise ValueError(
+                        f"`batch_size` must be left out where the data plate takes a subsample of its own, got the "
+                        f"plate {self.plate!r} with {frame.size} of {frame.full_size} rows"
+                    )
+
+    def check_regressions(self, elbo: ELBO) -> None:
+        """Raise if an ELBO of Pyro would subtract the densities of sites that the guide observes."""
+        if self.regressions and type(elbo).__module__.startswith(("pyro.infer.", "pyro_vae.")):
+            raise ValueError(
+                f"`elbo` must be one that trains the sites {self.regressions}, which the guide observes, such as "
+                f"`pyro.contrib.cevae.TraceCausalEffect_ELBO()`, got {type(elbo).__name__}, which subtracts them"
+            )
+
     def check_elbo(self, elbo: ELBO) -> None:
         """Raise if an ELBO does not fit the latents and their marks for enumeration."""
         check_same_latents(self.latents, self.guide_latents, fewer=True)
@@ -886,14 +935,19 @@ def _scored_sites(trace: Trace) -> Sites:
 
 def _trace_pair(model: Function, guide: Function | None, data: tuple[Tensor, ...]) -> tuple[Trace, Trace]:
     guide_trace = _trace("guide", guide, data) if guide is not None else Trace()
-    observed = observed_sites(guide_trace).items()
-    if names := [name for name, site in observed if not isinstance(site["fn"], dist.Unit)]:  # not `pyro.factor`
+    observed = observed_sites(guide_trace)
+    if names := [name for name in _observations(guide_trace) if not observed[name]["infer"].get("is_auxiliary")]:
         raise ValueError(
             f"`guide` must have latent sites alone, such as `vae.guide`, got one that observes {names} as a model does"
         )
     model_trace = _trace("model", poutine.replay(model, guide_trace), data)
     set_plate_sizes(model_trace, guide_trace)
     return model_trace, guide_trace
+
+
+def _observations(guide_trace: Trace) -> list[str]:
+    """The names of the sites that a guide observes, without ``pyro.factor``."""
+    return [name for name, site in observed_sites(guide_trace).items() if not isinstance(site["fn"], dist.Unit)]
 
 
 def _trace(who: str, run: Function, data: tuple[Tensor, ...]) -> Trace:
@@ -985,12 +1039,21 @@ def _has_subsample(model: Function, data: tuple[Tensor, ...]) -> bool:
 
 
 def _run_first_batch(
-    model: Function, guide: Function, data: tuple[Tensor, ...], within: tuple[SubsampleRows, FixedSubsample]
+    model: Function,
+    guide: Function,
+    data: tuple[Tensor, ...],
+    within: tuple[SubsampleRows, FixedSubsample],
+    plate: str | None,
 ) -> tuple[tuple[Trace, Trace] | RunError, bool]:
-    """The traces of a pair under a subsample, or why it does not run there, and whether it uses ``pyro.subsample``."""
+    """The traces of a pair under a subsample, or why it does not run there, and whether it takes the rows itself.
+
+    It does by ``pyro.subsample``, or with the numbers of the rows that a ``plate`` with this name gives it.
+    """
     with poutine.block(), SubsampleStatements() as statements, within[0], within[1]:
         try:
-            return trace_pair(model, guide, data), statements.count > 0
+            traces = trace_pair(model, guide, data)
+            follows = plate is not None and _indexes_rows(traces[0], plate, len(within[0].rows))
+            return traces, statements.count > 0 or follows
         except RunError as failure:
             if failure.who == "guide":  # then the model has not run
                 with suppress(RunError):
@@ -999,6 +1062,17 @@ def _run_first_batch(
                 with suppress(RunError):
                     return trace_pair(model, guide, data, bad_rows=True), True
             return failure, statements.count > 0
+
+
+def _indexes_rows(model_trace: Trace, plate: str, count: int) -> bool:
+    """Whether observed values are those of the rows in the subsample of a plate, as ``obs=x[rows]``."""
+    found = [
+        torch.as_tensor(site["value"]).shape[: -site["fn"].event_dim or None][frame.dim :][:1] == (count,)
+        for site in observed_sites(model_trace).values()
+        for frame in site["cond_indep_stack"]
+        if frame.name == plate and frame.vectorized
+    ]
+    return bool(found) and all(found)
 
 
 def _fixed_subsample(
@@ -1150,6 +1224,7 @@ def _check_independent(pair: ModelGuide, first: DataTensors) -> None:
 
 def _check_slicing(pair: ModelGuide, in_any_order: bool = True) -> bool:
     """Raise if slices of the data would train a pair wrong; return whether it needs the numbers of their rows."""
+    pair._check_all_in_plate()
     remedy = (
         "Read the data in model and guide with `pyro.subsample(x, event_dim=...)` inside the plate, or leave "
         "batch_size out for full batches"

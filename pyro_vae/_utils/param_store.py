@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyro_vae._utils.module_state import before_each_run, evaluation_mode
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.validation import describe, nonempty_string
 
@@ -44,12 +45,13 @@ def scoped_param_store() -> Iterator[None]:
 def without_training(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Make a function that reports on a model and guide leave both as they are.
 
-    Their modules are in evaluation mode meanwhile, and Pyro's store has no further parameters afterwards.
+    Their modules are in evaluation mode meanwhile, plates have all of their rows, and Pyro's store has no further
+    parameters afterwards.
     """
 
     @wraps(function)
     def reporting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with scoped_param_store(), evaluation_mode(*filter(callable, (*args, *kwargs.values()))):
+        with scoped_param_store(), every_row(), evaluation_mode(*filter(callable, (*args, *kwargs.values()))):
             return function(*args, **kwargs)
 
     return reporting

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor
 
 __all__ = [
@@ -145,7 +146,8 @@ def mapping(value: Any, name: str, example: str) -> Mapping[str, Any]:
 def function(value: Any, name: str) -> Any:
     """Return ``value`` if it can be a Pyro model or guide, and not, say, a VAE, which is a pair of them."""
     example = f"`vae.{'model' if name == 'model' else 'guide'}`"
-    if not isinstance(value, type) and hasattr(value, "model") and hasattr(value, "guide"):
+    is_run = isinstance(value, PyroModule) and type(value).forward is not torch.nn.Module.forward  # as EasyGuide
+    if not isinstance(value, type) and hasattr(value, "model") and hasattr(value, "guide") and not is_run:
         raise TypeError(f"`{name}` must be one Pyro function, {example}, got {describe(value)}, a pair of functions")
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"`{name}` must be a Pyro function, such as {example}, got {describe(value)}")

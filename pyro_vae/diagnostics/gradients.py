@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import parameters_of, without_training
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int, real_tensor
@@ -189,8 +190,9 @@ def compare(
     )
 
 
-@evaluation_mode()
 @any_arguments
+@evaluation_mode()
+@every_row()
 def exact_gradient(
     model: Function, guide: Function, *data: Data, num_draws: int = 1, plate: str = "data"
 ) -> dict[str, Tensor]:

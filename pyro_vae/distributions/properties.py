@@ -10,6 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import AffineTransform
 
 __all__ = [
     "base_distribution", "base_support", "clamp_inside", "class_probabilities", "conditional_mean", "discrete_twin",
@@ -118,10 +119,31 @@ def base_support(distribution: Any) -> Any:
     >>> base_support(dist.Normal(torch.zeros(2), 1.0).to_event(1))
     Real()
     """
-    support = distribution.support
+    support = _affine_support(distribution) or distribution.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     return support
+
+
+def _affine_support(distribution: Any) -> Any:
+    """The support after an affine transform of bounded variables, which torch takes for all real numbers.
+
+    ``None`` for any other distribution. ``biject_to(constraints.positive)`` of torch ends with such a transform.
+    """
+    distribution = without_independent(distribution)
+    parts = [part for one in getattr(distribution, "transforms", ()) for part in getattr(one, "parts", [one])]
+    if not parts or not isinstance(parts[-1], AffineTransform):
+        return None
+    inner = distribution.base_dist.support if len(parts) == 1 else parts[-2].codomain
+    while hasattr(inner, "base_constraint"):
+        inner = inner.base_constraint
+    if isinstance(parts[-2] if len(parts) > 1 else None, AffineTransform) or not _is_bounded(inner):
+        return None
+    ends = [
+        torch.as_tensor(parts[-1].loc + parts[-1].scale * getattr(inner, name, infinite))
+        for name, infinite in (("lower_bound", -math.inf), ("upper_bound", math.inf))
+    ]
+    return torch.distributions.constraints.interval(*(end(*ends) for end in (torch.minimum, torch.maximum)))
 
 
 def support_bounds(distribution: Any) -> tuple[Any, Any]:

@@ -254,8 +254,7 @@ def densities(
 ) -> tuple[ModelDensity, GuideDensity]:
     """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
     few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
-    if plate != "data":
-        whole.check_data_plate(every_site=False)
+    whole.check_data_plate(trains=False)
     p, q = cell_densities(few)
     return (p if few is whole else p.on_all_rows(whole)), q
 

@@ -21,7 +21,7 @@ from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters
 from pyro_vae.inference_data.layouts import SiteLayout
 from pyro_vae.inference_data.settings import ExportSettings, as_array
-from pyro_vae.model_guide import DATA_PLATE, ModelGuide, check_same_latents
+from pyro_vae.model_guide import ModelGuide, check_same_latents
 
 __all__ = ["Groups", "JointSampler", "Variable"]
 
@@ -62,12 +62,10 @@ class JointSampler:
         self.settings, self._per_draw = settings, PerDraw()
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
-            if settings.plate != DATA_PLATE:
-                pair.check_data_plate(every_site=False)
+            pair.check_data_plate(trains=False)
             settings.plate = pair.plate
             eliminated = {name: pair.latents[name] for name in pair.eliminated}
-            drawn = {name: site for name, site in pair.latents.items() if name not in eliminated}
-            check_same_latents(drawn, pair.guide_latents, more=True)
+            check_same_latents(pair.required_latents, pair.guide_latents, more=True)
             self.latents, self.observed, self.deterministic = pair.guide_latents, pair.observed, pair.deterministic
             self.latents = self.latents | eliminated
             sites = self.latents | self.deterministic | self.observed

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
@@ -229,7 +230,7 @@ def _inspect(
     count = len(data[0])
     bar.begin("evidence")
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed)
-    with scoped_param_store(), seeded(seed):
+    with scoped_param_store(), every_row(), seeded(seed):
         _, pair = ModelGuide.on_few_rows(model, guide, data, plate)
         amortized = pair.is_amortized("model") and pair.is_amortized("guide")
     rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))

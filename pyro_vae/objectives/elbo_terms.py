@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.ops.packed import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -60,7 +61,8 @@ def elbo_terms(
     rate: Any = 0.0
     for model_trace, guide_trace in traces:
         guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
-        if not model_sites.keys() <= guide_sites.keys():
+        drawn = {name for name, site in model_sites.items() if name in guide_sites or not is_point(site["fn"])}
+        if not drawn <= guide_sites.keys():
             return None
         enumerated = [site for site in guide_sites.values() if site["infer"].get("_enumerate_dim") is not None]
         weights = {site["infer"]["_enumerate_dim"]: _log_weight(site) for site in enumerated}
@@ -68,7 +70,8 @@ def elbo_terms(
             return None
         divergences = _divergences(guide_sites, model_sites) if closed_form else {}
         distortion = distortion - _expectations(observed_sites(model_trace), weights)
-        for sites, sign in ((guide_sites | observed_sites(guide_trace), 1), (model_sites, -1)):  # with `pyro.factor`
+        factors = {name: site for name, site in observed_sites(guide_trace).items() if isinstance(site["fn"], Unit)}
+        for sites, sign in ((guide_sites | factors, 1), (model_sites, -1)):
             sampled = {name: site for name, site in sites.items() if name not in divergences}
             rate = rate + sign * _expectations(sampled, weights)
         rate = rate + sum(_expectation(kl, guide_sites[name], {}) for name, kl in divergences.items())

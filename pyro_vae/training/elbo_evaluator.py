@@ -95,16 +95,18 @@ class ElboEvaluator:
     def terms(self, loss: Any) -> dict[str, Tensor]:
         """Return ELBO, distortion and rate of the last evaluation, in nats per datum.
 
-        Where the ELBO does not split into distortion and rate, return the bound alone; without a data plate, nothing.
+        Where the ELBO does not split into distortion and rate, return the bound alone; without a plate, nothing. Where
+        no observed site is in the plate, they are nats of all data.
         """
         if self.plate is None:
             return {}
-        size = next(
-            frame.full_size or frame.size
+        frames = [
+            frame
             for site in observed_sites(self.traces[0][0]).values()
             for frame in site["cond_indep_stack"]
             if frame.name == self.plate
-        )
+        ]
+        size = frames[0].full_size or frames[0].size if frames else 1
         terms = elbo_terms(self.traces, size, self.bound, closed_form=isinstance(self.elbo, TraceMeanField_ELBO))
         return {self.bound: -self._unweighted(loss) / size} if terms is None else terms
 

@@ -22,6 +22,7 @@ from pyro_vae._utils.data import DataTensors, rows_like
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
@@ -286,8 +287,9 @@ def fit(
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
+            pair.check_regressions(evaluator.elbo)
             evaluator.bound, evaluator.plate = pair.bound, pair.plate
-            with evaluation_mode(model, guide):
+            with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
         rate = lr.begin() if isinstance(lr, Plateau) else lr
         step = _make_step(
@@ -367,7 +369,7 @@ def evaluate(
         pair = pair or ModelGuide(model, guide, tensors.whole(), plate)
         pair.check_data_plate()
         pair.check_elbo(evaluator.elbo)
-        evaluator.bound, evaluator.plate = pair.bound, pair.plate
+        evaluator.guide, evaluator.bound, evaluator.plate = pair.guide, pair.bound, pair.plate
         with seeded(seed), pyro.validation_enabled():
             return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
 
@@ -446,5 +448,5 @@ def _evaluate_held_out(
     evaluator: ElboEvaluator, pair: ModelGuide, seed: int, stream: Stream | None
 ) -> dict[str, float]:
     """Evaluate with random numbers of a stream of its own, so that validation does not change the run."""
-    with seeded(seed), evaluation_mode(pair.model, pair.guide):
+    with seeded(seed), every_row(), evaluation_mode(pair.model, pair.guide):
         return _terms(evaluator, pair, "validation", stream, 1, seed)
