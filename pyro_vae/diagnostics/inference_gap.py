@@ -4,6 +4,9 @@ r"""The inference gap of a guide, split into the gap of its family (approximatio
           + \underbrace{\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)}_{\text{amortization}},
 
 with :math:`q^*` the best member of q's family for each datum, found by refining q for each datum separately.
+
+Where a datum has no latents of its own, as with global latents, there is the gap of each cell of the plates that all
+sites share, or of all data together, and no such split.
 """
 
 from contextlib import suppress
@@ -15,16 +18,16 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
-from pyro_vae._utils.display import Result, Table, count_of
+from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.arguments import any_arguments
-from pyro_vae.diagnostics.refinement import refine
+from pyro_vae.diagnostics.refinement import RefinementError, refine
 from pyro_vae.distributions.properties import without_independent
-from pyro_vae.evidence.importance_sampling import log_evidence
+from pyro_vae.evidence.importance_sampling import Evidence, cell_densities, cell_plates, log_evidence
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity
@@ -37,29 +40,37 @@ __all__ = ["InferenceGap", "inference_gap"]
 class InferenceGap(Result):
     r"""The result of :func:`inference_gap`, in nats, ``(N,)`` each.
 
+    Where a datum has no latents of its own, N is the number of cells of ``plates``, and 1 for all data together.
+
     Attributes:
         log_evidence: log p(x), exact or an estimate that is in expectation a lower bound.
         log_evidence_error: its standard error; 0 if it is exact.
         elbo: the ELBO of the guide.
         elbo_error: its standard error; 0 if it is exact.
-        refined_elbo: the ELBO of the guide refined for each datum.
-        amortization_error: standard error of ``amortization``, with the same noise for q and q*.
+        refined_elbo: the ELBO of the guide refined for each datum; ``None`` without a split.
+        amortization_error: standard error of ``amortization``, with the same noise for q and q*, or ``None``.
         is_exact: whether ``log_evidence`` is exact.
         rows: the index of each datum; :func:`pyro_vae.inspect` takes a subset and sets their indices among all data.
-        refined: the refined guide, a Pyro guide of these data.
+        refined: the refined guide, a Pyro guide of these data, or ``None``.
         steps: steps of the refinement; 0 if a refined guide was given.
+        plates: the names of the plates whose cells the numbers are of; ``None`` for data, ``()`` for all data together.
+        evidence: the importance-weighted estimate, with its k̂; ``None`` if log p(x) is exact.
+        why_no_split: why there is no approximation and amortization; empty if there are.
     """
 
     log_evidence: Tensor
     log_evidence_error: Tensor
     elbo: Tensor
     elbo_error: Tensor
-    refined_elbo: Tensor
-    amortization_error: Tensor
+    refined_elbo: Tensor | None
+    amortization_error: Tensor | None
     is_exact: bool
     rows: Tensor
-    refined: Function
+    refined: Function | None
     steps: int = 0
+    plates: tuple[str, ...] | None = None
+    evidence: Evidence | None = None
+    why_no_split: str = ""
 
     @property
     def worst(self) -> tuple[float, int]:
@@ -73,14 +84,14 @@ class InferenceGap(Result):
         return self.log_evidence - self.elbo
 
     @property
-    def approximation(self) -> Tensor:
-        r""":math:`\log p(x) - \mathrm{ELBO}(q^*)`: the gain of a richer family."""
-        return self.log_evidence - self.refined_elbo
+    def approximation(self) -> Tensor | None:
+        r""":math:`\log p(x) - \mathrm{ELBO}(q^*)`: the gain of a richer family; ``None`` without a split."""
+        return None if self.refined_elbo is None else self.log_evidence - self.refined_elbo
 
     @property
-    def amortization(self) -> Tensor:
-        r""":math:`\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)`: the gain of a larger network or longer training."""
-        return self.refined_elbo - self.elbo
+    def amortization(self) -> Tensor | None:
+        r""":math:`\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)`: the gain of a larger network or a longer fit, or ``None``."""
+        return None if self.refined_elbo is None else self.refined_elbo - self.elbo
 
     @property
     def _refinement(self) -> str:
@@ -89,43 +100,77 @@ class InferenceGap(Result):
             f"refined by {count_of(self.steps, 'step')} for each datum" if self.steps else "a refined guide, as given"
         )
 
-    def _line(self) -> str:
-        least = "" if self.is_exact else "at least "
+    @property
+    def _least(self) -> str:
+        return "" if self.is_exact else "at least "
+
+    @property
+    def _kind(self) -> str:
+        """How log p(x) was computed."""
+        if self.is_exact:
+            return "exact"
+        return f"importance-weighted from {'q' if self.refined_elbo is None else 'q*'}, in expectation a lower bound"
+
+    @property
+    def _trust(self) -> str:
+        """Whether the estimate of log p(x) is reliable, where it is one number or a few."""
+        if self.evidence is None or not self.why_no_split or not self.evidence.unreliable.any():
+            return ""
+        return f"{self.evidence.unreliable_share}: log p(x) may be higher, by an unknown amount"
+
+    def _largest(self, words: str = "the largest gap is") -> str:
         largest, row = self.worst
-        return (
-            f"the ELBO is {least}{self.gap.mean().item():.3f} nats per datum below log p(x): approximation "
-            f"{self.approximation.mean().item():.3f} + amortization {self.amortization.mean().item():.3f}; the largest "
-            f"gap is {largest:.3f}, of datum {row}; {count_of(len(self.gap), 'datum', 'data')}"
-        )
+        name = "datum" if self.plates is None else "cell"
+        return f"{words} {largest:.3f}, of {name} {row}" if len(self.gap) > 1 else ""
+
+    def _line(self) -> str:
+        gap = f"the ELBO is {self._least}{self.gap.mean().item():.3f} nats {per_cell(self.plates)} below log p(x)"
+        if self.approximation is not None and self.amortization is not None:
+            gap += (
+                f": approximation {self.approximation.mean().item():.3f} + amortization "
+                f"{self.amortization.mean().item():.3f}"
+            )
+        gap += f"; {self._largest()}" if len(self.gap) > 1 else ""
+        counted = count_of(len(self.gap), "datum", "data") if self.plates is None else count_of(len(self.gap), "cell")
+        return gap if self.plates == () else f"{gap}; {counted}"
 
     def _table(self) -> Table:
-        least = "" if self.is_exact else "at least "
-        worst, row = self.worst
-        rows = [
-            ("inference gap, log p(x) − ELBO", f"{least}{self.gap.mean().item():.3f}"),
-            ("approximation gap, due to the family of q", f"{least}{self.approximation.mean().item():.3f}"),
-            ("amortization gap, due to the network of q", f"{self.amortization.mean().item():.3f}"),
-            ("largest inference gap of a datum", f"{worst:.3f} (datum {row})"),
-        ]
-        kind = "exact" if self.is_exact else "estimated by importance sampling from q*"
-        data = count_of(len(self.gap), "datum", "data")
-        note = (
-            f"In nats per datum, over {data}. The best q of the family, q*, is {self._refinement}. log p(x) is {kind}."
-        )
+        rows = [("inference gap, log p(x) − ELBO", f"{self._least}{self.gap.mean().item():.3f}")]
+        note = f"In nats {per_cell(self.plates)}."
+        if self.approximation is not None and self.amortization is not None:
+            approximation, amortization = (part.mean().item() for part in (self.approximation, self.amortization))
+            rows += [
+                ("approximation gap, due to the family of q", f"{self._least}{approximation:.3f}"),
+                ("amortization gap, due to the network of q", f"{amortization:.3f}"),
+            ]
+            data = count_of(len(self.gap), "datum", "data")
+            note = f"In nats per datum, over {data}. The best q of the family, q*, is {self._refinement}."
+        else:
+            rows.append(("ELBO", f"{self.elbo.mean().item():.3f}"))
+        if len(self.gap) > 1:
+            name, (worst, row) = "datum" if self.plates is None else "cell", self.worst
+            rows.append((f"largest inference gap of a {name}", f"{worst:.3f} ({name} {row})"))
+        kind = self._kind if self.why_no_split or self.is_exact else "estimated by importance sampling from q*"
+        note = f"{note} log p(x) is {kind}." + (f" {self._trust}." if self._trust else "")
+        if self.why_no_split:
+            note += f" There is no split into approximation and amortization: {self.why_no_split}."
         return Table(("quantity", "value"), rows, note)
 
     def __str__(self) -> str:
-        kind = "exact" if self.is_exact else "importance-weighted from q*, in expectation a lower bound"
-        least = "" if self.is_exact else ", at least"
-        largest, row = self.worst
-        lines = (
-            f"log p(x) {_mean(self.log_evidence, self.log_evidence_error)} nats per datum, {kind}",
+        least, largest = "" if self.is_exact else ", at least", self._largest("; the largest")
+        lines = [
+            f"log p(x) {_mean(self.log_evidence, self.log_evidence_error)} nats {per_cell(self.plates)}, {self._kind}",
             f"ELBO {_mean(self.elbo, self.elbo_error)}",
-            f"gap {self.gap.mean().item():.3f}{least}; the largest {largest:.3f}, of datum {row}",
+            f"gap {self.gap.mean().item():.3f}{least}{largest}",
+        ]
+        if self.approximation is None or self.amortization is None or self.amortization_error is None:
+            lines += [self._trust] if self._trust else []
+            return "\n".join([*lines, f"no split into approximation and amortization: {self.why_no_split}"])
+        lines += [
             f"  = approximation {self.approximation.mean().item():.3f}{least} (of the family of q)",
             f"  + amortization {_mean(self.amortization, self.amortization_error)} (of the network of q)",
             f"q* is {self._refinement}",
-        )
+        ]
         return "\n".join(lines)
 
 
@@ -160,10 +205,14 @@ def inference_gap(
     log p(x) is importance-weighted from q*, in expectation a lower bound, and so are the gap and the approximation. If
     the refinement has not converged, for want of ``steps``, the amortization is too small, the approximation too large.
 
+    The split needs latents of each datum, in one data plate, and a guide that can be refined. Otherwise the result has
+    the gap alone, with the reason: for each datum, each cell of the plates that all sites share, or all data together,
+    as where a latent is global. Then log p(x), where it is not exact, is importance-weighted from q.
+
     Args:
-        model: a Pyro model with one data plate, as the rightmost dimension, that holds all its sites.
-        guide: its guide; given x, its latent sites must be independent.
-        data: arguments of both, N rows. All are refined at once: some hundreds are enough for the mean.
+        model: a Pyro model.
+        guide: its guide; for the split, its latent sites must be independent, given x.
+        data: arguments of both. All rows are refined at once: some hundreds are enough for the mean.
         refined: q*, a guide of these data that is refined already, in place of a refinement here.
         steps: steps of Adam. On VAEs of 64 pixels with a trained encoder, the default of 300 steps of 16 draws reaches
             the ELBO of 1000 steps of 32 draws to 0.001 nats, in a quarter of the time; see ``lr`` for a guide that
@@ -178,7 +227,8 @@ def inference_gap(
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
     Raises:
-        ValueError: if model and guide are not of this form, or the guide cannot be refined.
+        ValueError: if the guide has a point for a latent, the likelihood is not normalised, or a refined guide is given
+            where there is no split.
         FloatingPointError: if a gradient of the refinement is not finite.
 
     Source: Cremer, Li and Duvenaud 2018, "Inference suboptimality in variational autoencoders"; Roeder, Wu and Duvenaud
@@ -197,40 +247,92 @@ def inference_gap(
     tolerance = None if tolerance is None else positive(tolerance, "tolerance")
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
+    if refined is not None:
+        function(refined, "refined")
     with seeded(seed), progress_bar("inference_gap", progress, stages=("refinement", "log p(x)", "ELBO")) as bar:
         with torch.no_grad():
-            p = ModelDensity(ModelGuide(model, guide, data, plate))
-            q = GuideDensity(p)
+            p, q = cell_densities(ModelGuide(model, guide, data, plate))
+        why_not = _why_no_split(p)
+        if why_not and refined is not None:
+            raise ValueError(f"`refined` must be left out where there is no split: {why_not}")
         if refined is None:
             bar.begin("refinement")
-            refined = refine(q, steps, lr, num_particles)
+            try:
+                refined = None if why_not else refine(q, steps, lr, num_particles)
+            except RefinementError as error:
+                why_not = str(error)
         else:
             steps = 0
-        function(refined, "refined")
         with torch.no_grad():
-            best = GuideDensity(ModelDensity(ModelGuide(model, refined, data, plate)))
             bar.begin("log p(x)")
-            log_p, log_p_error, is_exact = _exact_log_evidence(p, tolerance), p.zeros(), True
+            log_p, log_p_error, evidence = _exact_log_evidence(p, tolerance), p.zeros(), None
             if log_p is None:
-                estimate = log_evidence(model, refined, *data, num_samples=num_samples, plate=plate, seed=seed)
-                log_p, log_p_error, is_exact = estimate.log_evidence, estimate.standard_error, False
+                proposal = guide if refined is None else refined
+                evidence = log_evidence(model, proposal, *data, num_samples=num_samples, plate=plate, seed=seed)
+                log_p, log_p_error = evidence.log_evidence.flatten(), evidence.standard_error.flatten()
             bar.begin("ELBO")
-            elbos = _elbos(q, best, log_p, num_samples, seed, tolerance)
-    rows = torch.arange(p.num_data, device=p.data[0].device)
-    log_p, log_p_error, elbo, elbo_error, best_elbo, error = (t.to(p.dtype) for t in (log_p, log_p_error, *elbos))
-    return InferenceGap(log_p, log_p_error, elbo, elbo_error, best_elbo, error, is_exact, rows, refined, steps)
+            if refined is None:
+                elbo, elbo_error = _elbo(q, log_p, num_samples, seed, tolerance)
+                refined_elbo = amortization_error = None
+            else:
+                best = GuideDensity(ModelDensity(ModelGuide(model, refined, data, plate)))
+                elbos = _elbos(q, best, log_p, num_samples, seed, tolerance)
+                elbo, elbo_error, refined_elbo, amortization_error = (each.to(p.dtype) for each in elbos)
+    return InferenceGap(
+        log_evidence=log_p.to(p.dtype),
+        log_evidence_error=log_p_error.to(p.dtype),
+        elbo=elbo.to(p.dtype),
+        elbo_error=elbo_error.to(p.dtype),
+        refined_elbo=refined_elbo,
+        amortization_error=amortization_error,
+        is_exact=evidence is None,
+        rows=torch.arange(p.num_data, device=p.data[0].device),
+        refined=refined,
+        steps=0 if refined is None else steps,
+        plates=cell_plates(p),
+        evidence=evidence,
+        why_no_split=why_not,
+    )
+
+
+def _why_no_split(p: ModelDensity) -> str:
+    """Why the gap is not that of a family and of a network for each datum; empty if it is."""
+    if p.by_rows:
+        return ""
+    if p.pair.eliminated:
+        return f"the guide leaves out {p.pair.eliminated}, which are summed out"
+    if outside := [name for name in p.latents if not p.pair.is_local(p.latents[name])]:
+        return f"q of {outside}, latents of many data, is fitted to them together"
+    return "not every datum has a q(z|x) of its own in one data plate, the rightmost dimension"
 
 
 def _exact_log_evidence(p: ModelDensity, tolerance: float | None) -> Tensor | None:
-    if tolerance is None and not p.is_discrete and linear_gaussian(p) is None:
+    if tolerance is None and p.by_rows and not p.is_discrete and linear_gaussian(p) is None:
         return None
     with suppress(ValueError, exact.QuadratureError):
-        return exact.log_evidence(p.model, *p.data, plate=p.plate, **_options(tolerance))
+        return _by_cell(p, exact.log_evidence(p.model, *p.data, plate=p.plate, **_options(tolerance)))
     return None
+
+
+def _by_cell(p: ModelDensity, exactly: Tensor) -> Tensor | None:
+    """Exact numbers for the cells of the densities, which may be coarser than those of the model alone."""
+    if exactly.numel() == p.num_data:
+        return exactly.flatten()
+    return exactly.sum().reshape(1) if p.num_data == 1 else None
 
 
 def _options(tolerance: float | None) -> dict[str, Any]:
     return {} if tolerance is None else {"tolerance": tolerance}
+
+
+def _elbo(
+    q: GuideDensity, log_p: Tensor, num_samples: int, seed: int, tolerance: float | None
+) -> tuple[Tensor, Tensor]:
+    """The ELBO of q, with its error, ``(N,)`` each."""
+    if (elbo := _exact_elbo(q, log_p, tolerance)) is not None:
+        return elbo, torch.zeros_like(elbo)
+    terms = _elbo_terms(q, num_samples, seed)
+    return terms.mean(0), terms.std(0) / num_samples**0.5
 
 
 def _elbos(
@@ -248,6 +350,10 @@ def _elbos(
 
 def _exact_elbo(q: GuideDensity, log_p: Tensor, tolerance: float | None) -> Tensor | None:
     p = q.p
+    if not p.by_rows:
+        with suppress(ValueError, exact.QuadratureError):
+            return _by_cell(p, exact.elbo(p.model, q.guide, *p.data, plate=p.plate, **_options(tolerance)))
+        return None
     linear = linear_gaussian(p)
     if linear is not None and (normal := _as_multivariate_normal(q.site()["fn"])) is not None:
         return log_p - kl_divergence(normal, linear.posterior())

@@ -17,18 +17,22 @@ from pyro_vae.parts.base import Conditional
 from pyro_vae.training.schedules import decayed
 from pyro_vae.vae import VAE
 
-__all__ = ["refine"]
+__all__ = ["RefinementError", "refine"]
 
 Build = Callable[[list[Tensor]], Any]
 """A function from parameters to a distribution."""
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
 
 
+class RefinementError(ValueError):
+    """A guide that has no free parameters for each datum."""
+
+
 def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Function:
     """Train free parameters for each datum on its ELBO, starting from the guide's, and return the refined guide.
 
-    Draws come from the current random stream. Raise ``ValueError`` if the guide is no product of latents whose
-    distributions can be rebuilt from free parameters, and ``FloatingPointError`` if a gradient is not finite.
+    Draws come from the current random stream. Raise :class:`RefinementError` if the guide is no product of latents
+    whose distributions can be rebuilt from free parameters, and ``FloatingPointError`` if a gradient is not finite.
     """
     families = _families(q)
     parameters = {name: start for name, (start, _) in families.items()}
@@ -108,8 +112,8 @@ def _states(fns: dict[str, Any]) -> Values:
     return {name: support[grid[:, place]] for place, (name, support) in enumerate(zip(fns, supports, strict=True))}
 
 
-def _cannot_refine(expected: str, got: str) -> ValueError:
-    return ValueError(
+def _cannot_refine(expected: str, got: str) -> RefinementError:
+    return RefinementError(
         f"`guide` must have {expected}, got {got}. Refine the guide yourself (for a VAE: "
         "guides.PerDatum.refining(encoder, x), fitted with a frozen decoder), and pass it as `refined`"
     )

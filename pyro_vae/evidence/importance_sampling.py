@@ -109,6 +109,14 @@ class Evidence(Result):
         """Whether k̂ plus its error is above :attr:`reliable_khat`, or unknown from too few draws, ``(N,)``."""
         return ~(self.khat + self.khat_error <= self.reliable_khat)
 
+    @property
+    def unreliable_share(self) -> str:
+        """In words, of how many estimates k̂ is too high; of one estimate, its k̂."""
+        if self.khat.numel() == 1:
+            return f"k̂ is {float(self.khat):.2f}, plus its error above {self.reliable_khat:.2f}"
+        share = self.unreliable.double().mean().item()
+        return f"k̂ plus its error is above {self.reliable_khat:.2f} for {share:.0%} of the {self._over.split()[-1]}"
+
     def _line(self) -> str:
         draws = count_of(self.num_samples, "draw")
         if self.plates == ():

@@ -259,3 +259,110 @@ def test_sums_and_closed_forms_need_no_quadrature():
     linear, x = linear_vae(guides.DiagonalNormal), data(5)
     for vae, rows in ((linear, x), (bits(2), x[:, :2].float())):
         assert pv.inference_gap(vae.model, vae.guide, rows, steps=5, tolerance=None).is_exact
+
+
+def mean_model(x):
+    """A global mean; p(mean | x) is normal, of precision 1/4 + N."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def mean_guide(x):
+    pyro.sample("mean", dist.Normal(x.sum() / (0.25 + len(x)) + 0.2, 0.5))
+
+
+X = torch.linspace(-1, 2, 6)
+EVIDENCE = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 4.0).log_prob(X)
+GAP = torch.distributions.kl_divergence(dist.Normal(0.2, 0.5), dist.Normal(0.0, 6.25**-0.5))
+
+
+def test_a_global_latent_has_one_exact_gap_of_all_data_and_no_split():
+    found = pv.inference_gap(mean_model, mean_guide, X)
+    torch.testing.assert_close(found.log_evidence, EVIDENCE[None], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.gap, GAP[None], rtol=0, atol=1e-4)
+    assert (found.is_exact, found.plates, found.evidence) == (True, (), None)
+    assert (found.approximation, found.amortization, found.refined, found.steps) == (None, None, None, 0)
+    assert found.why_no_split == "q of ['mean'], latents of many data, is fitted to them together"
+    assert f"log p(x) {EVIDENCE:.3f} ± 0.000 nats of all data, exact" in str(found)
+    assert str(found).endswith(f"no split into approximation and amortization: {found.why_no_split}")
+    assert repr(found) == f"InferenceGap(the ELBO is {GAP:.3f} nats of all data below log p(x))"
+    assert "There is no split" in found._repr_html_()
+
+
+def test_without_an_exact_answer_the_gap_of_all_data_is_importance_weighted_with_its_reliability(monkeypatch):
+    monkeypatch.setattr(inference_gap, "_exact_log_evidence", lambda p, tolerance: None)
+    monkeypatch.setattr(inference_gap, "_exact_elbo", lambda *_: None)
+    found = pv.inference_gap(mean_model, mean_guide, X, num_samples=4000)
+    assert abs(found.gap - GAP) < SURE * (found.log_evidence_error**2 + found.elbo_error**2) ** 0.5
+    assert not found.is_exact
+    assert float(found.evidence.khat) < 0.5
+    assert "importance-weighted from q, in expectation a lower bound" in str(found)
+    assert "k̂" not in str(found)
+
+    def far(x):
+        pyro.sample("mean", dist.Normal(4.0, 0.05))
+
+    found = pv.inference_gap(mean_model, far, X)
+    assert found.evidence.unreliable.all()
+    assert f"k̂ is {float(found.evidence.khat):.2f}, plus its error above" in str(found)
+    assert "log p(x) may be higher, by an unknown amount" in found._repr_html_()
+
+
+def test_groups_have_a_gap_each():
+    def model(x):
+        with pyro.plate("group", x.shape[1], dim=-1):
+            mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+            with pyro.plate("data", len(x), dim=-2):
+                pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("group", x.shape[1], dim=-1):
+            pyro.sample("mean", dist.Normal(x.sum(0) / 6.25 + torch.tensor([0.0, 0.1, 0.4]), 0.4))
+
+    found = pv.inference_gap(model, guide, X[:, None] + torch.arange(3))
+    shifts = torch.tensor([0.0, 0.1, 0.4])
+    torch.testing.assert_close(found.gap, 6.25 * shifts**2 / 2, rtol=0, atol=1e-4)
+    assert (found.plates, found.worst[1]) == (("group",), 2)
+    assert "nats per cell of 'group'" in str(found)
+    assert "of cell 2" in repr(found)
+
+
+def test_a_latent_that_is_summed_out_is_exact_or_estimated_like_others():
+    """A mixture of two normals of a global mean of each: its exact number is a quadrature over both by hand."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 0.3).to_event(1))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Normal(loc[c], 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("loc", dist.Normal(torch.tensor([-0.9, 1.1]), 0.27).to_event(1))
+
+    grid, step = torch.linspace(-3, 3, 301).double(), 6 / 300
+    loc = torch.cartesian_prod(grid, grid)
+    mixture = dist.Normal(loc[:, None], 1.0).log_prob(X[:, None]) + torch.tensor([0.4, 0.6]).log()
+    log_joint = mixture.logsumexp(-1).sum(-1) + dist.Normal(torch.tensor([-1.0, 1.0]), 0.3).log_prob(loc).sum(-1)
+    expected = (log_joint.logsumexp(0) + 2 * torch.tensor(step).log()).item()
+    found = pv.inference_gap(model, guide, X, num_samples=4000)
+    assert abs(found.log_evidence.item() - expected) < SURE * found.log_evidence_error.item() + 1e-3
+    assert found.why_no_split == "the guide leaves out ['c'], which are summed out"
+
+
+def test_a_guide_that_cannot_be_refined_has_the_gap_without_a_split_and_the_reason():
+    def dependent(x):
+        with pyro.plate("data", len(x)):
+            kind = pyro.sample("kind", dist.Bernoulli(logits=x[:, 0] - 1))
+            pyro.sample("z", dist.Normal(x[:, 1] - kind / 4, 0.6))
+
+    x = torch.tensor([[0.1, 0.3], [2.4, 0.2], [1.2, 0.4], [-1.0, -0.8]])
+    found = pv.inference_gap(mixed_model, dependent, x, num_samples=5000)
+    assert ((found.log_evidence - mixed_evidence(x)).abs() < SURE * found.log_evidence_error + 1e-3).all()
+    assert found.why_no_split.startswith("`guide` must have latents that are independent given x")
+    assert (found.plates, found.gap.shape, found.approximation) == (None, (4,), None)
+
+
+def test_a_refined_guide_needs_a_split():
+    with pytest.raises(ValueError, match="`refined` must be left out where there is no split: q of "):
+        pv.inference_gap(mean_model, mean_guide, X, refined=mean_guide)

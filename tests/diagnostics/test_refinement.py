@@ -1,5 +1,7 @@
 """Distributions rebuilt from free parameters are unchanged, and guides that cannot be refined raise."""
 
+import re
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -58,16 +60,22 @@ NORMAL = dist.Normal(0.0, 1.0)
 UNREFINABLE = {
     "chained": (model_of(z=NORMAL, kind=dist.Bernoulli(0.4)), chained_guide,
         r"`guide` must have .*independent.*got \['kind', 'z'\].*`refined`"),
-    "poisson": (model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp())),
+    "poisson": (model_of(z=dist.Poisson(2.0)), guide_of(lambda x: dist.Poisson(x[:, 0].exp() + 1)),
         "`guide` must have .*enumerated, got 'z'.*`refined`"),
     "transformed": (model_of(z=NORMAL), guide_of(affine),
         "`guide` must have .*rebuilt.*got a TransformedDistribution for 'z'.*`refined`"),
-    "point": (model_of(z=NORMAL), guide_of(lambda x: dist.Delta(x[:, 0])),
-        "`guide` must have a density for .*, got a point .* for 'z'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "guide", "message"), UNREFINABLE.values(), ids=UNREFINABLE.keys())
-def test_a_guide_that_cannot_be_refined_raises(model, guide, message):
-    with pytest.raises(ValueError, match=message):
-        pv.inference_gap(model, guide, torch.randn(5, 2))
+def test_a_guide_that_cannot_be_refined_has_no_split_and_the_reason(model, guide, message):
+    found = pv.inference_gap(model, guide, torch.randn(5, 2))
+    assert re.match(message, found.why_no_split)
+    assert (found.approximation, found.amortization, found.refined) == (None, None, None)
+    assert found.gap.isfinite().all()
+
+
+def test_a_point_has_no_gap():
+    guide = guide_of(lambda x: dist.Delta(x[:, 0]))
+    with pytest.raises(ValueError, match="`guide` must have a density for .*, got a point .* for 'z'"):
+        pv.inference_gap(model_of(z=NORMAL), guide, torch.randn(5, 2))
