@@ -106,6 +106,29 @@ def groups_of_sequences(x):
             pyro.sample(f"x_{t}", dist.Normal(MEANS[z] + g, 0.4), obs=x[:, t])
 
 
+def plate_without_a_size(x):
+    with pyro.plate("data"):
+        a = pyro.sample("a", dist.Categorical(TRANSITION[0]).expand([len(x)]))
+        b = pyro.sample("b", dist.Categorical(TRANSITION[a]))
+        pyro.sample("x", dist.Normal(MEANS[b], 0.4), obs=x)
+
+
+def expanded_states(x):
+    """Code that needs the states to have as many rows as the data."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Categorical(TRANSITION[0]), infer={"enumerate": "parallel", "expand": True})
+        b = pyro.sample("b", dist.Categorical(TRANSITION[a]), infer={"enumerate": "parallel", "expand": True})
+        pyro.sample("x", dist.Normal(MEANS[b], 0.4), obs=x)
+
+
+def second_order(x):
+    first = second = torch.tensor(0)
+    for t in pyro.markov(range(len(x)), history=2):
+        probs = (TRANSITION[first] + TRANSITION[second]) / 2
+        second, first = first, pyro.sample(f"z_{t}", dist.Categorical(probs))
+        pyro.sample(f"x_{t}", dist.Normal(MEANS[first], 0.5), obs=x[t])
+
+
 def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -121,6 +144,9 @@ PROGRAMS = {
     "sequential plate": (sequential_plate, (numbers(4),)),
     "one state": (one_state, (numbers(3),)),
     "one-hot": (one_hot, (numbers(4),)),
+    "plate without a size": (plate_without_a_size, (numbers(2),)),
+    "expanded states": (expanded_states, (numbers(2),)),
+    "second order": (second_order, (numbers(4),)),
     "groups of sequences": (groups_of_sequences, (numbers(2, 2),)),
 }
 

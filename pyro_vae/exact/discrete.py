@@ -18,7 +18,7 @@ from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.validation import describe
-from pyro_vae.distributions.properties import is_masked
+from pyro_vae.distributions.properties import is_masked, is_point
 from pyro_vae.draws import PerDraw
 from pyro_vae.exact.elimination import (
     EliminationError,
@@ -71,7 +71,9 @@ class DiscreteModel:
         The states of one latent are summed over in chunks, since there may be many, as in a product of variables.
         """
         latents = pair.latents.values()
-        if not latents or not pair.observed or not all(site["fn"].has_enumerate_support for site in latents):
+        enumerable = [site for site in latents if site["fn"].has_enumerate_support]
+        functions = [site for site in latents if is_point(site["fn"])]
+        if not enumerable or not pair.observed or len(enumerable) + len(functions) < len(latents):
             return False
         sites = (*latents, *pair.observed.values())
         plates = {tuple((frame.name, frame.dim) for frame in site["cond_indep_stack"]) for site in sites}
@@ -167,8 +169,12 @@ class _FactorReader:
         self.pair, self.owner, self.masked = pair, owner, masked
         self.run, self.trace = (pair.model, pair.model_trace) if owner == "model" else (pair.guide, pair.guide_trace)
         latents = latent_sites(self.trace)
-        self.sites = latents | (observed_sites(self.trace) if owner == "model" else {})
-        self.latents = {name: read_latent(site) for name, site in latents.items()}
+        observed = observed_sites(self.trace) if owner == "model" else {}
+        nodes: dict[str, Any] = dict(self.trace.nodes)
+        self.sites = {name: site for name, site in nodes.items() if name in latents or name in observed}
+        # Others are points, functions of these: `Delta` sites, which each run makes again.
+        summed = {name: site for name, site in latents.items() if site["fn"].has_enumerate_support}
+        self.latents = {name: read_latent(name, site) for name, site in summed.items()}
         frames = [frame for site in self.sites.values() for frame in site["cond_indep_stack"]]
         self.sizes = {frame.name: frame.size for frame in frames}
 
@@ -212,8 +218,11 @@ class _FactorReader:
             found = self.pair.origins(self.owner)
         except Exception:  # code that takes plain tensors alone
             return None
-        own = {name: frozenset({name}) & self.latents.keys() for name in self.sites}
-        return {name: (found[name] & self.latents.keys()) | own[name] for name in self.sites}
+        origins: dict[str, frozenset[str]] = {}
+        for name in self.sites:  # in the order of the run, so that points are seen before what depends on them
+            through = (origins.get(other, frozenset()) for other in found[name] - self.latents.keys())
+            origins[name] = (found[name] | {name}) & self.latents.keys() | frozenset().union(*through)
+        return origins
 
     def _known_origins(self) -> dict[str, frozenset[str]]:
         if self._origins is None:

@@ -170,18 +170,46 @@ def read_factors(trace: Trace, masked: bool = False) -> Factors:
 
     With ``masked`` the masks of its latents count, see :func:`site_log_density`.
     """
+    stacks = {name: site.get("cond_indep_stack") for name, site in trace.nodes.items()}
     set_plate_sizes(trace)
     latents = latent_sites(trace)
     dims = {name: site["infer"].get("_enumerate_dim") for name, site in latents.items()}
     summed = {name: dim for name, dim in dims.items() if dim is not None}
     ids = {latents[name]["infer"]["_dim_to_id"][dim]: name for name, dim in summed.items()}
-    sites = latents | observed_sites(trace)
+    observed = observed_sites(trace)
+    nodes: dict[str, Any] = dict(trace.nodes)
+    sites = {name: site for name, site in nodes.items() if name in latents or name in observed}
     sizes = {frame.name: frame.size for site in sites.values() for frame in _frames(site)}
+    found: dict[str, Latent] = {}
     factors = {}
     for name, site in sites.items():
+        log = site_log_density(site, name in summed and not masked)
         own = {dim: ids[id_] for dim, id_ in site["infer"].get("_dim_to_id", {}).items() if id_ in ids}
-        factors[name] = named_factor(name, site_log_density(site, name in summed and not masked), site, own)
-    return Factors(factors, {name: read_latent(latents[name], dim) for name, dim in summed.items()}, sizes)
+        _restore_plates(site, stacks[name], sizes, [found[own[dim]] for dim in _used(log) if own.get(dim) in found])
+        if name in summed:
+            found[name] = read_latent(name, site, summed[name])
+        factors[name] = named_factor(name, log, site, own)
+    return Factors(factors, found, sizes)
+
+
+def _restore_plates(site: Any, stack: Any, sizes: dict[str, int], parents: Iterable[Latent]) -> None:
+    """Give a site the plates without a size that it shares with a latent on which it depends.
+
+    Its distribution has no dimension for their rows if it has one for the states of the latent alone.
+    """
+    inside = {plate for latent in parents for plate in latent.plates}
+    kept = {frame.name for frame in site["cond_indep_stack"]}
+    frames = []
+    for frame in stack:
+        if frame.name in kept or frame.name in inside:
+            size = sizes.get(frame.name, frame.size)
+            frames.append(frame._replace(size=size, full_size=size) if frame.size == -1 else frame)
+    site["cond_indep_stack"] = tuple(frames)
+
+
+def _used(log: Tensor) -> list[int]:
+    """The dimensions of a log-density that have more than one place."""
+    return [dim for dim in range(-log.dim(), 0) if log.shape[dim] > 1]
 
 
 def site_log_density(site: dict[str, Any], summed: bool) -> Tensor:
@@ -204,7 +232,7 @@ def named_factor(name: str, log: Tensor, site: dict[str, Any], latents: Mapping[
     """Name the dimensions of a log-density: plates of the site, and latents by dimension."""
     frames = _frames(site)
     names = dict(latents) | {frame.dim or 0: frame.name for frame in frames}
-    used = [dim for dim in range(-log.dim(), 0) if log.shape[dim] > 1]
+    used = _used(log)
     if unknown := [dim for dim in used if dim not in names]:
         raise ValueError(
             f"`model` must have densities with a dimension for each plate around a site alone, got the shape "
@@ -219,11 +247,16 @@ def _frames(site: dict[str, Any]) -> list[CondIndepStackFrame]:
     return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim or 0)
 
 
-def read_latent(site: dict[str, Any], dim: int | None = None) -> Latent:
+def read_latent(name: str, site: dict[str, Any], dim: int | None = None) -> Latent:
     """Read a latent that has its states in a dimension of its value, or one of a run without enumeration."""
     fn, frames = site["fn"], _frames(site)
     if dim is None:
-        states = fn.enumerate_support(expand=False)
+        try:
+            states = fn.enumerate_support(expand=False)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"`model` must have discrete latents of which every cell has the same states, got {name!r}: {error}"
+            ) from error
         states = states.reshape(len(states), 1, *fn.event_shape)
     else:
         dim -= fn.event_dim

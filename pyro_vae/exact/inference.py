@@ -30,7 +30,7 @@ from pyro_vae._utils.traces import log_density, summed_to
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
 from pyro_vae.arguments import any_arguments
-from pyro_vae.distributions.properties import base_support, without_independent
+from pyro_vae.distributions.properties import base_support, is_point, without_independent
 from pyro_vae.exact.discrete import DiscreteModel
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
@@ -218,11 +218,12 @@ def kl(
 
 def _discrete_model(pair: ModelGuide) -> DiscreteModel | None:
     """The model, if its latents are summed out by elimination."""
-    discrete = [name for name, site in pair.latents.items() if site["fn"].has_enumerate_support]
-    if others := [name for name in pair.latents if discrete and name not in discrete]:
+    finite = [name for name, site in pair.latents.items() if site["fn"].has_enumerate_support]
+    others = [name for name, site in pair.latents.items() if name not in finite and not is_point(site["fn"])]
+    if finite and others:
         raise ValueError(
-            f"`model` must have latents that are all discrete, or all continuous, got the discrete {discrete} and "
-            f"{others}; use pv.log_evidence with a guide of {others}, which sums over the discrete ones"
+            f"`model` must have latents that all have finitely many states, or none that has, got {finite} with such "
+            f"states and {others} without; use pv.log_evidence with a guide of {others}, which sums over the others"
         )
     return DiscreteModel(pair) if DiscreteModel.fits(pair) else None
 

@@ -74,7 +74,7 @@ def test_evidence_in_single_precision_is_as_right_as_its_densities():
     assert torch.allclose(found.double(), forward_algorithm(x, transition), rtol=1e-6)
 
 
-def second_order(x):
+def second_order_of_first(x):
     """A chain whose states depend on two states before, more than its ``pyro.markov`` allows."""
     before, z = torch.tensor(0), torch.tensor(0)
     for t in pyro.markov(range(len(x)), history=1):
@@ -101,11 +101,40 @@ def branching(x):
         pyro.sample("x", dist.Normal(2 * z, 0.5), obs=x)
 
 
-@pytest.mark.parametrize("model", [second_order, Concatenating(), branching])
+@pytest.mark.parametrize("model", [second_order_of_first, Concatenating(), branching])
 def test_code_that_cannot_be_enumerated_at_once_has_the_sum_by_hand(model):
     x = numbers(4)
     *_, log_joint = by_hand(model, (x,))
     assert torch.allclose(exact.log_evidence(model, x).sum(), log_joint.logsumexp(0))
+
+
+def test_points_are_functions_of_the_latents_that_are_summed_out():
+    def model(x):
+        a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.4, dtype=torch.float64)))
+        mean = pyro.sample("mean", dist.Delta(2 * a))
+        b = pyro.sample("b", dist.Bernoulli(0.2 + 0.3 * mean))
+        pyro.sample("x", dist.Normal(mean + b, 1.0), obs=x[0])
+
+    x, (a, b) = numbers(1), torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")
+    prior = torch.tensor([0.6, 0.4], dtype=torch.float64).log()[a] + dist.Bernoulli(0.2 + 0.6 * a.double()).log_prob(
+        b.double()
+    )
+    expected = (prior + dist.Normal(2.0 * a + b, 1.0).log_prob(x)).logsumexp((0, 1))
+    assert torch.allclose(exact.log_evidence(model, x), expected)
+    reader = discrete._FactorReader(ModelGuide(model, None, (x,)), "model")
+    assert torch.allclose(discrete.FactorGraph(reader._by_digits(reader._origins), []).log_sum(), expected)
+    assert exact.posterior(model, x).marginals.keys() == {"a", "b"}
+
+
+def test_latents_of_which_cells_have_other_states_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Binomial(torch.arange(1.0, 4.0), 0.3))
+            b = pyro.sample("b", dist.Bernoulli(0.2 + 0.1 * a))
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="of which every cell has the same states, got 'a'"):
+        exact.log_evidence(model, torch.zeros(3))
 
 
 def test_code_that_compares_the_cells_of_a_plate_is_refused():

@@ -121,7 +121,7 @@ def test_soft_targets_have_no_evidence(evidence):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (of_two_kinds, r"all discrete, or all continuous, got the discrete \['c'\] and \['z'\]; use pv.log_evidence"),
+        (of_two_kinds, r"got \['c'\] with such states and \['z'\] without; use pv.log_evidence"),
         (counts, r"discrete latents with `enumerate_support`, got 'z' without it"),
         (many_states, r"at most 65536 states together in one sum, got 16777216 states of \['a', 'b'\]"),
     ],
