@@ -61,7 +61,8 @@ def annealed_log_evidence(
     If all chains miss a mode of the posterior, its share of p(x) is missing, which neither k̂ nor the error shows.
 
     Args:
-        model, guide: as for :func:`pyro_vae.log_evidence`; latents are continuous, densities have gradients in them.
+        model, guide: as for :func:`pyro_vae.log_evidence`; some latents are continuous, and densities have gradients in
+            them. Discrete ones are summed out, of the guide, too.
         data: arguments of both.
         num_chains: K, weights of each datum. More than 20 have a k̂; up to some hundred, a prior pulls it to 1/2.
         num_temperatures: T. The error falls as T grows. The time is proportional to K × T × leapfrog steps.
@@ -88,7 +89,7 @@ def annealed_log_evidence(
     positive_int(num_chains, "num_chains")
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
-    p, q = densities(model, guide, data, plate)
+    p, q = densities(model, guide, data, plate, continuous=True)
     _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 
@@ -112,6 +113,9 @@ class _Coordinates:
 
     def __init__(self, p: ModelDensity):
         self.transforms, self.shapes, self.latents, self.layouts = {}, {}, p.latents, p.layouts
+        if not p.latents:
+            got = f"none but {p.eliminated}, which are summed out" if p.eliminated else "none"
+            raise ValueError(f"`model` must have continuous latents, got {got}; use pv.log_evidence")
         for name, site in p.latents.items():
             fn = site["fn"]
             if fn.support.is_discrete:

@@ -258,21 +258,27 @@ def log_evidence(
 
 
 def densities(
-    model: Function, guide: Function, data: Sequence[Tensor], plate: str
+    model: Function, guide: Function, data: Sequence[Tensor], plate: str, continuous: bool = False
 ) -> tuple[ModelDensity, GuideDensity]:
     """Return log p(x, z) and log q(z | x), run on as few rows as possible: their batches follow."""
     few, whole = ModelGuide.on_few_rows(model, guide, data_tensors(data, "data", model, lazy=True), plate)
     whole.check_data_plate(trains=False)
-    p, q = cell_densities(few)
+    p, q = cell_densities(few, continuous)
     return (p if few is whole else p.on_all_rows(whole)), q
 
 
-def cell_densities(pair: ModelGuide) -> tuple[ModelDensity, GuideDensity]:
-    """Return log p(x, z) and log q(z | x) of a pair, for the cells in which both have densities of their own."""
-    p = ModelDensity(pair, by_rows=bool(pair.latents) and pair.has_one_plate and not pair.eliminated)
+def cell_densities(pair: ModelGuide, continuous: bool = False) -> tuple[ModelDensity, GuideDensity]:
+    """Return log p(x, z) and log q(z | x) of a pair, for the cells in which both have densities of their own.
+
+    With ``continuous``, discrete latents are summed out of both next to continuous ones.
+    """
+    discrete = [name for name in pair.guide_latents if continuous and _is_summable(pair, name)]
+    discrete = discrete if len(discrete) < len(pair.guide_latents) else []
+    by_rows = bool(pair.latents) and pair.has_one_plate and not pair.eliminated and not discrete
+    p = ModelDensity(pair, by_rows, summed_out=discrete)
     q = GuideDensity(p)
     if not p.by_rows and not _has_independent_cells(p, q):
-        p = ModelDensity(pair, by_rows=False, units=())
+        p = ModelDensity(pair, by_rows=False, units=(), summed_out=discrete)
         q = GuideDensity(p)
     return p, q
 
@@ -281,6 +287,12 @@ def cell_plates(p: ModelDensity) -> tuple[str, ...] | None:
     """Return the names of the plates whose cells have densities of their own; ``None`` where they are the data."""
     names = tuple(frame.name for frame in p.units)
     return None if p.by_rows or names == (p.plate,) else names
+
+
+def _is_summable(pair: ModelGuide, name: str) -> bool:
+    """Whether a latent can be summed out of model and guide."""
+    sites = (latents.get(name) for latents in (pair.latents, pair.guide_latents))
+    return all(site is not None and site["fn"].has_enumerate_support for site in sites)
 
 
 def _has_independent_cells(p: ModelDensity, q: GuideDensity) -> bool:

@@ -52,9 +52,11 @@ class GuideDensity:
 
     def __init__(self, p: ModelDensity):
         self.p, self.guide = p, p.pair.guide
-        sites = latent_sites(p.pair.guide_trace)
-        self.layouts = layouts_of(sites, p.units)
-        self.runs, self._draws = ConditionedRuns(self.guide, self.layouts, p.units), PerDraw()
+        drawn = latent_sites(p.pair.guide_trace)
+        sites = {name: site for name, site in drawn.items() if name not in p.eliminated}
+        summed_out = drawn.keys() - sites.keys()
+        self.layouts, self._draws = layouts_of(sites, p.units), PerDraw()
+        self.runs = ConditionedRuns(self.guide, self.layouts, p.units, summed_out, p.pair.max_plate_nesting)
         check_same_latents(p.pair.latents, sites, fewer=True)  # all of them, for the message
         check_same_latents(p.latents, sites)
         if p.by_rows:
@@ -80,7 +82,8 @@ class GuideDensity:
         if self.has_any_density:
             with torch.no_grad(), seeded(1):
                 values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.sites.items()}
-                check_repeatable("guide", self._joint(sites), self.log_prob(values)[0])
+                ours = self.log_prob(values)[0] if summed_out else self._joint(sites)
+                check_repeatable("guide", ours, self.log_prob(values)[0])
 
     def _check_rows(self, sites: Sites) -> None:
         """Raise if the rows are not drawn separately."""
@@ -146,7 +149,7 @@ class GuideDensity:
         """Draw values, ``(count, N, *event)`` by site, and compute their log q(z | x), ``(count, N)``."""
         results = self.sample_and_read(count, lambda sites: {name: site["value"] for name, site in sites.items()})
         values = {name: self.layouts[name].to_cells(results.each(name, count)) for name in self.sites}
-        return values, results.each("log_q", count)
+        return values, self.log_prob(values) if self.runs.eliminated else results.each("log_q", count)
 
     def sample_and_read(self, count: int, read: Callable[[Sites], dict[Any, Tensor]]) -> Results:
         """Draw from the guide, and read tensors from its latents in each draw, besides their ``"log_q"``."""

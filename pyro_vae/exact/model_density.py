@@ -80,8 +80,10 @@ class ModelDensity:
         pair: the model, and its guide if there is one.
         by_rows: whether all sites must be in the data plate, the rightmost dimension, so that each cell is a row.
         units: the plates whose cells have a log p(x, z) each; by default those that all sites share.
+        summed_out: discrete latents to sum out, further to those that the guide leaves out; not by rows.
 
     Attributes:
+        eliminated: the latents that are summed out.
         num_data: N, the number of cells: of rows, of groups, or 1.
         latents: the sites of the latents, by name, without those that are summed out.
         layouts: of their values.
@@ -91,7 +93,13 @@ class ModelDensity:
             latent is masked, or a likelihood not normalised; if two runs give different densities.
     """
 
-    def __init__(self, pair: ModelGuide, by_rows: bool = True, units: Sequence[CondIndepStackFrame] | None = None):
+    def __init__(
+        self,
+        pair: ModelGuide,
+        by_rows: bool = True,
+        units: Sequence[CondIndepStackFrame] | None = None,
+        summed_out: Iterable[str] = (),
+    ):
         try:
             with torch.no_grad(), pyro.validation_enabled():
                 pair.model_trace.compute_log_prob()
@@ -99,8 +107,8 @@ class ModelDensity:
             pair.check_kinds()
             raise
         self.pair, self.model, self.data, self.plate = pair, pair.model, pair.data, pair.plate
-        eliminated = [] if by_rows else pair.eliminated
-        self.latents = {name: site for name, site in pair.latents.items() if name not in eliminated}
+        self.eliminated = [] if by_rows else [*pair.eliminated, *summed_out]
+        self.latents = {name: site for name, site in pair.latents.items() if name not in self.eliminated}
         self.observed, self.by_rows = pair.observed, by_rows
         if by_rows:
             _check_structure(pair)
@@ -112,14 +120,14 @@ class ModelDensity:
         self.dtype = log_density(next(iter(self.observed.values()))).dtype
         self.chunk = self.chunk_size(_BUDGET)
         self.layouts = layouts_of(self.latents, self.units)
-        self.runs = ConditionedRuns(self.model, self.layouts, self.units, eliminated, pair.max_plate_nesting)
+        self.runs = ConditionedRuns(self.model, self.layouts, self.units, self.eliminated, pair.max_plate_nesting)
         if by_rows:
             pair.check_rows("model")
         # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
         values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.latents.items()}
         others = {name: torch.cat([value, value.roll(1, 1)]) for name, value in values.items()}
         with torch.no_grad(), seeded(1):
-            expected = self.log_joint(values)[0] if eliminated else self._traced()
+            expected = self.log_joint(values)[0] if self.eliminated else self._traced()
             check_repeatable("model", expected, self.log_joint(others)[0])
 
     def _traced(self) -> Tensor:

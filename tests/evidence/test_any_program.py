@@ -204,6 +204,31 @@ def test_discrete_latents_that_the_guide_leaves_out_are_summed_out():
     assert abs(annealed.log_evidence - expected) < 4 * annealed.standard_error
 
 
+def full_guide(x):
+    """The guide also draws the component of each datum, given the places."""
+    with pyro.plate("components", 2):
+        place = pyro.sample("place", dist.Normal(torch.tensor([-2.0, 2.0]), 0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(logits=-((x[:, None] - place) ** 2)))
+
+
+def test_annealing_sums_discrete_latents_out_of_the_guide_too():
+    x = torch.tensor([-2.2, -1.7, 1.6, 2.3, 2.6])
+    without, together = (
+        pv.annealed_log_evidence(mixture, guide, x, num_chains=100, num_temperatures=20)
+        for guide in (places_guide, full_guide)
+    )
+    error = (without.standard_error**2 + together.standard_error**2) ** 0.5
+    assert abs(together.log_evidence - without.log_evidence) < 4 * error
+    draws = pv.log_evidence(mixture, full_guide, x, num_samples=5000)
+    assert abs(draws.log_evidence - without.log_evidence) < 4 * draws.standard_error + 4 * without.standard_error
+
+
+def test_annealing_needs_a_continuous_latent():
+    with pytest.raises(ValueError, match=r"continuous latents, got none but \['z'\], which are summed out"):
+        pv.annealed_log_evidence(no_latents_left, lambda x: None, data(3))
+
+
 def local_mixture(x):
     """A local mixture: z discrete, y continuous, both of the datum."""
     with pyro.plate("data", len(x)):
