@@ -14,6 +14,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -74,7 +75,10 @@ class Graph:
         with preserve_rng_state(), pyro.validation_enabled(False), plain, rollback, site, _ValueAccessGuard(site):
             before = random_states()[0]
             try:
-                trace = torch_private.make_fx(lambda *args: list(function(*args)), decomposition_table=decompositions)
+                trace = torch_private.make_fx(
+                    lambda *args: list(map(detach_provenance, function(*args))),  # TraceGraph_ELBO wraps tensors
+                    decomposition_table=decompositions,
+                )
                 module = trace(*inputs)
             except RuntimeError as error:
                 if "tracing tensor" not in str(error):
@@ -88,8 +92,8 @@ class Graph:
         if any(_address(tensor) in rollback.computed for tensor in constants):
             raise CaptureError(
                 f"`compile` must be False where results are hidden from the capture: {site} computes tensors outside "
-                "of it, as pyro.infer.TraceGraph_ELBO does, which would have the same values in every step. Use "
-                "another objective, or leave `compile` out"
+                "of it, as by a subclass of torch.Tensor, which would have the same values in every step. Leave "
+                "`compile` out"
             )
         written = {_address(tensor) for tensor in rollback.written}
         self.written = [tensor for tensor in constants if _address(tensor) in written]  # what the function changes
@@ -264,6 +268,15 @@ _CHECKS = (
 _MOMENTUM = ("torch.optim.sgd", "torch.optim.rmsprop")
 """Modules that compare a scheduled momentum with 0; a captured step has one above 0 all the time."""
 
+_WATCHED = {Tensor.masked_select, Tensor.nonzero, Tensor.register_hook}
+"""Further functions that a capture replaces in some modules."""
+
+_PAIRS = "pyro.infer.energy_distance"
+"""The module that lists the pairs of particles, which depend on their number alone."""
+
+_WARNINGS = "pyro.util"
+"""The module that registers hooks on gradients to warn of NaN; a captured step checks its gradients itself."""
+
 _DICE = "pyro.infer.util"
 """The module that drops states of probability zero from a sum if there are any; a capture keeps them, as zeros."""
 
@@ -278,12 +291,17 @@ class _ValueAccessGuard(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.one_hot:
             return _one_hot(*args, **(kwargs or {}))
-        if func not in _VALUE_READS and func is not Tensor.masked_select:
+        if func not in _VALUE_READS and func not in _WATCHED:
             return func(*args, **(kwargs or {}))
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_TORCH_CALLERS):
             frame = frame.f_back
         caller = frame.f_globals.get("__name__", "")
+        if func is Tensor.register_hook:  # Pyro's hooks warn where a gradient is not finite
+            return None if caller == _WARNINGS else func(*args, **(kwargs or {}))
+        if func is Tensor.nonzero:  # of a matrix of ones below the diagonal
+            rows, columns = args[0].shape
+            return torch.tril_indices(rows, columns, -1).t() if caller == _PAIRS else func(*args, **(kwargs or {}))
         if func is Tensor.__bool__ and caller == _DICE:
             return False
         if func is Tensor.masked_select:

@@ -21,6 +21,7 @@ _LIBRARIES = {"numpy", "pyro", "pyro_vae", "scipy", "torch", "torchvision", *sys
 _MOST_ITEMS, _MOST_OBJECTS = 1000, 10_000
 _ENTRIES = {"__call__", "__enter__", "__exit__", "forward", "_pyro_sample"}  # methods that run without being named
 _NOT_RUN = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
+_WRITTEN = {"plates"}  # attributes of Pyro's guides that each run of theirs makes again
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -204,7 +205,7 @@ def _library_names(cls: Any) -> frozenset[str]:
         for name, member in vars(base).items()
         if isinstance(member, types.FunctionType) and name not in _NOT_RUN
     ]
-    return frozenset[str]().union(*(_names_in(method.__code__) for method in methods))
+    return frozenset[str]().union(*(_names_in(method.__code__) for method in methods)) - _WRITTEN
 
 
 def _names_in(code: types.CodeType) -> set[str]:

@@ -85,7 +85,7 @@ class CapturedStep(Step):
         self._check_contexts()
         evaluator = self.evaluator
         if self._python is None:
-            self._python = PythonState(evaluator.model, evaluator.guide, evaluator.elbo)
+            self._python = PythonState(*evaluator.read)
             self.snapshot = ModuleSnapshot(self.tensors.modules(), list(self.parameters))
         with self.own_run():
             graphs = _StepGraphs(self, batch_context, inputs)
@@ -239,7 +239,7 @@ class _Group:
     """A group of the optimizer with its settings at the capture, of which the graph reads the learning rate alone."""
 
     def __init__(self, group: dict[str, Any]):
-        self.values, self._rate = group, group["lr"]
+        self.values, self._rate = group, group.get("lr")  # AdagradRMSProp has none
         self._others = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class _Group:
 
     def has_changed(self) -> bool:
         """Set the rate to one that was put in its place; return whether another setting differs."""
-        if (rate := self.values["lr"]) is not self._rate:
+        if self._rate is not None and (rate := self.values["lr"]) is not self._rate:
             self._rate.fill_(float(rate))
             self.values["lr"] = self._rate
         return self._settings() != self._others
@@ -354,7 +354,8 @@ class _Sites:
             for owner, name, site in sites
         ]
         log_probs = [log_density(site).sum(dtype=torch.float64) for _, _, site in sites]
-        loss = torch.as_tensor(loss, dtype=torch.float64, device=log_probs[0].device)
+        device = log_probs[0].device if log_probs else None
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=device)
         self.log_probs = torch.stack([*log_probs, loss])  # the loss last
 
 

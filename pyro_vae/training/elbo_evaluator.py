@@ -1,4 +1,4 @@
-"""Evaluate an ELBO on a model and guide: its loss, its terms, and the first site that is not finite."""
+"""Evaluate an ELBO, or a loss function, on a model and guide: its loss, its terms, and the first site not finite."""
 
 import math
 import warnings
@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -24,22 +25,57 @@ from pyro_vae._utils.traces import (
 from pyro_vae._utils.typing import Function
 from pyro_vae.objectives.elbo_terms import elbo_terms, weights_removed
 
-__all__ = ["ElboEvaluator"]
+__all__ = ["ElboEvaluator", "FunctionLoss"]
+
+
+class FunctionLoss:
+    """A loss function of ``pyro.infer.SVI``, ``loss(model, guide, *args, **kwargs)``, with the methods of an ELBO.
+
+    Args:
+        loss: returns the loss, a tensor with one number or a Python number.
+        loss_and_grads: adds the gradients to those of the parameters and returns the loss, or several in a tuple; by
+            default, the loss is differentiated.
+    """
+
+    def __init__(self, loss: Function, loss_and_grads: Function | None = None):
+        self._loss, self._loss_and_grads = loss, loss_and_grads
+
+    def loss(self, model: Function, guide: Function, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss."""
+        return _detached(self._loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Function, guide: Function, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss, and add its gradients to those of the parameters."""
+        if self._loss_and_grads is not None:
+            return _detached(self._loss_and_grads(model, guide, *args, **kwargs))
+        loss = self._loss(model, guide, *args, **kwargs)
+        if getattr(loss, "requires_grad", False):
+            loss.backward(retain_graph=True)  # as in Pyro: a part of it may be used in the next step again
+        return _detached(loss)
+
+
+def _detached(loss: Any) -> Any:
+    if isinstance(loss, tuple):
+        return tuple(map(_detached, loss))
+    return torch.as_tensor(loss).detach().reshape(())
 
 
 class ElboEvaluator:
-    """An ELBO of a model and guide that keeps the traces of its last evaluation.
+    """An ELBO, or a loss function, of a model and guide that keeps the traces of its last evaluation.
 
     ``bound`` is the name of its terms' sum: ``"elbo"``, or ``"surrogate"`` of a pair for which it is no bound, see
     :attr:`pyro_vae.model_guide.ModelGuide.bound`.
     """
 
-    def __init__(self, model: Function, guide: Function, elbo: ELBO, plate: str | None = None):
+    def __init__(self, model: Function, guide: Function, elbo: ELBO | FunctionLoss, plate: str | None = None):
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.bound = "elbo"
         self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
         self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
+        self.losses: tuple[Any, ...] = ()  # all that the last evaluation returned, of which the first one is the loss
+        self.read: list[Any] = [model, guide, elbo]  # what the code of a step can read
+        self._recorder = None if isinstance(elbo, ELBO) else _Recorder()  # where the loss makes no traces
 
     def of(self, model: Function, guide: Function) -> "ElboEvaluator":
         """Return an evaluator of the same ELBO for the pair with other arguments."""
@@ -75,11 +111,20 @@ class ElboEvaluator:
             loss = compute(self.model, self.guide, *args, **self.keywords)
         for traces in self.traces:
             set_plate_sizes(*traces)
-        return loss[0] if isinstance(loss, tuple) else loss
+        if self._recorder is not None:
+            set_plate_sizes(*self._recorder.traces)
+        elif not self.traces:  # an ELBO with another way to run the pair
+            self._recorder = _Recorder()
+        self.losses = loss if isinstance(loss, tuple) else (loss,)
+        return self.losses[0]
 
     @contextmanager
     def _capture_traces(self) -> Iterator[None]:
         """Keep the traces that the ELBO makes, which hold the log-densities that it computes."""
+        if self._recorder is not None:
+            with self._recorder:
+                yield
+            return
         make = self.elbo._get_trace
 
         def keep(*args: Any) -> tuple[Trace, Trace]:
@@ -95,11 +140,13 @@ class ElboEvaluator:
     def terms(self, loss: Any) -> dict[str, Tensor]:
         """Return ELBO, distortion and rate of the last evaluation, in nats per datum.
 
-        Where the ELBO does not split into distortion and rate, return the bound alone; without a plate, nothing. Where
-        no observed site is in the plate, they are nats of all data.
+        Where the ELBO does not split into distortion and rate, return the bound alone. Where no observed site is in the
+        plate, they are nats of all data. Without a plate, return the further losses of the evaluation, such as that of
+        the guide in ``ReweightedWakeSleep``.
         """
         if self.plate is None:
-            return {}
+            further = {f"loss {number}": loss for number, loss in enumerate(self.losses[1:], 2)}
+            return {name: torch.as_tensor(loss, dtype=torch.float64) for name, loss in further.items()}
         frames = [
             frame
             for site in observed_sites(self.traces[0][0]).values()
@@ -127,6 +174,14 @@ class ElboEvaluator:
             for owner, trace in (("guide", guide_trace), ("model", model_trace)):
                 for name, site in (latent_sites(trace) | observed_sites(trace)).items():
                     yield owner, name, site
+        for trace in [] if self._recorder is None else self._recorder.traces:
+            for name, site in (latent_sites(trace) | observed_sites(trace)).items():
+                try:
+                    with torch.no_grad():
+                        site["unscaled_log_prob"] = log_density({**site, "mask": None})
+                except NotImplementedError:  # a loss may do without the density
+                    continue
+                yield "model or guide", name, site
 
     @torch.no_grad()
     def first_nonfinite_site(self, rows: Tensor | None = None) -> str | None:
@@ -148,3 +203,20 @@ class ElboEvaluator:
             found = rows.to(found.device)[found]
         shown = ", ".join(map(str, found[:5].tolist()))
         return f", in rows {shown}{', ...' if len(found) > 5 else ''} of the data"
+
+
+class _Recorder(Messenger):
+    """Keep the sites that run inside, in one trace for each run of a program: a name that comes again starts one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traces: list[Trace] = []
+
+    def __enter__(self) -> Any:
+        self.traces = [Trace()]
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.traces[-1]:
+            self.traces.append(Trace())
+        self.traces[-1].add_node(msg["name"], **msg.copy())

@@ -1,20 +1,23 @@
 """The optimizer of a training run: made by a class or function of the user, for eager and for captured steps."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from pyro.optim.adagrad_rmsprop import AdagradRMSProp
+from pyro.optim.clipped_adam import ClippedAdam
+from pyro.optim.dct_adam import DCTAdam
 from torch import Tensor
 
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.validation import describe, number
-from pyro_vae.compilation.adam import CapturableAdam
+from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam, CapturableClippedAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, capturable_optimizers
 from pyro_vae.training.schedules import Plateau, Schedule, TorchSchedule, described
 
-__all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "set_rates"]
+__all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "set_group", "set_rates"]
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 """From a list of parameters, and the learning rate ``lr`` if it takes one, to their optimizer."""
@@ -22,7 +25,7 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]
 IMPLEMENTATION = {"capturable", "differentiable", "foreach", "fused"}
 """Settings that choose how torch computes the same numbers."""
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # with one kernel for all parameters on every device
-_CAPTURED = "Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, SGD, ASGD, Adadelta and Adagrad"
+_CAPTURED = "Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, SGD, ASGD, Adadelta, Adagrad and Pyro's ClippedAdam"
 _EXPECTED = "a class of torch.optim, or a function from a list of parameters to their optimizer"
 
 
@@ -35,6 +38,7 @@ class RunOptimizer:
         compile: whether steps are captured.
         saves: whether the state of the optimizer is written to checkpoints.
         device: where parameters are.
+        argument: the name of the argument that ``make`` comes from, for errors.
 
     Attributes:
         description: name and settings of the optimizer, without its learning rate.
@@ -60,9 +64,11 @@ class RunOptimizer:
         compile: bool = False,
         saves: bool = False,
         device: torch.device | str = "cpu",
+        argument: str = "optimizer",
     ):
+        self._argument, self._must_be = argument, f"`{argument}` must be"
         if not callable(make):
-            raise TypeError(f"`optimizer` must be {_EXPECTED}, got {describe(make)}")
+            raise TypeError(f"{self._must_be} {_EXPECTED}, got {describe(make)}")
         self._make, self._compile, self._device = make, compile, device
         self._bare = make.func if isinstance(make, partial) else make
         self._bound = {*make.keywords} if isinstance(make, partial) else set[str]()
@@ -96,20 +102,21 @@ class RunOptimizer:
         try:
             optimizer = self._make(list(parameters), **options)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise self._error(error, f"`optimizer` must be {_EXPECTED}, got {self._name}, which raises") from error
+            raise self._error(error, f"{self._must_be} {_EXPECTED}, got {self._name}, which raises") from error
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"`optimizer` must be {_EXPECTED}, got {self._name}, which returns {describe(optimizer)}")
+            raise TypeError(f"{self._must_be} {_EXPECTED}, got {self._name}, which returns {describe(optimizer)}")
         taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if taken != {*map(id, parameters)}:
             raise ValueError(
-                "`optimizer` must return an optimizer of the parameters that it gets, got one from "
+                f"`{self._argument}` must return an optimizer of the parameters that it gets, got one from "
                 f"{self._name} of {len(taken)} tensors, {len(taken & {*map(id, parameters)})} of the {len(parameters)}"
             )
         rates = {float(group.get("lr", 0.0)) for group in optimizer.param_groups}
         if self._options and rates != {self._options["lr"]}:
             raise ValueError(
-                f"`optimizer` must use the `lr` that it gets, {self._options['lr']}, for all parameters, got one from "
-                f"{self._name} with {', '.join(map(str, sorted(rates)))}. With other rates, leave `lr` of `fit` out"
+                f"`{self._argument}` must use the `lr` that it gets, {self._options['lr']}, for all parameters, "
+                f"got one from {self._name} with {', '.join(map(str, sorted(rates)))}. With other rates, leave `lr` of "
+                "`fit` out"
             )
         return optimizer
 
@@ -126,31 +133,31 @@ class RunOptimizer:
             groups = [dict(group) for group in optimizer.param_groups]
             if self._momentum and not all({"betas", "momentum"} & group.keys() for group in groups):
                 raise ValueError(
-                    f"`optimizer` must have betas or a momentum, which this `lr` changes, got {self._name}. Use "
+                    f"`{self._argument}` must have betas or a momentum, which this `lr` changes, got {self._name}. Use "
                     "another optimizer, or `cycle_momentum=False`"
                 )
             closure = inspect.signature(optimizer.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
                 raise ValueError(
-                    f"`optimizer` must take a step from one gradient, got {self._name}, which computes the loss "
+                    f"`{self._argument}` must take a step from one gradient, got {self._name}, which computes the loss "
                     "several times in a step: an ELBO with random draws is another number each time"
                 )
             try:
                 optimizer.step()
             except (TypeError, ValueError, RuntimeError) as error:
-                message = f"`optimizer` must take dense gradients, got {self._name}, whose step raises"
+                message = f"`{self._argument}` must take dense gradients, got {self._name}, whose step raises"
                 raise self._error(error, message) from error
         for name, value in optimizer.state[weight].items():
             if saves and not isinstance(value, Tensor | bool | int | float):
                 raise ValueError(
-                    "`optimizer` must keep tensors and numbers in its state with `checkpoints`, got "
+                    f"`{self._argument}` must keep tensors and numbers in its state with `checkpoints`, got "
                     f"{self._name}, whose {name!r} is {describe(value)}"
                 )
         return groups
 
     def _try_captured(self) -> None:
         """Compare captured steps with eager ones, on small tensors, while learning rate and momentum change."""
-        message = f"`optimizer` must be one whose steps can be captured with compile=True, such as {_CAPTURED}, got "
+        message = f"{self._must_be} one whose steps can be captured with compile=True, such as {_CAPTURED}, got "
         start = torch.tensor([[0.5, -1.0], [2.0, 0.25]], dtype=torch.float64, device=self._device)
         ours, theirs = ([(start * size).requires_grad_() for size in (1.0, -3.0)] for _ in range(2))
         gradients = [[(start + step).sin() * size for size in (1.0, 0.5)] for step in range(5)]
@@ -203,6 +210,10 @@ def capturable(optimizer: torch.optim.Optimizer, momentum: bool = False) -> torc
     groups = [group for group in optimizer.param_groups if group["params"]]
     if type(optimizer) is torch.optim.Adam and not momentum and all(map(CapturableAdam.accepts, groups)):
         return CapturableAdam([{name: group[name] for name in ("params", "lr", "betas", "eps")} for group in groups])
+    if type(optimizer) in (ClippedAdam, DCTAdam):
+        return CapturableClippedAdam([_plain_adam(group) for group in groups])
+    if type(optimizer) is AdagradRMSProp:
+        return CapturableAdagradRMSProp(groups)
     optimizer.param_groups[:] = groups
     for group in groups:
         as_tensor = partial(torch.tensor, dtype=torch.float64, device=group["params"][0].device)
@@ -217,6 +228,16 @@ def capturable(optimizer: torch.optim.Optimizer, momentum: bool = False) -> torc
     return optimizer
 
 
+def _plain_adam(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group of ``ClippedAdam``, or one of ``DCTAdam`` for which that takes the same steps."""
+    if group.get("subsample_aware") or any(hasattr(parameter, "_pyro_dct_dim") for parameter in group["params"]):
+        raise CaptureError(
+            "`compile` must be False with DCTAdam for parameters with a time dimension, or with subsample_aware=True: "
+            "its steps then depend on attributes of the parameters. Use ClippedAdam, or leave `compile` out"
+        )
+    return {name: value for name, value in group.items() if name != "subsample_aware"}
+
+
 def set_rates(optimizer: torch.optim.Optimizer, lr: float | None, momentum: float | None = None) -> None:
     """Set the learning rate, and the momentum or the first of the betas, of all parameters; ``None`` changes nothing.
 
@@ -226,15 +247,22 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float | None, momentum: floa
     (0.1, (0.8, 0.999))
     """
     for group in optimizer.param_groups:
-        if lr is not None:
-            group["lr"] = _filled(group.get("lr"), lr)
-        if momentum is not None and "betas" in group:
-            first, *others = group["betas"]
-            group["betas"] = (_filled(first, momentum), *others)
-        elif momentum is not None:
-            if isinstance(group["momentum"], Tensor) and momentum <= 0:  # torch leaves out operations at 0
-                raise CaptureError(f"`compile` must be False where a schedule sets the momentum to 0, got {momentum}")
-            group["momentum"] = _filled(group["momentum"], momentum)
+        settings: dict[str, Any] = {} if lr is None else {"lr": lr}
+        if momentum is not None:
+            settings |= {"betas": (momentum, *group["betas"][1:])} if "betas" in group else {"momentum": momentum}
+        set_group(group, settings)
+
+
+def set_group(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Set numbers of a group, in the tensors that a captured step reads, if it has some for them."""
+    for name, value in settings.items():
+        before = group.get(name)
+        if name == "momentum" and isinstance(before, Tensor) and value <= 0:  # torch leaves out operations at 0
+            raise CaptureError(f"`compile` must be False where a schedule sets the momentum to 0, got {value}")
+        if isinstance(value, tuple) and before is not None:
+            group[name] = tuple(map(_filled, before, value))
+        else:
+            group[name] = _filled(before, value)
 
 
 def _filled(before: Any, value: float) -> Any:

@@ -228,3 +228,11 @@ def test_operations_that_change_a_shape_in_place_count_as_no_change():
     assert torch.equal(weight, before)
     assert torch.equal(graph(weight)[0], vector @ weight)
     assert torch.equal(graph(weight)[1], weight.t() + weight)
+
+
+def test_results_that_are_hidden_from_the_capture_are_refused():
+    class Hidden(torch.Tensor):
+        """A subclass, whose objects the capture has not seen."""
+
+    with pytest.raises(CaptureError, match=r"hidden from the capture.*a subclass of torch\.Tensor"):
+        Graph(lambda x: [(x + 1).as_subclass(Hidden)], [torch.ones(3)])
