@@ -110,8 +110,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "num_simulations": 10, "num_draws": 10, "refit": {"epochs": 1}, "processes": 1, "latents": None,
         "tolerance": 1.4, "alpha": 0.001, "plate": "data", "seed": 0, "progress": None}),
     "inspect": (pv.inspect, lambda w: pair(w) | {
-        "num_samples": 5, "num_simulations": 10, "max_rows": 3, "max_refined": 2, "plate": "data", "seed": 0,
-        "progress": None}),
+        "num_samples": 5, "num_simulations": 10, "max_rows": 3, "max_refined": 2, "refit": None, "processes": 1,
+        "plate": "data", "seed": 0, "progress": None}),
     "report": (pv.report, lambda w: pair(w) | {
         "path": w.folder / "r.html", "title": "t", "history": {"elbo": [-1.0]}, "labels": w.labels,
         "image_shape": (1, 2),

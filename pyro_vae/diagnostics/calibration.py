@@ -26,6 +26,7 @@ from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import scoped_param_store, without_training
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.processes import default_processes, run_in_processes
 from pyro_vae._utils.progress import Progress, progress_bar
 from pyro_vae._utils.rng import seeded
@@ -412,12 +413,13 @@ def calibrate(
     function(guide, "guide")
     test = partial(Calibration, num_draws=num_draws, tolerance=float(tolerance), alpha=alpha)
     with scoped_param_store():
-        with seeded(seed), torch.no_grad(), evaluation_mode(model, guide):
+        with seeded(seed), torch.no_grad(), every_row(), evaluation_mode(model, guide):
             pair = ModelGuide(model, guide, data, plate)
         if refit is None and (pair.has_one_plate or plate not in ("data", *pair.plates)):
             return _by_rows(pair, num_simulations, num_draws, latents, seed, progress, test)
         if refit is None:
-            _check_reads_data(pair)
+            with every_row():
+                _check_reads_data(pair)
         return _by_data_sets(pair, num_simulations, num_draws, refit, processes, latents, seed, progress, test)
 
 
@@ -463,7 +465,7 @@ def _by_data_sets(
     test: Callable[..., Calibration],
 ) -> Calibration:
     """Calibrate a guide on simulated data sets, fitted to each; each cell of the units is a simulation of its own."""
-    with seeded(seed), torch.no_grad(), evaluation_mode(pair.model, pair.guide):
+    with seeded(seed), torch.no_grad(), every_row(), evaluation_mode(pair.model, pair.guide):
         refits = Refits(pair, refit, seed)
         p, q = densities(refits.model, pair.guide, pair.data, pair.plate)
         names = _chosen(latents, p, [name for name in p.latents if not pair.is_local(p.latents[name])])

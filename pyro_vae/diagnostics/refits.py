@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import scoped_param_store
+from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import mapping
 from pyro_vae.diagnostics.simulation import Simulation, Simulator
@@ -54,7 +55,7 @@ class Refits:
         """Draw a data set, fit the guide to it, and return what ``read`` returns of it, which runs model and guide."""
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
         with scoped_param_store(), _parameters_kept(), buffers_kept(), seeded(seed):
-            with torch.no_grad(), evaluation_mode(self.pair.model):
+            with torch.no_grad(), every_row(), evaluation_mode(self.pair.model):
                 simulation = self.simulator.draw()
                 if number == 0:
                     self.simulator.check(simulation)
@@ -62,7 +63,7 @@ class Refits:
             try:
                 if self.options is not None:
                     self._fit(simulation, number, seed, dict(self.options))
-                with torch.no_grad(), evaluation_mode(self.model, self.pair.guide):
+                with torch.no_grad(), every_row(), evaluation_mode(self.model, self.pair.guide):
                     return read(simulation)
             finally:
                 self.values.clear()

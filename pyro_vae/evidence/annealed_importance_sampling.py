@@ -1,5 +1,6 @@
 """Annealed importance sampling: log p(x) of models with continuous latents, even if the guide is poor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -13,7 +14,14 @@ from pyro_vae._utils.traces import masked
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
-from pyro_vae.evidence.importance_sampling import Evidence, ReportProgress, WeightSampler, batched_estimate, densities
+from pyro_vae.evidence.importance_sampling import (
+    Evidence,
+    ReportProgress,
+    WeightSampler,
+    batched_estimate,
+    densities,
+    log_evidence,
+)
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity, Values
 
@@ -90,6 +98,8 @@ def annealed_log_evidence(
     positive_int(num_temperatures, "num_temperatures")
     positive_int(num_leapfrog_steps, "num_leapfrog_steps")
     p, q = densities(model, guide, data, plate, continuous=True)
+    if not p.latents:  # none is left to move: each chain has log p(x) itself for its weight
+        return log_evidence(model, guide, *data, num_samples=num_chains, plate=plate, seed=seed, progress=progress)
     _Coordinates(p)  # raises for discrete latents
     betas = _temperatures(num_temperatures)
 
@@ -113,9 +123,6 @@ class _Coordinates:
 
     def __init__(self, p: ModelDensity):
         self.transforms, self.shapes, self.latents, self.layouts = {}, {}, p.latents, p.layouts
-        if not p.latents:
-            got = f"none but {p.eliminated}, which are summed out" if p.eliminated else "none"
-            raise ValueError(f"`model` must have continuous latents, got {got}; use pv.log_evidence")
         for name, site in p.latents.items():
             fn = site["fn"]
             if fn.support.is_discrete:
@@ -173,6 +180,15 @@ class _State:
     def gradient(self, beta: float) -> Tensor:
         return (1 - beta) * self.gradients[0] + beta * self.gradients[1]
 
+    @staticmethod
+    def joined(states: "Sequence[_State]") -> "_State":
+        """Return the states of several groups of chains as one."""
+        return _State(
+            torch.cat([state.point for state in states]),
+            torch.cat([state.log_densities for state in states], 1),
+            torch.cat([state.gradients for state in states], 1),
+        )
+
     def replaced(self, where: Tensor, other: "_State") -> "_State":
         """Take the positions of ``other`` where ``where``, ``(C, N)``, is True."""
         return _State(
@@ -193,6 +209,16 @@ class _Path:
         return self.at(self.coordinates.points(self.q.sample(count)[0]))
 
     def at(self, point: Tensor) -> _State:
+        """Compute densities and gradients; a point where a matrix of the model is singular has no density."""
+        try:
+            return self._at(point)
+        except torch.linalg.LinAlgError:
+            if len(point) == 1:
+                nowhere = torch.full((2, *point.shape[:2]), -torch.inf, dtype=point.dtype, device=point.device)
+                return _State(point, nowhere, torch.zeros_like(point).expand(2, *point.shape))
+            return _State.joined([self.at(chain) for chain in point.split(1)])
+
+    def _at(self, point: Tensor) -> _State:
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             values, volume = self.coordinates.values(point)

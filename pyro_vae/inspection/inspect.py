@@ -1,5 +1,6 @@
 """Inspection of a fitted model and guide: evidence, ELBO, inference gap and calibration, with a verdict in words."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from textwrap import shorten
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.data import DataTensors, data_tensors
-from pyro_vae._utils.display import Result, Table, count_of
+from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.progress import Progress, progress_bar
@@ -20,6 +21,7 @@ from pyro_vae.arguments import any_arguments
 from pyro_vae.diagnostics.calibration import Calibration, calibrate
 from pyro_vae.diagnostics.decomposition import Decomposition, decompose
 from pyro_vae.diagnostics.inference_gap import InferenceGap, inference_gap
+from pyro_vae.diagnostics.refits import check_refit
 from pyro_vae.evidence.importance_sampling import Evidence, log_evidence
 from pyro_vae.model_guide import ModelGuide
 
@@ -29,6 +31,7 @@ _NEGLIGIBLE = 0.01  # nats of KL(q || p) that are no difference
 _MAX_UNRELIABLE = 0.1  # fraction of the data with an unreliable k̂ above which there is a warning
 _TOLERANCE = 1e-3  # nats of a quadrature: a tenth of the time of 1e-4
 _MAX_QUADRATURE = 2**14  # numbers of data for which quadratures over two dimensions take seconds
+_MAX_DATA_SETS = 100  # that are simulated, whatever the number of data that may be
 _MAX_REASON = 600  # characters of an error message that are kept: messages of Pyro contain whole tensors
 
 Found = TypeVar("Found")
@@ -40,8 +43,11 @@ class Inspection(Result):
 
     The first line is the verdict, with the coverage of q and its distance from the posterior.
 
+    Where a datum has no latents of its own, as with global latents, the numbers are those of all data together, or of
+    each cell of the plates that all sites share.
+
     Attributes:
-        evidence: log p(x) of each datum.
+        evidence: log p(x) of each datum, of each cell, or of all data.
         nats: the terms of the ELBO.
         gap: the gap between log p(x) and the ELBO, split into approximation and amortization.
         calibration: the calibration of q(z | x) on data drawn from the model.
@@ -70,13 +76,20 @@ class Inspection(Result):
         * ``"sound"``: no test shows a difference from p(z | x), and the ELBO reaches log p(x).
         * ``"approximate"``: there is a difference, which :attr:`headline` measures, and no fault.
         * ``"faulty"``: there are :attr:`faults`.
-        * ``"not tested"``: no fault was found, but the calibration was skipped.
+        * ``"not tested"``: no fault was found, but there is neither a calibration nor another test of q.
+
+        Without a calibration, an exact gap is a test, since it is KL(q(z | x) ‖ p(z | x)). So is an estimate of
+        log p(x) for each cell of plates, or for all data: its k̂ is small if q is close to p(z | x) wherever q draws.
+        What q does not draw, such as a second mode, it cannot see.
         """
         if self.faults:
             return "faulty"
-        if self.calibration is None:
+        tested = self.gap is not None and (self.gap.is_exact or self.gap.plates is not None)
+        if self.calibration is None and not tested:
             return "not tested"
-        return "sound" if self.calibration.verdict == "sound" and not self._is_below_evidence else "approximate"
+        reliable = self.gap is None or self.gap.is_exact or not self.evidence.unreliable.any()
+        calibrated = reliable if self.calibration is None else self.calibration.verdict == "sound"
+        return "sound" if calibrated and not self._is_below_evidence else "approximate"
 
     @property
     def headline(self) -> str:
@@ -89,7 +102,11 @@ class Inspection(Result):
         found = [] if self.calibration is None else [self.calibration.summary]
         if self.gap is not None:
             least = "" if self.gap.is_exact else "at least "
-            found.append(f"the ELBO is {least}{self.gap.gap.mean().item():.3f} nats below log p(x)")
+            of = "" if self.gap.plates is None else f" {per_cell(self.gap.plates)}"
+            found.append(f"the ELBO is {least}{self.gap.gap.mean().item():.3f} nats{of} below log p(x)")
+        if self.calibration is None and self.verdict != "not tested":
+            k = "" if self.evidence.khat.numel() > 1 else f"k̂ is {float(self.evidence.khat):.2f}; "
+            found.append(f"{k}q(z|x) was not calibrated")
         return ": ".join([begins.get(self.verdict, self.verdict), *(["; ".join(found)] if found else [])])
 
     @property
@@ -105,9 +122,14 @@ class Inspection(Result):
         """Reasons to read the numbers, or to use the latents, with care; empty if there are none."""
         share = self.evidence.unreliable.double().mean().item()
         unreliable = (
-            f"k̂ plus its error is above {self.evidence.reliable_khat:.2f} for {share:.0%} of the data: their estimated "
-            "log p(x) may be too low, by an unknown amount. Increase num_samples, or use pv.annealed_log_evidence"
+            f"{self.evidence.unreliable_share}: their estimated log p(x) may be too low, by an unknown amount. "
+            "Increase num_samples, or use pv.annealed_log_evidence"
         )
+        if self.evidence.khat.numel() == 1:
+            unreliable = (
+                f"{self.evidence.unreliable_share}: q(z|x) is far from p(z|x), and the estimated log p(x) may be too "
+                "low, by an unknown amount. Use pv.annealed_log_evidence, or a richer guide"
+            )
         found = [unreliable] if share > _MAX_UNRELIABLE else []
         found += [*(() if self._all_collapsed else self._collapse), *self._unexplained_divergence]
         return (*found, *(f"{name} was skipped: {reason}" for name, reason in self.skipped.items()))
@@ -124,7 +146,7 @@ class Inspection(Result):
     def _unexplained_divergence(self) -> tuple[str, ...]:
         """A warning if q with discrete latents is not exact, but no coordinate is at fault: q may ignore x."""
         found = self.calibration
-        if found is None or found.elbo_corrections is not None or found.is_exact or found.faults:
+        if found is None or found.num_data_sets or found.elbo_corrections or found.is_exact or found.faults:
             return ()
         return (
             "the ranks show that q(z|x) is not the exact posterior, but not which latent is wrong: both KL divergences "
@@ -139,6 +161,8 @@ class Inspection(Result):
     def _table(self) -> Table:
         log_p = self.evidence.log_evidence.double().mean().item()
         rows: list[tuple[str, object]] = [("verdict on q(z|x)", self.verdict), ("log p(x), at least", f"{log_p:.3f}")]
+        if self.evidence.khat.numel() == 1:
+            rows.append(("k̂ of the importance weights", f"{float(self.evidence.khat):.2f}"))
         if self.nats is not None:
             rows.append(("ELBO", self.nats.elbo))
         if self.nats is not None and self.nats.mutual_information is not None:
@@ -146,12 +170,12 @@ class Inspection(Result):
         if self.gap is not None:
             least = "" if self.gap.is_exact else "at least "
             rows.append(("inference gap, log p(x) − ELBO", f"{least}{self.gap.gap.mean().item():.3f}"))
-        if self.calibration is not None:
+        if self.calibration is not None and not math.isnan(self.calibration.divergence):
             both = f"{self.calibration.divergence:.3f} ± {self.calibration.divergence_error:.3f}"
             rows.append(("KL(q‖p) + KL(p‖q) of q(z|x) and p(z|x)", both))
         rows += [("fault", fault) for fault in self.faults] + [("warning", warning) for warning in self.warnings]
         data = ", ".join(f"{number} for {name}" for name, number in self.num_data.items())
-        return Table(("quantity", "value"), rows, f"In nats per datum. Data used: {data}.")
+        return Table(("quantity", "value"), rows, f"In nats {per_cell(self.evidence.plates)}. Data used: {data}.")
 
     def __str__(self) -> str:
         lines = [self.headline, *(f"FAULT: {fault}" for fault in self.faults)]
@@ -169,6 +193,8 @@ def inspect(
     num_simulations: int = 1000,
     max_rows: int = 1000,
     max_refined: int = 100,
+    refit: Mapping[str, Any] | None = None,
+    processes: int | None = None,
     plate: str = "data",
     seed: int = 0,
     progress: bool | None = None,
@@ -179,22 +205,28 @@ def inspect(
     :func:`pyro_vae.inference_gap` how much the guide loses and why, and :func:`pyro_vae.calibrate` whether q(z | x) can
     be trusted. ``log_evidence`` uses all rows. The cost of the others is bounded, see :attr:`Inspection.num_data`.
 
+    With global latents, or others that are not those of one datum, each of these is for all data together, or for each
+    cell of the plates that all sites share; what has no meaning then is left out, with the reason. The calibration
+    takes a fit of the guide to each simulated data set, and is skipped without ``refit``.
+
     Args:
-        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
+        model, guide: a Pyro model and its guide.
         data: the arguments of both.
         num_samples: draws per datum for log p(x).
-        num_simulations: data drawn from the model for the calibration.
+        num_simulations: data drawn from the model for the calibration; where each is a data set, at most 100 are.
         max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
             spaced ones are used; if the guide is not amortized, all rows are used.
         max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way. Its
             quadratures, for latents of one or two dimensions, have a tolerance of 0.001 nats; log p(x) is estimated
             instead where two dimensions meet more than 16384 numbers of data, such as 100 images of 784 pixels. Other
             choices, and a longer refinement, are arguments of :func:`pyro_vae.inference_gap`.
+        refit, processes: of :func:`pyro_vae.calibrate`: the options of a fit to each simulated data set, and the number
+            of processes.
         plate, seed: name of the data plate, and seed of all draws.
         progress: whether to show a progress bar with the stages; by default only on a terminal or in a notebook.
 
     Raises:
-        ValueError: if model and guide do not have this form, or the likelihood is not normalised. Errors of a single
+        ValueError: if the guide has a point for a latent, or the likelihood is not normalised. Errors of a single
             part do not stop the others: they are in :attr:`Inspection.skipped`.
 
     >>> from pyro_vae import VAE, guides, likelihoods, networks, priors
@@ -210,9 +242,14 @@ def inspect(
             raise ValueError(f"`{name}` must be {least} or more, to estimate a standard error, got {value}")
     positive_int(max_rows, "max_rows")
     positive_int(max_refined, "max_refined")
+    options = {"refit": None if refit is None else check_refit(refit), "processes": processes}
+    if processes is not None:
+        positive_int(processes, "processes")
     data = data_tensors(data, "data", model)
     with progress_bar("inspect", progress, stages=("evidence", "decomposition", "gap", "calibration")) as bar:
-        return _inspect(model, guide, data, num_samples, num_simulations, max_rows, max_refined, plate, seed, bar)
+        return _inspect(
+            model, guide, data, num_samples, num_simulations, max_rows, max_refined, options, plate, seed, bar
+        )
 
 
 def _inspect(
@@ -223,6 +260,7 @@ def _inspect(
     num_simulations: int,
     max_rows: int,
     max_refined: int,
+    refits: Mapping[str, Any],
     plate: str,
     seed: int,
     bar: Progress,
@@ -232,7 +270,8 @@ def _inspect(
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed)
     with scoped_param_store(), every_row(), seeded(seed):
         _, pair = ModelGuide.on_few_rows(model, guide, data, plate)
-        amortized = pair.is_amortized("model") and pair.is_amortized("guide")
+        by_rows = bool(pair.latents) and pair.has_one_plate and not pair.eliminated
+        amortized = by_rows and pair.is_amortized("model") and pair.is_amortized("guide")
     rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))
     skipped: dict[str, str] = {}
 
@@ -250,13 +289,17 @@ def _inspect(
     bar.begin("decomposition")
     nats = run_or_skip("nats", decompose, rows)
     bar.begin("gap")
-    latent_size = 2 if nats is None else sum(units.activity.numel() for units in nats.units.values())
-    costly = latent_size > 1 and len(refined_rows) * max(tensor[0].numel() for tensor in data) > _MAX_QUADRATURE
+    latent_size = 2 if nats is None or not nats.units else sum(units.activity.numel() for units in nats.units.values())
+    numbers = len(refined_rows) * max(tensor[0].numel() for tensor in data)
+    costly = by_rows and latent_size > 1 and numbers > _MAX_QUADRATURE
     options: dict[str, Any] = {"num_samples": num_samples, "tolerance": None if costly else _TOLERANCE}
     gap = run_or_skip("gap", inference_gap, refined_rows, **options)
-    gap = None if gap is None else replace(gap, rows=refined_rows.to(data[0].device))
+    if gap is not None and gap.plates is None and len(gap.rows) == len(refined_rows):
+        gap = replace(gap, rows=refined_rows.to(data[0].device))
     bar.begin("calibration")
-    calibration = run_or_skip("calibration", calibrate, num_simulations=num_simulations)
+    by_data_set = refits["refit"] is not None or not by_rows
+    simulations = min(num_simulations, _MAX_DATA_SETS) if by_data_set else num_simulations
+    calibration = run_or_skip("calibration", calibrate, num_simulations=simulations, **refits)
     num_data = {"evidence": count, "nats": len(rows), "gap": len(refined_rows)}
     return Inspection(evidence, nats, gap, calibration, skipped, num_data)
 

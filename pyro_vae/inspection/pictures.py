@@ -54,7 +54,8 @@ def draw_pictures(
     drawn = []
     if history is not None:
         drawn.append(_draw("Has training converged, and does it overfit?", plots.training_curves, history))
-    drawn.append(_draw("Which estimates of log p(x) are reliable?", plots.khat, found.evidence, sort=True))
+    if found.evidence.khat.numel() > 1:
+        drawn.append(_draw("Which estimates of log p(x) are reliable?", plots.khat, found.evidence, sort=True))
     if found.calibration is not None:
         drawn.append(_draw("Is q(z|x) calibrated?", plots.calibration, found.calibration))
     with seeded(seed), torch.no_grad(), poutine.block():
@@ -82,9 +83,9 @@ def _png(figure: Figure) -> str:
 
 
 def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: list[int] | list[str]) -> Iterator[Picture]:
-    """Draw the first continuous latent, if there is one: the means of q(z | x), or draws if the mean is not known."""
+    """Draw the first continuous latent of each datum, if there is one: the means of q(z | x), or else draws."""
     sites = latent_sites(poutine.trace(guide).get_trace(*data))
-    name = next((name for name, site in sites.items() if not site["fn"].support.is_discrete), None)
+    name = next((name for name, site in sites.items() if _has_rows(site, len(labels))), None)
     if name is None:
         return
     values = _mean_or_value(sites[name])
@@ -94,6 +95,12 @@ def _latent_map(guide: Function, data: tuple[Tensor, ...], labels: list[int] | l
     yield _draw(
         "Where in the latent space does each label lie?", plots.latent_map, points, labels[:_MAX_POINTS], **options
     )
+
+
+def _has_rows(site: Any, count: int) -> bool:
+    """Whether a site is a continuous latent with values for each of so many rows."""
+    rows = any(frame.size == count and frame.dim == -1 for frame in site["cond_indep_stack"])
+    return rows and not site["infer"].get("is_auxiliary") and not site["fn"].support.is_discrete
 
 
 def _images(model: Function, guide: Function, data: tuple[Tensor, ...], shape: tuple[int, ...]) -> Iterator[Picture]:

@@ -59,7 +59,7 @@ def report(
 
     Args:
         path: path of the page, such as ``"report.html"``. An existing file is replaced, once the new page is complete.
-        model, guide: a Pyro model with all sites in one data plate, the rightmost dimension, and its guide.
+        model, guide: a Pyro model and its guide.
         data: the arguments of both, best held-out data. Images come first.
         title: title of the page.
         history: the result of :func:`pyro_vae.fit`, or its ``history``, for training curves.
@@ -153,8 +153,8 @@ def _render(**variables: Any) -> str:
 def _sections(found: Inspection) -> list[tuple[str, list[Table]]]:
     sections = [("How good is the model?", [found.evidence._table()])]
     if found.nats is not None:
-        units = units_table(found.nats.units).limited(_MAX_ROWS)
-        sections.append(("What does the ELBO consist of?", [found.nats._table(), units]))
+        units = [units_table(found.nats.units).limited(_MAX_ROWS)] if found.nats.units else []
+        sections.append(("What does the ELBO consist of?", [found.nats._table(), *units]))
     if found.gap is not None:
         sections.append(("How much does the guide lose?", [found.gap._table()]))
     if found.calibration is not None:  # the last quantity, log p(x, z), depends on the data: it is always shown

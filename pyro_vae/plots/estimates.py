@@ -123,7 +123,7 @@ def khat(evidence: Evidence, *, sort: bool = False, ax: Axes | None = None) -> A
         raise TypeError(f"`evidence` must be a result of `pv.log_evidence`, got {describe(evidence)}")
     boolean(sort, "sort")
     columns = (evidence.khat.double(), evidence.khat_error.double(), evidence.unreliable)
-    shapes, errors, unreliable = (column.detach().cpu().numpy() for column in columns)
+    shapes, errors, unreliable = (column.detach().cpu().flatten().numpy() for column in columns)
     if sort:
         order = np.argsort(-np.nan_to_num(shapes, nan=np.inf), kind="stable")
         shapes, errors, unreliable = shapes[order], errors[order], unreliable[order]

@@ -77,5 +77,5 @@ def test_a_guide_that_cannot_be_refined_has_no_split_and_the_reason(model, guide
 
 def test_a_point_has_no_gap():
     guide = guide_of(lambda x: dist.Delta(x[:, 0]))
-    with pytest.raises(ValueError, match="`guide` must have a density for .*, got a point .* for 'z'"):
+    with pytest.raises(ValueError, match=r"`guide` must have a density for .*, got a point .* for 'z'"):
         pv.inference_gap(model_of(z=NORMAL), guide, torch.randn(5, 2))

@@ -224,9 +224,22 @@ def test_annealing_sums_discrete_latents_out_of_the_guide_too():
     assert abs(draws.log_evidence - without.log_evidence) < 4 * draws.standard_error + 4 * without.standard_error
 
 
-def test_annealing_needs_a_continuous_latent():
-    with pytest.raises(ValueError, match=r"continuous latents, got none but \['z'\], which are summed out"):
-        pv.annealed_log_evidence(no_latents_left, lambda x: None, data(3))
+def singular(x):
+    """A Gaussian process whose covariance is singular in float32 for long lengths."""
+    length = pyro.sample("length", dist.LogNormal(1.0, 1.5))
+    places = torch.arange(float(len(x)))
+    covariance = (-0.5 * ((places[:, None] - places) / length) ** 2).exp() + 1e-7 * torch.eye(len(x))
+    pyro.sample("x", dist.MultivariateNormal(torch.zeros(len(x)), covariance), obs=x)
+
+
+def test_moves_to_singular_matrices_are_rejected():
+    x = torch.zeros(20)
+    with pyro.validation_enabled(False), pytest.raises(torch.linalg.LinAlgError):
+        poutine.trace(poutine.condition(singular, data={"length": torch.tensor(50.0)})).get_trace(x)
+    found = pv.annealed_log_evidence(
+        singular, lambda x: pyro.sample("length", dist.LogNormal(0.0, 0.3)), x, num_chains=20, num_temperatures=5
+    )
+    assert found.log_evidence.isfinite()
 
 
 def local_mixture(x):
@@ -263,6 +276,8 @@ def test_a_guide_without_latents_gives_the_exact_sum():
     torch.testing.assert_close(found.log_evidence, torch.logaddexp(*parts))
     assert (found.standard_error == 0).all()
     assert not found.unreliable.any()
+    annealed = pv.annealed_log_evidence(no_latents_left, lambda x: None, x, num_chains=30)
+    torch.testing.assert_close(annealed.log_evidence, found.log_evidence)
 
 
 def dependent(y):

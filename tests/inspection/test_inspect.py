@@ -10,6 +10,8 @@ import pytest
 import torch
 from linear_pair import COVARIANCE, NOISE, WEIGHT, make_data, make_guide, model, posterior_mean
 from pairs import NET, gaussian, guide_of, model_of
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_vae as pv
 from pyro_vae import guides
@@ -191,3 +193,80 @@ def test_log_p_is_estimated_where_quadratures_would_take_long(monkeypatch):
     assert (found.gap.gap - exact.gap.gap).mean().abs() < 5 * errors.norm() / 10 + 1e-3
     line = gaussian(1, 3)
     assert pv.inspect(line.model, line.guide, x, **options).gap.is_exact, "one dimension takes little"
+
+
+def mean_model(x):
+    """A global mean; p(mean | x) is normal, of precision 1/4 + N."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+
+def mean_guide(factor=1.0, shift=0.0):
+    """The exact posterior with an error, which reads the data: no fit is needed for others."""
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.sum() / (0.25 + len(x)) + shift, factor * (0.25 + len(x)) ** -0.5))
+
+    return guide
+
+
+MEANS = torch.linspace(-1, 2, 6)
+
+
+def test_global_latents_are_inspected_for_all_data_together():
+    found = pv.inspect(mean_model, mean_guide(), MEANS, num_samples=200, progress=False)
+    assert (found.verdict, found.faults, found.warnings) == ("sound", (), ())
+    assert found.calibration.num_data_sets == 100
+    exact = dist.MultivariateNormal(torch.zeros(6), torch.eye(6) + 4.0).log_prob(MEANS)
+    assert found.evidence.log_evidence.item() == pytest.approx(exact.item(), abs=1e-3)
+    assert found.nats.elbo.value == pytest.approx(exact.item(), abs=1e-3)
+    assert "the ELBO is 0.000 nats of all data below log p(x)" in found.headline.replace("-0.000", "0.000")
+    assert "In nats of all data." in found._repr_html_()
+    narrow = pv.inspect(mean_model, mean_guide(0.5), MEANS, num_samples=200, progress=False)
+    assert narrow.verdict == "faulty"
+    assert any("too narrow" in fault for fault in narrow.faults)
+    assert narrow.gap.gap.item() == pytest.approx((0.25 - 1 + math.log(4)) / 2, abs=1e-3)
+
+
+def test_without_refits_a_fitted_guide_of_global_latents_is_judged_by_its_gap_or_by_its_khat(monkeypatch):
+    def guide(x):
+        mean_guide()(MEANS)  # of the given data alone
+
+    found = pv.inspect(mean_model, guide, MEANS, num_samples=500, progress=False)
+    assert (found.calibration, found.gap.is_exact) == (None, True)
+    assert "`refit` must be options of `pv.fit`" in found.skipped["calibration"]
+    assert re.search(r"k̂ is [-.0-9inf]+; q\(z\|x\) was not calibrated$", found.headline)
+    assert found.verdict == "sound"
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae.diagnostics.inference_gap._exact_log_evidence", lambda p, tolerance: None)
+        wrong = pv.inspect(mean_model, mean_guide(0.2, 2.0), MEANS, num_samples=500, refit=None, progress=False)
+        estimated = pv.inspect(mean_model, guide, MEANS, num_samples=500, progress=False)
+    assert (estimated.gap.is_exact, estimated.verdict) == (False, "sound")
+    assert wrong.verdict == "faulty"
+    assert any("q(z|x) is far from p(z|x)" in warning for warning in wrong.warnings)
+
+
+def test_refits_calibrate_a_guide_of_global_latents():
+    options = {"num_simulations": 20, "num_samples": 100, "processes": 1, "progress": False}
+    found = pv.inspect(mean_model, AutoNormal(mean_model), MEANS, refit={"epochs": 20, "lr": 0.1}, **options)
+    assert (found.calibration.num_data_sets, found.skipped) == (20, {})
+
+
+def test_groups_and_latents_that_are_summed_out_are_inspected():
+    def model(x):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(3.0 * c, 1.0), obs=x)
+
+    torch.manual_seed(0)
+    found = pv.inspect(model, AutoNormal(poutine.block(model, hide=["c"])), MEANS, num_samples=200, progress=False)
+    assert (found.evidence.plates, list(found.skipped)) == ((), ["calibration"])
+    assert found.nats.elbo.value < found.evidence.log_evidence.item() + 0.5
+    assert "nats of all data" in str(found)
+
+
+def test_a_point_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"`guide` must have a density for each continuous latent, got a point"):
+        pv.inspect(mean_model, AutoDelta(mean_model), MEANS, progress=False)

@@ -12,6 +12,7 @@ import torch
 from linear_pair import make_data, make_guide, model
 from matplotlib import pyplot as plt
 from pairs import bernoulli, gaussian, guide_of
+from pyro.infer.autoguide import AutoNormal
 from torch.distributions.transforms import AffineTransform
 
 import pyro_vae as pv
@@ -125,7 +126,8 @@ def test_a_page_without_calibration_does_not_claim_that_the_guide_is_sound(page)
     own_means = guide_of(lambda x: dist.Normal(pyro.param("mean", lambda: x[:, :2].clone()), 0.3).to_event(1))
     found = reported(page, model, own_means, x)
     assert found.calibration is None
-    assert "no fault found, but the calibration of q(z|x) was not tested" in str(found)
+    assert (found.verdict, found.gap.is_exact) == ("approximate", True)
+    assert "below log p(x); q(z|x) was not calibrated" in str(found)
     assert 'class="sound"' not in page.read_text()
 
 
@@ -182,3 +184,18 @@ def test_a_report_draws_colour_images_and_named_classes(page, monkeypatch):
     assert drawn == [((20, 3), names), ((2, 12), (3, 2, 2))]
     with pytest.raises(ValueError, match=r"`image_shape` must be .* or \(3, 32, 32\) in colour, got \(4, 3, 1\)"):
         reported(page, vae.model, vae.guide, x, image_shape=(4, 3, 1))
+
+
+def test_a_page_of_global_latents_has_one_number_for_all_data_and_the_reasons(page):
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    found = reported(page, model, AutoNormal(model), torch.linspace(-1, 2, 6), labels=[0, 1] * 3)
+    text = page.read_text()
+    assert found.evidence.log_evidence.shape == ()
+    for words in ("log p(x) of all data", "rate, KL from q(z|x) to the prior", "There is no mutual information"):
+        assert words in text
+    assert "Can q(z|x) be trusted?" not in text
+    assert "calibration was skipped: `refit` must be options of" in html.unescape(text)
