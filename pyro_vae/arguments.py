@@ -36,7 +36,8 @@ _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 class Arguments:
     """The arguments of model and guide, in the place of ``data``: ``model(*args, **kwargs)``.
 
-    It is needed for keywords, and for one argument that is a list. Other values than tensors can be passed as they are:
+    It is needed for keywords, for one argument that is a list, and for tensors whose rows are not in the first
+    dimension. Other values than tensors can be passed as they are:
     ``fit(model, guide, (x, None), ...)`` calls ``model(x, None)``, and ``fit(model, guide, {"x": x}, ...)`` calls
     ``model({"x": x})``.
 
@@ -154,8 +155,8 @@ def bind(
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         guide = LatentsOf(guide)
-    args, kwargs = _positional_and_keywords(data, name)
-    if not kwargs and _are_rows(args):
+    args, kwargs, given = _positional_and_keywords(data, name)
+    if not given and _are_rows(args):
         return Program(model, guide, list(args) if _is_wrapped(data) else data)
     converted = [_as_tensors(value, name, model, keep_integers) for value in args]
     args = tuple(value for values in converted for value in values)
@@ -207,16 +208,16 @@ def _is_wrapped(data: Data) -> bool:
     return any(isinstance(item, Arguments) for item in _items(data))
 
 
-def _positional_and_keywords(data: Data, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments in data of any form; a sequence has an argument in each item."""
+def _positional_and_keywords(data: Data, name: str) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The arguments in data of any form, and whether they are ``Arguments``; a sequence has one in each item."""
     items = _items(data)
     if len(items) == 1 and isinstance(items[0], list | tuple):  # `f(model, guide, (x, y))` for `f(..., x, y)`
         items = tuple(items[0])
     if len(items) == 1 and isinstance(items[0], Arguments):
-        return items[0].args, items[0].kwargs
+        return items[0].args, items[0].kwargs, True
     if any(isinstance(item, Arguments) for item in items):
         raise TypeError(f"`{name}` must be one Arguments(...), with all arguments in it, got others next to it")
-    return items, {}
+    return items, {}, False
 
 
 def _are_rows(args: Sequence[Any]) -> bool:

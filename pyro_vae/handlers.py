@@ -109,11 +109,14 @@ class FixedSubsample(Messenger):
 
 
 class SubsampleStatements(Messenger):
-    """Count the ``pyro.subsample`` statements that run inside."""
+    """Count the ``pyro.subsample`` statements that run inside, and the plates that set the size of their subsample."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.own = 0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.own += site_is_subsample(msg) and msg["fn"].subsample_size is not None
 
     def _pyro_subsample(self, msg: Any) -> None:
         self.count += 1

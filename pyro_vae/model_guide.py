@@ -31,6 +31,7 @@ from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
 from pyro_vae._utils.data import DataTensors, LazyData, data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
+from pyro_vae._utils.plates import own_subsamples
 from pyro_vae._utils.rng import preserve_rng_state, seeded
 from pyro_vae._utils.traces import (
     PARTICLES,
@@ -149,10 +150,16 @@ class ModelGuide:
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
                 self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data, bad_rows)
+            if own_subsamples():
+                with pyro.validation_enabled(False):
+                    self.model_trace.compute_log_prob()
         except RunError as failure:
             with preserve_rng_state():
                 self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
+        except ValueError as error:
+            self._explain(error, name)
+            raise
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         self.plate = self._find_plate(plate)
@@ -209,12 +216,16 @@ class ModelGuide:
         some = data.few(max(batch_size, rows_at_once(data))) if lazy else data
         first = torch.arange(batch_size, device=data[0].device)
         by_name = partial(cls.on_batches, model, guide, data, batch_size, transform=transform)
-        if lazy and not _has_subsample(model, DataTensors(transformed(some, transform))):
+        statements = SubsampleStatements()
+        if lazy and not _has_subsample(model, DataTensors(transformed(some, transform)), statements):
             found, subsamples = None, False  # slices are read, and no run needs the size of all data
         else:
             within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
-            found, subsamples = _run_first_batch(model, guide, data, within, plate if within[1].takes_all else None)
+            by_number = plate if within[1].takes_all else None
+            found, subsamples = _run_first_batch(model, guide, data, within, by_number, statements)
         if found is None or not subsamples or isinstance(found, RunError):
+            if statements.own and (own := cls._on_own_subsample(model, guide, data, batch_size, plate, transform)):
+                return own
             pair = cls._on_all_rows(model, guide, some, plate, transform)
             if pair.plate != plate:
                 return by_name(plate=pair.plate)
@@ -238,9 +249,9 @@ class ModelGuide:
         if pair.plate != plate:
             return by_name(plate=pair.plate)
         pair.transform = transform
-        pair.check_data_plate()
+        pair.check_observed()
         if not pair.has_data_plate:
-            raise pair._outside_plate(list(pair.observed))
+            raise _outside_plate(pair.plate, list(pair.observed), pair.plates)
         _check_subsampling(pair, batch_size)
         if transform is not None or lazy:
             _check_reading(pair, *within)
@@ -252,6 +263,38 @@ class ModelGuide:
         pair.take = lambda rows, *read: _subsampled(data, rows, plate, transform, read)
         pair.num_run, pair.batch_size, pair.subsamples = batch_size, batch_size, True
         pair._check_columns(pair.observed, "data")
+        return pair
+
+    @classmethod
+    def _on_own_subsample(
+        cls,
+        model: Function,
+        guide: Function,
+        data: DataTensors,
+        batch_size: int,
+        plate: str,
+        transform: Transform | None,
+    ) -> "ModelGuide | None":
+        """Run a pair on slices of its data whose plate has N rows and takes as many as a slice, and so scales them.
+
+        ``None`` for any other pair. An example is ``pyro.plate("data", N, subsample_size=len(x))`` with ``obs=x``.
+        """
+        few = DataTensors(transformed(data.few(batch_size), transform))
+        try:
+            pair = cls(model, guide, few, plate, seed=None, bad_rows=True)
+        except (ValueError, RuntimeError):
+            return None
+        size = len(data[0])
+        if plate == DATA_PLATE and (frame := data_plate(pair.observed.values(), [size])):
+            pair.plate = frame.name
+        if {_size_of_plate(site, pair.plate) for _, _, site in pair.sites} - {None} != {(batch_size, size)}:
+            return None
+        for who, run, trace in (("model", model, pair.model_trace), ("guide", guide, pair.guide_trace)):
+            if _dims_of(trace, pair.plate) and not is_amortized(run, few, pair.plate, trace, full_size=size):
+                raise _numbers_needed(who)
+        pair.transform, pair.data, pair.num_run = transform, data, batch_size
+        pair.take = lambda rows, *read: nullcontext(transformed(read or data.rows(rows), transform))
+        pair.batch_size, pair.subsamples = batch_size, True
         return pair
 
     @classmethod
@@ -288,12 +331,18 @@ class ModelGuide:
     ) -> "ModelGuide":
         pair = cls(model, guide, transformed(data, transform), plate, seed=None, bad_rows=True)
         pair.transform = transform
-        pair.check_data_plate()
+        pair.check_observed()
         pair.take = lambda rows, *read: nullcontext(transformed(data, transform))
         return pair
 
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
+        for plate, (size, count) in own_subsamples().items():
+            if count == self.num_data < size:
+                raise ValueError(
+                    f"`{name}` must have all {size} rows of the plate {plate!r}, which takes a subsample of its own: "
+                    f"what is reported is a number of all rows, got {count}"
+                ) from error
         observed, shapes = [], []
         with suppress(RunError), poutine.block(), UnsizedPlates() as plates:
             alone, _ = trace_pair(self.model, None, self.data)
@@ -329,8 +378,10 @@ class ModelGuide:
 
     def _find_plate(self, plate: str) -> str:
         """The name of the data plate: as given, or by default that of the plate of N rows around observed sites."""
-        if plate != DATA_PLATE or plate in self.plates:
+        if plate in self.plates:
             return plate
+        if plate != DATA_PLATE:
+            raise _outside_plate(plate, list(self.observed), self.plates)
         frame = data_plate(self.observed.values(), [self.num_data])
         return plate if frame is None else frame.name
 
@@ -487,21 +538,15 @@ class ModelGuide:
         """Whether some observed site lies in the data plate, so that there is a number of nats per datum."""
         return any(frame.name == self.plate for site in self.observed.values() for frame in site["cond_indep_stack"])
 
-    def check_data_plate(self, trains: bool = True) -> None:
-        """Raise if no site is in a plate of the name that was given, or if there is nothing to train on."""
-        if (self.plate != DATA_PLATE and self.plate not in self.plates) or (trains and not self.observed):
-            raise self._outside_plate([name for name, site in self.observed.items() if not self.is_local(site)])
+    def check_observed(self) -> None:
+        """Raise if there is nothing to train on."""
+        if not self.observed:
+            raise _outside_plate(self.plate, [], self.plates)
 
     def _check_all_in_plate(self) -> None:
-        """Raise if slices of the data would give observed sites that are not in the data plate a wrong scale."""
+        """Raise if batches of the data would not be of the observed sites: slices give those outside a wrong scale."""
         if outside := [name for name, site in self.observed.items() if not self.is_local(site)]:
-            raise self._outside_plate(outside)
-
-    def _outside_plate(self, outside: list[str]) -> ValueError:
-        return ValueError(
-            f"`plate` must be the data plate around the model's observed sites, got {self.plate!r}: "
-            f"the sites {outside or '(none is observed)'} are not in it; plates are {self.plates or '(none)'}"
-        )
+            raise _outside_plate(self.plate, outside, self.plates)
 
     @cached_property
     def why_no_bound(self) -> str:
@@ -844,6 +889,13 @@ def _unconstrained_shape(site: Site, shape: torch.Size) -> torch.Size:
         return shape
 
 
+def _outside_plate(plate: str, outside: list[str], plates: list[str]) -> ValueError:
+    return ValueError(
+        f"`plate` must be the data plate around the model's observed sites, got {plate!r}: "
+        f"the sites {outside or '(none is observed)'} are not in it; plates are {plates or '(none)'}"
+    )
+
+
 def _tensors(values: Any) -> list[Tensor]:
     """The tensors in a list, or among the attributes of a constraint."""
     values = values if isinstance(values, list) else vars(values).values()
@@ -1028,9 +1080,9 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _has_subsample(model: Function, data: tuple[Tensor, ...]) -> bool:
+def _has_subsample(model: Function, data: tuple[Tensor, ...], statements: SubsampleStatements) -> bool:
     """Whether a model reads its data with ``pyro.subsample``, or does not run on them."""
-    with poutine.block(), SubsampleStatements() as statements, preserve_rng_state():
+    with poutine.block(), statements, preserve_rng_state():
         try:
             trace_pair(model, None, data, bad_rows=True)
         except RunError:
@@ -1044,12 +1096,13 @@ def _run_first_batch(
     data: tuple[Tensor, ...],
     within: tuple[SubsampleRows, FixedSubsample],
     plate: str | None,
+    statements: SubsampleStatements,
 ) -> tuple[tuple[Trace, Trace] | RunError, bool]:
     """The traces of a pair under a subsample, or why it does not run there, and whether it takes the rows itself.
 
     It does by ``pyro.subsample``, or with the numbers of the rows that a ``plate`` with this name gives it.
     """
-    with poutine.block(), SubsampleStatements() as statements, within[0], within[1]:
+    with poutine.block(), statements, within[0], within[1]:
         try:
             traces = trace_pair(model, guide, data)
             follows = plate is not None and _indexes_rows(traces[0], plate, len(within[0].rows))
@@ -1154,6 +1207,20 @@ def _check_subsampling(pair: ModelGuide, batch_size: int) -> None:
         sizes = [frame.size for frame in site["cond_indep_stack"] if frame.name == pair.plate]
         if sizes and sizes != [batch_size]:
             raise _no_subsample(who, pair.plate, f"site {name!r} has {sizes[0]} rows instead of {batch_size}")
+    full = {_size_of_plate(site, pair.plate) for _, _, site in pair.sites} - {None, (batch_size, pair.num_data)}
+    if full:
+        _, size = next(iter(full)) or (0, 0)
+        raise ValueError(
+            f"`data` must have a row for each row of the plate {pair.plate!r} in their first dimension for "
+            f"`batch_size`, got {pair.num_data} for {size}. Other arguments are "
+            "`pv.Arguments(...)`"
+        )
+
+
+def _size_of_plate(site: Site, plate: str) -> tuple[int, int] | None:
+    """The size of a plate around a site, and that of all its rows; ``None`` if the site is in no such plate."""
+    found = [(frame.size, frame.full_size or frame.size) for frame in site["cond_indep_stack"] if frame.name == plate]
+    return found[0] if found else None
 
 
 def _check_reading(pair: ModelGuide, subsample: SubsampleRows, drawn: FixedSubsample) -> None:
@@ -1241,22 +1308,34 @@ def _check_slicing(pair: ModelGuide, in_any_order: bool = True) -> bool:
     runs = (("model", pair.model, pair.model_trace), ("guide", pair.guide, pair.guide_trace))
     for who, run, trace in runs:
         if not is_amortized(run, pair.data, pair.plate, trace, numbered=True):
-            raise ValueError(
-                f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
-                f"a row's distribution in it depends on more than that row, such as parameters for each datum. {remedy}"
-            )
+            raise _numbers_needed(who)
     return True
 
 
+def _numbers_needed(who: str) -> ValueError:
+    return ValueError(
+        f"`batch_size` needs a model that reads its data with pyro.subsample where the {who} is not amortized: "
+        "a row's distribution in it depends on more than that row, such as parameters for each datum. Read the data in "
+        "model and guide with `pyro.subsample(x, event_dim=...)` inside the plate, or leave batch_size out for full "
+        "batches"
+    )
+
+
 def is_amortized(
-    run: Function, data: tuple[Tensor, ...], plate: str, trace: Trace | None = None, numbered: bool = False
+    run: Function,
+    data: tuple[Tensor, ...],
+    plate: str,
+    trace: Trace | None = None,
+    numbered: bool = False,
+    full_size: int | None = None,
 ) -> bool:
     """Whether the distributions of a row, in a model or guide, depend on that row alone, wherever it stands.
 
     All rows are run twice in evaluation mode, at most :func:`rows_at_once` together: in order, and in a random order
     among rows beyond the range of the data. At the same latents every row must have the same density in both runs. The
     parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows. Autoguides are
-    judged by their plates. With ``numbered``, the data plate has the numbers of the rows in the data.
+    judged by their plates. With ``numbered``, the data plate has the numbers of the rows in the data. ``full_size`` is
+    that of a plate that takes a subsample of its own.
     """
     data = data if isinstance(data, DataTensors) else DataTensors(data)
     first = data.few(rows_at_once(data))
@@ -1266,7 +1345,7 @@ def is_amortized(
             if isinstance(unbound(run), AutoGuide):
                 return not any(_dims_of(trace, plate))
             with _perturbed(trace):
-                return _Rows(run, plate, numbered).are_independent(data)
+                return _Rows(run, plate, numbered, full_size).are_independent(data)
         except (ValueError, RuntimeError, IndexError, KeyError):
             return False
 
@@ -1289,8 +1368,8 @@ def _dims_of(trace: Trace, plate: str) -> dict[str, int]:
 class _Rows:
     """Runs of a model or guide on rows of data at given latents. In values and densities the rows come first."""
 
-    def __init__(self, run: Function, plate: str, numbered: bool = False):
-        self.run, self.plate, self.numbered = run, plate, numbered
+    def __init__(self, run: Function, plate: str, numbered: bool = False, full_size: int | None = None):
+        self.run, self.plate, self.numbered, self.full_size = run, plate, numbered, full_size
         self.outside: dict[str, Tensor] = {}  # the latents outside of the plate, the same in all runs
         self.dims: dict[str, int] = {}  # of the rows in the density of each site in the plate
         self.event_dims: dict[str, int] = {}
@@ -1311,7 +1390,8 @@ class _Rows:
         with SubsampleRows(self.plate, rows) if self.numbered else nullcontext():
             trace = poutine.trace(poutine.condition(self.run, data=values)).get_trace(*data)
         frames = [frame for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())]
-        if any(frame.full_size not in (None, -1, len(rows)) for frame in frames if frame.name == self.plate):
+        expected = (None, -1, self.full_size or len(rows))
+        if any(frame.full_size not in expected for frame in frames if frame.name == self.plate):
             raise ValueError("the plate has another size than the data, and scales the densities of slices by itself")
         return trace
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
-__all__ = ["every_row"]
+__all__ = ["every_row", "own_subsamples"]
+
+_found: list[dict[str, tuple[int, int]]] = []  # of the blocks that run
 
 
 @contextmanager
@@ -40,7 +42,14 @@ def every_row() -> Iterator[dict[str, tuple[int, int]]]:
 
     owner: Any = SubsampleMessenger
     owner._subsample = staticmethod(subsample)
+    _found.append(found)
     try:
         yield found
     finally:
+        _found.remove(found)
         owner._subsample = given
+
+
+def own_subsamples() -> dict[str, tuple[int, int]]:
+    """The plates that took a subsample of their own inside :func:`every_row`, with its size and theirs; by name."""
+    return _found[-1] if _found else {}

@@ -62,7 +62,6 @@ class JointSampler:
         self.settings, self._per_draw = settings, PerDraw()
         with seeded(settings.seed), poutine.block(), torch.no_grad():
             self.pair = pair = ModelGuide(model, guide, data, settings.plate, seed=None)
-            pair.check_data_plate(trains=False)
             settings.plate = pair.plate
             eliminated = {name: pair.latents[name] for name in pair.eliminated}
             check_same_latents(pair.required_latents, pair.guide_latents, more=True)

@@ -61,14 +61,16 @@ class Fitted(Result):
     Attributes:
         model: the model, as given.
         guide: the guide, as given.
-        history: per epoch, in nats per datum: ``elbo``, ``distortion`` and ``rate``, means over the epoch's steps; with
-            validation data ``validation_elbo``, ``validation_distortion`` and ``validation_rate`` at its end. With a
-            schedule of the learning rate also ``lr``, that of the epoch's last step.
+        history: per epoch, in nats per datum, of which each row of the data plate is one: ``elbo``, ``distortion`` and
+            ``rate``, means over the epoch's steps; with validation data ``validation_elbo``, ``validation_distortion``
+            and ``validation_rate`` at its end. With a schedule of the learning rate also ``lr``, that of the epoch's
+            last step.
         seed: the seed.
         steps: number of gradient steps.
         seconds: wall-clock time of the training.
         stopped: why it ended: ``"epochs"`` are done, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         skipped: steps that were left out, as they were not finite.
+        of_all_data: whether the history is in nats of all data, since no observed site is in a data plate.
     """
 
     model: Function
@@ -79,6 +81,11 @@ class Fitted(Result):
     seconds: float
     stopped: str = "epochs"
     skipped: int = 0
+    of_all_data: bool = False
+
+    @property
+    def _unit(self) -> str:
+        return "nats of all data" if self.of_all_data else "nats per datum"
 
     @property
     def _bound(self) -> str:
@@ -94,7 +101,7 @@ class Fitted(Result):
         ended = f", ended by {self.stopped}" if self.stopped != "epochs" else ""
         skipped = f", {count_of(self.skipped, 'step')} skipped" if self.skipped else ""
         return (
-            f"{', '.join(found)} nats per datum after {count_of(len(self.history[bound]), 'epoch')}, "
+            f"{', '.join(found)} {self._unit} after {count_of(len(self.history[bound]), 'epoch')}, "
             f"{count_of(self.steps, 'step')}, {self.seconds:.3g} s{ended}{skipped}"
         )
 
@@ -107,7 +114,7 @@ class Fitted(Result):
             shown = (f"{column[-1]:.3f}" if len(column) else "" for column in columns)
             rows.append(("ELBO" if term == "elbo" else term, *shown))
         epochs = count_of(len(next(iter(self.history.values()), [])), "epoch")
-        note = f"In nats per datum, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
+        note = f"In {self._unit}, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
         note += f"Seed {self.seed}."
         best = self.history.get(f"validation_{self._bound}", [])
         if len(best) and (epoch := int(np.argmax(best))) < len(best) - 1:
@@ -315,7 +322,17 @@ def fit(
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
     seconds, state = time.perf_counter() - started, loop.state
     history = Terms(state.history, pair.why_no_bound)
-    return Fitted(unbound(model), unbound(guide), history, seed, step.count, seconds, state.stop_reason, state.skipped)
+    return Fitted(
+        unbound(model),
+        unbound(guide),
+        history,
+        seed,
+        step.count,
+        seconds,
+        state.stop_reason,
+        state.skipped,
+        of_all_data=not pair.has_data_plate,
+    )
 
 
 @any_arguments
@@ -367,7 +384,7 @@ def evaluate(
             with nullcontext() if batch_size is not None else suppress(ValueError), seeded(seed):
                 pair = ModelGuide.on_batches(model, guide, tensors, most, plate)
         pair = pair or ModelGuide(model, guide, tensors.whole(), plate)
-        pair.check_data_plate()
+        pair.check_observed()
         pair.check_elbo(evaluator.elbo)
         evaluator.guide, evaluator.bound, evaluator.plate = pair.guide, pair.bound, pair.plate
         with seeded(seed), pyro.validation_enabled():
