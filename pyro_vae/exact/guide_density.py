@@ -72,7 +72,7 @@ class GuideDensity:
         }
         self._together = None if self._has_all_origins() else _common_origin(p.latents, sites)
         self.sites = self._latents(sites)
-        for name in self.sites:
+        for name in self.sites if p.by_rows else ():
             expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
             if shape != expected:
                 must = f"have the event shape of the model at site {name!r}, {expected}"

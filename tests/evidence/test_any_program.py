@@ -356,3 +356,33 @@ def test_a_model_without_latents_has_its_own_density():
     found = pv.log_evidence(model, lambda x: None, x, num_samples=25)
     torch.testing.assert_close(found.log_evidence, dist.Normal(0.0, 1.0).log_prob(x))
     assert not found.unreliable.any()
+
+
+def effects(x):
+    """theta_i ~ N(mu, 1) and x_i ~ N(theta_i, 1), with mu ~ N(0, 1)."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(theta, 1.0), obs=x)
+
+
+def joint_guide(x):
+    """The posterior of all effects together, a tenth wider, as one event."""
+    count = len(x)
+    mixing = torch.cat([torch.ones(count, 1), torch.eye(count)], 1)  # theta = mixing @ (mu, noise)
+    covariance = (torch.eye(count + 1) + mixing.T @ mixing).inverse()
+    mean = covariance @ mixing.T @ x
+    mu = pyro.sample("mu", dist.Normal(mean[0], 1.1 * covariance[0, 0].sqrt()))
+    slope = covariance[1:, 0] / covariance[0, 0]
+    noise = mean[1:] + slope * (mu - mean[0])
+    rest = covariance[1:, 1:] - slope[:, None] * covariance[None, 0, 1:]
+    pyro.sample("theta", dist.MultivariateNormal(mu + noise, 1.21 * rest))
+
+
+def test_a_guide_may_draw_the_values_of_a_plate_as_one_event():
+    x = data(4)
+    expected = dist.MultivariateNormal(torch.zeros(4), torch.ones(4, 4) + 2 * torch.eye(4)).log_prob(x)
+    found = pv.log_evidence(effects, joint_guide, x, num_samples=2000)
+    annealed = pv.annealed_log_evidence(effects, joint_guide, x, num_chains=100, num_temperatures=10)
+    for estimate in (found, annealed):
+        assert abs(estimate.log_evidence - expected) < 4 * estimate.standard_error
