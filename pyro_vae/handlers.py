@@ -10,6 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae._utils.param_store import register
+from pyro_vae._utils.traces import is_deterministic
 from pyro_vae._utils.validation import describe, number
 
 __all__ = [
@@ -34,7 +35,7 @@ class ResampleObserved(UnconditionMessenger):
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 

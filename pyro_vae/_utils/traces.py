@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
@@ -11,9 +12,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
-    "PARTICLES", "data_plate", "data_plate_size", "deterministic_sites", "has_bad_rows", "latent_shapes",
-    "latent_sites", "log_density", "masked", "observed_sites", "plate_scale", "set_plate_sizes", "shared_plates",
-    "summed_to",
+    "PARTICLES", "data_plate", "data_plate_size", "deterministic_sites", "has_bad_rows", "is_deterministic",
+    "latent_shapes", "latent_sites", "log_density", "masked", "observed_sites", "plate_scale",
+    "set_plate_sizes", "shared_plates", "summed_to",
 ]  # fmt: skip
 
 PARTICLES = "num_particles_vectorized"  # Pyro's name of the plate of vectorized particles
@@ -38,9 +39,16 @@ def _sample_sites(trace: Trace) -> dict[str, Any]:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Whether a site is of ``pyro.deterministic``, or one that ``poutine.reparam`` made a function of others."""
+    fn = site["fn"]
+    is_function = isinstance(fn, dist.MaskedDistribution) and fn._mask is False and isinstance(fn.base_dist, dist.Delta)
+    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and is_function)
+
+
 def deterministic_sites(trace: Trace) -> dict[str, Any]:
-    """The sites of ``pyro.deterministic``, by name."""
-    return {name: site for name, site in _sample_sites(trace).items() if site["infer"].get("_deterministic")}
+    """The sites of ``pyro.deterministic``, and of ``poutine.reparam``, by name."""
+    return {name: site for name, site in _sample_sites(trace).items() if is_deterministic(site)}
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def latent_sites(trace: Trace) -> dict[str, Any]:
 
 def observed_sites(trace: Trace) -> dict[str, Any]:
     """The observed sample sites that count (``pyro.deterministic`` and masked-out ones do not), by name."""
-    sites = {name: site for name, site in _sample_sites(trace).items() if not site["infer"].get("_deterministic")}
+    sites = {name: site for name, site in _sample_sites(trace).items() if not is_deterministic(site)}
     return {name: site for name, site in sites.items() if site["is_observed"] and site["mask"] is not False}
 
 

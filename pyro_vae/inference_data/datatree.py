@@ -16,8 +16,9 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.arguments import any_arguments
-from pyro_vae.evidence.pareto import pareto_shape, tail_length
+from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, tail_length
 from pyro_vae.inference_data.groups import GroupLayout
+from pyro_vae.inference_data.likelihood import resampled
 from pyro_vae.inference_data.netcdf import check_space, new_path, writing
 from pyro_vae.inference_data.sampler import Groups, JointSampler
 from pyro_vae.inference_data.settings import ExportSettings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["save_draws", "to_arviz", "to_datatree"]
 
 _MAX_BYTES = 4 * 2**30
+_LARGEST_KHAT = 0.7  # above which importance weights correct nothing
 _LEAST_TAIL = 5  # draws to which k̂ is fitted
 
 
@@ -46,6 +48,7 @@ def to_datatree(
     history: Fitted | Mapping[str, Sequence[float]] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     parallel: bool = False,
+    local_draws: int = 100,
     max_bytes: int = _MAX_BYTES,
 ) -> "xr.DataTree":
     r"""Draw latents and data from a model and guide, with names for all variables and dimensions.
@@ -59,6 +62,8 @@ def to_datatree(
       datum i, and the logarithm of its mean exponential is the estimate of :func:`pyro_vae.log_evidence`. All are
       unscaled, and sum over observed entries alone if some are missing. ``khat``, without draws, says whether the
       weights can be trusted, see :func:`pyro_vae.evidence.pareto.pareto_shape`; it needs 21 draws.
+    * ``log_likelihood``, for ``az.loo`` and ``az.compare``: log p(x_i | θ) of each observation at the latents θ that
+      observations share, see below.
     * ``prior``; ``posterior_predictive`` and ``prior_predictive``: newly drawn data, not the observed ones.
     * ``observed_data`` and ``constant_data``: the data, and the argument; ``training``: the history, along ``epoch``.
     * ``guide``: the parameters of each q(z | x), such as ``z_loc`` and ``z_scale``, without draws. Latents whose
@@ -82,6 +87,18 @@ def to_datatree(
     **Masks.** Where a site is masked, by ``poutine.mask``, ``fn.mask`` or ``obs_mask``, as in the padded steps of a
     sequence, its values are NaN, and integers are floats. Missing data (NaN) that a likelihood accepts are drawn.
 
+    **Leave-one-out.** An observation is a cell of the plates that all observed sites share, or a datum where latents
+    are local to the data plate; several observed sites of it are one variable, ``observed``. ``log_likelihood`` is
+    marginal over the latents of the observation: discrete ones are summed out, others integrated by importance sampling
+    with ``local_draws``; the attribute ``standard_error`` has the largest error of an observation, in nats. Draws of a
+    guide are not those of the posterior: this group has draws of θ that are resampled by their weights p(x, θ) / q(θ),
+    with truncation, so that ``az.loo(pv.to_arviz(tree))`` is right if ``khat`` of these weights, an attribute, is at
+    most 0.7; above that, :func:`to_arviz` warns. The attribute ``reliable`` is 0 also for fewer draws with k̂ above
+    :func:`pyro_vae.evidence.pareto.reliable_shape`. The order of draws is not that of
+    ``posterior``, so ``az.loo_pit`` does not apply. Where there is no such likelihood, the tree has the reason as its
+    attribute ``log_likelihood``: where all latents are local, compare models by held-out log p(x) with
+    :func:`pyro_vae.compare_evidence`.
+
     A density that does not exist is left out: ``lp`` if the likelihood is not normalised (soft targets) or the prior is
     discrete and q is relaxed; ``log_q`` if the guide is a point (``AutoDelta``); ``log_weight`` if one of these is
     missing, or if the guide has latents that the model does not have.
@@ -100,6 +117,8 @@ def to_datatree(
         history: the result of :func:`pyro_vae.fit`, or values for each epoch.
         constant_data: tensors, arrays or lists by name, such as ``{"covariates": c}``, along ``obs`` if of its length.
         parallel: whether to make many draws at once, by ``torch.vmap``; faster. Each is the draw of a run of its own.
+        local_draws: number of draws of the latents of an observation for each draw of shared ones, of which
+            ``log_likelihood`` is the mean; at most 10 for a model that ``torch.vmap`` does not take.
         max_bytes: largest size of the draws in memory.
 
     Raises:
@@ -121,7 +140,7 @@ def to_datatree(
     2
     """
     positive_int(max_bytes, "max_bytes")
-    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel)
+    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws)
     sampler = JointSampler(model, guide, data, settings)
     if sampler.nbytes > max_bytes:
         sites = ", ".join(sampler.latents | sampler.deterministic | sampler.observed)
@@ -138,7 +157,11 @@ def to_datatree(
             for group, variables in values.items():
                 for name, value in variables.items():
                     groups[group][name][0, chunk] = value
-    return layout.tree(groups, largest.khat())
+    attrs: dict[str, Any] = {}
+    if "log_likelihood" in groups:
+        index, attrs = _corrected(sampler)
+        groups["log_likelihood"] = {name: value[:, index] for name, value in groups["log_likelihood"].items()}
+    return layout.tree(groups, largest.khat(), attrs)
 
 
 @any_arguments
@@ -156,6 +179,7 @@ def save_draws(
     history: Fitted | Mapping[str, Sequence[float]] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     parallel: bool = False,
+    local_draws: int = 100,
     chunk: int | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -170,7 +194,8 @@ def save_draws(
 
     Args:
         path: path of the file, which is also returned; an existing file is replaced.
-        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel: see :func:`to_datatree`.
+        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws: see
+            :func:`to_datatree`.
         chunk: number of draws in a chunk; by default as many as take about 64 MiB.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
@@ -193,7 +218,7 @@ def save_draws(
     if chunk is not None:
         positive_int(chunk, "chunk")
     path = new_path(path)
-    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel)
+    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws)
     sampler = JointSampler(model, guide, data, settings)
     check_space(path, sampler.nbytes)
     layout, largest = GroupLayout(sampler), _LargestWeights(sampler)
@@ -207,6 +232,8 @@ def save_draws(
                 largest.add(values)
                 file.write(taken, layout.named(values))
                 bar.advance(taken.stop - taken.start)
+        if "log_likelihood" in sampler.variables:
+            file.take("log_likelihood", *_corrected(sampler))
         if (khat := largest.khat()) is not None:
             file.put("sample_stats", "khat", layout.dims["sample_stats"]["log_weight"], khat)
     return path
@@ -214,6 +241,9 @@ def save_draws(
 
 def to_arviz(tree: "xr.DataTree") -> Any:
     """Convert a tree for the installed ArviZ: version 1 takes the tree itself, version 0.23 an ``InferenceData``.
+
+    Warn if the tree has a ``log_likelihood`` with which ``az.loo`` must not be trusted, since the guide is too far from
+    the posterior: k̂ of its weights is above 0.7.
 
     >>> import warnings
     >>> import xarray as xr
@@ -229,11 +259,35 @@ def to_arviz(tree: "xr.DataTree") -> Any:
 
     if not isinstance(tree, xr.DataTree):
         raise TypeError(f"`tree` must be an `xarray.DataTree`, such as pv.to_datatree returns, got {describe(tree)}")
+    if "log_likelihood" in tree.children and tree["log_likelihood"].attrs.get("khat", 0.0) > _LARGEST_KHAT:
+        warnings.warn(
+            f"az.loo and az.waic of this tree must not be trusted: k̂ of the guide's weights, p(x, z) / q(z), is "
+            f"{tree['log_likelihood'].attrs['khat']:.2f}, above {_LARGEST_KHAT}, so that its draws cannot be corrected "
+            "to those of the posterior. Use draws of pv.reference, or a guide closer to the posterior",
+            UserWarning,
+            stacklevel=2,
+        )
     if not hasattr(arviz, "from_datatree"):
         return tree
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(guide|training|imputed) group is not defined", UserWarning)
         return arviz.from_datatree(tree)
+
+
+def _corrected(sampler: JointSampler) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which draws of the guide represent the posterior of the shared latents, and how reliable that is."""
+    weights, draws = torch.cat(sampler.log_weights), sampler.settings.draws
+    khat = pareto_shape(weights.to(sampler.dtype)[:, None], draws)
+    reliable = bool(khat <= reliable_shape(draws))
+    attrs = {
+        "sampling": "draws of the guide, resampled by their importance weights: they are those of the posterior if k̂ "
+        "of the weights, khat, is small, and have another order than in the group posterior",
+        "khat": float(khat),
+        "reliable": int(reliable),
+    }
+    if sampler.likelihood.sampled:
+        attrs |= {"local_draws": sampler.likelihood.num_local, "standard_error": sampler.likelihood.largest_error}
+    return resampled(weights, sampler.settings.seed).numpy(), attrs
 
 
 class _LargestWeights:

@@ -136,6 +136,13 @@ class DimensionNames:
         """Return the names of the dimensions of plates."""
         return tuple(self._plates[frame.name] for frame in frames)
 
+    def add_dim(self, dim: str, coordinate: Tensor) -> str:
+        """Add a dimension with these coordinates, and return its name."""
+        dim = self._free(dim)
+        self._taken.add(dim)
+        self.sizes[dim], self.coords[dim] = len(coordinate), (dim, coordinate.numpy())
+        return dim
+
     def _plate_dim(self, name: str, plate: str, size: int) -> str:
         """Name the dimension of a plate around a site; plates of one name and several sizes have several dimensions."""
         dim = self._plates[plate]

@@ -11,6 +11,7 @@ import pyro
 from pyro_vae._utils.rng import seeded
 from pyro_vae.inference_data.dims import DimensionNames, data_labels
 from pyro_vae.inference_data.layouts import SiteLayout
+from pyro_vae.inference_data.likelihood import Observations
 from pyro_vae.inference_data.sampler import Groups, JointSampler
 from pyro_vae.inference_data.settings import as_array
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupLayout", "attributes", "observed_values", "tree_of"]
 
 _GROUPS = (
-    *("posterior", "sample_stats", "prior", "posterior_predictive", "prior_predictive"),
+    *("posterior", "sample_stats", "log_likelihood", "prior", "posterior_predictive", "prior_predictive"),
     *("observed_data", "constant_data", "guide", "training"),
 )
 
@@ -42,7 +43,12 @@ class GroupLayout:
         self.dims = {
             group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
             for group, variables in sampler.variables.items()
+            if group != "log_likelihood"
         }
+        if parts := sampler.likelihood.parts:
+            self.dims["log_likelihood"] = {part.name: self._observation_dims(part) for part in parts}
+        if sampler.why_no_likelihood:
+            self._attrs["log_likelihood"] = sampler.why_no_likelihood
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
             parametric = sampler.parametric_latents()
         self._static = {
@@ -52,6 +58,12 @@ class GroupLayout:
             "training": names.training(settings.history),
         }
 
+    def _observation_dims(self, part: Observations) -> tuple[str, ...]:
+        """The dimensions of a likelihood: the plates, or where some cells are not observed, the others by number."""
+        if part.counted is None:
+            return self._names.plate_dims(part.plates)
+        return (self._names.add_dim(f"{self.variables.get(part.name, part.name)}_cell", part.counted.nonzero()[:, 0]),)
+
     def named(self, values: Groups) -> Groups:
         """Return values by the names of their variables."""
         variables = self.variables
@@ -59,10 +71,18 @@ class GroupLayout:
 
     def attrs(self, group: str, name: str) -> dict[str, str]:
         """Return the attributes of a drawn variable."""
-        return {"units": "nats"} if group == "sample_stats" else self._names.attrs(name)
+        return {"units": "nats"} if group in ("sample_stats", "log_likelihood") else self._names.attrs(name)
 
-    def tree(self, drawn: Groups | None = None, khat: np.ndarray | None = None) -> "xr.DataTree":
-        """Make the tree of all groups; without values the drawn groups have coordinates alone."""
+    def tree(
+        self, drawn: Groups | None = None, khat: np.ndarray | None = None, attrs: Mapping[str, Any] | None = None
+    ) -> "xr.DataTree":
+        """Make the tree of all groups; without values the drawn groups have coordinates alone.
+
+        Args:
+            drawn: values by group and name.
+            khat: of the weights of each unit.
+            attrs: of the likelihood.
+        """
         import xarray as xr
 
         groups = {name: group for name, group in self._static.items() if group}
@@ -75,6 +95,8 @@ class GroupLayout:
             if group == "sample_stats" and khat is not None:
                 arrays["khat"] = (variables["log_weight"], khat)
             groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))
+            if group == "log_likelihood":
+                groups[group].attrs = dict(attrs or {})
         return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self._attrs)
 
 
@@ -87,7 +109,7 @@ def tree_of(groups: Mapping[str, "xr.Dataset"], attrs: dict[str, Any]) -> "xr.Da
     """Make a tree of groups, with the same attributes at the root and at each group."""
     import xarray as xr
 
-    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs) for name, group in groups.items()})
+    tree = xr.DataTree.from_dict({name: group.assign_attrs(attrs | group.attrs) for name, group in groups.items()})
     tree.attrs = attrs
     return tree
 

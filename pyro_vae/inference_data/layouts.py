@@ -7,6 +7,8 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_vae._utils.traces import is_deterministic
+
 __all__ = ["SiteLayout", "counted_cells", "vectorized_frames"]
 
 Site = dict[str, Any]
@@ -42,7 +44,7 @@ class SiteLayout:
         sizes = {frame.dim: frame.size for frame in frames if frame.dim is not None}
         self._event_dim = _event_dim(site, value, sizes)
         batch = tuple(value.shape[: value.dim() - self._event_dim])
-        if not site["infer"].get("_deterministic"):
+        if not is_deterministic(site):
             batch = tuple(torch.broadcast_shapes(batch, site["fn"].batch_shape))
         elif not _fits(batch, sizes):  # the same for all cells of the plates around it
             frames, sizes = [], {}
@@ -98,7 +100,7 @@ def counted_cells(site: Site) -> Tensor | None:
     """
     fn, event_dim = site["fn"], site["fn"].event_dim
     found = [(site["mask"], event_dim)]
-    while hasattr(fn, "base_dist") and not site["infer"].get("_deterministic"):
+    while hasattr(fn, "base_dist") and not is_deterministic(site):
         if isinstance(fn, dist.MaskedDistribution):
             found.append((fn._mask, fn.event_dim))
         fn = fn.base_dist
@@ -115,7 +117,7 @@ def counted_cells(site: Site) -> Tensor | None:
 def _event_dim(site: Site, value: Tensor, sizes: dict[Any, int]) -> int:
     """The number of dimensions of a value that are not those of a batch."""
     event_dim = min(site["fn"].event_dim, value.dim())
-    if site["infer"].get("_deterministic") and event_dim == value.dim():
+    if is_deterministic(site) and event_dim == value.dim():
         depth = -min(sizes, default=0)
         if _fits(value.shape[:depth], sizes) and depth <= value.dim():
             return value.dim() - depth

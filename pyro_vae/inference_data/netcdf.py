@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,6 +58,13 @@ class DrawFile:
         for group, variables in values.items():
             for name, value in variables.items():
                 self._file[group][name][0, draws] = value
+
+    def take(self, group: str, draws: np.ndarray, attrs: Mapping[str, Any]) -> None:
+        """Replace the draws of a group by some of them, in another order, and add attributes to it."""
+        for name, variable in self._file[group].variables.items():
+            if variable.dimensions[:2] == ("chain", "draw"):
+                self._file[group][name][0] = self._file[group][name][0][draws]
+        self._file[group].attrs.update(attrs)
 
     def put(self, group: str, name: str, dims: tuple[str, ...], values: np.ndarray) -> None:
         """Create a variable without draws, and write its values."""

@@ -15,16 +15,20 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae._utils.typing import Function
+from pyro_vae.distributions.properties import is_point
 from pyro_vae.draws import PerDraw
 from pyro_vae.exact.elimination import enumerated, log_marginal, sample_eliminated
 from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters
 from pyro_vae.inference_data.layouts import SiteLayout
+from pyro_vae.inference_data.likelihood import PointwiseLikelihood
 from pyro_vae.inference_data.settings import ExportSettings, as_array
 from pyro_vae.model_guide import ModelGuide, check_same_latents
 
 __all__ = ["Groups", "JointSampler", "Variable"]
 
+_SHARED, _RATIO = "shared", " log p(θ) - log q(θ)"  # a group that is no part of the export, and a name in it
+_PILOT = 200  # draws of the guide from which proposals are made
 _CHUNK_BYTES = 2**26
 _WIDTH = 256  # numbers per datum that a network is assumed to hold at once
 
@@ -55,6 +59,9 @@ class JointSampler:
         units: the plates that all sites share, in whose cells log-densities have values of their own.
         statistics: names of the log-densities that exist.
         variables: what is drawn, by group and name.
+        likelihood: of each observation at the latents that observations share.
+        why_no_likelihood: why it is left out; empty if it is not.
+        log_weights: of the draws of these latents so far, p(x, θ) / q(θ).
         nbytes: size of all draws.
     """
 
@@ -75,12 +82,20 @@ class JointSampler:
             self.units = pair.units
             self.dtype = next((log_density(site).dtype for _, _, site in pair.sites), torch.get_default_dtype())
             self.statistics = self._find_statistics()
+            self.likelihood = PointwiseLikelihood(pair, settings.local_draws)
+            self.why_no_likelihood = self._why_no_likelihood()
+            self._weighs_shared = self._has_density_of_shared()
             first = self._read(pair.guide_trace, pair.model_trace)
-        self.variables = {
-            group: {name: Variable(tuple(value.shape), as_array(value).dtype) for name, value in values.items()}
-            for group, values in first.items()
-            if values
-        }
+        self._drawn = _variables(first)
+        self.log_weights: list[Tensor] = []
+        shared = {name: value[None] for name, value in first.pop(_SHARED).items() if name in self.likelihood.shared}
+        if shared:
+            with seeded(settings.seed + 2), poutine.block(), torch.no_grad():
+                self.likelihood.learn(self._pilot_draws())
+                found = self.likelihood(shared)
+                self.likelihood.largest_error = 0.0
+            first["log_likelihood"] = {name: value[0] for name, value in found.items()}
+        self.variables = _variables(first)
         self.nbytes = settings.draws * sum(value.nbytes for values in first.values() for value in values.values())
 
     @property
@@ -91,17 +106,19 @@ class JointSampler:
 
     def empty(self, *lead: int) -> Groups:
         """Make an array ``(*lead, *shape)`` for each variable."""
-        return {
-            group: {name: np.empty((*lead, *variable.shape), variable.dtype) for name, variable in variables.items()}
-            for group, variables in self.variables.items()
-        }
+        return _empty(self.variables, *lead)
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Groups]]:
         """Yield which draws, and their values ``(C, *shape)`` by group and name, from the current random stream."""
         size = size or self.chunk
+        self.log_weights = []
         for first in range(0, self.settings.draws, size):
             count = min(size, self.settings.draws - first)
-            yield slice(first, first + count), self._chunk(count)
+            values = self._chunk(count)
+            shared = values.pop(_SHARED, {})
+            if self.likelihood.shared:
+                values["log_likelihood"] = self._log_likelihood(shared, values)
+            yield slice(first, first + count), values
 
     def parametric_latents(self) -> dict[str, Any]:
         """Return the latents whose parameters depend on the data alone, and not on the draw of another latent."""
@@ -128,20 +145,20 @@ class JointSampler:
                 results = self._per_draw(lambda _: (self._draw_by_key(), None), count)
             return {
                 group: {name: as_array(results.each((group, name), count)) for name in variables}
-                for group, variables in self.variables.items()
+                for group, variables in self._drawn.items()
             }
-        values = self.empty(count)
+        values = _empty(self._drawn, count)
         for number in range(count):
             with poutine.block():
                 drawn = self._draw()
-            for group, variables in self.variables.items():
+            for group, variables in self._drawn.items():
                 for name in variables:
                     values[group][name][number] = as_array(drawn[group][name])
         return values
 
     def _draw_by_key(self) -> dict[Any, Tensor]:
         drawn = self._draw()
-        return {(group, name): drawn[group][name] for group, variables in self.variables.items() for name in variables}
+        return {(group, name): drawn[group][name] for group, variables in self._drawn.items() for name in variables}
 
     @torch.no_grad()
     def _draw(self) -> dict[str, dict[str, Tensor]]:
@@ -172,7 +189,82 @@ class JointSampler:
             "prior": self._values(prior, in_prior),
             "posterior_predictive": self._values(new_data, self.observed),
             "prior_predictive": self._values(prior, self.observed),
+            _SHARED: self._shared_values(q, p) if self.likelihood.shared else {},
         }
+
+    def _shared_values(self, q: Trace, p: Trace) -> dict[str, Tensor]:
+        """The values of the latents that observations share, and log p(θ) - log q(θ) if it is known."""
+        nodes: dict[str, Any] = dict(p.nodes)
+        found = {name: torch.as_tensor(nodes[name]["value"]) for name in self.likelihood.shared}
+        if self._weighs_shared:
+            ours = {name: nodes[name] for name in self.likelihood.shared}
+            theirs = {name: site for name, site in latent_sites(q).items() if self._is_shared(site)}
+            found[_RATIO] = _sum(ours) - _sum(theirs)
+        return found
+
+    def _log_likelihood(self, shared: dict[str, np.ndarray], values: Groups) -> dict[str, np.ndarray]:
+        """The likelihood of each observation for a chunk of draws, whose weights are collected."""
+        device = self.pair.data[0].device
+        at = {name: torch.from_numpy(shared[name]).to(device) for name in self.likelihood.shared}
+        with torch.no_grad():
+            found = {name: value.cpu() for name, value in self.likelihood(at).items()}
+        if self._weighs_shared:
+            terms = [value.reshape(len(value), -1).sum(1) for value in found.values()]
+            self.log_weights.append(torch.from_numpy(shared[_RATIO]) + torch.stack(terms).sum(0))
+        elif "log_weight" in self.statistics:
+            weights = torch.from_numpy(values["sample_stats"]["log_weight"])
+            self.log_weights.append(weights.reshape(len(weights), -1).sum(1))
+        else:  # the guide draws none of the latents
+            self.log_weights.append(torch.zeros(len(next(iter(found.values()))), dtype=torch.float64, device="cpu"))
+        return {name: value.numpy() for name, value in found.items()}
+
+    def _pilot_draws(self) -> dict[str, Tensor]:
+        """Some draws of the latents of each observation."""
+        names = self.likelihood.sampled
+        if not names:
+            return {}
+
+        def run(_: Any) -> tuple[dict[Any, Tensor], None]:
+            nodes: dict[str, Any] = dict(poutine.trace(self.pair.guide).get_trace(*self.pair.data).nodes)
+            return {name: nodes[name]["value"] for name in names}, None
+
+        results = PerDraw()(run, _PILOT)
+        return {name: results.each(name, _PILOT) for name in names}
+
+    def _why_no_likelihood(self) -> str:
+        """Why there is no likelihood for leave-one-out; it is then not computed."""
+        why, pair = self.likelihood.why_not, self.pair
+        if not why and "lp" not in self.statistics:
+            why = "left out: the likelihood is no normalised density"
+        if not why and pair.guide_latents and "log_weight" not in self.statistics:
+            what = f"a point for {pair.points}" if pair.points else "no density of the model's latents"
+            why = f"left out: the guide has {what}, so that its draws are no posterior"
+        if why:
+            self.likelihood.parts, self.likelihood.shared = [], []
+        return why
+
+    def _has_density_of_shared(self) -> bool:
+        """Whether q(θ) of the shared latents is known: a guide draws them first, and by themselves.
+
+        Their weights p(x, θ) / q(θ) vary less than those of all latents.
+        """
+        shared, sites = self.likelihood.shared, latent_sites(self.pair.guide_trace)
+        local = [name for name, site in sites.items() if not self._is_shared(site)]
+        if not shared or not local or set(shared) & set(self.pair.eliminated) or self.pair.factors:
+            return False
+        if list(sites)[-len(local) :] != local and not self.pair.auxiliary:
+            return False
+        for is_local in (True, False):
+            mine = [(name, site) for name, site in sites.items() if (name in local) is is_local]
+            auxiliary = sum(site["value"].numel() for name, site in mine if name in self.pair.auxiliary)
+            points = sum(site["value"].numel() for name, site in mine if is_point(site["fn"]))
+            if auxiliary != points:
+                return False
+        return "log_weight" in self.statistics
+
+    def _is_shared(self, site: dict[str, Any]) -> bool:
+        names = {frame.name for frame in site["cond_indep_stack"]}
+        return not any(part.local and names >= {frame.name for frame in part.plates} for part in self.likelihood.parts)
 
     def _values(self, trace: Trace, names: Iterable[str], other: Trace | None = None) -> dict[str, Tensor]:
         """The values of sites, arranged; of a latent that the model does not have, those in another trace."""
@@ -214,6 +306,26 @@ def _passes(check: Callable[[], None]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _variables(values: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Variable]]:
+    """Shapes and types of what one draw has, in groups that are not empty."""
+    return {
+        group: {name: Variable(tuple(value.shape), as_array(value).dtype) for name, value in of.items()}
+        for group, of in values.items()
+        if of
+    }
+
+
+def _empty(variables: dict[str, dict[str, Variable]], *lead: int) -> Groups:
+    return {
+        group: {name: np.empty((*lead, *variable.shape), variable.dtype) for name, variable in of.items()}
+        for group, of in variables.items()
+    }
+
+
+def _sum(sites: dict[str, Any]) -> Tensor:
+    return torch.stack([log_density(site).double().sum() for site in sites.values()]).sum()
 
 
 def with_values(trace: Trace, values: dict[str, Tensor]) -> Trace:
