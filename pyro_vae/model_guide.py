@@ -282,7 +282,7 @@ class ModelGuide:
         few = DataTensors(transformed(data.few(batch_size), transform))
         try:
             pair = cls(model, guide, few, plate, seed=None, bad_rows=True)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, IndexError):
             return None
         size = len(data[0])
         if plate == DATA_PLATE and (frame := data_plate(pair.observed.values(), [size])):
