@@ -1,6 +1,6 @@
 """Effect handlers that change a Pyro model or guide from outside: rows of a plate, resampling, the weight of the KL."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pyro_vae._utils.validation import describe, number
 
 __all__ = [
     "FixedSubsample",
+    "MaskSites",
     "ResampleObserved",
     "SubsampleRows",
     "SubsampleStatements",
@@ -107,6 +108,30 @@ class FixedSubsample(Messenger):
                 self.read[index] = True
                 msg["value"], msg["done"] = self.rows[index], True
                 msg["kwargs"] = {**msg["kwargs"], "event_dim": None}  # so that the plate does not index the rows
+
+
+class MaskSites(Messenger):
+    """Mask sites by their names, further to the masks that they have.
+
+    Args:
+        masks: for each site, which of its cells count, of the shape of its batch.
+
+    >>> import pyro, torch
+    >>> import pyro.distributions as dist
+    >>> from pyro import poutine
+    >>> with poutine.trace() as tracer, MaskSites({"z": torch.tensor([True, False])}):
+    ...     _ = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+    >>> tracer.trace.nodes["z"]["mask"]
+    tensor([ True, False])
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        super().__init__()
+        self.masks = masks
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (mask := self.masks.get(msg["name"])) is not None:
+            msg["mask"] = mask if msg["mask"] is None else msg["mask"] & mask
 
 
 class SubsampleStatements(Messenger):

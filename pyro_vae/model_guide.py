@@ -580,8 +580,11 @@ class ModelGuide:
             self._check_support(name, site, self.data, "data")
         self._check_masks()
 
-    def check_density(self) -> None:
-        """Raise if q(z | x) is no normalised density of the latents that the model has."""
+    def check_density(self, own_masks: bool = True) -> None:
+        """Raise if q(z | x) is no normalised density of the latents that the model has.
+
+        Without ``own_masks`` the guide may leave out masks of the model, see :meth:`left_unmasked`.
+        """
         check_same_latents(self.required_latents, self.guide_latents)
         self.check_points()
         if self.auxiliary:
@@ -591,7 +594,7 @@ class ModelGuide:
         for name, site in self.guide_latents.items():
             if not is_point(site["fn"]) and not is_normalized(site["fn"]):
                 raise ValueError(f"`guide` must have a normalised density, got one that is not at {name!r}")
-        self._check_masked_latents()
+        self._check_masked_latents(own_masks)
 
     def _check_volumes(self) -> None:
         """Raise if the ``Delta`` sites that are functions of auxiliary sites, and factors, do not have their density.
@@ -645,11 +648,17 @@ class ModelGuide:
         jacobian = torch.stack([torch.cat([slope.reshape(rows, -1) for slope in of], 1) for of in slopes], 1)
         return torch.linalg.slogdet(jacobian.double()).logabsdet.sum(), added
 
-    def _check_masked_latents(self) -> None:
+    def left_unmasked(self) -> dict[str, Tensor]:
+        """The masks of the model's latents that the guide does not have, as an autoguide under ``obs_mask=``."""
+        masked = {name: site for name, site in self.latents.items() if name in self.guide_latents}
+        found = {name: _counted(site) for name, site in masked.items() if _counted(self.guide_latents[name]).all()}
+        return {name: mask for name, mask in found.items() if not mask.all()}
+
+    def _check_masked_latents(self, own_masks: bool) -> None:
         """Raise if masks remove the rate of latents on which the likelihood of the data depends."""
-        hidden = {}
+        hidden, unmasked = {}, {} if own_masks else self.left_unmasked()
         for name, site in self.guide_latents.items():
-            ours, theirs = torch.broadcast_tensors(_counted(site), _counted(self.latents[name]))
+            ours, theirs = torch.broadcast_tensors(unmasked.get(name, _counted(site)), _counted(self.latents[name]))
             if not torch.equal(ours, theirs):
                 raise ValueError(f"`guide` must have the mask of the model at {name!r}, got another one")
             if not ours.all():

@@ -30,6 +30,7 @@ from pyro_vae.exact.model_density import (
     plus,
 )
 from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
+from pyro_vae.handlers import MaskSites
 from pyro_vae.model_guide import check_one_plate, check_same_latents
 
 __all__ = ["GuideDensity"]
@@ -56,7 +57,6 @@ class GuideDensity:
         sites = {name: site for name, site in drawn.items() if name not in p.eliminated}
         summed_out = drawn.keys() - sites.keys()
         self.layouts, self._draws = layouts_of(sites, p.units), PerDraw()
-        self.runs = ConditionedRuns(self.guide, self.layouts, p.units, summed_out, p.pair.max_plate_nesting)
         check_same_latents(p.pair.latents, sites, fewer=True)  # all of them, for the message
         check_same_latents(p.latents, sites)
         if p.by_rows:
@@ -64,13 +64,16 @@ class GuideDensity:
             p.pair.check_points()
             self._check_rows(sites)
         else:
-            p.pair.check_density()
+            p.pair.check_density(own_masks=False)
         for name, site in sites.items():
             check_site("guide", name, site, common_weight(p.pair), p.by_rows)
         self._origins = {
             name: origin for name, site in p.latents.items() if (origin := _origin(name, site["fn"], sites)) is not None
         }
         self._together = None if self._has_all_origins() else _common_origin(p.latents, sites)
+        if masks := {} if p.by_rows else self._masks(sites):
+            self.guide = MaskSites(masks)(self.guide)
+        self.runs = ConditionedRuns(self.guide, self.layouts, p.units, summed_out, p.pair.max_plate_nesting)
         self.sites = self._latents(sites)
         for name in self.sites if p.by_rows else ():
             expected, shape = (tuple(of[name]["fn"].event_shape) for of in (p.latents, self.sites))
@@ -82,7 +85,9 @@ class GuideDensity:
         if self.has_any_density:
             with torch.no_grad(), seeded(1):
                 values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.sites.items()}
-                ours = self.log_prob(values)[0] if summed_out else self._joint(sites)
+                ours = self.log_prob(values)[0] if summed_out or masks else self._joint(sites)
+                if masks:
+                    values = {name: self._without_masked(name, value, masks) for name, value in values.items()}
                 check_repeatable("guide", ours, self.log_prob(values)[0])
 
     def _check_rows(self, sites: Sites) -> None:
@@ -102,6 +107,28 @@ class GuideDensity:
             fn = _Transformed(sites[auxiliary]["fn"], transform, self.p.latents[name]["fn"].support)
             latents[name] = {**sites[name], "fn": fn.base_dist if _is_identity(transform) else fn}
         return latents
+
+    def _masks(self, sites: Sites) -> dict[str, Tensor]:
+        """The masks of the model for sites that the guide leaves unmasked, and for the auxiliary ones behind them.
+
+        Cells that do not count in the model are then integrated out of a q that is independent of them.
+        """
+        masks = self.p.pair.left_unmasked()
+        if masks and not self._has_all_origins():
+            raise ValueError(
+                f"`guide` must have the mask of the model at {min(masks)!r}, or a density of each cell, got one that "
+                f"draws them together, from {self.p.pair.auxiliary}. Use AutoNormal, or a guide of your own"
+            )
+        return masks | {self._origins[name][0]: mask for name, mask in masks.items() if name in self._origins}
+
+    def _without_masked(self, name: str, value: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        """Replace the masked cells of a latent by those of other cells."""
+        if name not in masks:
+            return value
+        layout = self.layouts[name]
+        mask = layout.to_cells(masks[name].expand(self.sites[name]["fn"].batch_shape)[None])
+        mask = mask.reshape(mask.shape + (1,) * (value.dim() - mask.dim()))
+        return torch.where(mask, value, value.flip(tuple(range(1, value.dim()))))
 
     def _has_all_origins(self) -> bool:
         return {auxiliary for auxiliary, _ in self._origins.values()} == set(self.p.pair.auxiliary)

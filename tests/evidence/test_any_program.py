@@ -386,3 +386,45 @@ def test_a_guide_may_draw_the_values_of_a_plate_as_one_event():
     annealed = pv.annealed_log_evidence(effects, joint_guide, x, num_chains=100, num_temperatures=10)
     for estimate in (found, annealed):
         assert abs(estimate.log_evidence - expected) < 4 * estimate.standard_error
+
+
+def partly_observed(x, seen):
+    """x_i ~ N(mu, 1), of which some are not observed."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=seen)
+
+
+def test_an_autoguide_of_partly_observed_data_counts_the_unobserved_cells_alone():
+    x, seen = data(N) + 1, torch.arange(N) % 3 > 0
+    expected = mean_evidence(x[seen])
+    guide = AutoNormal(partly_observed)
+    guide(x, seen)
+    mean, scale = mean_posterior(x[seen])
+    guide.locs.mu, guide.scales.mu = PyroParam(mean), PyroParam(torch.tensor(1.2 * scale))
+    guide.locs.x_unobserved, guide.scales.x_unobserved = PyroParam(mean + 0 * x), PyroParam(torch.ones(N))
+    found = pv.log_evidence(partly_observed, guide, x, seen, num_samples=4000)
+    annealed = pv.annealed_log_evidence(partly_observed, guide, x, seen, num_chains=100, num_temperatures=20)
+    for estimate in (found, annealed):
+        assert abs(estimate.log_evidence - expected) < 4 * estimate.standard_error
+    assert found.standard_error < 0.1
+
+
+def test_cells_that_do_not_count_must_not_change_the_guide_of_others():
+    def guide(x, seen):
+        mu = pyro.sample("mu", dist.Normal(1.0, 0.3))
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("x_unobserved", dist.Normal(mu, 1.0))
+        return first
+
+    def chained(x, seen):
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("x_unobserved", dist.Normal(1.0, 1.0))
+        pyro.sample("mu", dist.Normal(first.mean(), 0.3))
+
+    x, seen = data(N) + 1, torch.arange(N) % 3 > 0
+    expected = mean_evidence(x[seen])
+    found = pv.log_evidence(partly_observed, guide, x, seen, num_samples=4000)
+    assert abs(found.log_evidence - expected) < 4 * found.standard_error
+    with pytest.raises(ValueError, match="two different ones at the same z"):
+        pv.log_evidence(partly_observed, chained, x, seen)
