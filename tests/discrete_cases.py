@@ -129,6 +129,45 @@ def second_order(x):
         pyro.sample(f"x_{t}", dist.Normal(MEANS[first], 0.5), obs=x[t])
 
 
+def noisy_or(x):
+    """Symptoms that each depend on all causes (Pearl 1988)."""
+    with pyro.plate("causes", 4):
+        cause = pyro.sample("cause", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+    weights = torch.linspace(0.1, 0.8, 4 * len(x), dtype=torch.float64).reshape(len(x), 4)
+    with pyro.plate("symptoms", len(x)):
+        absent = 0.95 * (1 - weights * cause).prod(-1)
+        pyro.sample("symptom", dist.Bernoulli(1 - absent), obs=(x > 0).double())
+
+
+def votes(x):
+    """Latents of a plate that are counted, in each of some groups."""
+    with pyro.plate("groups", len(x), dim=-2):
+        with pyro.plate("votes", 3, dim=-1):
+            vote = pyro.sample("vote", dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64)))
+        count = vote.sum(-1, keepdim=True)
+        rounded = pyro.sample("rounded", dist.Bernoulli(0.1 + 0.25 * count))
+        pyro.sample("x", dist.Normal(count + rounded, 0.5), obs=x[:, None])
+
+
+def crossed_plates(x):
+    rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", len(x), dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Categorical(TRANSITION[1]))
+    with columns:
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.4, dtype=torch.float64)))
+    with rows, columns:
+        pyro.sample("x", dist.Normal(MEANS[a] + b, 0.5), obs=x.expand(2, len(x)))
+
+
+def components(x):
+    """Each datum picks one of the components, whose latents are discrete."""
+    with pyro.plate("components", 3):
+        kind = pyro.sample("kind", dist.Categorical(TRANSITION[2]))
+    with pyro.plate("data", len(x)):
+        pick = pyro.sample("pick", dist.Categorical(TRANSITION[1]))
+        pyro.sample("x", dist.Normal(MEANS[kind[pick]], 0.5), obs=x)
+
+
 def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -148,6 +187,14 @@ PROGRAMS = {
     "expanded states": (expanded_states, (numbers(2),)),
     "second order": (second_order, (numbers(4),)),
     "groups of sequences": (groups_of_sequences, (numbers(2, 2),)),
+}
+
+
+COUPLED = {
+    "noisy or": (noisy_or, (numbers(3),)),
+    "votes": (votes, (numbers(2),)),
+    "crossed plates": (crossed_plates, (numbers(3),)),
+    "components": (components, (numbers(3),)),
 }
 
 

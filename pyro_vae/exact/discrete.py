@@ -24,6 +24,7 @@ from pyro_vae.exact.elimination import (
     EliminationError,
     FactorGraph,
     Factors,
+    Latent,
     enumerated,
     named_factor,
     read_factors,
@@ -62,7 +63,9 @@ class DiscreteModel:
         if pair.plate in self.kept:
             pair.check_rows("model")
         self.dtype = log_density(next(iter(pair.observed.values()))).dtype
-        self.graph = _FactorReader(pair, "model").graph()
+        reader = _FactorReader(pair, "model")
+        self.graph = reader.graph()
+        self._joint = reader.joint
 
     @staticmethod
     def fits(pair: ModelGuide) -> bool:
@@ -103,17 +106,17 @@ class DiscreteModel:
         pair.check_density()
         if without := [name for name, site in pair.guide_latents.items() if not site["fn"].has_enumerate_support]:
             raise ValueError(f"`guide` must have discrete latents with `enumerate_support`, got {without} without it")
-        weights = _FactorReader(pair, "guide").graph()
+        weights = _FactorReader(pair, "guide", joint=self._joint).graph()
         for name, ours in self.graph.latents.items():
             theirs = weights.latents[name]
-            same = ours.states.shape == theirs.states.shape and bool((ours.states == theirs.states).all())
+            same = ours.support.shape == theirs.support.shape and bool((ours.support == theirs.support).all())
             if not same or ours.plates != theirs.plates:
                 raise ValueError(
                     f"`guide` must have the plates and states of the model at {name!r}, {list(ours.plates)} and "
-                    f"{describe(ours.states)}, got {list(theirs.plates)} and {describe(theirs.states)}"
+                    f"{describe(ours.support)}, got {list(theirs.plates)} and {describe(theirs.support)}"
                 )
         # Terms of masked latents do not count in an ELBO, and their masses in q sum to one.
-        model, guide = (_FactorReader(pair, owner, masked=True).graph() for owner in ("model", "guide"))
+        model, guide = (_FactorReader(pair, owner, True, self._joint).graph() for owner in ("model", "guide"))
         return _expectation(weights, model, guide)
 
 
@@ -165,16 +168,19 @@ class _FactorReader:
     3. Runs at all joint values, one after another if need be, for code that branches on values in Python.
     """
 
-    def __init__(self, pair: ModelGuide, owner: str, masked: bool = False):
+    def __init__(
+        self, pair: ModelGuide, owner: str, masked: bool = False, joint: Mapping[str, frozenset[str]] | None = None
+    ):
         self.pair, self.owner, self.masked = pair, owner, masked
+        self.joint = dict(joint or {})  # plates of which all cells of a latent have one joint state
         self.run, self.trace = (pair.model, pair.model_trace) if owner == "model" else (pair.guide, pair.guide_trace)
         latents = latent_sites(self.trace)
         observed = observed_sites(self.trace) if owner == "model" else {}
         nodes: dict[str, Any] = dict(self.trace.nodes)
         self.sites = {name: site for name, site in nodes.items() if name in latents or name in observed}
         # Others are points, functions of these: `Delta` sites, which each run makes again.
-        summed = {name: site for name, site in latents.items() if site["fn"].has_enumerate_support}
-        self.latents = {name: read_latent(name, site) for name, site in summed.items()}
+        summed = [name for name, site in latents.items() if site["fn"].has_enumerate_support]
+        self.latents = {name: read_latent(name, self.sites[name]) for name in summed}
         frames = [frame for site in self.sites.values() for frame in site["cond_indep_stack"]]
         self.sizes = {frame.name: frame.size for frame in frames}
 
@@ -184,7 +190,8 @@ class _FactorReader:
         if self._num_states(unordered) > MAX_STATES and self._origins is not None:
             # A sum that is too wide is found before its numbers fill the memory.
             _check_width(FactorGraph(self._symbolic(self._origins), self._kept()))
-        ways: list[Callable[[], Factors]] = [self._enumerated, lambda: self._by_digits(self._known_origins())]
+        ways: list[Callable[[], Factors]] = [self._enumerated] if not self.joint else []
+        ways.append(lambda: self._by_digits(self._known_origins()))
         if self._num_states(self.latents) <= _FEW_STATES:
             ways.append(lambda: self._by_digits(self._all_latents()))
         errors = []
@@ -194,10 +201,14 @@ class _FactorReader:
                 _check_width(graph)
                 self._check(graph)
                 return graph
-            except (EliminationError, torch.OutOfMemoryError):
+            except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # code that does not broadcast, or branches on values
+            except Exception as error:  # code that does not broadcast, branches on values, or couples cells
+                if isinstance(error, EliminationError) and not error.coupled:
+                    raise
                 errors.append(error)
+        if infeasible := [error for error in errors if isinstance(error, EliminationError)]:
+            raise infeasible[0]
         first = next((error for error in errors if isinstance(error, _ChangedDensityError)), errors[0])
         raise ValueError(
             f"`{self.owner}` must have log-densities that are functions of its latents and data, got others: "
@@ -209,7 +220,7 @@ class _FactorReader:
         return [frame.name for frame in self.pair.units]
 
     def _num_states(self, names: Iterable[str]) -> int:
-        return math.prod(len(self.latents[name].states) for name in names)
+        return math.prod(self.latents[name].num_states for name in names)
 
     @cached_property
     def _origins(self) -> dict[str, frozenset[str]] | None:
@@ -238,12 +249,37 @@ class _FactorReader:
         }
 
     def _symbolic(self, origins: dict[str, frozenset[str]]) -> Factors:
-        """Factors without numbers, to find the width of sums."""
+        """Factors without numbers, to find the width of sums, with latents that make them feasible.
+
+        Where the cells of a plate depend on each other, all cells of a latent get one joint state, if these are few.
+        """
         factors = {}
         for name, site in self.sites.items():
             empty = named_factor(name, torch.zeros(()), site, {})
             factors[name] = empty._replace(dims=tuple(sorted(origins[name])))
-        return Factors(factors, self.latents, self.sizes)
+        while True:
+            found = Factors(factors, self._joint_latents(), self.sizes)
+            try:
+                FactorGraph(found, self._kept())
+            except EliminationError as error:
+                counts = {name: self._num_joint(name, plates) for name, plates in error.coupled.items()}
+                name = min(counts, key=lambda name: counts[name])
+                if counts[name] > MAX_STATES:
+                    raise
+                self.joint[name] = self.joint.get(name, frozenset()) | error.coupled[name]
+            else:
+                return found
+
+    def _joint_latents(self) -> dict[str, Latent]:
+        return {
+            name: read_latent(name, self.sites[name], joint=self.joint[name]) if name in self.joint else latent
+            for name, latent in self.latents.items()
+        }
+
+    def _num_joint(self, name: str, plates: frozenset[str]) -> int:
+        """The number of joint states of a latent in all cells of some of its plates, and those that are joint."""
+        cells = math.prod(self.sizes[plate] for plate in plates | self.joint.get(name, frozenset()))
+        return len(self.latents[name].support) ** cells
 
     def _enumerated(self) -> Factors:
         run = enumerated(self.run, self.latents, -1 - self.pair.max_plate_nesting)
@@ -251,17 +287,17 @@ class _FactorReader:
             return read_factors(poutine.trace(run).get_trace(*self.pair.data), self.masked)
 
     def _by_digits(self, origins: dict[str, frozenset[str]]) -> Factors:
-        digits, sizes = self._digits(origins)
+        latents = self._symbolic(origins).latents
+        digits, sizes = _assign_digits(latents, origins)
         count = math.prod(sizes)
         if count > MAX_STATES:
-            raise _too_many(count, list(self.latents))
+            raise _too_many(count, list(latents))
         index = torch.arange(count, device=self.pair.data[0].device)
         values = {}
-        for name, latent in self.latents.items():
+        for name, latent in latents.items():
             state = index // math.prod(sizes[digits[name] + 1 :]) % sizes[digits[name]]
-            value = latent.states[state.clamp(max=len(latent.states) - 1)]
-            shape = [count, *[1] * len(latent.batch_shape), *value.shape[1:]]
-            values[name] = value.reshape(shape).expand([count, *latent.batch_shape, *value.shape[1:]])
+            state = state.clamp(max=latent.num_states - 1).reshape([-1, *[1] * len(latent.plates)])
+            values[name] = latent.values(state.expand([-1, *(self.sizes[plate] for plate in latent.plates)]))
         with poutine.block(), seeded(0):
             results = PerDraw()(lambda at: (self._densities(at), None), count, values)
         factors, nesting = {}, self.pair.max_plate_nesting
@@ -272,27 +308,12 @@ class _FactorReader:
             for other, digit in digits.items():
                 if other in origins[name]:
                     names[digit - log.dim()] = other
-                    log = log.narrow(digit, 0, len(self.latents[other].states))
+                    log = log.narrow(digit, 0, latents[other].num_states)
             for digit in range(len(sizes)):
                 if digit - log.dim() not in names:
                     log = log.narrow(digit, 0, 1)
             factors[name] = named_factor(name, log, site, names)
-        return Factors(factors, self.latents, self.sizes)
-
-    def _digits(self, origins: dict[str, frozenset[str]]) -> tuple[dict[str, int], list[int]]:
-        """The digit of each latent, different from those of latents that a site depends on together; their sizes."""
-        together: dict[str, set[str]] = {name: set() for name in self.latents}
-        for scope in origins.values():
-            for name in scope:
-                together[name] |= scope
-        digits: dict[str, int] = {}
-        sizes: list[int] = []
-        for name in sorted(self.latents, key=lambda name: -len(self.latents[name].states)):  # stable: chains alternate
-            taken = {digits[other] for other in together[name] if other in digits}
-            digits[name] = next(digit for digit in range(len(sizes) + 1) if digit not in taken)
-            if digits[name] == len(sizes):
-                sizes.append(len(self.latents[name].states))
-        return digits, sizes
+        return Factors(factors, latents, self.sizes)
 
     def _densities(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The log-density of each site in a run at values of the latents."""
@@ -311,8 +332,8 @@ class _FactorReader:
         drawn = graph.states({name: self.sites[name]["value"][None] for name in self.latents})
         with poutine.block(), seeded(1):
             arbitrary = {
-                name: torch.randint(len(latent.states), (1, *(graph.sizes[plate] for plate in latent.plates)))
-                for name, latent in self.latents.items()
+                name: torch.randint(latent.num_states, (1, *(graph.sizes[plate] for plate in latent.plates)))
+                for name, latent in graph.latents.items()
             }
             arbitrary = {name: state.to(drawn[name].device) for name, state in arbitrary.items()}
             for states in (drawn, arbitrary):
@@ -321,6 +342,24 @@ class _FactorReader:
                     expected = graph.in_cells(named_factor(name, log, self.sites[name], {}))
                     if not torch.allclose(graph.at(graph.factors[name], states), expected, rtol=1e-4, atol=1e-4):
                         raise _ChangedDensityError(f"that of site {name!r} at given latents changes in another run")
+
+
+def _assign_digits(
+    latents: Mapping[str, Latent], origins: Mapping[str, frozenset[str]]
+) -> tuple[dict[str, int], list[int]]:
+    """The digit of each latent, different from those of latents that a site depends on together; their sizes."""
+    together: dict[str, set[str]] = {name: set() for name in latents}
+    for scope in origins.values():
+        for name in scope:
+            together[name] |= scope
+    digits: dict[str, int] = {}
+    sizes: list[int] = []
+    for name in sorted(latents, key=lambda name: -latents[name].num_states):  # stable: chains alternate
+        taken = {digits[other] for other in together[name] if other in digits}
+        digits[name] = next(digit for digit in range(len(sizes) + 1) if digit not in taken)
+        if digits[name] == len(sizes):
+            sizes.append(latents[name].num_states)
+    return digits, sizes
 
 
 class _LimitedSize(TorchFunctionMode):
@@ -365,7 +404,7 @@ class DiscretePosterior(Result):
         if not self.log_evidence.isfinite().all():
             got = f"log p(x) = {self.log_evidence.min().item()}"
             raise ValueError(f"`data` must have a positive density under the model, got {got}: it has no posterior")
-        self.support = {name: latent.states for name, latent in graph.latents.items()}
+        self.support = {name: latent.support for name, latent in graph.latents.items()}
 
     def _line(self) -> str:
         units = count_of(self.log_evidence.numel(), "unit") if self.log_evidence.dim() else "all data together"
@@ -378,7 +417,7 @@ class DiscretePosterior(Result):
 
     def _table(self) -> Table:
         rows = [
-            (name, len(latent.states), tuple(latent.batch_shape), f"{self._entropy(name):.3f}")
+            (name, len(latent.support), tuple(latent.batch_shape), f"{self._entropy(name):.3f}")
             for name, latent in self._graph.latents.items()
         ]
         note = (
@@ -422,7 +461,7 @@ class DiscretePosterior(Result):
             )
         shapes = {}
         for name, latent in self._graph.latents.items():
-            inner, shape = latent.batch_shape + latent.states.shape[1:], values[name].shape
+            inner, shape = latent.batch_shape + latent.support.shape[1:], values[name].shape
             shapes[name] = shape[: len(shape) - len(inner)]
             if shape != shapes[name] + inner or shapes[name] != next(iter(shapes.values())):
                 raise ValueError(f"`values` must end in the shape {tuple(inner)} at {name!r}, got {tuple(shape)}")

@@ -33,7 +33,15 @@ __all__ = [
 
 
 class EliminationError(ValueError):
-    """A sum over discrete latents is not feasible."""
+    """A sum over discrete latents is not feasible.
+
+    Attributes:
+        coupled: latents and plates; with one joint state for all cells of the plates of one of them it may be feasible.
+    """
+
+    def __init__(self, message: str, coupled: Mapping[str, frozenset[str]] | None = None):
+        super().__init__(message)
+        self.coupled = dict(coupled or {})
 
 
 def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
@@ -147,14 +155,59 @@ class Latent(NamedTuple):
     """A latent that is to be summed out.
 
     Args:
-        states: its values, ``(K, *event)``.
-        plates: around it, from left to right.
+        support: the values of one cell, ``(K, *event)``.
+        plates: those in whose cells it is summed out separately, from left to right.
+        places: their dimensions in ``batch_shape``.
         batch_shape: of its site in a run without enumeration.
+        cells: for each state, the number of the value in each cell of other plates, which have a joint state; ``(S,
+            *batch)`` with the batch shape, but one cell for ``plates``.
     """
 
-    states: Tensor
+    support: Tensor
     plates: tuple[str, ...]
+    places: tuple[int, ...]
     batch_shape: torch.Size
+    cells: Tensor
+
+    @property
+    def num_states(self) -> int:
+        """S, the number of joint states."""
+        return len(self.cells)
+
+    def values(self, states: Tensor) -> Tensor:
+        """Return the values of states, ``(D, *sizes of the plates)``, as ``(D, *batch, *event)``."""
+        return self.support[self._to_batch(self.cells[states])]
+
+    def states(self, values: Tensor) -> Tensor | None:
+        """Return the states of values, ``(D, *batch, *event)``; ``None`` if one is not in the support."""
+        event_dim = self.support.dim() - 1
+        same = values.unsqueeze(values.dim() - event_dim) == self.support
+        same = same.flatten(-event_dim).all(-1) if event_dim else same
+        if not same.any(-1).all():
+            return None
+        numbers, num_batch = same.long().argmax(-1), len(self.batch_shape)
+        others = [1 + place for place in range(num_batch) if place not in self.places]
+        numbers = numbers.permute([0, *(1 + place for place in self.places), *others])
+        return _digits_to_number(numbers.reshape(*numbers.shape[: 1 + len(self.places)], -1), len(self.support))
+
+    def marginal(self, mass: Tensor) -> Tensor:
+        """Sum masses of states, ``(S, *sizes of the plates)``, to those of the values of each cell, ``(K, *batch)``."""
+        chosen = torch.nn.functional.one_hot(self.cells, len(self.support)).to(mass.dtype)
+        return self._to_batch(torch.tensordot(mass.movedim(0, -1), chosen, 1).movedim(-1, 0))
+
+    def _to_batch(self, tensor: Tensor) -> Tensor:
+        """Bring dimensions of plates and of other cells, ``(D, *plates, *cells)``, into the order of the batch."""
+        plates, num_batch = len(self.plates), len(self.batch_shape)
+        own = {place: 1 + number for number, place in enumerate(self.places)}
+        order = [own.get(place, 1 + plates + place) for place in range(num_batch)]
+        order += [1 + plates + place for place in self.places]
+        return tensor.permute([0, *order]).reshape(len(tensor), *self.batch_shape)
+
+
+def _digits_to_number(digits: Tensor, base: int) -> Tensor:
+    """Read the last dimension as the digits of numbers."""
+    powers = base ** torch.arange(digits.shape[-1] - 1, -1, -1, device=digits.device)
+    return (digits * powers).sum(-1)
 
 
 class Factors(NamedTuple):
@@ -247,29 +300,38 @@ def _frames(site: dict[str, Any]) -> list[CondIndepStackFrame]:
     return sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim or 0)
 
 
-def read_latent(name: str, site: dict[str, Any], dim: int | None = None) -> Latent:
-    """Read a latent that has its states in a dimension of its value, or one of a run without enumeration."""
+def read_latent(name: str, site: dict[str, Any], dim: int | None = None, joint: frozenset[str] = frozenset()) -> Latent:
+    """Read a latent that has its values in a dimension of its site, or one of a run without enumeration.
+
+    ``joint`` are plates of which all cells have one joint state.
+    """
     fn, frames = site["fn"], _frames(site)
     if dim is None:
         try:
-            states = fn.enumerate_support(expand=False)
+            support = fn.enumerate_support(expand=False)
         except NotImplementedError as error:
             raise ValueError(
                 f"`model` must have discrete latents of which every cell has the same states, got {name!r}: {error}"
             ) from error
-        states = states.reshape(len(states), 1, *fn.event_shape)
+        support = support.reshape(len(support), 1, *fn.event_shape)
     else:
         dim -= fn.event_dim
-        states = site["value"].movedim(dim, 0).reshape(site["value"].shape[dim], -1, *fn.event_shape)
+        support = site["value"].movedim(dim, 0).reshape(site["value"].shape[dim], -1, *fn.event_shape)
     sizes = {frame.dim or 0: frame.size for frame in frames}
-    shape = torch.Size([sizes.get(place, 1) for place in range(min(sizes, default=0), 0)])
-    return Latent(states[:, 0], tuple(frame.name for frame in frames), shape)
+    batch_shape = torch.Size([sizes.get(place, 1) for place in range(min(sizes, default=0), 0)])
+    own = [frame for frame in frames if frame.name not in joint]
+    places = tuple(len(batch_shape) + (frame.dim or 0) for frame in own)
+    cells = torch.Size([1 if place in places else size for place, size in enumerate(batch_shape)])
+    states = torch.arange(len(support) ** cells.numel(), device=support.device)
+    powers = len(support) ** torch.arange(cells.numel() - 1, -1, -1, device=support.device)
+    digits = (states[:, None] // powers % len(support)).reshape(-1, *cells)
+    return Latent(support[:, 0], tuple(frame.name for frame in own), places, batch_shape, digits)
 
 
 Reduction = Callable[[Tensor, int], Tensor]
 """From log-densities and a dimension to those without it: a sum of densities, or their maximum."""
 States = dict[str, Tensor]
-"""Numbers of states of latents by name, ``(S, *sizes of the plates)``."""
+"""Numbers of states of latents by name, ``(D, *sizes of the plates)`` for D draws."""
 
 
 class FactorGraph:
@@ -314,7 +376,8 @@ class FactorGraph:
                 raise EliminationError(
                     f"`model` must use the latent {latent!r} inside of the plates {outside} alone, got the site "
                     f"{name!r} outside of them, which depends on it: the latents of all cells then depend on each "
-                    "other, and their joint states are too many to be summed over"
+                    "other, and their joint states are too many to be summed over",
+                    {latent: frozenset(outside)},
                 )
 
     def _sum_out(self, names: list[str], level: frozenset[str]) -> None:
@@ -361,7 +424,8 @@ class FactorGraph:
                     f"`model` must have discrete latents that do not depend on each other across plates, got a site in "
                     f"the plates {sorted(level)} that depends on {sorted(latents)}: the sum over their states grows "
                     "exponentially with the size of a plate. Draw some of them in the guide, or use a sequential "
-                    "plate, `for i in pyro.plate(...)`, if it is small"
+                    "plate, `for i in pyro.plate(...)`, if it is small",
+                    {name: self._levels[name].difference(self.kept) for name in latents},
                 )
             self._add((None, [index], outer), latents)
 
@@ -373,7 +437,7 @@ class FactorGraph:
         return made
 
     def _num_states(self, names: Iterable[str]) -> int:
-        return math.prod(len(self.latents[name].states) for name in names)
+        return math.prod(self.latents[name].num_states for name in names)
 
     def log_sum(self, reduction: Reduction = torch.logsumexp, steps: list[Factor] | None = None) -> Tensor:
         """Eliminate all latents, and return what is left of the density in the cells of the kept plates, ``(*sizes)``.
@@ -416,14 +480,14 @@ class FactorGraph:
         return self._backward(torch.logsumexp, draw)
 
     def mode(self) -> States:
-        """Return the joint state of the largest posterior mass, with S = 1.
+        """Return the joint state of the largest posterior mass, with D = 1.
 
         Source: Viterbi 1967, "Error bounds for convolutional codes", for chains.
         """
         return self._backward(lambda log, dim: log.amax(dim), lambda logits: logits.argmax(-1))
 
     def _backward(self, reduction: Reduction, choose: Callable[[Tensor], Tensor]) -> States:
-        """Choose states in the opposite order, each from log-masses given the chosen ones, ``(S, *plates, K)``."""
+        """Choose states in the opposite order, each from log-masses given the chosen ones, ``(D, *plates, K)``."""
         steps: list[Factor] = []
         self.log_sum(reduction, steps)
         states: States = {}
@@ -432,7 +496,7 @@ class FactorGraph:
         return states
 
     def at(self, factor: Factor, states: States) -> Tensor:
-        """Read a log-density at the states of some of its latents, ``(S, *plates)``, or ``(S, *plates, K)``.
+        """Read a log-density at the states of some of its latents, ``(D, *plates)``, or ``(D, *plates, K)``.
 
         The last dimension is that of the first latent, if it has no state.
         """
@@ -456,7 +520,7 @@ class FactorGraph:
         return _arranged(factor.log, factor.dims, factor.plates).expand([self.sizes[name] for name in factor.plates])
 
     def log_prob(self, states: States) -> Tensor:
-        """Compute the log-density of all factors at states of all latents, ``(S, *sizes of the kept plates)``."""
+        """Compute the log-density of all factors at states of all latents, ``(D, *sizes of the kept plates)``."""
         count = max(map(len, states.values()), default=1)
         total: Any = 0.0
         for factor in self.factors.values():
@@ -495,31 +559,25 @@ class FactorGraph:
             dims = tuple(dim for dim in log_mass.dims if dim not in others)
             sizes = [self.sizes[plate] for plate in plates]
             mass = _arranged(mass.exp(), dims, [name, *plates]).expand([-1, *sizes])
-            masses[name] = mass.reshape(-1, *self.latents[name].batch_shape)
+            masses[name] = self.latents[name].marginal(mass)
         return {name: masses[name] for name in self.latents}
 
     def values(self, states: States) -> dict[str, Tensor]:
-        """Return the values of states, ``(S, *batch, *event)`` by site."""
-        values = {}
-        for name, latent in self.latents.items():
-            value = latent.states[states[name]]
-            values[name] = value.reshape(len(value), *latent.batch_shape, *latent.states.shape[1:])
-        return values
+        """Return the values of states, ``(D, *batch, *event)`` by site."""
+        return {name: latent.values(states[name]) for name, latent in self.latents.items()}
 
     def states(self, values: Mapping[str, Tensor]) -> States:
-        """Return the states of values, ``(S, *batch, *event)`` by site.
+        """Return the states of values, ``(D, *batch, *event)`` by site.
 
         Raises:
-            ValueError: if a value is none of the states of its latent.
+            ValueError: if a value is not in the support of its latent.
         """
         states = {}
         for name, latent in self.latents.items():
-            event_dim, value = latent.states.dim() - 1, values[name]
-            same = value.unsqueeze(value.dim() - event_dim) == latent.states
-            same = same.flatten(-event_dim).all(-1) if event_dim else same
-            if not same.any(-1).all():
+            found = latent.states(values[name])
+            if found is None:
                 raise ValueError(f"`values` must have states of {name!r} alone, got others")
-            states[name] = same.long().argmax(-1).reshape([len(value), *(self.sizes[plate] for plate in latent.plates)])
+            states[name] = found
         return states
 
 

@@ -41,7 +41,7 @@ def test_marginals_and_mode_are_those_of_the_posterior_by_hand(program):
     graph = FactorGraph(read_factors(enumerated_trace(model, data)), [])
     mode, best = graph.values(graph.mode()), mass.argmax()
     for name, marginal_mass in graph.marginals().items():
-        states = graph.latents[name].states
+        states = graph.latents[name].support
         for state, found in zip(states, marginal_mass, strict=True):
             same = values[name] == state
             same = same.all(-1) if state.dim() else same

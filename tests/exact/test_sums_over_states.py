@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from discrete_cases import (
+    COUPLED,
     MEANS,
     PROGRAMS,
     TRANSITION,
@@ -23,11 +24,12 @@ from pyro_vae.exact import discrete
 from pyro_vae.model_guide import ModelGuide
 
 STRUCTURED = [name for name in PROGRAMS if name != "one-hot"]
+ALL = PROGRAMS | COUPLED  # those with cells of a plate that depend on each other
 
 
-@pytest.mark.parametrize("program", STRUCTURED)
+@pytest.mark.parametrize("program", [*STRUCTURED, *COUPLED])
 def test_evidence_is_the_sum_over_all_joint_states(program):
-    model, data = PROGRAMS[program]
+    model, data = ALL[program]
     *_, log_joint = by_hand(model, data)
     found = exact.log_evidence(model, *data)
     assert found.dtype == torch.float64
@@ -148,9 +150,9 @@ def test_code_that_compares_the_cells_of_a_plate_is_refused():
         exact.log_evidence(model, numbers(5))
 
 
-@pytest.mark.parametrize("program", STRUCTURED)
+@pytest.mark.parametrize("program", [*STRUCTURED, *COUPLED])
 def test_the_posterior_is_that_by_hand(program):
-    model, data = PROGRAMS[program]
+    model, data = ALL[program]
     values, mass = posterior_by_hand(model, data)
     posterior = exact.posterior(model, *data)
     log_prob = posterior.log_prob(values)
@@ -160,7 +162,9 @@ def test_the_posterior_is_that_by_hand(program):
     for name, value in drawn.items():
         assert value.shape == (3, 2, *values[name].shape[1:])
         assert torch.equal(posterior.mode[name], values[name][mass.argmax()])
-        assert torch.allclose(posterior.marginals[name].sum(0), torch.ones((), dtype=torch.float64))
+        for state, found in zip(posterior.support[name], posterior.marginals[name], strict=True):
+            weights = mass.reshape(-1, *[1] * (values[name].dim() - 1))
+            assert torch.allclose(found, (weights * (values[name] == state)).sum(0))
     assert posterior.log_prob(drawn).shape == (3, 2, *posterior.log_evidence.shape)
     assert posterior.log_prob(posterior.mode).shape == posterior.log_evidence.shape
 
@@ -249,6 +253,16 @@ def test_sums_that_are_too_wide_are_refused_with_their_width():
         exact.log_evidence(coupled, torch.zeros(1))
 
 
+def test_cells_that_depend_on_each_other_are_refused_if_their_joint_states_are_too_many():
+    def model(x):
+        with pyro.plate("causes", 20):
+            cause = pyro.sample("cause", dist.Bernoulli(0.2))
+        pyro.sample("x", dist.Normal(cause.sum(-1), 1.0), obs=x[0])
+
+    with pytest.raises(ValueError, match=r"'cause'.*joint states are too many to be summed over"):
+        exact.log_evidence(model, torch.zeros(1))
+
+
 def test_continuous_latents_next_to_discrete_ones_are_refused_with_advice():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
@@ -275,6 +289,11 @@ def tree_from_the_root(x):
         pyro.sample(f"{side}_0", dist.Categorical((TRANSITION[z] + TRANSITION[root]) / 2))
 
 
+def symptoms_to_causes(x):
+    with pyro.plate("causes", 4):
+        pyro.sample("cause", dist.Bernoulli(torch.linspace(0.2, 0.6, 4, dtype=torch.float64)))
+
+
 def local_and_global(x):
     pyro.sample("c", dist.Bernoulli(torch.tensor(0.6, dtype=torch.float64)))
     with pyro.plate("groups", x.shape[1], dim=-1):
@@ -287,12 +306,13 @@ GUIDES = {
     "ragged chains": mean_field_of_chains,
     "tree": tree_from_the_root,
     "nested plates": local_and_global,
+    "noisy or": symptoms_to_causes,
 }
 
 
 @pytest.mark.parametrize("program", GUIDES)
 def test_elbo_and_kl_are_the_sums_by_hand(program):
-    (model, data), guide = PROGRAMS[program], GUIDES[program]
+    (model, data), guide = ALL[program], GUIDES[program]
     values, mass = posterior_by_hand(model, data)
     *_, log_joint = by_hand(model, data)
     q = by_hand(guide, data)[2].exp()
