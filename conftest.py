@@ -60,4 +60,4 @@ def random_states():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Replay graphs without compiling them, which takes seconds."""
-    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, *inputs: None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.compilation.torch_private import onednn_linear
 
-__all__ = ["decompositions"]
+__all__ = ["decompositions", "matrix_product"]
 
 _LARGE = 2**20  # multiplications from which on oneDNN is faster
 _NARROW = 64  # columns up to which the transposed product, a weight's gradient, takes as little as a tenth of the time
@@ -92,6 +92,12 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
         return product + bias
     fits = _use_onednn(a, b) and bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == a.dtype
     return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
+
+
+def matrix_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two matrices."""
+    product = _mm(a, b)
+    return torch.mm(a, b) if product is NotImplemented else product
 
 
 def _tanh(x: Tensor) -> Any:

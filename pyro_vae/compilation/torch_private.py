@@ -13,19 +13,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # leaves the innermost `torch.vmap`
-from torch._subclasses import FakeTensor  # inductor's tensors without values, which a capture must not keep
 from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,  # a check runs on the values of tensors and stays out of the graph
-    make_fx,  # records the operations of a function, those of its backward pass and optimizer included
+    make_fx,  # records the operations of a function, with those of functionalization
 )
+from torch.multiprocessing.reductions import StorageWeakRef  # whether the memory of a tensor is still that of it
 from torch.utils._python_dispatch import TorchDispatchMode  # sees each operation and what it writes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
 
 __all__ = [
-    "FakeTensor", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "disable_proxy_modes_tracing",
-    "forced_compiling_flag", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema",
-    "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn",
-    "without_torch_function", "wrapper_tensor",
+    "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "forced_compiling_flag",
+    "functional", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema", "outside_vmap",
+    "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn",
+    "without_torch_function", "wrapper_tensor", "written_arguments",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -78,6 +77,28 @@ def without_onednn() -> Iterator[None]:
 def operation_schema(operation: Any) -> Any:
     """Return the signature of an operation, which names the arguments that it writes to."""
     return operation._schema
+
+
+def functional(operation: Any) -> Any:
+    """Return the operation that computes what an in-place one writes, or ``None``."""
+    name, overload = operation._schema.name.removeprefix("aten::"), operation._schema.overload_name or "default"
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    found: Any = getattr(packet, overload, None)
+    same = found is not None and len(found._schema.arguments) == len(operation._schema.arguments)
+    return found if same and not found._schema.is_mutable else None
+
+
+def written_arguments(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operation writes to, but for those that it does not declare."""
+    schema: Any = getattr(operation, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    found: list[Any] = []
+    for place, one in enumerate(schema.arguments):
+        if one.alias_info is not None and one.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(one.name)
+            found += [item for item in (value if isinstance(value, list | tuple) else [value]) if item is not None]
+    return found
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

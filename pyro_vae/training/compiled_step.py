@@ -55,6 +55,7 @@ class CapturedStep(Step):
         super().__init__(*args, **kwargs)
         self.compiles, self.refreshes = compiles, refreshes
         self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
+        self.pieces: dict[Any, Any] = {}  # compiled parts of graphs
         self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs
         self._may_have_new_parameters = True
         self._python: PythonState | None = None  # since the capture
@@ -282,7 +283,7 @@ class _StepGraphs:
         self.step = Graph(lambda *inputs: [step.guarded(batch_context, inputs, written)], inputs)
         _check_same_operations(unguarded, self.step)
         if step.compiles(*inputs):
-            self.step.compile(inputs)
+            self.step.compile(inputs, step.pieces)
         self._since = time.perf_counter()
 
     def __call__(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
