@@ -427,8 +427,8 @@ class _ValueAccessGuard(TorchFunctionMode):
         if func is Tensor.register_hook:  # Pyro's hooks warn where a gradient is not finite
             return None if caller == _WARNINGS else func(*args, **(kwargs or {}))
         if func is Tensor.nonzero:  # of a matrix of ones below the diagonal
-            rows, columns = args[0].shape
-            return torch.tril_indices(rows, columns, -1).t() if caller == _PAIRS else func(*args, **(kwargs or {}))
+            pairs = caller == _PAIRS
+            return torch.tril_indices(*args[0].shape, -1).t() if pairs else func(*args, **(kwargs or {}))
         if func is Tensor.__bool__ and caller == _DICE:
             return False
         if func is Tensor.masked_select:
