@@ -96,7 +96,7 @@ def to_datatree(
     most 0.7; above that, :func:`to_arviz` warns. The attribute ``reliable`` is 0 also for fewer draws with k̂ above
     :func:`pyro_vae.evidence.pareto.reliable_shape`. The order of draws is not that of
     ``posterior``, so ``az.loo_pit`` does not apply. Where there is no such likelihood, the tree has the reason as its
-    attribute ``log_likelihood``: where all latents are local, compare models by held-out log p(x) with
+    attribute ``why_no_log_likelihood``: where all latents are local, compare models by held-out log p(x) with
     :func:`pyro_vae.compare_evidence`.
 
     A density that does not exist is left out: ``lp`` if the likelihood is not normalised (soft targets) or the prior is

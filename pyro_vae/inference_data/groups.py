@@ -48,7 +48,7 @@ class GroupLayout:
         if parts := sampler.likelihood.parts:
             self.dims["log_likelihood"] = {part.name: self._observation_dims(part) for part in parts}
         if sampler.why_no_likelihood:
-            self._attrs["log_likelihood"] = sampler.why_no_likelihood
+            self._attrs["why_no_log_likelihood"] = sampler.why_no_likelihood
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
             parametric = sampler.parametric_latents()
         self._static = {

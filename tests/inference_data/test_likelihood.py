@@ -229,7 +229,7 @@ def standard_guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-def test_without_a_likelihood_for_leave_one_out_the_reason_is_an_attribute():
+def test_without_a_likelihood_for_leave_one_out_the_reason_is_an_attribute(az):
     def without_plate(x):
         pyro.sample("x", dist.Normal(pyro.sample("m", dist.Normal(0.0, 1.0)), torch.ones(N)).to_event(1), obs=x)
 
@@ -248,7 +248,9 @@ def test_without_a_likelihood_for_leave_one_out_the_reason_is_an_attribute():
     for model, guide, reason in cases:
         tree = pv.to_datatree(model, guide, X, draws=5)
         assert "log_likelihood" not in tree.children
-        assert re.search(reason, tree.attrs["log_likelihood"])
+        assert re.search(reason, tree.attrs["why_no_log_likelihood"])
+        with pytest.raises(TypeError, match="log likelihood not found"):  # no attribute is taken for it
+            az.loo(pv.to_arviz(tree))
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
