@@ -36,10 +36,11 @@ _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 class Arguments:
     """The arguments of model and guide, in the place of ``data``: ``model(*args, **kwargs)``.
 
-    It is needed for keywords, for one argument that is a list, and for tensors whose rows are not in the first
-    dimension. Other values than tensors can be passed as they are:
-    ``fit(model, guide, (x, None), ...)`` calls ``model(x, None)``, and ``fit(model, guide, {"x": x}, ...)`` calls
-    ``model({"x": x})``.
+    It is needed for keywords, and for tensors whose rows are not in the first dimension. Other values than tensors can
+    be passed as they are: ``fit(model, guide, (x, None), ...)`` calls ``model(x, None)``, and ``fit(model, guide,
+    {"x": x}, ...)`` calls ``model({"x": x})``.
+
+    A list has an argument in each item, as a tuple has, unless the model takes one argument alone.
 
     In lists, tuples and dictionaries, however nested, the tensors and arrays with as many rows as the data plate has
     are rows, which may be taken in mini-batches. Everything else is the same in each run. Without a data plate, the
@@ -156,6 +157,8 @@ def bind(
     if isinstance(poutine.unwrap(guide), Messenger):
         guide = LatentsOf(guide)
     args, kwargs, given = _positional_and_keywords(data, name)
+    if not given and (listed := _list_of(data)) is not None and not _takes(model, args) and _takes(model, [listed]):
+        args, given = (listed,), True
     if not given and _are_rows(args):
         return Program(model, guide, list(args) if _is_wrapped(data) else data)
     converted = [_as_tensors(value, name, model, keep_integers) for value in args]
@@ -218,6 +221,27 @@ def _positional_and_keywords(data: Data, name: str) -> tuple[tuple[Any, ...], di
     if any(isinstance(item, Arguments) for item in items):
         raise TypeError(f"`{name}` must be one Arguments(...), with all arguments in it, got others next to it")
     return items, {}, False
+
+
+def _list_of(data: Data) -> list[Any] | None:
+    """The list that is the only value of data, which may be one argument, or has one in each item."""
+    items = _items(data)
+    if isinstance(data, list):
+        return data
+    return items[0] if len(items) == 1 and isinstance(items[0], list) else None
+
+
+def _takes(model: Any, args: Sequence[Any]) -> bool:
+    """Whether a model can be called with these arguments, by its signature; ``True`` where it has none."""
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
 
 
 def _are_rows(args: Sequence[Any]) -> bool:

@@ -672,7 +672,8 @@ class ModelGuide:
                 counted = hidden[name].reshape((*hidden[name].shape, *[1] * site["fn"].event_dim))
                 others[name] = torch.where(counted, site["value"], _another_value(site))
         with poutine.block(), torch.no_grad(), seeded(0), pyro.validation_enabled(False), self.take(rows) as data:
-            again = poutine.trace(poutine.condition(self.model, data=others)).get_trace(*data)
+            run = poutine.replay(poutine.condition(self.model, data=others), self.guide_trace)  # with its subsamples
+            again = poutine.trace(run).get_trace(*data)
         new: dict[str, Any] = dict(again.nodes)
         if not all(torch.allclose(log_density(site), log_density(new[name])) for name, site in self.observed.items()):
             raise ValueError(
@@ -855,7 +856,7 @@ class ModelGuide:
             )
         if "sequential" in marks:
             raise ValueError("`elbo` needs latents marked with enumerate='parallel', got some marked 'sequential'")
-        if enumerates and not marks:
+        if enumerates and not marks and getattr(elbo, "strict_enumeration_warning", True):
             raise ValueError(
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"

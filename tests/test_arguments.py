@@ -1,5 +1,6 @@
 """Any arguments of a program give the numbers of the same program on tensors of rows alone."""
 
+import functools
 import math
 from argparse import Namespace
 
@@ -36,6 +37,7 @@ LOG_P = dist.Normal(0.0, math.sqrt(5.0)).log_prob(X)
 def with_arguments(read):
     """The same program, called with other arguments, from which ``read`` takes x and the scale."""
 
+    @functools.wraps(read)
     def model(*args, **kwargs):
         x, scale = read(*args, **kwargs)
         with pyro.plate("data", len(x)):
@@ -54,6 +56,8 @@ FORMS = {  # how x and the scale are read, and the arguments
     "a dictionary": (lambda data: (data["x"], data["scale"]), {"x": X, "scale": SCALE}),
     "nested": (lambda data: (data["x"][0], data["x"][1]), {"x": (X, SCALE)}),
     "a list": (lambda items: (items[0], items[1]), pv.Arguments([X, torch.tensor(SCALE)])),
+    "a list for one argument": (lambda items: (torch.stack(items), SCALE), list(X)),
+    "a list of numbers": (lambda items: (torch.tensor(items), SCALE), X.tolist()),
     "a string": (lambda x, name: (x, {"two": SCALE}[name]), (X, "two")),
     "a namespace": (lambda x, args: (x, args.scale), (X, Namespace(scale=SCALE))),
     "other tensors": (lambda x, w: (x, w.mean()), (X, torch.full((3, 3), SCALE))),
@@ -88,7 +92,7 @@ def test_every_number_is_that_of_the_plain_program(program):
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "no arguments"])
+@pytest.mark.parametrize("form", [name for name, (_, data) in FORMS.items() if data != () and type(data) is not list])
 def test_training_takes_the_same_steps(form, batch_size):
     read, data = FORMS[form]
     model, _ = with_arguments(read)

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.contrib.cevae import TraceCausalEffect_ELBO
 from pyro.contrib.easyguide import EasyGuide
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -253,6 +253,30 @@ def rows_of_columns(x):
     loc = mu()
     with pyro.plate("data", 6) as rows:
         pyro.sample("x", dist.Normal(loc, 1.0), obs=x[0, rows])
+
+
+def test_a_guide_that_takes_the_subsample_of_both_has_a_bound():
+    keep = X > 0
+
+    def model(x):
+        with pyro.plate("data", N) as rows, poutine.mask(mask=keep[rows]):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", N, subsample_size=8) as rows, poutine.mask(mask=keep[rows]):
+            pyro.sample("z", dist.Normal(0.5 * x[rows], 0.5**0.5))
+
+    expected = (dist.Normal(0.0, 2**0.5).log_prob(X) * keep).mean().item()
+    assert pv.evaluate(model, guide, X)["elbo"] == pytest.approx(expected, abs=1e-4)
+    found = torch.tensor(pv.fit(model, guide, X, epochs=200).history["elbo"])
+    assert abs(found.mean() - expected) < 5 * found.std() / len(found) ** 0.5
+
+
+def test_enumeration_without_a_discrete_latent_is_taken_where_pyro_is_to_be_silent():
+    elbo = TraceEnum_ELBO(strict_enumeration_warning=False)
+    found = pv.evaluate(FORMS["row numbers"][0], posterior, X, elbo=elbo)
+    assert found["elbo"] == pytest.approx(log_evidence(X) / N, abs=1e-4)
 
 
 def test_own_subsamples_come_back_after_a_report():
