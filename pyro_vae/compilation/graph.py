@@ -23,6 +23,7 @@ from pyro_vae.compilation.recorder import (
     CaptureError,
     Recorder,
     address,
+    ancestors,
     foreign_random_numbers,
     function_of,
     mapped,
@@ -57,8 +58,9 @@ class Graph:
         constants: the tensors that the function refers to.
 
     Raises:
-        CaptureError: if the function reads the value of a tensor, if its shapes depend on values, or if it draws random
-            numbers from another source than torch's random state.
+        CaptureError: if the function reads the value of a tensor that is not computed from integers and truth values
+            among the inputs and constants, such as lengths of sequences; if its shapes depend on other values; or if it
+            draws random numbers from another source than torch's random state.
 
     >>> total = torch.zeros(())
     >>> graph = Graph(lambda x: [total.add_(x.sum()) + 0], [torch.ones(3)])
@@ -89,7 +91,23 @@ class Graph:
         # What the function changes:
         self.written = [tensor for tensor in recorder.constants if address(tensor) in written]
         self.constants = [tensor.detach() for tensor in recorder.constants]  # they share the memory of the originals
+        self._reads = recorder.reads
         self._run: Callable[..., Any] | None = None
+
+    def holds(self, *inputs: Tensor) -> bool:
+        """Whether the values that the function read in the capture are those that it would read on new inputs."""
+        if not self._reads:
+            return True
+        with torch.no_grad():
+            values = self._read(*inputs, *self.constants)
+        return all(map(torch.equal, values, (value for _, value in self._reads)))
+
+    @cached_property
+    def _read(self) -> Function:
+        """The values that were read as a function of the inputs and of ``constants``."""
+        found = [node for node, _ in self._reads]
+        needed = set(ancestors(found))
+        return function_of(self.inputs, [node for node in self.nodes if node in needed], found)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Repeat the operations on new inputs."""
@@ -185,8 +203,9 @@ class CompiledFunction:
         if signature not in self._graphs:
             self._graphs[signature] = None
             return list(self.function(*inputs))
-        graph = self._graphs[signature] or self._captured(inputs)
-        self._graphs[signature] = graph
+        graph = self._graphs[signature]
+        if graph is None or not graph.holds(*inputs):
+            graph = self._graphs[signature] = self._captured(inputs)
         return graph(*inputs)
 
     def _captured(self, inputs: Sequence[Tensor]) -> Graph:

@@ -20,8 +20,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae.compilation import torch_private
 
 __all__ = [
-    "CaptureError", "Node", "Recorder", "address", "foreign_random_numbers", "function_of", "mapped", "module_of",
-    "nodes_in",
+    "CaptureError", "Node", "Recorder", "address", "ancestors", "foreign_random_numbers", "function_of", "mapped",
+    "module_of", "nodes_in",
 ]  # fmt: skip
 
 Value = Any
@@ -76,6 +76,28 @@ def mapped(value: Value, replace: Callable[[Node], Any]) -> Any:
     return [mapped(item, replace) for item in value] if isinstance(value, list | tuple) else value
 
 
+def ancestors(nodes: Sequence[Node]) -> list[Node]:
+    """Return nodes and all that they are computed from."""
+    found, left = dict.fromkeys(nodes), list(nodes)
+    while left:
+        for node in left.pop().inputs:
+            if node not in found:
+                found[node] = None
+                left.append(node)
+    return list(found)
+
+
+def _is_settled(node: Node) -> bool:
+    """Whether a node is an integer or truth value from outside, or the same operation on such ones each time."""
+    if node.target is None:
+        dtype = node.form[1]
+        return not (dtype.is_floating_point or dtype.is_complex)
+    if node.target is operator.getitem:
+        return True
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not (random or torch_private.operation_schema(node.target).is_mutable)
+
+
 def module_of(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[Node]) -> torch.fx.GraphModule:
     """Return nodes as a module of torch, a function of the inputs."""
     graph, made = torch.fx.Graph(), {}
@@ -124,8 +146,10 @@ def function_of(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence
 class Recorder(torch_private.TorchDispatchMode):
     """Record the operations of a function as a graph, and undo its in-place changes at the end.
 
-    Refuse operations whose results are Python numbers, or have a shape that depends on values. Tensors that come from
-    outside are :attr:`constants`, further inputs of the graph after those of the function.
+    Refuse operations whose results are Python numbers, or have a shape that depends on values, unless they are computed
+    from integers and truth values that come from outside, such as the lengths of sequences: then they are
+    :attr:`reads`. Tensors that come from outside are :attr:`constants`, further inputs of the graph after those of the
+    function.
     """
 
     def __init__(self, inputs: Sequence[Tensor], decompositions: dict[Any, Callable[..., Any]]):
@@ -141,6 +165,7 @@ class Recorder(torch_private.TorchDispatchMode):
         self._numbers: dict[Node, Tensor] = {}  # numbers in the code of the function
         self._copies: dict[int, Tensor] = {}  # of what is written, by id
         self._hidden: list[Tensor] = []  # results in a pause, kept alive so that no other tensor gets their address
+        self.reads: list[tuple[Node, Tensor]] = []  # nodes whose values were read, with these
         self._paused = False
         self._alive = list(inputs)
         for tensor in inputs:
@@ -171,6 +196,15 @@ class Recorder(torch_private.TorchDispatchMode):
         finally:
             self._paused = before
 
+    def read(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the values of tensors may be read: they are computed from integers and truth values from outside."""
+        nodes = [node for tensor in tensors if (node := self._known.get(id(tensor))) is not None]
+        if len(nodes) < len(tensors) or not all(map(_is_settled, ancestors(nodes))):
+            return False
+        with self.paused():
+            self.reads += [(node, tensor.detach().clone()) for node, tensor in zip(nodes, tensors, strict=True)]
+        return True
+
     def results(self, tensors: Sequence[Tensor]) -> list[Node]:
         """Number all nodes, and return those of the results."""
         found = self._mapped(list(tensors))
@@ -191,7 +225,7 @@ class Recorder(torch_private.TorchDispatchMode):
             return replaced
         if func is _aten.lift_fresh.default:  # a tensor of numbers in the code, whose copy may be changed in place
             func = _aten.lift_fresh_copy.default
-        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
+        if torch.Tag.dynamic_output_shape in func.tags and not self._has_known_shape(func, args):
             operation = func.__name__.partition(".")[0]
             raise _data_dependent(f"{self.site} makes a tensor whose shape depends on values ({operation})")
         if kwargs.get("generator") is not None:
@@ -200,7 +234,7 @@ class Recorder(torch_private.TorchDispatchMode):
         writes = self._keep_written(func, args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | list | tuple) and result is not None:
-            return self._number(func, arguments, result)
+            return self._number(func, arguments, args, result)
         node = self._made(func, arguments, keywords)
         fresh = not writes and not func.is_view
         if isinstance(result, Tensor):
@@ -211,6 +245,13 @@ class Recorder(torch_private.TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._track(tensor, self._made(operator.getitem, [node, place]), fresh)
         return result
+
+    def _has_known_shape(self, func: Any, args: Any) -> bool:
+        """Whether an operation is ``x[rows]``, or ``x[mask]`` and ``mask.nonzero()`` with a mask that may be read."""
+        if _indexes_by_numbers(func, args):
+            return True
+        indices = args[1] if func is _aten.index.Tensor else args[:1]
+        return func in _BY_MASK and self.read([index for index in indices if index is not None])
 
     def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record other operations in the place of one that has a replacement, or is made of others."""
@@ -270,12 +311,14 @@ class Recorder(torch_private.TorchDispatchMode):
         if fresh:
             self._memory[address(tensor)] = torch_private.StorageWeakRef(tensor.untyped_storage())
 
-    def _number(self, func: Any, arguments: Any, result: Any) -> Any:
+    def _number(self, func: Any, arguments: Any, tensors: Any, result: Any) -> Any:
         """Return a Python number that an operation computes from numbers of the code alone; refuse any other."""
         frame = sys._getframe(1)
         while frame.f_back is not None and _module(frame).startswith(("torch.", __name__)):
             frame = frame.f_back
         if all(node in self._numbers for node in nodes_in(arguments)) or _module(frame).startswith(_CHECKS):
+            return result
+        if self.read([tensor for tensor in _listed(tensors) if isinstance(tensor, Tensor)]):
             return result
         raise _data_dependent(f"{self.site} reads the value of a tensor ({func.__name__.partition('.')[0]})")
 
@@ -428,7 +471,7 @@ class _ValueAccessGuard(TorchFunctionMode):
             return None if caller == _WARNINGS else func(*args, **(kwargs or {}))
         if func is Tensor.nonzero:  # of a matrix of ones below the diagonal
             pairs = caller == _PAIRS
-            return torch.tril_indices(*args[0].shape, -1).t() if pairs else func(*args, **(kwargs or {}))
+            return torch.tril_indices(len(args[0]), len(args[0]), -1).t() if pairs else func(*args, **(kwargs or {}))
         if func is Tensor.__bool__ and caller == _DICE:
             return False
         if func is Tensor.masked_select:
@@ -436,6 +479,9 @@ class _ValueAccessGuard(TorchFunctionMode):
         if func is Tensor.item and caller.startswith(_LOSS_SUMS):
             return args[0].detach()
         if caller.startswith(_CHECKS) or (func is Tensor.__bool__ and caller in _MOMENTUM):
+            with self.recorder.paused():
+                return func(*args, **(kwargs or {}))
+        if self.recorder.read([arg for arg in args if isinstance(arg, Tensor)]):
             with self.recorder.paused():
                 return func(*args, **(kwargs or {}))
         where = f"({frame.f_code.co_filename}, line {frame.f_lineno}: {func.__name__})"
@@ -454,6 +500,9 @@ _UNDECLARED_WRITES = dict.fromkeys(
     (_aten.native_batch_norm.default, _aten.cudnn_batch_norm.default, _aten.miopen_batch_norm.default), (3, 4)
 )
 """Operations that change arguments in place without declaring it: running mean and variance."""
+
+_BY_MASK = {_aten.index.Tensor, _aten.nonzero.default}
+"""Operations that take as many elements as a mask is true."""
 
 _BASIC: set[Any] = set()
 """Operations that are not made of others, as far as they were met."""

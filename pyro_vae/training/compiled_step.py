@@ -29,6 +29,7 @@ _FIRST_CHECKS = 3  # replays that are compared with an eager run, and then ever 
 _SHARE = 0.01  # of the time of a run, for later comparisons
 _LOSS_DIGITS = 1e-5  # to which an eager loss and that of the graph agree, relative to their largest terms
 _MOST_CAPTURES = 3  # that one and the same Python value may lead to, since each takes seconds to compile
+_MOST_VALUES = 16  # that a program may read from inputs of one form, such as lengths, for the same reason
 _REMEDY = (
     "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
 )
@@ -54,7 +55,7 @@ class CapturedStep(Step):
     ):
         super().__init__(*args, **kwargs)
         self.compiles, self.refreshes = compiles, refreshes
-        self._graphs: dict[tuple[BatchContext, InputSignature], _StepGraphs] = {}
+        self._graphs: dict[tuple[BatchContext, InputSignature], list[_StepGraphs]] = {}
         self.pieces: dict[Any, Any] = {}  # compiled parts of graphs
         self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs
         self._may_have_new_parameters = True
@@ -76,11 +77,24 @@ class CapturedStep(Step):
         self.set_schedules(self.count)
         self.count += 1
         self._last = batch_context, inputs
-        key = batch_context, input_signature(inputs)
-        graphs = self._graphs.get(key)
-        if graphs is None:
-            graphs = self._graphs[key] = self._capture(batch_context, inputs)
+        graphs = self._captured_for(batch_context, inputs) or self._captured_also(batch_context, inputs)
         return graphs(batch_context, inputs)
+
+    def _captured_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs | None":
+        """The graphs for inputs of this form, with the same values where the program reads them."""
+        found = self._graphs.get((batch_context, input_signature(inputs)), [])
+        return next((graphs for graphs in found if graphs.step.holds(*inputs)), None)
+
+    def _captured_also(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
+        found = self._graphs.setdefault((batch_context, input_signature(inputs)), [])
+        if len(found) == _MOST_VALUES:
+            raise CaptureError(
+                f"`compile` must be False where a program reads values that change again and again: step {self.count} "
+                f"has the set of values number {_MOST_VALUES + 1}, such as another largest length of sequences. "
+                "Run to a fixed length, `range(x.shape[1])`, with `poutine.mask`, or leave `compile` out"
+            )
+        found.append(self._capture(batch_context, inputs))
+        return found[-1]
 
     def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
         self._check_contexts()
@@ -158,7 +172,7 @@ class CapturedStep(Step):
         self.refresh()
         if self._last is not None:
             batch_context, inputs = self._last
-            if graphs := self._graphs.get((batch_context, input_signature(inputs))):
+            if graphs := self._captured_for(batch_context, inputs):
                 graphs.check(batch_context, inputs)
 
     def diagnose_nonfinite(
@@ -171,7 +185,7 @@ class CapturedStep(Step):
         self.tensors.note()
         with pyro.validation_enabled(False), self.discard_gradients():
             for inputs in done[:-1]:
-                if graphs := self._graphs.get((batch_context, input_signature(inputs))):
+                if graphs := self._captured_for(batch_context, inputs):
                     graphs.step(*inputs)
                 else:  # an eager step
                     with batch_context(*inputs) as arguments:

@@ -217,8 +217,47 @@ def test_one_hot_is_captured_if_the_number_of_classes_is_given():
         for ours, count in zip(graph(other), (3, 4), strict=True):
             assert ours.dtype == torch.int64
             assert torch.equal(ours, nn.functional.one_hot(other, count))
+    unknown = Graph(lambda x: [nn.functional.one_hot(x)], [classes])  # as many classes as the largest one says
+    assert unknown.holds(2 - classes)
+    assert not unknown.holds(classes + 1)
+
+
+def test_integers_from_outside_may_be_read_and_the_graph_knows_for_which_it_holds():
+    lengths = torch.tensor([3, 1, 2])
+
+    def padded(x, lengths):
+        assert lengths.max() <= x.shape[1]
+        sums = [x[row, : lengths[row]].sum() for row in range(len(x))]
+        return [torch.stack(sums), x[lengths > 1], x[:, : int(lengths.max())] * lengths.float().mean()]
+
+    x = torch.randn(3, 4)
+    graph = Graph(padded, [x, lengths])
+    assert graph.holds(2 * x, lengths)
+    for ours, expected in zip(graph(2 * x, lengths), padded(2 * x, lengths), strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not graph.holds(x, torch.tensor([3, 2, 2]))
+    assert not graph.holds(x, torch.tensor([4, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, n: [x * int((n * x).sum())],  # computed from data
+        lambda x, n: [x * int(torch.randint(5, ()))],  # random
+        lambda x, n: [x * int(n.clone().add_(1).sum())],  # changed in place
+    ],
+)
+def test_other_values_are_not_read(function):
     with pytest.raises(CaptureError, match="reads the value of a tensor"):
-        Graph(lambda x: [nn.functional.one_hot(x)], [classes])
+        Graph(function, [torch.ones(3), torch.arange(3)])
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiled_function_is_captured_again_for_other_integers():
+    function = CompiledFunction(lambda x, n: [x[: int(n)].sum()[None]])
+    x = torch.arange(5.0)
+    for n in (2, 2, 3, 3, 5):
+        assert function(x, torch.tensor(n))[0] == x[:n].sum()
 
 
 def test_operations_that_change_a_shape_in_place_count_as_no_change():

@@ -8,15 +8,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 from torch import nn
+from torch.distributions import constraints
 
 import pyro_vae as pv
 from pyro_vae import families, guides, likelihoods, networks, objectives, priors, schedules
 from pyro_vae.compilation.graph import CaptureError, Graph
 from pyro_vae.handlers import WeightKL
+from pyro_vae.training import compiled_step
 
 X = pv.datasets.two_gaussians(64, seed=3).x
 STANDARD_NORMAL = dist.Normal(torch.zeros(1), 1.0).to_event(1)
@@ -374,3 +377,42 @@ def test_one_bad_row_is_refused_before_the_first_step_or_named_by_its_number():
     ):
         pv.fit(vae.model, vae.guide, data, epochs=3, batch_size=16, compile=True)
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
+
+
+def chain(sequences, lengths):
+    """A hidden Markov model that runs to the largest length, and reads it, as Pyro's examples do."""
+    assert lengths.max() <= sequences.shape[1]
+    transition = pyro.param("transition", torch.full((2, 2), 0.5), constraint=constraints.simplex)
+    locs = pyro.param("locs", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", len(sequences)):
+        state = 0
+        for step in pyro.markov(range(lengths.max())):
+            with poutine.mask(mask=step < lengths):
+                probs = transition[state]
+                state = pyro.sample(f"z_{step}", dist.Categorical(probs), infer={"enumerate": "parallel"})
+                pyro.sample(f"x_{step}", dist.Normal(locs[state], 1.0), obs=sequences[:, step])
+
+
+@UNCOMPILED
+def test_a_step_that_reads_lengths_is_captured_for_each_largest_one():
+    sequences = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    batches = [[3, 1, 2, 2], [3, 3, 1, 1], [2, 2, 2, 1], [3, 1, 2, 2], [2, 2, 2, 2]]
+    losses = []
+    for compile in (False, True):
+        with pyro.get_param_store().scope():
+            svi = pv.SVI(
+                chain, lambda *_: None, Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=1), compile=compile
+            )
+            losses.append([svi.step(sequences, torch.tensor(lengths)) for lengths in batches])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@UNCOMPILED
+def test_values_that_are_read_must_not_change_for_ever(monkeypatch):
+    monkeypatch.setattr(compiled_step, "_MOST_VALUES", 2)
+    sequences = torch.randn(2, 40)
+    svi = pv.SVI(chain, lambda *_: None, Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=1), compile=True)
+    for longest in (1, 2, 3):
+        svi.step(sequences, torch.tensor([longest, 1]))
+    with pytest.raises(CaptureError, match=r"step 4 has the set of values number 3.*range\(x.shape\[1\]\)"):
+        svi.step(sequences, torch.tensor([4, 1]))
