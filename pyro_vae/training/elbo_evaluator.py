@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import Any
 
@@ -75,7 +75,7 @@ class ElboEvaluator:
         self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
         self.losses: tuple[Any, ...] = ()  # all that the last evaluation returned, of which the first one is the loss
         self.read: list[Any] = [model, guide, elbo]  # what the code of a step can read
-        self._recorder = None if isinstance(elbo, ELBO) else _Recorder()  # where the loss makes no traces
+        self._recorder: _Recorder | None = _Recorder()  # of the sites, where the loss makes no traces
 
     def of(self, model: Function, guide: Function) -> "ElboEvaluator":
         """Return an evaluator of the same ELBO for the pair with other arguments."""
@@ -111,18 +111,19 @@ class ElboEvaluator:
             loss = compute(self.model, self.guide, *args, **self.keywords)
         for traces in self.traces:
             set_plate_sizes(*traces)
-        if self._recorder is not None:
+        if self.traces:
+            self._recorder = None
+        elif self._recorder is not None:
             set_plate_sizes(*self._recorder.traces)
-        elif not self.traces:  # an ELBO with another way to run the pair
-            self._recorder = _Recorder()
         self.losses = loss if isinstance(loss, tuple) else (loss,)
         return self.losses[0]
 
     @contextmanager
     def _capture_traces(self) -> Iterator[None]:
         """Keep the traces that the ELBO makes, which hold the log-densities that it computes."""
-        if self._recorder is not None:
-            with self._recorder:
+        recording = self._recorder or nullcontext()
+        if isinstance(self.elbo, FunctionLoss):
+            with recording:
                 yield
             return
         make = self.elbo._get_trace
@@ -133,7 +134,8 @@ class ElboEvaluator:
 
         self.elbo._get_trace = keep
         try:
-            yield
+            with recording:
+                yield
         finally:
             del self.elbo._get_trace
 
@@ -147,14 +149,17 @@ class ElboEvaluator:
         if self.plate is None:
             further = {f"loss {number}": loss for number, loss in enumerate(self.losses[1:], 2)}
             return {name: torch.as_tensor(loss, dtype=torch.float64) for name, loss in further.items()}
+        traces = [self.traces[0][0]] if self.traces else self._recorder.traces if self._recorder is not None else []
         frames = [
             frame
-            for site in observed_sites(self.traces[0][0]).values()
+            for trace in traces
+            for site in observed_sites(trace).values()
             for frame in site["cond_indep_stack"]
             if frame.name == self.plate
         ]
         size = frames[0].full_size or frames[0].size if frames else 1
-        terms = elbo_terms(self.traces, size, self.bound, closed_form=isinstance(self.elbo, TraceMeanField_ELBO))
+        closed_form = isinstance(self.elbo, TraceMeanField_ELBO)
+        terms = elbo_terms(self.traces, size, self.bound, closed_form=closed_form) if self.traces else None
         return {self.bound: -self._unweighted(loss) / size} if terms is None else terms
 
     @torch.no_grad()

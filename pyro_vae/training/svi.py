@@ -4,10 +4,12 @@ import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import pyro
 import torch
 from pyro import infer
@@ -32,6 +34,8 @@ from pyro_vae.training.step import Step
 __all__ = ["SVI"]
 
 _PLACE = "<tensor>"
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
+_MOST_OBJECTS = 3  # at one place in the arguments of a captured step, which takes seconds to compile for each
 
 
 class SVI(infer.SVI):
@@ -93,6 +97,7 @@ class SVI(infer.SVI):
         self._step = step_class(self._evaluator, make_optimizer=self._make_optimizer, clip_norm=clip_norm)
         self._compile = compile
         self._calls: dict[tuple[object, ...], _CallContext] = {}  # of tensors alone, by their number and names
+        self._objects: dict[tuple[int, type], list[Any]] = {}  # in the arguments of captured steps, by place and type
         self._parts: dict[Tensor, ParameterOptimizer] = {}
         self._noted: dict[ParameterOptimizer, dict[str, Any]] = {}  # settings that others have read, and may change
         self._superseded = False  # by another SVI, which has continued with a copy of the optimizer's state
@@ -140,10 +145,32 @@ class SVI(infer.SVI):
         leaves, form = tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = tuple(_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if self._compile and not only_tensors:
+            self._check_objects(leaves)
         call = _CallContext(self._evaluator, form, others)
         if only_tensors:
             self._calls[key] = call
         return call, inputs
+
+    def _check_objects(self, leaves: list[Any]) -> None:
+        """Raise for arguments whose numbers a captured step would keep, or that need another capture in each step."""
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, np.ndarray):
+                raise CaptureError(
+                    "`compile` must be False where an argument of a step is an array of NumPy, which the captured step "
+                    "would keep, got one. Pass a tensor, `torch.as_tensor(x)`"
+                )
+            if isinstance(leaf, (*_VALUES, Tensor)):
+                continue
+            seen = self._objects.setdefault((place, type(leaf)), [])
+            if not any(one is leaf for one in seen):
+                seen.append(leaf)
+            if len(seen) > _MOST_OBJECTS:
+                raise CaptureError(
+                    "`compile` must be False where an argument is another object again and again, got more than "
+                    f"{_MOST_OBJECTS} of {type(leaf).__name__}: the step is captured for each. Pass its tensors, in "
+                    "a list, a tuple, a named tuple or a dictionary"
+                )
 
     def _make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Make torch's optimizer for Pyro's, with its state, and a group for the parameters of the same settings."""

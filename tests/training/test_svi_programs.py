@@ -269,6 +269,14 @@ def baseline_pair():
     return discrete_model, guide
 
 
+def parallel_pair():
+    """``AutoDiscreteParallel`` for the discrete latent of each datum."""
+    guide = auto.AutoGuideList(discrete_model)
+    guide.append(auto.AutoNormal(poutine.block(discrete_model, hide=["k"])))
+    guide.append(auto.AutoDiscreteParallel(poutine.block(discrete_model, expose=["k"])))
+    return discrete_model, guide
+
+
 LOSSES: dict[str, Any] = {
     "Trace_ELBO": (local_pair, lambda: Trace_ELBO(num_particles=3)),
     "Trace_ELBO, vectorized": (local_pair, lambda: Trace_ELBO(num_particles=3, vectorize_particles=True)),
@@ -278,6 +286,7 @@ LOSSES: dict[str, Any] = {
     "TraceMeanField_ELBO": (local_pair, TraceMeanField_ELBO),
     "TraceEnum_ELBO, guide": (lambda: (discrete_model, config_enumerate(discrete_guide)), TraceEnum_ELBO),
     "TraceEnum_ELBO, model": (lambda: (config_enumerate(discrete_model), continuous_guide), TraceEnum_ELBO),
+    "TraceEnum_ELBO, AutoDiscreteParallel": (parallel_pair, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
     "TraceTMC_ELBO": (
         lambda: (monte_carlo_model, continuous_guide),
         lambda: TraceTMC_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
@@ -514,6 +523,28 @@ def test_arguments_may_be_of_any_kind(compile):
     assert_as_pyro(run, compile=compile)
 
 
+class Batch:
+    """Data of a user's own class."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_other_objects_in_the_arguments_of_captured_steps_are_refused():
+    def model(batch):
+        global_model(torch.as_tensor(batch.x if isinstance(batch, Batch) else batch))
+
+    svi = pv.SVI(model, auto.AutoDelta(model), Adam({"lr": 0.05}), Trace_ELBO(), compile=True)
+    with pytest.raises(CaptureError, match="an array of NumPy, which the captured step would keep"):
+        svi.step(X.numpy())
+    same = Batch(X)
+    for batch in (same, same, same, same, Batch(X), Batch(X)):
+        svi.step(batch)
+    with pytest.raises(CaptureError, match="another object again and again, got more than 3 of Batch"):
+        svi.step(Batch(X))
+
+
 @pytest.mark.usefixtures("uncompiled")
 @EITHER
 def test_run_takes_the_deprecated_numbers_of_steps_and_draws(compile):
@@ -527,6 +558,19 @@ def test_run_takes_the_deprecated_numbers_of_steps_and_draws(compile):
 
     with warnings.catch_warnings():
         assert_as_pyro(run, compile=compile)
+
+
+def test_fit_takes_an_elbo_that_runs_the_pair_in_its_own_way():
+    def program(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 0.7), obs=x)
+
+    found = []
+    for elbo in (Trace_ELBO(), OwnELBO()):
+        pyro.clear_param_store()
+        fitted = pv.fit(program, continuous_guide, X, epochs=5, elbo=elbo, seed=0)
+        found.append(fitted.history["elbo"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_the_site_of_a_loss_function():
