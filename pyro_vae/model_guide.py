@@ -420,6 +420,11 @@ class ModelGuide:
         )
 
     @property
+    def by_rows(self) -> bool:
+        """Whether log p(x, z) of each datum is that of its own latents in the data plate, all drawn by the guide."""
+        return bool(self.latents) and self.has_one_plate and not self.eliminated
+
+    @property
     def eliminated(self) -> list[str]:
         """The discrete latents that the guide, if there is one, leaves to be summed out."""
         if self.guide is None:

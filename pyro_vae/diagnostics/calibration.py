@@ -348,9 +348,9 @@ def calibrate(
     amortized, each simulated row is one, and nothing is fitted. Otherwise each is a whole data set, as where a latent
     is global. A guide whose q is fitted to the data, such as an autoguide, is fitted to each of them with the options
     ``refit``: the test is of the whole procedure, of the family of q and of its optimization alike. The model keeps its
-    parameters. A guide that reads the data set with a network of its own needs no ``refit``. Data sets are independent,
-    and so are the cells of the plates that all sites share: with three groups that share no latent, each data set has
-    three ranks.
+    parameters. A guide that reads the data set with a network of its own needs no ``refit``. The cells of the plates
+    that all sites share are independent, and each is a simulation: with three groups that share no latent, a data set
+    has three.
 
     Args:
         model: a Pyro model.
@@ -359,7 +359,8 @@ def calibrate(
         data: arguments of both. They are the template of the simulations (their rows, repeated, where each row is one):
             covariates and the pattern of missing entries (NaN) stay, and observed values are simulated. Values that a
             model closes over are simulated as well; a guide must read data from its arguments.
-        num_simulations: R, 10 or more; by default 1000, and 100 with ``refit``.
+        num_simulations: R, 10 or more; by default 1000, and 100 with ``refit``. Where each is a cell, as many data sets
+            are drawn as have so many.
         num_draws: L for each simulation, 10 or more.
         refit: options of :func:`pyro_vae.fit` for a fit of the guide to each simulated data set, such as
             ``{"epochs": 1000, "lr": 0.01}``. Take those of the fit to the given data.
@@ -415,7 +416,7 @@ def calibrate(
     with scoped_param_store():
         with seeded(seed), torch.no_grad(), every_row(), evaluation_mode(model, guide):
             pair = ModelGuide(model, guide, data, plate)
-        if refit is None and (pair.has_one_plate or plate not in ("data", *pair.plates)):
+        if refit is None and (pair.by_rows or plate not in ("data", *pair.plates)):
             return _by_rows(pair, num_simulations, num_draws, latents, seed, progress, test)
         if refit is None:
             with every_row():
@@ -468,6 +469,11 @@ def _by_data_sets(
     with seeded(seed), torch.no_grad(), every_row(), evaluation_mode(pair.model, pair.guide):
         refits = Refits(pair, refit, seed)
         p, q = densities(refits.model, pair.guide, pair.data, pair.plate)
+        if not p.latents:
+            raise ValueError(
+                "`guide` must draw latents, whose ranks are tested, got one that draws none: those of the model, "
+                f"{list(pair.latents)}, are summed out, and their posterior is exact"
+            )
         names = _chosen(latents, p, [name for name in p.latents if not pair.is_local(p.latents[name])])
 
     def read(simulation: Simulation) -> list[np.ndarray]:
@@ -475,10 +481,11 @@ def _by_data_sets(
         truth = {name: p.layouts[name].to_cells(simulation.truth[name][None])[0] for name in p.latents}
         return [tensor.cpu().numpy() for tensor in _rank_truth(ours, truth, num_draws, names)]
 
-    with progress_bar("calibrate", progress, total=num_simulations, unit="data set") as bar:
-        found = run_in_processes(lambda number: refits.run(number, read), num_simulations, processes, bar.advance)
+    num_data_sets = -(-num_simulations // p.num_data)  # each of so many simulations
+    with progress_bar("calibrate", progress, total=num_data_sets, unit="data set") as bar:
+        found = run_in_processes(lambda number: refits.run(number, read), num_data_sets, processes, bar.advance)
     results = SimulationResults(*(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True)))
-    return _tested(p, names, results, num_draws, None, test, num_data_sets=num_simulations)
+    return _tested(p, names, results, num_draws, None, test, num_data_sets)
 
 
 def _chosen(latents: Sequence[str] | None, p: ModelDensity, default: list[str]) -> list[str]:
@@ -578,8 +585,7 @@ def _simulate(
             f"`model` must observe one of its {len(data)} data tensors, unchanged, at {others[0]!r}, as in `obs=x`, "
             "got values that are equal to none of them. With `refit`, it may observe others"
         )
-    simulation = simulator.draw()
-    simulator.check(simulation)
+    simulation = simulator.draw(check=True)
     return simulation.data, simulation.truth
 
 

@@ -56,9 +56,7 @@ class Refits:
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
         with scoped_param_store(), _parameters_kept(), buffers_kept(), seeded(seed):
             with torch.no_grad(), every_row(), evaluation_mode(self.pair.model):
-                simulation = self.simulator.draw()
-                if number == 0:
-                    self.simulator.check(simulation)
+                simulation = self.simulator.draw(check=number == 0)
             self.values.update(simulation.values)
             try:
                 if self.options is not None:

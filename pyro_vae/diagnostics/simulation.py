@@ -1,11 +1,13 @@
 """Data drawn from a model, like the given ones, with the latents that they were drawn from."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
@@ -105,42 +107,60 @@ class Simulator:
                     "not reach the guide"
                 )
 
-    def draw(self) -> Simulation:
-        """Draw data and latents in the current random stream."""
+    def draw(self, check: bool = False) -> Simulation:
+        """Draw data and latents in the current random stream; with ``check``, raise if they are not right as data."""
+        simulated = self._copies()
+        written = _WriteDrawn(self.places, self.missing, simulated)
         with poutine.block():
-            trace = poutine.trace(ResampleObserved()(self.model)).get_trace(*self.data)
+            trace = poutine.trace(written(ResampleObserved()(self.model))).get_trace(*simulated)
         sites: dict[str, Any] = dict(trace.nodes)
-        simulated, values = self._copies(), {}
-        for name, missing in self.missing.items():
-            value = torch.as_tensor(sites[name]["value"]).reshape(self.shapes[name])
-            value = value.masked_fill(missing, math.nan) if missing.any() else value
-            if name in self.places:
-                written = self.places[name].of(simulated)
-                written.copy_(value.reshape(written.shape))
-                _check_dtype(name, value, written)
-            else:
-                values[name] = value
+        values = {name: written.values[name].reshape(self.shapes[name]) for name in self.others}
         truth = {name: site["value"] for name, site in latent_sites(trace).items() if name not in self.shapes}
-        return Simulation(tuple(simulated), values, truth)
+        simulation = Simulation(tuple(simulated), values, truth)
+        if check:
+            drawn = {name: sites[name] | {"value": value} for name, value in written.values.items()}
+            self._check({name: log_density(site) for name, site in drawn.items()}, simulation)
+        return simulation
 
-    def check(self, simulation: Simulation) -> None:
-        """Raise if drawn values have another density when they are passed as data."""
+    def _check(self, expected: Values, simulation: Simulation) -> None:
+        """Raise if drawn values have another density when they are passed as data than when they were drawn."""
         fixed = poutine.condition(self.model, data=simulation.truth | simulation.values)
-        drawn = {name: place.of(list(simulation.data)) for name, place in self.places.items()}
-        drawn = {name: value.reshape(self.shapes[name]) for name, value in drawn.items()}
         with poutine.block():
-            first = observed_sites(poutine.trace(poutine.condition(fixed, data=drawn)).get_trace(*self.data))
             again = observed_sites(poutine.trace(fixed).get_trace(*simulation.data))
         for name in self.shapes:
-            if not torch.allclose(log_density(first[name]), log_density(again[name]), rtol=1e-3, atol=1e-3):
+            if not torch.allclose(expected[name], log_density(again[name]), rtol=1e-3, atol=1e-3):
                 raise ValueError(
-                    f"`model` must have a likelihood of {name!r} that depends on latents and covariates, not on the "
-                    "observed values themselves, got draws that have another density when they are passed as data"
+                    f"`model` must have a likelihood of {name!r} that depends on latents, covariates and values of "
+                    "sites before it, not on the observed values themselves, got draws that have another density when "
+                    "they are passed as data"
                 )
 
     def _copies(self) -> list[Tensor]:
         """Copies of the data tensors, with the same strides."""
         return [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device).copy_(t) for t in self.data]
+
+
+class _WriteDrawn(Messenger):
+    """Write drawn values into the data at once, so that the sites after them see them, as in a chain of observations.
+
+    Entries that are missing (NaN) in the data stay missing.
+    """
+
+    def __init__(self, places: Mapping[str, _Place], missing: Values, data: list[Tensor]):
+        super().__init__()
+        self.places, self.missing, self.data = places, missing, data
+        self.values: Values = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.missing:
+            return
+        value, missing = torch.as_tensor(msg["value"]).reshape(self.missing[name].shape), self.missing[name]
+        self.values[name] = value.masked_fill(missing, math.nan) if missing.any() else value
+        if name in self.places:
+            written = self.places[name].of(self.data)
+            written.copy_(self.values[name].reshape(written.shape))
+            _check_dtype(name, value, written)
 
 
 def _same(ours: Tensor, theirs: Any) -> bool:

@@ -213,7 +213,8 @@ def inspect(
         model, guide: a Pyro model and its guide.
         data: the arguments of both.
         num_samples: draws per datum for log p(x).
-        num_simulations: data drawn from the model for the calibration; where each is a data set, at most 100 are.
+        num_simulations: data drawn from the model for the calibration; of whole data sets, at most 100
+            are.
         max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
             spaced ones are used; if the guide is not amortized, all rows are used.
         max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way. Its
@@ -270,8 +271,7 @@ def _inspect(
     evidence = log_evidence(model, guide, *data, num_samples=num_samples, plate=plate, seed=seed)
     with scoped_param_store(), every_row(), seeded(seed):
         _, pair = ModelGuide.on_few_rows(model, guide, data, plate)
-        by_rows = bool(pair.latents) and pair.has_one_plate and not pair.eliminated
-        amortized = by_rows and pair.is_amortized("model") and pair.is_amortized("guide")
+        amortized = pair.by_rows and pair.is_amortized("model") and pair.is_amortized("guide")
     rows, refined_rows = (_evenly_spaced(count, most if amortized else count) for most in (max_rows, max_refined))
     skipped: dict[str, str] = {}
 
@@ -291,15 +291,15 @@ def _inspect(
     bar.begin("gap")
     latent_size = 2 if nats is None or not nats.units else sum(units.activity.numel() for units in nats.units.values())
     numbers = len(refined_rows) * max(tensor[0].numel() for tensor in data)
-    costly = by_rows and latent_size > 1 and numbers > _MAX_QUADRATURE
+    costly = pair.by_rows and latent_size > 1 and numbers > _MAX_QUADRATURE
     options: dict[str, Any] = {"num_samples": num_samples, "tolerance": None if costly else _TOLERANCE}
     gap = run_or_skip("gap", inference_gap, refined_rows, **options)
     if gap is not None and gap.plates is None and len(gap.rows) == len(refined_rows):
         gap = replace(gap, rows=refined_rows.to(data[0].device))
     bar.begin("calibration")
-    by_data_set = refits["refit"] is not None or not by_rows
-    simulations = min(num_simulations, _MAX_DATA_SETS) if by_data_set else num_simulations
-    calibration = run_or_skip("calibration", calibrate, num_simulations=simulations, **refits)
+    if refits["refit"] is not None or not pair.by_rows:
+        num_simulations = min(num_simulations, _MAX_DATA_SETS * evidence.khat.numel())
+    calibration = run_or_skip("calibration", calibrate, num_simulations=num_simulations, **refits)
     num_data = {"evidence": count, "nats": len(rows), "gap": len(refined_rows)}
     return Inspection(evidence, nats, gap, calibration, skipped, num_data)
 

@@ -422,10 +422,11 @@ def test_groups_that_share_no_latent_have_a_rank_each():
         guide(x, 0.5)
 
     x = torch.zeros(COUNT, 5)
-    sound = pv.calibrate(model, guide, x, num_simulations=50, tolerance=1)
+    sound = pv.calibrate(model, guide, x, num_simulations=248, tolerance=1)
     assert (sound.ranks.shape, sound.names) == ((250, 2), ("mean", "log p(x, z)"))
+    assert sound.num_data_sets == 50
     assert sound.verdict == "sound"
-    assert "too narrow" in pv.calibrate(model, narrow, x, num_simulations=50).faults["mean"]
+    assert "too narrow" in pv.calibrate(model, narrow, x, num_simulations=250).faults["mean"]
 
 
 def hierarchy(x):
@@ -482,3 +483,41 @@ def test_autoguides_that_are_exact_pass_and_a_mean_field_is_too_narrow(make):
     else:  # the variance of a mean field is the inverse of the diagonal of the precision: 1 / 5, where 1 / 3 is right
         assert "too narrow" in found.faults["mean"]
         assert found.errors.variance_ratio[0].item() == pytest.approx(5 / 3, rel=0.4)
+
+
+def test_a_guide_that_leaves_all_latents_out_has_nothing_to_calibrate():
+    def mixture(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(2.0 * c, 1.0), obs=x)
+
+    with pytest.raises(
+        ValueError, match=r"`guide` must draw latents.*got .* none.*\['c'\], are summed out"
+    ):
+        pv.calibrate(mixture, lambda x: None, torch.zeros(4))
+
+
+def test_a_chain_of_observations_and_discrete_latents_that_are_summed_out_are_simulated_with_the_rest():
+    """An autoregression whose level is global, with a class for each series that the guide leaves out."""
+
+    def model(x):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x_0", dist.Normal(level, 1.0), obs=x[:, 0])
+            pyro.sample("x_1", dist.Normal(x[:, 0] / 2 + level, 1.0 + c), obs=x[:, 1])
+
+    def guide(x, factor=1.0):
+        grid = torch.linspace(-5, 5, 2001)[:, None]
+        steps = dist.Normal(x[:, 0] / 2 + grid, torch.tensor([1.0, 2.0])[:, None, None]).log_prob(x[:, 1])
+        log_p = dist.Normal(grid, 1.0).log_prob(x[:, 0]) + steps.logsumexp(0)
+        mass = (log_p.sum(1) - grid[:, 0] ** 2 / 2).softmax(0)
+        mean = (mass * grid[:, 0]).sum()
+        pyro.sample("level", dist.Normal(mean, factor * (mass * (grid[:, 0] - mean) ** 2).sum().sqrt()))
+
+    def narrow(x):
+        guide(x, 0.5)
+
+    found = pv.calibrate(model, guide, torch.zeros(8, 2), num_simulations=100)
+    assert (found.verdict, found.names) == ("sound", ("level", "log p(x, z)"))  # the posterior is nearly normal
+    assert "too narrow" in pv.calibrate(model, narrow, torch.zeros(8, 2), num_simulations=100).faults["level"]

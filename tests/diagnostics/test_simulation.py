@@ -15,10 +15,7 @@ SCALE = 1e-4  # of the noise: drawn values are those of the latents
 
 def simulated(model, guide, *data, seed=0):
     with seeded(seed):
-        simulator = Simulator(model, guide, data)
-        simulation = simulator.draw()
-    simulator.check(simulation)
-    return simulation
+        return Simulator(model, guide, data).draw(check=True)
 
 
 def nothing(*data):
@@ -123,11 +120,24 @@ def test_a_tensor_at_two_sites_and_integers_with_fractions_are_refused():
         simulated(whole, nothing, X.long())
 
 
-def test_a_likelihood_that_reads_the_observed_values_is_refused():
+def test_a_chain_of_observations_is_drawn_step_by_step():
     def walk(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("first", dist.Normal(0.0, 1.0), obs=x[:, 0])
-            pyro.sample("second", dist.Normal(x[:, 0], 1.0), obs=x[:, 1])
+            pyro.sample("x_0", dist.Normal(0.0, 100.0), obs=x[:, 0])
+            for t in (1, 2):
+                pyro.sample(f"x_{t}", dist.Normal(2 * x[:, t - 1], SCALE), obs=x[:, t])
 
-    with pytest.raises(ValueError, match="must have a likelihood of 'second' that depends on latents and covariates"):
-        simulated(walk, nothing, X)
+    (x,), _, _ = simulated(walk, nothing, X)
+    torch.testing.assert_close(x[:, 1:], 2 * x[:, :2], atol=0.01, rtol=0)
+    assert x[:, 0].std() > 10
+
+
+def test_a_likelihood_that_reads_the_observed_values_themselves_is_refused():
+    def circular(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x[:, 0].detach().clone(), 1.0), obs=x[:, 0])
+
+    with pytest.raises(
+        ValueError, match="`model` must have a likelihood of 'x' that depends on latents"
+    ):
+        simulated(circular, nothing, X)
