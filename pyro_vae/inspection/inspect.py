@@ -213,8 +213,7 @@ def inspect(
         model, guide: a Pyro model and its guide.
         data: the arguments of both.
         num_samples: draws per datum for log p(x).
-        num_simulations: data drawn from the model for the calibration; of whole data sets, at most 100
-            are.
+        num_simulations: data drawn from the model for the calibration; of whole data sets at most 100.
         max_rows: largest number of rows for the decomposition, whose cost grows with its square. Of more rows, evenly
             spaced ones are used; if the guide is not amortized, all rows are used.
         max_refined: largest number of rows for the gap, which optimizes q for each row; chosen in the same way. Its
