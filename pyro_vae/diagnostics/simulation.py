@@ -1,6 +1,5 @@
 """Data drawn from a model, like the given ones, with the latents that they were drawn from."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +67,7 @@ class Simulator:
             observed = observed_sites(poutine.trace(model).get_trace(*data))
         self.shapes = {name: torch.as_tensor(site["value"]).shape for name, site in observed.items()}
         values = {name: torch.as_tensor(site["value"]) for name, site in observed.items()}
-        self.missing = {name: value.isnan() for name, value in values.items()}
+        self.given = {name: value.detach().clone() for name, value in values.items()}
         places = {name: _place(name, value, self.data) for name, value in values.items()}
         self.places = {name: place for name, place in places.items() if place is not None}
         self._check_once()
@@ -110,7 +109,7 @@ class Simulator:
     def draw(self, check: bool = False) -> Simulation:
         """Draw data and latents in the current random stream; with ``check``, raise if they are not right as data."""
         simulated = self._copies()
-        written = _WriteDrawn(self.places, self.missing, simulated)
+        written = _WriteDrawn(self.places, self.given, simulated)
         with poutine.block():
             trace = poutine.trace(written(ResampleObserved()(self.model))).get_trace(*simulated)
         sites: dict[str, Any] = dict(trace.nodes)
@@ -143,20 +142,26 @@ class Simulator:
 class _WriteDrawn(Messenger):
     """Write drawn values into the data at once, so that the sites after them see them, as in a chain of observations.
 
-    Entries that are missing (NaN) in the data stay missing.
+    What is masked stays as it is given, since it is not observed, and what is missing (NaN) stays missing.
     """
 
-    def __init__(self, places: Mapping[str, _Place], missing: Values, data: list[Tensor]):
+    def __init__(self, places: Mapping[str, _Place], given: Values, data: list[Tensor]):
         super().__init__()
-        self.places, self.missing, self.data = places, missing, data
+        self.places, self.given, self.data = places, given, data
         self.values: Values = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name not in self.missing:
+        if (name := msg["name"]) not in self.given:
             return
-        value, missing = torch.as_tensor(msg["value"]).reshape(self.missing[name].shape), self.missing[name]
-        self.values[name] = value.masked_fill(missing, math.nan) if missing.any() else value
+        value, given = torch.as_tensor(msg["value"]), self.given[name]
+        kept = given.isnan()
+        if msg["mask"] is not None:
+            mask = torch.as_tensor(msg["mask"], device=value.device)
+            kept = kept | ~mask.reshape(mask.shape + (1,) * msg["fn"].event_dim).expand(value.shape).reshape(
+                given.shape
+            )
+        value = value.reshape(given.shape)
+        self.values[name] = torch.where(kept, given.to(value.dtype), value) if kept.any() else value
         if name in self.places:
             written = self.places[name].of(self.data)
             written.copy_(self.values[name].reshape(written.shape))

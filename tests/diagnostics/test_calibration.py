@@ -491,9 +491,7 @@ def test_a_guide_that_leaves_all_latents_out_has_nothing_to_calibrate():
             c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])))
             pyro.sample("x", dist.Normal(2.0 * c, 1.0), obs=x)
 
-    with pytest.raises(
-        ValueError, match=r"`guide` must draw latents.*got .* none.*\['c'\], are summed out"
-    ):
+    with pytest.raises(ValueError, match=r"`guide` must draw latents.*got .* none.*\['c'\], are summed out"):
         pv.calibrate(mixture, lambda x: None, torch.zeros(4))
 
 

@@ -137,7 +137,23 @@ def test_a_likelihood_that_reads_the_observed_values_themselves_is_refused():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(x[:, 0].detach().clone(), 1.0), obs=x[:, 0])
 
-    with pytest.raises(
-        ValueError, match="`model` must have a likelihood of 'x' that depends on latents"
-    ):
+    with pytest.raises(ValueError, match="`model` must have a likelihood of 'x' that depends on latents"):
         simulated(circular, nothing, X)
+
+
+def test_what_is_masked_stays_as_it_is_given():
+    """A time of death is drawn, and a time of censoring is a covariate, in one data tensor."""
+    died = torch.tensor([True, False, True, False])
+
+    def survival(time):
+        loc = level()
+        with pyro.plate("data", 4):
+            with poutine.mask(mask=died):
+                pyro.sample("time", dist.Normal(loc, SCALE), obs=time)
+            with poutine.mask(mask=~died):
+                pyro.sample("censored", dist.Bernoulli(logits=100.0 * (time - 5)), obs=torch.ones(4))
+
+    (time,), values, truth = simulated(survival, nothing, torch.tensor([1.0, 2.0, 3.0, 9.0]))
+    torch.testing.assert_close(time[died], truth["level"].expand(2), atol=0.01, rtol=0)
+    assert time[~died].tolist() == [2.0, 9.0]
+    assert values["censored"].tolist() == [1.0, 0.0, 1.0, 1.0]
