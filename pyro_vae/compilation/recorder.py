@@ -20,8 +20,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae.compilation import torch_private
 
 __all__ = [
-    "CaptureError", "Node", "Recorder", "address", "ancestors", "foreign_random_numbers", "function_of", "mapped",
-    "module_of", "nodes_in",
+    "CaptureError", "Node", "Recorder", "address", "ancestors", "foreign_random_numbers", "function_of",
+    "is_recording", "mapped", "module_of", "nodes_in",
 ]  # fmt: skip
 
 Value = Any
@@ -174,6 +174,7 @@ class Recorder(torch_private.TorchDispatchMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the operations of a block, and undo its in-place changes after it."""
+        _active.append(self)
         try:
             with self.site, _ValueAccessGuard(self), self:
                 yield
@@ -182,6 +183,7 @@ class Recorder(torch_private.TorchDispatchMode):
         except RuntimeError as error:
             raise _not_capturable(self.site, error) from error
         finally:
+            _active.pop()
             with torch.no_grad():
                 for tensor in reversed(self.written):  # where tensors overlap, the first copy is the oldest
                     tensor.copy_(self._copies[id(tensor)])
@@ -351,6 +353,11 @@ class Recorder(torch_private.TorchDispatchMode):
         return place in self._memory and not self._memory[place].expired()
 
 
+def is_recording() -> bool:
+    """Whether operations are being recorded."""
+    return bool(_active)
+
+
 def address(tensor: Tensor) -> int:
     """Return where a tensor and its views lie in memory."""
     return tensor.untyped_storage().data_ptr()
@@ -506,3 +513,6 @@ _BY_MASK = {_aten.index.Tensor, _aten.nonzero.default}
 
 _BASIC: set[Any] = set()
 """Operations that are not made of others, as far as they were met."""
+
+_active: list[Recorder] = []
+"""What records at present."""

@@ -77,8 +77,12 @@ class CapturedStep(Step):
         self.set_schedules(self.count)
         self.count += 1
         self._last = batch_context, inputs
-        graphs = self._captured_for(batch_context, inputs) or self._captured_also(batch_context, inputs)
-        return graphs(batch_context, inputs)
+        try:
+            graphs = self._captured_for(batch_context, inputs) or self._captured_also(batch_context, inputs)
+            return graphs(batch_context, inputs)
+        except CaptureError:
+            self.count -= 1
+            raise
 
     def _captured_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs | None":
         """The graphs for inputs of this form, with the same values where the program reads them."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam
 from pyro_vae.compilation.graph import CaptureError
+from pyro_vae.compilation.recorder import is_recording
 from pyro_vae.compilation.torch_private import TreeSpec, tree_flatten, tree_unflatten
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator, FunctionLoss
@@ -33,7 +34,8 @@ from pyro_vae.training.step import Step
 
 __all__ = ["SVI"]
 
-_PLACE = "<tensor>"
+_PLACE, _NUMBER = "<tensor>", "<number>"
+_MOST_VALUES = 5  # of a number that is a constant of the graph: each takes seconds to compile
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type, Enum)
 _MOST_OBJECTS = 3  # at one place in the arguments of a captured step, which takes seconds to compile for each
 
@@ -98,6 +100,7 @@ class SVI(infer.SVI):
         self._compile = compile
         self._calls: dict[tuple[object, ...], _CallContext] = {}  # of tensors alone, by their number and names
         self._objects: dict[tuple[int, type], list[Any]] = {}  # in the arguments of captured steps, by place and type
+        self._numbers: dict[_CallContext, _Numbers] = {}  # of calls that differ in numbers alone
         self._parts: dict[Tensor, ParameterOptimizer] = {}
         self._noted: dict[ParameterOptimizer, dict[str, Any]] = {}  # settings that others have read, and may change
         self._superseded = False  # by another SVI, which has continued with a copy of the optimizer's state
@@ -123,7 +126,15 @@ class SVI(infer.SVI):
             )
         before = torch.get_rng_state()
         with one_thread("SVI.step"):
-            finite, *losses = self._step(call, *inputs, validate=is_validation_enabled()).tolist()
+            try:
+                row = self._step(call, *inputs, validate=is_validation_enabled())
+            except CaptureError as error:
+                if _NUMBER not in call.others:
+                    raise
+                self._numbers[call.without_numbers()].error = error  # Python reads a number: a constant from now on
+                call, inputs = self._split(args, kwargs)
+                row = self._step(call, *inputs, validate=is_validation_enabled())
+            finite, *losses = row.tolist()
             if not finite and isinstance(self._step, CapturedStep):
                 raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
         return losses[0] if len(losses) == 1 else tuple(losses)
@@ -150,6 +161,18 @@ class SVI(infer.SVI):
         call = _CallContext(self._evaluator, form, others)
         if only_tensors:
             self._calls[key] = call
+        elif self._compile and any(map(_is_number, others)):
+            known = self._numbers.setdefault(call.without_numbers(), _Numbers(others))
+            if changing := known.changing(others):
+                tensors = [*inputs, *self._step.parameters.values()]
+                double = any(tensor.dtype == torch.float64 for tensor in tensors)
+                floating = torch.float64 if double else torch.get_default_dtype()
+                for place in changing:
+                    leaves[place] = torch.tensor(
+                        leaves[place], dtype=floating if type(others[place]) is float else None
+                    )
+                call = replace(call, others=tuple(_NUMBER if i in changing else one for i, one in enumerate(others)))
+                inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return call, inputs
 
     def _check_objects(self, leaves: list[Any]) -> None:
@@ -286,12 +309,51 @@ class _CallContext:
 
     def __call__(self, *inputs: Tensor) -> AbstractContextManager[tuple[Any, ...]]:
         tensors = iter(inputs)
-        leaves = [next(tensors) if other is _PLACE else other for other in self.others]
+        leaves: list[Any] = []
+        for other in self.others:
+            leaf = next(tensors) if other in (_PLACE, _NUMBER) else other
+            leaves.append(leaf.item() if other == _NUMBER and not is_recording() else leaf)
         args, self.evaluator.keywords = tree_unflatten(leaves, self.form)
         return nullcontext(args)
 
+    def without_numbers(self) -> "_CallContext":
+        """Return the context of all calls that differ from this one in numbers alone."""
+        return replace(self, others=tuple(_NUMBER if _is_number(other) else other for other in self.others))
+
     def __hash__(self) -> int:
         return hash((self.form.num_leaves, repr(self.others)))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+class _Numbers:
+    """The numbers among the arguments of a step, of which those that have changed are inputs of the captured graph."""
+
+    def __init__(self, first: tuple[Any, ...]):
+        self.error: CaptureError | None = None  # of a capture with numbers as inputs
+        self._first = first
+        self._changing: set[int] = set()
+        self._values: set[tuple[Any, ...]] = set()  # of numbers that are constants
+
+    def changing(self, others: tuple[Any, ...]) -> set[int]:
+        """Return the places of numbers that have changed, none if they must be constants; raise after many of these."""
+        numbers = {place: other for place, other in enumerate(others) if _is_number(other)}
+        if self.error is None:
+            self._changing |= {
+                place for place, number in numbers.items()
+                if type(number) is not type(self._first[place]) or number != self._first[place]
+            }  # fmt: skip
+            return self._changing
+        self._values.add(tuple(numbers.values()))
+        if len(self._values) > _MOST_VALUES:
+            raise CaptureError(
+                "`compile` must be False where Python reads a number among the arguments that changes from step to "
+                f"step, got {len(self._values)} different ones. Compute with it by torch's operations alone, such as "
+                "`torch.clamp` for `min`, or leave `compile` out"
+            ) from self.error
+        return set()
 
 
 def _check_loss(loss: Any, loss_and_grads: Any, compile: bool) -> ELBO | FunctionLoss:

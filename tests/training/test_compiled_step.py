@@ -416,3 +416,52 @@ def test_values_that_are_read_must_not_change_for_ever(monkeypatch):
         svi.step(sequences, torch.tensor([longest, 1]))
     with pytest.raises(CaptureError, match=r"step 4 has the set of values number 3.*range\(x.shape\[1\]\)"):
         svi.step(sequences, torch.tensor([4, 1]))
+
+
+def annealed_pair(uses):
+    """A model and guide whose densities have a weight among the arguments."""
+
+    def model(x, weight=1.0):
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=uses(weight)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, weight=1.0):
+        slope = pyro.param("slope", lambda: torch.tensor(0.1, dtype=torch.float64))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=uses(weight)):
+            pyro.sample("z", dist.Normal(slope * x, 1.0))
+
+    return model, guide
+
+
+def annealed_losses(uses, weights, compile):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    svi = pv.SVI(*annealed_pair(uses), Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
+    return [svi.step(X[:, 0].double(), weight=weight) for weight in weights]
+
+
+def count_captures(monkeypatch):
+    captures = []
+    original = Graph.__init__
+    monkeypatch.setattr(Graph, "__init__", lambda self, *args: captures.append(1) or original(self, *args))
+    return captures
+
+
+@UNCOMPILED
+@pytest.mark.parametrize(("scale", "digits"), [(1.0, 1e-10), (1, 1e-6)], ids=["float", "int, divided in float32"])
+def test_a_number_that_changes_from_step_to_step_becomes_an_input(monkeypatch, scale, digits):
+    captures = count_captures(monkeypatch)
+    weights = [1 * scale, 1 * scale, *(k * scale for k in range(2, 22))]
+    ours = annealed_losses(lambda weight: weight / 20, weights, compile=True)
+    assert len(captures) == 2 * 3  # as a constant, and as an input: log-densities, written tensors, and the step
+    assert ours == pytest.approx(annealed_losses(lambda weight: weight / 20, weights, compile=False), rel=digits)
+
+
+@UNCOMPILED
+def test_a_number_that_python_reads_is_a_constant_and_is_refused_when_it_keeps_changing():
+    weights = [1.0, 1.0, 0.5, 0.5, 0.25, 1.0]
+    ours = annealed_losses(lambda weight: min(weight, 0.7), weights, compile=True)
+    assert ours == pytest.approx(annealed_losses(lambda weight: min(weight, 0.7), weights, compile=False), rel=1e-10)
+    with pytest.raises(CaptureError, match=r"Python reads a number among the arguments that changes.*got 6 different"):
+        annealed_losses(lambda weight: min(weight, 0.7), [k / 20 for k in range(1, 20)], compile=True)
