@@ -668,10 +668,18 @@ class ModelGuide:
                 raise ValueError(f"`guide` must have the mask of the model at {name!r}, got another one")
             if not ours.all():
                 hidden[name] = ours
+        self._check_hidden(hidden, self.guide_latents)
+
+    def check_hidden(self) -> None:
+        """Raise if the likelihood of a model depends on its latents where they are masked, and have no density."""
+        counted = {name: _counted(site) for name, site in self.latents.items()}
+        self._check_hidden({name: count for name, count in counted.items() if not count.all()}, self.latents)
+
+    def _check_hidden(self, hidden: dict[str, Tensor], latents: Sites) -> None:
         if not hidden:
             return
         rows, others = torch.arange(self.num_run, device=self.data[0].device), {}
-        for name, site in self.guide_latents.items():
+        for name, site in latents.items():
             others[name] = site["value"]
             if name in hidden:
                 counted = hidden[name].reshape((*hidden[name].shape, *[1] * site["fn"].event_dim))

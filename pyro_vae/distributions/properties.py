@@ -16,6 +16,7 @@ __all__ = [
     "base_distribution", "base_support", "clamp_inside", "class_probabilities", "conditional_mean", "discrete_twin",
     "inside_support", "is_discrete", "is_masked", "is_normalized", "is_point", "masks", "same_support",
     "spell_support", "support_bounds", "within_support", "without_independent",
+    "without_masks",
 ]  # fmt: skip
 
 
@@ -61,6 +62,19 @@ def is_masked(distribution: Any) -> bool:
     True
     """
     return bool(masks(distribution))
+
+
+def without_masks(distribution: Any) -> Any:
+    """The distribution without the masks among its wrappers.
+
+    >>> without_masks(dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1)).log_prob(torch.zeros(2))
+    tensor(-1.8379)
+    """
+    if isinstance(distribution, dist.MaskedDistribution):
+        return without_masks(distribution.base_dist)
+    if not is_masked(distribution):
+        return distribution
+    return without_masks(distribution.base_dist).to_event(distribution.reinterpreted_batch_ndims)
 
 
 def masks(distribution: Any) -> list[Any]:

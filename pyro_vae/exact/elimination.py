@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, set_plate_sizes
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import is_masked
+from pyro_vae.distributions.properties import without_masks
 
 __all__ = [
     "EliminationError", "Factor", "FactorGraph", "Factors", "Latent", "States", "enumerated", "log_marginal",
@@ -271,14 +270,7 @@ def site_log_density(site: dict[str, Any], summed: bool) -> Tensor:
     A masked latent of a padded step has no factors but its prior, which sums to one, as in ``TraceEnum_ELBO``; a mask
     would give each of its states the mass one.
     """
-    return _unmasked(site["fn"]).log_prob(site["value"]) if summed else log_density(site)
-
-
-def _unmasked(fn: Any) -> Any:
-    """A distribution without masks among its wrappers."""
-    if isinstance(fn, dist.MaskedDistribution):
-        return _unmasked(fn.base_dist)
-    return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if is_masked(fn) else fn
+    return without_masks(site["fn"]).log_prob(site["value"]) if summed else log_density(site)
 
 
 def named_factor(name: str, log: Tensor, site: dict[str, Any], latents: Mapping[int, str]) -> Factor:

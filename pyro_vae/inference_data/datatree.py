@@ -286,7 +286,7 @@ def _corrected(sampler: JointSampler) -> tuple[np.ndarray, dict[str, Any]]:
         "reliable": int(reliable),
     }
     if sampler.likelihood.sampled:
-        attrs |= {"local_draws": sampler.likelihood.num_local, "standard_error": sampler.likelihood.largest_error}
+        attrs |= {"local_draws": sampler.likelihood.repeats, "standard_error": sampler.likelihood.largest_error}
     return resampled(weights, sampler.settings.seed).numpy(), attrs
 
 

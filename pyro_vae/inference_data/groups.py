@@ -18,7 +18,7 @@ from pyro_vae.inference_data.settings import as_array
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["GroupLayout", "attributes", "observed_values", "tree_of"]
+__all__ = ["GroupLayout", "attributes", "observation_dims", "observed_values", "tree_of"]
 
 _GROUPS = (
     *("posterior", "sample_stats", "log_likelihood", "prior", "posterior_predictive", "prior_predictive"),
@@ -46,7 +46,7 @@ class GroupLayout:
             if group != "log_likelihood"
         }
         if parts := sampler.likelihood.parts:
-            self.dims["log_likelihood"] = {part.name: self._observation_dims(part) for part in parts}
+            self.dims["log_likelihood"] = {part.name: observation_dims(names, part) for part in parts}
         if sampler.why_no_likelihood:
             self._attrs["why_no_log_likelihood"] = sampler.why_no_likelihood
         with seeded((settings.seed + 1) % 2**32):  # other draws than the export's, with which they are compared
@@ -57,12 +57,6 @@ class GroupLayout:
             "guide": names.guide(parametric),
             "training": names.training(settings.history),
         }
-
-    def _observation_dims(self, part: Observations) -> tuple[str, ...]:
-        """The dimensions of a likelihood: the plates, or where some cells are not observed, the others by number."""
-        if part.counted is None:
-            return self._names.plate_dims(part.plates)
-        return (self._names.add_dim(f"{self.variables.get(part.name, part.name)}_cell", part.counted.nonzero()[:, 0]),)
 
     def named(self, values: Groups) -> Groups:
         """Return values by the names of their variables."""
@@ -98,6 +92,13 @@ class GroupLayout:
             if group == "log_likelihood":
                 groups[group].attrs = dict(attrs or {})
         return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self._attrs)
+
+
+def observation_dims(names: DimensionNames, part: Observations) -> tuple[str, ...]:
+    """The dimensions of a likelihood: the plates, or where some cells are not observed, the others by number."""
+    if part.counted is None:
+        return names.plate_dims(part.plates)
+    return (names.add_dim(f"{names.variables.get(part.name, part.name)}_cell", part.counted.nonzero()[:, 0]),)
 
 
 def observed_values(observed: Mapping[str, dict[str, Any]]) -> dict[str, np.ndarray]:
