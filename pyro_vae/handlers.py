@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import register
 from pyro_vae._utils.traces import is_deterministic
-from pyro_vae._utils.validation import describe, number
+from pyro_vae._utils.validation import describe, mapping, number
 
 __all__ = [
     "FixedSubsample",
@@ -127,6 +127,9 @@ class MaskSites(Messenger):
 
     def __init__(self, masks: Mapping[str, Tensor]):
         super().__init__()
+        for name, mask in mapping(masks, "masks", "{'z': mask}").items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"`masks` must be tensors of booleans, got {describe(mask)} for {name!r}")
         self.masks = masks
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -18,7 +18,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -562,10 +562,18 @@ class ModelGuide:
         """
         try:
             self.check_likelihood()
-            self.check_density()
+            self.check_density(own_masks=not self.draws_cells)
         except ValueError as error:
             return str(error)
         return ""
+
+    @property
+    def draws_cells(self) -> bool:
+        """Whether the guide has a density of each cell alone, as ``AutoNormal``, which has no masks of the model.
+
+        What the model masks, such as what is observed of a site with ``obs_mask``, is then no part of the bound.
+        """
+        return isinstance(unbound(self.guide), AutoNormal)
 
     @property
     def bound(self) -> str:
@@ -723,7 +731,7 @@ class ModelGuide:
         """Raise if an observed site has values outside of its support, which ``validate_args=False`` lets pass."""
         for first, values in self._observed_values(site, data):
             inside = inside_support(site["fn"], values)
-            if site["mask"] is not None and first == 0:
+            if site["mask"] is not None:
                 inside = inside | ~torch.as_tensor(site["mask"], device=inside.device)
             if not inside.all():
                 if isinstance(columns := site["fn"], Columns) and (text := columns.find_outside(values, first)):
@@ -761,7 +769,8 @@ class ModelGuide:
         if data is self.data:
             yield 0, value
         is_shared = all(value.numel() == 1 for value in _tensors(base_support(site["fn"])))
-        if (data is self.data and count == len(data[0])) or not is_shared or _tensors(masks(site["fn"])):
+        is_masked = _tensors([site["mask"], *masks(site["fn"])])  # by another mask in other rows
+        if (data is self.data and count == len(data[0])) or not is_shared or is_masked:
             return
         with seeded(0):
             ours = self.data.rows(slice(0, count))  # already transformed, if all rows were run

@@ -236,6 +236,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "baselines.RunningAverage": (baselines.RunningAverage, lambda w: {"decay": 0.9}),
     "baselines.NeuralBaseline": (baselines.NeuralBaseline, lambda w: {"in_features": 2, "network": NET}),
     "handlers.FixedSubsample": (handlers.FixedSubsample, lambda w: {"data": [w.x], "rows": [w.x[:2]]}),
+    "handlers.MaskSites": (handlers.MaskSites, lambda w: {"masks": {"z": torch.tensor([True, False])}}),
     "handlers.SubsampleRows": (handlers.SubsampleRows, lambda w: {"plate": "data", "rows": torch.arange(2)}),
     "handlers.WeightKL": (handlers.WeightKL, lambda w: {"weight": 0.5}),
     "handlers.register": (handlers.register, lambda w: {"name": "net", "module": NET(1, 1)}),

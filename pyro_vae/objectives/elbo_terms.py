@@ -43,7 +43,11 @@ def rate_by_variable(site: dict[str, Any], prior: dict[str, Any]) -> Tensor | No
 
 @torch.no_grad()
 def elbo_terms(
-    traces: Sequence[tuple[Trace, Trace]], num_data: int, name: str = "elbo", closed_form: bool = False
+    traces: Sequence[tuple[Trace, Trace]],
+    num_data: int,
+    name: str = "elbo",
+    closed_form: bool = False,
+    model_masks: bool = False,
 ) -> dict[str, Tensor] | None:
     """Compute ELBO, distortion and rate in nats per datum, averaged over (model, guide) traces.
 
@@ -56,11 +60,15 @@ def elbo_terms(
         name: of the sum of distortion and rate, see :attr:`pyro_vae.model_guide.ModelGuide.bound`.
         closed_form: whether the rate is the closed form of KL(q || p) of each latent that has one, as in the loss of
             ``TraceMeanField_ELBO``, instead of an estimate from the draws.
+        model_masks: whether the guide's densities are left out where the model masks its latents, see
+            :attr:`pyro_vae.model_guide.ModelGuide.draws_cells`.
     """
     distortion: Any = 0.0
     rate: Any = 0.0
     for model_trace, guide_trace in traces:
         guide_sites, model_sites = latent_sites(guide_trace), latent_sites(model_trace)
+        if model_masks:
+            guide_sites = _masked_as(model_sites, guide_sites)
         drawn = {name for name, site in model_sites.items() if name in guide_sites or not is_point(site["fn"])}
         if not drawn <= guide_sites.keys():
             return None
@@ -78,6 +86,15 @@ def elbo_terms(
     count = len(traces) * num_data
     distortion, rate = (torch.as_tensor(total, dtype=torch.float64) / count for total in (distortion, rate))
     return {name: -distortion - rate, "distortion": distortion, "rate": rate}
+
+
+def _masked_as(model_sites: dict[str, Any], guide_sites: dict[str, Any]) -> dict[str, Any]:
+    """The sites of an ``AutoNormal`` with the masks of the model, also those behind its points, ``*_unconstrained``."""
+    masked_sites = {}
+    for name, site in guide_sites.items():
+        latent = model_sites.get(name) or model_sites.get(name.removesuffix("_unconstrained"))
+        masked_sites[name] = site if latent is None or site["mask"] is not None else {**site, "mask": latent["mask"]}
+    return masked_sites
 
 
 def _divergences(guide_sites: dict[str, Any], model_sites: dict[str, Any]) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ def training_curves(
         >>> ax.get_ylabel()
         'ELBO and its terms, nats per datum'
     """
+    unit = history.unit if isinstance(history, Fitted) else "nats per datum"
     history = check_history(history)
     bound = "elbo" if "elbo" in history else "surrogate"
     labels = {
@@ -93,7 +94,7 @@ def training_curves(
         arrow: dict[str, Any] = {"arrowstyle": "<->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
         ax.annotate("", (epoch, level), (epoch, last), arrowprops=arrow)
     names = [label for _, label, *_ in (labels[term] for term in terms)]
-    ax.set(xlabel="epoch", ylabel=f"{names[0] if len(names) == 1 else 'ELBO and its terms'}, nats per datum")
+    ax.set(xlabel="epoch", ylabel=f"{names[0] if len(names) == 1 else 'ELBO and its terms'}, {unit}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend_below(ax, grow=new)
     return ax

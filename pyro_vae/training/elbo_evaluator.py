@@ -71,6 +71,7 @@ class ElboEvaluator:
         self.model, self.guide, self.plate = model, guide, plate
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.bound = "elbo"
+        self.model_masks = False  # whether the masks of the model hold for the guide in the terms
         self.keywords: dict[str, Any] = {}  # of model and guide, besides the arguments of an evaluation
         self.traces: list[tuple[Trace, Trace]] = []  # (model, guide), a pair for each particle that is not in a plate
         self.losses: tuple[Any, ...] = ()  # all that the last evaluation returned, of which the first one is the loss
@@ -159,7 +160,8 @@ class ElboEvaluator:
         ]
         size = frames[0].full_size or frames[0].size if frames else 1
         closed_form = isinstance(self.elbo, TraceMeanField_ELBO)
-        terms = elbo_terms(self.traces, size, self.bound, closed_form=closed_form) if self.traces else None
+        options = {"closed_form": closed_form, "model_masks": self.model_masks}
+        terms = elbo_terms(self.traces, size, self.bound, **options) if self.traces else None
         return {self.bound: -self._unweighted(loss) / size} if terms is None else terms
 
     @torch.no_grad()

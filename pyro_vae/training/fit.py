@@ -84,7 +84,8 @@ class Fitted(Result):
     of_all_data: bool = False
 
     @property
-    def _unit(self) -> str:
+    def unit(self) -> str:
+        """The unit of the history: nats per datum, or of all data."""
         return "nats of all data" if self.of_all_data else "nats per datum"
 
     @property
@@ -101,7 +102,7 @@ class Fitted(Result):
         ended = f", ended by {self.stopped}" if self.stopped != "epochs" else ""
         skipped = f", {count_of(self.skipped, 'step')} skipped" if self.skipped else ""
         return (
-            f"{', '.join(found)} {self._unit} after {count_of(len(self.history[bound]), 'epoch')}, "
+            f"{', '.join(found)} {self.unit} after {count_of(len(self.history[bound]), 'epoch')}, "
             f"{count_of(self.steps, 'step')}, {self.seconds:.3g} s{ended}{skipped}"
         )
 
@@ -114,7 +115,7 @@ class Fitted(Result):
             shown = (f"{column[-1]:.3f}" if len(column) else "" for column in columns)
             rows.append(("ELBO" if term == "elbo" else term, *shown))
         epochs = count_of(len(next(iter(self.history.values()), [])), "epoch")
-        note = f"In {self._unit}, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
+        note = f"In {self.unit}, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
         note += f"Seed {self.seed}."
         best = self.history.get(f"validation_{self._bound}", [])
         if len(best) and (epoch := int(np.argmax(best))) < len(best) - 1:
@@ -295,7 +296,7 @@ def fit(
             pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
             pair.check_elbo(evaluator.elbo)
             pair.check_regressions(evaluator.elbo)
-            evaluator.bound, evaluator.plate = pair.bound, pair.plate
+            evaluator.bound, evaluator.plate, evaluator.model_masks = pair.bound, pair.plate, pair.draws_cells
             with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
         rate = lr.begin() if isinstance(lr, Plateau) else lr
@@ -387,6 +388,7 @@ def evaluate(
         pair.check_observed()
         pair.check_elbo(evaluator.elbo)
         evaluator.guide, evaluator.bound, evaluator.plate = pair.guide, pair.bound, pair.plate
+        evaluator.model_masks = pair.draws_cells
         with seeded(seed), pyro.validation_enabled():
             return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
 
