@@ -302,6 +302,8 @@ def _factors(one: Any, other: Any) -> tuple[AffineTensor, Any]:
 
 
 def _quotient(one: Any, other: Any, rounding_mode: str | None = None) -> "_Result":
+    if isinstance(other, AffineTensor) and not _rows(other, other.places).matrix.count_nonzero():
+        other = torch.from_numpy(_rows(other, other.places).constant).reshape(other.shape)  # such as a sum that is one
     if isinstance(other, AffineTensor) or rounding_mode is not None:
         raise NotAffineError("a quotient by a number that depends on the variables, or a rounded one, is not affine")
     return _product(one, 1 / _number(other))

@@ -144,3 +144,24 @@ def _(distribution: torch.distributions.Beta) -> Extent:
     log_beta = a.lgamma() + b.lgamma() - (a + b).lgamma()
     low, high = ((c.log() + log_beta - math.log(2) - LOG_TAIL) / c for c in (a, b))
     return Extent(low, a.log() - b.log(), -high)
+
+
+@find_extent.register
+def _(distribution: torch.distributions.HalfNormal) -> Extent:
+    r"""A box from :math:`P(x < \epsilon) \le \epsilon`, for scale 1, and nine scales."""
+    log_scale = distribution.scale.log()
+    return Extent(log_scale - LOG_TAIL, log_scale, log_scale + math.log(NORMAL_REACH))
+
+
+@find_extent.register
+def _(distribution: torch.distributions.HalfCauchy) -> Extent:
+    r"""A box from :math:`P(x < \epsilon) \le \epsilon`, for scale 1, and :math:`P(x > t) \le 1 / t`."""
+    return Extent.around(distribution.scale.log(), torch.full_like(distribution.scale, LOG_TAIL))
+
+
+@find_extent.register(dist.InverseGamma)
+@find_extent.register(torch.distributions.InverseGamma)
+def _(distribution: Any) -> Extent:
+    """The box of the logarithm of its inverse, turned around."""
+    low, middle, high, _ = find_extent(torch.distributions.Gamma(distribution.concentration, distribution.rate))
+    return Extent(-high, -middle, -low)

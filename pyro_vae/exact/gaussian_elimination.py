@@ -43,7 +43,9 @@ from pyro_vae.distributions.missing import WithMissing
 from pyro_vae.distributions.properties import base_distribution, is_point
 from pyro_vae.model_guide import ModelGuide
 
-__all__ = ["GaussianPosterior", "gaussian_elimination", "gaussian_kl"]
+__all__ = [
+    "GaussianPosterior", "counted_entries", "gaussian_elimination", "gaussian_kl", "normal_inside", "standardised",
+]  # fmt: skip
 
 _NORMALS = (dist.Normal, dist.MultivariateNormal, dist.LowRankMultivariateNormal)
 _CHUNK = 2**22  # numbers in the solutions of a chunk of right-hand sides
@@ -75,7 +77,7 @@ class _AffineLatents(Messenger):
         span, shape = self.spans.get(msg["name"]), msg["fn"].shape()
         if span is None or span.shape != shape:
             raise NotAffineError(f"the latent {msg['name']!r} has another shape in another run")
-        msg["value"] = affine_variables(shape, span.first, self.total, like=_normal(msg["fn"])[0].loc)
+        msg["value"] = affine_variables(shape, span.first, self.total, like=normal_inside(msg["fn"])[0].loc)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class _Density:
         self.total = 0
         for name, site in sites.items():
             if not is_point(site["fn"]):
-                _normal(site["fn"])
+                normal_inside(site["fn"])
                 self.spans[name] = _Span(self.total, site["value"].shape)
                 self.total += site["value"].numel()
         latents = _AffineLatents(self.spans, self.total)
@@ -142,20 +144,12 @@ class _Density:
         if torch.as_tensor(site["scale"]).ne(1).any():
             raise NotAffineError("a scaled density is not normal")
         fn, value = site["fn"], site["value"]
-        base, counted = _normal(fn)
+        base, _ = normal_inside(fn)
         shape = torch.broadcast_shapes(fn.shape(), value.shape)
         batch = shape[: len(shape) - len(fn.event_shape)]
-        residual, log_scale = _standardised(base, value, shape)
+        residual, log_scale = standardised(base, value, shape)
         form = affine_form(residual, shape, self.total)
-        keep = torch.ones(shape, dtype=torch.bool, device="cpu")
-        if site["mask"] is not None:
-            mask = torch.as_tensor(site["mask"]).cpu()
-            keep = keep & mask.reshape(mask.shape + (1,) * len(fn.event_shape))
-        for mask, event_dims in counted:
-            mask = torch.as_tensor(mask).cpu()
-            keep = keep & mask.reshape(mask.shape + (1,) * event_dims)
-        if _accepts_missing(fn):
-            keep = keep & ~value.cpu().isnan().expand(shape)
+        keep = counted_entries(site, shape).cpu()
         cell = _cells(self.units, batch).reshape(batch + (1,) * len(fn.event_shape)).expand(shape)
         flags, cells = keep.reshape(-1).numpy(), cell.reshape(-1).numpy()
         kept = np.flatnonzero(flags)
@@ -214,7 +208,7 @@ def _is_joint(base: Any) -> bool:
     return not isinstance(base, dist.Normal)
 
 
-def _normal(fn: Any) -> tuple[Any, list[tuple[Any, int]]]:
+def normal_inside(fn: Any) -> tuple[Any, list[tuple[Any, int]]]:
     """The normal distribution inside of wrappers, and each mask with the number of event dimensions at its place."""
     found: list[tuple[Any, int]] = []
     while not isinstance(fn, _NORMALS):
@@ -226,6 +220,17 @@ def _normal(fn: Any) -> tuple[Any, list[tuple[Any, int]]]:
     return fn, found
 
 
+def counted_entries(site: dict[str, Any], shape: torch.Size) -> Tensor:
+    """Whether each entry of a normal site counts, ``(*shape)``: it is neither masked nor missing."""
+    fn, device = site["fn"], torch.as_tensor(site["value"]).device
+    keep = torch.ones(shape, dtype=torch.bool, device=device)
+    masks = [] if site["mask"] is None else [(site["mask"], len(fn.event_shape))]
+    for mask, event_dims in [*masks, *normal_inside(fn)[1]]:
+        mask = torch.as_tensor(mask, device=device)
+        keep = keep & mask.reshape(mask.shape + (1,) * event_dims)
+    return keep & ~site["value"].isnan() if _accepts_missing(fn) else keep
+
+
 def _accepts_missing(fn: Any) -> bool:
     while not isinstance(fn, WithMissing):
         if not hasattr(fn, "base_dist"):
@@ -234,7 +239,7 @@ def _accepts_missing(fn: Any) -> bool:
     return True
 
 
-def _standardised(base: Any, value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def standardised(base: Any, value: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The residuals of a site in units of their scale, and the logarithms of the scales, ``(*shape)`` each."""
     residual = (value.double() - base.loc.double()).expand(shape)
     if not _is_joint(base):
@@ -495,7 +500,7 @@ def gaussian_elimination(pair: ModelGuide) -> GaussianPosterior | None:
     try:
         for site in (pair.latents | pair.observed).values():
             if not is_point(site["fn"]):
-                _normal(site["fn"])
+                normal_inside(site["fn"])
         density = again(1)
     except (NotAffineError, RuntimeError, TypeError):  # also code that needs the values of its tensors
         return None

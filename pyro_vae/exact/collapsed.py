@@ -1,0 +1,512 @@
+r"""Quadrature over one or two latents, with all others integrated in closed form: conjugate and conditionally normal.
+
+Given a few latents :math:`\theta`, such as the scale of a hierarchy or two hyperparameters, the rest of many models is
+linear and Gaussian, or conjugate. Then
+
+.. math:: p(x) = \int p(\theta) \int p(z \mid \theta)\,p(x \mid z, \theta)\,dz\,d\theta
+
+has an inner integral in closed form, and the outer one is a quadrature. Without :math:`\theta` all is in closed form.
+
+* Linear Gaussian latents, see :mod:`pyro_vae.exact.gaussian_elimination`.
+* A Beta latent that is the probability of Bernoulli or binomial data; a Gamma latent that is the rate of Poisson or
+  exponential data, times a constant; a Dirichlet latent that is the probabilities of categorical or multinomial data.
+
+That a latent is such a parameter is proved operation by operation, by
+:class:`pyro_vae.compilation.affine_tensor.AffineTensor`: the parameter is the latent itself, or a choice of its entries.
+
+Source: Bernardo and Smith 1994, "Bayesian Theory", section 5.2 and appendix A.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
+from pyro_vae.compilation.affine_tensor import AffineTensor, NotAffineError, affine_form, affine_variables
+from pyro_vae.distributions.properties import base_distribution, is_point, without_independent
+from pyro_vae.draws import PerDraw, Values
+from pyro_vae.exact.coordinates import LatentCoordinates
+from pyro_vae.exact.gaussian_elimination import counted_entries, normal_inside, standardised
+from pyro_vae.exact.model_density import CellLayout, ModelDensity
+from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, integrate
+from pyro_vae.model_guide import ModelGuide
+
+__all__ = ["Collapsed", "collapsed_density", "integrated_evidence"]
+
+_MOST_NORMAL = {0: 256, 1: 256, 2: 32}  # dimensions of the normal latents, by those of the quadrature
+_FLOOR = 1000.0  # nats below the largest density at draws from the prior
+_LOG_2PI = math.log(2 * math.pi)
+Sites = dict[str, dict[str, Any]]
+
+
+class _Variables(Messenger):
+    """Give latents that are to be integrated in closed form tensors of variables as their values."""
+
+    def __init__(self, spans: Mapping[str, tuple[int, int]], total: int):
+        super().__init__()
+        self.spans, self.total = spans, total
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.spans or msg["is_observed"] or site_is_subsample(msg):
+            return
+        first, _ = self.spans[msg["name"]]
+        shape, like = msg["fn"].shape(), torch.empty((), device="cpu")
+        base = without_independent(msg["fn"])
+        like = next((value for value in vars(base).values() if isinstance(value, Tensor)), like)
+        if isinstance(base, dist.Dirichlet):  # the last entry is one minus the others
+            free = affine_variables((*shape[:-1], shape[-1] - 1), first, self.total, like)
+            msg["value"] = torch.cat([free, 1 - free.sum(-1, keepdim=True)], -1)
+        else:
+            msg["value"] = affine_variables(shape, first, self.total, like)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A data site whose parameter is a conjugate latent: ``factor`` times its entries at ``index``."""
+
+    latent: str
+    index: Tensor  # of the batch of the data, into the flattened batch of the latent
+    factor: Tensor
+
+
+_FAMILIES: dict[type, dict[type, str]] = {
+    dist.Beta: {dist.Bernoulli: "probs", dist.Binomial: "probs"},
+    dist.Gamma: {dist.Poisson: "rate", dist.Exponential: "rate"},
+    dist.Dirichlet: {dist.Categorical: "probs", dist.Multinomial: "probs"},
+}
+"""By the prior of a conjugate latent: the distributions of data, and their parameter that the latent is."""
+
+
+def _family(fn: Any) -> type | None:
+    """The conjugate prior that a distribution is, if any."""
+    base = without_independent(fn)
+    return next((family for family in _FAMILIES if type(base) is family), None)
+
+
+class _Structure:
+    """Which latents are integrated in closed form given the others, proved at one value of these others.
+
+    Raises:
+        NotAffineError: if it is not proved.
+    """
+
+    def __init__(self, pair: ModelGuide, given: Sequence[str]):
+        self.given = list(given)
+        latents = {name: site for name, site in pair.latents.items() if name not in given and not is_point(site["fn"])}
+        self.conjugate = [name for name, site in latents.items() if _family(site["fn"])]
+        self.normal = [name for name in latents if name not in self.conjugate]
+        spans: dict[str, tuple[int, int]] = {}
+        total = 0
+        for name, site in latents.items():
+            if site["mask"] is not None:
+                raise NotAffineError("a masked latent has no conjugate distribution")
+            shape = site["value"].shape
+            count = shape.numel()
+            if _family(site["fn"]) is dist.Dirichlet:
+                count = count // shape[-1] * (shape[-1] - 1)
+            spans[name] = total, total + count
+            total += count
+        values = {name: pair.latents[name]["value"] for name in given}
+        run = poutine.condition(pair.model, data=values)
+        with poutine.block(), torch.no_grad(), seeded(1), pyro.validation_enabled(False), _Variables(spans, total):
+            trace = poutine.trace(run).get_trace(*pair.data)
+        self._spans, self._total = spans, total
+        self.gaussian: list[str] = []  # the sites that are normal given the rest
+        self.parameters: dict[str, _Parameter] = {}
+        self.constant: list[str] = []  # the sites that depend on no latent that is integrated in closed form
+        sites = observed_sites(trace) | latent_sites(trace)
+        for name, site in sites.items():
+            if name in self.conjugate:
+                _constant(site["fn"].log_prob(pair.latents[name]["value"]))
+            elif not is_point(site["fn"]):
+                self._sort(name, site, sites)
+
+    def _sort(self, name: str, site: dict[str, Any], sites: Sites) -> None:
+        if _is_constant(site):
+            self.constant.append(name)
+            return
+        if (parameter := self._parameter(site, sites)) is not None:
+            self.parameters[name] = parameter
+            return
+        base, _ = normal_inside(site["fn"])
+        shape = torch.broadcast_shapes(site["fn"].shape(), site["value"].shape)
+        residual, _ = standardised(base, site["value"], shape)
+        used = np.unique(affine_form(residual, shape, self._total).matrix.nonzero()[1])
+        allowed = np.concatenate([np.zeros(0, dtype=int), *(np.arange(*self._spans[name]) for name in self.normal)])
+        if not np.isin(used, allowed).all():
+            raise NotAffineError("a mean that depends on a conjugate latent")
+        self.gaussian.append(name)
+
+    def _parameter(self, site: dict[str, Any], sites: Sites) -> _Parameter | None:
+        """The conjugate latent that is the parameter of a site, with its entries; ``None`` for a normal site."""
+        base = without_independent(site["fn"])
+        for family, members in _FAMILIES.items():
+            if type(base) not in members:
+                continue
+            value = getattr(base, members[type(base)])
+            if isinstance(site["value"], AffineTensor) or not isinstance(value, AffineTensor):
+                break
+            form = affine_form(value, value.shape, self._total)
+            for name in self.conjugate:
+                if _family(sites[name]["fn"]) is family:
+                    found = self._entries(form, value.shape, name, sites[name]["value"], family)
+                    if found is not None:
+                        return found
+            break
+        return None
+
+    def _entries(self, form: Any, shape: torch.Size, name: str, latent: Tensor, family: type) -> _Parameter | None:
+        """Compare the parameter with entries of a latent."""
+        source = affine_form(latent, latent.shape, self._total)
+        first, last = self._spans[name]
+        width = shape[-1] if family is dist.Dirichlet else 1
+        free = width - 1 if family is dist.Dirichlet else 1
+        heads = form.matrix[::width]  # the first entry of each
+        if (np.diff(heads.indptr) != 1).any() or ((heads.indices < first) | (heads.indices >= last)).any():
+            return None
+        if family is dist.Dirichlet and latent.shape[-1] != width:
+            return None
+        place, offset = divmod(heads.indices - first, free)
+        factor = heads.data
+        if offset.any() or (family is not dist.Gamma and (factor != 1).any()) or (factor <= 0).any():
+            return None
+        rows = source.rows((place[:, None] * width + np.arange(width)).reshape(-1))
+        scale = np.repeat(factor, width)
+        if abs(rows.constant * scale - form.constant).max(initial=0) > 0:
+            return None
+        from scipy import sparse
+
+        if (sparse.diags_array(scale) @ rows.matrix - form.matrix).count_nonzero():
+            return None
+        batch = shape[:-1] if family is dist.Dirichlet else shape
+        index, factors = torch.from_numpy(place).reshape(batch), torch.from_numpy(factor).reshape(batch)
+        return _Parameter(name, index, factors)
+
+
+def _is_constant(site: dict[str, Any]) -> bool:
+    """Whether the log-density of a site depends on no variable."""
+    try:
+        _constant(log_density(site))
+    except (NotAffineError, RuntimeError):
+        return False
+    return True
+
+
+def _constant(value: Tensor) -> None:
+    if isinstance(value, AffineTensor):
+        raise NotAffineError("a density that depends on a latent is not constant")
+
+
+class Collapsed:
+    r"""log p(x, theta) of a model whose other latents are integrated in closed form, for each cell of the shared plates.
+
+    Attributes:
+        given: the latents theta of the quadrature, by name; none if all are integrated in closed form.
+    """
+
+    def __init__(self, pair: ModelGuide, structure: _Structure):
+        self.p, self.given, self._structure = ModelDensity(pair, by_rows=False), structure.given, structure
+        self.num_data = self.p.num_data
+        sites = pair.latents
+        self._values = {name: self.p.layouts[name].to_cells(site["value"][None]) for name, site in sites.items()}
+        self._sizes = {name: self._values[name][0, 0].numel() for name in structure.normal}
+        self.num_normal = sum(self._sizes.values())
+        self.coordinates = {name: self._coordinates(name, sites[name]) for name in structure.given}
+        self.dims = sum(each.dims for each in self.coordinates.values())
+        if self.dims > 2 or self.num_normal > _MOST_NORMAL[self.dims]:
+            raise NotAffineError("a quadrature of too many dimensions")
+        points = 1 + self.num_normal  # runs of the model for each value of theta
+        self.chunk = max(1, self.p.chunk // points)
+
+    def _coordinates(self, name: str, site: dict[str, Any]) -> LatentCoordinates:
+        units = [frame.dim for frame in self.p.units]
+        batch = len(site["fn"].batch_shape)
+        inner = batch if not units else -1 - units[-1]
+        if len(units) > 1 or batch - inner > len(units):
+            raise NotAffineError("the quadrature has cells of one plate, the leftmost dimension")
+        return LatentCoordinates(name, site["fn"].to_event(inner) if inner else site["fn"], self.p.dtype)
+
+    def box(self) -> Box:
+        """Return a box with nearly all mass of p(theta), one for all cells."""
+        boxes = [each.integration_box(each.fn, self.num_data).union() for each in self.coordinates.values()]
+        if len(boxes) == 1:
+            return boxes[0]
+        low, middle, high = (
+            torch.cat([getattr(box, name) for box in boxes], -1) for name in ("low", "middle", "high")
+        )
+        first, second = (box.parts for box in boxes)
+        pairs = [(one, other) for one in first.unbind(1) for other in second.unbind(1)]
+        return Box(low, middle, high, torch.stack([torch.cat(pair, -1) for pair in pairs], 1))
+
+    def to_values(self, points: Tensor) -> Values:
+        """Return values of theta, ``(C, B, *event)`` by site, at coordinates ``(C, B, d)``."""
+        parts = points.split([each.dims for each in self.coordinates.values()], -1)
+        return {name: each.to_site(part) for (name, each), part in zip(self.coordinates.items(), parts, strict=True)}
+
+    def log_jacobian(self, points: Tensor) -> Tensor:
+        """The logarithm of the volume of theta for that of its coordinates, ``(C, B)``."""
+        parts = points.split([each.dims for each in self.coordinates.values()], -1)
+        each = zip(self.coordinates.values(), parts, strict=True)
+        return sum((one.log_jacobian(part) for one, part in each), points.new_zeros(points.shape[:-1]))
+
+    def log_prob(self, values: Values, count: int = 1) -> Tensor:
+        """Compute log p(x, theta) at values ``(C, 1 or N, *event)`` of theta, as ``(C, N)`` in float64."""
+        count = len(next(iter(values.values()))) if values else count
+        parts = [
+            self._log_prob({name: value[start : start + self.chunk] for name, value in values.items()}, size)
+            for start in range(0, count, self.chunk)
+            for size in [min(self.chunk, count - start)]
+        ]
+        return torch.cat(parts)
+
+    def _log_prob(self, values: Values, count: int) -> Tensor:
+        basis = 1 + self.num_normal
+        at, first = {}, 1
+        for name, value in self._values.items():
+            value = values.get(name, value).expand(-1, self.num_data, *value.shape[2:])
+            if name in self._sizes:
+                unit = torch.zeros(basis, self._sizes[name]).to(value)
+                unit[first : first + self._sizes[name]] = torch.eye(self._sizes[name]).to(value)
+                first += self._sizes[name]
+                unit = unit.reshape(basis, 1, *value.shape[2:]).expand(-1, self.num_data, *value.shape[2:])
+                at[name] = unit.repeat(count, *[1] * (value.dim() - 1))
+            else:
+                at[name] = value.expand(count, *value.shape[1:]).repeat_interleave(basis, 0)
+        with pyro.validation_enabled(False):
+            found = self.p.read(at, self._read)
+        log_prob = found.pop(("log", "")).reshape(count, basis, self.num_data)[:, 0].double()
+        if not found:
+            return log_prob
+        residual = torch.cat([self._cells(name, value) for (_, name), value in found.items()], -1)
+        residual = residual.unflatten(0, (count, basis)).movedim(1, -1)  # (C, N, R, 1 + n)
+        matrix = torch.cat([residual[..., 1:] - residual[..., :1], residual[..., :1]], -1)
+        return log_prob + _log_integral(matrix)
+
+    def _cells(self, name: str, residual: Tensor) -> Tensor:
+        """The residuals of a site for each cell, ``(C, N, R)``."""
+        batch = len(residual.shape) - 1 - self.p.sites[name]["fn"].event_dim
+        cells = CellLayout(self.p.units, batch).to_cells(residual)
+        return cells.reshape(*cells.shape[:2], -1)
+
+    def _read(self, sites: Sites) -> dict[Any, Tensor]:
+        """The residuals of the normal sites, and all else of log p(x, theta)."""
+        structure, found, terms = self._structure, {}, []
+        for name in structure.gaussian:
+            site = sites[name]
+            base, _ = normal_inside(site["fn"])
+            shape = torch.broadcast_shapes(site["fn"].shape(), site["value"].shape)
+            residual, log_scale = standardised(base, site["value"], shape)
+            keep = counted_entries(site, shape)
+            found["residual", name] = torch.where(keep, residual, 0.0)
+            each = torch.where(keep, -log_scale.to(keep.device) - 0.5 * _LOG_2PI, 0.0)
+            terms.append(each.sum(list(range(-site["fn"].event_dim, 0))) if site["fn"].event_dim else each)
+        terms += [log_density(sites[name]).double() for name in structure.constant]
+        terms += _conjugate_terms(structure, sites)
+        summed = [summed_to(term, self.p.units).flatten() for term in terms]
+        found["log", ""] = torch.stack(summed).sum(0)
+        return found
+
+
+def _log_integral(matrix: Tensor) -> Tensor:
+    """The logarithm of the integral of exp(-|c + J z|^2 / 2) over z, of matrices [J, c], ``(*, R, n + 1)``.
+
+    Rows in the order of their size keep the digits of small ones, as with a prior that is much narrower than the
+    likelihood (Cox and Higham 1998, "Stability of Householder QR factorization for weighted least squares problems").
+    """
+    count = matrix.shape[-1] - 1
+    order = matrix[..., :-1].abs().amax(-1).argsort(-1, descending=True) if count else None
+    if order is not None:
+        matrix = matrix.gather(-2, order[..., None].expand_as(matrix))
+    finite = matrix.isfinite().all(-1).all(-1)
+    matrix = torch.nn.functional.pad(torch.where(finite[..., None, None], matrix, 0.0), (0, 0, 0, 1))
+    diagonal = torch.linalg.qr(matrix, mode="r").R.diagonal(dim1=-2, dim2=-1)
+    log_det = diagonal[..., :-1].abs().log().sum(-1)
+    found = 0.5 * count * _LOG_2PI - log_det - 0.5 * diagonal[..., -1] ** 2
+    return torch.where(finite, found, torch.nan)
+
+
+def _conjugate_terms(structure: _Structure, sites: Sites) -> list[Tensor]:
+    """The log-densities of data with their conjugate latents integrated out: a term for each latent and data site."""
+    terms, statistics = [], {name: [] for name in structure.conjugate}
+    for name, parameter in structure.parameters.items():
+        site = sites[name]
+        base = without_independent(site["fn"])
+        value = site["value"].double()
+        counts, coefficient = _STATISTICS[type(base)](base, value, parameter.factor.to(value.device))
+        keep = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
+        events = len(site["fn"].event_shape) - len(base.event_shape)
+        keep = keep.reshape(keep.shape + (1,) * events).to(value.device)
+        coefficient = torch.where(keep, coefficient, 0.0)
+        terms.append(coefficient.sum(list(range(-events, 0))) if events else coefficient)
+        statistics[parameter.latent].append((parameter.index, [_where(keep, each) for each in counts]))
+    for name, found in statistics.items():
+        fn = sites[name]["fn"]
+        base = without_independent(fn)
+        prior = [getattr(base, each).double() for each in _NATURAL[type(base)]]
+        width = base.event_shape
+        posterior = []
+        for place, each in enumerate(prior):
+            total = torch.zeros(each.numel() // width.numel(), *width, dtype=torch.float64, device=each.device)
+            for index, counts in found:
+                flat = counts[place].expand(*index.shape, *width).reshape(-1, *width)
+                total = total.index_add(0, index.reshape(-1).to(each.device), flat)
+            posterior.append(each + total.reshape(each.shape))
+        change = _LOG_NORMALIZER[type(base)](*posterior) - _LOG_NORMALIZER[type(base)](*prior)
+        change = change.expand(base.batch_shape)
+        events = len(fn.event_shape) - len(base.event_shape)
+        terms.append(change.sum(list(range(-events, 0))) if events else change)
+    return terms
+
+
+def _where(keep: Tensor, counts: Tensor) -> Tensor:
+    keep = keep.reshape(keep.shape + (1,) * (counts.dim() - keep.dim())) if counts.dim() > keep.dim() > 0 else keep
+    return torch.where(keep, counts, 0.0)
+
+
+def _binomial(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
+    total = base.total_count.double() if isinstance(base, dist.Binomial) else torch.ones_like(x)
+    ways = (total + 1).lgamma() - (x + 1).lgamma() - (total - x + 1).lgamma()
+    return [x, total - x], ways
+
+
+def _poisson(base: Any, x: Tensor, factor: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [x, factor.expand_as(x)], x.xlogy(factor) - (x + 1).lgamma()
+
+
+def _exponential(base: Any, x: Tensor, factor: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [torch.ones_like(x), factor * x], factor.log().expand_as(x)
+
+
+def _categorical(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
+    states = torch.arange(base.event_size if hasattr(base, "event_size") else base._num_events, device=x.device)
+    return [(x[..., None] == states).double()], torch.zeros_like(x)
+
+
+def _multinomial(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [x], (x.sum(-1) + 1).lgamma() - (x + 1).lgamma().sum(-1)
+
+
+_STATISTICS: dict[type, Callable[[Any, Tensor, Tensor], tuple[list[Tensor], Tensor]]] = {
+    dist.Bernoulli: _binomial,
+    dist.Binomial: _binomial,
+    dist.Categorical: _categorical,
+    dist.Exponential: _exponential,
+    dist.Multinomial: _multinomial,
+    dist.Poisson: _poisson,
+}
+"""What data add to the parameters of the prior, and the part of their log-density that does not depend on the latent."""
+
+_NATURAL: dict[type, tuple[str, ...]] = {
+    dist.Beta: ("concentration1", "concentration0"),
+    dist.Dirichlet: ("concentration",),
+    dist.Gamma: ("concentration", "rate"),
+}
+_LOG_NORMALIZER: dict[type, Callable[..., Tensor]] = {
+    dist.Beta: lambda a, b: a.lgamma() + b.lgamma() - (a + b).lgamma(),
+    dist.Dirichlet: lambda a: a.lgamma().sum(-1) - a.sum(-1).lgamma(),
+    dist.Gamma: lambda a, b: a.lgamma() - a * b.log(),
+}
+
+
+class _Integrand:
+    """log p(x, theta) at coordinates of theta.
+
+    What lies below ``floor`` is that floor, far below the values at draws from the prior: a density falls without end as
+    a scale goes to zero, and the distance of two nodes there would not bound what lies between them.
+    """
+
+    def __init__(self, density: Collapsed, floor: Tensor):
+        self.density, self.floor = density, floor
+        self.num_data, self.chunk = density.num_data, density.chunk
+        self.rounding = 32 * torch.finfo(density.p.dtype).eps
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, None]:
+        found = self.density.log_prob(self.density.to_values(points)) + self.density.log_jacobian(points)
+        found = found.masked_fill(found == torch.inf, torch.nan)  # a number has overflowed: an error
+        return found.expand(len(points), self.num_data).clamp(min=self.floor), None
+
+    def few_rows(self, count: int) -> "tuple[_Integrand, Tensor] | None":
+        return (self, torch.arange(self.num_data)) if self.num_data <= count else None
+
+
+def collapsed_density(pair: ModelGuide) -> Collapsed | None:
+    """Return the density of a model with as few latents left for quadrature as possible, or ``None`` if not proved."""
+    latents = {name: site for name, site in pair.latents.items() if not is_point(site["fn"])}
+    cells = math.prod(frame.size for frame in pair.units)
+    sizes = {name: site["value"].numel() // cells for name, site in latents.items()}
+    must = [name for name, site in latents.items() if not _family(site["fn"]) and not _is_normal(site["fn"])]
+    may = [name for name in latents if name not in must and sizes[name] <= 2]
+    for count in range(3):
+        for more in combinations(may, count):
+            given = [name for name in latents if name in must or name in more]
+            if sum(sizes[name] for name in given) > 3:  # a simplex of three entries has two coordinates
+                continue
+            try:
+                return Collapsed(pair, _Structure(pair, given))
+            except (NotAffineError, RuntimeError, TypeError):
+                continue
+    return None
+
+
+def _is_normal(fn: Any) -> bool:
+    try:
+        normal_inside(fn)
+    except NotAffineError:
+        return False
+    return True
+
+
+def integrated_evidence(density: Collapsed, tolerance: float) -> tuple[Tensor, QuadratureRule | None]:
+    """Compute log p(x) of each cell, ``(N,)`` in float64, and the rule of the quadrature if there is one."""
+    if not density.given:
+        return density.log_prob({})[0], None
+    box, draws = density.box(), _Draws(density)
+    evidence, _, rule = integrate(_Integrand(density, draws.floor), box, tolerance, reach=1.0)
+    draws.check(evidence, tolerance)
+    return evidence, rule
+
+
+class _Draws:
+    """Draws of theta from the prior, and log p(x | theta) at them: an estimate of p(x) by importance sampling."""
+
+    def __init__(self, density: Collapsed, count: int = 512):
+        p = density.p
+
+        def run(_: Values) -> tuple[dict[Any, Tensor], None]:
+            sites = latent_sites(poutine.trace(p.model).get_trace(*p.data))
+            found: dict[Any, Tensor] = {("value", name): sites[name]["value"] for name in density.given}
+            terms = [summed_to(log_density(sites[name]), p.units).flatten() for name in density.given]
+            return {**found, ("log", ""): torch.stack(terms).sum(0)}, None
+
+        with seeded(0), pyro.validation_enabled(False), poutine.block():
+            drawn = PerDraw()(run, count)
+        values = {name: p.layouts[name].to_cells(drawn.each(("value", name), count)) for name in density.given}
+        self.density = density
+        self.log_joint = density.log_prob(values).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        self.log_likelihood = self.log_joint - drawn.each(("log", ""), count).double()
+        self.floor = self.log_joint.amax(0) - _FLOOR
+
+    def check(self, evidence: Tensor, tolerance: float) -> None:
+        """Raise if they find more than the quadrature: mass that it has missed."""
+        weight = (self.log_likelihood - evidence).clamp(max=300).exp().nan_to_num(0.0)
+        mean, error = weight.mean(0), weight.std(0) / len(weight) ** 0.5
+        missed = (mean - 6 * error > 1 + 10 * tolerance + 1e-3) | (mean > 1e7)
+        if missed.any():
+            cell = int(missed.byte().argmax())
+            raise QuadratureError(
+                f"quadrature did not converge: {len(weight)} draws of {self.density.given} from the prior find p(x) to "
+                f"be {float(mean[cell]):.3g} times that of the quadrature, with a standard error of "
+                f"{float(error[cell]):.2g}; it has missed a narrow peak"
+            )
