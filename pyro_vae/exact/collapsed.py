@@ -11,14 +11,14 @@ has an inner integral in closed form, and the outer one is a quadrature. Without
 * A Beta latent that is the probability of Bernoulli or binomial data; a Gamma latent that is the rate of Poisson or
   exponential data, times a constant; a Dirichlet latent that is the probabilities of categorical or multinomial data.
 
-That a latent is such a parameter is proved operation by operation, by
-:class:`pyro_vae.compilation.affine_tensor.AffineTensor`: the parameter is the latent itself, or a choice of its entries.
+That a latent is such a parameter is proved operation by operation: the parameter is the latent itself, or a choice of
+its entries, see :class:`pyro_vae.compilation.affine_tensor.AffineTensor`.
 
 Source: Bernardo and Smith 1994, "Bayesian Theory", section 5.2 and appendix A.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -30,20 +30,21 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from scipy import sparse
 from torch import Tensor
 
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae.compilation.affine_tensor import AffineTensor, NotAffineError, affine_form, affine_variables
-from pyro_vae.distributions.properties import base_distribution, is_point, without_independent
+from pyro_vae.distributions.properties import is_point, without_independent
 from pyro_vae.draws import PerDraw, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.gaussian_elimination import counted_entries, normal_inside, standardised
 from pyro_vae.exact.model_density import CellLayout, ModelDensity
-from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, integrate
+from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
 from pyro_vae.model_guide import ModelGuide
 
-__all__ = ["Collapsed", "collapsed_density", "integrated_evidence"]
+__all__ = ["Collapsed", "collapsed_density"]
 
 _MOST_NORMAL = {0: 256, 1: 256, 2: 32}  # dimensions of the normal latents, by those of the quadrature
 _FLOOR = 1000.0  # nats below the largest density at draws from the prior
@@ -186,8 +187,6 @@ class _Structure:
         scale = np.repeat(factor, width)
         if abs(rows.constant * scale - form.constant).max(initial=0) > 0:
             return None
-        from scipy import sparse
-
         if (sparse.diags_array(scale) @ rows.matrix - form.matrix).count_nonzero():
             return None
         batch = shape[:-1] if family is dist.Dirichlet else shape
@@ -210,7 +209,11 @@ def _constant(value: Tensor) -> None:
 
 
 class Collapsed:
-    r"""log p(x, theta) of a model whose other latents are integrated in closed form, for each cell of the shared plates.
+    r"""log p(x, theta) of a model whose other latents are integrated in closed form, for each cell of shared plates.
+
+    Args:
+        pair: the model.
+        structure: which latents are theta, and which are integrated.
 
     Attributes:
         given: the latents theta of the quadrature, by name; none if all are integrated in closed form.
@@ -220,6 +223,8 @@ class Collapsed:
         self.p, self.given, self._structure = ModelDensity(pair, by_rows=False), structure.given, structure
         self.num_data = self.p.num_data
         sites = pair.latents
+        if self.p.latents.keys() != sites.keys():
+            raise NotAffineError("a latent that is summed out has no place here")
         self._values = {name: self.p.layouts[name].to_cells(site["value"][None]) for name, site in sites.items()}
         self._sizes = {name: self._values[name][0, 0].numel() for name in structure.normal}
         self.num_normal = sum(self._sizes.values())
@@ -227,11 +232,26 @@ class Collapsed:
         self.dims = sum(each.dims for each in self.coordinates.values())
         if self.dims > 2 or self.num_normal > _MOST_NORMAL[self.dims]:
             raise NotAffineError("a quadrature of too many dimensions")
+        if self.num_data > 1:
+            self._check_cells()
         points = 1 + self.num_normal  # runs of the model for each value of theta
         self.chunk = max(1, self.p.chunk // points)
 
+    def _check_cells(self) -> None:
+        """Raise if the density of a cell changes with the latents of other cells."""
+        expected = self.p.log_joint(self._values)[0]
+        with seeded(0):
+            kept = torch.randperm(self.num_data, device=expected.device) < -(-self.num_data // 2)
+        for each in (kept, ~kept):
+            mixed = {}
+            for name, value in self._values.items():
+                chosen = each.reshape(1, -1, *[1] * (value.dim() - 2))
+                mixed[name] = torch.where(chosen, value, value.roll(1, 1))
+            if not torch.allclose(self.p.log_joint(mixed)[0][each], expected[each], rtol=1e-3, atol=1e-3):
+                raise ValueError("`model` must have cells that do not depend on each other")
+
     def _coordinates(self, name: str, site: dict[str, Any]) -> LatentCoordinates:
-        units = [frame.dim for frame in self.p.units]
+        units = [frame.dim for frame in self.p.units if frame.dim is not None]
         batch = len(site["fn"].batch_shape)
         inner = batch if not units else -1 - units[-1]
         if len(units) > 1 or batch - inner > len(units):
@@ -243,9 +263,7 @@ class Collapsed:
         boxes = [each.integration_box(each.fn, self.num_data).union() for each in self.coordinates.values()]
         if len(boxes) == 1:
             return boxes[0]
-        low, middle, high = (
-            torch.cat([getattr(box, name) for box in boxes], -1) for name in ("low", "middle", "high")
-        )
+        low, middle, high = (torch.cat([getattr(box, name) for box in boxes], -1) for name in ("low", "middle", "high"))
         first, second = (box.parts for box in boxes)
         pairs = [(one, other) for one in first.unbind(1) for other in second.unbind(1)]
         return Box(low, middle, high, torch.stack([torch.cat(pair, -1) for pair in pairs], 1))
@@ -270,6 +288,43 @@ class Collapsed:
             for size in [min(self.chunk, count - start)]
         ]
         return torch.cat(parts)
+
+    def log_evidence(self, tolerance: float) -> Tensor:
+        """Compute log p(x) of each cell, ``(N,)`` in float64."""
+        if not self.given:
+            return self.log_prob({})[0]
+        box, draws = self.box(), _Draws(self)
+        evidence, _, _ = integrate(_Integrand(self, draws.floor), box, tolerance, reach=1.0)
+        draws.check(evidence, tolerance)
+        return evidence
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        """Return numbers of cells in the shape of their plates, in the dtype of the model."""
+        return values.reshape([frame.size for frame in self.p.units]).to(self.p.dtype)
+
+    def conjugate_posterior(self) -> dist.TorchDistribution | None:
+        """Return the posterior of the only latent, a conjugate one, or ``None``."""
+        if list(self.p.latents) != self._structure.conjugate or len(self.p.latents) != 1:
+            return None
+        (name,) = self._structure.conjugate
+        fn = self.p.latents[name]["fn"]
+        base = without_independent(fn)
+        posterior = _conjugate_posteriors(self._structure, dict(self.p.sites))[name]
+        batch, prior = base.batch_shape, [getattr(base, each) for each in _NATURAL[type(base)]]
+        shaped = [each.to(old.dtype).expand(batch + old.shape[len(old.shape) - len(base.event_shape) :])
+                  for each, old in zip(posterior, prior, strict=True)]  # fmt: skip
+        return type(base)(*shaped).to_event(len(fn.event_shape) - len(base.event_shape))
+
+    def conjugate_kl(self) -> Tensor | None:
+        """Compute KL(q || p(z | x)) of a guide of the same family for the only latent, or ``None`` of another."""
+        if (posterior := self.conjugate_posterior()) is None:
+            return None
+        pair = self.p.pair
+        pair.check_density()
+        site = pair.guide_latents[next(iter(self.p.latents))]
+        if pair.auxiliary or type(without_independent(site["fn"])) is not type(without_independent(posterior)):
+            return None
+        return summed_to(torch.distributions.kl_divergence(site["fn"], posterior), self.p.units)
 
     def _log_prob(self, values: Values, count: int) -> Tensor:
         basis = 1 + self.num_normal
@@ -339,40 +394,57 @@ def _log_integral(matrix: Tensor) -> Tensor:
 
 def _conjugate_terms(structure: _Structure, sites: Sites) -> list[Tensor]:
     """The log-densities of data with their conjugate latents integrated out: a term for each latent and data site."""
-    terms, statistics = [], {name: [] for name in structure.conjugate}
+    terms = []
     for name, parameter in structure.parameters.items():
-        site = sites[name]
-        base = without_independent(site["fn"])
-        value = site["value"].double()
-        counts, coefficient = _STATISTICS[type(base)](base, value, parameter.factor.to(value.device))
-        keep = torch.ones((), dtype=torch.bool) if site["mask"] is None else torch.as_tensor(site["mask"])
-        events = len(site["fn"].event_shape) - len(base.event_shape)
-        keep = keep.reshape(keep.shape + (1,) * events).to(value.device)
-        coefficient = torch.where(keep, coefficient, 0.0)
-        terms.append(coefficient.sum(list(range(-events, 0))) if events else coefficient)
-        statistics[parameter.latent].append((parameter.index, [_where(keep, each) for each in counts]))
-    for name, found in statistics.items():
-        fn = sites[name]["fn"]
-        base = without_independent(fn)
-        prior = [getattr(base, each).double() for each in _NATURAL[type(base)]]
-        width = base.event_shape
-        posterior = []
-        for place, each in enumerate(prior):
-            total = torch.zeros(each.numel() // width.numel(), *width, dtype=torch.float64, device=each.device)
-            for index, counts in found:
-                flat = counts[place].expand(*index.shape, *width).reshape(-1, *width)
-                total = total.index_add(0, index.reshape(-1).to(each.device), flat)
-            posterior.append(each + total.reshape(each.shape))
-        change = _LOG_NORMALIZER[type(base)](*posterior) - _LOG_NORMALIZER[type(base)](*prior)
-        change = change.expand(base.batch_shape)
-        events = len(fn.event_shape) - len(base.event_shape)
-        terms.append(change.sum(list(range(-events, 0))) if events else change)
+        _, coefficient = _statistics(sites[name], parameter)
+        terms.append(_summed_events(coefficient, sites[name]["fn"]))
+    for name, posterior in _conjugate_posteriors(structure, sites).items():
+        base = without_independent(sites[name]["fn"])
+        normalizer, prior = _LOG_NORMALIZER[type(base)], _natural(base)
+        change = (normalizer(*posterior) - normalizer(*prior)).expand(base.batch_shape)
+        terms.append(_summed_events(change, sites[name]["fn"]))
     return terms
 
 
-def _where(keep: Tensor, counts: Tensor) -> Tensor:
-    keep = keep.reshape(keep.shape + (1,) * (counts.dim() - keep.dim())) if counts.dim() > keep.dim() > 0 else keep
-    return torch.where(keep, counts, 0.0)
+def _conjugate_posteriors(structure: _Structure, sites: Sites) -> dict[str, list[Tensor]]:
+    """The parameters of the posterior of each conjugate latent, in float64."""
+    found = {name: _natural(without_independent(sites[name]["fn"])) for name in structure.conjugate}
+    for name, parameter in structure.parameters.items():
+        counts, _ = _statistics(sites[name], parameter)
+        width = without_independent(sites[parameter.latent]["fn"]).event_shape
+        shape, index = parameter.index.shape, parameter.index.reshape(-1)
+        for place, (prior, count) in enumerate(zip(found[parameter.latent], counts, strict=True)):
+            flat = count.expand(*shape, *width).reshape(-1, *width)
+            total = flat.new_zeros(prior.numel() // width.numel(), *width).index_add(0, index.to(flat.device), flat)
+            found[parameter.latent][place] = prior + total.reshape(prior.shape)
+    return found
+
+
+def _natural(base: Any) -> list[Tensor]:
+    """The parameters of a conjugate prior, expanded to its batch, in float64."""
+    shape = base.batch_shape + base.event_shape
+    return [getattr(base, each).double().expand(shape) for each in _NATURAL[type(base)]]
+
+
+def _statistics(site: dict[str, Any], parameter: _Parameter) -> tuple[list[Tensor], Tensor]:
+    """What a data site adds to the parameters of its latent, and the part of its log-density without the latent."""
+    fn = site["fn"]
+    base, value = without_independent(fn), site["value"].double()
+    counts, coefficient = _STATISTICS[type(base)](base, value, parameter.factor.to(value.device))
+    if site["mask"] is None:
+        return counts, coefficient
+    mask = torch.as_tensor(site["mask"], device=value.device)
+    mask = mask.reshape(mask.shape + (1,) * (len(fn.event_shape) - len(base.event_shape)))
+    masked = [
+        torch.where(mask.reshape(mask.shape + (1,) * (each.dim() - coefficient.dim())), each, 0.0) for each in counts
+    ]
+    return masked, torch.where(mask, coefficient, 0.0)
+
+
+def _summed_events(term: Tensor, fn: Any) -> Tensor:
+    """Sum over the dimensions that ``to_event`` has made one variable."""
+    events = len(fn.event_shape) - len(without_independent(fn).event_shape)
+    return term.sum(list(range(-events, 0))) if events else term
 
 
 def _binomial(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -406,7 +478,7 @@ _STATISTICS: dict[type, Callable[[Any, Tensor, Tensor], tuple[list[Tensor], Tens
     dist.Multinomial: _multinomial,
     dist.Poisson: _poisson,
 }
-"""What data add to the parameters of the prior, and the part of their log-density that does not depend on the latent."""
+"""What data add to the parameters of the prior, and the part of their log-density without the latent."""
 
 _NATURAL: dict[type, tuple[str, ...]] = {
     dist.Beta: ("concentration1", "concentration0"),
@@ -423,8 +495,8 @@ _LOG_NORMALIZER: dict[type, Callable[..., Tensor]] = {
 class _Integrand:
     """log p(x, theta) at coordinates of theta.
 
-    What lies below ``floor`` is that floor, far below the values at draws from the prior: a density falls without end as
-    a scale goes to zero, and the distance of two nodes there would not bound what lies between them.
+    What lies below ``floor`` is that floor, far below the values at draws from the prior: a density falls without end
+    as a scale goes to zero, and the distance of two nodes there would not bound what lies between them.
     """
 
     def __init__(self, density: Collapsed, floor: Tensor):
@@ -455,7 +527,7 @@ def collapsed_density(pair: ModelGuide) -> Collapsed | None:
                 continue
             try:
                 return Collapsed(pair, _Structure(pair, given))
-            except (NotAffineError, RuntimeError, TypeError):
+            except (ValueError, RuntimeError, TypeError):  # not proved, or no density: the reason follows elsewhere
                 continue
     return None
 
@@ -466,16 +538,6 @@ def _is_normal(fn: Any) -> bool:
     except NotAffineError:
         return False
     return True
-
-
-def integrated_evidence(density: Collapsed, tolerance: float) -> tuple[Tensor, QuadratureRule | None]:
-    """Compute log p(x) of each cell, ``(N,)`` in float64, and the rule of the quadrature if there is one."""
-    if not density.given:
-        return density.log_prob({})[0], None
-    box, draws = density.box(), _Draws(density)
-    evidence, _, rule = integrate(_Integrand(density, draws.floor), box, tolerance, reach=1.0)
-    draws.check(evidence, tolerance)
-    return evidence, rule
 
 
 class _Draws:

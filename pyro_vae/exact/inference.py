@@ -3,6 +3,8 @@ r"""Exact log p(x), p(z | x), ELBO and KL(q || p(z | x)) of a Pyro model.
 * Discrete latents: a sum over all states, in any plates, by variable elimination where there are several.
 * Continuous latents of one or two dimensions, real (flows too), positive, in a box or relaxed: adaptive quadrature.
 * Linear Gaussian models of any size and form (state space models, hierarchies, regressions): closed form.
+* Conjugate latents: closed form.
+* One or two latents, of any kind, next to linear Gaussian and conjugate ones: closed form inside, quadrature outside.
 
 There is an answer for each cell of the plates that all sites share: each datum, each group, or all data together. A
 model with continuous latents that is not linear Gaussian must have one data plate, the rightmost dimension, that
@@ -39,6 +41,7 @@ from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, inte
 from pyro_vae.model_guide import ModelGuide
 
 if TYPE_CHECKING:
+    from pyro_vae.exact.collapsed import Collapsed
     from pyro_vae.exact.gaussian_elimination import GaussianPosterior
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
@@ -84,6 +87,8 @@ def log_evidence(
         return _own_density(pair)
     if (gaussian := _gaussian_posterior(pair)) is not None:
         return gaussian.log_evidence
+    if (collapsed := _collapsed(pair)) is not None:
+        return collapsed.by_cell(collapsed.log_evidence(tolerance))
     p = ModelDensity(pair)
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
@@ -119,6 +124,8 @@ def posterior(
         return discrete.posterior()
     if (gaussian := _gaussian_posterior(pair)) is not None:
         return gaussian.single_marginal() or gaussian
+    if (collapsed := _collapsed(pair)) is not None and (conjugate := collapsed.conjugate_posterior()) is not None:
+        return conjugate
     p = ModelDensity(pair)
     p.single_site()
     if p.is_discrete:
@@ -159,6 +166,8 @@ def elbo(
         return discrete.elbo().to(discrete.dtype)
     if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
         return gaussian.log_evidence - gap
+    if (collapsed := _collapsed(pair)) is not None and (gap := collapsed.conjugate_kl()) is not None:
+        return collapsed.by_cell(collapsed.log_evidence(tolerance)) - gap
     p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
@@ -195,6 +204,8 @@ def kl(
     if (discrete := _discrete_model(pair)) is not None:
         return (discrete.log_evidence() - discrete.elbo()).to(discrete.dtype)
     if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
+        return gap
+    if (collapsed := _collapsed(pair)) is not None and (gap := collapsed.conjugate_kl()) is not None:
         return gap
     p = ModelDensity(pair)
     q = GuideDensity(p)
@@ -415,6 +426,18 @@ def _gaussian_kl(pair: ModelGuide, posterior: "GaussianPosterior") -> Tensor | N
     from pyro_vae.exact.gaussian_elimination import gaussian_kl
 
     return gaussian_kl(pair, posterior)
+
+
+def _collapsed(pair: ModelGuide) -> "Collapsed | None":
+    """The model with all latents but one or two integrated in closed form.
+
+    A single latent of each row has a quadrature of its own, which runs rows in batches.
+    """
+    from pyro_vae.exact.collapsed import collapsed_density
+
+    found = collapsed_density(pair)
+    alone = len(pair.latents) == 1 and [frame.name for frame in pair.units] == [pair.plate]
+    return None if found is not None and found.given and alone else found
 
 
 def _own_density(pair: ModelGuide) -> Tensor:
