@@ -45,7 +45,7 @@ def test_coordinates_go_to_the_site_and_back_and_the_density_over_them_is_one(fn
     [
         (
             model_of(dist.FisherSnedecor(3.0, 5.0), dist.Poisson),
-            "known extent for quadrature, got a Fisher .* real line",
+            "known extent for quadrature, got a FisherSnedecor .* real line",
         ),
         (model_of(dist.Cauchy(0.0, 1.0), lambda z: dist.Normal(z, 0.5)), "without a finite mean and variance"),
         (gaussian(3, 2).model, "a continuous latent of at most 2 dimensions for quadrature, got 3 at 'z'"),
