@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.rng import seeded
@@ -21,25 +20,30 @@ from pyro_vae._utils.validation import describe
 from pyro_vae.distributions.properties import is_masked, is_point
 from pyro_vae.draws import PerDraw
 from pyro_vae.exact.elimination import (
+    MAX_STATES,
+    ChangedDensityError,
     EliminationError,
+    Factor,
     FactorGraph,
     Factors,
     Latent,
+    LimitedSize,
     enumerated,
+    first_line,
+    listed,
     named_factor,
     read_factors,
     read_latent,
     site_log_density,
+    too_many_states,
 )
-from pyro_vae.exact.model_density import MAX_STATES, check_site, common_weight
+from pyro_vae.exact.model_density import check_site, common_weight
 from pyro_vae.model_guide import ModelGuide, check_same_latents
 
 __all__ = ["DiscreteModel", "DiscretePosterior"]
 
-_MAX_NUMBERS = 2**27  # in a tensor of an enumerated run
 _FEW_STATES = 2**12  # of all latents together, that may be run one after another
 _IMPOSSIBLE = -1e30  # in place of -inf, whose derivatives are NaN
-_MAX_SHOWN = 8  # latents
 
 
 class DiscreteModel:
@@ -132,30 +136,9 @@ def _expectation(weights: FactorGraph, model: FactorGraph, guide: FactorGraph) -
             for name, each in graph.factors.items():
                 factors[f"{role} {name}"] = each.bounded(_IMPOSSIBLE).times(sign, kept)
         graph = FactorGraph(Factors(factors, weights.latents, sizes), kept)
-        _check_width(graph)
+        graph.check_width()
         (mean,) = torch.autograd.grad(graph.log_sum().sum(), power)
     return mean.masked_fill(mean < _IMPOSSIBLE / 2**20, -torch.inf)
-
-
-def _check_width(graph: FactorGraph) -> None:
-    if graph.width > MAX_STATES:
-        raise _too_many(graph.width, graph.widest)
-
-
-def _too_many(count: int, names: Sequence[str]) -> EliminationError:
-    return EliminationError(
-        f"`model` must have discrete latents with at most {MAX_STATES} states together in one sum, got {count} states "
-        f"of {_listed(names)}, which depend on each other. Draw some of them in a guide, and use pv.log_evidence"
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = list(names)[:_MAX_SHOWN]
-    return f"{shown}" if len(names) <= _MAX_SHOWN else f"{shown} and {len(names) - _MAX_SHOWN} more"
-
-
-class _ChangedDensityError(ValueError):
-    """Factors are not the densities of a plain run."""
 
 
 class _FactorReader:
@@ -189,7 +172,7 @@ class _FactorReader:
         unordered = [name for name in self.latents if "_markov_scope" not in self.sites[name]["infer"]]
         if self._num_states(unordered) > MAX_STATES and self._origins is not None:
             # A sum that is too wide is found before its numbers fill the memory.
-            _check_width(FactorGraph(self._symbolic(self._origins), self._kept()))
+            FactorGraph(self._symbolic(self._origins), self._kept()).check_width()
         ways: list[Callable[[], Factors]] = [self._enumerated] if not self.joint else []
         ways.append(lambda: self._by_digits(self._known_origins()))
         if self._num_states(self.latents) <= _FEW_STATES:
@@ -198,8 +181,8 @@ class _FactorReader:
         for way in ways:
             try:
                 graph = FactorGraph(way(), self._kept())
-                _check_width(graph)
-                self._check(graph)
+                graph.check_width()
+                graph.check_densities(self.owner, self._drawn(), self._factors)
                 return graph
             except torch.OutOfMemoryError:
                 raise
@@ -209,12 +192,9 @@ class _FactorReader:
                 errors.append(error)
         if infeasible := [error for error in errors if isinstance(error, EliminationError)]:
             raise infeasible[0]
-        first = next((error for error in errors if isinstance(error, _ChangedDensityError)), errors[0])
-        raise ValueError(
-            f"`{self.owner}` must have log-densities that are functions of its latents and data, got others: "
-            f"{str(first).splitlines()[0]}. Code has none that draws random numbers outside of its sites, compares the "
-            "cells of a plate, or needs more steps than `pyro.markov(history=)` allows"
-        ) from first
+        if changed := [error for error in errors if isinstance(error, ChangedDensityError)]:
+            raise changed[0]
+        raise ChangedDensityError(self.owner, first_line(errors[0])) from errors[0]
 
     def _kept(self) -> list[str]:
         return [frame.name for frame in self.pair.units]
@@ -283,7 +263,7 @@ class _FactorReader:
 
     def _enumerated(self) -> Factors:
         run = enumerated(self.run, self.latents, -1 - self.pair.max_plate_nesting)
-        with poutine.block(), seeded(0), _LimitedSize():
+        with poutine.block(), seeded(0), LimitedSize():
             return read_factors(poutine.trace(run).get_trace(*self.pair.data), self.masked)
 
     def _by_digits(self, origins: dict[str, frozenset[str]]) -> Factors:
@@ -291,7 +271,7 @@ class _FactorReader:
         digits, sizes = _assign_digits(latents, origins)
         count = math.prod(sizes)
         if count > MAX_STATES:
-            raise _too_many(count, list(latents))
+            raise too_many_states(count, list(latents))
         index = torch.arange(count, device=self.pair.data[0].device)
         values = {}
         for name, latent in latents.items():
@@ -324,24 +304,11 @@ class _FactorReader:
     def _density(self, name: str, site: dict[str, Any]) -> Tensor:
         return site_log_density(site, summed=name in self.latents and not self.masked)
 
-    def _check(self, graph: FactorGraph) -> None:
-        """Raise if factors are not the densities of plain runs, at a draw of the latents and at arbitrary states.
+    def _drawn(self) -> dict[str, Tensor]:
+        return {name: self.sites[name]["value"] for name in self.latents}
 
-        Code that compares the cells of a plate, or looks further back than ``pyro.markov`` allows, has others.
-        """
-        drawn = graph.states({name: self.sites[name]["value"][None] for name in self.latents})
-        with poutine.block(), seeded(1):
-            arbitrary = {
-                name: torch.randint(latent.num_states, (1, *(graph.sizes[plate] for plate in latent.plates)))
-                for name, latent in graph.latents.items()
-            }
-            arbitrary = {name: state.to(drawn[name].device) for name, state in arbitrary.items()}
-            for states in (drawn, arbitrary):
-                values = {name: value[0] for name, value in graph.values(states).items()}
-                for name, log in self._densities(values).items():
-                    expected = graph.in_cells(named_factor(name, log, self.sites[name], {}))
-                    if not torch.allclose(graph.at(graph.factors[name], states), expected, rtol=1e-4, atol=1e-4):
-                        raise _ChangedDensityError(f"that of site {name!r} at given latents changes in another run")
+    def _factors(self, values: Mapping[str, Tensor]) -> dict[str, Factor]:
+        return {name: named_factor(name, log, self.sites[name], {}) for name, log in self._densities(values).items()}
 
 
 def _assign_digits(
@@ -360,19 +327,6 @@ def _assign_digits(
         if digits[name] == len(sizes):
             sizes.append(latents[name].num_states)
     return digits, sizes
-
-
-class _LimitedSize(TorchFunctionMode):
-    """Stop a run before its tensors fill the memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.numel() > _MAX_NUMBERS:
-            raise EliminationError(
-                f"`model` must need at most {_MAX_NUMBERS} numbers in one tensor for all states of its discrete "
-                f"latents, got {result.numel()}: use fewer data at once, or draw some latents in a guide"
-            )
-        return result
 
 
 class DiscretePosterior(Result):
@@ -456,9 +410,7 @@ class DiscretePosterior(Result):
             ValueError: if a latent is missing, has another shape, or a value that is none of its states.
         """
         if values.keys() != self.support.keys():
-            raise ValueError(
-                f"`values` must have the latents {_listed(list(self.support))}, got {_listed(list(values))}"
-            )
+            raise ValueError(f"`values` must have the latents {listed(list(self.support))}, got {listed(list(values))}")
         shapes = {}
         for name, latent in self._graph.latents.items():
             inner, shape = latent.batch_shape + latent.support.shape[1:], values[name].shape

@@ -14,21 +14,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, set_plate_sizes
 from pyro_vae._utils.typing import Function
-from pyro_vae.distributions.properties import without_masks
+from pyro_vae.distributions.properties import is_point, without_masks
 
 __all__ = [
-    "EliminationError", "Factor", "FactorGraph", "Factors", "Latent", "States", "enumerated", "log_marginal",
-    "named_factor", "read_factors", "read_latent", "sample_eliminated", "site_log_density",
+    "MAX_STATES", "ChangedDensityError", "EliminationError", "Factor", "FactorGraph", "Factors", "Latent",
+    "LimitedSize", "States", "check_enumeration", "enumerated", "first_line", "listed", "log_marginal", "named_factor",
+    "read_factors", "read_latent", "sample_eliminated", "site_log_density", "too_many_states",
 ]  # fmt: skip
+
+
+MAX_STATES = 2**16
+"""The largest number of joint states of discrete latents that is summed over."""
+_MAX_NUMBERS = 2**27  # in a tensor of an enumerated run
+_MAX_SHOWN = 8  # latents
 
 
 class EliminationError(ValueError):
@@ -68,6 +78,91 @@ def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
     tensor([-1.4189, -1.4189, -1.4189], dtype=torch.float64)
     """
     return FactorGraph(read_factors(trace), [frame.name for frame in plates]).log_sum()
+
+
+class ChangedDensityError(ValueError):
+    """A site has another log-density at given latents than the sum over its latents takes."""
+
+    def __init__(self, owner: str, reason: str):
+        super().__init__(
+            f"`{owner}` must have log-densities that are functions of its latents and data, got others: {reason}. Code "
+            "has none that draws random numbers outside of its sites, compares the cells of a plate, or needs more "
+            "steps than `pyro.markov(history=)` allows"
+        )
+
+
+def check_enumeration(
+    model: Function, names: Iterable[str], first_available_dim: int, trace: Trace, data: Sequence[Any]
+) -> None:
+    """Raise unless the enumerated run of a model has the log-densities of plain runs, and can be summed over.
+
+    Args:
+        model, names, first_available_dim: as in :func:`enumerated`.
+        trace: of a plain run, at whose values of the other latents both are compared.
+        data: the arguments of the model.
+
+    Raises:
+        ValueError: if the code does not take all states at once, or has other log-densities then.
+        EliminationError: if the sum is not feasible.
+    """
+    summed, latents = list(names), latent_sites(trace)
+    others = {name: site["value"] for name, site in latents.items() if name not in summed and not is_point(site["fn"])}
+    nodes: dict[str, Any] = dict(trace.nodes)
+    try:
+        with LimitedSize():
+            run = poutine.condition(enumerated(model, summed, first_available_dim), data=others)
+            graph = FactorGraph(read_factors(poutine.trace(run).get_trace(*data)), [])
+    except EliminationError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"`model` must take all states of the discrete latents {listed(summed)} at once, as for TraceEnum_ELBO, "
+            f"got code that raises: {first_line(error)}. Let it broadcast, with a `pyro.markov(history=)` of all steps "
+            "that it needs, or draw them in the guide"
+        ) from error
+    graph.check_width()
+
+    def densities(values: Mapping[str, Tensor]) -> dict[str, Factor]:
+        plain = poutine.trace(poutine.condition(model, data={**others, **values})).get_trace(*data)
+        sites: dict[str, Any] = dict(plain.nodes)
+        return {
+            name: named_factor(name, site_log_density(sites[name], name in summed), nodes[name], {})
+            for name in graph.factors
+        }
+
+    graph.check_densities("model", {name: latents[name]["value"] for name in summed}, densities)
+
+
+class LimitedSize(TorchFunctionMode):
+    """Stop a run before its tensors fill the memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > _MAX_NUMBERS:
+            raise EliminationError(
+                f"`model` must need at most {_MAX_NUMBERS} numbers in one tensor for all states of its discrete "
+                f"latents, got {result.numel()}: use fewer data at once, or draw some latents in a guide"
+            )
+        return result
+
+
+def first_line(error: Exception) -> str:
+    """The message of an error, without tables of shapes; its name where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Spell the first names."""
+    shown = list(names)[:_MAX_SHOWN]
+    return f"{shown}" if len(names) <= _MAX_SHOWN else f"{shown} and {len(names) - _MAX_SHOWN} more"
+
+
+def too_many_states(count: int, names: Sequence[str]) -> EliminationError:
+    """Return the error of a sum that is too wide."""
+    return EliminationError(
+        f"`model` must have discrete latents with at most {MAX_STATES} states together in one sum, got {count} states "
+        f"of {listed(names)}, which depend on each other. Draw some of them in a guide, and use pv.log_evidence"
+    )
 
 
 def sample_eliminated(trace: Trace, count: int) -> dict[str, Tensor]:
@@ -506,6 +601,41 @@ class FactorGraph:
         ]
         index = [_arranged(states[name], ("", *self.latents[name].plates), ["", *factor.plates]) for name in others]
         return log[(*index, *(cell[None] for cell in cells))]
+
+    def check_width(self) -> None:
+        """Raise if a sum has more than ``MAX_STATES`` joint states."""
+        if self.width > MAX_STATES:
+            raise too_many_states(self.width, self.widest)
+
+    def check_densities(
+        self,
+        owner: str,
+        drawn: Mapping[str, Tensor],
+        densities: Callable[[Mapping[str, Tensor]], Mapping[str, Factor]],
+    ) -> None:
+        """Raise if factors are not the densities of plain runs, at a draw of the latents and at arbitrary states.
+
+        Code that compares the cells of a plate, or looks further back than ``pyro.markov`` allows, has others.
+
+        Args:
+            owner: ``"model"`` or ``"guide"``.
+            drawn: values of all latents.
+            densities: from values to the log-density of each site in a plain run.
+        """
+        at = self.states({name: value[None] for name, value in drawn.items()})
+        with poutine.block(), seeded(1):
+            arbitrary = {}
+            for name, latent in self.latents.items():
+                sizes = [1, *(self.sizes[plate] for plate in latent.plates)]
+                arbitrary[name] = torch.randint(latent.num_states, sizes).to(at[name].device)
+            for states in (at, arbitrary):
+                values = {name: value[0] for name, value in self.values(states).items()}
+                for name, factor in densities(values).items():
+                    found = self.at(self.factors[name], states)
+                    if not torch.allclose(found, self.in_cells(factor), rtol=1e-4, atol=1e-4):
+                        raise ChangedDensityError(
+                            owner, f"that of site {name!r} at given latents changes in another run"
+                        )
 
     def in_cells(self, factor: Factor) -> Tensor:
         """Give a log-density without latents a number for each cell of all of its plates, ``(*sizes)``."""

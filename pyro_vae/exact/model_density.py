@@ -26,7 +26,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_masked
 from pyro_vae.draws import PerDraw, Results, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
-from pyro_vae.exact.elimination import enumerated, log_marginal
+from pyro_vae.exact.elimination import MAX_STATES, check_enumeration, enumerated, log_marginal
 from pyro_vae.exact.quadrature import Box
 from pyro_vae.model_guide import ModelGuide, check_one_plate
 
@@ -35,8 +35,6 @@ __all__ = [
     "common_weight", "few_rows", "layouts_of", "plus",
 ]  # fmt: skip
 
-MAX_STATES = 2**16
-"""The largest number of joint states of discrete latents that is summed over."""
 Sites = dict[str, dict[str, Any]]
 Read = Callable[[Sites], dict[Any, Tensor]]
 """From the sites at one value of the latents to tensors by key."""
@@ -123,6 +121,10 @@ class ModelDensity:
         self.runs = ConditionedRuns(self.model, self.layouts, self.units, self.eliminated, pair.max_plate_nesting)
         if by_rows:
             pair.check_rows("model")
+        if self.eliminated:
+            first_dim = -1 - pair.max_plate_nesting
+            with torch.no_grad(), seeded(1), poutine.block():
+                check_enumeration(self.model, self.eliminated, first_dim, pair.model_trace, pair.data)
         # Another run at the same latents, in a batch with others, shows random numbers such as those of dropout.
         values = {name: self.layouts[name].to_cells(site["value"][None]) for name, site in self.latents.items()}
         others = {name: torch.cat([value, value.roll(1, 1)]) for name, value in values.items()}

@@ -19,6 +19,7 @@ from discrete_cases import (
 from pyro import poutine
 from scipy.stats import chi2
 
+import pyro_vae as pv
 from pyro_vae.draws import PerDraw
 from pyro_vae.exact.elimination import FactorGraph, enumerated, log_marginal, read_factors, sample_eliminated
 from pyro_vae.model_guide import ModelGuide
@@ -159,3 +160,54 @@ def test_latents_of_crossed_plates_that_depend_on_each_other_are_refused():
 
     with pytest.raises(ValueError, match="across plates"):
         marginal(crossed, (numbers(3, 4),))
+
+
+def shifted(likelihood):
+    """A model of a continuous latent, and of discrete ones that its guide leaves out."""
+
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        likelihood(x, shift)
+
+    def guide(x):
+        pyro.sample("shift", dist.Normal(torch.zeros((), dtype=torch.float64), 0.5))
+
+    return model, guide
+
+
+def too_short_history(x, shift):
+    first = second = torch.tensor(0)
+    for t in pyro.markov(range(len(x)), history=1):
+        probs = (TRANSITION[first] + TRANSITION[second]) / 2
+        second, first = first, pyro.sample(f"z_{t}", dist.Categorical(probs))
+        pyro.sample(f"x_{t}", dist.Normal(MEANS[first] + shift, 0.5), obs=x[t])
+
+
+def compared_cells(x, shift):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(TRANSITION[1]))
+        pyro.sample("x", dist.Normal(MEANS[z] - MEANS[z].roll(1, -1) + shift, 0.5), obs=x)
+
+
+def concatenated(x, shift):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(TRANSITION[1]))
+        loc = torch.cat([MEANS[z][:, None], x[:, None]], 1).sum(1)
+        pyro.sample("x", dist.Normal(loc + shift, 0.5), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "message"),
+    [
+        (
+            too_short_history,
+            r"with a `pyro.markov\(history=\)` of all steps that it needs",
+        ),
+        (compared_cells, r"functions of its latents and data, got others: that of site 'x'"),
+        (concatenated, r"take all states of the discrete latents \['z'\] at once"),
+    ],
+)
+def test_estimates_that_sum_out_latents_of_which_the_code_has_other_densities_are_refused(likelihood, message):
+    model, guide = shifted(likelihood)
+    with pytest.raises(ValueError, match="`model` must.*" + message):
+        pv.log_evidence(model, guide, numbers(5))
