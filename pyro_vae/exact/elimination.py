@@ -68,6 +68,7 @@ def log_marginal(trace: Trace, plates: Iterable[CondIndepStackFrame]) -> Tensor:
             that it does not lie in.
 
     >>> import pyro
+    >>> import pyro.distributions as dist
     >>> from pyro import poutine
     >>> def mixture(x):
     ...     with pyro.plate("data", len(x)) as rows:
