@@ -20,8 +20,8 @@ from pyro_vae._utils.typing import Function
 from pyro_vae.compilation import torch_private
 
 __all__ = [
-    "CaptureError", "Node", "Recorder", "address", "ancestors", "foreign_random_numbers", "function_of",
-    "is_recording", "mapped", "module_of", "nodes_in",
+    "CaptureError", "Node", "Recorder", "address", "ancestors", "checked_hook", "foreign_random_numbers",
+    "function_of", "is_recording", "mapped", "module_of", "nodes_in",
 ]  # fmt: skip
 
 Value = Any
@@ -405,6 +405,26 @@ def foreign_random_numbers(site: "_LastSite", source: str) -> CaptureError:
     )
 
 
+def checked_hook(hook: Function, name: str) -> Function:
+    """Return a hook on gradients that raises where it returns nothing: a replay runs its operations alone, not it."""
+
+    def run(*gradients: Any) -> Any:
+        result = hook(*gradients)
+        if result is None:
+            raise CaptureError(
+                f"`compile` must be False where a hook on gradients returns nothing, got one at {name}: captured "
+                "steps repeat the operations by which a hook changes a gradient, and would not call it, such as to log "
+                "a norm. Let it return a gradient, read `.grad` in steps without `compile`, or leave the hook out"
+            )
+        return result
+
+    return run
+
+
+def _place(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+
+
 def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
@@ -475,7 +495,7 @@ class _ValueAccessGuard(TorchFunctionMode):
             frame = frame.f_back
         caller = _module(frame)
         if func is Tensor.register_hook:  # Pyro's hooks warn where a gradient is not finite
-            return None if caller == _WARNINGS else func(*args, **(kwargs or {}))
+            return None if caller == _WARNINGS else func(args[0], checked_hook(args[1], _place(frame)))
         if func is Tensor.nonzero:  # of a matrix of ones below the diagonal
             pairs = caller == _PAIRS
             return torch.tril_indices(len(args[0]), len(args[0]), -1).t() if pairs else func(*args, **(kwargs or {}))
@@ -491,7 +511,7 @@ class _ValueAccessGuard(TorchFunctionMode):
         if self.recorder.read([arg for arg in args if isinstance(arg, Tensor)]):
             with self.recorder.paused():
                 return func(*args, **(kwargs or {}))
-        where = f"({frame.f_code.co_filename}, line {frame.f_lineno}: {func.__name__})"
+        where = f"({_place(frame)}: {func.__name__})"
         raise _data_dependent(f"{self.site} reads the value of a tensor {where}")
 
 

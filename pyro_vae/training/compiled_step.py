@@ -20,6 +20,7 @@ from pyro_vae._utils.traces import log_density
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
 from pyro_vae.compilation.python_state import PythonState
+from pyro_vae.compilation.recorder import checked_hook
 from pyro_vae.training.state import discover_parameters
 from pyro_vae.training.step import BatchContext, Step, metrics_row
 
@@ -61,6 +62,7 @@ class CapturedStep(Step):
         self._may_have_new_parameters = True
         self._python: PythonState | None = None  # since the capture
         self._groups: list[_Group] = []  # of the optimizer, since the capture
+        self._hooks: list[int] = []  # on gradients, since the capture
         self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
         self._last: tuple[BatchContext, Sequence[Tensor]] | None = None
 
@@ -106,8 +108,9 @@ class CapturedStep(Step):
         if self._python is None:
             self._python = PythonState(*evaluator.read)
             self.snapshot = ModuleSnapshot(self.tensors.modules(), list(self.parameters))
-        with self.own_run():
+        with self.own_run(), self._checked_hooks():
             graphs = _StepGraphs(self, batch_context, inputs)
+        self._hooks = self._hook_numbers()
         self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
         return graphs
 
@@ -115,6 +118,37 @@ class CapturedStep(Step):
         check_no_outer_handlers()
         if torch.is_autocast_enabled(self._all_finite.device.type):
             raise ValueError("`compile` must be False inside of torch.autocast, got True. Leave one of them out")
+
+    def _hooks_on_gradients(self) -> Iterator[tuple[str, dict[int, Any]]]:
+        """The hooks of parameters and modules that a backward pass calls, with the names of their owners."""
+        for name, parameter in self.parameters.items():
+            yield f"parameter {name!r}", parameter._backward_hooks or {}
+        for module in self.tensors.modules():
+            for hooks in (module._backward_hooks, module._backward_pre_hooks):
+                yield f"a module {type(module).__name__}", hooks
+
+    def _hook_numbers(self) -> list[int]:
+        accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in self.parameters.values()]
+        return [key for _, hooks in self._hooks_on_gradients() for key in hooks] + accumulated
+
+    @contextmanager
+    def _checked_hooks(self) -> Iterator[None]:
+        """Raise in a block for hooks on gradients that a replay would not call."""
+        for name, parameter in self.parameters.items():
+            if parameter._post_accumulate_grad_hooks:
+                raise CaptureError(
+                    f"`compile` must be False where a hook runs after a gradient is accumulated, got one of parameter "
+                    f"{name!r}, which captured steps would not call. Leave one of them out"
+                )
+        kept = [(hooks, dict(hooks)) for _, hooks in self._hooks_on_gradients() if hooks]
+        for name, hooks in self._hooks_on_gradients():
+            for key, hook in hooks.items():
+                hooks[key] = checked_hook(hook, name)
+        try:
+            yield
+        finally:
+            for hooks, before in kept:
+                hooks.update(before)
 
     @contextmanager
     def own_run(self) -> Iterator[None]:
@@ -146,7 +180,7 @@ class CapturedStep(Step):
         if self._python is None:
             return super().refresh()
         self._check_contexts()
-        changed = self.snapshot is None or self.snapshot.has_changed()
+        changed = self.snapshot is None or self.snapshot.has_changed() or self._hooks != self._hook_numbers()
         settings = [group.has_changed() for group in self._groups]  # each one reads its rate
         if any(settings) or self._other_groups():
             for group in self._groups:
@@ -364,7 +398,7 @@ class _Sites:
     """The sites of guide and model in an evaluation of the ELBO, and the sum of each one's log-densities."""
 
     def __init__(self, step: Step, batch_context: BatchContext, inputs: Sequence[Tensor], compute: Callable[..., Any]):
-        with torch.no_grad(), batch_context(*inputs) as arguments:
+        with batch_context(*inputs) as arguments:  # with gradients, on which the program may register hooks
             loss = compute(*arguments)
         sites = list(step.evaluator.sites())
         self.descriptions = [
@@ -372,10 +406,10 @@ class _Sites:
             f"{tuple(site['fn'].batch_shape + site['fn'].event_shape)}"
             for owner, name, site in sites
         ]
-        log_probs = [log_density(site).sum(dtype=torch.float64) for _, _, site in sites]
+        log_probs = [log_density(site).detach().sum(dtype=torch.float64) for _, _, site in sites]
         device = log_probs[0].device if log_probs else None
         loss = torch.as_tensor(loss, dtype=torch.float64, device=device)
-        self.log_probs = torch.stack([*log_probs, loss])  # the loss last
+        self.log_probs = torch.stack([*log_probs, loss.detach()])  # the loss last
 
 
 def _class_name(distribution: Any) -> str:

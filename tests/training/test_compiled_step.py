@@ -465,3 +465,66 @@ def test_a_number_that_python_reads_is_a_constant_and_is_refused_when_it_keeps_c
     assert ours == pytest.approx(annealed_losses(lambda weight: min(weight, 0.7), weights, compile=False), rel=1e-10)
     with pytest.raises(CaptureError, match=r"Python reads a number among the arguments that changes.*got 6 different"):
         annealed_losses(lambda weight: min(weight, 0.7), [k / 20 for k in range(1, 20)], compile=True)
+
+
+def hooked_losses(register, compile, before=1):
+    """Train with a hook that is registered after some steps."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = gaussian().double()
+    svi = pv.SVI(vae.model, vae.guide, Adam({"lr": 0.1}), Trace_ELBO(), compile=compile)
+    found = []
+    for step in range(6):
+        if step == before:
+            register(vae)
+        found.append(svi.step(X.double()))
+    return found
+
+
+@UNCOMPILED
+@pytest.mark.parametrize("before", [1, 3], ids=["before the capture", "after it"])
+def test_hooks_that_change_gradients_are_captured(before):
+    def register(vae):
+        for parameter in vae.decoder.parameters():
+            parameter.register_hook(lambda gradient: torch.zeros_like(gradient))
+
+    ours = hooked_losses(register, True, before)
+    assert ours == pytest.approx(hooked_losses(register, False, before), rel=1e-10)
+    assert ours != pytest.approx(hooked_losses(lambda vae: None, True), rel=1e-4)
+
+
+def linear(module):
+    return next(part for part in module.modules() if isinstance(part, nn.Linear))
+
+
+HOOKS = {
+    "of a tensor": lambda vae, seen: next(vae.parameters()).register_hook(seen.append),
+    "after accumulation": lambda vae, seen: next(vae.parameters()).register_post_accumulate_grad_hook(seen.append),
+    "of a module": lambda vae, seen: linear(vae.decoder).register_full_backward_hook(lambda *of: seen.append(of)),
+}
+
+
+@UNCOMPILED
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("before", [1, 3], ids=["before the capture", "after it"])
+def test_hooks_that_a_replay_would_not_call_are_refused(name, before):
+    with pytest.raises(CaptureError, match=r"`compile` must be False where a hook .*got one (at|of) "):
+        hooked_losses(lambda vae: HOOKS[name](vae, []), True, before)
+
+
+@UNCOMPILED
+def test_a_hook_in_the_model_that_returns_nothing_is_refused():
+    norms = []
+
+    def model(x):
+        z = pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+        z.register_hook(lambda gradient: norms.append(gradient))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(0.0)), 1.0))
+
+    svi = pv.SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO(), compile=True)
+    svi.step(torch.tensor(1.0))
+    with pytest.raises(CaptureError, match=r"hook on gradients returns nothing, got one at .*test_compiled_step.py"):
+        svi.step(torch.tensor(1.0))
