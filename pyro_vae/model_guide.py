@@ -150,16 +150,11 @@ class ModelGuide:
         try:
             with poutine.block(), nullcontext() if seed is None else seeded(seed):
                 self.model_trace, self.guide_trace = traces or trace_pair(self.model, self.guide, self.data, bad_rows)
-            if own_subsamples():
-                with pyro.validation_enabled(False):
-                    self.model_trace.compute_log_prob()
         except RunError as failure:
             with preserve_rng_state():
                 self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
-        except ValueError as error:
-            self._explain(error, name)
-            raise
+        self._check_all_rows_given(name)
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)
         self.plate = self._find_plate(plate)
@@ -337,12 +332,7 @@ class ModelGuide:
 
     def _explain(self, error: Exception, name: str) -> None:
         """Raise the cause where it is known: data with NaN, or a latent with another shape than in the model."""
-        for plate, (size, count) in own_subsamples().items():
-            if count == self.num_data < size:
-                raise ValueError(
-                    f"`{name}` must have all {size} rows of the plate {plate!r}, which takes a subsample of its own: "
-                    f"what is reported is a number of all rows, got {count}"
-                ) from error
+        self._raise_missing_rows(name, error)
         observed, shapes = [], []
         with suppress(RunError), poutine.block(), UnsizedPlates() as plates:
             alone, _ = trace_pair(self.model, None, self.data)
@@ -364,6 +354,25 @@ class ModelGuide:
             if shapes[1].get(site, shape) != shape:
                 raise ValueError(
                     f"`guide` must draw {site!r} with the shape of the model's latent, {shape}, got {shapes[1][site]}"
+                ) from error
+
+    def _check_all_rows_given(self, name: str) -> None:
+        """Raise if the log-densities of the run need rows that the data do not have."""
+        if own_subsamples():
+            try:
+                with pyro.validation_enabled(False):
+                    self.model_trace.compute_log_prob()
+            except ValueError as error:
+                self._raise_missing_rows(name, error)
+                raise
+
+    def _raise_missing_rows(self, name: str, error: Exception) -> None:
+        """Raise if the data are some rows of a plate that takes a subsample of its own, and all of them are needed."""
+        for plate, (size, count) in own_subsamples().items():
+            if count == self.num_data < size:
+                raise ValueError(
+                    f"`{name}` must have all {size} rows of the plate {plate!r}, which takes a subsample of its own: "
+                    f"what is reported is a number of all rows, got {count}"
                 ) from error
 
     def _check_one_value_per_row(self) -> None:
