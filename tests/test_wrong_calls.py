@@ -99,11 +99,6 @@ def nonlinear_net(in_features, out_features):
     return nn.Sequential(NET(in_features, 3), nn.Tanh(), NET(3, out_features))
 
 
-def no_plate(x):
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("x", dist.Normal(z, 1.0).expand([6, 2]).to_event(2), obs=x)
-
-
 def grey_image(z):
     return z.sigmoid()[:, :1].expand(-1, 64)
 
@@ -541,8 +536,6 @@ PAIRS = {
         ValueError, "guide", "must draw the latents of the model, ['z'], got []"),
     "a refined guide that is none": Row(lambda w: pv.inference_gap(*w.pair, w.x, refined=3),
         TypeError, "refined", "must be a Pyro function, such as `vae.guide`, got an int"),
-    "a model without a plate": Row(lambda w: exact.log_evidence(no_plate, w.x),
-        ValueError, "model", "must have every site in one plate, 'data'...got site 'z' in the plates []"),
     "an unknown plate": data_plate(lambda w: pv.log_evidence(*w.pair, w.x, plate="rows")),
     "an unknown plate to calibrate on": data_plate(lambda w: pv.calibrate(*w.pair, w.x, plate="rows")),
     "an unknown plate to name dimensions by": data_plate(lambda w: tree(w, plate="rows")),

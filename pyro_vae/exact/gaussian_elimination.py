@@ -504,7 +504,7 @@ def gaussian_elimination(pair: ModelGuide) -> GaussianPosterior | None:
         density = again(1)
     except (NotAffineError, RuntimeError, TypeError):  # also code that needs the values of its tensors
         return None
-    if not density.total:
+    if not density.total or not pair.observed:
         return None
     pair.check_likelihood()
     _check_repeatable("model", density, pair.latents | pair.observed, again)
