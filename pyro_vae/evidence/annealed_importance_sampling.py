@@ -229,7 +229,7 @@ class _Path:
     def move(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
         """Move the chains with steps ``(N,)``; return their state, and the acceptance probabilities ``(C, N)``."""
         # Step sizes vary at random by a fifth, so that no trajectory is periodic.
-        sizes = (step * (0.8 + 0.4 * torch.rand_like(state.log_densities[0])))[..., None]
+        sizes = (step * (0.8 + 0.4 * torch.rand_like(state.log_densities[0])))[..., None].to(state.point.dtype)
         momentum = torch.randn_like(state.point)
         energy = state.log_density(beta) - momentum.square().sum(-1) / 2
         proposal = state

@@ -149,6 +149,27 @@ def test_diverging_trajectories_are_rejected(monkeypatch):
     assert scores(estimate, expected).abs().max() < SIGMAS
 
 
+def test_latents_keep_their_precision_next_to_a_sum_over_states():
+    """The sum over states is in float64, and a network of the user takes float32."""
+    decode = torch.nn.Linear(1, 3)
+
+    def mixed(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decode(z) + 2 * y[..., None], 0.7).to_event(1), obs=x)
+
+    def mixed_guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 0.8).to_event(1))
+
+    weight, loc = decode.weight.detach(), decode.bias.detach()
+    given = [dist.MultivariateNormal(loc + 2 * y, weight @ weight.T + 0.49 * torch.eye(3)).log_prob(X) for y in (0, 1)]
+    expected = torch.logaddexp(given[0] + math.log(0.7), given[1] + math.log(0.3))
+    estimate = pv.annealed_log_evidence(mixed, mixed_guide, X, num_chains=100, num_temperatures=20)
+    assert scores(estimate, expected).abs().max() < SIGMAS
+
+
 def test_progress_is_shown_on_request(capsys):
     arguments = {"num_chains": 2, "num_temperatures": 3}
     pv.annealed_log_evidence(*conjugate(0.5, 0.4), Y, **arguments)
