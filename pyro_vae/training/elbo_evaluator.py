@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -116,7 +117,8 @@ class ElboEvaluator:
             self._recorder = None
         elif self._recorder is not None:
             set_plate_sizes(*self._recorder.traces)
-        self.losses = loss if isinstance(loss, tuple) else (loss,)
+        losses = loss if isinstance(loss, tuple) else (loss,)
+        self.losses = tuple(map(detach_provenance, losses))  # TraceGraph_ELBO wraps tensors
         return self.losses[0]
 
     @contextmanager

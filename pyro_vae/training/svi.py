@@ -251,12 +251,18 @@ class SVI(infer.SVI):
         _load_states(optimizer, {parameter: states[parameter] for parameter in group})
         return optimizer
 
+    @torch.no_grad()
     def _clip_each(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip the gradient of each parameter by itself, by the ``clip_args`` of Pyro's optimizer."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and (clip := self.optim.grad_clip[parameter]) is not None:
-                    clip(parameter)
+                if (gradient := parameter.grad) is None:
+                    continue
+                bounds = self._parts[parameter].clip_args
+                if (norm := bounds.get("clip_norm")) is not None:
+                    gradient.mul_((norm / (gradient.norm() + 1e-6)).clamp(max=1.0))  # as torch.nn.utils computes it
+                if (value := bounds.get("clip_value")) is not None:
+                    gradient.clamp_(-value, value)
 
     def _follow_settings(self) -> None:
         """Give the optimizer the settings of single parameters that were changed since the last step."""
@@ -419,6 +425,7 @@ class ParameterOptimizer(torch.optim.Optimizer):
 
     Attributes:
         settings: of the parameter, in the form of a group of torch's optimizer.
+        clip_args: the bounds of its gradient, ``clip_norm`` and ``clip_value``.
     """
 
     def __init__(self, svi: SVI, parameter: Tensor):
@@ -427,6 +434,7 @@ class ParameterOptimizer(torch.optim.Optimizer):
         self._opt_called = True  # torch's schedulers warn where they come before the first step: this is in it
         constructor: Any = svi.optim.pt_optim_constructor
         self._given = dict(svi.optim._get_optim_args(parameter))
+        self.clip_args: dict[str, Any] = svi.optim._get_grad_clip_args(parameter)
         made = constructor([parameter], **self._given)
         self.defaults = made.defaults
         (self.settings,) = made.param_groups

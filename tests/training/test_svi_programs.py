@@ -302,7 +302,7 @@ LOSSES: dict[str, Any] = {
     "hand-written gradients": (local_pair, lambda: (hand_written, with_gradients)),
     "an ELBO of the user": (local_pair, OwnELBO),
 }
-FAST_LOSSES = {"ReweightedWakeSleep, sleep", "EnergyDistance", "hand-written"}
+FAST_LOSSES = {"ReweightedWakeSleep, sleep", "EnergyDistance", "TraceGraph_ELBO", "hand-written"}
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -376,7 +376,7 @@ OPTIMIZERS = {
         {"optimizer": ClippedAdam, "optim_args": {"lr": 0.05, "lrd": 0.95}, "gamma": 0.9}
     ),
 }
-FAST_OPTIMIZERS = {"ClippedAdam", "ExponentialLR"}
+FAST_OPTIMIZERS = {"ClippedAdam", "ExponentialLR", "clip_norm and clip_value"}
 
 
 @pytest.mark.usefixtures("uncompiled")
