@@ -28,7 +28,7 @@ from pyro_vae._utils.traces import data_plate_size, set_plate_sizes
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe
 
-__all__ = ["Arguments", "Bound", "LatentsOf", "Program", "any_arguments", "bind", "unbound"]
+__all__ = ["Arguments", "Bound", "LatentsOf", "Program", "any_arguments", "bind", "new_arguments", "unbound"]
 
 _Entry = TypeVar("_Entry", bound=Callable[..., Any])
 
@@ -156,9 +156,7 @@ def bind(
     """
     if isinstance(poutine.unwrap(guide), Messenger):
         guide = LatentsOf(guide)
-    args, kwargs, given = _positional_and_keywords(data, name)
-    if not given and (listed := _list_of(data)) is not None and not _takes(model, args) and _takes(model, [listed]):
-        args, given = (listed,), True
+    args, kwargs, given = _given(data, name, model)
     if not given and _are_rows(args):
         return Program(model, guide, list(args) if _is_wrapped(data) else data)
     converted = [_as_tensors(value, name, model, keep_integers) for value in args]
@@ -176,6 +174,18 @@ def bind(
     tensors = data_tensors(found, name, model, keep_integers=keep_integers, lazy=True)
     bound = Bound(model, form, leaves, rows)
     return Program(bound, None if guide is None else Bound(guide, form, leaves, rows), tensors)
+
+
+def new_arguments(data: Data, name: str, model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional arguments and keywords from arguments in any form, with arrays and frames as tensors.
+
+    >>> new_arguments((np.array([1.0, 2.0]), None), "predictions", lambda x, y: None)
+    ((tensor([1., 2.]), None), {})
+    """
+    args, kwargs, _ = _given(data, name, model)
+    converted = [value for one in args for value in _as_tensors(one, name, model, False)]
+    leaves, form = tree_flatten((tuple(converted), kwargs))
+    return tree_unflatten([_as_tensor(leaf, name, model, False) for leaf in leaves], form)
 
 
 def any_arguments(entry: _Entry) -> _Entry:
@@ -221,6 +231,14 @@ def _positional_and_keywords(data: Data, name: str) -> tuple[tuple[Any, ...], di
     if any(isinstance(item, Arguments) for item in items):
         raise TypeError(f"`{name}` must be one Arguments(...), with all arguments in it, got others next to it")
     return items, {}, False
+
+
+def _given(data: Data, name: str, model: Any) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The arguments as above; a list is one argument of a model that takes one and not its items."""
+    args, kwargs, given = _positional_and_keywords(data, name)
+    if not given and (listed := _list_of(data)) is not None and not _takes(model, args) and _takes(model, [listed]):
+        return (listed,), {}, True
+    return args, kwargs, given
 
 
 def _list_of(data: Data) -> list[Any] | None:

@@ -119,13 +119,14 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "num_samples": 5, "num_simulations": 10, "max_refined": 2}),
     "reference": (pv.reference, lambda w: {
         "model": w.vae.model, "data": w.x[:2], "draws": 1, "chains": 1, "warmup": 1, "seed": 0, "plate": "data",
-        "dims": None, "coords": None}),
+        "dims": None, "coords": None, "local_draws": 5, "processes": 1}),
     "to_datatree": (pv.to_datatree, lambda w: pair(w) | {
         "draws": 2, "seed": 0, "plate": "data", "dims": None, "coords": None, "history": None, "constant_data": None,
-        "parallel": False, "max_bytes": 10**9}),
+        "parallel": False, "max_bytes": 10**9, "local_draws": 5, "predictions": None}),
     "save_draws": (pv.save_draws, lambda w: pair(w) | {
         "path": w.folder / "d.nc", "draws": 2, "seed": 0, "plate": "data", "dims": None, "coords": None,
-        "history": None, "constant_data": None, "parallel": False, "chunk": 1, "progress": None}),
+        "history": None, "constant_data": None, "parallel": False, "chunk": 1, "progress": None,
+        "local_draws": 5, "predictions": None}),
     "to_arviz": (pv.to_arviz, lambda w: {"tree": xr.DataTree()}),
     "exact.log_evidence": (exact.log_evidence, lambda w: {
         "model": w.vae.model, "data": w.x, "plate": "data", "tolerance": 1e-4, "progress": None}),

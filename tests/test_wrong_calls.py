@@ -722,6 +722,9 @@ TRAINING = {
 
 EXPORTS = {
     "no draws": positive_int(lambda w: pv.to_datatree(*w.pair, w.x, draws=0), "draws", 0),
+    "no draws of local latents": positive_int(
+        lambda w: pv.to_datatree(*w.pair, w.x, draws=2, local_draws=0), "local_draws", 0),
+    "no process for a chain": positive_int(lambda w: pv.reference(w.vae.model, w.x, processes=0), "processes", 0),
     "more draws than the memory holds": Row(lambda w: pv.to_datatree(*w.pair, w.x, draws=10**9),
         ValueError, "draws", "must take at most 4294967296 bytes...got 1000000000 draws of z, x from posterior"),
     "a word for a truth value": boolean(lambda w: tree(w, parallel="no"), "parallel", "no"),

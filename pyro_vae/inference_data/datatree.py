@@ -49,6 +49,7 @@ def to_datatree(
     constant_data: Mapping[str, Any] | None = None,
     parallel: bool = False,
     local_draws: int = 100,
+    predictions: Data | None = None,
     max_bytes: int = _MAX_BYTES,
 ) -> "xr.DataTree":
     r"""Draw latents and data from a model and guide, with names for all variables and dimensions.
@@ -65,6 +66,9 @@ def to_datatree(
     * ``log_likelihood``, for ``az.loo`` and ``az.compare``: log p(x_i | θ) of each observation at the latents θ that
       observations share, see below.
     * ``prior``; ``posterior_predictive`` and ``prior_predictive``: newly drawn data, not the observed ones.
+    * ``predictions``: observed and deterministic sites at the new arguments ``predictions``, which are the group
+      ``predictions_constant_data``. Latents outside of the data plate have the values of the draw; those of the data
+      plate belong to new data and are drawn from their prior given the others.
     * ``observed_data`` and ``constant_data``: the data, and the argument; ``training``: the history, along ``epoch``.
     * ``guide``: the parameters of each q(z | x), such as ``z_loc`` and ``z_scale``, without draws. Latents whose
       parameters depend on the draw of another latent have none.
@@ -121,6 +125,9 @@ def to_datatree(
             ``log_likelihood`` is the mean; at most 10 for a model that ``torch.vmap`` does not take.
         max_bytes: largest size of the draws in memory.
 
+        predictions: new arguments of the model, in the form of ``data``, such as ``(new_x, None)`` for
+            ``model(x, y=None)``, or :class:`pyro_vae.Arguments`; for the group ``predictions``.
+
     Raises:
         TypeError, ValueError: if the draws would take more than ``max_bytes``, or arguments do not fit each other.
 
@@ -140,7 +147,9 @@ def to_datatree(
     2
     """
     positive_int(max_bytes, "max_bytes")
-    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws)
+    settings = ExportSettings(
+        draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws, predictions
+    )
     sampler = JointSampler(model, guide, data, settings)
     if sampler.nbytes > max_bytes:
         sites = ", ".join(sampler.latents | sampler.deterministic | sampler.observed)
@@ -180,6 +189,7 @@ def save_draws(
     constant_data: Mapping[str, Any] | None = None,
     parallel: bool = False,
     local_draws: int = 100,
+    predictions: Data | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
 ) -> Path:
@@ -194,8 +204,9 @@ def save_draws(
 
     Args:
         path: path of the file, which is also returned; an existing file is replaced.
-        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws: see
-            :func:`to_datatree`.
+        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws,
+        predictions:
+            see :func:`to_datatree`.
         chunk: number of draws in a chunk; by default as many as take about 64 MiB.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
@@ -218,7 +229,9 @@ def save_draws(
     if chunk is not None:
         positive_int(chunk, "chunk")
     path = new_path(path)
-    settings = ExportSettings(draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws)
+    settings = ExportSettings(
+        draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws, predictions
+    )
     sampler = JointSampler(model, guide, data, settings)
     check_space(path, sampler.nbytes)
     layout, largest = GroupLayout(sampler), _LargestWeights(sampler)

@@ -22,7 +22,7 @@ __all__ = ["GroupLayout", "attributes", "observation_dims", "observed_values", "
 
 _GROUPS = (
     *("posterior", "sample_stats", "log_likelihood", "prior", "posterior_predictive", "prior_predictive"),
-    *("observed_data", "constant_data", "guide", "training"),
+    *("predictions", "predictions_constant_data", "observed_data", "constant_data", "guide", "training"),
 )
 
 
@@ -43,8 +43,11 @@ class GroupLayout:
         self.dims = {
             group: {name: of_statistics if group == "sample_stats" else names.dims[name] for name in variables}
             for group, variables in sampler.variables.items()
-            if group != "log_likelihood"
+            if group not in ("log_likelihood", "predictions")
         }
+        self._new_names = sampler.predictor.names(settings, names) if sampler.predictor else names
+        if sampler.predictor:
+            self.dims["predictions"] = {name: self._new_names.dims[name] for name in sampler.variables["predictions"]}
         if parts := sampler.likelihood.parts:
             self.dims["log_likelihood"] = {part.name: observation_dims(names, part) for part in parts}
         if sampler.why_no_likelihood:
@@ -57,6 +60,8 @@ class GroupLayout:
             "guide": names.guide(parametric),
             "training": names.training(settings.history),
         }
+        if sampler.predictor:
+            self._static["predictions_constant_data"] = sampler.predictor.constants(self._new_names)
 
     def named(self, values: Groups) -> Groups:
         """Return values by the names of their variables."""
@@ -88,7 +93,8 @@ class GroupLayout:
                 arrays[self.variables.get(name, name)] = (dimensions, values, self.attrs(group, name))
             if group == "sample_stats" and khat is not None:
                 arrays["khat"] = (variables["log_weight"], khat)
-            groups[group] = xr.Dataset(arrays, coords=self._names.coordinates(dims))
+            names = self._new_names if group == "predictions" else self._names
+            groups[group] = xr.Dataset(arrays, coords=names.coordinates(dims))
             if group == "log_likelihood":
                 groups[group].attrs = dict(attrs or {})
         return tree_of({name: groups[name] for name in _GROUPS if name in groups}, self._attrs)

@@ -138,7 +138,7 @@ def reference(
             own = {"local_draws": likelihood.repeats, "standard_error": likelihood.largest_error}
             groups["log_likelihood"].attrs = own
     else:
-        attrs["log_likelihood"] = likelihood.why_not
+        attrs["why_no_log_likelihood"] = likelihood.why_not
     groups["observed_data"] = names.dataset(observed_values(pair.observed))
     return tree_of(groups, attrs)
 

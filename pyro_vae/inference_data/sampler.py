@@ -22,6 +22,7 @@ from pyro_vae.handlers import ResampleObserved
 from pyro_vae.inference_data.dims import parameters
 from pyro_vae.inference_data.layouts import SiteLayout
 from pyro_vae.inference_data.likelihood import PointwiseLikelihood
+from pyro_vae.inference_data.predictions import Predictor
 from pyro_vae.inference_data.settings import ExportSettings, as_array
 from pyro_vae.model_guide import ModelGuide, check_same_latents
 
@@ -59,6 +60,7 @@ class JointSampler:
         units: the plates that all sites share, in whose cells log-densities have values of their own.
         statistics: names of the log-densities that exist.
         variables: what is drawn, by group and name.
+        predictor: at new arguments, if there are any.
         likelihood: of each observation at the latents that observations share.
         why_no_likelihood: why it is left out; empty if it is not.
         log_weights: of the draws of these latents so far, p(x, θ) / q(θ).
@@ -82,6 +84,8 @@ class JointSampler:
             self.units = pair.units
             self.dtype = next((log_density(site).dtype for _, _, site in pair.sites), torch.get_default_dtype())
             self.statistics = self._find_statistics()
+            new = settings.predictions
+            self.predictor = None if new is None else Predictor(pair, new, settings.seed)
             self.likelihood = PointwiseLikelihood(pair, settings.local_draws)
             self.why_no_likelihood = self._why_no_likelihood()
             self._weighs_shared = self._has_density_of_shared()
@@ -189,6 +193,7 @@ class JointSampler:
             "prior": self._values(prior, in_prior),
             "posterior_predictive": self._values(new_data, self.observed),
             "prior_predictive": self._values(prior, self.observed),
+            "predictions": self.predictor.draw({**q.nodes, **p.nodes}) if self.predictor else {},
             _SHARED: self._shared_values(q, p) if self.likelihood.shared else {},
         }
 

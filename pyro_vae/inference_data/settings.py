@@ -31,10 +31,12 @@ class ExportSettings:
         constant_data: Mapping[str, Any] | None = None,
         parallel: bool = False,
         local_draws: int = 100,
+        predictions: Any = None,
     ):
         epochs = {} if history is None else as_history(history)
         self.draws = positive_int(draws, "draws")
         self.local_draws = positive_int(local_draws, "local_draws")
+        self.predictions = predictions
         self.seed, self.plate, self.parallel = seed, plate, boolean(parallel, "parallel")
         self.dims: Mapping[str, Sequence[str]] = mapping(dims, "dims", "{'x': ['height', 'width']}")
         self.coords = mapping(coords, "coords", "{'obs': names}")
