@@ -41,8 +41,11 @@ _EARLY = {
 """Views that cost nothing: of inputs, they are made before all else."""
 _COUNTED = {_aten.select.int: (2,), _aten.slice.Tensor: (2, 3), _aten.select_backward.default: (3,)}
 """Operations with arguments that count copies, and the places of these."""
+_SUMS = {_aten.add.Tensor: torch.add, _aten.sub.Tensor: torch.sub}
 _LINEAR_VIEWS = {_aten.t.default, _aten.transpose.int, _aten.view.default, _aten.permute.default}
 _LEAST = 4  # copies that are taken together
+_BODY, _MOST_TOGETHER = 48, 8
+"""Up to how many operations, and copies of a loop's body, are compiled together: a call takes the time of some."""
 _MOST_PERIODS = 12  # that are tried at a place
 
 
@@ -298,9 +301,11 @@ class Region:
         )
 
     def is_regular(self) -> bool:
-        """Whether each dependence between operations that depend on each other has the same distance in all copies."""
+        """Whether operations that depend on each other have the same distances and arguments in all copies."""
         return not any(
-            self.link(seq, group) == (-1, 0) for group in self.components for j in group for seq in self.slots[j]
+            any(self.link(seq, group) == (-1, 0) for seq in self.slots[j]) or (len(group) > 1 and _is_counted(self, j))
+            for group in self.components
+            for j in group
         )
 
 
@@ -507,23 +512,25 @@ class Program:
             if part is not None:
                 self._schedule_region(part, sums[part])
 
-    def _sums(self, region: Region) -> dict[int, tuple[Node, Callable[[Values], Tensor]]]:
-        """Find the operations that add up a value of each copy; return the start of each sum, and its terms' sum."""
+    def _sums(self, region: Region) -> dict[int, tuple[Function, Node, Callable[[Values], Tensor]]]:
+        """Find operations that add up, or subtract, a value of each copy; return sign, start and the sum of terms."""
         found = {}
         for group in region.components:
             j = group[0]
             first, final = region.nodes[j][0], region.nodes[j][-1]
-            if len(group) > 1 or first.target is not _aten.add.Tensor or first.kwargs or len(region.slots[j]) != 2:
+            if len(group) > 1 or first.target not in _SUMS or first.kwargs or len(region.slots[j]) != 2:
                 continue
             links = [region.link(seq, group) for seq in region.slots[j]]
             if sorted(map(str, links)) != sorted([str((j, 1)), "None"]):
                 continue
             carry = links.index((j, 1))
+            if first.target is _aten.sub.Tensor and carry == 1:  # signs alternate
+                continue
             terms, start = region.slots[j][1 - carry], region.slots[j][carry][0]
             copies = region.nodes[j]
             alone = all(self.users[one] == {two} and one not in self.kept for one, two in pairwise(copies))
             if alone and all(one.form == final.form for one in (*terms, start)):
-                found[j] = (start, self._sum_of(terms))
+                found[j] = (_SUMS[first.target], start, self._sum_of(terms))
         return found
 
     def _sum_of(self, terms: Sequence[Node]) -> Callable[[Values], Tensor]:
@@ -592,8 +599,8 @@ class Program:
                 else:
                     self.steps.append(Loop(self, region, group, counted))
             done.update(together)
-        for j, (start, terms) in sums.items():
-            self.steps.append(partial(_add_up, region.nodes[j][-1], start, terms))
+        for j, (combine, start, terms) in sums.items():
+            self.steps.append(partial(_add_up, region.nodes[j][-1], combine, start, terms))
 
     def _is_ready(self, region: Region, group: Sequence[int], done: set[int], together: Sequence[int]) -> bool:
         """Whether what operations read is done, or stands in the same copy of operations that run with them."""
@@ -610,8 +617,8 @@ class Program:
         return True
 
 
-def _add_up(result: Node, start: Node, terms: Callable[[Values], Tensor], values: Values) -> None:
-    values.single[result] = values[start] + terms(values)
+def _add_up(result: Node, combine: Function, start: Node, terms: Callable[[Values], Tensor], values: Values) -> None:
+    values.single[result] = combine(values[start], terms(values))
 
 
 class Singles:
@@ -680,7 +687,7 @@ class Body:
                 for i, node in enumerate(region.nodes[j])
             )
         ]  # fmt: skip
-        parameters = [*self.links.values(), *self.streams.values()]
+        parameters = [*(self.links[link] for link in self.starts), *self.streams.values()]
         self.run = function_of(parameters, self.nodes, [made[j] for j in self.results])
 
 
@@ -726,29 +733,47 @@ class Loop:
         self._run: Function | None = None
         self._plain = len(group) == 1
         self._own = set(region.nodes[group[0]])
+        longest = max((distance for _, distance in self.body.starts), default=1)
+        self._chunk = max(longest, min(_MOST_TOGETHER, _BODY // len(group)))  # copies that are compiled together
 
     def __call__(self, values: Values) -> None:
         """Compute the values of all copies, one after the other."""
-        body, count = self.body, self.region.count
         if self._plain:
             self._run_single(values)
             return
-        streams = [
-            [values[one.nodes[0]]] * count if one.is_fixed else list(one.stacked(values).contiguous().unbind(0))
-            for one in body.streams
-        ]
-        starts = {link: [values[node].contiguous() for node in nodes] for link, nodes in body.starts.items()}
-        done: dict[int, list[Tensor]] = {j: [] for j in body.results}
-        links = list(body.links)
-        for copy in range(count):
-            before = [starts[j, d][copy] if copy < d else done[j][copy - d] for j, d in links]
-            tensors = [*before, *[rows[copy] for rows in streams]]
+        body, size = self.body, self._chunk
+        streams = [values[one.nodes[0]] if one.is_fixed else one.stacked(values).contiguous() for one in body.streams]
+        states = [values[node].contiguous() for nodes in body.starts.values() for node in nodes]
+        parts: list[list[Tensor]] = []
+        for begin in range(0, self.region.count, size):
+            copies = min(size, self.region.count - begin)
+            rows = [
+                stream if one.is_fixed else stream[begin : begin + copies]
+                for stream, one in zip(streams, body.streams, strict=True)
+            ]
+            if copies < size:
+                parts.append(self._several(copies, [*states, *rows]))
+                break
             if self._run is None:
-                self._run = self.program.compile(_contiguous(body), tensors, True)
-            for rows, result in zip(done.values(), self._run(*tensors), strict=True):
-                rows.append(result)
-        for j, rows in done.items():
-            values.rows[self.region, j] = rows
+                self._run = self.program.compile(partial(_in_turn, self._several, size), [*states, *rows], True)
+            parts.append(self._run(*states, *rows))
+            done = dict(zip(body.results, parts[-1], strict=True))
+            states = [done[j][row] for j, distance in body.starts for row in range(size - distance, size)]
+        for j, *stacks in zip(body.results, *parts, strict=True):
+            values.stacks[self.region, j] = torch.cat(stacks)
+
+    def _several(self, copies: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Run some copies, from results of earlier ones and rows of the streams; return the results, stacked."""
+        given = iter(tensors)
+        before = {link: [next(given) for _ in nodes] for link, nodes in self.body.starts.items()}
+        streams = [[next(given)] * copies if one.is_fixed else next(given).unbind(0) for one in self.body.streams]
+        done: dict[int, list[Tensor]] = {j: [] for j in self.body.results}
+        for copy in range(copies):
+            links = [(before[j, d] + done[j])[copy] for j, d in self.body.starts]
+            found = self.body.run(*links, *[rows[copy] for rows in streams])
+            for results, result in zip(done.values(), found, strict=True):
+                results.append(result)
+        return [torch.stack(results) for results in done.values()]
 
     def _run_single(self, values: Values) -> None:
         (j,) = self.group
@@ -768,8 +793,8 @@ def _renamed_values(node: Node, own: dict[Node, Tensor], values: Values) -> tupl
     return mapped(node.args, value), {name: mapped(one, value) for name, one in node.kwargs.items()}
 
 
-def _contiguous(body: Body) -> Function:
-    return lambda *tensors: [result.contiguous() for result in body.run(*tensors)]
+def _in_turn(several: Function, copies: int, *tensors: Tensor) -> list[Tensor]:
+    return several(copies, tensors)
 
 
 class Counted:
