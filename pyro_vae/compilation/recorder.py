@@ -198,10 +198,14 @@ class Recorder(torch_private.TorchDispatchMode):
         finally:
             self._paused = before
 
-    def read(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the values of tensors may be read: they are computed from integers and truth values from outside."""
+    def read(self, tensors: Sequence[Tensor], as_size: bool = False) -> bool:
+        """Whether the values of tensors may be read: they are computed from integers and truth values from outside.
+
+        With ``as_size``, they may be computed from floats among the inputs: ``int(counts.sum())``.
+        """
         nodes = [node for tensor in tensors if (node := self._known.get(id(tensor))) is not None]
-        if len(nodes) < len(tensors) or not all(map(_is_settled, ancestors(nodes))):
+        floats = self.inputs[: len(self._alive)] if as_size else []
+        if len(nodes) < len(tensors) or not all(node in floats or _is_settled(node) for node in ancestors(nodes)):
             return False
         with self.paused():
             self.reads += [(node, tensor.detach().clone()) for node, tensor in zip(nodes, tensors, strict=True)]
@@ -227,9 +231,12 @@ class Recorder(torch_private.TorchDispatchMode):
             return replaced
         if func is _aten.lift_fresh.default:  # a tensor of numbers in the code, whose copy may be changed in place
             func = _aten.lift_fresh_copy.default
-        if torch.Tag.dynamic_output_shape in func.tags and not self._has_known_shape(func, args):
-            operation = func.__name__.partition(".")[0]
-            raise _data_dependent(f"{self.site} makes a tensor whose shape depends on values ({operation})")
+        if torch.Tag.dynamic_output_shape in func.tags and not _indexes_by_numbers(func, args):
+            operation, args = func.__name__.partition(".")[0], self._with_places(func, args)
+            if args is None:
+                raise _data_dependent(f"{self.site} makes a tensor whose shape depends on values ({operation})")
+            if func is _aten.nonzero.default:
+                return func(*args)  # the same in each replay, and so a constant
         if kwargs.get("generator") is not None:
             raise foreign_random_numbers(self.site, "a torch.Generator of its own")
         arguments, keywords = self._mapped(args), {name: self._mapped(value) for name, value in kwargs.items()}
@@ -248,12 +255,15 @@ class Recorder(torch_private.TorchDispatchMode):
                     self._track(tensor, self._made(operator.getitem, [node, place]), fresh)
         return result
 
-    def _has_known_shape(self, func: Any, args: Any) -> bool:
-        """Whether an operation is ``x[rows]``, or ``x[mask]`` and ``mask.nonzero()`` with a mask that may be read."""
-        if _indexes_by_numbers(func, args):
-            return True
-        indices = args[1] if func is _aten.index.Tensor else args[:1]
-        return func in _BY_MASK and self.read([index for index in indices if index is not None])
+    def _with_places(self, func: Any, args: Any) -> Any:
+        """Return arguments with the numbers of the true places in the place of masks, if these may be read."""
+        masks = list(filter(_is_mask, args[1])) if func is _aten.index.Tensor else [args[0]]
+        if func not in _BY_MASK or not self.read(masks):
+            return None
+        if func is _aten.nonzero.default:
+            return args
+        places = [one.nonzero(as_tuple=True) if _is_mask(one) else (one,) for one in args[1]]
+        return args[0], [each for of_one in places for each in of_one]
 
     def _replaced(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record other operations in the place of one that has a replacement, or is made of others."""
@@ -367,7 +377,11 @@ def _indexes_by_numbers(func: Any, args: Any) -> bool:
     """Whether an operation is ``x[rows]``, whose shape is known, and not ``x[x > 0]``."""
     if func is not _aten.index.Tensor:
         return False
-    return not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not any(map(_is_mask, args[1]))
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -508,7 +522,7 @@ class _ValueAccessGuard(TorchFunctionMode):
         if caller.startswith(_CHECKS) or (func is Tensor.__bool__ and caller in _MOMENTUM):
             with self.recorder.paused():
                 return func(*args, **(kwargs or {}))
-        if self.recorder.read([arg for arg in args if isinstance(arg, Tensor)]):
+        if self.recorder.read([arg for arg in args if isinstance(arg, Tensor)], func is Tensor.__int__):
             with self.recorder.paused():
                 return func(*args, **(kwargs or {}))
         where = f"({_place(frame)}: {func.__name__})"

@@ -73,7 +73,6 @@ DATA_DEPENDENT = {
     "an assertion": lambda x: [x] if (x < 2).all() else None,
     "a number": lambda x: [x * x.sum().item()],
     "a float": lambda x: [x * float(x.sum())],
-    "an integer": lambda x: [x[: int(x.sum() + 3)]],
     "a list": lambda x: [x * x.tolist()[0]],
     "an array": lambda x: [x * torch.as_tensor(x.numpy())],
     "a comparison": lambda x: [x if torch.equal(x, x.flip(0)) else -x],
@@ -228,7 +227,8 @@ def test_integers_from_outside_may_be_read_and_the_graph_knows_for_which_it_hold
     def padded(x, lengths):
         assert lengths.max() <= x.shape[1]
         sums = [x[row, : lengths[row]].sum() for row in range(len(x))]
-        return [torch.stack(sums), x[lengths > 1], x[:, : int(lengths.max())] * lengths.float().mean()]
+        parts = [x[lengths > 1], x[(lengths > 1).nonzero()[:, 0]], x[lengths[:, None] > torch.arange(4)]]
+        return [torch.stack(sums), *parts, x[:, : int(lengths.max())] * lengths.float().mean()]
 
     x = torch.randn(3, 4)
     graph = Graph(padded, [x, lengths])
@@ -242,7 +242,7 @@ def test_integers_from_outside_may_be_read_and_the_graph_knows_for_which_it_hold
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, n: [x * int((n * x).sum())],  # computed from data
+        lambda x, n: [x * (n * x).sum().item()],  # computed from data
         lambda x, n: [x * int(torch.randint(5, ()))],  # random
         lambda x, n: [x * int(n.clone().add_(1).sum())],  # changed in place
     ],
@@ -250,6 +250,13 @@ def test_integers_from_outside_may_be_read_and_the_graph_knows_for_which_it_hold
 def test_other_values_are_not_read(function):
     with pytest.raises(CaptureError, match="reads the value of a tensor"):
         Graph(function, [torch.ones(3), torch.arange(3)])
+
+
+def test_counts_that_are_floats_may_be_read_as_sizes():
+    counts = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
+    graph = Graph(lambda counts: [counts / int(counts.sum(-1).max())], [counts])
+    assert graph.holds(counts.flip(1))
+    assert not graph.holds(counts + 1)
 
 
 @pytest.mark.usefixtures("uncompiled")
