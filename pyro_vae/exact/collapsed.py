@@ -18,7 +18,7 @@ Source: Bernardo and Smith 1994, "Bayesian Theory", section 5.2 and appendix A.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -36,7 +36,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae.compilation.affine_tensor import AffineTensor, NotAffineError, affine_form, affine_variables
-from pyro_vae.distributions.properties import is_point, without_independent
+from pyro_vae.distributions.properties import is_masked, is_point, without_independent
 from pyro_vae.draws import PerDraw, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.gaussian_elimination import counted_entries, normal_inside, standardised
@@ -75,11 +75,10 @@ class _Variables(Messenger):
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A data site whose parameter is a conjugate latent: ``factor`` times its entries at ``index``."""
+    """A data site whose parameter is a conjugate latent: its entries at ``index``, times constants."""
 
     latent: str
     index: Tensor  # of the batch of the data, into the flattened batch of the latent
-    factor: Tensor
 
 
 _FAMILIES: dict[type, dict[type, str]] = {
@@ -103,7 +102,7 @@ class _Structure:
         NotAffineError: if it is not proved.
     """
 
-    def __init__(self, pair: ModelGuide, given: Sequence[str]):
+    def __init__(self, pair: ModelGuide, given: Sequence[str], at: Mapping[str, Tensor] | None = None):
         self.given = list(given)
         latents = {name: site for name, site in pair.latents.items() if name not in given and not is_point(site["fn"])}
         self.conjugate = [name for name, site in latents.items() if _family(site["fn"])]
@@ -111,7 +110,7 @@ class _Structure:
         spans: dict[str, tuple[int, int]] = {}
         total = 0
         for name, site in latents.items():
-            if site["mask"] is not None:
+            if site["mask"] is not None or is_masked(site["fn"]):
                 raise NotAffineError("a masked latent has no conjugate distribution")
             shape = site["value"].shape
             count = shape.numel()
@@ -119,8 +118,8 @@ class _Structure:
                 count = count // shape[-1] * (shape[-1] - 1)
             spans[name] = total, total + count
             total += count
-        values = {name: pair.latents[name]["value"] for name in given}
-        run = poutine.condition(pair.model, data=values)
+        values = at or {name: pair.latents[name]["value"] for name in given}
+        run = poutine.condition(pair.model, data=dict(values))
         with poutine.block(), torch.no_grad(), seeded(1), pyro.validation_enabled(False), _Variables(spans, total):
             trace = poutine.trace(run).get_trace(*pair.data)
         self._spans, self._total = spans, total
@@ -133,6 +132,13 @@ class _Structure:
                 _constant(site["fn"].log_prob(pair.latents[name]["value"]))
             elif not is_point(site["fn"]):
                 self._sort(name, site, sites)
+
+    def same_as(self, other: "_Structure") -> bool:
+        """Whether another structure has the same roles of all sites."""
+        ours, theirs = ((each.gaussian, each.constant, list(each.parameters)) for each in (self, other))
+        pairs = zip(self.parameters.values(), other.parameters.values(), strict=False)
+        same = all(one.latent == two.latent and torch.equal(one.index, two.index) for one, two in pairs)
+        return ours == theirs and same
 
     def _sort(self, name: str, site: dict[str, Any], sites: Sites) -> None:
         if _is_constant(site):
@@ -190,8 +196,7 @@ class _Structure:
         if (sparse.diags_array(scale) @ rows.matrix - form.matrix).count_nonzero():
             return None
         batch = shape[:-1] if family is dist.Dirichlet else shape
-        index, factors = torch.from_numpy(place).reshape(batch), torch.from_numpy(factor).reshape(batch)
-        return _Parameter(name, index, factors)
+        return _Parameter(name, torch.from_numpy(place).reshape(batch))
 
 
 def _is_constant(site: dict[str, Any]) -> bool:
@@ -222,9 +227,9 @@ class Collapsed:
     def __init__(self, pair: ModelGuide, structure: _Structure):
         self.p, self.given, self._structure = ModelDensity(pair, by_rows=False), structure.given, structure
         self.num_data = self.p.num_data
-        sites = pair.latents
-        if self.p.latents.keys() != sites.keys():
+        if self.p.latents.keys() != pair.latents.keys():
             raise NotAffineError("a latent that is summed out has no place here")
+        sites = {name: site for name, site in pair.latents.items() if not is_point(site["fn"])}
         self._values = {name: self.p.layouts[name].to_cells(site["value"][None]) for name, site in sites.items()}
         self._sizes = {name: self._values[name][0, 0].numel() for name in structure.normal}
         self.num_normal = sum(self._sizes.values())
@@ -396,7 +401,7 @@ def _conjugate_terms(structure: _Structure, sites: Sites) -> list[Tensor]:
     """The log-densities of data with their conjugate latents integrated out: a term for each latent and data site."""
     terms = []
     for name, parameter in structure.parameters.items():
-        _, coefficient = _statistics(sites[name], parameter)
+        _, coefficient = _statistics(sites[name], sites[parameter.latent], parameter)
         terms.append(_summed_events(coefficient, sites[name]["fn"]))
     for name, posterior in _conjugate_posteriors(structure, sites).items():
         base = without_independent(sites[name]["fn"])
@@ -410,9 +415,10 @@ def _conjugate_posteriors(structure: _Structure, sites: Sites) -> dict[str, list
     """The parameters of the posterior of each conjugate latent, in float64."""
     found = {name: _natural(without_independent(sites[name]["fn"])) for name in structure.conjugate}
     for name, parameter in structure.parameters.items():
-        counts, _ = _statistics(sites[name], parameter)
+        counts, coefficient = _statistics(sites[name], sites[parameter.latent], parameter)
         width = without_independent(sites[parameter.latent]["fn"]).event_shape
-        shape, index = parameter.index.shape, parameter.index.reshape(-1)
+        shape = torch.broadcast_shapes(parameter.index.shape, coefficient.shape)
+        index = parameter.index.expand(shape).reshape(-1)
         for place, (prior, count) in enumerate(zip(found[parameter.latent], counts, strict=True)):
             flat = count.expand(*shape, *width).reshape(-1, *width)
             total = flat.new_zeros(prior.numel() // width.numel(), *width).index_add(0, index.to(flat.device), flat)
@@ -426,11 +432,14 @@ def _natural(base: Any) -> list[Tensor]:
     return [getattr(base, each).double().expand(shape) for each in _NATURAL[type(base)]]
 
 
-def _statistics(site: dict[str, Any], parameter: _Parameter) -> tuple[list[Tensor], Tensor]:
+def _statistics(site: dict[str, Any], latent: dict[str, Any], parameter: _Parameter) -> tuple[list[Tensor], Tensor]:
     """What a data site adds to the parameters of its latent, and the part of its log-density without the latent."""
     fn = site["fn"]
-    base, value = without_independent(fn), site["value"].double()
-    counts, coefficient = _STATISTICS[type(base)](base, value, parameter.factor.to(value.device))
+    base, value, factor = without_independent(fn), site["value"].double(), torch.ones((), dtype=torch.float64)
+    if isinstance(without_independent(latent["fn"]), dist.Gamma):  # a constant may depend on theta
+        entries = latent["value"].double().reshape(-1)[parameter.index.to(value.device)]
+        factor = base.rate.double() / entries
+    counts, coefficient = _STATISTICS[type(base)](base, value, factor.to(value.device))
     if site["mask"] is None:
         return counts, coefficient
     mask = torch.as_tensor(site["mask"], device=value.device)
@@ -454,11 +463,11 @@ def _binomial(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _poisson(base: Any, x: Tensor, factor: Tensor) -> tuple[list[Tensor], Tensor]:
-    return [x, factor.expand_as(x)], x.xlogy(factor) - (x + 1).lgamma()
+    return list(torch.broadcast_tensors(x, factor)), x.xlogy(factor) - (x + 1).lgamma()
 
 
 def _exponential(base: Any, x: Tensor, factor: Tensor) -> tuple[list[Tensor], Tensor]:
-    return [torch.ones_like(x), factor * x], factor.log().expand_as(x)
+    return [torch.ones_like(factor * x), factor * x], factor.log() + torch.zeros_like(x)
 
 
 def _categorical(base: Any, x: Tensor, _: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -526,10 +535,20 @@ def collapsed_density(pair: ModelGuide) -> Collapsed | None:
             if sum(sizes[name] for name in given) > 3:  # a simplex of three entries has two coordinates
                 continue
             try:
-                return Collapsed(pair, _Structure(pair, given))
+                structure = _Structure(pair, given)
+                if all(structure.same_as(_Structure(pair, given, at)) for at in _other_values(pair, given)):
+                    return Collapsed(pair, structure)
             except (ValueError, RuntimeError, TypeError):  # not proved, or no density: the reason follows elsewhere
                 continue
     return None
+
+
+def _other_values(pair: ModelGuide, given: Sequence[str], count: int = 2) -> Iterator[dict[str, Tensor]]:
+    """Iterate over other values of the latents of the quadrature, at which a branch may take another way."""
+    for seed in range(count if given else 0):
+        with poutine.block(), seeded(seed):
+            sites = latent_sites(poutine.trace(pair.model).get_trace(*pair.data))
+        yield {name: sites[name]["value"] for name in given}
 
 
 def _is_normal(fn: Any) -> bool:

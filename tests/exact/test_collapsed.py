@@ -279,3 +279,51 @@ def test_a_latent_on_which_another_prior_depends_is_not_conjugate_alone():
 
     expected = math.log(integrate.quad(density, 0, 40, points=(1, 4))[0])
     assert abs(float(exact.log_evidence(model, x)) - expected) < 1e-4
+
+
+def by_quadrature(density, low, high):
+    return math.log(integrate.quad(density, low, high, epsabs=0, epsrel=1e-9, limit=200)[0])
+
+
+def test_an_exposure_may_be_a_latent_of_the_quadrature():
+    """The factor of a conjugate rate depends on the other latent."""
+    x = torch.tensor([1.0, 3.0, 2.0], **DOUBLE)
+
+    def model(x):
+        exposure = pyro.sample("exposure", dist.LogNormal(torch.zeros((), **DOUBLE), 0.5))
+        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0, **DOUBLE), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Poisson(rate * exposure), obs=x)
+
+    def density(log_exposure):
+        e = math.exp(log_exposure)
+        log_p = math.lgamma(8) - math.lgamma(2) - 8 * math.log(1 + 3 * e) + 6 * log_exposure - math.log(12.0)
+        return math.exp(log_p) * stats.norm(0, 0.5).pdf(log_exposure)
+
+    assert collapsed_density(ModelGuide(model, None, x)).given == ["exposure"]
+    assert abs(float(exact.log_evidence(model, x)) - by_quadrature(density, -5, 5)) < 1e-4
+
+
+def test_points_are_functions_of_the_latents_of_the_quadrature():
+    x = torch.tensor([0.5, -1.0], **DOUBLE)
+
+    def model(x):
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), **DOUBLE), 0.5))
+        twice = pyro.sample("twice", dist.Delta(2 * scale))
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), **DOUBLE), twice))
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)  # no plate: the data are broadcast
+
+    def density(log_scale):
+        covariance = 4 * math.exp(2 * log_scale) + torch.eye(2, **DOUBLE)
+        joint = torch.distributions.MultivariateNormal(torch.zeros(2, **DOUBLE), covariance).log_prob(x)
+        return math.exp(joint) * stats.norm(0, 0.5).pdf(log_scale)
+
+    assert abs(float(exact.log_evidence(model, x)) - by_quadrature(density, -5, 5)) < 1e-4
+
+
+def test_data_without_a_plate_are_broadcast_to_a_conjugate_latent():
+    def model(x):
+        p = pyro.sample("p", dist.Beta(torch.tensor(2.0, **DOUBLE), 3.0))
+        pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+    torch.testing.assert_close(exact.log_evidence(model, BITS), exact.log_evidence(beta_bernoulli, BITS))
