@@ -90,6 +90,11 @@ class Bound:
             leaves[place] = tensor
         return tree_unflatten(leaves, self.form)
 
+    @property
+    def constants(self) -> list[Any]:
+        """The arguments that are no rows."""
+        return [leaf for place, leaf in enumerate(self.leaves) if place not in self.rows]
+
     def __call__(self, *rows: Tensor) -> Any:
         args, kwargs = self.arguments(*rows)
         return self.__wrapped__(*args, **kwargs)
@@ -189,9 +194,10 @@ def new_arguments(data: Data, name: str, model: Any) -> tuple[tuple[Any, ...], d
 
 
 def any_arguments(entry: _Entry) -> _Entry:
-    """Let a function of ``model``, ``guide`` and ``data`` take any arguments of a program, see :func:`bind`."""
+    """Let a function of ``model``, ``guide`` and ``data``, or ``datum``, take any arguments, see :func:`bind`."""
     signature = inspect.signature(entry)
-    variable = signature.parameters["data"].kind is inspect.Parameter.VAR_POSITIONAL
+    name = next(name for name in signature.parameters if name in ("data", "datum"))
+    variable = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
 
     @functools.wraps(entry)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -200,12 +206,12 @@ def any_arguments(entry: _Entry) -> _Entry:
         except TypeError:
             return entry(*args, **kwargs)  # which raises the same
         values = given.arguments
-        guide, data, plate = values.get("guide"), values.get("data", ()), values.get("plate", "data")
+        guide, data, plate = values.get("guide"), values.get(name, ()), values.get("plate", "data")
         keeps = values.get("transform") is not None
-        program = bind(values["model"], guide, data, plate, keep_integers=keeps)
+        program = bind(values["model"], guide, data, plate, name, keeps)
         values["model"] = program.model
         if program.data is not data:
-            values["data"] = (program.data,) if variable else program.data
+            values[name] = (program.data,) if variable else program.data
         if "guide" in values:
             values["guide"] = program.guide
         return entry(*given.args, **given.kwargs)

@@ -133,6 +133,27 @@ def test_validation_has_arguments_of_its_own():
     assert fitted.history["validation_elbo"][-1] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_run_resumes_with_the_same_arguments_alone(tmp_path):
+    def model(x, scale):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), scale), obs=x)
+
+    def run(epochs, scale, **options):
+        pyro.clear_param_store()
+        return pv.fit(model, lambda x, scale: None, (X, scale), epochs=epochs, **options).history
+
+    run(2, 1.0, checkpoints=tmp_path)
+    assert run(4, 1.0, checkpoints=tmp_path) == run(4, 1.0)
+    with pytest.raises(ValueError, match=r"`arguments` must be \['1.0'\], as in the run of .* got \['2.0'\]"):
+        run(6, 2.0, checkpoints=tmp_path)
+
+
+def test_a_plot_of_one_datum_takes_any_arguments():
+    model, guide = with_arguments(lambda x, scale: (x, scale))
+    ax = pv.plots.posterior(model, guide, pv.Arguments(X[:1], scale=SCALE))
+    assert ax.get_legend() is not None or ax.get_xlabel()
+
+
 def test_rows_are_the_tensors_of_the_size_of_the_data_plate():
     def model(table, x, lengths):
         with pyro.plate("rows", len(x)):

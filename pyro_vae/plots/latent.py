@@ -24,6 +24,7 @@ from pyro_vae._utils.validation import (
     nonempty_string,
     real_tensor,
 )
+from pyro_vae.arguments import any_arguments
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import ModelDensity
@@ -111,6 +112,7 @@ def _plane(z: Tensor, name: str) -> tuple[Tensor, list[str]]:
     return centred @ directions.T, [f"{names[i]},\n{100 * shares[i]:.0f} % of the variance" for i in range(2)]
 
 
+@any_arguments
 @torch.no_grad()
 @without_training
 def posterior(model: Function, guide: Function, *datum: Data, ax: Axes | None = None) -> Axes:

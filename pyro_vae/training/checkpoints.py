@@ -142,7 +142,7 @@ class Checkpoints:
                 errors.append(str(error).partition(": ")[2])  # without the name of the argument
                 continue
             if errors:
-                warnings.warn(f"`checkpoints`: {errors[0]}. The previous checkpoint is used", stacklevel=5)
+                warnings.warn(f"`checkpoints`: {errors[0]}. The previous checkpoint is used", stacklevel=6)
             self._damaged = bool(errors)
             return contents
         if errors:

@@ -320,7 +320,7 @@ def fit(
             loop.run(epochs, progress)
     pyro.get_param_store().get_state()  # removes Pyro's weak references from the parameters, which pickle refuses
     if loop.state.stop_reason == "interrupted":
-        warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=2)
+        warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=3)
     seconds, state = time.perf_counter() - started, loop.state
     history = Terms(state.history, pair.why_no_bound)
     return Fitted(
@@ -424,8 +424,16 @@ def _run_config(
         "elbo": type(evaluator.elbo).__name__,
         **{f"elbo.{name}": value for name, value in vars(evaluator.elbo).items() if _is_setting(name, value)},
         "data": data_fingerprint(data),
+        "arguments": [_fingerprint(value) for value in getattr(evaluator.model, "constants", ())],
         "validation": None if held_out is None else data_fingerprint(held_out),
     }
+
+
+def _fingerprint(value: Any) -> str:
+    """Identify an argument that is no row: a tensor by its numbers, numbers and text as they are, the rest by type."""
+    if isinstance(value, Tensor) and value.numel():
+        return data_fingerprint(DataTensors([value.reshape(-1)]))
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
 
 
 def _is_setting(name: str, value: Any) -> bool:
