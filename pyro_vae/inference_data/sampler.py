@@ -81,6 +81,7 @@ class JointSampler:
             self._missing = {name: _missing(site) for name, site in self.observed.items()}
             self._generative = ResampleObserved()(pair.model)
             self._enumerated = enumerated(pair.model, eliminated, -1 - pair.max_plate_nesting) if eliminated else None
+            self._elimination: Iterator[tuple[Tensor, dict[str, Tensor]]] | None = None  # of all draws at once
             self.units = pair.units
             self.dtype = next((log_density(site).dtype for _, _, site in pair.sites), torch.get_default_dtype())
             self.statistics = self._find_statistics()
@@ -116,6 +117,10 @@ class JointSampler:
         """Yield which draws, and their values ``(C, *shape)`` by group and name, from the current random stream."""
         size = size or self.chunk
         self.log_weights = []
+        if self._enumerated and not self.settings.parallel and self._has_constant_guide():
+            with poutine.block(), torch.no_grad():
+                q = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
+                self._elimination = self._eliminate(q, self.settings.draws)
         for first in range(0, self.settings.draws, size):
             count = min(size, self.settings.draws - first)
             values = self._chunk(count)
@@ -179,17 +184,20 @@ class JointSampler:
             q: the trace of the guide.
             p: that of the model at the same values.
         """
-        summed, drawn = None, q
+        lp, drawn = None, q
         if self._enumerated:
-            summed = poutine.trace(poutine.replay(self._enumerated, q)).get_trace(*self.pair.data)
-            drawn = with_values(q, {name: value[0] for name, value in sample_eliminated(summed, 1).items()})
-            p = poutine.trace(poutine.replay(self.pair.model, drawn)).get_trace(*self.pair.data)
+            lp, values = next(self._elimination) if self._elimination else next(self._eliminate(q, 1))
+            drawn = with_values(q, values)
         new_data = poutine.trace(poutine.replay(self._generative, drawn)).get_trace(*self.pair.data)
+        if self._enumerated and self.deterministic:
+            p = poutine.trace(poutine.replay(self.pair.model, drawn)).get_trace(*self.pair.data)
+        elif self._enumerated:  # the latents are the same there
+            p = new_data
         prior = poutine.trace(self._generative).get_trace(*self.pair.data)
         in_prior = [name for name in (*self.latents, *self.deterministic) if name in prior.nodes]
         return {
             "posterior": self._values(p, self.latents, q) | self._values(p, self.deterministic),
-            "sample_stats": self._log_densities(q, p, summed),
+            "sample_stats": self._log_densities(q, p, lp),
             "prior": self._values(prior, in_prior),
             "posterior_predictive": self._values(new_data, self.observed),
             "prior_predictive": self._values(prior, self.observed),
@@ -276,12 +284,22 @@ class JointSampler:
         nodes: dict[str, Any] = {**(other.nodes if other else {}), **trace.nodes}
         return {name: self.layouts[name].values(nodes[name], self._missing.get(name)) for name in names}
 
-    def _log_densities(self, q: Trace, p: Trace, summed: Trace | None) -> dict[str, Tensor]:
+    def _eliminate(self, q: Trace, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield the log-density without the eliminated latents, and draws of these, at one draw of the guide."""
+        assert self._enumerated is not None
+        trace = poutine.trace(poutine.replay(self._enumerated, q)).get_trace(*self.pair.data)
+        lp, values = log_marginal(trace, self.units), sample_eliminated(trace, count)
+        for number in range(count):
+            yield lp, {name: value[number] for name, value in values.items()}
+
+    def _has_constant_guide(self) -> bool:
+        """Whether all draws of the guide are the same: it draws nothing, or points."""
+        return all(is_point(site["fn"]) for site in latent_sites(self.pair.guide_trace).values())
+
+    def _log_densities(self, q: Trace, p: Trace, lp: Tensor | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         if "lp" in self.statistics:
-            found["lp"] = (
-                log_marginal(summed, self.units) if summed else self._total(latent_sites(p) | observed_sites(p))
-            )
+            found["lp"] = self._total(latent_sites(p) | observed_sites(p)) if lp is None else lp
         if "log_q" in self.statistics:
             found["log_q"] = self._total(latent_sites(q) | observed_sites(q))  # with factors of the change of volume
         if "log_weight" in self.statistics:
