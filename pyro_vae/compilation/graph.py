@@ -76,6 +76,9 @@ class Graph:
         inputs: Sequence[Tensor],
         decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     ):
+        # One tensor in two places is two inputs, which may differ in another call.
+        ids = list(map(id, inputs))
+        inputs = [one if ids.index(id(one)) == place else one.view_as(one) for place, one in enumerate(inputs)]
         recorder = Recorder(inputs, dict(decompositions or {}))
         # oneDNN's recurrent layers have a backward pass that cannot be recorded; torch's own one can.
         plain = torch_private.without_onednn()
@@ -131,7 +134,7 @@ class Graph:
         """
         pieces, example = {} if pieces is None else pieces, [*inputs, *self.constants]
         try:
-            if len(self.nodes) < _LONG:
+            if not self.is_long:
                 self._run = _lowered(self._plain, example, pieces)
             elif (graph := simplified(self.inputs, self.nodes, self.results)) is not None:
                 program = Program(graph, lambda run, tensors, body: _lowered(run, tensors, pieces if body else None))
@@ -147,6 +150,11 @@ class Graph:
                 "slower. Name a compiler in the environment variable CXX",
                 stacklevel=2,
             )
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the graph is searched for repetitions, and not compiled as a whole."""
+        return len(self.nodes) >= _LONG
 
     @cached_property
     def module(self) -> torch.fx.GraphModule:

@@ -34,6 +34,8 @@ _aten = torch.ops.aten
 _ALIASES = {_aten.detach.default, _aten.alias.default}
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.empty_strided.default}
 _SAME_SHAPE = {_aten.view.default, _aten.expand.default, _aten._unsafe_view.default}
+_SEPARATE = {_aten.unsafe_split.Tensor, _aten.unsafe_split_with_sizes.default}
+"""Operations whose results share memory with nothing that is used, as in torch's gated recurrent layers."""
 _EARLY = {
     _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.view.default, _aten.expand.default,
     _aten.unsqueeze.default, _aten.squeeze.dim,
@@ -94,7 +96,7 @@ def simplified(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[
     given, memory = set(inputs), {node: node for node in inputs}  # memory: the node that has made it, by node
     writes = [torch_private.written_arguments(node.target, node.args, node.kwargs) for node in nodes]
     for node, written in zip(nodes, writes, strict=True):
-        base = written[0] if written else node.inputs[0] if _is_view(node.target) else node
+        base = written[0] if written else node.inputs[0] if _is_view(node) else node
         memory[node] = memory.get(base, node)
     outside = (place for place, written in enumerate(writes) if any(memory[one] in given for one in written))
     start = next(outside, len(nodes))
@@ -149,8 +151,10 @@ def _renamed(node: Node, new: dict[Node, Node]) -> tuple[list[Any], dict[str, An
     return mapped(node.args, rename), {name: mapped(value, rename) for name, value in node.kwargs.items()}
 
 
-def _is_view(target: Any) -> bool:
-    return target is operator.getitem or getattr(target, "is_view", False) or target in _SAME_SHAPE | _ALIASES
+def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return node.args[0].target not in _SEPARATE
+    return getattr(node.target, "is_view", False) or node.target in _SAME_SHAPE | _ALIASES
 
 
 def _value(node: Node, args: list[Any], kwargs: dict[str, Any], written: bool) -> Node:

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -44,6 +44,9 @@ class CapturedStep(Step):
 
     What Python can change is compared by :meth:`refresh`: modules and their flags, the param store, the settings of the
     optimizer, and the Python values that model, guide and ELBO can read. After a change the step is captured again.
+    After the first capture of a long graph, such as of a sequence, those for other inputs, such as of other lengths,
+    wait until eager steps have taken as long as that capture: where lengths are many, no time is lost by captures.
+
     What that cannot see is found in replays that are compared with an eager run: sites, distributions, shapes,
     log-densities and the loss with all its weights must be those of the capture.
 
@@ -63,6 +66,8 @@ class CapturedStep(Step):
         self._python: PythonState | None = None  # since the capture
         self._groups: list[_Group] = []  # of the optimizer, since the capture
         self._hooks: list[int] = []  # on gradients, since the capture
+        self._long_capture = 0.0  # seconds of the last capture of a long graph
+        self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
         self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
         self._last: tuple[BatchContext, Sequence[Tensor]] | None = None
 
@@ -76,6 +81,13 @@ class CapturedStep(Step):
             if self.optimizer is None or self.new_parameters():
                 return super().__call__(batch_context, *inputs, validate=validate)
             self._may_have_new_parameters = False
+        key = batch_context, input_signature(inputs)
+        if key not in self._graphs and self._eager_seconds[key] < self._long_capture:
+            started = time.perf_counter()
+            with self.own_run():
+                row = super().__call__(batch_context, *inputs, validate=validate)
+            self._eager_seconds[key] += time.perf_counter() - started
+            return row
         self.set_schedules(self.count)
         self.count += 1
         self._last = batch_context, inputs
@@ -109,7 +121,9 @@ class CapturedStep(Step):
             self._python = PythonState(*evaluator.read)
             self.snapshot = ModuleSnapshot(self.tensors.modules(), list(self.parameters))
         with self.own_run(), self._checked_hooks():
+            started = time.perf_counter()
             graphs = _StepGraphs(self, batch_context, inputs)
+            self._long_capture = time.perf_counter() - started if graphs.step.is_long else 0.0
         self._hooks = self._hook_numbers()
         self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
         return graphs

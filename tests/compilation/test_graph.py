@@ -30,6 +30,11 @@ def test_a_graph_repeats_the_operations_and_in_place_changes_on_new_inputs():
     assert [id(tensor) for tensor in graph.written] == [id(total)]
 
 
+def test_one_tensor_in_two_places_is_two_inputs():
+    graph = Graph(lambda x, y: [x - 2 * y], [X, X])
+    assert torch.equal(graph(X, torch.zeros(6))[0], X)
+
+
 def test_a_tensor_that_is_changed_through_a_view_counts_as_written():
     whole = torch.zeros(4)
     graph = Graph(lambda x: [whole[1:3].add_(x[:2]).sum()], [X])

@@ -94,6 +94,18 @@ def test_independent_noise_is_no_part_of_a_loop_with_operations():
     assert [len(step.group) for step in rolled.steps if isinstance(step, Loop)] == [1]
 
 
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_recurrent_layers(layer):
+    network = layer(2, 3, batch_first=True).double()
+
+    def loss(x):
+        value = network(x)[0].square().sum()
+        return [value, *torch.autograd.grad(value, network.parameters())]
+
+    rolled = same_numbers(loss, [torch.randn(4, 9, 2, dtype=torch.float64)])
+    assert sum(isinstance(step, Loop) for step in rolled.steps) >= 2
+
+
 def forward_algorithm(x):
     """Log-density of a hidden Markov model, and its gradient."""
     log_joint = x[0].clone()
