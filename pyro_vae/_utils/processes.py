@@ -19,8 +19,12 @@ _Result = TypeVar("_Result")
 
 
 def can_fork() -> bool:
-    """Whether a copy of this process can compute: on Linux, and without CUDA, whose state no copy can use."""
-    return sys.platform.startswith("linux") and not torch.cuda.is_available()
+    """Whether a copy of this process can compute: on Linux, and without CUDA, whose state no copy can use.
+
+    A daemon, such as a worker of ``multiprocessing.Pool``, may have no children.
+    """
+    daemon = multiprocessing.current_process().daemon
+    return sys.platform.startswith("linux") and not torch.cuda.is_available() and not daemon
 
 
 def default_processes() -> int:

@@ -74,6 +74,16 @@ def test_without_forks_there_is_one_process(monkeypatch):
     assert run_in_processes(lambda number: os.getpid(), 3, 2, lambda: None) == [os.getpid()] * 3
 
 
+@forks
+def test_a_run_inside_of_a_run_has_no_processes_of_its_own():
+    def run(number):
+        return run_in_processes(lambda inner: (number, inner, os.getpid()), 2, 2, lambda: None)
+
+    found = run_in_processes(run, 2, 2, lambda: None)
+    assert [[pair[:2] for pair in each] for each in found] == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
+    assert all(len({pid for *_, pid in each}) == 1 for each in found)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_run_does_not_move_the_bar_of_the_caller(count):
     def run(number):
