@@ -1,11 +1,15 @@
 """Programs whose latents are all discrete, and sums over all of their joint states."""
 
 import itertools
+import math
+import random
+from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.ops.indexing import Vindex
 
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 
@@ -196,6 +200,41 @@ COUPLED = {
     "crossed plates": (crossed_plates, (numbers(3),)),
     "components": (components, (numbers(3),)),
 }
+
+
+def random_program(seed):
+    """Latents and observations with random parents, each in no plate, in columns, or in rows and columns."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    latents, observed = [], []
+    for _ in range(choose.randint(3, 5)):
+        level = choose.choice([0, 0, 1, 1, 2])
+        parents = [j for j, (other, *_) in enumerate(latents) if other <= level and choose.random() < 0.6][-3:]
+        sizes = [latents[j][2].shape[-1] for j in parents]
+        table = 0.05 + torch.rand(*sizes, choose.randint(1, 3), generator=generator, dtype=torch.float64)
+        latents.append((level, parents, table / table.sum(-1, keepdim=True)))
+    for _ in range(2):
+        level = choose.choice([0, 1, 2])
+        parents = [j for j, (other, *_) in enumerate(latents) if other <= level and choose.random() < 0.7][-3:]
+        sizes = [latents[j][2].shape[-1] for j in parents]
+        observed.append((level, parents, torch.randn(sizes, generator=generator, dtype=torch.float64)))
+
+    def model(x):
+        plates, z = [pyro.plate("columns", 2, dim=-1), pyro.plate("rows", len(x), dim=-2)], []
+        for number, (level, parents, table) in enumerate(latents):
+            with ExitStack() as stack:
+                for plate in plates[:level]:
+                    stack.enter_context(plate)
+                probs = Vindex(table)[(*(z[j] for j in parents), slice(None))]
+                z.append(pyro.sample(f"z_{number}", dist.Categorical(probs)))
+        for number, (level, parents, loc) in enumerate(observed):
+            with ExitStack() as stack:
+                for plate in plates[:level]:
+                    stack.enter_context(plate)
+                loc = Vindex(loc)[tuple(z[j] for j in parents)] if parents else loc
+                pyro.sample(f"x_{number}", dist.Normal(loc, 1.0), obs=(x[0, 0], x[0], x)[level])
+
+    cells = [1, 2, 6]  # of three rows
+    return model, math.prod(table.shape[-1] ** cells[level] for level, _, table in latents)
 
 
 def all_states(fn):

@@ -15,6 +15,7 @@ from discrete_cases import (
     numbers,
     posterior_by_hand,
     ragged_chains,
+    random_program,
 )
 from pyro import poutine
 from torch import nn
@@ -167,6 +168,26 @@ def test_the_posterior_is_that_by_hand(program):
             assert torch.allclose(found, (weights * (values[name] == state)).sum(0))
     assert posterior.log_prob(drawn).shape == (3, 2, *posterior.log_evidence.shape)
     assert posterior.log_prob(posterior.mode).shape == posterior.log_evidence.shape
+
+
+@pytest.mark.slow
+def test_answers_of_random_programs_are_those_by_hand():
+    x, compared = numbers(3, 2), 0
+    for seed in range(60):
+        model, num_states = random_program(seed)
+        if num_states > 2000:
+            continue
+        values, mass = posterior_by_hand(model, (x,))
+        *_, log_joint = by_hand(model, (x,))
+        posterior = exact.posterior(model, x)
+        assert torch.allclose(exact.log_evidence(model, x).sum(), log_joint.logsumexp(0))
+        assert torch.allclose(posterior.log_prob(values).reshape(len(mass), -1).sum(1).exp(), mass)
+        for name, value in values.items():
+            weights = mass.reshape(-1, *[1] * (value.dim() - 1))
+            expected = torch.stack([(weights * (value == state)).sum(0) for state in posterior.support[name]])
+            assert torch.allclose(posterior.marginals[name], expected)
+        compared += 1
+    assert compared > 25
 
 
 def test_marginals_of_a_chain_are_those_of_the_forward_backward_algorithm():
