@@ -89,6 +89,7 @@ def log_evidence(
         return gaussian.log_evidence
     if (collapsed := _collapsed(pair)) is not None:
         return collapsed.by_cell(collapsed.log_evidence(tolerance))
+    _check_local(pair, "at most two dimensions of latents that are neither linear Gaussian nor conjugate")
     p = ModelDensity(pair)
     if p.is_discrete:
         return _summed_evidence(p).to(p.dtype)
@@ -126,6 +127,7 @@ def posterior(
         return gaussian.single_marginal() or gaussian
     if (collapsed := _collapsed(pair)) is not None and (conjugate := collapsed.conjugate_posterior()) is not None:
         return conjugate
+    _check_local(pair, "latents that are all linear Gaussian, or a single conjugate one")
     p = ModelDensity(pair)
     p.single_site()
     if p.is_discrete:
@@ -168,6 +170,7 @@ def elbo(
         return gaussian.log_evidence - gap
     if (collapsed := _collapsed(pair)) is not None and (gap := collapsed.conjugate_kl()) is not None:
         return collapsed.by_cell(collapsed.log_evidence(tolerance)) - gap
+    _check_local(pair, "latents that are all linear Gaussian, or a single conjugate one")
     p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
@@ -207,6 +210,7 @@ def kl(
         return gap
     if (collapsed := _collapsed(pair)) is not None and (gap := collapsed.conjugate_kl()) is not None:
         return gap
+    _check_local(pair, "latents that are all linear Gaussian, or a single conjugate one")
     p = ModelDensity(pair)
     q = GuideDensity(p)
     if p.is_discrete:
@@ -438,6 +442,17 @@ def _collapsed(pair: ModelGuide) -> "Collapsed | None":
     found = collapsed_density(pair)
     alone = len(pair.latents) == 1 and [frame.name for frame in pair.units] == [pair.plate]
     return None if found is not None and found.given and alone else found
+
+
+def _check_local(pair: ModelGuide, must: str) -> None:
+    """Raise if latents are global, where only some structures have an exact answer."""
+    if pair.latents and pair.observed and pair.global_latents:
+        ModelDensity(pair, by_rows=False)  # raises first if there is no p(x, z)
+        raise ValueError(
+            f"`model` must have {must} for an exact answer where latents are global, got the latents "
+            f"{list(pair.latents)}, of which {pair.global_latents} are outside of the data plate {pair.plate!r}; "
+            "pv.log_evidence estimates log p(x) with a guide, and pv.reference draws from p(z | x)"
+        )
 
 
 def _own_density(pair: ModelGuide) -> Tensor:

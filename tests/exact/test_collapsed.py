@@ -327,3 +327,17 @@ def test_data_without_a_plate_are_broadcast_to_a_conjugate_latent():
         pyro.sample("x", dist.Bernoulli(p), obs=x)
 
     torch.testing.assert_close(exact.log_evidence(model, BITS), exact.log_evidence(beta_bernoulli, BITS))
+
+
+def test_global_latents_without_an_exact_answer_are_refused_with_the_structure_that_has_one():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), **DOUBLE), 1.0))
+        with pyro.plate("data", len(x)):
+            precision = pyro.sample("precision", dist.Gamma(torch.tensor(2.0, **DOUBLE), 2.0))
+            pyro.sample("x", dist.Normal(mean, precision**-0.5), obs=x)
+
+    got = r"got the latents \['mean', 'precision'\], of which \['mean'\] are outside of the data plate"
+    with pytest.raises(ValueError, match="`model` must have at most two dimensions of latents .*" + got):
+        exact.log_evidence(model, BITS)
+    with pytest.raises(ValueError, match="`model` must have latents that are all linear Gaussian, or .*" + got):
+        exact.posterior(model, BITS)
