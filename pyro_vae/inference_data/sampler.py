@@ -137,6 +137,9 @@ class JointSampler:
         with poutine.block(), torch.no_grad(), TrackProvenance():
             tracked = latent_sites(poutine.trace(self.pair.guide).get_trace(*self.pair.data))
 
+        if lacking := [name for name in of_guide if name not in tracked]:
+            raise _other_sites(lacking)
+
         def depends_on_draws(name: str) -> bool:
             first, second = parameters(of_guide[name]["fn"]), parameters(tracked[name]["fn"])
             return any(
@@ -194,6 +197,9 @@ class JointSampler:
         elif self._enumerated:  # the latents are the same there
             p = new_data
         prior = poutine.trace(self._generative).get_trace(*self.pair.data)
+        sites = latent_sites(p) | observed_sites(p)
+        if further := [name for name in sites if name not in self.layouts and name not in self.pair.auxiliary]:
+            raise _other_sites(further)
         in_prior = [name for name in (*self.latents, *self.deterministic) if name in prior.nodes]
         return {
             "posterior": self._values(p, self.latents, q) | self._values(p, self.deterministic),
@@ -282,6 +288,8 @@ class JointSampler:
     def _values(self, trace: Trace, names: Iterable[str], other: Trace | None = None) -> dict[str, Tensor]:
         """The values of sites, arranged; of a latent that the model does not have, those in another trace."""
         nodes: dict[str, Any] = {**(other.nodes if other else {}), **trace.nodes}
+        if lacking := [name for name in names if name not in nodes]:
+            raise _other_sites(lacking)
         return {name: self.layouts[name].values(nodes[name], self._missing.get(name)) for name in names}
 
     def _eliminate(self, q: Trace, count: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -349,6 +357,14 @@ def _empty(variables: dict[str, dict[str, Variable]], *lead: int) -> Groups:
 
 def _sum(sites: dict[str, Any]) -> Tensor:
     return torch.stack([log_density(site).double().sum() for site in sites.values()]).sum()
+
+
+def _other_sites(names: list[str]) -> ValueError:
+    return ValueError(
+        f"`model` and `guide` must have the same sites in each run, got runs with and without {names}: a variable of "
+        "the tree has a value for each draw. Give such a site a value in each run, and mask it, `poutine.mask(mask=...)`, "
+        "where it does not count; its values are NaN there"
+    )
 
 
 def with_values(trace: Trace, values: dict[str, Tensor]) -> Trace:

@@ -143,6 +143,23 @@ def test_plates_of_odd_and_equal_names_have_dimensions_of_their_own(tmp_path):
     assert_file_holds(tmp_path / "run.nc", tree)
 
 
+def test_sites_that_only_some_runs_have_are_refused_with_what_to_do():
+    def model(x):
+        count = pyro.sample("count", dist.Bernoulli(0.5))
+        if count > 0:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x):
+        if pyro.sample("count", dist.Bernoulli(0.5)) > 0:
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    for seed in range(4):  # the first run has the site, or it has not
+        with pytest.raises(ValueError, match=r"must have the same sites in each run, got .* without \['z'\]"):
+            pv.to_datatree(model, guide, torch.zeros(2), draws=20, seed=seed)
+
+
 def test_programs_without_a_plate_and_without_data():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
