@@ -420,7 +420,7 @@ def _conjugate_posteriors(structure: _Structure, sites: Sites) -> dict[str, list
         shape = torch.broadcast_shapes(parameter.index.shape, coefficient.shape)
         index = parameter.index.expand(shape).reshape(-1)
         for place, (prior, count) in enumerate(zip(found[parameter.latent], counts, strict=True)):
-            flat = count.expand(*shape, *width).reshape(-1, *width)
+            flat = count.expand((*shape, *width)).reshape(-1, *width)
             total = flat.new_zeros(prior.numel() // width.numel(), *width).index_add(0, index.to(flat.device), flat)
             found[parameter.latent][place] = prior + total.reshape(prior.shape)
     return found

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 from pyro_vae import exact
 from pyro_vae.exact.collapsed import collapsed_density
@@ -341,3 +341,16 @@ def test_global_latents_without_an_exact_answer_are_refused_with_the_structure_t
         exact.log_evidence(model, BITS)
     with pytest.raises(ValueError, match="`model` must have latents that are all linear Gaussian, or .*" + got):
         exact.posterior(model, BITS)
+
+
+def test_observations_in_a_python_loop_update_a_conjugate_latent():
+    """Ten flips of a coin, as single sites without a plate."""
+
+    def model(flips):
+        fairness = pyro.sample("fairness", dist.Beta(10.0, 10.0))
+        for place in range(len(flips)):
+            pyro.sample(f"flip_{place}", dist.Bernoulli(fairness), obs=flips[place])
+
+    found = exact.log_evidence(model, torch.tensor([1.0] * 6 + [0.0] * 4))
+    expected = special.betaln(16, 14) - special.betaln(10, 10)
+    torch.testing.assert_close(found.item(), expected, rtol=1e-5, atol=0)
