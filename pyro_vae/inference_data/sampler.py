@@ -362,8 +362,8 @@ def _sum(sites: dict[str, Any]) -> Tensor:
 def _other_sites(names: list[str]) -> ValueError:
     return ValueError(
         f"`model` and `guide` must have the same sites in each run, got runs with and without {names}: a variable of "
-        "the tree has a value for each draw. Give such a site a value in each run, and mask it, `poutine.mask(mask=...)`, "
-        "where it does not count; its values are NaN there"
+        "the tree has a value for each draw. Give such a site a value in each run, and mask it where it does not "
+        "count, `poutine.mask(mask=...)`; its values are NaN there"
     )
 
 
