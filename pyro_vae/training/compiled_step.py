@@ -6,7 +6,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import pyro
@@ -66,6 +66,7 @@ class CapturedStep(Step):
         self._python: PythonState | None = None  # since the capture
         self._groups: list[_Group] = []  # of the optimizer, since the capture
         self._hooks: list[int] = []  # on gradients, since the capture
+        self._module_hooks: list[dict[int, Any]] = []  # which torch keeps in modules, as they are now
         self._long_capture = 0.0  # seconds of the last capture of a long graph
         self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
         self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
@@ -124,6 +125,8 @@ class CapturedStep(Step):
             started = time.perf_counter()
             graphs = _StepGraphs(self, batch_context, inputs)
             self._long_capture = time.perf_counter() - started if graphs.step.is_long else 0.0
+        modules = self.tensors.modules()
+        self._module_hooks = [held for one in modules for held in (one._backward_hooks, one._backward_pre_hooks)]
         self._hooks = self._hook_numbers()
         self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
         return graphs
@@ -142,8 +145,9 @@ class CapturedStep(Step):
                 yield f"a module {type(module).__name__}", hooks
 
     def _hook_numbers(self) -> list[int]:
-        accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in self.parameters.values()]
-        return [key for _, hooks in self._hooks_on_gradients() for key in hooks] + accumulated
+        parameters = self.parameters.values()
+        accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in parameters]
+        return [*chain(*self._module_hooks, *(one._backward_hooks or () for one in parameters)), *accumulated]
 
     @contextmanager
     def _checked_hooks(self) -> Iterator[None]:
