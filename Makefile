@@ -17,7 +17,7 @@ SOURCES := pyro_vae examples tests docs conftest.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench arviz1 pytest lint types format docs clean help
+.PHONY: demo test integration package slow bench programs arviz1 pytest lint types format docs clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ slow: $(DEV)  ## the heavy statistical tests
 
 bench: $(BENCH)  ## time and memory beside Pyro, PyTorch and NumPyro, in results/benchmarks: on a machine that is idle
 	$(BIN)/python tests/benchmarks
+
+programs: $(DEV)  ## the table of docs/programs.md: what the package does with many Pyro programs
+	OMP_NUM_THREADS=1 $(BIN)/python tests/programs $(JOBS)
 
 arviz1: $(DEV) $(ARVIZ1)  ## read and draw the package's files with ArviZ 1, in an environment of its own
 	PYRO_VAE_ARVIZ1_PYTHON=$(abspath $(VENV1))/bin/python OMP_NUM_THREADS=1 \

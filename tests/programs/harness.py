@@ -44,6 +44,10 @@ class NoNumberError(Exception):
     """The call ran, and there is no independent number to compare with."""
 
 
+class LeftOutError(Exception):
+    """The result states why it leaves this out."""
+
+
 def assert_close(what: str, found: float, expected: float, tolerance: float) -> str:
     """Raise if two numbers differ by more than ``tolerance``; return both as text."""
     text = f"{what} {found:.3f}, by hand {expected:.3f}"
@@ -154,7 +158,7 @@ def steps_captured(trained: Trained) -> str:
     return f"{plain / captured:.1f}×, {max(first - 10 * captured, 0.0):.0f} s"
 
 
-def tree_of(program: Program, draws: int = 200) -> Any:
+def tree_of(program: Program, draws: int = 100) -> Any:
     return pv.to_datatree(program.model, program.guide, *program.data, draws=draws)
 
 
@@ -169,7 +173,7 @@ def exports(trained: Trained) -> str:
     if "lp" not in tree["sample_stats"]:
         raise NoNumberError
     note = ""
-    for draw in (0, 1, 199):
+    for draw in (0, 99):
         values = {}
         for name, site in guide_trace(program).iter_stochastic_nodes():
             if name in tree["posterior"]:
@@ -188,16 +192,20 @@ def compares(trained: Trained) -> str:
 
     program = trained.trained()
     evidence = pv.log_evidence(program.model, program.guide, *program.data, num_samples=200)
-    tree = tree_of(program, 500)
+    tree = tree_of(program, 300)
     if evidence.log_evidence.numel() > 1 and "log_likelihood" not in tree.children:
         table = pv.compare_evidence({"one": evidence, "other": evidence.log_evidence - 1})
         assert list(table.index) == ["one", "other"]
         return "held-out log p(x)"
-    result = az.loo(pv.to_arviz(tree))
+    if "log_likelihood" not in tree.children:
+        raise LeftOutError(tree.attrs["why_no_log_likelihood"])
+    result = az.loo(pv.to_arviz(tree), pointwise=True)
     assert torch.isfinite(torch.tensor(float(result.elpd_loo)))
     if program.loo is None:
         raise NoNumberError
-    return assert_close("LOO", float(result.elpd_loo), float(program.loo().sum()), 0.1 * float(result.se) + 0.2)
+    flagged = int((result.pareto_k.values > 0.6).sum())  # ArviZ warns of these
+    tolerance = 0.1 * float(result.se) + 0.2 + 0.2 * flagged
+    return assert_close("LOO", float(result.elpd_loo), float(program.loo().sum()), tolerance)
 
 
 def assert_evidence(trained: Trained, evidence: Any) -> str:
@@ -218,7 +226,7 @@ def estimates(trained: Trained) -> str:
 
 def anneals(trained: Trained) -> str:
     program = trained.trained()
-    options = {"num_chains": 50, "num_temperatures": 50}
+    options = {"num_chains": 20, "num_temperatures": 40}
     return assert_evidence(trained, pv.annealed_log_evidence(program.model, program.guide, *program.data, **options))
 
 
@@ -249,7 +257,7 @@ def references(trained: Trained) -> str:
 
     program = trained.trained()
     data, rows = few_rows(program)
-    tree = pv.reference(program.model, *data, draws=300, chains=2, warmup=200)
+    tree = pv.reference(program.model, *data, draws=150, chains=1, warmup=100)
     summary = az.summary(pv.to_arviz(tree), round_to="none")
     if program.means is None:
         raise NoNumberError
@@ -389,6 +397,8 @@ def run(check: Callable[[Trained], str], trained: Trained) -> Cell:
             return cell("right", check(trained))
     except NoNumberError:
         return cell("runs", "")
+    except LeftOutError as reason:
+        return cell("refused", str(reason))
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/pyro_vae/" in frame.filename]
         last = traceback.extract_tb(error.__traceback__)[-1]

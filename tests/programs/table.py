@@ -13,7 +13,7 @@ from programs.harness import CAPABILITIES, NAMES, Cell, examine
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "programs.md"
 BEGIN, END = "<!-- written by `make programs` -->", "<!-- end -->"
-MARKS = {"right": "✓", "runs": "○", "refused": "–", "bug": "✗"}
+MARKS = {"right": "✓", "runs": "○", "refused": "–", "bug": "✗", "unmeasured": "?"}
 Found = dict[str, dict[str, Cell]]
 
 
@@ -27,7 +27,7 @@ def text_of(cell: Cell, capability: str, reasons: list[str]) -> str:
     mark = MARKS[cell.status]
     if cell.status == "refused":
         return f"{mark} {reasons.index(reason(cell)) + 1}"
-    return f"{mark} {cell.note}" if capability == "compile" and cell.status == "right" else mark
+    return f"{mark} {cell.note}".strip() if capability == "compile" and cell.status == "right" else mark
 
 
 def written(found: Found) -> str:
@@ -40,7 +40,8 @@ def written(found: Found) -> str:
         texts = [text_of(cell, column, reasons) for column, cell in row.items()]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     counts = {status: sum(cell.status == status for cell in cells) for status in MARKS}
-    lines += ["", ", ".join(f"{mark} {status}: {counts[status]}" for status, mark in MARKS.items()) + "."]
+    counts = {status: count for status, count in counts.items() if count or status != "unmeasured"}
+    lines += ["", ", ".join(f"{MARKS[status]} {status}: {count}" for status, count in counts.items()) + "."]
     lines += ["", "## Reasons for refusals", ""]
     lines += [f"{number}. {text}" for number, text in enumerate(reasons, 1)] or ["None."]
     lines += ["", "## The programs", ""]
@@ -53,7 +54,8 @@ def written(found: Found) -> str:
 def statuses(page: str) -> dict[str, dict[str, str]]:
     """The statuses in a page's table, by program and capability."""
     names = {mark: status for status, mark in MARKS.items()}
-    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    table = page.partition(BEGIN)[2] or page
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     columns = [re.sub("[` ]", "", text) for text in rows[0][1:]]
     return {
         row[0].strip(): {column: names[text.split()[0]] for column, text in zip(columns, row[1:], strict=True)}

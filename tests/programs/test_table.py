@@ -1,6 +1,8 @@
 """The table of the documentation can be read again, and has a row for each program and a column for each capability."""
 
-from programs import table
+import pytest
+
+from programs import harness, table
 from programs.harness import Cell
 
 
@@ -15,6 +17,43 @@ def test_what_is_written_is_read_again():
     }
     page = table.written(found)
     assert table.statuses(page) == table.statuses_of(found)
+    marks = "| mark |\n|---|\n| ✓ |\n"
+    assert table.statuses(f"{marks}{table.BEGIN}\n{page}") == table.statuses_of(found)
     assert "✓ 5.0×, 3 s" in page
     assert "1. `x` must be so\n2. `y`" in page
     assert "✓ right: 2, ○ runs: 1, – refused: 2, ✗ bug: 1." in page
+
+
+def test_the_page_has_each_program_and_capability():
+    page = table.statuses(table.PAGE.read_text())
+    assert list(page) == harness.NAMES
+    assert all(list(row) == list(harness.CAPABILITIES) for row in page.values())
+
+
+def test_the_page_has_no_faults_and_few_refusals():
+    cells = [status for row in table.statuses(table.PAGE.read_text()).values() for status in row.values()]
+    assert "bug" not in cells
+    assert cells.count("refused") <= 0.1 * len(cells)
+
+
+FAST = {
+    "hmm": ["SVI", "log_evidence", "exact"],
+    "survival": ["SVI", "to_datatree", "log_evidence"],
+    "factor_analysis": ["SVI", "to_datatree", "log_evidence", "exact", "decompose"],
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_page_is_what_is_found(name):
+    found = harness.examine(name, {column: harness.CAPABILITIES[column] for column in FAST[name]})
+    page = table.statuses(table.PAGE.read_text())[name]
+    assert {column: cell.status for column, cell in found.items()} == {column: page[column] for column in FAST[name]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", harness.NAMES)
+def test_the_whole_page_is_what_is_found(name):
+    found = harness.examine(name)
+    page = table.statuses(table.PAGE.read_text())[name]
+    measured = {column: status for column, status in page.items() if status != "unmeasured"}
+    assert {column: found[column].status for column in measured} == measured, found
