@@ -674,7 +674,7 @@ def histories_of(run, monkeypatch, name, options):
 ], ids=lambda value: value if isinstance(value, str) else value[-1])  # fmt: skip
 def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
     graphs = []
-    monkeypatch.setattr(Graph, "compile", lambda self, inputs: graphs.append(self))
+    monkeypatch.setattr(Graph, "compile", lambda self, *_: graphs.append(self))
     eager = histories_of(run, monkeypatch, name, options)
     assert not graphs
     captured = histories_of(run, monkeypatch, name, (*options, "--compile"))

@@ -1,4 +1,4 @@
-"""Refits of a guide to data drawn from its model: the posterior of global latents is fitted anew to each data set."""
+"""Refits of a guide to data drawn from its model: the posterior of global latents is fitted again to each data set."""
 
 import copy
 import inspect

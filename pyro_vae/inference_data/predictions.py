@@ -24,7 +24,7 @@ __all__ = ["Predictor"]
 
 
 class Predictor:
-    """A model at new arguments: latents of the data plate are drawn anew from their prior, others are given.
+    """A model at new arguments: latents of the data plate are drawn again from their prior, others are given.
 
     Args:
         pair: the model on its data.

@@ -120,7 +120,7 @@ def test_buffers_are_restored_after_an_error():
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_batch_norm_of_a_plain_function_counts_each_step_once(compile, monkeypatch):
-    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs: None)
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda *_: None)
     network = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
 
     def model(x):

@@ -88,7 +88,7 @@ class Trained:
         self.log_evidence = float(self.program.by_hand().sum()) if self.program.by_hand else None
 
     def fresh(self) -> Program:
-        """Make the program anew, with a param store that is empty."""
+        """Make the program again, with an empty param store."""
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         return self._module.make()
