@@ -135,12 +135,12 @@ class GuideDensity:
 
     @property
     def has_any_density(self) -> bool:
-        """Whether log q(z | x) is known at any z: the auxiliary sites can be computed from the latents."""
+        """Whether log q(z | x) is known at any z, since the auxiliary sites can be computed from the latents."""
         return self._has_all_origins() or self._together is not None
 
     @property
     def splits_by_site(self) -> bool:
-        """Whether log q(z | x) is a sum over the latents: none is a function of an auxiliary site of several."""
+        """Whether log q(z | x) is a sum over the latents, none of them a function of an auxiliary site of several."""
         return not any(is_point(site["fn"]) for site in self.sites.values())
 
     def _joint(self, sites: Sites) -> Tensor:

@@ -204,9 +204,8 @@ def save_draws(
 
     Args:
         path: path of the file, which is also returned; an existing file is replaced.
-        model, guide, data, draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws,
-        predictions:
-            see :func:`to_datatree`.
+        model, guide, data, draws, seed, plate, dims, coords: see :func:`to_datatree`.
+        history, constant_data, parallel, local_draws, predictions: see :func:`to_datatree`.
         chunk: number of draws in a chunk; by default as many as take about 64 MiB.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
 
