@@ -41,7 +41,7 @@ from pyro_vae.draws import PerDraw, Values
 from pyro_vae.exact.coordinates import LatentCoordinates
 from pyro_vae.exact.gaussian_elimination import counted_entries, normal_inside, standardised
 from pyro_vae.exact.model_density import CellLayout, ModelDensity
-from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
+from pyro_vae.exact.quadrature import Box, check_draws, integrate
 from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["Collapsed", "collapsed_density"]
@@ -581,13 +581,4 @@ class _Draws:
 
     def check(self, evidence: Tensor, tolerance: float) -> None:
         """Raise if they find more than the quadrature: mass that it has missed."""
-        weight = (self.log_likelihood - evidence).clamp(max=300).exp().nan_to_num(0.0)
-        mean, error = weight.mean(0), weight.std(0) / len(weight) ** 0.5
-        missed = (mean - 6 * error > 1 + 10 * tolerance + 1e-3) | (mean > 1e7)
-        if missed.any():
-            cell = int(missed.byte().argmax())
-            raise QuadratureError(
-                f"quadrature did not converge: {len(weight)} draws of {self.density.given} from the prior find p(x) to "
-                f"be {float(mean[cell]):.3g} times that of the quadrature, with a standard error of "
-                f"{float(error[cell]):.2g}; it has missed a narrow peak"
-            )
+        check_draws(self.log_likelihood - evidence, "cell", tolerance)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_NODES", "Box", "Cells", "Integrand", "QuadratureError", "QuadratureRule", "integrate"]
+__all__ = ["MAX_NODES", "Box", "Cells", "Integrand", "QuadratureError", "QuadratureRule", "check_draws", "integrate"]
 
 MAX_NODES = {1: 2**16, 2: 2**18}
 """Largest number of nodes for a datum, by dimensions."""
@@ -34,6 +34,26 @@ _SHELLS = (
 
 class QuadratureError(ArithmeticError):
     """The quadrature did not converge: two resolutions, or the independent estimate, differ more than the tolerance."""
+
+
+def check_draws(log_weight: Tensor, of: str, tolerance: float) -> None:
+    """Raise if draws from the prior find more than a quadrature: mass that it has missed.
+
+    Args:
+        log_weight: log p(x | z) at the draws, less the log p(x) of the quadrature, ``(K, N)``.
+        of: what each number is of, for the error: ``"datum"`` or ``"cell"``.
+        tolerance: of the quadrature, in nats.
+    """
+    weight = log_weight.clamp(max=300).exp().nan_to_num(0.0)
+    mean, error = weight.mean(0), weight.std(0) / len(weight) ** 0.5
+    missed = (mean - 6 * error > 1 + 10 * tolerance + 1e-3) | (mean > 1e7)
+    if missed.any():
+        place = int(missed.byte().argmax())
+        raise QuadratureError(
+            f"quadrature did not converge: {len(weight)} draws from the prior find p(x) of {of} {place} to be "
+            f"{float(mean[place]):.3g} times that of the quadrature, with a standard error of "
+            f"{float(error[place]):.2g}; it has missed a narrow peak"
+        )
 
 
 @dataclass(frozen=True)
