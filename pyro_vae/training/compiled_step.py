@@ -3,24 +3,21 @@
 import math
 import time
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, zip_longest
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.ambient import check_no_outer_handlers
-from pyro_vae._utils.module_state import ModuleSnapshot, buffers_kept
+from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.traces import log_density
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
-from pyro_vae.compilation.python_state import PythonState
-from pyro_vae.compilation.recorder import checked_hook
+from pyro_vae.training.graph_step import REMEDY, GraphStep
 from pyro_vae.training.state import discover_parameters
 from pyro_vae.training.step import BatchContext, Step, metrics_row
 
@@ -29,14 +26,10 @@ __all__ = ["CapturedStep"]
 _FIRST_CHECKS = 3  # replays that are compared with an eager run, and then ever fewer
 _SHARE = 0.01  # of the time of a run, for later comparisons
 _LOSS_DIGITS = 1e-5  # to which an eager loss and that of the graph agree, relative to their largest terms
-_MOST_CAPTURES = 3  # that one and the same Python value may lead to, since each takes seconds to compile
 _MOST_VALUES = 16  # that a program may read from inputs of one form, such as lengths, for the same reason
-_REMEDY = (
-    "Keep a number that changes, such as a weight, in a 0-dim tensor that `schedules` fill, or leave `compile` out"
-)
 
 
-class CapturedStep(Step):
+class CapturedStep(GraphStep):
     """A :class:`pyro_vae.training.step.Step` that runs its first step eagerly, and replays graphs in all others.
 
     A step whose loss or gradient is not finite changes nothing. If ``skips`` is false, later steps change nothing
@@ -54,6 +47,8 @@ class CapturedStep(Step):
     step begins with :meth:`refresh`; other arguments are those of the eager step.
     """
 
+    most_captures = 3  # each takes seconds to compile
+
     def __init__(
         self, *args: Any, compiles: Callable[..., bool] = lambda *inputs: True, refreshes: bool = True, **kwargs: Any
     ):
@@ -63,13 +58,9 @@ class CapturedStep(Step):
         self.pieces: dict[Any, Any] = {}  # compiled parts of graphs
         self._all_finite = torch.ones((), device="cpu")  # read and written by the graphs
         self._may_have_new_parameters = True
-        self._python: PythonState | None = None  # since the capture
         self._groups: list[_Group] = []  # of the optimizer, since the capture
-        self._hooks: list[int] = []  # on gradients, since the capture
-        self._module_hooks: list[dict[int, Any]] = []  # which torch keeps in modules, as they are now
         self._long_capture = 0.0  # seconds of the last capture of a long graph
         self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
-        self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
         self._last: tuple[BatchContext, Sequence[Tensor]] | None = None
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
@@ -116,107 +107,22 @@ class CapturedStep(Step):
         return found[-1]
 
     def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
-        self._check_contexts()
-        evaluator = self.evaluator
-        if self._python is None:
-            self._python = PythonState(*evaluator.read)
-            self.snapshot = ModuleSnapshot(self.tensors.modules(), list(self.parameters))
-        with self.own_run(), self._checked_hooks():
+        self.check_contexts()
+        self.watch()
+        with self.own_run(), self.checked_hooks():
             started = time.perf_counter()
             graphs = _StepGraphs(self, batch_context, inputs)
             self._long_capture = time.perf_counter() - started if graphs.step.is_long else 0.0
-        modules = self.tensors.modules()
-        self._module_hooks = [held for one in modules for held in (one._backward_hooks, one._backward_pre_hooks)]
-        self._hooks = self._hook_numbers()
+        self.watch_hooks()
         self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
         return graphs
 
-    def _check_contexts(self) -> None:
-        check_no_outer_handlers()
-        if torch.is_autocast_enabled(self._all_finite.device.type):
-            raise ValueError("`compile` must be False inside of torch.autocast, got True. Leave one of them out")
-
-    def _hooks_on_gradients(self) -> Iterator[tuple[str, dict[int, Any]]]:
-        """The hooks of parameters and modules that a backward pass calls, with the names of their owners."""
-        for name, parameter in self.parameters.items():
-            yield f"parameter {name!r}", parameter._backward_hooks or {}
-        for module in self.tensors.modules():
-            for hooks in (module._backward_hooks, module._backward_pre_hooks):
-                yield f"a module {type(module).__name__}", hooks
-
-    def _hook_numbers(self) -> list[int]:
-        parameters = self.parameters.values()
-        accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in parameters]
-        return [*chain(*self._module_hooks, *(one._backward_hooks or () for one in parameters)), *accumulated]
-
-    @contextmanager
-    def _checked_hooks(self) -> Iterator[None]:
-        """Raise in a block for hooks on gradients that a replay would not call."""
-        for name, parameter in self.parameters.items():
-            if parameter._post_accumulate_grad_hooks:
-                raise CaptureError(
-                    f"`compile` must be False where a hook runs after a gradient is accumulated, got one of parameter "
-                    f"{name!r}, which captured steps would not call. Leave one of them out"
-                )
-        kept = [(hooks, dict(hooks)) for _, hooks in self._hooks_on_gradients() if hooks]
-        for name, hooks in self._hooks_on_gradients():
-            for key, hook in hooks.items():
-                hooks[key] = checked_hook(hook, name)
-        try:
-            yield
-        finally:
-            for hooks, before in kept:
-                hooks.update(before)
-
-    @contextmanager
-    def own_run(self) -> Iterator[None]:
-        """Run model and guide in a block; raise if a number changes in it that their code can read, such as a counter.
-
-        A replay does not run their code, so that the number would stand still.
-        """
-        assert self._python is not None
-        error = None
-        try:
-            yield
-        except CaptureError as raised:
-            error = raised
-        if self._python.has_changed():
-            changes = self._python.changes()
-            for place, (before, now) in changes.items():
-                if isinstance(before, int | float) and isinstance(now, int | float):
-                    raise CaptureError(
-                        f"`compile` must be False where model or guide change a Python number that they read: {place} "
-                        f"was {before!r} before a run and is {now!r} after it. {_REMEDY}"
-                    ) from error
-            self._python.ignore(changes)
-            self._python.rebase()
-        if error is not None:
-            raise error
-
-    def refresh(self) -> bool:
-        """Notice what Python has changed since the last step; return whether parameters must be found again."""
-        if self._python is None:
-            return super().refresh()
-        self._check_contexts()
-        changed = self.snapshot is None or self.snapshot.has_changed() or self._hooks != self._hook_numbers()
+    def optimizer_has_changed(self) -> bool:
+        """Read the learning rates; whether another setting has changed, which the next capture then follows."""
         settings = [group.has_changed() for group in self._groups]  # each one reads its rate
-        if any(settings) or self._other_groups():
-            for group in self._groups:
-                group.follow(self.optimizer)
-            changed = True
-        if self._python.has_changed():
-            changes = self._python.changes()
-            self._captures.update(changes.keys())
-            for place, (before, now) in changes.items():
-                if self._captures[place] > _MOST_CAPTURES:
-                    raise CaptureError(
-                        f"`compile` must be False where a Python value changes again and again: {place} was {before!r} "
-                        f"and is {now!r} at step {self.count + 1}. {_REMEDY}"
-                    )
-            self._python.rebase()
-            changed = changed or bool(changes)
-        if changed:
-            self.clear_parameter_cache()
+        changed = any(settings) or self._other_groups()
+        for group in self._groups if changed else ():
+            group.follow(self.optimizer)
         return changed
 
     def _other_groups(self) -> bool:
@@ -280,7 +186,7 @@ class CapturedStep(Step):
         """Find the parameters and capture the step again, after Python has changed some of them, or anything else."""
         super().clear_parameter_cache()
         self._graphs.clear()
-        self._python, self._groups = None, []
+        self._groups = []
         self._may_have_new_parameters = True
 
     def unguarded(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
@@ -384,17 +290,17 @@ class _StepGraphs:
         if sites.descriptions != self.sites.descriptions:
             pairs = zip_longest(sites.descriptions, self.sites.descriptions, fillvalue="no further site")
             now, captured = next(pair for pair in pairs if pair[0] != pair[1])
-            raise CaptureError(f"{changed}runs {now}, but {captured} was captured. {_REMEDY}")
+            raise CaptureError(f"{changed}runs {now}, but {captured} was captured. {REMEDY}")
         close = torch.isclose(sites.log_probs[:-1], log_probs[:-1], rtol=1e-3, atol=1e-3, equal_nan=True)
         if not close.all():
             site = sites.descriptions[int((~close).nonzero()[0])]
-            raise CaptureError(f"{changed}has another log_prob of {site} than its captured operations. {_REMEDY}")
+            raise CaptureError(f"{changed}has another log_prob of {site} than its captured operations. {REMEDY}")
         eager, replayed = sites.log_probs[-1].item(), log_probs[-1].item()
         size = float(sites.log_probs.abs().sum())  # of the terms of the loss, whose digits it cannot have more of
         if math.isfinite(size) and abs(eager - replayed) > _LOSS_DIGITS * size:
             raise CaptureError(
                 f"`compile` must be False where a weight changes: step {self.owner.count} has the loss {eager:.6g}, "
-                f"with the scales of its sites, but {replayed:.6g} by its captured operations. {_REMEDY}"
+                f"with the scales of its sites, but {replayed:.6g} by its captured operations. {REMEDY}"
             )
 
 
@@ -408,7 +314,7 @@ def _check_same_operations(first: Graph, second: Graph) -> None:
     if different is not None:
         raise CaptureError(
             "`compile` must be False where two runs on the same data differ, such as by a counter or a generator: "
-            f"{different[0]} was captured, and {different[1]} a run later. {_REMEDY}"
+            f"{different[0]} was captured, and {different[1]} a run later. {REMEDY}"
         )
 
 
