@@ -65,8 +65,8 @@ from pyro_vae.distributions.properties import (
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements, UnsizedPlates
 
 __all__ = [
-    "DATA_PLATE", "Batcher", "ModelGuide", "RunError", "Transform", "autoguide_follows_subsample", "check_one_plate",
-    "check_same_latents", "is_amortized", "rows_at_once", "same_rows", "trace_pair", "transformed",
+    "DATA_PLATE", "Batcher", "ModelGuide", "RowBatches", "RunError", "Transform", "autoguide_follows_subsample",
+    "check_one_plate", "check_same_latents", "is_amortized", "rows_at_once", "same_rows", "trace_pair", "transformed",
 ]  # fmt: skip
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
@@ -321,6 +321,23 @@ class ModelGuide:
         return whole, whole
 
     @classmethod
+    def in_batches(cls, model: Function, guide: Function | None, data: Data, plate: str = "data") -> "RowBatches":
+        """Run a pair on batches of its rows, one after another, for what has a value for each row.
+
+        That takes a pair whose sites have the data plate, and no other one, in common, and of which no row depends on
+        another, which all rows are compared for, see :func:`is_amortized`. Any other pair is one batch of all rows.
+        """
+        tensors = data_tensors(data, "data", model, lazy=True)
+        size = rows_at_once(tensors)
+        if size < len(tensors[0]) and tensors.in_any_order and not isinstance(unbound(guide), AutoGuide):
+            with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
+                first = cls(model, guide, tensors.batch(0, size), plate)
+                if first.has_own_rows and all(map(partial(first.is_amortized, data=tensors), first.owners)):
+                    return RowBatches(first, tensors, size)
+        whole = cls(model, guide, tensors.whole(), plate)
+        return RowBatches(whole, tensors, len(tensors[0]))
+
+    @classmethod
     def _on_all_rows(
         cls, model: Function, guide: Function, data: tuple[Tensor, ...], plate: str, transform: Transform | None
     ) -> "ModelGuide":
@@ -429,6 +446,16 @@ class ModelGuide:
         )
 
     @property
+    def has_own_rows(self) -> bool:
+        """Whether the sites have the data plate, and no other one, in common, so that each row has a log p(x)."""
+        return [(frame.name, frame.size) for frame in self.units] == [(self.plate, self.num_data)]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """The programs of the pair: ``"model"``, and ``"guide"`` if there is one."""
+        return ("model",) if self.guide is None else ("model", "guide")
+
+    @property
     def by_rows(self) -> bool:
         """Whether log p(x, z) of each datum is that of its own latents in the data plate, all drawn by the guide."""
         return bool(self.latents) and self.has_one_plate and not self.eliminated
@@ -516,6 +543,12 @@ class ModelGuide:
         """How latents are marked for enumeration: ``"parallel"``, ``"sequential"``."""
         sites = (*self.latents.values(), *latent_sites(self.guide_trace).values())
         return {site["infer"].get("enumerate") for site in sites} - {None}
+
+    def on_other_rows(self, rows: DataTensors) -> "ModelGuide":
+        """Run the pair on other rows of the data of which it is known whether rows depend on each other."""
+        pair = type(self)(self.model, self.guide, rows, self.plate)
+        pair._amortized = self._amortized
+        return pair
 
     def held_out(self, data: DataTensors, batch_size: int, model: Function, guide: Function) -> "ModelGuide":
         """Return the pair on held-out data, transformed, to run in batches if that is right, else on all rows.
@@ -776,7 +809,7 @@ class ModelGuide:
         """
         value, count = torch.as_tensor(site["value"]), self.num_run
         if data is self.data:
-            yield 0, value
+            yield data.first_row, value
         is_shared = all(value.numel() == 1 for value in _tensors(base_support(site["fn"])))
         is_masked = _tensors([site["mask"], *masks(site["fn"])])  # by another mask in other rows
         if (data is self.data and count == len(data[0])) or not is_shared or is_masked:
@@ -892,6 +925,39 @@ class ModelGuide:
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
             )
+
+
+class RowBatches:
+    """A pair on batches of its rows, which are run one after another, whenever they are needed; or on all rows at once.
+
+    Args:
+        first: the pair on the first batch.
+        data: all rows.
+        size: of a batch.
+
+    Attributes:
+        num_data: N, the number of rows.
+    """
+
+    def __init__(self, first: ModelGuide, data: DataTensors, size: int):
+        self.first, self._data, self._size, self.num_data = first, data, size, len(data[0])
+
+    def __len__(self) -> int:
+        return -(-self.num_data // self._size)
+
+    def __getitem__(self, index: int) -> ModelGuide:
+        start = index * self._size
+        if not 0 <= start < self.num_data:
+            raise IndexError(f"`index` must be less than {len(self)}, got {index}")
+        stop = min(start + self._size, self.num_data)
+        return self.first.on_other_rows(self._data.batch(start, stop)) if index else self.first
+
+    def __iter__(self) -> Iterator[ModelGuide]:
+        return map(self.__getitem__, range(len(self)))
+
+    def whole(self) -> ModelGuide:
+        """Run the pair on all rows at once."""
+        return self.first if len(self) == 1 else self.first.on_other_rows(self._data.whole())
 
 
 class _TrackLatents(TrackProvenance):

@@ -45,6 +45,7 @@ class DataTensors(tuple[Tensor, ...]):
         tensors: the arguments of model and guide.
         row_labels: labels of the rows, ``(N,)``, if they have some.
         columns: for each tensor the labels of its columns, if it has some, with the name of their dimension.
+        first_row: the number of the first row in the data of the user, of which these may be a batch.
 
     >>> data = DataTensors([torch.zeros(2, 3)], columns=[("column", np.array(["a", "b", "c"]))])
     >>> len(data), data.columns[0][0], data.row_labels is None
@@ -53,15 +54,18 @@ class DataTensors(tuple[Tensor, ...]):
 
     row_labels: np.ndarray | None
     columns: tuple[Columns | None, ...]
+    first_row: int
 
     def __new__(
         cls,
         tensors: Sequence[Tensor],
         row_labels: np.ndarray | None = None,
         columns: Sequence[Columns | None] | None = None,
+        first_row: int = 0,
     ) -> "DataTensors":
         self = super().__new__(cls, tensors)
         self.row_labels, self.columns = row_labels, (None,) * len(self) if columns is None else tuple(columns)
+        self.first_row = first_row
         return self
 
     @property
@@ -86,6 +90,11 @@ class DataTensors(tuple[Tensor, ...]):
         """Return the first rows in memory, at most this number and no more than are checked before training."""
         return DataTensors(self.rows(slice(0, min(count, self.num_checked))))
 
+    def batch(self, start: int, stop: int) -> "DataTensors":
+        """Return the rows from one number to another in memory, with their labels and their numbers."""
+        labels = None if self.row_labels is None else self.row_labels[start:stop]
+        return DataTensors(self.rows(slice(start, stop)), labels, self.columns, self.first_row + start)
+
     def first_index(self, test: Callable[[Tensor], Tensor]) -> tuple[int, list[int]] | None:
         """Find the first number that passes a test, among the rows that are checked: its tensor, and its index."""
         found = ((number, first_index(test, tensor)) for number, tensor in enumerate(self))
@@ -97,6 +106,7 @@ class DataTensors(tuple[Tensor, ...]):
             return None
         number, index = found
         row, *column = index or [0]
+        row += self.first_row
         if not column:
             return f"row {row}"
         labels = self.columns[number]

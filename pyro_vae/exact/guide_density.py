@@ -29,7 +29,7 @@ from pyro_vae.exact.model_density import (
     layouts_of,
     plus,
 )
-from pyro_vae.exact.quadrature import Box, QuadratureError, integrate
+from pyro_vae.exact.quadrature import Box, QuadratureError, integrate, rows_from
 from pyro_vae.handlers import MaskSites
 from pyro_vae.model_guide import check_one_plate, check_same_latents
 
@@ -208,7 +208,8 @@ class GuideDensity:
     def elbo(self, tolerance: float, reach: float = 1.0) -> Tensor:
         """Compute E_q[log p(x, z) - log q(z | x)] by quadrature, ``(N,)``, on a box of q that is wider by ``reach``."""
         expectation = _Expectation(self)
-        log_mass, value, _ = integrate(expectation, self.integration_box(), tolerance, reach)
+        with rows_from(int(self.p.rows[0])):
+            log_mass, value, _ = integrate(expectation, self.integration_box(), tolerance, reach)
         mass = log_mass.exp()
         if value is None or ((mass - 1).abs() > 2 * tolerance + expectation.rounding).any():
             masses = f"{float(mass.min()):.6g} to {float(mass.max()):.6g}"

@@ -12,7 +12,7 @@ contains all latents.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,8 @@ from pyro_vae.exact.discrete import DiscreteModel
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.linear_gaussian import linear_gaussian
 from pyro_vae.exact.model_density import ModelDensity, check_site, few_rows
-from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, check_draws, integrate
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae.exact.quadrature import Box, QuadratureError, QuadratureRule, check_draws, integrate, rows_from
+from pyro_vae.model_guide import ModelGuide, RowBatches
 
 if TYPE_CHECKING:
     from pyro_vae.exact.collapsed import Collapsed
@@ -80,7 +80,12 @@ def log_evidence(
     torch.Size([5])
     """
     tolerance = positive(tolerance, "tolerance")
-    pair = ModelGuide(model, None, data, plate)
+    batches = ModelGuide.in_batches(model, None, data, plate)
+    return _by_rows("exact.log_evidence", progress, batches, lambda pair: _log_evidence(pair, tolerance, progress))
+
+
+def _log_evidence(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
+    """The log marginal likelihood of each cell, of the rows of a pair."""
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.log_evidence().to(discrete.dtype)
     if not pair.latents and pair.observed:
@@ -97,6 +102,19 @@ def log_evidence(
         return linear.log_evidence().to(p.dtype)
     parts = _shown("exact.log_evidence", progress, _batches(p))
     return torch.cat([_integrated_evidence(part, tolerance)[0] for part in parts]).to(p.dtype)
+
+
+def _by_rows(name: str, progress: bool | None, batches: RowBatches, compute: Callable[[ModelGuide], Tensor]) -> Tensor:
+    """Compute the numbers of each row in batches of rows, so that the memory does not grow with what a run needs."""
+    if len(batches) == 1:
+        return compute(batches.first)
+    found = []
+    with progress_bar(name, progress, total=batches.num_data, unit="datum") as bar:
+        for pair in batches:
+            with rows_from(pair.data.first_row):
+                found.append(compute(pair))
+            bar.advance(pair.num_data)
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -120,7 +138,16 @@ def posterior(
     torch.Size([3, 100, 1])
     """
     tolerance = positive(tolerance, "tolerance")
-    pair = ModelGuide(model, None, data, plate)
+    batches = ModelGuide.in_batches(model, None, data, plate)
+    if (closed := _closed_form(batches.first)) is None:
+        return _in_parts(batches, tolerance, progress)
+    if len(batches) > 1:
+        closed = _closed_form(batches.whole())
+    return closed
+
+
+def _closed_form(pair: ModelGuide) -> Any:
+    """The posterior where it is a distribution, or the result of an elimination; else ``None``."""
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.posterior()
     if (gaussian := _gaussian_posterior(pair)) is not None:
@@ -130,14 +157,73 @@ def posterior(
     _check_local(pair, "latents that are all linear Gaussian, or a single conjugate one")
     p = ModelDensity(pair)
     p.single_site()
+    return None if p.is_discrete or (linear := linear_gaussian(p)) is None else linear.posterior()
+
+
+def _in_parts(batches: RowBatches, tolerance: float, progress: bool | None) -> "Posterior":
+    """The posterior by a sum or a quadrature."""
+    parts = _Parts(batches, tolerance) if len(batches) > 1 else None
+    evidence, kept = [], []
+    with progress_bar("exact.posterior", progress, total=batches.num_data, unit="datum") as bar:
+        for pair in batches:
+            with rows_from(pair.data.first_row):
+                for part, log_p, rule in _solved(pair, tolerance):
+                    evidence.append(log_p)
+                    if parts is None:
+                        kept.append((part, rule))
+                    bar.advance(part.num_data)
+    return Posterior(ModelDensity(batches.first), torch.cat(evidence), parts or kept)
+
+
+def _solved(pair: ModelGuide, tolerance: float) -> "Iterator[tuple[ModelDensity, Tensor, QuadratureRule | None]]":
+    """Iterate over parts of the rows, with their log p(x), and the rule of a quadrature."""
+    p = ModelDensity(pair)
     if p.is_discrete:
-        return Posterior(p, _summed_evidence(p))
-    if (linear := linear_gaussian(p)) is not None:
-        return linear.posterior()
-    parts = _batches(p)
-    shown = _shown("exact.posterior", progress, parts)
-    evidence, rules = zip(*(_integrated_evidence(part, tolerance) for part in shown), strict=True)
-    return Posterior(p, torch.cat(evidence), list(zip(parts, rules, strict=True)))
+        yield p, _summed_evidence(p), None
+        return
+    for part in _batches(p):
+        yield part, *_integrated_evidence(part, tolerance)
+
+
+class _Parts:
+    """A model on parts of its rows, with the rules of their quadratures, which are made whenever they are needed.
+
+    A rule has some hundred numbers for each row, and the runs of a model on all rows may have as many.
+    """
+
+    def __init__(self, batches: RowBatches, tolerance: float):
+        self._batches, self._tolerance = batches, tolerance
+
+    def densities(self) -> Iterator[ModelDensity]:
+        """Iterate over the densities."""
+        for index in range(len(self._batches)):
+            yield _reporting(self._batches, index, ModelDensity)
+
+    def rules(self) -> Iterator[tuple[ModelDensity, Any]]:
+        """Iterate over the densities with their rules; ``None`` of a discrete latent."""
+        for index in range(len(self._batches)):
+            found = _reporting(self._batches, index, lambda pair: list(_solved(pair, self._tolerance)))
+            yield from ((part, rule) for part, _, rule in found)
+
+
+class _KeptParts(_Parts):
+    """Parts that are kept in memory."""
+
+    def __init__(self, parts: "Sequence[tuple[ModelDensity, QuadratureRule | None]]"):
+        self._kept = parts
+
+    def densities(self) -> Iterator[ModelDensity]:
+        return (part for part, _ in self._kept)
+
+    def rules(self) -> Iterator[tuple[ModelDensity, Any]]:
+        return iter(self._kept)
+
+
+@torch.no_grad()
+@without_training
+def _reporting(batches: RowBatches, index: int, compute: Callable[[ModelGuide], Any]) -> Any:
+    """Compute something from a batch of rows, after the call that made the batches."""
+    return compute(batches[index])
 
 
 @torch.no_grad()
@@ -163,7 +249,12 @@ def elbo(
     >>> torch.testing.assert_close(total, log_evidence(vae.model, x), atol=1e-3, rtol=0)
     """
     tolerance = positive(tolerance, "tolerance")
-    pair = ModelGuide(model, guide, data, plate)
+    batches = ModelGuide.in_batches(model, guide, data, plate)
+    return _by_rows("exact.elbo", progress, batches, lambda pair: _elbo(pair, tolerance, progress))
+
+
+def _elbo(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
+    """The ELBO of each cell, of the rows of a pair."""
     if (discrete := _discrete_model(pair)) is not None:
         return discrete.elbo().to(discrete.dtype)
     if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
@@ -203,7 +294,12 @@ def kl(
     True
     """
     tolerance = positive(tolerance, "tolerance")
-    pair = ModelGuide(model, guide, data, plate)
+    batches = ModelGuide.in_batches(model, guide, data, plate)
+    return _by_rows("exact.kl", progress, batches, lambda pair: _kl(pair, tolerance, progress))
+
+
+def _kl(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
+    """The KL of each cell, of the rows of a pair."""
     if (discrete := _discrete_model(pair)) is not None:
         return (discrete.log_evidence() - discrete.elbo()).to(discrete.dtype)
     if (gaussian := _gaussian_posterior(pair)) is not None and (gap := _gaussian_kl(pair, gaussian)) is not None:
@@ -225,8 +321,9 @@ def kl(
     rounding = 16 * torch.finfo(p.dtype).eps * (1 + evidence.abs())
     if (gap < -2 * tolerance - rounding).any():
         raise QuadratureError(
-            f"quadrature did not converge: the KL of datum {int(gap.argmin())} would be {float(gap.min()):.3g} nats, "
-            "and no KL is negative; its log p(x) or its ELBO is wrong"
+            f"quadrature did not converge: the KL of datum {{}} would be {float(gap.min()):.3g} nats, and no KL is "
+            "negative; its log p(x) or its ELBO is wrong",
+            int(gap.argmin()),
         )
     return gap.to(p.dtype)
 
@@ -253,16 +350,19 @@ class Posterior(Result, dist.TorchDistribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(
-        self, p: ModelDensity, evidence: Tensor, rules: "Sequence[tuple[ModelDensity, QuadratureRule]] | None" = None
+        self,
+        p: ModelDensity,
+        evidence: Tensor,
+        rules: "Sequence[tuple[ModelDensity, QuadratureRule | None]] | _Parts | None" = None,
     ):
         self._p, self.log_evidence = _evaluated(p), evidence
-        self._rules = None if rules is None else [(_evaluated(part), rule) for part, rule in rules]
+        self._parts = rules if isinstance(rules, _Parts) else _KeptParts(rules or [(p, None)])
         self._name, site = p.single_site()
         self._support = site["fn"].support
-        super().__init__(torch.Size([p.num_data]), site["fn"].event_shape, validate_args=False)
+        super().__init__(torch.Size([len(evidence)]), site["fn"].event_shape, validate_args=False)
 
     def _line(self) -> str:
-        how = f"by a sum over {count_of(self._p.num_states, 'state')}" if self._rules is None else "by quadrature"
+        how = f"by a sum over {count_of(self._p.num_states, 'state')}" if self._p.is_discrete else "by quadrature"
         data, shape = count_of(len(self.log_evidence), "datum", "data"), tuple(self.event_shape)
         log_p = self.log_evidence.double().mean().item()
         return f"p({self._name} | x) of {data}, event shape {shape}, exact {how}; log p(x) {log_p:.3f} nats per datum"
@@ -274,13 +374,13 @@ class Posterior(Result, dist.TorchDistribution):
             ("event shape", tuple(self.event_shape)),
             ("log p(x)", f"{self.log_evidence.double().mean().item():.3f}"),
         ]
-        how = f"a sum over {count_of(self._p.num_states, 'state')}" if self._rules is None else "quadrature"
+        how = f"a sum over {count_of(self._p.num_states, 'state')}" if self._p.is_discrete else "quadrature"
         return Table(("property", "value"), rows, f"Exact, by {how}. log p(x) is in nats per datum.")
 
     @property
     def _rule(self) -> QuadratureRule | None:
         """The rule of the first batch of rows."""
-        return None if self._rules is None else self._rules[0][1]
+        return next(self._parts.rules())[1]
 
     @property
     def support(self) -> constraints.Constraint:
@@ -291,17 +391,35 @@ class Posterior(Result, dist.TorchDistribution):
         """Compute log p(z | x) at ``(*, N, *event)`` or ``(*, 1, *event)``, as ``(*, N)``."""
         sample_shape = value.shape[: value.dim() - 1 - self.event_dim]
         flat = value.reshape(-1, *value.shape[len(sample_shape) :])
-        log_joint = self._p.log_joint({self._name: flat}).double()
-        return (log_joint - self.log_evidence).to(self._p.dtype).reshape(*sample_shape, -1)
+        parts = []
+        for part, rows in self._numbered(self._parts.densities()):
+            values = flat if flat.shape[1] == 1 else flat[:, rows]
+            log_joint = torch.cat([part.log_joint({self._name: chunk}) for chunk in values.split(part.chunk)])
+            parts.append((log_joint.double() - self.log_evidence[rows]).to(part.dtype))
+        return torch.cat(parts, 1).reshape(*sample_shape, -1)
 
-    def _weighted(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over chunks of states ``(C, 1, *event)`` and their log-masses ``(C, N)`` under the posterior."""
-        for states in self._p.states():
-            yield states[self._name], self._p.log_joint(states).double() - self.log_evidence
+    def _numbered(self, parts: Iterable[ModelDensity]) -> Iterator[tuple[ModelDensity, slice]]:
+        """Iterate over parts in evaluation mode, and their rows."""
+        start = 0
+        for part in parts:
+            yield _evaluated(part), slice(start, start + part.num_data)
+            start += part.num_data
+
+    def _weighted(self) -> "Iterator[tuple[ModelDensity, Iterator[tuple[Tensor, Tensor]]]]":
+        """Iterate over parts, with chunks of values ``(C, 1 or N, *event)`` and their log-masses ``(C, N)``.
+
+        The values are all states, or the nodes of the quadrature.
+        """
+        if self._p.is_discrete:
+            for part, rows in self._numbered(self._parts.densities()):
+                yield part, _states(part, self._name, self.log_evidence[rows])
+            return
+        for part, rule in self._parts.rules():
+            yield part, ((values, log_mass) for values, log_mass, _ in _nodes(_evaluated(part), rule))
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        return self._rules is None
+        return self._p.is_discrete
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Return the states of a discrete latent, ``(S, N or 1, *event)``."""
@@ -312,31 +430,41 @@ class Posterior(Result, dist.TorchDistribution):
     def mean(self) -> Tensor:
         """The posterior mean, ``(N, *event)``."""
         with torch.no_grad():
-            if self._rules is None:
-                mean = _mean(self._weighted(), self.log_evidence)
-            else:
-                means = [_mean(((z, mass) for z, mass, _ in _nodes(*part)), part[0].zeros()) for part in self._rules]
-                mean = torch.cat(means)
+            mean = torch.cat([_mean(weighted, part.zeros()) for part, weighted in self._weighted()])
         return mean.reshape(self.batch_shape + self.event_shape).to(self._p.dtype)
 
     @cached_property
     def probs(self) -> Tensor:
         """The probability of each state of a discrete latent, ``(S, N)``, ordered as ``enumerate_support``."""
-        if self._rules is not None:
+        if not self._p.is_discrete:
             raise AttributeError("a continuous posterior has no `probs`, use `log_prob`")
         with torch.no_grad():
-            return torch.cat([log_mass.exp() for _, log_mass in self._weighted()]).to(self._p.dtype)
+            found = [[log_mass.exp().to(self._p.dtype) for _, log_mass in states] for _, states in self._weighted()]
+            return torch.cat([torch.cat(masses) for masses in found], 1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Draw ``(*sample_shape, N, *event)``: states by their masses, or points by their density."""
         count = math.prod(sample_shape)
-        if self._rules is None:
-            uniform = _uniform(self._p.num_data, count, self.log_evidence)
-            (values,) = _invert(((mass, [states]) for states, mass in self._weighted()), uniform)
+        if self._p.is_discrete:
+            drawn = [_draw_states(part, states, count) for part, states in self._weighted()]
         else:
-            values = torch.cat([_draw(p, rule, count) for p, rule in self._rules], 1)
+            drawn = [_draw(_evaluated(part), rule, count) for part, rule in self._parts.rules()]
+        values = torch.cat(drawn, 1)
         return values.to(self._p.dtype).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
+
+
+def _states(p: ModelDensity, name: str, log_evidence: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over chunks of states ``(C, 1, *event)`` and their log-masses ``(C, N)`` under the posterior."""
+    for states in p.states():
+        yield states[name], p.log_joint(states).double() - log_evidence
+
+
+def _draw_states(p: ModelDensity, states: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Draw from states and their log-masses, ``(count, N, *event)``."""
+    uniform = _uniform(p.num_data, count, p.data[0])
+    (values,) = _invert(((mass, [state]) for state, mass in states), uniform)
+    return values
 
 
 def _mean(weighted: Iterable[tuple[Tensor, Tensor]], zeros: Tensor) -> Tensor:
@@ -511,6 +639,11 @@ class _Joint:
 
 
 def _integrated_evidence(p: ModelDensity, tolerance: float) -> tuple[Tensor, QuadratureRule]:
+    with rows_from(int(p.rows[0])):
+        return _integrated(p, tolerance)
+
+
+def _integrated(p: ModelDensity, tolerance: float) -> tuple[Tensor, QuadratureRule]:
     box = p.integration_box(p.single_site()[1]["fn"]).union()
     evidence, _, rule = integrate(_Joint(p, box), box, tolerance)
     _compare_with_draws(p, evidence, tolerance)
@@ -541,8 +674,9 @@ def _check_digits(p: ModelDensity, rule: QuadratureRule, tolerance: float) -> No
         datum = int(lost.argmax())
         raise QuadratureError(
             f"quadrature did not converge: the last digit of the data in {str(p.dtype).removeprefix('torch.')} changes "
-            f"log p(x, z) of datum {datum} by {float(lost[datum].sqrt()):.2g} nats; subtract an offset that is far "
-            "above the noise, or compute in float64: `vae.double()`, `x.double()`"
+            f"log p(x, z) of datum {{}} by {float(lost[datum].sqrt()):.2g} nats; subtract an offset that is far above "
+            "the noise, or compute in float64: `vae.double()`, `x.double()`",
+            datum,
         )
 
 

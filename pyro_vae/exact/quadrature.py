@@ -7,6 +7,7 @@ the distance. All data share their cells, so that a decoder runs once for all of
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import count, product
@@ -16,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_NODES", "Box", "Cells", "Integrand", "QuadratureError", "QuadratureRule", "check_draws", "integrate"]
+__all__ = [
+    "MAX_NODES",
+    "Box",
+    "Cells",
+    "Integrand",
+    "QuadratureError",
+    "QuadratureRule",
+    "check_draws",
+    "integrate",
+    "rows_from",
+]
 
 MAX_NODES = {1: 2**16, 2: 2**18}
 """Largest number of nodes for a datum, by dimensions."""
@@ -33,7 +44,38 @@ _SHELLS = (
 
 
 class QuadratureError(ArithmeticError):
-    """The quadrature did not converge: two resolutions, or the independent estimate, differ more than the tolerance."""
+    """The quadrature did not converge: two resolutions, or the independent estimate, differ more than the tolerance.
+
+    Args:
+        reason: the message, with ``{}`` for the number of the datum, if there is one.
+        datum: its number.
+
+    >>> error = QuadratureError("the density of datum {} is NaN", datum=3)
+    >>> error.count_from(100)
+    >>> print(error)
+    the density of datum 103 is NaN
+    """
+
+    def __init__(self, reason: str, datum: int | None = None):
+        super().__init__(reason)
+        self._reason, self._datum = reason, datum
+        self.count_from(0)
+
+    def count_from(self, first: int) -> None:
+        """Count the datum among all rows, of which ``first`` is the number of the first one here."""
+        if self._datum is not None:
+            self._datum += first
+            self.args = (self._reason.format(self._datum),)
+
+
+@contextmanager
+def rows_from(first: int) -> Iterator[None]:
+    """Count the datum of a :class:`QuadratureError` among all rows, of which a block computes those from ``first``."""
+    try:
+        yield
+    except QuadratureError as error:
+        error.count_from(first)
+        raise
 
 
 def check_draws(log_weight: Tensor, of: str, tolerance: float) -> None:
@@ -50,9 +92,10 @@ def check_draws(log_weight: Tensor, of: str, tolerance: float) -> None:
     if missed.any():
         place = int(missed.byte().argmax())
         raise QuadratureError(
-            f"quadrature did not converge: {len(weight)} draws from the prior find p(x) of {of} {place} to be "
+            f"quadrature did not converge: {len(weight)} draws from the prior find p(x) of {of} {{}} to be "
             f"{float(mean[place]):.3g} times that of the quadrature, with a standard error of "
-            f"{float(error[place]):.2g}; it has missed a narrow peak"
+            f"{float(error[place]):.2g}; it has missed a narrow peak",
+            place,
         )
 
 
@@ -292,7 +335,8 @@ class _Refinement:
             gap = float(error[:, worst].sum())
             raise QuadratureError(
                 f"quadrature did not converge: with {self.nodes} nodes and half as many in each dimension, the "
-                f"integral of datum {worst} differs by {gap:.3g} nats, more than the tolerance of {self.tolerance:.3g}"
+                f"integral of datum {{}} differs by {gap:.3g} nats, more than the tolerance of {self.tolerance:.3g}",
+                worst,
             )
         return splits
 
@@ -352,8 +396,8 @@ class _Refinement:
         """Add what lies outside of the last shell, by the ratio of the last shells; raise if that is infinite."""
         datum, share = int(self.edge.argmax()), float(self.edge.max())
         if self.moment is None:
-            where = f"at the edge of the box of datum {datum}"
-            raise QuadratureError(f"quadrature did not converge: {share:.3g} of the mass is {where}")
+            where = "at the edge of the box of datum {}"
+            raise QuadratureError(f"quadrature did not converge: {share:.3g} of the mass is {where}", datum)
         third, second, last = (shell.abs() for shell in shells[-3:])
         ratio = last / second
         tail = last * ratio / (1 - ratio)
@@ -361,9 +405,10 @@ class _Refinement:
         heavy = (self.edge > self.tolerance / 8) & ~((ratio < 0.98) & (error <= self.tolerance))
         if heavy.any():
             raise QuadratureError(
-                f"quadrature did not converge: the expectation under q(z | x) of datum {int(heavy.byte().argmax())} "
-                "is infinite, or depends on tails that are too heavy for quadrature; use a guide with lighter tails, "
-                "such as a Student-t with more degrees of freedom"
+                "quadrature did not converge: the expectation under q(z | x) of datum {} is infinite, or depends on "
+                "tails that are too heavy for quadrature; use a guide with lighter tails, such as a Student-t with "
+                "more degrees of freedom",
+                int(heavy.byte().argmax()),
             )
         far = self.edge > self.tolerance / 8
         self.moment = self.moment + torch.where(far, tail * shells[-1].sign(), 0.0)
@@ -372,7 +417,7 @@ class _Refinement:
 def _valid(log_density: Tensor) -> Tensor:
     if log_density.isnan().any():
         datum = int(log_density.isnan().any(0).byte().argmax())
-        raise QuadratureError(f"quadrature did not converge: the density of datum {datum} is NaN at some z")
+        raise QuadratureError("quadrature did not converge: the density of datum {} is NaN at some z", datum)
     return log_density
 
 

@@ -1,0 +1,144 @@
+"""Many rows: what has a value for each row is computed in batches of rows, and equals that of all rows at once."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pairs import bernoulli, gaussian, model_of
+
+import pyro_vae as pv
+from pyro_vae import exact, likelihoods, model_guide, networks
+from pyro_vae.model_guide import ModelGuide
+
+N, FEW = 50, 16
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Let at most ``FEW`` rows run together."""
+
+    def use():
+        monkeypatch.setattr(model_guide, "_BUDGET", 64 * FEW)
+
+    return use
+
+
+def two_classes(x):
+    """Two discrete latents of each row, of which the second one depends on the first."""
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+        b = pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * k))
+        pyro.sample("x", dist.Normal((k + 2.0 * b)[..., None] * torch.ones(2), 1.0).to_event(1), obs=x)
+
+
+def own_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("k", dist.Categorical(logits=x))
+        pyro.sample("b", dist.Bernoulli(logits=x[:, 1]))
+
+
+def pairs():
+    torch.manual_seed(0)
+    linear = gaussian(1, 2, decoder=likelihoods.Normal(1, 2, networks.linear()))
+    return {"normal": gaussian(1, 2), "bernoulli": bernoulli(2, 2), "linear": linear}
+
+
+X = torch.randn(N, 2, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["normal", "bernoulli", "linear"])
+def test_exact_answers_in_batches_are_those_of_all_rows(few_rows, name):
+    vae = pairs()[name]
+
+    def answers():
+        args = vae.model, vae.guide, X
+        return [exact.log_evidence(vae.model, X), exact.elbo(*args), exact.kl(*args)]
+
+    whole = answers()
+    few_rows()
+    assert len(ModelGuide.in_batches(vae.model, vae.guide, X)) == 4
+    for one, other in zip(whole, answers(), strict=True):
+        assert one.shape == (N,)
+        torch.testing.assert_close(other, one, rtol=0, atol=3e-4)
+
+
+def test_several_discrete_latents_are_summed_out_in_batches(few_rows):
+    def answers():
+        return exact.log_evidence(two_classes, X), exact.kl(two_classes, own_guide, X)
+
+    whole = answers()
+    few_rows()
+    assert len(ModelGuide.in_batches(two_classes, own_guide, X)) == 4
+    for one, other in zip(whole, answers(), strict=True):
+        torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("name", ["normal", "bernoulli"])
+def test_a_posterior_in_batches_is_that_of_all_rows(few_rows, name):
+    vae = pairs()[name]
+    whole = exact.posterior(vae.model, X)
+    few_rows()
+    parts = exact.posterior(vae.model, X)
+    assert parts.batch_shape == (N,)
+    assert str(parts) == str(whole)
+    value = whole.sample((7,))
+    torch.testing.assert_close(parts.log_prob(value), whole.log_prob(value), rtol=0, atol=3e-4)
+    torch.testing.assert_close(parts.log_prob(value[:, :1]), whole.log_prob(value[:, :1]), rtol=0, atol=3e-4)
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=0, atol=1e-3)
+    if whole.has_enumerate_support:
+        torch.testing.assert_close(parts.probs, whole.probs)
+    draws = parts.sample((4000,)).double()
+    error = (whole.sample((4000,)).double().var(0) / 4000).sqrt()
+    assert ((draws.mean(0) - whole.mean).abs() < 5.5 * error + 1e-3).all()
+
+
+def test_modules_are_as_they_were_after_a_posterior_in_batches(few_rows):
+    vae = pairs()["normal"]
+    few_rows()
+    posterior = exact.posterior(vae.model, X)
+    assert posterior.mean.shape == (N, 1)
+    assert all(module.training for module in vae.modules())
+
+
+def test_rows_that_depend_on_others_run_together(few_rows):
+    few_rows()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.tanh() + x.mean(), 1.0), obs=x)
+
+    assert len(ModelGuide.in_batches(model, None, X[:, 0])) == 1
+    assert len(ModelGuide.in_batches(model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0)), None, X[:, 0])) > 1
+
+
+def test_errors_count_rows_among_all_rows(few_rows):
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.sin(), 1.0))
+    x = X[:, 0].clone()
+    x[37] = 1e6  # whose last digit is far more than the noise
+    few_rows()
+    with pytest.raises(exact.QuadratureError, match="datum 37 "):
+        exact.log_evidence(model, x)
+    x[37] = torch.nan
+    with pytest.raises(ValueError, match="row 37"):
+        exact.log_evidence(model, x)
+
+
+def test_rows_of_a_data_set_are_read_in_batches(few_rows):
+    vae = pairs()["normal"]
+    few_rows()
+    data = torch.utils.data.TensorDataset(X)
+    torch.testing.assert_close(exact.log_evidence(vae.model, data), exact.log_evidence(vae.model, X))
+    read = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return N
+
+        def __getitem__(self, row):
+            read.append(row)
+            return X[row]
+
+    torch.testing.assert_close(exact.log_evidence(vae.model, Rows()), exact.log_evidence(vae.model, X))
+    assert set(read) == set(range(N))
+    assert pv.exact.posterior(vae.model, Rows()).mean.shape == (N, 1)
