@@ -7,7 +7,8 @@ import torch
 from pairs import bernoulli, gaussian, model_of
 
 import pyro_vae as pv
-from pyro_vae import exact, likelihoods, model_guide, networks
+from pyro_vae import exact, guides, likelihoods, model_guide, networks, priors
+from pyro_vae.diagnostics import decomposition
 from pyro_vae.model_guide import ModelGuide
 
 N, FEW = 50, 16
@@ -142,3 +143,95 @@ def test_rows_of_a_data_set_are_read_in_batches(few_rows):
     torch.testing.assert_close(exact.log_evidence(vae.model, Rows()), exact.log_evidence(vae.model, X))
     assert set(read) == set(range(N))
     assert pv.exact.posterior(vae.model, Rows()).mean.shape == (N, 1)
+
+
+NUMBERS = ("elbo", "distortion", "rate", "mutual_information", "marginal_kl")
+
+
+def agree(ours, theirs, sure=5.5):
+    assert abs(ours.value - theirs.value) < sure * (ours.standard_error**2 + theirs.standard_error**2) ** 0.5 + 1e-5
+
+
+def test_a_decomposition_in_batches_agrees_with_that_of_all_rows(few_rows):
+    vae = pairs()["normal"]
+    whole = pv.decompose(vae.model, vae.guide, X, num_samples=50)
+    few_rows()
+    parts = pv.decompose(vae.model, vae.guide, X, num_samples=50)
+    assert (parts.num_data, parts.num_compared) == (N, N)
+    for name in NUMBERS:
+        agree(getattr(parts, name), getattr(whole, name))
+        errors = getattr(parts, name).standard_error, getattr(whole, name).standard_error
+        assert errors[0] == pytest.approx(errors[1], rel=0.3)
+    for ours, theirs in zip(parts.population_information, whole.population_information, strict=True):
+        agree(ours, theirs)
+    units, expected = parts.units["z"], whole.units["z"]
+    torch.testing.assert_close(units.rate, expected.rate)
+    torch.testing.assert_close(units.activity, expected.activity)
+    torch.testing.assert_close(units.information, expected.information, rtol=0, atol=0.1)
+
+
+def test_sums_over_states_in_batches_decompose_as_those_of_all_rows(few_rows):
+    vae = pairs()["bernoulli"]
+    whole = pv.decompose(vae.model, vae.guide, X)
+    few_rows()
+    parts = pv.decompose(vae.model, vae.guide, X)
+    for name in NUMBERS:
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-5)
+    for ours, theirs in zip(parts.population_information, whole.population_information, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    torch.testing.assert_close(parts.units["z"].information, whole.units["z"].information, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts.units["z"].activity, whole.units["z"].activity)
+
+
+def test_the_information_from_some_rows_is_that_of_all_with_its_error(few_rows, monkeypatch):
+    """The mixture is of all rows: only the rows whose draws are compared with it are chosen, in each seed others."""
+    torch.manual_seed(0)
+    vae = pv.VAE(
+        priors.StandardNormal(1),
+        guides.DiagonalNormal(2, 1, networks.mlp([8])),
+        likelihoods.Normal(1, 2, networks.linear()),
+    )
+    with torch.no_grad():
+        vae.encoder.network[-1].weight.mul_(3)
+    x = torch.randn(400, 2) * torch.linspace(0.2, 3, 400)[:, None]
+    whole = pv.decompose(vae.model, vae.guide, x, num_samples=200)
+    monkeypatch.setattr(decomposition, "_MAX_PAIRS", 1)
+    monkeypatch.setattr(decomposition, "_MIN_COMPARED", 60)
+    found = [pv.decompose(vae.model, vae.guide, x, num_samples=4, seed=seed) for seed in range(60)]
+    assert found[0].num_compared == 60
+    assert "60 data were compared with q(z) of all data" in found[0]._table().note
+    for name in ("mutual_information", "marginal_kl"):
+        values = torch.tensor([getattr(nats, name).value for nats in found])
+        error = (values.var() / 60 + getattr(whole, name).standard_error ** 2).sqrt()
+        assert abs(values.mean() - getattr(whole, name).value) < 4.5 * error
+        reported = torch.tensor([getattr(nats, name).standard_error for nats in found]).square().mean().sqrt()
+        assert 0.65 < (reported / values.std()).item() < 1.5
+    for nats in found:
+        assert nats.rate.value == pytest.approx(nats.mutual_information.value + nats.marginal_kl.value, abs=1e-9)
+    for which in (0, 1):
+        values = torch.tensor([nats.population_information[which].value for nats in found])
+        error = (values.var() / 60).sqrt() + 1e-3
+        assert abs(values.mean() - whole.population_information[which].value) < 4.5 * error
+
+
+def test_a_prior_that_differs_in_a_later_batch_is_found(few_rows):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal((x[:, 1] > 5).float(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0] / 2, 0.7))
+
+    x = X.clone()
+    x[40, 1] = 9.0
+    whole = pv.decompose(model, guide, x, num_samples=100)
+    few_rows()
+    parts = pv.decompose(model, guide, x, num_samples=100)
+    assert parts.why_no_information == "there is no single prior p(z), since that of 'z' depends on x"
+    assert parts.why_no_information == whole.why_no_information
+    assert parts.num_data == N
+    for name in ("elbo", "distortion", "rate"):
+        agree(getattr(parts, name), getattr(whole, name))
+        assert getattr(parts, name).standard_error == pytest.approx(getattr(whole, name).standard_error, rel=0.3)

@@ -1,7 +1,7 @@
-"""The aggregate posterior q(z), the mixture of q(z | x_n) over the data, and its log-densities at draws of z."""
+"""The aggregate posterior q(z), the mixture of q(z | x_n) over the data, and its log-densities at values of z."""
 
 import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,105 +10,102 @@ from pyro_vae.distributions.properties import without_independent
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import Values
 
-__all__ = ["AggregatePosterior", "LogDensities"]
+__all__ = ["AggregatePosterior", "log_densities"]
 
 _BUDGET = 2**21  # numbers in the largest tensor of one chunk
 
 
-class LogDensities(NamedTuple):
-    """Log-densities at K draws of the latents of each datum, or their expectations, ``(K, N)`` each.
+class AggregatePosterior:
+    """The mixture of q(z | x_n) over N data at R values of the latents, summed over batches of the data by :meth:`add`.
 
-    ``log_aggregate`` is log q(z), the mixture over all data; ``log_others`` is the mixture without the datum itself.
+    Args:
+        values: of each latent, ``(R, 1, *event)`` by site.
+        owners: for each of them the number of the datum of which it is a draw, ``(R,)``; ``None`` for states.
+        num_data: N.
     """
 
-    log_likelihood: Tensor
-    log_prior: Tensor
-    log_q: Tensor
-    log_aggregate: Tensor
-    log_others: Tensor
+    def __init__(self, values: Values, owners: Tensor | None, num_data: int):
+        self._values, self._owners, self.num_data = values, owners, num_data
+        first = next(iter(values.values()))
+        self._sum_of_others = torch.full(first.shape[:1], -math.inf, dtype=torch.float64, device=first.device)
+        self._own = self._sum_of_others.clone()
+        self._by_variable: dict[str, tuple[Tensor, Tensor]] = {}  # the sum over all data, and that of the owner
 
-
-class AggregatePosterior:
-    """The mixture of q(z | x_n) over the N data of a model and a guide."""
-
-    def __init__(self, q: GuideDensity):
-        self.p, self.q, self.num_data = q.p, q, q.p.num_data
-        self.factors = q.factors()  # computed once, if no latent site depends on another
+    def add(self, q: GuideDensity, first_row: int) -> None:
+        """Add a batch of the data, of which ``first_row`` is the number of the first one."""
+        factors, count = q.factors(), len(self._own)
         width = sum(site["fn"].event_shape.numel() for site in q.sites.values())
-        self.chunk = max(1, _BUDGET // (self.num_data * max(16, width)))
-
-    def at_draws(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """Evaluate q at draws ``(K, N, *event)``, row n from q(z | x_n).
-
-        Return log q(z | x_n), log q(z), and log q(z) without datum n, stacked, ``(3, K, N)``; and for each site the
-        mutual information of each variable and n, summed over draws, ``(V,)``.
-        """
-        count = len(next(iter(values.values())))
-        flat = {name: value.flatten(0, 1)[:, None] for name, value in values.items()}
-        owners = torch.arange(self.num_data, device=self.p.data[0].device).repeat(count)
-        parts: list[Tensor] = []
-        information: dict[str, Tensor] = {}
-        for first in range(0, len(owners), self.chunk):
-            owner = owners[first : first + self.chunk, None]
-            log_q, by_variable = self._log_q({name: value[first : first + self.chunk] for name, value in flat.items()})
-            own = log_q.gather(1, owner)
-            others = log_q.scatter(1, owner, -math.inf).logsumexp(1, keepdim=True)
-            parts.append(torch.cat([own, torch.logaddexp(own, others), others], dim=1))
+        chunk = max(1, _BUDGET // (q.p.num_data * max(16, width)))
+        for first in range(0, count, chunk):
+            part = slice(first, first + chunk)
+            log_q, by_variable = log_densities(q, factors, {name: value[part] for name, value in self._values.items()})
+            owner, inside = self._owners_in(part, first_row, q.p.num_data)
+            found = log_q.gather(1, owner[:, None])
+            self._own[part] = torch.where(inside, found[:, 0], self._own[part])
+            others = log_q.scatter(1, owner[:, None], found.masked_fill(inside[:, None], -math.inf)).logsumexp(1)
+            self._sum_of_others[part] = torch.logaddexp(self._sum_of_others[part], others)
             for name, each in by_variable.items():
-                own_each = each.gather(1, owner[..., None].expand(-1, -1, each.shape[-1]))[:, 0]
-                gain = (own_each - each.logsumexp(1) + math.log(self.num_data)).sum(0, dtype=log_q.dtype)
-                information[name] = information.get(name, torch.zeros_like(gain)) + gain
-        own, aggregate, others = torch.cat(parts).T.unflatten(1, (count, self.num_data))
-        aggregate, others = aggregate - math.log(self.num_data), others - math.log(self.num_data - 1)
-        return torch.stack([own, aggregate, others]), information
+                if name not in self._by_variable:
+                    nothing = each.new_full((count, each.shape[-1]), -math.inf)
+                    self._by_variable[name] = nothing, nothing.clone()
+                total, own = self._by_variable[name]
+                total[part] = torch.logaddexp(total[part], each.logsumexp(1))
+                found = each.gather(1, owner[:, None, None].expand(-1, -1, each.shape[-1]))[:, 0]
+                own[part] = torch.where(inside[:, None], found, own[part])
 
-    def over_states(self) -> tuple[LogDensities, dict[str, Tensor], dict[str, Tensor]]:
-        """Sum over all states of discrete latents, for exact expectations ``(1, N)`` in place of draws.
+    def _owners_in(self, part: slice, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """The place of each owner in a batch, any if it is not in it, and whether it is."""
+        if self._owners is None:
+            owner = torch.full_like(self._own[part], -1, dtype=torch.long)
+        else:
+            owner = self._owners[part] - first_row
+        return owner.clamp(0, num_rows - 1), (owner >= 0) & (owner < num_rows)
 
-        Return the log-densities, the information of each variable, and the rate of each site, ``(1, N)``.
-        """
-        total = torch.stack([self.p.zeros()] * 5)
-        information: dict[str, Tensor] = {}
-        rates = {name: self.p.zeros() for name in self.q.sites}
-        for values in self.p.states():
-            log_q, by_variable = self._log_q(values)
-            log_sum = log_q.logsumexp(1, keepdim=True).expand_as(log_q)
-            others = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
-            log_probs, of_guide = self.p.log_probs(values), self.q.runs(values, self.p.data, self.num_data)
-            likelihood, prior = (part.expand_as(log_q) for part in self.model_terms(log_probs))
-            aggregate, others = log_sum - math.log(self.num_data), others - math.log(self.num_data - 1)
-            weight = log_q.exp()
-            terms = torch.stack([likelihood, prior, log_q, aggregate, others])
-            total = total + torch.where(weight > 0, weight * terms, 0.0).sum(1)
-            for name in rates:
-                gain = of_guide.each(name, len(log_q)).double() - log_probs[name].double()
-                rates[name] = rates[name] + torch.where(weight > 0, weight * gain, 0.0).sum(0)
-            for name, each in by_variable.items():
-                gain = each - each.logsumexp(1, keepdim=True) + math.log(self.num_data)
-                gain = torch.where(weight[..., None] > 0, weight[..., None] * gain, 0.0).sum(0).mean(0)
-                information[name] = information.get(name, torch.zeros_like(gain)) + gain
-        return LogDensities(*total[:, None]), information, {name: rate[None] for name, rate in rates.items()}
+    @property
+    def log_q(self) -> Tensor:
+        """log q(z | x_n) of the owners, ``(R,)``."""
+        return self._own
 
-    def model_terms(self, log_probs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute log p(x | z) and log p(z) from the log-densities of the sites of the model."""
-        likelihood, prior = self.p.zeros(), self.p.zeros()
-        for name, log_prob in log_probs.items():
-            if name in self.p.latents:
-                prior = prior + log_prob.double()
-            else:
-                likelihood = likelihood + log_prob.double()
-        return likelihood, prior
+    @property
+    def log_sum(self) -> Tensor:
+        """The logarithm of the sum of all q(z | x_n), ``(R,)``."""
+        return torch.logaddexp(self._own, self._sum_of_others)
 
-    def _log_q(self, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
-        """log q(z | x_n) for every n at values ``(C, 1, *event)``, ``(C, N)``, and of each variable, ``(C, N, V)``."""
-        shape = (len(next(iter(values.values()))), self.num_data)
-        if self.factors is None:
-            wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
-            return self.q.log_prob(wide).double().expand(shape), {}
-        total, by_variable = self.p.zeros().expand(shape), {}
-        for name, fn in self.factors.items():
-            each = without_independent(fn).log_prob(values[name])
-            each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
-            total = total + each.sum(-1, dtype=total.dtype)
-            by_variable[name] = each
-        return total, by_variable
+    @property
+    def log_aggregate(self) -> Tensor:
+        """log q(z), ``(R,)``."""
+        return self.log_sum - math.log(self.num_data)
+
+    @property
+    def log_others(self) -> Tensor:
+        """The logarithm of the mixture without the owner, ``(R,)``."""
+        return self._sum_of_others - math.log(self.num_data - 1)
+
+    def log_aggregate_of(self, name: str) -> Tensor:
+        """log q(z_d) of each variable d of a site, ``(R, V)``."""
+        return self._by_variable[name][0] - math.log(self.num_data)
+
+    def information(self) -> dict[str, Tensor]:
+        """The mutual information of each variable and n, the mean over the values, ``(V,)`` by site."""
+        return {
+            name: (own - total + math.log(self.num_data)).mean(0, dtype=self._own.dtype)
+            for name, (total, own) in self._by_variable.items()
+        }
+
+
+def log_densities(q: GuideDensity, factors: dict[str, Any] | None, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
+    """log q(z | x_n) for every n at values ``(C, 1, *event)``, ``(C, N)``, and of each variable, ``(C, N, V)``.
+
+    ``factors`` are those of q, computed once. Where some latent depends on another, variables have no density alone.
+    """
+    shape = (len(next(iter(values.values()))), q.p.num_data)
+    if factors is None:
+        wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
+        return q.log_prob(wide).double().expand(shape), {}
+    total, by_variable = q.p.zeros().expand(shape), {}
+    for name, fn in factors.items():
+        each = without_independent(fn).log_prob(values[name])
+        each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
+        total = total + each.sum(-1, dtype=total.dtype)
+        by_variable[name] = each
+    return total, by_variable

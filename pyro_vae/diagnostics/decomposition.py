@@ -12,6 +12,7 @@ the plates that all sites share, or for all data together. The second line needs
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +26,18 @@ from torch import Tensor
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import Progress, progress_bar
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.rng import random_states, seeded, set_random_states
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
-from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, LogDensities
+from pyro_vae.diagnostics.aggregate_posterior import AggregatePosterior, log_densities
 from pyro_vae.distributions.properties import conditional_mean
+from pyro_vae.draws import Results
 from pyro_vae.evidence.importance_sampling import cell_densities, cell_plates
 from pyro_vae.exact.guide_density import GuideDensity, Sites
 from pyro_vae.exact.model_density import ConditionedRuns, ModelDensity, Values, plus
-from pyro_vae.model_guide import ModelGuide
+from pyro_vae.model_guide import ModelGuide, RowBatches
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
 __all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose", "units_table"]
@@ -44,6 +46,9 @@ MAX_SUMMED = 2**12
 """Discrete latents of up to this many joint states are summed over; larger ones are sampled."""
 COLLAPSE_NATS = 0.01
 """A variable with this information or less, in nats, is collapsed; a unit with this activity or less is inactive."""
+
+_MAX_PAIRS = 2**26  # of data, of which one has the draws, and the other one is in the mixture q(z)
+_MIN_COMPARED = 1000  # data whose draws are compared with q(z), however many there are
 
 
 class Estimate(NamedTuple):
@@ -110,8 +115,9 @@ class Decomposition(Result):
         rates: by latent site, its part of the rate,
             :math:`\mathbb{E}_q[\log q(z_i \mid z_{<i}, x) - \log p(z_i \mid z_{<i})]`. It is empty where q(z | x) is no
             product over sites, as of ``AutoMultivariateNormal``, or discrete latents are summed out.
-        mutual_information: mutual information of z and the index n of a datum, at most log N. Its only error is that of
-            the draws, since q(z) is the mixture over all N data. ``None`` where it has no meaning.
+        mutual_information: mutual information of z and the index n of a datum, at most log N. q(z) is the mixture over
+            all N data, so that the only error is that of the draws, and of the choice of the data that are compared
+            with it, see :attr:`num_compared`. ``None`` where it has no meaning.
         marginal_kl: :math:`\mathrm{KL}(q(z) \Vert p(z))` of the aggregate posterior from the prior, or ``None``.
         population_information: a lower and an upper bound, in expectation over data sets of size N, on the mutual
             information of z and x in the population, with standard errors over data and draws: ``mutual_information``,
@@ -120,6 +126,7 @@ class Decomposition(Result):
         units: by latent site, the numbers of each variable; empty where they have no meaning.
         num_data: N, the number of data or cells; 1 for all data together.
         num_samples: draws of the latents of each datum; 0 if all states were summed over, without error.
+        num_compared: the number of data whose draws were compared with q(z); 0 without mutual information.
         plates: the names of the plates whose cells the numbers are of; ``None`` for data, ``()`` for all data together.
         why_no_information: why there is no mutual information; empty if there is one.
     """
@@ -134,6 +141,7 @@ class Decomposition(Result):
     units: dict[str, Units]
     num_data: int
     num_samples: int
+    num_compared: int = 0
     plates: tuple[str, ...] | None = None
     why_no_information: str = ""
 
@@ -194,6 +202,8 @@ class Decomposition(Result):
             f"{of} With {count} data the mutual information is at "
             f"most log {count} = {math.log(count):.2f} nats. The bounds for the population hold in expectation."
         )
+        if self.num_compared < count:
+            note += f" The draws of {self.num_compared} data were compared with q(z) of all data."
         return Table(("quantity", "value"), rows, note)
 
     def __str__(self) -> str:
@@ -276,7 +286,9 @@ def decompose(
     Args:
         model: a Pyro model.
         guide: its guide, amortized or not, with latents that have a density or mass.
-        data: arguments of both. For mutual information, cost grows as num_samples N²; memory is bounded.
+        data: arguments of both. Draws are compared with the mixture q(z) of all N data: up to 8192 data, those of all
+            data; above, those of 2^26 / N or 1000 of them, chosen at random, so that the time is linear in N. Then the
+            mutual information is that of all data by its regression on the rate, with the error of the choice.
         num_samples: K, draws of each datum, 2 or more. Discrete latents of at most 2^12 joint states are summed over.
         plate, seed: name of the data plate, and seed of the draws.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
@@ -301,76 +313,201 @@ def decompose(
     """
     if positive_int(num_samples, "num_samples") < 2:
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
-    with seeded(seed), progress_bar("decompose", progress, total=num_samples, unit="draw") as bar:
-        p, q = cell_densities(ModelGuide(model, guide, data, plate))
-        if why_not := _why_no_information(p, q):
-            return _without_information(p, q, why_not, num_samples, bar)
-        aggregate = AggregatePosterior(q)
-        summed = _can_sum(p)
-        accumulator = _Accumulator(aggregate)
-        for first in range(0, num_samples, p.chunk):
-            accumulator.add(min(p.chunk, num_samples - first), with_densities=not summed)
-            bar.advance_to(min(first + p.chunk, num_samples))
-        densities, information, rates = aggregate.over_states() if summed else accumulator.densities()
-    return _assemble(densities, rates, accumulator.units(information), p.num_data, 0 if summed else num_samples)
+    batches = ModelGuide.in_batches(model, guide, data, plate)
+    total = batches.num_data * num_samples
+    with seeded(seed), progress_bar("decompose", progress, total=total, unit="draw", unit_scale=True) as bar:
+        state = random_states()
+        try:
+            return _with_information(batches, num_samples, bar)
+        except _NoInformation as reason:
+            set_random_states(*state)
+            return _without_information(batches, str(reason), num_samples, bar)
 
 
-def _why_no_information(p: ModelDensity, q: GuideDensity) -> str:
-    """Why x and z of a datum have no mutual information; empty if they have one."""
-    if p.pair.eliminated:
-        return f"the guide leaves out {p.pair.eliminated}, which are summed out"
-    if not p.latents:
-        return "the model has no latents"
-    if not p.by_rows:
-        if outside := [name for name in p.latents if not p.pair.is_local(p.latents[name])]:
-            return f"a datum has no latents of its own, since {outside} are those of many data"
-        if cell_plates(p) is not None:
-            return "a datum has no q(z|x) of its own, since the guide draws the latents of all data together"
-        return "the latents of a datum lie in further plates, or are masked"
-    if p.num_data < 2:
-        return "one datum has none with its index"
-    values = {name: site["value"][:8, None] for name, site in p.latents.items()}
-    for name, log_p in p.log_probs(values).items():
-        if name in p.latents and not torch.allclose(log_p, log_p[:, :1], rtol=1e-4, atol=1e-4):
-            return f"there is no single prior p(z), since that of {name!r} depends on x"
-    return ""
+class _NoInformation(Exception):
+    """Why x and z of a datum have no mutual information."""
 
 
-def _without_information(
-    p: ModelDensity, q: GuideDensity, why_not: str, num_samples: int, bar: Progress
-) -> Decomposition:
+class _Densities:
+    """log p(x, z) and log q(z | x) on batches of rows; raise :class:`_NoInformation` where a row has none.
+
+    Attributes:
+        p, q: of the first batch.
+    """
+
+    def __init__(self, batches: RowBatches):
+        self._batches = batches
+        self.p, self.q = cell_densities(batches.first)
+        self._check_form()
+        # Values of each latent, at which the log-density of its prior is the same for all rows.
+        self._values = {name: site["value"][:8, None] for name, site in self.p.latents.items()}
+        self._expected = {name: log_p[:, :1] for name, log_p in self._log_priors(self.p).items()}
+
+    def __iter__(self) -> Iterator[tuple[ModelDensity, GuideDensity, int]]:
+        """Iterate over the batches, with the number of the first row of each."""
+        for pair in self._batches:
+            p, q = (self.p, self.q) if pair is self._batches.first else cell_densities(pair)
+            for name, log_p in self._log_priors(p).items():
+                if not torch.allclose(log_p, self._expected[name], rtol=1e-4, atol=1e-4):
+                    raise _NoInformation(f"there is no single prior p(z), since that of {name!r} depends on x")
+            yield p, q, pair.data.first_row
+
+    def _log_priors(self, p: ModelDensity) -> Values:
+        return {name: log_p for name, log_p in p.log_probs(self._values).items() if name in p.latents}
+
+    def _check_form(self) -> None:
+        p = self.p
+        if p.pair.eliminated:
+            raise _NoInformation(f"the guide leaves out {p.pair.eliminated}, which are summed out")
+        if not p.latents:
+            raise _NoInformation("the model has no latents")
+        if not p.by_rows:
+            if outside := [name for name in p.latents if not p.pair.is_local(p.latents[name])]:
+                raise _NoInformation(f"a datum has no latents of its own, since {outside} are those of many data")
+            if cell_plates(p) is not None:
+                raise _NoInformation(
+                    "a datum has no q(z|x) of its own, since the guide draws the latents of all data together"
+                )
+            raise _NoInformation("the latents of a datum lie in further plates, or are masked")
+        if self._batches.num_data < 2:
+            raise _NoInformation("one datum has none with its index")
+
+
+def _with_information(batches: RowBatches, num_samples: int, bar: Progress) -> Decomposition:
+    """The decomposition with the mutual information, in two passes: over the draws, and over the mixture q(z)."""
+    densities, num_data = _Densities(batches), batches.num_data
+    if _can_sum(densities.p):
+        return _over_states(densities, num_data, num_samples, bar)
+    rows = _compared_rows(num_data, densities.p.data[0].device)
+    sums = _Sums(num_samples, bar, rows)
+    for p, q, first_row in densities:
+        sums.add_draws(p, q, first_row)
+    values, log_prior = sums.drawn()
+    aggregate = AggregatePosterior(values, rows.repeat(num_samples), num_data)
+    for _, q, first_row in densities:
+        aggregate.add(q, first_row)
+    own, mixed, others = (
+        each.unflatten(0, (num_samples, len(rows)))
+        for each in (aggregate.log_q, aggregate.log_aggregate, aggregate.log_others)
+    )
+    rate = sums.means["rate"].estimate(num_samples)
+    of_all = partial(_by_regression, rates=own - log_prior, rate=rate, num_data=num_data)
+    mutual_information = of_all(own - mixed)
+    return Decomposition(
+        elbo=sums.means["elbo"].estimate(num_samples),
+        distortion=sums.means["distortion"].estimate(num_samples),
+        rate=rate,
+        rates={name: mean.estimate(num_samples) for name, mean in sums.rates.items()},
+        mutual_information=mutual_information,
+        marginal_kl=Estimate(rate.value - mutual_information.value, of_all(mixed - log_prior).standard_error),
+        population_information=(of_all(own - mixed, population=True), of_all(own - others, population=True)),
+        units=sums.units(aggregate.information()),
+        num_data=num_data,
+        num_samples=num_samples,
+        num_compared=len(rows),
+    )
+
+
+def _over_states(densities: _Densities, num_data: int, num_samples: int, bar: Progress) -> Decomposition:
+    """The decomposition by sums over all states of discrete latents, without error; draws are those of the units."""
+    chunks = list(densities.p.states())
+    states = {name: torch.cat([values[name] for values in chunks]) for name in densities.p.latents}
+    aggregate = AggregatePosterior(states, None, num_data)
+    for _, q, first_row in densities:
+        aggregate.add(q, first_row)
+    sums = _Sums(num_samples, bar)
+    for p, q, first_row in densities:
+        sums.add_expectations(p, q, aggregate)
+        sums.add_draws(p, q, first_row)
+    mean = {name: mean.estimate(0) for name, mean in sums.means.items()}
+    population = (sums.means[name].of_population() for name in ("mutual information", "upper bound"))
+    return Decomposition(
+        elbo=mean["elbo"],
+        distortion=mean["distortion"],
+        rate=mean["rate"],
+        rates={name: mean.estimate(0) for name, mean in sums.rates.items()},
+        mutual_information=mean["mutual information"],
+        marginal_kl=Estimate(mean["rate"].value - mean["mutual information"].value, 0.0),
+        population_information=(next(population), next(population)),
+        units=sums.units({name: total / num_data for name, total in sums.information.items()}),
+        num_data=num_data,
+        num_samples=0,
+        num_compared=num_data,
+    )
+
+
+def _compared_rows(num_data: int, device: torch.device) -> Tensor:
+    """The numbers of the rows whose draws are compared with q(z): all, or so many that the time is linear in N."""
+    most = max(_MIN_COMPARED, _MAX_PAIRS // num_data)
+    if most >= num_data:
+        return torch.arange(num_data, device=device)
+    return torch.randperm(num_data, device=device)[:most].sort().values
+
+
+def _by_regression(values: Tensor, rates: Tensor, rate: Estimate, num_data: int, population: bool = False) -> Estimate:
+    """The mean over all rows of ``values`` at draws of M rows, ``(K, M)``, by their regression on the rate.
+
+    The mean ``rate`` of all rows is known, and that of these draws is that of ``rates``. The error is that of the draws
+    and of the choice of M rows; with ``population``, also that of the N data.
+
+    Source: Cochran 1977, "Sampling techniques", chapter 7, on the linear regression estimator.
+    """
+    count, num_rows = values.shape
+    row, row_rate = values.mean(0), rates.mean(0)
+    if num_rows == num_data:
+        squared = row.var() if population else values.var(0).mean() / count
+        return Estimate(row.mean().item(), (squared / num_data).sqrt().item())
+    centred = row_rate - row_rate.mean()
+    slope = (centred @ row / centred.square().sum().clamp(min=torch.finfo(row.dtype).tiny)).item()
+    value = row.mean().item() + slope * (rate.value - row_rate.mean().item())
+    chosen = (row - slope * row_rate).var().item() / num_rows + (slope * rate.standard_error) ** 2
+    of_data = row.var().item() / num_data if population else 0.0
+    return Estimate(value, math.sqrt(chosen + of_data))
+
+
+def _without_information(batches: RowBatches, why_not: str, num_samples: int, bar: Progress) -> Decomposition:
     """Average ELBO, distortion and rate over draws of the guide; without latents of its own they are exact."""
+    sums: dict[str, _Mean] = defaultdict(_Mean)
+    for pair in batches:
+        p, q = cell_densities(pair)
+        num_samples = num_samples if q.sites else 0
+        splits = not pair.eliminated and q.splits_by_site
+        for name, term in _terms(p, q, splits, num_samples, bar).items():
+            sums[name].add(term)
+    mean = {name: each.estimate(num_samples) for name, each in sums.items()}
+    return Decomposition(
+        elbo=mean["elbo"],
+        distortion=mean["distortion"],
+        rate=mean["rate"],
+        rates={name: mean[f"rate of {name}"] for name in q.sites if splits},
+        mutual_information=None,
+        marginal_kl=None,
+        population_information=None,
+        units={},
+        num_data=batches.num_data if len(batches) > 1 else p.num_data,
+        num_samples=num_samples,
+        plates=cell_plates(p),
+        why_no_information=why_not,
+    )
+
+
+def _terms(p: ModelDensity, q: GuideDensity, splits: bool, num_samples: int, bar: Progress) -> dict[str, Tensor]:
+    """ELBO, distortion, rate, and that of each site, of each cell at draws of the guide, ``(K, N)``."""
     prior = _Prior(p) if p.pair.eliminated else None
-    splits = not p.pair.eliminated and q.splits_by_site
     parts: dict[str, list[Tensor]] = {}
-    num_samples = num_samples if q.sites else 0
     for first in range(0, max(num_samples, 1), p.chunk):
         count = min(p.chunk, max(num_samples, 1) - first)
         values, log_q, by_site = _draw(q, count)
         log_joint = p.log_joint(values).double().expand(count, -1)
         log_p = {} if prior else {name: each for name, each in p.log_probs(values).items() if name in p.latents}
         log_prior = prior(values) if prior else p.zeros() + plus(each.double() for each in log_p.values())
-        found = {"likelihood": log_joint - log_prior, "rate": log_q.double() - log_prior}
+        likelihood, rate = log_joint - log_prior, log_q.double() - log_prior
+        found = {"elbo": likelihood - rate, "distortion": -likelihood, "rate": rate}
         found |= {f"rate of {name}": by_site[name].double() - log_p[name].double() for name in log_p if splits}
         for name, term in found.items():
             parts.setdefault(name, []).append(term.expand(count, p.num_data))
-        bar.advance_to(min(first + p.chunk, num_samples))
-    terms = {name: torch.cat(part) for name, part in parts.items()}
-    mean = partial(_estimate, num_samples=num_samples)
-    return Decomposition(
-        elbo=mean(terms["likelihood"] - terms["rate"]),
-        distortion=mean(-terms["likelihood"]),
-        rate=mean(terms["rate"]),
-        rates={name: mean(terms[f"rate of {name}"]) for name in q.sites if splits},
-        mutual_information=None,
-        marginal_kl=None,
-        population_information=None,
-        units={},
-        num_data=p.num_data,
-        num_samples=num_samples,
-        plates=cell_plates(p),
-        why_no_information=why_not,
-    )
+        bar.advance(count * p.num_data)
+    return {name: torch.cat(part) for name, part in parts.items()}
 
 
 def _draw(q: GuideDensity, count: int) -> tuple[Values, Tensor, dict[str, Tensor]]:
@@ -412,104 +549,206 @@ def _can_sum(p: ModelDensity) -> bool:
         return False
 
 
-class _Accumulator:
-    """Sums over the draws so far."""
+class _Mean:
+    """The mean of values over rows and draws, and its error, from batches of rows."""
 
-    def __init__(self, aggregate: AggregatePosterior):
-        self.aggregate, self.count = aggregate, 0
-        self.parts: list[Tensor] = []
-        self.gains: dict[str, list[Tensor]] = {}  # log q - log p at the draws of a site
+    def __init__(self) -> None:
+        self._rows, self._count = 0, 1
+        self._mean = self._squares = self._within = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Add values ``(K, N)`` of K draws, or exact ones, ``(1, N)``."""
+        row, rows = values.double().mean(0), self._rows + values.shape[1]
+        mean, share = row.mean().item(), values.shape[1] / rows
+        self._squares += (row - mean).square().sum().item() + self._rows * share * (mean - self._mean) ** 2
+        self._mean += share * (mean - self._mean)
+        self._within += values.double().var(0).sum().item() if len(values) > 1 else 0.0
+        self._rows, self._count = rows, len(values)
+
+    def estimate(self, num_samples: int) -> Estimate:
+        """Return the mean, with the error of the draws; there is none without draws."""
+        if num_samples == 1:
+            return Estimate(self._mean, math.nan)
+        return Estimate(self._mean, math.sqrt(self._within / self._count) / self._rows if num_samples else 0.0)
+
+    def of_population(self) -> Estimate:
+        """Return the mean, with the error of the data."""
+        return Estimate(self._mean, math.sqrt(self._squares / (self._rows - 1) / self._rows))
+
+
+class _Sums:
+    """Sums over the rows so far.
+
+    Args:
+        num_samples: K, draws of each row.
+        bar: shows them.
+        rows: the numbers of the M rows whose draws are kept, in ascending order; ``None`` if no densities at draws are
+            needed.
+    """
+
+    def __init__(self, num_samples: int, bar: Progress, rows: Tensor | None = None):
+        self.num_samples, self.bar, self.rows = num_samples, bar, rows
+        self.means: dict[str, _Mean] = defaultdict(_Mean)
+        self.rates: dict[str, _Mean] = defaultdict(_Mean)  # of sites
         self.information: dict[str, Tensor] = {}
-        self.means: dict[str, list[Tensor]] = {}
-        self.rates: dict[str, Tensor | None] = {}
-        self.classes: dict[str, bool] = {}
+        self._activity: dict[str, _Activity] = defaultdict(_Activity)
+        self._rate_by_variable: dict[str, Tensor | None] = {}
+        self._classes: dict[str, bool] = {}
+        self._values: dict[str, list[Tensor]] = {}  # of the rows that are kept
+        self._log_prior: list[Tensor] = []
 
-    def add(self, count: int, with_densities: bool) -> None:
-        """Add ``count`` draws of the latents of each datum."""
-        results = self.aggregate.q.sample_and_read(count, self._read)
-        self.count += count
-        for name in self.aggregate.q.sites:
-            mean = results.each(("mean", name), count).double()
-            sums = torch.stack([mean.sum(0), (mean**2).sum(0)])
-            self.means[name] = [old + new for old, new in zip(self.means.get(name, [0.0, 0.0]), sums, strict=True)]
-            known = ("rate", name) in results.tensors
-            summed = results.each(("rate", name), count).double().mean(1).sum(0) if known else None
-            before = self.rates.get(name)
-            self.rates[name] = summed if before is None or summed is None else before + summed
-        if with_densities:
-            log_probs = {name: results.each(("log_p", name), count) for name in self.aggregate.p.sites}
-            likelihood, prior = (part.expand(count, -1) for part in self.aggregate.model_terms(log_probs))
-            values = {name: results.each(("value", name), count) for name in self.aggregate.q.sites}
-            densities, information = self.aggregate.at_draws(values)
-            self.parts.append(torch.cat([torch.stack([likelihood, prior]), densities]))
-            for name, summed in information.items():
-                self.information[name] = self.information.get(name, 0.0) + summed
-            for name in self.aggregate.q.sites if self.aggregate.q.splits_by_site else ():
-                gain = results.each(("log_q", name), count).double() - log_probs[name].double()
-                self.gains.setdefault(name, []).append(gain)
+    def add_draws(self, p: ModelDensity, q: GuideDensity, first_row: int) -> None:
+        """Add draws of the latents of each datum of a batch."""
+        terms: dict[str, list[Tensor]] = {}
+        sums: dict[str, Tensor] = {}
+        kept = self._kept(first_row, p.num_data)
+        values: dict[str, list[Tensor]] = {}
+        for first in range(0, self.num_samples, p.chunk):
+            count = min(p.chunk, self.num_samples - first)
+            results = q.sample_and_read(count, partial(self._read, p))
+            for name in q.sites:
+                mean = results.each(("mean", name), count).double()
+                new = torch.stack([mean.sum(0), (mean**2).sum(0)])
+                sums[name] = sums[name] + new if name in sums else new
+                self._add_rate(name, results, count, p.num_data)
+            for name, term in self._terms(p, q, results, count).items() if kept is not None else ():
+                terms.setdefault(name, []).append(term)
+            for name in q.sites if kept is not None else ():
+                values.setdefault(name, []).append(results.each(("value", name), count)[:, kept])
+            self.bar.advance(count * p.num_data)
+        for name, (total, squares) in sums.items():
+            mean = total / self.num_samples
+            within = (squares / self.num_samples - mean**2).clamp(min=0) / (self.num_samples - 1)  # noise of the draws
+            self._activity[name].add(mean, within)
+        if kept is not None:
+            self._add_terms({name: torch.cat(parts) for name, parts in terms.items()}, kept)
+            for name, parts in values.items():
+                self._values.setdefault(name, []).append(torch.cat(parts))
 
-    def _read(self, sites: Sites) -> dict[Any, Tensor]:
+    def _kept(self, first_row: int, count: int) -> Tensor | None:
+        """The places, in a batch, of the rows whose draws are kept."""
+        if self.rows is None:
+            return None
+        places = self.rows - first_row
+        return places[(places >= 0) & (places < count)]
+
+    def _add_terms(self, terms: dict[str, Tensor], kept: Tensor) -> None:
+        self._log_prior.append(terms["prior"][:, kept])
+        likelihood, rate = terms["likelihood"], terms["log_q"] - terms["prior"]
+        for name, term in (("elbo", likelihood - rate), ("distortion", -likelihood), ("rate", rate)):
+            self.means[name].add(term)
+        for name, term in terms.items():
+            if name.startswith("rate of "):
+                self.rates[name.removeprefix("rate of ")].add(term)
+
+    def _add_rate(self, name: str, results: Results, count: int, num_data: int) -> None:
+        """Add the rates of the variables of a site, where they are known."""
+        known = ("rate", name) in results.tensors
+        summed = results.each(("rate", name), count).double().mean(1).sum(0) * num_data if known else None
+        before = self._rate_by_variable.get(name)
+        self._rate_by_variable[name] = summed if before is None or summed is None else before + summed
+
+    def _terms(self, p: ModelDensity, q: GuideDensity, results: Results, count: int) -> dict[str, Tensor]:
+        """The log-densities at draws, ``(K, N)``, and the rate of each site."""
+        log_probs = {name: results.each(("log_p", name), count) for name in p.sites}
+        likelihood, prior = (part.expand(count, -1) for part in _model_terms(p, log_probs))
+        log_q = results.each("log_q", count).double().expand(count, p.num_data)
+        found = {"likelihood": likelihood, "prior": prior, "log_q": log_q}
+        for name in q.sites if q.splits_by_site else ():
+            found[f"rate of {name}"] = results.each(("log_q", name), count).double() - log_probs[name].double()
+        return found
+
+    def _read(self, p: ModelDensity, sites: Sites) -> dict[Any, Tensor]:
         """Read value, mean and rate of each latent of one draw, and the log-densities of the model."""
-        p, found = self.aggregate.p, {}
-        values = {name: site["value"] for name, site in sites.items()}
-        model_sites = p.runs.sites(values, p.data)
+        found: dict[Any, Tensor] = {}
+        model_sites = p.runs.sites({name: site["value"] for name, site in sites.items()}, p.data)
         for name, site in sites.items():
-            known, self.classes[name] = conditional_mean(site["fn"])
+            known, self._classes[name] = conditional_mean(site["fn"])
             # the draw instead of a mean that is unknown or infinite
             known = site["value"] if known is None else known
-            known = known if self.classes[name] else torch.where(known.isfinite(), known, site["value"])
+            known = known if self._classes[name] else torch.where(known.isfinite(), known, site["value"])
             found["mean", name] = known
             found["value", name], found["log_q", name] = site["value"], log_density(site)
             if (rate := rate_by_variable(site, model_sites[name])) is not None:
                 found["rate", name] = rate
         return found | {("log_p", name): log_density(site) for name, site in model_sites.items()}
 
-    def densities(self) -> tuple[LogDensities, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the log-densities at all draws, the information of each variable, and the rate of each site."""
-        draws = self.count * self.aggregate.num_data
-        information = {name: summed / draws for name, summed in self.information.items()}
-        rates = {name: torch.cat(gains) for name, gains in self.gains.items()}
-        return LogDensities(*torch.cat(self.parts, 1)), information, rates
+    def add_expectations(self, p: ModelDensity, q: GuideDensity, aggregate: AggregatePosterior) -> None:
+        """Add the expectations over all states of the discrete latents of a batch."""
+        total = torch.stack([p.zeros()] * 5)
+        rates = {name: p.zeros() for name in q.sites}
+        factors, first = q.factors(), 0
+        for values in p.states():
+            log_q, by_variable = log_densities(q, factors, values)
+            chunk = slice(first, first + len(log_q))
+            log_sum = aggregate.log_sum[chunk, None].expand_as(log_q)
+            others = log_sum + torch.log1p(-(log_q - log_sum).exp().clamp(max=1))
+            log_probs, of_guide = p.log_probs(values), q.runs(values, p.data, p.num_data)
+            likelihood, prior = (part.expand_as(log_q) for part in _model_terms(p, log_probs))
+            mixed, others = log_sum - math.log(aggregate.num_data), others - math.log(aggregate.num_data - 1)
+            weight = log_q.exp()
+            rate = log_q - prior
+            terms = torch.stack([likelihood - rate, -likelihood, rate, log_q - mixed, log_q - others])
+            total = total + torch.where(weight > 0, weight * terms, 0.0).sum(1)
+            for name in rates:
+                gain = of_guide.each(name, len(log_q)).double() - log_probs[name].double()
+                rates[name] = rates[name] + torch.where(weight > 0, weight * gain, 0.0).sum(0)
+            for name, each in by_variable.items():
+                gain = each - aggregate.log_aggregate_of(name)[chunk, None]
+                gain = torch.where(weight[..., None] > 0, weight[..., None] * gain, 0.0).sum((0, 1))
+                self.information[name] = self.information.get(name, torch.zeros_like(gain)) + gain
+            first += len(log_q)
+        names = ("elbo", "distortion", "rate", "mutual information", "upper bound")
+        for name, term in zip(names, total, strict=True):
+            self.means[name].add(term[None])
+        for name, rate in rates.items():
+            self.rates[name].add(rate[None])
+
+    def drawn(self) -> tuple[Values, Tensor]:
+        """Return the draws of the rows that are kept, ``(K M, 1, *event)``, and log p(z) there, ``(K, M)``."""
+        values = {name: torch.cat(parts, 1).flatten(0, 1)[:, None] for name, parts in self._values.items()}
+        return values, torch.cat(self._log_prior, 1)
 
     def units(self, information: dict[str, Tensor]) -> dict[str, Units]:
         """Return the units of each site, with their information if the variables are the factors of q."""
         result = {}
-        for name, (total, squares) in self.means.items():
-            mean = total / self.count
-            within = (squares / self.count - mean**2).clamp(min=0) / (self.count - 1)  # noise of the draws
-            activity = (mean.var(0) - within.mean(0)).clamp(min=0)
-            activity = activity.sum(-1) if self.classes[name] else activity
-            rate, known = self.rates[name], information.get(name)
-            rate = None if rate is None or rate.shape != activity.shape else rate / self.count
+        for name, sums in self._activity.items():
+            activity = sums.activity()
+            activity = activity.sum(-1) if self._classes[name] else activity
+            rate, known = self._rate_by_variable[name], information.get(name)
+            rate = None if rate is None or rate.shape != activity.shape else rate / (self.num_samples * sums.num_rows)
             known = None if known is None or known.numel() != activity.numel() else known.reshape(activity.shape)
             result[name] = Units(activity, rate, known)
         return result
 
 
-def _estimate(values: Tensor, num_samples: int) -> Estimate:
-    """The mean of values ``(K, N)`` of K draws, or of exact ones, with the error of the draws."""
-    error = values.var(0).mean().div(num_samples * values.shape[1]).sqrt().item() if num_samples else 0.0
-    return Estimate(values.mean().item(), error)
+class _Activity:
+    """The variance over rows of the means of variables, less the noise of the draws, from batches of rows."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._mean = self._squares = self._within = torch.zeros((), dtype=torch.float64, device="cpu")
+
+    def add(self, mean: Tensor, within: Tensor) -> None:
+        """Add the means ``(N, *variables)``, and the squares of their errors."""
+        rows, centre = self.num_rows + len(mean), mean.mean(0)
+        change, share = centre - self._mean.to(centre.device), len(mean) / rows
+        self._squares = self._squares.to(centre.device) + (mean - centre).square().sum(0)
+        self._squares = self._squares + self.num_rows * share * change.square()
+        self._mean = centre - (1 - share) * change
+        self._within, self.num_rows = self._within.to(centre.device) + within.sum(0), rows
+
+    def activity(self) -> Tensor:
+        """Return the variances, ``(*variables)``."""
+        return (self._squares / (self.num_rows - 1) - self._within / self.num_rows).clamp(min=0)
 
 
-def _assemble(
-    densities: LogDensities, rates: dict[str, Tensor], units: dict[str, Units], num_data: int, num_samples: int
-) -> Decomposition:
-    estimate = partial(_estimate, num_samples=num_samples)
-
-    def population_estimate(values: Tensor) -> Estimate:
-        return Estimate(values.mean().item(), values.mean(0).std().item() / math.sqrt(num_data))
-
-    log_likelihood, log_prior, log_q, log_aggregate, log_others = densities
-    return Decomposition(
-        elbo=estimate(log_likelihood - log_q + log_prior),
-        distortion=estimate(-log_likelihood),
-        rate=estimate(log_q - log_prior),
-        rates={name: estimate(values) for name, values in rates.items()},
-        mutual_information=estimate(log_q - log_aggregate),
-        marginal_kl=estimate(log_aggregate - log_prior),
-        population_information=(population_estimate(log_q - log_aggregate), population_estimate(log_q - log_others)),
-        units=units,
-        num_data=num_data,
-        num_samples=num_samples,
-    )
+def _model_terms(p: ModelDensity, log_probs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute log p(x | z) and log p(z) from the log-densities of the sites of the model."""
+    likelihood, prior = p.zeros(), p.zeros()
+    for name, log_prob in log_probs.items():
+        if name in p.latents:
+            prior = prior + log_prob.double()
+        else:
+            likelihood = likelihood + log_prob.double()
+    return likelihood, prior
