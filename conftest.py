@@ -60,4 +60,7 @@ def random_states():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Replay graphs without compiling them, which takes seconds."""
-    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, *inputs: None)
+    graph = "pyro_vae.compilation.graph"
+    monkeypatch.setattr(f"{graph}.Graph.compile", lambda self, *inputs: None)
+    monkeypatch.setattr(f"{graph}.Compilation.start", lambda self: self)
+    monkeypatch.setattr(f"{graph}.Compilation.finish", lambda self: None)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae._utils.rng import preserve_rng_state, random_states
 from pyro_vae._utils.typing import Function
 from pyro_vae.compilation import torch_private
+from pyro_vae.compilation.background import BackgroundProcess, Piece
 from pyro_vae.compilation.kernels import decompositions
 from pyro_vae.compilation.recorder import (
     CaptureError,
@@ -31,7 +32,10 @@ from pyro_vae.compilation.recorder import (
 )
 from pyro_vae.compilation.rolling import Program, simplified
 
-__all__ = ["CaptureError", "CompiledFunction", "Graph", "InputSignature", "capturable_optimizers", "input_signature"]
+__all__ = [
+    "CaptureError", "Compilation", "CompiledFunction", "Graph", "InputSignature", "Piece", "capturable_optimizers",
+    "input_signature",
+]  # fmt: skip
 
 InputSignature = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 """Shape, strides, dtype and device of each input of a graph."""
@@ -122,7 +126,7 @@ class Graph:
         """The graph as a Python function of the inputs and of ``constants``."""
         return function_of(self.inputs, self.nodes, self.results)
 
-    def compile(self, inputs: Sequence[Tensor], pieces: dict[Any, Function] | None = None) -> None:
+    def compile(self, inputs: Sequence[Tensor], pieces: dict[Any, Piece] | None = None) -> None:
         """Compile the graph for all further calls, like ``inputs``; without a C++ compiler, warn and do nothing.
 
         A long graph is run as a :class:`pyro_vae.compilation.rolling.Program`, of which only the bodies of loops are
@@ -132,24 +136,36 @@ class Graph:
             inputs: an example of the inputs.
             pieces: what was compiled for other graphs, which is added to.
         """
-        pieces, example = {} if pieces is None else pieces, [*inputs, *self.constants]
-        try:
-            if not self.is_long:
-                self._run = _lowered(self._plain, example, pieces)
-            elif (graph := simplified(self.inputs, self.nodes, self.results)) is not None:
-                program = Program(graph, lambda run, tensors, body: _lowered(run, tensors, pieces if body else None))
-                program.prepare(example)
-                self._run = program
-        except RuntimeError as error:
-            cause = getattr(error, "inner_exception", error)
-            if not torch_private.is_compiler_missing(cause):
-                raise
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            warnings.warn(
-                f"compile: no working C++ compiler ({reason}). The captured step is replayed uncompiled, which is "
-                "slower. Name a compiler in the environment variable CXX",
-                stacklevel=2,
-            )
+        self._prepared(inputs, pieces).finish()
+
+    def compile_in_background(self, inputs: Sequence[Tensor], pieces: dict[Any, Piece] | None = None) -> "Compilation":
+        """Compile the graph in another process; calls run it as it is until :meth:`Compilation.wait`.
+
+        Arguments are those of :meth:`compile`.
+
+        >>> graph = Graph(lambda x: [x.sin()], [torch.zeros(1)])
+        >>> graph.compile_in_background([torch.zeros(1)]).cancel()
+        """
+        return self._prepared(inputs, pieces).start()
+
+    def _prepared(self, inputs: Sequence[Tensor], pieces: dict[Any, Piece] | None) -> "Compilation":
+        """Find the pieces to compile, and the function that runs the graph with them."""
+        known: dict[Any, Piece] = {} if pieces is None else pieces
+        example, found = [*inputs, *self.constants], Compilation(self)
+
+        def compile(run: Function, tensors: Sequence[Tensor], body: bool = True) -> Function:
+            lowered, piece = _lowered(run, tensors, known if body else None)
+            if piece is not None:
+                found.pieces.append(piece)
+            return lowered
+
+        if not self.is_long:
+            found.run = compile(self._plain, example)
+        elif (graph := simplified(self.inputs, self.nodes, self.results)) is not None:
+            program = Program(graph, compile)
+            program.prepare(example)
+            found.run = program
+        return found
 
     @property
     def is_long(self) -> bool:
@@ -178,16 +194,80 @@ class Graph:
         return "\n".join(map(str, [*self.nodes, f"return {[node.index for node in self.results]}"]))
 
 
-def _lowered(run: Function, tensors: Sequence[Tensor], pieces: dict[Any, Function] | None) -> Function:
-    """Return a function by its operations, with faster ones for some, compiled if there are ``pieces`` to add it to."""
+def _lowered(
+    run: Function, tensors: Sequence[Tensor], pieces: dict[Any, Piece] | None
+) -> tuple[Function, Piece | None]:
+    """Return a function by its operations, with faster ones for some, and the piece that compiles it.
+
+    The piece is one of ``pieces`` or is added to them; without these there is none.
+    """
     graph = Graph(run, tensors, decompositions)
     if pieces is None or not graph.nodes:
-        return graph
+        return graph, None
     key = graph.code, input_signature([*tensors, *graph.constants])
     if key not in pieces:
-        pieces[key] = torch_private.compile_graph(graph.module, [*tensors, *graph.constants])
-    compiled = pieces[key]
-    return lambda *tensors: compiled(*tensors, *graph.constants)
+        pieces[key] = Piece(graph.module, [*tensors, *graph.constants])
+    piece = pieces[key]
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        return piece.run(*tensors, *graph.constants) if piece.run is not None else graph(*tensors)
+
+    return call, piece
+
+
+class Compilation:
+    """The compilation of a graph by :meth:`Graph.compile_in_background`.
+
+    The process is another one, of low priority, which ends with this one. Where it can do nothing, as for a graph of
+    CUDA or without a folder for its cache, :meth:`wait` compiles the graph in this process.
+    """
+
+    def __init__(self, graph: Graph):
+        self.pieces: list[Piece] = []
+        self.run: Function | None = None  # by the pieces, once they are compiled
+        self._graph: Graph | None = graph
+        self._process = BackgroundProcess([])
+
+    def start(self) -> "Compilation":
+        """Start the process."""
+        self._process = BackgroundProcess(self.pieces)
+        return self
+
+    def done(self) -> bool:
+        """Whether :meth:`wait` need not wait for the other process."""
+        return self._process.is_done()
+
+    def wait(self) -> None:
+        """Wait for the process, and load what it has compiled: from now on calls of the graph are compiled.
+
+        Without a C++ compiler, warn and leave the graph as it is.
+        """
+        self._process.wait()
+        self.finish()
+
+    def finish(self) -> None:
+        """Compile in this process what no other one has compiled, and run it in further calls of the graph."""
+        if self._graph is None or self.run is None:
+            return
+        try:
+            for piece in self.pieces:
+                piece.compile()
+            self._graph._run = self.run
+        except RuntimeError as error:
+            cause = getattr(error, "inner_exception", error)
+            if not torch_private.is_compiler_missing(cause):
+                raise
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            warnings.warn(
+                f"compile: no working C++ compiler ({reason}). The captured step is replayed uncompiled, which is "
+                "slower. Name a compiler in the environment variable CXX",
+                stacklevel=2,
+            )
+
+    def cancel(self) -> None:
+        """End the process, if it still runs; the graph stays as it is, unless it is compiled already."""
+        self._process.cancel()
+        self._graph = None
 
 
 class CompiledFunction:

@@ -4,27 +4,32 @@ A new version of torch may change them. ``pyproject.toml`` therefore bounds it, 
 """
 
 import logging
+import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # leaves the innermost `torch.vmap`
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     make_fx,  # records the operations of a function, with those of functionalization
 )
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.multiprocessing.reductions import StorageWeakRef  # whether the memory of a tensor is still that of it
 from torch.utils._python_dispatch import TorchDispatchMode  # sees each operation and what it writes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
 
 __all__ = [
-    "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "forced_compiling_flag",
-    "functional", "is_batched", "is_compiler_missing", "make_fx", "onednn_linear", "operation_schema", "outside_vmap",
-    "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn",
-    "without_torch_function", "wrapper_tensor", "written_arguments",
+    "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "compile_into_cache",
+    "forced_compiling_flag", "functional", "is_batched", "is_compiler_missing", "is_operation", "make_fx",
+    "onednn_linear", "operation_schema", "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched",
+    "without_onednn", "without_torch_function", "wrapper_tensor", "written_arguments",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -36,19 +41,68 @@ _CPU_OPTIONS: dict[str, Any] = {
 
 
 def compile_graph(module: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
-    """Compile a graph of operations with inductor, without its warnings and logs."""
-    from torch import _inductor  # takes a second to import
+    """Compile a graph of operations with inductor, or load it from torch's cache of compiled graphs.
 
+    Where no files can be written for the cache, compile into a folder that is then removed.
+    """
+    try:
+        return compile_into_cache(module, examples)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(getattr(error, "inner_exception", error), OSError):
+            raise
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
+    with TemporaryDirectory() as folder, temporary_cache_dir(folder):
+        return compile_into_cache(module, examples)
+
+
+def compile_into_cache(module: torch.fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile a graph, or load it from the cache; without inductor's warnings and logs.
+
+    Raises:
+        OSError: if no files can be written there, or a RuntimeError with it as ``inner_exception``.
+    """
     options = _OPTIONS | (_CPU_OPTIONS if all(tensor.is_cpu for tensor in examples) else {})
+    # Without a context of shapes, which `torch.compile` makes, inductor does not use its cache of graphs.
+    context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     logger = logging.getLogger("torch._inductor")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), torch._guards.tracing(context):
             warnings.simplefilter("ignore")
-            return _inductor.compile(module, list(examples), options=options)
+            from torch._inductor import compile_fx, cpp_builder  # takes a second
+
+            with patch.object(cpp_builder, "run_compile_cmd", _whole_files(cpp_builder.run_compile_cmd)):
+                compiled: Any = compile_fx.compile_fx(
+                    module, list(examples), config_patches=options, ignore_shape_env=True
+                )
+                return compiled
     finally:
         logger.setLevel(level)
+
+
+def _whole_files(build: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    """Let a command of the compiler write its result under another name first: what is stopped leaves none behind.
+
+    Inductor takes any file that is there as the result.
+    """
+
+    def run(command: str, cwd: str) -> None:
+        words = shlex.split(command)
+        if "-o" not in words[:-1]:
+            return build(command, cwd)
+        place = words.index("-o") + 1
+        target, written = words[place], f"{words[place]}.{os.getpid()}.part"
+        words[place] = written
+        try:
+            build(shlex.join(words), cwd)
+            os.replace(written, target)
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(written)
+
+    return run
 
 
 def is_compiler_missing(error: BaseException) -> bool:
@@ -72,6 +126,11 @@ def without_onednn() -> Iterator[None]:
         yield
     finally:
         torch._C._set_mkldnn_enabled(enabled)
+
+
+def is_operation(target: Any) -> bool:
+    """Whether the target of a node is an operation of torch or of one of its libraries."""
+    return isinstance(target, torch._ops.OpOverload)
 
 
 def operation_schema(operation: Any) -> Any:
