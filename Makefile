@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
+QUALITY := $(VENV)/.installed-quality
 ARVIZ1 := $(VENV1)/.installed
 SOURCES := pyro_vae examples tests docs conftest.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench programs arviz1 pytest lint types format docs clean help
+.PHONY: demo test integration package slow bench quality programs arviz1 pytest lint types format docs clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +47,9 @@ slow: $(DEV)  ## the heavy statistical tests
 
 bench: $(BENCH)  ## time and memory beside Pyro, PyTorch and NumPyro, in results/benchmarks: on a machine that is idle
 	$(BIN)/python tests/benchmarks
+
+quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyro and pythae, in results/quality; MNIST=folder of its files
+	$(BIN)/python tests/quality $(if $(MNIST),--folder $(MNIST))
 
 programs: $(DEV)  ## the table of docs/programs.md: what the package does with many Pyro programs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/programs $(JOBS)
@@ -92,6 +96,10 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 
 $(BENCH): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[bench]'
+	@touch $(BASE) $@
+
+$(QUALITY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[quality]'
 	@touch $(BASE) $@
 
 # ArviZ 1 needs another Python than the package may have, and no torch.

@@ -13,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)
 
-collect_ignore = ["tests/benchmarks"]  # scripts that import modules of their own folder, one of them JAX
+collect_ignore = ["tests/benchmarks", "tests/quality"]  # scripts that import modules of their own folders, some JAX
 
 
 def _global_switches():

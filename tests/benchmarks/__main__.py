@@ -7,17 +7,15 @@ per unit of work. One-off costs, such as compilation, are listed separately.
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import result_tables
 from cases import CASES, Case, shortened
 from growth import GROWTHS, measure_growth, to_markdown
+from machine import machine
 from measuring import Settings, measure
 from processes import CONTESTANTS
 
@@ -41,31 +39,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.quick:
         return Settings(rounds=2, seconds=0.05, threads=args.threads, reference_seeds=8, seeds=2, pause=0.0)
     return Settings(rounds=args.rounds, seconds=args.seconds, threads=args.threads)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    packages = {}
-    for name in ("torch", "pyro-ppl", "numpyro", "jax", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "processors": os.cpu_count(),
-        "threads": threads,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "packages": packages,
-    }
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
 
 
 def passed(found: dict[str, Any]) -> bool:

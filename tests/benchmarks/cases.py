@@ -22,7 +22,7 @@ class Case:
     check: int  # epochs of the run that compares the contestants
     check_rows: int  # rows of that run
     task: str = "train"  # or "evaluate" (log p(x) by importance weighting) or "export"
-    activation: str = "relu"  # or "tanh"
+    activation: str = "relu"  # or "tanh" or "silu"
     guide: str = "normal"  # or "gumbel" (a relaxed one-hot) or "bernoulli", which is enumerated
     likelihood: str = "bernoulli"  # or "normal", with one learned scale
     lr: float = 1e-3  # of Adam

@@ -11,7 +11,7 @@ import torch
 from cases import Case
 from inputs import Inputs, Losses, Tick
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, linear, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, linear, logsigmoid, silu
 
 Weights = dict[str, Tensor]
 Loss = Callable[[Case, Weights, Tensor], dict[str, Tensor]]
@@ -19,7 +19,7 @@ HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 def network(case: Case, weights: Weights, part: str, inputs: Tensor) -> Tensor:
-    activation = torch.tanh if case.activation == "tanh" else torch.relu
+    activation = {"tanh": torch.tanh, "relu": torch.relu, "silu": silu}[case.activation]
     for number in range(len(case.hidden) + 1):
         inputs = activation(inputs) if number else inputs
         inputs = linear(inputs, weights[f"{part}.{number}.weight"], weights[f"{part}.{number}.bias"])

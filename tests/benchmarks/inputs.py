@@ -52,12 +52,17 @@ def _data(case: Case, mnist: Path | None) -> np.ndarray:
 
     if case.data == "two_gaussians":
         return datasets.two_gaussians(case.rows, seed=0).x.numpy()
-    digits = datasets.digits().x
     if case.data == "digits":
-        return _repeated(datasets.binarize(digits).numpy(), case.rows)
-    if mnist is not None:
-        return _repeated(datasets.mnist("train", mnist).x.numpy(), case.rows)
-    return _repeated(_enlarged(digits.numpy()), case.rows)
+        return _repeated(datasets.binarize(datasets.digits().x).numpy(), case.rows)
+    return images("train", case.rows, mnist)
+
+
+def images(split: str, rows: int, mnist: Path | None) -> np.ndarray:
+    """Return images of 784 bytes: those of MNIST from its folder, or else enlarged digits of 8 × 8 pixels."""
+    from pyro_vae import datasets
+
+    x = _enlarged(datasets.digits(split).x.numpy()) if mnist is None else datasets.mnist(split, mnist).x.numpy()
+    return _repeated(x, rows)
 
 
 def _enlarged(digits: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ class ScanVAE:
             self.states = (bits & 1).astype(jnp.float32)
 
     def network(self, part: str, inputs: Array) -> Array:
-        activation = jnp.tanh if self.case.activation == "tanh" else jax.nn.relu
+        activation = {"tanh": jnp.tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}[self.case.activation]
         for number in range(len(self.case.hidden) + 1):
             inputs = activation(inputs) if number else inputs
             names = f"{part}.{number}.weight", f"{part}.{number}.bias"
@@ -98,20 +98,25 @@ class ScanVAE:
         return SVI(self.model, self.guide, adam, elbo)
 
 
-def _epoch(svi: SVI, case: Case, state: Any, x: Array, key: Array) -> tuple[Any, Array]:
-    """Run all steps of an epoch, or several epochs of full batches; return each loss, in nats per datum."""
+def run_epoch(
+    svi: SVI, case: Case, state: Any, x: Array, key: Array, *, full_batch_steps: int = STEPS, options: Any = ()
+) -> tuple[Any, Array]:
+    """Run all steps of an epoch, or some epochs of full batches; return each loss, in nats per datum.
+
+    Model and guide are called with the batch and the ``options``.
+    """
 
     def step(state: Any, given: Any) -> tuple[Any, Array]:
         key, index = given
         batch = x if index is None else x[index]
         if case.binarized:
             batch = jax.random.bernoulli(key, batch.astype(jnp.float32) / 255).astype(jnp.float32)
-        state, loss = svi.update(state, batch)
+        state, loss = svi.update(state, batch, *options)
         return state, loss / len(batch)
 
     order, noise = jax.random.split(key)
     index = None if case.full_batch else jax.random.permutation(order, len(x)).reshape(-1, case.batch_size)
-    steps = STEPS if index is None else len(index)
+    steps = full_batch_steps if index is None else len(index)
     return lax.scan(step, state, (jax.random.split(noise, steps), index))
 
 
@@ -119,7 +124,7 @@ def train(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed
     """Train with one compiled call per epoch."""
     svi, x, key = ScanVAE(case, given).svi(), jnp.asarray(given.x[:rows]), jax.random.key(seed)
     state = svi.init(key, x[: case.batch_size].astype(jnp.float32))
-    run = jax.jit(partial(_epoch, svi, case), donate_argnums=0)
+    run = jax.jit(partial(run_epoch, svi, case), donate_argnums=0)
     losses: list[float] = []
     while len(losses) < epochs:
         key, now = jax.random.split(key)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from cases import Case
 from inputs import Inputs, Losses, Tick
-from plain_pyro import copy_weights
+from plain_pyro import ACTIVATIONS, copy_weights
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.optim import Adam
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def _ticking(tick: Tick, total: int, work: int) -> Iterator[None]:
 
 def vae_of(case: Case, given: Inputs) -> pv.VAE:
     """Make the VAE of a case with the initial weights."""
-    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[case.activation]
+    activation = ACTIVATIONS[case.activation]
     encode, decode = networks.mlp(case.hidden, activation), networks.mlp(case.hidden[::-1], activation)
     cold, warm = case.temperatures
     if case.guide == "gumbel":

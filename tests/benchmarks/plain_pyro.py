@@ -13,11 +13,14 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.optim import Adam
 from torch import Tensor, nn
 
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+
 
 def network(case: Case, given: Inputs, part: str) -> nn.Sequential:
     layers: list[nn.Module] = []
+    activation = ACTIVATIONS[case.activation]
     for sizes in case.encoder if part == "encoder" else case.decoder:
-        layers += [nn.Linear(*sizes), nn.Tanh() if case.activation == "tanh" else nn.ReLU()]
+        layers += [nn.Linear(*sizes), activation()]
     return copy_weights(given, part, nn.Sequential(*layers[:-1]))
 
 

@@ -96,7 +96,7 @@ def memory() -> dict[str, float]:
     return {name: float(fields[field].split()[0]) / 1024 for name, field in names.items()}
 
 
-def _limit(threads: int) -> None:
+def limit(threads: int) -> None:
     """Limit threads and processors, before a library counts them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -145,7 +145,7 @@ def main() -> None:
     """Read the order, the first line of the input, and serve it."""
     channel = Channel()
     order = channel.receive()
-    _limit(order["threads"])
+    limit(order["threads"])
     try:
         serve(channel, order)
     except Exception as error:
