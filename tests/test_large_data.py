@@ -8,7 +8,7 @@ from pairs import bernoulli, gaussian, model_of
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, model_guide, networks, priors
-from pyro_vae.diagnostics import decomposition
+from pyro_vae.diagnostics import decomposition, inference_gap
 from pyro_vae.model_guide import ModelGuide
 
 N, FEW = 50, 16
@@ -235,3 +235,29 @@ def test_a_prior_that_differs_in_a_later_batch_is_found(few_rows):
     for name in ("elbo", "distortion", "rate"):
         agree(getattr(parts, name), getattr(whole, name))
         assert getattr(parts, name).standard_error == pytest.approx(getattr(whole, name).standard_error, rel=0.3)
+
+
+def test_the_gap_of_many_rows_is_that_of_evenly_spaced_ones(few_rows, monkeypatch):
+    vae = pairs()["linear"]
+    few_rows()
+    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 16 * 10)
+    found = pv.inference_gap(vae.model, vae.guide, X, steps=3)
+    assert found.rows.tolist() == list(range(0, N, 5))
+    torch.testing.assert_close(found.log_evidence, exact.log_evidence(vae.model, X)[found.rows])
+    torch.testing.assert_close(found.elbo, exact.elbo(vae.model, vae.guide, X)[found.rows], rtol=0, atol=1e-3)
+
+
+def test_many_rows_of_which_each_has_its_own_parameters_are_not_refined(few_rows, monkeypatch):
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+
+    def guide(x):
+        loc = pyro.param("loc", torch.linspace(0, 1, N))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    few_rows()
+    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 16 * 10)
+    found = pv.inference_gap(model, guide, X[:, 0])
+    assert found.approximation is None
+    assert "all 50 of them are too many to refine at once, more than 10" in found.why_no_split
+    torch.testing.assert_close(found.gap, exact.kl(model, guide, X[:, 0]), rtol=0, atol=1e-3)

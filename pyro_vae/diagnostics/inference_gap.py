@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
+from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
@@ -35,6 +36,8 @@ from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["InferenceGap", "inference_gap"]
 
+_BUDGET = 2**26  # numbers in the draws of all rows that are refined together, several times as many with gradients
+
 
 @dataclass(frozen=True, repr=False)
 class InferenceGap(Result):
@@ -50,8 +53,9 @@ class InferenceGap(Result):
         refined_elbo: the ELBO of the guide refined for each datum; ``None`` without a split.
         amortization_error: standard error of ``amortization``, with the same noise for q and q*, or ``None``.
         is_exact: whether ``log_evidence`` is exact.
-        rows: the index of each datum; :func:`pyro_vae.inspect` takes a subset and sets their indices among all data.
-        refined: the refined guide, a Pyro guide of these data, or ``None``.
+        rows: the index of each datum among all rows, of which it takes some if there are many, as does
+            :func:`pyro_vae.inspect`.
+        refined: the refined guide, a Pyro guide of these rows, or ``None``.
         steps: steps of the refinement; 0 if a refined guide was given.
         plates: the names of the plates whose cells the numbers are of; ``None`` for data, ``()`` for all data together.
         evidence: the importance-weighted estimate, with its k̂; ``None`` if log p(x) is exact.
@@ -212,7 +216,9 @@ def inference_gap(
     Args:
         model: a Pyro model.
         guide: its guide; for the split, its latent sites must be independent, given x.
-        data: arguments of both. All rows are refined at once: some hundreds are enough for the mean.
+        data: arguments of both. All rows are refined at once: some hundreds are enough for the mean. Of more rows than
+            take 2^26 numbers of data in ``num_particles`` draws, 65536 of up to 64 numbers each, evenly spaced ones are
+            used, see :attr:`InferenceGap.rows`; if they depend on each other, there is no split.
         refined: q*, a guide of these data that is refined already, in place of a refinement here.
         steps: steps of Adam. On VAEs of 64 pixels with a trained encoder, the default of 300 steps of 16 draws reaches
             the ELBO of 1000 steps of 32 draws to 0.001 nats, in a quarter of the time; see ``lr`` for a guide that
@@ -249,10 +255,19 @@ def inference_gap(
         raise ValueError("`num_samples` must be 2 or more, for standard errors, got 1")
     if refined is not None:
         function(refined, "refined")
+    tensors = data_tensors(data, "data", model, lazy=True)
+    most = max(1, _BUDGET // (num_particles * max(64, *(tensor[0].numel() for tensor in tensors))))
     with seeded(seed), progress_bar("inference_gap", progress, stages=("refinement", "log p(x)", "ELBO")) as bar:
         with torch.no_grad():
+            rows = None if refined is not None else _some_rows(model, guide, tensors, plate, most)
+            data = tensors.whole() if rows is None else DataTensors(tensors.rows(rows))
             p, q = cell_densities(ModelGuide(model, guide, data, plate))
         why_not = _why_no_split(p)
+        if not why_not and refined is None and p.num_data > most:
+            why_not = (
+                f"the rows depend on each other, or on their places, and all {p.num_data} of them are too many to "
+                f"refine at once, more than {most}"
+            )
         if why_not and refined is not None:
             raise ValueError(f"`refined` must be left out where there is no split: {why_not}")
         if refined is None:
@@ -286,13 +301,21 @@ def inference_gap(
         refined_elbo=refined_elbo,
         amortization_error=amortization_error,
         is_exact=evidence is None,
-        rows=torch.arange(p.num_data, device=p.data[0].device),
+        rows=torch.arange(p.num_data, device=p.data[0].device) if rows is None else rows,
         refined=refined,
         steps=0 if refined is None else steps,
         plates=cell_plates(p),
         evidence=evidence,
         why_no_split=why_not,
     )
+
+
+def _some_rows(model: Function, guide: Function, data: DataTensors, plate: str, most: int) -> Tensor | None:
+    """Choose evenly spaced rows of many, if they do not depend on the others; ``None`` for all rows."""
+    count = len(data[0])
+    if count <= most or len(ModelGuide.in_batches(model, guide, data, plate)) == 1:
+        return None
+    return torch.arange(most, device=data[0].device) * count // most
 
 
 def _why_no_split(p: ModelDensity) -> str:
