@@ -32,7 +32,7 @@ from pyro_vae._utils.data import DataTensors, LazyData, data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.plates import own_subsamples
-from pyro_vae._utils.rng import preserve_rng_state, seeded
+from pyro_vae._utils.rng import preserve_rng_state, random_states, seeded, set_random_states
 from pyro_vae._utils.traces import (
     PARTICLES,
     data_plate,
@@ -212,16 +212,29 @@ class ModelGuide:
         first = torch.arange(batch_size, device=data[0].device)
         by_name = partial(cls.on_batches, model, guide, data, batch_size, transform=transform)
         statements = SubsampleStatements()
-        if lazy and not _has_subsample(model, DataTensors(transformed(some, transform)), statements):
-            found, subsamples = None, False  # slices are read, and no run needs the size of all data
-        else:
-            within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
-            by_number = plate if within[1].takes_all else None
+        within = SubsampleRows(plate, first), _fixed_subsample(data, first, transform)
+        by_number = plate if within[1].takes_all else None
+
+        plates: list[str] = []
+
+        def takes_rows(few: ModelGuide) -> bool:
+            """Whether a pair takes its rows from all data by itself, or may do so in a plate of another name."""
+            plates.append(few.plate)
+            with preserve_rng_state():
+                _, takes = _run_first_batch(model, guide, few.data, within, by_number, statements)
+            return takes or statements.own > 0 or few.plate != plate
+
+        count = max(batch_size + 1, rows_at_once(data))
+        apart = None if lazy or transform is not None else cls._apart(model, guide, data, plate, count, takes_rows)
+        if plates and plates[0] != plate:
+            return by_name(plate=plates[0])
+        found, subsamples = None, False  # slices are read, and no run needs the size of all data
+        if _has_subsample(model, DataTensors(transformed(some, transform)), statements) if lazy else apart is None:
             found, subsamples = _run_first_batch(model, guide, data, within, by_number, statements)
         if found is None or not subsamples or isinstance(found, RunError):
             if statements.own and (own := cls._on_own_subsample(model, guide, data, batch_size, plate, transform)):
                 return own
-            pair = cls._on_all_rows(model, guide, some, plate, transform)
+            pair = apart[1] if apart else cls._on_all_rows(model, guide, some, plate, transform)
             if pair.plate != plate:
                 return by_name(plate=pair.plate)
             pair.check_no_own_subsample()
@@ -300,25 +313,49 @@ class ModelGuide:
 
         Return the pair on the rows that it ran on, and on all rows.
         """
-        count = rows_at_once(data)
-        if count < len(data[0]) and not isinstance(unbound(guide), AutoGuide):
-            with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
-                few = cls(model, guide, DataTensors(data.rows(slice(0, count))), plate)
-                whole = cls(model, guide, data, few.plate, traces=(few.model_trace, few.guide_trace))
-                whole.num_run = count
-                if not whole.has_one_plate or whole.eliminated:
-                    raise ValueError("not every site has a value for each row alone")
-                if not all(map(whole._knows_all_rows, whole.observed.values())):
-                    raise ValueError("the observed values of other rows are not known")
-                if not whole.is_amortized("model") or not whole.is_amortized("guide"):
-                    raise ValueError("rows depend on each other, or on their place")
-                if first_missing(data) is not None:
-                    check_missing(whole.observed.values(), data, "data")
-                whole.check_likelihood()
-                few._amortized = whole._amortized
-                return few, whole
-        whole = cls(model, guide, data.whole(), plate)
-        return whole, whole
+        found = cls._apart(model, guide, data, plate, rows_at_once(data))
+        if found is None:
+            whole = cls(model, guide, data.whole(), plate)
+            return whole, whole
+        return found
+
+    @classmethod
+    def _apart(
+        cls,
+        model: Function,
+        guide: Function,
+        data: DataTensors,
+        plate: str,
+        count: int,
+        takes_rows: Callable[["ModelGuide"], bool] | None = None,
+    ) -> "tuple[ModelGuide, ModelGuide] | None":
+        """Run a pair on its first rows, if none of all rows depends on others.
+
+        Return the pair on the rows that it ran on, and on all rows; ``None`` for any other pair, and for few data. For
+        training, the run is one of the current random stream, and the pair must not take rows by itself, which
+        ``takes_rows`` returns.
+        """
+        if count >= len(data[0]) or isinstance(unbound(guide), AutoGuide):  # which is set up by its first run
+            return None
+        trains, states = takes_rows is not None, random_states()
+        with suppress(ValueError, RuntimeError, IndexError), rollback_params_on_error():
+            some = DataTensors(data.rows(slice(0, count)))
+            few = cls(model, guide, some, plate, seed=None if trains else _SEED, bad_rows=trains)
+            whole = cls(model, guide, data, few.plate, traces=(few.model_trace, few.guide_trace))
+            whole.num_run = count
+            if not whole.observed or not whole.has_one_plate or whole.eliminated or (takes_rows and takes_rows(few)):
+                raise ValueError("not every site has a value for each row alone")
+            if not all(map(whole._knows_all_rows, whole.observed.values())):
+                raise ValueError("the observed values of other rows are not known")
+            whole.check_likelihood()
+            if not whole.is_amortized("model") or not whole.is_amortized("guide"):
+                raise ValueError("rows depend on each other, or on their place")
+            if first_missing(data) is not None:
+                check_missing(whole.observed.values(), data, "data")
+            few._amortized = whole._amortized
+            return few, whole
+        set_random_states(*states)
+        return None
 
     @classmethod
     def in_batches(cls, model: Function, guide: Function | None, data: Data, plate: str = "data") -> "RowBatches":
