@@ -1,15 +1,23 @@
 """Many rows: what has a value for each row is computed in batches of rows, and equals that of all rows at once."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import large_data
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, gaussian, model_of
+from pairs import bernoulli, gaussian, model_of, record_traces
+from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, model_guide, networks, priors
 from pyro_vae.diagnostics import decomposition, inference_gap
 from pyro_vae.model_guide import ModelGuide
+from pyro_vae.training import elbo_evaluator
 
 N, FEW = 50, 16
 
@@ -261,3 +269,69 @@ def test_many_rows_of_which_each_has_its_own_parameters_are_not_refined(few_rows
     assert found.approximation is None
     assert "all 50 of them are too many to refine at once, more than 10" in found.why_no_split
     torch.testing.assert_close(found.gap, exact.kl(model, guide, X[:, 0]), rtol=0, atol=1e-3)
+
+
+def test_particles_count_in_the_rows_that_are_evaluated_together(few_rows, monkeypatch):
+    vae, traces = pairs()["normal"], []
+    model = record_traces(vae.model, traces)
+    elbo = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=1)
+    whole = pv.evaluate(model, vae.guide, X, elbo=elbo)
+    monkeypatch.setattr(elbo_evaluator, "_BUDGET", 200 * 4 * 5)  # five rows of four hidden units
+    few_rows()
+    traces.clear()
+    parts = pv.evaluate(model, vae.guide, X, elbo=elbo)
+    sizes = [trace.nodes["x"]["value"].shape[0] for trace in traces if trace.nodes["x"]["fn"].batch_shape[0] == 200]
+    assert sizes[2:] == [5] * 10  # after the runs on four and eight rows
+    exactly = exact.elbo(vae.model, vae.guide, X).mean().item()
+    for found in (whole, parts):
+        assert found["elbo"] == pytest.approx(exactly, abs=0.1)
+
+
+def test_a_run_on_all_rows_is_not_needed_for_batches(few_rows):
+    vae, traces = pairs()["normal"], []
+    few_rows()
+    pv.evaluate(record_traces(vae.model, traces), record_traces(vae.guide, traces), X)
+    assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
+    traces.clear()
+    pv.fit(record_traces(vae.model, traces), record_traces(vae.guide, traces), X, epochs=1, batch_size=10)
+    assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
+
+
+def test_rows_that_share_a_quadrature_are_refused_with_the_memory_that_they_need(few_rows, monkeypatch):
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Normal(z.tanh(), 1.0))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.linspace(-1, 1, N), 1.0))
+
+    whole = exact.elbo(model, guide, X[:, 0])
+    few_rows()
+    torch.testing.assert_close(exact.elbo(model, guide, X[:, 0]), whole)
+    monkeypatch.setattr(exact.inference, "_MAX_ROWS", {1: 20})
+    with pytest.raises(ValueError, match=r"at most 20 rows where rows differ by their places.* got 50, .* 5 GiB"):
+        exact.elbo(model, guide, X[:, 0])
+
+
+def measured(function, program, rows, folder):
+    """The megabytes above those of the data, and the processor time, of a function on so many rows."""
+    script = Path(__file__).parent / "large_data.py"
+    command = [sys.executable, "-W", "ignore", str(script), function, program, str(rows), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the memory is read from /proc")
+@pytest.mark.parametrize(("function", "program"), [
+    *((function, "normal, 2 columns") for function in large_data.FUNCTIONS),
+    *(("evaluate", program) for program in list(large_data.PROGRAMS)[1:]),
+    *(("log_evidence", program) for program in list(large_data.PROGRAMS)[1:]),
+    ("fit, validation", "global latent"), ("fit, validation", "data set"), ("fit, validation", "mapped file"),
+    ("exact.log_evidence", "mixture"), ("exact.posterior", "mixture"), ("decompose", "mixture"),
+    ("decompose", "table"), ("decompose", "global latent"), ("inspect", "table"),
+])  # fmt: skip
+def test_a_million_rows_take_two_gibibytes_and_ten_times_the_time_of_a_tenth(function, program, tmp_path):
+    tenth, all_rows = (measured(function, program, rows, tmp_path) for rows in (100_000, 1_000_000))
+    assert all_rows["megabytes"] < 2048
+    assert all_rows["seconds"] < 13 * tenth["seconds"]

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 
+_MAX_ROWS = {1: 2**18, 2: 2**15}  # of one quadrature, by dimensions: some 8 kB, or 64 kB, for each
 _CANDIDATES = 9  # points of which a draw of a posterior is one
 
 
@@ -604,8 +605,17 @@ def _batches(p: ModelDensity) -> list[ModelDensity]:
             f"`model` must have discrete latents with `enumerate_support`, got {name!r} without it; for independent "
             "variables, replace `base.to_event(num_dims)` by pyro_vae.distributions.product.Product(base, num_dims)"
         )
-    size = max(16, p.num_data * p.chunk_size(2**42) // 2**20 // 8 ** p.coordinates().dims)
-    return list(p.batches(size)) if size < p.num_data and p.has_independent_rows() else [p]
+    dims = p.coordinates().dims
+    size = max(16, p.num_data * p.chunk_size(2**42) // 2**20 // 8**dims)
+    if size < p.num_data and p.has_independent_rows():
+        return list(p.batches(size))
+    if p.num_data > (most := _MAX_ROWS[dims]):
+        raise ValueError(
+            f"`data` must have at most {most} rows where rows differ by their places, as by parameters for each datum, "
+            f"so that all share one quadrature, got {p.num_data}, which would take about {2 * p.num_data / most:.2g} "
+            "GiB of memory"
+        )
+    return [p]
 
 
 def _shown(name: str, progress: bool | None, parts: list[ModelDensity]) -> Iterator[ModelDensity]:

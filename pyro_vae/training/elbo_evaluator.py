@@ -14,8 +14,10 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae._utils.ambient import fresh_autocast
+from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import (
     latent_sites,
     log_density,
@@ -26,7 +28,10 @@ from pyro_vae._utils.traces import (
 from pyro_vae._utils.typing import Function
 from pyro_vae.objectives.elbo_terms import elbo_terms, weights_removed
 
-__all__ = ["ElboEvaluator", "FunctionLoss"]
+__all__ = ["ElboEvaluator", "FunctionLoss", "rows_that_fit"]
+
+_BUDGET = 2**24  # numbers in the largest tensor of an evaluation of some rows, of which there are several
+_FEW_ROWS = (4, 8)  # on which it is found how the tensors grow with rows
 
 
 class FunctionLoss:
@@ -212,6 +217,37 @@ class ElboEvaluator:
             found = rows.to(found.device)[found]
         shown = ", ".join(map(str, found[:5].tolist()))
         return f", in rows {shown}{', ...' if len(found) > 5 else ''} of the data"
+
+
+@torch.no_grad()
+def rows_that_fit(evaluator: ElboEvaluator, take: Function, device: torch.device, most: int) -> int:
+    """Return how many rows are evaluated together, at most so many: their particles and states fit a budget.
+
+    ``take`` is :attr:`pyro_vae.model_guide.ModelGuide.take`. What a row needs is found on a few rows.
+    """
+    if most <= _FEW_ROWS[1]:
+        return most
+    sizes = []
+    for count in _FEW_ROWS:
+        with seeded(0), take(torch.arange(count, device=device)) as arguments, _LargestTensor() as found:
+            evaluator.loss(*arguments)
+        sizes.append(found.numbers)
+    of_row = (sizes[1] - sizes[0]) / (_FEW_ROWS[1] - _FEW_ROWS[0])
+    return min(most, max(1, int(_BUDGET / max(1.0, of_row))))
+
+
+class _LargestTensor(TorchFunctionMode):
+    """Record how many numbers the largest tensor has that the operations inside return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
 
 
 class _Recorder(Messenger):

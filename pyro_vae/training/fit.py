@@ -30,7 +30,7 @@ from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
-from pyro_vae.training.elbo_evaluator import ElboEvaluator
+from pyro_vae.training.elbo_evaluator import ElboEvaluator, rows_that_fit
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, StreamBatches
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
@@ -389,6 +389,8 @@ def evaluate(
         pair.check_elbo(evaluator.elbo)
         evaluator.guide, evaluator.bound, evaluator.plate = pair.guide, pair.bound, pair.plate
         evaluator.model_masks = pair.draws_cells
+        if batch_size is None and pair.batch_size < pair.num_data:
+            pair.batch_size = rows_that_fit(evaluator, pair.take, pair.data[0].device, pair.batch_size)
         with seeded(seed), pyro.validation_enabled():
             return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
 
