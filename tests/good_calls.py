@@ -88,13 +88,14 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "fit": (pv.fit, lambda w: pair(w) | {
         "epochs": 1, "batch_size": 3, "lr": 1e-3, "optimizer": torch.optim.AdamW, "elbo": Trace_ELBO(),
         "validation": w.x, "transform": None,
-        "schedules": None, "plate": "data", "seed": 0, "progress": None, "compile": False, "clip_norm": 1.0,
+        "schedules": None, "plate": "data", "seed": 0, "progress": None, "compile": False, "precision": "bf16-mixed",
+        "clip_norm": 1.0,
         "nonfinite": "stop", "patience": 1, "callbacks": (), "checkpoints": None,
         "num_data": None}),
     "evaluate": (pv.evaluate, lambda w: pair(w) | {
         "elbo": None, "num_samples": 1, "batch_size": 3, "plate": "data", "seed": 0}),
     "SVI": (pv.SVI, lambda w: {"model": w.vae.model, "guide": w.vae.guide, "optim": pyro.optim.Adam({}),
-                               "loss": Trace_ELBO(), "compile": False, "clip_norm": 1.0}),
+                               "loss": Trace_ELBO(), "compile": False, "precision": "bf16-mixed", "clip_norm": 1.0}),
     "Checkpoints": (pv.Checkpoints, lambda w: {"folder": w.folder / "c", "every_steps": 1, "every_seconds": 1.0}),
     "log_evidence": (pv.log_evidence, lambda w: pair(w) | {
         "num_samples": 5, "plate": "data", "seed": 0, "progress": None, "compile": False}),

@@ -326,7 +326,7 @@ class Recorder(torch_private.TorchDispatchMode):
     def _number(self, func: Any, arguments: Any, tensors: Any, result: Any) -> Any:
         """Return a Python number that an operation computes from numbers of the code alone; refuse any other."""
         frame = sys._getframe(1)
-        while frame.f_back is not None and _module(frame).startswith(("torch.", __name__)):
+        while frame.f_back is not None and _module(frame).startswith(("torch.", __name__, _PRECISION)):
             frame = frame.f_back
         if all(node in self._numbers for node in nodes_in(arguments)) or _module(frame).startswith(_CHECKS):
             return result
@@ -464,7 +464,12 @@ _VALUE_READS = {
 } | {Tensor.__index__, torch.equal, torch.allclose, torch.is_nonzero}
 """The functions by which Python reads the value of a tensor."""
 
-_TORCH_CALLERS = ("torch.fx.", "torch._tensor", "torch.functional", "torch.overrides")
+_PRECISION = "pyro_vae.compilation.precision"
+"""The module that runs products in bfloat16, in handlers between the code and the function that it calls."""
+
+_TORCH_CALLERS = (
+    "torch.fx.", "torch._tensor", "torch.functional", "torch.overrides", _PRECISION
+)  # fmt: skip
 """Modules between the code that reads a value and the function that it calls for that."""
 _LOSS_SUMS = ("pyro.infer.", "pyro_vae.objectives.particle_elbo")
 """Modules that take the value of a loss only to sum and return it."""

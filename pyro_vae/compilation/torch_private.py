@@ -8,7 +8,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # sees each operatio
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten  # the tensors in the arguments of `SVI.step`
 
 __all__ = [
-    "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "batched", "compile_graph", "compile_into_cache",
-    "forced_compiling_flag", "functional", "is_batched", "is_compiler_missing", "is_operation", "make_fx",
-    "onednn_linear", "operation_schema", "outside_vmap", "quiet_vmap", "tree_flatten", "tree_unflatten", "unbatched",
-    "without_onednn", "without_torch_function", "wrapper_tensor", "written_arguments",
+    "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "backward_number", "batched", "compile_graph",
+    "compile_into_cache", "forced_compiling_flag", "functional", "is_batched", "is_compiler_missing", "is_operation",
+    "make_fx", "next_autograd_number", "onednn", "onednn_linear", "operation_schema", "outside_vmap", "quiet_vmap",
+    "tree_flatten", "tree_unflatten", "unbatched", "without_onednn", "without_torch_function", "wrapper_tensor",
+    "written_arguments",
 ]  # fmt: skip
 
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
@@ -118,14 +119,30 @@ def forced_compiling_flag() -> Iterator[None]:
 
 
 @contextmanager
-def without_onednn() -> Iterator[None]:
-    """Run a block without oneDNN, by its switch alone: ``torch.backends.mkldnn.flags`` warns about another one."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
+def onednn(enabled: bool = True) -> Iterator[None]:
+    """Run a block with oneDNN or without, by its switch alone: ``torch.backends.mkldnn.flags`` warns about another."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled)
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(enabled)
+        torch._C._set_mkldnn_enabled(before)
+
+
+def without_onednn() -> AbstractContextManager[None]:
+    """Run a block without oneDNN."""
+    return onednn(False)
+
+
+def next_autograd_number() -> int:
+    """Return the number that autograd gives to the next operation that it differentiates."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def backward_number() -> int | None:
+    """Return the number of the operation whose backward pass runs, or ``None``."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 def is_operation(target: Any) -> bool:

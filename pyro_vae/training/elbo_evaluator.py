@@ -26,6 +26,7 @@ from pyro_vae._utils.traces import (
     set_plate_sizes,
 )
 from pyro_vae._utils.typing import Function
+from pyro_vae.compilation.precision import bfloat16_products
 from pyro_vae.objectives.elbo_terms import elbo_terms, weights_removed
 
 __all__ = ["ElboEvaluator", "FunctionLoss", "rows_that_fit"]
@@ -70,11 +71,20 @@ class ElboEvaluator:
     """An ELBO, or a loss function, of a model and guide that keeps the traces of its last evaluation.
 
     ``bound`` is the name of its terms' sum: ``"elbo"``, or ``"surrogate"`` of a pair for which it is no bound, see
-    :attr:`pyro_vae.model_guide.ModelGuide.bound`.
+    :attr:`pyro_vae.model_guide.ModelGuide.bound`. ``precision`` is that of networks, see
+    :mod:`pyro_vae.compilation.precision`.
     """
 
-    def __init__(self, model: Function, guide: Function, elbo: ELBO | FunctionLoss, plate: str | None = None):
+    def __init__(
+        self,
+        model: Function,
+        guide: Function,
+        elbo: ELBO | FunctionLoss,
+        plate: str | None = None,
+        precision: str | None = None,
+    ):
         self.model, self.guide, self.plate = model, guide, plate
+        self.precision = precision
         self.elbo: Any = elbo  # pyro.infer.ELBO declares neither loss nor loss_and_grads
         self.bound = "elbo"
         self.model_masks = False  # whether the masks of the model hold for the guide in the terms
@@ -88,6 +98,12 @@ class ElboEvaluator:
         """Return an evaluator of the same ELBO for the pair with other arguments."""
         other = copy(self)
         other.model, other.guide = model, guide
+        return other
+
+    def in_float32(self) -> "ElboEvaluator":
+        """Return an evaluator of the same ELBO and pair without mixed precision, which has traces of its own."""
+        other = copy(self)
+        other.precision = None
         return other
 
     def loss(self, *args: Any) -> Any:
@@ -114,7 +130,8 @@ class ElboEvaluator:
 
     def _evaluate(self, compute: Function, args: tuple[Any, ...]) -> Any:
         self.traces = []
-        with fresh_autocast(), self._capture_traces():
+        products = nullcontext() if self.precision is None else bfloat16_products()
+        with fresh_autocast(), products, self._capture_traces():
             loss = compute(self.model, self.guide, *args, **self.keywords)
         for traces in self.traces:
             set_plate_sizes(*traces)

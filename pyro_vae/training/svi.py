@@ -24,6 +24,7 @@ from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam
 from pyro_vae.compilation.graph import CaptureError
+from pyro_vae.compilation.precision import check_precision
 from pyro_vae.compilation.recorder import is_recording
 from pyro_vae.compilation.torch_private import TreeSpec, tree_flatten, tree_unflatten
 from pyro_vae.training.compiled_step import CapturedStep
@@ -58,6 +59,8 @@ class SVI(infer.SVI):
         compile: whether to capture the step as a graph and replay it compiled, again for other shapes or arguments, and
             after a change of modules, flags, Python numbers, ``param_groups`` or the param store; the values of tensors
             may change. The optimizer must be one whose steps can be captured: those of ``torch.optim`` and Pyro can.
+        precision: ``"bf16-mixed"`` for steps with large products of networks in bfloat16, as in :func:`pyro_vae.fit`;
+            ``evaluate_loss`` is in float32.
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
 
     Raises:
@@ -85,15 +88,17 @@ class SVI(infer.SVI):
         num_steps: int = 0,
         *,
         compile: bool = False,
+        precision: str | None = None,
         clip_norm: float | None = None,
     ):
         boolean(compile, "compile")
+        check_precision(precision)
         evaluated = _check_loss(loss, loss_and_grads, compile)
         if clip_norm is not None:
             positive(clip_norm, "clip_norm")
         _check_optim(optim, compile)
         super().__init__(model, guide, optim, loss, loss_and_grads, num_samples, num_steps)
-        self._evaluator = ElboEvaluator(model, guide, evaluated)
+        self._evaluator = ElboEvaluator(model, guide, evaluated, precision=precision)
         self._evaluator.read.append(optim.pt_clip_args)
         step_class = CapturedStep if compile else Step
         self._step = step_class(self._evaluator, make_optimizer=self._make_optimizer, clip_norm=clip_norm)
@@ -142,9 +147,10 @@ class SVI(infer.SVI):
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss, or losses in a tuple, without updating parameters."""
-        self._evaluator.keywords = kwargs
-        self._evaluator.loss(*args)
-        losses = tuple(map(float, self._evaluator.losses))
+        evaluator = self._evaluator.in_float32()
+        evaluator.keywords = kwargs
+        evaluator.loss(*args)
+        losses = tuple(map(float, evaluator.losses))
         return losses[0] if len(losses) == 1 else losses
 
     def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "tuple[_CallContext, list[Tensor]]":
