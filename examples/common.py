@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pyro.infer import ELBO
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import adjusted_rand_score
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import pyro_vae as pv
@@ -171,13 +171,6 @@ def prior_as_guide(vae: pv.VAE) -> Function:
             pyro.sample("z", vae.prior())
 
     return guide
-
-
-def init_output_bias(decoder: nn.Module, mean: Tensor) -> None:
-    """Set the last bias of a Bernoulli decoder to the logits of the mean image, which it then returns for any z."""
-    *_, last = (module for module in decoder.modules() if isinstance(module, nn.Linear))
-    with torch.no_grad():
-        last.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 
 import common
 import pyro
+import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
@@ -77,9 +78,9 @@ def discrete_vae(args: argparse.Namespace, estimator: str, mean: Tensor) -> pv.V
     """Make the VAE. Its decoder reads codes scaled to mean 0 and variance 1 under the prior."""
     prior, encoder = make_parts(args, estimator, mean)
     on = 0.5 if args.latent == "bernoulli" else 0.1
-    decode = networks.standardized(networks.mlp(args.hidden[::-1]), loc=on, scale=math.sqrt(on * (1 - on)))
+    decode = networks.starting_at(networks.mlp(args.hidden[::-1]), torch.logit(mean, eps=1e-3))
+    decode = networks.standardized(decode, loc=on, scale=math.sqrt(on * (1 - on)))
     decoder = likelihoods.Bernoulli(prior().event_shape, len(mean), decode)
-    common.init_output_bias(decoder, mean)
     return pv.VAE(prior, encoder, decoder)
 
 

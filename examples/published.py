@@ -61,8 +61,8 @@ def image_vae(args: argparse.Namespace, method: str, train: Tensor) -> pv.VAE:
     prior: nn.Module = priors.StandardNormal(args.latent)
     if method == "vampprior":
         prior = priors.VampPrior(encoder, x[: args.pseudo_data])
-    decoder = likelihoods.Bernoulli(args.latent, pixels, networks.mlp(args.hidden[::-1], nn.SiLU))
-    common.init_output_bias(decoder, mean)
+    decode = networks.starting_at(networks.mlp(args.hidden[::-1], nn.SiLU), torch.logit(mean, eps=1e-3))
+    decoder = likelihoods.Bernoulli(args.latent, pixels, decode)
     return pv.VAE(prior, encoder, decoder)
 
 

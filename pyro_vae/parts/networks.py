@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, positive_int, with_article
 
 __all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear"]
-__all__ += ["mlp", "one_hot", "standardized", "with_missing"]
+__all__ += ["mlp", "one_hot", "standardized", "starting_at", "with_missing"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -133,6 +133,42 @@ def standardized(network: NetworkFactory, loc: Tensor | float = 0.0, scale: Tens
         return nn.Sequential(_Standardized(*(value.detach().clone() for value in fixed)), inner)
 
     return build_standardized
+
+
+def starting_at(network: NetworkFactory, outputs: Tensor | float) -> NetworkFactory:
+    r"""A network whose outputs begin near given numbers: those are the first biases of its last layer.
+
+    For a decoder of zeros and ones use the log-odds of the mean of the data, ``torch.logit(x.mean(0), eps=1e-3)``; for
+    one of a normal with a ``"shared"`` scale, ``x.mean(0)``. The first steps of training then need not learn the mean.
+
+    Args:
+        network: factory of a network whose last layer is an ``nn.Linear`` with a bias.
+        outputs: a number, or one for each raw output, ``(out_features,)``.
+
+    Raises:
+        ValueError: when the network is built, if its last layer is no such layer, or for another number of outputs.
+
+    >>> x = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> starting_at(mlp([32]), torch.logit(x.mean(0), eps=0.1))(3, 2)[-1].bias.data
+    tensor([-0.6931,  2.1972])
+    """
+    fixed = numbers(outputs, "outputs").detach().clone()
+    if fixed.dim() > 1 or not fixed.isfinite().all():
+        raise ValueError(f"`outputs` must be a finite number or a tensor of them, (out_features,), got {fixed}")
+
+    def build_starting(in_features: int, out_features: int) -> nn.Module:
+        module = build(network, in_features, out_features)
+        if fixed.dim() and len(fixed) != out_features:
+            raise ValueError(f"`outputs` must have {out_features} numbers, one for each raw output, got {len(fixed)}")
+        *_, last = module.modules()
+        if not isinstance(last, nn.Linear) or last.bias is None or last.out_features != out_features:
+            must = f"end with an nn.Linear that has a bias and {out_features} outputs"
+            raise ValueError(f"`network` must {must}, such as networks.mlp([32]), got {last!r} at the end")
+        with torch.no_grad():
+            last.bias.copy_(fixed.expand(out_features))
+        return module
+
+    return build_starting
 
 
 class _Masked(nn.Module):

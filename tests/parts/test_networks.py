@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from pyro_vae import guides, likelihoods
-from pyro_vae.parts.networks import convolutional, deconvolutional, linear, mlp, one_hot, standardized, with_missing
+from pyro_vae.parts.networks import (
+    convolutional,
+    deconvolutional,
+    linear,
+    mlp,
+    one_hot,
+    standardized,
+    starting_at,
+    with_missing,
+)
 
 IMAGES = [(1, 7, 7), (1, 8, 8), (1, 28, 28), (3, 8, 8), (2, 5, 9), (1, 1, 1)]
 
@@ -21,6 +30,7 @@ FACTORIES = {
     "two raw outputs per pixel": (deconvolutional((3, 7, 8), [3, 2], nn.Tanh), 4, 2 * 3 * 7 * 8),
     "three convolutions": (convolutional((1, 28, 28), [2, 3, 4], nn.Tanh), 784, 4),
     "standardized": (standardized(mlp([5], nn.Tanh), torch.arange(4.0), torch.arange(1.0, 5.0)), 4, 3),
+    "starting at numbers": (starting_at(mlp([5], nn.Tanh), torch.arange(3.0)), 4, 3),
     "one convolution": (deconvolutional((1, 7, 7), [2], nn.Tanh), 4, 49),
 }
 
@@ -107,6 +117,38 @@ def test_standardized_takes_the_location_off_and_divides_by_the_scale():
     torch.testing.assert_close(network[0](torch.tensor([1.0, -2.0])), torch.zeros(2))
     assert network.double()(x.double()).dtype == torch.float64
     assert standardized(linear(), torch.ones(2).double(), 3)(2, 3)(x).dtype == torch.float32
+
+
+def test_a_decoder_starts_at_the_entropy_of_independent_pixels():
+    mean = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    decoder = likelihoods.Bernoulli(2, 3, starting_at(linear(), torch.logit(mean))).double()
+    x = (torch.rand(7, 3, dtype=torch.float64) < mean).double()
+    expected = x * mean.log() + (1 - x) * (1 - mean).log()
+    torch.testing.assert_close(decoder(torch.zeros(2, dtype=torch.float64)).log_prob(x), expected.sum(-1))
+    (weight, bias) = decoder.parameters()
+    assert weight.abs().max() > 0
+    assert bias.requires_grad  # it is trained, and the first biases of another network are its own
+    other = likelihoods.Bernoulli(2, 3, linear())
+    assert not torch.equal(bias.float(), list(other.parameters())[1])
+
+
+def test_a_network_within_others_starts_at_the_numbers():
+    numbers = torch.tensor([3.0, -4.0])
+    factory = standardized(starting_at(with_missing(mlp([5])), numbers), 1.0)
+    numbers.zero_()  # the argument was copied
+    network = factory(3, 2)
+    assert network[1][1][-1].bias.tolist() == [3.0, -4.0]
+    assert starting_at(linear(), 2.0)(3, 2).bias.tolist() == [2.0, 2.0]
+
+
+def ending_with_tanh(in_features, out_features):
+    return nn.Sequential(nn.Linear(in_features, out_features), nn.Tanh())
+
+
+@pytest.mark.parametrize("network", [deconvolutional((1, 7, 8), [2]), linear(bias=False), ending_with_tanh])
+def test_a_network_that_cannot_start_at_numbers_is_refused(network):
+    with pytest.raises(ValueError, match=r"`network` must end with an nn.Linear that has a bias and 56 outputs.*got"):
+        starting_at(network, 0.0)(4, 56)
 
 
 @pytest.mark.parametrize(
