@@ -136,7 +136,7 @@ PROGRAMS = {
 QUICK = {"progress": False}
 FUNCTIONS = {
     "evaluate": lambda model, guide, *x: pv.evaluate(model, guide, x),
-    "fit, validation": lambda model, guide, *x: pv.fit(
+    "fit": lambda model, guide, *x: pv.fit(
         model, guide, x, epochs=1, batch_size=10_000, validation=x, **QUICK
     ),
     "log_evidence": lambda model, guide, *x: pv.log_evidence(model, guide, *x, num_samples=5, **QUICK),
@@ -156,9 +156,6 @@ FUNCTIONS = {
     "report": lambda model, guide, *x: pv.report(
         Path(sys.argv[4]) / "page.html", model, guide, *x, num_samples=5, num_simulations=20, max_rows=200,
         max_refined=10, **QUICK,
-    ),
-    "save_draws": lambda model, guide, *x: pv.save_draws(
-        Path(sys.argv[4]) / "draws.nc", model, guide, *x, draws=2, **QUICK
     ),
 }  # fmt: skip
 

@@ -327,7 +327,7 @@ def measured(function, program, rows, folder):
     *((function, "normal, 2 columns") for function in large_data.FUNCTIONS),
     *(("evaluate", program) for program in list(large_data.PROGRAMS)[1:]),
     *(("log_evidence", program) for program in list(large_data.PROGRAMS)[1:]),
-    ("fit, validation", "global latent"), ("fit, validation", "data set"), ("fit, validation", "mapped file"),
+    ("fit", "global latent"), ("fit", "data set"), ("fit", "mapped file"),
     ("exact.log_evidence", "mixture"), ("exact.posterior", "mixture"), ("decompose", "mixture"),
     ("decompose", "table"), ("decompose", "global latent"), ("inspect", "table"),
 ])  # fmt: skip

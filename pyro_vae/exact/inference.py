@@ -345,7 +345,7 @@ class Posterior(Result, dist.TorchDistribution):
     """An exact posterior p(z | x) of a discrete latent, or of a continuous one by quadrature.
 
     The batch shape is ``(N,)``, the event shape that of the latent site. ``log_prob`` and ``sample`` run the model, in
-    evaluation mode.
+    evaluation mode. Of more rows than run together, the mean and draws solve each batch of rows again.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
