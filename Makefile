@@ -14,11 +14,13 @@ BENCH := $(VENV)/.installed-bench
 QUALITY := $(VENV)/.installed-quality
 ARVIZ1 := $(VENV1)/.installed
 SOURCES := pyro_vae examples tests docs conftest.py
+# A process that has run its share of the tests takes some of another's; neighbours stay together and share fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench quality programs arviz1 pytest lint types format docs clean help
+.PHONY: demo test integration package slow bench quality programs arviz1 tests pytest lint types format docs install clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,10 +33,15 @@ demo: $(BASE)  ## run two of the examples; tables, pictures and ArviZ files go t
 test: lint types pytest  ## lint, types, tests with doctests
 
 pytest: $(DEV)  ## the tests and doctests alone, without the slow and the integration tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	$(PYTEST)
 
 integration: docs $(DEV)  ## the documentation, warnings as errors; its code, the examples, and the real compiler
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m 'integration and not slow'
+	$(PYTEST) -m 'integration and not slow'
+
+tests: $(DEV)  ## the tests of `pytest` and of `integration` in one run, which takes less time
+	$(PYTEST) -m 'not slow'
+
+install: $(DEV)  ## the environment alone, with all tools
 
 package: $(DEV)  ## a wheel and a source archive in dist/, checked
 	rm -rf build dist
@@ -43,10 +50,10 @@ package: $(DEV)  ## a wheel and a source archive in dist/, checked
 	$(BIN)/python tests/check_wheel.py dist
 
 slow: $(DEV)  ## the heavy statistical tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(PYTEST) -m slow
 
-bench: $(BENCH)  ## time and memory beside Pyro, PyTorch and NumPyro, in results/benchmarks: on a machine that is idle
-	$(BIN)/python tests/benchmarks
+bench: $(BENCH)  ## time and memory compared with Pyro, PyTorch and NumPyro, on an idle machine; SHORT=1 for 3 minutes
+	$(BIN)/python tests/benchmarks $(if $(SHORT),--short)
 
 quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyro and pythae, in results/quality; MNIST=folder of its files
 	$(BIN)/python tests/quality $(if $(MNIST),--folder $(MNIST))

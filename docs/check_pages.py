@@ -24,7 +24,7 @@ SCRIPT = """<!doctype html><meta charset="utf-8"><body style="margin:0"><script>
 const wait = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds));
 async function look(page, width) {
   const frame = document.createElement("iframe");
-  Object.assign(frame, {width, height: 900, src: "/" + page});
+  Object.assign(frame, {width, height: 900, src: "/" + page, style: "position:absolute;top:0;left:0"});
   const loaded = new Promise(resolve => frame.onload = resolve);
   document.body.append(frame);
   await loaded;
@@ -52,10 +52,15 @@ async function look(page, width) {
 }
 (async () => {
   const {pages, widths} = await (await fetch("/__pages__")).json();
-  const found = [];
-  for (const width of widths) for (const page of pages)
-    try { found.push(...await look(page, width)); } catch (error) { found.push([page, width, String(error)]); }
-  await fetch("/__found__", {method: "POST", body: JSON.stringify(found)});
+  const todo = widths.flatMap(width => pages.map(page => [page, width])), found = todo.map(() => []);
+  let next = 0;
+  async function lane() {  // a page waits for its formulas and files, so that several are looked at together
+    for (let number = next++; number < todo.length; number = next++)
+      try { found[number] = await look(...todo[number]); }
+      catch (error) { found[number] = [[...todo[number], String(error)]]; }
+  }
+  await Promise.all(Array.from({length: 6}, lane));
+  await fetch("/__found__", {method: "POST", body: JSON.stringify(found.flat())});
 })();
 </script></body>"""
 

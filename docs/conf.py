@@ -89,6 +89,7 @@ def setup(app):
 
     app.connect("builder-inited", gallery.generate)
     app.connect("source-read", expand)
+    app.connect("env-before-read-docs", notebook_pages.spread)
     app.connect("source-read", notebook_pages.add_download)
     app.connect("builder-inited", notebook_pages.write_downloads)
     app.connect("autodoc-skip-member", reference.skip_fields)

@@ -14,6 +14,20 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "index")
 
 
+def spread(app: Any, env: Any, pages: list[str]) -> None:
+    """Spread the notebooks evenly over the pages that are to be read.
+
+    Sphinx gives each process a piece of the list. In alphabetical order one piece has all notebooks, and the other
+    processes wait for it.
+    """
+    notebooks = [page for page in pages if page in {f"notebooks/{name}" for name in names()}]
+    others = [page for page in pages if page not in notebooks]
+    count = len(notebooks)
+    ends = [len(others) * number // count for number in range(1, count + 1)]
+    pieces = zip(notebooks, [0, *ends], ends, strict=False)
+    pages[:] = [page for notebook, start, end in pieces for page in (notebook, *others[start:end])] or others
+
+
 def write_downloads(app: Any) -> None:
     """Write each notebook as an ``.ipynb`` file without outputs."""
     folder = FOLDER.parent / DOWNLOADS
