@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 try:
-    cases, inputs, measuring, result_tables = map(
-        importlib.import_module, ("cases", "inputs", "measuring", "result_tables")
+    cases, comparison, inputs, measuring, result_tables = map(
+        importlib.import_module, ("cases", "comparison", "inputs", "measuring", "result_tables")
     )
 finally:
     sys.path.remove(str(BENCHMARKS))
@@ -29,7 +30,7 @@ def _benchmarks_on_path(monkeypatch):
 
 def bench(out, *options):
     """Run the short form with these options, and return its results."""
-    command = [sys.executable, str(BENCHMARKS), "--quick", "--threads", "1", "--out", str(out), *options]
+    command = [sys.executable, str(BENCHMARKS), "--tiny", "--threads", "1", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(out / 'log.txt').read_text()}"
     assert (out / "results.md").read_text().count("\n## ") == done.stdout.count("## ")
@@ -90,10 +91,66 @@ def test_the_floor_computes_the_products_of_a_step(tmp_path):
     assert all(out.shape == (left.shape[0], right.shape[1]) for out, left, right in products)
 
 
+def test_the_floor_takes_the_faster_way_and_both_are_the_product(monkeypatch):
+    floor = importlib.import_module("floor")
+    out, left, right = torch.empty(3, 4), torch.randn(3, 5), torch.randn(4, 5).T
+    floor.by_mkl(out, left, right)
+    assert torch.allclose(out, floor.by_onednn(out, left, right), atol=1e-6)
+    for quick in (floor.by_mkl, floor.by_onednn):
+        monkeypatch.setattr(floor, "_seconds", lambda way, quick=quick: 1.0 if way.func is quick else 2.0)
+        assert floor.faster((out, left, right)).func is quick
+
+
 def test_a_slower_contestant_misses_its_target():
-    found = {"mixture": {"contestants": {"captured": {"time": 2.0}, "pyro": {"time": 6.0}, "numpyro": {"time": 2.5}}}}
+    times = {"captured": 2.0, "numpyro": 2.5, "replayed": 6.4, "handwritten": 4.0}
+    found = {"mixture": {"contestants": {name: {"time": time} for name, time in times.items()}}}
     report = result_tables.of_targets(found)
     assert report.count("missed") == report.count("met") == 1
+
+
+def results(times, cases=("mixture",), **machine):
+    """Results of one contestant with these times of a step in each case."""
+    entrant = measuring.Entrant("eager")
+    entrant.found["begun_with"] = {"peak": 1.0}
+    entrant.turns = [{"seconds": 10 * each, "work": 10, "peak": 2.0} for each in times]
+    described = {"processor": "one", "load": times[0], "packages": {"torch": "2"}} | machine
+    found = {name: {"contestants": {"eager": entrant.result()}} for name in cases}
+    return {"machine": described, "settings": {"rounds": 3}, "cases": found, "growth": {}, "minutes": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("times", "said"), [([2.0, 2.1, 2.2], "slower"), ([0.5, 0.51, 0.52], "faster"), ([0.9, 1.02, 1.3], None)]
+)
+def test_a_comparison_names_what_changed_by_more_than_the_noise(times, said):
+    line = comparison.compare(results([0.9, 1.0, 1.1]), results(times)).splitlines()[-1]
+    assert f" {times[1]:.2f} " in line
+    assert [word for word in ("slower", "faster") if word in line] == ([said] if said else [])
+
+
+def test_a_comparison_says_what_is_not_the_same_about_two_runs():
+    first, second = results([1.0, 1.0]), results([2.0, 2.0], processor="two", packages={"torch": "3"})
+    report = comparison.compare(first, second)
+    assert "- processor: one, two" in report
+    assert "- torch: 2, 3" in report
+    assert "load" not in report
+    assert "These are not the same" not in comparison.compare(first, first)
+    assert "in common" in comparison.compare(first, results([1.0], cases=("digits",)))
+
+
+def test_parts_of_one_run_are_merged_and_no_others():
+    first, second = results([1.0, 2.0]), results([3.0, 4.0], cases=("digits",))
+    merged = comparison.merge({"a": first, "b": second})
+    assert merged["cases"] == first["cases"] | second["cases"]
+    assert merged["minutes"] == 2.0
+    with pytest.raises(SystemExit, match="mixture of c is in a file before it"):
+        comparison.merge({"a": first, "b": second, "c": first})
+    with pytest.raises(SystemExit, match="a and d are not parts of one run:\n- processor: one, two"):
+        comparison.merge({"a": first, "d": results([1.0], cases=("gumbel",), processor="two")})
+
+
+def test_quartiles_hold_the_middle_half_of_the_rounds():
+    found = results([5.0, 1.0, 2.0, 4.0, 3.0])["cases"]["mixture"]["contestants"]["eager"]
+    assert [found[key] for key in ("fastest", "lower", "time", "upper", "slowest")] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @pytest.mark.slow
@@ -103,7 +160,7 @@ def test_the_short_form(tmp_path):
     case = found["cases"]["mixture"]
     assert list(case["contestants"]) == names
     for result in case["contestants"].values():
-        assert 0 < result["fastest"] <= result["time"] <= result["slowest"]
+        assert 0 < result["fastest"] <= result["lower"] <= result["time"] <= result["upper"] <= result["slowest"]
         assert len(result["turns"]) == found["settings"]["rounds"]
         assert all(turn["work"] > 0 for turn in result["turns"])
         assert result["peak"] >= result["begun_with"]["peak"] > 0
@@ -157,6 +214,6 @@ def test_the_captured_step_computes_the_same(name, by_step, tmp_path):
     case = cases.shortened(cases.CASES[name])
     data = inputs_of(case, tmp_path)
     results = {"handwritten": {"losses": losses("handwritten", case, data, range(100, 116))}}
-    results["captured"] = {"losses": losses("ours", case, data, [0], compiled=True, by_step=by_step)}
+    results["captured"] = {"losses": losses("ours", case, data, [0], compile=True, by_step=by_step)}
     (judged,) = measuring.agreement(results, "handwritten")["contestants"]
     assert judged["agrees"], judged

@@ -10,7 +10,8 @@ from cases import CASES, DIGITS, MIXTURE, MNIST, Case, shortened
 from measuring import Settings, measure
 from result_tables import absent, format_seconds, peak, table
 
-OURS = ("captured", "eager")
+OURS = ("captured", "replayed", "eager")
+TIMES = ("time", "lower", "upper", "fastest", "slowest")
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class Series:
 
     title: str  # in the tables
     base: Case
-    grows: str  # the size that grows: "rows", "latent" or "particles"
+    grows: str  # the size that grows: "rows", "batch_size", "latent" or "particles"
     values: tuple[int, ...]  # of that size
     quick: tuple[int, ...] = (40, 80)  # its values in the short form
     each: str = "step"  # the time is that of a "step", an "epoch" or a "call"
+    peers: tuple[str, ...] = ()  # contestants next to ours
 
     def case(self, value: int, quick: bool) -> Case:
         base = shortened(self.base) if quick else self.base
@@ -30,6 +32,8 @@ class Series:
             return replace(base, latent=(value,))
         if self.grows == "particles":
             return replace(base, particles=value)
+        if self.grows == "batch_size":
+            return replace(base, rows=10 * value, batch_size=value)
         return replace(base, rows=value, batch_size=value if self.base.full_batch else base.batch_size)
 
     def work(self, case: Case) -> int:
@@ -41,6 +45,8 @@ class Series:
 SERIES = {
     "data": Series("An epoch of MNIST 784-400-20 at batch 128, by images", MNIST, "rows",
                    (50 * 128, 100 * 128, 200 * 128, 400 * 128), each="epoch"),
+    "batch": Series("A step of MNIST 784-400-20, by images in a batch", MNIST, "batch_size", (8, 32, 128, 512, 2048),
+                    (4, 8), peers=("numpyro",)),
     "full-batch": Series("A step on all points of the mixture, by points", MIXTURE, "rows", (1000, 10_000, 100_000)),
     "latents": Series("A step of MNIST 784-400 at batch 128, by latents", MNIST, "latent", (5, 20, 80, 320), (2, 4)),
     "states": Series("A step on digits, by Bernoulli variables enumerated", CASES["enumerated"], "latent",
@@ -49,6 +55,9 @@ SERIES = {
                         "particles", (2, 10, 50, 250), (2, 4)),
     "evidence-draws": Series("log p(x) of 100 MNIST images, by draws of each", CASES["evidence"], "particles",
                              (250, 1000, 4000), (5, 10), each="call"),
+    "evidence-rows": Series("log p(x) of all points of the mixture, 50 draws of each, by points",
+                            replace(MIXTURE, task="evaluate", particles=50), "rows", (10_000, 100_000, 1_000_000),
+                            each="call"),
     "export-draws": Series("Draws of 1000 points of the mixture for ArviZ, by draws", CASES["export"], "particles",
                            (50, 200, 800), (5, 10), each="call"),
 }  # fmt: skip
@@ -66,7 +75,11 @@ def measure_growth(
 ) -> dict[str, Any]:
     """Measure one of :data:`GROWTHS`; the result can be written as JSON."""
     settings = replace(settings, seeds=0, rounds=min(3, settings.rounds), seconds=settings.seconds / 2)
-    names = [name for name in names if name in OURS]
+    settings = replace(settings, pause=min(0.1, settings.pause))
+    peers = SERIES[name].peers if name in SERIES else ()
+    names = [contestant for contestant in names if contestant in (*OURS, *peers)]
+    if name in ("epochs", "mapped"):
+        names = [contestant for contestant in names if contestant != "replayed"]  # its memory is that of the others
     if name == "epochs":
         settings = replace(settings, rounds=2 if quick else 10)
         return measure(shortened(EPOCHS) if quick else EPOCHS, names, settings, folder, log_file)
@@ -80,10 +93,10 @@ def measure_growth(
         case = series.case(value, quick)
         found = measure(case, names, settings, folder, log_file)["contestants"]
         for result in found.values():
-            if "time" in result:
-                result["time"] *= series.work(case)
+            for key in TIMES if "time" in result else ():
+                result[key] *= series.work(case)
         points.append({"value": value, "contestants": found})
-    return {"grows": series.grows, "each": series.each, "points": points}
+    return {"title": series.title, "grows": series.grows, "each": series.each, "points": points}
 
 
 def to_markdown(name: str, found: dict[str, Any]) -> str:

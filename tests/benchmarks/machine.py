@@ -6,9 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from worker import processors_of
+
 
 def machine(threads: int, *others: str) -> dict[str, Any]:
-    """Return the versions of Python, of the packages that are measured and of others, and the processors."""
+    """Return the processors that are used, and the versions of Python, of the packages that are measured and others."""
     packages = {}
     for name in ("torch", "pyro-ppl", "numpyro", "jax", "numpy", *others):
         try:
@@ -21,6 +23,7 @@ def machine(threads: int, *others: str) -> dict[str, Any]:
         "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": threads,
+        "affinity": processors_of(threads),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "packages": packages,
     }

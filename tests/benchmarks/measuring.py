@@ -1,11 +1,11 @@
 """Measurement of a case: check that all contestants compute the same, then time them in turns."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median, quantiles, stdev
 from typing import Any, TextIO
 
 import inputs
@@ -27,6 +27,7 @@ class Settings:
     reference_seeds: int = 16  # runs of the reference, which estimate the spread between seeds
     seeds: int = 4  # runs of the others, one if they compile; 0 for no check
     pause: float = 0.3  # seconds between turns, in which waiting threads fall asleep
+    settle: float = 1.0  # factor of the warm-up of a contestant that changes its engine while it runs
 
 
 class Entrant:
@@ -38,17 +39,22 @@ class Entrant:
         self.found: dict[str, Any] = {"title": CONTESTANTS[name].title}
         self.turns: list[dict[str, float]] = []
 
-    def request(self, do: str, **arguments: Any) -> dict[str, Any] | None:
-        """Send a command; a contestant that fails is out, and its failure is its result."""
-        try:
-            return self.process.request(do, **arguments) if self.process else None
-        except Unusable as error:
-            self.give_up(error)
-            return None
+    def ready(self) -> dict[str, Any] | None:
+        """Wait until the libraries are loaded; return the memory that the process begins with."""
+        return self._try(lambda process: process.ready())
 
-    def give_up(self, error: Unusable) -> None:
-        self.process = None
-        self.found["not_available" if error.missing else "failed"] = str(error)
+    def request(self, do: str, **arguments: Any) -> dict[str, Any] | None:
+        """Send a command and wait for the answer."""
+        return self._try(lambda process: process.request(do, **arguments))
+
+    def _try(self, ask: Callable[[Process], dict[str, Any]]) -> dict[str, Any] | None:
+        """Ask the process; a contestant that fails is out, and its failure is its result."""
+        try:
+            return ask(self.process) if self.process else None
+        except Unusable as error:
+            self.process = None
+            self.found["not_available" if error.missing else "failed"] = str(error)
+            return None
 
     def result(self) -> dict[str, Any]:
         """Return times of a unit of work, in seconds, and memory, in MB."""
@@ -56,7 +62,9 @@ class Entrant:
             return self.found
         times = [turn["seconds"] / turn["work"] for turn in self.turns]
         middle = median(times)
-        found = {"time": middle, "fastest": min(times), "slowest": max(times)} | self.found
+        lower, _, upper = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (middle, middle, middle)
+        spread = {"lower": lower, "upper": upper, "fastest": min(times), "slowest": max(times)}
+        found = {"time": middle} | spread | self.found
         # The first unit of work includes what is done once: tracing, compilation, checks.
         for start, of in (("start", "check"), ("start_again", "first")):
             if f"{of}_seconds" in found:
@@ -71,8 +79,14 @@ def measure(
     inputs.write(case, folder, mnist)
     entrants, reference = {name: Entrant(name) for name in names}, None
     with ExitStack() as stack:
-        for entrant in sorted(entrants.values(), key=lambda entrant: entrant.name not in REFERENCES):
-            _enter(entrant, case, settings, folder, log, stack)
+        for entrant in entrants.values():  # all processes load their libraries at the same time
+            log.write(f"--- {case.name}: {entrant.name}\n")
+            log.flush()
+            entrant.process = Process(entrant.name, case, folder, settings.threads, log)
+            stack.enter_context(closing(entrant.process))
+        for entrant in entrants.values():
+            if begun := entrant.ready():
+                entrant.found["begun_with"] = begun
         for name in (name for name in REFERENCES if name in names and settings.seeds):
             if reference is None and _check(entrants[name], case, settings.reference_seeds):
                 reference = name
@@ -80,26 +94,16 @@ def measure(
             if settings.seeds and entrant.name != reference:
                 _check(entrant, case, 1 if CONTESTANTS[entrant.name].compiles else settings.seeds)
         for entrant in entrants.values():
-            if begun := entrant.request("start", warm_up=settings.seconds / 3):
+            warm_up = max(settings.seconds / 3, CONTESTANTS[entrant.name].warm_up * settings.settle)
+            if begun := entrant.request("start", warm_up=warm_up):
                 entrant.found |= {key: begun[key] for key in ("first_seconds", "first_work")}
         for entrant in _turns(list(entrants.values()), settings.rounds):
             time.sleep(settings.pause if len(entrants) > 1 else 0.0)
             if turn := entrant.request("round", seconds=settings.seconds):
                 entrant.turns.append(turn)
     results = {name: entrant.result() for name, entrant in entrants.items()}
-    return {"case": asdict(case), "contestants": results, "agreement": agreement(results, reference)}
-
-
-def _enter(entrant: Entrant, case: Case, settings: Settings, folder: Path, log: TextIO, stack: ExitStack) -> None:
-    log.write(f"--- {case.name}: {entrant.name}\n")
-    log.flush()
-    try:
-        entrant.process = Process(CONTESTANTS[entrant.name], case, folder, settings.threads, log)
-    except Unusable as error:
-        entrant.give_up(error)
-        return
-    stack.enter_context(closing(entrant.process))
-    entrant.found["begun_with"] = entrant.process.begun_with
+    found = {"case": asdict(case), "unit": case.unit, "contestants": results}
+    return found | {"agreement": agreement(results, reference)}
 
 
 def _check(entrant: Entrant, case: Case, runs: int) -> bool:

@@ -1,4 +1,4 @@
-"""pyro_vae, compiled and eager: a model as users write it, trained by ``pyro_vae.fit``."""
+"""pyro_vae, compiled or not, or as it decides by itself: a model as users write it, trained by ``pyro_vae.fit``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,17 +19,18 @@ from pyro_vae._utils.rng import seeded
 
 
 def train(
-    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, compiled: bool = False,
-    by_step: bool = False,
-) -> Losses:  # fmt: skip
-    """Train by ``fit``, or by a loop that calls ``step`` of ``pyro.infer.SVI`` or of ``pv.SVI``, which compiles it."""
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False, **options: Any
+) -> Losses:
+    """Train by ``fit``, or by a loop that calls ``step`` of ``pyro.infer.SVI`` or of ``pv.SVI``, which compiles it.
+
+    The ``options`` are those of ``fit`` or ``pv.SVI``: without ``compile`` it decides by itself.
+    """
     model, guide, elbo = pair(case, given)
     x = torch.from_numpy(given.x)[:rows]
     if by_step:
         settings = model, guide, Adam({"lr": case.lr}), elbo
-        svi = pv.SVI(*settings, compile=True) if compiled else SVI(*settings)
+        svi = pv.SVI(*settings, **options) if options else SVI(*settings)
         return {case.bound: _train_by_step(svi, case, x, tick, epochs, seed)}
-    options = {"compile": True} if compiled else {}
     with _ticking(tick, epochs, rows // case.batch_size):
         fitted = pv.fit(
             model, guide, x, epochs=epochs, batch_size=case.batch_size, lr=case.lr, elbo=elbo,
@@ -96,28 +97,29 @@ def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def evaluate(
-    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, compiled: bool = False,
-    by_step: bool = False,
-) -> Losses:  # fmt: skip
-    """Estimate the mean log p(x). A compiled call captures its own graph, so timed calls have more draws then."""
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False, **options: Any
+) -> Losses:
+    """Estimate the mean log p(x). A call that captures has its own graph, so timed calls have more draws then."""
     if by_step:
         raise NotImplementedError("evaluate: it takes no training steps")
-    vae, x, found = vae_of(case, given), binary(given, rows), []
-    draws = 100 * case.particles if compiled and epochs > case.check else case.particles
-    options = {"num_samples": draws, "progress": False} | ({"compile": True} if compiled else {})
+    vae, found = vae_of(case, given), []
+    x = binary(given, rows) if case.binarized else torch.from_numpy(given.x)[:rows]
+    captures = options.get("compile", True)
+    draws = 100 * case.particles if captures and epochs > case.check else case.particles
+    given_to_it = {"num_samples": draws, "progress": False} | options
     for number in range(epochs):
-        with _ticking(tick, rows * draws, 1) if compiled else nullcontext():
-            estimate = pv.log_evidence(vae.model, vae.guide, x, seed=seed + number, **options)
+        with _ticking(tick, rows * draws, 1) if captures else nullcontext():
+            estimate = pv.log_evidence(vae.model, vae.guide, x, seed=seed + number, **given_to_it)
         found.append(-float(estimate.log_evidence.mean()))
-        if not compiled:
+        if not captures:
             tick(rows * draws)
     return {case.bound: found}
 
 
-def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, **options: bool) -> Losses:
+def export(case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, **options: Any) -> Losses:
     """Export draws of everything as a tree for ArviZ; return the mean square of those of z."""
     if options:
-        raise NotImplementedError("export: it takes no training steps")
+        raise NotImplementedError("export: it decides by itself")
     vae, x, found = vae_of(case, given), torch.from_numpy(given.x)[:rows], []
     for number in range(epochs):
         tree = pv.to_datatree(vae.model, vae.guide, x, draws=case.particles, seed=seed + number, parallel=True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import PIPE
@@ -20,25 +21,29 @@ class Contestant:
     """An implementation that takes part in the benchmark.
 
     One that ``compiles`` begins a run with seconds of compilation, so that one seed is checked. It may be unable to
-    compile a case, or missing in another version of the package.
+    compile a case, or missing in another version of the package. One that changes its engine while it runs needs some
+    seconds of ``warm_up`` before it is measured.
     """
 
     title: str  # in the tables
     module: str  # with ``train``, ``evaluate`` or ``export``, which take ``options``
     options: Mapping[str, Any] = field(default_factory=dict)
     compiles: bool = False
+    warm_up: float = 0.0
 
 
 CONTESTANTS = {
-    "captured": Contestant("pyro_vae, captured", "ours", {"compiled": True}, compiles=True),
-    "captured-svi": Contestant("pv.SVI, captured", "ours", {"compiled": True, "by_step": True}, compiles=True),
-    "eager": Contestant("pyro_vae, eager", "ours"),
+    "automatic": Contestant("pyro_vae, by itself", "ours", compiles=True, warm_up=15.0),
+    "captured": Contestant("pyro_vae, compiled", "ours", {"compile": True}, compiles=True),
+    "captured-svi": Contestant("pv.SVI, compiled", "ours", {"compile": True, "by_step": True}, compiles=True),
+    "eager": Contestant("pyro_vae, eager", "ours", {"compile": False}),
     "vae-svi": Contestant("pyro.infer.SVI of pv.VAE", "ours", {"by_step": True}),
     "pyro": Contestant("pyro.infer.SVI, plain Pyro", "plain_pyro"),
     "handwritten": Contestant("PyTorch by hand", "handwritten"),
     "numpyro": Contestant("NumPyro, lax.scan", "numpyro_scan"),
     "floor": Contestant("matrix products alone", "floor"),
 }
+USUAL = [name for name in CONTESTANTS if not name.endswith("-svi")]
 
 
 class Unusable(Exception):
@@ -52,15 +57,19 @@ class Unusable(Exception):
 class Process:
     """The process of a contestant on a case, with the folder of its inputs and a file for its output."""
 
-    def __init__(self, contestant: Contestant, case: Case, folder: Path, threads: int, log: TextIO):
-        # Compiled code is not kept for the next run of the benchmark, since compilation is timed too.
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "JAX_PLATFORMS": "cpu"}
+    def __init__(self, name: str, case: Case, folder: Path, threads: int, log: TextIO):
+        contestant = CONTESTANTS[name]
+        # Compiled code is not kept for another contestant or run of the benchmark, since compilation is timed too.
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{name}"), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER)], stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment
         )
         order = {"module": contestant.module, "options": contestant.options, "optional": contestant.compiles}
         self._send(**order, case=asdict(case), folder=str(folder), threads=threads)
-        self.begun_with = self._answer()
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until libraries and data are loaded; return the memory that they take."""
+        return self._answer()
 
     def request(self, do: str, **arguments: Any) -> dict[str, Any]:
         self._send(do=do, **arguments)
@@ -78,11 +87,9 @@ class Process:
 
     def _send(self, **command: Any) -> None:
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # if the process has ended, the answer says so
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise Unusable({"failed": "its process has ended"}) from None
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -96,12 +96,17 @@ def memory() -> dict[str, float]:
     return {name: float(fields[field].split()[0]) / 1024 for name, field in names.items()}
 
 
+def processors_of(threads: int) -> list[int] | None:
+    """Return the processors that a contestant with so many threads runs on, where a system can say so."""
+    return sorted(os.sched_getaffinity(0))[:threads] if hasattr(os, "sched_getaffinity") else None
+
+
 def limit(threads: int) -> None:
     """Limit threads and processors, before a library counts them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if allowed := processors_of(threads):
+        os.sched_setaffinity(0, allowed)
 
 
 def _check(run: Callable[..., Any], case: Any, given: Any, seeds: list[int]) -> dict[str, Any]:
