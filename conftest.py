@@ -1,5 +1,6 @@
 """Every test and doctest starts with an empty param store and a fixed seed, and must not change the global state."""
 
+import gc
 import os
 import random
 import sys
@@ -14,6 +15,12 @@ import torch
 torch.set_num_threads(1)
 
 collect_ignore = ["tests/benchmarks", "tests/quality"]  # scripts that import modules of their own folders, some JAX
+
+
+def pytest_collection_finish():
+    """Let the collector of garbage pass over what was imported and collected, which stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def _global_switches():

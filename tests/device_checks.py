@@ -79,9 +79,10 @@ def make_checks(device):
         plots.latent_map(images.encode(binary).mean, labels)
 
     def exact(vae):
-        total = pv.exact.elbo(vae.model, vae.guide, x) + pv.exact.kl(vae.model, vae.guide, x)
-        assert torch.allclose(pv.exact.log_evidence(vae.model, x), total, atol=1e-3)
-        pv.exact.posterior(vae.model, x[:2]).sample((3,))
+        few = x[:2]  # no more operations than for all rows
+        total = pv.exact.elbo(vae.model, vae.guide, few) + pv.exact.kl(vae.model, vae.guide, few)
+        assert torch.allclose(pv.exact.log_evidence(vae.model, few), total, atol=1e-3)
+        pv.exact.posterior(vae.model, few).sample((3,))
 
     def every_part(prior, guide, likelihood="Normal", objective="Trace_ELBO"):
         vae, data = pair_cases.vae_of(prior, guide, likelihood)
