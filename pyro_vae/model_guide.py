@@ -347,7 +347,8 @@ class ModelGuide:
                 raise ValueError("not every site has a value for each row alone")
             if not all(map(whole._knows_all_rows, whole.observed.values())):
                 raise ValueError("the observed values of other rows are not known")
-            whole.check_likelihood()
+            if not trains:
+                whole.check_likelihood()
             if not whole.is_amortized("model") or not whole.is_amortized("guide"):
                 raise ValueError("rows depend on each other, or on their place")
             if first_missing(data) is not None:

@@ -74,7 +74,7 @@ def mixture(rows):
 def shared(rows):
     """One latent of all data next to those of each datum."""
     _, _, x = vae(2, rows)
-    decode, encode = (networks.mlp(HIDDEN)(2, size) for size in (2, 4))
+    decode, encode = (networks.mlp([32])(2, size) for size in (2, 4))  # all rows run together
 
     def model(x):
         mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 10.0).to_event(1))

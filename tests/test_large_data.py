@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pairs import bernoulli, gaussian, model_of, record_traces
+from pairs import bernoulli, gaussian, guide_of, model_of, record_traces
 from pyro.infer import Trace_ELBO
 
 import pyro_vae as pv
@@ -294,6 +294,19 @@ def test_a_run_on_all_rows_is_not_needed_for_batches(few_rows):
     assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
     traces.clear()
     pv.fit(record_traces(vae.model, traces), record_traces(vae.guide, traces), X, epochs=1, batch_size=10)
+    assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
+
+
+def test_a_row_outside_of_the_support_in_a_later_batch_makes_it_no_bound(few_rows):
+    model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Bernoulli(logits=z, validate_args=False))
+    guide, traces = guide_of(lambda x: dist.Normal(x - 0.5, 1.0)), []
+    x = (X[:, 0] > 0).float()
+    few_rows()
+    assert "elbo" in pv.evaluate(model, guide, x)
+    x[40] = 0.5
+    found = pv.evaluate(record_traces(model, traces), guide, x)
+    assert "surrogate" in found
+    assert "such as in row 40" in found.why_no_bound
     assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
 
 
