@@ -21,15 +21,6 @@ _NARROW = 64  # columns up to which the transposed product, a weight's gradient,
 _FEW = 4  # rows, columns or terms up to which sums are faster
 _NEAR = 0.04  # square below which the series of tanh has all digits of float32
 
-_library = torch.library.Library("pyro_vae", "DEF")
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("linear", onednn_linear, "CPU")
-
-
-@torch.library.register_fake("pyro_vae::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
 
 def _use_onednn(a: Tensor, b: Tensor) -> bool:
     plain = a.dtype == torch.float32 and a.is_cpu and torch.backends.mkldnn.is_available()
@@ -78,9 +69,9 @@ def _mm(a: Tensor, b: Tensor) -> Any:
     product = _unrolled_matmul(a, b)
     if product is None and _use_onednn(a, b):
         if a.stride(0) == 1 and b.shape[1] <= min(_NARROW, a.shape[0]):
-            product = torch.ops.pyro_vae.linear(b.t(), a, None).t().contiguous()
+            product = onednn_linear(b.t(), a, None).t().contiguous()
         else:
-            product = torch.ops.pyro_vae.linear(a, b.t(), None)
+            product = onednn_linear(a, b.t(), None)
     return NotImplemented if product is None else product
 
 
@@ -91,7 +82,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
     if product is not None:
         return product + bias
     fits = _use_onednn(a, b) and bias.shape == b.shape[1:] and bias.is_contiguous() and bias.dtype == a.dtype
-    return torch.ops.pyro_vae.linear(a, b.t(), bias) if fits else NotImplemented
+    return onednn_linear(a, b.t(), bias) if fits else NotImplemented
 
 
 def matrix_product(a: Tensor, b: Tensor) -> Tensor:

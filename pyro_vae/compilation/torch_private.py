@@ -9,6 +9,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -74,6 +75,7 @@ def compile_into_cache(module: torch.fx.GraphModule, examples: Sequence[Tensor])
             warnings.simplefilter("ignore")
             from torch._inductor import compile_fx, cpp_builder  # takes a second
 
+            _call_onednn_directly()
             with patch.object(cpp_builder, "run_compile_cmd", _whole_files(cpp_builder.run_compile_cmd)):
                 compiled: Any = compile_fx.compile_fx(
                     module, list(examples), config_patches=options, ignore_shape_env=True
@@ -177,9 +179,37 @@ def written_arguments(operation: Any, args: Sequence[Any], kwargs: dict[str, Any
     return found
 
 
+_library = torch.library.Library("pyro_vae", "DEF")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``x @ weight.T + bias`` with oneDNN, which torch calls by itself in compiled inference only."""
+    return torch.ops.pyro_vae.linear(x, weight, bias)
+
+
+@torch.library.impl(_library, "linear", "CPU")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("pyro_vae::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@cache
+def _call_onednn_directly() -> None:
+    """Let compiled graphs call oneDNN from C++, and transpose its arguments in the loops that compute them.
+
+    Inductor does so for constant weights only, and would call an operation that it does not know through Python.
+    """
+    from torch._inductor import lowering, mkldnn_ir
+    from torch._inductor.ir import TensorBox
+
+    @lowering.register_lowering(torch.ops.pyro_vae.linear.default, type_promotion_kind=None)
+    def _(x: Any, weight: Any, bias: Any) -> Any:
+        return TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, "none", [], ""))
 
 
 _functorch: Any = torch._C._functorch
