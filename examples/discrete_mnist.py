@@ -115,8 +115,7 @@ def train(args: argparse.Namespace, estimator: str, data: Tensor) -> tuple[pv.VA
     if estimator in RELAXED:
         temperature = vae.encoder.get_buffer("family.temperature")
         cooling[temperature] = schedules.exponential(args.temperature, args.rate, args.floor, every=500)
-    steps = args.epochs * math.ceil(len(data) / args.batch_size)
-    options = common.training_options(args) | {"lr": schedules.decayed(args.lr, steps)}
+    options = common.training_options(args) | {"lr": schedules.decayed(args.lr)}
     elbo = make_objective(args, estimator, mean)
     fitted = pv.fit(vae.model, vae.guide, data, transform=datasets.resample, elbo=elbo, schedules=cooling, **options)
     return vae.discrete() if estimator in RELAXED else vae, fitted

@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, method: str, data: Tensor) -> tuple[pv.VAE, 
         transform=datasets.resample,
         elbo=elbo,
         schedules={beta: schedules.linear(0.0, 1.0, args.warm_up * epoch)},
-        **common.training_options(args) | {"lr": schedules.decayed(args.lr, args.epochs * epoch)},
+        **common.training_options(args) | {"lr": schedules.decayed(args.lr)},
     )
     return vae, fitted
 

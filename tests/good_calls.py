@@ -319,7 +319,8 @@ NOT_CALLED = {
     ),
     "without arguments, types, or checks themselves": (
         "handlers.ResampleObserved handlers.SubsampleStatements handlers.UnsizedPlates schedules.Schedule "
-        "networks.NetworkFactory schedules.Plateau schedules.PlateauRate schedules.TorchSchedule "
+        "networks.NetworkFactory schedules.RunSchedule schedules.Decay schedules.Plateau schedules.PlateauRate "
+        "schedules.TorchSchedule "
         "schedules.check_schedules schedules.checked_schedule schedules.described"
     ),
     "downloads, see the table of wrong calls": "datasets.mnist",

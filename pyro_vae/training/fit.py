@@ -35,7 +35,7 @@ from pyro_vae.training.elbo_evaluator import ElboEvaluator, rows_that_fit
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, StreamBatches
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
-from pyro_vae.training.schedules import Plateau, Schedule, check_schedules, checked_schedule, described
+from pyro_vae.training.schedules import RunSchedule, Schedule, check_schedules, checked_schedule, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
 from pyro_vae.training.streams import Stream, as_source, check_no_batch_size
@@ -165,7 +165,7 @@ def fit(
     *,
     epochs: int,
     batch_size: int | None = None,
-    lr: float | Schedule | Plateau | None = None,
+    lr: float | Schedule | RunSchedule | None = None,
     optimizer: MakeOptimizer = torch.optim.Adam,
     elbo: ELBO | None = None,
     validation: Data | None = None,
@@ -279,7 +279,7 @@ def fit(
         rows_like(held_out, tensors, "validation")
     check_precision(precision)
     check_options(epochs, compile, clip_norm, nonfinite, patience, callbacks, progress, held_out is not None)
-    if not isinstance(lr, Plateau | None):
+    if not isinstance(lr, RunSchedule | None):
         lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
@@ -311,14 +311,15 @@ def fit(
             evaluator.bound, evaluator.plate, evaluator.model_masks = pair.bound, pair.plate, pair.draws_cells
             with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
-        rate = lr.begin() if isinstance(lr, Plateau) else lr
-        step = _make_step(
-            evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
-        )
         if stream is None:
             batches = Batches(pair.take, tensors, batch_size, seed)
         else:
             batches = StreamBatches(pair.take, stream, seed)
+        last_step = math.inf if batches.per_epoch is None else epochs * batches.per_epoch
+        rate = lr.begin(last_step) if isinstance(lr, RunSchedule) else lr
+        step = _make_step(
+            evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
+        )
         validate = None
         if held_out_pair is not None:
             validator = evaluator if held_out_pair.model is model else evaluator.of(*to_validate)

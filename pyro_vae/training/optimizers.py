@@ -15,7 +15,7 @@ from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.validation import describe, number
 from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam, CapturableClippedAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, capturable_optimizers
-from pyro_vae.training.schedules import Plateau, Schedule, TorchSchedule, described
+from pyro_vae.training.schedules import RunSchedule, Schedule, TorchSchedule, described
 
 __all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "set_group", "set_rates"]
 
@@ -60,7 +60,7 @@ class RunOptimizer:
     def __init__(
         self,
         make: MakeOptimizer,
-        lr: float | Schedule | Plateau | None,
+        lr: float | Schedule | RunSchedule | None,
         compile: bool = False,
         saves: bool = False,
         device: torch.device | str = "cpu",
@@ -81,7 +81,7 @@ class RunOptimizer:
                     "`lr` must be left out where `optimizer` sets the learning rate itself, got "
                     f"{described(lr)} and {self._name}. Set it in one place; a function takes it as its argument `lr`"
                 )
-            start = lr.start if isinstance(lr, Plateau) else lr(0) if callable(lr) else lr
+            start = lr.start if isinstance(lr, RunSchedule) else lr(0) if callable(lr) else lr
             self._options["lr"] = number(start, "lr: at step 0", least=0)
         groups = self._try(saves)
         self.description = " and ".join(dict.fromkeys(f"{self._name}({_settings(group)})" for group in groups))

@@ -7,7 +7,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
 __all__ = [
-    "Plateau", "PlateauRate", "Schedule", "TorchSchedule", "check_schedules", "checked_schedule", "constant",
-    "cyclical", "decayed", "described", "exponential", "from_torch", "linear", "on_plateau",
+    "Decay", "Plateau", "PlateauRate", "RunSchedule", "Schedule", "TorchSchedule", "check_schedules",
+    "checked_schedule", "constant", "cyclical", "decayed", "described", "exponential", "from_torch", "linear",
+    "on_plateau",
 ]  # fmt: skip
 
 Schedule = Callable[[int], float]
@@ -93,12 +94,20 @@ def cyclical(start: float, end: float, period: int, rise: float = 0.5) -> Schedu
     return lambda step: start + (end - start) * min(step % period / (rise * period), 1.0)
 
 
-def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule:
+@overload
+def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> Schedule: ...
+
+
+@overload
+def decayed(start: float, steps: None = None, hold: float = 0.5, end: float = 0.01) -> "Decay": ...
+
+
+def decayed(start: float, steps: int | None = None, hold: float = 0.5, end: float = 0.01) -> "Schedule | Decay":
     r"""A learning rate: ``start`` at first, then half a cosine down to ``end * start`` at the last step.
 
     Args:
         start: value of the first steps.
-        steps: number of steps of the run.
+        steps: number of steps; by default those of the run, for ``lr`` of :func:`pyro_vae.fit` alone.
         hold: share of the steps that have this value.
         end: final value as a share of ``start``.
 
@@ -109,30 +118,66 @@ def decayed(start: float, steps: int, hold: float = 0.5, end: float = 0.01) -> S
     [0.001, 0.001, 0.000505, 1e-05]
     """
     positive(start, "start")
-    positive_int(steps, "steps")
+    if steps is not None:
+        positive_int(steps, "steps")
     if not 0 <= number(hold, "hold") < 1 or not 0 <= number(end, "end") <= 1:
         raise ValueError(
             f"`hold, end` must be shares, `hold` from 0 to below 1 and `end` from 0 to 1, got {hold!r} and {end!r}"
         )
-
-    def value(step: int) -> float:
-        fallen = min(max((step / steps - hold) / (1 - hold), 0.0), 1.0)
-        return start * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
-
-    return value
+    decay = Decay(start, hold, end)
+    return decay if steps is None else decay.begin(steps)
 
 
-class Plateau:
-    """A learning rate that falls when the loss does: for ``lr`` of :func:`pyro_vae.fit`, see :func:`on_plateau`.
+class RunSchedule:
+    """A learning rate for ``lr`` of :func:`pyro_vae.fit` that depends on the run, and has no value for a step alone.
 
-    It has no value for a step: each run begins with a rate of its own, :meth:`begin`.
+    Attributes:
+        start: learning rate of the first step.
     """
+
+    start: float
+
+    def begin(self, steps: float) -> Schedule:
+        """Return the rate of a run of so many steps, infinitely many where the number is not known."""
+        raise NotImplementedError
+
+
+class Decay(RunSchedule):
+    """A learning rate that falls towards the last step of a run, see :func:`decayed`.
+
+    >>> rate = decayed(1e-3).begin(1000)
+    >>> rate(0), round(rate(750), 6)
+    (0.001, 0.000505)
+    """
+
+    def __init__(self, start: float, hold: float, end: float):
+        self.start, self.hold, self.end = start, hold, end
+
+    def begin(self, steps: float) -> Schedule:
+        """Return the rate of each step of a run."""
+        start, hold, end = self.start, self.hold, self.end
+        if steps == math.inf:
+            must = "a schedule with a number of steps, such as `schedules.decayed(1e-3, steps=1000)`"
+            raise ValueError(f"`lr` must be {must}, for a stream whose length is not known, got {self!r}")
+
+        def value(step: int) -> float:
+            fallen = min(max((step / steps - hold) / (1 - hold), 0.0), 1.0)
+            return start * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+        return value
+
+    def __repr__(self) -> str:
+        return f"decayed(start={self.start}, hold={self.hold}, end={self.end})"
+
+
+class Plateau(RunSchedule):
+    """A learning rate that falls when the loss does: for ``lr`` of :func:`pyro_vae.fit`, see :func:`on_plateau`."""
 
     def __init__(self, make: Callable[[Any], ReduceLROnPlateau], start: float):
         self._make, self.start = make, start
         self.begin()
 
-    def begin(self) -> "PlateauRate":
+    def begin(self, steps: float = math.inf) -> "PlateauRate":
         """Return the rate of one run, before its first epoch."""
         return PlateauRate(self._make(_optimizer(self.start)))
 
@@ -298,13 +343,13 @@ def _optimizer(lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam([torch.zeros(())], lr=lr, betas=(_NO_MOMENTUM, 0.999))
 
 
-def described(schedule: Schedule | Plateau | float) -> float | str:
+def described(schedule: Schedule | RunSchedule | float) -> float | str:
     """Describe a schedule by its values at some of the first thousand steps, to compare it in another process.
 
     >>> described(0.5), described(linear(0.0, 1.0, steps=10))
     (0.5, 'a schedule: 0, 0.1, 0.2, 0.5, 1, 1, 1, 1, 1, 1, 1')
     """
-    if isinstance(schedule, Plateau):
+    if isinstance(schedule, RunSchedule):
         return repr(schedule)
     if not callable(schedule):
         return schedule

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, networks, priors
 from pyro_vae.handlers import WeightKL
-from pyro_vae.training.schedules import constant, cyclical, exponential, from_torch, linear, on_plateau
+from pyro_vae.training.schedules import constant, cyclical, decayed, exponential, from_torch, linear, on_plateau
 
 X = pv.datasets.two_gaussians(32, seed=1).x
 
@@ -336,6 +336,23 @@ def test_a_plateau_of_the_loss_lowers_the_rate_as_in_torch(validation, name, com
     assert history["lr"] == seen == rates_by_torch(history, name, make, 0.1)
     assert len(set(history["lr"])) > 2
     assert history == shifted(**options).history  # each run begins with a rate of its own
+
+
+@pytest.mark.parametrize("batch_size", [None, 16, 31])  # of 32 rows: 1, 2 and 1 steps, since a single row joins
+def test_a_decay_without_steps_is_that_of_all_steps_of_the_run(batch_size):
+    steps = 30 * (2 if batch_size == 16 else 1)
+    runs = [shifted(lr=lr, batch_size=batch_size) for lr in (decayed(0.1, hold=0.2), decayed(0.1, steps, hold=0.2))]
+    assert runs[0].steps == steps
+    assert runs[0].history == runs[1].history
+    assert runs[0].history["lr"][0] == 0.1
+    assert runs[0].history["lr"][-1] < 0.002
+
+
+def test_a_decay_without_steps_is_refused_for_a_stream_of_unknown_length():
+    loader = torch.utils.data.DataLoader(X, batch_size=16)
+    message = r"`lr` must be a schedule with a number of steps, .*got decayed\(start=0.1, hold=0.5, end=0.01\)"
+    with pytest.raises(ValueError, match=message):
+        pv.fit(RecordingPair().model, lambda x: None, loader, epochs=2, lr=decayed(0.1))
 
 
 def test_on_plateau_is_the_scheduler_of_torch_with_differences_in_nats():
