@@ -171,13 +171,16 @@ def test_learning_rates_are_those_of_the_schedule():
     )
 
 
-def test_the_short_form(tmp_path):
+def test_the_short_form(tmp_path, capsys):
     names = ["eager", "pyro", *(name for name in ("numpyro", "pythae") if HAS[name])]
-    command = [sys.executable, FOLDERS[0], "--quick", "--threads", "1", "--out", str(tmp_path), "--problems", "mixture"]
-    command += ["--contestants", *names, "--extrapolate", "pyro"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{(tmp_path / 'log.txt').read_text()}"
-    assert (tmp_path / "results.md").read_text().count("\n## ") == done.stdout.count("## ") == 1
+    spec = importlib.util.spec_from_file_location("quality_main", Path(FOLDERS[0]) / "__main__.py")
+    contest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(contest)
+    options = ["--tiny", "--threads", "1", "--out", str(tmp_path), "--problems", "mixture"]
+    status = contest.main(contest.parse([*options, "--contestants", *names, "--extrapolate", "pyro"]))
+    printed = capsys.readouterr().out
+    assert status == 0, f"{printed}\n{(tmp_path / 'log.txt').read_text()}"
+    assert (tmp_path / "results.md").read_text().count("\n## ") == printed.count("## ") == 1
     results = json.loads((tmp_path / "results.json").read_text())["problems"]["mixture"]["contestants"]
     assert set(results) == set(names)
     for name in set(names) - {"pyro", "pythae"}:

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--extrapolate", nargs="*", choices=CONTESTANTS, default=[], help="only measure their steps")
     parser.add_argument("--steps", type=int, help="steps of an extrapolated run; those of the first contestant")
     parser.add_argument("--threads", type=int, default=1, help="threads of each contestant (1)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the contest, not the speed")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the contest, not the speed")
     parser.add_argument("--folder", type=Path, help="folder of MNIST; without it, enlarged digits take its place")
     parser.add_argument("--out", type=Path, default=Path("results/quality"), help="folder for JSON and Markdown")
     return parser.parse_args(arguments)
@@ -65,10 +65,10 @@ def main(args: argparse.Namespace) -> int:
         "problems": {},
     }
     written = [f"# Time to quality\n\n{json.dumps(described)}"]
-    paces = Paces(rounds=2, seconds=0.05, start=0.01) if args.quick else Paces()
+    paces = Paces(rounds=2, seconds=0.05, start=0.01) if args.tiny else Paces()
     with tempfile.TemporaryDirectory() as folder, (args.out / "log.txt").open("w") as log:
         for name in args.problems:
-            problem = shortened(PROBLEMS[name]) if args.quick else PROBLEMS[name]
+            problem = shortened(PROBLEMS[name]) if args.tiny else PROBLEMS[name]
             raced = [each for each in args.contestants if each not in args.extrapolate]
             result = contest(
                 problem, raced, args.extrapolate, args.steps, Path(folder) / name, args.threads, paces, log, args.folder

@@ -66,8 +66,8 @@ PROBLEMS = {
             epochs=40, every=1, held_out=5000, draws=0,
         ),
         _problem(
-            MNIST, name="mnist", title="MNIST, resampled, 784-200-200-50, SiLU, batch 128", hidden=(200, 200),
-            latent=(50,), activation="silu", lr=2e-3, warm_up=10, first_check=40, epochs=120, target=-87.0,
+            MNIST, name="mnist", title="MNIST, resampled, 784-400-400-50, SiLU, batch 128", hidden=(400, 400),
+            latent=(50,), activation="silu", lr=2e-3, warm_up=10, first_check=40, epochs=80, target=-87.0,
             goal="log p(x) of 2000 test images above -87.0 nats",
         ),
         _problem(
