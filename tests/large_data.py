@@ -139,10 +139,7 @@ FUNCTIONS = {
     "fit": lambda model, guide, *x: pv.fit(
         model, guide, x, epochs=1, batch_size=10_000, validation=x, **QUICK
     ),
-    "log_evidence": lambda model, guide, *x: pv.log_evidence(model, guide, *x, num_samples=5, **QUICK),
-    "annealed_log_evidence": lambda model, guide, *x: pv.annealed_log_evidence(
-        model, guide, *x, num_chains=1, num_temperatures=2, num_leapfrog_steps=1, **QUICK
-    ),
+    "log_evidence": lambda model, guide, *x: pv.log_evidence(model, guide, *x, num_samples=2, **QUICK),
     "exact.log_evidence": lambda model, guide, *x: pv.exact.log_evidence(model, *x, **QUICK),
     "exact.posterior": lambda model, guide, *x: pv.exact.posterior(model, *x, **QUICK).mean,
     "exact.elbo": lambda model, guide, *x: pv.exact.elbo(model, guide, *x, **QUICK),
@@ -151,10 +148,10 @@ FUNCTIONS = {
         model, guide, *x, steps=2, num_particles=2, num_samples=2, tolerance=None, **QUICK
     ),
     "inspect": lambda model, guide, *x: pv.inspect(
-        model, guide, *x, num_samples=5, num_simulations=20, max_rows=200, max_refined=10, **QUICK
+        model, guide, *x, num_samples=2, num_simulations=20, max_rows=200, max_refined=10, **QUICK
     ),
     "report": lambda model, guide, *x: pv.report(
-        Path(sys.argv[4]) / "page.html", model, guide, *x, num_samples=5, num_simulations=20, max_rows=200,
+        Path(sys.argv[4]) / "page.html", model, guide, *x, num_samples=2, num_simulations=20, max_rows=200,
         max_refined=10, **QUICK,
     ),
 }  # fmt: skip

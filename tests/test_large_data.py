@@ -297,6 +297,15 @@ def test_a_run_on_all_rows_is_not_needed_for_batches(few_rows):
     assert max(len(trace.nodes["z"]["value"]) for trace in traces) < 2 * FEW
 
 
+def test_a_calibration_simulates_rows_like_those_of_all_data(few_rows):
+    vae = pairs()["normal"]
+    whole = pv.calibrate(vae.model, vae.guide, X, num_simulations=100)
+    few_rows()
+    few = pv.calibrate(vae.model, vae.guide, X, num_simulations=100)
+    assert torch.equal(few.ranks, whole.ranks)
+    torch.testing.assert_close(few.elbo_corrections.variance_ratio, whole.elbo_corrections.variance_ratio)
+
+
 def test_a_row_outside_of_the_support_in_a_later_batch_makes_it_no_bound(few_rows):
     model = model_of(dist.Normal(0.0, 1.0), lambda z: dist.Bernoulli(logits=z, validate_args=False))
     guide, traces = guide_of(lambda x: dist.Normal(x - 0.5, 1.0)), []

@@ -189,7 +189,7 @@ class LazyData(DataTensors):
     def rows(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Read some rows of each tensor."""
         if isinstance(index, slice):
-            index = torch.arange(len(self[0]), device="cpu")[index]
+            index = torch.arange(*index.indices(len(self[0])), device="cpu")
         found: list[Tensor] = []
         for part in self.parts:
             if isinstance(part, RowSource):

@@ -22,7 +22,7 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae._utils.data import data_tensors
+from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import scoped_param_store, without_training
@@ -415,9 +415,10 @@ def calibrate(
     test = partial(Calibration, num_draws=num_draws, tolerance=float(tolerance), alpha=alpha)
     with scoped_param_store():
         with seeded(seed), torch.no_grad(), every_row(), evaluation_mode(model, guide):
-            pair = ModelGuide(model, guide, data, plate)
+            batches = ModelGuide.in_batches(model, guide, data, plate)
+            pair = batches.first if refit is None and batches.first.by_rows else batches.whole()
         if refit is None and (pair.by_rows or plate not in ("data", *pair.plates)):
-            return _by_rows(pair, num_simulations, num_draws, latents, seed, progress, test)
+            return _by_rows(pair, data, num_simulations, num_draws, latents, seed, progress, test)
         if refit is None:
             with every_row():
                 _check_reads_data(pair)
@@ -428,6 +429,7 @@ def calibrate(
 @without_training
 def _by_rows(
     pair: ModelGuide,
+    data: DataTensors,
     num_simulations: int,
     num_draws: int,
     latents: Sequence[str] | None,
@@ -435,8 +437,11 @@ def _by_rows(
     progress: bool | None,
     test: Callable[..., Calibration],
 ) -> Calibration:
-    """Calibrate an amortized guide on simulated rows, each a simulation of its own."""
-    model, guide, data, plate = pair.model, pair.guide, pair.data, pair.plate
+    """Calibrate an amortized guide on simulated rows like those of the data, each a simulation of its own.
+
+    The pair has been run on the data, or on the first ones of many.
+    """
+    model, guide, plate = pair.model, pair.guide, pair.plate
     rows = num_simulations + min(num_simulations, len(data[0]))  # of the ranks, and of the corrections
     with seeded(seed), progress_bar("calibrate", progress, total=rows, unit="datum") as bar:
         p = ModelDensity(pair)  # first, since its errors are more precise than those of the next check

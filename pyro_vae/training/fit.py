@@ -372,7 +372,8 @@ def evaluate(
             those over the rows of one pass.
         num_samples: how many draws of the latents to average over.
         batch_size: rows that are run at once, which bounds the memory; the sums are the same. If left out, half a
-            million numbers of data, where the pair can be run on some of its rows, and else all rows.
+            million numbers of data, fewer with many particles or enumerated states, where the pair can be run on some
+            of its rows, and else all rows.
         plate, seed: name of the data plate, and seed of the draws.
 
     Raises:
