@@ -36,7 +36,7 @@ from pyro_vae.model_guide import ModelGuide
 
 __all__ = ["InferenceGap", "inference_gap"]
 
-_BUDGET = 2**26  # numbers in the draws of all rows that are refined together, several times as many with gradients
+_BUDGET = 2**23  # numbers in the draws of all rows that are refined together, several times as many with gradients
 
 
 @dataclass(frozen=True, repr=False)
@@ -217,8 +217,8 @@ def inference_gap(
         model: a Pyro model.
         guide: its guide; for the split, its latent sites must be independent, given x.
         data: arguments of both. All rows are refined at once: some hundreds are enough for the mean. Of more rows than
-            take 2^26 numbers of data in ``num_particles`` draws, 65536 of up to 64 numbers each, evenly spaced ones are
-            used, see :attr:`InferenceGap.rows`; if they depend on each other, there is no split.
+            have 2^23 numbers in ``num_particles`` draws, by default 8192 of up to 64 numbers each, evenly spaced ones
+            are used, see :attr:`InferenceGap.rows`; if they depend on each other, there is no split.
         refined: q*, a guide of these data that is refined already, in place of a refinement here.
         steps: steps of Adam. On VAEs of 64 pixels with a trained encoder, the default of 300 steps of 16 draws reaches
             the ELBO of 1000 steps of 32 draws to 0.001 nats, in a quarter of the time; see ``lr`` for a guide that
