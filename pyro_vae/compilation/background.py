@@ -24,7 +24,7 @@ from pyro_vae.compilation import torch_private
 
 __all__ = ["BackgroundProcess", "Piece", "from_text", "main", "to_text"]
 
-_MAIN = "from pyro_vae.compilation import background, kernels; background.main()"  # kernels has our operations
+_MAIN = "from pyro_vae.compilation import background; background.main()"
 _NICE = 10  # by how much the process is less urgent than this one
 _PATIENCE = 5.0  # seconds for it to remove its files when it is stopped
 
@@ -64,7 +64,8 @@ class BackgroundProcess:
     def __init__(self, pieces: Sequence[Piece]):
         self._process: subprocess.Popen[bytes] | None = None
         texts = [text for piece in pieces if piece.run is None and (text := _sendable(piece)) is not None]
-        if texts and sys.executable and os.name == "posix":
+        # In an application that contains Python, the executable is that of the application.
+        if texts and os.name == "posix" and os.path.basename(sys.executable or "").startswith("python"):
             with suppress(OSError):  # no space for a file, or no further process
                 self._start(texts)
 

@@ -13,7 +13,7 @@ import torch
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.compilation.recorder import Node
 
-__all__ = ["compilation_pays", "compilation_seconds", "compiled_seconds", "replay_seconds"]
+__all__ = ["compilation_pays", "compilation_seconds", "compiled_seconds", "paying_calls", "replay_seconds"]
 
 _CALL = 2.5e-6  # seconds of an operation that torch is called for
 _NUMBER = 0.4e-9  # seconds for each number that such an operation reads or writes
@@ -57,7 +57,13 @@ def compilation_pays(graph: Graph, calls: float) -> bool:
     >>> compilation_pays(graph, 100), compilation_pays(graph, 10**7)
     (False, True)
     """
-    return compilation_seconds(graph) + calls * compiled_seconds(graph) < calls * replay_seconds(graph)
+    return calls > paying_calls(graph)
+
+
+def paying_calls(graph: Graph) -> float:
+    """Estimate from how many calls on they take less time if the graph is compiled before the first of them."""
+    saved = replay_seconds(graph) - compiled_seconds(graph)
+    return compilation_seconds(graph) / saved if saved > 0 else math.inf
 
 
 def _counts(graph: Graph) -> tuple[int, float, float, float]:

@@ -6,10 +6,13 @@ A new version of torch may change them. ``pyproject.toml`` therefore bounds it, 
 import logging
 import os
 import shlex
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # leaves the innermost `torch.vmap`
 from torch._subclasses import FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.proxy_tensor import (
     make_fx,  # records the operations of a function, with those of functionalization
 )
@@ -34,11 +38,15 @@ __all__ = [
     "written_arguments",
 ]  # fmt: skip
 
+_compiler_config: Any = compiler_config
+
 _OPTIONS: dict[str, Any] = {"fallback_random": True, "size_asserts": False}  # draw the random numbers of an eager step
 
 _CPU_OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,  # calls one kernel after the other without Python; for CUDA it needs headers torch lacks
     "cpp.min_chunk_size": 2**14,  # numbers per thread: to start a thread for fewer takes longer than to compute them
+    # A file of 140 MB, which takes three seconds to make, as long as it saves in the compilation of five graphs:
+    "cpp_cache_precompile_headers": False,
 }
 
 
@@ -71,18 +79,30 @@ def compile_into_cache(module: torch.fx.GraphModule, examples: Sequence[Tensor])
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), torch._guards.tracing(context):
+        with (
+            torch.no_grad(), warnings.catch_warnings(), torch._guards.tracing(context),
+            _compiler_config.patch(cache_key_tag=_compiler_config.cache_key_tag + _operations()),
+        ):  # fmt: skip
             warnings.simplefilter("ignore")
-            from torch._inductor import compile_fx, cpp_builder  # takes a second
+            from torch._inductor import compile_fx, cpp_builder, cpu_vec_isa  # takes a second
 
             _call_onednn_directly()
-            with patch.object(cpp_builder, "run_compile_cmd", _whole_files(cpp_builder.run_compile_cmd)):
+            with (
+                patch.object(cpp_builder, "run_compile_cmd", _whole_files(cpp_builder.run_compile_cmd)),
+                patch.object(cpu_vec_isa.VecISA, "check_build", _quick_check(cpu_vec_isa.VecISA.check_build)),
+            ):
                 compiled: Any = compile_fx.compile_fx(
                     module, list(examples), config_patches=options, ignore_shape_env=True
                 )
                 return compiled
     finally:
         logger.setLevel(level)
+
+
+@cache
+def _operations() -> str:
+    """Return a name for the operations of this module as they are: the cache knows operations by their names alone."""
+    return sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def _whole_files(build: Callable[[str, str], None]) -> Callable[[str, str], None]:
@@ -104,6 +124,31 @@ def _whole_files(build: Callable[[str, str], None]) -> Callable[[str, str], None
         finally:
             with suppress(FileNotFoundError):
                 os.remove(written)
+
+    return run
+
+
+_INCLUDED = {"AVX512": ("AVX512", "AVX2"), "AVX2": ("AVX2",)}
+"""By the instructions that torch's own operations use, those that compiled code can use with its libraries."""
+
+
+def _quick_check(check: Callable[[Any, str], bool]) -> Callable[[Any, str], bool]:
+    """Find the vector instructions that can be used by torch's own use of them and the compiler's options alone.
+
+    Inductor compiles, links and loads six programs for that, which takes five seconds.
+    """
+
+    def run(instructions: Any, code: str) -> bool:
+        from torch._inductor import cpp_builder
+
+        if str(instructions).split()[0].upper() not in _INCLUDED.get(torch.backends.cpu.get_cpu_capability(), ()):
+            return check(instructions, code)
+        options = instructions.build_arch_flags().split()
+        try:
+            command = [cpp_builder.get_cpp_compiler(), *options, "-fsyntax-only", "-x", "c++", os.devnull]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except (OSError, RuntimeError):  # there is no compiler
+            return False
 
     return run
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.rng import preserve_rng_state
 from pyro_vae._utils.traces import log_density
+from pyro_vae.compilation import cost
 from pyro_vae.compilation.adam import CapturableAdam
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, capturable_optimizers, input_signature
 from pyro_vae.training.graph_step import REMEDY, GraphStep
@@ -43,8 +44,10 @@ class CapturedStep(GraphStep):
     What that cannot see is found in replays that are compared with an eager run: sites, distributions, shapes,
     log-densities and the loss with all its weights must be those of the capture.
 
-    ``compiles`` returns whether the graph for some inputs is compiled, or replayed as it is. With ``refreshes``, each
-    step begins with :meth:`refresh`; other arguments are those of the eager step.
+    ``compiles`` returns whether the graph for some inputs is compiled, or replayed as it is. The first graph is
+    compiled at once; another one if it is run twice in a row, and otherwise, such as for a last batch of another size,
+    after as many replays as take the time of a compilation. With ``refreshes``, each step begins with :meth:`refresh`;
+    other arguments are those of the eager step.
     """
 
     most_captures = 3  # each takes seconds to compile
@@ -62,6 +65,7 @@ class CapturedStep(GraphStep):
         self._long_capture = 0.0  # seconds of the last capture of a long graph
         self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
         self._last: tuple[BatchContext, Sequence[Tensor]] | None = None
+        self._running: _StepGraphs | None = None  # those of the last step
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Update the parameters on one batch; return 0 first, and raise nothing, if a replayed step is not finite."""
@@ -85,7 +89,8 @@ class CapturedStep(GraphStep):
         self._last = batch_context, inputs
         try:
             graphs = self._captured_for(batch_context, inputs) or self._captured_also(batch_context, inputs)
-            return graphs(batch_context, inputs)
+            again, self._running = graphs is self._running, graphs
+            return graphs(batch_context, inputs, again)
         except CaptureError:
             self.count -= 1
             raise
@@ -116,6 +121,11 @@ class CapturedStep(GraphStep):
         self.watch_hooks()
         self._groups = [_Group(group) for group in self.optimizer.param_groups] if self.optimizer else []
         return graphs
+
+    def replays_before(self, graph: Graph) -> float:
+        """How often a graph is replayed before it is compiled."""
+        compiled = any(graphs.is_compiled for found in self._graphs.values() for graphs in found)
+        return cost.paying_calls(graph) if compiled and not graph.is_long else 0
 
     def optimizer_has_changed(self) -> bool:
         """Read the learning rates; whether another setting has changed, which the next capture then follows."""
@@ -186,6 +196,7 @@ class CapturedStep(GraphStep):
         """Find the parameters and capture the step again, after Python has changed some of them, or anything else."""
         super().clear_parameter_cache()
         self._graphs.clear()
+        self._running = None
         self._groups = []
         self._may_have_new_parameters = True
 
@@ -258,15 +269,24 @@ class _StepGraphs:
         written = unguarded.written
         self.step = Graph(lambda *inputs: [step.guarded(batch_context, inputs, written)], inputs)
         _check_same_operations(unguarded, self.step)
-        if step.compiles(*inputs):
-            self.step.compile(inputs, step.pieces)
+        self.is_compiled = False
+        self._compiled_at = step.replays_before(self.step) if step.compiles(*inputs) else math.inf
+        if self._compiled_at == 0:
+            self._compile(inputs)
         self._since = time.perf_counter()
 
-    def __call__(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, batch_context: BatchContext, inputs: Sequence[Tensor], again: bool = False) -> Tensor:
+        """Run the step; ``again``: by the graphs of the step before, too."""
         if self.calls >= self._next_check:
             self.check(batch_context, inputs)
+        if not self.is_compiled and self._compiled_at < math.inf and (again or self.calls >= self._compiled_at):
+            self._compile(inputs)
         self.calls += 1
         return self.step(*inputs)[0]
+
+    def _compile(self, inputs: Sequence[Tensor]) -> None:
+        self.step.compile(inputs, self.owner.pieces)
+        self.is_compiled = True
 
     def check(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
         """Compare with an eager run, and set the time of the next comparison: they take up to 1 % of the time."""

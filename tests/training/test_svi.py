@@ -110,6 +110,23 @@ def test_a_step_that_is_not_finite_raises_and_the_next_one_continues():
     assert pyro.param("slope").item() != before
 
 
+def test_a_batch_of_another_size_is_compiled_when_it_takes_over_or_that_pays(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("pyro_vae.compilation.graph.Graph.compile", lambda self, inputs, _: compiled.append(inputs[0]))
+    monkeypatch.setattr("pyro_vae.compilation.cost.paying_calls", lambda _: 3)
+    vae = vae_of()
+    svi = pv.SVI(vae.model, vae.guide, Adam({"lr": 1e-2}), Trace_ELBO(), compile=True)
+
+    def sizes(*rows):
+        for count in rows:
+            svi.step(X[:count])
+        return list(map(len, compiled))
+
+    assert sizes(8, 8, 8, 5, 8, 5, 8, 5, 8) == [8]  # the first of a size is eager, or its capture
+    assert sizes(5, 8, 6, 8, 5) == [8, 5]  # as many replays as take the time of a compilation
+    assert sizes(6, 8, 7, 7) == [8, 5, 7]  # twice in a row
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_the_optimizer_takes_a_scheduler_of_torch():
     vae = vae_of()
