@@ -64,8 +64,7 @@ class BackgroundProcess:
     def __init__(self, pieces: Sequence[Piece]):
         self._process: subprocess.Popen[bytes] | None = None
         texts = [text for piece in pieces if piece.run is None and (text := _sendable(piece)) is not None]
-        # In an application that contains Python, the executable is that of the application.
-        if texts and os.name == "posix" and os.path.basename(sys.executable or "").startswith("python"):
+        if texts and _helps():
             with suppress(OSError):  # no space for a file, or no further process
                 self._start(texts)
 
@@ -108,6 +107,12 @@ class BackgroundProcess:
         """End the process and its compiler; the cache keeps what is whole."""
         if self._process is not None:
             self._finalizer()
+
+
+def _helps() -> bool:
+    """Whether another interpreter can be started, and this one finds its results in the cache."""
+    is_python = os.path.basename(sys.executable or "").startswith("python")  # and no application that contains one
+    return os.name == "posix" and is_python and not torch.compiler.config.force_disable_caches
 
 
 def _end(process: "subprocess.Popen[bytes]", pipe: int) -> None:

@@ -20,7 +20,7 @@ _NUMBER = 0.4e-9  # seconds for each number that such an operation reads or writ
 _MULTIPLICATION = 1 / 60e9  # seconds, in products of matrices and convolutions
 _RANDOM = 4e-9  # seconds of a random number
 _JOINED = 0.25  # share of the time for numbers that is left where a compiler joins operations
-_START, _EACH = 6.0, 0.02  # seconds to compile a graph, and for each of its operations
+_START, _EACH = 4.0, 0.01  # seconds to compile a graph, and for each of its operations
 _LONG = 40.0  # seconds to find the repetitions of a long graph and to compile what is repeated
 
 _aten = torch.ops.aten

@@ -71,6 +71,11 @@ def test_what_cannot_be_sent_is_left_to_this_process(monkeypatch):
     assert not started
 
 
+def test_without_a_cache_nothing_is_started():
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert a_graph()[1].done()
+
+
 @pytest.mark.parametrize("executable", ["/opt/some-application", "", "/no/such/python3"])
 def test_without_an_interpreter_nothing_is_started(monkeypatch, executable):
     monkeypatch.setattr(sys, "executable", executable)
