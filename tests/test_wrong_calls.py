@@ -694,7 +694,9 @@ TRAINING = {
     "an empty list of schedules": Row(lambda w: fit(w, schedules=[]),
         TypeError, "schedules", "must be a dict from tensors to schedules, got a list"),
     "a word for progress": boolean(lambda w: fit(w, progress="no"), "progress", "no"),
-    "a word for compile": boolean(lambda w: fit(w, compile="yes"), "compile", "yes"),
+    "a word for compile": Row(
+        lambda w: fit(w, compile="yes"), TypeError, "compile", "must be True, False or None, got 'yes'"
+    ),
     "a precision of another kind": Row(lambda w: fit(w, precision="fp16"),
         ValueError, "precision", "must be 'bf16-mixed', or None for float32, got 'fp16'"),
     "a number for the precision": Row(lambda w: fit(w, precision=16),

@@ -16,9 +16,8 @@ from torch import Tensor
 
 __all__ = [
     "as_shape", "boolean", "class_labels", "describe", "file_path", "first_index", "function", "image_size",
-    "is_integer", "mapping", "nonempty_string", "number", "numbers", "positive", "positive_int", "real_tensor",
-    "seed_number", "taking_data", "whole_numbers", "with_article",
-    "writable",
+    "is_integer", "mapping", "nonempty_string", "number", "numbers", "optional_boolean", "positive", "positive_int",
+    "real_tensor", "seed_number", "taking_data", "whole_numbers", "with_article", "writable",
 ]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
@@ -124,6 +123,13 @@ def boolean(value: object, name: str) -> bool:
     """Return ``value`` if it is ``True`` or ``False``; a string such as "no" would otherwise count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    return value
+
+
+def optional_boolean(value: object, name: str) -> bool | None:
+    """Return ``value`` if it is ``True``, ``False`` or ``None``."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True, False or None, got {value!r}")
     return value
 
 

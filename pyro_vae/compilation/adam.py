@@ -111,6 +111,14 @@ class CapturableAdam(torch.optim.Optimizer):
                     copies = {name: value.to(parameter, copy=True) for name, value in moments.items()}
                     self.state[parameter] = copies | shared[number]
 
+    def set_torch_state(self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Set the state of a parameter, in place, to that of ``torch.optim.Adam``."""
+        state = self.state[parameter]
+        state["mean"].copy_(saved["exp_avg"])
+        state["square"].copy_(saved["exp_avg_sq"])
+        for name, value in _corrections(group, float(saved["step"])).items():
+            state[name].copy_(value)
+
     def untie_frozen(self) -> None:
         """Give frozen parameters corrections of their own, before a capture: a captured step cannot do that."""
         for group in self.param_groups:
@@ -245,6 +253,11 @@ class CapturableAdagradRMSProp(torch.optim.Optimizer):
         """Return the state of a parameter as ``pyro.optim.AdagradRMSProp`` has it, with a Python number of steps."""
         state = self.state[parameter]
         return {"step": int(state["step"]), "sum": state["sum"]}
+
+    def set_torch_state(self, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Set the state of a parameter, in place, to that of ``pyro.optim.AdagradRMSProp``."""
+        self.state[parameter]["step"].fill_(saved["step"])
+        self.state[parameter]["sum"].copy_(saved["sum"])
 
     def load_torch_states(self, states: Mapping[Tensor, dict[str, Any]]) -> None:
         """Set the states of parameters to those of ``pyro.optim.AdagradRMSProp``."""

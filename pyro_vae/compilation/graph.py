@@ -6,7 +6,7 @@ so the function must run the same ones on all data: a capture refuses a function
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,8 @@ class Graph:
         function: takes tensors and returns a sequence of tensors.
         inputs: an example of its arguments. Calls must have the same shapes, strides, dtypes and devices.
         decompositions: replacements of operations, for speed.
+        keeps_recurrent: whether recurrent layers are those of an eager run, of which some cannot be captured; by
+            default others are, which add up in another order.
 
     Attributes:
         inputs: the nodes of the inputs and of ``constants``.
@@ -79,13 +81,14 @@ class Graph:
         function: Function,
         inputs: Sequence[Tensor],
         decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+        keeps_recurrent: bool = False,
     ):
         # One tensor in two places is two inputs, which may differ in another call.
         ids = list(map(id, inputs))
         inputs = [one if ids.index(id(one)) == place else one.view_as(one) for place, one in enumerate(inputs)]
         recorder = Recorder(inputs, dict(decompositions or {}))
         # oneDNN's recurrent layers have a backward pass that cannot be recorded; torch's own one can.
-        plain = torch_private.without_onednn()
+        plain = nullcontext() if keeps_recurrent else torch_private.without_onednn()
         with preserve_rng_state(), pyro.validation_enabled(False), plain:
             before = random_states()[0]
             with recorder.recording():
@@ -263,6 +266,11 @@ class Compilation:
                 "slower. Name a compiler in the environment variable CXX",
                 stacklevel=2,
             )
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether calls of the graph are compiled."""
+        return self._graph is not None and self._graph._run is not None
 
     def cancel(self) -> None:
         """End the process, if it still runs; the graph stays as it is, unless it is compiled already."""

@@ -6,6 +6,7 @@ they have changed, in a few microseconds.
 """
 
 import functools
+import random
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from itertools import chain
 from operator import call
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 __all__ = ["PythonState"]
@@ -22,21 +25,29 @@ _MOST_ITEMS, _MOST_OBJECTS = 1000, 10_000
 _ENTRIES = {"__call__", "__enter__", "__exit__", "forward", "_pyro_sample"}  # methods that run without being named
 _NOT_RUN = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
 _WRITTEN = {"plates"}  # attributes of Pyro's guides that each run of theirs makes again
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ATOMS = (bool, int, float, complex, str, bytes, type(None))
 
 
 class PythonState:
     """The values whose names occur in the code of some functions and of what these call, with their places.
 
-    Code of torch and Pyro is not followed; of their objects, the attributes are read. Tensors are not watched here: a
-    graph reads their present values.
+    Code of torch and Pyro is not followed; of their objects, the attributes are read. Tensors are not watched: a graph
+    reads their present values.
 
     Args:
         roots: functions, methods, modules or other objects.
+        tensors: whether tensors are watched, too, in the places that the user's code may write to: attributes of its
+            objects, globals, closures, lists and dictionaries. Objects of libraries are then left out.
+
+    Attributes:
+        sources: where iterators and random generators stand, whose next value is another one each time.
     """
 
-    def __init__(self, *roots: Any):
-        found = _Places(roots)
+    def __init__(self, *roots: Any, tensors: bool = False):
+        self._tensors = tensors
+        found = _Places(roots, tensors)
+        self.sources = found.sources
         attributes = found.attributes()
         self._gets = [held.get for _, held, keys in attributes for _ in keys]
         self._keys = [key for _, _, keys in attributes for key in keys]
@@ -62,11 +73,17 @@ class PythonState:
         """Return values that differ, before and now, by the place where they stand."""
         now = self._labelled()
         both = {label: (self._before.get(label), now.get(label)) for label in self._before | now}
-        return {label: pair for label, pair in both.items() if label not in self._ignored and _differ(*pair)}
+        return {label: pair for label, pair in both.items() if label not in self._ignored and self._differ(*pair)}
 
     def ignore(self, labels: Iterable[str]) -> None:
         """Stop watching places that the code itself writes to."""
         self._ignored |= set(labels)
+
+    def _differ(self, before: Any, now: Any) -> bool:
+        if isinstance(before, _ATOMS) and type(before) is type(now):
+            return before != now and not (before != before and now != now)
+        both = isinstance(before, Tensor | None) and isinstance(now, Tensor | None)
+        return before is not now and (self._tensors or not both)
 
     def _values(self) -> Iterator[Any]:
         return chain(map(call, self._gets, self._keys), map(_content, self._cells), *self._items)
@@ -87,12 +104,6 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _differ(before: Any, now: Any) -> bool:
-    if isinstance(before, _ATOMS) and type(before) is type(now):
-        return before != now and not (before != before and now != now)
-    return before is not now and not (isinstance(before, Tensor | None) and isinstance(now, Tensor | None))
-
-
 def _is_library(module: Any) -> bool:
     return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES
 
@@ -100,9 +111,11 @@ def _is_library(module: Any) -> bool:
 class _Places:
     """Follow functions to the objects that they name, and these to theirs."""
 
-    def __init__(self, roots: Iterable[Any]):
+    def __init__(self, roots: Iterable[Any], tensors: bool = False):
+        self._tensors = tensors
         self.cells: list[tuple[str, Any]] = []
         self.containers: list[tuple[str, Any]] = []
+        self.sources: list[str] = []
         self._holders: list[tuple[str, Any, Mapping[str, Any]]] = []  # objects and namespaces with their attributes
         self._names: set[str] = set(_ENTRIES)  # that occur in the user's code
         self._seen: dict[int, Any] = {}  # by id; kept alive
@@ -114,12 +127,16 @@ class _Places:
         ):  # a new name may be that of an attribute seen before
             for _, owner, _ in list(self._holders):
                 self._visit_methods(owner)
-            for label, held, keys in self.attributes():
+            for label, owner, held, keys in self._attributes():
                 for key in keys:
-                    self._visit(held.get(key), f"{label}.{key}".lstrip("."))
+                    self._visit(held.get(key), f"{label}.{key}".lstrip("."), _is_users(owner))
 
     def attributes(self) -> list[tuple[str, Mapping[str, Any], list[str]]]:
         """Return label, namespace, and the names in it that occur in code."""
+        found = self._attributes()
+        return [(label, held, keys) for label, owner, held, keys in found if not self._tensors or _is_users(owner)]
+
+    def _attributes(self) -> list[tuple[str, Any, Mapping[str, Any], list[str]]]:
         found = []
         for label, owner, held in self._holders:
             cls: Any = type(owner)
@@ -127,17 +144,24 @@ class _Places:
             defaults = {key for cls in _user_classes(owner) for key in vars(cls) if not callable(vars(cls)[key])}
             if isinstance(owner, nn.Module):
                 names = {name for name in names if not name.startswith("_") and name != "training"}
-            keys = sorted(key for key in names & (held.keys() | defaults) if not isinstance(held.get(key), Tensor))
+            keys = sorted(
+                key
+                for key in names & (held.keys() | defaults)
+                if self._tensors or not isinstance(held.get(key), Tensor)
+            )
             if keys:
-                found.append((label, held, keys))
+                found.append((label, owner, held, keys))
         return found
 
-    def _visit(self, value: Any, label: str) -> None:
+    def _visit(self, value: Any, label: str, users: bool = True) -> None:
+        """Follow a value; ``users``: whether it stands at a place of the user, and not inside of a library's object."""
         if isinstance(value, (*_ATOMS, Tensor)) or id(value) in self._seen:
             return
         if len(self._seen) >= _MOST_OBJECTS:
             return
         self._seen[id(value)] = value
+        if users and (isinstance(value, _GENERATORS) or hasattr(type(value), "__next__")):
+            self.sources.append(label)
         if isinstance(value, types.FunctionType):
             self._visit_function(value, label)
         elif isinstance(value, types.MethodType):
@@ -145,12 +169,13 @@ class _Places:
             self._visit(value.__func__, label)
         elif isinstance(value, functools.partial):
             for part in (value.func, value.args, value.keywords):
-                self._visit(part, label)
+                self._visit(part, label, users)
         elif isinstance(value, list | tuple | dict):
             if len(value) <= _MOST_ITEMS:
-                self.containers += [] if isinstance(value, tuple) else [(label, value)]
+                if not isinstance(value, tuple) and (users or not self._tensors):
+                    self.containers.append((label, value))
                 for item in value.values() if isinstance(value, dict) else value:
-                    self._visit(item, label)
+                    self._visit(item, label, users)
         elif isinstance(value, types.ModuleType | type):
             if not _is_library(getattr(value, "__module__", value.__name__)):
                 self._holders.append((label, value, vars(value)))
@@ -164,7 +189,8 @@ class _Places:
 
     def _visit_function(self, function: types.FunctionType, label: str) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self.cells += [] if isinstance(_content(cell), Tensor) else [(name, cell)]
+            if not _is_library(function.__module__) if self._tensors else not isinstance(_content(cell), Tensor):
+                self.cells.append((name, cell))
             self._visit(_content(cell), name)
         self._visit(function.__defaults__ or (), label)
         self._visit(function.__kwdefaults__ or {}, label)
@@ -182,6 +208,13 @@ class _Places:
             for name in self._names & vars(cls).keys():
                 member = vars(cls)[name]
                 self._visit(getattr(member, "fget", None) or getattr(member, "__func__", member), name)
+
+
+def _is_users(owner: Any) -> bool:
+    """Whether an object, or a function whose names are watched, is not from a library."""
+    if isinstance(owner, types.FunctionType):
+        return not _is_library(owner.__module__)
+    return isinstance(owner, types.ModuleType) or bool(_user_classes(owner))
 
 
 def _user_classes(owner: Any) -> list[type]:

@@ -110,8 +110,13 @@ def module_of(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[N
     return torch.fx.GraphModule(torch.nn.Module(), graph)
 
 
-def function_of(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[Node]) -> Function:
-    """Return nodes as a Python function of the inputs, which returns a list and lets go of what is no longer used."""
+def function_of(
+    inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[Node], called: Function = lambda target: target
+) -> Function:
+    """Return nodes as a Python function of the inputs, which returns a list and lets go of what is no longer used.
+
+    ``called`` returns the function that an operation is called by.
+    """
     names = {node: f"v{place}" for place, node in enumerate([*inputs, *nodes])}
     known: dict[str, Any] = {}  # the operations and constants, by name
 
@@ -136,7 +141,7 @@ def function_of(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence
     for place, node in enumerate(nodes):
         arguments = [*map(text, node.args), *[f"{name}={text(value)}" for name, value in node.kwargs.items()]]
         unused = [] if node in last or node in kept else [names[node]]
-        line = f"{names[node]} = {constant(node.target)}({', '.join(arguments)})"
+        line = f"{names[node]} = {constant(called(node.target))}({', '.join(arguments)})"
         lines.append("  " + "; ".join([line, *[f"{name} = None" for name in ends.get(place, []) + unused]]))
     lines.append(f"  return [{', '.join(names[node] for node in results)}]")
     exec(compile("\n".join(lines), "<captured graph>", "exec"), known)
@@ -523,7 +528,7 @@ class _ValueAccessGuard(TorchFunctionMode):
         if func is Tensor.masked_select:
             return torch.where(args[1], args[0], 0.0) if caller == _DICE else func(*args, **(kwargs or {}))
         if func is Tensor.item and caller.startswith(_LOSS_SUMS):
-            return args[0].detach()
+            return args[0].detach().double()  # as Python's numbers are
         if caller.startswith(_CHECKS) or (func is Tensor.__bool__ and caller in _MOMENTUM):
             with self.recorder.paused():
                 return func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ from pyro_vae.compilation import torch_private
 from pyro_vae.compilation.kernels import matrix_product
 from pyro_vae.compilation.recorder import Node, function_of, mapped
 
-__all__ = ["Program", "simplified"]
+__all__ = ["Program", "is_random", "is_view", "operation_key", "simplified"]
 
 _aten = torch.ops.aten
 _ALIASES = {_aten.detach.default, _aten.alias.default}
@@ -96,7 +96,7 @@ def simplified(inputs: Sequence[Node], nodes: Sequence[Node], results: Sequence[
     given, memory = set(inputs), {node: node for node in inputs}  # memory: the node that has made it, by node
     writes = [torch_private.written_arguments(node.target, node.args, node.kwargs) for node in nodes]
     for node, written in zip(nodes, writes, strict=True):
-        base = written[0] if written else node.inputs[0] if _is_view(node) else node
+        base = written[0] if written else node.inputs[0] if is_view(node) else node
         memory[node] = memory.get(base, node)
     outside = (place for place, written in enumerate(writes) if any(memory[one] in given for one in written))
     start = next(outside, len(nodes))
@@ -133,9 +133,7 @@ def _values(
         made = _value(node, *_renamed(node, new), bool(written))
         if made.index == -1 and made.target is not None:
             made.index = 0
-            key = (
-                None if is_random(made.target) or made.target in _EMPTY else _key([made.target, made.args, made.kwargs])
-            )
+            key = operation_key(made)
             first = made if key is None else known.setdefault(key, made)
             if first is made:
                 kept.append(made)
@@ -151,7 +149,8 @@ def _renamed(node: Node, new: dict[Node, Node]) -> tuple[list[Any], dict[str, An
     return mapped(node.args, rename), {name: mapped(value, rename) for name, value in node.kwargs.items()}
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether a result shares memory with an argument."""
     if node.target is operator.getitem:
         return node.args[0].target not in _SEPARATE
     return getattr(node.target, "is_view", False) or node.target in _SAME_SHAPE | _ALIASES
@@ -174,6 +173,13 @@ def _value(node: Node, args: list[Any], kwargs: dict[str, Any], written: bool) -
     if is_random(target) and first is not None and first.target in _EMPTY:
         return Node(Draw(target, node.form), args[1:], kwargs, node.form)
     return Node(torch_private.functional(target) or Functional(target), args, kwargs, node.form)
+
+
+def operation_key(node: Node) -> Any:
+    """Return a key that is equal for equal operations, ``None`` for one with other results each time."""
+    if is_random(node.target) or node.target in _EMPTY:
+        return None
+    return _key([node.target, node.args, node.kwargs])
 
 
 def _key(value: Any) -> Any:

@@ -34,8 +34,8 @@ __all__ = [
     "StorageWeakRef", "TorchDispatchMode", "TreeSpec", "backward_number", "batched", "compile_graph",
     "compile_into_cache", "forced_compiling_flag", "functional", "is_batched", "is_compiler_missing", "is_operation",
     "make_fx", "next_autograd_number", "onednn", "onednn_linear", "operation_schema", "outside_vmap", "quiet_vmap",
-    "tree_flatten", "tree_unflatten", "unbatched", "without_onednn", "without_torch_function", "wrapper_tensor",
-    "written_arguments",
+    "raw_operation", "tree_flatten", "tree_unflatten", "unbatched", "without_onednn", "without_torch_function",
+    "wrapper_tensor", "written_arguments",
 ]  # fmt: skip
 
 _compiler_config: Any = compiler_config
@@ -200,6 +200,11 @@ def is_operation(target: Any) -> bool:
 def operation_schema(operation: Any) -> Any:
     """Return the signature of an operation, which names the arguments that it writes to."""
     return operation._schema
+
+
+def raw_operation(operation: Any) -> Any:
+    """Return what an operation calls, without a call of Python in between."""
+    return getattr(operation, "_op", operation)
 
 
 def functional(operation: Any) -> Any:

@@ -95,6 +95,16 @@ class CapturedStep(GraphStep):
             self.count -= 1
             raise
 
+    def compile_in_background(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Any:
+        """Capture the step for inputs like these, and return the compilation of its graph, which has begun.
+
+        The parameters and the optimizer must be there.
+        """
+        self._may_have_new_parameters = False
+        self.compiles = lambda *inputs: False
+        graphs = self._captured_also(batch_context, inputs)
+        return graphs.step.compile_in_background(inputs, self.pieces)
+
     def _captured_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs | None":
         """The graphs for inputs of this form, with the same values where the program reads them."""
         found = self._graphs.get((batch_context, input_signature(inputs)), [])

@@ -29,12 +29,14 @@ from pyro_vae._utils.validation import describe, function, mapping, positive, po
 from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.compilation.precision import check_precision
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
+from pyro_vae.training.automatic import AutomaticEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator, rows_that_fit
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, StreamBatches
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
+from pyro_vae.training.replayed_step import ReplayedStep
 from pyro_vae.training.schedules import RunSchedule, Schedule, check_schedules, checked_schedule, described
 from pyro_vae.training.state import data_fingerprint
 from pyro_vae.training.step import Step
@@ -71,6 +73,8 @@ class Fitted(Result):
         seconds: wall-clock time of the training.
         stopped: why it ended: ``"epochs"`` are done, ``"patience"``, ``"callback"`` or ``"interrupted"``.
         skipped: steps that were left out, as they were not finite.
+        engine: how the steps were computed: ``"eager"``, by the code of model and guide; ``"replayed"``, by the same
+            operations without that code; or ``"compiled"``, and from which step on; with the reason if ``fit`` chose.
         of_all_data: whether the history is in nats of all data, since no observed site is in a data plate.
     """
 
@@ -82,6 +86,7 @@ class Fitted(Result):
     seconds: float
     stopped: str = "epochs"
     skipped: int = 0
+    engine: str = "eager"
     of_all_data: bool = False
 
     @property
@@ -117,7 +122,7 @@ class Fitted(Result):
             rows.append(("ELBO" if term == "elbo" else term, *shown))
         epochs = count_of(len(next(iter(self.history.values()), [])), "epoch")
         note = f"In {self.unit}, after {epochs}, {count_of(self.steps, 'step')}, {self.seconds:.3g} s. "
-        note += f"Seed {self.seed}."
+        note += f"Seed {self.seed}. Steps: {self.engine}."
         best = self.history.get(f"validation_{self._bound}", [])
         if len(best) and (epoch := int(np.argmax(best))) < len(best) - 1:
             note += f" The best validation was {best[epoch]:.3f}, in epoch {epoch + 1:,}."
@@ -174,7 +179,7 @@ def fit(
     plate: str = "data",
     seed: int = 0,
     progress: bool | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
     precision: str | None = None,
     clip_norm: float | None = None,
     nonfinite: str = "stop",
@@ -213,7 +218,7 @@ def fit(
         optimizer: a class of ``torch.optim``, with settings by ``functools.partial(torch.optim.AdamW,
             weight_decay=0.01)``, or a function from a list of parameters to their optimizer. ``lr`` is passed to it by
             name. It is called for all parameters of the first step, again for those that a later step adds, and once
-            before training, for a small tensor, as a check. With ``compile=True`` it must be one whose steps can be
+            before training, for small tensors, as a check. With ``compile=True`` it must be one whose steps can be
             captured: most of ``torch.optim``.
         elbo: any ELBO of ``pyro.infer``; by default ``Trace_ELBO()``. ``TraceEnum_ELBO`` needs ``config_enumerate``.
         validation: held-out data of the same form, evaluated after each epoch, in batches of ``batch_size`` and in
@@ -230,7 +235,10 @@ def fit(
             call ``torch.manual_seed`` before that. A second call of ``fit`` continues from the current parameters.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
         compile: whether to capture the step as one graph and compile it: the same numbers, many times faster, after
-            some seconds in a C++ compiler. Model and guide must run the same operations in every step.
+            some seconds in a C++ compiler. Model and guide must run the same operations in every step. ``False`` runs
+            their code in every step. By default, ``None``, the run decides: it replays loss and gradients of its first
+            steps, to the same bits, where these can be captured; a long run lets a compiler work in the background,
+            and goes on with its graph. The result has what was chosen, in ``engine``. See the page on speed.
         precision: ``"bf16-mixed"`` for large products of networks in bfloat16 and all else in float32: layers of
             ``torch.nn`` that are linear, convolutional or recurrent, from 2^20 multiplications on. It saves time where
             the processor or card has instructions for bfloat16. The history is that of these steps; the validation is
@@ -289,7 +297,7 @@ def fit(
     if stream is not None and checkpoints is not None:
         stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate, precision)
-    make_optimizer = RunOptimizer(optimizer, lr, compile, checkpoints is not None, tensors[0].device)
+    make_optimizer = RunOptimizer(optimizer, lr, compile is True, checkpoints is not None, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
     settings |= {
         "precision": precision,
@@ -317,22 +325,30 @@ def fit(
             batches = StreamBatches(pair.take, stream, seed)
         last_step = math.inf if batches.per_epoch is None else epochs * batches.per_epoch
         rate = lr.begin(last_step) if isinstance(lr, RunSchedule) else lr
-        step = _make_step(
-            evaluator, make_optimizer, rate, schedules, clip_norm, nonfinite == "skip", batch_size if compile else None
-        )
         validate = None
         if held_out_pair is not None:
             validator = evaluator if held_out_pair.model is model else evaluator.of(*to_validate)
             validator = validator.in_float32()
             validate = partial(_evaluate_held_out, validator, held_out_pair, seed, held_out_stream)
-        loop = Loop(step, batches, validate, patience, callbacks, saved, records_rate=callable(rate))
+        options = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
+        # A run that may resume with more epochs must not depend on their number.
+        ends = last_step if saved is None else math.inf
+        step, engine = _make_step((evaluator, make_optimizer, rate, schedules), options, compile, batch_size, ends)
+        validate_rows = partial(
+            run_all_rows, ElboEvaluator(model, guide, copy.copy(evaluator.elbo), pair.plate), batches
+        )
+        loop = Loop(
+            step, batches, validate, patience, callbacks, saved, callable(rate), engine,
+            validate_rows if compile is None else None,
+        )  # fmt: skip
         with seeded(seed):
             with rollback_params_on_error():
                 loop.resume()
                 if compile and step.count == 0:
-                    run_all_rows(ElboEvaluator(model, guide, copy.copy(evaluator.elbo), pair.plate), batches)
+                    validate_rows()
             loop.run(epochs, progress)
     pyro.get_param_store().get_state()  # removes Pyro's weak references from the parameters, which pickle refuses
+    step = loop.step
     if loop.state.stop_reason == "interrupted":
         warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=3)
     seconds, state = time.perf_counter() - started, loop.state
@@ -346,6 +362,7 @@ def fit(
         seconds,
         state.stop_reason,
         state.skipped,
+        "compiled" if compile else "eager" if engine is None else engine.describe(),
         of_all_data=not pair.has_data_plate,
     )
 
@@ -411,20 +428,31 @@ def evaluate(
 
 
 def _make_step(
-    evaluator: ElboEvaluator,
-    make_optimizer: MakeOptimizer,
-    lr: float | Schedule | None,
-    schedules: Mapping[Tensor, Schedule],
-    clip_norm: float | None,
-    skips: bool,
-    compiled_rows: int | None,
-) -> Step:
-    """Return the step of a run, eager or compiled for batches of so many rows."""
-    options: dict[str, Any] = {"clip_norm": clip_norm, "skips": skips, "numbered": True}
-    if compiled_rows is None:
-        return Step(evaluator, make_optimizer, lr, schedules, **options)
-    options |= {"compiles": lambda rows, *read: len(rows) == compiled_rows, "refreshes": False}
-    return CapturedStep(evaluator, make_optimizer, lr, schedules, **options)
+    arguments: tuple[ElboEvaluator, RunOptimizer, float | Schedule | None, Mapping[Tensor, Schedule]],
+    options: dict[str, Any],
+    compile: bool | None,
+    batch_size: int,
+    last_step: float,
+) -> tuple[Step, AutomaticEngine | None]:
+    """Return the first step of a run, and what chooses the next ones if ``compile`` is ``None``."""
+    evaluator, make_optimizer, rate, schedules = arguments
+    if compile is False:
+        return Step(*arguments, **options), None
+
+    def captured(optimizer: torch.optim.Optimizer | None = None) -> CapturedStep:
+        make = make_optimizer.capturable()
+        new = CapturedStep(
+            evaluator, make, rate, schedules, compiles=lambda rows, *read: len(rows) == batch_size, refreshes=False,
+            **options,
+        )  # fmt: skip
+        if optimizer is not None:
+            new.optimizer = make.captured(optimizer)
+        return new
+
+    if compile:
+        return captured(), None
+    first = ReplayedStep(*arguments, **options)
+    return first, AutomaticEngine(first, captured, last_step)
 
 
 def _run_config(

@@ -54,6 +54,7 @@ class GraphStep(Step):
         self._hooks = self._hook_numbers()
 
     def check_contexts(self) -> None:
+        """Raise inside of handlers of Pyro and of autocast."""
         check_no_outer_handlers()
         device = next((parameter.device for parameter in self.parameters.values()), torch.get_default_device())
         if torch.is_autocast_enabled(device.type):
@@ -71,6 +72,16 @@ class GraphStep(Step):
         parameters = self.parameters.values()
         accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in parameters]
         return [*chain(*self._module_hooks, *(one._backward_hooks or () for one in parameters)), *accumulated]
+
+    def check_forward_hooks(self) -> None:
+        """Raise for a hook of the user on a module that runs, which a replay would not call."""
+        for module in self.tensors.modules():
+            for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values()):
+                if not str(getattr(hook, "__module__", type(hook).__module__)).startswith("torch."):
+                    raise CaptureError(
+                        "`compile` must be False where a hook runs before or after a module, got one of a "
+                        f"{type(module).__name__}, which a replay would not call"
+                    )
 
     @contextmanager
     def checked_hooks(self) -> Iterator[None]:

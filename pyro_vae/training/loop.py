@@ -21,6 +21,8 @@ from pyro_vae._utils.data import DataTensors, LazyData
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
+from pyro_vae.compilation.graph import CaptureError
+from pyro_vae.training.automatic import CHANGED, AutomaticEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.schedules import PlateauRate
@@ -38,6 +40,7 @@ from pyro_vae.training.streams import Stream
 
 __all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints", "StreamBatches"]
 
+_EAGER_BATCHES = 100  # of the first epoch, before its further rows are validated at once
 _SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
 _MOST_PENDING = 2**28  # bytes of the inputs of steps whose metrics are not read yet
 
@@ -68,7 +71,9 @@ class Loop:
 
     At the end of each epoch, ``validate`` returns the ELBO and its terms on held-out data, a learning rate that depends
     on the loss is updated, and callbacks are called. With ``records_rate``, the history has the learning rate.
-    After ``patience`` epochs without a better validation ELBO training ends, with the parameters of the best epoch.
+    An ``engine`` chooses the step, of which the first one is ``step``; ``validate_rows`` then runs all rows with Pyro's
+    validation. After ``patience`` epochs without a better validation ELBO training ends, with the parameters of the
+    best epoch.
     """
 
     def __init__(
@@ -80,22 +85,30 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         checkpoints: "RunCheckpoints | None" = None,
         records_rate: bool = False,
+        engine: AutomaticEngine | None = None,
+        validate_rows: Callable[[], None] | None = None,
     ):
         self.step, self.batches, self.validate, self.callbacks = step, batches, validate, callbacks
         self.checkpoints, self.state = checkpoints, RunState()
-        keeps = isinstance(step, CapturedStep) and not step.skips
-        self._pending, self._signals = PendingMetrics(batches.device, keeps), DeferredSignals(checkpoints is not None)
+        self.engine, self._validate_rows, self._are_validated = engine, validate_rows, False
+        self._pending, self._signals = PendingMetrics(batches.device), DeferredSignals(checkpoints is not None)
         self._lengths: list[int] = []  # numbers of steps of the finished epochs that are not in the history yet
-        self._early_stopping = EarlyStopping(step, patience)
+        self._early_stopping = EarlyStopping(patience)
         self._plateau = step.lr if isinstance(step.lr, PlateauRate) else None
         self._records_rate = records_rate
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
         if self.checkpoints is not None:
-            self.checkpoints.resume(self.step, self.batches, self.state)
+            self.checkpoints.resume(self._resumed_step, self.batches, self.state)
         for epoch in range(self.state.epoch):
             self._update_plateau(epoch)
+
+    def _resumed_step(self, header: Mapping[str, Any]) -> Step:
+        """Return the step that a run continues with, by the header of its checkpoint."""
+        if self.engine is not None:
+            self.step = self.engine.resumed(header.get("engine", {}))
+        return self.step
 
     def _update_plateau(self, epoch: int) -> None:
         """Set the learning rate to that after an epoch, by its validation ELBO, or without that its training ELBO."""
@@ -111,30 +124,37 @@ class Loop:
         with self._signals, warnings.catch_warnings(), bar as self._progress:
             warnings.filterwarnings("ignore", "Encountered NaN")  # from Pyro; our error names the step and the site
             self._pending.clear()
-            while state.epoch < epochs and state.stop_reason == "epochs":
-                self._run_epoch()
-            self._sync_metrics()
-            self.step.finish()
-            if unfinished and self.checkpoints is not None:
-                self.checkpoints.save(self.step, self.batches, state)
+            try:
+                while state.epoch < epochs and state.stop_reason == "epochs":
+                    self._run_epoch()
+                self._sync_metrics()
+                self._finish()
+            finally:
+                if self.engine is not None:
+                    self.engine.close()
+            if unfinished:
+                self._save()
             self._signals.deliver()
-        self._early_stopping.load_best(state)
+        self._early_stopping.load_best(self.step, state)
 
     def _run_epoch(self) -> None:
         """Run the steps of the current epoch that are not yet done."""
-        state, step, batches = self.state, self.step, self.batches
+        state, batches = self.state, self.batches
         pending, checkpoints = self._pending, self.checkpoints
         ended = True
         for inputs in batches.remaining(state.batch):
             # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
             validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
-            pending.add(inputs, step(batches.context, *inputs, validate=validate))
+            if validate and state.batch == _EAGER_BATCHES and self._validate_rows is not None:
+                self._validate_rows()  # all at once, in place of the further steps of the first epoch
+                self._validate_rows, self._are_validated = None, True
+            self._take_step(inputs, validate and not (self._are_validated and state.epoch == 0))
             state.batch += 1
-            due = checkpoints is not None and (checkpoints.due(step.count) or self._signals.terminated)
+            due = checkpoints is not None and (checkpoints.due(self.step.count) or self._signals.terminated)
             if due or self._signals.pressed or pending.due():
                 self._sync_metrics()
-            if due and checkpoints is not None:
-                checkpoints.save(step, batches, state)
+            if due:
+                self._save()
                 self._signals.deliver()
             if self._signals.pressed:
                 state.stop_reason = "interrupted"
@@ -142,6 +162,49 @@ class Loop:
                 break
         if ended:
             self._end_epoch()
+
+    def _take_step(self, inputs: tuple[Tensor, ...], validate: bool) -> None:
+        context = self.batches.context
+        if self.engine is not None and self.engine.has_news():
+            self._sync_metrics()
+            self.engine.prepare(context, *self.batches.first)
+            self.step = self.engine.step
+        try:
+            row = self.step(context, *inputs, validate=validate)
+        except CaptureError as error:
+            if self.engine is None or not self.engine.is_compiled:
+                raise
+            self._leave_compiled(error)
+            row = self.step(context, *inputs, validate=validate)
+        self._pending.add(inputs if isinstance(self.step, CapturedStep) and not self.step.skips else (), row)
+
+    def _leave_compiled(self, error: CaptureError) -> None:
+        """Continue without a compiler, after a compiled step was refused by a comparison with an eager one."""
+        assert self.engine is not None
+        self._sync_metrics()
+        self.engine.fall_back(error)
+        self.step = self.engine.step
+        discover_parameters(self.step, self.batches.context, *self.batches.first)
+        warnings.warn(
+            f"fit: compiled steps end at step {self.step.count + 1}, since they are not possible "
+            f"{self.engine.reason}. Steps since the last comparison may have repeated operations of an earlier one; "
+            "all further ones run Pyro's code. With compile=False all steps do",
+            stacklevel=5,
+        )
+
+    def _finish(self) -> None:
+        try:
+            self.step.finish()
+        except CaptureError as error:
+            if self.engine is None or not self.engine.is_compiled:
+                raise
+            self._leave_compiled(error)
+
+    def _save(self) -> None:
+        """Write a checkpoint, if there are any."""
+        if self.checkpoints is not None:
+            engine = {} if self.engine is None else self.engine.header()
+            self.checkpoints.save(self.step, self.batches, self.state, engine)
 
     def _sync_metrics(self) -> None:
         """Read the metrics of the pending steps: check that they are finite, and average finished epochs."""
@@ -157,7 +220,17 @@ class Loop:
 
     def _refresh(self) -> None:
         """Let the step notice what Python has changed, such as parameters that were frozen."""
-        if self.step.refresh():
+        try:
+            changed = self.step.refresh()
+        except CaptureError as error:
+            if self.engine is None:
+                raise
+            changed = self.engine.refused(error)
+        if changed and self.engine is not None and self.engine.is_compiled:
+            self.engine.fall_back(CaptureError(CHANGED))
+        if self.engine is not None:
+            self.step = self.engine.step
+        if changed:
             discover_parameters(self.step, self.batches.context, *self.batches.first)
 
     def _record_epochs(self) -> None:
@@ -187,7 +260,7 @@ class Loop:
             for name, value in terms.items():
                 state.history.setdefault(f"validation_{name}", []).append(value)
             if self._early_stopping.patience is not None or self.checkpoints is not None:
-                self._early_stopping.update(state, next(iter(terms.values())))
+                self._early_stopping.update(self.step, state, next(iter(terms.values())))
         self._update_plateau(state.epoch - 1)
         if self.callbacks:
             self._call_callbacks()
@@ -328,11 +401,11 @@ class StreamBatches(Batches):
 class PendingMetrics:
     """Metrics of the latest steps, not yet read from the device, and the random states before them.
 
-    ``keeps``: whether the inputs of the steps are kept as well, to find out by another run why one was not finite.
+    Captured steps keep their inputs, too, to find out by another run why one was not finite.
     """
 
-    def __init__(self, device: torch.device, keeps: bool = True):
-        self.device, self.keeps = device, keeps
+    def __init__(self, device: torch.device):
+        self.device = device
         self.inputs: list[tuple[Tensor, ...]] = []
         self._metrics: list[Tensor] = []
         self._bytes = 0  # of these inputs
@@ -347,9 +420,8 @@ class PendingMetrics:
 
     def add(self, inputs: tuple[Tensor, ...], metrics: Tensor) -> None:
         """Append a step."""
-        if self.keeps:
-            self.inputs.append(inputs)
-            self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        self.inputs.append(inputs)
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
         self._metrics.append(metrics)
 
     def due(self) -> bool:
@@ -385,21 +457,21 @@ def check_finite(
 class EarlyStopping:
     """Keep the parameters of the epoch with the best validation ELBO, and end the run ``patience`` epochs after it."""
 
-    def __init__(self, step: Step, patience: int | None):
-        self.step, self.patience = step, patience
+    def __init__(self, patience: int | None):
+        self.patience = patience
 
-    def update(self, state: RunState, bound: float) -> None:
+    def update(self, step: Step, state: RunState, bound: float) -> None:
         """Compare the validation ELBO of the epoch that has ended with the best one."""
         if state.best_epoch == 0 or bound > state.best_bound:
             state.best_epoch, state.best_bound = state.epoch, bound
-            state.best_parameters = {name: tensor.clone() for name, tensor in model_state(self.step).items()}
+            state.best_parameters = {name: tensor.clone() for name, tensor in model_state(step).items()}
         if self.patience is not None and state.epoch - state.best_epoch >= self.patience:
             state.stop_reason = "patience"
 
-    def load_best(self, state: RunState) -> None:
+    def load_best(self, step: Step, state: RunState) -> None:
         """Set the parameters to those of the best epoch, if ``patience`` was given."""
         if self.patience is not None and state.best_epoch:
-            load_model_state(self.step, state.best_parameters)
+            load_model_state(step, state.best_parameters)
 
 
 class RunCheckpoints:
@@ -422,19 +494,24 @@ class RunCheckpoints:
         with Checkpoints.opened(checkpoints) as opened:
             yield cls(opened, run_config)
 
-    def save(self, step: Step, batches: Batches, state: RunState) -> None:
-        """Write the state of the run, and the parameters of the best epoch if it is new."""
+    def save(self, step: Step, batches: Batches, state: RunState, engine: dict[str, Any]) -> None:
+        """Write the state of the run, and the parameters of the best epoch if it is new; ``engine``: how steps run."""
         if state.best_epoch > self._best_written:
-            header = {"epoch": state.best_epoch, "validation": state.best_bound}
-            if self._checkpoints.save_best(header, state.best_parameters):
+            of_best = {"epoch": state.best_epoch, "validation": state.best_bound}
+            if self._checkpoints.save_best(of_best, state.best_parameters):
                 self._best_written = state.best_epoch
         header, tensors = run_state(step, state, batches.states())
         sampler = batches.sampler()
-        header |= {"run": self._run_config} | ({} if sampler is None else {"sampler": sampler})
+        optional: dict[str, Any] = {"sampler": sampler, "engine": engine or None}
+        header |= {"run": self._run_config}
+        header |= {name: value for name, value in optional.items() if value is not None}
         self._checkpoints.save(header, tensors)
 
-    def resume(self, step: Step, batches: Batches, state: RunState) -> None:
-        """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model."""
+    def resume(self, step_of: Callable[[Mapping[str, Any]], Step], batches: Batches, state: RunState) -> None:
+        """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model.
+
+        ``step_of`` returns the step for its header.
+        """
         contents = self._checkpoints.load(check_run_state)
         if contents is None:
             return
@@ -445,6 +522,7 @@ class RunCheckpoints:
                     f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
                     "another run"
                 )
+        step = step_of(contents[0])
         discover = partial(discover_parameters, step, batches.context, *batches.first)
         batches.load(load_run_state(step, state, discover, contents, folder), contents[0].get("sampler"))
 

@@ -1,6 +1,8 @@
 """The optimizer of a training run: made by a class or function of the user, for eager and for captured steps."""
 
+import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +19,7 @@ from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam, 
 from pyro_vae.compilation.graph import CaptureError, Graph, capturable_optimizers
 from pyro_vae.training.schedules import RunSchedule, Schedule, TorchSchedule, described
 
-__all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "set_group", "set_rates"]
+__all__ = ["IMPLEMENTATION", "MakeOptimizer", "RunOptimizer", "capturable", "copy_state", "set_group", "set_rates"]
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 """From a list of parameters, and the learning rate ``lr`` if it takes one, to their optimizer."""
@@ -94,6 +96,37 @@ class RunOptimizer:
         """Make the optimizer of these parameters."""
         optimizer = self._made(parameters)
         return capturable(optimizer, self._momentum) if self._compile else optimizer
+
+    def capturable(self) -> "RunOptimizer":
+        """Return one that makes optimizers for captured steps."""
+        made = copy.copy(self)
+        made._compile = True
+        return made
+
+    def captured(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return an optimizer for captured steps that continues with the state of an eager one, in copies.
+
+        Raise :class:`pyro_vae.compilation.graph.CaptureError` if its captured steps are not its eager ones.
+        """
+        if hooks := [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]:
+            raise CaptureError(
+                f"`compile` must be False where a hook runs at a step of the optimizer, got {hooks[0]!r}"
+            )
+        self._try_captured()
+        copied = copy.copy(optimizer)
+        copied.param_groups = [dict(group) for group in optimizer.param_groups]
+        copied.state = defaultdict(dict)
+        new = capturable(copied, self._momentum)
+        if isinstance(new, CapturableAdam | CapturableAdagradRMSProp):
+            new.load_torch_states(dict(optimizer.state))
+        else:
+            states = optimizer.state.items()
+            counts = _COUNTS | {
+                name for one, state in states for name, value in state.items() if one.dim() and _is_single(value)
+            }
+            for parameter, state in states:
+                new.state[parameter] = {kind: _copied(value, kind in counts) for kind, value in state.items()}
+        return new
 
     def _made(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         options = dict(self._options)
@@ -173,7 +206,7 @@ class RunOptimizer:
         with preserve_rng_state():
             eager = self._made(theirs)
             with capturable_optimizers():
-                captured = self(ours)
+                captured = capturable(self._made(ours), self._momentum)
             if isinstance(captured, CapturableAdam):  # made for that
                 return
             graph: Graph | None = None
@@ -226,6 +259,54 @@ def capturable(optimizer: torch.optim.Optimizer, momentum: bool = False) -> torc
         elif momentum:
             group["momentum"] = as_tensor(group["momentum"])
     return optimizer
+
+
+@torch.no_grad()
+def copy_state(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    """Set the state and the learning rates of an optimizer, in place, to those of another one of the same parameters.
+
+    One of them is for captured steps, see :meth:`RunOptimizer.captured`.
+    """
+    for ours, theirs in zip(target.param_groups, source.param_groups, strict=True):
+        names = (ours.keys() & theirs.keys()) - IMPLEMENTATION - {"params"}
+        changed = {name: _plain_number(theirs[name]) for name in names}
+        changed = {name: value for name, value in changed.items() if _plain_number(ours[name]) != value}
+        set_group(ours, changed)
+        for parameter in theirs["params"]:
+            state = source.state[parameter]
+            if isinstance(source, CapturableAdam | CapturableAdagradRMSProp):
+                state = source.torch_state(parameter, theirs)
+            if isinstance(target, CapturableAdam | CapturableAdagradRMSProp):
+                target.set_torch_state(parameter, ours, state)
+                continue
+            held = target.state[parameter]
+            for name, value in state.items():
+                if isinstance(held.get(name), Tensor):
+                    held[name].copy_(value)
+                elif isinstance(value, Tensor):  # before the first step of the target
+                    held[name] = value.float().clone() if _is_single(value) else value.clone()
+                else:
+                    held[name] = value
+
+
+_COUNTS = {"step", "mu_product", "eta", "mu"}
+"""The names of numbers in the states of torch's optimizers, which captured steps have in float64."""
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _copied(value: Any, is_count: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.float64, copy=True) if is_count and value.is_floating_point() else value.clone()
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain_number, value))
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _plain_adam(group: dict[str, Any]) -> dict[str, Any]:

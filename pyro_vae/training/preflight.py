@@ -9,7 +9,7 @@ from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import check_progress
 from pyro_vae._utils.rng import preserve_rng_state
-from pyro_vae._utils.validation import boolean, positive, positive_int
+from pyro_vae._utils.validation import optional_boolean, positive, positive_int
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 from pyro_vae.training.loop import Batches
 
@@ -18,7 +18,7 @@ __all__ = ["as_elbo", "check_has_loss", "check_options", "run_all_rows"]
 
 def check_options(
     epochs: int,
-    compile: bool,
+    compile: bool | None,
     clip_norm: float | None,
     nonfinite: str,
     patience: int | None,
@@ -28,7 +28,7 @@ def check_options(
 ) -> None:
     """Raise for an option of :func:`pyro_vae.fit` that has no meaning."""
     positive_int(epochs, "epochs")
-    boolean(compile, "compile")
+    optional_boolean(compile, "compile")
     check_progress(progress)
     if clip_norm is not None:
         positive(clip_norm, "clip_norm")

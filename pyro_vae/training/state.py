@@ -62,8 +62,9 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
             raise ValueError(f"its {name!r} is {header[name]!r}")
     if header["stop_reason"] not in ("epochs", "patience", "callback", "interrupted"):
         raise ValueError(f"its 'stop_reason' is {header['stop_reason']!r}")
-    if type(header.get("sampler", {})) is not dict:
-        raise ValueError(f"its state of a sampler is {header['sampler']!r}")
+    for name, what in (("sampler", "state of a sampler"), ("engine", "way to compute steps")):
+        if type(header.get(name, {})) is not dict:
+            raise ValueError(f"its {what} is {header[name]!r}")
     numbers = [*header["history"].values(), *header["metrics"]]
     if not all(isinstance(row, list) and row and all(isinstance(one, int | float) for one in row) for row in numbers):
         raise ValueError("its history holds something else than numbers")

@@ -1,0 +1,266 @@
+"""The eager step of SVI, whose loss and gradients are replayed from a graph: the same bits, without Pyro's handlers."""
+
+import math
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, input_signature
+from pyro_vae.compilation.python_state import PythonState
+from pyro_vae.compilation.replay import Replay
+from pyro_vae.training.graph_step import GraphStep
+from pyro_vae.training.step import BatchContext, metrics_row
+
+__all__ = ["EAGER_STEPS", "ReplayedStep", "why_not_captured"]
+
+EAGER_STEPS = 8  # at the start of a run, and after each change, before a capture
+_LEAST_STEPS = 40  # that a run must have left for a capture to pay
+_FIRST_CHECKS = 3  # replays that are compared with an eager step, and then ever fewer
+_MOST_GRAPHS = 64  # for inputs of different shapes
+_DIGITS = 1e-4  # to which gradients agree, where an operation adds in another order each time
+
+
+def why_not_captured(error: Exception) -> str:
+    """Return the reason of a refused capture as the end of a sentence."""
+    return str(error).removeprefix("`compile` must be False ").partition("\n")[0]
+
+
+class ReplayedStep(GraphStep):
+    """A :class:`pyro_vae.training.step.Step` that replays the operations of loss and gradients where that is possible.
+
+    The optimizer is that of an eager step. So are all numbers, to the bit, apart from operations that torch itself adds
+    up in another order each time. A step that is not finite, and one with Pyro's validation, are eager.
+
+    Steps stay eager where a capture is refused, and where model or guide keep something in Python that a replay would
+    not: ``reason`` then has the cause. The first replays, and later ever fewer, are compared with eager steps.
+
+    Args:
+        reason: why no step is replayed; they are if it is empty.
+        last_step: the number of steps of the run: a capture must pay.
+
+    Attributes:
+        replays: the number of replayed steps.
+        first_graph: the first graph that was captured.
+        changed: whether something that a graph holds has changed since a capture.
+    """
+
+    def __init__(self, *args: Any, reason: str = "", last_step: float = math.inf, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.reason, self.last_step = reason, last_step
+        self.replays, self.changed = 0, False
+        self.first_graph: Graph | None = None
+        self._graphs: dict[tuple[BatchContext, InputSignature], list[_Gradients]] = {}
+        self._capture_from = EAGER_STEPS  # number of steps of the run, before which there is no capture
+        self._is_checked = False  # what the code keeps, in an eager step since the last change
+        self._capture_seconds = 0.0  # of the last capture
+        self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
+        self._expected: tuple[_Gradients, list[Tensor]] | None = None  # with which the eager step is compared
+
+    def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
+        """Update the parameters on one batch, as the eager step does."""
+        gradients = None if self.reason else self._gradients_for(batch_context, inputs)
+        if gradients is None:
+            return self._eager_step(batch_context, inputs, validate)
+        if validate or gradients.calls >= gradients.next_check:
+            return self._compared_step(gradients, batch_context, inputs, validate)
+        random, buffers = _random_state(inputs), gradients.writes_buffers
+        if buffers:
+            self.tensors.note()
+        self.set_schedules(self.count)
+        row, norm, *found = gradients(*inputs)
+        if not row[0].item():  # an eager step raises or skips
+            _set_random_state(random)
+            if buffers:
+                self.tensors.load_model_state()
+            return super().__call__(batch_context, *inputs, validate=validate)
+        self.count += 1
+        self.replays += 1
+        gradients.unchecked += 1
+        for parameter, gradient in zip(gradients.parameters, found, strict=True):
+            parameter.grad = gradient
+        self.clip(norm)
+        self.update()
+        return row
+
+    def _eager_step(self, batch_context: BatchContext, inputs: Sequence[Tensor], validate: bool) -> Tensor:
+        if self.reason:
+            return super().__call__(batch_context, *inputs, validate=validate)
+        places = self._watched_places() if self.count + 1 >= self._capture_from and not self._is_checked else None
+        started = time.perf_counter()
+        row = super().__call__(batch_context, *inputs, validate=validate)
+        self._eager_seconds[batch_context, input_signature(inputs)] += time.perf_counter() - started
+        if places is not None:
+            self._check_places(places)
+            self._is_checked = True
+        return row
+
+    def _watched_places(self) -> PythonState:
+        return PythonState(*self.evaluator.read, tensors=True)
+
+    def _check_places(self, places: PythonState) -> None:
+        """Replay no step where model or guide keep something in Python: a further run would change it, a replay not."""
+        if places.sources:
+            self.refuse(f"where model or guide read an iterator or a random generator, {places.sources[0]}")
+        elif changes := places.changes():
+            self.refuse(f"where model or guide keep what they compute or count, in {next(iter(changes))}")
+
+    def _gradients_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_Gradients | None":
+        """Return the graph for inputs of this form, captured now if that pays; ``None`` where the step is eager."""
+        try:
+            self.refresh()
+            if not self._is_checked or self.new_parameters():
+                return None
+            key = batch_context, input_signature(inputs)
+            found = self._graphs.get(key, [])
+            for gradients in found:
+                if gradients.holds(*inputs):
+                    return gradients
+            if self._eager_seconds[key] < self._capture_seconds or sum(map(len, self._graphs.values())) > _MOST_GRAPHS:
+                return None
+            if self.last_step - self.count < _LEAST_STEPS:
+                return None
+            started = time.perf_counter()
+            gradients = self._capture(batch_context, inputs)
+            self._capture_seconds = time.perf_counter() - started
+            self._graphs.setdefault(key, []).append(gradients)
+            return gradients
+        except Exception as error:  # of the user's code under the capture, which the eager step runs as it is
+            self.refuse(why_not_captured(error))
+            return None
+
+    def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_Gradients":
+        self.check_contexts()
+        self.check_forward_hooks()
+        self.watch()
+        with self.own_run(), self.checked_hooks():
+            gradients = _Gradients(self, batch_context, inputs)
+        self.watch_hooks()
+        self.first_graph = self.first_graph or gradients.graph
+        return gradients
+
+    def refuse(self, reason: str) -> None:
+        """Run all further steps eagerly."""
+        self.reason = reason
+        self._graphs.clear()
+
+    def refresh(self) -> bool:
+        """Notice what Python has changed since the last step; return whether parameters must be found again."""
+        if self.reason and self._expected is None:
+            self._python = None
+        return super().refresh()
+
+    def _compared_step(
+        self, gradients: "_Gradients", batch_context: BatchContext, inputs: Sequence[Tensor], validate: bool
+    ) -> Tensor:
+        """Take an eager step, and compare its loss and gradients with those of a replay."""
+        self.set_schedules(self.count)
+        self.tensors.note()
+        with preserve_rng_state():
+            found = gradients(*inputs)
+        self.tensors.load_model_state()
+        places = self._watched_places()
+        self._expected = gradients, found
+        try:
+            with self.own_run():
+                row = super().__call__(batch_context, *inputs, validate=validate)
+        except CaptureError as error:
+            self.refuse(why_not_captured(error))
+        finally:
+            self._expected = None
+        if not self.reason:
+            self._check_places(places)
+        if self.reason and gradients.unchecked:
+            warnings.warn(
+                f"fit: step {self.count} runs {self.reason}. The {gradients.unchecked} steps since the last comparison "
+                "repeated the operations of an earlier step; all further ones run Pyro's code. With compile=False all "
+                "steps do",
+                stacklevel=2,
+            )
+        gradients.was_checked()
+        return row
+
+    def backward(self, arguments: tuple[Any, ...], *inputs: Tensor) -> tuple[Any, list[Tensor]]:
+        """Compute the gradients of the parameters, and compare them with those of a replay in a comparison."""
+        loss, terms = super().backward(arguments, *inputs)
+        if self._expected is not None:
+            gradients, (row, _, *replayed) = self._expected
+            eager = [parameter.grad for parameter in gradients.parameters]
+            known = {id(parameter) for parameter in gradients.parameters}
+            others = [one for one in self.parameters.values() if id(one) not in known and one.grad is not None]
+            same = not others and all(one is not None for one in eager)
+            if not same or not _close([*eager, *terms], [*replayed, *row[2:]]):
+                self.refuse("other operations than the captured ones")
+        return loss, terms
+
+    def gradients(self, batch_context: BatchContext, inputs: Sequence[Tensor], found: list[Tensor]) -> list[Tensor]:
+        """Compute metrics, norm and gradients, for a capture, and add the parameters that have one to ``found``."""
+        with self.discard_gradients(), batch_context(*inputs) as arguments:
+            loss, terms = self.backward(arguments, *inputs)
+            norm = self.gradient_norm()
+            found += [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+            row = metrics_row(torch.as_tensor(loss).isfinite() & norm.isfinite(), loss, terms)
+            return [row, norm, *(parameter.grad for parameter in found if parameter.grad is not None)]
+
+    def clear_parameter_cache(self) -> None:
+        """Find the parameters and capture again, some steps after a change."""
+        super().clear_parameter_cache()
+        self.changed = self.changed or bool(self._graphs)
+        self._graphs.clear()
+        self._is_checked, self._capture_from = False, self.count + EAGER_STEPS
+
+
+class _Gradients:
+    """The graph of loss and gradients for inputs of one signature.
+
+    Attributes:
+        parameters: those that have a gradient.
+        calls: the number of replays and comparisons.
+        next_check: the number of calls after which the next comparison is due.
+        unchecked: the number of replays since the last comparison.
+    """
+
+    def __init__(self, step: ReplayedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
+        self.parameters: list[Tensor] = []
+        self.graph = Graph(
+            lambda *inputs: step.gradients(batch_context, inputs, self.parameters), inputs, keeps_recurrent=True
+        )
+        self.writes_buffers = bool(self.graph.written)
+        self.holds, self._replay = self.graph.holds, Replay(self.graph)
+        self.calls = self.next_check = self.unchecked = 0
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        self.calls += 1
+        return self._replay(*inputs)
+
+    def was_checked(self) -> None:
+        self.unchecked = 0
+        self.next_check = self.calls if self.calls < _FIRST_CHECKS else 2 * self.calls
+
+
+def _close(found: Sequence[Tensor | None], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal, up to the order of sums."""
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        if not torch.equal(one, other):
+            finite = other[other.isfinite()]
+            size = float(finite.abs().max()) if finite.numel() else 0.0
+            if not torch.allclose(one, other.to(one.dtype), rtol=_DIGITS, atol=_DIGITS * size, equal_nan=True):
+                return False
+    return True
+
+
+def _random_state(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    on_cuda = any(tensor.is_cuda for tensor in inputs)
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
+
+
+def _set_random_state(states: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1])
