@@ -11,6 +11,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
+import figure_checks
 import gallery
 import inventory
 import mathjax
@@ -82,7 +83,9 @@ html_copy_source = False
 
 
 def setup(app):
-    """Run the examples, generate the sections of the reference, and add MathJax to the pages."""
+    """Check figures, run the examples, generate the sections of the reference, and add MathJax to the pages."""
+
+    figure_checks.install()
 
     def expand(app, name, source):
         source[0] = reference.expand(source[0])

@@ -5,14 +5,12 @@ import importlib
 import pkgutil
 import posixpath
 import re
-import runpy
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
 
-import matplotlib.pyplot as plt
 import pyro
 import pytest
 
@@ -80,16 +78,34 @@ def test_a_session_shares_the_page_and_fails_with_its_line():
         run_session(">>> c\n", namespace, "page.md", 1)
 
 
-@pytest.mark.parametrize("script", FIGURES, ids=lambda path: path.stem)
-def test_figure_is_drawn(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pyro.get_param_store().scope(), seeded(0), warnings.catch_warnings(), plt.rc_context():
-        warnings.simplefilter("error")
-        runpy.run_path(str(script))
-        assert len(plt.get_fignums()) == 1
-        assert plt.gcf().axes
-        plt.savefig(tmp_path / "figure.png")
-        plt.close("all")
+SCRIPTS = {
+    "good": "plt.subplots()",
+    "warns": "plt.subplots(); import warnings; warnings.warn('odd')",
+    "two": "plt.subplots(); plt.subplots()",
+    "empty": "plt.figure()",
+    "fails": "1 / 0",
+}
+FAULTS = {
+    "warns": "UserWarning: odd",
+    "two": "leaves 2",
+    "empty": "leaves 1 without axes",
+    "fails": "ZeroDivisionError",
+}
+
+
+def test_a_figure_that_warns_or_is_none_is_a_fault_of_the_pages(tmp_path):
+    """Sphinx runs the scripts of all figures in `make docs`, with its warnings as errors; here it runs some."""
+    figures = 'extensions = ["matplotlib.sphinxext.plot_directive"]\nplot_formats = [("png", 50)]\n'
+    checks = f"import sys\nsys.path.insert(0, {str(DOCS)!r})\nimport figure_checks\n"
+    (tmp_path / "conf.py").write_text(f"{figures}{checks}def setup(app):\n    figure_checks.install()\n")
+    (tmp_path / "index.rst").write_text("Page\n====\n\n" + "".join(f".. plot:: {each}.py\n\n" for each in SCRIPTS))
+    for each, script in SCRIPTS.items():
+        (tmp_path / f"{each}.py").write_text(f"import matplotlib.pyplot as plt\n{script}\n")
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(tmp_path), str(tmp_path / "html")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.count("Exception occurred in plotting") == len(FAULTS)
+    assert [each for each in SCRIPTS if f"{each}.py" in said] == list(FAULTS)
+    assert all(fault in said for fault in FAULTS.values())
 
 
 def test_every_figure_is_shown_once_with_alt_text_and_caption():
