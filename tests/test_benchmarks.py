@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,19 @@ def test_parts_of_one_run_are_merged_and_no_others():
         comparison.merge({"a": first, "b": second, "c": first})
     with pytest.raises(SystemExit, match="a and d are not parts of one run:\n- processor: one, two"):
         comparison.merge({"a": first, "d": results([1.0], cases=("gumbel",), processor="two")})
+
+
+def test_the_clock_of_the_processor_stands_still_while_a_process_sleeps():
+    clocks = importlib.import_module("worker").CLOCKS
+
+    def seconds(name, do):
+        begun = clocks[name]()
+        do()
+        return clocks[name]() - begun
+
+    assert seconds("wall", lambda: time.sleep(0.2)) >= 0.2
+    assert seconds("processor", lambda: time.sleep(0.2)) < 0.1
+    assert seconds("processor", lambda: sum(range(10**6))) > 0
 
 
 def test_quartiles_hold_the_middle_half_of_the_rounds():

@@ -22,8 +22,9 @@ class Settings:
     """Settings of a measurement."""
 
     rounds: int = 7  # turns of each contestant
-    seconds: float = 3.0  # length of a turn
+    seconds: float = 0.8  # length of a turn
     threads: int = 2  # of each contestant
+    clock: str = "wall"  # or "processor", whose seconds do not depend on other load if there is one thread
     reference_seeds: int = 16  # runs of the reference, which estimate the spread between seeds
     seeds: int = 4  # runs of the others, one if they compile; 0 for no check
     pause: float = 0.3  # seconds between turns, in which waiting threads fall asleep
@@ -82,7 +83,7 @@ def measure(
         for entrant in entrants.values():  # all processes load their libraries at the same time
             log.write(f"--- {case.name}: {entrant.name}\n")
             log.flush()
-            entrant.process = Process(entrant.name, case, folder, settings.threads, log)
+            entrant.process = Process(entrant.name, case, folder, settings.threads, settings.clock, log)
             stack.enter_context(closing(entrant.process))
         for entrant in entrants.values():
             if begun := entrant.ready():

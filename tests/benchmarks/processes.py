@@ -57,7 +57,7 @@ class Unusable(Exception):
 class Process:
     """The process of a contestant on a case, with the folder of its inputs and a file for its output."""
 
-    def __init__(self, name: str, case: Case, folder: Path, threads: int, log: TextIO):
+    def __init__(self, name: str, case: Case, folder: Path, threads: int, clock: str, log: TextIO):
         contestant = CONTESTANTS[name]
         # Compiled code is not kept for another contestant or run of the benchmark, since compilation is timed too.
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor-{name}"), "JAX_PLATFORMS": "cpu"}
@@ -65,7 +65,7 @@ class Process:
             [sys.executable, str(WORKER)], stdin=PIPE, stdout=PIPE, stderr=log, text=True, env=environment
         )
         order = {"module": contestant.module, "options": contestant.options, "optional": contestant.compiles}
-        self._send(**order, case=asdict(case), folder=str(folder), threads=threads)
+        self._send(**order, case=asdict(case), folder=str(folder), threads=threads, clock=clock)
 
     def ready(self) -> dict[str, Any]:
         """Wait until libraries and data are loaded; return the memory that they take."""

@@ -39,20 +39,31 @@ class Channel:
         return json.loads(line) if line else {"do": "stop"}
 
 
+def processor_seconds() -> float:
+    """Return the processor time of this process and of its children that have ended, such as a compiler."""
+    used = os.times()
+    return time.process_time() + used.children_user + used.children_system
+
+
+CLOCKS = {"wall": time.perf_counter, "processor": processor_seconds}
+
+
 class Stopwatch:
     """Counts work and its time, and stops the clock while the process waits for the next round.
 
     The first unit of work and the seconds of ``warm_up`` after it are not measured.
     """
 
-    def __init__(self, channel: Channel, warm_up: float, memory_monitor: "MemoryMonitor | None" = None):
-        self.channel, self.warm_up, self.memory_monitor = channel, warm_up, memory_monitor
-        self.begun, self.until = time.perf_counter(), float("inf")
+    def __init__(
+        self, channel: Channel, warm_up: float, now: Callable[[], float], memory_monitor: "MemoryMonitor | None" = None
+    ):
+        self.channel, self.warm_up, self.now, self.memory_monitor = channel, warm_up, now, memory_monitor
+        self.begun, self.until = now(), float("inf")
         self.first: dict[str, float] = {}
         self.done, self.measuring = 0.0, False
 
     def __call__(self, work: float) -> None:
-        now = time.perf_counter()
+        now = self.now()
         self.done += work
         if not self.first:
             self.first = {"first_work": work, "first_seconds": now - self.begun}
@@ -68,7 +79,7 @@ class Stopwatch:
             self._go(command["seconds"])
 
     def _go(self, seconds: float) -> None:
-        self.done, self.begun = 0.0, time.perf_counter()
+        self.done, self.begun = 0.0, self.now()
         self.until = self.begun + seconds
 
 
@@ -109,13 +120,15 @@ def limit(threads: int) -> None:
         os.sched_setaffinity(0, allowed)
 
 
-def _check(run: Callable[..., Any], case: Any, given: Any, seeds: list[int]) -> dict[str, Any]:
+def _check(
+    run: Callable[..., Any], case: Any, given: Any, seeds: list[int], now: Callable[[], float]
+) -> dict[str, Any]:
     losses: dict[str, list[float]] = {}
     seconds = []
     for seed in seeds:
-        started = time.perf_counter()
+        started = now()
         found = run(case, given, lambda work: None, epochs=case.check, rows=case.check_rows, seed=seed)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
         for name, values in found.items():  # the floor has none
             losses.setdefault(name, []).append(sum(values) / len(values))
     return {"losses": losses, "seconds": seconds}
@@ -131,17 +144,18 @@ def serve(channel: Channel, order: dict[str, Any]) -> None:
     run = runner(order["module"], case.task, **order["options"])
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(order["threads"])
-    given = read(case, Path(order["folder"]))
+    given, now = read(case, Path(order["folder"])), CLOCKS[order["clock"]]
     monitor = MemoryMonitor() if case.mapped else None
     if monitor:
         monitor.start()
     channel.send(**memory())
     while (command := channel.receive())["do"] != "stop":
         if command["do"] == "check":
-            channel.send(**_check(run, case, given, command["seeds"]))
+            channel.send(**_check(run, case, given, command["seeds"], now))
             continue
         try:
-            run(case, given, Stopwatch(channel, command["warm_up"], monitor), epochs=EPOCHS, rows=case.rows, seed=0)
+            watch = Stopwatch(channel, command["warm_up"], now, monitor)
+            run(case, given, watch, epochs=EPOCHS, rows=case.rows, seed=0)
         except Stopped:
             break
 
