@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import pyro_vae as pv
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 try:
-    cases, comparison, inputs, measuring, result_tables = map(
-        importlib.import_module, ("cases", "comparison", "inputs", "measuring", "result_tables")
+    cases, comparison, inputs, measuring, processes, result_tables = map(
+        importlib.import_module, ("cases", "comparison", "inputs", "measuring", "processes", "result_tables")
     )
 finally:
     sys.path.remove(str(BENCHMARKS))
@@ -63,6 +65,18 @@ def test_contestants_compute_the_same(name, tmp_path):
     for judged in compared:
         assert judged["agrees"], judged
         assert judged["allowed"] < 0.05 * abs(judged["reference_loss"]) or name in ("export", "mixture"), judged
+
+
+def test_a_contestant_has_the_engine_of_its_name(tmp_path, monkeypatch):
+    case = cases.shortened(cases.CASES["mixture"])
+    data, fitted, fit = inputs_of(case, tmp_path), [], pv.fit
+    monkeypatch.setattr(pv, "fit", lambda *args, **options: fitted.append(fit(*args, **options)) or fitted[-1])
+    found = {}
+    for name in ("replayed", "eager"):
+        run = inputs.runner("ours", "train", **processes.CONTESTANTS[name].options)
+        found[name] = run(case, data, lambda _: None, epochs=200, rows=case.rows, seed=0)
+        assert fitted[-1].engine.startswith(name)
+    assert found["replayed"] == found["eager"]
 
 
 CHANGES = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from cases import Case
@@ -16,14 +17,17 @@ from tqdm import tqdm
 import pyro_vae as pv
 from pyro_vae import datasets, guides, likelihoods, networks, objectives, priors
 from pyro_vae._utils.rng import seeded
+from pyro_vae.compilation import cost
 
 
 def train(
-    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False, **options: Any
-) -> Losses:
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False,
+    replayed: bool = False, **options: Any,
+) -> Losses:  # fmt: skip
     """Train by ``fit``, or by a loop that calls ``step`` of ``pyro.infer.SVI`` or of ``pv.SVI``, which compiles it.
 
-    The ``options`` are those of ``fit`` or ``pv.SVI``: without ``compile`` it decides by itself.
+    The ``options`` are those of ``fit`` or ``pv.SVI``: without ``compile`` it decides by itself. It never compiles if
+    its steps are to be ``replayed``.
     """
     model, guide, elbo = pair(case, given)
     x = torch.from_numpy(given.x)[:rows]
@@ -31,7 +35,8 @@ def train(
         settings = model, guide, Adam({"lr": case.lr}), elbo
         svi = pv.SVI(*settings, **options) if options else SVI(*settings)
         return {case.bound: _train_by_step(svi, case, x, tick, epochs, seed)}
-    with _ticking(tick, epochs, rows // case.batch_size):
+    estimate = patch.object(cost, "compilation_seconds", lambda graph: 1e12) if replayed else nullcontext()
+    with estimate, _ticking(tick, epochs, rows // case.batch_size):
         fitted = pv.fit(
             model, guide, x, epochs=epochs, batch_size=case.batch_size, lr=case.lr, elbo=elbo,
             transform=datasets.resample if case.binarized else None, seed=seed, progress=False, **options,
@@ -97,10 +102,11 @@ def pair(case: Case, given: Inputs) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def evaluate(
-    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False, **options: Any
-) -> Losses:
+    case: Case, given: Inputs, tick: Tick, *, epochs: int, rows: int, seed: int, by_step: bool = False,
+    replayed: bool = False, **options: Any,
+) -> Losses:  # fmt: skip
     """Estimate the mean log p(x). A call that captures has its own graph, so timed calls have more draws then."""
-    if by_step:
+    if by_step or replayed:
         raise NotImplementedError("evaluate: it takes no training steps")
     vae, found = vae_of(case, given), []
     x = binary(given, rows) if case.binarized else torch.from_numpy(given.x)[:rows]

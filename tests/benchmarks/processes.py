@@ -33,9 +33,10 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "automatic": Contestant("pyro_vae, by itself", "ours", compiles=True, warm_up=15.0),
+    "automatic": Contestant("pyro_vae, by itself", "ours", compiles=True, warm_up=20.0),
     "captured": Contestant("pyro_vae, compiled", "ours", {"compile": True}, compiles=True),
     "captured-svi": Contestant("pv.SVI, compiled", "ours", {"compile": True, "by_step": True}, compiles=True),
+    "replayed": Contestant("pyro_vae, replayed", "ours", {"replayed": True}, compiles=True),
     "eager": Contestant("pyro_vae, eager", "ours", {"compile": False}),
     "vae-svi": Contestant("pyro.infer.SVI of pv.VAE", "ours", {"by_step": True}),
     "pyro": Contestant("pyro.infer.SVI, plain Pyro", "plain_pyro"),
