@@ -94,3 +94,25 @@ def test_tanh_has_all_digits(dtype):
     graph.compile([x])
     rtol = 5e-7 if dtype == torch.float32 else 1e-14
     assert torch.allclose(graph(x)[0].double(), x.double().tanh(), rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_sigmoid_has_all_digits_and_its_gradient(dtype):
+    x = torch.cat([torch.logspace(-30, 1.9, 2000), torch.tensor([0.0, 88.0, 100.0, 1000.0, math.inf, math.nan])])
+    x = torch.cat([x, -x]).to(dtype)
+
+    def function(x):
+        x = x.detach().requires_grad_()
+        y = nn.functional.logsigmoid(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        return [y.detach(), gradient]
+
+    graph, exact = Graph(function, [x]), -torch.log1p(torch.exp(-x.double()))
+    exact = torch.where(x < -20, x.double() - torch.exp(x.double()), exact)
+    for _ in range(2):  # uncompiled, then compiled
+        y, gradient = (result.double() for result in graph(x))
+        digits = {"rtol": 5e-7 if dtype == torch.float32 else 1e-14, "equal_nan": True}
+        assert torch.allclose(y, exact, atol=2e-38 if dtype == torch.float32 else 0, **digits)  # float32 ends there
+        assert torch.allclose(gradient, torch.sigmoid(-x.double()), atol=1e-37, **digits)
+        graph.compile([x])
