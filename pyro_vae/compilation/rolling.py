@@ -545,12 +545,8 @@ class Program:
 
     def _sum_of(self, terms: Sequence[Node]) -> Callable[[Values], Tensor]:
         """Return the sum of nodes: before a linear operation rather than after it, where nothing else reads them."""
-        first = terms[0]
-        alike = all(
-            node.target is first.target and len(self.users[node]) == 1 and node not in self.kept for node in terms
-        ) and len(set(terms)) == len(terms)
-        inputs = list(zip(*(node.inputs for node in terms), strict=False)) if alike else []
-        same = alike and len({_label(node, set()) for node in terms}) == 1
+        first, same = terms[0], self._are_alike(terms)
+        inputs = list(zip(*(node.inputs for node in terms), strict=False)) if same else []
         if same and first.target in _LINEAR_VIEWS and len(inputs) == 1:
             self.absorbed.update(terms)
             inner, rest = self._sum_of(inputs[0]), first.args[1:]
@@ -558,12 +554,28 @@ class Program:
         if same and first.target is _aten.mm.default:
             self.absorbed.update(terms)
             return self._sum_of_products(*inputs)
+        if same and first.target is _aten._to_copy.default and self._are_products(inputs[0]):
+            self.absorbed.update(terms)
+            product = self._sum_of(inputs[0])
+            return lambda values: first.target(product(values), **first.kwargs)
         if same and first.target is _aten.select_backward.default:
             places = [node.args[3] for node in terms]
             if len(set(places)) == len(places):
                 self.absorbed.update(terms)
                 return self._placed(inputs[0], first.args[1], first.args[2], places)
         return lambda values: self.stream(terms).stacked(values).sum(0)
+
+    def _are_alike(self, terms: Sequence[Node]) -> bool:
+        """Whether nodes are results of the same operation, which nothing but one other node reads."""
+        first = terms[0]
+        alone = all(
+            node.target is first.target and len(self.users[node]) == 1 and node not in self.kept for node in terms
+        )
+        return alone and len(set(terms)) == len(terms) and len({_label(node, set()) for node in terms}) == 1
+
+    def _are_products(self, terms: Sequence[Node]) -> bool:
+        """Whether the sum of nodes is one product, which a processor sums in float32; others would be rounded."""
+        return terms[0].target is _aten.mm.default and self._are_alike(terms)
 
     def _sum_of_products(self, left: Sequence[Node], right: Sequence[Node]) -> Callable[[Values], Tensor]:
         def run(values: Values) -> Tensor:

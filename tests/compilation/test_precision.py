@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
+from pyro_vae.compilation import rolling, torch_private
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.compilation.precision import bfloat16_products
 
@@ -74,6 +75,29 @@ def test_a_graph_records_the_products_in_bfloat16_and_gives_the_same_bits(name):
 
     graph = Graph(function, [x.detach()])
     assert all(map(torch.equal, graph(x.detach()), function(x)))
+
+
+def test_the_gradient_of_a_weight_over_the_steps_of_a_sequence_is_one_product_in_bfloat16(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = nn.GRU(64, 128), torch.randn(12, 64, 64)
+    monkeypatch.setattr("pyro_vae.compilation.graph._LONG", 100)
+    monkeypatch.setattr(torch_private, "compile_graph", lambda module, _: module)
+    products = []
+    monkeypatch.setattr(rolling, "matrix_product", lambda a, b: products.append((a.dtype, len(b))) or a @ b)
+
+    def function(x):
+        with bfloat16_products():
+            return result_and_gradients(layer, x.detach().requires_grad_())
+
+    graph = Graph(function, [x])
+    graph.compile([x])
+    plain = result_and_gradients(layer, x.requires_grad_())
+    for one, other, third in zip(graph(x.detach()), function(x), plain, strict=True):
+        assert distance(one, other) < ROUNDING
+        assert distance(one, third) < 2 * ROUNDING
+    ((dtype, terms),) = set(products)
+    assert dtype == torch.bfloat16
+    assert terms >= 64 * 8, "of the rows of most steps"
 
 
 def test_a_product_is_that_of_the_rounded_factors_rounded_once_and_the_bias_is_added_in_float32():
