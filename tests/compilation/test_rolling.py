@@ -42,6 +42,25 @@ def same_numbers(function, inputs):
     return rolled
 
 
+@pytest.mark.integration
+def test_the_bodies_of_a_long_graph_are_compiled_by_another_process(monkeypatch, tmp_path):
+    """This process takes them from the cache, for a sequence of another length as well."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, pieces, counts = torch.randn(4, 240, 2, dtype=torch.float64), {}, []
+    for inputs in ([x], [x[:, :200]]):
+        graph = Graph(recurrent, inputs)
+        assert graph.is_long
+        expected = results(graph, inputs)
+        compilation = graph.compile_in_background(inputs, pieces)
+        assert compilation.done() == bool(counts)  # nothing is left for the second length
+        compilation.wait()
+        counts.append(len(pieces))
+        for ours, theirs in zip(results(graph, inputs), expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+        assert isinstance(graph._run, Program)
+    assert counts[0] == counts[1] > 0
+
+
 def kinds(rolled):
     return [type(step).__name__ for step in rolled.steps]
 
