@@ -239,9 +239,9 @@ def fit(
             their code in every step. By default, ``None``, the run decides: it replays loss and gradients of its first
             steps, to the same bits, where these can be captured; a long run lets a compiler work in the background,
             and goes on with its graph. The result has what was chosen, in ``engine``. See the page on speed.
-        precision: ``"bf16-mixed"`` for large products of networks in bfloat16 and all else in float32: layers of
-            ``torch.nn`` that are linear, convolutional or recurrent, from 2^20 multiplications on. It saves time where
-            the processor or card has instructions for bfloat16. The history is that of these steps; the validation is
+        precision: ``"bf16-mixed"`` for large products of networks in bfloat16 and all else in float32: those of
+            linear and recurrent layers from 2^20 multiplications on, and convolutions. It saves time where the
+            processor or card has instructions for bfloat16. The history is that of these steps; the validation is
             in float32. By default, all is in the dtype of the tensors.
         clip_norm: largest norm of all gradients together; larger gradients are scaled down to it.
         nonfinite: ``"stop"`` at a step whose loss or gradient is not finite, or ``"skip"`` it, up to 99 in a row.
