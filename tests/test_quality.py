@@ -55,7 +55,7 @@ def trained(module, problem, given, folder, **options):
     return folder / f"{module}.npz"
 
 
-@pytest.mark.parametrize("name", [name for name in problems.PROBLEMS if name != "mixture"])  # it is in the short form
+@pytest.mark.parametrize("name", ["mnist", pytest.param("gumbel", marks=pytest.mark.slow)])  # the other is below
 def test_contestants_train_to_the_target(name, tmp_path):
     problem, given = written(name, tmp_path)
     value = judge.Judge(problem, tmp_path)
@@ -90,7 +90,7 @@ def assert_same_mean(first, second):
 def test_contestants_have_the_same_objective(name, tmp_path):
     problem, _ = written(name, tmp_path)
     x, given = batch_of(problem, tmp_path)
-    ours, plain = (losses(module, problem, given, x, 100) for module in ("by_pyro_vae", "by_pyro"))
+    ours, plain = (losses(module, problem, given, x, 60) for module in ("by_pyro_vae", "by_pyro"))
     assert_same_mean(ours, plain)
     assert problem.guide == "bernoulli" or 0 < ours.std() < 0.02 * ours.mean()
 
@@ -127,14 +127,14 @@ def test_numpyro_has_the_same_objective(tmp_path):
     assert done.returncode == 0, done.stderr
     for name, found in json.loads(done.stdout).items():
         problem, x, given = batches[name]
-        assert_same_mean(losses("by_pyro_vae", problem, given, x, 100), np.array(found))
+        assert_same_mean(losses("by_pyro_vae", problem, given, x, 60), np.array(found))
 
 
 def test_the_judge_agrees_with_the_library(tmp_path):
     problem, given = written("mnist", tmp_path, draws=500, first_draws=500)
     vae = importlib.import_module("by_pyro_vae").vae_of(problem, given)
     x = torch.from_numpy(np.load(tmp_path / "held_out.npz")["x"])
-    estimate = pv.log_evidence(vae.model, vae.guide, x, num_samples=2000, seed=3)
+    estimate = pv.log_evidence(vae.model, vae.guide, x, num_samples=1000, seed=3)
     error = float(estimate.standard_error.square().sum().sqrt()) / len(x)
     assert judge.Judge(problem, tmp_path)(tmp_path / "weights.npz") == pytest.approx(
         float(estimate.log_evidence.mean()), abs=10 * error + 1e-3
