@@ -33,7 +33,7 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "automatic": Contestant("pyro_vae, by itself", "ours", compiles=True, warm_up=20.0),
+    "automatic": Contestant("pyro_vae, by itself", "ours", compiles=True, warm_up=25.0),
     "captured": Contestant("pyro_vae, compiled", "ours", {"compile": True}, compiles=True),
     "captured-svi": Contestant("pv.SVI, compiled", "ours", {"compile": True, "by_step": True}, compiles=True),
     "replayed": Contestant("pyro_vae, replayed", "ours", {"replayed": True}, compiles=True),
