@@ -11,6 +11,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
 
+import benchmarks
 import figure_checks
 import gallery
 import inventory
@@ -83,13 +84,14 @@ html_copy_source = False
 
 
 def setup(app):
-    """Check figures, run the examples, generate the sections of the reference, and add MathJax to the pages."""
+    """Check and draw figures, run the examples, generate the sections of the reference, add MathJax to the pages."""
 
     figure_checks.install()
 
     def expand(app, name, source):
         source[0] = reference.expand(source[0])
 
+    app.connect("builder-inited", benchmarks.draw)
     app.connect("builder-inited", gallery.generate)
     app.connect("source-read", expand)
     app.connect("env-before-read-docs", notebook_pages.spread)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import posixpath
 import re
@@ -193,6 +194,70 @@ def test_a_reference_by_place_or_bare_name_finds_the_public_name(load):
     assert "pyro_vae.VAE.save" in candidates("pyro_vae.vae.VAE.save", None)
     assert "pyro_vae.log_evidence" in candidates("log_evidence", "pyro_vae.evidence")
     assert "pyro_vae.exact.log_evidence" in candidates("log_evidence", "pyro_vae.exact")
+
+
+def test_the_times_on_the_pages_are_those_of_the_run_that_is_kept(load):
+    benchmarks = load("benchmarks")
+    run, shown = json.loads(benchmarks.RUN.read_text()), set()
+    for page in benchmarks.PAGES:
+        text = page.read_text()
+        assert benchmarks.fill(text, run) == text, f"{name(page)}: python docs/benchmarks.py results.json"
+        shown |= {found[2] for found in benchmarks.FRAGMENT.finditer(text)}
+    assert shown == set(benchmarks.FRAGMENTS)
+
+
+def test_a_run_that_lacks_what_the_pages_show_is_refused(load):
+    with pytest.raises(ValueError, match="must have the cases mixture, mnist-128, and lacks mnist-128"):
+        load("benchmarks").kept({"cases": {"mixture": {}}, "growth": {}})
+
+
+def measured(seconds):
+    """The result of a contestant in a file of `make bench`."""
+    turns = [{"seconds": seconds, "work": 1, "peak": 300.0}]
+    spread = {"lower": 0.9 * seconds, "upper": 1.1 * seconds, "start": 4.0, "start_again": 1.0}
+    memory = {"peak": 300.0, "begun_with": {"peak": 250.0}, "turns": turns}
+    return {"title": "a", "time": seconds, "losses": {"elbo": [1.0]}} | spread | memory
+
+
+def test_a_new_run_is_written_into_the_pages_and_its_figures_are_drawn(load, monkeypatch, tmp_path):
+    benchmarks = load("benchmarks")
+    case = {"case": {"title": "A case"}, "unit": "step", "contestants": {"captured": measured(1e-3)}}
+    case["contestants"]["eager"] = measured(3e-3)
+    points = [{"value": value, "contestants": {"captured": measured(value * 1e-5)}} for value in (10, 100)]
+    growth = {"batch": {"title": "Growth", "grows": "batch_size", "each": "step", "points": points}, "epochs": case}
+    machine = {"threads": 1, "processor": "one", "processors": 4, "packages": dict.fromkeys(("torch", "pyro-ppl"), "9")}
+    machine["packages"]["numpyro"] = "8"
+    results = {"machine": machine, "settings": {"rounds": 3, "clock": "processor"}, "growth": growth}
+    (tmp_path / "results.json").write_text(json.dumps(results | {"cases": dict.fromkeys(benchmarks.NEEDED, case)}))
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- benchmarks: {name} -->\nold\n<!-- end -->\n" for name in benchmarks.FRAGMENTS))
+    for attribute, value in {"RUN": tmp_path / "run.json", "PAGES": [page], "PICTURES": tmp_path / "pictures"}.items():
+        monkeypatch.setattr(benchmarks, attribute, value)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.py", str(tmp_path / "results.json")])
+    benchmarks.main()
+    text = page.read_text()
+    assert "old" not in text
+    assert "Medians of processor time of 3 rounds" in text
+    assert "| A case | 1 ms | 3 ms |" in text
+    assert "| A case | 4.0 s | 1.0 s | 2,000 | 500 |" in text
+    kept = benchmarks.RUN.read_text()
+    assert '"grown": 50.0' in kept
+    assert "turns" not in kept
+    assert "losses" not in kept
+    benchmarks.draw()
+    assert [path.stem for path in benchmarks.PICTURES.iterdir()] == re.findall(r"_build/benchmarks/(\S+)\.png", text)
+
+
+def test_a_compilation_has_paid_after_the_steps_whose_savings_are_its_seconds(load):
+    compiled = {"time": 1e-3, "lower": 1e-3, "upper": 1e-3, "start": 6.0, "start_again": 2.0}
+    eager = {"time": 3e-3, "lower": 2e-3, "upper": 4e-3}
+    case = {"title": "a", "unit": "step", "contestants": {"captured": compiled, "eager": eager}}
+    benchmarks = load("benchmarks")
+    assert benchmarks.payback({"cases": {"a": case}}).splitlines()[-1] == "| a | 6.0 s | 2.0 s | 3,000 | 1,000 |"
+    case["contestants"] |= {"handwritten": {"time": 2e-3, "lower": 1e-3, "upper": 2e-3}}
+    assert benchmarks.ratios({"cases": {"a": case}}).splitlines()[-1] == "| a | 1.50 (1.00 – 4.00) |"
+    case["contestants"]["eager"] = {"time": 1e-3, "lower": 1e-3, "upper": 1e-3}
+    assert benchmarks.payback({"cases": {"a": case}}).splitlines()[-1] == "| a | 6.0 s | 2.0 s | never | never |"
 
 
 INVENTORIES = sorted((DOCS / "inventories").glob("*.txt"))
