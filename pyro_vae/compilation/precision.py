@@ -28,7 +28,7 @@ _LARGE = 2**20  # multiplications from which on a product in bfloat16, with its 
 _LAYERS = {
     functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, functional.conv_transpose1d,
     functional.conv_transpose2d, functional.conv_transpose3d, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
-    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell, functional.multi_head_attention_forward,
 }  # fmt: skip
 """Functions that networks are made of. Other products may be part of a density, such as those with a covariance."""
 

@@ -28,7 +28,18 @@ LAYERS = {
     "LSTM": (lambda: nn.LSTM(128, 128, bidirectional=True), (3, 64, 128)),
     "GRU": (lambda: nn.GRU(128, 128, num_layers=2), (3, 64, 128)),
     "a cell of a GRU": (lambda: nn.GRUCell(128, 128), (64, 128)),
+    "attention": (lambda: Attention(), (16, 8, 128)),
 }
+
+
+class Attention(nn.MultiheadAttention):
+    """Attention of a sequence to itself."""
+
+    def __init__(self):
+        super().__init__(128, 4)
+
+    def forward(self, x):
+        return super().forward(x, x, x)
 
 
 def result_and_gradients(layer, x):
