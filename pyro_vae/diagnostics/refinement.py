@@ -7,6 +7,7 @@ import pyro
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.typing import Function
@@ -22,6 +23,7 @@ __all__ = ["RefinementError", "refine"]
 Build = Callable[[list[Tensor]], Any]
 """A function from parameters to a distribution."""
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
+_BETAS = 0.8, 0.95  # of Adam: the gradients have little noise, and some tens of steps are few for longer averages
 
 
 class RefinementError(ValueError):
@@ -38,7 +40,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
     parameters = {name: start for name, (start, _) in families.items()}
     free = [parameter.requires_grad_() for start in parameters.values() for parameter in start]
     # With this eps, Adam does not scale a tiny gradient up to a step of size lr: if q is exact, it stays exact.
-    optimizer, schedule = torch.optim.Adam(free, lr=lr, eps=1e-3), decayed(lr, steps)
+    optimizer, schedule = torch.optim.Adam(free, lr=lr, betas=_BETAS, eps=1e-3), decayed(lr, steps)
     averages = [torch.zeros_like(parameter) for parameter in free]
     averaged = range(steps // 2, steps)  # the mean of these steps is closer to the optimum than the last step
     with progress_bar("refine", None, total=steps, unit="step") as bar:
@@ -88,7 +90,8 @@ def _elbo(q: GuideDensity, fns: dict[str, Any], frozen: dict[str, Any], num_part
     """
     p = q.p
     discrete = [name for name in fns if fns[name].support.is_discrete]
-    drawn = {name: fn.rsample(torch.Size([num_particles])) for name, fn in fns.items() if name not in discrete}
+    with _MatchedNormals(num_particles):
+        drawn = {name: fn.rsample(torch.Size([num_particles])) for name, fn in fns.items() if name not in discrete}
     count = num_particles if drawn else 1
     states = _states({name: fns[name] for name in discrete})
     num_states = len(next(iter(states.values()))) if states else 1
@@ -100,6 +103,32 @@ def _elbo(q: GuideDensity, fns: dict[str, Any], frozen: dict[str, Any], num_part
     terms = (p.log_joint(values) - log_q).unflatten(0, (count, num_states))
     weight = log_mass.exp()
     return torch.where(weight > 0, weight * terms, 0.0).sum(1).mean(0)
+
+
+class _MatchedNormals(TorchFunctionMode):
+    r"""Draw standard normal numbers ``(K, N, ...)`` whose first two moments over K draws are those of the normal.
+
+    They come in pairs :math:`\pm\epsilon`, and their covariance in each datum is the identity, if K is large enough;
+    else their variances are 1. The mean of a quadratic function over the draws is then its expectation, without noise.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        standard = func is Tensor.normal_ and len(args) == 1 and not kwargs
+        if not standard or self.count % 2 or found.dim() < 2 or len(found) != self.count:
+            return found
+        half = found[: self.count // 2].reshape(self.count // 2, found.shape[1], -1).movedim(0, 1)  # (N, K / 2, D)
+        if half.shape[1] >= 1.5 * half.shape[2]:
+            covariance = half.mT @ half / half.shape[1]
+            half = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), half.mT, upper=False).mT
+        elif half.shape[1] >= 4:
+            half = half / half.square().mean(1, keepdim=True).sqrt()
+        half = half.movedim(1, 0).reshape(-1, *found.shape[1:])
+        return found.copy_(torch.cat([half, -half]))
 
 
 def _states(fns: dict[str, Any]) -> Values:

@@ -1,5 +1,6 @@
 """The density log q(z | x) of a guide at any values of its latents, and expectations under it."""
 
+import math
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributions import biject_to
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae.distributions.extent import Extent, find_extent
-from pyro_vae.distributions.properties import base_distribution, is_point
+from pyro_vae.distributions.properties import base_distribution, is_point, without_independent
 from pyro_vae.draws import PerDraw, Results
 from pyro_vae.exact.model_density import (
     ConditionedRuns,
@@ -29,11 +30,13 @@ from pyro_vae.exact.model_density import (
     layouts_of,
     plus,
 )
-from pyro_vae.exact.quadrature import Box, QuadratureError, integrate, rows_from
+from pyro_vae.exact.quadrature import Box, QuadratureError, integrate, rows_from, sum_on_lattice
 from pyro_vae.handlers import MaskSites
 from pyro_vae.model_guide import check_one_plate, check_same_latents
 
 __all__ = ["GuideDensity"]
+
+_NORMAL_ENTROPY = (1 + math.log(2 * math.pi)) / 2  # of a standard normal variable
 
 
 class GuideDensity:
@@ -206,7 +209,37 @@ class GuideDensity:
         return total
 
     def elbo(self, tolerance: float, reach: float = 1.0) -> Tensor:
-        """Compute E_q[log p(x, z) - log q(z | x)] by quadrature, ``(N,)``, on a box of q that is wider by ``reach``."""
+        """Compute E_q[log p(x, z) - log q(z | x)] by quadrature, ``(N,)``, on a box of q that is wider by ``reach``.
+
+        Of a normal q it is a sum over a lattice, and a quadrature on cells for the data where that is not precise.
+        """
+        found = self._on_lattice(tolerance, reach)
+        if found is None:
+            return self._on_cells(tolerance, reach)
+        value, precise = found
+        if not precise.all():
+            rows = (~precise).nonzero().flatten()
+            if len(rows) == self.p.num_data or not self.p.has_independent_rows():
+                return self._on_cells(tolerance, reach)
+            value[rows] = self.of_rows(self.p.of_rows(rows))._on_cells(tolerance, reach)
+        return value
+
+    def _on_lattice(self, tolerance: float, reach: float) -> tuple[Tensor, Tensor] | None:
+        """The expectation by sums over lattices, and for which data it is precise; ``None`` if q is not normal."""
+        p, integrand = self.p, _LogJoint(self.p)
+        normal = _as_normal(self.site()["fn"], integrand.coordinates.dims)
+        if normal is None:
+            return None
+        loc, scale_tril = (part.double().expand(p.pair.num_data, *part.shape[1:])[p.rows] for part in normal)
+        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + loc.shape[1] * _NORMAL_ENTROPY
+        value, precise = sum_on_lattice(integrand, loc, scale_tril, tolerance, reach)
+        if not precise.all() and (precise.any() or p.num_data == 1) and p.has_independent_rows(("model",)):
+            rows = (~precise).nonzero().flatten()
+            finer = sum_on_lattice(_LogJoint(p.of_rows(rows)), loc[rows], scale_tril[rows], tolerance, 2 * reach)
+            value[rows], precise[rows] = finer
+        return value + entropy, precise
+
+    def _on_cells(self, tolerance: float, reach: float) -> Tensor:
         expectation = _Expectation(self)
         with rows_from(int(self.p.rows[0])):
             log_mass, value, _ = integrate(expectation, self.integration_box(), tolerance, reach)
@@ -215,6 +248,19 @@ class GuideDensity:
             masses = f"{float(mass.min()):.6g} to {float(mass.max()):.6g}"
             raise QuadratureError(f"quadrature did not converge: the mass of q(z | x) on its nodes is {masses}")
         return value
+
+
+class _LogJoint:
+    """log p(x, z), as a density of unconstrained coordinates of the latent."""
+
+    def __init__(self, p: ModelDensity):
+        self.p, self.coordinates, self.chunk = p, p.coordinates(), p.chunk
+        self.rounding = 8 * torch.finfo(p.dtype).eps
+
+    def __call__(self, points: Tensor) -> Tensor:
+        with pyro.validation_enabled(False):
+            log_joint = self.p.log_joint({self.coordinates.name: self.coordinates.to_site(points)}).double()
+        return (log_joint + self.coordinates.log_jacobian(points)).expand(len(points), self.p.num_data)
 
 
 class _Expectation:
@@ -260,6 +306,21 @@ class _Transformed(dist.TransformedDistribution):
     def extent(self) -> Extent:
         """Return the box of the auxiliary site, which has the unconstrained coordinates of the latent."""
         return find_extent(self.base_dist)
+
+
+def _as_normal(fn: Any, dims: int) -> tuple[Tensor, Tensor] | None:
+    """Mean ``(N, d)`` and scale ``(N, d, d)`` of a normal q in unconstrained coordinates; ``None`` for another q."""
+    variables = without_independent(fn.base_dist if isinstance(fn, _Transformed) else fn)
+    if isinstance(variables, torch.distributions.Normal):
+        loc, scale = (part.reshape(len(part), -1) for part in (variables.loc, variables.scale) if part.dim())
+        scale_tril = scale.diag_embed()
+    elif isinstance(variables, torch.distributions.MultivariateNormal):
+        loc, scale_tril = variables.loc, variables.scale_tril
+    elif isinstance(variables, torch.distributions.LowRankMultivariateNormal):
+        loc, scale_tril = variables.loc, variables.scale_tril
+    else:
+        return None
+    return (loc, scale_tril) if loc.dim() == 2 and loc.shape[1] == dims else None
 
 
 def _origin(name: str, prior: Any, sites: Sites) -> tuple[str, Any] | None:

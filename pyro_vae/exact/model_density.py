@@ -204,13 +204,13 @@ class ModelDensity:
         """Split the rows into batches, for a model and guide whose rows do not depend on each other."""
         return (self.of_rows(slice(start, start + size)) for start in range(0, self.num_data, size))
 
-    def has_independent_rows(self) -> bool:
+    def has_independent_rows(self, owners: Sequence[str] = ("model", "guide")) -> bool:
         """Whether some rows can be computed without the others, in the model and the guide, if there is one."""
         coordinates = [LatentCoordinates(name, site["fn"], self.dtype) for name, site in self.latents.items()]
         if any(isinstance(bound, Tensor) and bound.dim() for each in coordinates for bound in each.bounds):
             return False  # the bounds of a support are those of all rows
-        owners = ["model"] if self.pair.guide is None else ["model", "guide"]
-        return all(self.pair.is_amortized(owner) for owner in owners)
+        present = ["model"] if self.pair.guide is None else ["model", "guide"]
+        return all(self.pair.is_amortized(owner) for owner in owners if owner in present)
 
     def zeros(self) -> Tensor:
         """Return zeros ``(N,)`` in float64, on the device of the data."""

@@ -9,7 +9,7 @@ import torch
 from pairs import guide_of
 
 import pyro_vae as pv
-from pyro_vae.diagnostics.refinement import _rebuildable
+from pyro_vae.diagnostics.refinement import _MatchedNormals, _rebuildable
 from pyro_vae.distributions.mixture import MixtureOfNormals
 
 
@@ -35,6 +35,47 @@ def test_a_rebuilt_distribution_is_the_same(fn):
     torch.testing.assert_close(build(start).log_prob(value), fn.log_prob(value), rtol=1e-4, atol=1e-4)
     assert build(start).event_shape == fn.event_shape
     assert all(parameter.isfinite().all() and not parameter.requires_grad for parameter in start)
+
+
+@pytest.mark.parametrize("fn, has_covariance", [
+    (dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1), True),
+    (dist.Normal(torch.zeros(5), 1.0), True),
+    (dist.Normal(torch.zeros(5, 30), torch.ones(30)).to_event(1), False),
+], ids=["two", "scalar", "many"])  # fmt: skip
+def test_matched_draws_have_the_moments_of_the_normal_in_each_datum(fn, has_covariance):
+    with _MatchedNormals(32):
+        draws = fn.rsample(torch.Size([32])).reshape(32, 5, -1)
+    covariance = torch.einsum("kni,knj->nij", draws, draws) / 32
+    torch.testing.assert_close(draws.mean(0), torch.zeros_like(draws[0]), rtol=0, atol=1e-5)
+    expected = torch.eye(draws.shape[-1]).expand_as(covariance)
+    if not has_covariance:
+        covariance, expected = (each.diagonal(dim1=1, dim2=2) for each in (covariance, expected))
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(draws[:, 0], draws[:, 1]), "each datum has draws of its own"
+
+
+def test_matched_draws_have_the_marginal_distribution_nearly():
+    with _MatchedNormals(32):
+        draws = dist.Normal(torch.zeros(20000, 2), 1.0).rsample(torch.Size([32]))
+    # The fourth moment of 16 pairs that are scaled to variance 1 is 3 * 16 / 18, and it is near that with a covariance.
+    assert abs(float((draws**4).mean()) - 3 * 16 / 18) < 0.15
+    assert abs(float((draws**3).mean())) < 1e-4
+
+
+def test_the_gradient_of_a_quadratic_density_has_no_noise():
+    start = torch.tensor([[0.5, -1.0], [0.2, 0.3]])
+    precision = torch.tensor([[2.0, 0.9], [0.9, 1.5]])
+    gradients = []
+    for _ in range(2):
+        loc, scale = start.clone().requires_grad_(), (start.abs() + 0.5).requires_grad_()
+        with _MatchedNormals(16):
+            z = dist.Normal(loc, scale).to_event(1).rsample(torch.Size([16]))
+        density = -(z @ precision * z).sum(-1) / 2
+        gradients.append(torch.autograd.grad(density.mean(0).sum(), [loc, scale]))
+    exactly = -start @ precision, -precision.diagonal() * (start.abs() + 0.5)
+    for found in gradients:
+        for one, other in zip(found, exactly, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def model_of(**latents):

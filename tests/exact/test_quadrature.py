@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import relu
 from pyro_vae import exact, likelihoods, networks, priors
 from pyro_vae.distributions.relaxed import LogitRelaxedBernoulli
 from pyro_vae.exact import inference
-from pyro_vae.exact.quadrature import Box, Cells, QuadratureError, integrate
+from pyro_vae.exact.quadrature import Box, Cells, QuadratureError, integrate, sum_on_lattice
 
 
 class Density:
@@ -400,3 +401,60 @@ def test_the_answers_in_batches_of_rows_are_those_of_all_rows(monkeypatch):
     assert len(list(again._parts.rules())) == 3
     torch.testing.assert_close(again.mean, posterior.mean, rtol=0, atol=1e-3)
     assert again.sample((5,)).shape == (5, 40, 1)
+
+
+class OnLattice:
+    """A function of points ``(C, N, d)``."""
+
+    chunk, rounding = 100, 0.0
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, points):
+        return self.function(points)
+
+
+def normal_of(dims, scale):
+    loc = torch.tensor([[0.3, -0.2], [-1.1, 0.4]], dtype=torch.float64)[:, :dims]
+    scale_tril = scale * torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)[:dims, :dims]
+    return loc, scale_tril.expand(2, dims, dims)
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.01])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_lattice_has_the_expectations_of_a_normal_in_closed_form(dims, scale):
+    loc, scale_tril = normal_of(dims, scale)
+    variance = (scale_tril @ scale_tril.mT).sum((-1, -2))
+    cosine = (-variance / 2).exp() * loc.sum(-1).cos()
+    square = variance + loc.sum(-1) ** 2
+    for function, expected in ((lambda z: z.sum(-1).cos(), cosine), (lambda z: z.sum(-1) ** 2, square)):
+        value, precise = sum_on_lattice(OnLattice(function), loc, scale_tril, 1e-6)
+        assert precise.all()
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("function", [
+    lambda z: relu(z.sum(-1)), lambda z: (z.sum(-1) > 0.1).double(), lambda z: (11 * z.sum(-1)).cos(),
+    lambda z: 100 * (-((z - 0.13) / 0.05) ** 2 / 2).sum(-1).exp(),
+    lambda z: torch.where(z.sum(-1) > 6.0, -torch.inf, 0.0), lambda z: (4 * z.sum(-1).abs()).exp(),
+], ids=["kink", "jump", "fast", "peak", "infinite", "tails"])  # fmt: skip
+def test_a_lattice_that_is_too_coarse_is_not_called_precise(dims, function):
+    _, precise = sum_on_lattice(OnLattice(lambda z: function(z).double()), *normal_of(dims, 1.0), 1e-6)
+    assert not precise.any()
+
+
+def relu_model(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(relu(3 * z), 0.3).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("model", [gaussian(2, 2).model, relu_model], ids=["smooth", "kinks"])
+def test_an_elbo_is_the_same_on_a_lattice_and_on_cells(model, monkeypatch):
+    x = torch.randn(6, 2)
+    guide = guide_of(lambda x: dist.Normal(0.3 * x, 0.2 + 0.4 * x.sigmoid()).to_event(1))
+    found = exact.elbo(model, guide, x)
+    monkeypatch.setattr("pyro_vae.exact.guide_density.GuideDensity._on_lattice", lambda *_: None)
+    torch.testing.assert_close(found, exact.elbo(model, guide, x), rtol=1e-5, atol=2e-4)
