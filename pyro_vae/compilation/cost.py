@@ -10,10 +10,13 @@ import operator
 
 import torch
 
-from pyro_vae.compilation.graph import Graph
+from pyro_vae._utils.typing import Function
+from pyro_vae.compilation.graph import CompiledFunction, Graph
 from pyro_vae.compilation.recorder import Node
 
-__all__ = ["compilation_pays", "compilation_seconds", "compiled_seconds", "paying_calls", "replay_seconds"]
+__all__ = [
+    "automatic", "compilation_pays", "compilation_seconds", "compiled_seconds", "paying_calls", "replay_seconds",
+]  # fmt: skip
 
 _CALL = 2.5e-6  # seconds of an operation that torch is called for
 _NUMBER = 0.4e-9  # seconds for each number that such an operation reads or writes
@@ -21,6 +24,7 @@ _MULTIPLICATION = 1 / 60e9  # seconds, in products of matrices and convolutions
 _RANDOM = 4e-9  # seconds of a random number
 _JOINED = 0.25  # share of the time for numbers that is left where a compiler joins operations
 _START, _EACH = 4.0, 0.01  # seconds to compile a graph, and for each of its operations
+_FEWEST_CALLS = 16  # of a function that is captured, which takes as long as some of them
 _LONG = 40.0  # seconds to find the repetitions of a long graph and to compile what is repeated
 
 _aten = torch.ops.aten
@@ -64,6 +68,21 @@ def paying_calls(graph: Graph) -> float:
     """Estimate from how many calls on they take less time if the graph is compiled before the first of them."""
     saved = replay_seconds(graph) - compiled_seconds(graph)
     return compilation_seconds(graph) / saved if saved > 0 else math.inf
+
+
+def automatic(function: Function, calls: float) -> Function:
+    """Return a function of tensors that is as fast as so many calls of it deserve, with the same results.
+
+    It is captured where there are many calls and it can be, and its graph compiled where that pays, see
+    :class:`pyro_vae.compilation.graph.CompiledFunction`. The choice depends on numbers and sizes alone.
+
+    >>> double = automatic(lambda x: [2 * x], calls=100)
+    >>> [double(torch.ones(2)) for _ in range(3)]
+    [[tensor([2., 2.])], [tensor([2., 2.])], [tensor([2., 2.])]]
+    """
+    if calls < _FEWEST_CALLS:
+        return function
+    return CompiledFunction(function, lambda graph: compilation_pays(graph, calls))
 
 
 def _counts(graph: Graph) -> tuple[int, float, float, float]:

@@ -4,6 +4,7 @@ Python's work around the operations (Pyro's handlers, shapes, sites) is then don
 so the function must run the same ones on all data: a capture refuses a function that reads the value of a tensor.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,8 @@ __all__ = [
 InputSignature = tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
 """Shape, strides, dtype and device of each input of a graph."""
 
+_CAPTURES = 8
+"""How often a function is captured that need not be: for inputs of so many signatures, or values that it reads."""
 _LONG = 1500
 """The number of operations from which on a graph is searched for repetitions: it would take a minute to compile."""
 
@@ -279,34 +282,55 @@ class Compilation:
 
 
 class CompiledFunction:
-    """A function of tensors that runs as a compiled graph from the second call with inputs of one signature on.
+    """A function of tensors that runs as a graph from the second call with inputs of one signature on.
 
     The function returns a sequence of tensors, by the same operations in each call. The first results of a graph are
     compared with its results, to 1e-3, relative or absolute.
+
+    Args:
+        function: takes tensors and returns a sequence of tensors.
+        compiles: whether a graph is compiled, or replayed as it is. If this is given, the function itself runs where it
+            cannot be captured, or where its graph gives other numbers. If it is left out, each graph is compiled, and
+            these are errors.
 
     >>> double = CompiledFunction(lambda x: [2 * x])
     >>> double(torch.ones(2)), double(torch.zeros(2))
     ([tensor([2., 2.])], [tensor([0., 0.])])
     """
 
-    def __init__(self, function: Function):
+    def __init__(self, function: Function, compiles: Callable[[Graph], bool] | None = None):
         self.function = function
+        self._compiles = compiles
+        self._captures_left = math.inf if compiles is None else _CAPTURES
         self._graphs: dict[InputSignature, Graph | None] = {}
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Return the function's results; raise if it cannot be captured, or its graph gives other numbers."""
+        """Return the function's results; raise if it must be captured and cannot be, or its graph has other numbers."""
         signature = input_signature(inputs)
         if signature not in self._graphs:
             self._graphs[signature] = None
             return list(self.function(*inputs))
         graph = self._graphs[signature]
         if graph is None or not graph.holds(*inputs):
-            graph = self._graphs[signature] = self._captured(inputs)
-        return graph(*inputs)
+            graph = self._graphs[signature] = self._captured_if_possible(inputs)
+        return list(self.function(*inputs)) if graph is None else graph(*inputs)
+
+    def _captured_if_possible(self, inputs: Sequence[Tensor]) -> Graph | None:
+        if not self._captures_left:
+            return None
+        self._captures_left -= 1
+        try:
+            return self._captured(inputs)
+        except CaptureError:
+            if self._compiles is None:
+                raise
+            self._captures_left = 0
+            return None
 
     def _captured(self, inputs: Sequence[Tensor]) -> Graph:
         graph = Graph(self.function, inputs)
-        graph.compile(inputs)
+        if self._compiles is None or self._compiles(graph):
+            graph.compile(inputs)
         with preserve_rng_state():
             expected = self.function(*inputs)
         with preserve_rng_state():

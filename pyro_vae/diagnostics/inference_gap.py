@@ -220,8 +220,9 @@ def inference_gap(
             have 2^23 numbers in ``num_particles`` draws, by default 8192 of up to 64 numbers each, evenly spaced ones
             are used, see :attr:`InferenceGap.rows`; if they depend on each other, there is no split.
         refined: q*, a guide of these data that is refined already, in place of a refinement here.
-        steps: steps of Adam. On VAEs of 64 pixels with a trained encoder and two or ten latents, the default of 50 steps
-            of 32 draws reaches the ELBO of 1000 steps to 0.001 nats; see ``lr`` for a guide that is far from its best.
+        steps: steps of Adam. On VAEs of 64 pixels with a trained encoder and two or ten latents, the default of 50
+            steps of 32 draws reaches the ELBO of 1000 steps to 0.001 nats; see ``lr`` for a guide that is far from its
+            best.
         lr: its learning rate, constant for half the steps and then decayed. A raw output moves by at most 0.75 ``lr``
             ``steps``, 5.6 by default.
         num_particles: draws of continuous latents of each datum in a step. Those of normal distributions have the

@@ -1,6 +1,6 @@
 """Refinement of a guide: free parameters for each datum, in place of the outputs of a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import with_article
+from pyro_vae.compilation.cost import automatic
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import MAX_STATES, Values
 from pyro_vae.parts.base import Conditional
@@ -37,20 +38,27 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
     whose distributions can be rebuilt from free parameters, and ``FloatingPointError`` if a gradient is not finite.
     """
     families = _families(q)
-    parameters = {name: start for name, (start, _) in families.items()}
-    free = [parameter.requires_grad_() for start in parameters.values() for parameter in start]
+    names = [name for name, (start, _) in families.items() for _ in start]
+    free = [parameter.requires_grad_() for start, _ in families.values() for parameter in start]
+
+    def grouped(parameters: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        return {name: [each for of, each in zip(names, parameters, strict=True) if of == name] for name in families}
+
+    def gradients_at(*parameters: Tensor) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            copies = [parameter.detach().requires_grad_() for parameter in parameters]
+            fns, frozen = _rebuilt(families, grouped(copies)), _rebuilt(families, grouped(parameters))
+            return torch.autograd.grad(-_elbo(q, fns, frozen, num_particles).sum(), copies)
+
     # With this eps, Adam does not scale a tiny gradient up to a step of size lr: if q is exact, it stays exact.
     optimizer, schedule = torch.optim.Adam(free, lr=lr, betas=_BETAS, eps=1e-3), decayed(lr, steps)
     averages = [torch.zeros_like(parameter) for parameter in free]
     averaged = range(steps // 2, steps)  # the mean of these steps is closer to the optimum than the last step
+    differentiate = automatic(gradients_at, steps)
     with progress_bar("refine", None, total=steps, unit="step") as bar:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = schedule(step)
-            with torch.enable_grad():
-                fns = _rebuilt(families, parameters)
-                frozen = {name: build([p.detach() for p in parameters[name]]) for name, (_, build) in families.items()}
-                loss = -_elbo(q, fns, frozen, num_particles).sum()
-                gradients = torch.autograd.grad(loss, free)
+            gradients = differentiate(*[parameter.detach() for parameter in free])
             if not all(gradient.isfinite().all() for gradient in gradients):
                 where = f"refinement, step {step + 1}"
                 raise FloatingPointError(f"{where}: the gradient is not finite. Take a smaller `lr`")
@@ -62,8 +70,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
                     average += parameter.detach() / len(averaged)
             bar.advance()
     with torch.no_grad():
-        remaining = iter(averages)
-        fns = _rebuilt(families, {name: [next(remaining) for _ in start] for name, (start, _) in families.items()})
+        fns = _rebuilt(families, grouped(averages))
     plate, num_data = q.p.plate, q.p.num_data
 
     def refined(*data: Tensor) -> None:

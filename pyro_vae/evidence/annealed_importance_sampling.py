@@ -14,12 +14,14 @@ from pyro_vae._utils.traces import masked
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
+from pyro_vae.compilation.cost import automatic
 from pyro_vae.evidence.importance_sampling import (
     Evidence,
     ReportProgress,
     WeightSampler,
     batched_estimate,
     densities,
+    draws_at_once,
     log_evidence,
 )
 from pyro_vae.exact.guide_density import GuideDensity
@@ -104,7 +106,8 @@ def annealed_log_evidence(
     betas = _temperatures(num_temperatures)
 
     def make_sampler(part: ModelDensity, report: ReportProgress) -> WeightSampler:
-        path = _Path(q.of_rows(part), num_leapfrog_steps)
+        chunks = -(-num_chains // draws_at_once(part))
+        path = _Path(q.of_rows(part), num_leapfrog_steps, chunks * num_temperatures * num_leapfrog_steps)
         steps = path.step_sizes(betas)
         return lambda count: path.log_weights(count, betas, steps, report)
 
@@ -201,8 +204,9 @@ class _State:
 class _Path:
     """The distributions between q(z | x) and p(z | x), and moves that leave each of them invariant."""
 
-    def __init__(self, q: GuideDensity, num_leapfrog_steps: int):
+    def __init__(self, q: GuideDensity, num_leapfrog_steps: int, calls: int):
         self.p, self.q, self.coordinates, self.num_leapfrog_steps = q.p, q, _Coordinates(q.p), num_leapfrog_steps
+        self._differentiated = automatic(self._log_densities, calls)
 
     def start(self, count: int) -> _State:
         """Start chains at draws of the guide."""
@@ -211,20 +215,21 @@ class _Path:
     def at(self, point: Tensor) -> _State:
         """Compute densities and gradients; a point where a matrix of the model is singular has no density."""
         try:
-            return self._at(point)
+            return _State(point.detach(), *self._differentiated(point.detach()))
         except torch.linalg.LinAlgError:
             if len(point) == 1:
                 nowhere = torch.full((2, *point.shape[:2]), -torch.inf, dtype=point.dtype, device=point.device)
                 return _State(point, nowhere, torch.zeros_like(point).expand(2, *point.shape))
             return _State.joined([self.at(chain) for chain in point.split(1)])
 
-    def _at(self, point: Tensor) -> _State:
+    def _log_densities(self, point: Tensor) -> list[Tensor]:
+        """The log-densities of guide and model, ``(2, C, N)``, and their gradients, ``(2, C, N, D)``."""
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             values, volume = self.coordinates.values(point)
             densities = self.q.log_prob(values) + volume, self.p.log_joint(values) + volume
             gradients = [torch.autograd.grad(density.sum(), point, retain_graph=True)[0] for density in densities]
-        return _State(point.detach(), torch.stack(densities).detach(), torch.stack(gradients))
+        return [torch.stack(densities).detach(), torch.stack(gradients)]
 
     def move(self, state: _State, beta: float, step: Tensor) -> tuple[_State, Tensor]:
         """Move the chains with steps ``(N,)``; return their state, and the acceptance probabilities ``(C, N)``."""

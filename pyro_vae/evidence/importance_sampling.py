@@ -16,6 +16,7 @@ from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import boolean, positive_int
 from pyro_vae.arguments import any_arguments
+from pyro_vae.compilation.cost import automatic
 from pyro_vae.compilation.graph import CompiledFunction
 from pyro_vae.evidence.pareto import pareto_shape, reliable_shape, shape_error, tail_length
 from pyro_vae.exact.guide_density import GuideDensity
@@ -197,7 +198,7 @@ def log_evidence(
     plate: str = "data",
     seed: int = 0,
     progress: bool | None = None,
-    compile: bool = False,
+    compile: bool | None = None,
 ) -> Evidence:
     r"""Estimate the log marginal likelihood of each datum,
 
@@ -223,12 +224,15 @@ def log_evidence(
         seed: of the draws.
         progress: whether to show a progress bar; by default only on a terminal or in a notebook.
         compile: whether to capture the weights of a chunk as a graph and compile it, see
-            :mod:`pyro_vae.compilation.graph`. The results are the same except for rounding. Compilation takes some
-            seconds in each call, which pays for many draws of many data.
+            :mod:`pyro_vae.compilation.graph`. The results are the same except for rounding. By default, the numbers of
+            draws and data decide: many chunks are captured where they can be, and compiled where that takes less time
+            in all, see :func:`pyro_vae.compilation.cost.automatic`. ``True`` compiles in any case, which takes some
+            seconds.
 
     Raises:
         ValueError: if model and guide are not of this form, or the likelihood is not normalised;
-            :class:`pyro_vae.compilation.graph.CaptureError`, a subclass, if they cannot be captured.
+            :class:`pyro_vae.compilation.graph.CaptureError`, a subclass, if they cannot be captured and
+            ``compile=True``.
 
     Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", equation 8.
 
@@ -240,14 +244,23 @@ def log_evidence(
     (torch.Size([10]), True, torch.Size([10]))
     """
     positive_int(num_samples, "num_samples")
-    boolean(compile, "compile")
+    if compile is not None:
+        boolean(compile, "compile")
     p, q = densities(model, guide, data, plate)
-    compiled: dict[int, CompiledFunction] = {}
+    num_data, runs = p.num_data, dict[tuple[int, int], Function]()
+
+    def calls(p: ModelDensity, count: int) -> int:
+        """How often there are so many draws of a batch of so many rows."""
+        size = draws_at_once(p)
+        return max(1, num_data // _ROWS if p.num_data == _ROWS else 1) * (num_samples // size if count == size else 1)
 
     def make_sampler(p: ModelDensity, report: ReportProgress) -> WeightSampler:
         def sample(count: int) -> Tensor:
-            weights = partial(_log_weights, q.of_rows(p), count)
-            run = compiled.setdefault(count, CompiledFunction(weights)) if compile else weights
+            run: Function = partial(_log_weights, q.of_rows(p), count)
+            if compile is None:
+                run = runs.setdefault((count, p.num_data), automatic(run, calls(p, count)))
+            elif compile:
+                run = runs.setdefault((count, 0), CompiledFunction(run))
             (log_weights,) = run(*p.data)
             report(log_weights.numel())
             return log_weights
@@ -336,6 +349,11 @@ def batched_estimate(
     return Evidence(log_evidence, ess, khat, num_samples, cell_plates(p))
 
 
+def draws_at_once(p: ModelDensity) -> int:
+    """Return the number of draws of each datum whose log-weights are computed at once."""
+    return p.chunk_size(_BUDGET)
+
+
 def _batches(p: ModelDensity) -> Iterable[ModelDensity]:
     """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
     if not p.by_rows or p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
@@ -345,7 +363,7 @@ def _batches(p: ModelDensity) -> Iterable[ModelDensity]:
 
 def _summarize_weights(p: ModelDensity, sampler: WeightSampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each."""
-    chunk, top_size = p.chunk_size(_BUDGET), tail_length(num_samples) + 1
+    chunk, top_size = draws_at_once(p), tail_length(num_samples) + 1
     total, total_of_squares = p.zeros() - math.inf, p.zeros() - math.inf
     top = p.zeros()[:0].reshape(0, p.num_data)
     for first in range(0, num_samples, chunk):

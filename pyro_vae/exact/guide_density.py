@@ -311,12 +311,10 @@ class _Transformed(dist.TransformedDistribution):
 def _as_normal(fn: Any, dims: int) -> tuple[Tensor, Tensor] | None:
     """Mean ``(N, d)`` and scale ``(N, d, d)`` of a normal q in unconstrained coordinates; ``None`` for another q."""
     variables = without_independent(fn.base_dist if isinstance(fn, _Transformed) else fn)
-    if isinstance(variables, torch.distributions.Normal):
-        loc, scale = (part.reshape(len(part), -1) for part in (variables.loc, variables.scale) if part.dim())
+    if isinstance(variables, torch.distributions.Normal) and variables.loc.dim():
+        loc, scale = (part.reshape(len(part), -1) for part in (variables.loc, variables.scale))
         scale_tril = scale.diag_embed()
-    elif isinstance(variables, torch.distributions.MultivariateNormal):
-        loc, scale_tril = variables.loc, variables.scale_tril
-    elif isinstance(variables, torch.distributions.LowRankMultivariateNormal):
+    elif isinstance(variables, torch.distributions.MultivariateNormal | torch.distributions.LowRankMultivariateNormal):
         loc, scale_tril = variables.loc, variables.scale_tril
     else:
         return None

@@ -32,6 +32,7 @@ from pyro_vae._utils.traces import log_density, summed_to
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
 from pyro_vae.arguments import any_arguments
+from pyro_vae.compilation.cost import automatic
 from pyro_vae.distributions.properties import base_support, is_point, without_independent
 from pyro_vae.exact.discrete import DiscreteModel
 from pyro_vae.exact.guide_density import GuideDensity
@@ -48,6 +49,7 @@ __all__ = ["Posterior", "elbo", "kl", "log_evidence", "posterior"]
 
 _MAX_ROWS = {1: 2**18, 2: 2**15}  # of one quadrature, by dimensions: some 8 kB, or 64 kB, for each
 _CANDIDATES = 9  # points of which a draw of a posterior is one
+_CHUNKS = 100  # of points, about as many as a quadrature has
 
 
 @torch.no_grad()
@@ -633,11 +635,15 @@ class _Joint:
         self.p, self.box, self.coordinates = p, box, p.coordinates()
         self.num_data, self.chunk = p.num_data, p.chunk
         self.rounding = 8 * torch.finfo(p.dtype).eps
+        self._run = automatic(self._log_joint, _CHUNKS)
 
-    def __call__(self, points: Tensor) -> tuple[Tensor, None]:
+    def _log_joint(self, points: Tensor) -> list[Tensor]:
         with pyro.validation_enabled(False):
             log_joint = self.p.log_joint({self.coordinates.name: self.coordinates.to_site(points)}).double()
-        log_joint = (log_joint + self.coordinates.log_jacobian(points)).expand(len(points), self.num_data)
+        return [(log_joint + self.coordinates.log_jacobian(points)).expand(len(points), self.num_data)]
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, None]:
+        (log_joint,) = self._run(points)
         if self.box is not None and log_joint.isnan().any():  # a number has overflowed, far out in the prior
             outside = ((points < self.box.low) | (points > self.box.high)).any(-1)
             log_joint = log_joint.masked_fill(outside & log_joint.isnan(), -torch.inf)

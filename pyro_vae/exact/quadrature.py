@@ -215,9 +215,9 @@ def sum_on_lattice(
     .. math:: \mathbb{E}[f(z)] \approx \sum_{k \in \mathbb{Z}^d} h^d\, \mathcal{N}(h k; 0, I)\, f(\mu + h L k)
 
     The error falls exponentially as the spacing h becomes smaller, where f is analytic, and as :math:`h^2` or h at a
-    kink or a jump. Each of the lattices of every second or fourth point is a rule of its own, of a larger error e, which
-    their distance from the whole shows. That of the whole is taken to be :math:`e_{2h}^2 / e_{4h}`, as if the error fell
-    by one factor each time, and no less than :math:`e_{2h} / 8`.
+    kink or a jump. Each of the lattices of every second or fourth point is a rule of its own with a larger error e,
+    which its distance from the whole shows. The error of the whole is taken to be :math:`e_{2h}^2 / e_{4h}`, as if it
+    fell by one factor each time, and no less than :math:`e_{2h} / 8`.
 
     Args:
         function: f.

@@ -37,7 +37,7 @@ def test_a_rebuilt_distribution_is_the_same(fn):
     assert all(parameter.isfinite().all() and not parameter.requires_grad for parameter in start)
 
 
-@pytest.mark.parametrize("fn, has_covariance", [
+@pytest.mark.parametrize(("fn", "has_covariance"), [
     (dist.Normal(torch.zeros(5, 2), torch.ones(2)).to_event(1), True),
     (dist.Normal(torch.zeros(5), 1.0), True),
     (dist.Normal(torch.zeros(5, 30), torch.ones(30)).to_event(1), False),
