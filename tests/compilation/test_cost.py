@@ -38,3 +38,30 @@ def test_a_compilation_pays_for_many_calls_alone():
 def test_the_costs_do_not_depend_on_the_run():
     graphs = [Graph(lambda x: [(x @ x).exp()], [torch.randn(50, 50)]) for _ in range(2)]
     assert cost.replay_seconds(graphs[0]) == cost.replay_seconds(graphs[1])
+
+
+def test_many_calls_are_captured_and_few_are_not():
+    for calls, expected in ((5, 20), (100, 3)):  # the first run, the capture and a comparison
+        runs = []
+        function = cost.automatic(lambda x, runs=runs: runs.append(1) or [2 * x], calls)
+        for _ in range(20):
+            assert torch.equal(function(torch.ones(3))[0], torch.full((3,), 2.0))
+        assert len(runs) == expected
+
+
+def test_what_cannot_be_captured_or_differs_runs_as_it_is():
+    branch = cost.automatic(lambda x: [x if x.sum() > 0 else -x], 100)
+    assert [float(branch(torch.tensor([sign]))[0]) for sign in (1.0, -1.0, 2.0, -3.0)] == [1.0, 1.0, 2.0, 3.0]
+    runs = []
+    counted = cost.automatic(lambda x: runs.append(1) or [len(runs) * x], 100)
+    # The second call captures, compares, finds another result, and runs the function once more.
+    assert [float(counted(torch.ones(1))[0]) for _ in range(4)] == [1.0, 4.0, 5.0, 6.0]
+
+
+def test_values_that_change_often_end_the_captures():
+    runs = []
+    function = cost.automatic(lambda x, n: runs.append(1) or [x[: int(n)].sum()[None]], 100)
+    x = torch.arange(40.0)
+    for n in range(1, 40):
+        assert function(x, torch.tensor(n))[0] == x[:n].sum()
+    assert len(runs) == 1 + 2 * 8 + 30  # eight captures, each with a comparison, and then the function alone

@@ -132,6 +132,17 @@ def test_captured_weights_of_batches_use_the_rows_of_each_batch(graphs, monkeypa
     assert_same(*estimates)
 
 
+def test_many_chunks_are_captured_by_themselves_with_the_same_bits(graphs):
+    vae = vae_of("normal 2-D")
+    eager, chosen = (pv.log_evidence(vae.model, vae.guide, X, num_samples=205, compile=it) for it in (False, None))
+    assert len(graphs) == 1  # of twenty chunks of ten draws; that of five is alone
+    assert torch.equal(chosen.log_evidence, eager.log_evidence)
+    assert torch.equal(chosen.ess, eager.ess)
+    graphs.clear()
+    pv.log_evidence(vae.model, vae.guide, X, num_samples=100)
+    assert not graphs, "ten chunks do not pay for a capture"
+
+
 @pytest.mark.integration
 def test_compiled_weights_give_the_same_estimate(monkeypatch):
     monkeypatch.setattr(importance_sampling, "_BUDGET", 20 * 64 * 10)
@@ -147,6 +158,8 @@ def test_a_branch_on_data_cannot_be_captured(graphs):
 
     with pytest.raises(CaptureError, match=r"reads the value of a tensor .*test_importance_sampling.py"):
         pv.log_evidence(model, EXACT[1], Y, num_samples=100, compile=True)
+    eager, chosen = (pv.log_evidence(model, EXACT[1], Y, num_samples=400, compile=it) for it in (False, None))
+    assert torch.equal(eager.log_evidence, chosen.log_evidence)
 
 
 REPEATS = 20_000
@@ -223,7 +236,7 @@ def chunks(monkeypatch):
 def test_khat_is_that_of_all_weights_for_any_chunks(monkeypatch, chunks, budget):
     """Only the largest weights so far are stored."""
     monkeypatch.setattr(importance_sampling, "_BUDGET", budget)
-    estimate = pv.log_evidence(*conjugate(0.5, 0.5), Y, num_samples=1000)
+    estimate = pv.log_evidence(*conjugate(0.5, 0.5), Y, num_samples=1000, compile=False)
     torch.testing.assert_close(estimate.khat, pareto_shape(torch.cat(chunks)).float(), rtol=0, atol=1e-6)
 
 
@@ -302,7 +315,7 @@ def test_a_seed_fixes_the_draws_and_nothing_outside_changes(random_states):
 @pytest.mark.parametrize(("budget", "size"), [(1, 1), (20, 1), (3 * 64 * 20, 3), (10**9, 1000)])
 def test_chunks_do_not_change_the_distribution(monkeypatch, chunks, budget, size):
     monkeypatch.setattr(importance_sampling, "_BUDGET", budget)
-    estimate = pv.log_evidence(*WIDER, Y, num_samples=1000)
+    estimate = pv.log_evidence(*WIDER, Y, num_samples=1000, compile=False)
     sizes = [len(chunk) for chunk in chunks]
     assert (sum(sizes), max(sizes)) == (1000, size)
     assert_agree(estimate, conjugate_evidence(Y))
