@@ -80,8 +80,8 @@ def add_training(parser: argparse.ArgumentParser, batch_size: int, lr: float) ->
     """Add ``--batch-size``, ``--lr`` and ``--compile``."""
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="rows in a mini-batch")
     parser.add_argument("--lr", type=positive_float, default=lr, help="learning rate of Adam")
-    compiled = "compile the steps that are repeated: the same numbers in less time"
-    parser.add_argument("--compile", action="store_true", help=compiled)
+    compiled = "compile the steps from the first one on; by default long runs do so while they train"
+    parser.add_argument("--compile", action="store_true", default=None, help=compiled)
 
 
 def add_images(parser: argparse.ArgumentParser, default: str) -> None:

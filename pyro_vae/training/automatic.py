@@ -18,8 +18,8 @@ from pyro_vae.training.step import BatchContext, Step
 __all__ = ["CHANGED", "AutomaticEngine"]
 
 CHANGED = "after a change of modules or of Python's values"
-_SLACK = 2.0  # times the estimated time to compile, so that a run does not wait
-_BEGIN = 0.4  # of the steps before the first compiled one, after which the compiler begins: a short run needs none
+_SLACK = 1.5  # times the estimated time to compile, so that a run does not wait
+_BEGIN = 0.25  # of the steps before the first compiled one, after which the compiler begins: a short run needs none
 
 
 class AutomaticEngine:

@@ -292,7 +292,7 @@ def test_parameters_outside_of_their_range_are_found_in_a_long_first_epoch():
 @pytest.fixture
 def compiled_soon(monkeypatch):
     """Let a run wait for the compiler after few steps."""
-    monkeypatch.setattr(cost, "compilation_seconds", lambda graph: 30 * cost.replay_seconds(graph))
+    monkeypatch.setattr(cost, "compilation_seconds", lambda graph: 40 * cost.replay_seconds(graph))
 
 
 @pytest.fixture
