@@ -701,7 +701,9 @@ TRAINING = {
         ValueError, "precision", "must be 'bf16-mixed', or None for float32, got 'fp16'"),
     "a number for the precision": Row(lambda w: fit(w, precision=16),
         ValueError, "precision", "must be 'bf16-mixed', or None for float32, got 16"),
-    "a number for compile": boolean(lambda w: pv.log_evidence(*w.pair, w.x, compile=1), "compile", 1),
+    "a number for compile": Row(
+        lambda w: pv.log_evidence(*w.pair, w.x, compile=1), TypeError, "compile", "must be True, False or None, got 1"
+    ),
     "gradients clipped to nothing": positive(lambda w: fit(w, clip_norm=0.0), "clip_norm", 0.0),
     "patience without validation": Row(lambda w: fit(w, patience=3),
         ValueError, "patience", "needs held-out data, `validation=`, got none"),

@@ -321,7 +321,7 @@ class CompiledFunction:
         self._captures_left -= 1
         try:
             return self._captured(inputs)
-        except CaptureError:
+        except Exception:  # of the function under the capture, which then runs as it is
             if self._compiles is None:
                 raise
             self._captures_left = 0

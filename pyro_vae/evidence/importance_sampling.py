@@ -14,7 +14,7 @@ from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
-from pyro_vae._utils.validation import boolean, positive_int
+from pyro_vae._utils.validation import optional_boolean, positive_int
 from pyro_vae.arguments import any_arguments
 from pyro_vae.compilation.cost import automatic
 from pyro_vae.compilation.graph import CompiledFunction
@@ -244,8 +244,7 @@ def log_evidence(
     (torch.Size([10]), True, torch.Size([10]))
     """
     positive_int(num_samples, "num_samples")
-    if compile is not None:
-        boolean(compile, "compile")
+    optional_boolean(compile, "compile")
     p, q = densities(model, guide, data, plate)
     num_data, runs = p.num_data, dict[tuple[int, int], Function]()
 
