@@ -248,7 +248,7 @@ def test_a_prior_that_differs_in_a_later_batch_is_found(few_rows):
 def test_the_gap_of_many_rows_is_that_of_evenly_spaced_ones(few_rows, monkeypatch):
     vae = pairs()["linear"]
     few_rows()
-    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 16 * 10)
+    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 32 * 10)
     found = pv.inference_gap(vae.model, vae.guide, X, steps=3)
     assert found.rows.tolist() == list(range(0, N, 5))
     torch.testing.assert_close(found.log_evidence, exact.log_evidence(vae.model, X)[found.rows])
@@ -264,7 +264,7 @@ def test_many_rows_of_which_each_has_its_own_parameters_are_not_refined(few_rows
             pyro.sample("z", dist.Normal(loc, 1.0))
 
     few_rows()
-    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 16 * 10)
+    monkeypatch.setattr(inference_gap, "_BUDGET", 64 * 32 * 10)
     found = pv.inference_gap(model, guide, X[:, 0])
     assert found.approximation is None
     assert "all 50 of them are too many to refine at once, more than 10" in found.why_no_split

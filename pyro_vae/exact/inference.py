@@ -103,8 +103,8 @@ def _log_evidence(pair: ModelGuide, tolerance: float, progress: bool | None) -> 
         return _summed_evidence(p).to(p.dtype)
     if (linear := linear_gaussian(p)) is not None:
         return linear.log_evidence().to(p.dtype)
-    parts = _shown("exact.log_evidence", progress, _batches(p))
-    return torch.cat([_integrated_evidence(part, tolerance)[0] for part in parts]).to(p.dtype)
+    found = _in_batches("exact.log_evidence", progress, p, lambda part: _integrated_evidence(part, tolerance)[0])
+    return torch.cat(found).to(p.dtype)
 
 
 def _by_rows(name: str, progress: bool | None, batches: RowBatches, compute: Callable[[ModelGuide], Tensor]) -> Tensor:
@@ -269,8 +269,7 @@ def _elbo(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
     q = GuideDensity(p)
     if p.is_discrete:
         return q.sum(lambda values: p.log_joint(values) - q.log_prob(values)).to(p.dtype)
-    parts = _shown("exact.elbo", progress, _batches(p))
-    return torch.cat([q.of_rows(part).elbo(tolerance) for part in parts]).to(p.dtype)
+    return torch.cat(_in_batches("exact.elbo", progress, p, lambda part: q.of_rows(part).elbo(tolerance))).to(p.dtype)
 
 
 @torch.no_grad()
@@ -315,12 +314,12 @@ def _kl(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
     if p.is_discrete:
         evidence = _summed_evidence(p)
         return q.sum(lambda values: q.log_prob(values) - (p.log_joint(values) - evidence)).to(p.dtype)
-    evidences, elbos = [], []
-    for part in _shown("exact.kl", progress, _batches(p)):
-        evidences.append(_integrated_evidence(part, tolerance)[0])
-        elbos.append(q.of_rows(part).elbo(tolerance, reach=1.25))
-    evidence = torch.cat(evidences)
-    gap = evidence - torch.cat(elbos)
+
+    def both(part: ModelDensity) -> tuple[Tensor, Tensor]:
+        return _integrated_evidence(part, tolerance)[0], q.of_rows(part).elbo(tolerance, reach=1.25)
+
+    evidence, bound = map(torch.cat, zip(*_in_batches("exact.kl", progress, p, both), strict=True))
+    gap = evidence - bound
     rounding = 16 * torch.finfo(p.dtype).eps * (1 + evidence.abs())
     if (gap < -2 * tolerance - rounding).any():
         raise QuadratureError(
@@ -620,12 +619,14 @@ def _batches(p: ModelDensity) -> list[ModelDensity]:
     return [p]
 
 
-def _shown(name: str, progress: bool | None, parts: list[ModelDensity]) -> Iterator[ModelDensity]:
-    """Iterate over batches of rows under a progress bar."""
-    with progress_bar(name, progress, total=sum(part.num_data for part in parts), unit="datum") as bar:
-        for part in parts:
-            yield part
+def _in_batches(name: str, progress: bool | None, p: ModelDensity, compute: Callable[[ModelDensity], Any]) -> list[Any]:
+    """Compute something for each batch of rows under a progress bar."""
+    found = []
+    with progress_bar(name, progress, total=p.num_data, unit="datum") as bar:
+        for part in _batches(p):
+            found.append(compute(part))
             bar.advance(part.num_data)
+    return found
 
 
 class _Joint:

@@ -217,7 +217,7 @@ def sum_on_lattice(
     The error falls exponentially as the spacing h becomes smaller, where f is analytic, and as :math:`h^2` or h at a
     kink or a jump. Each of the lattices of every second or fourth point is a rule of its own with a larger error e,
     which its distance from the whole shows. The error of the whole is taken to be :math:`e_{2h}^2 / e_{4h}`, as if it
-    fell by one factor each time, and no less than :math:`e_{2h} / 8`.
+    fell by one factor each time, and no less than :math:`e_{2h} / 4`, as at a kink. Twice that must be tolerable.
 
     Args:
         function: f.
@@ -242,7 +242,7 @@ def sum_on_lattice(
     terms = weights[:, None] * values
     value = terms.sum(0)
     error, coarser = (_spread(terms, steps, value, every) for every in (2, 4))
-    error = torch.where(error < coarser, torch.maximum(error**2 / coarser, error / 8), error)
+    error = torch.where(error < coarser, torch.maximum(error**2 / coarser, error / 4), error)
     at_edge = terms[radius > _RADIUS - 1].abs().sum(0)
     return value, torch.maximum(2 * error, 8 * at_edge) <= tolerance + function.rounding * value.abs()
 

@@ -170,6 +170,23 @@ def test_a_bar_ends_with_its_call(terminal):
     assert "failed:  50%" in terminal.getvalue()
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("exact")])
+def test_a_bar_ends_with_a_call_whose_error_is_kept(name, terminal, monkeypatch):
+    """A notebook keeps the last error, and with it what the call was at."""
+
+    def fail(*args, **options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pyro_vae.exact.inference._integrated_evidence", fail)
+    monkeypatch.setattr("pyro_vae.exact.guide_density.GuideDensity.elbo", fail)
+    with pytest.raises(ZeroDivisionError) as kept:
+        CALLS[name]()
+    with progress_bar("next", None, total=2):
+        pass
+    assert "next:" in terminal.getvalue()
+    assert kept.traceback
+
+
 @pytest.mark.parametrize("progress", ["no", 1, 0.0])
 def test_what_is_no_flag_is_refused(progress):
     for call in CALLS.values():

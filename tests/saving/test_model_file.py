@@ -103,6 +103,7 @@ NETWORKS = {
     "linear without bias": networks.linear(bias=False),
     "mlp": networks.mlp([4, 5], activation=nn.SiLU),
     "mlp of numpy": networks.mlp((np.int64(4),), functools.partial(nn.LeakyReLU, negative_slope=0.3)),
+    "starting_at": networks.starting_at(NET, torch.tensor([0.5, -0.5] * 4)),
     "standardized": networks.standardized(NET, loc=torch.arange(4.0), scale=np.full(4, 2.0)),
     "with_missing": networks.standardized(networks.with_missing(NET), 0.5),
     "one_hot": networks.one_hot(np.int64(3), NET),

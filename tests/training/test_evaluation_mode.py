@@ -148,6 +148,7 @@ def test_a_large_evaluation_takes_batches_by_itself(monkeypatch):
     vae, seen = gaussian(1, 2), []
     vae.decoder.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])))
     assert pv.evaluate(vae.model, vae.guide, X)["elbo"] < 0
-    assert max(seen) == 20
+    assert {20, 4} <= set(seen)
+    assert max(seen) == 21  # in the first look, whose rows are more than a batch
     sliced = with_a_global_latent(lambda x: x)
     assert pv.evaluate(sliced, AutoDelta(sliced), X)["surrogate"] < 0  # no batches are right here
