@@ -11,19 +11,33 @@ from torch import Tensor
 
 from pyro_vae._utils.validation import seed_number
 
-__all__ = ["RandomStream", "preserve_rng_state", "random_states", "seeded", "set_random_states"]
+__all__ = [
+    "RandomStream", "preserve_rng_state", "random_states", "seeded", "set_random_states", "set_torch_random_states",
+    "torch_random_states",
+]  # fmt: skip
 
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Run a block, then restore the random states of torch (CPU and current CUDA device), NumPy and :mod:`random`."""
-    state = pyro.util.get_rng_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            pyro.util.set_rng_state(state)
+    state, streams = pyro.util.get_rng_state(), torch_random_states()
+    try:
+        yield
+    finally:
+        pyro.util.set_rng_state(state)
+        set_torch_random_states(streams)
+
+
+def torch_random_states() -> list[Tensor]:
+    """The random states of torch alone: of the CPU and of the current CUDA device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_torch_random_states(states: list[Tensor]) -> None:
+    """Restore the states that :func:`torch_random_states` returned."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 @contextmanager

@@ -116,6 +116,7 @@ class AutomaticEngine:
             self.give_up(CHANGED)
             return
         captured.count, captured.names = replayed.count, replayed.names
+        captured.start_clock()
         self.step = captured
 
     def header(self) -> dict[str, Any]:

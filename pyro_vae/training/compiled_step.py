@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import pyro
@@ -88,7 +88,7 @@ class CapturedStep(GraphStep):
         self.count += 1
         self._last = batch_context, inputs
         try:
-            graphs = self._captured_for(batch_context, inputs) or self._captured_also(batch_context, inputs)
+            graphs = self._captured_for(key, inputs) or self._captured_also(batch_context, inputs)
             again, self._running = graphs is self._running, graphs
             return graphs(batch_context, inputs, again)
         except CaptureError:
@@ -105,9 +105,14 @@ class CapturedStep(GraphStep):
         graphs = self._captured_also(batch_context, inputs)
         return graphs.step.compile_in_background(inputs, self.pieces)
 
-    def _captured_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs | None":
+    def start_clock(self) -> None:
+        """Measure the time of a step from now on, of which comparisons may take a share."""
+        for graphs in chain(*self._graphs.values()):
+            graphs.start_clock()
+
+    def _captured_for(self, key: tuple[BatchContext, InputSignature], inputs: Sequence[Tensor]) -> "_StepGraphs | None":
         """The graphs for inputs of this form, with the same values where the program reads them."""
-        found = self._graphs.get((batch_context, input_signature(inputs)), [])
+        found = self._graphs.get(key, [])
         return next((graphs for graphs in found if graphs.step.holds(*inputs)), None)
 
     def _captured_also(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_StepGraphs":
@@ -154,7 +159,7 @@ class CapturedStep(GraphStep):
         self.refresh()
         if self._last is not None:
             batch_context, inputs = self._last
-            if graphs := self._captured_for(batch_context, inputs):
+            if graphs := self._captured_for((batch_context, input_signature(inputs)), inputs):
                 graphs.check(batch_context, inputs)
 
     def diagnose_nonfinite(
@@ -167,7 +172,7 @@ class CapturedStep(GraphStep):
         self.tensors.note()
         with pyro.validation_enabled(False), self.discard_gradients():
             for inputs in done[:-1]:
-                if graphs := self._captured_for(batch_context, inputs):
+                if graphs := self._captured_for((batch_context, input_signature(inputs)), inputs):
                     graphs.step(*inputs)
                 else:  # an eager step
                     with batch_context(*inputs) as arguments:
@@ -297,6 +302,10 @@ class _StepGraphs:
     def _compile(self, inputs: Sequence[Tensor]) -> None:
         self.step.compile(inputs, self.owner.pieces)
         self.is_compiled = True
+
+    def start_clock(self) -> None:
+        """Measure the time of a call from now on."""
+        self._since = time.perf_counter()
 
     def check(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
         """Compare with an eager run, and set the time of the next comparison: they take up to 1 % of the time."""

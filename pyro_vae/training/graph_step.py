@@ -131,6 +131,7 @@ class GraphStep(Step):
         """Notice what Python has changed since the last step; return whether parameters must be found again."""
         if self._python is None:
             return super().refresh()
+        self.rates = None
         self.check_contexts()
         changed = self.snapshot is None or self.snapshot.has_changed() or self._hooks != self._hook_numbers()
         changed = self.optimizer_has_changed() or changed

@@ -20,7 +20,7 @@ from pyro_vae._utils.ambient import check_gradients_enabled
 from pyro_vae._utils.data import DataTensors, LazyData
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
+from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
 from pyro_vae.compilation.graph import CaptureError
 from pyro_vae.training.automatic import CHANGED, AutomaticEngine
 from pyro_vae.training.checkpoints import Checkpoints
@@ -206,8 +206,11 @@ class Loop:
             engine = {} if self.engine is None else self.engine.header()
             self.checkpoints.save(self.step, self.batches, self.state, engine)
 
-    def _sync_metrics(self) -> None:
-        """Read the metrics of the pending steps: check that they are finite, and average finished epochs."""
+    def _sync_metrics(self, refresh: bool = True) -> None:
+        """Read the metrics of the pending steps: check that they are finite, and average finished epochs.
+
+        ``refresh``: whether nothing else lets the step notice what Python has changed, before the next one.
+        """
         table = self._pending.read()
         check_finite(self.step, self.batches.context, self.state, self._pending, table)
         self.state.metrics += table
@@ -216,7 +219,8 @@ class Loop:
         latest = {name: f"{values[-1]:.4g}" for name, values in self.state.history.items()}
         self._progress.note(latest)
         self._progress.advance_to(self.state.epoch)
-        self._refresh()
+        if refresh:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Let the step notice what Python has changed, such as parameters that were frozen."""
@@ -253,7 +257,7 @@ class Loop:
                 state.history.setdefault(name, [])
             state.history.setdefault("lr", []).append(float(self.step.lr(self.step.count - 1)))
         if self.validate is not None or self.callbacks or self._plateau is not None:
-            self._sync_metrics()
+            self._sync_metrics(refresh=not self.callbacks)
         if self.validate is not None:
             with buffers_kept():
                 terms = self.validate()
@@ -415,7 +419,7 @@ class PendingMetrics:
         self.inputs.clear()
         self._metrics.clear()
         self._bytes = 0
-        self.random_states = random_states()
+        self.random_states = torch_random_states()
         self._next_sync = time.perf_counter() + _SYNC_SECONDS
 
     def add(self, inputs: tuple[Tensor, ...], metrics: Tensor) -> None:
@@ -447,7 +451,7 @@ def check_finite(
         if isinstance(step, CapturedStep) and not step.skips:
             step.count = number
             inputs = pending.inputs[: index + 1]
-            raise step.diagnose_nonfinite(context, inputs, partial(set_random_states, *pending.random_states))
+            raise step.diagnose_nonfinite(context, inputs, partial(set_torch_random_states, pending.random_states))
         if state.consecutive_skips >= _MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
                 f"step {number}: it is the {_MAX_CONSECUTIVE_SKIPS}th in a row whose loss or gradient is not finite"

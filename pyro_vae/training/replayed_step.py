@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.rng import preserve_rng_state
+from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, input_signature
 from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.compilation.replay import Replay
@@ -69,13 +69,13 @@ class ReplayedStep(GraphStep):
             return self._eager_step(batch_context, inputs, validate)
         if validate or gradients.calls >= gradients.next_check:
             return self._compared_step(gradients, batch_context, inputs, validate)
-        random, buffers = _random_state(inputs), gradients.writes_buffers
+        random, buffers = torch_random_states(), gradients.writes_buffers
         if buffers:
             self.tensors.note()
         self.set_schedules(self.count)
         row, norm, *found = gradients(*inputs)
         if not row[0].item():  # an eager step raises or skips
-            _set_random_state(random)
+            set_torch_random_states(random)
             if buffers:
                 self.tensors.load_model_state()
             return super().__call__(batch_context, *inputs, validate=validate)
@@ -253,14 +253,3 @@ def _close(found: Sequence[Tensor | None], expected: Sequence[Tensor]) -> bool:
             if not torch.allclose(one, other.to(one.dtype), rtol=_DIGITS, atol=_DIGITS * size, equal_nan=True):
                 return False
     return True
-
-
-def _random_state(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    on_cuda = any(tensor.is_cuda for tensor in inputs)
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
-
-
-def _set_random_state(states: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1])

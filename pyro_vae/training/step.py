@@ -68,6 +68,7 @@ class Step:
         self.traced: Collection[str] = ()  # names of the parameters of the last run, but for those of `modules`
         self.names: list[str] = []  # of the terms of the ELBO, after the first step
         self.count = 0  # number of finished steps
+        self.rates: tuple[float, float | None] | None = None  # that the optimizer has, if nothing has changed them since
         self.modules: Registered = {}
         self.snapshot: ModuleSnapshot | None = None  # of these modules and of the parameters, since they were found
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)  # of all modules that these and the ELBO run
@@ -100,6 +101,7 @@ class Step:
 
     def refresh(self) -> bool:
         """Find the parameters again if modules, their flags or the param store have changed; return whether so."""
+        self.rates = None
         changed = self.snapshot is not None and self.snapshot.has_changed()
         if changed:
             self.clear_parameter_cache()
@@ -125,7 +127,10 @@ class Step:
             return
         momentum = self.lr.momentum if isinstance(self.lr, TorchSchedule) else None
         lr = number(self.lr(step), f"lr: at step {step}", least=0)
-        set_rates(self.optimizer, lr, None if momentum is None else momentum(step))
+        rates = lr, None if momentum is None else momentum(step)
+        if rates != self.rates:
+            set_rates(self.optimizer, *rates)
+            self.rates = rates
 
     def clear_parameter_cache(self) -> None:
         """Find the parameters again in the next run, after some were frozen, unfrozen, put in or replaced."""
@@ -212,6 +217,7 @@ class Step:
             else:
                 self.optimizer.param_groups += optimizer.param_groups
                 self.optimizer.state.update(optimizer.state)
+            self.rates = None
             self._set_lr(self.count - 1)
         if self.optimizer is not None:
             self._zero_missing_gradients(self.optimizer)
