@@ -68,7 +68,8 @@ class Step:
         self.traced: Collection[str] = ()  # names of the parameters of the last run, but for those of `modules`
         self.names: list[str] = []  # of the terms of the ELBO, after the first step
         self.count = 0  # number of finished steps
-        self.rates: tuple[float, float | None] | None = None  # which the optimizer has, if nothing else has changed them
+        # Those that the optimizer has, if nothing else has changed them:
+        self.rates: tuple[float, float | None] | None = None
         self.modules: Registered = {}
         self.snapshot: ModuleSnapshot | None = None  # of these modules and of the parameters, since they were found
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)  # of all modules that these and the ELBO run
