@@ -21,7 +21,7 @@ PICTURES = DOCS / "_build" / "benchmarks"
 NEEDED = ("mixture", "mnist-128")
 """The cases of the README; the tables and figures have what a run has."""
 
-KEPT = ("title", "time", "lower", "upper", "start", "start_again", "grown", "not_available", "failed")
+KEPT = ("title", "time", "lower", "upper", "start", "grown", "not_available", "failed")
 COLUMNS = {
     "captured": "compiled", "replayed": "replayed", "eager": "eager", "automatic": "by itself",
     "pyro": "`pyro.infer.SVI`", "handwritten": "PyTorch by hand", "numpyro": "NumPyro", "floor": "products alone",
@@ -122,9 +122,9 @@ def payback(run: Run) -> str:
         if case["unit"] != "step" or not {"start", "time"} <= compiled.keys() or "time" not in eager:
             continue
         saved = eager["time"] - compiled["time"]
-        pays = [f"{compiled[start] / saved:,.0f}" if saved > 0 else "never" for start in ("start", "start_again")]
-        rows.append([_row(case), *(f"{compiled[start]:.1f} s" for start in ("start", "start_again")), *pays])
-    header = ["", "to compile", "from torch's cache", "pays after steps", "with the cache"]
+        pays = f"{compiled['start'] / saved:,.0f}" if saved > 0 else "never"
+        rows.append([_row(case), f"{compiled['start']:.1f} s", pays])
+    header = ["", "to compile", "pays after steps"]
     return f"\n{_table(header, rows)}\n" if rows else ""
 
 
