@@ -67,6 +67,9 @@ class AutomaticEngine:
 
     def prepare(self, batch_context: BatchContext, *inputs: torch.Tensor) -> None:
         """Begin to compile the step for inputs like these, or let its graph take over."""
+        if self._replayed.reason:  # another capture would run the code of model and guide again, which may keep that
+            self.give_up(self._replayed.reason)
+            return
         try:
             if self.compiled_from == math.inf:
                 self._estimate(*inputs)
@@ -103,9 +106,6 @@ class AutomaticEngine:
         assert captured is not None
         assert captured.optimizer is not None
         assert replayed.optimizer is not None
-        if replayed.reason:
-            self.give_up(replayed.reason)
-            return
         with warnings.catch_warnings(action="ignore"):  # there may be no compiler
             self._compilation.wait()
         if not self._compilation.succeeded:

@@ -160,7 +160,7 @@ def serve(channel: Channel, order: dict[str, Any]) -> None:
             break
 
 
-def main() -> None:
+def main(serve: Callable[[Channel, dict[str, Any]], None] = serve) -> None:
     """Read the order, the first line of the input, and serve it."""
     channel = Channel()
     order = channel.receive()
@@ -170,7 +170,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         missing = isinstance(error, (ModuleNotFoundError, NotImplementedError)) or (
-            order["optional"] and isinstance(error, (TypeError, AttributeError))
+            order.get("optional", False) and isinstance(error, (TypeError, AttributeError))
         )
         first_line = str(error).splitlines()[0] if str(error) else ""
         channel.send(**{"missing" if missing else "failed": f"{type(error).__name__}: {first_line}"})

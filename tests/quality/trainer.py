@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from worker import Channel, Stopped, limit, memory
+from worker import Channel, Stopped, main, memory
 
 
 def processor_seconds() -> float:
@@ -87,19 +86,5 @@ def serve(channel: Channel, order: dict[str, Any]) -> None:
     channel.send(ended=True)
 
 
-def main() -> None:
-    """Read the order, the first line of the input, and serve it."""
-    channel = Channel()
-    order = channel.receive()
-    limit(order["threads"])
-    try:
-        serve(channel, order)
-    except Exception as error:
-        traceback.print_exc()
-        missing = isinstance(error, ModuleNotFoundError | NotImplementedError)
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        channel.send(**{"missing" if missing else "failed": f"{type(error).__name__}: {first_line}"})
-
-
 if __name__ == "__main__":
-    main()
+    main(serve)

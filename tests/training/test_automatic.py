@@ -17,6 +17,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, objectives, priors, schedules
 from pyro_vae.compilation import cost
+from pyro_vae.training.automatic import AutomaticEngine
 from pyro_vae.training.replayed_step import EAGER_STEPS
 
 X = pv.datasets.two_gaussians(64, seed=3).x
@@ -228,7 +229,9 @@ def test_changes_by_callbacks_are_heard(change):
     check_same_bits(*found)
 
 
-def test_a_change_that_cannot_be_seen_ends_the_replays_with_a_warning(monkeypatch):
+def test_a_change_that_cannot_be_seen_ends_the_replays_with_a_warning(monkeypatch, compiled_soon):
+    begin, begun = AutomaticEngine._begin, []
+    monkeypatch.setattr(AutomaticEngine, "_begin", lambda *args: begun.append(args) or begin(*args))
     monkeypatch.setenv("PYRO_VAE_TEST_WEIGHT", "1")
 
     def model_of(vae):
@@ -239,12 +242,13 @@ def test_a_change_that_cannot_be_seen_ends_the_replays_with_a_warning(monkeypatc
         return model
 
     def change(epoch):
-        if epoch.number == 10:
+        if epoch.number == 3:  # before the compiler begins
             monkeypatch.setenv("PYRO_VAE_TEST_WEIGHT", "3")
 
     with pytest.warns(UserWarning, match=r"fit: step \d+ runs other operations than the captured ones\. The \d+ steps"):
         fitted, _ = trained(gaussian, model=model_of, callbacks=[change])
     assert fitted.engine == "eager, and not captured other operations than the captured ones"
+    assert not begun  # a capture would run the model once more
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
