@@ -1,4 +1,8 @@
-"""Random states: seed a block without a change to the user's random streams, and save or restore them."""
+"""Random states: seed a block without a change to the user's random streams, and save or restore them.
+
+They are those of :mod:`random`, NumPy, torch on the CPU, and each device that this process has used: a program draws on
+other devices than the current one, too. No device is started to read its state.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,32 +16,86 @@ from torch import Tensor
 from pyro_vae._utils.validation import seed_number
 
 __all__ = [
-    "RandomStream", "preserve_rng_state", "random_states", "seeded", "set_random_states", "set_torch_random_states",
-    "torch_random_states",
+    "RandomStream", "is_random_state", "preserve_rng_state", "random_states", "seeded", "set_random_states",
+    "set_torch_random_states", "torch_random_states",
 ]  # fmt: skip
+
+_CPU = "torch"
+_KINDS = ("cuda", "xpu", "mps", "mtia", "privateuseone")  # the last one is that of a backend outside of torch
 
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Run a block, then restore the random states of torch (CPU and current CUDA device), NumPy and :mod:`random`."""
-    state, streams = pyro.util.get_rng_state(), torch_random_states()
+    """Run a block, then restore the random states of torch (of all devices), NumPy and :mod:`random`."""
+    states = _states()
     try:
         yield
     finally:
-        pyro.util.set_rng_state(state)
-        set_torch_random_states(streams)
+        _set_states(states)
 
 
-def torch_random_states() -> list[Tensor]:
-    """The random states of torch alone: of the CPU and of the current CUDA device."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+def torch_random_states() -> dict[str, Tensor]:
+    """The random states of torch alone: of the CPU, named ``torch``, and of each device, named as ``cuda:1`` is.
+
+    >>> list(torch_random_states())
+    ['torch'...]
+    """
+    states = {_CPU: torch.get_rng_state()}
+    for kind, module in _used_modules():
+        for number in range(module.device_count()):
+            device = torch.device(kind, number)
+            states[str(device)] = module.get_rng_state(device)
+    return states
 
 
-def set_torch_random_states(states: list[Tensor]) -> None:
-    """Restore the states that :func:`torch_random_states` returned."""
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state)
+def set_torch_random_states(states: dict[str, Tensor]) -> None:
+    """Restore the states that :func:`torch_random_states` returned.
+
+    Devices that were first used since then get the seed of the CPU's state, which ``torch.manual_seed`` gives to all.
+    """
+    torch.set_rng_state(states[_CPU])
+    for kind, module in _used_modules():
+        found = [torch.device(kind, number) for number in range(module.device_count())]
+        if not any(str(device) in states for device in found):
+            _seed_all(module)
+        for device in found:
+            if str(device) in states:
+                module.set_rng_state(states[str(device)], device)
+
+
+def is_random_state(name: str) -> bool:
+    """Whether a name is one of :func:`torch_random_states`, in this process or in that of a file.
+
+    >>> [is_random_state(name) for name in ("torch", "cuda:1", "order")]
+    [True, True, False]
+    """
+    return name in (_CPU, "cuda") or ":" in name  # "cuda" was that of the current device in earlier files
+
+
+def _used_modules() -> list[tuple[str, Any]]:
+    """The modules of torch for kinds of devices that this process has used, with the names of these kinds."""
+    found: list[tuple[str, Any]] = []
+    for kind in _KINDS:
+        name = kind if kind != _KINDS[-1] else torch.device(kind).type  # such a backend may have another name
+        module: Any = getattr(torch, name, None)
+        if hasattr(module, "get_rng_state") and getattr(module, "is_initialized", module.is_available)():
+            found.append((name, module))
+    return found
+
+
+def _seed_all(module: Any) -> None:
+    """Seed all devices of a kind as the last ``torch.manual_seed`` did."""
+    seed = module.manual_seed_all if hasattr(module, "manual_seed_all") else module.manual_seed
+    seed(torch.initial_seed())
+
+
+def _states() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return pyro.util.get_rng_state(), torch_random_states()
+
+
+def _set_states(states: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+    pyro.util.set_rng_state(states[0])
+    set_torch_random_states(states[1])
 
 
 @contextmanager
@@ -52,29 +110,31 @@ def seeded(seed: int) -> Iterator[None]:
     True
     """
     seed = seed_number(seed)
-    with preserve_rng_state():
-        pyro.set_rng_seed(seed)
-        yield
+    try:
+        with preserve_rng_state():
+            pyro.set_rng_seed(seed)
+            yield
+    finally:
+        if torch.cuda.is_available() and not torch.cuda.is_initialized():
+            _seed_all(torch.cuda)  # which keeps the last seed until it starts
 
 
 def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All random states, as JSON values and tensors, to restore in another process."""
-    state = pyro.util.get_rng_state()
+    state, streams = _states()
     name, keys, *rest = state["numpy"]
-    tensors = {"torch": state["torch"]}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return {"random": state["random"], "numpy": [name, keys.tolist(), *rest]}, tensors
+    return {"random": state["random"], "numpy": [name, keys.tolist(), *rest]}, streams
 
 
 def set_random_states(states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Restore the states that :func:`random_states` returned."""
+    """Restore the states that :func:`random_states` returned, of the devices that this process uses."""
     version, keys, gauss = states["random"]
     name, numbers, *rest = states["numpy"]
     numpy = (name, np.array(numbers, dtype=np.uint32), *rest)
-    pyro.util.set_rng_state({"torch": tensors["torch"], "random": (version, tuple(keys), gauss), "numpy": numpy})
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    if "cuda" in tensors and torch.cuda.is_initialized():
+        tensors = {f"cuda:{torch.cuda.current_device()}": tensors["cuda"]} | tensors
+    ours = {"torch": tensors[_CPU], "random": (version, tuple(keys), gauss), "numpy": numpy}
+    _set_states((ours, tensors))
 
 
 class RandomStream:
@@ -92,12 +152,12 @@ class RandomStream:
 
     def __init__(self, seed: int):
         with seeded(seed):
-            self._states = pyro.util.get_rng_state()
+            self._states = _states()
 
     def __enter__(self) -> None:
-        self._outer = pyro.util.get_rng_state()
-        pyro.util.set_rng_state(self._states)
+        self._outer = _states()
+        _set_states(self._states)
 
     def __exit__(self, *exception: Any) -> None:
-        self._states = pyro.util.get_rng_state()
-        pyro.util.set_rng_state(self._outer)
+        self._states = _states()
+        _set_states(self._outer)

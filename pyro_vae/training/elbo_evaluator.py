@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae._utils.ambient import fresh_autocast
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.rng import seeded, set_torch_random_states, torch_random_states
 from pyro_vae._utils.traces import (
     latent_sites,
     log_density,
@@ -112,12 +112,12 @@ class ElboEvaluator:
 
     def validated_loss(self, *args: Any) -> Any:
         """Compute the loss with Pyro's validation; where it raises and the loss is not finite, without."""
-        before = torch.get_rng_state()
+        before = torch_random_states()
         try:
             with pyro.validation_enabled():
                 return self.loss(*args)
         except ValueError:
-            torch.set_rng_state(before)
+            set_torch_random_states(before)
             with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
                 loss = self.loss(*args)
             if math.isfinite(loss):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import preserve_rng_state, random_states, set_random_states
+from pyro_vae._utils.rng import is_random_state, preserve_rng_state, random_states, set_random_states
 from pyro_vae.training.checkpoints import Contents, misfits
 from pyro_vae.training.step import BatchContext, Step
 
@@ -81,8 +81,8 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
             raise ValueError(f"its state of the optimizer, {path!r}, has shape {tuple(tensor.shape)}")
     with preserve_rng_state():
         set_random_states(header["random"], groups["random"])
-        for name in groups["random"].keys() - {"torch", "cuda"} | {"order"}:
-            torch.Generator().set_state(groups["random"][name])
+        for name in {name for name in groups["random"] if not is_random_state(name)} | {"order"}:
+            torch.Generator("cpu").set_state(groups["random"][name])
 
 
 def _fits(state: Tensor, parameter: Tensor) -> bool:
@@ -133,7 +133,7 @@ def load_run_state(
     if state.stop_reason == "interrupted":
         state.stop_reason = "epochs"
     set_random_states(header["random"], groups["random"])
-    return {name: tensor for name, tensor in groups["random"].items() if name not in ("torch", "cuda")}
+    return {name: tensor for name, tensor in groups["random"].items() if not is_random_state(name)}
 
 
 def discover_parameters(step: Step, batch_context: BatchContext, *inputs: Tensor) -> None:

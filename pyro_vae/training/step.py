@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae._utils.module_state import ModuleSnapshot, ModuleTensors
 from pyro_vae._utils.param_store import Registered, check_parameters, module_registry, parameters_of
+from pyro_vae._utils.rng import set_torch_random_states, torch_random_states
 from pyro_vae._utils.traces import has_bad_rows
 from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
@@ -145,7 +146,7 @@ class Step:
         Where Pyro's validation raises because rows are not finite, return the loss that is not, as without validation:
         the answer must not depend on whether a step is validated.
         """
-        before = torch.get_rng_state() if is_validation_enabled() else None
+        before = torch_random_states() if is_validation_enabled() else None
         try:
             loss = self._loss_and_grads(arguments)
         except ValueError:
@@ -166,9 +167,9 @@ class Step:
         self.names = list(terms)
         return loss, list(terms.values())
 
-    def _run_unvalidated(self, arguments: tuple[Any, ...], random_state: Tensor) -> Any:
-        """Compute the loss again, from the same random state and buffers."""
-        torch.set_rng_state(random_state)
+    def _run_unvalidated(self, arguments: tuple[Any, ...], random_states: dict[str, Tensor]) -> Any:
+        """Compute the loss again, from the same random states and buffers."""
+        set_torch_random_states(random_states)
         self.tensors.load_model_state()
         with pyro.validation_enabled(False), warnings.catch_warnings(action="ignore"):
             return self._loss_and_grads(arguments)

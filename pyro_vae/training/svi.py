@@ -20,6 +20,7 @@ from pyro.optim.horovod import HorovodOptimizer
 from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
+from pyro_vae._utils.rng import set_torch_random_states, torch_random_states
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import boolean, positive
 from pyro_vae.compilation.adam import CapturableAdagradRMSProp, CapturableAdam
@@ -129,7 +130,7 @@ class SVI(infer.SVI):
                 "`optim` must be an optimizer of its own for this SVI, got one with which another SVI of the other "
                 "`compile` has continued. Use the same `compile` for both"
             )
-        before = torch.get_rng_state()
+        before = torch_random_states()
         with one_thread("SVI.step"):
             try:
                 row = self._step(call, *inputs, validate=is_validation_enabled())
@@ -141,7 +142,7 @@ class SVI(infer.SVI):
                 row = self._step(call, *inputs, validate=is_validation_enabled())
             finite, *losses = row.tolist()
             if not finite and isinstance(self._step, CapturedStep):
-                raise self._step.diagnose_nonfinite(call, [inputs], partial(torch.set_rng_state, before))
+                raise self._step.diagnose_nonfinite(call, [inputs], partial(set_torch_random_states, before))
         return losses[0] if len(losses) == 1 else tuple(losses)
 
     @torch.no_grad()
