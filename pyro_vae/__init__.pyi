@@ -3,6 +3,7 @@ from . import distributions as distributions
 from . import exact as exact
 from . import handlers as handlers
 from . import objectives as objectives
+from . import parallel as parallel
 from . import plots as plots
 from . import tables as tables
 from .arguments import Arguments as Arguments

@@ -1,0 +1,333 @@
+"""The ranks of a run on several processes, and how they exchange numbers without one that waits for ever.
+
+A script that ``torchrun`` starts runs as K processes, the ranks 0 to K - 1. Each rank runs the same functions in the
+same order. :func:`ranks` returns their group; in a script without others, a group of one, whose exchanges are free.
+
+Each exchange begins with a sum of a few numbers over all ranks, see :meth:`Ranks.exchange`. One of them counts the
+ranks that have failed. A rank that raises takes part in the next exchange of the others, wherever they are; then all
+raise.
+"""
+
+import atexit
+import builtins
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["OnEveryRank", "Ranks", "each_rank", "one_process", "ranks", "share_of"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_SLOTS = 16  # numbers in an exchange, besides the three that it needs itself
+_REDUCED_AS_THEY_ARE = ("cpu", "cuda")  # device types whose tensors the backends know; others go through the CPU
+
+
+class Ranks:
+    """The ranks of torch's default process group, or a group of one.
+
+    Args:
+        rank: the number of this process.
+        size: the number of processes, K.
+        control: a group that adds up tensors on the CPU, if the default one does not. No other group is kept here:
+            torch ends the threads of a group only if nothing refers to it at the end of the process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, control: Any = None):
+        self.rank, self.size, self._control = rank, size, control
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The share of this rank in ``count`` rows, which differs from those of others by one row at most."""
+        return share_of(count, self.rank, self.size)
+
+    def seed(self, seed: int) -> int:
+        """A seed of random numbers of this rank alone; that of rank 0 is ``seed``.
+
+        >>> Ranks().seed(3)
+        3
+        """
+        return seed if self.is_first else int(np.random.SeedSequence([seed, self.rank]).generate_state(1)[0])
+
+    def exchange(self, place: str, values: Sequence[float] = (), error: BaseException | None = None) -> list[float]:
+        """Return the sums of numbers over ranks; ``place`` is the name of what runs, the same on all ranks.
+
+        Raises:
+            RuntimeError: if ranks run different functions.
+            Exception: of the kind and with the message of the first rank that gave an ``error``.
+        """
+        if self.size == 1:
+            return list(values)
+        if len(values) > _SLOTS:
+            raise ValueError(f"`values` must be at most {_SLOTS} numbers, got {len(values)}")
+        padded = [error is not None, *_code(f"{place} {len(values)}"), *values, *[0.0] * (_SLOTS - len(values))]
+        sums = torch.tensor(padded, dtype=torch.float64, device="cpu")
+        dist.all_reduce(sums, group=self._control)
+        failed, *found = sums.tolist()
+        if failed:
+            self._raise_first(error)
+        codes, found = found[:2], found[2:]
+        if not self._are_equal(codes):
+            places = self._gathered(place)
+            others = ", ".join(f"{name} on rank {number}" for number, name in enumerate(places))
+            raise _shared(
+                RuntimeError(
+                    f"every rank must run the same functions in the same order, got {others}. A call on one rank alone "
+                    "belongs in `with pyro_vae.parallel.one_process():`"
+                )
+            )
+        return found[: len(values)]
+
+    def _are_equal(self, sums: Sequence[float]) -> bool:
+        """Whether all ranks have given the same codes, see :func:`_code`."""
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        return all(self.size * squares == total * total for total, squares in pairs)
+
+    def _raise_first(self, error: BaseException | None) -> None:
+        """Raise the error of the first rank that has one; that rank raises its own, which is under way."""
+        mine = None if error is None else (type(error).__module__, type(error).__name__, str(error))
+        errors = self._gathered(mine)
+        if error is not None:
+            _shared(error)
+            return
+        rank, found = next((rank, found) for rank, found in enumerate(errors) if found is not None)
+        raise _shared(_as_error(rank, *found))
+
+    def _gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def gather(self, place: str, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order."""
+        if self.size == 1:
+            return [value]
+        self.exchange(place)
+        return self._gathered(value)
+
+    def from_first(self, place: str, value: Any) -> Any:
+        """Return the value of rank 0."""
+        if self.size == 1:
+            return value
+        self.exchange(place)
+        held = [value if self.is_first else None]
+        dist.broadcast_object_list(held, src=0, group=self._control)
+        return held[0]
+
+    def check_same(self, place: str, values: Mapping[str, Any], remedy: str = "") -> None:
+        """Raise unless values, which JSON can hold, are the same on all ranks; the error has the first other name."""
+        if self.size == 1:
+            return
+        texts = {name: json.dumps(value, default=repr, sort_keys=True) for name, value in values.items()}
+        text = json.dumps(texts)
+        if self._are_equal(self.exchange(place, [*_code(text), *_code(text[::-1])])):
+            return
+        found = self._gathered(texts)
+        for name, ours in found[0].items():
+            for rank, theirs in enumerate(found):
+                if (value := theirs.get(name)) != ours:
+                    raise _shared(
+                        ValueError(
+                            f"`{name}` must be the same on every rank, got {ours} on rank 0 and {value} on rank {rank}."
+                            f"{remedy}"
+                        )
+                    )
+
+    def sum_(self, place: str, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors over ranks, in place."""
+        if self.size > 1:
+            self.exchange(place, [len(tensors), sum(tensor.numel() for tensor in tensors)])
+            for tensor in tensors:
+                self.start_sum(tensor)()
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to add up a tensor over ranks, in place; the function that is returned waits for the end.
+
+        The tensors must come in the same order on all ranks, of which none may have failed, see :meth:`exchange`.
+        """
+        direct = tensor.device.type in _REDUCED_AS_THEY_ARE
+        sent = tensor if direct else tensor.cpu()
+        work = dist.all_reduce(sent, group=None if sent.is_cuda else self._control, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+        return finish
+
+    @torch.no_grad()
+    def copy_from_first(self, place: str, tensors: Sequence[Tensor]) -> None:
+        """Set tensors, in place, to those of rank 0."""
+        if self.size == 1:
+            return
+        self.exchange(place, [len(tensors), sum(tensor.numel() for tensor in tensors)])
+        for tensor in tensors:
+            sent = tensor.detach().to("cpu", copy=True).contiguous()
+            dist.broadcast(sent, src=0, group=self._control)
+            tensor.copy_(sent)
+
+    def gather_rows(self, place: str, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the parts of all ranks, by number: each rank gives those that it has computed."""
+        if self.size == 1:
+            return dict(parts)
+        held = {number: part.detach().cpu().numpy() for number, part in parts.items()}
+        device = next((part.device for part in parts.values()), None)
+        found: dict[int, Tensor] = {}
+        for others in self.gather(place, held):
+            found |= {number: torch.from_numpy(part).to(device) for number, part in others.items()}
+        return found
+
+    @contextmanager
+    def together(self, place: str) -> Iterator[None]:
+        """Run a block on all ranks: if it raises on one of them, all raise, at their next exchange or at its end."""
+        if self.size == 1:
+            yield
+            return
+        self.exchange(place)
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.exchange(f"the end of {place}")
+
+    def fail(self, error: BaseException) -> None:
+        """Let all ranks raise an error of this one, unless they do already or the group is gone."""
+        if self.size == 1 or _is_shared(error):
+            return
+        try:
+            self.exchange("an error", error=error)
+        except RuntimeError as lost:  # the other processes have ended
+            if not _is_shared(lost):
+                error.add_note(f"the other ranks could not be reached: {lost}")
+
+
+def _code(text: str) -> tuple[float, float]:
+    """A number of a text, and its square: sums of both show whether it is the same number on all ranks."""
+    code = float(zlib.crc32(text.encode()) % 2**20)
+    return code, code * code
+
+
+def _shared(error: Any) -> Any:
+    """Mark an error that all ranks raise."""
+    error._pyro_vae_shared = True
+    return error
+
+
+def _is_shared(error: BaseException) -> bool:
+    return getattr(error, "_pyro_vae_shared", False)
+
+
+def _as_error(rank: int, module: str, name: str, message: str) -> BaseException:
+    """An error of another rank: of its kind, where that is one of Python's own that takes a message."""
+    kind = getattr(builtins, name, None) if module == "builtins" else None
+    takes_message = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+    if kind is not None and takes_message:
+        return kind(f"rank {rank}: {message}")
+    return RuntimeError(f"rank {rank} raised {name}: {message}")
+
+
+def share_of(count: int, rank: int, size: int) -> slice:
+    """Return which of ``count`` rows, in order, belong to a rank.
+
+    >>> [share_of(7, rank, 3) for rank in range(3)]
+    [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+    """
+    least, more = divmod(count, size)
+    start = rank * least + min(rank, more)
+    return slice(start, start + least + (rank < more))
+
+
+_ALONE = Ranks()
+_as_one_process: ContextVar[bool] = ContextVar("as_one_process", default=False)
+_groups: dict[int, Ranks] = {}  # one at most, by the identity of torch's default group
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Run a block as a process without others: nothing inside is shared with other ranks."""
+    token = _as_one_process.set(True)
+    try:
+        yield
+    finally:
+        _as_one_process.reset(token)
+
+
+class OnEveryRank:
+    """A callback of a training run that runs on every rank."""
+
+    def __init__(self, callback: Callable[..., Any]):
+        self.callback = callback
+
+    def __call__(self, *args: Any) -> Any:
+        return self.callback(*args)
+
+
+def ranks() -> Ranks:
+    """The ranks that the current block runs on.
+
+    >>> ranks().size
+    1
+    """
+    if _as_one_process.get() or not dist.is_available():
+        return _ALONE
+    if not dist.is_initialized():
+        if not _is_started_by_torchrun():
+            return _ALONE
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend)
+        atexit.register(_leave)
+    size, group = dist.get_world_size(), id(dist.group.WORLD)
+    if size == 1:
+        return _ALONE
+    if group not in _groups:
+        adds_on_cpu = "gloo" in dist.get_backend_config()
+        _groups.clear()
+        _groups[group] = Ranks(dist.get_rank(), size, None if adds_on_cpu else dist.new_group(backend="gloo"))
+    return _groups[group]
+
+
+def _is_started_by_torchrun() -> bool:
+    """Whether ``torchrun`` has started this very process, as one of several."""
+    return (
+        dist.is_torchelastic_launched()
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and multiprocessing.parent_process() is None
+    )
+
+
+def _leave() -> None:
+    """Leave the group at the end of the script."""
+    _groups.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def each_rank(name: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Make a function run on all ranks together: an error on one of them is raised on all."""
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @wraps(function)
+        def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            with ranks().together(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    return decorate
