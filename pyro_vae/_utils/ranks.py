@@ -81,6 +81,7 @@ class Ranks:
         failed, *found = sums.tolist()
         if failed:
             self._raise_first(error)
+            return found[2 : 2 + len(values)]  # of the rank whose error it is, which is under way
         codes, found = found[:2], found[2:]
         if not self._are_equal(codes):
             places = self._gathered(place)
@@ -99,7 +100,7 @@ class Ranks:
         return all(self.size * squares == total * total for total, squares in pairs)
 
     def _raise_first(self, error: BaseException | None) -> None:
-        """Raise the error of the first rank that has one; that rank raises its own, which is under way."""
+        """Raise the error of the first rank that has one, unless this rank has one: its own is under way."""
         mine = None if error is None else (type(error).__module__, type(error).__name__, str(error))
         errors = self._gathered(mine)
         if error is not None:

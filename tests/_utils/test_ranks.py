@@ -1,0 +1,72 @@
+"""Ranks: exchanges of numbers and errors between processes, none of which waits for ever."""
+
+import os
+import time
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from pyro_vae import parallel
+from pyro_vae._utils.ranks import each_rank, ranks
+
+
+def number_and_sum():
+    group = ranks()
+    return parallel.rank(), parallel.num_ranks(), group.exchange("sum", [group.rank, 1.0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_rank_has_its_number_and_the_sum_of_all(size):
+    found = run_on_ranks(number_and_sum, size)
+    assert found == [(rank, size, [size * (size - 1) / 2, float(size)]) for rank in range(size)]
+
+
+def alone_in_a_block():
+    with parallel.one_process():
+        return parallel.rank(), ranks().size, torch.distributed.get_world_size()
+
+
+def test_one_process_hides_the_others():
+    assert run_on_ranks(alone_in_a_block, 2) == [(0, 1, 2)] * 2
+
+
+@each_rank("a test")
+def fail_on(failing):
+    if ranks().rank == failing:
+        raise ValueError("the reason")
+    return ranks().exchange("work", [1.0])
+
+
+def error_of_a_rank(failing):
+    try:
+        fail_on(failing)
+    except ValueError as error:
+        message = str(error)
+    return message, fail_on(-1)  # the group goes on
+
+
+def test_an_error_of_one_rank_is_raised_on_all_and_the_group_goes_on():
+    found = run_on_ranks(error_of_a_rank, 3, 1)
+    assert [message for message, _ in found] == ["rank 1: the reason", "the reason", "rank 1: the reason"]
+    assert [sums for _, sums in found] == [[3.0]] * 3
+
+
+def wait_or_fail():
+    print("printed by", ranks().rank)
+    if ranks().rank == 1:
+        raise ValueError("the reason")
+    if ranks().rank == 2:
+        time.sleep(60)
+    return os.getpid()
+
+
+def test_an_error_and_a_late_rank_end_the_run_with_the_texts_of_all():
+    started = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        run_on_ranks(wait_or_fail, 3, timeout=3)
+    assert time.monotonic() - started < 20
+    text = str(caught.value)
+    assert all(f"printed by {rank}" in text for rank in range(3))
+    assert "ValueError: the reason" in text
+    assert "rank 2 of 3 did not end" in text
