@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyro_vae._utils.ranks import one_process
+
 __all__ = ["can_fork", "default_processes", "run_in_processes"]
 
 _Result = TypeVar("_Result")
@@ -54,7 +56,7 @@ def run_in_processes(
         results = []
         with _threads(1):
             for number in range(count):
-                results.append(contextvars.Context().run(run, number))
+                results.append(contextvars.Context().run(_alone, run, number))
                 report()
         return results
     found: dict[int, _Result] = {}
@@ -104,10 +106,16 @@ def _serve(run: Callable[[int], Any], numbers: range, sender: Connection) -> Non
     torch.set_num_threads(1)
     try:
         for number in numbers:
-            sender.send_bytes(pickle.dumps((number, contextvars.Context().run(run, number), None)))
+            sender.send_bytes(pickle.dumps((number, contextvars.Context().run(_alone, run, number), None)))
         sender.send_bytes(pickle.dumps((None, None, None)))
     except Exception as error:
         sender.send_bytes(_pickled(error))
+
+
+def _alone(run: Callable[[int], _Result], number: int) -> _Result:
+    """Run as a process without others: a copy of one of several ranks is none of them."""
+    with one_process():
+        return run(number)
 
 
 def _pickled(error: Exception) -> bytes:

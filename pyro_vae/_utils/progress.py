@@ -9,9 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pyro_vae._utils.ranks import ranks
 from pyro_vae._utils.validation import boolean
 
-__all__ = ["Progress", "check_progress", "progress_bar"]
+__all__ = ["Progress", "check_progress", "counted_for_all", "progress_bar"]
 
 _WIDTH = 100  # characters of a bar in a notebook
 _STAGED = "{desc} {percentage:3.0f} % |{bar}| {elapsed}"
@@ -35,10 +36,12 @@ class Progress:
         self.name, self.total, self.stages = name, total, list(stages)
         self.done: float = 0
         self._bar, self._outer, self._stage = bar, outer, 0
+        self.counts = 1  # how often what is done here counts, as where other ranks do as much
 
     def advance(self, amount: float = 1) -> None:
         """Add to what is done."""
-        self.advance_to(self.done + amount)
+        done = self.done + amount * self.counts
+        self.advance_to(done if self.counts == 1 else min(done, self.total))
 
     def advance_to(self, done: float) -> None:
         """Set what is done."""
@@ -87,6 +90,8 @@ def progress_bar(
 ) -> Iterator[Progress]:
     """Open the bar of a call for a block; inside of the block of another call, a part of that call's bar.
 
+    Of several ranks, the first one shows it.
+
     Args:
         name: the name of the function.
         progress: whether to show the bar; if ``None``, on a terminal and in a notebook alone. There, the environment
@@ -96,7 +101,8 @@ def progress_bar(
     """
     check_progress(progress)
     outer = _current.get()
-    bar = _open_bar(name, progress, total, stages, unit=unit, unit_scale=unit_scale) if outer is None else None
+    shown = outer is None and ranks().is_first
+    bar = _open_bar(name, progress, total, stages, unit=unit, unit_scale=unit_scale) if shown else None
     current = Progress(name, len(stages) or total, stages, bar, outer)
     token = _current.set(current)
     try:
@@ -107,6 +113,20 @@ def progress_bar(
         _current.reset(token)
         if bar is not None:
             bar.close()
+
+
+@contextmanager
+def counted_for_all(size: int) -> Iterator[None]:
+    """Run a block in which a rank does its share of what is shown, as the others do, of ``size`` in all."""
+    current = _current.get()
+    before = 1 if current is None else current.counts
+    try:
+        if current is not None:
+            current.counts = before * size
+        yield
+    finally:
+        if current is not None:
+            current.counts = before
 
 
 def _open_bar(name: str, progress: bool | None, total: float, stages: Sequence[str], **options: Any) -> tqdm:

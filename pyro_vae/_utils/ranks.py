@@ -13,9 +13,10 @@ import builtins
 import json
 import multiprocessing
 import os
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -101,7 +102,7 @@ class Ranks:
 
     def _raise_first(self, error: BaseException | None) -> None:
         """Raise the error of the first rank that has one, unless this rank has one: its own is under way."""
-        mine = None if error is None else (type(error).__module__, type(error).__name__, str(error))
+        mine = None if error is None else _described(error)
         errors = self._gathered(mine)
         if error is not None:
             _shared(error)
@@ -235,13 +236,29 @@ def _is_shared(error: BaseException) -> bool:
     return getattr(error, "_pyro_vae_shared", False)
 
 
-def _as_error(rank: int, module: str, name: str, message: str) -> BaseException:
-    """An error of another rank: of its kind, where that is one of Python's own that takes a message."""
-    kind = getattr(builtins, name, None) if module == "builtins" else None
-    takes_message = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
-    if kind is not None and takes_message:
-        return kind(f"rank {rank}: {message}")
-    return RuntimeError(f"rank {rank} raised {name}: {message}")
+def _described(error: BaseException) -> tuple[bytes, str, str | None, str]:
+    """An error for other ranks: its pickle, the names of its kind and of the nearest kind of Python's own, its text.
+
+    There is no pickle of an error whose arguments are not those of its kind, and no nearest kind of an interruption.
+    """
+    packed = b""
+    with suppress(Exception):
+        packed = pickle.dumps(error)
+    own = (kind for kind in type(error).__mro__ if kind.__module__ == "builtins" and issubclass(kind, Exception))
+    nearest = next((kind.__name__ for kind in own if not issubclass(kind, UnicodeError)), None)
+    return packed, type(error).__name__, nearest, str(error)
+
+
+def _as_error(rank: int, packed: bytes, name: str, nearest: str | None, message: str) -> BaseException:
+    """An error of another rank: of its kind, or else of the nearest one that is Python's own."""
+    if nearest is None:
+        return RuntimeError(f"rank {rank} raised {name}: {message}")
+    try:
+        error = pickle.loads(packed)
+    except Exception:
+        error = getattr(builtins, nearest)()
+    error.args = (f"rank {rank}: {message}",)
+    return error
 
 
 def share_of(count: int, rank: int, size: int) -> slice:

@@ -4,6 +4,7 @@ They are those of :mod:`random`, NumPy, torch on the CPU, and each device that t
 other devices than the current one, too. No device is started to read its state.
 """
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from pyro_vae._utils.validation import seed_number
 
 __all__ = [
-    "RandomStream", "is_random_state", "preserve_rng_state", "random_states", "seeded", "set_random_states",
+    "RandomStream", "is_random_state", "preserve_rng_state", "random_states", "reseed", "seeded", "set_random_states",
     "set_torch_random_states", "torch_random_states",
 ]  # fmt: skip
 
@@ -117,6 +118,25 @@ def seeded(seed: int) -> Iterator[None]:
     finally:
         if torch.cuda.is_available() and not torch.cuda.is_initialized():
             _seed_all(torch.cuda)  # which keeps the last seed until it starts
+
+
+def reseed(seed: int) -> None:
+    """Seed all random streams again, inside of a :func:`seeded` block: as ``pyro.set_rng_seed``, in less time.
+
+    That one seeds the devices that may be used later, too, which take the seed of the block here.
+
+    >>> with seeded(0):
+    ...     reseed(1)
+    ...     ours = torch.rand(3)
+    >>> with seeded(1):
+    ...     torch.equal(ours, torch.rand(3))
+    True
+    """
+    torch.default_generator.manual_seed(seed)
+    for _, module in _used_modules():
+        (module.manual_seed_all if hasattr(module, "manual_seed_all") else module.manual_seed)(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # the stream that programs of users may draw from
 
 
 def random_states() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +18,13 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae._utils.ambient import check_gradients_enabled, one_thread
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.data import DataTensors, rows_like
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.plates import every_row
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
@@ -367,6 +369,7 @@ def fit(
     )
 
 
+@each_rank("evaluate")
 @any_arguments
 @without_training
 def evaluate(
@@ -491,23 +494,26 @@ def _terms(
     evaluator: ElboEvaluator, pair: ModelGuide, name: str, stream: Stream | None, num_samples: int, seed: int
 ) -> dict[str, float]:
     """Return the ELBO and its terms, means over some runs on all rows, or on those of a pass, in nats per datum."""
-    totals: dict[str, Tensor] = {}
-    if stream is None:
-        every = torch.arange(pair.num_data, device=pair.data[0].device).split(pair.batch_size) * num_samples
-        batches: Iterable[tuple[Tensor, ...]] = ((rows,) for rows in every)
-    else:
-        batches = (inputs for inputs in stream.batches(seed) for _ in range(num_samples))
-    count = 0
-    for rows, *read in batches:
+
+    def run(inputs: tuple[Tensor, ...]) -> tuple[int, dict[str, float]]:
+        rows, *read = inputs
         with pair.take(rows, *read) as arguments:
             loss = evaluator.loss(*arguments)
             if not math.isfinite(loss):
                 cause = evaluator.first_nonfinite_site(rows) or "the log_prob of every site is finite"
                 raise FloatingPointError(f"{name}: the loss is {loss}; {cause}")
-            count += len(rows)
-            for term, value in evaluator.terms(loss).items():  # of a batch, scaled to all rows
-                totals[term] = totals.get(term, 0.0) + len(rows) * value
-    return {term: float(value) / count for term, value in totals.items()}
+            return len(rows), {term: float(value) for term, value in evaluator.terms(loss).items()}
+
+    device = pair.data[0].device
+    if stream is None:
+        every = torch.arange(pair.num_data, device=device).split(pair.batch_size) * num_samples
+        found = in_chunks("evaluate", [(rows,) for rows in every], run, device, seed)
+    else:
+        own, batches = stream.batches_on_ranks(seed)
+        repeated = (inputs for inputs in batches for _ in range(num_samples))
+        found = in_chunks("evaluate", repeated, run, device, seed, own=own)
+    count = sum(rows for rows, _ in found)
+    return {term: sum(rows * terms[term] for rows, terms in found) / count for term in found[0][1]}
 
 
 def _batch_size(given: int | None, num_data: int) -> int:

@@ -1,7 +1,8 @@
 """Data that come in batches: loaders and iterable data sets of torch. A pass over all batches is an epoch."""
 
 import json
-from collections.abc import Generator
+import zlib
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from pyro_vae._utils.data import (
     read_only_arrays,
     without_infinity,
 )
+from pyro_vae._utils.ranks import Ranks, ranks
 from pyro_vae._utils.rng import RandomStream
 from pyro_vae._utils.validation import describe, positive_int
 
@@ -162,6 +164,30 @@ class Stream:
                 continue
             yield (rows, *tensors)
 
+    def batches_on_ranks(self, seed: int) -> tuple[bool, Iterator[tuple[Tensor, ...]]]:
+        """Return whether each rank has batches of its own, as those of a ``DistributedSampler``, and the batches.
+
+        Else all ranks read the same ones, as from the same loader in the same script. The first batches show it; all of
+        them are compared at the end of the pass.
+        """
+        group = ranks()
+        if group.size == 1:
+            return False, self.batches(seed)
+        own = len(set(group.gather("the first batch of a loader", _checksum(self._first)))) > 1
+        return own, self.batches(seed) if own else self._compared(seed, group)
+
+    def _compared(self, seed: int, group: Ranks) -> Iterator[tuple[Tensor, ...]]:
+        """Yield batches that must be those of all ranks."""
+        checksum = 0
+        for rows, *tensors in self.batches(seed):
+            checksum = _checksum(tensors, checksum)
+            yield (rows, *tensors)
+        if len(set(group.gather("the batches of a loader", checksum))) > 1:
+            raise ValueError(
+                f"`{self._name}` must have the same batches on all ranks, or other ones from the first one on, got the "
+                "same first batch and then others"
+            )
+
     def _as_batch(self, batch: Any) -> tuple[Tensor, ...]:
         """Convert a batch, and compare it with the first one."""
         tensors = as_tensors(batch, self._name, self._to)
@@ -179,6 +205,13 @@ class Stream:
                 f"{', '.join(map(describe, tensors))}"
             )
         return tensors
+
+
+def _checksum(tensors: Iterable[Tensor], before: int = 0) -> int:
+    """A number of the values of tensors, after those of others."""
+    for tensor in tensors:
+        before = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), before)
+    return before
 
 
 class Source(NamedTuple):

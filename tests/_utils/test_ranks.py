@@ -9,6 +9,7 @@ from ranks import run_on_ranks
 
 from pyro_vae import parallel
 from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae.exact.quadrature import QuadratureError
 
 
 def number_and_sum():
@@ -36,6 +37,40 @@ def fail_on(failing):
     if ranks().rank == failing:
         raise ValueError("the reason")
     return ranks().exchange("work", [1.0])
+
+
+class OwnKind(ValueError):
+    def __init__(self, who, message):
+        super().__init__(f"{who}: {message}")
+
+
+KINDS = {
+    "builtin": (FloatingPointError("the reason"), FloatingPointError, "the reason"),
+    "of the package": (QuadratureError("datum {} is bad", 3), QuadratureError, "datum 3 is bad"),
+    "not to be pickled": (OwnKind("we", "the reason"), ValueError, "we: the reason"),
+    "an interruption": (KeyboardInterrupt("the reason"), RuntimeError, "the reason"),
+}
+
+
+def kinds_of_errors():
+    found = {}
+    for name, (error, _, _) in KINDS.items():
+        try:
+            with ranks().together("a test"):
+                if ranks().rank == 1:
+                    raise error
+        except BaseException as caught:
+            found[name] = type(caught), str(caught)
+    return found
+
+
+def test_errors_of_other_ranks_are_of_their_kind_or_of_the_nearest_of_pythons_own():
+    ours, theirs = run_on_ranks(kinds_of_errors, 2)
+    for name, (error, kind, text) in KINDS.items():
+        assert theirs[name] == (type(error), str(error))
+        assert ours[name][0] is kind
+        assert ours[name][1].startswith("rank 1")
+        assert ours[name][1].endswith(text)
 
 
 def error_of_a_rank(failing):
