@@ -17,7 +17,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
@@ -962,6 +962,26 @@ class ModelGuide:
             raise ValueError(
                 "`elbo` must not be TraceEnum_ELBO where no latent is marked for enumeration: it would only sample. "
                 "Mark discrete latents, `fit(model, config_enumerate(guide), ...)`; for others use Trace_ELBO"
+            )
+
+    def check_sums_over_rows(self, elbo: ELBO) -> None:
+        """Raise unless the loss is a sum over rows and a term for all of them, so that ranks can share the rows."""
+        must = "`elbo` must be a sum over the rows of the data where several ranks share them"
+        linear = (Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, TraceEnum_ELBO)
+        if not isinstance(elbo, linear) or not getattr(elbo, "sums_over_rows", True):
+            raise ValueError(
+                f"{must}, got {type(elbo).__name__}, which is a function of all rows of a batch together. Use "
+                "Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO or another objective of pv.objectives"
+            )
+        if self.global_latents and getattr(elbo, "bound_draws", 1) != 1:
+            raise ValueError(
+                f"{must}, got {type(elbo).__name__} of several draws of {self.global_latents[0]!r}, which is outside "
+                "of the data plate: the bound is that of all rows together. Use Trace_ELBO"
+            )
+        if summed := [name for name in self.global_latents if self.latents[name]["infer"].get("enumerate")]:
+            raise ValueError(
+                f"{must}, got an enumerated latent outside of the data plate, {summed[0]!r}: the sum over its values "
+                "is one of all rows together. Sample it, or run on one rank"
             )
 
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyro_vae.compilation import torch_private
 
 __all__ = [
     "CaptureError", "Node", "Recorder", "address", "ancestors", "checked_hook", "foreign_random_numbers",
-    "function_of", "is_recording", "mapped", "module_of", "nodes_in",
+    "function_of", "is_recording", "mapped", "module_of", "nodes_in", "not_recorded",
 ]  # fmt: skip
 
 Value = Any
@@ -371,6 +371,15 @@ class Recorder(torch_private.TorchDispatchMode):
 def is_recording() -> bool:
     """Whether operations are being recorded."""
     return bool(_active)
+
+
+@contextmanager
+def not_recorded() -> Iterator[None]:
+    """Leave the operations of a block out of the graphs that are being recorded."""
+    with ExitStack() as stack:
+        for recorder in _active:
+            stack.enter_context(recorder.paused())
+        yield
 
 
 def address(tensor: Tensor) -> int:

@@ -108,6 +108,8 @@ class FreeBits(_ModifiedKL):
     >>> fitted = fit(vae.model, vae.guide, torch.randn(50, 2), epochs=5, elbo=FreeBits(0.1))
     """
 
+    sums_over_rows = False  # the rate that is compared is an average over the batch
+
     def __init__(self, nats: float, num_particles: int = 1):
         super().__init__(num_particles)
         self.nats = positive(nats, "nats")

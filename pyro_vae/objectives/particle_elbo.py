@@ -34,6 +34,9 @@ Pair = tuple[Trace, Trace]
 class ParticleELBO(Trace_ELBO):
     """An ELBO with K = ``num_particles`` vectorized draws, ``minimum`` or more, and one surrogate for each datum."""
 
+    sums_over_rows = True
+    """Whether the loss of a batch is the sum of one of each datum, so that several ranks can share the batch."""
+
     def __init__(self, num_particles: int, minimum: int = 1, even: bool = False):
         wrong = not is_integer(num_particles) or num_particles < minimum
         if wrong or (even and num_particles % 2):

@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.files import locked, remove_partial_files
 from pyro_vae._utils.validation import positive, positive_int, with_article, writable
+from pyro_vae._utils.warn import warn_user
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
@@ -118,10 +118,9 @@ class Checkpoints:
         try:
             write(path, *contents)
         except OSError as error:
-            warnings.warn(
+            warn_user(
                 f"`checkpoints`: {str(path)!r} could not be written ({error.strerror or error}). The run continues, "
-                "the files before are as they were, and the next checkpoint is tried again",
-                stacklevel=2,
+                "the files before are as they were, and the next checkpoint is tried again"
             )
             return False
         return True
@@ -142,7 +141,7 @@ class Checkpoints:
                 errors.append(str(error).partition(": ")[2])  # without the name of the argument
                 continue
             if errors:
-                warnings.warn(f"`checkpoints`: {errors[0]}. The previous checkpoint is used", stacklevel=6)
+                warn_user(f"`checkpoints`: {errors[0]}. The previous checkpoint is used")
             self._damaged = bool(errors)
             return contents
         if errors:

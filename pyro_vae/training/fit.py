@@ -4,9 +4,8 @@ import copy
 import math
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,10 +23,11 @@ from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.plates import every_row
-from pyro_vae._utils.ranks import each_rank
+from pyro_vae._utils.ranks import each_rank, ranks
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
+from pyro_vae._utils.warn import warn_user
 from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.compilation.precision import check_precision
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
@@ -35,12 +35,14 @@ from pyro_vae.training.automatic import AutomaticEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator, rows_that_fit
+from pyro_vae.training.gradient_sum import GradientSum
 from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, StreamBatches
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
 from pyro_vae.training.replayed_step import ReplayedStep
 from pyro_vae.training.schedules import RunSchedule, Schedule, check_schedules, checked_schedule, described
-from pyro_vae.training.state import data_fingerprint
+from pyro_vae.training.shared_draws import SharedDraws
+from pyro_vae.training.state import data_fingerprint, discover_parameters
 from pyro_vae.training.step import Step
 from pyro_vae.training.streams import Stream, as_source, check_no_batch_size
 
@@ -164,6 +166,7 @@ def as_history(history: "Fitted | Mapping[str, Sequence[float]]") -> Mapping[str
     return epochs
 
 
+@each_rank("fit")
 @any_arguments
 def fit(
     model: Function,
@@ -294,12 +297,16 @@ def fit(
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
     batch_size = _batch_size(batch_size, len(tensors[0])) if stream is None else stream.batch_size
-    if batch_size == len(tensors[0]) and stream is None:
+    share = -(-batch_size // ranks().size)  # the most rows of a batch on one rank
+    if share == len(tensors[0]) and stream is None:
         tensors = tensors.whole()
     if stream is not None and checkpoints is not None:
         stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate, precision)
-    make_optimizer = RunOptimizer(optimizer, lr, compile is True, checkpoints is not None, tensors[0].device)
+    group = ranks()
+    make_optimizer = RunOptimizer(
+        optimizer, lr, compile is True and group.size == 1, checkpoints is not None, tensors[0].device
+    )
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
     settings |= {
         "precision": precision,
@@ -307,7 +314,9 @@ def fit(
         "optimizer": make_optimizer.description,
         "schedules": schedules,
     }
-    run_config = {} if checkpoints is None else _run_config(evaluator, tensors, held_out, **settings)
+    needs_config = checkpoints is not None or group.size > 1
+    run_config = _run_config(evaluator, tensors, held_out, **settings) if needs_config else {}
+    group.check_same("the arguments of fit", run_config | {"epochs": epochs, "patience": patience})
     started = time.perf_counter()
     with (
         one_thread("fit"),
@@ -315,14 +324,16 @@ def fit(
         autoguide_follows_subsample(guide),
     ):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
-            pair = ModelGuide.on_batches(model, guide, tensors, batch_size, plate, transform)
+            pair = ModelGuide.on_batches(model, guide, tensors, share, plate, transform)
             pair.check_elbo(evaluator.elbo)
+            if group.size > 1:
+                pair.check_sums_over_rows(evaluator.elbo)
             pair.check_regressions(evaluator.elbo)
             evaluator.bound, evaluator.plate, evaluator.model_masks = pair.bound, pair.plate, pair.draws_cells
             with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
         if stream is None:
-            batches = Batches(pair.take, tensors, batch_size, seed)
+            batches = Batches(pair.take, tensors, batch_size, seed, group)
         else:
             batches = StreamBatches(pair.take, stream, seed)
         last_step = math.inf if batches.per_epoch is None else epochs * batches.per_epoch
@@ -332,10 +343,14 @@ def fit(
             validator = evaluator if held_out_pair.model is model else evaluator.of(*to_validate)
             validator = validator.in_float32()
             validate = partial(_evaluate_held_out, validator, held_out_pair, seed, held_out_stream)
-        options = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
+        options: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
+        if group.size > 1:
+            options["shared"] = SharedDraws(pair.plate, seed)
         # A run that may resume with more epochs must not depend on their number.
         ends = last_step if saved is None else math.inf
-        step, engine = _make_step((evaluator, make_optimizer, rate, schedules), options, compile, batch_size, ends)
+        step, engine = _make_step((evaluator, make_optimizer, rate, schedules), options, compile, share, ends)
+        if group.size > 1:
+            step.gradient_sum = GradientSum(group, step)
         validate_rows = partial(
             run_all_rows, ElboEvaluator(model, guide, copy.copy(evaluator.elbo), pair.plate), batches
         )
@@ -343,8 +358,11 @@ def fit(
             step, batches, validate, patience, callbacks, saved, callable(rate), engine,
             validate_rows if compile is None else None,
         )  # fmt: skip
-        with seeded(seed):
+        with seeded(group.seed(seed)), nullcontext() if step.gradient_sum is None else closing(step.gradient_sum):
             with rollback_params_on_error():
+                if step.gradient_sum is not None:
+                    discover_parameters(step, batches.context, *batches.first)
+                    step.gradient_sum.start()
                 loop.resume()
                 if compile and step.count == 0:
                     validate_rows()
@@ -352,7 +370,7 @@ def fit(
     pyro.get_param_store().get_state()  # removes Pyro's weak references from the parameters, which pickle refuses
     step = loop.step
     if loop.state.stop_reason == "interrupted":
-        warnings.warn(f"fit: interrupted after {step.count} steps; the parameters are kept", stacklevel=3)
+        warn_user(f"fit: interrupted after {step.count} steps; the parameters are kept")
     seconds, state = time.perf_counter() - started, loop.state
     history = Terms(state.history, pair.why_no_bound)
     return Fitted(

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae._utils.ambient import check_no_outer_handlers
 from pyro_vae._utils.module_state import ModuleSnapshot
@@ -70,8 +71,13 @@ class GraphStep(Step):
 
     def _hook_numbers(self) -> list[int]:
         parameters = self.parameters.values()
-        accumulated = [len(one._post_accumulate_grad_hooks or ()) for one in parameters]
+        accumulated = [len(self._after_accumulation(one)) for one in parameters]
         return [*chain(*self._module_hooks, *(one._backward_hooks or () for one in parameters)), *accumulated]
+
+    def _after_accumulation(self, parameter: Tensor) -> list[Any]:
+        """The hooks of the user that run after a gradient is accumulated."""
+        hooks = (parameter._post_accumulate_grad_hooks or {}).values()
+        return [hook for hook in hooks if getattr(hook, "__self__", self) is not self.gradient_sum]
 
     def check_forward_hooks(self) -> None:
         """Raise for a hook of the user on a module that runs, which a replay would not call."""
@@ -87,7 +93,7 @@ class GraphStep(Step):
     def checked_hooks(self) -> Iterator[None]:
         """Raise in a block for hooks on gradients that a replay would not call."""
         for name, parameter in self.parameters.items():
-            if parameter._post_accumulate_grad_hooks:
+            if self._after_accumulation(parameter):
                 raise CaptureError(
                     f"`compile` must be False where a hook runs after a gradient is accumulated, got one of parameter "
                     f"{name!r}, which captured steps would not call. Leave one of them out"

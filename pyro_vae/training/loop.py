@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +20,15 @@ from pyro_vae._utils.ambient import check_gradients_enabled
 from pyro_vae._utils.data import DataTensors, LazyData
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.ranks import OnEveryRank, Ranks, one_process
 from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
+from pyro_vae._utils.warn import warn_user
 from pyro_vae.compilation.graph import CaptureError
+from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.training.automatic import CHANGED, AutomaticEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
+from pyro_vae.training.gradient_sum import Decisions
 from pyro_vae.training.schedules import PlateauRate
 from pyro_vae.training.state import (
     RunState,
@@ -34,6 +38,8 @@ from pyro_vae.training.state import (
     load_run_state,
     model_state,
     run_state,
+    set_trainable_flags,
+    trainable_flags,
 )
 from pyro_vae.training.step import BatchContext, Step
 from pyro_vae.training.streams import Stream
@@ -96,6 +102,7 @@ class Loop:
         self._early_stopping = EarlyStopping(patience)
         self._plateau = step.lr if isinstance(step.lr, PlateauRate) else None
         self._records_rate = records_rate
+        self.ranks = Ranks() if step.gradient_sum is None else step.gradient_sum.ranks
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, see :meth:`RunCheckpoints.resume`."""
@@ -140,43 +147,67 @@ class Loop:
     def _run_epoch(self) -> None:
         """Run the steps of the current epoch that are not yet done."""
         state, batches = self.state, self.batches
-        pending, checkpoints = self._pending, self.checkpoints
-        ended = True
-        for inputs in batches.remaining(state.batch):
-            # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
-            validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
-            if validate and state.batch == _EAGER_BATCHES and self._validate_rows is not None:
-                self._validate_rows()  # all at once, in place of the further steps of the first epoch
-                self._validate_rows, self._are_validated = None, True
-            self._take_step(inputs, validate and not (self._are_validated and state.epoch == 0))
-            state.batch += 1
-            due = checkpoints is not None and (checkpoints.due(self.step.count) or self._signals.terminated)
-            if due or self._signals.pressed or pending.due():
+        ended, source = True, iter(batches.remaining(state.batch))
+        while self._run_step(source):
+            decided = self._decided()
+            if decided.reads or decided.saves or decided.interrupted or decided.terminated:
                 self._sync_metrics()
-            if due:
+                self.ranks.exchange("the metrics of fit")
+            if decided.saves or decided.terminated:
                 self._save()
                 self._signals.deliver()
-            if self._signals.pressed:
+            if decided.interrupted:
                 state.stop_reason = "interrupted"
                 ended = state.batch == batches.per_epoch
                 break
         if ended:
             self._end_epoch()
 
-    def _take_step(self, inputs: tuple[Tensor, ...], validate: bool) -> None:
+    def _run_step(self, source: Iterator[tuple[Tensor, ...]]) -> bool:
+        """Run the next step of the epoch; return whether there was one."""
+        state, gradient_sum = self.state, self.step.gradient_sum
+        if gradient_sum is not None:
+            gradient_sum.decisions = self._wishes(self.step.count + 1)
+        with nullcontext() if gradient_sum is None else gradient_sum.step_of_all():
+            inputs = next(source, None)
+            if inputs is None and (gradient_sum is None or self.batches.per_epoch is not None):
+                return False
+            # Pyro's validation costs time, and some of its warnings, such as a scale at its floor, come late in a run.
+            validate = state.epoch == 0 or (state.batch == 0 and state.epoch.bit_count() == 1)
+            if validate and state.batch == _EAGER_BATCHES and self._validate_rows is not None:
+                self._validate_rows()  # all at once, in place of the further steps of the first epoch
+                self._validate_rows, self._are_validated = None, True
+            row = self._take_step(inputs or (), validate and not (self._are_validated and state.epoch == 0))
+        if gradient_sum is not None and not gradient_sum.rows:  # no rank has another batch
+            return False
+        step = self.step
+        self._pending.add(inputs if inputs and isinstance(step, CapturedStep) and not step.skips else (), row)
+        state.batch += 1
+        return True
+
+    def _wishes(self, steps: int) -> Decisions:
+        """What this process would do after this number of steps."""
+        saves = self.checkpoints is not None and self.checkpoints.due(steps)
+        return Decisions(self._pending.due(), saves, self._signals.pressed, self._signals.terminated)
+
+    def _decided(self) -> Decisions:
+        """What all ranks do now, after a step."""
+        gradient_sum = self.step.gradient_sum
+        return self._wishes(self.step.count) if gradient_sum is None else gradient_sum.decisions
+
+    def _take_step(self, inputs: tuple[Tensor, ...], validate: bool) -> Tensor:
         context = self.batches.context
         if self.engine is not None and self.engine.has_news():
             self._sync_metrics()
             self.engine.prepare(context, *self.batches.first)
             self.step = self.engine.step
         try:
-            row = self.step(context, *inputs, validate=validate)
+            return self.step(context, *inputs, validate=validate)
         except CaptureError as error:
             if self.engine is None or not self.engine.is_compiled:
                 raise
             self._leave_compiled(error)
-            row = self.step(context, *inputs, validate=validate)
-        self._pending.add(inputs if isinstance(self.step, CapturedStep) and not self.step.skips else (), row)
+            return self.step(context, *inputs, validate=validate)
 
     def _leave_compiled(self, error: CaptureError) -> None:
         """Continue without a compiler, after a compiled step was refused by a comparison with an eager one."""
@@ -185,11 +216,10 @@ class Loop:
         self.engine.fall_back(error)
         self.step = self.engine.step
         discover_parameters(self.step, self.batches.context, *self.batches.first)
-        warnings.warn(
+        warn_user(
             f"fit: compiled steps end at step {self.step.count + 1}, since they are not possible "
             f"{self.engine.reason}. Steps since the last comparison may have repeated operations of an earlier one; "
-            "all further ones run Pyro's code. With compile=False all steps do",
-            stacklevel=5,
+            "all further ones run Pyro's code. With compile=False all steps do"
         )
 
     def _finish(self) -> None:
@@ -268,16 +298,35 @@ class Loop:
         self._update_plateau(state.epoch - 1)
         if self.callbacks:
             self._call_callbacks()
+        self.ranks.exchange("the end of an epoch of fit")
 
     def _call_callbacks(self) -> None:
-        """Call each callback: it may end the run, freeze parameters, and draw random numbers."""
-        state = self.state
+        """Call each callback: it may end the run, freeze parameters, and draw random numbers.
+
+        One that runs on rank 0 alone may change tensors and flags, which all ranks then have.
+        """
+        state, ranks = self.state, self.ranks
         record = {name: values[-1] for name, values in state.history.items()}
+        alone = ranks.size > 1 and not all(isinstance(call, OnEveryRank) for call in self.callbacks)
+        places = PythonState(*self.step.evaluator.read) if alone else None
         with preserve_rng_state():
             for call in self.callbacks:
-                if _ends_run(call(Epoch(state.epoch, self.step.count, record, state.history))):
+                runs_alone = alone and not isinstance(call, OnEveryRank)
+                ends = False
+                with one_process() if runs_alone else nullcontext():
+                    if ranks.is_first or not runs_alone:
+                        ends = _ends_run(call(Epoch(state.epoch, self.step.count, record, state.history)))
+                if ranks.exchange("a callback of fit", [ends])[0]:
                     state.stop_reason = "callback"
         check_gradients_enabled("fit")
+        if places is not None:
+            if changes := places.changes():
+                raise ValueError(
+                    "`callbacks` must not change Python values on rank 0 alone, got a change of "
+                    f"{next(iter(changes))}. Wrap the callback: `pyro_vae.parallel.on_every_rank(callback)`"
+                )
+            set_trainable_flags(self.step, ranks.from_first("the flags of fit", trainable_flags(self.step)))
+            ranks.copy_from_first("the parameters of fit", list(model_state(self.step).values()))
         self._refresh()
 
 
@@ -302,23 +351,29 @@ class Batches:
 
     Attributes:
         per_epoch: number of batches, ``None`` if it is not known.
-        first: inputs of the first rows of the data, as many as a batch has.
+        first: inputs of the first rows of the data, as many as a batch has. On several ranks, these are the rows of
+            this one; all of them if it has none.
     """
 
     per_epoch: int | None
 
-    def __init__(self, context: BatchContext, data: DataTensors, batch_size: int, seed: int):
+    def __init__(
+        self, context: BatchContext, data: DataTensors, batch_size: int, seed: int, ranks: Ranks | None = None
+    ):
         self.context, self.data, self.batch_size, self.device = context, data, batch_size, data[0].device
-        self.num_data = len(data[0])
+        self.num_data, self.ranks = len(data[0]), ranks or Ranks()
         self.per_epoch = len(self.split(torch.arange(self.num_data)))
-        self.first = self._inputs(torch.arange(batch_size, device=self.device))
+        rows = torch.arange(batch_size, device=self.device)
+        self.first = self._inputs(rows)
+        self._has_rows = bool(self.first)
+        self.first = self.first or self._read(rows)
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
     def remaining(self, done: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the inputs of each step of the current epoch, without the first ``done`` ones."""
         if self.per_epoch == 1:
-            return [self.first][done:]
+            return [self.first if self._has_rows else ()][done:]
         self._generator.set_state(self.order)
         shuffled = torch.randperm(self.num_data, generator=self._generator, device="cpu").to(self.device)
         return map(self._inputs, self.split(shuffled)[done:])
@@ -327,9 +382,14 @@ class Batches:
         """Return inputs for all rows in order; of a data set, whose rows may be slow to read, those of one batch."""
         if self.data.num_checked < self.num_data:
             return [self.first]
-        return map(self._inputs, self.split(torch.arange(self.num_data, device=self.device)))
+        return filter(None, map(self._inputs, self.split(torch.arange(self.num_data, device=self.device))))
 
     def _inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs of this rank for the rows of a batch; none if it has no row."""
+        rows = rows[self.ranks.share(len(rows))]
+        return self._read(rows) if len(rows) else ()
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows, *self.data.rows(rows)) if isinstance(self.data, LazyData) else (rows,)
 
     def split(self, rows: Tensor) -> Sequence[Tensor]:

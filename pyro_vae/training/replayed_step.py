@@ -2,15 +2,17 @@
 
 import math
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
+from pyro_vae._utils.typing import Function
+from pyro_vae._utils.warn import warn_user
 from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, input_signature
 from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.compilation.replay import Replay
@@ -64,12 +66,14 @@ class ReplayedStep(GraphStep):
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Update the parameters on one batch, as the eager step does."""
-        gradients = None if self.reason else self._gradients_for(batch_context, inputs)
+        gradients = None if self.reason or self.has_no_rows(inputs) else self._gradients_for(batch_context, inputs)
+        if self.shared is not None:
+            self.shared.step = self.count + 1
         if gradients is None:
             return self._eager_step(batch_context, inputs, validate)
         if validate or gradients.calls >= gradients.next_check:
             return self._compared_step(gradients, batch_context, inputs, validate)
-        random, buffers = torch_random_states(), gradients.writes_buffers
+        random, buffers = torch_random_states(), gradients.writes_buffers or self.gradient_sum is not None
         if buffers:
             self.tensors.note()
         self.set_schedules(self.count)
@@ -84,12 +88,16 @@ class ReplayedStep(GraphStep):
         gradients.unchecked += 1
         for parameter, gradient in zip(gradients.parameters, found, strict=True):
             parameter.grad = gradient
-        self.clip(norm)
-        self.update()
-        return row
+        if self.gradient_sum is None:
+            self.clip(norm)
+            self.update()
+            return row
+        self.gradient_sum.begin(len(inputs[0]))
+        with self.discard_gradients():
+            return self.take(lambda: (row[1], list(row[2:])), inputs)
 
     def _eager_step(self, batch_context: BatchContext, inputs: Sequence[Tensor], validate: bool) -> Tensor:
-        if self.reason:
+        if self.reason or self.has_no_rows(inputs):
             return super().__call__(batch_context, *inputs, validate=validate)
         places = self._watched_places() if self.count + 1 >= self._capture_from and not self._is_checked else None
         started = time.perf_counter()
@@ -176,11 +184,10 @@ class ReplayedStep(GraphStep):
         if not self.reason:
             self._check_places(places)
         if self.reason and gradients.unchecked:
-            warnings.warn(
+            warn_user(
                 f"fit: step {self.count} runs {self.reason}. The {gradients.unchecked} steps since the last comparison "
                 "repeated the operations of an earlier step; all further ones run Pyro's code. With compile=False all "
-                "steps do",
-                stacklevel=2,
+                "steps do"
             )
         gradients.was_checked()
         return row
@@ -227,15 +234,19 @@ class _Gradients:
 
     def __init__(self, step: ReplayedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
         self.parameters: list[Tensor] = []
-        self.graph = Graph(
-            lambda *inputs: step.gradients(batch_context, inputs, self.parameters), inputs, keeps_recurrent=True
-        )
+        self._shared, self._fills = step.shared, list[Function]()
+        with nullcontext(self._fills) if step.shared is None else step.shared.captured() as self._fills:
+            self.graph = Graph(
+                lambda *inputs: step.gradients(batch_context, inputs, self.parameters), inputs, keeps_recurrent=True
+            )
         self.writes_buffers = bool(self.graph.written)
         self.holds, self._replay = self.graph.holds, Replay(self.graph)
         self.calls = self.next_check = self.unchecked = 0
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         self.calls += 1
+        if self._shared is not None:
+            self._shared.refill(self._fills)
         return self._replay(*inputs)
 
     def was_checked(self) -> None:

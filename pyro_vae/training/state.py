@@ -161,16 +161,7 @@ def data_fingerprint(data: DataTensors) -> str:
 
 def model_state(step: Step) -> dict[str, Tensor]:
     """Return parameters, frozen ones too, and buffers, by their paths in modules or by Pyro's names outside of them."""
-    return {name: tensor.detach() for name, tensor in _named(step).items()}
-
-
-def _named(step: Step) -> dict[str, Tensor]:
-    found = step.tensors.named()  # by path: Pyro's names of modules have numbers that differ between processes
-    known = {id(tensor) for tensor in found.values()}
-    for name, parameter in step.parameters.items():
-        if id(parameter) not in known:
-            found[name if name not in found else f"{name} of the param store"] = parameter
-    return found
+    return {name: tensor.detach() for name, tensor in step.named_tensors().items()}
 
 
 @torch.no_grad()
@@ -184,7 +175,7 @@ def trainable_flags(step: Step) -> dict[str, list[Any]]:
     """Return which parameters are frozen, which the optimizer has, and whether each module is in training mode."""
     groups = [] if step.optimizer is None else step.optimizer.param_groups
     optimized = {id(parameter) for group in groups for parameter in group["params"]}
-    named = _named(step)
+    named = step.named_tensors()
     parameters = {name: tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}
     return {
         "optimized": [name for name, tensor in named.items() if id(tensor) in optimized],
@@ -195,7 +186,7 @@ def trainable_flags(step: Step) -> dict[str, list[Any]]:
 
 def set_trainable_flags(step: Step, saved: Mapping[str, Any]) -> None:
     """Set the flags to what :func:`trainable_flags` returned."""
-    for name, tensor in _named(step).items():
+    for name, tensor in step.named_tensors().items():
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             tensor.requires_grad_(name not in saved["frozen"])
     for module, training in zip(step.tensors.modules(), saved["training"], strict=True):
@@ -215,7 +206,7 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     state = {} if step.optimizer is None else step.optimizer.state
-    for name, parameter in _named(step).items():
+    for name, parameter in step.named_tensors().items():
         for kind, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 found[f"{name}/{kind}"] = value
@@ -227,7 +218,7 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
 
 def load_optimizer_state(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
     """Make an optimizer of the named parameters with the state that :func:`optimizer_state` returned."""
-    named = _named(step)
+    named = step.named_tensors()
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
     copies: dict[int, Tensor] = {}  # by address: parameters that shared a tensor share its copy
     for path, value in saved.items():

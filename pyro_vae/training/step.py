@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,8 +19,10 @@ from pyro_vae._utils.rng import set_torch_random_states, torch_random_states
 from pyro_vae._utils.traces import has_bad_rows
 from pyro_vae._utils.validation import number
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
+from pyro_vae.training.gradient_sum import GradientSum
 from pyro_vae.training.optimizers import MakeOptimizer, set_rates
 from pyro_vae.training.schedules import Schedule, TorchSchedule
+from pyro_vae.training.shared_draws import SharedDraws
 
 __all__ = ["BatchContext", "Step", "metrics_row"]
 
@@ -45,6 +47,10 @@ class Step:
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
         skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
         numbered: whether the first input of a step is the numbers of its rows, which errors then name.
+        shared: what draws the latents that all ranks share, if there are several ranks.
+
+    Attributes:
+        gradient_sum: what makes gradients and metrics those of all ranks, if there are several.
     """
 
     def __init__(
@@ -56,8 +62,10 @@ class Step:
         clip_norm: float | None = None,
         skips: bool = False,
         numbered: bool = False,
+        shared: SharedDraws | None = None,
     ):
-        self.evaluator = evaluator
+        self.evaluator, self.shared = evaluator, shared
+        self.gradient_sum: GradientSum | None = None
         self.lr: Schedule | None = lr if callable(lr) or lr is None else lambda step: lr
         self.schedules = schedules or {}
         self.make_optimizer = make_optimizer
@@ -74,32 +82,83 @@ class Step:
         self.modules: Registered = {}
         self.snapshot: ModuleSnapshot | None = None  # of these modules and of the parameters, since they were found
         self.tensors = ModuleTensors(evaluator.model, evaluator.guide)  # of all modules that these and the ELBO run
+        self._own_error: FloatingPointError | None = None  # of this rank, in the current step
 
     def __call__(self, batch_context: BatchContext, *inputs: Tensor, validate: bool = False) -> Tensor:
         """Update the parameters on one batch, whose inputs ``batch_context`` turns into arguments of model and guide.
 
         Return 1, or 0 if the step was skipped; the loss; the terms of :attr:`names`, in nats per datum; float64. Raise
         ``FloatingPointError`` if loss or gradient is not finite. Parameters and buffers are those of the step before.
+        A rank without rows gives no inputs; where no rank has any, the step changes nothing.
         """
         self.refresh()
         self.tensors.note()
         self.set_schedules(self.count)
         self.count += 1
         validate = validate or self.count == 1  # some libraries turn validation off on import
-        with pyro.validation_enabled(validate), self.discard_gradients(), batch_context(*inputs) as arguments:
-            try:
-                loss, terms = self.backward(arguments, *inputs)
-                norm = self.gradient_norm()
-                if not math.isfinite(loss) or not norm.isfinite():
-                    raise FloatingPointError(f"step {self.count}: {self._describe_nonfinite(loss, inputs)}")
-            except FloatingPointError:
-                self.restore_previous()
-                if not self.skips:
-                    raise
-                return metrics_row(0.0, math.nan, [torch.full((), math.nan, dtype=torch.float64)] * len(self.names))
-            self.clip(norm)
-            self.update()
+        if self.shared is not None:
+            self.shared.step = self.count
+        context: Any = nullcontext(()) if self.has_no_rows(inputs) else batch_context(*inputs)
+        with pyro.validation_enabled(validate), self.discard_gradients(), context as arguments:
+            return self.take(partial(self._own, arguments, inputs), inputs)
+
+    def has_no_rows(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether this rank has no row of the batch."""
+        return self.gradient_sum is not None and not inputs
+
+    def take(self, own: Callable[[], tuple[Any, list[Tensor]]], inputs: tuple[Tensor, ...]) -> Tensor:
+        """Update the parameters; ``own`` computes the gradients of this rank and returns the loss and its terms."""
+        try:
+            loss, terms, norm = self._of_all_ranks(*own(), inputs)
+            if not math.isfinite(loss) or not norm.isfinite():
+                raise FloatingPointError(f"step {self.count}: {self._describe_nonfinite(loss, inputs)}")
+        except FloatingPointError:
+            self.restore_previous()
+            if not self.skips:
+                raise
+            return metrics_row(0.0, math.nan, self._no_terms())
+        if self.gradient_sum is not None and not self.gradient_sum.rows:
+            self.count -= 1
+            return metrics_row(0.0, math.nan, self._no_terms())
+        self.clip(norm)
+        self.update()
         return metrics_row(1.0, loss, terms)
+
+    def _no_terms(self) -> list[Tensor]:
+        return [torch.full((), math.nan, dtype=torch.float64, device="cpu")] * len(self.names)
+
+    def _own(self, arguments: tuple[Any, ...], inputs: tuple[Tensor, ...]) -> tuple[Any, list[Tensor]]:
+        """Compute the gradients of the rows of this rank; return the loss and its terms."""
+        if self.gradient_sum is None:
+            return self.backward(arguments, *inputs)
+        if self.has_no_rows(inputs):
+            return 0.0, []
+        self.gradient_sum.begin(len(inputs[0]))
+        try:
+            return self.backward(arguments, *inputs)
+        except FloatingPointError as error:  # of the user's code: the other ranks skip the step, too
+            self._own_error = error
+            return math.nan, self._no_terms()
+
+    def _of_all_ranks(
+        self, loss: Any, terms: list[Tensor], inputs: tuple[Tensor, ...]
+    ) -> tuple[Any, list[Tensor], Tensor]:
+        """Return loss, terms and norm of the gradients of all ranks, and set these, if they are finite."""
+        if self.gradient_sum is None:
+            return loss, terms, self.gradient_norm()
+        own_loss, own_error, self._own_error = loss, self._own_error, None
+        loss, terms, norm = self.gradient_sum(loss, terms)
+        if math.isfinite(loss) and norm.isfinite():
+            return loss, terms, norm
+        cause = None if own_error is None else str(own_error)
+        if inputs and cause is None and not (math.isfinite(own_loss) and self.gradient_norm().isfinite()):
+            cause = self._describe_nonfinite(own_loss, inputs)
+        causes = self.gradient_sum.ranks.gather("a step that is not finite", cause)
+        rank, cause = next(
+            ((rank, cause) for rank, cause in enumerate(causes) if cause is not None),
+            (0, "the sum of the gradients over ranks is not finite"),
+        )
+        raise FloatingPointError(f"step {self.count}: rank {rank}: {cause}")
 
     def refresh(self) -> bool:
         """Find the parameters again if modules, their flags or the param store have changed; return whether so."""
@@ -178,7 +237,8 @@ class Step:
         """Compute the loss and its gradients, and find the parameters that the run registers."""
         known = bool(self.parameters)
         noticed = nullcontext() if known else self.tensors.noticed()
-        with poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
+        shared = nullcontext() if self.shared is None else self.shared
+        with shared, poutine.trace(param_only=True) as tracer, module_registry(self.modules, known), noticed:
             try:
                 run = partial(self.evaluator.loss_and_grads, *arguments)
                 return run() if known else check_parameters(run, partial(self.evaluator.loss, *arguments))
@@ -196,6 +256,15 @@ class Step:
                 self.snapshot = None
         if self.snapshot is None:
             self.snapshot = ModuleSnapshot([module for module, *_ in self.modules.values()], list(self.parameters))
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Parameters, frozen ones too, and buffers, by their paths in modules or by Pyro's names outside of them."""
+        found = self.tensors.named()  # by path: Pyro's names of modules have numbers that differ between processes
+        known = {id(tensor) for tensor in found.values()}
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in known:
+                found[name if name not in found else f"{name} of the param store"] = parameter
+        return found
 
     def gradient_norm(self) -> Tensor:
         """Compute the norm of all gradients together."""
