@@ -1,11 +1,13 @@
 """The aggregate posterior q(z), the mixture of q(z | x_n) over the data, and its log-densities at values of z."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.ranks import share_of
 from pyro_vae.distributions.properties import without_independent
 from pyro_vae.exact.guide_density import GuideDensity
 from pyro_vae.exact.model_density import Values
@@ -16,7 +18,9 @@ _BUDGET = 2**21  # numbers in the largest tensor of one chunk
 
 
 class AggregatePosterior:
-    """The mixture of q(z | x_n) over N data at R values of the latents, summed over batches of the data by :meth:`add`.
+    """The mixture of q(z | x_n) over N data at R values of the latents.
+
+    It is summed over batches of the data by :meth:`add`, for all values, or for parts of them, which are then joined.
 
     Args:
         values: of each latent, ``(R, 1, *event)`` by site.
@@ -52,6 +56,27 @@ class AggregatePosterior:
                 total[part] = torch.logaddexp(total[part], each.logsumexp(1))
                 found = each.gather(1, owner[:, None, None].expand(-1, -1, each.shape[-1]))[:, 0]
                 own[part] = torch.where(inside[:, None], found, own[part])
+
+    def parts(self, count: int) -> "list[AggregatePosterior]":
+        """Split the values, before any data are added, into at most ``count`` parts."""
+        found, total = [], len(self._own)
+        for number in range(min(count, total)):
+            part = share_of(total, number, min(count, total))
+            owners = None if self._owners is None else self._owners[part]
+            values = {name: value[part] for name, value in self._values.items()}
+            found.append(AggregatePosterior(values, owners, self.num_data))
+        return found
+
+    def sums(self) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the sums so far, for :meth:`join`."""
+        return self._own, self._sum_of_others, self._by_variable
+
+    def join(self, sums: "Sequence[tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]]") -> None:
+        """Set the sums to those of all parts."""
+        self._own, self._sum_of_others = (torch.cat(list(of)) for of in zip(*(each[:2] for each in sums), strict=True))
+        for name in sums[0][2]:
+            total, own = (torch.cat(list(of)) for of in zip(*(each[2][name] for each in sums), strict=True))
+            self._by_variable[name] = total, own
 
     def _owners_in(self, part: slice, first_row: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """The place of each owner in a batch, any if it is not in it, and whether it is."""

@@ -13,20 +13,22 @@ the plates that all sites share, or for all data together. The second line needs
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import Progress, progress_bar
-from pyro_vae._utils.rng import random_states, seeded, set_random_states
+from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -41,6 +43,8 @@ from pyro_vae.model_guide import ModelGuide, RowBatches
 from pyro_vae.objectives.elbo_terms import rate_by_variable
 
 __all__ = ["COLLAPSE_NATS", "MAX_SUMMED", "Decomposition", "Estimate", "Units", "decompose", "units_table"]
+
+_Result = TypeVar("_Result")
 
 MAX_SUMMED = 2**12
 """Discrete latents of up to this many joint states are summed over; larger ones are sampled."""
@@ -254,6 +258,7 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
         yield f"these variables of {name} still cost a rate of {wasted:.2f} nats: their q is not the prior"
 
 
+@each_rank("decompose")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -316,12 +321,19 @@ def decompose(
     batches = ModelGuide.in_batches(model, guide, data, plate)
     total = batches.num_data * num_samples
     with seeded(seed), progress_bar("decompose", progress, total=total, unit="draw", unit_scale=True) as bar:
-        state = random_states()
         try:
-            return _with_information(batches, num_samples, bar)
+            return _with_information(batches, num_samples, seed, bar)
         except _NoInformation as reason:
-            set_random_states(*state)
-            return _without_information(batches, str(reason), num_samples, bar)
+            return _without_information(batches, str(reason), num_samples, seed, bar)
+
+
+def _in_chunks(batches: RowBatches, compute: Callable[[int], _Result], seed: int) -> list[_Result]:
+    """Compute something with random numbers for each batch of rows, by its number.
+
+    The first batch of several has other random numbers than the choice of rows to compare.
+    """
+    chunks, device = range(len(batches)), batches.first.data[0].device
+    return in_chunks("decompose", chunks, compute, device, seed, first=int(len(batches) > 1))
 
 
 class _NoInformation(Exception):
@@ -336,21 +348,46 @@ class _Densities:
     """
 
     def __init__(self, batches: RowBatches):
-        self._batches = batches
+        self.batches = batches
         self.p, self.q = cell_densities(batches.first)
         self._check_form()
         # Values of each latent, at which the log-density of its prior is the same for all rows.
         self._values = {name: site["value"][:8, None] for name, site in self.p.latents.items()}
         self._expected = {name: log_p[:, :1] for name, log_p in self._log_priors(self.p).items()}
 
-    def __iter__(self) -> Iterator[tuple[ModelDensity, GuideDensity, int]]:
-        """Iterate over the batches, with the number of the first row of each."""
-        for pair in self._batches:
-            p, q = (self.p, self.q) if pair is self._batches.first else cell_densities(pair)
-            for name, log_p in self._log_priors(p).items():
-                if not torch.allclose(log_p, self._expected[name], rtol=1e-4, atol=1e-4):
-                    raise _NoInformation(f"there is no single prior p(z), since that of {name!r} depends on x")
-            yield p, q, pair.data.first_row
+    def __getitem__(self, index: int) -> tuple[ModelDensity, GuideDensity, int]:
+        """Return the densities of a batch, with the number of its first row."""
+        pair = self.batches[index]
+        p, q = (self.p, self.q) if pair is self.batches.first else cell_densities(pair)
+        for name, log_p in self._log_priors(p).items():
+            if not torch.allclose(log_p, self._expected[name], rtol=1e-4, atol=1e-4):
+                raise _NoInformation(f"there is no single prior p(z), since that of {name!r} depends on x")
+        return p, q, pair.data.first_row
+
+    def add_to(self, aggregate: AggregatePosterior) -> None:
+        """Add all batches to the mixture, of which ranks share the values."""
+
+        def add(part: AggregatePosterior) -> Any:
+            for index in range(len(self.batches)):
+                _, q, first_row = self[index]
+                part.add(q, first_row)
+            return part.sums()
+
+        parts = aggregate.parts(ranks().size)
+        aggregate.join(_without_reasons(in_chunks("decompose", parts, _or_reason(add), self.p.data[0].device)))
+
+    def sums(self, add: "Callable[[_Sums, ModelDensity, GuideDensity, int], None]", num_samples: int, seed: int) -> Any:
+        """Return the sums over all batches, of each of which ``add`` adds those of its rows."""
+
+        def of_batch(index: int) -> _Sums:
+            found = _Sums(num_samples)
+            add(found, *self[index])
+            return found
+
+        total = _Sums(num_samples)
+        for found in _without_reasons(_in_chunks(self.batches, _or_reason(of_batch), seed)):
+            total.add(found)
+        return total
 
     def _log_priors(self, p: ModelDensity) -> Values:
         return {name: log_p for name, log_p in p.log_probs(self._values).items() if name in p.latents}
@@ -369,23 +406,42 @@ class _Densities:
                     "a datum has no q(z|x) of its own, since the guide draws the latents of all data together"
                 )
             raise _NoInformation("the latents of a datum lie in further plates, or are masked")
-        if self._batches.num_data < 2:
+        if self.batches.num_data < 2:
             raise _NoInformation("one datum has none with its index")
 
 
-def _with_information(batches: RowBatches, num_samples: int, bar: Progress) -> Decomposition:
+def _or_reason(compute: Callable[[Any], _Result]) -> "Callable[[Any], _Result | _NoInformation]":
+    """Return a function that returns the reason why there is no information, which all ranks must know."""
+
+    def run(chunk: Any) -> _Result | _NoInformation:
+        try:
+            return compute(chunk)
+        except _NoInformation as reason:
+            return reason
+
+    return run
+
+
+def _without_reasons(found: "Iterable[_Result | _NoInformation]") -> list[_Result]:
+    """Return the results, or raise the first reason."""
+    results: list[_Result] = []
+    for result in found:
+        if isinstance(result, _NoInformation):
+            raise result
+        results.append(result)
+    return results
+
+
+def _with_information(batches: RowBatches, num_samples: int, seed: int, bar: Progress) -> Decomposition:
     """The decomposition with the mutual information, in two passes: over the draws, and over the mixture q(z)."""
     densities, num_data = _Densities(batches), batches.num_data
     if _can_sum(densities.p):
-        return _over_states(densities, num_data, num_samples, bar)
+        return _over_states(densities, num_data, num_samples, seed, bar)
     rows = _compared_rows(num_data, densities.p.data[0].device)
-    sums = _Sums(num_samples, bar, rows)
-    for p, q, first_row in densities:
-        sums.add_draws(p, q, first_row)
+    sums = densities.sums(lambda sums, *batch: sums.add_draws(*batch, bar, rows), num_samples, seed)
     values, log_prior = sums.drawn()
     aggregate = AggregatePosterior(values, rows.repeat(num_samples), num_data)
-    for _, q, first_row in densities:
-        aggregate.add(q, first_row)
+    densities.add_to(aggregate)
     own, mixed, others = (
         each.unflatten(0, (num_samples, len(rows)))
         for each in (aggregate.log_q, aggregate.log_aggregate, aggregate.log_others)
@@ -408,17 +464,18 @@ def _with_information(batches: RowBatches, num_samples: int, bar: Progress) -> D
     )
 
 
-def _over_states(densities: _Densities, num_data: int, num_samples: int, bar: Progress) -> Decomposition:
+def _over_states(densities: _Densities, num_data: int, num_samples: int, seed: int, bar: Progress) -> Decomposition:
     """The decomposition by sums over all states of discrete latents, without error; draws are those of the units."""
     chunks = list(densities.p.states())
     states = {name: torch.cat([values[name] for values in chunks]) for name in densities.p.latents}
     aggregate = AggregatePosterior(states, None, num_data)
-    for _, q, first_row in densities:
-        aggregate.add(q, first_row)
-    sums = _Sums(num_samples, bar)
-    for p, q, first_row in densities:
+    densities.add_to(aggregate)
+
+    def add(sums: _Sums, p: ModelDensity, q: GuideDensity, first_row: int) -> None:
         sums.add_expectations(p, q, aggregate)
-        sums.add_draws(p, q, first_row)
+        sums.add_draws(p, q, first_row, bar)
+
+    sums = densities.sums(add, num_samples, seed)
     mean = {name: mean.estimate(0) for name, mean in sums.means.items()}
     population = (sums.means[name].of_population() for name in ("mutual information", "upper bound"))
     return Decomposition(
@@ -465,15 +522,22 @@ def _by_regression(values: Tensor, rates: Tensor, rate: Estimate, num_data: int,
     return Estimate(value, math.sqrt(chosen + of_data))
 
 
-def _without_information(batches: RowBatches, why_not: str, num_samples: int, bar: Progress) -> Decomposition:
+def _without_information(
+    batches: RowBatches, why_not: str, num_samples: int, seed: int, bar: Progress
+) -> Decomposition:
     """Average ELBO, distortion and rate over draws of the guide; without latents of its own they are exact."""
+    p, q = cell_densities(batches.first)
+    num_samples = num_samples if q.sites else 0
+    splits = not batches.first.eliminated and q.splits_by_site
+
+    def means(index: int) -> dict[str, _Mean]:
+        densities = (p, q) if index == 0 else cell_densities(batches[index])
+        return {name: _Mean.of(term) for name, term in _terms(*densities, splits, num_samples, bar).items()}
+
     sums: dict[str, _Mean] = defaultdict(_Mean)
-    for pair in batches:
-        p, q = cell_densities(pair)
-        num_samples = num_samples if q.sites else 0
-        splits = not pair.eliminated and q.splits_by_site
-        for name, term in _terms(p, q, splits, num_samples, bar).items():
-            sums[name].add(term)
+    for found in _in_chunks(batches, means, seed):
+        for name, each in found.items():
+            sums[name].add(each)
     mean = {name: each.estimate(num_samples) for name, each in sums.items()}
     return Decomposition(
         elbo=mean["elbo"],
@@ -556,14 +620,23 @@ class _Mean:
         self._rows, self._count = 0, 1
         self._mean = self._squares = self._within = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Add values ``(K, N)`` of K draws, or exact ones, ``(1, N)``."""
-        row, rows = values.double().mean(0), self._rows + values.shape[1]
-        mean, share = row.mean().item(), values.shape[1] / rows
-        self._squares += (row - mean).square().sum().item() + self._rows * share * (mean - self._mean) ** 2
-        self._mean += share * (mean - self._mean)
-        self._within += values.double().var(0).sum().item() if len(values) > 1 else 0.0
-        self._rows, self._count = rows, len(values)
+    @classmethod
+    def of(cls, values: Tensor) -> "_Mean":
+        """Return the mean of values ``(K, N)`` of K draws, or of exact ones, ``(1, N)``."""
+        found, row = cls(), values.double().mean(0)
+        found._rows, found._count, found._mean = values.shape[1], len(values), row.mean().item()
+        found._squares = (row - found._mean).square().sum().item()
+        found._within = values.double().var(0).sum().item() if len(values) > 1 else 0.0
+        return found
+
+    def add(self, other: "_Mean") -> None:
+        """Add the mean of other rows."""
+        rows, change = self._rows + other._rows, other._mean - self._mean
+        share = other._rows / rows
+        self._squares += other._squares + self._rows * share * change**2
+        self._mean += share * change
+        self._within += other._within
+        self._rows, self._count = rows, other._count
 
     def estimate(self, num_samples: int) -> Estimate:
         """Return the mean, with the error of the draws; there is none without draws."""
@@ -577,17 +650,14 @@ class _Mean:
 
 
 class _Sums:
-    """Sums over the rows so far.
+    """Sums over rows, those of a batch or of all.
 
     Args:
         num_samples: K, draws of each row.
-        bar: shows them.
-        rows: the numbers of the M rows whose draws are kept, in ascending order; ``None`` if no densities at draws are
-            needed.
     """
 
-    def __init__(self, num_samples: int, bar: Progress, rows: Tensor | None = None):
-        self.num_samples, self.bar, self.rows = num_samples, bar, rows
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
         self.means: dict[str, _Mean] = defaultdict(_Mean)
         self.rates: dict[str, _Mean] = defaultdict(_Mean)  # of sites
         self.information: dict[str, Tensor] = {}
@@ -597,11 +667,34 @@ class _Sums:
         self._values: dict[str, list[Tensor]] = {}  # of the rows that are kept
         self._log_prior: list[Tensor] = []
 
-    def add_draws(self, p: ModelDensity, q: GuideDensity, first_row: int) -> None:
-        """Add draws of the latents of each datum of a batch."""
+    def add(self, other: "_Sums") -> None:
+        """Add the sums of other rows."""
+        for ours, theirs in ((self.means, other.means), (self.rates, other.rates)):
+            for name, mean in theirs.items():
+                ours[name].add(mean)
+        for name, gain in other.information.items():
+            self.information[name] = self.information.get(name, torch.zeros_like(gain)) + gain
+        for name, activity in other._activity.items():
+            self._activity[name].add(activity)
+        for name, summed in other._rate_by_variable.items():
+            before = self._rate_by_variable.get(name)
+            self._rate_by_variable[name] = summed if before is None or summed is None else before + summed
+        self._classes |= other._classes
+        for name, values in other._values.items():
+            self._values.setdefault(name, []).extend(values)
+        self._log_prior += other._log_prior
+
+    def add_draws(
+        self, p: ModelDensity, q: GuideDensity, first_row: int, bar: Progress, rows: Tensor | None = None
+    ) -> None:
+        """Add draws of the latents of each datum of a batch.
+
+        ``rows`` are the numbers of the M rows whose draws are kept, in ascending order; ``None`` if no densities at
+        draws are needed.
+        """
         terms: dict[str, list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
-        kept = self._kept(first_row, p.num_data)
+        kept = None if rows is None else _kept(rows, first_row, p.num_data)
         values: dict[str, list[Tensor]] = {}
         for first in range(0, self.num_samples, p.chunk):
             count = min(p.chunk, self.num_samples - first)
@@ -615,31 +708,24 @@ class _Sums:
                 terms.setdefault(name, []).append(term)
             for name in q.sites if kept is not None else ():
                 values.setdefault(name, []).append(results.each(("value", name), count)[:, kept])
-            self.bar.advance(count * p.num_data)
+            bar.advance(count * p.num_data)
         for name, (total, squares) in sums.items():
             mean = total / self.num_samples
             within = (squares / self.num_samples - mean**2).clamp(min=0) / (self.num_samples - 1)  # noise of the draws
-            self._activity[name].add(mean, within)
+            self._activity[name].add(_Activity.of(mean, within))
         if kept is not None:
             self._add_terms({name: torch.cat(parts) for name, parts in terms.items()}, kept)
             for name, parts in values.items():
                 self._values.setdefault(name, []).append(torch.cat(parts))
 
-    def _kept(self, first_row: int, count: int) -> Tensor | None:
-        """The places, in a batch, of the rows whose draws are kept."""
-        if self.rows is None:
-            return None
-        places = self.rows - first_row
-        return places[(places >= 0) & (places < count)]
-
     def _add_terms(self, terms: dict[str, Tensor], kept: Tensor) -> None:
         self._log_prior.append(terms["prior"][:, kept])
         likelihood, rate = terms["likelihood"], terms["log_q"] - terms["prior"]
         for name, term in (("elbo", likelihood - rate), ("distortion", -likelihood), ("rate", rate)):
-            self.means[name].add(term)
+            self.means[name].add(_Mean.of(term))
         for name, term in terms.items():
             if name.startswith("rate of "):
-                self.rates[name.removeprefix("rate of ")].add(term)
+                self.rates[name.removeprefix("rate of ")].add(_Mean.of(term))
 
     def _add_rate(self, name: str, results: Results, count: int, num_data: int) -> None:
         """Add the rates of the variables of a site, where they are known."""
@@ -700,9 +786,9 @@ class _Sums:
             first += len(log_q)
         names = ("elbo", "distortion", "rate", "mutual information", "upper bound")
         for name, term in zip(names, total, strict=True):
-            self.means[name].add(term[None])
+            self.means[name].add(_Mean.of(term[None]))
         for name, rate in rates.items():
-            self.rates[name].add(rate[None])
+            self.rates[name].add(_Mean.of(rate[None]))
 
     def drawn(self) -> tuple[Values, Tensor]:
         """Return the draws of the rows that are kept, ``(K M, 1, *event)``, and log p(z) there, ``(K, M)``."""
@@ -722,6 +808,12 @@ class _Sums:
         return result
 
 
+def _kept(rows: Tensor, first_row: int, count: int) -> Tensor:
+    """The places, in a batch, of the rows whose draws are kept."""
+    places = rows - first_row
+    return places[(places >= 0) & (places < count)]
+
+
 class _Activity:
     """The variance over rows of the means of variables, less the noise of the draws, from batches of rows."""
 
@@ -729,14 +821,21 @@ class _Activity:
         self.num_rows = 0
         self._mean = self._squares = self._within = torch.zeros((), dtype=torch.float64, device="cpu")
 
-    def add(self, mean: Tensor, within: Tensor) -> None:
-        """Add the means ``(N, *variables)``, and the squares of their errors."""
-        rows, centre = self.num_rows + len(mean), mean.mean(0)
-        change, share = centre - self._mean.to(centre.device), len(mean) / rows
-        self._squares = self._squares.to(centre.device) + (mean - centre).square().sum(0)
-        self._squares = self._squares + self.num_rows * share * change.square()
+    @classmethod
+    def of(cls, mean: Tensor, within: Tensor) -> "_Activity":
+        """Return that of rows with these means, ``(N, *variables)``, and the squares of their errors."""
+        found = cls()
+        found.num_rows, found._mean, found._within = len(mean), mean.mean(0), within.sum(0)
+        found._squares = (mean - found._mean).square().sum(0)
+        return found
+
+    def add(self, other: "_Activity") -> None:
+        """Add other rows."""
+        rows, centre = self.num_rows + other.num_rows, other._mean
+        change, share = centre - self._mean.to(centre.device), other.num_rows / rows
+        self._squares = self._squares.to(centre.device) + other._squares + self.num_rows * share * change.square()
         self._mean = centre - (1 - share) * change
-        self._within, self.num_rows = self._within.to(centre.device) + within.sum(0), rows
+        self._within, self.num_rows = self._within.to(centre.device) + other._within, rows
 
     def activity(self) -> Tensor:
         """Return the variances, ``(*variables)``."""

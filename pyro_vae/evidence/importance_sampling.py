@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import optional_boolean, positive_int
@@ -187,6 +189,7 @@ def _mean_and_error(log_p: Tensor) -> str:
     return f"{log_p.mean():.3f}" + (f" ± {log_p.std() / len(log_p) ** 0.5:.3f}" if len(log_p) > 1 else "")
 
 
+@each_rank("log_evidence")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -340,9 +343,17 @@ def batched_estimate(
     ``make_sampler`` returns the function that draws the log-weights of a batch of rows; the rest is as in
     :func:`log_evidence`.
     """
-    total = p.num_data * num_samples
+    total, device = p.num_data * num_samples, p.data[0].device
     with seeded(seed), progress_bar(name, progress, total=total, unit="draw", unit_scale=True) as bar:
-        parts = [_summarize_weights(part, make_sampler(part, bar.advance), num_samples) for part in _batches(p)]
+        if _has_batches(p):
+
+            def summarize(first: int) -> tuple[Tensor, Tensor, Tensor]:
+                part = p.of_rows(slice(first, first + _ROWS))
+                return _summarize_weights(part, make_sampler(part, bar.advance), num_samples)
+
+            parts = in_chunks(name, range(0, p.num_data, _ROWS), summarize, device, seed)
+        else:
+            parts = [_summarize_weights(p, make_sampler(p, bar.advance), num_samples, name, seed)]
     sizes = [p.num_data] if p.by_rows else [frame.size for frame in p.units]
     log_evidence, ess, khat = (torch.cat(list(of)).to(p.dtype).reshape(sizes) for of in zip(*parts, strict=True))
     return Evidence(log_evidence, ess, khat, num_samples, cell_plates(p))
@@ -353,26 +364,40 @@ def draws_at_once(p: ModelDensity) -> int:
     return p.chunk_size(_BUDGET)
 
 
-def _batches(p: ModelDensity) -> Iterable[ModelDensity]:
-    """Split the rows if they are independent, so that q(z | x) of a batch is computed once for many draws."""
-    if not p.by_rows or p.num_data <= _ROWS or not (p.pair.is_amortized("model") and p.pair.is_amortized("guide")):
-        return [p]
-    return p.batches(_ROWS)
+def _has_batches(p: ModelDensity) -> bool:
+    """Whether rows come in batches, which must be independent: q(z | x) of one is then computed once for many draws."""
+    return p.by_rows and p.num_data > _ROWS and p.pair.is_amortized("model") and p.pair.is_amortized("guide")
 
 
-def _summarize_weights(p: ModelDensity, sampler: WeightSampler, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each."""
+def _summarize_weights(
+    p: ModelDensity, sampler: WeightSampler, num_samples: int, name: str = "", seed: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the mean weight, the effective number of draws and k̂, ``(N,)`` each.
+
+    With a seed, ranks share the draws. What the sampler drew before its first weights has the number 0.
+    """
     chunk, top_size = draws_at_once(p), tail_length(num_samples) + 1
+    counts = [min(chunk, num_samples - first) for first in range(0, num_samples, chunk)]
+
+    def largest(log_weight: Tensor) -> Tensor:
+        return log_weight.topk(min(top_size, len(log_weight)), dim=0, sorted=False).values
+
+    def summarize(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        log_weight = sampler(count)
+        # The largest weights keep their dtype, from which k̂ takes the size of a rounding error.
+        top, log_weight = largest(log_weight), log_weight.double()
+        return top, log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)
+
+    if seed is None or len(counts) == 1:
+        found: Iterable[tuple[Tensor, Tensor, Tensor]] = map(summarize, counts)
+    else:
+        found = in_chunks(name, counts, summarize, p.data[0].device, seed, first=1)
     total, total_of_squares = p.zeros() - math.inf, p.zeros() - math.inf
     top = p.zeros()[:0].reshape(0, p.num_data)
-    for first in range(0, num_samples, chunk):
-        log_weight = sampler(min(chunk, num_samples - first))
-        # The largest weights keep their dtype, from which k̂ takes the size of a rounding error.
-        top = torch.cat([top.to(log_weight.dtype), log_weight])
-        top = top.topk(min(top_size, len(top)), dim=0, sorted=False).values
-        log_weight = log_weight.double()
-        total = torch.logaddexp(total, log_weight.logsumexp(0))
-        total_of_squares = torch.logaddexp(total_of_squares, (2 * log_weight).logsumexp(0))
+    for of_chunk, log_sum, log_sum_of_squares in found:
+        top = largest(torch.cat([top.to(of_chunk.dtype), of_chunk]))
+        total = torch.logaddexp(total, log_sum)
+        total_of_squares = torch.logaddexp(total_of_squares, log_sum_of_squares)
     ess = (2 * total - total_of_squares).exp()
     return total - math.log(num_samples), ess, pareto_shape(top, num_samples)
 

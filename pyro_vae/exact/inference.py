@@ -23,10 +23,12 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import log_density, summed_to
 from pyro_vae._utils.typing import Data, Function
@@ -52,6 +54,7 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 _CHUNKS = 100  # of points, about as many as a quadrature has
 
 
+@each_rank("exact.log_evidence")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -111,15 +114,19 @@ def _by_rows(name: str, progress: bool | None, batches: RowBatches, compute: Cal
     """Compute the numbers of each row in batches of rows, so that the memory does not grow with what a run needs."""
     if len(batches) == 1:
         return compute(batches.first)
-    found = []
     with progress_bar(name, progress, total=batches.num_data, unit="datum") as bar:
-        for pair in batches:
+
+        def run(index: int) -> Tensor:
+            pair = batches[index]
             with rows_from(pair.data.first_row):
-                found.append(compute(pair))
+                found = compute(pair)
             bar.advance(pair.num_data)
-    return torch.cat(found)
+            return found
+
+        return torch.cat(in_chunks(name, range(len(batches)), run, batches.first.data[0].device))
 
 
+@each_rank("exact.posterior")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -165,17 +172,23 @@ def _closed_form(pair: ModelGuide) -> Any:
 
 def _in_parts(batches: RowBatches, tolerance: float, progress: bool | None) -> "Posterior":
     """The posterior by a sum or a quadrature."""
-    parts = _Parts(batches, tolerance) if len(batches) > 1 else None
-    evidence, kept = [], []
+    kept: list[tuple[ModelDensity, QuadratureRule | None]] = []
     with progress_bar("exact.posterior", progress, total=batches.num_data, unit="datum") as bar:
-        for pair in batches:
+
+        def run(index: int) -> Tensor:
+            pair, evidence = batches[index], []
             with rows_from(pair.data.first_row):
                 for part, log_p, rule in _solved(pair, tolerance):
                     evidence.append(log_p)
-                    if parts is None:
+                    if len(batches) == 1:
                         kept.append((part, rule))
                     bar.advance(part.num_data)
-    return Posterior(ModelDensity(batches.first), torch.cat(evidence), parts or kept)
+            return torch.cat(evidence)
+
+        if len(batches) == 1:
+            return Posterior(ModelDensity(batches.first), run(0), kept)
+        evidence = in_chunks("exact.posterior", range(len(batches)), run, batches.first.data[0].device)
+    return Posterior(ModelDensity(batches.first), torch.cat(evidence), _Parts(batches, tolerance))
 
 
 def _solved(pair: ModelGuide, tolerance: float) -> "Iterator[tuple[ModelDensity, Tensor, QuadratureRule | None]]":
@@ -229,6 +242,7 @@ def _reporting(batches: RowBatches, index: int, compute: Callable[[ModelGuide], 
     return compute(batches[index])
 
 
+@each_rank("exact.elbo")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -272,6 +286,7 @@ def _elbo(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
     return torch.cat(_in_batches("exact.elbo", progress, p, lambda part: q.of_rows(part).elbo(tolerance))).to(p.dtype)
 
 
+@each_rank("exact.kl")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -621,12 +636,14 @@ def _batches(p: ModelDensity) -> list[ModelDensity]:
 
 def _in_batches(name: str, progress: bool | None, p: ModelDensity, compute: Callable[[ModelDensity], Any]) -> list[Any]:
     """Compute something for each batch of rows under a progress bar."""
-    found = []
     with progress_bar(name, progress, total=p.num_data, unit="datum") as bar:
-        for part in _batches(p):
-            found.append(compute(part))
+
+        def run(part: ModelDensity) -> Any:
+            found = compute(part)
             bar.advance(part.num_data)
-    return found
+            return found
+
+        return in_chunks(name, _batches(p), run, p.data[0].device)
 
 
 class _Joint:
