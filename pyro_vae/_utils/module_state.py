@@ -63,6 +63,18 @@ class ModuleTensors:
         self._noted = _values(self._places)
 
     @torch.no_grad()
+    def changed(self) -> set[int]:
+        """Return the ids of the buffers that differ from their values that were stored last.
+
+        Their versions do not show it: batch normalisation writes to its buffers without a new version.
+        """
+        return {
+            id(module._buffers.get(name))
+            for module, name, tensor, value in self._noted
+            if module._buffers.get(name) is not tensor or not torch.equal(tensor, value)
+        }
+
+    @torch.no_grad()
     def load_model_state(self) -> None:
         """Restore the values of the buffers that were stored last."""
         for module, name, tensor, value in self._noted:

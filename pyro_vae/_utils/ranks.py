@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _SLOTS = 16  # numbers in an exchange, besides the three that it needs itself
+_SUM = "a sum of tensors"
 _REDUCED_AS_THEY_ARE = ("cpu", "cuda")  # device types whose tensors the backends know; others go through the CPU
 
 
@@ -78,14 +79,15 @@ class Ranks:
             raise ValueError(f"`values` must be at most {_SLOTS} numbers, got {len(values)}")
         padded = [error is not None, *_code(f"{place} {len(values)}"), *values, *[0.0] * (_SLOTS - len(values))]
         sums = torch.tensor(padded, dtype=torch.float64, device="cpu")
-        dist.all_reduce(sums, group=self._control)
+        with self._connected(place):
+            dist.all_reduce(sums, group=self._control)
         failed, *found = sums.tolist()
         if failed:
             self._raise_first(error)
             return found[2 : 2 + len(values)]  # of the rank whose error it is, which is under way
         codes, found = found[:2], found[2:]
         if not self._are_equal(codes):
-            places = self._gathered(place)
+            places = self._gathered(place, place)
             others = ", ".join(f"{name} on rank {number}" for number, name in enumerate(places))
             raise _shared(
                 RuntimeError(
@@ -103,24 +105,42 @@ class Ranks:
     def _raise_first(self, error: BaseException | None) -> None:
         """Raise the error of the first rank that has one, unless this rank has one: its own is under way."""
         mine = None if error is None else _described(error)
-        errors = self._gathered(mine)
+        errors = self._gathered("an error", mine)
         if error is not None:
             _shared(error)
             return
         rank, found = next((rank, found) for rank, found in enumerate(errors) if found is not None)
         raise _shared(_as_error(rank, *found))
 
-    def _gathered(self, value: Any) -> list[Any]:
+    def _gathered(self, place: str, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self._control)
+        with self._connected(place):
+            dist.all_gather_object(found, value, group=self._control)
         return found
+
+    @contextmanager
+    def _connected(self, place: str) -> Iterator[None]:
+        """Run a block that exchanges numbers with other ranks; raise an error of ours if one of them is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise _shared(
+                RuntimeError(
+                    f"rank {self.rank} of {self.size} could not go on with {place}: another rank has ended, or has not "
+                    "answered in time. Its own output has the reason, if it could write one"
+                )
+            ) from error
+
+    def leave(self, error: BaseException) -> NoReturn:
+        """Raise an error of this rank that the others have, too, or need not hear of."""
+        raise _shared(error)
 
     def gather(self, place: str, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order."""
         if self.size == 1:
             return [value]
         self.exchange(place)
-        return self._gathered(value)
+        return self._gathered(place, value)
 
     def from_first(self, place: str, value: Any) -> Any:
         """Return the value of rank 0."""
@@ -128,7 +148,8 @@ class Ranks:
             return value
         self.exchange(place)
         held = [value if self.is_first else None]
-        dist.broadcast_object_list(held, src=0, group=self._control)
+        with self._connected(place):
+            dist.broadcast_object_list(held, src=0, group=self._control)
         return held[0]
 
     def check_same(self, place: str, values: Mapping[str, Any], remedy: str = "") -> None:
@@ -139,7 +160,7 @@ class Ranks:
         text = json.dumps(texts)
         if self._are_equal(self.exchange(place, [*_code(text), *_code(text[::-1])])):
             return
-        found = self._gathered(texts)
+        found = self._gathered(place, texts)
         for name, ours in found[0].items():
             for rank, theirs in enumerate(found):
                 if (value := theirs.get(name)) != ours:
@@ -164,10 +185,12 @@ class Ranks:
         """
         direct = tensor.device.type in _REDUCED_AS_THEY_ARE
         sent = tensor if direct else tensor.cpu()
-        work = dist.all_reduce(sent, group=None if sent.is_cuda else self._control, async_op=True)
+        with self._connected(_SUM):
+            work = dist.all_reduce(sent, group=None if sent.is_cuda else self._control, async_op=True)
 
         def finish() -> None:
-            work.wait()
+            with self._connected(_SUM):
+                work.wait()
             if sent is not tensor:
                 tensor.copy_(sent)
 
@@ -181,8 +204,36 @@ class Ranks:
         self.exchange(place, [len(tensors), sum(tensor.numel() for tensor in tensors)])
         for tensor in tensors:
             sent = tensor.detach().to("cpu", copy=True).contiguous()
-            dist.broadcast(sent, src=0, group=self._control)
+            with self._connected(place):
+                dist.broadcast(sent, src=0, group=self._control)
             tensor.copy_(sent)
+
+    def tensors_from_first(self, place: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of rank 0, of any dtype, by name; names may share one. On other ranks they are on the CPU.
+
+        >>> Ranks().tensors_from_first("an example", {"a": torch.zeros(1)})
+        {'a': tensor([0.])}
+        """
+        if self.size == 1:
+            return dict(tensors)
+        firsts: dict[Any, str] = {}
+        forms = {
+            name: (
+                firsts.setdefault((one.data_ptr(), one.shape, one.dtype) if one.numel() else name, name),
+                one.shape,
+                one.dtype,
+            )
+            for name, one in (tensors.items() if self.is_first else ())
+        }
+        found = dict(tensors) if self.is_first else {}
+        for name, (first, shape, dtype) in self.from_first(place, forms).items():
+            if not self.is_first:
+                found[name] = found[first] if first in found else torch.empty(shape, dtype=dtype, device="cpu")
+            if first == name and found[name].numel():
+                part = found[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                with self._connected(place):
+                    dist.broadcast(part, src=0, group=self._control)
+        return found
 
     def gather_rows(self, place: str, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return the parts of all ranks, by number: each rank gives those that it has computed."""
@@ -216,8 +267,7 @@ class Ranks:
         try:
             self.exchange("an error", error=error)
         except RuntimeError as lost:  # the other processes have ended
-            if not _is_shared(lost):
-                error.add_note(f"the other ranks could not be reached: {lost}")
+            error.add_note(f"the other ranks do not know of this error: {lost}")
 
 
 def _code(text: str) -> tuple[float, float]:

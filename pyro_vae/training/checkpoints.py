@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.files import locked, remove_partial_files
+from pyro_vae._utils.ranks import each_rank, ranks
 from pyro_vae._utils.validation import positive, positive_int, with_article, writable
 from pyro_vae._utils.warn import warn_user
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read, write
 
-__all__ = ["Checkpoints", "Contents", "misfits"]
+__all__ = ["Checkpoints", "Contents", "contents_of_first", "misfits"]
 
 Contents = tuple[dict[str, Any], dict[str, Tensor]]
 """The header and the tensors of a checkpoint."""
@@ -33,6 +34,8 @@ class Checkpoints:
 
     While a run trains the folder has ``.lock``, and a second run in it is refused. A process that is killed leaves the
     file, but not the lock.
+
+    On several ranks, rank 0 alone uses the folder, and the others get from it what it has read.
 
     Args:
         folder: is made if it does not exist.
@@ -125,11 +128,16 @@ class Checkpoints:
             return False
         return True
 
+    @each_rank("a checkpoint")
     def load(self, check: Callable[..., None] = lambda header, tensors: None) -> Contents | None:
         """Return header and tensors of the newest checkpoint that can be used, or ``None``; raise if none can.
 
-        ``check`` raises for what cannot be used.
+        ``check`` raises for what cannot be used. On several ranks all of them call this, and get what rank 0 has read.
         """
+        return contents_of_first(lambda: self.read(check))
+
+    def read(self, check: Callable[..., None]) -> Contents | None:
+        """Return what :meth:`load` does, on one rank."""
         errors: list[str] = []
         for path in (self.last, self.previous, self.folder / "last.ckpt"):  # the name before version 0.1.0
             if not path.exists():
@@ -150,23 +158,42 @@ class Checkpoints:
             )
         return None
 
+    @each_rank("load_best")
     @torch.no_grad()
     def load_best(self, module: nn.Module) -> int:
         """Copy the parameters and buffers of the best epoch to a module, such as a VAE; return the epoch's number.
+
+        On several ranks all of them call this: rank 0 reads the file.
 
         Raises:
             FileNotFoundError: if there is no best epoch yet: the run had no validation data, or was too short.
             FileFormatError: if the file is damaged.
             ValueError: if the file is of another model, with the names and shapes that differ.
         """
-        header, tensors = read(self.best, _KIND_OF_BEST)
-        _check(self.best, lambda: header["epoch"])
+        contents = contents_of_first(self._read_best)
+        assert contents is not None
+        header, tensors = contents
         own = dict(module.named_parameters()) | dict(module.named_buffers())
         if lines := misfits(tensors, own):
             raise ValueError(f"`module` must be the model of {str(self.best)!r}: {'; '.join(lines)}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         return header["epoch"]
+
+    def _read_best(self) -> Contents:
+        header, tensors = read(self.best, _KIND_OF_BEST)
+        _check(self.best, lambda: header["epoch"])
+        return header, tensors
+
+
+def contents_of_first(read: Callable[[], Contents | None]) -> Contents | None:
+    """Return what a function returns on rank 0, where alone it is called; the others need no file."""
+    group = ranks()
+    contents = read() if group.is_first else None
+    header = group.from_first("a checkpoint", None if contents is None else contents[0])
+    if header is None:
+        return None
+    return header, group.tensors_from_first("a checkpoint", {} if contents is None else contents[1])
 
 
 def _check(path: Path, check: Callable[[], Any]) -> None:

@@ -300,13 +300,12 @@ def fit(
     share = -(-batch_size // ranks().size)  # the most rows of a batch on one rank
     if share == len(tensors[0]) and stream is None:
         tensors = tensors.whole()
-    if stream is not None and checkpoints is not None:
+    saves = RunCheckpoints.are_given(checkpoints)
+    if stream is not None and saves:
         stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate, precision)
     group = ranks()
-    make_optimizer = RunOptimizer(
-        optimizer, lr, compile is True and group.size == 1, checkpoints is not None, tensors[0].device
-    )
+    make_optimizer = RunOptimizer(optimizer, lr, compile is True and group.size == 1, saves, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
     settings |= {
         "precision": precision,
@@ -314,13 +313,13 @@ def fit(
         "optimizer": make_optimizer.description,
         "schedules": schedules,
     }
-    needs_config = checkpoints is not None or group.size > 1
+    needs_config = saves or group.size > 1
     run_config = _run_config(evaluator, tensors, held_out, **settings) if needs_config else {}
     group.check_same("the arguments of fit", run_config | {"epochs": epochs, "patience": patience})
     started = time.perf_counter()
     with (
         one_thread("fit"),
-        RunCheckpoints.opened(checkpoints, run_config) as saved,
+        RunCheckpoints.opened(checkpoints, run_config) if saves else nullcontext() as saved,
         autoguide_follows_subsample(guide),
     ):
         with rollback_params_on_error(), seeded(seed), buffers_kept():

@@ -101,7 +101,7 @@ class GradientSum:
         self.ranks, self.step = ranks, step
         self.decisions, self.rows = Decisions(), 0
         self._buckets: list[_Bucket] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}  # of the buffers, which nothing has changed since
+        self._known: dict[int, Tensor] = {}  # parameters and buffers that all ranks have alike
         self._expected: dict[int, int] = {}  # how often a backward pass adds to each gradient in a step, by id
         self._counts: Counter[int] = Counter()
         self._begun: list[tuple[Tensor, Callable[[], None]]] = []
@@ -117,7 +117,8 @@ class GradientSum:
         shapes = {name: describe(tensor) for name, tensor in named.items()}
         self.ranks.check_same(_PLACE, shapes, ". The script must build the same model on every rank")
         self.ranks.copy_from_first(_PLACE, list(named.values()))
-        self.note_buffers()
+        self.step.tensors.note()  # no step has changed the buffers
+        self._known = {id(one): one for one in named.values()}
         self.arrange()
 
     def arrange(self) -> None:
@@ -128,12 +129,12 @@ class GradientSum:
         """
         named = self.step.named_tensors()
         parameters = {id(one) for one in self.step.parameters.values() if one.requires_grad}
-        changed = {name for name, one in named.items() if id(one) not in parameters and self._has_changed(one)}
-        changed = set().union(*self.ranks.gather(_PLACE, changed | self._buffer_names(named)))
+        changed = self._changed_buffers(named) | self._buffer_names(named)
+        changed = set().union(*self.ranks.gather(_PLACE, changed))
         chosen = {name: one for name, one in named.items() if id(one) in parameters or name in changed}
         kinds = {}
         for name, one in chosen.items():
-            is_new = id(one) in parameters and id(one) not in self._versions
+            is_new = id(one) in parameters and id(one) not in self._known
             kinds[name] = f"{describe(one)}{f' with the values {_checksum(one)}' if is_new else ''}"
         self.ranks.check_same(_PLACE, kinds, ". Make all parameters in the first run, on all ranks alike")
         self._buckets = []
@@ -145,30 +146,23 @@ class GradientSum:
                 latest[kind] = _Bucket()
                 self._buckets.append(latest[kind])
             (latest[kind].parameters if id(one) in parameters else latest[kind].buffers).append(one)
-        self.note_buffers()
+        self._known = {id(one): one for one in named.values()}
         self._watch()
 
     def _buffer_names(self, named: dict[str, Tensor]) -> set[str]:
         held = {id(one) for bucket in self._buckets for one in bucket.buffers}
         return {name for name, one in named.items() if id(one) in held}
 
-    def _has_changed(self, tensor: Tensor) -> bool:
-        """Whether a step has changed a buffer with floating-point numbers."""
-        if not tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter):
-            return False
-        known, version = self._versions.get(id(tensor), (None, -1))
-        return known is not tensor or version != tensor._version
-
-    def note_buffers(self) -> None:
-        """Take the buffers as they are now as unchanged."""
-        self._versions = {id(one): (one, one._version) for one in self.step.named_tensors().values()}
+    def _changed_buffers(self, named: dict[str, Tensor]) -> set[str]:
+        """The names of buffers with floating-point numbers that the step has changed."""
+        changed = self.step.tensors.changed()
+        return {name for name, one in named.items() if id(one) in changed and one.is_floating_point()}
 
     def _must_arrange(self) -> bool:
         held = {id(one): one for bucket in self._buckets for one in bucket.tensors}
         known = all(id(one) in held for one in self.step.parameters.values() if one.requires_grad)
-        return not known or any(
-            id(one) not in held and self._has_changed(one) for one in self.step.named_tensors().values()
-        )
+        named = self.step.named_tensors()
+        return not known or any(id(named[name]) not in held for name in self._changed_buffers(named))
 
     # Gradients as they come
 
@@ -279,7 +273,6 @@ class GradientSum:
                 parameter.grad = gradient
             for buffer, mean in buffers:
                 buffer.copy_(mean)
-        self.note_buffers()
         return norm
 
 

@@ -20,13 +20,13 @@ from pyro_vae._utils.ambient import check_gradients_enabled
 from pyro_vae._utils.data import DataTensors, LazyData
 from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import OnEveryRank, Ranks, one_process
+from pyro_vae._utils.ranks import OnEveryRank, Ranks, one_process, ranks
 from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
 from pyro_vae._utils.warn import warn_user
 from pyro_vae.compilation.graph import CaptureError
 from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.training.automatic import CHANGED, AutomaticEngine
-from pyro_vae.training.checkpoints import Checkpoints
+from pyro_vae.training.checkpoints import Checkpoints, contents_of_first
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.gradient_sum import Decisions
 from pyro_vae.training.schedules import PlateauRate
@@ -34,9 +34,12 @@ from pyro_vae.training.state import (
     RunState,
     check_run_state,
     discover_parameters,
+    engine_of,
     load_model_state,
+    load_rank_state,
     load_run_state,
     model_state,
+    rank_state,
     run_state,
     set_trainable_flags,
     trainable_flags,
@@ -47,6 +50,7 @@ from pyro_vae.training.streams import Stream
 __all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints", "StreamBatches"]
 
 _EAGER_BATCHES = 100  # of the first epoch, before its further rows are validated at once
+_SAME_PRESS = 1.0  # seconds in which two signals are those of one Ctrl-C
 _SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
 _MOST_PENDING = 2**28  # bytes of the inputs of steps whose metrics are not read yet
 
@@ -111,10 +115,10 @@ class Loop:
         for epoch in range(self.state.epoch):
             self._update_plateau(epoch)
 
-    def _resumed_step(self, header: Mapping[str, Any]) -> Step:
-        """Return the step that a run continues with, by the header of its checkpoint."""
+    def _resumed_step(self, engine: Mapping[str, Any]) -> Step:
+        """Return the step that a run continues with, by what its checkpoint has of the engine."""
         if self.engine is not None:
-            self.step = self.engine.resumed(header.get("engine", {}))
+            self.step = self.engine.resumed(engine)
         return self.step
 
     def _update_plateau(self, epoch: int) -> None:
@@ -141,7 +145,8 @@ class Loop:
                     self.engine.close()
             if unfinished:
                 self._save()
-            self._signals.deliver()
+            if self.ranks.exchange("the end of fit", [self._signals.terminated])[0]:
+                self._end_terminated()
         self._early_stopping.load_best(self.step, state)
 
     def _run_epoch(self) -> None:
@@ -155,7 +160,8 @@ class Loop:
                 self.ranks.exchange("the metrics of fit")
             if decided.saves or decided.terminated:
                 self._save()
-                self._signals.deliver()
+            if decided.terminated:
+                self._end_terminated()
             if decided.interrupted:
                 state.stop_reason = "interrupted"
                 ended = state.batch == batches.per_epoch
@@ -235,6 +241,19 @@ class Loop:
         if self.checkpoints is not None:
             engine = {} if self.engine is None else self.engine.header()
             self.checkpoints.save(self.step, self.batches, self.state, engine)
+
+    def _end_terminated(self) -> None:
+        """Deliver SIGTERM on the ranks that have received it; raise on the others if it ends one of these."""
+        ended = self.ranks.gather("SIGTERM in fit", self._signals.terminated and self._signals.is_ended)
+        if self._signals.terminated:
+            self._signals.deliver()
+        elif any(ended):
+            written = "" if self.checkpoints is None else " A checkpoint of this step is written"
+            error = RuntimeError(
+                f"rank {ended.index(True)} has received SIGTERM, and has ended after step {self.step.count} of fit."
+                f"{written}"
+            )
+            self.ranks.leave(error)
 
     def _sync_metrics(self, refresh: bool = True) -> None:
         """Read the metrics of the pending steps: check that they are finite, and average finished epochs.
@@ -539,68 +558,90 @@ class EarlyStopping:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, with ``run_config``: the arguments that must be the same when it resumes, by name."""
+    """The checkpoints of one run, with ``run_config``: the arguments that must be the same when it resumes, by name.
 
-    def __init__(self, checkpoints: Checkpoints, run_config: dict[str, Any]):
-        self.due = checkpoints.due
-        self._checkpoints, self._run_config = checkpoints, run_config
-        self._best_written = 0
+    On several ranks, rank 0 alone uses the folder. All ranks have this object, and call its methods together.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None, folder: str, run_config: dict[str, Any]):
+        self._checkpoints, self._folder, self._run_config = checkpoints, folder, run_config
+        self._ranks, self._best_written = ranks(), 0
+
+    def due(self, steps: int) -> bool:
+        """Whether rank 0 wants to write a checkpoint after this number of steps, see :meth:`Checkpoints.due`."""
+        return self._checkpoints is not None and self._checkpoints.due(steps)
+
+    @staticmethod
+    def are_given(checkpoints: Checkpoints | str | os.PathLike[str] | None) -> bool:
+        """Whether the run has checkpoints, on all ranks alike: rank 0 must have their folder, and others may not."""
+        given = ranks().gather("the checkpoints of fit", checkpoints is not None)
+        if any(given) and not given[0]:
+            raise ValueError(
+                f"`checkpoints` must be given on rank 0, which writes them, got None there and others on rank "
+                f"{given.index(True)}"
+            )
+        return given[0]
 
     @classmethod
     @contextmanager
     def opened(
         cls, checkpoints: Checkpoints | str | os.PathLike[str] | None, run_config: dict[str, Any]
-    ) -> "Iterator[RunCheckpoints | None]":
-        """Yield the checkpoints of a run, of which no other run uses the folder; ``None`` for ``None``."""
-        if checkpoints is None:
-            yield None
-            return
-        with Checkpoints.opened(checkpoints) as opened:
-            yield cls(opened, run_config)
+    ) -> "Iterator[RunCheckpoints]":
+        """Yield the checkpoints of a run, of which no other run uses the folder, made by rank 0."""
+        group = ranks()
+        with nullcontext() if checkpoints is None or not group.is_first else Checkpoints.opened(checkpoints) as opened:
+            folder = group.from_first("the folder of checkpoints", None if opened is None else str(opened.folder))
+            yield cls(opened, folder, run_config)
 
     def save(self, step: Step, batches: Batches, state: RunState, engine: dict[str, Any]) -> None:
         """Write the state of the run, and the parameters of the best epoch if it is new; ``engine``: how steps run."""
+        own = rank_state(batches.states(), sampler=batches.sampler(), engine=engine or None)
+        of_ranks = self._ranks.gather("a checkpoint of fit", own)
+        if self._checkpoints is None:
+            return
         if state.best_epoch > self._best_written:
             of_best = {"epoch": state.best_epoch, "validation": state.best_bound}
             if self._checkpoints.save_best(of_best, state.best_parameters):
                 self._best_written = state.best_epoch
-        header, tensors = run_state(step, state, batches.states())
-        sampler = batches.sampler()
-        optional: dict[str, Any] = {"sampler": sampler, "engine": engine or None}
-        header |= {"run": self._run_config}
-        header |= {name: value for name, value in optional.items() if value is not None}
-        self._checkpoints.save(header, tensors)
+        header, tensors = run_state(step, state, of_ranks)
+        self._checkpoints.save(header | {"run": self._run_config}, tensors)
 
     def resume(self, step_of: Callable[[Mapping[str, Any]], Step], batches: Batches, state: RunState) -> None:
         """Set the run to the newest checkpoint, if there is one; raise if it belongs to another run or model.
 
-        ``step_of`` returns the step for its header.
+        ``step_of`` returns the step for what the checkpoint has of the engine.
         """
-        contents = self._checkpoints.load(check_run_state)
+        checkpoints = self._checkpoints
+        contents = contents_of_first(lambda: None if checkpoints is None else checkpoints.read(check_run_state))
         if contents is None:
             return
-        folder, saved_config = repr(str(self._checkpoints.folder)), contents[0]["run"]
+        header, folder = contents[0], repr(self._folder)
+        saved_config = header["run"]
         for name, value in self._run_config.items():
             if (saved := saved_config.get(name, value)) != value:  # an earlier version has fewer settings
                 raise ValueError(
                     f"`{name}` must be {saved!r}, as in the run of {folder}, got {value!r}; use another folder for "
                     "another run"
                 )
-        step = step_of(contents[0])
+        step = step_of(engine_of(header, self._ranks))
         discover = partial(discover_parameters, step, batches.context, *batches.first)
-        batches.load(load_run_state(step, state, discover, contents, folder), contents[0].get("sampler"))
+        load_run_state(step, state, discover, contents, folder)
+        current = batches.states(), batches.sampler()
+        batches.load(*load_rank_state(contents, self._ranks, self._run_config["seed"], current))
 
 
 class DeferredSignals:
     """Signals that take effect after the current step, in the main thread.
 
-    Ctrl-C, without a user's handler, ends the run, a second one at once. With checkpoints SIGTERM, of a scheduler of
-    jobs, waits until one is written; :meth:`deliver` lets it do what it would have done: end the process, or call the
-    user's handler.
+    Ctrl-C, without a user's handler, ends the run, a second one at once, if it comes a second later or more: one of
+    ``torchrun`` comes twice, from the terminal and from its agent. With checkpoints SIGTERM, of a scheduler of jobs,
+    waits until one is written; :meth:`deliver` lets it do what it would have done: end the process, or call the user's
+    handler.
     """
 
     def __init__(self, saves: bool) -> None:
         self.pressed = self.terminated = False
+        self._pressed_at = 0.0
         self._saves, self._process = saves, os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -617,15 +658,22 @@ class DeferredSignals:
             signal.signal(number, handler)
 
     def _press(self, *_: Any) -> None:
-        if self.pressed:
+        now = time.monotonic()
+        if not self.pressed:
+            self.pressed, self._pressed_at = True, now
+        elif now - self._pressed_at >= _SAME_PRESS:
             raise KeyboardInterrupt
-        self.pressed = True
 
     def _terminate(self, *_: Any) -> None:
         again = self.terminated or os.getpid() != self._process  # a process that a callback forked has no checkpoint
         self.terminated = True
         if again:
             self.deliver()
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether SIGTERM ends the process without a function of the user."""
+        return self._previous.get(signal.SIGTERM) is signal.SIG_DFL
 
     def deliver(self) -> None:
         """Raise SIGTERM again, if it was received, for the handler that was there before the run."""

@@ -5,19 +5,21 @@ from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_vae._utils.data import DataTensors
 from pyro_vae._utils.module_state import buffers_kept
-from pyro_vae._utils.rng import is_random_state, preserve_rng_state, random_states, set_random_states
+from pyro_vae._utils.ranks import Ranks
+from pyro_vae._utils.rng import is_random_state, preserve_rng_state, random_states, reseed, set_random_states
 from pyro_vae.training.checkpoints import Contents, misfits
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
-    "RunState", "check_run_state", "data_fingerprint", "discover_parameters", "load_model_state",
-    "load_optimizer_state", "load_run_state", "model_state", "optimizer_state", "run_state", "set_trainable_flags",
-    "trainable_flags",
+    "RunState", "check_run_state", "data_fingerprint", "discover_parameters", "engine_of", "load_model_state",
+    "load_optimizer_state", "load_rank_state", "load_run_state", "model_state", "optimizer_state", "rank_state",
+    "run_state", "set_trainable_flags", "trainable_flags",
 ]  # fmt: skip
 
 _ROWS = 1000  # an upper bound on the rows in a checksum
@@ -39,32 +41,54 @@ class RunState:
     best_parameters: dict[str, Tensor] = field(default_factory=dict)  # its parameters and buffers
 
 
-def run_state(step: Step, state: RunState, batches: Mapping[str, Tensor]) -> Contents:
-    """Collect all that a run resumes from; the order of the epoch is drawn from the random states of ``batches``."""
-    random, streams = random_states()
-    header = vars(state) | {"steps": step.count, "random": random, "trainable_flags": trainable_flags(step)}
+def run_state(step: Step, state: RunState, own: Sequence[Contents]) -> Contents:
+    """Collect all that a run resumes from; ``own`` is what :func:`rank_state` returned on each rank."""
+    (of_first, random), *others = own
+    header = vars(state) | {"steps": step.count, "trainable_flags": trainable_flags(step)} | of_first
     groups = {
         "model": model_state(step),
         "optimizer": optimizer_state(step),
         "best": header.pop("best_parameters"),
-        "random": streams | dict(batches),
+        "random": random,
     }
+    if others:
+        header["ranks"] = [header_of_rank for header_of_rank, _ in others]
+        groups["ranks"] = {
+            f"{rank}/{name}": one for rank, (_, found) in enumerate(others, 1) for name, one in found.items()
+        }
     return header, {f"{group}/{name}": tensor for group, found in groups.items() for name, tensor in found.items()}
+
+
+def rank_state(batches: Mapping[str, Tensor], **values: Any) -> Contents:
+    """Collect what a rank alone resumes from: its random states, those of its batches, and values that it has.
+
+    The order of the epoch is drawn from the random states of ``batches``.
+    """
+    random, streams = random_states()
+    given = {name: value for name, value in values.items() if value is not None}
+    return {"random": random, **given}, streams | dict(batches)
+
+
+def _rank_states(header: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> list[Contents]:
+    """Return what :func:`rank_state` returned on each rank; a file of one process has one."""
+    found: list[Contents] = [(dict(header), dict(groups["random"]))]
+    found += [(one, {}) for one in header.get("ranks", [])]
+    for path, tensor in groups["ranks"].items():
+        rank, _, name = path.partition("/")
+        found[1:][int(rank) - 1][1][name] = tensor
+    return found
 
 
 def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raise unless header and tensors are what :func:`run_state` returns, so that a run can resume from them."""
     types: dict[str, Any] = {one.name: type(one.default) for one in fields(RunState)}
-    types |= {"steps": int, "run": dict, "random": dict, "trainable_flags": dict, "history": dict, "metrics": list}
+    types |= {"steps": int, "run": dict, "trainable_flags": dict, "history": dict, "metrics": list}
     del types["best_parameters"]
     for name, kind in types.items():
         if type(header[name]) is not kind and (kind, type(header[name])) != (float, int):
             raise ValueError(f"its {name!r} is {header[name]!r}")
     if header["stop_reason"] not in ("epochs", "patience", "callback", "interrupted"):
         raise ValueError(f"its 'stop_reason' is {header['stop_reason']!r}")
-    for name, what in (("sampler", "state of a sampler"), ("engine", "way to compute steps")):
-        if type(header.get(name, {})) is not dict:
-            raise ValueError(f"its {what} is {header[name]!r}")
     numbers = [*header["history"].values(), *header["metrics"]]
     if not all(isinstance(row, list) and row and all(isinstance(one, int | float) for one in row) for row in numbers):
         raise ValueError("its history holds something else than numbers")
@@ -79,10 +103,23 @@ def check_run_state(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> No
     for path, tensor in groups["optimizer"].items():
         if not _fits(tensor, model[path.rpartition("/")[0]]) and tensor.shape != (2,):  # the powers of the betas
             raise ValueError(f"its state of the optimizer, {path!r}, has shape {tuple(tensor.shape)}")
+    if type(header.get("ranks", [])) is not list:
+        raise ValueError(f"its 'ranks' is {header['ranks']!r}")
     with preserve_rng_state():
-        set_random_states(header["random"], groups["random"])
-        for name in {name for name in groups["random"] if not is_random_state(name)} | {"order"}:
-            torch.Generator("cpu").set_state(groups["random"][name])
+        for own in _rank_states(header, groups):
+            _check_rank_state(*own)
+
+
+def _check_rank_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise unless this is what :func:`rank_state` returns; change the random states."""
+    for name, what in (
+        ("random", "random states"), ("sampler", "state of a sampler"), ("engine", "way to compute steps")
+    ):  # fmt: skip
+        if type(header[name] if name == "random" else header.get(name, {})) is not dict:
+            raise ValueError(f"its {what} is {header[name]!r}")
+    set_random_states(header["random"], tensors)
+    for name in {name for name in tensors if not is_random_state(name)} | {"order"}:
+        torch.Generator("cpu").set_state(tensors[name])
 
 
 def _fits(state: Tensor, parameter: Tensor) -> bool:
@@ -94,20 +131,15 @@ def _fits(state: Tensor, parameter: Tensor) -> bool:
 
 
 def _by_group(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}, "random": {}, "ranks": {}}
     for path, tensor in tensors.items():
         group, _, name = path.partition("/")
         groups[group][name] = tensor
     return groups
 
 
-def load_run_state(
-    step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str
-) -> dict[str, Tensor]:
-    """Set ``step`` and ``state`` to what :func:`run_state` returned; return the random states of its batches.
-
-    Raise if the model differs.
-    """
+def load_run_state(step: Step, state: RunState, discover: Callable[[], None], contents: Contents, source: str) -> None:
+    """Set ``step`` and ``state`` to what :func:`run_state` returned; raise if the model differs."""
     header, tensors = contents
     groups, flags = _by_group(tensors), header["trainable_flags"]
     discover()
@@ -132,8 +164,42 @@ def load_run_state(
     state.best_parameters = {name: tensor.to(own[name].device) for name, tensor in groups["best"].items()}
     if state.stop_reason == "interrupted":
         state.stop_reason = "epochs"
-    set_random_states(header["random"], groups["random"])
-    return {name: tensor for name, tensor in groups["random"].items() if not is_random_state(name)}
+
+
+def load_rank_state(
+    contents: Contents, ranks: Ranks, seed: int, unchanged: tuple[Mapping[str, Tensor], Any]
+) -> tuple[dict[str, Tensor], Any]:
+    """Set the random states of this rank to those of a checkpoint; return those of its batches, and of its sampler.
+
+    In a run on another number of ranks than that of the checkpoint, rank 0 continues its random states, and others get
+    new ones, from the seed, the rank and the step. Of batches and samplers, such a run continues what all ranks had
+    in common. What each rank had of its own, as of a stream of its own rows, is as in ``unchanged``.
+    """
+    header, tensors = contents
+    own = _rank_states(header, _by_group(tensors))
+    if len(own) != ranks.size:
+        if ranks.is_first:
+            set_random_states(own[0][0]["random"], own[0][1])
+        else:
+            reseed(int(np.random.SeedSequence([seed, ranks.rank, header["steps"], 2]).generate_state(1)[0]))
+        states, sampler = unchanged
+        found = dict(states) | {
+            name: tensor
+            for name, tensor in own[0][1].items()
+            if not is_random_state(name)
+            and all(name in others and torch.equal(tensor, others[name]) for _, others in own)
+        }
+        samplers = [one.get("sampler") for one, _ in own]
+        return found, samplers[0] if all(one == samplers[0] for one in samplers) else sampler
+    of_rank, random = own[ranks.rank]
+    set_random_states(of_rank["random"], random)
+    return {name: one for name, one in random.items() if not is_random_state(name)}, of_rank.get("sampler")
+
+
+def engine_of(header: Mapping[str, Any], ranks: Ranks) -> Mapping[str, Any]:
+    """Return how the steps of this rank were computed, by the header of a checkpoint; those of rank 0 for a new one."""
+    of_ranks = [header, *header.get("ranks", [])]
+    return of_ranks[ranks.rank if len(of_ranks) == ranks.size else 0].get("engine", {})
 
 
 def discover_parameters(step: Step, batch_context: BatchContext, *inputs: Tensor) -> None:

@@ -102,3 +102,22 @@ def test_with_the_noise_of_one_process_parameters_are_those_of_one_process(on_ra
             assert torch.allclose(theirs[name], tensor, atol=1e-5), name
         for name, values in history.items():
             assert their_history[name] == pytest.approx(values, abs=1e-4)
+
+
+def running_averages(compile):
+    pyro.clear_param_store()
+    pair = Pair()
+    with seeded(2):
+        pair.decoder = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    pv.fit(pair.model, pair.guide, data(), epochs=1, batch_size=10, lr=1e-2, compile=compile, seed=SEED)
+    norm = pair.decoder[1]
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+
+@pytest.mark.parametrize("compile", [False, None])
+def test_running_averages_of_batch_normalisation_are_alike_on_all_ranks(compile):
+    (mean, variance, count), *others = run_on_ranks(running_averages, 3, compile)
+    assert count == 4
+    assert mean.abs().sum() > 0
+    for found in others:
+        assert all(map(torch.equal, found, (mean, variance, count)))
