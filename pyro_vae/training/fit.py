@@ -297,7 +297,7 @@ def fit(
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
     batch_size = _batch_size(batch_size, len(tensors[0])) if stream is None else stream.batch_size
-    share = -(-batch_size // ranks().size)  # the most rows of a batch on one rank
+    share = -(-batch_size // ranks().size) if stream is None else stream.most_rows  # of a batch on this rank
     if share == len(tensors[0]) and stream is None:
         tensors = tensors.whole()
     saves = RunCheckpoints.are_given(checkpoints)
@@ -321,6 +321,7 @@ def fit(
         one_thread("fit"),
         RunCheckpoints.opened(checkpoints, run_config) if saves else nullcontext() as saved,
         autoguide_follows_subsample(guide),
+        nullcontext() if stream is None else stream.epochs_kept(),
     ):
         with rollback_params_on_error(), seeded(seed), buffers_kept():
             pair = ModelGuide.on_batches(model, guide, tensors, share, plate, transform)
@@ -429,7 +430,7 @@ def evaluate(
     check_no_batch_size(data, batch_size)
     tensors, stream = as_source(data, "data", model, batch_size=batch_size)
     if stream is not None:
-        batch_size = stream.batch_size
+        batch_size = stream.num_first
     most = rows_at_once(tensors) if batch_size is None else positive_int(batch_size, "batch_size")
     with one_thread("evaluate"), autoguide_follows_subsample(guide):
         pair = None

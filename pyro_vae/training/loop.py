@@ -152,7 +152,7 @@ class Loop:
     def _run_epoch(self) -> None:
         """Run the steps of the current epoch that are not yet done."""
         state, batches = self.state, self.batches
-        ended, source = True, iter(batches.remaining(state.batch))
+        ended, source = True, iter(batches.remaining(state.batch, state.epoch))
         while self._run_step(source):
             decided = self._decided()
             if decided.reads or decided.saves or decided.interrupted or decided.terminated:
@@ -381,7 +381,8 @@ class Batches:
     ):
         self.context, self.data, self.batch_size, self.device = context, data, batch_size, data[0].device
         self.num_data, self.ranks = len(data[0]), ranks or Ranks()
-        self.per_epoch = len(self.split(torch.arange(self.num_data)))
+        whole, left = divmod(self.num_data, batch_size)
+        self.per_epoch = whole + (left > 1)  # see `split`
         rows = torch.arange(batch_size, device=self.device)
         self.first = self._inputs(rows)
         self._has_rows = bool(self.first)
@@ -389,7 +390,7 @@ class Batches:
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.order = self._generator.get_state()  # from which the order of the current epoch is drawn
 
-    def remaining(self, done: int) -> Iterable[tuple[Tensor, ...]]:
+    def remaining(self, done: int, epoch: int) -> Iterable[tuple[Tensor, ...]]:
         """Return the inputs of each step of the current epoch, without the first ``done`` ones."""
         if self.per_epoch == 1:
             return [self.first if self._has_rows else ()][done:]
@@ -440,29 +441,31 @@ class StreamBatches(Batches):
     """The inputs of each step of a pass over a stream, see :class:`pyro_vae.training.streams.Stream`."""
 
     def __init__(self, context: BatchContext, stream: Stream, seed: int):
-        super().__init__(context, stream.data, stream.batch_size, seed)
+        super().__init__(context, stream.data, stream.most_rows, seed)
+        self.batch_size, self.ranks = stream.batch_size, stream.ranks
         self.stream, self.per_epoch = stream, None
         self._begin()
 
     def _begin(self) -> None:
-        self._users, self._sampler = self.stream.generator_states(), self.stream.sampler_state()
+        self._users, self._sampler, self._count = self.stream.generator_states(), self.stream.sampler_state(), 0
 
-    def remaining(self, done: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the inputs of each step of the current pass, without the first ``done`` ones."""
+    def remaining(self, done: int, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """Return the inputs of each step of the current pass, without the first ``done`` ones."""
         self._generator.set_state(self.order)
         self.stream.set_generator_states(self._users)
+        self.stream.start_pass(epoch)
         seed = int(torch.randint(2**32, (), generator=self._generator, device="cpu"))
-        for number, inputs in enumerate(self.stream.batches(seed, done), done + 1):
-            done = number
+        return self._counted(self.stream.parts(seed, done), done)
+
+    def _counted(self, parts: Iterator[tuple[Tensor, ...]], done: int) -> Iterator[tuple[Tensor, ...]]:
+        self._count = done
+        for inputs in parts:
+            self._count += 1
             yield inputs
-        if not done:
-            raise ValueError(
-                "`data` must give batches in each pass, got none in a later one: `__iter__` of an iterable data set "
-                "must begin again each time, and not return one iterator that is used up"
-            )
 
     def next_epoch(self) -> None:
         """Continue with the next pass."""
+        self.stream.end_pass(self._count)
         super().next_epoch()
         self._begin()
 
