@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from given_noise import Noise
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from ranks import run_on_ranks
 from torch import nn
@@ -12,25 +13,6 @@ import pyro_vae as pv
 from pyro_vae._utils.rng import seeded
 
 ROWS, SEED = 37, 0
-
-
-class Noise(dist.TorchDistribution):
-    """A normal distribution whose draws come from given noise, so that all processes can have the same."""
-
-    has_rsample, support, arg_constraints = True, dist.constraints.real, {}
-
-    def __init__(self, loc, scale, noise):
-        self.loc, self.scale, self.noise = *torch.broadcast_tensors(loc, scale), noise
-        super().__init__(self.loc.shape, validate_args=False)
-
-    def expand(self, batch_shape, _instance=None):
-        return Noise(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.noise)
-
-    def rsample(self, sample_shape=()):
-        return self.loc + self.scale * self.noise
-
-    def log_prob(self, value):
-        return dist.Normal(self.loc, self.scale).log_prob(value)
 
 
 class Pair(nn.Module):
