@@ -98,7 +98,7 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[flows,frames,examples,test,docs]'
+	$(PIP) -e '.[flows,frames,sweep,optuna,examples,test,docs]'
 	@touch $(BASE) $@
 
 $(BENCH): pyproject.toml constraints.txt | $(BIN)/python

@@ -46,7 +46,7 @@ SHORT_FORMS = {
     "inspect_posterior": "--data digits --epochs 100 --latent 8 --hidden 128 --test-images 100 --draws 20",
     "swap": "--epochs 30 --test-images 10 --draws 20",
     "watch_training": "--epochs 20",
-    "sweep": "--epochs 10 --trials 10",
+    "sweep": "--epochs 8 --settings 6",
     "export_encoder": "--epochs 20",
 }
 """The options of each example on these pages."""

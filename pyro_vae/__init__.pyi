@@ -5,6 +5,7 @@ from . import handlers as handlers
 from . import objectives as objectives
 from . import parallel as parallel
 from . import plots as plots
+from . import sweeps as sweeps
 from . import tables as tables
 from .arguments import Arguments as Arguments
 from .diagnostics import gradients as gradients
@@ -33,6 +34,7 @@ from .parts import guides as guides
 from .parts import likelihoods as likelihoods
 from .parts import networks as networks
 from .parts import priors as priors
+from .sweeps.sweep import sweep as sweep
 from .training import schedules as schedules
 from .training.checkpoints import Checkpoints as Checkpoints
 from .training.fit import Fitted as Fitted

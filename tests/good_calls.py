@@ -29,6 +29,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    sweeps,
     tables,
     tabular,
 )
@@ -72,6 +73,15 @@ def part(w, **more):
 
 def likelihood(w, **more):
     return {"latent": 2, "out_features": 2, "network": NET} | more
+
+
+def sweep(w):
+    return {
+        "make": lambda lr: (w.vae, {"lr": lr}), "space": {"lr": [0.01, 0.02]}, "data": w.x, "validation": w.x,
+        "folder": str(w.folder / "sweep"), "num_settings": 1, "seeds": 1, "engine": None, "workers": 1,
+        "early_stopping": None, "search": None, "num_samples": 1, "retries": 0, "every_seconds": 60.0, "threads": 1,
+        "resources": None, "seed": 0, "progress": False, "epochs": 1,
+    }  # fmt: skip
 
 
 def evidence(w):
@@ -222,6 +232,10 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
     "datasets.resample": (datasets.resample, lambda w: {"x": w.x.sigmoid()}),
+    "sweep": (pv.sweep, lambda w: sweep(w)),
+    "sweeps.uniform": (sweeps.uniform, lambda w: {"low": 0.0, "high": 1.0}),
+    "sweeps.log_uniform": (sweeps.log_uniform, lambda w: {"low": 0.1, "high": 1.0}),
+    "sweeps.integers": (sweeps.integers, lambda w: {"low": 1, "high": 9, "log": True}),
     "datasets.digits": (datasets.digits, lambda w: {"split": "test"}),
     "networks.convolutional": (networks.convolutional, lambda w: {
         "image": (1, 8, 8), "channels": (2,), "activation": nn.Tanh}),
@@ -259,6 +273,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "plots.khat": (plots.khat, lambda w: {"evidence": evidence(w)}),
     "plots.evidence_comparison": (plots.evidence_comparison, lambda w: {
         "table": pv.compare_evidence({"a": evidence(w)})}),
+    "plots.sweep": (plots.sweep, lambda w: {
+        "result": pv.sweep(**sweep(w)), "most": 3, "ax": None}),
     "plots.latent_map": (plots.latent_map, lambda w: {"z": w.x, "labels": w.labels}),
     "plots.image_grid": (plots.image_grid, lambda w: {"images": torch.zeros(4, 2, 2), "columns": 2}),
     "plots.samples": (plots.samples, lambda w: {"generate": lambda n: torch.zeros(n, 4), "shape": (2, 2)}),
@@ -306,7 +322,7 @@ NOT_CALLED = {
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.TwoGaussians "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
-        "distributions.Extent"
+        "distributions.Extent sweeps.Range sweeps.Sweep"
     ),
     "constructors and messages of torch": (
         "distributions.Bernoulli distributions.SoftTargetBernoulli distributions.Product "

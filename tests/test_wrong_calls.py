@@ -41,6 +41,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    sweeps,
     tables,
     tabular,
 )
@@ -105,6 +106,11 @@ def grey_image(z):
 
 def fit(w, model=None, guide=None, data=None, **options):
     return pv.fit(model or w.vae.model, guide or w.vae.guide, w.x if data is None else data, **{"epochs": 1} | options)
+
+
+def sweep(w, **options):
+    good = {"make": lambda lr: (w.vae, {"lr": lr}), "space": {"lr": [0.1, 0.2]}, "data": w.x, "validation": w.x}
+    return pv.sweep(**{**good, "folder": w.folder / "sweep", "engine": None, "epochs": 1} | options)
 
 
 def vae_with(w, **parts):
@@ -814,6 +820,42 @@ EXPORTS = {
         TypeError, "evidence['a']", "must be floats (N,), nats of each datum, got a torch.bool tensor of shape (6,)"),
 }  # fmt: skip
 
+SWEEPS = {
+    "an engine of another name": Row(lambda w: sweep(w, engine="dask"),
+        ValueError, "engine", "must be 'ray', 'optuna' or None, got 'dask'"),
+    "early stopping without an engine": Row(lambda w: sweep(w, early_stopping=3),
+        ValueError, "engine", "must be 'ray' or 'optuna' for `early_stopping`, got None"),
+    "early stopping by a truth value": Row(lambda w: sweep(w, engine="ray", early_stopping=True),
+        TypeError, "early_stopping", "must be a number of epochs, a scheduler of Ray or a pruner of Optuna, got True"),
+    "a searcher without a number of settings": Row(lambda w: sweep(w, engine="optuna", search=object()),
+        ValueError, "num_settings", "must be given with `search`, got None"),
+    "a VAE in place of what makes one": Row(lambda w: sweep(w, make=w.vae),
+        TypeError, "make", "must be a function of the settings that returns what to fit"),
+    "settings that are not taken": Row(lambda w: sweep(w, make=lambda lr: w.vae, space={"latent": [1]}),
+        TypeError, "make", "must be a function of the settings...got one that does not take latent: "),
+    "settings called as a column": Row(lambda w: sweep(w, make=lambda elbo: w.vae, space={"elbo": [1, 2]}),
+        ValueError, "space", "must have other names than columns of the table, got 'elbo'"),
+    "the same value twice": Row(lambda w: sweep(w, space={"lr": [0.1, 0.1]}),
+        ValueError, "space['lr']", "must have values that differ, got 0.1 twice"),
+    "the same seed twice": Row(lambda w: sweep(w, seeds=[1, 1]), ValueError, "seeds", "must differ, got [1, 1]"),
+    "seeds in words": Row(lambda w: sweep(w, seeds="all"),
+        TypeError, "seeds", "must be a number of seeds, or a list of them, got 'all'"),
+    "no retries by a truth value": Row(lambda w: sweep(w, retries=False),
+        ValueError, "retries", "must be 0 or a positive integer, got False"),
+    "an option that fit does not have": Row(lambda w: sweep(w, epoch=3),
+        TypeError, "options", "must be keyword arguments of pv.fit, got 'epoch'"),
+    "an option of fit that the sweep sets": Row(lambda w: sweep(w, checkpoints="run"), TypeError, "options",
+        "must be keyword arguments of pv.fit, without those that the sweep sets, got 'checkpoints'"),
+    "a sweep of other held-out data": Row(lambda w: sweep(w, validation=w.x[:, :1]),
+        ValueError, "validation", "must have rows like those of `data`, shape (2,)"),
+    "a resource of nothing": Row(lambda w: sweep(w, resources={"gpu": 0}),
+        ValueError, "resources['gpu']", "must be a positive, finite number, got 0"),
+    "a file in place of a folder": Row(lambda w: sweep(w, folder=w.folder / "torn"),
+        ValueError, "folder", "must be a folder, or a path to make one at, got the file '...torn'"),
+    "a dictionary in place of a sweep": Row(lambda w: plots.sweep({}),
+        TypeError, "result", "must be a result of `pv.sweep`, got a dict"),
+}  # fmt: skip
+
 PLOTS = {
     "a figure in place of axes": Row(lambda w: plots.training_curves(w.history, ax=3),
         TypeError, "ax", "must be matplotlib axes...got an int"),
@@ -882,6 +924,7 @@ TABLES = {
     "numbers": NUMBERS,
     "training": TRAINING,
     "exports": EXPORTS,
+    "sweeps": SWEEPS,
     "plots": PLOTS,
 }
 ROWS = {f"{table}: {name}": row for table, rows in TABLES.items() for name, row in rows.items()}
@@ -929,9 +972,9 @@ def test_the_table_is_complete_and_has_no_call_twice():
     assert len({row.call for row in ROWS.values()}) == len(ROWS)
 
 
-HEAVY = {"fit", "inspect", "report", "inference_gap", "calibrate", "reference", "annealed_log_evidence", "save_draws",
-         "to_datatree", "gradients.compare", "plots.calibration", "plots.posterior", "exact.kl", "exact.elbo",
-         "exact.log_evidence", "exact.posterior"}  # fmt: skip
+HEAVY = {"fit", "sweep", "plots.sweep", "inspect", "report", "inference_gap", "calibrate", "reference",
+         "annealed_log_evidence", "save_draws", "to_datatree", "gradients.compare", "plots.calibration",
+         "plots.posterior", "exact.kl", "exact.elbo", "exact.log_evidence", "exact.posterior"}  # fmt: skip
 ALWAYS_WRONG = ["object()", "set()", "nan", "10**30", "complex numbers", "an array of objects", "b''"]
 
 
@@ -955,7 +998,7 @@ def assert_wrong_values_are_named(name, folder, count):
                 call_with(call, {**arguments, parameter: POOL[label]})
             except FloatingPointError:  # with a learning rate of 10**30 the run diverges
                 pass
-            except (TypeError, ValueError, OSError) as error:
+            except (TypeError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: of all runs of a sweep
                 names = "|".join(map(re.escape, {"x", "model", "guide", *arguments}))
                 if not re.search(rf"`({names})\b|the context of ", str(error)):
                     pytest.fail(f"{name}({parameter}={label}) raises {error!r}")
@@ -985,7 +1028,7 @@ def test_no_wrong_value_of_all_ends_in_an_error_without_its_name(name, tmp_path,
 
 def test_every_public_function_and_class_is_called_wrongly():
     modules = [priors, guides, likelihoods, networks, objectives, baselines, schedules, datasets, plots, distributions,
-               families, gradients, handlers, exact, missing, tables, tabular]  # fmt: skip
+               families, gradients, handlers, exact, missing, sweeps, tables, tabular]  # fmt: skip
     public = {name for name in dir(pv) if not name.startswith("_") and callable(getattr(pv, name))}
     for module in modules:
         short = module.__name__.rpartition(".")[2]

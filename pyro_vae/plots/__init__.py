@@ -4,6 +4,7 @@
 * estimates, and whether to trust them: :mod:`pyro_vae.plots.estimates`;
 * the latent space: :mod:`pyro_vae.plots.latent`;
 * images: :mod:`pyro_vae.plots.images`;
+* the settings of a sweep: :mod:`pyro_vae.plots.sweeps`;
 * the model itself: :mod:`pyro_vae.plots.plate_diagram`.
 
 The order of arguments is that of the whole package: the subject first, such as a history or ``model, guide, *data``,
@@ -20,8 +21,10 @@ from pyro_vae.plots.estimates import bias_variance, calibration, evidence_compar
 from pyro_vae.plots.images import image_grid, manifold, reconstructions, samples, traversals
 from pyro_vae.plots.latent import latent_map, posterior
 from pyro_vae.plots.plate_diagram import plate_diagram
+from pyro_vae.plots.sweeps import sweep
 
 __all__ = [
     "bias_variance", "calibration", "evidence_comparison", "image_grid", "khat", "latent_map", "manifold",
-    "plate_diagram", "posterior", "rate_distortion", "reconstructions", "samples", "training_curves", "traversals",
+    "plate_diagram", "posterior", "rate_distortion", "reconstructions", "samples", "sweep", "training_curves",
+    "traversals",
 ]  # fmt: skip
