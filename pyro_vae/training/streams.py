@@ -205,7 +205,7 @@ class Stream:
             return self._count()
         sampler, dataset = self._loader.sampler, self._loader.dataset
         if owned == "sampler" and not isinstance(dataset, IterableDataset):
-            self.ranks.check_same(_PLACE, {f"the number of rows of `{self._name}`": len(dataset)})
+            self.ranks.check_same(_PLACE, {f"len({self._name}.dataset)": len(dataset)})
             return len(dataset)
         if owned == "numbers" and not isinstance(sampler, SubsetRandomSampler):
             raise ValueError(
