@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["OnEveryRank", "Ranks", "each_rank", "one_process", "ranks", "share_of"]
+__all__ = ["OnEveryRank", "Ranks", "each_rank", "is_shared", "one_process", "ranks", "share_of"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -166,7 +166,7 @@ class Ranks:
                 if (value := theirs.get(name)) != ours:
                     raise _shared(
                         ValueError(
-                            f"`{name}` must be the same on every rank, got {ours} on rank 0 and {value} on rank {rank}."
+                            f"`{name}` must be the same on every rank, got {ours} on rank 0 and {value} on rank {rank}"
                             f"{remedy}"
                         )
                     )
@@ -262,7 +262,7 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Let all ranks raise an error of this one, unless they do already or the group is gone."""
-        if self.size == 1 or _is_shared(error):
+        if self.size == 1 or is_shared(error):
             return
         try:
             self.exchange("an error", error=error)
@@ -282,7 +282,7 @@ def _shared(error: Any) -> Any:
     return error
 
 
-def _is_shared(error: BaseException) -> bool:
+def is_shared(error: BaseException) -> bool:
     return getattr(error, "_pyro_vae_shared", False)
 
 

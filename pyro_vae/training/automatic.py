@@ -15,9 +15,10 @@ from pyro_vae.training.replayed_step import EAGER_STEPS, ReplayedStep, why_not_c
 from pyro_vae.training.state import discover_parameters
 from pyro_vae.training.step import BatchContext, Step
 
-__all__ = ["CHANGED", "AutomaticEngine"]
+__all__ = ["CHANGED", "AutomaticEngine", "GradientEngine"]
 
 CHANGED = "after a change of modules or of Python's values"
+_NO_COMPILER = "without a working C++ compiler, or without repetitions in a long sequence of operations"
 _SLACK = 1.5  # times the estimated time to compile, so that a run does not wait
 _BEGIN = 0.25  # of the steps before the first compiled one, after which the compiler begins: a short run needs none
 
@@ -60,7 +61,7 @@ class AutomaticEngine:
         replayed = self._replayed
         if replayed.count >= self.compiled_from:
             return True
-        if self._captured is None:
+        if self._compilation is None:
             begins = self.compiled_from == math.inf or replayed.count >= _BEGIN * self.compiled_from
             return replayed.first_graph is not None and begins
         return bool(replayed.reason)
@@ -73,9 +74,9 @@ class AutomaticEngine:
         try:
             if self.compiled_from == math.inf:
                 self._estimate(*inputs)
-            if self._captured is None and self.has_news():
+            if self._compilation is None and self.has_news():
                 self._begin(batch_context, *inputs)
-            if self._captured is not None and self.has_news():
+            if self._compilation is not None and self.has_news():
                 if self._replayed.changed:
                     self.close()
                     self._begin(batch_context, *inputs)
@@ -109,7 +110,7 @@ class AutomaticEngine:
         with warnings.catch_warnings(action="ignore"):  # there may be no compiler
             self._compilation.wait()
         if not self._compilation.succeeded:
-            self.give_up("without a working C++ compiler, or without repetitions in a long sequence of operations")
+            self.give_up(_NO_COMPILER)
             return
         copy_state(replayed.optimizer, captured.optimizer)
         if captured.refresh():
@@ -179,3 +180,61 @@ class AutomaticEngine:
         if replayed.reason:
             return f"eager, and not captured {replayed.reason}"
         return f"eager: {replayed.count:,} steps are too few for a capture"
+
+
+class GradientEngine(AutomaticEngine):
+    """The same choice on several ranks, whose gradients are added up between the graph and an eager optimizer.
+
+    Only the graph of loss and gradients is compiled. Ranks may be at different stages: all update their parameters by
+    the same sums, with the same operations.
+
+    Args:
+        step: the step of the run.
+        compiles: whether the graph for some inputs is compiled.
+        last_step: the number of steps of the run, infinite if unknown.
+    """
+
+    def __init__(self, step: ReplayedStep, compiles: Callable[..., bool], last_step: float):
+        super().__init__(step, _no_captured_step, last_step)
+        self._compiles, self._took_over = compiles, False
+        self._gradients: Any = None  # of which the graph is compiled
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the run is at a compiled graph."""
+        return self._took_over and not self._replayed.reason
+
+    def _begin(self, batch_context: BatchContext, *inputs: torch.Tensor) -> None:
+        self._replayed.changed = False
+        self._gradients = self._replayed.graph_for(batch_context, inputs)
+        if self._gradients is not None:
+            self._compilation = self._gradients.compile_in_background(inputs, self._replayed.pieces)
+
+    def _take_over(self) -> None:
+        assert self._gradients is not None
+        with warnings.catch_warnings(action="ignore"):  # there may be no compiler
+            self._compilation.wait()
+        if not self._compilation.succeeded:
+            self.give_up(_NO_COMPILER)
+        elif self._replayed.changed:
+            self.give_up(CHANGED)
+        else:
+            self._gradients.run_compiled()
+            self._took_over = True
+
+    def resumed(self, header: Mapping[str, Any]) -> Step:
+        """Return the step that a run continues with after a checkpoint with what :meth:`header` returned."""
+        super().resumed({**header, "compiled": False})
+        if header.get("compiled", False):
+            self._took_over, self._replayed.compiles = True, self._compiles
+            self._replayed.capture_now()
+        return self.step
+
+    def fall_back(self, error: CaptureError) -> None:
+        """Leave compiled graphs: further steps are eager or replayed."""
+        self._took_over, self._replayed.compiles = False, None
+        self.give_up(why_not_captured(error))
+
+
+def _no_captured_step(*args: Any) -> CapturedStep:
+    raise AssertionError("several ranks compile loss and gradients alone")

@@ -31,7 +31,7 @@ from pyro_vae._utils.warn import warn_user
 from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.compilation.precision import check_precision
 from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
-from pyro_vae.training.automatic import AutomaticEngine
+from pyro_vae.training.automatic import AutomaticEngine, GradientEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
 from pyro_vae.training.elbo_evaluator import ElboEvaluator, rows_that_fit
@@ -348,7 +348,8 @@ def fit(
             options["shared"] = SharedDraws(pair.plate, seed)
         # A run that may resume with more epochs must not depend on their number.
         ends = last_step if saved is None else math.inf
-        step, engine = _make_step((evaluator, make_optimizer, rate, schedules), options, compile, share, ends)
+        arguments = evaluator, make_optimizer, rate, schedules
+        step, engine = _make_step(arguments, options, compile, len(batches.first[0]), ends)
         if group.size > 1:
             step.gradient_sum = GradientSum(group, step)
         validate_rows = partial(
@@ -460,12 +461,16 @@ def _make_step(
     if compile is False:
         return Step(*arguments, **options), None
 
+    def compiles(rows: Tensor, *read: Tensor) -> bool:
+        return len(rows) == batch_size
+
+    if "shared" in options:  # several ranks
+        first = ReplayedStep(*arguments, compiles=compiles if compile else None, **options)
+        return first, None if compile else GradientEngine(first, compiles, last_step)
+
     def captured(optimizer: torch.optim.Optimizer | None = None) -> CapturedStep:
         make = make_optimizer.capturable()
-        new = CapturedStep(
-            evaluator, make, rate, schedules, compiles=lambda rows, *read: len(rows) == batch_size, refreshes=False,
-            **options,
-        )  # fmt: skip
+        new = CapturedStep(evaluator, make, rate, schedules, compiles=compiles, refreshes=False, **options)
         if optimizer is not None:
             new.optimizer = make.captured(optimizer)
         return new

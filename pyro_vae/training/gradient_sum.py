@@ -5,7 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,41 +38,38 @@ class Decisions:
     terminated: bool = False
 
 
-@dataclass
 class _Bucket:
-    """Tensors of one dtype and device whose gradients, or values, are added up together."""
+    """Tensors of one dtype and device whose gradients, or values, are added up together, in one tensor.
 
-    parameters: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
+    That has a number for each parameter, 1 where the rank has a gradient, all gradients, and the values of all buffers.
+    """
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*self.parameters, *self.buffers]
+    def __init__(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]):
+        self.parameters, self.buffers = parameters, buffers
+        tensors = [*parameters, *buffers]
+        sizes = [len(parameters), *(tensor.numel() for tensor in tensors)]
+        self.flat = tensors[0].detach().new_zeros(sum(sizes))
+        self.used, *parts = self.flat.split(sizes)
+        self.numbers = self.flat[len(parameters) :]
+        self.gradients = self.numbers[: sum(sizes[1 : 1 + len(parameters)])]
+        views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        self.means, self.buffer_means = views[: len(parameters)], views[len(parameters) :]
 
     @torch.no_grad()
-    def flat(self, weight: float) -> Tensor:
-        """Whether each parameter has a gradient, all gradients, and all buffers, times ``weight``, as one tensor."""
-        first = self.tensors[0]
+    def fill(self, weight: float) -> None:
+        """Set the tensor to that of this rank, times ``weight``; a weight of 0 stands for a rank without rows."""
+        if not weight:
+            self.flat.zero_()
+            return
         gradients = [parameter.grad for parameter in self.parameters]
-        used = first.new_tensor([one is not None for one in gradients])
-        found = [
-            torch.zeros_like(parameter).flatten() if one is None else one.detach().flatten()
-            for one, parameter in zip(gradients, self.parameters, strict=True)
-        ]
-        parts = [*found, *(buffer.detach().flatten() for buffer in self.buffers)]
-        return torch.cat([used, torch.cat(parts).mul_(weight)])
-
-    def empty(self) -> Tensor:
-        """A tensor like that of :meth:`flat`, of a rank that has nothing to add."""
-        count = len(self.parameters) + sum(tensor.numel() for tensor in self.tensors)
-        return self.tensors[0].new_zeros(count)
-
-    def split(self, flat: Tensor) -> tuple[list[Tensor | None], list[Tensor]]:
-        """The gradients, ``None`` where no rank has one, and the buffers, from their sum."""
-        used, *parts = flat.split([len(self.parameters), *(tensor.numel() for tensor in self.tensors)])
-        views = [part.view_as(tensor) for part, tensor in zip(parts, self.tensors, strict=True)]
-        gradients = [view if count else None for view, count in zip(views, used.tolist(), strict=False)]
-        return gradients, views[len(self.parameters) :]
+        pairs = [(mean, one) for mean, one in zip(self.means, gradients, strict=True) if one is not None]
+        if len(pairs) < len(gradients):
+            self.gradients.zero_()
+        pairs += zip(self.buffer_means, self.buffers, strict=True)
+        if pairs:
+            torch._foreach_copy_([mean for mean, _ in pairs], [one for _, one in pairs])
+        self.numbers.mul_(weight)
+        self.used.copy_(torch.tensor([float(one is not None) for one in gradients], device="cpu"))
 
 
 class GradientSum:
@@ -104,7 +101,10 @@ class GradientSum:
         self._known: dict[int, Tensor] = {}  # parameters and buffers that all ranks have alike
         self._expected: dict[int, int] = {}  # how often a backward pass adds to each gradient in a step, by id
         self._counts: Counter[int] = Counter()
-        self._begun: list[tuple[Tensor, Callable[[], None]]] = []
+        self._begun: list[Callable[[], None]] = []
+        self._held: set[int] = set()  # the ids of what the buckets have
+        self._others: list[Tensor] = []  # what they do not have, of the step with a snapshot
+        self._others_for: Any = None
         self._is_open = self._is_counting = self._is_late = False
         self._weight = 0.0
         self._handles: list[Any] = []
@@ -115,54 +115,59 @@ class GradientSum:
         """Begin a run: all ranks have the parameters and buffers of rank 0."""
         named = self.step.named_tensors()
         shapes = {name: describe(tensor) for name, tensor in named.items()}
-        self.ranks.check_same(_PLACE, shapes, ". The script must build the same model on every rank")
-        self.ranks.copy_from_first(_PLACE, list(named.values()))
+        of_modules = {name: shapes[name] for name in self.step.tensors.named()}
+        self.ranks.check_same(_PLACE, of_modules, ". The script must build the same model on every rank")
+        found = self.ranks.gather(_PLACE, shapes)  # others may have a number for each row of a rank
+        same = [name for name, shape in found[0].items() if all(theirs.get(name) == shape for theirs in found)]
+        self.ranks.copy_from_first(_PLACE, [named[name] for name in same])
         self.step.tensors.note()  # no step has changed the buffers
         self._known = {id(one): one for one in named.values()}
-        self.arrange()
+        self._find_others()
 
     def arrange(self) -> None:
-        """Make the buckets, for the parameters and changed buffers of all ranks, which must be the same.
+        """Make the buckets, for what has a gradient or is a changed buffer on any rank; all ranks must have it.
 
         Raises:
             ValueError: if a rank has other parameters than rank 0.
         """
         named = self.step.named_tensors()
-        parameters = {id(one) for one in self.step.parameters.values() if one.requires_grad}
-        changed = self._changed_buffers(named) | self._buffer_names(named)
-        changed = set().union(*self.ranks.gather(_PLACE, changed))
-        chosen = {name: one for name, one in named.items() if id(one) in parameters or name in changed}
+        changed = self.step.tensors.changed()
+        ours = {name for name, one in named.items() if id(one) in self._held or _has_news(one, changed)}
+        names = set().union(*self.ranks.gather(_PLACE, ours))
+        chosen = {name: one for name, one in named.items() if name in names}
         kinds = {}
         for name, one in chosen.items():
-            is_new = id(one) in parameters and id(one) not in self._known
+            is_new = not _is_buffer(one) and id(one) not in self._known
             kinds[name] = f"{describe(one)}{f' with the values {_checksum(one)}' if is_new else ''}"
         self.ranks.check_same(_PLACE, kinds, ". Make all parameters in the first run, on all ranks alike")
-        self._buckets = []
-        latest: dict[Any, _Bucket] = {}
+        groups: list[list[Tensor]] = []
+        latest: dict[Any, list[Tensor]] = {}
         for one in reversed(chosen.values()):  # in the order in which a backward pass is likely to reach them
             kind = one.dtype, one.device
-            size = sum(tensor.numel() for tensor in latest[kind].tensors) if kind in latest else _BUCKET
-            if size >= _BUCKET:
-                latest[kind] = _Bucket()
-                self._buckets.append(latest[kind])
-            (latest[kind].parameters if id(one) in parameters else latest[kind].buffers).append(one)
+            if kind not in latest or sum(tensor.numel() for tensor in latest[kind]) >= _BUCKET:
+                groups.append([])
+                latest[kind] = groups[-1]
+            latest[kind].append(one)
+        self._buckets = []
+        for group in groups:
+            buffers = [one for one in group if _is_buffer(one)]
+            self._buckets.append(_Bucket([one for one in group if not _is_buffer(one)], buffers))
+        self._held = {id(one) for one in chosen.values()}
         self._known = {id(one): one for one in named.values()}
+        self._find_others()
         self._watch()
 
-    def _buffer_names(self, named: dict[str, Tensor]) -> set[str]:
-        held = {id(one) for bucket in self._buckets for one in bucket.buffers}
-        return {name for name, one in named.items() if id(one) in held}
-
-    def _changed_buffers(self, named: dict[str, Tensor]) -> set[str]:
-        """The names of buffers with floating-point numbers that the step has changed."""
-        changed = self.step.tensors.changed()
-        return {name for name, one in named.items() if id(one) in changed and one.is_floating_point()}
+    def _find_others(self) -> None:
+        """Find what the buckets do not have."""
+        self._others = [one for one in self.step.named_tensors().values() if id(one) not in self._held]
+        self._others_for = self.step.snapshot
 
     def _must_arrange(self) -> bool:
-        held = {id(one): one for bucket in self._buckets for one in bucket.tensors}
-        known = all(id(one) in held for one in self.step.parameters.values() if one.requires_grad)
-        named = self.step.named_tensors()
-        return not known or any(id(named[name]) not in held for name in self._changed_buffers(named))
+        """Whether something that the buckets do not have must be added up."""
+        if self.step.snapshot is not self._others_for or self.step.snapshot is None:
+            self._find_others()
+        changed = self.step.tensors.changed()
+        return any(_has_news(one, changed) for one in self._others)
 
     # Gradients as they come
 
@@ -197,8 +202,8 @@ class GradientSum:
 
     def _begin(self, empty: bool = False) -> None:
         bucket = self._buckets[len(self._begun)]
-        flat = bucket.empty() if empty or not self._weight else bucket.flat(self._weight)
-        self._begun.append((flat, self.ranks.start_sum(flat)))
+        bucket.fill(0.0 if empty else self._weight)
+        self._begun.append(self.ranks.start_sum(bucket.flat))
 
     # A step
 
@@ -227,7 +232,7 @@ class GradientSum:
             self._begin(empty)
 
     def _wait(self) -> None:
-        for _, wait in self._begun:
+        for wait in self._begun:
             wait()
 
     def __call__(self, loss: Any, terms: Sequence[Any]) -> tuple[float, list[Tensor], Tensor]:
@@ -259,21 +264,28 @@ class GradientSum:
     @torch.no_grad()
     def _set(self, total: float, loss: float) -> Tensor:
         """Set gradients and buffers to the means over ranks, unless loss or norm is not finite; return the norm."""
-        gradients: list[tuple[Tensor, Tensor | None]] = []
-        buffers: list[tuple[Tensor, Tensor]] = []
-        for bucket, (flat, _) in zip(self._buckets, self._begun, strict=True):
-            flat[len(bucket.parameters) :].div_(total)
-            of_parameters, of_buffers = bucket.split(flat)
-            gradients += zip(bucket.parameters, of_parameters, strict=True)
-            buffers += zip(bucket.buffers, of_buffers, strict=True)
-        found = [gradient for _, gradient in gradients if gradient is not None]
-        norm = torch.nn.utils.get_total_norm(found) if found else torch.zeros((), device="cpu")
+        norms: list[Tensor] = []
+        for bucket in self._buckets:
+            bucket.numbers.div_(total)
+            norms.append(torch.linalg.vector_norm(bucket.gradients).to(norms[0].device if norms else None))
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device="cpu")
         if math.isfinite(loss) and norm.isfinite():
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            for buffer, mean in buffers:
-                buffer.copy_(mean)
+            for bucket in self._buckets:
+                for parameter, mean, used in zip(bucket.parameters, bucket.means, bucket.used.tolist(), strict=True):
+                    parameter.grad = mean if used else None
+                for buffer, mean in zip(bucket.buffers, bucket.buffer_means, strict=True):
+                    buffer.copy_(mean)
         return norm
+
+
+def _has_news(tensor: Tensor, changed: set[int]) -> bool:
+    """Whether a parameter has a gradient, or a buffer is one of those that have changed, by id."""
+    return id(tensor) in changed if _is_buffer(tensor) else tensor.grad is not None
+
+
+def _is_buffer(tensor: Tensor) -> bool:
+    """Whether a tensor is no parameter, so that ranks have its mean, as that of a running average."""
+    return tensor.is_floating_point() and not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter)
 
 
 def _checksum(tensor: Tensor) -> str:

@@ -3,20 +3,21 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.ranks import is_shared
 from pyro_vae._utils.rng import preserve_rng_state, set_torch_random_states, torch_random_states
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.warn import warn_user
-from pyro_vae.compilation.graph import CaptureError, Graph, InputSignature, input_signature
+from pyro_vae.compilation.graph import CaptureError, Compilation, Graph, InputSignature, input_signature
 from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.compilation.replay import Replay
-from pyro_vae.training.graph_step import GraphStep
+from pyro_vae.training.graph_step import REMEDY, GraphStep
 from pyro_vae.training.step import BatchContext, metrics_row
 
 __all__ = ["EAGER_STEPS", "ReplayedStep", "why_not_captured"]
@@ -26,6 +27,7 @@ _LEAST_STEPS = 40  # that a run must have left for a capture to pay
 _FIRST_CHECKS = 3  # replays that are compared with an eager step, and then ever fewer
 _MOST_GRAPHS = 64  # for inputs of different shapes
 _DIGITS = 1e-4  # to which gradients agree, where an operation adds in another order each time
+_COMPILED_DIGITS = 1e-2  # of compiled gradients, where a unit at the kink of its function may change its side
 
 
 def why_not_captured(error: Exception) -> str:
@@ -45,6 +47,8 @@ class ReplayedStep(GraphStep):
     Args:
         reason: why no step is replayed; they are if it is empty.
         last_step: the number of steps of the run: a capture must pay.
+        compiles: whether the graph for some inputs is compiled when it is captured. If this is given, steps are
+            captured as soon as possible, and what refuses a capture is an error.
 
     Attributes:
         replays: the number of replayed steps.
@@ -52,13 +56,21 @@ class ReplayedStep(GraphStep):
         changed: whether something that a graph holds has changed since a capture.
     """
 
-    def __init__(self, *args: Any, reason: str = "", last_step: float = math.inf, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        reason: str = "",
+        last_step: float = math.inf,
+        compiles: Callable[..., bool] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.reason, self.last_step = reason, last_step
+        self.reason, self.last_step, self.compiles = reason, last_step, compiles
+        self.pieces: dict[Any, Any] = {}  # compiled parts of graphs
         self.replays, self.changed = 0, False
         self.first_graph: Graph | None = None
         self._graphs: dict[tuple[BatchContext, InputSignature], list[_Gradients]] = {}
-        self._capture_from = EAGER_STEPS  # number of steps of the run, before which there is no capture
+        self._capture_from = EAGER_STEPS if compiles is None else 0  # steps of the run, before which none is captured
         self._is_checked = False  # what the code keeps, in an eager step since the last change
         self._capture_seconds = 0.0  # of the last capture
         self._eager_seconds: defaultdict[Any, float] = defaultdict(float)  # by what was not captured yet
@@ -124,23 +136,35 @@ class ReplayedStep(GraphStep):
             self.refresh()
             if not self._is_checked or self.new_parameters():
                 return None
+            if gradients := self.graph_for(batch_context, inputs):
+                return gradients
             key = batch_context, input_signature(inputs)
-            found = self._graphs.get(key, [])
-            for gradients in found:
-                if gradients.holds(*inputs):
-                    return gradients
             if self._eager_seconds[key] < self._capture_seconds or sum(map(len, self._graphs.values())) > _MOST_GRAPHS:
                 return None
-            if self.last_step - self.count < _LEAST_STEPS:
+            if self.compiles is None and self.last_step - self.count < _LEAST_STEPS:
                 return None
             started = time.perf_counter()
             gradients = self._capture(batch_context, inputs)
             self._capture_seconds = time.perf_counter() - started
+            if self.compiles is not None and self.compiles(*inputs):
+                gradients.compile_in_background(inputs, self.pieces).wait()
+                gradients.run_compiled()
             self._graphs.setdefault(key, []).append(gradients)
             return gradients
         except Exception as error:  # of the user's code under the capture, which the eager step runs as it is
+            if self.compiles is not None:
+                raise
             self.refuse(why_not_captured(error))
             return None
+
+    def capture_now(self) -> None:
+        """Capture at the next step, as an earlier process did: what the code keeps in Python has been checked."""
+        self._is_checked, self._capture_from = True, 0
+
+    def graph_for(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_Gradients | None":
+        """Return the graph for inputs of this form, if it has been captured."""
+        found = self._graphs.get((batch_context, input_signature(inputs)), [])
+        return next((gradients for gradients in found if gradients.holds(*inputs)), None)
 
     def _capture(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> "_Gradients":
         self.check_contexts()
@@ -154,6 +178,8 @@ class ReplayedStep(GraphStep):
 
     def refuse(self, reason: str) -> None:
         """Run all further steps eagerly."""
+        if self.compiles is not None:
+            raise CaptureError(f"`compile` must be False {reason}. {REMEDY}")
         self.reason = reason
         self._graphs.clear()
 
@@ -178,6 +204,8 @@ class ReplayedStep(GraphStep):
             with self.own_run():
                 row = super().__call__(batch_context, *inputs, validate=validate)
         except CaptureError as error:
+            if self.compiles is not None or is_shared(error):
+                raise
             self.refuse(why_not_captured(error))
         finally:
             self._expected = None
@@ -201,7 +229,7 @@ class ReplayedStep(GraphStep):
             known = {id(parameter) for parameter in gradients.parameters}
             others = [one for one in self.parameters.values() if id(one) not in known and one.grad is not None]
             same = not others and all(one is not None for one in eager)
-            if not same or not _close([*eager, *terms], [*replayed, *row[2:]]):
+            if not same or not _close(eager, replayed, gradients.digits) or not _close(terms, list(row[2:])):
                 self.refuse("other operations than the captured ones")
         return loss, terms
 
@@ -219,7 +247,8 @@ class ReplayedStep(GraphStep):
         super().clear_parameter_cache()
         self.changed = self.changed or bool(self._graphs)
         self._graphs.clear()
-        self._is_checked, self._capture_from = False, self.count + EAGER_STEPS
+        self._is_checked = False
+        self._capture_from = self.count + (EAGER_STEPS if self.compiles is None else 0)
 
 
 class _Gradients:
@@ -230,7 +259,10 @@ class _Gradients:
         calls: the number of replays and comparisons.
         next_check: the number of calls after which the next comparison is due.
         unchecked: the number of replays since the last comparison.
+        digits: to which its gradients are those of eager steps.
     """
+
+    digits = _DIGITS
 
     def __init__(self, step: ReplayedStep, batch_context: BatchContext, inputs: Sequence[Tensor]):
         self.parameters: list[Tensor] = []
@@ -240,8 +272,18 @@ class _Gradients:
                 lambda *inputs: step.gradients(batch_context, inputs, self.parameters), inputs, keeps_recurrent=True
             )
         self.writes_buffers = bool(self.graph.written)
-        self.holds, self._replay = self.graph.holds, Replay(self.graph)
+        self.holds = self.graph.holds
+        self._replay: Callable[..., list[Tensor]] = Replay(self.graph)
         self.calls = self.next_check = self.unchecked = 0
+
+    def compile_in_background(self, inputs: Sequence[Tensor], pieces: dict[Any, Any]) -> Compilation:
+        """Begin to compile the graph, see :meth:`pyro_vae.compilation.graph.Graph.compile_in_background`."""
+        return self.graph.compile_in_background(inputs, pieces)
+
+    def run_compiled(self) -> None:
+        """Run the compiled graph from now on, which the next calls are compared with eager steps for."""
+        self._replay, self.digits = self.graph, _COMPILED_DIGITS
+        self.calls = self.next_check = 0
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         self.calls += 1
@@ -254,13 +296,13 @@ class _Gradients:
         self.next_check = self.calls if self.calls < _FIRST_CHECKS else 2 * self.calls
 
 
-def _close(found: Sequence[Tensor | None], expected: Sequence[Tensor]) -> bool:
+def _close(found: Sequence[Tensor | None], expected: Sequence[Tensor], digits: float = _DIGITS) -> bool:
     """Whether tensors are equal, up to the order of sums."""
     for one, other in zip(found, expected, strict=True):
         assert one is not None
         if not torch.equal(one, other):
             finite = other[other.isfinite()]
             size = float(finite.abs().max()) if finite.numel() else 0.0
-            if not torch.allclose(one, other.to(one.dtype), rtol=_DIGITS, atol=_DIGITS * size, equal_nan=True):
+            if not torch.allclose(one, other.to(one.dtype), rtol=digits, atol=digits * size, equal_nan=True):
                 return False
     return True

@@ -1,89 +1,331 @@
 """Training on several ranks compared with one process."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from given_noise import Noise
-from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from ranks import run_on_ranks
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import parallel
 from pyro_vae._utils.rng import seeded
+from pyro_vae.training import gradient_sum
 
-ROWS, SEED = 37, 0
+ROWS = 37
+
+
+class Uniform(dist.Bernoulli):
+    """A Bernoulli distribution whose draws come from given uniform numbers."""
+
+    def __init__(self, probs, noise):
+        self.noise = noise
+        super().__init__(probs=probs, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return Uniform(self.probs.expand(batch_shape), self.noise)
+
+    def sample(self, sample_shape=()):
+        return (self.noise < self.probs).to(self.probs.dtype)
 
 
 class Pair(nn.Module):
     """A model with a local and a global latent, whose guide draws from the noise in the data."""
 
-    def __init__(self):
+    def __init__(self, global_noise=0.3, discrete=False, infer=None):
         super().__init__()
         with seeded(1):
             self.encoder, self.decoder = nn.Linear(2, 2), nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 2))
         self.shift = nn.Parameter(torch.tensor([0.1, -1.0]))
+        self.global_noise, self.discrete, self.infer = global_noise, discrete, infer or {}
 
     def model(self, x, noise):
-        pyro.module("pair", self)
+        pv.handlers.register("pair", self)
+        shift = 0.0 if self.global_noise is None else pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", ROWS):
+            x = pyro.subsample(x, event_dim=1)
+            prior = dist.Bernoulli(0.5) if self.discrete else dist.Normal(0.0, 1.0)
+            z = pyro.sample("z", prior, infer=self.infer)
+            pyro.sample("x", dist.Normal(self.decoder(z[..., None]) + shift, 0.5).to_event(1), obs=x)
+
+    def guide(self, x, noise):
+        pv.handlers.register("pair", self)
+        if self.global_noise is not None:
+            pyro.sample("shift", Noise(self.shift[0], self.shift[1].exp(), torch.tensor(self.global_noise)))
+        with pyro.plate("data", ROWS):
+            x, noise = pyro.subsample(x, event_dim=1), pyro.subsample(noise, event_dim=0)
+            loc, scale = self.encoder(x).unbind(-1)
+            normal = Noise(loc, scale.exp(), torch.special.ndtri(noise))
+            pyro.sample("z", Uniform(loc.sigmoid(), noise) if self.discrete else normal, infer=self.infer)
+
+
+def data():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(ROWS, 2, generator=generator), torch.rand(ROWS, generator=generator) * 0.98 + 0.01
+
+
+def trained(pair, **options):
+    pyro.clear_param_store()
+    options = {"epochs": 4, "batch_size": 10, "lr": 1e-2, "compile": False} | options
+    fitted = pv.fit(pair.model, pair.guide, data(), **options)
+    state = {name: tensor.detach().clone() for name, tensor in pair.state_dict().items()}
+    return state, dict(fitted.history), fitted.steps, fitted.stopped
+
+
+class SmallBuckets:
+    """Buckets of a few numbers, so that several of them begin while the backward pass goes on."""
+
+    def __enter__(self):
+        self.before, gradient_sum._BUCKET = gradient_sum._BUCKET, 4
+
+    def __exit__(self, *exception):
+        gradient_sum._BUCKET = self.before
+
+
+def in_small_buckets(**options):
+    with SmallBuckets():
+        return trained(Pair(), **options)
+
+
+def held_out():
+    return {"validation": tuple(tensor[:20] for tensor in data()), "patience": 3}
+
+
+def frozen_after_five(pair):
+    def freeze(epoch):
+        if epoch.number == 5:
+            pair.decoder.requires_grad_(False)
+
+    return freeze
+
+
+def with_a_callback_that_freezes():
+    pair = Pair()
+    return trained(pair, callbacks=[frozen_after_five(pair)], epochs=8)
+
+
+SAME_NOISE = {
+    "eager": lambda: trained(Pair(), epochs=25),
+    "replayed": lambda: trained(Pair(), compile=None, epochs=25),
+    "clipped": lambda: trained(Pair(), clip_norm=1.0, elbo=TraceGraph_ELBO()),
+    "small buckets": in_small_buckets,
+    "small buckets, two backward passes": lambda: in_small_buckets(elbo=Trace_ELBO(num_particles=2)),
+    "small buckets, replayed": lambda: in_small_buckets(compile=None, epochs=15),
+    "mean field": lambda: trained(Pair(None), elbo=TraceMeanField_ELBO()),
+    "score function": lambda: trained(Pair(None, True)),
+    "a baseline with running averages": lambda: trained(
+        Pair(None, True), elbo=pv.objectives.ScoreFunction(pv.baselines.RunningAverage(), name="baseline")
+    ),
+    "enumeration": lambda: trained(Pair(discrete=True, infer={"enumerate": "parallel"}), elbo=TraceEnum_ELBO()),
+    "importance-weighted": lambda: trained(Pair(None), elbo=pv.objectives.ImportanceWeighted(3)),
+    "fewer rows than ranks": lambda: trained(Pair(), batch_size=2, epochs=1),
+    "all rows in a batch": lambda: trained(Pair(), batch_size=None, epochs=15),
+    "a schedule": lambda: trained(Pair(), lr=pv.schedules.decayed(1e-2)),
+    "momentum": lambda: trained(Pair(), optimizer=torch.optim.AdamW, clip_norm=100.0),
+    "a callback on rank 0 that freezes": with_a_callback_that_freezes,
+}  # fmt: skip
+
+
+ON_THREE = ("eager", "replayed", "small buckets", "fewer rows than ranks", "all rows in a batch")
+
+
+def run_same_noise(names):
+    return {name: SAME_NOISE[name]() for name in names}
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    with pyro.get_param_store().scope():
+        return run_same_noise(SAME_NOISE)
+
+
+@pytest.fixture(scope="module")
+def on_ranks():
+    return {2: run_on_ranks(run_same_noise, 2, SAME_NOISE.keys()), 3: run_on_ranks(run_same_noise, 3, ON_THREE)}
+
+
+@pytest.mark.parametrize(("size", "case"), [*((2, case) for case in SAME_NOISE), *((3, case) for case in ON_THREE)])
+def test_with_the_noise_of_one_process_parameters_are_those_of_one_process(one_process, on_ranks, size, case):
+    state, history, steps, stopped = one_process[case]
+    for found in on_ranks[size]:
+        theirs, their_history, their_steps, why = found[case]
+        assert (their_steps, why) == (steps, stopped)
+        for name, tensor in state.items():
+            assert torch.allclose(theirs[name], tensor, rtol=0, atol=1e-5), (name, theirs[name] - tensor)
+        assert their_history.keys() == history.keys()
+        for name, values in history.items():
+            assert their_history[name] == pytest.approx(values, abs=1e-4)
+
+
+class Drawn(nn.Module):
+    """A pair that draws its own noise, with a record of the draws of each latent, and faults of one rank."""
+
+    def __init__(self, fault=None, at=math.inf, records=True, width=1):
+        super().__init__()
+        with seeded(1):
+            self.encoder, self.decoder = nn.Linear(2, 2), nn.Sequential(nn.Linear(1, width), nn.Linear(width, 2))
+        self.loc = nn.Parameter(torch.zeros(()))
+        self.fault, self.at, self.records = fault, at, records
+        self.calls, self.shifts, self.draws = 0, [], []
+
+    def model(self, x):
+        pv.handlers.register("drawn", self)
         shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
         with pyro.plate("data", ROWS):
             x = pyro.subsample(x, event_dim=1)
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(self.decoder(z[..., None]) + shift, 0.5).to_event(1), obs=x)
 
-    def guide(self, x, noise):
-        pyro.module("pair", self)
-        pyro.sample("shift", Noise(self.shift[0], self.shift[1].exp(), torch.tensor(0.3)))
+    def guide(self, x):
+        pv.handlers.register("drawn", self)
+        self.calls += self.records
+        loc = self.loc
+        if self.calls >= self.at and parallel.rank() == 1:
+            if self.fault == "raises":
+                raise LookupError("a fault of the guide")
+            loc = loc * math.nan if self.fault == "is nan" or self.calls == self.at else loc
+        shift = pyro.sample("shift", dist.Normal(loc, 0.3))
         with pyro.plate("data", ROWS):
-            x, noise = pyro.subsample(x, event_dim=1), pyro.subsample(noise, event_dim=0)
+            x = pyro.subsample(x, event_dim=1)
             loc, scale = self.encoder(x).unbind(-1)
-            pyro.sample("z", Noise(loc, scale.exp(), noise))
+            z = pyro.sample("z", dist.Normal(loc, scale.exp()))
+        if self.records:
+            self.shifts.append(shift.item())
+            self.draws.append(z.detach())
 
 
-def data():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(ROWS, 2, generator=generator), torch.randn(ROWS, generator=generator)
+class Transform:
+    """A transform of the rows that fails at one of its calls, on rank 1."""
+
+    def __init__(self, at):
+        self.calls, self.at = 0, at
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.at and parallel.rank() == 1:
+            raise LookupError("a fault of the transform")
+        return x + 0.0
 
 
-def trained(compile, elbo, clip_norm):
+def fitted(pair, **options):
     pyro.clear_param_store()
-    pair = Pair()
-    fitted = pv.fit(
-        pair.model, pair.guide, data(), epochs=25, batch_size=10, lr=1e-2, compile=compile, elbo=elbo,
-        clip_norm=clip_norm, seed=SEED,
-    )  # fmt: skip
-    return {name: tensor.detach() for name, tensor in pair.named_parameters()}, dict(fitted.history), fitted.steps
+    options = {"epochs": 5, "batch_size": 10, "lr": 1e-2, "compile": None} | options
+    return pv.fit(pair.model, pair.guide, data()[0], **options)
 
 
-CASES = {
-    "eager": (False, Trace_ELBO(), None),
-    "replayed": (None, Trace_ELBO(), None),
-    "clipped": (None, TraceGraph_ELBO(), 1.0),
-}
+def error_of(run):
+    """The error of a run on this rank, after which the ranks must still understand each other."""
+    try:
+        run()
+    except Exception as error:
+        return type(error).__name__, str(error), parallel.num_ranks()
+    return "no error", "", 0
 
 
-def run_cases():
-    return {name: trained(*case) for name, case in CASES.items()}
+def fault_of_a_callback(epoch):
+    if epoch.number == 2 and parallel.rank() == 0:
+        raise LookupError("a fault of the callback")
+
+
+def changes_python(pair):
+    def change(epoch):
+        pair.at = epoch.number
+
+    return change
+
+
+ERRORS = {
+    "a guide": lambda: fitted(Drawn("raises", 15)),
+    "a guide, eager": lambda: fitted(Drawn("raises", 15), compile=False),
+    "a guide in the first run": lambda: fitted(Drawn("raises", 1)),
+    "a transform": lambda: fitted(Drawn(), transform=Transform(15)),
+    "a transform in the checks": lambda: fitted(Drawn(), transform=Transform(1)),
+    "a callback on rank 0": lambda: fitted(Drawn(), callbacks=[fault_of_a_callback]),
+    "a callback on all": lambda: fitted(Drawn(), callbacks=[parallel.on_every_rank(fault_of_a_callback)]),
+    "not finite": lambda: fitted(Drawn("is nan", 15), compile=False),
+    "a hundred in a row": lambda: fitted(Drawn("is nan", 15), compile=False, nonfinite="skip", epochs=200),
+    "another seed": lambda: fitted(Drawn(), seed=parallel.rank()),
+    "other data": lambda: pv.fit(
+        Drawn().model, Drawn().guide, data()[0] + parallel.rank(), epochs=1, batch_size=10
+    ),
+    "another model": lambda: fitted(Drawn(width=1 + parallel.rank())),
+    "a change of Python on rank 0": lambda: (pair := Drawn()) and fitted(pair, callbacks=[changes_python(pair)]),
+    "a joint bound": lambda: fitted(Drawn(), elbo=pv.objectives.ImportanceWeighted(3)),
+    "an average over the batch": lambda: trained(Pair(None), elbo=pv.objectives.FreeBits(0.1)),
+}  # fmt: skip
+
+
+def run_with_faults():
+    found = {name: error_of(run) for name, run in ERRORS.items()}
+    pair = Drawn("is nan once", 15)
+    skipped = fitted(pair, compile=False, nonfinite="skip", epochs=15)
+    found["skipped"] = skipped.skipped, skipped.steps, dict(skipped.history), float(pair.loc)
+    for name, compile, records in (("eager", False, True), ("replayed", None, False)):
+        pair = Drawn(records=records)
+        run = fitted(pair, compile=compile, epochs=15)
+        state = torch.cat([one.detach().flatten() for one in pair.parameters()])
+        found[name] = state, dict(run.history), pair.shifts, pair.draws, run.engine
+    return found
 
 
 @pytest.fixture(scope="module")
-def on_ranks():
-    return {size: run_on_ranks(run_cases, size) for size in (2, 3)}
+def with_faults():
+    return run_on_ranks(run_with_faults, 3)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_with_the_noise_of_one_process_parameters_are_those_of_one_process(on_ranks, size, case):
-    parameters, history, steps = trained(*CASES[case])
-    assert steps == 100
-    for found in on_ranks[size]:
-        theirs, their_history, their_steps = found[case]
-        assert their_steps == steps
-        for name, tensor in parameters.items():
-            assert torch.allclose(theirs[name], tensor, atol=1e-5), name
-        for name, values in history.items():
-            assert their_history[name] == pytest.approx(values, abs=1e-4)
+MESSAGES = {
+    "a guide": ("LookupError", "a fault of the guide"),
+    "a guide, eager": ("LookupError", "a fault of the guide"),
+    "a guide in the first run": ("LookupError", "a fault of the guide"),
+    "a transform": ("LookupError", "a fault of the transform"),
+    "a transform in the checks": ("LookupError", "a fault of the transform"),
+    "a callback on rank 0": ("LookupError", "a fault of the callback"),
+    "a callback on all": ("LookupError", "a fault of the callback"),
+    "not finite": ("FloatingPointError", "rank 1: "),
+    "a hundred in a row": ("FloatingPointError", "100th in a row"),
+    "another seed": ("ValueError", "`seed` must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
+    "other data": ("ValueError", "`data` must be the same on every rank"),
+    "another model": ("ValueError", "must be the same on every rank"),
+    "a change of Python on rank 0": ("ValueError", "`callbacks` must not change Python values on rank 0 alone"),
+    "a joint bound": ("ValueError", "`elbo` must be a sum over the rows"),
+    "an average over the batch": ("ValueError", "`elbo` must be a sum over the rows"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_fails_on_one_rank_is_an_error_of_all_and_the_next_run_works(with_faults, case):
+    kind, message = MESSAGES[case]
+    for found in with_faults:
+        name, text, size = found[case]
+        assert (name, size) == (kind, 3)
+        assert message in text
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(with_faults):
+    assert len({str(found["skipped"]) for found in with_faults}) == 1
+    skipped, steps, history, loc = with_faults[0]["skipped"]
+    assert (skipped, steps) == (1, 60)
+    assert math.isfinite(loc)
+    assert all(map(math.isfinite, history["elbo"]))
+
+
+def test_latents_outside_the_plate_are_the_same_on_all_ranks_and_others_are_not(with_faults):
+    first, second, third = (found["eager"] for found in with_faults)
+    assert first[2][-50:] == second[2][-50:] == third[2][-50:]
+    assert len({*first[2][-50:]}) == 50
+    assert not any(torch.equal(ours[:3], theirs[:3]) for ours, theirs in zip(first[3][-50:], second[3][-50:], strict=True))
+
+
+def test_replayed_steps_on_ranks_have_the_bits_of_eager_ones(with_faults):
+    for found in with_faults:
+        assert found["replayed"][4].startswith("replayed")
+        assert torch.equal(found["eager"][0], found["replayed"][0])
+        assert found["eager"][1] == found["replayed"][1]
+        assert torch.equal(found["eager"][0], with_faults[0]["eager"][0])
 
 
 def running_averages(compile):
@@ -91,7 +333,7 @@ def running_averages(compile):
     pair = Pair()
     with seeded(2):
         pair.decoder = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    pv.fit(pair.model, pair.guide, data(), epochs=1, batch_size=10, lr=1e-2, compile=compile, seed=SEED)
+    pv.fit(pair.model, pair.guide, data(), epochs=1, batch_size=10, lr=1e-2, compile=compile)
     norm = pair.decoder[1]
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
