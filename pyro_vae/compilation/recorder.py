@@ -21,7 +21,7 @@ from pyro_vae.compilation import torch_private
 
 __all__ = [
     "CaptureError", "Node", "Recorder", "address", "ancestors", "checked_hook", "foreign_random_numbers",
-    "function_of", "is_recording", "mapped", "module_of", "nodes_in", "not_recorded",
+    "from_outside", "function_of", "is_recording", "mapped", "module_of", "nodes_in",
 ]  # fmt: skip
 
 Value = Any
@@ -203,6 +203,10 @@ class Recorder(torch_private.TorchDispatchMode):
         finally:
             self._paused = before
 
+    def forget(self, tensor: Tensor) -> None:
+        """Take a tensor that was made in a pause as one from outside."""
+        self._hidden = [one for one in self._hidden if address(one) != address(tensor)]
+
     def read(self, tensors: Sequence[Tensor], as_size: bool = False) -> bool:
         """Whether the values of tensors may be read: they are computed from integers and truth values from outside.
 
@@ -373,13 +377,15 @@ def is_recording() -> bool:
     return bool(_active)
 
 
-@contextmanager
-def not_recorded() -> Iterator[None]:
-    """Leave the operations of a block out of the graphs that are being recorded."""
+def from_outside(make: Callable[[], Tensor]) -> Tensor:
+    """Return the tensor of a function as one that comes from outside of what is being recorded."""
     with ExitStack() as stack:
         for recorder in _active:
             stack.enter_context(recorder.paused())
-        yield
+        tensor = make()
+    for recorder in _active:
+        recorder.forget(tensor)
+    return tensor
 
 
 def address(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae._utils.rng import RandomStream
-from pyro_vae.compilation.recorder import CaptureError, is_recording, not_recorded
+from pyro_vae.compilation.recorder import CaptureError, from_outside, is_recording
 
 __all__ = ["SharedDraws"]
 
@@ -91,10 +91,10 @@ class _AsTensors(TorchDispatchMode):
             raise CaptureError(
                 f"`compile` must be False where {func} draws a latent outside the data plate, whose noise ranks share"
             )
-        with not_recorded():
-            noise = func(*args, **kwargs).clone() if written is None else torch.empty_like(written)
         if written is None:
+            noise = from_outside(lambda: func(*args, **kwargs))
             self._fills.append(lambda: noise.copy_(func(*args, **kwargs)))
             return noise.clone()
+        noise = from_outside(lambda: torch.empty_like(written))
         self._fills.append(lambda: func(noise, *others, **kwargs))
         return written.copy_(noise)

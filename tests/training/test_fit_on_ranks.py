@@ -263,7 +263,7 @@ def run_with_faults():
     found = {name: error_of(run) for name, run in ERRORS.items()}
     pair = Drawn("is nan once", 15)
     skipped = fitted(pair, compile=False, nonfinite="skip", epochs=15)
-    found["skipped"] = skipped.skipped, skipped.steps, dict(skipped.history), float(pair.loc)
+    found["skipped"] = skipped.skipped, skipped.steps, dict(skipped.history), pair.loc.item()
     for name, compile, records in (("eager", False, True), ("replayed", None, False)):
         pair = Drawn(records=records)
         run = fitted(pair, compile=compile, epochs=15)
@@ -317,7 +317,8 @@ def test_latents_outside_the_plate_are_the_same_on_all_ranks_and_others_are_not(
     first, second, third = (found["eager"] for found in with_faults)
     assert first[2][-50:] == second[2][-50:] == third[2][-50:]
     assert len({*first[2][-50:]}) == 50
-    assert not any(torch.equal(ours[:3], theirs[:3]) for ours, theirs in zip(first[3][-50:], second[3][-50:], strict=True))
+    pairs = zip(first[3][-50:], second[3][-50:], strict=True)
+    assert not any(torch.equal(ours[:3], theirs[:3]) for ours, theirs in pairs)
 
 
 def test_replayed_steps_on_ranks_have_the_bits_of_eager_ones(with_faults):
