@@ -380,8 +380,9 @@ class VAE(Result, nn.Module):
             got = f"{_name(self.prior)}, which takes {tuple(shape)}"
             have = "no context, or covariates `VAE(..., context=C)`" if self.context is None else f"({self.context},)"
             raise ValueError(f"`prior` must take {have}, got {got}")
+        device = next((tensor.device for tensor in (*self.prior.parameters(), *self.prior.buffers())), None)
         with _error_context(f"`prior` must return p(z | c), got {_name(self.prior)}"):
-            return _distribution(self.prior(torch.zeros(_ROWS, self.context))).sample()
+            return _distribution(self.prior(torch.zeros(_ROWS, self.context, device=device))).sample()
 
     def _run_part(self, role: str, part: nn.Module, context: Tensor, source: str, maker: nn.Module) -> Any:
         given = context.shape[1:]
@@ -398,7 +399,7 @@ class VAE(Result, nn.Module):
             if num_data is None:
                 distribution = _distribution(part(context))
             else:
-                with poutine.block(), pyro.plate("validation", num_data, subsample=torch.arange(len(context))):
+                with poutine.block(), pyro.plate("validation", num_data, subsample=torch.arange(len(context), device=context.device)):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             must = f"have batch shape ({len(context)},) for {len(context)} data (use `.to_event()`)"

@@ -1,24 +1,49 @@
-"""A program that uses pairs on the stand-in device, and prints the error of each check as JSON: see test_devices."""
+"""A program that uses the package on the stand-in device: see test_devices.
+
+It prints as JSON the error of each check that has one, and the public functions that no check runs.
+"""
 
 import json
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+
+import public_functions
+
+public_functions.record_runs()  # before the package is imported, as it is below
 
 import matplotlib as mpl
 import pair_cases
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from stand_in_device import stand_in_device
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import guides, likelihoods, networks, plots, priors
+from pyro_vae import (
+    baselines,
+    distributions,
+    families,
+    gradients,
+    guides,
+    handlers,
+    likelihoods,
+    missing,
+    networks,
+    objectives,
+    plots,
+    priors,
+    schedules,
+    tabular,
+)
+from pyro_vae._utils.rng import torch_random_states
 
 mpl.use("Agg")
 FEW = {"num_samples": 30, "progress": False}
@@ -156,23 +181,302 @@ def make_checks(device):
                 2, lambda *s: guides.MixtureOfNormals(*s, num_components=2), priors.MixtureOfNormals, num_components=3
             ).to(device)
         ),
+        **training_checks(x, two),
+        **part_checks(x, two, discrete),
+        **answer_checks(x, two, discrete),
+        **table_checks(device),
     }
 
 
+def training_checks(x, vae):
+    """Checks of runs, of their random numbers, and of what a run can be given."""
+
+    def fit(vae=vae, **options):
+        fitted = pv.fit(vae.model, vae.guide, x, progress=False, **{"epochs": 2, "batch_size": 5} | options)
+        assert all(torch.tensor(fitted.history["elbo"], device="cpu").isfinite())
+        return fitted
+
+    def replayed():
+        assert fit(epochs=60, batch_size=None, clip_norm=1.0).engine.startswith("replayed")
+
+    def resumed():
+        found, device = [], x.device
+        for epochs in ([6], [2, 6]):
+            fresh = pair(2).to(device)
+            with tempfile.TemporaryDirectory() as folder:
+                for last in epochs:
+                    torch.manual_seed(1 if last == epochs[0] else 9)  # what a checkpoint restores
+                    fit(fresh, epochs=last, checkpoints=Path(folder) / "run", validation=x)
+                assert pv.Checkpoints(Path(folder) / "run").load_best(fresh) <= 6
+                fit(fresh, epochs=7, checkpoints=Path(folder) / "run", validation=x)
+            found.append([tensor.cpu() for tensor in fresh.state_dict().values()])
+        assert all(map(torch.equal, *found)), "a resumed run has other numbers"
+
+    def seeded():
+        before = torch_random_states()
+        options = {"num_samples": 20, "progress": False}
+        draws = [pv.log_evidence(vae.model, vae.guide, x, **options).log_evidence for _ in range(2)]
+        pv.calibrate(vae.model, vae.guide, x, num_simulations=10, num_draws=10)
+        assert torch.equal(*draws), "the same seed has other numbers"
+        after = torch_random_states()
+        assert all(torch.equal(before[name], after[name]) for name in before), "a random stream has changed"
+
+    def svi():
+        svi = pv.SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        assert torch.tensor([svi.step(x), svi.evaluate_loss(x)], device="cpu").isfinite().all()
+        assert svi.optimizer.param_groups
+
+    def learning_rates():
+        decay = schedules.from_torch(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 1), start=1e-3)
+        for lr in (schedules.on_plateau(1e-3, patience=1), decay, schedules.decayed(1e-3), schedules.constant(1e-3)):
+            fit(lr=lr, **{"validation": x} if isinstance(lr, schedules.Plateau) else {})
+
+    def temperatures():
+        prior, encoder = priors.RelaxedBernoulli(2, 0.5), guides.RelaxedBernoulli(4, 2, NET, 0.66)
+        relaxed = pv.VAE(prior, encoder, likelihoods.Normal(2, 4, NET)).to(x.device)
+        several = (schedules.exponential(1.0, 1e-2), schedules.linear(1.0, 0.5, 9), schedules.cyclical(0.5, 1.0, 3))
+        for schedule in several:
+            with tempfile.TemporaryDirectory() as folder:  # which has a description of the schedule
+                options = {"schedules": {encoder.family.temperature: schedule}, "checkpoints": Path(folder) / "run"}
+                assert fit(relaxed, **options).unit == "nats per datum"
+        twin = relaxed.discrete()
+        pv.evaluate(twin.model, twin.guide, x)
+
+    def arguments():
+        def model(rows, scale):
+            with pyro.plate("data", len(rows)):
+                z = pyro.sample("z", vae.prior())
+                pyro.sample("x", pyro.distributions.Normal(vae.decode(z).mean, scale).to_event(1), obs=rows)
+
+        def guide(rows, scale):
+            with pyro.plate("data", len(rows)):
+                pyro.sample("z", vae.encode(rows))
+
+        pv.fit(model, guide, pv.Arguments(x, scale=x.new_ones(())), epochs=2, batch_size=5, progress=False)
+
+    return {
+        "replayed steps": replayed,
+        "a resumed run": resumed,
+        "random states": seeded,
+        "SVI": svi,
+        "learning rates": learning_rates,
+        "temperatures": temperatures,
+        "arguments": arguments,
+    }
+
+
+def part_checks(x, vae, discrete):
+    """Checks of distributions, parts, networks and handlers."""
+
+    def moments():
+        logits = x.new_tensor([[0.3, -0.2, 1.0]])
+        counts = tabular.NegativeBinomial(logits, logits.exp())
+        classes = tabular.Categorical(logits=logits)
+        some = [
+            counts, tabular.ZeroInflated(tabular.Poisson(logits), logits), tabular.StudentT(logits.exp() + 2, logits),
+            missing.with_missing(pyro.distributions.Normal(logits, 1.0)),
+        ]  # fmt: skip
+        for one in some:
+            assert one.mean.device == one.variance.device == one.log_prob(one.sample()).device == x.device
+        assert distributions.ContinuousBernoulli(logits).mean.device == x.device
+        assert classes.mean.device == classes.variance.device == x.device
+        assert classes.mode.device == x.device and (classes.enumerate_support()[:, 0].cpu() == torch.arange(3, device="cpu")).all()
+        holed = missing.with_missing(pyro.distributions.Bernoulli(logits=logits))
+        assert holed.has_enumerate_support and holed.enumerate_support().device == x.device
+
+    def columns():
+        mixed, data = pair_cases.vae_of("StandardNormal", "DiagonalNormal", "Columns")
+        mixed, data = mixed.to(x.device), data.to(x.device)
+        pv.fit(mixed.model, mixed.guide, data, epochs=1, progress=False)
+        assert repr(mixed) and mixed.generate(3).device == x.device
+        rows = mixed.decode(mixed.encode(data).mean)
+        assert rows.mean.device == rows.variance.device == rows.log_prob(data).device == x.device
+        normal = distributions.Columns({name: pyro.distributions.Normal(x[:, :1], 1.0).to_event(1) for name in "ab"})
+        assert normal.rsample().device == normal.with_missing().log_prob(x[:, :2]).device == x.device
+        assert not normal.accepts_missing
+        family = families.Columns({"a": families.Normal(1)}).to(x.device)
+        assert family.start(3).shape == (3, 2) and repr(family)
+        outside = data.clone()
+        outside[1, 1] = 0.5  # a binary column
+        try:
+            pv.evaluate(mixed.model, mixed.guide, outside)
+        except ValueError as error:
+            assert "sex" in str(error)
+        else:
+            raise AssertionError("a wrong entry must raise")
+
+    def relaxed():
+        spreads = [
+            distributions.LogitRelaxedBernoulli(x.new_tensor(0.5), logits=x[:1, :2]),
+            distributions.LogRelaxedOneHotCategorical(x.new_tensor(0.5), logits=x[:1, :2]),
+            distributions.LogitNormal(x[:1, :2], x.new_ones(()), x.new_tensor(-1.0), x.new_tensor(2.0)),
+        ]
+        for one in spreads:
+            assert distributions.find_extent(one) is not None
+            assert distributions.discrete_twin(one) is None or distributions.discrete_twin(one).sample().device
+        to_reals = torch.distributions.biject_to(spreads[1].support)
+        values = spreads[1].sample()
+        reals = to_reals.inv(values)
+        assert to_reals.log_abs_det_jacobian(reals, values).device == x.device
+        assert to_reals.forward_shape(reals.shape) == values.shape
+        assert to_reals.inverse_shape(values.shape) == reals.shape
+        for family in (families.RelaxedBernoulli(2, 0.5), families.RelaxedOneHotCategorical((1, 2), 0.5)):
+            family = family.to(x.device)
+            raw = x[:, :2]
+            for one in (family.soft, family.hard):
+                assert one(family(raw).sample()).device == x.device
+            assert family.discrete().to(x.device)(raw).sample().device == x.device
+        assert families.SoftTargetBernoulli(2).to(x.device)(x[:, :2]).log_prob((x[:, 2:] > 0).float()).device == x.device
+
+    def free_posteriors():
+        free = guides.PerDatum.refining(vae.encoder, x)
+        refined = pv.VAE(vae.prior, free, vae.decoder)
+        pv.fit(refined.model, refined.guide, x, epochs=2, batch_size=5, progress=False)
+        prior, free_bits = priors.RelaxedBernoulli(2, 0.5), guides.PerDatum(families.RelaxedBernoulli(2, 0.5), 12)
+        bits = pv.VAE(prior.to(x.device), free_bits.to(x.device), discrete.decoder)
+        assert repr(free) and bits.discrete().encode(x).sample().device == x.device
+        vamp = priors.VampPrior(vae.encoder, x[:3]).to(x.device)
+        assert repr(vamp) and vamp().sample().device == x.device
+        assert repr(baselines.RunningAverage().to(x.device))
+
+    def all_networks():
+        images = x.reshape(12, 1, 2, 2).repeat(1, 1, 4, 4).flatten(1)
+        holes = x.clone()
+        holes[0, 0] = torch.nan
+        cases = [
+            (networks.linear()(4, 2), x),
+            (networks.mlp([3])(4, 2), x),
+            (networks.standardized(networks.linear(), x.mean(0), x.std(0))(4, 2), x),
+            (networks.starting_at(networks.linear(), x.mean(0)[:2])(4, 2), x),
+            (networks.one_hot(3, networks.linear())(4, 2), (x > 0).float()),
+            (networks.with_missing(networks.linear())(4, 2), holes),
+            (networks.convolutional((1, 8, 8))(64, 2), images),
+            (networks.deconvolutional((1, 8, 8))(4, 64), x),
+        ]
+        for network, rows in cases:
+            assert network.to(x.device)(rows).isfinite().all()
+        assert likelihoods.Normal.mse(2, 4, NET, kl_weight=1.0).to(x.device)(x[:, :2]).sample().device == x.device
+
+    def all_handlers():
+        beta = handlers.WeightKL(x.new_tensor(0.5))
+        pv.fit(beta(vae.model), beta(vae.guide), x, epochs=1, progress=False)
+        with handlers.MaskSites({"z": x[:, 0] > 0}), handlers.UnsizedPlates() as plates, poutine.trace() as tracer:
+            vae.guide(x)
+        tracer.trace.compute_log_prob()
+        assert tracer.trace.nodes["z"]["log_prob"].device == x.device and not plates.names
+
+    def imputed():
+        net, holes = networks.with_missing(NET), x.clone()
+        holes[0, 0] = torch.nan
+        likelihood = likelihoods.Normal(1, 4, NET, missing=True)
+        filled = pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(4, 1, net), likelihood).to(x.device)
+        assert filled.impute(holes, 5).isfinite().all()
+        try:
+            filled(holes)
+        except TypeError:
+            return
+        raise AssertionError("a VAE is no function")
+
+    return {
+        "moments": moments,
+        "columns": columns,
+        "relaxed distributions": relaxed,
+        "posteriors of each datum": free_posteriors,
+        "networks": all_networks,
+        "handlers": all_handlers,
+        "imputation": imputed,
+    }
+
+
+def answer_checks(x, vae, discrete):
+    """Checks of exact answers, gradients, data sets and ArviZ."""
+
+    def posteriors():
+        found = pv.exact.posterior(vae.model, x[:1])
+        assert found.mean.device == found.log_prob(found.sample()).device == x.device and found.support is not None
+        bits = pv.exact.posterior(discrete.model, x[:2])
+        assert bits.has_enumerate_support and bits.probs.device == x.device
+
+    def hidden_states():
+        def model(rows):
+            probs, state = x.new_tensor([[0.9, 0.1], [0.2, 0.8]]), 0
+            with pyro.plate("data", len(rows)):
+                for step in range(4):
+                    state = pyro.sample(f"z{step}", pyro.distributions.Categorical(pyro.ops.indexing.Vindex(probs)[state]))
+                    pyro.sample(f"x{step}", pyro.distributions.Normal(2.0 * state - 1, 1.0), obs=rows[:, step])
+
+        found = pv.exact.posterior(model, x[:3])
+        assert found.log_prob(found.sample()).device == x.device
+        assert {one.device for one in (*found.marginals.values(), *found.mode.values())} == {x.device}
+
+    def estimators():
+        hard = {"score function": Trace_ELBO(), "DisARM": objectives.DisARM(2), "VIMCO": objectives.VIMCO(2)}
+        several = {name: gradients.Estimator(discrete.model, discrete.guide, elbo) for name, elbo in hard.items()}
+        found = gradients.compare(several, x[:4], evaluations=2, repeats=3)
+        assert len(found.table()) and gradients.exact_gradient(discrete.model, discrete.guide, x)
+        plots.bias_variance(found)
+        measured = gradients.measure(x, x.mean(0))
+        assert measured.p_value > 0 and measured.signal_to_noise > 0
+        elbo = objectives.ImportanceWeighted(2)
+        assert gradients.Estimator(vae.model, vae.guide, elbo).num_draws == 2
+
+    def data_sets():
+        points = pv.datasets.two_gaussians(5, seed=0)
+        assert points.to_data().device == torch.get_default_device() and points.posterior(points.x).device
+        assert pv.datasets.digits().x.device == torch.get_default_device()
+        assert len(pv.datasets.penguins())
+        grey = x.sigmoid()
+        for change in (pv.datasets.binarize, pv.datasets.grey, pv.datasets.resample):
+            assert change(grey).device == x.device
+
+    def arviz():
+        evidence = pv.log_evidence(vae.model, vae.guide, x, **FEW)
+        assert evidence.bias_corrected.device == x.device
+        with warnings.catch_warnings(action="ignore"):
+            assert pv.to_arviz(pv.to_datatree(vae.model, vae.guide, x, draws=25)) is not None
+
+    return {
+        "exact posteriors": posteriors,
+        "hidden states": hidden_states,
+        "gradient estimators": estimators,
+        "data sets": data_sets,
+        "ArviZ": arviz,
+    }
+
+
+def table_checks(device):
+    """Checks of tables, whose numbers are on the device of the model."""
+
+    def table():
+        frame = pv.datasets.penguins().iloc[3::20].assign(days=2.0, eggs=range(18))
+        table = pv.tables.Table.from_frame(frame, {"eggs": "poisson"}, context=["island"], offset="days")
+        vae = table.vae(latent=2, hidden=[4]).to(device)
+        pv.fit(vae.model, vae.guide, table, epochs=2, batch_size=5, progress=False)
+        assert len(table.impute(vae, num_draws=3)) == len(frame) and len(table.imputed_cells(vae, num_draws=3))
+        assert table.kinds["eggs"] == "poisson" and len(table.describe()) and table.log_scale.isfinite().all()
+        assert table.to_datatree(vae, draws=25)["posterior"].sizes["draw"] == 25
+        again = table.encode(frame.iloc[:3])
+        pv.evaluate(vae.model, vae.guide, again)
+        context = table.context[:3].to(device)
+        assert list(table.without_rows().decode(vae.generate(3, context=context)).columns) == table.names
+
+    return {"tables": table}
+
+
 def run(checks):
-    """The last lines of each check's error, or ``None``."""
+    """The error of each check that has one, and where it was raised."""
     errors = {}
     for name, check in checks.items():
         pyro.clear_param_store()
         start = time.process_time()
         try:
             check()
-            errors[name] = None
         except Exception as error:
-            frames = [f for f in traceback.extract_tb(error.__traceback__) if "/pyro_vae/" in f.filename]
-            where = f" at {frames[-1].filename.rpartition('/pyro_vae/')[2]}:{frames[-1].lineno}" if frames else ""
-            errors[name] = f"{type(error).__name__}: {error}{where}"
-        print(f"{time.process_time() - start:.1f} s {name}: {errors[name]}", file=sys.stderr, flush=True)
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [frame for frame in frames if "/pyro_vae/" in frame.filename or frame.filename == __file__]
+            where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+            errors[name] = f"{type(error).__name__}: {str(error)[:500]} at {where}"
+        print(f"{time.process_time() - start:.1f} s {name}: {errors.get(name)}", file=sys.stderr, flush=True)
     return errors
 
 
@@ -190,14 +494,15 @@ def mixtures(device):
 
 def main(situation):
     with stand_in_device() as device:
-        if situation == "model on the device":
-            found = run(make_checks(device))
-        elif situation == "another default device":  # data and a model are not there
-            with device:
-                found = run(make_checks(torch.device("cpu")))
-        else:
+        if situation == "a mixture of devices":
             found = mixtures(device)
-    json.dump(found, sys.stdout)
+        else:
+            on_default, elsewhere = situation == "all on the default device", situation == "another default device"
+            torch.set_default_device(device if on_default or elsewhere else None)
+            found = run(make_checks(torch.device("cpu") if elsewhere else device))
+            torch.set_default_device(None)
+    unused = public_functions.public_functions().keys() - public_functions.functions_that_ran()
+    json.dump({"errors": found, "not run": sorted(unused)}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A device ``gpu:0`` for machines without one: tensors that hold CPU numbers, and raise where devices mix as CUDA does.
 
-Factories, copies and random numbers go through a dispatch mode. What it cannot show are numerics, streams and random
-states of CUDA. :func:`stand_in_device` changes the whole process: use it in a process of its own.
+Factories, copies and random numbers go through a dispatch mode. Random numbers on the device come from a random state
+of its own. What it cannot show are numerics and streams of CUDA. :func:`stand_in_device` changes the whole process: use
+it in a process of its own.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class OnDevice(torch.Tensor):
     def __format__(self, spec):
         return format(self.item() if self.dim() == 0 else self.inner, spec)
 
+    def new_tensor(self, data, *, dtype=None, device=None, requires_grad=False):
+        made = torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
+        return made.requires_grad_(requires_grad)
+
     def tolist(self):
         return self.inner.tolist()
 
@@ -83,6 +88,47 @@ class OnDevice(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+class _Module:
+    """The module ``torch.gpu`` of the device, with its random state."""
+
+    def __init__(self):
+        self.manual_seed_all(torch.initial_seed() + 1)  # other numbers than those of the CPU
+
+    def is_initialized(self):
+        return True
+
+    is_available = is_initialized
+
+    def current_device(self):
+        return 0
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def device_count(self):
+        return 1
+
+    def manual_seed_all(self, seed):
+        self._state = torch.Generator("cpu").manual_seed(seed + 1).get_state()
+
+    def get_rng_state(self, device=GPU):
+        return self._state.clone()
+
+    def set_rng_state(self, state, device=GPU):
+        self._state = state.clone()
+
+    @contextmanager
+    def drawing(self):
+        """Draw the numbers of a block from the state of the device."""
+        before = torch.get_rng_state()
+        torch.set_rng_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
 class _Dispatch(TorchDispatchMode):
     """Runs operations that have the device as an argument, such as factories."""
 
@@ -97,9 +143,7 @@ class _Dispatch(TorchDispatchMode):
 @contextmanager
 def stand_in_device() -> Iterator[torch.device]:
     """Run a block in which the device exists. It stays registered in this process."""
-    _setup_privateuseone_for_python_backend("gpu")
-    torch.gpu.get_rng_state = lambda device=GPU: torch.get_rng_state()
-    torch.gpu.set_rng_state = lambda state, device=GPU: torch.set_rng_state(state)
+    _setup_privateuseone_for_python_backend("gpu", _Module())
     tensor, as_tensor = torch.tensor, torch.as_tensor
 
     def make(data, *args, device=None, **options):
@@ -132,6 +176,10 @@ def _names_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "gpu"
 
 
+def _is_generator(value):
+    return isinstance(value, torch.Generator)
+
+
 def _wrap(value):
     return OnDevice(value) if isinstance(value, torch.Tensor) and not isinstance(value, OnDevice) else value
 
@@ -155,7 +203,9 @@ def _run(func, args, kwargs):
         kwargs = {**kwargs, "device": torch.device("cpu") if on_device else device}
     if "pin_memory" in kwargs:
         kwargs = {**kwargs, "pin_memory": False}
-    found = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    own = on_device and torch.Tag.nondeterministic_seeded in func.tags and not any(map(_is_generator, flat))
+    with torch.gpu.drawing() if own else nullcontext():
+        found = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrap, found)) if on_device else found
 
 
@@ -165,7 +215,7 @@ def _check(func, args, kwargs):
     tensors = [value for value in flat if isinstance(value, torch.Tensor)]
     on_device = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     on_cpu = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
-    generator = kwargs.get("generator") or next((value for value in flat if isinstance(value, torch.Generator)), None)
+    generator = next(filter(_is_generator, flat), None)
     if generator is not None and (generator.device.type == "gpu") != bool(
         on_device or _names_gpu(kwargs.get("device"))
     ):

@@ -267,7 +267,8 @@ def data_tensors(
 ) -> DataTensors:
     """Return data as tensors with the same number of rows and without infinities, with the names of rows and columns.
 
-    Tensors stay as they are. Floats of other data get the dtype of the model, see :func:`placement`. NaN, ``None`` and
+    Tensors stay as they are; those of an object with ``to_data()`` get the device of the module that the model is of.
+    Floats of other data get the dtype of the model, see :func:`placement`. NaN, ``None`` and
     ``pd.NA`` are NaN, which is accepted here: whether a model allows missing values is checked by
     :mod:`pyro_vae.distributions.missing`.
 
@@ -372,7 +373,10 @@ def _converted(item: Any, name: str, to: Placement) -> _Converted:
         return _Converted([real_tensor(item, name, _EXPECTED)])
     if isinstance(item, DataTensors) or (callable(getattr(item, "to_data", None)) and not isinstance(item, type)):
         given = _assembled(item if isinstance(item, DataTensors) else item.to_data(), name, to)
-        return _Converted(given.parts if isinstance(given, LazyData) else given, given.columns, given.row_labels)
+        parts: Sequence[Tensor | RowSource] = given.parts if isinstance(given, LazyData) else given
+        if to.module and not isinstance(item, DataTensors):  # the user has no tensors to move
+            parts = [to_device(part, to.device) if isinstance(part, Tensor) else part for part in parts]
+        return _Converted(parts, given.columns, given.row_labels)
     if isinstance(item, np.ndarray):
         return _Converted([_from_array(item, name, to)])
     if isinstance(item, DataLoader | IterableDataset):

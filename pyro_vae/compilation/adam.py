@@ -83,10 +83,11 @@ class CapturableAdam(torch.optim.Optimizer):
 
     def torch_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a parameter as ``torch.optim.Adam`` has it."""
-        state, number = self.state[parameter], torch.zeros((), dtype=torch.float64)
+        state, number = self.state[parameter], torch.zeros((), dtype=torch.float64, device="cpu")
         for power, beta in zip(state["powers"].tolist(), group["betas"], strict=True):
             if 0 < beta < 1:  # a power that is too small for its number is that of a count without effect
-                number = number.maximum(torch.tensor(math.log(max(power, 1e-300)) / math.log(beta)).round() - 1)
+                found = torch.tensor(math.log(max(power, 1e-300)) / math.log(beta), device="cpu")
+                number = number.maximum(found.round() - 1)
         return {"step": number.float(), "exp_avg": state["mean"], "exp_avg_sq": state["square"]}
 
     def change_betas(self, group: dict[str, Any], before: tuple[float, float]) -> None:

@@ -190,9 +190,9 @@ def from_text(text: str) -> tuple[torch.fx.GraphModule, list[Tensor]]:
         keywords = {key: value(one) for key, one in kwargs.items()}
         nodes.append(graph.call_function(_operation(name), tuple(value(args)), keywords))
     graph.output(value(found["results"]))
-    storages = [torch.empty(count, dtype=torch.uint8).untyped_storage() for count in found["memory"]]
+    storages = [torch.empty(count, dtype=torch.uint8, device="cpu").untyped_storage() for count in found["memory"]]
     examples = [
-        torch.empty(0, dtype=value(dtype)).set_(storages[number], offset, shape, stride)
+        torch.empty(0, dtype=value(dtype), device="cpu").set_(storages[number], offset, shape, stride)
         for number, shape, stride, offset, dtype in found["inputs"]
     ]
     return torch.fx.GraphModule(torch.nn.Module(), graph), examples

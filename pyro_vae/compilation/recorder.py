@@ -537,7 +537,9 @@ class _ValueAccessGuard(TorchFunctionMode):
             return None if caller == _WARNINGS else func(args[0], checked_hook(args[1], _place(frame)))
         if func is Tensor.nonzero:  # of a matrix of ones below the diagonal
             pairs = caller == _PAIRS
-            return torch.tril_indices(len(args[0]), len(args[0]), -1).t() if pairs else func(*args, **(kwargs or {}))
+            if not pairs:
+                return func(*args, **(kwargs or {}))
+            return torch.tril_indices(len(args[0]), len(args[0]), -1, device=args[0].device).t()
         if func is Tensor.__bool__ and caller == _DICE:
             return False
         if func is Tensor.masked_select:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_vae._utils.display import Result, Table, count_of
 
-__all__ = ["Dataset"]
+__all__ = ["Dataset", "on_default_device"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,3 +49,9 @@ class Dataset(Result):
             ("data of each label", ", ".join(shown)),
         ]
         return Table(("property", "value"), rows)
+
+
+def on_default_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors on torch's default device, as its functions that make tensors do."""
+    device = torch.get_default_device()
+    return tuple(tensor.to(device) for tensor in tensors)

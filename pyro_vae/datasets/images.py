@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from pyro_vae._utils.validation import file_path
 from pyro_vae.datasets import idx
-from pyro_vae.datasets.base import Dataset
+from pyro_vae.datasets.base import Dataset, on_default_device
 
 __all__ = ["MIRRORS", "digits", "mnist"]
 
@@ -33,7 +33,7 @@ def digits(split: str = "all") -> Dataset:
         splits[split]
     ]
     x = torch.from_numpy(bunch.data).to(torch.get_default_dtype())[shuffled] / 16
-    return Dataset(x, torch.from_numpy(bunch.target)[shuffled])
+    return Dataset(*on_default_device(x, torch.from_numpy(bunch.target)[shuffled]))
 
 
 _MNIST = {
@@ -101,7 +101,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
         idx.read(idx.download(file, mirrors, cache) if folder is None else idx.find(file, folder), file.content)
         for file in _MNIST[split]
     )
-    return Dataset(images.flatten(1), labels.long())
+    return Dataset(*on_default_device(images.flatten(1), labels.long()))
 
 
 def _check_split(split: str, splits: Iterable[str]) -> None:

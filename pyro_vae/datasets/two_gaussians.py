@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.validation import describe, positive, positive_int, real_tensor, seed_number
-from pyro_vae.datasets.base import Dataset
+from pyro_vae.datasets.base import Dataset, on_default_device
 
 __all__ = ["TwoGaussians", "two_gaussians"]
 
@@ -60,7 +60,8 @@ def two_gaussians(num_points: int, scale: float = 0.1, seed: int = 0) -> TwoGaus
     """
     positive_int(num_points, "num_points")
     scale = positive(scale, "scale")
-    generator = torch.Generator().manual_seed(seed_number(seed))
+    generator = torch.Generator("cpu").manual_seed(seed_number(seed))
     labels = (torch.rand(num_points, generator=generator, device="cpu") < 0.5).long()
     noise = torch.randn(num_points, 2, generator=generator, device="cpu")
-    return TwoGaussians((2.0 * labels - 1.0)[:, None] + scale * noise, labels, scale)
+    x, labels = on_default_device((2.0 * labels - 1.0)[:, None] + scale * noise, labels)
+    return TwoGaussians(x, labels, scale)

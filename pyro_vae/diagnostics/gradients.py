@@ -351,7 +351,8 @@ def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = [name.partition(".")[0] for name, value in values.items() for _ in range(value.numel())]
     parts = ["all (a parameter)" if part == "all" else part for part in parts]
     columns = {part: [index for index, other in enumerate(parts) if other == part] for part in dict.fromkeys(parts)}
-    return {"all": torch.arange(len(parts)), **{part: torch.tensor(own) for part, own in columns.items()}}
+    columns = {"all": list(range(len(parts))), **columns}
+    return {part: torch.tensor(own, device="cpu") for part, own in columns.items()}
 
 
 def measure(estimates: Tensor, target: Tensor) -> Measured:

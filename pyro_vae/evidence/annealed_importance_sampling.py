@@ -119,7 +119,7 @@ def annealed_log_evidence(
 
 def _temperatures(count: int) -> list[float]:
     """The ``count + 1`` temperatures from 0 to 1, a logistic function of evenly spaced numbers."""
-    curve = (torch.linspace(-_STEEPNESS, _STEEPNESS, count + 1, dtype=torch.float64)).sigmoid()
+    curve = torch.linspace(-_STEEPNESS, _STEEPNESS, count + 1, dtype=torch.float64, device="cpu").sigmoid()
     return ((curve - curve[0]) / (curve[-1] - curve[0])).tolist()
 
 

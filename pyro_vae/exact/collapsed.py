@@ -435,7 +435,8 @@ def _natural(base: Any) -> list[Tensor]:
 def _statistics(site: dict[str, Any], latent: dict[str, Any], parameter: _Parameter) -> tuple[list[Tensor], Tensor]:
     """What a data site adds to the parameters of its latent, and the part of its log-density without the latent."""
     fn = site["fn"]
-    base, value, factor = without_independent(fn), site["value"].double(), torch.ones((), dtype=torch.float64)
+    base, value = without_independent(fn), site["value"].double()
+    factor = torch.ones((), dtype=torch.float64, device=value.device)
     if isinstance(without_independent(latent["fn"]), dist.Gamma):  # a constant may depend on theta
         entries = latent["value"].double().reshape(-1)[parameter.index.to(value.device)]
         factor = base.rate.double() / entries
@@ -519,7 +520,8 @@ class _Integrand:
         return found.expand(len(points), self.num_data).clamp(min=self.floor), None
 
     def few_rows(self, count: int) -> "tuple[_Integrand, Tensor] | None":
-        return (self, torch.arange(self.num_data)) if self.num_data <= count else None
+        rows = torch.arange(self.num_data, device=self.density.p.data[0].device)
+        return (self, rows) if self.num_data <= count else None
 
 
 def collapsed_density(pair: ModelGuide) -> Collapsed | None:

@@ -235,7 +235,7 @@ class _FactorReader:
         """
         factors = {}
         for name, site in self.sites.items():
-            empty = named_factor(name, torch.zeros(()), site, {})
+            empty = named_factor(name, torch.zeros((), device="cpu"), site, {})
             factors[name] = empty._replace(dims=tuple(sorted(origins[name])))
         while True:
             found = Factors(factors, self._joint_latents(), self.sizes)

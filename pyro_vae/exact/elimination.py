@@ -628,7 +628,7 @@ class FactorGraph:
             arbitrary = {}
             for name, latent in self.latents.items():
                 sizes = [1, *(self.sizes[plate] for plate in latent.plates)]
-                arbitrary[name] = torch.randint(latent.num_states, sizes).to(at[name].device)
+                arbitrary[name] = torch.randint(latent.num_states, sizes, device=at[name].device)
             for states in (at, arbitrary):
                 values = {name: value[0] for name, value in self.values(states).items()}
                 for name, factor in densities(values).items():

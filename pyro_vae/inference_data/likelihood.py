@@ -351,6 +351,6 @@ def resampled(log_weights: Tensor, seed: int) -> Tensor:
     weights = (log_weights.double() - log_weights.max()).exp()
     weights = weights.clamp(max=float(weights.mean()) * count**0.5)
     ends = weights.cumsum(0) / weights.sum()
-    start = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    places = (torch.arange(count, dtype=torch.float64) + start) / count
+    start = torch.rand((), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float64, device="cpu")
+    places = (torch.arange(count, dtype=torch.float64, device="cpu") + start) / count
     return torch.searchsorted(ends.cpu(), places).clamp(max=count - 1)

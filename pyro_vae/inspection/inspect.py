@@ -305,4 +305,4 @@ def _inspect(
 
 def _evenly_spaced(count: int, most: int) -> Tensor:
     """Indices of at most ``most`` of ``count`` rows."""
-    return torch.arange(min(most, count)) * count // min(most, count)
+    return torch.arange(min(most, count), device="cpu") * count // min(most, count)

@@ -258,7 +258,7 @@ CALLS: dict[tuple[str, str], tuple[Any, Function]] = {
     ("functools", "partial"): (functools.partial, _partial),
     ("torch", "Size"): (torch.Size, _size),
     ("torch", "device"): (torch.device, _device),
-    ("torch._utils", "_rebuild_tensor_v2"): (torch.zeros(()).__reduce_ex__(2)[0], _tensor),
-    ("torch._utils", "_rebuild_parameter"): (nn.Parameter(torch.zeros(())).__reduce_ex__(2)[0], _parameter),
+    ("torch._utils", "_rebuild_tensor_v2"): (torch.zeros((), device="cpu").__reduce_ex__(2)[0], _tensor),
+    ("torch._utils", "_rebuild_parameter"): (nn.Parameter(torch.zeros((), device="cpu")).__reduce_ex__(2)[0], _parameter),
 }
 """What a pickle may call, by name, each with a function that checks the arguments and describes the result."""

@@ -313,7 +313,7 @@ class Classes(Column):
         if self.kind == "categorical":
             return families.Categorical(1, len(self.levels))
         family = families.Ordinal(1, len(self.levels))
-        below = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)[:-1].logit()
+        below = torch.tensor(self.shares, dtype=torch.float64, device="cpu").cumsum(0)[:-1].logit()
         start = torch.cat([below[:1], below.diff().clamp(min=1e-3).log()])
         with torch.no_grad():
             family.raw_cuts.copy_(start)

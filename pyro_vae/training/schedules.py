@@ -340,7 +340,7 @@ _NO_MOMENTUM = 0.123456789
 
 def _optimizer(lr: float) -> torch.optim.Optimizer:
     """Return an optimizer for a scheduler."""
-    return torch.optim.Adam([torch.zeros(())], lr=lr, betas=(_NO_MOMENTUM, 0.999))
+    return torch.optim.Adam([torch.zeros((), device="cpu")], lr=lr, betas=(_NO_MOMENTUM, 0.999))
 
 
 def described(schedule: Schedule | RunSchedule | float) -> float | str:

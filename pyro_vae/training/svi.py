@@ -175,9 +175,8 @@ class SVI(infer.SVI):
                 double = any(tensor.dtype == torch.float64 for tensor in tensors)
                 floating = torch.float64 if double else torch.get_default_dtype()
                 for place in changing:
-                    leaves[place] = torch.tensor(
-                        leaves[place], dtype=floating if type(others[place]) is float else None
-                    )
+                    dtype = floating if type(others[place]) is float else None
+                    leaves[place] = torch.tensor(leaves[place], dtype=dtype, device="cpu")  # as any number is
                 call = replace(call, others=tuple(_NUMBER if i in changing else one for i, one in enumerate(others)))
                 inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return call, inputs
