@@ -399,7 +399,8 @@ class VAE(Result, nn.Module):
             if num_data is None:
                 distribution = _distribution(part(context))
             else:
-                with poutine.block(), pyro.plate("validation", num_data, subsample=torch.arange(len(context), device=context.device)):
+                rows = torch.arange(len(context), device=context.device)
+                with poutine.block(), pyro.plate("validation", num_data, subsample=rows):
                     distribution = _distribution(part(context))
         if distribution.batch_shape != context.shape[:1]:
             must = f"have batch shape ({len(context)},) for {len(context)} data (use `.to_event()`)"

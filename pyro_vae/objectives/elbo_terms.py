@@ -85,7 +85,8 @@ def elbo_terms(
         rate = rate + sum(_expectation(kl, guide_sites[name], {}) for name, kl in divergences.items())
     count = len(traces) * num_data
     device = next((total.device for total in (distortion, rate) if isinstance(total, Tensor)), None)  # one may be 0
-    distortion, rate = (torch.as_tensor(each, dtype=torch.float64, device=device) / count for each in (distortion, rate))
+    totals = (torch.as_tensor(total, dtype=torch.float64, device=device) for total in (distortion, rate))
+    distortion, rate = (total / count for total in totals)
     return {name: -distortion - rate, "distortion": distortion, "rate": rate}
 
 

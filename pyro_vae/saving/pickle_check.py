@@ -75,6 +75,7 @@ _VALUES: dict[str, Function] = {
 }
 """Instructions that add a value to the stack."""
 
+_ZERO = torch.zeros((), device="cpu")
 _TAKEN = {
     **dict.fromkeys(["TUPLE1", "APPEND", "BINPERSID", "BUILD", "STOP"], 1),
     **dict.fromkeys(["TUPLE2", "SETITEM", "NEWOBJ", "REDUCE"], 2),
@@ -258,7 +259,7 @@ CALLS: dict[tuple[str, str], tuple[Any, Function]] = {
     ("functools", "partial"): (functools.partial, _partial),
     ("torch", "Size"): (torch.Size, _size),
     ("torch", "device"): (torch.device, _device),
-    ("torch._utils", "_rebuild_tensor_v2"): (torch.zeros((), device="cpu").__reduce_ex__(2)[0], _tensor),
-    ("torch._utils", "_rebuild_parameter"): (nn.Parameter(torch.zeros((), device="cpu")).__reduce_ex__(2)[0], _parameter),
+    ("torch._utils", "_rebuild_tensor_v2"): (_ZERO.__reduce_ex__(2)[0], _tensor),
+    ("torch._utils", "_rebuild_parameter"): (nn.Parameter(_ZERO).__reduce_ex__(2)[0], _parameter),
 }
 """What a pickle may call, by name, each with a function that checks the arguments and describes the result."""

@@ -237,7 +237,8 @@ class Table(display.Result, nn.Module):
         the same for each way to scale the columns. Compare log p(row), and not log p(x), between tables that scale in
         different ways, such as tables made from different rows, or with ``normal`` and ``student_t``.
         """
-        return torch.where(self.x.isnan(), 0.0, self.x.new_tensor([column.log_scale for column in self._columns()])).sum(-1)
+        scales = self.x.new_tensor([column.log_scale for column in self._columns()])
+        return torch.where(self.x.isnan(), 0.0, scales).sum(-1)
 
     def describe(self) -> "pd.DataFrame":
         """Return a frame with a row for each column: kind, share of missing entries, and encoding."""
