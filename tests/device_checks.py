@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ import pair_cases
 import public_functions
 import pyro
 import pytest
+import stand_in_cuda_graphs
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
@@ -199,6 +201,18 @@ def training_checks(x, vae):
     def replayed():
         assert fit(epochs=60, batch_size=None, clip_norm=1.0).engine.startswith("replayed")
 
+    def cuda_graphs():
+        weight = torch.ones((), device="cpu")  # a number that changes, which each replay copies to the device
+        beta, found = handlers.WeightKL(weight), []
+        options = {"epochs": 60, "batch_size": None, "schedules": {weight: schedules.linear(0.0, 1.0, 60)}}
+        for start in (nullcontext, lambda: stand_in_cuda_graphs.cuda_graphs(x.device)):
+            pyro.clear_param_store()
+            fresh = pair(2).to(x.device)
+            with start():
+                found.append(pv.fit(beta(fresh.model), beta(fresh.guide), x, progress=False, **options))
+        assert found[1].engine.startswith("replayed as CUDA graphs"), found[1].engine
+        assert found[0].history == found[1].history
+
     def resumed():
         found, device = [], x.device
         for epochs in ([6], [2, 6]):
@@ -262,6 +276,7 @@ def training_checks(x, vae):
     return {
         "replayed steps": replayed,
         "ranks": ranks,
+        "CUDA graphs": cuda_graphs,
         "a resumed run": resumed,
         "random states": seeded,
         "SVI": svi,

@@ -20,6 +20,7 @@ from pyro_vae._utils.rng import preserve_rng_state, random_states
 from pyro_vae._utils.typing import Function
 from pyro_vae.compilation import torch_private
 from pyro_vae.compilation.background import BackgroundProcess, Piece
+from pyro_vae.compilation.cuda_graph import CudaGraph, cuda_graph_of
 from pyro_vae.compilation.kernels import decompositions
 from pyro_vae.compilation.recorder import (
     CaptureError,
@@ -106,6 +107,7 @@ class Graph:
         self.constants = [tensor.detach() for tensor in recorder.constants]  # they share the memory of the originals
         self._reads = recorder.reads
         self._run: Callable[..., Any] | None = None
+        self._cuda_graph: CudaGraph | None = None
 
     def holds(self, *inputs: Tensor) -> bool:
         """Whether the values that the function read in the capture are those that it would read on new inputs."""
@@ -124,8 +126,19 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Repeat the operations on new inputs."""
+        if self._cuda_graph is not None:
+            return self._cuda_graph(*inputs)
         with torch.no_grad():
             return list((self._run or self._plain)(*inputs, *self.constants))
+
+    def start_together(self, inputs: Sequence[Tensor]) -> str:
+        """Start all kernels of further calls at once, by a CUDA graph; return why not, or nothing.
+
+        The next call then overwrites the results, apart from the first one. Without a GPU, do nothing.
+        """
+        run = self._run or self._plain
+        self._cuda_graph, reason = cuda_graph_of(run, inputs, self.constants, self.written, self.nodes)
+        return reason
 
     @cached_property
     def _plain(self) -> Function:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compilation import torch_private
+from pyro_vae.compilation.cuda_graph import CudaGraph, cuda_graph_of
 from pyro_vae.compilation.graph import Graph
 from pyro_vae.compilation.recorder import Node, function_of, mapped
 from pyro_vae.compilation.rolling import is_random, is_view, operation_key, simplified
@@ -45,11 +46,21 @@ class Replay:
             graph_inputs, self.values = folding.inputs, folding.values
         self.nodes, results = _separate(_needed(self.nodes, results), results)
         self._run = function_of(graph_inputs, self.nodes, results, torch_private.raw_operation)
+        self._written = graph.written
+        self._cuda_graph: CudaGraph | None = None
+
+    def start_together(self, inputs: Sequence[Tensor]) -> str:
+        """Start all kernels of further calls at once, by a CUDA graph; return why not, or nothing.
+
+        The next call then overwrites the results, apart from the first one. Without a GPU, do nothing.
+        """
+        self._cuda_graph, reason = cuda_graph_of(self._run, inputs, self.values, self._written, self.nodes)
+        return reason
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Repeat the operations on new inputs."""
-        return self._run(*inputs, *self.values)
+        return self._run(*inputs, *self.values) if self._cuda_graph is None else self._cuda_graph(*inputs)
 
 
 class _Folding:

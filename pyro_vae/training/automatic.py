@@ -176,7 +176,8 @@ class AutomaticEngine:
         if self.is_compiled:
             return f"compiled from step {self.compiled_from + 1:,}"
         if replayed.replays and not replayed.reason:
-            return f"replayed, and not compiled {self.reason}" if self.reason else "replayed"
+            how = f"replayed{replayed.describe_kernels()}"
+            return f"{how}, and not compiled {self.reason}" if self.reason else how
         if replayed.reason:
             return f"eager, and not captured {replayed.reason}"
         return f"eager: {replayed.count:,} steps are too few for a capture"

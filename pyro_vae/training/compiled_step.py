@@ -95,6 +95,10 @@ class CapturedStep(GraphStep):
             self.count -= 1
             raise
 
+    def describe(self) -> str:
+        """How the steps are computed."""
+        return f"compiled{self.describe_kernels()}"
+
     def compile_in_background(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> Any:
         """Capture the step for inputs like these, and return the compilation of its graph, which has begun.
 
@@ -301,6 +305,7 @@ class _StepGraphs:
 
     def _compile(self, inputs: Sequence[Tensor]) -> None:
         self.step.compile(inputs, self.owner.pieces)
+        self.owner.start_together(self.step, inputs)
         self.is_compiled = True
 
     def start_clock(self) -> None:

@@ -383,7 +383,7 @@ def fit(
         seconds,
         state.stop_reason,
         state.skipped,
-        "compiled" if compile else "eager" if engine is None else engine.describe(),
+        step.describe() if engine is None else engine.describe(),
         of_all_data=not pair.has_data_plate,
     )
 

@@ -1,7 +1,7 @@
 """A step of SVI that keeps graphs of its operations: what these fix is watched, and a change leads to new graphs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pyro_vae._utils.ambient import check_no_outer_handlers
 from pyro_vae._utils.module_state import ModuleSnapshot
-from pyro_vae.compilation.graph import CaptureError
+from pyro_vae.compilation.cuda_graph import cuda_device
+from pyro_vae.compilation.graph import CaptureError, Graph
 from pyro_vae.compilation.python_state import PythonState
 from pyro_vae.compilation.recorder import checked_hook
+from pyro_vae.compilation.replay import Replay
 from pyro_vae.training.step import Step
 
 __all__ = ["REMEDY", "GraphStep"]
@@ -26,9 +28,14 @@ class GraphStep(Step):
 
     What Python can change is compared by :meth:`refresh`: modules and their flags, the param store, hooks on gradients,
     and the Python values that model, guide and ELBO can read. After a change the step is captured again.
+
+    Attributes:
+        why_not_together: why the kernels of a GPU are started one by one, and not by CUDA graphs; empty if they are,
+            and ``None`` without a GPU.
     """
 
     most_captures = float("inf")  # that one and the same Python value may lead to
+    why_not_together: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -36,6 +43,17 @@ class GraphStep(Step):
         self._hooks: list[int] = []  # on gradients, since the capture
         self._module_hooks: list[dict[int, Any]] = []  # which torch keeps in modules, as they are now
         self._captures: Counter[str] = Counter()  # how often each Python value has led to another capture
+
+    def start_together(self, graph: Graph | Replay, inputs: Sequence[Tensor]) -> None:
+        """Start the kernels of a graph at once, where it is on a GPU; where one graph cannot be, no further one is."""
+        if not self.why_not_together and cuda_device([*self.parameters.values(), *inputs]) is not None:
+            self.why_not_together = graph.start_together(inputs)
+
+    def describe_kernels(self) -> str:
+        """How kernels are started, as the end of a report; empty without a GPU."""
+        if self.why_not_together is None:
+            return ""
+        return f", not as CUDA graphs {self.why_not_together}" if self.why_not_together else " as CUDA graphs"
 
     def clear_parameter_cache(self) -> None:
         """Find the parameters and capture the step again, after Python has changed some of them, or anything else."""

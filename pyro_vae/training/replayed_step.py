@@ -149,6 +149,7 @@ class ReplayedStep(GraphStep):
             if self.compiles is not None and self.compiles(*inputs):
                 gradients.compile_in_background(inputs, self.pieces).wait()
                 gradients.run_compiled()
+            self.start_together(gradients.replay, inputs)
             self._graphs.setdefault(key, []).append(gradients)
             return gradients
         except Exception as error:  # of the user's code under the capture, which the eager step runs as it is
@@ -156,6 +157,10 @@ class ReplayedStep(GraphStep):
                 raise
             self.refuse(why_not_captured(error))
             return None
+
+    def describe(self) -> str:
+        """How the steps are computed where each graph is compiled at once."""
+        return f"compiled{self.describe_kernels()}"
 
     def capture_now(self) -> None:
         """Capture at the next step, as an earlier process did: what the code keeps in Python has been checked."""
@@ -256,6 +261,7 @@ class _Gradients:
 
     Attributes:
         parameters: those that have a gradient.
+        replay: what runs the graph.
         calls: the number of replays and comparisons.
         next_check: the number of calls after which the next comparison is due.
         unchecked: the number of replays since the last comparison.
@@ -273,7 +279,7 @@ class _Gradients:
             )
         self.writes_buffers = bool(self.graph.written)
         self.holds = self.graph.holds
-        self._replay: Callable[..., list[Tensor]] = Replay(self.graph)
+        self.replay: Graph | Replay = Replay(self.graph)
         self.calls = self.next_check = self.unchecked = 0
 
     def compile_in_background(self, inputs: Sequence[Tensor], pieces: dict[Any, Any]) -> Compilation:
@@ -282,14 +288,14 @@ class _Gradients:
 
     def run_compiled(self) -> None:
         """Run the compiled graph from now on, which the next calls are compared with eager steps for."""
-        self._replay, self.digits = self.graph, _COMPILED_DIGITS
+        self.replay, self.digits = self.graph, _COMPILED_DIGITS
         self.calls = self.next_check = 0
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         self.calls += 1
         if self._shared is not None:
             self._shared.refill(self._fills)
-        return self._replay(*inputs)
+        return self.replay(*inputs)
 
     def was_checked(self) -> None:
         self.unchecked = 0

@@ -171,6 +171,10 @@ class Step:
     def finish(self) -> None:
         """Do what is due at the end of a training run."""
 
+    def describe(self) -> str:
+        """How the steps are computed."""
+        return "eager"
+
     def set_schedules(self, step: int) -> None:
         """Set the learning rate and the values with a schedule to those of a step, counted from 0."""
         for value, schedule in self.schedules.items():

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pairs
@@ -12,16 +13,19 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from stand_in_cuda_graphs import cuda_graphs
 from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, objectives, priors, schedules
 from pyro_vae.compilation import cost
+from pyro_vae.compilation.graph import Graph
 from pyro_vae.training.automatic import AutomaticEngine
 from pyro_vae.training.replayed_step import EAGER_STEPS
 
 X = pv.datasets.two_gaussians(64, seed=3).x
 STEPS = 100
+CPU = torch.device("cpu")
 
 
 def batch_norm(in_features, out_features):
@@ -357,3 +361,59 @@ def test_the_compiler_works_in_the_background(compiled_soon):
     check_same_bits(first, again)
     eager = trained(gaussian, epochs=50, compile=False)
     assert first[0].history["elbo"] == pytest.approx(eager[0].history["elbo"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gaussian", {"batch_size": 25, "epochs": 34, "clip_norm": 0.1}),
+        ("batch norm and dropout", {}),
+        ("VIMCO", {"optimizer": torch.optim.AdamW}),
+    ],
+)
+def test_replays_as_cuda_graphs_have_the_bits_of_eager_steps(name, settings):
+    eager = trained(*PROGRAMS[name], compile=False, **settings)
+    with cuda_graphs(CPU) as cuda:
+        chosen = trained(*PROGRAMS[name], **settings)
+    assert chosen[0].engine.startswith("replayed as CUDA graphs, and not compiled in a run of less than about ")
+    assert cuda.replays > STEPS / 2
+    check_same_bits(eager, chosen)
+
+
+def test_a_temperature_that_changes_is_read_by_cuda_graphs():
+    found = []
+    for context in (nullcontext(), cuda_graphs(CPU)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = pairs.gumbel(features=2)
+        schedule = {vae.encoder.family.temperature: schedules.exponential(1.0, 0.05, 0.3)}
+        with context:
+            found.append(pv.fit(vae.model, vae.guide, X, epochs=STEPS, lr=1e-2, schedules=schedule))
+    assert found[1].engine.startswith("replayed as CUDA graphs")
+    assert found[0].history == found[1].history
+
+
+def test_where_cuda_refuses_a_graph_its_operations_are_replayed_one_by_one(monkeypatch):
+    eager = trained(gaussian, compile=False)
+    with cuda_graphs(CPU) as cuda:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", raise_out_of_memory)
+        chosen = trained(gaussian)
+    assert chosen[0].engine.startswith(
+        "replayed, not as CUDA graphs where CUDA refuses it: CUDA out of memory, and not compiled in a run of less"
+    )
+    assert not cuda.replays
+    check_same_bits(eager, chosen)
+
+
+def raise_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_compiled_steps_are_cuda_graphs_with_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(Graph, "compile", lambda *args: None)  # their operations as they are, without the compiler
+    plain = trained(gaussian, compile=True)
+    with cuda_graphs(CPU) as cuda:
+        found = trained(gaussian, compile=True)
+    assert [plain[0].engine, found[0].engine] == ["compiled", "compiled as CUDA graphs"]
+    assert cuda.replays > STEPS / 2
+    check_same_bits(plain, found)
