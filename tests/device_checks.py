@@ -221,7 +221,9 @@ def training_checks(x, vae):
                 for last in epochs:
                     torch.manual_seed(1 if last == epochs[0] else 9)  # what a checkpoint restores
                     fit(fresh, epochs=last, checkpoints=Path(folder) / "run", validation=x)
-                assert pv.Checkpoints(Path(folder) / "run").load_best(fresh) <= 6
+                saved = pv.Checkpoints(Path(folder) / "run")
+                assert saved.load() is not None
+                assert saved.load_best(fresh) <= 6
                 fit(fresh, epochs=7, checkpoints=Path(folder) / "run", validation=x)
             found.append([tensor.cpu() for tensor in fresh.state_dict().values()])
         assert all(map(torch.equal, *found)), "a resumed run has other numbers"
@@ -268,6 +270,21 @@ def training_checks(x, vae):
 
         pv.fit(model, guide, pv.Arguments(x, scale=x.new_ones(())), epochs=2, batch_size=5, progress=False)
 
+    def sweep():
+        def make(latent, lr, weight):
+            return pair(latent).to(x.device), {"lr": lr}
+
+        space = {"latent": pv.sweeps.integers(1, 2), "lr": pv.sweeps.log_uniform(1e-3, 1e-2)}
+        space |= {"weight": pv.sweeps.uniform(0.0, 1.0)}
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"folder": folder, "num_settings": 2, "epochs": 1, "engine": None, "num_samples": 5}
+            found = pv.sweep(make, space, x[:8], validation=x[8:], progress=False, **options)
+            assert found.load().steps == 1
+        assert len(found.table) == 2
+        assert found.best
+        assert found.to_datatree()
+        plots.sweep(found)
+
     def ranks():
         with parallel.one_process():
             assert (parallel.rank(), parallel.num_ranks()) == (0, 1)
@@ -276,6 +293,7 @@ def training_checks(x, vae):
     return {
         "replayed steps": replayed,
         "ranks": ranks,
+        "a sweep": sweep,
         "CUDA graphs": cuda_graphs,
         "a resumed run": resumed,
         "random states": seeded,
