@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import register, without_training
+from pyro_vae._utils.ranks import ranks
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.validation import boolean, describe, nonempty_string, positive_int
 from pyro_vae.distributions.properties import same_support, spell_support
@@ -310,6 +311,7 @@ class VAE(Result, nn.Module):
         The file has all parts as they are now: parameters and buffers (the temperature is one) in their dtypes, frozen
         parameters, training and evaluation modes, what parts share, and modules of your own. It is written whole or not
         at all, with a checksum. A slice of a tensor is stored with the whole tensor, as in ``torch.save``: clone it.
+        Of several ranks, all of which call this, rank 0 writes the file.
 
         Args:
             path: the file, such as ``"model.pt"``. A file that is there is replaced.
@@ -318,7 +320,7 @@ class VAE(Result, nn.Module):
             ValueError: if an attribute cannot be stored, such as a lambda. Classes and functions of your own are stored
                 by name, so they must be at the top level of a Python module.
         """
-        model_file.save(path, self)
+        ranks().on_first("save", lambda: model_file.save(path, self))
 
     @staticmethod
     def load(path: str | os.PathLike[str], map_location: Any = None, using: Iterable[Any] = ()) -> "VAE":

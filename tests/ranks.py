@@ -80,6 +80,7 @@ def _serve(function, rank, size, folder, timeout, args):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.FileStore(f"{folder}/store", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+        dist.barrier()  # a function without exchanges would end while others are still joining
         try:
             result = True, function(*args)
             pickle.dumps(result)

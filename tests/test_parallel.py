@@ -4,20 +4,27 @@ Each number of ranks runs :func:`numbers` once; the tests compare what it return
 """
 
 import dataclasses
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
 from ranks import run_on_ranks
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pyro_vae as pv
 from pyro_vae import exact, guides, likelihoods, model_guide, networks, parallel, priors
-from pyro_vae.diagnostics import decomposition
+from pyro_vae._utils.ranks import ranks
+from pyro_vae.diagnostics import calibration, decomposition, refinement
 from pyro_vae.evidence import importance_sampling
+from pyro_vae.exact import model_density
 
 SIZES = (2, 3, 5)
 
@@ -111,6 +118,105 @@ def exact_answers():
                 yield f"exact.posterior, {name}, {rows}", exact.posterior(each.model, x).mean
 
 
+def mixture(x):
+    """A mixture of two normals, whose classes are summed out."""
+    means = pyro.sample("means", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(means[k.long()], 1.0), obs=x)
+
+
+def mixture_guide(x):
+    pyro.sample("means", dist.Normal(torch.tensor([-1.0, 1.0]), 0.3).to_event(1))
+
+
+def fixed_guide(x):
+    pyro.sample("means", dist.Delta(torch.tensor([-1.0, 1.0])).to_event(1))
+
+
+def school(x):
+    """A hierarchy, whose likelihood is an integral over local latents."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def school_guide(x):
+    pyro.sample("mean", dist.Normal(x.mean(), 0.4))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+
+def exports():
+    """Draws one by one and together, in memory, and in a file that rank 0 writes."""
+    vae = make_vae()
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
+    programs = {
+        "vae": (vae.model, vae.guide, x),
+        "mixture": (mixture, mixture_guide, x[:, 0]),
+        "fixed": (mixture, fixed_guide, x[:, 0]),
+        "school": (school, school_guide, x[:, 0]),
+    }
+    for name, arguments in programs.items():
+        yield f"to_datatree, {name}", as_arrays(pv.to_datatree(*arguments, draws=30))
+    yield "to_datatree, parallel", as_arrays(pv.to_datatree(*programs["vae"], draws=30, parallel=True))
+    with shared_folder() as folder:
+        for name, options in {"chunks": {"chunk": 4}, "parallel": {"chunk": 7, "parallel": True}}.items():
+            path = pv.save_draws(folder / f"{name}.nc", *programs["vae"], draws=30, **options)
+            with xr.open_datatree(path, engine="h5netcdf") as tree:
+                yield f"save_draws, {name}", as_arrays(tree)
+        yield "files of draws", sorted(path.name for path in folder.iterdir())
+
+
+def gaps():
+    """Rows that are refined in chunks and together, with exact and estimated numbers."""
+    vae = make_vae()
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    options = {"steps": 5, "num_samples": 50, "num_particles": 8}
+    for chunk in (2**20, 2**12):
+        with mock.patch.object(refinement, "_CHUNK", chunk), mock.patch.object(model_density, "_BUDGET", 2**14):
+            for tolerance in (1e-3, None):
+                gap = pv.inference_gap(vae.model, vae.guide, x, tolerance=tolerance, **options)
+                found = {name: value for name, value in vars(gap).items() if isinstance(value, torch.Tensor)}
+                yield f"inference_gap, {chunk}, {tolerance}", found
+    gap = pv.inference_gap(school, school_guide, x[:, 0], num_samples=20)
+    yield "inference_gap, global", {name: value for name, value in vars(gap).items() if name != "evidence"}
+
+
+def reports():
+    """A page that rank 0 writes, and a model file."""
+    vae = make_vae()
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(1))
+    options = {"num_samples": 20, "num_simulations": 10, "max_refined": 5}
+    with shared_folder() as folder:
+        found = pv.report(folder / "page.html", vae.model, vae.guide, x, **options)
+        yield "report", (found.skipped, float(found.evidence.log_evidence.mean()), found.nats.elbo)
+        vae.save(folder / "model.pt")
+        yield "save", sorted(path.name for path in folder.iterdir())
+        yield "load", pv.evaluate(pv.VAE.load(folder / "model.pt").model, vae.guide, x)
+
+
+@contextmanager
+def shared_folder():
+    """A folder of all ranks, which rank 0 makes and removes."""
+    with tempfile.TemporaryDirectory() as own:
+        yield Path(ranks().from_first("a folder", own))
+        with ranks().together("the end of a folder"):
+            pass
+
+
+def as_arrays(tree):
+    """The values and dimensions of all variables, by name, and the attributes that are no times."""
+    found = {
+        f"{group.path}/{name}": (value.dims, torch.from_numpy(value.to_numpy().astype(float)))
+        for group in tree.subtree
+        for name, value in group.data_vars.items()
+    }
+    attrs = {f"{group.path}: {name}": value for group in tree.subtree for name, value in group.attrs.items()}
+    return found | {name: value for name, value in attrs.items() if "created_at" not in name}
+
+
 def as_dict(result):
     """The attributes of a result, and of those in it, by name."""
     if dataclasses.is_dataclass(result):
@@ -120,7 +226,20 @@ def as_dict(result):
     return result
 
 
-FUNCTIONS = (evaluations, estimates, decompositions, exact_answers)
+def calibrations():
+    """Rows that are simulations, data sets that are, with and without refits, and chains of NUTS."""
+    vae = make_vae()
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(calibration, "_BATCH", 16):
+        yield "calibrate, rows", as_dict(pv.calibrate(vae.model, vae.guide, x, num_simulations=50, num_draws=20))
+    y = x[:8, 0]
+    yield "calibrate, data sets", as_dict(pv.calibrate(school, school_guide, y, num_simulations=10, num_draws=10))
+    options = {"num_simulations": 10, "num_draws": 10, "refit": {"epochs": 2, "lr": 0.01}}
+    yield "calibrate, refits", as_dict(pv.calibrate(school, AutoNormal(school), y, **options))
+    yield "reference", as_arrays(pv.reference(school, y, draws=5, warmup=5, chains=3))
+
+
+FUNCTIONS = (evaluations, estimates, decompositions, exact_answers, exports, gaps, reports, calibrations)
 
 
 def numbers():

@@ -6,7 +6,7 @@ ranks, and on one process. The size of a chunk must depend on the data and on wh
 
 import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from pyro_vae._utils.progress import counted_for_all
 from pyro_vae._utils.ranks import one_process, ranks
 from pyro_vae._utils.rng import reseed, seeded
 
-__all__ = ["chunk_seed", "in_chunks"]
+__all__ = ["chunk_seed", "in_chunks", "rounds_of_chunks"]
 
 _Chunk = TypeVar("_Chunk")
 _Result = TypeVar("_Result")
@@ -73,6 +73,35 @@ def in_chunks(
         for packed in group.gather(name, _packed(found)):
             found |= _unpacked(packed, device)
     return [found[number] for number in sorted(found)]
+
+
+def rounds_of_chunks(
+    name: str,
+    chunks: Sequence[_Chunk],
+    compute: Callable[[_Chunk], _Result],
+    device: torch.device,
+    on_first: bool = False,
+) -> Iterator[tuple[_Chunk, _Result]]:
+    """Yield each chunk and what ``compute`` returns for it, in their order, on all ranks or on rank 0 alone.
+
+    In each round, each rank computes one chunk, so that the memory holds as many as there are ranks. Arguments are
+    those of :func:`in_chunks`. All ranks must take all chunks.
+
+    >>> list(rounds_of_chunks("powers", range(3), lambda number: 2**number, torch.device("cpu")))
+    [(0, 1), (1, 2), (2, 4)]
+    """
+    group = ranks()
+    for start in range(0, len(chunks), group.size):
+        found = dict[int, _Result]()
+        with one_process():
+            if (number := start + group.rank) < len(chunks):
+                found[number] = compute(chunks[number])
+        if group.size > 1:
+            packed = _packed(found)
+            for others in group.to_first(name, packed) if on_first else group.gather(name, packed):
+                found |= _unpacked(others, device)
+        if group.is_first or not on_first:
+            yield from ((chunks[number], found[number]) for number in sorted(found))
 
 
 class _Pickler(pickle.Pickler):

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from pyro_vae._utils.ranks import one_process
+from pyro_vae._utils.progress import counted_for_all
+from pyro_vae._utils.ranks import one_process, ranks
 
 __all__ = ["can_fork", "default_processes", "run_in_processes"]
 
@@ -30,8 +31,14 @@ def can_fork() -> bool:
 
 
 def default_processes() -> int:
-    """The number of processors that this process may use; 1 where it cannot be forked."""
-    return len(os.sched_getaffinity(0)) if can_fork() else 1
+    """The number of processors that this process may use; 1 where it cannot be forked.
+
+    Ranks on one machine share its processors.
+    """
+    if not can_fork():
+        return 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks().size)) if ranks().size > 1 else 1
+    return max(1, len(os.sched_getaffinity(0)) // here)
 
 
 def run_in_processes(
@@ -39,10 +46,11 @@ def run_in_processes(
 ) -> list[_Result]:
     """Return ``[run(0), ..., run(count - 1)]``, from at most ``processes`` copies of this process.
 
-    Each copy runs on one thread. Where there is one process, or no copy can be made, all runs are here, on one thread,
-    too: the results are the same if each run is a function of its number alone. It must leave no trace, since what a
-    copy changes is lost. Context variables have their defaults, so that no run draws to the progress bar of this
-    process; ``report`` is called here after each. Results are pickled; return arrays of NumPy for tensors.
+    Ranks share the runs, each with as many copies, and return the results of all. Each copy runs on one thread. Where
+    there is one process, or no copy can be made, all runs are here, on one thread, too: the results are the same if
+    each run is a function of its number alone. It must leave no trace, since what a copy changes is lost. Context
+    variables have their defaults, so that no run draws to the progress bar of this process; ``report`` is called here
+    after each. Results are pickled; return arrays of NumPy for tensors.
 
     Raises:
         Exception: the first error of a run, after which the others are ended.
@@ -51,17 +59,28 @@ def run_in_processes(
     >>> run_in_processes(lambda number: number**2, 5, processes=2, report=lambda: None)
     [0, 1, 4, 9, 16]
     """
-    processes = min(processes, count) if can_fork() else 1
-    if processes == 1:
-        results = []
-        with _threads(1):
-            for number in range(count):
-                results.append(contextvars.Context().run(_alone, run, number))
-                report()
-        return results
+    group = ranks()
+    with counted_for_all(group.size):
+        found = _run(run, range(group.rank, count, group.size), processes, report)
+    for others in group.gather("the results of processes", found) if group.size > 1 else []:
+        found |= others
+    return [found[number] for number in range(count)]
+
+
+def _run(
+    run: Callable[[int], _Result], numbers: range, processes: int, report: Callable[[], object]
+) -> dict[int, _Result]:
+    """Run a function for some numbers, and return its results by number."""
+    processes = min(processes, len(numbers)) if can_fork() else 1
     found: dict[int, _Result] = {}
-    with _forked(run, [range(first, count, processes) for first in range(processes)]) as connections:
-        while len(found) < count:
+    if processes <= 1:
+        with _threads(1):
+            for number in numbers:
+                found[number] = contextvars.Context().run(_alone, run, number)
+                report()
+        return found
+    with _forked(run, [numbers[first::processes] for first in range(processes)]) as connections:
+        while len(found) < len(numbers):
             for connection in wait(connections):
                 assert isinstance(connection, Connection)
                 try:
@@ -75,7 +94,7 @@ def run_in_processes(
                 else:
                     found[number] = result
                     report()
-    return [found[number] for number in range(count)]
+    return found
 
 
 @contextmanager

@@ -142,6 +142,15 @@ class Ranks:
         self.exchange(place)
         return self._gathered(place, value)
 
+    def to_first(self, place: str, value: Any) -> list[Any]:
+        """Return the values of all ranks, in their order, on rank 0, and nothing on the others."""
+        if self.size == 1:
+            return [value]
+        self.exchange(place)
+        found: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, found if self.is_first else None, dst=0, group=self._control)
+        return found
+
     def from_first(self, place: str, value: Any) -> Any:
         """Return the value of rank 0."""
         if self.size == 1:
@@ -259,6 +268,13 @@ class Ranks:
             self.fail(error)
             raise
         self.exchange(f"the end of {place}")
+
+    def on_first(self, place: str, function: Callable[[], object]) -> None:
+        """Call a function on rank 0 alone, as in a process without others, which wait for its end."""
+        with self.together(place):
+            if self.is_first:
+                with one_process():
+                    function()
 
     def fail(self, error: BaseException) -> None:
         """Let all ranks raise an error of this one, unless they do already or the group is gone."""

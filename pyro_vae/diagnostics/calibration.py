@@ -22,6 +22,7 @@ from pyro.distributions.transforms import biject_to
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
@@ -29,6 +30,7 @@ from pyro_vae._utils.param_store import scoped_param_store, without_training
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.processes import default_processes, run_in_processes
 from pyro_vae._utils.progress import Progress, progress_bar
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae._utils.typing import Data, Function
@@ -309,6 +311,7 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
     return found
 
 
+@each_rank("calibrate")
 @any_arguments
 def calibrate(
     model: Function,
@@ -364,8 +367,9 @@ def calibrate(
         num_draws: L for each simulation, 10 or more.
         refit: options of :func:`pyro_vae.fit` for a fit of the guide to each simulated data set, such as
             ``{"epochs": 1000, "lr": 0.01}``. Take those of the fit to the given data.
-        processes: number of processes for the data sets, of one thread each; by default all processors. The results are
-            the same for each number. Where no process can be forked (on Windows and macOS, and with CUDA) there is one.
+        processes: number of processes for the data sets, of one thread each; by default all processors. On several
+            ranks it is that of each. The results are the same for each number. Where no process can be forked (on
+            Windows and macOS, and with CUDA) there is one.
         latents: names of the latents to rank; by default those outside of the data plate or, without any, all. All
             latents count in log p(x, z). Fewer names make a sharper test, since ``alpha`` is that of all together.
         tolerance: the largest ratio of variances that is no fault, 1 or more.
@@ -449,13 +453,21 @@ def _by_rows(
         _check_local(pair)
         simulated, truth = _simulate(model, guide, data, num_simulations)
         _check_amortized(guide, simulated, plate)
-        parts = []
-        for part, values in _batches(simulated, truth):
+        device = simulated[0].device
+
+        def rank_batch(batch: tuple[tuple[Tensor, ...], Values]) -> SimulationResults:
+            part, values = batch
             q = GuideDensity(ModelDensity(ModelGuide(model, guide, part, plate)))
-            parts.append(_rank_truth(q, values, num_draws, names))
+            found = _rank_truth(q, values, num_draws, names)
             bar.advance(len(part[0]))
+            return found
+
+        # The simulation has the first random numbers.
+        parts = in_chunks("calibrate", _batches(simulated, truth), rank_batch, device, seed, first=1)
         results = SimulationResults(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
-        corrections = _elbo_corrections(model, guide, data, plate, num_simulations, num_draws, names, bar)
+        corrections = _elbo_corrections(
+            model, guide, data, plate, num_simulations, num_draws, names, bar, seed, first=1 + len(parts)
+        )
     return _tested(p, names, results, num_draws, corrections, test)
 
 
@@ -692,20 +704,28 @@ def _elbo_corrections(
     num_draws: int,
     names: Sequence[str],
     bar: Progress,
+    seed: int,
+    first: int,
 ) -> CalibrationErrors | None:
     """Compute what would make the ELBO stationary, from gradients of log p(x, z) on at most ``num`` of the data."""
     if len(data[0]) == 1:
         return None  # standard errors come from the spread over data
     rows = torch.arange(min(num, len(data[0])), device=data[0].device) * len(data[0]) // min(num, len(data[0]))
-    parts = []
-    for part, _ in _batches(tuple(tensor[rows] for tensor in data), {}):
+
+    def correct(batch: tuple[tuple[Tensor, ...], Values]) -> tuple[Tensor, Tensor] | None:
+        part, _ = batch
         p = ModelDensity(ModelGuide(model, guide, part, plate))
         if any(site["fn"].support.is_discrete for site in p.latents.values()):
             return None
         z, gradients = _gradients(p, GuideDensity(p).sample(num_draws)[0], names)
         h = -(gradients * (z - z.mean(0))).sum(0) / (num_draws - 1)
-        parts.append((h, gradients.mean(0) * z.std(0)))
         bar.advance(len(part[0]))
+        return h, gradients.mean(0) * z.std(0)
+
+    batches = _batches(tuple(tensor[rows] for tensor in data), {})
+    parts = [part for part in in_chunks("calibrate", batches, correct, rows.device, seed, first) if part is not None]
+    if not parts:
+        return None
     h, slope = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))  # (N, D); slope per deviation of q
     mean = h.mean(0).clamp(1e-9, 1e9)
     bias_error = slope.std(0) / mean / len(slope) ** 0.5

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae import exact
+from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
@@ -183,6 +185,7 @@ def _mean(values: Tensor, errors: Tensor) -> str:
     return f"{values.mean().item():.3f} ± {errors.square().sum().sqrt().item() / len(values):.3f}"
 
 
+@each_rank("inference_gap")
 @any_arguments
 @without_training
 def inference_gap(
@@ -274,7 +277,7 @@ def inference_gap(
         if refined is None:
             bar.begin("refinement")
             try:
-                refined = None if why_not else refine(q, steps, lr, num_particles)
+                refined = None if why_not else refine(q, steps, lr, num_particles, seed)
             except RefinementError as error:
                 why_not = str(error)
         else:
@@ -399,9 +402,11 @@ def _as_multivariate_normal(fn: Any) -> Any:
 
 def _elbo_terms(q: GuideDensity, num_samples: int, seed: int) -> Tensor:
     """log p(x, z) - log q(z | x) at draws of q, ``(K, N)``."""
-    p, parts = q.p, []
-    with seeded(seed):
-        for first in range(0, num_samples, p.chunk):
-            values, log_q = q.sample(min(p.chunk, num_samples - first))
-            parts.append((p.log_joint(values) - log_q).double())
-    return torch.cat(parts)
+    p = q.p
+    counts = [min(p.chunk, num_samples - first) for first in range(0, num_samples, p.chunk)]
+
+    def terms(count: int) -> Tensor:
+        values, log_q = q.sample(count)
+        return (p.log_joint(values) - log_q).double()
+
+    return torch.cat(in_chunks("inference_gap", counts, terms, p.data[0].device, seed))

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.distributions import transform_to
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.chunks import in_chunks
+from pyro_vae._utils.progress import Progress, progress_bar
+from pyro_vae._utils.ranks import share_of
 from pyro_vae._utils.typing import Function
 from pyro_vae._utils.validation import with_article
 from pyro_vae.compilation.cost import automatic
@@ -24,6 +26,7 @@ __all__ = ["RefinementError", "refine"]
 Build = Callable[[list[Tensor]], Any]
 """A function from parameters to a distribution."""
 _FIXED = {"temperature", "total_count"}  # parameters that belong to the family, not to a datum
+_CHUNK = 2**20  # numbers in the draws of the rows that are refined together
 _BETAS = 0.8, 0.95  # of Adam: the gradients have little noise, and some tens of steps are few for longer averages
 
 
@@ -31,44 +34,54 @@ class RefinementError(ValueError):
     """A guide that has no free parameters for each datum."""
 
 
-def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Function:
+def refine(q: GuideDensity, steps: int, lr: float, num_particles: int, seed: int) -> Function:
     """Train free parameters for each datum on its ELBO, starting from the guide's, and return the refined guide.
 
-    Draws come from the current random stream. Raise :class:`RefinementError` if the guide is no product of latents
-    whose distributions can be rebuilt from free parameters, and ``FloatingPointError`` if a gradient is not finite.
+    Many rows, where they are independent in the model, are refined in chunks, which ranks share: with random numbers of
+    the seed, whose first ones are taken. Others come from the current random stream. Raise :class:`RefinementError` if
+    the guide is no product of latents whose distributions can be rebuilt from free parameters, and
+    ``FloatingPointError`` if a gradient is not finite.
     """
     families = _families(q)
     names = [name for name, (start, _) in families.items() for _ in start]
-    free = [parameter.requires_grad_() for start, _ in families.values() for parameter in start]
+    first = [parameter for start, _ in families.values() for parameter in start]
+    num_tensors, device = len(q.p.data), q.p.data[0].device
 
     def grouped(parameters: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         return {name: [each for of, each in zip(names, parameters, strict=True) if of == name] for name in families}
 
-    def gradients_at(*parameters: Tensor) -> Sequence[Tensor]:
+    def takes_rows() -> bool:
+        """Whether rows of the parameters make distributions of these rows."""
+        if any(parameter.shape[:1] != (q.p.num_data,) for parameter in first):
+            return False
+        of_first = _rebuilt(families, grouped([parameter[:1] for parameter in first]))
+        return all(fn.batch_shape == (1,) for fn in of_first.values())
+
+    chunks = _chunks(q, num_particles)
+    if len(chunks) > 1 and not (q.p.has_independent_rows(("model",)) and takes_rows()):
+        chunks = [slice(0, q.p.num_data)]
+
+    def gradients_at(*inputs: Tensor) -> Sequence[Tensor]:
+        """The gradients for the parameters of some rows, from the data of these rows and the parameters."""
+        of_rows, parameters = q.of_rows(q.p.on_data(inputs[:num_tensors])), inputs[num_tensors:]
         with torch.enable_grad():
             copies = [parameter.detach().requires_grad_() for parameter in parameters]
             fns, frozen = _rebuilt(families, grouped(copies)), _rebuilt(families, grouped(parameters))
-            return torch.autograd.grad(-_elbo(q, fns, frozen, num_particles).sum(), copies)
+            return torch.autograd.grad(-_elbo(of_rows, fns, frozen, num_particles).sum(), copies)
 
-    # With this eps, Adam does not scale a tiny gradient up to a step of size lr: if q is exact, it stays exact.
-    optimizer, schedule = torch.optim.Adam(free, lr=lr, betas=_BETAS, eps=1e-3), decayed(lr, steps)
-    averages = [torch.zeros_like(parameter) for parameter in free]
-    averaged = range(steps // 2, steps)  # the mean of these steps is closer to the optimum than the last step
-    differentiate = automatic(gradients_at, steps)
-    with progress_bar("refine", None, total=steps, unit="step") as bar:
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = schedule(step)
-            gradients = differentiate(*[parameter.detach() for parameter in free])
-            if not all(gradient.isfinite().all() for gradient in gradients):
-                where = f"refinement, step {step + 1}"
-                raise FloatingPointError(f"{where}: the gradient is not finite. Take a smaller `lr`")
-            for parameter, gradient in zip(free, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            if step in averaged:
-                for average, parameter in zip(averages, free, strict=True):
-                    average += parameter.detach() / len(averaged)
-            bar.advance()
+    differentiate = automatic(gradients_at, steps * len(chunks))
+
+    def refine_rows(rows: slice) -> list[Tensor]:
+        data = q.p.data if len(chunks) == 1 else q.p.of_rows(rows).data
+        free = [parameter[rows].clone() if len(chunks) > 1 else parameter for parameter in first]
+        return _minimized(lambda *free: differentiate(*data, *free), free, steps, lr, bar)
+
+    with progress_bar("refine", None, total=steps * len(chunks), unit="step") as bar:
+        if len(chunks) == 1:
+            averages = refine_rows(chunks[0])
+        else:
+            parts = in_chunks("inference_gap", chunks, refine_rows, device, seed, first=1)
+            averages = [torch.cat(list(of_rows)) for of_rows in zip(*parts, strict=True)]
     with torch.no_grad():
         fns = _rebuilt(families, grouped(averages))
     plate, num_data = q.p.plate, q.p.num_data
@@ -79,6 +92,38 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int) -> Functi
                 pyro.sample(name, fn)
 
     return refined
+
+
+def _chunks(q: GuideDensity, num_particles: int) -> list[slice]:
+    """Split rows into chunks that have about a million numbers in their draws."""
+    width = max(64, *(tensor[0].numel() for tensor in q.p.data))
+    count = max(1, min(q.p.num_data, q.p.num_data * num_particles * width // _CHUNK))
+    return [share_of(q.p.num_data, number, count) for number in range(count)]
+
+
+def _minimized(
+    differentiate: Callable[..., Sequence[Tensor]], free: list[Tensor], steps: int, lr: float, bar: Progress
+) -> list[Tensor]:
+    """Minimize a loss by its gradients, and return the parameters."""
+    free = [parameter.requires_grad_() for parameter in free]
+    # With this eps, Adam does not scale a tiny gradient up to a step of size lr: if q is exact, it stays exact.
+    optimizer, schedule = torch.optim.Adam(free, lr=lr, betas=_BETAS, eps=1e-3), decayed(lr, steps)
+    averages = [torch.zeros_like(parameter) for parameter in free]
+    averaged = range(steps // 2, steps)  # the mean of these steps is closer to the optimum than the last step
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = schedule(step)
+        gradients = differentiate(*[parameter.detach() for parameter in free])
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            where = f"refinement, step {step + 1}"
+            raise FloatingPointError(f"{where}: the gradient is not finite. Take a smaller `lr`")
+        for parameter, gradient in zip(free, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        if step in averaged:
+            for average, parameter in zip(averages, free, strict=True):
+                average += parameter.detach() / len(averaged)
+        bar.advance()
+    return [average.detach() for average in averages]
 
 
 def _rebuilt(families: dict[str, tuple[list[Tensor], Build]], parameters: dict[str, list[Tensor]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.ranks import each_rank, ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.arguments import any_arguments
@@ -34,6 +34,7 @@ _LARGEST_KHAT = 0.7  # above which importance weights correct nothing
 _LEAST_TAIL = 5  # draws to which k̂ is fitted
 
 
+@each_rank("to_datatree")
 @any_arguments
 @without_training
 def to_datatree(
@@ -160,12 +161,11 @@ def to_datatree(
         )
     layout = GroupLayout(sampler)
     groups, largest = sampler.empty(1, draws), _LargestWeights(sampler)
-    with seeded(seed):
-        for chunk, values in sampler.chunks():
-            largest.add(values)
-            for group, variables in values.items():
-                for name, value in variables.items():
-                    groups[group][name][0, chunk] = value
+    for chunk, values in sampler.chunks():
+        largest.add(values)
+        for group, variables in values.items():
+            for name, value in variables.items():
+                groups[group][name][0, chunk] = value
     attrs: dict[str, Any] = {}
     if "log_likelihood" in groups:
         index, attrs = _corrected(sampler)
@@ -173,6 +173,7 @@ def to_datatree(
     return layout.tree(groups, largest.khat(), attrs)
 
 
+@each_rank("save_draws")
 @any_arguments
 @without_training
 def save_draws(
@@ -227,20 +228,25 @@ def save_draws(
     """
     if chunk is not None:
         positive_int(chunk, "chunk")
-    path = new_path(path)
+    writes = ranks().is_first
+    path = new_path(path) if writes else Path(path)
     settings = ExportSettings(
         draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws, predictions
     )
     sampler = JointSampler(model, guide, data, settings)
-    check_space(path, sampler.nbytes)
     layout, largest = GroupLayout(sampler), _LargestWeights(sampler)
+    if not writes:  # and makes its share of the draws
+        for _ in sampler.chunks(chunk, on_first=True):
+            pass
+        return path
+    check_space(path, sampler.nbytes)
     with writing(path, layout.tree()) as file:
         for group, variables in sampler.variables.items():
             for name, variable in variables.items():
                 every = ("chain", "draw", *layout.dims[group][name])
                 file.add(group, layout.variables.get(name, name), every, variable.dtype, layout.attrs(group, name))
-        with seeded(seed), progress_bar("save_draws", progress, total=draws, unit="draw") as bar:
-            for taken, values in sampler.chunks(chunk):
+        with progress_bar("save_draws", progress, total=draws, unit="draw") as bar:
+            for taken, values in sampler.chunks(chunk, on_first=True):
                 largest.add(values)
                 file.write(taken, layout.named(values))
                 bar.advance(taken.stop - taken.start)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.chunks import chunk_seed, rounds_of_chunks
+from pyro_vae._utils.rng import reseed, seeded
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites, summed_to
 from pyro_vae._utils.typing import Function
 from pyro_vae.distributions.properties import is_point
@@ -31,6 +32,7 @@ __all__ = ["Groups", "JointSampler", "Variable"]
 _SHARED, _RATIO = "shared", " log p(θ) - log q(θ)"  # a group that is no part of the export, and a name in it
 _PILOT = 200  # draws of the guide from which proposals are made
 _CHUNK_BYTES = 2**26
+_CHUNKS = 8  # at least, of draws that are made one by one
 _WIDTH = 256  # numbers per datum that a network is assumed to hold at once
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -42,6 +44,14 @@ class Variable:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+class _Chunk(NamedTuple):
+    """Some draws: their values, their weights p(x, θ) / q(θ), and the largest error of their likelihoods."""
+
+    values: Groups
+    log_weights: Tensor | None
+    largest_error: float
 
 
 class JointSampler:
@@ -81,7 +91,8 @@ class JointSampler:
             self._missing = {name: _missing(site) for name, site in self.observed.items()}
             self._generative = ResampleObserved()(pair.model)
             self._enumerated = enumerated(pair.model, eliminated, -1 - pair.max_plate_nesting) if eliminated else None
-            self._elimination: Iterator[tuple[Tensor, dict[str, Tensor]]] | None = None  # of all draws at once
+            self._eliminated: list[tuple[Tensor, dict[str, Tensor]]] = []  # for all draws at once
+            self._elimination: Iterator[tuple[Tensor, dict[str, Tensor]]] | None = None  # of the draws of a chunk
             self.units = pair.units
             self.dtype = next((log_density(site).dtype for _, _, site in pair.sites), torch.get_default_dtype())
             self.statistics = self._find_statistics()
@@ -107,27 +118,39 @@ class JointSampler:
     def chunk(self) -> int:
         """Number of draws that take about 64 MiB together."""
         draws, activations = self.settings.draws, 4 * _WIDTH * self.pair.num_data
-        return min(draws, max(1, _CHUNK_BYTES // max(self.nbytes // draws, activations)))
+        # Draws that are made together save time; others are as fast in some chunks, which ranks share.
+        most = draws if self.settings.parallel else -(-draws // _CHUNKS)
+        return min(most, max(1, _CHUNK_BYTES // max(self.nbytes // draws, activations)))
 
     def empty(self, *lead: int) -> Groups:
         """Make an array ``(*lead, *shape)`` for each variable."""
         return _empty(self.variables, *lead)
 
-    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Groups]]:
-        """Yield which draws, and their values ``(C, *shape)`` by group and name, from the current random stream."""
-        size = size or self.chunk
+    def chunks(self, size: int | None = None, on_first: bool = False) -> Iterator[tuple[slice, Groups]]:
+        """Yield which draws, and their values ``(C, *shape)`` by group and name, on all ranks or on rank 0 alone.
+
+        The random numbers of a draw come from the seed and its number, those of draws that are made together from that
+        of the first one.
+        """
+        settings, size = self.settings, size or self.chunk
         self.log_weights = []
-        if self._enumerated and not self.settings.parallel and self._has_constant_guide():
-            with poutine.block(), torch.no_grad():
-                q = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
-                self._elimination = self._eliminate(q, self.settings.draws)
-        for first in range(0, self.settings.draws, size):
-            count = min(size, self.settings.draws - first)
-            values = self._chunk(count)
-            shared = values.pop(_SHARED, {})
-            if self.likelihood.shared:
-                values["log_likelihood"] = self._log_likelihood(shared, values)
-            yield slice(first, first + count), values
+        with seeded(chunk_seed(settings.seed, settings.draws)):
+            self._eliminated = self._eliminate_for_all()
+        taken = [slice(first, min(first + size, settings.draws)) for first in range(0, settings.draws, size)]
+        device, largest = self.pair.data[0].device, 0.0
+        for draws, (values, weights, error) in rounds_of_chunks("draws", taken, self._chunk, device, on_first):
+            if weights is not None:
+                self.log_weights.append(weights)
+            self.likelihood.largest_error = largest = max(largest, error)
+            yield draws, values
+
+    def _eliminate_for_all(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The draws of the eliminated latents, where all draws of the guide are the same; nothing elsewhere."""
+        if not self._enumerated or self.settings.parallel or not self._has_constant_guide():
+            return []
+        with poutine.block(), torch.no_grad():
+            q = poutine.trace(self.pair.guide).get_trace(*self.pair.data)
+            return list(self._eliminate(q, self.settings.draws))
 
     def parametric_latents(self) -> dict[str, Any]:
         """Return the latents whose parameters depend on the data alone, and not on the draw of another latent."""
@@ -151,21 +174,37 @@ class JointSampler:
 
         return {name: site for name, site in of_guide.items() if not depends_on_draws(name)}
 
-    def _chunk(self, count: int) -> Groups:
-        if self.settings.parallel:
-            with poutine.block(), torch.no_grad():
-                results = self._per_draw(lambda _: (self._draw_by_key(), None), count)
-            return {
-                group: {name: as_array(results.each((group, name), count)) for name in variables}
-                for group, variables in self._drawn.items()
-            }
-        values = _empty(self._drawn, count)
-        for number in range(count):
+    def _chunk(self, draws: slice) -> "_Chunk":
+        """Make some draws, which depend on no others."""
+        self.likelihood.largest_error = 0.0
+        with seeded(self.settings.seed):
+            values = self._drawn_together(draws) if self.settings.parallel else self._drawn_one_by_one(draws)
+            shared = values.pop(_SHARED, {})
+            if not self.likelihood.shared:
+                return _Chunk(values, None, 0.0)
+            values["log_likelihood"], weights = self._log_likelihood(shared, values)
+        return _Chunk(values, weights, self.likelihood.largest_error)
+
+    def _drawn_together(self, draws: slice) -> Groups:
+        count = draws.stop - draws.start
+        reseed(chunk_seed(self.settings.seed, draws.start))
+        with poutine.block(), torch.no_grad():
+            results = self._per_draw(lambda _: (self._draw_by_key(), None), count)
+        return {
+            group: {name: as_array(results.each((group, name), count)) for name in variables}
+            for group, variables in self._drawn.items()
+        }
+
+    def _drawn_one_by_one(self, draws: slice) -> Groups:
+        values = _empty(self._drawn, draws.stop - draws.start)
+        self._elimination = iter(self._eliminated[draws]) if self._eliminated else None
+        for place, number in enumerate(range(draws.start, draws.stop)):
+            reseed(chunk_seed(self.settings.seed, number))
             with poutine.block():
                 drawn = self._draw()
             for group, variables in self._drawn.items():
                 for name in variables:
-                    values[group][name][number] = as_array(drawn[group][name])
+                    values[group][name][place] = as_array(drawn[group][name])
         return values
 
     def _draw_by_key(self) -> dict[Any, Tensor]:
@@ -221,21 +260,21 @@ class JointSampler:
             found[_RATIO] = _sum(ours) - _sum(theirs)
         return found
 
-    def _log_likelihood(self, shared: dict[str, np.ndarray], values: Groups) -> dict[str, np.ndarray]:
-        """The likelihood of each observation for a chunk of draws, whose weights are collected."""
+    def _log_likelihood(self, shared: dict[str, np.ndarray], values: Groups) -> tuple[dict[str, np.ndarray], Tensor]:
+        """The likelihood of each observation for a chunk of draws, and the weights of these."""
         device = self.pair.data[0].device
         at = {name: torch.from_numpy(shared[name]).to(device) for name in self.likelihood.shared}
         with torch.no_grad():
             found = {name: value.cpu() for name, value in self.likelihood(at).items()}
         if self._weighs_shared:
             terms = [value.reshape(len(value), -1).sum(1) for value in found.values()]
-            self.log_weights.append(torch.from_numpy(shared[_RATIO]) + torch.stack(terms).sum(0))
+            log_weights = torch.from_numpy(shared[_RATIO]) + torch.stack(terms).sum(0)
         elif "log_weight" in self.statistics:
             weights = torch.from_numpy(values["sample_stats"]["log_weight"])
-            self.log_weights.append(weights.reshape(len(weights), -1).sum(1))
+            log_weights = weights.reshape(len(weights), -1).sum(1)
         else:  # the guide draws none of the latents
-            self.log_weights.append(torch.zeros(len(next(iter(found.values()))), dtype=torch.float64, device="cpu"))
-        return {name: value.numpy() for name, value in found.items()}
+            log_weights = torch.zeros(len(next(iter(found.values()))), dtype=torch.float64, device="cpu")
+        return {name: value.numpy() for name, value in found.items()}, log_weights
 
     def _pilot_draws(self) -> dict[str, Tensor]:
         """Some draws of the latents of each observation."""

@@ -14,6 +14,7 @@ from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.progress import Progress, progress_bar
+from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -184,6 +185,7 @@ class Inspection(Result):
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+@each_rank("inspect")
 @any_arguments
 def inspect(
     model: Function,

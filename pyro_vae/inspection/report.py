@@ -12,6 +12,7 @@ from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Table
 from pyro_vae._utils.files import replacing
 from pyro_vae._utils.progress import progress_bar
+from pyro_vae._utils.ranks import each_rank, one_process, ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import (
     class_labels,
@@ -35,6 +36,7 @@ __all__ = ["report"]
 _MAX_ROWS = 60  # rows of a table with a row for each latent variable
 
 
+@each_rank("report")
 @any_arguments
 def report(
     path: str | os.PathLike[str],
@@ -92,7 +94,8 @@ def report(
     """
     from pyro_vae.inspection.pictures import check_pictures, draw_pictures  # only a report needs matplotlib
 
-    path = _page_path(path)
+    writes = ranks().is_first
+    path = _page_path(path) if writes else Path(path)
     data = data_tensors(data, "data", model)
     classes = None if labels is None else class_labels(labels, "labels", len(data[0]))
     if image_shape is not None:
@@ -108,9 +111,11 @@ def report(
             bar.begin("inspection")
             found = inspect(model, guide, *data, plate=plate, seed=seed, **options)
         bar.begin("pictures")
-        drawn = draw_pictures(found, model, guide, data, history, classes, image_shape, pictures, seed)
-    with replacing(path) as partial:
-        partial.write_text(_render(title=title, found=found, sections=_sections(found), pictures=drawn), "utf-8")
+        if writes:
+            with one_process(), replacing(path) as partial:
+                drawn = draw_pictures(found, model, guide, data, history, classes, image_shape, pictures, seed)
+                page = _render(title=title, found=found, sections=_sections(found), pictures=drawn)
+                partial.write_text(page, "utf-8")
     return found
 
 

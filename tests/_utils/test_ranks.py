@@ -99,8 +99,8 @@ def wait_or_fail():
 def test_an_error_and_a_late_rank_end_the_run_with_the_texts_of_all():
     started = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
-        run_on_ranks(wait_or_fail, 3, timeout=3)
-    assert time.monotonic() - started < 20
+        run_on_ranks(wait_or_fail, 3, timeout=12)
+    assert time.monotonic() - started < 40
     text = str(caught.value)
     assert all(f"printed by {rank}" in text for rank in range(3))
     assert "ValueError: the reason" in text
