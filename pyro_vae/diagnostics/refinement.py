@@ -58,7 +58,7 @@ def refine(q: GuideDensity, steps: int, lr: float, num_particles: int, seed: int
         return all(fn.batch_shape == (1,) for fn in of_first.values())
 
     chunks = _chunks(q, num_particles)
-    if len(chunks) > 1 and not (q.p.has_independent_rows(("model",)) and takes_rows()):
+    if len(chunks) > 1 and not (q.p.by_rows and q.p.pair.is_amortized("model") and takes_rows()):
         chunks = [slice(0, q.p.num_data)]
 
     def gradients_at(*inputs: Tensor) -> Sequence[Tensor]:
