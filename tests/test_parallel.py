@@ -1,6 +1,6 @@
 """Several ranks share evaluation, evidence, diagnostics and exports, and have the numbers of one process.
 
-Each number of ranks runs :func:`numbers` once; the tests compare what it returned.
+Each test runs a function on one process and on ranks, and compares all that it yields.
 """
 
 import dataclasses
@@ -25,8 +25,6 @@ from pyro_vae._utils.ranks import ranks
 from pyro_vae.diagnostics import calibration, decomposition, refinement
 from pyro_vae.evidence import importance_sampling
 from pyro_vae.exact import model_density
-
-SIZES = (2, 3, 5)
 
 
 def make_vae(latents=1, seed=0):
@@ -239,22 +237,13 @@ def calibrations():
     yield "reference", as_arrays(pv.reference(school, y, draws=5, warmup=5, chains=3))
 
 
-FUNCTIONS = (evaluations, estimates, decompositions, exact_answers, exports, gaps, reports, calibrations)
+QUICK = (evaluations, decompositions, exports)
+SLOW = (estimates, exact_answers, gaps, reports, calibrations)
 
 
-def numbers():
+def numbers(functions):
     """All that is the same on each rank, by name."""
-    return {name: value for function in FUNCTIONS for name, value in function()}
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return numbers()  # in this process, which then has imported what its copies need
-
-
-@pytest.fixture(scope="module", params=SIZES)
-def shared(request, alone):
-    return run_on_ranks(numbers, request.param)
+    return {name: value for function in functions for name, value in function()}
 
 
 def leaves(value, path=""):
@@ -270,17 +259,31 @@ def leaves(value, path=""):
         yield path, value
 
 
-def test_every_rank_has_the_numbers_of_one_process(alone, shared):
+def compare(functions, sizes):
+    alone = numbers(functions)  # in this process, which then has imported what its copies need
     expected = dict(leaves(alone))
-    for found in map(dict, map(leaves, shared)):
-        assert found.keys() == expected.keys()
-        for path, value in found.items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(value, expected[path], rtol=1e-5, atol=1e-6, equal_nan=True, msg=path)
-            elif isinstance(value, float):
-                assert value == pytest.approx(expected[path], rel=1e-5, abs=1e-6, nan_ok=True), path
-            else:
-                assert value == expected[path], path
+    for size in sizes:
+        for found in map(dict, map(leaves, run_on_ranks(numbers, size, functions, timeout=400))):
+            assert found.keys() == expected.keys()
+            for path, value in found.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(value, expected[path], rtol=1e-5, atol=1e-5, equal_nan=True, msg=path)
+                elif isinstance(value, float):
+                    assert value == pytest.approx(expected[path], rel=1e-5, abs=1e-5, nan_ok=True), path
+                else:
+                    assert value == expected[path], path
+
+
+@pytest.mark.parametrize("function", QUICK)
+def test_every_rank_has_the_numbers_of_one_process(function):
+    compare([function], [3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [*QUICK, *SLOW])
+def test_all_numbers_of_ranks_have_the_numbers_of_one_process(function):
+    """Also more ranks than there are chunks."""
+    compare([function], [2, 3, 5])
 
 
 def loaders():
