@@ -532,7 +532,7 @@ def _terms(
         every = torch.arange(pair.num_data, device=device).split(pair.batch_size) * num_samples
         found = in_chunks("evaluate", [(rows,) for rows in every], run, device, seed)
     else:
-        own, batches = stream.batches_on_ranks(seed)
+        own, batches = stream.batches_on_ranks(seed, num_samples)
         repeated = (inputs for inputs in batches for _ in range(num_samples))
         found = in_chunks("evaluate", repeated, run, device, seed, own=own)
     count = sum(rows for rows, _ in found)

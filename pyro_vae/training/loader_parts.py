@@ -3,7 +3,7 @@
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -12,7 +12,10 @@ from pyro_vae._utils.data import read_only_arrays
 from pyro_vae._utils.ranks import Ranks
 from pyro_vae._utils.rng import RandomStream
 
-__all__ = ["LoaderParts", "named_ranks", "reads_by_number"]
+__all__ = ["LoaderParts", "Part", "named_ranks", "reads_by_number"]
+
+Part = Callable[[int, int], slice]
+"""Which rows of a batch to read, from the number of the batch and its number of rows."""
 
 _RANKS = (("num_replicas", "rank"), ("num_processes", "process_index"))  # in samplers of torch, and of Accelerate
 _READING = (
@@ -82,17 +85,20 @@ class LoaderParts:
             yield numbers[: max(0, self._most - count)]
             count += len(numbers)
 
-    def part(self, count: int) -> slice:
-        """The part of this rank in a batch."""
+    def part(self, number: int, count: int) -> slice:
+        """The part of this rank in a batch of a pass."""
         return slice(0, count) if self.has_own_rows else self._ranks.share(count)
 
     def read(self, numbers: list[Any]) -> Any:
         """Read rows in this process, as the loader gives them."""
         return next(iter(DataLoader(self._dataset, batch_sampler=[numbers], collate_fn=self._collate)))
 
-    def batches(self, seed: int) -> Iterator[tuple[int, Any]]:
-        """Yield the rows of this rank in each batch of a pass, ``None`` if it has none; and their first number."""
-        parts = self._sampler.begin(RandomStream(seed))
+    def batches(self, seed: int, part: Part | None = None) -> Iterator[tuple[int, Any]]:
+        """Yield the rows of this rank in each batch of a pass, ``None`` if it has none; and their first number.
+
+        ``part``: which rows of a batch to read, from its number and its number of rows, in place of :meth:`part`.
+        """
+        parts = self._sampler.begin(RandomStream(seed), part or self.part)
         random = RandomStream(self._ranks.seed(seed))
         with random:
             loaded = iter(self._loader)
@@ -112,16 +118,16 @@ class _PartSampler:
     def __init__(self, parts: LoaderParts):
         self._parts, self.code = parts, 0
 
-    def begin(self, random: RandomStream) -> deque[tuple[int, int]]:
+    def begin(self, random: RandomStream, part: Part) -> deque[tuple[int, int]]:
         """Begin a pass; return where each part that is drawn begins in the pass, and its number of rows."""
-        self._random, self._drawn, self.code = random, deque[tuple[int, int]](), 0
+        self._random, self._part, self._drawn, self.code = random, part, deque[tuple[int, int]](), 0
         return self._drawn
 
     def __iter__(self) -> Iterator[list[Any]]:
-        drawn, count = self._drawn, 0
-        for numbers in self._parts.numbers(self._random):
+        drawn, chosen, count = self._drawn, self._part, 0
+        for number, numbers in enumerate(self._parts.numbers(self._random)):
             self.code = zlib.crc32(repr(numbers).encode(), self.code)
-            part = self._parts.part(len(numbers))
+            part = chosen(number, len(numbers))
             drawn.append((count + part.start, part.stop - part.start))
             count += len(numbers)
             if part.stop > part.start:

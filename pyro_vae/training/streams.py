@@ -40,6 +40,7 @@ __all__ = ["Source", "Stream", "as_source", "check_no_batch_size"]
 
 _RESUMABLE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 _PLACE = "the batches of a loader"
+_NUM_COMPARED = 8  # rows that ranks compare besides those of the first batch
 
 
 class Stream:
@@ -152,34 +153,44 @@ class Stream:
             return "sampler"
         by_number = all(group.gather(_PLACE, self._parts is not None))
         all_numbers = group.gather(_PLACE, numbers) if by_number else []
-        probe: list[Any] = next(filter(None, all_numbers), [])
-        code = self._code_of(probe) if by_number else _checksum(first) if first else None
+        probes = group.gather(_PLACE, self._spread(numbers)) if by_number else []
+        probe: list[list[Any]] = next(filter(None, probes), [])
+        code = self._codes_of(probe) if by_number else _checksum(first) if first else None
         codes = group.gather(_PLACE, code)
         known = [one for one in codes if one is not None]
-        if len(known) == len(codes) and len(set(codes)) == 1:
+        if known and all(one == known[0] for one in codes):
             return None if all(one == numbers for one in all_numbers) else "numbers"
-        if by_number and any(group.gather(_PLACE, self._code_of(probe) != code)):
+        if by_number and any(group.gather(_PLACE, self._codes_of(probe) != code)):
             raise ValueError(
                 f"`{name}` must give the same rows again after the same seed, for a comparison of the ranks, got other "
                 "ones. Draw with torch, NumPy's global state or `random` in the data set, whose seeds are those of the "
                 "run, or use a DistributedSampler"
             )
-        if len(set(known)) < len(known):
-            groups = " and ".join(
-                f"{'none' if one is None else f'{one:08x}'} on rank {rank}" for rank, one in enumerate(codes)
-            )
+        if any(one in known[:place] for place, one in enumerate(known)):
+            ranks_of = [[rank for rank, one in enumerate(codes) if one == other] for other in known]
             raise ValueError(
-                f"`{name}` must have the same first batch on all ranks, or another one on each, got the checksums "
-                f"{groups}"
+                f"`{name}` must have the same rows on all ranks, or others on each, got the same ones on the ranks "
+                f"{max(ranks_of, key=len)} of {group.size}"
             )
         return "content"
 
-    def _code_of(self, numbers: list[Any]) -> int | None:
-        """A checksum of rows; ``None`` if the data set does not have them."""
-        try:
-            return _checksum(self._read_rows(numbers)) if numbers else None
-        except Exception:  # of the user's data set, which another rank has in another form; its own rows are read later
-            return None
+    def _spread(self, numbers: list[Any]) -> list[list[Any]]:
+        """Numbers of rows to compare with those of other ranks: of the first batch, and a few of all rows."""
+        with suppress(TypeError):  # a data set without a length
+            if numbers and all(isinstance(number, int) for number in numbers):
+                count = len(self._loader.dataset)
+                return [numbers, list(range(0, count, -(-count // _NUM_COMPARED)))]
+        return [numbers] if numbers else []
+
+    def _codes_of(self, probe: list[list[Any]]) -> list[int | None] | None:
+        """Checksums of rows; ``None`` if the data set does not have those of the first batch."""
+        codes: list[int | None] = []
+        for numbers in probe:
+            try:
+                codes.append(_checksum(self._read_rows(numbers)))
+            except Exception:  # of the user's data set, which another rank has in another form
+                codes.append(None)  # its own rows are read later
+        return codes if codes and codes[0] is not None else None
 
     def _share_size(self, first: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Let the batches of all ranks together have the size of those of the loader."""
@@ -331,15 +342,14 @@ class Stream:
     def parts(self, seed: int, done: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield what this rank has of each batch, as :meth:`batches`; nothing of a batch without rows of this rank."""
         if self._parts is not None:
-            return self._read_parts(self._parts, seed, done)
+            return self._read_parts(self._parts.batches(seed), done)
         if self.ranks.size == 1 or self.has_own_rows:
             return self.batches(self.ranks.seed(seed), done)
         return self._cut_parts(seed, done)
 
-    def _read_parts(self, parts: LoaderParts, seed: int, done: int) -> Iterator[tuple[Tensor, ...]]:
-        """Read the rows of this rank alone."""
-        for number, (start, batch) in enumerate(parts.batches(seed)):
-            self._code = parts.code
+    def _read_parts(self, parts: Iterable[tuple[int, Any]], done: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the rows that were read of each batch, with their numbers."""
+        for number, (start, batch) in enumerate(parts):
             if number < done:
                 continue
             tensors = () if batch is None else self._as_batch(batch)
@@ -361,7 +371,8 @@ class Stream:
         Args:
             count: how many batches this rank had.
         """
-        counts, codes = zip(*self.ranks.gather(_PLACE, (count, self._code)), strict=True)
+        code = self._code if self._parts is None else self._parts.code
+        counts, codes = zip(*self.ranks.gather(_PLACE, (count, code)), strict=True)
         if not any(counts):
             raise ValueError(
                 f"`{self._name}` must give batches in each pass, got none in a later one: `__iter__` of an iterable "
@@ -373,16 +384,33 @@ class Stream:
                 "same first batch and then others"
             )
 
-    def batches_on_ranks(self, seed: int) -> tuple[bool, Iterator[tuple[Tensor, ...]]]:
-        """Return whether each rank has batches of its own, and the batches; else those of all ranks are the same."""
-        return self.has_own_rows, self._whole_pass(seed)
+    def batches_on_ranks(self, seed: int, repeats: int) -> tuple[bool, Iterator[tuple[Tensor, ...]]]:
+        """Return whether each rank has batches of its own, and the batches, whose chunks ranks compute in turn.
 
-    def _whole_pass(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield all batches of this rank, and compare the pass with those of the others."""
+        Each batch is ``repeats`` chunks, see :func:`pyro_vae._utils.chunks.in_chunks`. One without a chunk of this rank
+        is empty if it need not be read.
+        """
+        return self.has_own_rows, self._whole_pass(seed, repeats)
+
+    def _whole_pass(self, seed: int, repeats: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield all batches, or those of this rank, and compare the pass with those of the others."""
+        size, rank = self.ranks.size, self.ranks.rank
+
+        def whole_or_none(number: int, count: int) -> slice:
+            computes = any(chunk % size == rank for chunk in range(number * repeats, (number + 1) * repeats))
+            return slice(0, count if computes else 0)
+
+        batches: Iterable[tuple[Tensor, ...]]
+        if self.has_own_rows:
+            batches = filter(None, self.parts(seed))
+        elif self._parts is not None:
+            batches = self._read_parts(self._parts.batches(seed, whole_or_none))
+        else:
+            batches = self.batches(seed)
         count = code = 0
-        for inputs in filter(None, self.parts(seed) if self.has_own_rows else self.batches(seed)):
+        for inputs in batches:
             count += 1
-            code = _checksum(inputs[1:], code) if self.ranks.size > 1 and not self.has_own_rows else 0
+            code = _checksum(inputs[1:], code) if size > 1 and not self.has_own_rows and self._parts is None else 0
             yield inputs
         self._code = code
         self.end_pass(count)

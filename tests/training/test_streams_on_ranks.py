@@ -33,6 +33,7 @@ from pyro_vae._utils import data as data_module
 from pyro_vae._utils.data import MappedRows
 from pyro_vae._utils.rng import seeded
 from pyro_vae.training import state
+from pyro_vae.training.streams import as_source
 
 N, B, EPOCHS = 37, 10, 3
 X, NOISE = (torch.randn(N, *size, generator=torch.Generator().manual_seed(3)) for size in ((2,), ()))
@@ -236,19 +237,40 @@ def test_orders_that_ranks_draw_are_the_same_run_on_all(own_on_ranks, name):
     assert first[name][2] == EPOCHS * -(-len(range(0, N, 3)) // 4)
 
 
+def with_one_first_batch():
+    data = Subset(DATA, [*range(B), *range(B + parallel.rank(), N, 2)])
+    found = as_source(DataLoader(data, B), "data", None)
+    return found.stream.has_own_rows, len(found.data[0]), found.stream.batch_size
+
+
+def test_data_sets_that_differ_after_the_first_batch_are_those_of_each_rank():
+    assert run_on_ranks(with_one_first_batch, 2) == [(True, 2 * B + N - B, 2 * B)] * 2
+
+
 def evaluated():
-    """The exact ELBO of 37 rows, of which a sampler repeats some so that ranks have the same number."""
+    """The exact ELBO of all rows, of rows of each rank, some of them twice, and of those of a common loader."""
     torch.manual_seed(0)
-    vae = bernoulli(features=2)
-    data, pair = TensorDataset(X), (vae.model, config_enumerate(vae.guide))
+    vae, rows = bernoulli(features=2), []
+    data, pair = Noting(rows, TensorDataset(X)), (vae.model, config_enumerate(vae.guide))
     sampler = DistributedSampler(data, parallel.num_ranks(), parallel.rank())
-    ours = pv.evaluate(*pair, DataLoader(data, 4, sampler=sampler), elbo=TraceEnum_ELBO())
-    return ours["elbo"], pv.evaluate(*pair, X, elbo=TraceEnum_ELBO())["elbo"]
+    options = {"elbo": TraceEnum_ELBO(), "num_samples": 2}
+    yield pv.evaluate(*pair, X, **options)["elbo"]
+    yield pv.evaluate(*pair, DataLoader(data, 4, sampler=sampler), **options)["elbo"]
+    rows.clear()
+    yield pv.evaluate(*pair, DataLoader(data, 4, num_workers=0), **options)["elbo"]
+    yield len(rows)
 
 
-def test_repeated_rows_of_a_sampler_do_not_count():
-    for of_loader, of_rows in run_on_ranks(evaluated, 3):
-        assert of_loader == pytest.approx(of_rows, rel=1e-6)
+def all_evaluated():
+    return list(evaluated())
+
+
+def test_evaluation_counts_repeated_rows_once_and_reads_what_it_computes():
+    for expected, *found, reads in run_on_ranks(all_evaluated, 5):
+        assert found == pytest.approx([expected] * 2, rel=1e-6)
+        assert (
+            reads <= 2 * 4 + 8 + 4 * 4
+        )  # two first batches, eight rows, and four of ten: two chunks of each, shared by five ranks
 
 
 # Passes of a sampler
@@ -438,7 +460,7 @@ WRONG = {
     ),
     "two alike": (
         lambda rank: DataLoader(Rows(range(20) if rank else range(20, N)), B), {},
-        r"`data` must have the same first batch on all ranks, or another one on each, got the checksums",
+        r"`data` must have the same rows on all ranks, or others on each, got the same ones on the ranks \[1, 2\] of 3",
     ),
     "others later": (
         lambda rank: DataLoader(Rows([*range(20), 20 + rank]), B), {},
