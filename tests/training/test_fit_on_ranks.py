@@ -346,3 +346,75 @@ def test_running_averages_of_batch_normalisation_are_alike_on_all_ranks(compile)
     assert mean.abs().sum() > 0
     for found in others:
         assert all(map(torch.equal, found, (mean, variance, count)))
+
+
+class Conjugate(nn.Module):
+    """A pair whose ELBO, and so its gradient, has a closed form: x = w z + s + noise, for a global s."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.loc, self.log_scale = (nn.Parameter(torch.tensor(value)) for value in (0.7, 0.2, -0.5))
+        self.slope, self.log_width = (nn.Parameter(torch.tensor(value)) for value in (0.4, -0.3))
+
+    def model(self, x):
+        pv.handlers.register("conjugate", self)
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 40):
+            x = pyro.subsample(x, event_dim=0)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(self.w * z + s, 1.0), obs=x)
+
+    def guide(self, x):
+        pv.handlers.register("conjugate", self)
+        pyro.sample("s", dist.Normal(self.loc, self.log_scale.exp()))
+        with pyro.plate("data", 40):
+            x = pyro.subsample(x, event_dim=0)
+            pyro.sample("z", dist.Normal(self.slope * x, self.log_width.exp()))
+
+    def loss(self, x):
+        mean, width, scale = self.slope * x, self.log_width.exp(), self.log_scale.exp()
+        prior = torch.distributions.Normal(0.0, 1.0)
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(self.loc, scale), prior)
+        kls = torch.distributions.kl_divergence(torch.distributions.Normal(mean, width), prior)
+        errors = (x - self.w * mean - self.loc) ** 2 + self.w**2 * width**2 + scale**2
+        return kl + (kls + errors / 2 + math.log(2 * math.pi) / 2).sum()
+
+
+class Recorded(torch.optim.SGD):
+    """An optimizer that changes nothing and keeps the gradients."""
+
+    found = []
+
+    def step(self, closure=None):
+        self.found.append([parameter.grad.sum().item() for parameter in self.param_groups[0]["params"]])
+
+
+def recorded_gradients():
+    pyro.clear_param_store()
+    pair, x = Conjugate(), torch.randn(40, generator=torch.Generator().manual_seed(5)) + 1
+    Recorded.found = []
+    pv.fit(pair.model, pair.guide, x, epochs=200, batch_size=10, optimizer=Recorded, lr=1e-3, compile=False)
+    return torch.tensor(Recorded.found[-800:], dtype=torch.float64)
+
+
+def test_the_mean_of_gradients_of_ranks_is_the_gradient_of_the_elbo():
+    pair, x = Conjugate(), torch.randn(40, generator=torch.Generator().manual_seed(5)) + 1
+    pair.loss(x).backward()
+    exact = torch.stack([parameter.grad for parameter in pair.parameters()])
+    first, second = run_on_ranks(recorded_gradients, 2)
+    assert torch.equal(first, second)
+    epochs = first.reshape(200, 4, -1).mean(1)  # all rows once
+    z = (epochs.mean(0) - exact) / (epochs.std(0) / math.sqrt(len(epochs)))
+    assert z.abs().max() < 4.5
+
+
+def compiled_runs():
+    return trained(Pair(), compile=True, epochs=10), trained(Pair(), epochs=10)
+
+
+@pytest.mark.integration
+def test_compiled_gradients_of_ranks_lead_to_the_parameters_of_eager_ones():
+    for (compiled, history, *_), (eager, their_history, *_) in run_on_ranks(compiled_runs, 2, timeout=200):
+        for name, tensor in eager.items():
+            assert torch.allclose(compiled[name], tensor, atol=1e-4), name
+        assert history["elbo"] == pytest.approx(their_history["elbo"], abs=1e-4)
