@@ -253,7 +253,8 @@ def fit(
         patience: number of epochs without a better validation ELBO after which training ends. The parameters are then
             those of the best epoch, also if ``epochs`` end first.
         callbacks: functions called at the end of each epoch with an :class:`pyro_vae.training.loop.Epoch`; training
-            ends if one returns ``True``.
+            ends if one returns ``True``. On several ranks they run on rank 0, or on all of them by
+            :func:`pyro_vae.parallel.on_every_rank`.
         checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If the
             folder has a checkpoint, the run resumes from it, with the same numbers as without the stop. A
             ``DataLoader`` needs a sampler of torch for that, or one with ``state_dict`` and ``load_state_dict``.
@@ -261,6 +262,11 @@ def fit(
             ``SubsetRandomSampler``, or else the number of rows of a pass, which is read before training.
 
     Ctrl-C ends the run after the current step, with a warning; the parameters stay as trained so far.
+
+    In a script that ``torchrun`` has started as several processes, the ranks, each rank runs its share of the rows of
+    every batch, and all make the step of the whole batch, see :mod:`pyro_vae.parallel`. All have the same parameters,
+    history and result; latents outside of the data plate have one draw for all ranks. The data, or the batches of a
+    stream, are the same on each rank, or a stream has rows of its own on each. What fails on one rank is raised on all.
 
     Raises:
         TypeError, ValueError: for unusable arguments, before any training;
