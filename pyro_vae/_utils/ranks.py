@@ -14,12 +14,15 @@ import json
 import multiprocessing
 import os
 import pickle
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
+from hashlib import sha256
 from typing import Any, NoReturn, ParamSpec, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -375,7 +378,8 @@ def ranks() -> Ranks:
         if not _is_started_by_torchrun():
             return _ALONE
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend)
+        store, number, count = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=_of_this_start(store, number, count), rank=number, world_size=count)
         atexit.register(_leave)
     size, group = dist.get_world_size(), id(dist.group.WORLD)
     if size == 1:
@@ -394,6 +398,26 @@ def _is_started_by_torchrun() -> bool:
         and int(os.environ.get("WORLD_SIZE", "1")) > 1
         and multiprocessing.parent_process() is None
     )
+
+
+def _of_this_start(store: Any, rank: int, size: int) -> Any:
+    """Return the part of a store that only the processes of this start of the script use.
+
+    After a restart by ``torchrun`` its store still has the addresses of the processes before, to which no rank could
+    connect. Each rank therefore writes a name of its own. All of them together are the name of the start, once every
+    rank has read the same ones.
+    """
+    store.set(f"start of rank {rank}", uuid4().hex)
+    joined, deadline = "", time.monotonic() + dist.default_pg_timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = sha256(b" ".join(store.get(f"start of rank {number}") for number in range(size))).hexdigest()
+        if name != joined:
+            store.add(name, 1)
+            joined = name
+        if store.add(name, 0) == size:
+            return dist.PrefixStore(name, store)
+        time.sleep(0.01)
+    raise RuntimeError(f"rank {rank} of {size} has waited for {dist.default_pg_timeout} for the start of the others")
 
 
 def _leave() -> None:
