@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,7 +50,7 @@ from pyro_vae.training.streams import Stream
 __all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints", "StreamBatches"]
 
 _EAGER_BATCHES = 100  # of the first epoch, before its further rows are validated at once
-_SAME_PRESS = 1.0  # seconds in which two signals are those of one Ctrl-C
+_SAME_SIGNAL = 1.0  # seconds in which two signals of a kind are one
 _SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
 _MOST_PENDING = 2**28  # bytes of the inputs of steps whose metrics are not read yet
 
@@ -245,6 +245,8 @@ class Loop:
     def _end_terminated(self) -> None:
         """Deliver SIGTERM on the ranks that have received it; raise on the others if it ends one of these."""
         ended = self.ranks.gather("SIGTERM in fit", self._signals.terminated and self._signals.is_ended)
+        with suppress(RuntimeError):
+            self.ranks.exchange("SIGTERM in fit")  # which ends on a rank only once all others have read its answer
         if self._signals.terminated:
             self._signals.deliver()
         elif any(ended):
@@ -636,15 +638,15 @@ class RunCheckpoints:
 class DeferredSignals:
     """Signals that take effect after the current step, in the main thread.
 
-    Ctrl-C, without a user's handler, ends the run, a second one at once, if it comes a second later or more: one of
-    ``torchrun`` comes twice, from the terminal and from its agent. With checkpoints SIGTERM, of a scheduler of jobs,
-    waits until one is written; :meth:`deliver` lets it do what it would have done: end the process, or call the user's
-    handler.
+    Ctrl-C, without a user's handler, ends the run. With checkpoints SIGTERM, of a scheduler of jobs, waits until one is
+    written; :meth:`deliver` lets it do what it would have done: end the process, or call the user's handler. A second
+    signal of a kind, a second later or more, takes effect at once. Before that it is the same one: under ``torchrun``
+    it may come from the terminal, or the scheduler, and from the process that started this one.
     """
 
     def __init__(self, saves: bool) -> None:
         self.pressed = self.terminated = False
-        self._pressed_at = 0.0
+        self._received: dict[int, float] = {}  # when each signal came first
         self._saves, self._process = saves, os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -660,15 +662,17 @@ class DeferredSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _press(self, *_: Any) -> None:
+    def _comes_again(self, number: int) -> bool:
         now = time.monotonic()
-        if not self.pressed:
-            self.pressed, self._pressed_at = True, now
-        elif now - self._pressed_at >= _SAME_PRESS:
-            raise KeyboardInterrupt
+        return now - self._received.setdefault(number, now) >= _SAME_SIGNAL
 
-    def _terminate(self, *_: Any) -> None:
-        again = self.terminated or os.getpid() != self._process  # a process that a callback forked has no checkpoint
+    def _press(self, number: int, _: Any) -> None:
+        if self._comes_again(number):
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def _terminate(self, number: int, _: Any) -> None:
+        again = self._comes_again(number) or os.getpid() != self._process  # a callback's fork has no checkpoint
         self.terminated = True
         if again:
             self.deliver()
@@ -682,6 +686,7 @@ class DeferredSignals:
         """Raise SIGTERM again, if it was received, for the handler that was there before the run."""
         if self.terminated:
             self.terminated = False
+            self._received.pop(signal.SIGTERM)
             ours = signal.signal(signal.SIGTERM, self._previous[signal.SIGTERM])
             signal.raise_signal(signal.SIGTERM)
             signal.signal(signal.SIGTERM, ours)

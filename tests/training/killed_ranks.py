@@ -14,7 +14,7 @@ import torch
 from killed_runs import continuous, discrete, noisy
 
 import pyro_vae as pv
-from pyro_vae import schedules
+from pyro_vae import guides, likelihoods, networks, priors, schedules
 
 X, HELD_OUT = pv.datasets.two_gaussians(50, seed=0).x, pv.datasets.two_gaussians(20, seed=1).x
 VARIANTS = {"continuous": continuous, "discrete": discrete}
@@ -27,11 +27,16 @@ def trained(folder, epochs, variant="continuous", every_steps=2, data=X, **other
     model, guide, options = VARIANTS[variant]()
     options |= {"lr": schedules.decayed(1e-2, steps=24), "transform": noisy, "clip_norm": 5.0, "seed": 3}
     checkpoints = None if folder is None else pv.Checkpoints(folder, every_steps=every_steps)
-    fitted = pv.fit(
-        model, guide, data, epochs=epochs, batch_size=20, validation=HELD_OUT, checkpoints=checkpoints,
-        **options | others,
-    )  # fmt: skip
+    options |= {"batch_size": 20, "validation": HELD_OUT, "checkpoints": checkpoints} | others
+    fitted = pv.fit(model, guide, data, epochs=epochs, **options)
     return dict(fitted.history), fitted.steps, checksum(pyro.get_param_store().values())
+
+
+def small_vae():
+    """A VAE with the same weights on all ranks."""
+    torch.manual_seed(0)
+    return pv.VAE(priors.StandardNormal(1), guides.DiagonalNormal(2, 1, networks.linear()),
+                  likelihoods.Normal(1, 2, networks.linear()))  # fmt: skip
 
 
 def checksum(tensors):
