@@ -53,9 +53,10 @@ def kill_and_restart(folder, kills, size, epochs, seed, longest, wait):
     chance, victims, runs = random.Random(seed), [0] * size, 0
     while sum(victims) < kills:
         runs += 1
-        killed, pids = folder / f"killed {runs}", folder / f"pids {runs}"
+        killed, pids, output = (folder / f"{name} {runs}" for name in ("killed", "pids", "output"))
         pids.mkdir()
-        started = start_torchrun(killed, pids, size, epochs, kills)
+        with output.open("w") as written:
+            started = start_torchrun(killed, pids, size, epochs, kills, written)
         try:
             restart = 0
             while sum(victims) < kills and (found := begun(started, pids, restart, size, wait)):
@@ -67,21 +68,21 @@ def kill_and_restart(folder, kills, size, epochs, seed, longest, wait):
                     break
                 victims[victim] += 1
                 restart += 1
-            output = started.communicate(timeout=wait)[0]
+            assert started.wait(timeout=wait) == 0, output.read_text()
         finally:
-            started.kill()
-        assert started.returncode == 0, output
+            started.terminate()
+            started.wait()
     return victims, runs
 
 
-def start_torchrun(folder, pids, size, epochs, restarts):
+def start_torchrun(folder, pids, size, epochs, restarts, output):
     """Start this script on ranks that torchrun restarts."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
     command = [sys.executable, *torchrun, __file__, str(folder), str(pids), str(epochs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     paths = [str(Path(pv.__file__).parents[1]), *sys.path]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def begun(started, pids, restart, size, wait):

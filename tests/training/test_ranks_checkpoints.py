@@ -188,9 +188,15 @@ def test_a_folder_that_cannot_be_used_is_an_error_of_all_ranks(tmp_path):
     cases = {
         "good": ({"seed": 4}, "ValueError: `seed` must be 3, as in the run of '.*good', got 4; use another folder"),
         "good/.": ({"variant": "discrete"}, "ValueError: `schedules` must be .*, got .*; use another folder"),
-        "damaged": ({}, "FileFormatError: (rank 0: )?`checkpoints` must be an empty folder.*last.safetensors' is damaged"),
+        "damaged": (
+            {},
+            "FileFormatError: (rank 0: )?`checkpoints` must be an empty folder.*last.safetensors' is damaged",
+        ),
         "wrong": ({}, "FileFormatError: (rank 0: )?`checkpoints` must .*last.safetensors' cannot be used: "),
-        "file/folder": ({}, "NotADirectoryError: (rank 0: )?`checkpoints` must be a folder in which files can be written"),
+        "file/folder": (
+            {},
+            "NotADirectoryError: (rank 0: )?`checkpoints` must be a folder in which files can be written",
+        ),
     }
     with pv.Checkpoints.opened(tmp_path / "locked"):
         cases["locked"] = {}, "BlockingIOError: .*`checkpoints` must be a folder of its own for each run"
