@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench quality programs arviz1 tests pytest lint types format docs install clean help
+.PHONY: demo test integration package slow bench quality scale programs arviz1 tests pytest lint types format docs install clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ bench: $(BENCH)  ## time and memory compared with Pyro, PyTorch and NumPyro, on 
 
 quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyro and pythae, in results/quality; MNIST=folder of its files
 	$(BIN)/python tests/quality $(if $(MNIST),--folder $(MNIST))
+
+scale: $(DEV)  ## throughput of two ranks compared with one, in results/scaling.json; MNIST=folder of its files
+	$(BIN)/python tests/scaling $(if $(MNIST),--folder $(MNIST))
 
 programs: $(DEV)  ## the table of docs/programs.md: what the package does with many Pyro programs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/programs $(JOBS)

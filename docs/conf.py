@@ -10,6 +10,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # examples import `common`, as scripts do
+sys.path.append(str(DOCS.parent / "tests" / "scaling"))  # the figure of the cost model imports it
 
 import benchmarks
 import figure_checks

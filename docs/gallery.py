@@ -48,6 +48,7 @@ SHORT_FORMS = {
     "watch_training": "--epochs 20",
     "sweep": "--epochs 8 --settings 6",
     "export_encoder": "--epochs 20",
+    "several_ranks": "--epochs 20",
 }
 """The options of each example on these pages."""
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -691,6 +692,23 @@ def test_captured_an_example_learns_the_same(run, monkeypatch, name, options):
         assert ours.keys() == theirs.keys()
         for term, values in theirs.items():
             assert ours[term] == pytest.approx(values, rel=1e-4, abs=1e-4), term
+
+
+def test_a_script_has_the_same_results_on_several_ranks(run, tmp_path):
+    options = ("--epochs", "20", "--draws", "20")
+    _, alone, printed = run("several_ranks.py", *options)
+    assert "1 rank(s), 300 steps" in printed
+    script = str(EXAMPLES / "several_ranks.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [*torchrun, "--nproc-per-node=2", script, "--out", str(tmp_path / "two"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 rank(s), 300 steps") == 1, "one rank prints"
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (two["ranks"], two["steps"]) == (2, alone["steps"])
+    # Other random numbers of the same training: ELBOs differ by what seeds differ by, about 0.2 nats.
+    assert two["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
+    assert two["log_p"] > two["elbo"]
 
 
 def test_every_example_is_run_in_this_file_and_captured_if_it_takes_the_option():
