@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pyro_vae._utils.files import locked
 from pyro_vae.sweeps.jobs import Job, Jobs, optional_module, pack, unpack
 from pyro_vae.sweeps.run import Task, run_settings
-from pyro_vae.sweeps.space import Range, Settings, Space
+from pyro_vae.sweeps.space import Range, Settings, Space, plain_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -238,7 +238,7 @@ def _suggest(trial: "optuna.Trial", space: Space) -> Settings:
             found[name] = trial.suggest_int(name, int(values.low), int(values.high), log=values.log)
         else:
             found[name] = trial.suggest_float(name, values.low, values.high, log=values.log)
-    return found
+    return plain_settings(found)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro_vae.sweeps.jobs import Job, Jobs, optional_module, pack, unpack
 from pyro_vae.sweeps.run import run_settings
-from pyro_vae.sweeps.space import Range
+from pyro_vae.sweeps.space import Range, plain_settings
 
 __all__ = ["run"]
 
@@ -53,7 +53,7 @@ def _trial(config: Mapping[str, Any], packed: bytes, seeds: tuple[int, ...], rep
     """Run one job in a process of Ray, or what a searcher has proposed."""
     from ray import tune
 
-    job = config.get("job", {"settings": dict(config), "seeds": seeds})
+    job = config.get("job") or {"settings": plain_settings(config), "seeds": seeds}
 
     def report(epoch: int, elbo: float) -> bool:
         if reports:
@@ -152,7 +152,7 @@ def _finish(jobs: Jobs, path: Path, tuner: Any) -> None:
             raise KeyboardInterrupt
     for result in results:
         config = result.config or {}
-        job = Job(*config["job"].values()) if "job" in config else Job(dict(config), jobs.seeds)
+        job = Job(*config["job"].values()) if "job" in config else Job(plain_settings(config), jobs.seeds)
         if result.error is None:
             jobs.end(job, "stopped")  # by the scheduler, if it has not ended by itself
         else:

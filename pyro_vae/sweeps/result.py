@@ -74,8 +74,8 @@ class Sweep(Result):
     def load(self, settings: Settings | int = 0, seed: int | None = None) -> Fitted:
         """Return a run as :func:`pyro_vae.fit` did, with its model and guide, trained, from its last checkpoint.
 
-        ``make`` is called again, and parameters are put into Pyro's store, as by ``fit``. A run that is not complete is
-        trained to its end.
+        ``make`` is called again, and parameters are put into Pyro's store, as by ``fit``. A run that failed, or was not
+        begun, is trained here.
 
         Args:
             settings: a row of the table, by its number, or settings by name.

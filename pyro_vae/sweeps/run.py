@@ -77,7 +77,7 @@ class Run:
 
     @property
     def history(self) -> dict[str, list[float]]:
-        """The history of the training so far, by name: a number for each epoch, NaN where it was not recorded."""
+        """The history of the training so far, with a number for each epoch, NaN where it was not recorded."""
         by_epoch: dict[int, dict[str, float]] = {}
         path = self.folder / "history.jsonl"
         for line in path.read_text().splitlines() if path.exists() else ():

@@ -10,7 +10,17 @@ import numpy as np
 
 from pyro_vae._utils.validation import boolean, describe, is_integer, mapping, number, positive_int
 
-__all__ = ["Choices", "Range", "Settings", "Space", "integers", "log_uniform", "settings_text", "uniform"]
+__all__ = [
+    "Choices",
+    "Range",
+    "Settings",
+    "Space",
+    "integers",
+    "log_uniform",
+    "plain_settings",
+    "settings_text",
+    "uniform",
+]
 
 Settings = dict[str, Any]
 """The settings of a run by name, as they are shown and stored: numbers, strings, ``True``, ``False`` or ``None``."""
@@ -197,6 +207,15 @@ def _plain(name: str, label: Any) -> Any:
     if not isinstance(label, str | int | float | None) or (isinstance(label, float) and not math.isfinite(label)):
         raise TypeError(f"`space[{name!r}]` must have strings or finite numbers as labels, got {label!r}")
     return label
+
+
+def plain_settings(settings: Mapping[str, Any]) -> Settings:
+    """Return settings without numbers of NumPy, which some searchers propose.
+
+    >>> plain_settings({"latent": np.int64(2)})
+    {'latent': 2}
+    """
+    return {name: _plain(name, label) for name, label in settings.items()}
 
 
 def _labels(values: Range | Choices) -> list[Any]:

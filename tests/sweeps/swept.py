@@ -9,7 +9,7 @@ from pyro_vae import guides, likelihoods, networks, priors
 
 X = pv.datasets.two_gaussians(150, seed=0).x
 TRAINING, VALIDATION = X[:100], X[100:]
-OPTIONS = {"epochs": 6, "batch_size": 25, "compile": False, "num_samples": 10, "every_seconds": 1e-6, "workers": 2}
+OPTIONS = {"epochs": 5, "batch_size": 50, "compile": False, "num_samples": 10, "every_seconds": 1e-6, "workers": 2}
 
 
 class Follow:
