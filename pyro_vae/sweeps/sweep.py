@@ -73,8 +73,8 @@ def sweep(
     Args:
         make: function of the settings by name, called in each run. It returns a VAE or ``(model, guide)``, or with
             keyword arguments of ``fit`` at the end ``(vae, {"lr": lr})``. Random numbers in it, such as the initial
-            weights, follow from the seed. It is called once here, to check the data, and then in other processes. It may
-            be defined in a script or a notebook.
+            weights, follow from the seed. It is called once here, to check the data, and then in other processes. It
+            may be defined in a script or a notebook.
         space: for each setting a list of values, a mapping from labels to values, or a range: :func:`uniform
             <pyro_vae.sweeps.uniform>`, :func:`log_uniform <pyro_vae.sweeps.log_uniform>` or :func:`integers
             <pyro_vae.sweeps.integers>` of ``pv.sweeps``. Functions and classes in a list are labelled by their name.
