@@ -314,3 +314,64 @@ def changing_loaders():
 
 def test_a_loader_whose_later_batches_differ_is_refused():
     assert run_on_ranks(changing_loaders, 2) == [True, True]
+
+
+def failing_calls():
+    """What one rank alone finds wrong, what ranks call that differs, and a call of one rank alone."""
+    vae = make_vae()
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    pair, found = (vae.model, vae.guide), []
+
+    for call in (
+        lambda: pv.evaluate(*pair, x, num_samples=3 if parallel.rank() else 0),
+        lambda: pv.evaluate(*pair, x) if parallel.rank() else pv.decompose(*pair, x),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            call()
+        found.append(str(caught.value))
+    rank = parallel.rank()
+    with parallel.one_process():
+        alone = pv.evaluate(*pair, x, num_samples=4) if rank == 1 else None
+    return found, alone, pv.evaluate(*pair, x, num_samples=4)
+
+
+def test_a_wrong_call_of_one_rank_is_an_error_of_all_and_a_call_in_one_process_is_none():
+    (found, _, first), (others, alone, second) = run_on_ranks(failing_calls, 2)
+    assert found[0] == "`num_samples` must be a positive integer, got 0"
+    assert others[0] == f"rank 0: {found[0]}"
+    assert found[1] == others[1]
+    assert "got decompose on rank 0, evaluate on rank 1" in found[1]
+    assert alone == first == second
+
+
+def nonfinite_rows():
+    """The ELBO of data of which a row is too large for float32."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(1))
+    x[25] = 1e30
+    found = []
+    for call in (
+        lambda: pv.evaluate(model, guide, x, batch_size=10),
+        lambda: pv.fit(model, guide, x[:20], epochs=1, batch_size=10, validation=x, progress=False),
+    ):
+        with pytest.raises(FloatingPointError) as caught:
+            call()
+        found.append(str(caught.value))
+    return found
+
+
+def test_rows_that_are_not_finite_on_one_rank_are_an_error_of_all():
+    alone = nonfinite_rows()
+    assert "in rows 25 of the data" in alone[0]
+    for found in run_on_ranks(nonfinite_rows, 3):
+        assert [text.removeprefix("rank 2: ") for text in found] == alone

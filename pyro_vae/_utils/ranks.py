@@ -258,17 +258,6 @@ class Ranks:
                     dist.broadcast(part, src=0, group=self._control)
         return found
 
-    def gather_rows(self, place: str, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Return the parts of all ranks, by number: each rank gives those that it has computed."""
-        if self.size == 1:
-            return dict(parts)
-        held = {number: part.detach().cpu().numpy() for number, part in parts.items()}
-        device = next((part.device for part in parts.values()), None)
-        found: dict[int, Tensor] = {}
-        for others in self.gather(place, held):
-            found |= {number: torch.from_numpy(part).to(device) for number, part in others.items()}
-        return found
-
     @contextmanager
     def together(self, place: str) -> Iterator[None]:
         """Run a block on all ranks: if it raises on one of them, all raise, at their next exchange or at its end."""
