@@ -298,7 +298,7 @@ class _Gradients:
         return self.replay(*inputs)
 
     def close_to(self, eager: Sequence[Tensor], replayed: Sequence[Tensor]) -> bool:
-        """Whether gradients agree. In compiled code a unit at the kink of its function may be on the other side of it."""
+        """Whether gradients agree; in compiled code a unit at the kink of its function may be on its other side."""
         if not self.is_compiled:
             return _close(eager, replayed)
         norm = torch.nn.utils.get_total_norm
