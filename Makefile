@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench quality scale programs arviz1 tests pytest lint types format docs install clean help
+.PHONY: demo test integration package slow bench cuda quality scale programs arviz1 tests pytest lint types format docs install clean help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +54,10 @@ slow: $(DEV)  ## the heavy statistical tests
 
 bench: $(BENCH)  ## time and memory compared with Pyro, PyTorch and NumPyro, on an idle machine; SHORT=1 for 3 minutes
 	$(BIN)/python tests/benchmarks $(if $(SHORT),--short)
+
+cuda: $(DEV)  ## on a machine with a GPU: its tests, and the time of a step compared with plain Pyro and NumPyro
+	$(BIN)/python -m pytest tests/test_cuda.py
+	$(BIN)/python tests/cuda_benchmark.py
 
 quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyro and pythae, in results/quality; MNIST=folder of its files
 	$(BIN)/python tests/quality $(if $(MNIST),--folder $(MNIST))
