@@ -4,6 +4,9 @@ Each test runs a function on one process and on ranks, and compares all that it 
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,18 +263,21 @@ def leaves(value, path=""):
 
 
 def compare(functions, sizes):
-    alone = numbers(functions)  # in this process, which then has imported what its copies need
-    expected = dict(leaves(alone))
+    alone = dict(leaves(numbers(functions)))  # in this process, which then has imported what its copies need
     for size in sizes:
         for found in map(dict, map(leaves, run_on_ranks(numbers, size, functions, timeout=400))):
-            assert found.keys() == expected.keys()
-            for path, value in found.items():
-                if isinstance(value, torch.Tensor):
-                    torch.testing.assert_close(value, expected[path], rtol=1e-5, atol=1e-5, equal_nan=True, msg=path)
-                elif isinstance(value, float):
-                    assert value == pytest.approx(expected[path], rel=1e-5, abs=1e-5, nan_ok=True), path
-                else:
-                    assert value == expected[path], path
+            compare_leaves(alone, found)
+
+
+def compare_leaves(expected, found):
+    assert found.keys() == expected.keys()
+    for path, value in found.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, expected[path], rtol=1e-5, atol=1e-5, equal_nan=True, msg=path)
+        elif isinstance(value, float):
+            assert value == pytest.approx(expected[path], rel=1e-5, abs=1e-5, nan_ok=True), path
+        else:
+            assert value == expected[path], path
 
 
 @pytest.mark.parametrize("function", QUICK)
@@ -375,3 +381,27 @@ def test_rows_that_are_not_finite_on_one_rank_are_an_error_of_all():
     assert "in rows 25 of the data" in alone[0]
     for found in run_on_ranks(nonfinite_rows, 3):
         assert [text.removeprefix("rank 2: ") for text in found] == alone
+
+
+SCRIPT = """
+import sys
+import torch
+import test_parallel
+found = test_parallel.numbers([test_parallel.evaluations, test_parallel.estimates, test_parallel.decompositions])
+if test_parallel.parallel.rank() == 0:
+    torch.save(dict(test_parallel.leaves(found)), sys.argv[1])
+"""
+
+
+@pytest.mark.integration
+def test_a_script_has_the_same_numbers_under_torchrun(tmp_path):
+    script, found = tmp_path / "script.py", []
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+    for name, start in (("alone", []), ("ranks", torchrun)):
+        path = tmp_path / f"{name}.pt"
+        subprocess.run([sys.executable, *start, script, path], check=True, timeout=240, env=environment)
+        found.append(torch.load(path))
+    compare_leaves(*found)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ranks import run_on_ranks
+from stand_in_device import GPU, stand_in_device
 
 from pyro_vae import parallel
 from pyro_vae._utils.chunks import chunk_seed, in_chunks, rounds_of_chunks
@@ -103,3 +104,19 @@ def processors():
 def test_ranks_on_one_machine_share_its_processors():
     alone = default_processes()
     assert run_on_ranks(processors, 2) == [(max(1, alone // 2), 2)] * 2
+
+
+def on_device():
+    with stand_in_device():
+        device = torch.device(GPU)
+        found = in_chunks(
+            "a test",
+            range(3),
+            lambda number: {"ours": torch.full((2,), float(number), device=device), "cpu": torch.ones(1, device="cpu")},
+            device,
+        )
+        return [(str(each["ours"].device), each["ours"].tolist(), str(each["cpu"].device)) for each in found]
+
+
+def test_tensors_of_other_ranks_come_to_the_device_of_this_one():
+    assert run_on_ranks(on_device, 2) == [[(GPU, [float(number)] * 2, "cpu") for number in range(3)]] * 2
