@@ -16,9 +16,6 @@ import pyro_vae as pv
 SPACE = {"latent": [1, 2, 3], "lr": [0.1, 0.01, 0.001, 0.0001]}
 NEEDS_RAY = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="ray is not installed")
 on_both = pytest.mark.parametrize("engine", [pytest.param("ray", marks=NEEDS_RAY), "optuna"])
-on_optuna_and_slowly_on_ray = pytest.mark.parametrize(
-    "engine", [pytest.param("ray", marks=[NEEDS_RAY, pytest.mark.slow]), "optuna"]
-)
 
 
 def numbers(result):
@@ -47,8 +44,11 @@ def children():
     return found
 
 
+_BY_IMPORTS = ("PYTEST", "TORCHINDUCTOR", "RAY_CLIENT_MODE")  # variables that others set
+
+
 def environment():
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TORCHINDUCTOR"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(_BY_IMPORTS)}
 
 
 @pytest.fixture
@@ -131,7 +131,8 @@ def test_runs_that_fail_are_in_the_table_with_their_messages_and_are_tried_again
     assert [path.stat().st_mtime_ns for path in done] == before
 
 
-@on_optuna_and_slowly_on_ray
+@pytest.mark.slow
+@on_both
 def test_bad_runs_are_stopped_early_and_the_best_of_all_is_complete(engine, tmp_path):
     """The good ones come first, so that the others are compared with them, whatever their order in time."""
     space = {"latent": [1], "lr": [0.02, 0.01, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4]}
