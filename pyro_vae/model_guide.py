@@ -857,11 +857,9 @@ class ModelGuide:
             if count < self.num_data:
                 ours = transformed(ours, self.transform)
             found = [index for index, tensor in enumerate(ours) if same_rows(tensor, value)]
-            for rows in (
-                torch.arange(data.num_checked, device=data[0].device).split(max(count, rows_at_once(data)))
-                if found
-                else ()
-            ):
+            checked = data.checked_rows if found else range(0)
+            every = torch.arange(checked.start, checked.stop, device=data[0].device)
+            for rows in every.split(max(count, rows_at_once(data))) if checked else ():
                 batch = data.rows(rows)
                 raw = data is self.data or isinstance(data, LazyData)
                 values = (transformed(batch, self.transform) if raw else batch)[found[0]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyro_vae._utils.module_state import bound_module
+from pyro_vae._utils.ranks import share_of
 from pyro_vae._utils.validation import describe, first_index, real_tensor, with_article
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class DataTensors(tuple[Tensor, ...]):
     def num_checked(self) -> int:
         """How many rows, the first ones, are checked before training: all, where reading is fast."""
         return len(self[0])
+
+    @property
+    def checked_rows(self) -> range:
+        """Those of these rows that this process checks, see :func:`data_tensors`."""
+        return range(self.num_checked)
 
     def rows(self, index: Tensor | slice) -> tuple[Tensor, ...]:
         """Return some rows of each tensor."""
@@ -132,11 +138,11 @@ class RowSource:
         """Read some rows of each tensor."""
         raise NotImplementedError
 
-    def first_index(self, test: Callable[[Tensor], Tensor]) -> tuple[int, list[int]] | None:
-        """Find the first number that passes a test, among the rows that are checked: its tensor, and its index."""
+    def first_index(self, test: Callable[[Tensor], Tensor], among: range) -> tuple[int, list[int]] | None:
+        """Find the first number that passes a test, among some rows: its tensor, and its index."""
         block = max(1, _BLOCK // max(1, *(template.numel() for template in self.templates)))
-        for start in range(0, self.num_checked, block):
-            rows = torch.arange(start, min(start + block, self.num_checked), device="cpu")
+        for start in among[::block]:
+            rows = torch.arange(start, min(start + block, among.stop), device="cpu")
             for number, tensor in enumerate(self.read(rows)):
                 if (place := first_index(test, tensor)) is not None:
                     return number, [start + place[0], *place[1:]]
@@ -153,10 +159,13 @@ class LazyData(DataTensors):
     Args:
         parts: tensors, and sources of rows.
         device: of the rows.
+        row_labels, columns: as for :class:`DataTensors`.
+        checked_by: as for :func:`data_tensors`.
     """
 
     parts: tuple[Tensor | RowSource, ...]
     device: torch.device
+    checked_by: tuple[int, int]
 
     def __new__(
         cls,
@@ -164,6 +173,7 @@ class LazyData(DataTensors):
         device: torch.device,
         row_labels: np.ndarray | None = None,
         columns: Sequence[Columns | None] | None = None,
+        checked_by: tuple[int, int] = (0, 1),
     ) -> "LazyData":
         tensors: list[Tensor] = []
         for part in parts:
@@ -173,13 +183,21 @@ class LazyData(DataTensors):
                 tensors.append(part.view_as(part))  # one tensor may have two roles
         self = super().__new__(cls, tensors, row_labels, columns)
         assert isinstance(self, LazyData)
-        self.parts, self.device = tuple(parts), device
+        self.parts, self.device, self.checked_by = tuple(parts), device, checked_by
         return self
 
     @property
     def num_checked(self) -> int:
         """How many rows, the first ones, are checked before training."""
         return min(part.num_checked if isinstance(part, RowSource) else len(part) for part in self.parts)
+
+    @property
+    def checked_rows(self) -> range:
+        """The share of this process in the rows that are checked."""
+        return self._share(self.num_checked)
+
+    def _share(self, count: int) -> range:
+        return range(count)[share_of(count, *self.checked_by)]
 
     @property
     def in_any_order(self) -> bool:
@@ -213,7 +231,7 @@ class LazyData(DataTensors):
         first = 0
         for part in self.parts:
             if isinstance(part, RowSource):
-                found = part.first_index(test)
+                found = part.first_index(test, self._share(part.num_checked))
             else:
                 found = None if (place := first_index(test, part)) is None else (0, place)
             if found is not None:
@@ -263,7 +281,13 @@ def placement(model: Any, keep_integers: bool = False) -> Placement:
 
 
 def data_tensors(
-    data: Any, name: str, model: Any = None, *, keep_integers: bool = False, lazy: bool = False
+    data: Any,
+    name: str,
+    model: Any = None,
+    *,
+    keep_integers: bool = False,
+    lazy: bool = False,
+    checked_by: tuple[int, int] = (0, 1),
 ) -> DataTensors:
     """Return data as tensors with the same number of rows and without infinities, with the names of rows and columns.
 
@@ -280,16 +304,18 @@ def data_tensors(
         model: the model, whose dtype and device the data get.
         keep_integers: whether integers stay integers, for a transform.
         lazy: whether rows of memory-mapped files, sparse matrices and data sets may be read on demand.
+        checked_by: the number of this process and of all that check the rows that are read on demand: each checks its
+            share, and an error in one must end all.
 
     >>> data_tensors(np.array([[1.0], [np.nan]]), "data")
     (tensor([[1.],
             [nan]]),)
     """
-    found = _assembled(data, name, placement(model, keep_integers))
+    found = _assembled(data, name, placement(model, keep_integers), checked_by)
     return found if lazy else found.whole(name)
 
 
-def _assembled(data: Any, name: str, to: Placement) -> DataTensors:
+def _assembled(data: Any, name: str, to: Placement, checked_by: tuple[int, int] = (0, 1)) -> DataTensors:
     """Convert and check data; rows may be read on demand."""
     if isinstance(data, DataTensors):
         return data
@@ -312,7 +338,7 @@ def _assembled(data: Any, name: str, to: Placement) -> DataTensors:
     columns = [labels for one in found for labels in one.columns]
     device = tensors[0].device if tensors else to.device
     if len(tensors) < len(parts):
-        result: DataTensors = LazyData(parts, device, row_labels, columns)
+        result: DataTensors = LazyData(parts, device, row_labels, columns, checked_by)
     else:
         result = DataTensors(tensors, row_labels, columns)
     for tensor in result:
@@ -537,13 +563,15 @@ class SparseRows(RowSource):
         block = self._matrix[rows.numpy()].toarray()
         return (torch.from_numpy(_checked_array(block, "data")).to(self._dtype),)
 
-    def first_index(self, test: Callable[[Tensor], Tensor]) -> tuple[int, list[int]] | None:
+    def first_index(self, test: Callable[[Tensor], Tensor], among: range) -> tuple[int, list[int]] | None:
         """Find the first stored number that passes a test: zeros are finite."""
-        stored = torch.from_numpy(_checked_array(self._matrix.data, "data"))
+        first, last = self._matrix.indptr[among.start], self._matrix.indptr[among.stop]
+        stored = torch.from_numpy(_checked_array(self._matrix.data[first:last], "data"))
         if (place := first_index(test, stored)) is None:
             return None
-        row = int(np.searchsorted(self._matrix.indptr, place[0], side="right")) - 1
-        return 0, [row, int(self._matrix.indices[place[0]])]
+        number = int(first) + place[0]
+        row = int(np.searchsorted(self._matrix.indptr, number, side="right")) - 1
+        return 0, [row, int(self._matrix.indices[number])]
 
 
 class DatasetRows(RowSource):

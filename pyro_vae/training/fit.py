@@ -335,6 +335,7 @@ def fit(
             if group.size > 1:
                 pair.check_sums_over_rows(evaluator.elbo)
             pair.check_regressions(evaluator.elbo)
+            _share_reason(pair)
             evaluator.bound, evaluator.plate, evaluator.model_masks = pair.bound, pair.plate, pair.draws_cells
             with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
@@ -447,12 +448,19 @@ def evaluate(
         pair = pair or ModelGuide(model, guide, tensors.whole(), plate)
         pair.check_observed()
         pair.check_elbo(evaluator.elbo)
+        _share_reason(pair)
         evaluator.guide, evaluator.bound, evaluator.plate = pair.guide, pair.bound, pair.plate
         evaluator.model_masks = pair.draws_cells
         if batch_size is None and pair.batch_size < pair.num_data:
             pair.batch_size = rows_that_fit(evaluator, pair.take, pair.data[0].device, pair.batch_size)
         with seeded(seed), pyro.validation_enabled():
             return Terms(_terms(evaluator, pair, "data", stream, num_samples, seed), pair.why_no_bound)
+
+
+def _share_reason(pair: ModelGuide) -> None:
+    """Let all ranks have the reason why there is no bound that the data of some of them show."""
+    reasons = ranks().gather("the bound of a model and guide", pair.why_no_bound)
+    pair.why_no_bound = next(filter(None, reasons), "")
 
 
 def _make_step(

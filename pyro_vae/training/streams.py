@@ -458,6 +458,8 @@ def as_source(
 ) -> Source:
     """Return data of any form, from which batches can be taken, on the device of the model.
 
+    Ranks share the checks of rows that are read on demand.
+
     Raises:
         TypeError, ValueError: as :func:`pyro_vae._utils.data.data_tensors`; if ``batch_size`` is left out for an
             iterable data set; if ``num_data`` is given for data of a known number of rows.
@@ -465,7 +467,9 @@ def as_source(
     stream = _as_stream(data, name, placement(model, keep_integers), batch_size, num_data)
     if stream is not None:
         return Source(stream.data, stream)
-    return Source(data_tensors(data, name, model, keep_integers=keep_integers, lazy=True), None)
+    checked_by = ranks().rank, ranks().size
+    tensors = data_tensors(data, name, model, keep_integers=keep_integers, lazy=True, checked_by=checked_by)
+    return Source(tensors, None)
 
 
 def check_no_batch_size(data: Any, batch_size: int | None) -> None:

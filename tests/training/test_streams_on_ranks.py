@@ -12,6 +12,7 @@ from given_noise import Noise
 from pairs import bernoulli
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from ranks import run_on_ranks
+from scipy import sparse
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import (
@@ -247,6 +248,32 @@ def test_data_sets_that_differ_after_the_first_batch_are_those_of_each_rank():
     assert run_on_ranks(with_one_first_batch, 2) == [(True, 2 * B + N - B, 2 * B)] * 2
 
 
+def grey(x):
+    """A model without a bound for values between 0 and 1, which nothing else refuses."""
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        logits = pyro.sample("z", dist.Normal(0.0, 1.0))[:, None].expand(len(x), 2)
+        pyro.sample("x", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x)
+
+
+def grey_guide(x):
+    with pyro.plate("data", len(x)):
+        x = pyro.subsample(x, event_dim=1)
+        pyro.sample("z", dist.Normal(pyro.param("weight", torch.tensor(0.1)) * x.sum(1), 1.0))
+
+
+def names_of_terms():
+    x = np.ones((N, 2))
+    x[33] = 0.5
+    fitted = pv.fit(grey, grey_guide, sparse.csr_array(x), epochs=1, batch_size=4, compile=False)
+    own = DataLoader(torch.tensor(np.array_split(x, parallel.num_ranks())[parallel.rank()], dtype=torch.float32), 13)
+    return sorted(fitted.history), sorted(pv.evaluate(grey, grey_guide, own))
+
+
+def test_all_ranks_have_the_reason_of_one_whose_rows_have_no_bound():
+    assert run_on_ranks(names_of_terms, 3) == [(["distortion", "rate", "surrogate"],) * 2] * 3
+
+
 def evaluated():
     """The exact ELBO of all rows, of rows of each rank, some of them twice, and of those of a common loader."""
     torch.manual_seed(0)
@@ -353,7 +380,7 @@ MANY, WIDE, READ = 1000, 40, 100
 
 
 def reads(path):
-    """For a data set, its loader and a file: how many rows each of two more passes reads, and the largest tensor."""
+    """For a data set, its loader and a file: how many rows two further passes and a run read, and the largest tensor."""
     data_module._BLOCK, model_guide._BUDGET, state._ROWS = 2**10, 64, 16  # in a copy of the process
     rows, net, read, found = [], networks.mlp([4]), MappedRows.read, {}
     MappedRows.read = lambda self, numbers: rows.extend(numbers.tolist()) or read(self, numbers)
@@ -372,7 +399,7 @@ def reads(path):
             with largest:
                 pv.fit(vae.model, vae.guide, data, epochs=epochs, batch_size=batch_size, compile=False)
             counts.append(len(rows))
-        found[name] = (counts[1] - counts[0]) / 2, largest.most
+        found[name] = (counts[1] - counts[0]) / 2, counts[0], largest.most
     return found
 
 
@@ -380,8 +407,9 @@ def test_each_rank_reads_its_rows_alone_and_holds_a_batch_of_them(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((MANY, WIDE)))
     found = run_on_ranks(reads, 2, tmp_path / "x.npy")
     for name in found[0]:
-        assert [rank[name][0] for rank in found] == [MANY / 2] * 2, name
-        for _, most in (rank[name] for rank in found):
+        for of_pass, of_run, most in (rank[name] for rank in found):
+            assert of_pass == MANY / 2, name
+            assert of_run <= (1 + 3) * MANY / 2 + 6 * READ, name  # a pass, and three checks, shared by the ranks
             assert most < 4 * MANY * WIDE / 4, name
 
 
@@ -427,9 +455,9 @@ class UsedUp(Rows):
         return super().__iter__() if self.passes >= 0 else iter(())
 
 
-def with_bad_row():
+def with_bad_row(value):
     bad = X.clone()
-    bad[33] = 1e30
+    bad[33] = value
     return TensorDataset(bad, NOISE)
 
 
@@ -487,7 +515,11 @@ WRONG = {
         lambda rank: DataLoader(Damaged([]), 4, sampler=DistributedSampler(DATA, 3, rank, shuffle=False)), {},
         r"(rank 0: )?row 33 is damaged",
     ),
-    "not finite": (lambda rank: DataLoader(with_bad_row(), B), {}, r"step 4: rank 1: .*in rows 33 of the data"),
+    "infinite": (
+        lambda rank: (sparse.csr_array(with_bad_row(torch.inf).tensors[0].numpy()), NOISE), {"batch_size": B},
+        r"(rank 2: )?`data` must hold finite numbers, got inf at row 33, column \(0,\)",
+    ),
+    "not finite": (lambda rank: DataLoader(with_bad_row(1e30), B), {}, r"step 4: rank 1: .*in rows 33 of the data"),
 }  # fmt: skip
 
 
