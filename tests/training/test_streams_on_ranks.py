@@ -380,7 +380,7 @@ MANY, WIDE, READ = 1000, 40, 100
 
 
 def reads(path):
-    """For a data set, its loader and a file: how many rows two further passes and a run read, and the largest tensor."""
+    """For a data set, a loader and a file: the rows that a further pass and a run read, and the largest tensor."""
     data_module._BLOCK, model_guide._BUDGET, state._ROWS = 2**10, 64, 16  # in a copy of the process
     rows, net, read, found = [], networks.mlp([4]), MappedRows.read, {}
     MappedRows.read = lambda self, numbers: rows.extend(numbers.tolist()) or read(self, numbers)
