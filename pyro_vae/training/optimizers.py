@@ -97,11 +97,24 @@ class RunOptimizer:
         optimizer = self._made(parameters)
         return capturable(optimizer, self._momentum) if self._compile else optimizer
 
-    def capturable(self) -> "RunOptimizer":
-        """Return one that makes optimizers for captured steps."""
+    @property
+    def is_capturable(self) -> bool:
+        """Whether it makes optimizers for captured steps."""
+        return self._compile
+
+    def capturable(self, flag: bool = True) -> "RunOptimizer":
+        """Return one that makes optimizers for captured steps, or for eager ones."""
         made = copy.copy(self)
-        made._compile = True
+        made._compile = flag
         return made
+
+    def continued(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Return an optimizer that continues with the state of one of the other kind, for captured or eager steps."""
+        if self._compile:
+            return self.captured(optimizer)
+        new = self._made([parameter for group in optimizer.param_groups for parameter in group["params"]])
+        copy_state(optimizer, new)
+        return new
 
     def captured(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return an optimizer for captured steps that continues with the state of an eager one, in copies.

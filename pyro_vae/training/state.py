@@ -14,6 +14,7 @@ from pyro_vae._utils.module_state import buffers_kept
 from pyro_vae._utils.ranks import Ranks
 from pyro_vae._utils.rng import is_random_state, preserve_rng_state, random_states, reseed, set_random_states
 from pyro_vae.training.checkpoints import Contents, misfits
+from pyro_vae.training.optimizers import RunOptimizer
 from pyro_vae.training.step import BatchContext, Step
 
 __all__ = [
@@ -157,7 +158,7 @@ def load_run_state(step: Step, state: RunState, discover: Callable[[], None], co
         step.clear_parameter_cache()
         discover()
     load_model_state(step, groups["model"])
-    load_optimizer_state(step, flags["optimized"], groups["optimizer"])
+    load_optimizer_state(step, flags["optimized"], groups["optimizer"], _is_capturable(header))
     step.count = header["steps"]
     for name in vars(state).keys() & header.keys():
         setattr(state, name, header[name])
@@ -282,8 +283,26 @@ def optimizer_state(step: Step) -> dict[str, Tensor]:
     return found
 
 
-def load_optimizer_state(step: Step, names: Sequence[str], saved: Mapping[str, Tensor]) -> None:
-    """Make an optimizer of the named parameters with the state that :func:`optimizer_state` returned."""
+def _is_capturable(header: Mapping[str, Any]) -> bool:
+    """Whether the optimizer of a checkpoint is one for captured steps, as in one process that has compiled them."""
+    is_compiled = header["run"].get("compile") is True or header.get("engine", {}).get("compiled") is True
+    return is_compiled and "ranks" not in header
+
+
+def load_optimizer_state(
+    step: Step, names: Sequence[str], saved: Mapping[str, Tensor], is_capturable: bool | None = None
+) -> None:
+    """Make an optimizer of the named parameters with the state that :func:`optimizer_state` returned.
+
+    ``is_capturable``: whether that was the state of an optimizer for captured steps; by default, if the step has one.
+    """
+    make = step.make_optimizer
+    if isinstance(make, RunOptimizer) and is_capturable not in (None, make.is_capturable):
+        step.make_optimizer = make.capturable(not make.is_capturable)
+        load_optimizer_state(step, names, saved)
+        step.make_optimizer = make
+        step.optimizer = None if step.optimizer is None else make.continued(step.optimizer)
+        return
     named = step.named_tensors()
     step.optimizer = optimizer = step.make_optimizer([named[name] for name in names]) if names else None
     copies: dict[int, Tensor] = {}  # by address: parameters that shared a tensor share its copy

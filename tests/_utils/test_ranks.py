@@ -2,13 +2,14 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from ranks import run_on_ranks
 
 from pyro_vae import parallel
-from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae._utils.ranks import _of_this_start, each_rank, ranks
 from pyro_vae.exact.quadrature import QuadratureError
 
 
@@ -105,3 +106,41 @@ def test_an_error_and_a_late_rank_end_the_run_with_the_texts_of_all():
     assert all(f"printed by {rank}" in text for rank in range(3))
     assert "ValueError: the reason" in text
     assert "rank 2 of 3 did not end" in text
+
+
+def tensors_of_first():
+    whole = torch.arange(6.0)
+    first = {
+        "counts": torch.arange(6).view(2, 3),
+        "flags": torch.tensor([True, False]),
+        "number": torch.tensor(2.5, dtype=torch.bfloat16),
+        "none": torch.zeros(0, 3),
+        "turned": torch.arange(6.0).view(2, 3).t(),
+        "one": whole,
+        "the same": whole,
+    }
+    found = ranks().tensors_from_first("a test", first if ranks().is_first else {})
+    described = {name: (str(tensor.dtype), tuple(tensor.shape), tensor.tolist()) for name, tensor in found.items()}
+    return described, found["one"].data_ptr() == found["the same"].data_ptr()
+
+
+def test_all_ranks_get_the_tensors_of_the_first_of_any_type_and_those_that_names_share():
+    (expected, shares), *others = run_on_ranks(tensors_of_first, 3)
+    assert shares
+    assert expected["turned"] == ("torch.float32", (3, 2), [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
+    assert others == [(expected, True)] * 2
+
+
+def test_a_start_does_not_read_what_the_processes_before_a_restart_have_written():
+    """The first rank of each start is early, and finds the names of all ranks of the start before."""
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        for start in range(3):
+            early = threads.submit(_of_this_start, store, 0, 3)
+            time.sleep(0.1)
+            assert not early.done()
+            late = [threads.submit(_of_this_start, store, rank, 3) for rank in (1, 2)]
+            parts = [one.result(timeout=10) for one in (early, *late)]
+            assert not parts[0].check(["address"])
+            parts[start].set("address", f"{start}")
+            assert all(part.get("address") == f"{start}".encode() for part in parts)

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import warnings
+from unittest.mock import Mock
 
 import killed_ranks
 import pytest
@@ -20,9 +21,11 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Tens
 
 import pyro_vae as pv
 from pyro_vae._utils.ranks import ranks
+from pyro_vae.compilation.graph import Graph
 from pyro_vae.saving.files import FileFormatError
 from pyro_vae.saving.tensor_file import read
 from pyro_vae.training import loop as training_loop
+from pyro_vae.training import replayed_step
 from pyro_vae.training.state import check_run_state, model_state, optimizer_state
 
 # To the bit
@@ -136,6 +139,52 @@ def test_on_another_number_of_ranks_a_run_resumes_at_the_same_state(before, afte
     for _, _, history in others:
         assert {len(values) for values in history.values()} == {6}
         assert all(map(math.isfinite, history["elbo"]))
+
+
+def adam_state(step):
+    """The state of Adam as torch has it, of eager and of captured steps, and the learning rates."""
+    optimizer = step.optimizer
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    held = [
+        optimizer.torch_state(one, group) if hasattr(optimizer, "torch_state") else optimizer.state[one]
+        for group in optimizer.param_groups
+        for one in group["params"]
+    ]
+    return rates, [{name: torch.as_tensor(value).flatten().tolist() for name, value in state.items()} for state in held]
+
+
+def captured_run(folder, epochs, resumes):
+    """Train with captured steps, of which nothing is compiled; return the state of Adam at the end or the beginning."""
+    Graph.compile = lambda self, *inputs: None
+    replayed_step._Gradients.compile_in_background = lambda *args: Mock()
+    replayed_step._Gradients.run_compiled = lambda self: None
+    noted = []
+
+    class NotedLoop(training_loop.Loop):
+        def resume(self):
+            super().resume()
+            if resumes:
+                noted.append(adam_state(self.step))
+
+        def _save(self):
+            super()._save()
+            if not resumes:
+                noted.append(adam_state(self.step))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_vae.training.fit.Loop", NotedLoop)
+        trained(folder, epochs, every_steps=100, compile=True)
+    return noted[-1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_captured_steps_of_one_process_and_those_of_ranks_have_one_state_of_adam(before, after, tmp_path):
+    (saved, *_) = run_on_ranks(captured_run, before, tmp_path, 2, False)
+    for rates, states in run_on_ranks(captured_run, after, tmp_path, 3, True):
+        assert rates == pytest.approx(saved[0])
+        for ours, theirs in zip(states, saved[1], strict=True):
+            assert ours == {name: pytest.approx(value, rel=1e-6) for name, value in theirs.items()}
+            assert ours["step"] == [6]
 
 
 def replicates(folder, seeds):
