@@ -376,6 +376,8 @@ def test_rows_that_are_not_finite_are_named_by_their_number():
 def test_a_stream_that_is_used_up_is_named():
     with pytest.raises(ValueError, match=r"`data` must give batches in each pass, got none in a later one"):
         run(DataLoader(Lines(passes=2), 4), num_data=N)
+    with pytest.raises(ValueError, match=r"`data` must give batches in each pass, got none in a later one"):
+        pv.evaluate(gaussian().model, gaussian().guide, DataLoader(Lines(passes=2), 4))
     with pytest.raises(ValueError, match=r"`data` must give batches of one row or more, got a DataLoader without any"):
         run(DataLoader(Lines(passes=0), 4))
 

@@ -180,6 +180,7 @@ OWN = {
     "batch size of all": lambda rank, size: Rows(range(rank, N, size)),
 }
 OWN_OPTIONS = {"unnamed sampler": {"num_data": N}, "batch size of all": {"batch_size": 7}}
+HELD_OUT = TensorDataset(X[:7], NOISE[:7])
 
 
 class Union(Sampler):
@@ -212,7 +213,9 @@ class Union(Sampler):
 
 def own():
     rank, size = parallel.rank(), parallel.num_ranks()
-    return {name: trained(OWN[name](rank, size), **OWN_OPTIONS.get(name, {})) for name in some(OWN, size)}
+    sampled = DataLoader(HELD_OUT, 2, sampler=DistributedSampler(HELD_OUT, size, rank))
+    options = OWN_OPTIONS | {"sampler": {"validation": sampled}}
+    return {name: trained(OWN[name](rank, size), **options.get(name, {})) for name in some(OWN, size)}
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +228,8 @@ DRAWN = ["subset samplers", "unnamed sampler"]  # whose order the ranks draw in 
 
 @pytest.mark.parametrize(("name", "size"), [case for case in cases(OWN) if case[0] not in DRAWN])
 def test_rows_of_each_rank_train_as_their_union_in_one_process(own_on_ranks, name, size):
-    expected = trained(DataLoader(DATA, batch_sampler=Union(name, size)))
+    options = {"validation": DataLoader(HELD_OUT, 4)} if name == "sampler" else {}
+    expected = trained(DataLoader(DATA, batch_sampler=Union(name, size)), **options)
     for found in own_on_ranks[size]:
         assert_same(found[name], expected)
 
