@@ -62,7 +62,14 @@ def runs(folder, epochs, names):
     return found
 
 
-@pytest.mark.parametrize(("size", "names"), [(2, list(OPTIONS)), (3, ["replayed", "distributed sampler"])])
+NAMES = [
+    (2, ["replayed", "random sampler"]),
+    pytest.param(2, ["eager, with a baseline", "patience", "distributed sampler"], marks=pytest.mark.slow),
+    pytest.param(3, ["replayed", "distributed sampler"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("size", "names"), NAMES)
 def test_on_the_same_number_of_ranks_a_run_resumes_to_the_bit(size, names, tmp_path):
     whole = run_on_ranks(runs, size, tmp_path / "whole", [6], names, timeout=300)
     run_on_ranks(runs, size, tmp_path / "parts", [1, 4], names, timeout=300)
@@ -115,7 +122,10 @@ def resumed(folder):
     return noted, rows, history
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (1, 2)])
+SIZES = [(2, 3), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 1), (1, 2)])]
+
+
+@pytest.mark.parametrize(("before", "after"), SIZES)
 def test_on_another_number_of_ranks_a_run_resumes_at_the_same_state(before, after, tmp_path):
     """It is stopped after 7 of 18 steps, in the middle of an epoch."""
     run_on_ranks(interrupted, before, tmp_path / "one", 7)
@@ -412,9 +422,10 @@ def killed_in_writing(folder, number):
     trained(folder, 3)
 
 
-def test_a_run_whose_rank_0_is_killed_while_it_writes_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("numbers", [(2,), pytest.param((1, 3, 5, 6, 7), marks=pytest.mark.slow)])
+def test_a_run_whose_rank_0_is_killed_while_it_writes_ends_with_the_same_bits(numbers, tmp_path):
     whole = run_on_ranks(trained, 2, tmp_path / "whole", 3)
-    for number in (1, 2, 3, 5):
+    for number in numbers:
         with pytest.raises(RuntimeError, match="rank 0 of 2 ended with code -9"):
             run_on_ranks(killed_in_writing, 2, tmp_path / f"{number}", number)
         assert run_on_ranks(trained, 2, tmp_path / f"{number}", 3) == whole
