@@ -258,8 +258,8 @@ def fit(
         checkpoints: :class:`pyro_vae.Checkpoints`, or their folder, to which the state of the run is written. If the
             folder has a checkpoint, the run resumes from it, with the same numbers as without the stop. A
             ``DataLoader`` needs a sampler of torch for that, or one with ``state_dict`` and ``load_state_dict``.
-        num_data: N of a stream, by which terms of B rows are scaled, N/B; of all ranks. By default the length of its data set, of a
-            ``SubsetRandomSampler``, or else the number of rows of a pass, which is read before training.
+        num_data: N of a stream, of all ranks, by which terms of B rows are scaled, N/B. By default the length of its
+            data set, of a ``SubsetRandomSampler``, or else the number of rows of a pass, which is read before training.
 
     Ctrl-C ends the run after the current step, with a warning; the parameters stay as trained so far.
 
