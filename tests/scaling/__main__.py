@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="turns before those")
     parser.add_argument("--batch", type=int, default=1024, help="rows of a step")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
-    parser.add_argument("--compile", choices=("choose", "yes", "no"), default="yes", help="as of `fit`; choose is None")
+    parser.add_argument("--compile", choices=("choose", "yes", "no"), default="no", help="as of `fit`; choose is None")
     parser.add_argument("--seeds", type=int, default=6, help="trainings for the held-out ELBO, of each number of ranks")
     parser.add_argument("--epochs", type=int, default=3, help="of each of these trainings")
     parser.add_argument(

@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 RUN, PAGE = DOCS / "scaling.json", DOCS / "past_one_machine.md"
 FRAGMENT = re.compile(r"(<!-- scaling: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KEPT = ("machine", "settings", "gains", "model", "held_out")
+STEPS = {"no": "eager steps", "yes": "compiled steps", "choose": "steps as `fit` chooses them"}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 BATCH = 1024
 CELL = 4 * GENES  # bytes
@@ -73,7 +74,8 @@ def machine(run: Found) -> str:
     return _wrapped(
         f"Medians and quartiles of {settings['rounds']} turns of {settings['steps']} steps, in turns, on an "
         f"{described['processor']} ({described['processors']} processors, load {described['load']:.1f} when it began); "
-        f"torch {described['packages']['torch']}; {images}, batch {settings['batch']:,}, one thread for each rank. "
+        f"torch {described['packages']['torch']}; {images}, batch {settings['batch']:,}, {STEPS[settings['compile']]}, "
+        "one thread for each rank. "
         f"Fitted to one rank and to sums alone, the model has {1e3 * model['fixed']:.2f} ms for a step, "
         f"{1e6 * model['per_row']:.1f} µs for a row, {1e6 * model['latency']:.0f} µs for a message and "
         f"{1e-9 * model['bandwidth']:.1f} GB/s. It predicts {1e3 * model['two']:.1f} ms for a step of two ranks; "
