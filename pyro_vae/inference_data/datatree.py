@@ -200,6 +200,8 @@ def save_draws(
     is left out, since the draws of a chunk are made together. The memory holds one chunk. A chunk is a number of draws
     and not of rows: draws are always independent, rows are not if they share a latent.
 
+    Several ranks share the chunks, and rank 0, which then holds a chunk of each of them, writes the one file.
+
     The file appears when it is complete; an interrupted export leaves an older file unchanged. Open it with
     ``xarray.open_datatree(path)``, which reads only what you select, and pass that to ArviZ.
 
