@@ -11,9 +11,13 @@ from typing import Any
 
 import lazy_loader
 
+from pyro_vae._utils.rank_process import mark_process
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
+
+mark_process()  # before it can start others
 
 
 class _PublicModules(MetaPathFinder, Loader):

@@ -30,9 +30,10 @@ from torch.distributions import biject_to
 from pyro_vae._utils.ambient import check_no_outer_handlers, fresh_autocast
 from pyro_vae._utils.data import DataTensors, LazyData, data_tensors
 from pyro_vae._utils.module_state import evaluation_mode
-from pyro_vae._utils.param_store import check_parameters, rollback_params_on_error, scoped_param_store
+from pyro_vae._utils.param_store import check_parameters, parameters_of, rollback_params_on_error, scoped_param_store
 from pyro_vae._utils.plates import own_subsamples
 from pyro_vae._utils.rng import preserve_rng_state, random_states, seeded, set_random_states
+from pyro_vae._utils.shared_calls import notice_parameters
 from pyro_vae._utils.traces import (
     PARTICLES,
     data_plate,
@@ -154,6 +155,7 @@ class ModelGuide:
             with preserve_rng_state():
                 self._explain(failure.error, name)
             raise failure.error from failure.error.__cause__
+        notice_parameters(parameters_of(self.guide_trace) | parameters_of(self.model_trace))
         self._check_all_rows_given(name)
         self.latents, self.observed = latent_sites(self.model_trace), observed_sites(self.model_trace)
         self.deterministic = deterministic_sites(self.model_trace)

@@ -38,6 +38,8 @@ def one_process() -> AbstractContextManager[None]:
     """Run a block on this rank alone, as in a process without others.
 
     Every function of the package that is called on some ranks only belongs in it: it would wait for the other ranks.
+    The block holds for all threads of the process. Processes that a rank starts, such as the workers of a
+    ``DataLoader``, are always alone.
 
     >>> with one_process():
     ...     num_ranks()

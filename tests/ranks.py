@@ -64,6 +64,18 @@ def _wait(processes, deadline):
     return list(running.values())
 
 
+def _meet(folder, rank, size, name, seconds):
+    """Wait until all ranks have come here, for some time.
+
+    A rank that ends closes its connections, at which an exchange of another one fails though it has all of its numbers
+    and only waits for a processor. An end before an exchange of others, or after an error, must not wait for them.
+    """
+    Path(folder, f"{rank}.{name}").touch()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not all(Path(folder, f"{one}.{name}").exists() for one in range(size)):
+        time.sleep(0.002)
+
+
 def _result(path):
     return pickle.loads(path.read_bytes()) if path.exists() else None
 
@@ -80,7 +92,8 @@ def _serve(function, rank, size, folder, timeout, args):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         store = dist.FileStore(f"{folder}/store", size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-        dist.barrier()  # a function without exchanges would end while others are still joining
+        dist.barrier()
+        _meet(folder, rank, size, "joined", timeout)
         try:
             result = True, function(*args)
             pickle.dumps(result)
@@ -89,6 +102,8 @@ def _serve(function, rank, size, folder, timeout, args):
         partial = Path(folder, f"{rank}.partial")
         partial.write_bytes(pickle.dumps(result))
         partial.rename(Path(folder, f"{rank}.pickle"))
+        if result[0]:
+            _meet(folder, rank, size, "done", 1.0)
         with contextlib.suppress(RuntimeError):  # the others may have ended after an error
             dist.destroy_process_group()
         printed.flush()

@@ -11,14 +11,12 @@ raise.
 import atexit
 import builtins
 import json
-import multiprocessing
 import os
 import pickle
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from functools import wraps
 from hashlib import sha256
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -29,7 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["OnEveryRank", "Ranks", "each_rank", "is_shared", "one_process", "ranks", "share_of"]
+from pyro_vae._utils.rank_process import is_started_by_torchrun
+
+__all__ = ["OnEveryRank", "Ranks", "each_rank", "fingerprint", "form", "is_shared", "one_process", "ranks", "share_of"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -176,30 +176,32 @@ class Ranks:
         return held[0]
 
     def check_same(self, place: str, values: Mapping[str, Any], remedy: str = "") -> None:
-        """Raise unless values, which JSON can hold, are the same on all ranks; the error has the first other name."""
+        """Raise unless values are the same on all ranks; the error has the first other name.
+
+        They are tensors, the same ones to rounding, such as parameters that processors of several kinds have computed,
+        or what JSON can hold.
+        """
         if self.size == 1:
             return
-        texts = {name: json.dumps(value, default=repr, sort_keys=True) for name, value in values.items()}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        texts = {
+            name: fingerprint(value) if name in tensors else json.dumps(value, default=repr, sort_keys=True)
+            for name, value in values.items()
+        }
         text = json.dumps(texts)
         if self._are_equal(self.exchange(place, [*_code(text), *_code(text[::-1])])):
             return
-        found = self._gathered(place, texts)
-        for name, ours in found[0].items():
-            for rank, theirs in enumerate(found):
-                if (value := theirs.get(name)) != ours:
+        found = self._gathered(place, (texts, {name: _sketch(tensor) for name, tensor in tensors.items()}))
+        first, sketches = found[0]
+        for name in {name: None for texts, _ in found for name in texts}:
+            for rank, (texts, others) in enumerate(found):
+                if texts.get(name) != first.get(name) and not _are_close(sketches.get(name), others.get(name)):
                     raise _shared(
                         ValueError(
-                            f"`{name}` must be the same on every rank, got {ours} on rank 0 and {value} on rank {rank}"
-                            f"{remedy}"
+                            f"`{name}` must be the same on every rank, got {first.get(name, 'nothing')} on rank 0 and "
+                            f"{texts.get(name, 'nothing')} on rank {rank}{remedy}"
                         )
                     )
-
-    def sum_(self, place: str, tensors: Sequence[Tensor]) -> None:
-        """Add up tensors over ranks, in place."""
-        if self.size > 1:
-            self.exchange(place, [len(tensors), sum(tensor.numel() for tensor in tensors)])
-            for tensor in tensors:
-                self.start_sum(tensor)()
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to add up a tensor over ranks, in place; the function that is returned waits for the end.
@@ -224,7 +226,7 @@ class Ranks:
         """Set tensors, in place, to those of rank 0."""
         if self.size == 1:
             return
-        self.exchange(place, [len(tensors), sum(tensor.numel() for tensor in tensors)])
+        self.check_same(place, {f"tensor {number} of {place}": form(tensor) for number, tensor in enumerate(tensors)})
         for tensor in tensors:
             sent = tensor.detach().to("cpu", copy=True).contiguous()
             with self._connected(place):
@@ -295,6 +297,42 @@ def _code(text: str) -> tuple[float, float]:
     return code, code * code
 
 
+def form(tensor: Tensor) -> str:
+    """The shape and dtype of a tensor, wherever it is.
+
+    >>> form(torch.zeros(2, 3))
+    '(2, 3) float32'
+    """
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """The shape and dtype of a tensor, and a checksum of its numbers.
+
+    >>> fingerprint(torch.zeros(2)), fingerprint(torch.ones(2))
+    ('(2,) float32 with checksum 6522df69', '(2,) float32 with checksum d5065190')
+    """
+    numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{form(tensor)} with checksum {zlib.crc32(numbers.numpy().tobytes()):08x}"
+
+
+def _sketch(tensor: Tensor) -> tuple[str, list[float], float]:
+    """What shows whether two tensors are the same to rounding: sums with several weights, and one of magnitudes."""
+    numbers = tensor.detach().cpu().flatten()
+    numbers = torch.view_as_real(numbers).flatten() if numbers.is_complex() else numbers
+    numbers = numbers.double()
+    places = torch.arange(len(numbers), dtype=torch.float64, device="cpu")
+    sums = [float((numbers * (places * frequency).cos()).sum()) for frequency in (0.0, 1.0, 2.0)]
+    return form(tensor), sums, float(numbers.abs().sum())
+
+
+def _are_close(ours: tuple[str, list[float], float] | None, theirs: tuple[str, list[float], float] | None) -> bool:
+    """Whether two sketches are those of the same floats, to rounding."""
+    if ours is None or theirs is None or ours[0] != theirs[0] or "float" not in ours[0]:
+        return False
+    return all(abs(one - other) <= 1e-5 * ours[2] for one, other in zip(ours[1], theirs[1], strict=True))
+
+
 def _shared(error: Any) -> Any:
     """Mark an error that all ranks raise."""
     error._pyro_vae_shared = True
@@ -342,18 +380,37 @@ def share_of(count: int, rank: int, size: int) -> slice:
 
 
 _ALONE = Ranks()
-_as_one_process: ContextVar[bool] = ContextVar("as_one_process", default=False)
+_blocks: list[None] = []  # of one_process that have begun and not ended, in any thread
 _groups: dict[int, Ranks] = {}  # one at most, by the identity of torch's default group
+_inherited: list[Any] = []  # the group of the process of which this one is a copy: its connections are not ours
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Run a block as a process without others: nothing inside is shared with other ranks."""
-    token = _as_one_process.set(True)
+    """Run a block as a process without others: nothing inside is shared with other ranks.
+
+    That is so for all threads of the process, since what the block calls may use some.
+    """
+    _blocks.append(None)
     try:
         yield
     finally:
-        _as_one_process.reset(token)
+        _blocks.pop()
+
+
+def _begin_copy() -> None:
+    """Let a forked copy of this process be none of the ranks; a group that it makes of its own is another one."""
+    _groups.clear()
+    if dist.is_available() and dist.is_initialized():
+        _inherited[:] = [dist.group.WORLD]
+
+
+def _is_inherited() -> bool:
+    return any(dist.group.WORLD is one for one in _inherited)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_copy)
 
 
 class OnEveryRank:
@@ -372,32 +429,23 @@ def ranks() -> Ranks:
     >>> ranks().size
     1
     """
-    if _as_one_process.get() or not dist.is_available():
+    if _blocks or not dist.is_available():
         return _ALONE
     if not dist.is_initialized():
-        if not _is_started_by_torchrun():
+        if not is_started_by_torchrun():
             return _ALONE
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, number, count = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=_of_this_start(store, number, count), rank=number, world_size=count)
         atexit.register(_leave)
-    size, group = dist.get_world_size(), id(dist.group.WORLD)
-    if size == 1:
+    if _is_inherited() or (size := dist.get_world_size()) == 1:
         return _ALONE
+    group = id(dist.group.WORLD)
     if group not in _groups:
         adds_on_cpu = "gloo" in dist.get_backend_config()
         _groups.clear()
         _groups[group] = Ranks(dist.get_rank(), size, None if adds_on_cpu else dist.new_group(backend="gloo"))
     return _groups[group]
-
-
-def _is_started_by_torchrun() -> bool:
-    """Whether ``torchrun`` has started this very process, as one of several."""
-    return (
-        dist.is_torchelastic_launched()
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and multiprocessing.parent_process() is None
-    )
 
 
 def _of_this_start(store: Any, rank: int, size: int) -> Any:
@@ -423,7 +471,7 @@ def _of_this_start(store: Any, rank: int, size: int) -> Any:
 def _leave() -> None:
     """Leave the group at the end of the script."""
     _groups.clear()
-    if dist.is_initialized():
+    if dist.is_initialized() and not _is_inherited():
         dist.destroy_process_group()
 
 

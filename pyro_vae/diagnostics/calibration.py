@@ -30,8 +30,8 @@ from pyro_vae._utils.param_store import scoped_param_store, without_training
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.processes import default_processes, run_in_processes
 from pyro_vae._utils.progress import Progress, progress_bar
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.traces import latent_sites, log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
@@ -311,7 +311,7 @@ def _describe_errors(errors: Sequence[float], tolerance: float, z_score: float) 
     return found
 
 
-@each_rank("calibrate")
+@report_of_ranks("calibrate")
 @any_arguments
 def calibrate(
     model: Function,

@@ -27,8 +27,9 @@ from pyro_vae._utils.chunks import in_chunks
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import Progress, progress_bar
-from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae._utils.ranks import ranks
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.traces import log_density
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -258,7 +259,7 @@ def _collapsed_variables(name: str, units: Units) -> Iterator[str]:
         yield f"these variables of {name} still cost a rate of {wasted:.2f} nats: their q is not the prior"
 
 
-@each_rank("decompose")
+@report_of_ranks("decompose")
 @torch.no_grad()
 @any_arguments
 @without_training

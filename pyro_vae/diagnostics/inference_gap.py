@@ -23,8 +23,8 @@ from pyro_vae._utils.data import DataTensors, data_tensors
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import function, positive, positive_int
 from pyro_vae.arguments import any_arguments
@@ -185,7 +185,7 @@ def _mean(values: Tensor, errors: Tensor) -> str:
     return f"{values.mean().item():.3f} ± {errors.square().sum().sqrt().item() / len(values):.3f}"
 
 
-@each_rank("inference_gap")
+@report_of_ranks("inference_gap")
 @any_arguments
 @without_training
 def inference_gap(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae._utils.param_store import without_training
-from pyro_vae._utils.ranks import each_rank
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.traces import masked
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -36,7 +36,7 @@ _PRELIMINARY_CHAINS = 8
 _PRELIMINARY_MOVES = 2  # at each temperature
 
 
-@each_rank("annealed_log_evidence")
+@report_of_ranks("annealed_log_evidence")
 @torch.no_grad()
 @any_arguments
 @without_training

@@ -13,8 +13,8 @@ from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import optional_boolean, positive_int
 from pyro_vae.arguments import any_arguments
@@ -189,7 +189,7 @@ def _mean_and_error(log_p: Tensor) -> str:
     return f"{log_p.mean():.3f}" + (f" ± {log_p.std() / len(log_p) ** 0.5:.3f}" if len(log_p) > 1 else "")
 
 
-@each_rank("log_evidence")
+@report_of_ranks("log_evidence")
 @torch.no_grad()
 @any_arguments
 @without_training

@@ -28,8 +28,8 @@ from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import evaluation_mode
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.traces import log_density, summed_to
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive
@@ -54,7 +54,7 @@ _CANDIDATES = 9  # points of which a draw of a posterior is one
 _CHUNKS = 100  # of points, about as many as a quadrature has
 
 
-@each_rank("exact.log_evidence")
+@report_of_ranks("exact.log_evidence")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -126,7 +126,7 @@ def _by_rows(name: str, progress: bool | None, batches: RowBatches, compute: Cal
         return torch.cat(in_chunks(name, range(len(batches)), run, batches.first.data[0].device))
 
 
-@each_rank("exact.posterior")
+@report_of_ranks("exact.posterior")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -242,7 +242,7 @@ def _reporting(batches: RowBatches, index: int, compute: Callable[[ModelGuide], 
     return compute(batches[index])
 
 
-@each_rank("exact.elbo")
+@report_of_ranks("exact.elbo")
 @torch.no_grad()
 @any_arguments
 @without_training
@@ -286,7 +286,7 @@ def _elbo(pair: ModelGuide, tolerance: float, progress: bool | None) -> Tensor:
     return torch.cat(_in_batches("exact.elbo", progress, p, lambda part: q.of_rows(part).elbo(tolerance))).to(p.dtype)
 
 
-@each_rank("exact.kl")
+@report_of_ranks("exact.kl")
 @torch.no_grad()
 @any_arguments
 @without_training

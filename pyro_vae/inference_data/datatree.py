@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae._utils.ranks import ranks
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.arguments import any_arguments
@@ -34,7 +35,7 @@ _LARGEST_KHAT = 0.7  # above which importance weights correct nothing
 _LEAST_TAIL = 5  # draws to which k̂ is fitted
 
 
-@each_rank("to_datatree")
+@report_of_ranks("to_datatree")
 @any_arguments
 @without_training
 def to_datatree(
@@ -173,7 +174,7 @@ def to_datatree(
     return layout.tree(groups, largest.khat(), attrs)
 
 
-@each_rank("save_draws")
+@report_of_ranks("save_draws")
 @any_arguments
 @without_training
 def save_draws(

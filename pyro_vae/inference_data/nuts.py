@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyro_vae._utils.param_store import without_training
 from pyro_vae._utils.processes import default_processes, run_in_processes
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.traces import latent_sites, log_density, observed_sites
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
@@ -39,7 +39,7 @@ _BUDGET = 2**22  # numbers in the tensors of a chunk of draws
 _STRATEGIES = (init_to_sample, init_to_uniform, init_to_median)
 
 
-@each_rank("reference")
+@report_of_ranks("reference")
 @any_arguments
 @without_training
 def reference(

@@ -14,8 +14,8 @@ from pyro_vae._utils.display import Result, Table, count_of, per_cell
 from pyro_vae._utils.param_store import scoped_param_store
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.progress import Progress, progress_bar
-from pyro_vae._utils.ranks import each_rank
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import positive_int
 from pyro_vae.arguments import any_arguments
@@ -185,7 +185,7 @@ class Inspection(Result):
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-@each_rank("inspect")
+@report_of_ranks("inspect")
 @any_arguments
 def inspect(
     model: Function,

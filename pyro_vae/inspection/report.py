@@ -12,7 +12,8 @@ from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.display import Table
 from pyro_vae._utils.files import replacing
 from pyro_vae._utils.progress import progress_bar
-from pyro_vae._utils.ranks import each_rank, one_process, ranks
+from pyro_vae._utils.ranks import one_process, ranks
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import (
     class_labels,
@@ -36,7 +37,7 @@ __all__ = ["report"]
 _MAX_ROWS = 60  # rows of a table with a row for each latent variable
 
 
-@each_rank("report")
+@report_of_ranks("report")
 @any_arguments
 def report(
     path: str | os.PathLike[str],

@@ -25,6 +25,7 @@ from pyro_vae._utils.param_store import rollback_params_on_error, without_traini
 from pyro_vae._utils.plates import every_row
 from pyro_vae._utils.ranks import each_rank, ranks
 from pyro_vae._utils.rng import seeded
+from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
 from pyro_vae._utils.validation import describe, function, mapping, positive, positive_int
 from pyro_vae._utils.warn import warn_user
@@ -395,7 +396,7 @@ def fit(
     )
 
 
-@each_rank("evaluate")
+@report_of_ranks("evaluate")
 @any_arguments
 @without_training
 def evaluate(

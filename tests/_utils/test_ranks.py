@@ -1,5 +1,6 @@
 """Ranks: exchanges of numbers and errors between processes, none of which waits for ever."""
 
+import multiprocessing
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,78 @@ def alone_in_a_block():
 
 def test_one_process_hides_the_others():
     assert run_on_ranks(alone_in_a_block, 2) == [(0, 1, 2)] * 2
+
+
+def in_a_thread():
+    with parallel.one_process(), ThreadPoolExecutor(1) as threads:
+        inside = threads.submit(parallel.num_ranks).result()
+    return inside, parallel.num_ranks()
+
+
+def test_one_process_is_that_of_all_threads():
+    assert run_on_ranks(in_a_thread, 2) == [(1, 2)] * 2
+
+
+def of_a_copy(answers):
+    answers.send((parallel.num_ranks(), fail_on(-1)))
+
+
+def in_a_copy():
+    if not parallel.rank():
+        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=of_a_copy, args=(sender,))
+        process.start()
+        assert receiver.poll(20)
+        assert receiver.recv() == (1, [1.0])
+        process.kill()
+        process.join()
+    return parallel.num_ranks(), fail_on(-1)
+
+
+def test_a_forked_copy_of_a_rank_is_alone_and_the_group_goes_on():
+    assert run_on_ranks(in_a_copy, 2) == [(2, [2.0])] * 2
+
+
+def copies_of_first():
+    group, rank = ranks(), parallel.rank()
+    tensors = [torch.full((2, 3), float(rank)), torch.full((2,), float(rank))]
+    group.copy_from_first("a test", tensors)
+    with pytest.raises(ValueError, match="tensor 1 of a test") as caught:
+        group.copy_from_first("a test", [torch.zeros(3), torch.zeros(2 + rank)])
+    with pytest.raises(ValueError, match="tensor 1 of a test") as fewer:
+        group.copy_from_first("a test", [torch.zeros(3)] * (1 + rank))
+    return [tensor.tolist() for tensor in tensors], str(caught.value), str(fewer.value), fail_on(-1)
+
+
+def test_tensors_are_copied_from_the_first_rank_and_others_than_its_own_are_an_error_of_all():
+    expected = "must be the same on every rank, got"
+    for tensors, other, fewer, sums in run_on_ranks(copies_of_first, 2):
+        assert tensors == [[[0.0] * 3] * 2, [0.0] * 2]
+        assert other == f'`tensor 1 of a test` {expected} "(2,) float32" on rank 0 and "(3,) float32" on rank 1'
+        assert fewer == f'`tensor 1 of a test` {expected} nothing on rank 0 and "(3,) float32" on rank 1'
+        assert sums == [2.0]
+
+
+def sketches():
+    torch.manual_seed(0)
+    tensor, rank = torch.randn(1000), parallel.rank()
+    given = [tensor * (1 + 1e-7 * rank), tensor * (1 + 1e-3 * rank), tensor.roll(rank), (tensor > 0).int().roll(rank)]
+    found = []
+    for value in given:
+        try:
+            ranks().check_same("a test", {"same": 1, "value": value})
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+    return found
+
+
+def test_floats_may_differ_by_rounding_and_nothing_else():
+    ours, theirs = run_on_ranks(sketches, 2)
+    assert ours == theirs
+    assert ours[0] == ""
+    assert all(text.startswith("`value` must be the same on every rank, got (1000,)") for text in ours[1:])
 
 
 @each_rank("a test")
