@@ -75,6 +75,10 @@ class PythonState:
         both = {label: (self._before.get(label), now.get(label)) for label in self._before | now}
         return {label: pair for label, pair in both.items() if label not in self._ignored and self._differ(*pair)}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are watched, by the place where they stand."""
+        return {label: value for label, value in self._labelled().items() if isinstance(value, Tensor)}
+
     def ignore(self, labels: Iterable[str]) -> None:
         """Stop watching places that the code itself writes to."""
         self._ignored |= set(labels)

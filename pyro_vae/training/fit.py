@@ -23,7 +23,7 @@ from pyro_vae._utils.display import Result, Table, count_of
 from pyro_vae._utils.module_state import buffers_kept, evaluation_mode
 from pyro_vae._utils.param_store import rollback_params_on_error, without_training
 from pyro_vae._utils.plates import every_row
-from pyro_vae._utils.ranks import each_rank, ranks
+from pyro_vae._utils.ranks import OnEveryRank, Ranks, each_rank, ranks
 from pyro_vae._utils.rng import seeded
 from pyro_vae._utils.shared_calls import report_of_ranks
 from pyro_vae._utils.typing import Data, Function
@@ -312,6 +312,7 @@ def fit(
         stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate, precision)
     group = ranks()
+    callbacks = _callbacks_of_ranks(callbacks, group)
     make_optimizer = RunOptimizer(optimizer, lr, compile is True and group.size == 1, saves, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
     settings |= {
@@ -462,6 +463,17 @@ def _share_reason(pair: ModelGuide) -> None:
     """Let all ranks have the reason why there is no bound that the data of some of them show."""
     reasons = ranks().gather("the bound of a model and guide", pair.why_no_bound)
     pair.why_no_bound = next(filter(None, reasons), "")
+
+
+def _callbacks_of_ranks(callbacks: Sequence[Callback], group: Ranks) -> Sequence[Callback]:
+    """Return the callbacks of this rank, which may be left out where they run on rank 0 alone."""
+    everywhere = [isinstance(call, OnEveryRank) for call in callbacks]
+    first = group.from_first("the callbacks of fit", everywhere)
+    if not everywhere and not any(first):
+        return [lambda epoch: None for _ in first]
+    kinds = ["on every rank" if one else "on rank 0" for one in everywhere]
+    group.check_same("the callbacks of fit", {"callbacks": kinds})
+    return callbacks
 
 
 def _make_step(

@@ -1,9 +1,8 @@
 """The sum over ranks of the gradients of a step, of the buffers that it changes, and of its metrics."""
 
 import math
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +43,9 @@ class _Bucket:
     That has a number for each parameter, 1 where the rank has a gradient, all gradients, and the values of all buffers.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor]):
+    def __init__(self, parameters: Sequence[Tensor], buffers: dict[str, Tensor]):
         self.parameters, self.buffers = parameters, buffers
-        tensors = [*parameters, *buffers]
+        tensors = [*parameters, *buffers.values()]
         sizes = [len(parameters), *(tensor.numel() for tensor in tensors)]
         self.flat = tensors[0].detach().new_zeros(sum(sizes))
         self.used, *parts = self.flat.split(sizes)
@@ -65,7 +64,7 @@ class _Bucket:
         pairs = [(mean, one) for mean, one in zip(self.means, gradients, strict=True) if one is not None]
         if len(pairs) < len(gradients):
             self.gradients.zero_()
-        pairs += zip(self.buffer_means, self.buffers, strict=True)
+        pairs += zip(self.buffer_means, self.buffers.values(), strict=True)
         if pairs:
             torch._foreach_copy_([mean for mean, _ in pairs], [one for _, one in pairs])
         self.numbers.mul_(weight)
@@ -98,11 +97,12 @@ class GradientSum:
         self.ranks, self.step = ranks, step
         self.decisions, self.rows = Decisions(), 0
         self._buckets: list[_Bucket] = []
-        self._known: dict[int, Tensor] = {}  # parameters and buffers that all ranks have alike
+        self._alike: set[str] = set()  # names of parameters and buffers that all ranks have alike
+        self._missed = False  # whether this rank had no rows in a step, in this epoch
         self._expected: dict[int, int] = {}  # how often a backward pass adds to each gradient in a step, by id
         self._counts: Counter[int] = Counter()
         self._begun: list[Callable[[], None]] = []
-        self._held: set[int] = set()  # the ids of what the buckets have
+        self._held: Collection[str] = ()  # the names of what the buckets have
         self._others: list[Tensor] = []  # what they do not have, of the step with a snapshot
         self._others_for: Any = None
         self._is_open = self._is_counting = self._is_late = False
@@ -119,10 +119,32 @@ class GradientSum:
         self.ranks.check_same(_PLACE, of_modules, ". The script must build the same model on every rank")
         found = self.ranks.gather(_PLACE, shapes)  # others may have a number for each row of a rank
         same = [name for name, shape in found[0].items() if all(theirs.get(name) == shape for theirs in found)]
-        self.ranks.copy_from_first(_PLACE, [named[name] for name in same])
+        self._alike = set(same)
+        self.copy_from_first()
         self.step.tensors.note()  # no step has changed the buffers
-        self._known = {id(one): one for one in named.values()}
         self._find_others()
+
+    def copy_from_first(self) -> None:
+        """Set the parameters and buffers that all ranks have alike to those of rank 0."""
+        named = self.step.named_tensors()
+        self.ranks.copy_from_first(_PLACE, [named[name] for name in named if name in self._alike])
+
+    def check_alike(self, values: Mapping[str, Any]) -> None:
+        """Raise if parameters, buffers or other values of ranks have become different, by whatever way.
+
+        Integers of a rank that had no rows in some step, such as the number of batches, become those of rank 0.
+        """
+        named = {name: one for name, one in self.step.named_tensors().items() if name in self._alike}
+        whole = [one for one in named.values() if not one.is_floating_point()]
+        if self.ranks.exchange(_PLACE, [self._missed])[0]:
+            self.ranks.copy_from_first(_PLACE, whole)
+        self._missed = False
+        found = {name: _checksum(one) for name, one in named.items()} | dict(values)
+        self.ranks.check_same(
+            "the state of ranks", found, ". Ranks have the sums of gradients and the means of buffers with real "
+            "numbers; what else a step changes, such as a count of rows in integers or a draw of an optimizer, must be "
+            "the same on all of them",
+        )  # fmt: skip
 
     def arrange(self) -> None:
         """Make the buckets, for what has a gradient or is a changed buffer on any rank; all ranks must have it.
@@ -132,42 +154,49 @@ class GradientSum:
         """
         named = self.step.named_tensors()
         changed = self.step.tensors.changed()
-        ours = {name for name, one in named.items() if id(one) in self._held or _has_news(one, changed)}
+        ours = {name for name, one in named.items() if name in self._held or _has_news(one, changed)}
         names = set().union(*self.ranks.gather(_PLACE, ours))
         chosen = {name: one for name, one in named.items() if name in names}
-        kinds = {}
-        for name, one in chosen.items():
-            is_new = not _is_buffer(one) and id(one) not in self._known
-            kinds[name] = f"{describe(one)}{f' with the values {_checksum(one)}' if is_new else ''}"
+        kinds = {name: describe(one) for name, one in chosen.items()}
         self.ranks.check_same(_PLACE, kinds, ". Make all parameters in the first run, on all ranks alike")
-        groups: list[list[Tensor]] = []
-        latest: dict[Any, list[Tensor]] = {}
-        for one in reversed(chosen.values()):  # in the order in which a backward pass is likely to reach them
+        new = [name for name, one in chosen.items() if name not in self._alike and not _is_buffer(one)]
+        self.ranks.copy_from_first(_PLACE, [chosen[name] for name in new])
+        self._alike |= chosen.keys()
+        groups: list[list[str]] = []
+        latest: dict[Any, list[str]] = {}
+        for name, one in reversed(chosen.items()):  # in the order in which a backward pass is likely to reach them
             kind = one.dtype, one.device
-            if kind not in latest or sum(tensor.numel() for tensor in latest[kind]) >= _BUCKET:
+            if kind not in latest or sum(chosen[held].numel() for held in latest[kind]) >= _BUCKET:
                 groups.append([])
                 latest[kind] = groups[-1]
-            latest[kind].append(one)
+            latest[kind].append(name)
         self._buckets = []
         for group in groups:
-            buffers = [one for one in group if _is_buffer(one)]
-            self._buckets.append(_Bucket([one for one in group if not _is_buffer(one)], buffers))
-        self._held = {id(one) for one in chosen.values()}
-        self._known = {id(one): one for one in named.values()}
+            buffers = {name: chosen[name] for name in group if _is_buffer(chosen[name])}
+            self._buckets.append(_Bucket([chosen[name] for name in group if name not in buffers], buffers))
+        self._held = chosen.keys()
         self._find_others()
         self._watch()
 
     def _find_others(self) -> None:
-        """Find what the buckets do not have."""
-        self._others = [one for one in self.step.named_tensors().values() if id(one) not in self._held]
+        """Find what the buckets do not have, and the buffers that have been put in the place of others."""
+        named = self.step.named_tensors()
+        self._others = [one for name, one in named.items() if name not in self._held]
         self._others_for = self.step.snapshot
+        for bucket in self._buckets:
+            bucket.buffers = {name: named.get(name, one) for name, one in bucket.buffers.items()}
 
     def _must_arrange(self) -> bool:
         """Whether something that the buckets do not have must be added up."""
-        if self.step.snapshot is not self._others_for or self.step.snapshot is None:
+        changed, lacks, snapshot = self.step.tensors.changed(), self._lacks_parameters(), self.step.snapshot
+        if changed or lacks or snapshot is None or snapshot is not self._others_for:
             self._find_others()
-        changed = self.step.tensors.changed()
-        return any(_has_news(one, changed) for one in self._others)
+        return lacks or any(_has_news(one, changed) for one in self._others)
+
+    def _lacks_parameters(self) -> bool:
+        """Whether the buckets lack a parameter with a gradient, such as one in the place of another."""
+        held = {id(one) for bucket in self._buckets for one in bucket.parameters}
+        return any(id(one) not in held for one in self.step.parameters.values() if one.grad is not None)
 
     # Gradients as they come
 
@@ -238,11 +267,12 @@ class GradientSum:
     def __call__(self, loss: Any, terms: Sequence[Any]) -> tuple[float, list[Tensor], Tensor]:
         """Return loss, terms and norm of the gradients of the whole batch; set its gradients if all are finite."""
         rows, self._is_counting = self._weight, False
+        must_arrange = self._must_arrange()
         self._begin_all()
         own = [rows * float(value) for value in (loss, *terms)] if rows else []
         mine, first = self.decisions, self.ranks.is_first
         decided = [mine.reads and first, mine.saves and first, mine.interrupted, mine.terminated]
-        numbers = [rows, self._is_late, self._must_arrange(), *decided, *own, *[0.0] * (_MOST_TERMS + 1 - len(own))]
+        numbers = [rows, self._is_late, must_arrange, *decided, *own, *[0.0] * (_MOST_TERMS + 1 - len(own))]
         self._is_open = False
         total, is_late, must_arrange, *sums = self.ranks.exchange(_PLACE, numbers)
         self.decisions, self.rows = Decisions(*map(bool, sums[: len(decided)])), int(total)
@@ -255,6 +285,7 @@ class GradientSum:
             self._wait()
         if self._counts:
             self._expected = dict(self._counts)
+        self._missed = self._missed or (bool(total) and not rows)
         if not total:
             return 0.0, [], torch.zeros((), device="cpu")
         loss, *means = (value / total for value in sums[len(decided) :])
@@ -273,7 +304,7 @@ class GradientSum:
             for bucket in self._buckets:
                 for parameter, mean, used in zip(bucket.parameters, bucket.means, bucket.used.tolist(), strict=True):
                     parameter.grad = mean if used else None
-                for buffer, mean in zip(bucket.buffers, bucket.buffer_means, strict=True):
+                for buffer, mean in zip(bucket.buffers.values(), bucket.buffer_means, strict=True):
                     buffer.copy_(mean)
         return norm
 
@@ -288,5 +319,8 @@ def _is_buffer(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter)
 
 
-def _checksum(tensor: Tensor) -> str:
-    return f"{zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()):08x}"
+def _checksum(tensor: Tensor) -> int:
+    """A number of the bits of a tensor."""
+    as_bytes = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    left = -len(as_bytes) % 8
+    return int(torch.nn.functional.pad(as_bytes, (0, left)).view(torch.int64).sum())

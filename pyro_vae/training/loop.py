@@ -52,6 +52,7 @@ __all__ = ["Batches", "Callback", "Epoch", "Loop", "RunCheckpoints", "StreamBatc
 _EAGER_BATCHES = 100  # of the first epoch, before its further rows are validated at once
 _SAME_SIGNAL = 1.0  # seconds in which two signals of a kind are one
 _SYNC_SECONDS, _MAX_CONSECUTIVE_SKIPS = 0.2, 100
+_FEW_NUMBERS = 2**20  # of a tensor outside of modules whose changes are noticed
 _MOST_PENDING = 2**28  # bytes of the inputs of steps whose metrics are not read yet
 
 
@@ -317,9 +318,18 @@ class Loop:
             if self._early_stopping.patience is not None or self.checkpoints is not None:
                 self._early_stopping.update(self.step, state, next(iter(terms.values())))
         self._update_plateau(state.epoch - 1)
+        self._check_alike()
         if self.callbacks:
             self._call_callbacks()
-        self.ranks.exchange("the end of an epoch of fit")
+            self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Raise if ranks have become different."""
+        step, last = self.step, max(0, self.step.count - 1)
+        if step.gradient_sum is not None:
+            rates = {"lr": None if step.lr is None else float(step.lr(last))}
+            values = {f"schedules[{number}]": value.item() for number, value in enumerate(step.schedules)}
+            step.gradient_sum.check_alike(rates | values)
 
     def _call_callbacks(self) -> None:
         """Call each callback: it may end the run, freeze parameters, and draw random numbers.
@@ -329,7 +339,7 @@ class Loop:
         state, ranks = self.state, self.ranks
         record = {name: values[-1] for name, values in state.history.items()}
         alone = ranks.size > 1 and not all(isinstance(call, OnEveryRank) for call in self.callbacks)
-        places = PythonState(*self.step.evaluator.read) if alone else None
+        changes = _Changes(self.step) if alone and ranks.is_first else None
         with preserve_rng_state():
             for call in self.callbacks:
                 runs_alone = alone and not isinstance(call, OnEveryRank)
@@ -340,15 +350,43 @@ class Loop:
                 if ranks.exchange("a callback of fit", [ends])[0]:
                     state.stop_reason = "callback"
         check_gradients_enabled("fit")
-        if places is not None:
-            if changes := places.changes():
-                raise ValueError(
-                    "`callbacks` must not change Python values on rank 0 alone, got a change of "
-                    f"{next(iter(changes))}. Wrap the callback: `pyro_vae.parallel.on_every_rank(callback)`"
-                )
+        if changes is not None:
+            changes.check()
+        if alone and self.step.gradient_sum is not None:
             set_trainable_flags(self.step, ranks.from_first("the flags of fit", trainable_flags(self.step)))
-            ranks.copy_from_first("the parameters of fit", list(model_state(self.step).values()))
+            self.step.gradient_sum.copy_from_first()
         self._refresh()
+
+
+class _Changes:
+    """What callbacks on rank 0 alone must not change: all that is no parameter, buffer or flag of a module."""
+
+    def __init__(self, step: Step):
+        self._step, self._named = step, step.named_tensors()
+        schedules = [*step.schedules.values(), *([] if step.lr is None else [step.lr])]
+        roots = [*step.evaluator.read, *schedules]
+        self._places = [PythonState(*roots), PythonState(*roots, tensors=True)]
+        self._tensors = self._others()
+
+    def _others(self) -> dict[str, Tensor]:
+        known = {id(one) for one in self._named.values()}
+        found = self._places[1].tensors().items()
+        few = ((label, one) for label, one in found if id(one) not in known and one.numel() <= _FEW_NUMBERS)
+        return {label: one.detach().clone() for label, one in few}
+
+    def check(self) -> None:
+        """Raise for a change."""
+        changed = [label for place in self._places for label in place.changes()]
+        now = self._others()
+        changed += [label for label, one in self._tensors.items() if label in now and not torch.equal(one, now[label])]
+        others = self._step.named_tensors()
+        changed += [name for name, one in self._named.items() if others.get(name) is not one]
+        if changed:
+            raise ValueError(
+                f"`callbacks` must not change {changed[0]!r} on rank 0 alone: other ranks get the numbers in "
+                "parameters and buffers, and the flags of modules. Wrap the callback: "
+                "`pyro_vae.parallel.on_every_rank(callback)`"
+            )
 
 
 def _ends_run(result: Any) -> bool:

@@ -54,12 +54,13 @@ class SharedDraws(Messenger):
             with _AsTensors(self._fills):
                 yield
             return
-        self._stream = self._stream or self._new_stream()
+        self._stream = self._stream or self.stream()
         with self._stream:
             yield
 
-    def _new_stream(self) -> RandomStream:
-        return RandomStream(int(np.random.SeedSequence([self._seed, 1, self.step]).generate_state(1)[0]))
+    def stream(self, number: int = 1) -> RandomStream:
+        """A random stream of the current step that is the same on all ranks; another one for each ``number``."""
+        return RandomStream(int(np.random.SeedSequence([self._seed, number, self.step]).generate_state(1)[0]))
 
     @contextmanager
     def captured(self) -> Iterator[list[Callable[[], Any]]]:
@@ -70,7 +71,7 @@ class SharedDraws(Messenger):
     def refill(self, fills: Sequence[Callable[[], Any]]) -> None:
         """Draw the noise of a captured run."""
         if fills:
-            with self._new_stream(), torch.no_grad():
+            with self.stream(), torch.no_grad():
                 for fill in fills:
                     fill()
 

@@ -296,7 +296,9 @@ class Step:
             self._set_lr(self.count - 1)
         if self.optimizer is not None:
             self._zero_missing_gradients(self.optimizer)
-            self.optimizer.step()
+            may_draw = not type(self.optimizer).__module__.startswith(("torch.", "pyro."))
+            with self.shared.stream(2) if self.shared is not None and may_draw else nullcontext():
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _zero_missing_gradients(self, optimizer: torch.optim.Optimizer) -> None:

@@ -290,7 +290,7 @@ MESSAGES = {
     "another seed": ("ValueError", "`seed` must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
     "other data": ("ValueError", "`data` must be the same on every rank"),
     "another model": ("ValueError", "must be the same on every rank"),
-    "a change of Python on rank 0": ("ValueError", "`callbacks` must not change Python values on rank 0 alone"),
+    "a change of Python on rank 0": ("ValueError", "`callbacks` must not change 'Drawn.at' on rank 0 alone"),
     "a joint bound": ("ValueError", "`elbo` must be a sum over the rows"),
     "an average over the batch": ("ValueError", "`elbo` must be a sum over the rows"),
 }
