@@ -178,9 +178,9 @@ def before_each_run(call: Callable[[nn.Module], None]) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Run a block, then restore the buffers of the modules that ran inside."""
-    tensors = ModuleTensors()
+def buffers_kept(*functions: Any) -> Iterator[None]:
+    """Run a block, then restore the buffers of the modules that ran inside, or that a function is or is bound to."""
+    tensors = ModuleTensors(*functions)
     try:
         with tensors.noticed():
             yield
@@ -217,7 +217,7 @@ def evaluation_mode(*functions: Any) -> Iterator[None]:
 
     _modes.append(modes)
     try:
-        with buffers_kept(), before_each_run(switch):
+        with buffers_kept(*functions), before_each_run(switch):
             for root in filter(None, map(bound_module, functions)):
                 switch(root)
             yield

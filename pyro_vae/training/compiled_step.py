@@ -324,7 +324,9 @@ class _StepGraphs:
             self._next_check = min(2 * self.calls, self.calls + math.ceil((now - started) / (_SHARE * per_call)))
 
     def _compare(self, batch_context: BatchContext, inputs: Sequence[Tensor]) -> None:
-        with buffers_kept():  # the eager run finds the modules whose buffers the graph changes as well
+        evaluator = self.owner.evaluator
+        # The eager run finds the modules whose buffers the graph changes as well.
+        with buffers_kept(evaluator.model, evaluator.guide):
             with preserve_rng_state(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Encountered NaN")  # the step names or skips what is not finite
                 sites = _Sites(self.owner, batch_context, inputs, self.owner.evaluator.validated_loss)

@@ -331,7 +331,7 @@ def fit(
         autoguide_follows_subsample(guide),
         nullcontext() if stream is None else stream.epochs_kept(),
     ):
-        with rollback_params_on_error(), seeded(seed), buffers_kept():
+        with rollback_params_on_error(), seeded(seed), buffers_kept(model, guide):
             pair = ModelGuide.on_batches(model, guide, tensors, share, plate, transform)
             pair.check_elbo(evaluator.elbo)
             if group.size > 1:
@@ -470,7 +470,7 @@ def _callbacks_of_ranks(callbacks: Sequence[Callback], group: Ranks) -> Sequence
     everywhere = [isinstance(call, OnEveryRank) for call in callbacks]
     first = group.from_first("the callbacks of fit", everywhere)
     if not everywhere and not any(first):
-        return [lambda epoch: None for _ in first]
+        callbacks, everywhere = [lambda epoch: None for _ in first], first
     kinds = ["on every rank" if one else "on rank 0" for one in everywhere]
     group.check_same("the callbacks of fit", {"callbacks": kinds})
     return callbacks

@@ -267,12 +267,12 @@ class GradientSum:
     def __call__(self, loss: Any, terms: Sequence[Any]) -> tuple[float, list[Tensor], Tensor]:
         """Return loss, terms and norm of the gradients of the whole batch; set its gradients if all are finite."""
         rows, self._is_counting = self._weight, False
-        must_arrange = self._must_arrange()
+        has_more = self._must_arrange()
         self._begin_all()
         own = [rows * float(value) for value in (loss, *terms)] if rows else []
         mine, first = self.decisions, self.ranks.is_first
         decided = [mine.reads and first, mine.saves and first, mine.interrupted, mine.terminated]
-        numbers = [rows, self._is_late, must_arrange, *decided, *own, *[0.0] * (_MOST_TERMS + 1 - len(own))]
+        numbers = [rows, self._is_late, has_more, *decided, *own, *[0.0] * (_MOST_TERMS + 1 - len(own))]
         self._is_open = False
         total, is_late, must_arrange, *sums = self.ranks.exchange(_PLACE, numbers)
         self.decisions, self.rows = Decisions(*map(bool, sums[: len(decided)])), int(total)

@@ -311,7 +311,7 @@ class Loop:
         if self.validate is not None or self.callbacks or self._plateau is not None:
             self._sync_metrics(refresh=not self.callbacks)
         if self.validate is not None:
-            with buffers_kept():
+            with buffers_kept(self.step.evaluator.model, self.step.evaluator.guide):
                 terms = self.validate()
             for name, value in terms.items():
                 state.history.setdefault(f"validation_{name}", []).append(value)

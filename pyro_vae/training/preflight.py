@@ -73,7 +73,7 @@ def run_all_rows(evaluator: ElboEvaluator, batches: Batches) -> None:
     Of a data set or a stream these are the rows of one batch, see :meth:`pyro_vae.training.loop.Batches.in_order`.
     Rows that are not finite pass: the step names or skips them.
     """
-    with preserve_rng_state(), buffers_kept():
+    with preserve_rng_state(), buffers_kept(evaluator.model, evaluator.guide):
         for inputs in batches.in_order():
             with batches.context(*inputs) as arguments:
                 evaluator.validated_loss(*arguments)

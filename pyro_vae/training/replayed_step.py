@@ -240,10 +240,13 @@ class ReplayedStep(GraphStep):
         return loss, terms
 
     def gradients(self, batch_context: BatchContext, inputs: Sequence[Tensor], found: list[Tensor]) -> list[Tensor]:
-        """Compute metrics, norm and gradients, for a capture, and add the parameters that have one to ``found``."""
+        """Compute metrics, norm and gradients, for a capture, and add the parameters that have one to ``found``.
+
+        On several ranks the norm is that of their sum, and so it is not computed here.
+        """
         with self.discard_gradients(), batch_context(*inputs) as arguments:
             loss, terms = self.backward(arguments, *inputs)
-            norm = self.gradient_norm()
+            norm = torch.ones((), device="cpu") if self.gradient_sum is not None else self.gradient_norm()
             found += [parameter for parameter in self.parameters.values() if parameter.grad is not None]
             row = metrics_row(torch.as_tensor(loss).isfinite() & norm.isfinite(), loss, terms)
             return [row, norm, *(parameter.grad for parameter in found if parameter.grad is not None)]

@@ -205,7 +205,8 @@ def engine_of(header: Mapping[str, Any], ranks: Ranks) -> Mapping[str, Any]:
 
 def discover_parameters(step: Step, batch_context: BatchContext, *inputs: Tensor) -> None:
     """Let a step find its parameters and modules in a run that changes nothing."""
-    with preserve_rng_state(), buffers_kept(), step.discard_gradients(), batch_context(*inputs) as arguments:
+    kept = buffers_kept(step.evaluator.model, step.evaluator.guide)
+    with preserve_rng_state(), kept, step.discard_gradients(), batch_context(*inputs) as arguments:
         step.backward(arguments, *inputs)
 
 

@@ -196,3 +196,26 @@ def test_a_block_inside_of_another_leaves_the_mode_to_the_outer_one():
         network(torch.ones(1, 2))
     assert modes == [False] * 3
     assert all(module.training for module in network.modules())
+
+
+class Counts(torch.nn.Module):
+    """A module whose method, and not its forward, is a model that writes to its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("average", torch.zeros(()))
+
+    def model(self):
+        self.steps += 1
+        self.average = self.average + 1
+
+
+def test_buffers_of_the_module_that_a_function_is_bound_to_are_restored():
+    counts = Counts()
+    average = counts.average
+    for context in (buffers_kept(counts.model), evaluation_mode(counts.model)):
+        with context:
+            counts.model()
+        assert (counts.steps, counts.average) == (0, 0)
+        assert counts.average is average

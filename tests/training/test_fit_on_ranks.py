@@ -259,8 +259,110 @@ ERRORS = {
 }  # fmt: skip
 
 
+class Weighted(nn.Module):
+    """A pair with a weight outside of parameters, a counter, running averages, and a parameter that comes late."""
+
+    def __init__(self, late=False, counts=False, assigns=False):
+        super().__init__()
+        with seeded(1):
+            self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(1, 2)
+        self.late, self.counts, self.assigns, self.calls = late, counts, assigns, 0
+        self.beta = {"value": torch.tensor(1.0)}
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def model(self, x):
+        pv.handlers.register("weighted", self)
+        with pyro.plate("data", ROWS):
+            x = pyro.subsample(x, event_dim=1)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            mean = self.decoder(z[..., None])
+            if self.late and self.calls > 20:
+                mean = mean + pyro.param("late", lambda: torch.randn(2))
+            if self.training:
+                if self.assigns:
+                    self.average = 0.9 * self.average + 0.1 * x.mean(0)
+                else:
+                    self.average.mul_(0.9).add_(0.1 * x.mean(0))
+                self.seen += len(x) if self.counts else 1
+            pyro.sample("x", dist.Normal(mean, 0.5 * self.beta["value"]).to_event(1), obs=x)
+
+    def guide(self, x):
+        pv.handlers.register("weighted", self)
+        self.calls += 1
+        with pyro.plate("data", ROWS):
+            x = pyro.subsample(x, event_dim=1)
+            loc, scale = self.encoder(x).unbind(-1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()))
+
+    def anneals(self, epoch):
+        self.beta["value"].mul_(0.9)
+
+    def anneals_in_place_of(self, epoch):
+        self.beta["value"] = self.beta["value"] * 0.9
+
+    def replaces(self, epoch):
+        self.decoder.bias = nn.Parameter(torch.zeros(2))
+
+
+class Noisy(torch.optim.SGD):
+    """An optimizer that adds noise, as Langevin dynamics does."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+
+
+def weighted(callback=None, on_all=False, **options):
+    pair = Weighted(**{name: options.pop(name) for name in ("late", "counts", "assigns") if name in options})
+    if callback is not None:
+        method = getattr(pair, callback)
+        options["callbacks"] = [parallel.on_every_rank(method) if on_all else method]
+    fitted(pair, compile=False, **options)
+    late = [pyro.param("late").detach()] if "late" in pyro.get_param_store() else []
+    return torch.cat([*(one.detach().flatten() for one in (*pair.parameters(), pair.average, *late))]), int(pair.seen)
+
+
+def flat(run):
+    return torch.cat([one.flatten() for one in run[0].values()]), run[2]
+
+
+def of_rank_0():
+    seen = []
+    fitted(Drawn(), callbacks=[seen.append] if parallel.rank() == 0 else [])
+    return len(seen)
+
+
+ERRORS |= {
+    "a weight in place": lambda: weighted("anneals"),
+    "another weight": lambda: weighted("anneals_in_place_of"),
+    "another parameter": lambda: weighted("replaces"),
+    "a count of rows": lambda: weighted(counts=True),
+    "other callbacks": lambda: fitted(Drawn(), callbacks=[of_rank_0] * (2 - parallel.rank())),
+}
+SAME = {
+    "a weight on all": lambda: weighted("anneals", on_all=True),
+    "a parameter that comes late": lambda: weighted(late=True, epochs=10),
+    "averages in place": weighted,
+    "averages that are assigned": lambda: weighted(assigns=True),
+    "an optimizer that draws": lambda: weighted(optimizer=Noisy, lr=1e-5),
+    "a decaying average for each row, and a callback": lambda: flat(
+        trained(
+            Pair(None, True, {"baseline": {"use_decaying_avg_baseline": True}}),
+            batch_size=None,
+            epochs=10,
+            elbo=TraceGraph_ELBO(),
+            callbacks=[lambda epoch: None],
+        )
+    ),
+    "a callback of rank 0 by rank": lambda: (torch.zeros(1), min(1, of_rank_0() + parallel.rank())),
+}
+
+
 def run_with_faults():
-    found = {name: error_of(run) for name, run in ERRORS.items()}
+    found = {name: error_of(run) for name, run in ERRORS.items()} | {name: run() for name, run in SAME.items()}
     pair = Drawn("is nan once", 15)
     skipped = fitted(pair, compile=False, nonfinite="skip", epochs=15)
     found["skipped"] = skipped.skipped, skipped.steps, dict(skipped.history), pair.loc.item()
@@ -291,6 +393,11 @@ MESSAGES = {
     "other data": ("ValueError", "`data` must be the same on every rank"),
     "another model": ("ValueError", "must be the same on every rank"),
     "a change of Python on rank 0": ("ValueError", "`callbacks` must not change 'Drawn.at' on rank 0 alone"),
+    "a weight in place": ("ValueError", "`callbacks` must not change"),
+    "another weight": ("ValueError", "`callbacks` must not change"),
+    "another parameter": ("ValueError", "`callbacks` must not change 'decoder.bias' on rank 0 alone"),
+    "a count of rows": ("ValueError", "`seen` must be the same on every rank"),
+    "other callbacks": ("ValueError", "`callbacks` must be the same on every rank"),
     "a joint bound": ("ValueError", "`elbo` must be a sum over the rows"),
     "an average over the batch": ("ValueError", "`elbo` must be a sum over the rows"),
 }
@@ -303,6 +410,20 @@ def test_what_fails_on_one_rank_is_an_error_of_all_and_the_next_run_works(with_f
         name, text, size = found[case]
         assert (name, size) == (kind, 3)
         assert message in text
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_ranks_stay_alike(with_faults, case):
+    (first, count), *others = (found[case] for found in with_faults)
+    for tensor, number in others:
+        assert torch.equal(tensor, first)
+        assert number == count
+
+
+def test_running_averages_do_not_depend_on_how_a_buffer_is_written(with_faults):
+    in_place, assigned = (with_faults[0][name][0] for name in ("averages in place", "averages that are assigned"))
+    assert torch.equal(in_place, assigned)
+    assert in_place[-2:].abs().min() > 0
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(with_faults):
