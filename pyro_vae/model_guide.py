@@ -66,8 +66,9 @@ from pyro_vae.distributions.properties import (
 from pyro_vae.handlers import FixedSubsample, SubsampleRows, SubsampleStatements, UnsizedPlates
 
 __all__ = [
-    "DATA_PLATE", "Batcher", "ModelGuide", "RowBatches", "RunError", "Transform", "autoguide_follows_subsample",
-    "check_one_plate", "check_same_latents", "is_amortized", "rows_at_once", "same_rows", "trace_pair", "transformed",
+    "DATA_PLATE", "Batcher", "ModelGuide", "RowBatches", "RunError", "Transform", "autoguide_as_before_on_error",
+    "autoguide_follows_subsample", "check_one_plate", "check_same_latents", "is_amortized", "rows_at_once",
+    "same_rows", "trace_pair", "transformed",
 ]  # fmt: skip
 
 Transform = Callable[..., Tensor | Sequence[Tensor]]
@@ -1342,6 +1343,24 @@ def autoguide_follows_subsample(guide: Function) -> Iterator[None]:
         yield
     finally:
         auto.create_plates = None
+
+
+@contextmanager
+def autoguide_as_before_on_error(guide: Function) -> Iterator[None]:
+    """Run a block; if it raises, an autoguide that it has set up is as before, and can be set up for other rows."""
+    auto = unbound(guide)
+    modules = list(auto.modules()) if isinstance(auto, AutoGuide) else []
+    before = [
+        {name: copy(value) if isinstance(value, dict | list | set) else value for name, value in vars(module).items()}
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, values in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(values)
+        raise
 
 
 def _is_of_few_rows(failure: RunError, model: Function, guide: Function, few: tuple[Tensor, ...], count: int) -> bool:

@@ -70,6 +70,15 @@ class DataTensors(tuple[Tensor, ...]):
         return self
 
     @property
+    def form(self) -> str:
+        """The shape and dtype of each tensor.
+
+        >>> DataTensors([torch.zeros(5, 2), torch.zeros(5)]).form
+        '(5, 2) float32 and (5,) float32'
+        """
+        return " and ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in self)
+
+    @property
     def num_checked(self) -> int:
         """How many rows, the first ones, are checked before training: all, where reading is fast."""
         return len(self[0])

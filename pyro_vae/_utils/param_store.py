@@ -1,7 +1,7 @@
 """Pyro's param store: modules registered by name, scopes, rollback on errors, and whose parameters it holds."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -75,8 +75,7 @@ def rollback_params_on_error() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for name in set(store.keys()) - before:
-            del store[name]
+        _drop(store.keys() - before)
         raise
 
 
@@ -147,13 +146,24 @@ def _release(entries: Entries) -> None:
 
 
 def _remove(entries: Entries) -> None:
-    """Remove the entries that Pyro's store still has, by a new dict: the garbage is collected at any time."""
-    store = pyro.get_param_store()
+    """Remove the entries that Pyro's store still has."""
+    params = pyro.get_param_store()._params
     gone = {key: parameter for key, ref in entries.items() if (parameter := ref()) is not None}
-    kept = {key: parameter for key, parameter in store._params.items() if gone.get(key) is not parameter}
+    _drop({key for key, parameter in gone.items() if params.get(key) is parameter})
+
+
+def _drop(names: Set[str]) -> None:
+    """Remove parameters from Pyro's store, by a new dict: the garbage is collected at any time.
+
+    A parameter may have two names, of which the store removes it under one alone.
+    """
+    store = pyro.get_param_store()
+    kept = {key: parameter for key, parameter in store._params.items() if key not in names}
     for key in store._params.keys() - kept.keys():
         store._param_to_name.pop(store._params[key], None)
         store._constraints.pop(key, None)
+    for key, parameter in kept.items():
+        store._param_to_name.setdefault(parameter, key)
     store._params = kept
 
 

@@ -58,8 +58,20 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """The share of this rank in ``count`` rows, which differs from those of others by one row at most."""
-        return share_of(count, self.rank, self.size)
+        """The share of this rank in the ``count`` rows of a batch.
+
+        No share is a single row of several, which batch normalisation refuses and ``squeeze`` mistakes for none: a
+        batch of fewer than 2K rows has fewer shares, and the last ranks have no row. Others differ by one row at most.
+
+        >>> [Ranks(rank, 3).share(5) for rank in range(3)]
+        [slice(0, 3, None), slice(3, 5, None), slice(5, 5, None)]
+        """
+        num_shares = min(self.size, max(1, count // 2))
+        return share_of(count, self.rank, num_shares) if self.rank < num_shares else slice(count, count)
+
+    def largest_share(self, count: int) -> int:
+        """The number of rows of the largest share in ``count`` rows, that of rank 0."""
+        return Ranks(0, self.size).share(count).stop
 
     def seed(self, seed: int) -> int:
         """A seed of random numbers of this rank alone; that of rank 0 is ``seed``.

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,13 @@ from pyro_vae._utils.validation import describe, function, mapping, positive, po
 from pyro_vae._utils.warn import warn_user
 from pyro_vae.arguments import any_arguments, bind, unbound
 from pyro_vae.compilation.precision import check_precision
-from pyro_vae.model_guide import ModelGuide, Transform, autoguide_follows_subsample, rows_at_once
+from pyro_vae.model_guide import (
+    ModelGuide,
+    Transform,
+    autoguide_as_before_on_error,
+    autoguide_follows_subsample,
+    rows_at_once,
+)
 from pyro_vae.training.automatic import AutomaticEngine, GradientEngine
 from pyro_vae.training.checkpoints import Checkpoints
 from pyro_vae.training.compiled_step import CapturedStep
@@ -265,7 +271,8 @@ def fit(
     Ctrl-C ends the run after the current step, with a warning; the parameters stay as trained so far.
 
     In a script that ``torchrun`` has started as several processes, the ranks, each rank runs its share of the rows of
-    every batch, and all make the step of the whole batch, see :mod:`pyro_vae.parallel`. All have the same parameters,
+    every batch, and all make the step of the whole batch, see :mod:`pyro_vae.parallel`. Where all rows are one batch,
+    and the pair cannot be trained on some of them, rank 0 runs them all, with a warning. All have the same parameters,
     history and result; latents outside of the data plate have one draw for all ranks. The data, or the batches of a
     stream, are the same on each rank, or a stream has rows of its own on each. What fails on one rank is raised on all.
 
@@ -303,15 +310,16 @@ def fit(
         lr = checked_schedule(lr, "lr") if callable(lr) else positive(lr, "lr")
     schedules = check_schedules({} if schedules is None else schedules)
     clip_norm = None if clip_norm is None else float(clip_norm)
+    group = ranks()
     batch_size = _batch_size(batch_size, len(tensors[0])) if stream is None else stream.batch_size
-    share = -(-batch_size // ranks().size) if stream is None else stream.most_rows  # of a batch on this rank
+    share = group.largest_share(batch_size) if stream is None else stream.most_rows  # of a batch on this rank
+    shares_rows = group.size > 1 and (stream is not None or share < len(tensors[0]))
     if share == len(tensors[0]) and stream is None:
         tensors = tensors.whole()
     saves = RunCheckpoints.are_given(checkpoints)
     if stream is not None and saves:
         stream.check_resumable()
     evaluator = ElboEvaluator(model, guide, as_elbo(elbo), plate, precision)
-    group = ranks()
     callbacks = _callbacks_of_ranks(callbacks, group)
     make_optimizer = RunOptimizer(optimizer, lr, compile is True and group.size == 1, saves, tensors[0].device)
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "compile": compile, "clip_norm": clip_norm}
@@ -331,18 +339,21 @@ def fit(
         autoguide_follows_subsample(guide),
         nullcontext() if stream is None else stream.epochs_kept(),
     ):
+        pair = None
         with rollback_params_on_error(), seeded(seed), buffers_kept(model, guide):
-            pair = ModelGuide.on_batches(model, guide, tensors, share, plate, transform)
-            pair.check_elbo(evaluator.elbo)
-            if group.size > 1:
-                pair.check_sums_over_rows(evaluator.elbo)
-            pair.check_regressions(evaluator.elbo)
+            make_pair = partial(_pair_to_train, model, guide, plate, transform, evaluator.elbo)
+            if group.size > 1 and stream is None and batch_size == len(tensors[0]):
+                pair = _pair_on_shares(partial(make_pair, tensors, share, True), model, guide, group, seed, shares_rows)
+                shares_rows = pair is not None
+                if not shares_rows:
+                    share, tensors = batch_size, tensors.whole()
+            pair = pair or make_pair(tensors, share, shares_rows)
             _share_reason(pair)
             evaluator.bound, evaluator.plate, evaluator.model_masks = pair.bound, pair.plate, pair.draws_cells
             with every_row(), evaluation_mode(model, guide):
                 held_out_pair = None if held_out is None else pair.held_out(held_out, batch_size, *to_validate)
         if stream is None:
-            batches = Batches(pair.take, tensors, batch_size, seed, group)
+            batches = Batches(pair.take, tensors, batch_size, seed, group, shares_rows)
         else:
             batches = StreamBatches(pair.take, stream, seed)
         last_step = math.inf if batches.per_epoch is None else epochs * batches.per_epoch
@@ -353,14 +364,14 @@ def fit(
             validator = validator.in_float32()
             validate = partial(_evaluate_held_out, validator, held_out_pair, seed, held_out_stream)
         options: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
-        if group.size > 1:
+        if shares_rows:
             options["shared"] = SharedDraws(pair.plate, seed)
         # A run that may resume with more epochs must not depend on their number.
         ends = last_step if saved is None else math.inf
         arguments = evaluator, make_optimizer, rate, schedules
-        step, engine = _make_step(arguments, options, compile, len(batches.first[0]), ends)
+        step, engine = _make_step(arguments, options, compile, len(batches.first[0]), ends, group.size > 1)
         if group.size > 1:
-            step.gradient_sum = GradientSum(group, step)
+            step.gradient_sum = GradientSum(group, step, batch_size)
         validate_rows = partial(
             run_all_rows, ElboEvaluator(model, guide, copy.copy(evaluator.elbo), pair.plate), batches
         )
@@ -382,6 +393,7 @@ def fit(
     if loop.state.stop_reason == "interrupted":
         warn_user(f"fit: interrupted after {step.count} steps; the parameters are kept")
     seconds, state = time.perf_counter() - started, loop.state
+    how = step.describe() if engine is None else engine.describe()  # a rank without rows has nothing to capture
     history = Terms(state.history, pair.why_no_bound)
     return Fitted(
         unbound(model),
@@ -392,7 +404,7 @@ def fit(
         seconds,
         state.stop_reason,
         state.skipped,
-        step.describe() if engine is None else engine.describe(),
+        group.from_first("the steps of fit", how),
         of_all_data=not pair.has_data_plate,
     )
 
@@ -476,12 +488,64 @@ def _callbacks_of_ranks(callbacks: Sequence[Callback], group: Ranks) -> Sequence
     return callbacks
 
 
+def _pair_to_train(
+    model: Function,
+    guide: Function,
+    plate: str,
+    transform: Transform | None,
+    elbo: ELBO,
+    data: DataTensors,
+    num_rows: int,
+    shares_rows: bool,
+) -> ModelGuide:
+    """Run a pair on some of its rows; raise if it cannot be trained on these, or on the shares of several ranks."""
+    pair = ModelGuide.on_batches(model, guide, data, num_rows, plate, transform)
+    pair.check_elbo(elbo)
+    if shares_rows:
+        pair.check_sums_over_rows(elbo)
+    pair.check_regressions(elbo)
+    return pair
+
+
+class _NotSharedError(Exception):
+    """The rows of a batch cannot be shared."""
+
+
+def _pair_on_shares(
+    make: Callable[[], ModelGuide], model: Function, guide: Function, group: Ranks, seed: int, are_enough: bool
+) -> ModelGuide | None:
+    """Return what ``make`` returns, for ranks that share all rows; ``None``, with a warning, if it raises on one.
+
+    What trains on all rows in one process must train on several ranks, too: rank 0 then has the rows.
+    """
+    reason = None if are_enough else "there are too few"
+    try:
+        with rollback_params_on_error(), autoguide_as_before_on_error(guide), seeded(seed), buffers_kept(model, guide):
+            pair = None
+            try:
+                pair = make() if are_enough else None
+            except Exception as error:
+                reason = str(error)
+            reasons = group.gather("the rows of fit", reason)
+            if any(one is not None for one in reasons):
+                raise _NotSharedError(next(one for one in reasons if one is not None))
+            return pair
+    except _NotSharedError as error:
+        if group.is_first:
+            warn_user(
+                "fit: rank 0 computes the steps alone, with all rows, and the other ranks nothing, since ranks cannot "
+                f"share the rows. The reason, the same as for mini-batches: {error}"
+            )
+        return None
+
+
 def _make_step(
     arguments: tuple[ElboEvaluator, RunOptimizer, float | Schedule | None, Mapping[Tensor, Schedule]],
     options: dict[str, Any],
     compile: bool | None,
     batch_size: int,
     last_step: float,
+    on_ranks: bool,
 ) -> tuple[Step, AutomaticEngine | None]:
     """Return the first step of a run, and what chooses the next ones if ``compile`` is ``None``."""
     evaluator, make_optimizer, rate, schedules = arguments
@@ -491,7 +555,7 @@ def _make_step(
     def compiles(rows: Tensor, *read: Tensor) -> bool:
         return len(rows) == batch_size
 
-    if "shared" in options:  # several ranks
+    if on_ranks:
         first = ReplayedStep(*arguments, compiles=compiles if compile else None, **options)
         return first, None if compile else GradientEngine(first, compiles, last_step)
 

@@ -87,14 +87,15 @@ class GradientSum:
     Args:
         ranks: the ranks of the run.
         step: the :class:`pyro_vae.training.step.Step` whose parameters these are.
+        batch_size: B of most batches, by which weights are divided: sums of numbers of 16 bits stay in their range.
 
     Attributes:
         decisions: those of this rank before a step, and of all ranks after it.
         rows: B, the number of rows in the last step.
     """
 
-    def __init__(self, ranks: Ranks, step: Any):
-        self.ranks, self.step = ranks, step
+    def __init__(self, ranks: Ranks, step: Any, batch_size: int):
+        self.ranks, self.step, self._batch_size = ranks, step, batch_size
         self.decisions, self.rows = Decisions(), 0
         self._buckets: list[_Bucket] = []
         self._alike: set[str] = set()  # names of parameters and buffers that all ranks have alike
@@ -231,7 +232,7 @@ class GradientSum:
 
     def _begin(self, empty: bool = False) -> None:
         bucket = self._buckets[len(self._begun)]
-        bucket.fill(0.0 if empty else self._weight)
+        bucket.fill(0.0 if empty else self._weight / self._batch_size)
         self._begun.append(self.ranks.start_sum(bucket.flat))
 
     # A step
@@ -297,7 +298,7 @@ class GradientSum:
         """Set gradients and buffers to the means over ranks, unless loss or norm is not finite; return the norm."""
         norms: list[Tensor] = []
         for bucket in self._buckets:
-            bucket.numbers.div_(total)
+            bucket.numbers.div_(total / self._batch_size)
             norms.append(torch.linalg.vector_norm(bucket.gradients).to(norms[0].device if norms else None))
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device="cpu")
         if math.isfinite(loss) and norm.isfinite():

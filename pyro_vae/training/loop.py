@@ -412,15 +412,25 @@ class Batches:
         per_epoch: number of batches, ``None`` if it is not known.
         first: inputs of the first rows of the data, as many as a batch has. On several ranks, these are the rows of
             this one; all of them if it has none.
+
+    Args:
+        ranks: those that make the steps.
+        shares_rows: whether each rank has a share of the rows of a batch; else rank 0 has them all.
     """
 
     per_epoch: int | None
 
     def __init__(
-        self, context: BatchContext, data: DataTensors, batch_size: int, seed: int, ranks: Ranks | None = None
+        self,
+        context: BatchContext,
+        data: DataTensors,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks | None = None,
+        shares_rows: bool = True,
     ):
         self.context, self.data, self.batch_size, self.device = context, data, batch_size, data[0].device
-        self.num_data, self.ranks = len(data[0]), ranks or Ranks()
+        self.num_data, self.ranks, self._shares_rows = len(data[0]), ranks or Ranks(), shares_rows
         whole, left = divmod(self.num_data, batch_size)
         self.per_epoch = whole + (left > 1)  # see `split`
         rows = torch.arange(batch_size, device=self.device)
@@ -446,7 +456,10 @@ class Batches:
 
     def _inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return the inputs of this rank for the rows of a batch; none if it has no row."""
-        rows = rows[self.ranks.share(len(rows))]
+        if self._shares_rows:
+            rows = rows[self.ranks.share(len(rows))]
+        elif not self.ranks.is_first:
+            return ()
         return self._read(rows) if len(rows) else ()
 
     def _read(self, rows: Tensor) -> tuple[Tensor, ...]:

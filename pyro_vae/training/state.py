@@ -219,12 +219,11 @@ def data_fingerprint(data: DataTensors) -> str:
     ('(5, 2) float32, checksum 2c34ce1d', '(5, 2) float32, checksum 00e1a993')
     """
     digest, count = sha256(), len(data[0])
-    sizes = " and ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in data)
     if data.num_checked < count:
-        return sizes
+        return data.form
     for tensor in data.rows(torch.arange(0, count, -(-count // _ROWS), device=data[0].device)):
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return f"{sizes}, checksum {digest.hexdigest()[:8]}"
+    return f"{data.form}, checksum {digest.hexdigest()[:8]}"
 
 
 def model_state(step: Step) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from pyro_vae._utils.data import (
     to_device,
     without_infinity,
 )
-from pyro_vae._utils.ranks import ranks
+from pyro_vae._utils.ranks import Ranks, ranks, share_of
 from pyro_vae._utils.rng import RandomStream
 from pyro_vae._utils.validation import describe, positive_int
 from pyro_vae.training.loader_parts import LoaderParts, named_ranks, reads_by_number
@@ -107,8 +107,8 @@ class Stream:
 
     @property
     def most_rows(self) -> int:
-        """The number of rows of the first batch that this rank takes in training, or one more."""
-        return self.num_first if self.has_own_rows else -(-self.batch_size // self.ranks.size)
+        """The number of rows of the first batch that a rank takes in training: this one, if it has rows of its own."""
+        return self.num_first if self.has_own_rows else self.ranks.largest_share(self.batch_size)
 
     def _find_samplers(self) -> list[Any]:
         """The samplers of the loader, the one of batches first; none for an iterable data set."""
@@ -160,12 +160,8 @@ class Stream:
         known = [one for one in codes if one is not None]
         if known and all(one == known[0] for one in codes):
             return None if all(one == numbers for one in all_numbers) else "numbers"
-        if by_number and any(group.gather(_PLACE, self._codes_of(probe) != code)):
-            raise ValueError(
-                f"`{name}` must give the same rows again after the same seed, for a comparison of the ranks, got other "
-                "ones. Draw with torch, NumPy's global state or `random` in the data set, whose seeds are those of the "
-                "run, or use a DistributedSampler"
-            )
+        if by_number:
+            _check_repeatable(group, name, self._codes_of(probe) == code)
         if any(one in known[:place] for place, one in enumerate(known)):
             ranks_of = [[rank for rank, one in enumerate(codes) if one == other] for other in known]
             raise ValueError(
@@ -199,7 +195,7 @@ class Stream:
                 f"`batch_size` must be at least the number of ranks, {self.ranks.size}, where each has rows of its "
                 f"own, got {size}"
             )
-        part = self.ranks.share(size)
+        part = share_of(size, self.ranks.rank, self.ranks.size)
         self._loader = DataLoader(self._loader.dataset, batch_size=part.stop - part.start)
         return tuple(tensor[: part.stop - part.start] for tensor in first)
 
@@ -434,6 +430,40 @@ class Stream:
         return tensors
 
 
+def _check_repeatable(group: Ranks, name: str, is_same: bool) -> None:
+    """Raise if rows that are read twice are not the same on a rank, which a comparison of the ranks needs."""
+    if not all(group.gather(_PLACE, is_same)):
+        raise ValueError(
+            f"`{name}` must give the same rows again after the same seed, for a comparison of the ranks, got other "
+            "ones. Draw with torch, NumPy's global state or `random` in the data set, whose seeds are those of the "
+            "run, or use a DistributedSampler"
+        )
+
+
+def _check_same_rows(data: DataTensors, name: str) -> None:
+    """Raise unless data have the same form on all ranks and, where only some rows are checked, the same rows.
+
+    These are a few of all rows, evenly spaced.
+    """
+    group = ranks()
+    if group.size == 1:
+        return
+
+    def text() -> str:
+        if data.num_checked == (count := len(data[0])):
+            return data.form  # what all ranks compute with is compared later
+        with RandomStream(0):
+            rows = data.rows(torch.arange(0, count, -(-count // _NUM_COMPARED), device="cpu"))
+        return f"{data.form}, checksum {_checksum(rows):08x} of {len(rows[0])} rows"
+
+    ours = text()
+    texts = group.gather("the rows of data", ours)
+    if any(one != texts[0] for one in texts):
+        _check_repeatable(group, name, text() == ours)
+        remedy = ". Ranks that have rows of their own must pass a DataLoader each"
+        group.check_same("the rows of data", {name: ours}, remedy)
+
+
 def _checksum(tensors: Iterable[Tensor], before: int = 0) -> int:
     """A number of the values of tensors, after those of others."""
     for tensor in tensors:
@@ -458,7 +488,7 @@ def as_source(
 ) -> Source:
     """Return data of any form, from which batches can be taken, on the device of the model.
 
-    Ranks share the checks of rows that are read on demand.
+    Ranks share the checks of rows that are read on demand, and must have the same ones.
 
     Raises:
         TypeError, ValueError: as :func:`pyro_vae._utils.data.data_tensors`; if ``batch_size`` is left out for an
@@ -469,6 +499,7 @@ def as_source(
         return Source(stream.data, stream)
     checked_by = ranks().rank, ranks().size
     tensors = data_tensors(data, name, model, keep_integers=keep_integers, lazy=True, checked_by=checked_by)
+    _check_same_rows(tensors, name)
     return Source(tensors, None)
 
 

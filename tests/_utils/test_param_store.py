@@ -19,6 +19,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import networks
+from pyro_vae._utils.param_store import rollback_params_on_error
 
 X = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
 
@@ -222,3 +223,20 @@ def test_networks_of_a_plain_pair_can_be_pickled_after_a_fit():
     model, guide, networks = cell()
     fit(model, guide)
     pickle.dumps(networks)
+
+
+def test_a_run_that_fails_leaves_no_parameter_of_two_names():
+    kept, new = torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)
+    pyro.param("kept", kept)
+
+    def fails():
+        with rollback_params_on_error():
+            for name, value in {"a": new, "b": new, "kept again": kept}.items():
+                pyro.param(name, value)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fails()
+    store = pyro.get_param_store()
+    assert list(store) == ["kept"]
+    assert store.param_name(kept) == "kept"

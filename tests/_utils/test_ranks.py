@@ -10,7 +10,7 @@ import torch
 from ranks import run_on_ranks
 
 from pyro_vae import parallel
-from pyro_vae._utils.ranks import _of_this_start, each_rank, ranks
+from pyro_vae._utils.ranks import Ranks, _of_this_start, each_rank, ranks
 from pyro_vae.exact.quadrature import QuadratureError
 
 
@@ -195,6 +195,19 @@ def tensors_of_first():
     found = ranks().tensors_from_first("a test", first if ranks().is_first else {})
     described = {name: (str(tensor.dtype), tuple(tensor.shape), tensor.tolist()) for name, tensor in found.items()}
     return described, found["one"].data_ptr() == found["the same"].data_ptr()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_of_a_batch_are_all_rows_and_no_single_one_of_several(size):
+    for count in range(1, 30):
+        shares = [range(count)[Ranks(rank, size).share(count)] for rank in range(size)]
+        lengths = [len(share) for share in shares]
+        assert [row for share in shares for row in share] == list(range(count))
+        assert 1 not in lengths or count == 1
+        assert lengths == sorted(lengths, reverse=True)
+        assert Ranks(size - 1, size).largest_share(count) == lengths[0]
+        if count >= 2 * size:
+            assert lengths[0] - lengths[-1] <= 1
 
 
 def test_all_ranks_get_the_tensors_of_the_first_of_any_type_and_those_that_names_share():

@@ -1,15 +1,18 @@
 """Training on several ranks compared with one process."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from given_noise import Noise
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from ranks import run_on_ranks
 from torch import nn
+from torch.utils.data import Dataset
 
 import pyro_vae as pv
 from pyro_vae import parallel
@@ -450,12 +453,12 @@ def test_replayed_steps_on_ranks_have_the_bits_of_eager_ones(with_faults):
         assert torch.equal(found["eager"][0], with_faults[0]["eager"][0])
 
 
-def running_averages(compile):
+def running_averages(compile, batch_size=10):
     pyro.clear_param_store()
     pair = Pair()
     with seeded(2):
         pair.decoder = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    pv.fit(pair.model, pair.guide, data(), epochs=1, batch_size=10, lr=1e-2, compile=compile)
+    pv.fit(pair.model, pair.guide, data(), epochs=1, batch_size=batch_size, lr=1e-2, compile=compile)
     norm = pair.decoder[1]
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
@@ -467,6 +470,139 @@ def test_running_averages_of_batch_normalisation_are_alike_on_all_ranks(compile)
     assert mean.abs().sum() > 0
     for found in others:
         assert all(map(torch.equal, found, (mean, variance, count)))
+
+
+def with_few_rows_left():
+    return [running_averages(False, batch_size)[0] for batch_size in (35, 34)]
+
+
+def test_a_last_batch_of_two_or_three_rows_is_normalised_as_a_whole():
+    first, second = run_on_ranks(with_few_rows_left, 2)
+    assert all(map(torch.equal, first, second))
+
+
+# All rows in a batch, which ranks cannot share
+
+
+def normal(x):
+    loc, scale = (
+        pyro.sample("loc", dist.Normal(torch.zeros(2), 5.0).to_event(1)),
+        pyro.sample("scale", dist.Gamma(2, 2)),
+    )
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+
+def local(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=pyro.subsample(x, event_dim=1))
+
+
+def without_plate(x):
+    z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(2))
+    pyro.sample("x", dist.Normal(z, 0.5).to_event(2), obs=x)
+
+
+def whole(model, guide, *arguments, **options):
+    """History and parameters of a run, and its warnings of ranks."""
+    pyro.clear_param_store()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fitted = pv.fit(model, guide, *arguments, **{"epochs": 5, "lr": 1e-2, "compile": False} | options)
+    texts = [str(one.message) for one in found if "rank 0 computes the steps alone" in str(one.message)]
+    return dict(fitted.history), {name: one.detach().clone() for name, one in pyro.get_param_store().items()}, texts
+
+
+def whole_with(pair, **options):
+    return whole(pair.model, pair.guide, data()[0], **options)
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with seeded(1):
+            self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(1, 2)
+
+    def model(self, x):
+        pv.handlers.register("vae", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        pv.handlers.register("vae", self)
+        with pyro.plate("data", len(x)):
+            loc, scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+class Table(Dataset):
+    """Rows that are read on demand, of which not all are checked before training."""
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, row):
+        return data()[0][row % ROWS]
+
+
+WHOLE = {
+    "an autoguide of global latents": lambda: whole(normal, AutoNormal(normal), data()[0]),
+    "replayed": lambda: whole(normal, AutoNormal(normal), data()[0], compile=None, epochs=60),
+    "a data set": lambda: whole(normal, AutoNormal(normal), Table()),
+    "all rows but one": lambda: whole(normal, AutoDiagonalNormal(normal), data()[0], batch_size=ROWS - 1),
+    "an autoguide over all latents": lambda: whole(local, AutoMultivariateNormal(local), data()[0]),
+    "a flow, whose parameters have two names": lambda: whole(normal, AutoIAFNormal(normal), data()[0]),
+    "no plate": lambda: whole(without_plate, AutoNormal(without_plate), data()[0]),
+    "no arguments": lambda: whole(lambda: normal(data()[0]), AutoNormal(lambda: normal(data()[0]))),
+    "a bound of all rows together": lambda: whole_with(VAE(), elbo=RenyiELBO(alpha=0.5, num_particles=2)),
+    "held-out data": lambda: whole_with(
+        VAE(), elbo=RenyiELBO(alpha=0.5, num_particles=2), validation=data()[0][:9], patience=2
+    ),
+    "three rows": lambda: whole(normal, AutoNormal(normal), data()[0][:3]),
+}  # fmt: skip
+
+
+def run_whole():
+    return {name: run() for name, run in WHOLE.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_on_ranks():
+    return run_on_ranks(run_whole, 2)
+
+
+@pytest.fixture(scope="module")
+def whole_alone():
+    with pyro.get_param_store().scope():
+        return run_whole()
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_all_rows_that_ranks_cannot_share_train_as_in_one_process(whole_on_ranks, whole_alone, case):
+    history, parameters, none = whole_alone[case]
+    assert not none
+    for rank, found in enumerate(whole_on_ranks):
+        their_history, theirs, warned = found[case]
+        assert len(warned) == (rank == 0)
+        assert their_history == {name: pytest.approx(values, rel=1e-6) for name, values in history.items()}
+        assert theirs.keys() == parameters.keys()
+        for name, tensor in parameters.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def in_float16():
+    pair, x = VAE().half(), torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)).half()
+    history, parameters, _ = whole(pair.model, pair.guide, x, epochs=2, optimizer=torch.optim.SGD, lr=1e-6)
+    return history["elbo"], [tensor.tolist() for tensor in parameters.values()]
+
+
+def test_sums_of_gradients_of_16_bits_stay_in_their_range():
+    expected, _ = in_float16()
+    first, second = run_on_ranks(in_float16, 2)
+    assert first == second
+    assert first[0] == pytest.approx(expected, abs=0.5)  # 4.5 standard deviations of a difference, each of 0.078
 
 
 class Conjugate(nn.Module):

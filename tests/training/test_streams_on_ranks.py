@@ -514,6 +514,18 @@ WRONG = {
         lambda rank: Rows(range(rank, N, 3)), {"batch_size": 2},
         r"`batch_size` must be at least the number of ranks, 3, where each has rows of its own, got 2",
     ),
+    "data sets": (
+        lambda rank: Subset(DATA, [rank] * MANY), {"batch_size": B},
+        r'`data` must be the same on every rank, got "\(1000, 2\) .* \w+ of 8 rows" on rank 0 and .* DataLoader',
+    ),
+    "sizes of data sets": (
+        lambda rank: Subset(DATA, [0] * (MANY - rank)), {"batch_size": B},
+        r'`data` must be the same on every rank, got "\(1000, 2\) .*" on rank 0 and "\(999, 2\) .*" on rank 1',
+    ),
+    "noise in data sets": (
+        lambda rank: Subset(Noisy(), [0] * MANY), {"batch_size": B},
+        r"`data` must give the same rows again after the same seed",
+    ),
     "damaged": (lambda rank: DataLoader(Damaged([]), B), {}, r"(rank 1: )?row 33 is damaged"),
     "damaged shard": (
         lambda rank: DataLoader(Damaged([]), 4, sampler=DistributedSampler(DATA, 3, rank, shuffle=False)), {},
