@@ -47,7 +47,14 @@ from pyro_vae.training.loop import Batches, Callback, Loop, RunCheckpoints, Stre
 from pyro_vae.training.optimizers import MakeOptimizer, RunOptimizer
 from pyro_vae.training.preflight import as_elbo, check_options, run_all_rows
 from pyro_vae.training.replayed_step import ReplayedStep
-from pyro_vae.training.schedules import RunSchedule, Schedule, check_schedules, checked_schedule, described
+from pyro_vae.training.schedules import (
+    RunSchedule,
+    Schedule,
+    check_ends_of_ranks,
+    check_schedules,
+    checked_schedule,
+    described,
+)
 from pyro_vae.training.shared_draws import SharedDraws
 from pyro_vae.training.state import data_fingerprint, discover_parameters
 from pyro_vae.training.step import Step
@@ -329,6 +336,7 @@ def fit(
         "optimizer": make_optimizer.description,
         "schedules": schedules,
     }
+    check_ends_of_ranks([one for one in (lr, *schedules.values()) if callable(one)], group)
     needs_config = saves or group.size > 1
     run_config = _run_config(evaluator, tensors, held_out, **settings) if needs_config else {}
     group.check_same("the arguments of fit", run_config | {"epochs": epochs, "patience": patience})

@@ -5,20 +5,20 @@ import math
 import threading
 import warnings
 from array import array
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from pyro_vae._utils.ranks import Ranks
 from pyro_vae._utils.validation import number, positive, positive_int, with_article
 
 __all__ = [
-    "Decay", "Plateau", "PlateauRate", "RunSchedule", "Schedule", "TorchSchedule", "check_schedules",
-    "checked_schedule", "constant", "cyclical", "decayed", "described", "exponential", "from_torch", "linear",
-    "on_plateau",
+    "Decay", "Plateau", "PlateauRate", "RunSchedule", "Schedule", "TorchSchedule", "check_ends_of_ranks",
+    "check_schedules", "checked_schedule", "constant", "cyclical", "decayed", "described", "exponential",
+    "from_torch", "linear", "on_plateau",
 ]  # fmt: skip
 
 Schedule = Callable[[int], float]
@@ -353,18 +353,31 @@ def described(schedule: Schedule | RunSchedule | float) -> float | str:
         return repr(schedule)
     if not callable(schedule):
         return schedule
-    text = f"a schedule: {_values(schedule)}"
+    text = f"a schedule: {_values(schedule)[0]}"
     if isinstance(schedule, TorchSchedule) and schedule.momentum is not None:
-        text += f", momentum: {_values(schedule.momentum)}"
+        text += f", momentum: {_values(schedule.momentum)[0]}"
     return text
 
 
-def _values(schedule: Schedule) -> str:
+def _values(schedule: Schedule) -> tuple[str, Exception | None]:
+    """Values at some steps, and the error that ends them: a table, or a scheduler of torch, may be shorter."""
     values: list[str] = []
-    with suppress(LookupError, ValueError):  # a table of values, or a scheduler of torch, may be shorter
+    try:
         for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
             values.append(f"{float(schedule(step)):.9g}")
-    return ", ".join(values)
+    except (LookupError, ValueError) as error:
+        return ", ".join(values), error
+    return ", ".join(values), None
+
+
+def check_ends_of_ranks(schedules: Sequence[Schedule], group: Ranks) -> None:
+    """Raise what a schedule raises on some ranks alone; on all of them it is the end of a table."""
+    if group.size > 1:
+        errors = [_values(schedule)[1] for schedule in schedules]
+        of_ranks = group.gather("the schedules of fit", [error is not None for error in errors])
+        for error, *ended in zip(errors, *of_ranks, strict=False):  # other schedules are an error later
+            if error is not None and not all(ended):
+                raise error
 
 
 def checked_schedule(schedule: Schedule, name: str) -> Schedule:

@@ -234,6 +234,12 @@ def fault_of_a_callback(epoch):
         raise LookupError("a fault of the callback")
 
 
+def fault_of_a_schedule(step):
+    if step >= 50 and parallel.rank() == 1:
+        raise LookupError("a fault of the schedule")
+    return 1e-2
+
+
 def changes_python(pair):
     def change(epoch):
         pair.at = epoch.number
@@ -249,6 +255,7 @@ ERRORS = {
     "a transform in the checks": lambda: fitted(Drawn(), transform=Transform(1)),
     "a callback on rank 0": lambda: fitted(Drawn(), callbacks=[fault_of_a_callback]),
     "a callback on all": lambda: fitted(Drawn(), callbacks=[parallel.on_every_rank(fault_of_a_callback)]),
+    "a learning rate": lambda: fitted(Drawn(), lr=fault_of_a_schedule),
     "not finite": lambda: fitted(Drawn("is nan", 15), compile=False),
     "a hundred in a row": lambda: fitted(Drawn("is nan", 15), compile=False, nonfinite="skip", epochs=200),
     "another seed": lambda: fitted(Drawn(), seed=parallel.rank()),
@@ -390,6 +397,7 @@ MESSAGES = {
     "a transform in the checks": ("LookupError", "a fault of the transform"),
     "a callback on rank 0": ("LookupError", "a fault of the callback"),
     "a callback on all": ("LookupError", "a fault of the callback"),
+    "a learning rate": ("LookupError", "a fault of the schedule"),
     "not finite": ("FloatingPointError", "rank 1: "),
     "a hundred in a row": ("FloatingPointError", "100th in a row"),
     "another seed": ("ValueError", "`seed` must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
