@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae._utils.ranks import Ranks
-from pyro_vae._utils.validation import describe
+from pyro_vae._utils.ranks import Ranks, form
 from pyro_vae.compilation.recorder import is_recording
 
 __all__ = ["Decisions", "GradientSum"]
@@ -115,7 +114,7 @@ class GradientSum:
     def start(self) -> None:
         """Begin a run: all ranks have the parameters and buffers of rank 0."""
         named = self.step.named_tensors()
-        shapes = {name: describe(tensor) for name, tensor in named.items()}
+        shapes = {name: _kind(tensor) for name, tensor in named.items()}
         of_modules = {name: shapes[name] for name in self.step.tensors.named()}
         self.ranks.check_same(_PLACE, of_modules, ". The script must build the same model on every rank")
         found = self.ranks.gather(_PLACE, shapes)  # others may have a number for each row of a rank
@@ -158,7 +157,7 @@ class GradientSum:
         ours = {name for name, one in named.items() if name in self._held or _has_news(one, changed)}
         names = set().union(*self.ranks.gather(_PLACE, ours))
         chosen = {name: one for name, one in named.items() if name in names}
-        kinds = {name: describe(one) for name, one in chosen.items()}
+        kinds = {name: _kind(one) for name, one in chosen.items()}
         self.ranks.check_same(_PLACE, kinds, ". Make all parameters in the first run, on all ranks alike")
         new = [name for name, one in chosen.items() if name not in self._alike and not _is_buffer(one)]
         self.ranks.copy_from_first(_PLACE, [chosen[name] for name in new])
@@ -308,6 +307,15 @@ class GradientSum:
                 for buffer, mean in zip(bucket.buffers.values(), bucket.buffer_means, strict=True):
                     buffer.copy_(mean)
         return norm
+
+
+def _kind(tensor: Tensor) -> str:
+    """What tensors of ranks that are added up have in common: not the number of the device, of which each has its own.
+
+    >>> _kind(torch.zeros(2, 3))
+    '(2, 3) float32 on cpu'
+    """
+    return f"{form(tensor)} on {tensor.device.type}"
 
 
 def _has_news(tensor: Tensor, changed: set[int]) -> bool:

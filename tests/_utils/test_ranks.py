@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -230,3 +231,16 @@ def test_a_start_does_not_read_what_the_processes_before_a_restart_have_written(
             assert not parts[0].check(["address"])
             parts[start].set("address", f"{start}")
             assert all(part.get("address") == f"{start}".encode() for part in parts)
+
+
+def end_at_once():
+    if parallel.rank():
+        os.kill(os.getpid(), signal.SIGTERM)
+    return fail_on(-1)
+
+
+def test_a_rank_that_is_ended_is_an_error_with_what_ended_it():
+    with pytest.raises(RuntimeError) as caught:
+        run_on_ranks(end_at_once, 2, timeout=20)
+    assert f"rank 1 of 2 ended with code {-signal.SIGTERM}" in str(caught.value)
+    assert "another rank has ended, or has not answered in time" in str(caught.value)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -671,6 +672,12 @@ def test_the_mean_of_gradients_of_ranks_is_the_gradient_of_the_elbo():
     epochs = first.reshape(200, 4, -1).mean(1)  # all rows once
     z = (epochs.mean(0) - exact) / (epochs.std(0) / math.sqrt(len(epochs)))
     assert z.abs().max() < 4.5
+
+
+@pytest.mark.parametrize(("devices", "count"), [(("cuda:0", "cuda:1"), 1), (("cpu", "cuda:0"), 2)])
+def test_each_rank_may_have_a_gpu_of_its_own(devices, count):
+    tensors = [SimpleNamespace(shape=(2, 3), dtype=torch.float32, device=torch.device(device)) for device in devices]
+    assert len(set(map(gradient_sum._kind, tensors))) == count
 
 
 def compiled_runs():
