@@ -372,12 +372,12 @@ def fit(
             validator = validator.in_float32()
             validate = partial(_evaluate_held_out, validator, held_out_pair, seed, held_out_stream)
         options: dict[str, Any] = {"clip_norm": clip_norm, "skips": nonfinite == "skip", "numbered": True}
-        if shares_rows:
-            options["shared"] = SharedDraws(pair.plate, seed)
+        if group.size > 1:
+            options["shared"] = SharedDraws(pair.plate if shares_rows else None, seed)
         # A run that may resume with more epochs must not depend on their number.
         ends = last_step if saved is None else math.inf
         arguments = evaluator, make_optimizer, rate, schedules
-        step, engine = _make_step(arguments, options, compile, len(batches.first[0]), ends, group.size > 1)
+        step, engine = _make_step(arguments, options, compile, len(batches.first[0]), ends)
         if group.size > 1:
             step.gradient_sum = GradientSum(group, step, batch_size)
         validate_rows = partial(
@@ -553,7 +553,6 @@ def _make_step(
     compile: bool | None,
     batch_size: int,
     last_step: float,
-    on_ranks: bool,
 ) -> tuple[Step, AutomaticEngine | None]:
     """Return the first step of a run, and what chooses the next ones if ``compile`` is ``None``."""
     evaluator, make_optimizer, rate, schedules = arguments
@@ -563,7 +562,7 @@ def _make_step(
     def compiles(rows: Tensor, *read: Tensor) -> bool:
         return len(rows) == batch_size
 
-    if on_ranks:
+    if "shared" in options:  # several ranks
         first = ReplayedStep(*arguments, compiles=compiles if compile else None, **options)
         return first, None if compile else GradientEngine(first, compiles, last_step)
 

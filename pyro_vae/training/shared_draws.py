@@ -26,11 +26,11 @@ class SharedDraws(Messenger):
     In a capture, the noise of such a site is a tensor that :meth:`refill` fills before each replay.
 
     Args:
-        plate: the name of the data plate.
+        plate: the name of the data plate; ``None`` where one rank has all rows, whose sites are all its own.
         seed: of the run.
     """
 
-    def __init__(self, plate: str, seed: int):
+    def __init__(self, plate: str | None, seed: int):
         super().__init__()
         self.plate, self.step, self._seed = plate, 0, seed
         self._stream: RandomStream | None = None
@@ -41,7 +41,7 @@ class SharedDraws(Messenger):
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
-        known = msg["done"] or msg["is_observed"] or site_is_subsample(msg)
+        known = self.plate is None or msg["done"] or msg["is_observed"] or site_is_subsample(msg)
         if known or any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
             return
         with self._noise():

@@ -47,7 +47,7 @@ class Step:
         clip_norm: upper bound on the norm of all gradients together, to which they are scaled down.
         skips: whether a step whose loss or gradient is not finite is skipped; otherwise it raises.
         numbered: whether the first input of a step is the numbers of its rows, which errors then name.
-        shared: what draws the latents that all ranks share, if several ranks share the rows.
+        shared: what draws the latents that all ranks share, if there are several ranks.
 
     Attributes:
         gradient_sum: what makes gradients and metrics those of all ranks, if there are several.

@@ -601,6 +601,16 @@ def test_all_rows_that_ranks_cannot_share_train_as_in_one_process(whole_on_ranks
             torch.testing.assert_close(theirs[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def with_an_optimizer_that_draws():
+    history, parameters, _ = whole(normal, AutoNormal(normal), data()[0], optimizer=Noisy, lr=1e-5)
+    return history, {name: tensor.tolist() for name, tensor in parameters.items()}
+
+
+def test_an_optimizer_draws_the_same_on_a_rank_without_rows():
+    first, second = run_on_ranks(with_an_optimizer_that_draws, 2)
+    assert first == second
+
+
 def in_float16():
     pair, x = VAE().half(), torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)).half()
     history, parameters, _ = whole(pair.model, pair.guide, x, epochs=2, optimizer=torch.optim.SGD, lr=1e-6)
