@@ -139,12 +139,11 @@ class GradientSum:
         if self.ranks.exchange(_PLACE, [self._missed])[0]:
             self.ranks.copy_from_first(_PLACE, whole)
         self._missed = False
-        found = {name: _checksum(one) for name, one in named.items()} | dict(values)
-        self.ranks.check_same(
-            "the state of ranks", found, ". Ranks have the sums of gradients and the means of buffers with real "
-            "numbers; what else a step changes, such as a count of rows in integers or a draw of an optimizer, must be "
-            "the same on all of them",
-        )  # fmt: skip
+        remedy = (
+            ". Ranks have the sums of gradients and the means of buffers with real numbers; what else a step changes, "
+            "such as a count of rows in integers or a draw of an optimizer, must be the same on all of them"
+        )
+        self.ranks.check_same("the state of ranks", named | dict(values), remedy)
 
     def arrange(self) -> None:
         """Make the buckets, for what has a gradient or is a changed buffer on any rank; all ranks must have it.
@@ -326,10 +325,3 @@ def _has_news(tensor: Tensor, changed: set[int]) -> bool:
 def _is_buffer(tensor: Tensor) -> bool:
     """Whether a tensor is no parameter, so that ranks have its mean, as that of a running average."""
     return tensor.is_floating_point() and not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter)
-
-
-def _checksum(tensor: Tensor) -> int:
-    """A number of the bits of a tensor."""
-    as_bytes = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-    left = -len(as_bytes) % 8
-    return int(torch.nn.functional.pad(as_bytes, (0, left)).view(torch.int64).sum())
