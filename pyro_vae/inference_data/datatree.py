@@ -237,12 +237,13 @@ def save_draws(
         draws, seed, plate, dims, coords, history, constant_data, parallel, local_draws, predictions
     )
     sampler = JointSampler(model, guide, data, settings)
+    if writes:
+        check_space(path, sampler.nbytes)
     layout, largest = GroupLayout(sampler), _LargestWeights(sampler)
     if not writes:  # and makes its share of the draws
         for _ in sampler.chunks(chunk, on_first=True):
             pass
         return path
-    check_space(path, sampler.nbytes)
     with writing(path, layout.tree()) as file:
         for group, variables in sampler.variables.items():
             for name, variable in variables.items():

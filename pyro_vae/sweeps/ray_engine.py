@@ -1,5 +1,6 @@
 """Run a sweep on Ray Tune: its actors, its scheduler, its searchers, and its restart of what was killed."""
 
+import builtins
 import logging
 import os
 import shutil
@@ -200,7 +201,7 @@ def _environment() -> Iterator[None]:
     """Set variables of Ray that are not set, and restore all variables and levels of loggers afterwards."""
     before = dict(os.environ)
     levels = {name: logging.getLogger(name).level for name in ("ray", "ray.tune")}
-    handlers = list(logging.getLogger("ray").handlers)
+    handlers, printing = list(logging.getLogger("ray").handlers), builtins.print  # which Ray's bars replace
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in before})
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -212,6 +213,7 @@ def _environment() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         logging.getLogger("ray").handlers[:] = handlers
+        builtins.print = printing
 
 
 @contextmanager

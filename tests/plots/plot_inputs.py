@@ -7,6 +7,9 @@ from pairs import guide_of, model_of
 import pyro_vae as pv
 from pyro_vae import plots
 from pyro_vae.diagnostics.gradients import Comparison, Measured
+from pyro_vae.sweeps.result import Sweep
+from pyro_vae.sweeps.run import Run, Task
+from pyro_vae.sweeps.space import Space
 
 DATUM = torch.tensor([[0.3, -0.2]])
 X = torch.zeros(4, 2)
@@ -53,3 +56,13 @@ def draw_posterior(vae, x=DATUM, **options):
 
 def draw_diagram(vae, **options):
     return plots.plate_diagram(vae.model, vae.guide, X, **options)
+
+
+def sweep_of(elbos, tmp_path, status="complete"):
+    """The result of a sweep, by the ELBO of each settings and seed."""
+    task = Task(len, Space({"latent": range(9)}), (), (), {}, 1, 1.0, tmp_path)
+    runs = [
+        [Run({"latent": n}, k, "complete", elbo=elbo) for k, elbo in enumerate(each)] for n, each in enumerate(elbos)
+    ]
+    runs.append([Run({"latent": len(elbos)}, k, status, elbo=-99.0) for k in range(len(elbos[0]))])
+    return Sweep.of(runs, range(len(elbos[0])), task)

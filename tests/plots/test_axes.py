@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +21,7 @@ from pyro_vae.diagnostics.gradients import Comparison
 CODES, LABELS = torch.zeros(9, 2), torch.arange(9) % 3
 EPOCHS = ("epoch", "ELBO and its terms, nats per datum")
 BEST = ("log p(x) minus that of the best, nats per datum", "")
+BEST_RUN = ("held-out ELBO minus that of the best, nats per datum", "")
 PLANE = ("rate, nats per datum", "distortion, nats per datum")
 GAP = {"log_evidence": -1.2, "validation_log_evidence": -1.1}
 IMAGES, SHAPE = inputs.IMAGES, (3, 4)
@@ -55,6 +57,10 @@ DRAWINGS = {
     "traversals": (partial(plots.traversals, inputs.decode, torch.tensor([0.5, -1.0]), SHAPE), VARIED),
     "reconstructions": (partial(plots.reconstructions, lambda x: 0.5 * x, IMAGES, SHAPE), ("", "")),
     "samples": (partial(plots.samples, lambda count: torch.rand(count, 12), SHAPE), None),
+    "sweep": (
+        lambda **options: plots.sweep(inputs.sweep_of(np.array([[-3.0, -2.8], [-2.0, -2.1]]), Path()), **options),
+        BEST_RUN,
+    ),
     "plate_diagram": (partial(inputs.draw_diagram, gaussian(1, 2)), None),
     "plate_diagram-relaxed": (partial(inputs.draw_diagram, relaxed(1, 2)), None),
 }

@@ -3,20 +3,11 @@
 import numpy as np
 import pytest
 
+from plots.plot_inputs import sweep_of
 from pyro_vae import plots
 from pyro_vae.sweeps.result import Sweep
 from pyro_vae.sweeps.run import Run, Task
 from pyro_vae.sweeps.space import Space
-
-
-def sweep_of(elbos, tmp_path, status="complete"):
-    """The result of a sweep, by the ELBO of each settings and seed."""
-    task = Task(len, Space({"latent": range(9)}), (), (), {}, 1, 1.0, tmp_path)
-    runs = [
-        [Run({"latent": n}, k, "complete", elbo=elbo) for k, elbo in enumerate(each)] for n, each in enumerate(elbos)
-    ]
-    runs.append([Run({"latent": len(elbos)}, k, status, elbo=-99.0) for k in range(len(elbos[0]))])
-    return Sweep.of(runs, range(len(elbos[0])), task)
 
 
 def test_differences_in_the_picture_are_those_of_the_table_with_a_point_for_each_seed(tmp_path):
