@@ -92,7 +92,7 @@ def sweep(
             then run one after the other, and their epochs counted together. Which runs are stopped depends on their
             order in time. By default none is stopped.
         search: a searcher of Ray, such as ``OptunaSearch()``, or a sampler of Optuna, such as ``TPESampler(seed=0)``,
-            which proposes settings by the results so far. By default they are drawn beforehand.
+            which proposes settings by the results so far. By default they are drawn before the first run.
         num_samples: K, draws of the latents for each held-out datum at the end of a run.
         retries: how often a run is started again whose process ended.
         every_seconds: seconds between two checkpoints of a run.

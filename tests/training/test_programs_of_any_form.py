@@ -399,6 +399,7 @@ def test_every_guide_of_pyro_is_trained_and_its_sites_have_their_roles(name):
     if not points:
         evidence = pv.log_evidence(scaled, guide, X, num_samples=200)
         bound = pv.evaluate(scaled, guide, X, num_samples=200)["elbo"] * N
+        # After 60 steps, the gap of AutoIAFNormal is 5.4 nats, by 20,000 draws.
         assert -0.1 < evidence.log_evidence.item() - bound < 6.0
 
 
