@@ -107,7 +107,7 @@ class Stream:
 
     @property
     def most_rows(self) -> int:
-        """The number of rows of the first batch that a rank takes in training: this one, if it has rows of its own."""
+        """The number of rows of the first batch that a rank takes in training, or this one of rows of its own."""
         return self.num_first if self.has_own_rows else self.ranks.largest_share(self.batch_size)
 
     def _find_samplers(self) -> list[Any]:
