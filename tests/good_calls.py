@@ -337,7 +337,7 @@ NOT_CALLED = {
         "handlers.ResampleObserved handlers.SubsampleStatements handlers.UnsizedPlates schedules.Schedule "
         "networks.NetworkFactory schedules.RunSchedule schedules.Decay schedules.Plateau schedules.PlateauRate "
         "schedules.TorchSchedule "
-        "schedules.check_schedules schedules.checked_schedule schedules.described"
+        "schedules.check_ends_of_ranks schedules.check_schedules schedules.checked_schedule schedules.described"
     ),
     "downloads, see the table of wrong calls": "datasets.mnist",
     "takes nothing": "datasets.penguins",
