@@ -389,7 +389,7 @@ def test_every_guide_of_pyro_is_trained_and_its_sites_have_their_roles(name):
     torch.manual_seed(0)
     guide = make(scaled)
     with torch.random.fork_rng():
-        fitted = pv.fit(scaled, guide, X, epochs=60, lr=0.05)
+        fitted = pv.fit(scaled, guide, X, epochs=120, lr=0.05)
     pair = ModelGuide(scaled, guide, X)
     assert (pair.auxiliary, sorted(pair.points)) == (auxiliary, points)
     assert pair.bound == ("surrogate" if points else "elbo")
@@ -399,8 +399,7 @@ def test_every_guide_of_pyro_is_trained_and_its_sites_have_their_roles(name):
     if not points:
         evidence = pv.log_evidence(scaled, guide, X, num_samples=200)
         bound = pv.evaluate(scaled, guide, X, num_samples=200)["elbo"] * N
-        # After 60 steps, the gap of AutoIAFNormal is 5.4 nats, by 20,000 draws.
-        assert -0.1 < evidence.log_evidence.item() - bound < 6.0
+        assert -0.1 < evidence.log_evidence.item() - bound < 5.0
 
 
 def test_messenger_guides_find_the_rows_of_a_batch():
