@@ -437,16 +437,66 @@ def save_figure(args: argparse.Namespace, name: str, figure: Figure) -> None:
     print(f"Picture: {args.out / name}.png", flush=True)
 
 
+def headline(
+    quantity: str,
+    unit: str,
+    value: float,
+    *,
+    baseline: float,
+    baseline_name: str,
+    higher_is_better: bool,
+    published: str,
+    differences: str,
+) -> dict[str, Any]:
+    """Return the number that an application is judged by, next to a simple baseline and a published or a peer's figure.
+
+    Args:
+        quantity: what is measured, such as ``"count accuracy"``.
+        unit: its unit, such as ``"%"`` or ``"nats per image"``.
+        value: what the model reaches on held-out data.
+        baseline: what a simple method reaches on the same data.
+        baseline_name: the name of that method, such as ``"majority count"``.
+        higher_is_better: whether a larger number is a better one.
+        published: a figure from the literature or of a peer, with its source and table.
+        differences: how the protocol of that figure differs from this one.
+    """
+    for name, number in (("value", value), ("baseline", baseline)):
+        if not math.isfinite(number):
+            raise ValueError(f"`{name}` of {quantity!r} must be a finite number, got {number}")
+    return {
+        "quantity": quantity, "unit": unit, "value": value, "baseline": baseline, "baseline_name": baseline_name,
+        "higher_is_better": higher_is_better, "published": published, "differences": differences,
+    }  # fmt: skip
+
+
+def describe_headline(found: Mapping[str, Any]) -> str:
+    """Describe a headline in two lines."""
+    better = "higher" if found["higher_is_better"] else "lower"
+    return (
+        f"{found['quantity']}: {found['value']:.4g} {found['unit']}, {found['baseline_name']}: "
+        f"{found['baseline']:.4g} {found['unit']} ({better} is better)\n"
+        f"  published: {found['published']}; differences: {found['differences']}"
+    )
+
+
 def save(
     args: argparse.Namespace,
     results: dict[str, Any],
     figures: Mapping[str, Figure],
     trees: Mapping[str, xr.DataTree],
     text: str | None = None,
+    headlines: Iterable[Mapping[str, Any]] = (),
 ) -> None:
-    """Write results.json with the settings, a PNG of each figure, a netCDF file of each tree, and table.txt."""
+    """Write results.json with the settings, a PNG of each figure, a netCDF file of each tree, and table.txt.
+
+    Headlines of an application are printed, and are in results.json.
+    """
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    (args.out / "results.json").write_text(json.dumps({"settings": settings} | results, indent=2))
+    results = {"settings": settings, **results}
+    if headlines := list(headlines):
+        results["headlines"] = headlines
+        print("\n".join(map(describe_headline, headlines)))
+    (args.out / "results.json").write_text(json.dumps(results, indent=2))
     for name, figure in figures.items():
         save_figure(args, name, figure)
     for name, tree in trees.items():
