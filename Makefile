@@ -20,10 +20,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test integration package slow bench cuda quality scale programs arviz1 tests pytest lint types format docs install clean help
+.PHONY: demo test integration package slow bench cuda quality scale applications programs arviz1 tests pytest lint types format docs install clean help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  Variables: VENV=$(VENV) (where to install), PYTHON=$(PYTHON) (3.11 or later), JOBS=$(JOBS) (test processes)"
 
 demo: $(BASE)  ## run two of the examples; tables, pictures and ArviZ files go to results/
@@ -64,6 +64,9 @@ quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyr
 
 scale: $(DEV)  ## throughput of two ranks compared with one, in results/scaling.json; MNIST=folder of its files
 	$(BIN)/python tests/scaling $(if $(MNIST),--folder $(MNIST))
+
+applications: $(DEV)  ## run each application with three seeds, for a few hours, and write its page; MNIST=folder of its files
+	$(BIN)/python docs/applications.py --jobs $(JOBS) $(if $(MNIST),--folder $(MNIST))
 
 programs: $(DEV)  ## the table of docs/programs.md: what the package does with many Pyro programs
 	OMP_NUM_THREADS=1 $(BIN)/python tests/programs $(JOBS)

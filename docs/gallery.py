@@ -1,7 +1,8 @@
 """The gallery: it runs each example in a short form, and makes a short page of its steps, output and pictures.
 
 A step is a numbered comment in the code of an example, ``# 2. Train it ...``: its sentence, and the code up to the next
-one. All other code of the example is folded away.
+one. All other code of the example is folded away. An application shows the full run that is kept of it instead of a
+short one.
 """
 
 import ast
@@ -19,6 +20,8 @@ import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import applications
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
@@ -65,8 +68,9 @@ THEMES = {
     "Estimates, and how to check them": ["monte_carlo", "inspect_posterior"],
     "Tables, clusters and more structure": ["imputation", "gaussian_mixture_vae", "semi_supervised", "two_layers"],
 }
-"""The examples by theme; one that no theme names stands under the heading ``OTHERS``."""
+"""The examples by theme; applications have one of their own, and one that no theme names stands under ``OTHERS``."""
 
+APPLICATIONS = "Applications"
 OTHERS = "Around the training"
 
 CAPTIONS = {
@@ -119,7 +123,8 @@ INDEX = """# Examples
 
 Each example is a script in the folder `examples`. `python examples/digits.py --help` lists its options; all have
 `--out`, `--epochs` and `--seed`. The pages here were made with fewer steps than a script takes without options, so that
-these pages build in minutes: the pictures show what you get, not how good it can be.
+these pages build in minutes: the pictures show what you get, not how good it can be. Those of the
+[applications](../applications.md) are from full runs.
 """
 
 
@@ -145,12 +150,13 @@ class Example(NamedTuple):
         source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
         doc = source.split('"""')[1].strip()
         title, _, *lines = doc.splitlines()
-        return cls(name, title, "\n".join(lines).strip(), steps(source), RESULTS / name)
+        folder = RESULTS / name if name in SHORT_FORMS else applications.KEPT / name
+        return cls(name, title, "\n".join(lines).strip(), steps(source), folder)
 
     @property
     def command(self) -> str:
         """The command that makes the pictures of the page."""
-        return f"python examples/{self.name}.py {SHORT_FORMS[self.name]}"
+        return f"python examples/{self.name}.py {SHORT_FORMS.get(self.name, '')}".strip()
 
     @property
     def pictures(self) -> list[Path]:
@@ -270,7 +276,7 @@ def generate(app: Any = None) -> None:
     run_all(list(SHORT_FORMS))
     shutil.rmtree(PAGES, ignore_errors=True)
     PAGES.mkdir()
-    examples = {name: Example.read(name) for name in SHORT_FORMS}
+    examples = {name: Example.read(name) for name in [*SHORT_FORMS, *applications.kept_names()]}
     for name, example in examples.items():
         for picture in example.pictures:
             shutil.copyfile(picture, PAGES / f"{name}_{picture.name}")
@@ -304,8 +310,9 @@ def page(example: Example) -> str:
 
 def index(examples: dict[str, Example]) -> str:
     """Make the gallery: cards by theme, and the table of contents."""
-    themes = dict(THEMES)
-    if others := [name for name in examples if not any(name in names for names in THEMES.values())]:
+    kept = [name for name in examples if name not in SHORT_FORMS]
+    themes = THEMES | ({APPLICATIONS: kept} if kept else {})
+    if others := [name for name in examples if not any(name in names for names in themes.values())]:
         themes[OTHERS] = others
     parts = [INDEX]
     for theme, names in themes.items():
