@@ -140,16 +140,17 @@ class _Experts(nn.Module):
     def __init__(self, experts: Sequence[Conditional], prior: Unconditional):
         super().__init__()
         self.experts, self.prior = nn.ModuleList(experts), prior
-        self.sizes = [expert.context_shape.numel() for expert in experts]
+        self.shapes = [expert.context_shape for expert in experts]
+        self.sizes = [shape.numel() for shape in self.shapes]
 
     def _normals(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return which modalities are missing, ``(*, M)``, and locations and log-scales ``(*, M + 1, D)``."""
         batch, missing, moments = context.shape[:-1], [], []
-        for expert, modality in zip(self.experts, context.split(self.sizes, -1), strict=True):
+        for expert, shape, modality in zip(self.experts, self.shapes, context.split(self.sizes, -1), strict=True):
             missing.append(modality.isnan().all(-1))
             # Zeros in place of NaN: the output is not used, but NaN would remain in its gradient.
             modality = modality.masked_fill(missing[-1][..., None], 0.0)
-            moments.append(_moments(expert(modality.reshape(*batch, *expert.context_shape)), batch))
+            moments.append(_moments(expert(modality.reshape(*batch, *shape)), batch))
         moments.append(_moments(self.prior(), batch))
         locs, log_scales = zip(*moments, strict=True)
         return torch.stack(missing, -1), torch.stack(locs, -2), torch.stack(log_scales, -2)
