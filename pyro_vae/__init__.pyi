@@ -21,6 +21,7 @@ from .evidence.annealed_importance_sampling import annealed_log_evidence as anne
 from .evidence.comparison import compare_evidence as compare_evidence
 from .evidence.importance_sampling import Evidence as Evidence
 from .evidence.importance_sampling import log_evidence as log_evidence
+from .evidence.particle_filter import particle_log_evidence as particle_log_evidence
 from .inference_data.datatree import save_draws as save_draws
 from .inference_data.datatree import to_arviz as to_arviz
 from .inference_data.datatree import to_datatree as to_datatree
