@@ -67,12 +67,21 @@ def pair(w):
     return {"model": w.vae.model, "guide": w.vae.guide, "data": w.x}
 
 
+def two_steps(x):
+    with pyro.plate("data", len(x)):
+        for t in range(2):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=pyro.subsample(x, event_dim=1)[:, t])
+
+
+def music(w):
+    path = w.folder / "music.json"
+    path.write_text('{"train": [[[60, 64, 67]]]}')
+    return path
+
+
 def part(w, **more):
     return {"in_features": 2, "latent": 2, "network": NET} | more
-
-
-def experts(w):
-    return {"experts": [guides.DiagonalNormal(**part(w)), guides.DiagonalNormal(**part(w))], "prior": None}
 
 
 def likelihood(w, **more):
@@ -115,6 +124,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "num_samples": 5, "plate": "data", "seed": 0, "progress": None, "compile": False}),
     "annealed_log_evidence": (pv.annealed_log_evidence, lambda w: pair(w) | {
         "num_chains": 2, "num_temperatures": 2, "num_leapfrog_steps": 1, "plate": "data", "seed": 0, "progress": None}),
+    "particle_log_evidence": (pv.particle_log_evidence, lambda w: {
+        "model": two_steps, "guide": None, "data": w.x, "num_particles": 3, "num_filters": 2, "plate": "data",
+        "seed": 0, "progress": None}),
     "compare_evidence": (pv.compare_evidence, lambda w: {"evidence": {"a": evidence(w)}}),
     "decompose": (pv.decompose, lambda w: pair(w) | {
         "num_samples": 2, "plate": "data", "seed": 0, "progress": None}),
@@ -175,11 +187,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "guides.LogNormal": (guides.LogNormal, part),
     "guides.LogitNormal": (guides.LogitNormal, lambda w: part(w, low=0.0, high=1.0)),
     "guides.LowRankNormal": (guides.LowRankNormal, lambda w: part(w, rank=1)),
-    "guides.MixtureOfExperts": (guides.MixtureOfExperts, experts),
     "guides.MixtureOfNormals": (guides.MixtureOfNormals, lambda w: part(w, num_components=2)),
     "guides.OneHotCategorical": (guides.OneHotCategorical, lambda w: part(w, latent=(2, 3))),
     "guides.PerDatum": (guides.PerDatum, lambda w: {"family": families.Normal(2), "raw": 3}),
-    "guides.ProductOfExperts": (guides.ProductOfExperts, experts),
     "guides.RelaxedBernoulli": (guides.RelaxedBernoulli, lambda w: part(w, temperature=0.5)),
     "guides.SplineFlow": (guides.SplineFlow, lambda w: part(w, transforms=1, hidden=[4], context=2)),
     "likelihoods.Bernoulli": (likelihoods.Bernoulli, lambda w: likelihood(w, soft_targets=False, missing=False)),
@@ -235,6 +245,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "schedules.from_torch": (schedules.from_torch, lambda w: {
         "make": lambda optim: torch.optim.lr_scheduler.ExponentialLR(optim, 0.9), "start": 0.1}),
     "datasets.two_gaussians": (datasets.two_gaussians, lambda w: {"num_points": 3, "scale": 0.1, "seed": 0}),
+    "datasets.chord_progressions": (datasets.chord_progressions, lambda w: {"num_pieces": 2, "seed": 0}),
+    "datasets.piano_rolls": (datasets.piano_rolls, lambda w: {"path": music(w), "split": "train"}),
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
     "datasets.resample": (datasets.resample, lambda w: {"x": w.x.sigmoid()}),
@@ -326,7 +338,8 @@ NOT_CALLED = {
     "a class that its class method makes": "tables.Table",
     "what takes any values": "Arguments",
     "results, which the package makes": (
-        "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.TwoGaussians "
+        "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.PianoRolls "
+        "datasets.TwoGaussians "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"
     ),

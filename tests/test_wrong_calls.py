@@ -553,6 +553,8 @@ PAIRS = {
         ValueError, "model", "must have a continuous latent of at most 2 dimensions for quadrature, got 3 at 'z'"),
     "a discrete latent to anneal": Row(lambda w: pv.annealed_log_evidence(w.discrete.model, w.discrete.guide, w.x),
         ValueError, "model", "must have continuous latents...got the discrete 'z'"),
+    "latents of one step to filter": Row(lambda w: pv.particle_log_evidence(*w.pair, w.x),
+        ValueError, "model", "must observe data between its latents, as a loop over time does, got the latents ['z']"),
     "a discrete latent to walk": Row(lambda w: pv.reference(w.discrete.model, w.x),
         ValueError, "model", "must have continuous latents, got the discrete ['z']; use pv.exact.posterior"),
 }  # fmt: skip
@@ -564,6 +566,10 @@ NUMBERS = {
     "one draw for a standard error": Row(lambda w: pv.decompose(*w.pair, w.x, num_samples=1),
         ValueError, "num_samples", "must be 2 or more...got 1"),
     "half a chain": positive_int(lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_chains=0.5), "num_chains", 0.5),
+    "no particles": positive_int(lambda w: pv.particle_log_evidence(*w.pair, w.x, num_particles=0), "num_particles", 0),
+    "half a filter": positive_int(lambda w: pv.particle_log_evidence(*w.pair, w.x, num_filters=0.5),
+        "num_filters", 0.5),
+    "no pieces": positive_int(lambda w: datasets.chord_progressions(0), "num_pieces", 0),
     "no temperatures": positive_int(lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_temperatures=0),
         "num_temperatures", 0),
     "a word for a number of steps": positive_int(lambda w: pv.inference_gap(*w.pair, w.x, steps="many"),
@@ -801,6 +807,8 @@ EXPORTS = {
     "a folder without the files": Row(lambda w: datasets.mnist(folder=w.folder), FileNotFoundError, "folder",
         "must be a folder with MNIST's files: there is no train-images-idx3-ubyte.gz or train-images-idx3-ubyte in '"),
     "a number as a folder": Row(lambda w: datasets.mnist(folder=3), TypeError, "folder", "must be a path...got 3"),
+    "music that is not there": Row(lambda w: datasets.piano_rolls(w.folder / "gone"),
+        FileNotFoundError, "path", "must be a JSON file: there is no file '...gone'"),
     "one mirror in place of a list": Row(lambda w: datasets.mnist(mirrors="https://localhost"),
         ValueError, "mirrors", "must be a sequence of URLs, such as `datasets.MIRRORS`, got 'https://localhost'"),
     "a file that is not there": Row(lambda w: idx.read(w.folder / "gone"),
@@ -973,8 +981,9 @@ def test_the_table_is_complete_and_has_no_call_twice():
 
 
 HEAVY = {"fit", "sweep", "plots.sweep", "inspect", "report", "inference_gap", "calibrate", "reference",
-         "annealed_log_evidence", "save_draws", "to_datatree", "gradients.compare", "plots.calibration",
-         "plots.posterior", "exact.kl", "exact.elbo", "exact.log_evidence", "exact.posterior"}  # fmt: skip
+         "annealed_log_evidence", "particle_log_evidence", "save_draws", "to_datatree", "gradients.compare",
+         "plots.calibration", "plots.posterior", "exact.kl", "exact.elbo", "exact.log_evidence",
+         "exact.posterior"}  # fmt: skip
 ALWAYS_WRONG = ["object()", "set()", "nan", "10**30", "complex numbers", "an array of objects", "b''"]
 
 
