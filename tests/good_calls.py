@@ -84,6 +84,10 @@ def part(w, **more):
     return {"in_features": 2, "latent": 2, "network": NET} | more
 
 
+def experts(w):
+    return {"experts": [guides.DiagonalNormal(**part(w)), guides.DiagonalNormal(**part(w))], "prior": None}
+
+
 def likelihood(w, **more):
     return {"latent": 2, "out_features": 2, "network": NET} | more
 
@@ -187,9 +191,11 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "guides.LogNormal": (guides.LogNormal, part),
     "guides.LogitNormal": (guides.LogitNormal, lambda w: part(w, low=0.0, high=1.0)),
     "guides.LowRankNormal": (guides.LowRankNormal, lambda w: part(w, rank=1)),
+    "guides.MixtureOfExperts": (guides.MixtureOfExperts, experts),
     "guides.MixtureOfNormals": (guides.MixtureOfNormals, lambda w: part(w, num_components=2)),
     "guides.OneHotCategorical": (guides.OneHotCategorical, lambda w: part(w, latent=(2, 3))),
     "guides.PerDatum": (guides.PerDatum, lambda w: {"family": families.Normal(2), "raw": 3}),
+    "guides.ProductOfExperts": (guides.ProductOfExperts, experts),
     "guides.RelaxedBernoulli": (guides.RelaxedBernoulli, lambda w: part(w, temperature=0.5)),
     "guides.SplineFlow": (guides.SplineFlow, lambda w: part(w, transforms=1, hidden=[4], context=2)),
     "likelihoods.Bernoulli": (likelihoods.Bernoulli, lambda w: likelihood(w, soft_targets=False, missing=False)),

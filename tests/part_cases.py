@@ -43,6 +43,12 @@ PRIORS = [
     ("NormalizingFlow-matrix", lambda: priors.NormalizingFlow((2, 1), transforms=1, hidden=[4, 4])),
     ("NormalizingFlow-spline", lambda: priors.NormalizingFlow(1, transforms=2, kind="spline")),
 ]
+
+
+def experts(latent):
+    return [guides.DiagonalNormal((2, 1), latent, NET), guides.DiagonalNormal(3, latent, NET)]
+
+
 GUIDES = [
     ("DiagonalNormal", lambda: guides.DiagonalNormal(3, 2, NET)),
     ("LogNormal", lambda: guides.LogNormal(3, 2, NET)),
@@ -52,6 +58,9 @@ GUIDES = [
     ("LowRankNormal", lambda: guides.LowRankNormal(3, 2, NET, rank=1)),
     ("MixtureOfNormals", lambda: guides.MixtureOfNormals(3, 2, NET, num_components=3)),
     ("MixtureOfNormals-one", lambda: guides.MixtureOfNormals(3, 1, NET)),
+    ("ProductOfExperts-Normal", lambda: guides.ProductOfExperts(experts(2), priors.Normal(2))),
+    ("ProductOfExperts-matrix", lambda: guides.ProductOfExperts(experts((1, 2)))),
+    ("MixtureOfExperts-Normal", lambda: guides.MixtureOfExperts(experts(2))),
     ("PerDatum", lambda: guides.PerDatum(families.Normal(2), 1)),
     ("PerDatum-full_rank", lambda: guides.PerDatum(multivariate.FullRankNormal(2), 1)),
     ("Bernoulli", lambda: guides.Bernoulli((3, 1), 3, NET)),

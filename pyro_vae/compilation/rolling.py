@@ -45,6 +45,8 @@ _COUNTED = {_aten.select.int: (2,), _aten.slice.Tensor: (2, 3), _aten.select_bac
 """Operations with arguments that count copies, and the places of these."""
 _SUMS = {_aten.add.Tensor: torch.add, _aten.sub.Tensor: torch.sub}
 _LINEAR_VIEWS = {_aten.t.default, _aten.transpose.int, _aten.view.default, _aten.permute.default}
+_ANY_ORDER = dict.fromkeys([_aten.view.default, _aten._unsafe_view.default], _aten.reshape.default)
+"""For operations that need their argument in a certain order of memory: the same for any order."""
 _LEAST = 4  # copies that are taken together
 _BODY, _MOST_TOGETHER = 48, 8
 """Up to how many operations, and copies of a loop's body, are compiled together: a call takes the time of some."""
@@ -73,6 +75,14 @@ class Draw:
         """Return a new tensor of random numbers."""
         shape, dtype, device = self.form
         return self.func(torch.empty(shape, dtype=dtype, device=device), *args, **kwargs)
+
+
+def _in_any_order(target: Any) -> Any:
+    """Return what computes an operation's values in a head, where stacked values are not stored as in the capture.
+
+    Nothing is changed in place there, so a copy is as good as a view.
+    """
+    return _ANY_ORDER.get(target, target)
 
 
 def is_random(target: Any) -> bool:
@@ -550,7 +560,7 @@ class Program:
         if same and first.target in _LINEAR_VIEWS and len(inputs) == 1:
             self.absorbed.update(terms)
             inner, rest = self._sum_of(inputs[0]), first.args[1:]
-            return lambda values: first.target(inner(values), *rest)
+            return lambda values: _in_any_order(first.target)(inner(values), *rest)
         if same and first.target is _aten.mm.default:
             self.absorbed.update(terms)
             return self._sum_of_products(*inputs)
@@ -650,9 +660,10 @@ class Singles:
         own = set(nodes)
         self.program = program
         self.inputs = list(dict.fromkeys(one for node in nodes for one in node.inputs if one not in own))
-        outside = program.kept if nodes is not program.graph.tail else set(program.graph.results)
+        tail = nodes is program.graph.tail
+        outside = set(program.graph.results) if tail else program.kept
         self.results = [node for node in nodes if node in outside or not program.users[node] <= own]
-        self._run = function_of(self.inputs, nodes, self.results)
+        self._run = function_of(self.inputs, nodes, self.results, *([] if tail else [_in_any_order]))
 
     def __call__(self, values: Values) -> None:
         """Compute the values."""
@@ -710,7 +721,7 @@ class Body:
             )
         ]  # fmt: skip
         parameters = [*(self.links[link] for link in self.starts), *self.streams.values()]
-        self.run = function_of(parameters, self.nodes, [made[j] for j in self.results])
+        self.run = function_of(parameters, self.nodes, [made[j] for j in self.results], _in_any_order)
 
 
 def _inside(region: Region, user: Node, group: set[int], copy: int) -> bool:
@@ -804,7 +815,7 @@ class Loop:
         for node in nodes:
             given = {one: rows[self.region.place[one][1]] for one in node.inputs if one in self._own}
             args, kwargs = _renamed_values(node, given, values)
-            rows.append(node.target(*args, **kwargs))
+            rows.append(_in_any_order(node.target)(*args, **kwargs))
         values.rows[self.region, j] = rows
 
 

@@ -28,6 +28,9 @@ class MixtureOfNormals(Parametric):
     one dimension after the other. Pyro's ``MixtureOfDiagNormals`` has pathwise draws too, but divides by zero where two
     components coincide, and does not take one dimension. This one takes any K and D.
 
+    Where the logits need no gradient, a draw moves with the location and scale of its component alone, in one step for
+    all dimensions: the probability of each component is then a constant.
+
     The gradient of the weights comes from draws between the components. Between components more than 8 scales apart
     there are none in practice: the gradient of an ELBO is unbiased, but zero in every run, and the weights stay.
 
@@ -76,19 +79,23 @@ class MixtureOfNormals(Parametric):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
-            shape = self._extended_shape(torch.Size(sample_shape))
-            component = torch.distributions.Categorical(logits=self.logits).sample(torch.Size(sample_shape))
-            index = component[..., None, None].expand(*shape[:-1], 1, shape[-1])
-            loc, scale = (
-                value.expand(*shape[:-1], *value.shape[-2:]).gather(-2, index).squeeze(-2)
-                for value in (self.loc, self.scale)
-            )
-            return loc + scale * torch.randn_like(loc)
+            return self._draw_of_component(sample_shape)
+
+    def _draw_of_component(self, sample_shape: Any) -> Tensor:
+        """Draw a component, and then from it, with the gradient of its location and scale."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        component = torch.distributions.Categorical(logits=self.logits.detach()).sample(torch.Size(sample_shape))
+        index = component[..., None, None].expand(*shape[:-1], 1, shape[-1])
+        loc, scale = (
+            value.expand(*shape[:-1], *value.shape[-2:]).gather(-2, index).squeeze(-2)
+            for value in (self.loc, self.scale)
+        )
+        return loc + scale * torch.randn_like(loc)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
+        if not (torch.is_grad_enabled() and self.logits.requires_grad):
+            return self._draw_of_component(sample_shape)
         z = self.sample(sample_shape)
-        if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.logits, self.loc, self.scale))):
-            return z
         log_weight = self.logits.log_softmax(-1)  # of each component, given the previous dimensions
         moving = []
         for dim in range(z.shape[-1]):

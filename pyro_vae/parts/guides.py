@@ -3,7 +3,8 @@
 Arguments that a guide does not describe are those of :class:`DiagonalNormal`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,16 +13,18 @@ from torch import Tensor, nn
 
 from pyro_vae._utils.data import data_tensors
 from pyro_vae._utils.typing import Shape
-from pyro_vae._utils.validation import as_shape, positive_int
+from pyro_vae._utils.validation import as_shape, describe, positive_int
+from pyro_vae.distributions.mixture import MixtureOfNormals as Mixture
+from pyro_vae.distributions.properties import without_independent
 from pyro_vae.parts import families, networks
-from pyro_vae.parts.base import Conditional, Part, checked_amortized, checked_family, checked_raw
+from pyro_vae.parts.base import Conditional, Part, Unconditional, checked_amortized, checked_family, checked_raw
 from pyro_vae.parts.families import multivariate
 from pyro_vae.parts.families.base import Family
 from pyro_vae.parts.networks import NetworkFactory
 
 __all__ = ["Bernoulli", "DiagonalNormal", "FullRankNormal", "GumbelSoftmax", "InverseAutoregressiveFlow"]
-__all__ += ["LogNormal", "LogitNormal", "LowRankNormal", "MixtureOfNormals", "OneHotCategorical"]
-__all__ += ["PerDatum", "RelaxedBernoulli", "SplineFlow"]
+__all__ += ["LogNormal", "LogitNormal", "LowRankNormal", "MixtureOfExperts", "MixtureOfNormals", "OneHotCategorical"]
+__all__ += ["PerDatum", "ProductOfExperts", "RelaxedBernoulli", "SplineFlow"]
 
 
 class _Encoder(Conditional):
@@ -129,6 +132,157 @@ class MixtureOfNormals(_Encoder):
 
     def __init__(self, in_features: Shape, latent: int, network: NetworkFactory, num_components: int = 2):
         super().__init__(multivariate.MixtureOfNormals(latent, num_components), in_features, network)
+
+
+class _Experts(nn.Module):
+    """The normals of several experts, each given its modality, and last that of the prior, which is given nothing."""
+
+    def __init__(self, experts: Sequence[Conditional], prior: Unconditional):
+        super().__init__()
+        self.experts, self.prior = nn.ModuleList(experts), prior
+        self.shapes = [expert.context_shape for expert in experts]
+        self.sizes = [shape.numel() for shape in self.shapes]
+
+    def _normals(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which modalities are missing, ``(*, M)``, and locations and log-scales ``(*, M + 1, D)``."""
+        batch, missing, moments = context.shape[:-1], [], []
+        for expert, shape, modality in zip(self.experts, self.shapes, context.split(self.sizes, -1), strict=True):
+            missing.append(modality.isnan().all(-1))
+            # Zeros in place of NaN: the output is not used, but NaN would remain in its gradient.
+            modality = modality.masked_fill(missing[-1][..., None], 0.0)
+            moments.append(_moments(expert(modality.reshape(*batch, *shape)), batch))
+        moments.append(_moments(self.prior(), batch))
+        locs, log_scales = zip(*moments, strict=True)
+        return torch.stack(missing, -1), torch.stack(locs, -2), torch.stack(log_scales, -2)
+
+
+def _moments(normal: dist.TorchDistribution, batch: torch.Size) -> tuple[Tensor, Tensor]:
+    """The location and log-scale of independent normals, ``(*batch, D)``."""
+    base, size = without_independent(normal), normal.event_shape.numel()
+    loc, log_scale = (value.reshape(*normal.batch_shape, size) for value in (base.loc, base.scale.log()))
+    return loc.expand(*batch, size), log_scale.expand(*batch, size)
+
+
+class _ProductNetwork(_Experts):
+    """Raw outputs of the product: its location and log-scale."""
+
+    def forward(self, context: Tensor) -> Tensor:
+        missing, loc, log_scale = self._normals(context)
+        absent = torch.cat([missing, torch.zeros_like(missing[..., :1])], -1)
+        # Of log-precisions, since precisions overflow where an expert is very sure.
+        log_precision = (-2 * log_scale).masked_fill(absent[..., None], -torch.inf)
+        loc = (log_precision.softmax(-2) * loc).sum(-2)
+        return torch.cat([loc, -0.5 * log_precision.logsumexp(-2)], -1)
+
+
+class _MixtureNetwork(_Experts):
+    """Raw outputs of the mixture: its logits, locations and log-scales."""
+
+    def forward(self, context: Tensor) -> Tensor:
+        missing, loc, log_scale = self._normals(context)
+        absent = torch.cat([missing, ~missing.all(-1, keepdim=True)], -1)
+        logits = torch.zeros_like(loc[..., 0]).masked_fill(absent, -torch.inf)
+        return torch.cat([logits, loc.flatten(-2), log_scale.flatten(-2)], -1)
+
+
+def _checked_experts(
+    experts: Sequence[Conditional], prior: Unconditional | None
+) -> tuple[list[Conditional], Unconditional]:
+    """Return experts and prior if they are normals of one shape; the prior is N(0, I) by default."""
+    must = "a list of guides with diagonal normals, such as guides.DiagonalNormal, one for each modality"
+    if isinstance(experts, nn.Module | str | Tensor) or not isinstance(experts, Iterable):
+        raise TypeError(f"`experts` must be {must}, got {describe(experts)}")
+    found = list(experts)
+    if not found:
+        raise ValueError(f"`experts` must be {must}, got an empty list")
+    for expert in found:
+        if not isinstance(expert, Conditional) or type(expert.family) is not families.Normal:
+            raise TypeError(f"`experts` must be {must}, got {describe(expert)}")
+    shape = found[0].event_shape
+    if other := [expert.event_shape for expert in found if expert.event_shape != shape]:
+        raise ValueError(f"`experts` must have one latent shape, got {tuple(shape)} and {tuple(other[0])}")
+    if prior is None:
+        prior = Unconditional(families.Normal(shape))
+    if not isinstance(prior, Unconditional) or type(prior.family) is not families.Normal:
+        raise TypeError(f"`prior` must be a normal, such as priors.StandardNormal(2), got {describe(prior)}")
+    if prior.event_shape != shape:
+        must = f"have the latent shape of the experts, {tuple(shape)}"
+        raise ValueError(f"`prior` must {must}, got {tuple(prior.event_shape)}")
+    return found, prior
+
+
+class ProductOfExperts(Conditional):
+    r"""The guide of several modalities :math:`x_1, \dots, x_M`, each with an expert of its own, as a product,
+
+    .. math:: q(z \mid x) \propto p(z) \prod_{m\ \mathrm{observed}} q_m(z \mid x_m),
+
+    with :math:`q_m = N(\mu_m, \mathrm{diag}\,\sigma_m^2)`, and :math:`N(\mu_0, \mathrm{diag}\,\sigma_0^2)` the prior.
+    It is normal again, its precision is the sum of theirs, and its mean their mean weighted by precision:
+
+    .. math:: \sigma^{-2} = \sigma_0^{-2} + \sum_m \sigma_m^{-2}, \qquad
+              \mu = \sigma^2 \Bigl(\sigma_0^{-2} \mu_0 + \sum_m \sigma_m^{-2} \mu_m\Bigr).
+
+    Where modalities are independent given z, the posterior has this form too, with :math:`p(x_m \mid z)` as a function
+    of z in place of the expert. So an expert is no approximate posterior: it is what its modality adds to the prior.
+
+    The context is one tensor, the modalities next to each other, each of the size that its expert takes. A modality is
+    missing in a row where **all its entries are NaN**, and its expert drops out of the product; without any modality,
+    q is the prior. If some of its entries are NaN, the expert's network must accept them, such as
+    ``networks.with_missing``. Training on rows with missing modalities, such as a ``transform`` that hides some, lets
+    each expert learn to work without the others; it takes the place of the sub-sampled ELBOs of Wu and Goodman.
+
+    Args:
+        experts: guides with diagonal normals, one for each modality, in the order of the context.
+        prior: :math:`p(z)`, a ``priors.StandardNormal``, by default, or the ``priors.Normal`` of the model.
+
+    Source: Wu and Goodman 2018, "Multimodal generative models for scalable weakly-supervised learning", section 2.2.
+
+    >>> image, label = DiagonalNormal(64, 2, networks.linear()), DiagonalNormal(1, 2, networks.linear())
+    >>> q = ProductOfExperts([image, label])
+    >>> x = torch.cat([torch.rand(5, 64), torch.full((5, 1), torch.nan)], -1)  # without labels
+    >>> bool((q(x).stddev < 1).all())  # every expert makes the guide more certain
+    True
+    >>> q(torch.full((1, 65), torch.nan)).mean.abs()
+    tensor([[0., 0.]], grad_fn=<AbsBackward0>)
+    """
+
+    def __init__(self, experts: Sequence[Conditional], prior: Unconditional | None = None):
+        found, prior = _checked_experts(experts, prior)
+        network = _ProductNetwork(found, prior)
+        super().__init__(families.Normal(found[0].event_shape), sum(network.sizes), network)
+
+
+class MixtureOfExperts(Conditional):
+    r"""The guide of several modalities :math:`x_1, \dots, x_M`, each with an expert of its own, as a mixture,
+
+    .. math:: q(z \mid x) = \frac{1}{M_\mathrm{observed}} \sum_{m\ \mathrm{observed}} q_m(z \mid x_m).
+
+    Each expert alone must explain all modalities: an expert is an approximate posterior given its modality, and the
+    guide with several modalities is no more certain than they are. Draws carry gradients to the experts; the weights
+    are fixed. The context and missing modalities are those of :class:`ProductOfExperts`.
+
+    Args:
+        experts: as of :class:`ProductOfExperts`, with a latent of one dimension of sizes, ``(D,)``.
+        prior: q where every modality is missing, as of :class:`ProductOfExperts`.
+
+    Source: Shi, Siddharth, Paige and Torr 2019, "Variational mixture-of-experts autoencoders for multi-modal deep
+    generative models", section 3. They draw from every expert in each step; here a draw takes one of them.
+
+    >>> image, label = DiagonalNormal(64, 2, networks.linear()), DiagonalNormal(1, 2, networks.linear())
+    >>> q = MixtureOfExperts([image, label])(torch.cat([torch.rand(5, 64), torch.full((5, 1), torch.nan)], -1))
+    >>> q.logits.softmax(-1)[0]  # of the image, the label, and the prior
+    tensor([1., 0., 0.])
+    """
+
+    def __init__(self, experts: Sequence[Conditional], prior: Unconditional | None = None):
+        found, prior = _checked_experts(experts, prior)
+        network = _MixtureNetwork(found, prior)
+        family = multivariate.MixtureOfNormals(found[0].event_shape, len(found) + 1)
+        super().__init__(family, sum(network.sizes), network)
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        q: Any = super().forward(context)
+        return Mixture(q.logits.detach(), q.loc, q.scale)  # its draws then need no gradient of the weights
 
 
 class PerDatum(Part):

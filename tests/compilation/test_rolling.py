@@ -146,6 +146,7 @@ FUNCTIONS = {
     "cumulative products": lambda x: [torch.stack(_products(x))],
     "each term twice": lambda x: [sum(row.exp() @ WEIGHT.detach() for row in x), sum(row.exp() for row in x)],
     "a state that is read from place to place": lambda x: [_shifting(x)],
+    "a state that is stored by columns": lambda x: [_by_columns(x)],
     "differences": lambda x: [_less(x)[0], _less(x)[1]],
     "chunks": lambda x: [sum(a * b.tanh() for a, b in (row.chunk(2) for row in x))],
     "nothing repeated": lambda x: [x.exp().sum(), x.sin()],
@@ -172,6 +173,14 @@ def _shifting(x):
     for step in range(len(x)):
         state = (state + state[step] * state[0]).sin()
     return state
+
+
+def _by_columns(x):
+    """A state whose transpose can be viewed as one row; its values of all copies are stored in another order."""
+    state = x.exp().t()
+    for row in x:
+        state = (state * row[:, None]).sin()
+    return state.t().view(-1).cos()
 
 
 def _less(x):

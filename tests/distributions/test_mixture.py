@@ -82,10 +82,13 @@ def test_a_mixture_of_each_draw_runs_under_vmap():
     torch.testing.assert_close(torch.vmap(log_prob)(loc, value), expected)
 
 
+@pytest.mark.parametrize("fixed_weights", [False, True], ids=["", "fixed weights"])
 @pytest.mark.parametrize(("k", "d"), [(1, 1), (3, 1), (2, 2), (4, 2)])
-def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d):
+def test_draws_of_a_mixture_carry_the_gradient_of_every_expectation(k, d, fixed_weights):
     """Of a function without symmetry, against quadrature."""
     parameters, q = mixture(k, d)
+    if fixed_weights:
+        q, parameters = MixtureOfNormals(q.logits.detach(), q.loc, q.scale), parameters[1:]
 
     def function(z):
         return torch.sin(z[..., 0]) * z[..., -1] + 0.3 * z[..., -1] ** 2 + torch.tanh(2 * z).sum(-1)
