@@ -35,6 +35,7 @@ from .parts import guides as guides
 from .parts import likelihoods as likelihoods
 from .parts import networks as networks
 from .parts import priors as priors
+from .parts import spatial as spatial
 from .sweeps.sweep import sweep as sweep
 from .training import schedules as schedules
 from .training.checkpoints import Checkpoints as Checkpoints

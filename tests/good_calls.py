@@ -29,6 +29,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    spatial,
     sweeps,
     tables,
     tabular,
@@ -256,6 +257,11 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
     "datasets.resample": (datasets.resample, lambda w: {"x": w.x.sigmoid()}),
+    "datasets.digit_scenes": (datasets.digit_scenes, lambda w: {
+        "digits": datasets.digits("test"), "num_scenes": 3, "size": 20, "sides": (8, 10), "max_digits": 2, "seed": 0}),
+    "spatial.crop": (spatial.crop, lambda w: {"images": torch.zeros(2, 4, 4), "boxes": torch.ones(2, 3), "size": 2}),
+    "spatial.place": (spatial.place, lambda w: {
+        "objects": torch.zeros(2, 2, 2), "boxes": torch.ones(2, 3), "shape": (4, 4)}),
     "sweep": (pv.sweep, lambda w: sweep(w)),
     "sweeps.uniform": (sweeps.uniform, lambda w: {"low": 0.0, "high": 1.0}),
     "sweeps.log_uniform": (sweeps.log_uniform, lambda w: {"low": 0.1, "high": 1.0}),
@@ -344,7 +350,8 @@ NOT_CALLED = {
     "a class that its class method makes": "tables.Table",
     "what takes any values": "Arguments",
     "results, which the package makes": (
-        "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.PianoRolls "
+        "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
+        "datasets.PianoRolls "
         "datasets.TwoGaussians "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"

@@ -41,6 +41,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    spatial,
     sweeps,
     tables,
     tabular,
@@ -1037,7 +1038,7 @@ def test_no_wrong_value_of_all_ends_in_an_error_without_its_name(name, tmp_path,
 
 def test_every_public_function_and_class_is_called_wrongly():
     modules = [priors, guides, likelihoods, networks, objectives, baselines, schedules, datasets, plots, distributions,
-               families, gradients, handlers, exact, missing, sweeps, tables, tabular]  # fmt: skip
+               families, gradients, handlers, exact, missing, spatial, sweeps, tables, tabular]  # fmt: skip
     public = {name for name in dir(pv) if not name.startswith("_") and callable(getattr(pv, name))}
     for module in modules:
         short = module.__name__.rpartition(".")[2]

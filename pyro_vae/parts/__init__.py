@@ -5,7 +5,9 @@ needs its name: they read its distribution through :mod:`pyro_vae.distributions.
 :mod:`pyro_vae.distributions.extent`.
 """
 
-from pyro_vae.parts import families, guides, likelihoods, networks, priors
+from pyro_vae.parts import families, guides, likelihoods, networks, priors, spatial
 from pyro_vae.parts.base import Conditional, Part, Unconditional
 
-__all__ = ["Conditional", "Part", "Unconditional", "families", "guides", "likelihoods", "networks", "priors"]
+__all__ = [
+    "Conditional", "Part", "Unconditional", "families", "guides", "likelihoods", "networks", "priors", "spatial",
+]  # fmt: skip

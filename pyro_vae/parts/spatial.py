@@ -1,0 +1,97 @@
+r"""Square boxes of images: cut them out, and put objects into them, differentiable in the box.
+
+A box has a side s and a centre in row r and column c, in pixels from the upper left corner of the image: its rows are
+those from r - s/2 to r + s/2. Pixel i of an image is the square from i to i + 1, so that its centre is i + 1/2.
+
+Both functions are spatial transformers (Jaderberg et al. 2015) without rotation, whose bilinear interpolation is a
+product of two matrices, :math:`A_r\, X\, A_c^\top`, one for rows and one for columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_vae._utils.validation import describe, is_integer, positive_int, real_tensor
+
+__all__ = ["crop", "place"]
+
+
+def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Cut out a box of each image, resized to ``size`` by bilinear interpolation; 0 outside of the image.
+
+    Args:
+        images: ``(*, H, W)``.
+        boxes: ``(*, 3)``, side, row and column; dimensions on the left are broadcast.
+        size: height and width K of the results.
+
+    Returns:
+        ``(*, K, K)``.
+
+    >>> image = torch.arange(16.0).reshape(4, 4)
+    >>> crop(image, torch.tensor([2.0, 3.0, 3.0]), 2)  # the lower right quarter
+    tensor([[10., 11.],
+            [14., 15.]])
+    """
+    _check(images, "images", boxes)
+    positive_int(size, "size")
+    side, *centre = boxes.unbind(-1)
+    steps = (torch.arange(size, dtype=boxes.dtype, device=boxes.device) + 0.5) / size - 0.5
+    down, right = (
+        _weights(middle[..., None] + side[..., None] * steps - 0.5, length)
+        for middle, length in zip(centre, images.shape[-2:], strict=True)
+    )
+    return down @ images @ right.mT
+
+
+def place(objects: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
+    """Put each object into a box of an empty canvas, by bilinear interpolation; 0 outside of the box.
+
+    Args:
+        objects: ``(*, K, L)``.
+        boxes: ``(*, 3)``, side, row and column; dimensions on the left are broadcast.
+        shape: height H and width W of the canvas.
+
+    Returns:
+        ``(*, H, W)``.
+
+    >>> place(torch.ones(2, 2), torch.tensor([2.0, 1.0, 2.0]), (3, 4))
+    tensor([[0., 1., 1., 0.],
+            [0., 1., 1., 0.],
+            [0., 0., 0., 0.]])
+    """
+    _check(objects, "objects", boxes)
+    sizes = list(shape) if isinstance(shape, Sequence) else []
+    if len(sizes) != 2 or not all(is_integer(length) and length > 0 for length in sizes):
+        raise ValueError(f"`shape` must be two positive integers, height and width, got {shape!r}")
+    side, *centre = boxes.unbind(-1)
+    down, right = (
+        _weights(
+            (torch.arange(length, dtype=boxes.dtype, device=boxes.device) + 0.5 - middle[..., None])
+            * (count / side[..., None])
+            + (count - 1) / 2,
+            count,
+        )
+        for middle, length, count in zip(centre, sizes, objects.shape[-2:], strict=True)
+    )
+    return down @ objects @ right.mT
+
+
+def _weights(points: Tensor, count: int) -> Tensor:
+    """Return the weight of each of ``count`` pixels at points of their axis, ``(*, points, count)``."""
+    pixels = torch.arange(count, dtype=points.dtype, device=points.device)
+    return (1 - (points[..., None] - pixels).abs()).clamp(min=0)
+
+
+def _check(images: Tensor, name: str, boxes: Tensor) -> None:
+    real_tensor(images, name, "floats (*, height, width)")
+    real_tensor(boxes, "boxes", "floats (*, 3): side, row and column")
+    if not images.is_floating_point() or images.dim() < 2 or 0 in images.shape[-2:]:
+        raise ValueError(f"`{name}` must be floats (*, height, width), got {describe(images)}")
+    if not boxes.is_floating_point() or boxes.shape[-1:] != (3,):
+        raise ValueError(f"`boxes` must be floats (*, 3): side, row and column, got {describe(boxes)}")
+    try:
+        torch.broadcast_shapes(images.shape[:-2], boxes.shape[:-1])
+    except RuntimeError:
+        got = f"{tuple(boxes.shape)} for {name} of shape {tuple(images.shape)}"
+        raise ValueError(f"`boxes` must have dimensions on the left that broadcast with `{name}`, got {got}") from None
