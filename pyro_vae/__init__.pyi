@@ -13,6 +13,8 @@ from .diagnostics.calibration import Calibration as Calibration
 from .diagnostics.calibration import calibrate as calibrate
 from .diagnostics.decomposition import Decomposition as Decomposition
 from .diagnostics.decomposition import decompose as decompose
+from .diagnostics.disentanglement import Disentanglement as Disentanglement
+from .diagnostics.disentanglement import disentanglement as disentanglement
 from .diagnostics.inference_gap import InferenceGap as InferenceGap
 from .diagnostics.inference_gap import inference_gap as inference_gap
 from .distributions import missing as missing

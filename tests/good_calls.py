@@ -135,6 +135,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "compare_evidence": (pv.compare_evidence, lambda w: {"evidence": {"a": evidence(w)}}),
     "decompose": (pv.decompose, lambda w: pair(w) | {
         "num_samples": 2, "plate": "data", "seed": 0, "progress": None}),
+    "disentanglement": (pv.disentanglement, lambda w: {
+        "codes": torch.randn(40, 2), "factors": {"a": torch.arange(40) % 2, "b": torch.arange(40) // 20},
+        "bins": 5, "seed": 0}),
     "inference_gap": (pv.inference_gap, lambda w: pair(w) | {
         "refined": None, "steps": 1, "lr": 1e-2, "num_particles": 2, "num_samples": 5, "plate": "data", "seed": 0,
         "tolerance": 1e-4, "progress": None}),
@@ -205,6 +208,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "latent": 2, "columns": {"a": families.Normal(1), "b": families.Bernoulli(1)}, "network": NET,
         "missing": False}),
     "likelihoods.ContinuousBernoulli": (likelihoods.ContinuousBernoulli, lambda w: likelihood(w, missing=False)),
+    "likelihoods.DiscretizedLogisticMixture": (likelihoods.DiscretizedLogisticMixture, lambda w: likelihood(
+        w, num_levels=4, num_components=2, min_scale=0.1, missing=False)),
     "likelihoods.NegativeBinomial": (likelihoods.NegativeBinomial, lambda w: likelihood(
         w, dispersion="shared", missing=False)),
     "likelihoods.Normal": (likelihoods.Normal, lambda w: likelihood(w, scale="shared", min_scale=0.1, missing=False)),
@@ -223,6 +228,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "families.Categorical": (families.Categorical, lambda w: {"event_shape": 2, "num_classes": 3}),
     "families.Columns": (families.Columns, lambda w: {"columns": [families.Normal(1), families.Bernoulli(1)]}),
     "families.ContinuousBernoulli": (families.ContinuousBernoulli, lambda w: {"event_shape": 2}),
+    "families.DiscretizedLogisticMixture": (families.DiscretizedLogisticMixture, lambda w: {
+        "event_shape": 2, "num_levels": 4, "num_components": 2, "min_scale": 0.1}),
     "families.Family": (families.Family, lambda w: {"event_shape": 2}),
     "families.Gamma": (families.Gamma, lambda w: {"event_shape": 2}),
     "families.Laplace": (families.Laplace, lambda w: {"event_shape": 2, "scale": 1.0, "min_scale": 0.1}),
@@ -266,6 +273,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "sweeps.uniform": (sweeps.uniform, lambda w: {"low": 0.0, "high": 1.0}),
     "sweeps.log_uniform": (sweeps.log_uniform, lambda w: {"low": 0.1, "high": 1.0}),
     "sweeps.integers": (sweeps.integers, lambda w: {"low": 1, "high": 9, "log": True}),
+    "datasets.shapes": (datasets.shapes, lambda w: {"num_images": 2, "seed": 0}),
+    "datasets.photograph_patches": (datasets.photograph_patches, lambda w: {"split": "test", "stride": 32}),
     "datasets.digits": (datasets.digits, lambda w: {"split": "test"}),
     "networks.convolutional": (networks.convolutional, lambda w: {
         "image": (1, 8, 8), "channels": (2,), "activation": nn.Tanh}),
@@ -332,6 +341,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "distributions.Columns": (distributions.Columns, lambda w: {
         "columns": [dist.Normal(torch.zeros(1), 1.0).to_event(1)]}),
     "distributions.ContinuousBernoulli": (distributions.ContinuousBernoulli, lambda w: {"logits": torch.zeros(2)}),
+    "distributions.DiscretizedLogisticMixture": (distributions.DiscretizedLogisticMixture, lambda w: {
+        "logits": torch.zeros(2), "loc": torch.zeros(2), "scale": torch.ones(2), "num_levels": 4}),
     "distributions.LogRelaxedOneHotCategorical": (distributions.LogRelaxedOneHotCategorical, lambda w: {
         "temperature": 0.5, "logits": torch.zeros(2)}),
     "distributions.LogitRelaxedBernoulli": (distributions.LogitRelaxedBernoulli, lambda w: {
@@ -352,7 +363,7 @@ NOT_CALLED = {
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
         "datasets.PianoRolls "
-        "datasets.TwoGaussians "
+        "datasets.Shapes datasets.TwoGaussians Disentanglement "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"
     ),

@@ -55,6 +55,7 @@ LIKELIHOODS = {
     "Poisson": (lambda z: likelihoods.Poisson(z, D, NET), COUNTS),
     "NegativeBinomial": (lambda z: likelihoods.NegativeBinomial(z, D, NET), COUNTS),
     "LogNormal": (lambda z: likelihoods.LogNormal(z, D, NET), REAL),
+    "DiscretizedLogisticMixture": (lambda z: likelihoods.DiscretizedLogisticMixture(z, D, NET, 3), COUNTS),
     "Ordinal": (lambda z: likelihoods.Ordinal(z, D, 3, NET), COUNTS),
     "ZeroInflatedPoisson": (lambda z: likelihoods.ZeroInflatedPoisson(z, D, NET), COUNTS),
     "ZeroInflatedNegativeBinomial": (lambda z: likelihoods.ZeroInflatedNegativeBinomial(z, D, NET), COUNTS),

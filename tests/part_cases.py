@@ -105,6 +105,9 @@ def skewed_columns():
 LIKELIHOODS += [
     ("LogNormal-shared", lambda: likelihoods.LogNormal(3, 2, NET)),
     ("LogNormal-network", lambda: likelihoods.LogNormal(3, (1, 2), NET, scale="network")),
+    ("DiscretizedLogisticMixture", lambda: likelihoods.DiscretizedLogisticMixture((1, 3), (1, 2), NET, 9)),
+    ("DiscretizedLogisticMixture-two",
+        lambda: likelihoods.DiscretizedLogisticMixture(3, 2, NET, 12, num_components=2)),
     ("Ordinal", lambda: likelihoods.Ordinal((1, 3), (1, 2), 4, NET)),
     ("ZeroInflatedPoisson-network", lambda: likelihoods.ZeroInflatedPoisson(3, 2, NET)),
     ("ZeroInflatedPoisson-shared", lambda: likelihoods.ZeroInflatedPoisson(3, (1, 2), NET, gate="shared")),

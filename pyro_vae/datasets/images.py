@@ -11,7 +11,7 @@ from pyro_vae._utils.validation import file_path
 from pyro_vae.datasets import idx
 from pyro_vae.datasets.base import Dataset, on_default_device
 
-__all__ = ["MIRRORS", "digits", "mnist"]
+__all__ = ["MIRRORS", "check_split", "digits", "mnist"]
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist")
 """URLs from which :func:`mnist` downloads, tried in this order."""
@@ -27,7 +27,7 @@ def digits(split: str = "all") -> Dataset:
     (1500, torch.Size([297, 64]))
     """
     splits = {"train": slice(0, 1500), "test": slice(1500, None), "all": slice(None)}
-    _check_split(split, splits)
+    check_split(split, splits)
     bunch = load_digits()
     shuffled = torch.randperm(len(bunch.data), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[
         splits[split]
@@ -90,7 +90,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
         ...
     FileNotFoundError: `folder` must be a folder with MNIST's files: there is no folder 'nowhere'
     """
-    _check_split(split, _MNIST)
+    check_split(split, _MNIST)
     folder = None if folder is None else file_path(folder, "folder")
     if isinstance(mirrors, str) or not all(isinstance(mirror, str) for mirror in mirrors):
         raise ValueError(f"`mirrors` must be a sequence of URLs, such as `datasets.MIRRORS`, got {mirrors!r}")
@@ -104,6 +104,7 @@ def mnist(split: str = "train", folder: str | Path | None = None, *, mirrors: Se
     return Dataset(*on_default_device(images.flatten(1), labels.long()))
 
 
-def _check_split(split: str, splits: Iterable[str]) -> None:
+def check_split(split: str, splits: Iterable[str]) -> None:
+    """Raise unless ``split`` is one of the names."""
     if not isinstance(split, str) or split not in splits:
         raise ValueError(f"`split` must be one of {', '.join(map(repr, splits))}, got {split!r}")

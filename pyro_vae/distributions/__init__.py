@@ -12,6 +12,7 @@ from pyro_vae.distributions import missing as missing
 from pyro_vae.distributions import tabular as tabular
 from pyro_vae.distributions.bernoulli import Bernoulli, ContinuousBernoulli, SoftTargetBernoulli
 from pyro_vae.distributions.columns import Columns
+from pyro_vae.distributions.discretized import DiscretizedLogisticMixture
 from pyro_vae.distributions.extent import Extent, find_extent
 from pyro_vae.distributions.logit_normal import LogitNormal
 from pyro_vae.distributions.product import Product
@@ -29,7 +30,8 @@ from pyro_vae.distributions.relaxed import (
     log_simplex,
 )
 
-__all__ = ["AdditiveLogRatioTransform", "Bernoulli", "Columns", "ContinuousBernoulli", "Extent"]
+__all__ = ["AdditiveLogRatioTransform", "Bernoulli", "Columns", "ContinuousBernoulli"]
+__all__ += ["DiscretizedLogisticMixture", "Extent"]
 __all__ += ["LogRelaxedOneHotCategorical", "LogitNormal", "LogitRelaxedBernoulli", "Product"]
 __all__ += ["SoftTargetBernoulli", "base_distribution", "base_support", "discrete_twin"]
 __all__ += ["find_extent", "is_normalized", "log_simplex", "without_independent"]

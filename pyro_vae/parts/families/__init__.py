@@ -11,6 +11,7 @@ from pyro_vae.parts.families.discrete import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
+    DiscretizedLogisticMixture,
     NegativeBinomial,
     OneHotCategorical,
     Ordinal,
@@ -20,7 +21,8 @@ from pyro_vae.parts.families.discrete import (
 )
 from pyro_vae.parts.families.relaxed import Relaxed, RelaxedBernoulli, RelaxedOneHotCategorical
 
-__all__ = ["Bernoulli", "Categorical", "Columns", "ContinuousBernoulli", "Family", "Gamma", "Laplace"]
+__all__ = ["Bernoulli", "Categorical", "Columns", "ContinuousBernoulli", "DiscretizedLogisticMixture"]
+__all__ += ["Family", "Gamma", "Laplace"]
 __all__ += ["LogNormal", "LogitNormal", "NegativeBinomial", "Normal", "OneHotCategorical", "Ordinal", "Poisson"]
 __all__ += ["Relaxed", "RelaxedBernoulli", "RelaxedOneHotCategorical", "SoftTargetBernoulli", "StudentT", "Uniform"]
 __all__ += ["ZeroInflated"]

@@ -9,6 +9,7 @@ from pyro_vae import families
 
 FAMILIES = {
     "Categorical": lambda: families.Categorical(2, 3),
+    "DiscretizedLogisticMixture": lambda: families.DiscretizedLogisticMixture(2, 3),
     "Ordinal": lambda: families.Ordinal(2, 3),
     "Poisson": lambda: families.Poisson(2),
     "ZeroInflated": lambda: families.ZeroInflated(families.Poisson(2)),
