@@ -20,6 +20,8 @@ from .diagnostics.inference_gap import inference_gap as inference_gap
 from .distributions import missing as missing
 from .distributions import tabular as tabular
 from .evidence.annealed_importance_sampling import annealed_log_evidence as annealed_log_evidence
+from .evidence.anomalies import auroc as auroc
+from .evidence.anomalies import typicality as typicality
 from .evidence.comparison import compare_evidence as compare_evidence
 from .evidence.importance_sampling import Evidence as Evidence
 from .evidence.importance_sampling import log_evidence as log_evidence

@@ -132,6 +132,9 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "particle_log_evidence": (pv.particle_log_evidence, lambda w: {
         "model": two_steps, "guide": None, "data": w.x, "num_particles": 3, "num_filters": 2, "plate": "data",
         "seed": 0, "progress": None}),
+    "typicality": (pv.typicality, lambda w: {
+        "log_evidence": torch.zeros(6), "reference": evidence(w), "group_size": 2}),
+    "auroc": (pv.auroc, lambda w: {"normal": torch.zeros(3), "anomalous": torch.ones(4)}),
     "compare_evidence": (pv.compare_evidence, lambda w: {"evidence": {"a": evidence(w)}}),
     "decompose": (pv.decompose, lambda w: pair(w) | {
         "num_samples": 2, "plate": "data", "seed": 0, "progress": None}),

@@ -229,7 +229,9 @@ class ProductOfExperts(Conditional):
     missing in a row where **all its entries are NaN**, and its expert drops out of the product; without any modality,
     q is the prior. If some of its entries are NaN, the expert's network must accept them, such as
     ``networks.with_missing``. Training on rows with missing modalities, such as a ``transform`` that hides some, lets
-    each expert learn to work without the others; it takes the place of the sub-sampled ELBOs of Wu and Goodman.
+    each expert learn to work without the others; it takes the place of the sub-sampled ELBOs of Wu and Goodman. An
+    expert that has become vague has no influence, and then almost no gradient: if one does not learn, let the weight of
+    the KL rise from 0 in the first epochs (:class:`pyro_vae.handlers.WeightKL`).
 
     Args:
         experts: guides with diagonal normals, one for each modality, in the order of the context.
