@@ -318,7 +318,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "plots.sweep": (plots.sweep, lambda w: {
         "result": pv.sweep(**sweep(w)), "most": 3, "ax": None}),
     "plots.latent_map": (plots.latent_map, lambda w: {"z": w.x, "labels": w.labels}),
-    "plots.image_grid": (plots.image_grid, lambda w: {"images": torch.zeros(4, 2, 2), "columns": 2}),
+    "plots.image_grid": (plots.image_grid, lambda w: {
+        "images": torch.zeros(4, 2, 2), "columns": 2, "row_names": ["a", "b"], "column_names": None}),
     "plots.samples": (plots.samples, lambda w: {"generate": lambda n: torch.zeros(n, 4), "shape": (2, 2)}),
     "plots.manifold": (plots.manifold, lambda w: {
         "decode": lambda z: z.sigmoid()[:, :1].expand(-1, 4), "shape": (2, 2), "size": 2}),

@@ -27,7 +27,14 @@ ToImages = Callable[[Tensor], Tensor]
 Generate = Callable[[int], Tensor]
 
 
-def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> Axes:
+def image_grid(
+    images: Tensor,
+    *,
+    columns: int = 10,
+    row_names: Sequence[str] | None = None,
+    column_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Draw images in a grid, row by row: in grey with black for 1, or in colour as red, green and blue.
 
     Values are clipped to [0, 1]: below 0 is drawn as 0, above 1 as 1. A missing pixel, NaN, is drawn in orange.
@@ -36,9 +43,12 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
         images: ``(N, height, width)`` or ``(N, 1, height, width)`` in grey, ``(N, 3, height, width)`` in colour, with
             values in [0, 1].
         columns: images per row.
+        row_names: a name for each row, on its left.
+        column_names: a name for each column, below the last row.
 
     Raises:
-        TypeError, ValueError: if images have another type or shape, or are integers above 1.
+        TypeError, ValueError: if images have another type or shape, or are integers above 1, or the number of names is
+            not that of rows or columns.
 
     .. plot::
         :include-source:
@@ -65,6 +75,8 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
+    row_names = _checked_names(row_names, "row_names", rows, "rows")
+    column_names = _checked_names(column_names, "column_names", columns, "columns")
     sheet = torch.full(
         (channels, rows * (height + 1) - 1, columns * (width + 1) - 1), float(channels == 3), device="cpu"
     )
@@ -81,9 +93,23 @@ def image_grid(images: Tensor, *, columns: int = 10, ax: Axes | None = None) -> 
             .numpy()
         )
     ax.set_axis_off()
+    if row_names or column_names:
+        _label(ax, (height, width), row_names, column_names)
     if new:
         fit_figure(ax, *sheet.shape[1:])
     return ax
+
+
+def _checked_names(names: Sequence[str] | None, name: str, count: int, what: str) -> Sequence[str]:
+    """Return a name for each row or column; none for ``None``."""
+    if names is None:
+        return []
+    must = f"{count} names, one for each of the {what}"
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(one, str) for one in names):
+        raise TypeError(f"`{name}` must be {must}, got {describe(names)}")
+    if len(names) != count:
+        raise ValueError(f"`{name}` must be {must}, got {len(names)}")
+    return names
 
 
 @torch.no_grad()

@@ -115,6 +115,7 @@ EXTREMES = {
     "khat-one": partial(plots.khat, ONE),
     "training_curves-one": partial(plots.training_curves, {name: each[:1] for name, each in inputs.VALIDATED.items()}),
     "image_grid-one": partial(plots.image_grid, torch.rand(1, 8, 8)),
+    "image_grid-names": partial(plots.image_grid, torch.rand(4, 8, 8), columns=2, row_names=["given a label", "real"]),
     "image_grid-colour": partial(plots.image_grid, torch.rand(7, 3, 8, 8), columns=3),
     "samples-colour": partial(plots.samples, lambda count: torch.rand(count, 3 * 8 * 8), (3, 8, 8)),
     "manifold-colour": partial(plots.manifold, lambda z: z.sigmoid().repeat(1, 24), (3, 4, 4), size=3),

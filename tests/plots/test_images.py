@@ -29,6 +29,29 @@ def test_image_grid_contains_every_image_in_reading_order():
         np.testing.assert_array_equal(sheet[top : top + 3, left : left + 4], image)
 
 
+def test_names_of_rows_and_columns_are_at_the_middles_of_their_images():
+    ax = plots.image_grid(torch.rand(5, 3, 4), columns=2, row_names=["a", "b", "c"], column_names=["x", "y"])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y"]
+    np.testing.assert_array_equal(ax.get_yticks(), [1.0, 5.0, 9.0])
+    np.testing.assert_array_equal(ax.get_xticks(), [1.5, 6.5])
+    only_rows = plots.image_grid(torch.rand(2, 3, 4), columns=1, row_names=("a", "b"))
+    assert len(only_rows.get_xticks()) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"row_names": ["a"]}, "`row_names` must be 2 names, one for each of the rows, got 1"),
+        ({"column_names": "xyz"}, "`column_names` must be 3 names, .*got a str"),
+        ({"column_names": [1, 2, 3]}, "`column_names` must be 3 names"),
+    ],
+)
+def test_names_are_one_for_each_row_or_column(names, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        plots.image_grid(torch.rand(5, 3, 4), columns=3, **names)
+
+
 @pytest.mark.parametrize("values", [torch.rand(5, 1, 3, 4), torch.rand(5, 3, 4)], ids=["one channel", "no channel"])
 def test_grey_images_may_have_a_channel(values):
     sheet = plots.image_grid(values, columns=5).images[0].get_array()
