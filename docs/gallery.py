@@ -102,11 +102,18 @@ CAPTIONS = {
     "seconds": "The time of a step grows with the number of states only where they are summed over.",
     "simplex": "Relaxed draws on the simplex: a lower temperature moves them to the corners.",
     "swap": "The ELBO and log p(x) of each pair of prior and guide.",
+    "dreams": "What the camera saw, the true images that follow, and three futures that the model draws.",
+    "pixel_error": "How far predicted images are from the true ones, by the time that is predicted.",
+    "angle_error": "How far predicted angles are from the true ones, by the time that is predicted.",
+    "swing_up": "A run of each controller. The one that was trained in dreams has never touched the rod.",
+    "heights": "How high each controller lifts the rod, by time: the mean over all runs.",
     "training": "The ELBO in training and on held-out data.",
 }
 """A sentence for each picture, by the name of its file."""
 
 FIRST = (
+    "dreams",
+    "swing_up",
     "relaxed_bernoulli",
     "manifold",
     "latent",

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -283,6 +283,45 @@ def null_band(num_points: int, repeats: int) -> list[float]:
     return distances.quantile(torch.tensor([0.05, 0.95])).tolist()
 
 
+def linear_forecast(images: Tensor, actions: Tensor, components: int = 20, order: int = 3) -> Function:
+    """Fit a linear model of image sequences with actions: a function from images and actions to draws of what follows.
+
+    The principal components c_t of an image are a linear function of c_(t-1), ..., c_(t-order) and the action, plus
+    Gaussian noise: dynamic mode decomposition with control (Proctor, Brunton and Kutz 2016), of a higher order.
+
+    Args:
+        images: sequences to fit, ``(N, T, pixels)``.
+        actions: ``(N, T - 1)``, between the images.
+        components: number of principal components.
+        order: number of images that a prediction is made from.
+
+    Returns:
+        A function of images seen, ``(M, t, pixels)``, actions between them, actions after them, ``(M, H)``, and a
+        number of draws, that yields H predictions ``(draws, M, pixels)``, cut to [0, 1].
+    """
+    loc = images.mean((0, 1))
+    basis = torch.linalg.svd(images.flatten(0, 1) - loc, full_matrices=False).Vh[:components].T
+
+    def inputs(codes: list[Tensor], action: Tensor) -> Tensor:
+        return torch.cat([*codes, action[..., None], torch.ones_like(action[..., None])], -1)
+
+    codes = ((images - loc) @ basis).unbind(1)
+    times = range(order, len(codes))
+    x = torch.cat([inputs([*codes[t - order : t]], actions[:, t - 1]) for t in times])
+    y = torch.cat([codes[t] for t in times])
+    weights = torch.linalg.solve(x.T @ x + 1e-3 * torch.eye(x.shape[1]), x.T @ y)
+    noise = torch.linalg.cholesky((y - x @ weights).T.cov() + 1e-8 * torch.eye(components))
+
+    def predict(seen: Tensor, before: Tensor, after: Tensor, draws: int) -> Iterator[Tensor]:
+        codes = [*((seen - loc) @ basis)[:, -order:].expand(draws, -1, -1, -1).unbind(-2)]
+        for action in after.T:
+            mean = inputs(codes[-order:], action.expand(draws, -1)) @ weights
+            codes.append(mean + torch.randn_like(mean) @ noise.T)
+            yield (loc + codes[-1] @ basis.T).clamp(0, 1)
+
+    return predict
+
+
 # --- Tables, pictures and files --------------------------------------------------------------------------------------
 
 
@@ -336,6 +375,16 @@ def draw_lines(lines: Mapping[str, tuple[Any, Any]], **axis: Any) -> Figure:
     ax.set(**axis)
     ax.grid(alpha=0.3)
     plots.axes.legend_below(ax, grow=True)
+    return figure
+
+
+def draw_films(films: Mapping[str, Tensor], times: Sequence[str], **axis: Any) -> Figure:
+    """Draw sequences of grey images ``(T, pixels)``, one in each row, and the T times; ``axis`` is for ``ax.set``."""
+    figure, ax = plt.subplots(figsize=(2.2 + 0.62 * len(times), 1.1 + 0.62 * len(films)), layout="constrained")
+    frames = torch.cat([*films.values()])
+    images = frames.unflatten(1, [math.isqrt(frames.shape[1])] * 2)
+    plots.image_grid(images, columns=len(times), row_names=[*films], column_names=times, ax=ax)
+    ax.set(**axis)
     return figure
 
 

@@ -264,6 +264,10 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "datasets.two_gaussians": (datasets.two_gaussians, lambda w: {"num_points": 3, "scale": 0.1, "seed": 0}),
     "datasets.chord_progressions": (datasets.chord_progressions, lambda w: {"num_pieces": 2, "seed": 0}),
     "datasets.piano_rolls": (datasets.piano_rolls, lambda w: {"path": music(w), "split": "train"}),
+    "datasets.pendulum": (datasets.pendulum, lambda w: {
+        "num_sequences": 3, "num_frames": 4, "size": 5, "hold": 2, "gusts": 0.1, "camera": None, "seed": 0}),
+    "datasets.Pendulum": (datasets.Pendulum, lambda w: {
+        "gravity": 10.0, "damping": 0.1, "max_torque": 5.0, "interval": 0.1}),
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
     "datasets.resample": (datasets.resample, lambda w: {"x": w.x.sigmoid()}),
@@ -368,6 +372,7 @@ NOT_CALLED = {
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
         "datasets.PianoRolls "
         "datasets.Shapes datasets.TwoGaussians Disentanglement "
+        "datasets.PendulumSequences "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"
     ),

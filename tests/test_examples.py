@@ -33,6 +33,9 @@ DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws
 SMALL = (*DISCRETE, "--hidden", "16")
 SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
 ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
+WORLD_TRAINING = ("--epochs", "1", "--sequences", "50", "--frames", "9", "--hidden", "16", "--draws", "5")
+WORLD = (*WORLD_TRAINING, "--horizon", "14", "--test-sequences", "12")
+ACTING = ("--runs", "10", "--steps", "40")
 
 
 @pytest.fixture(autouse=True)
@@ -659,6 +662,7 @@ CAPTURED = [
     ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
     ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
     ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),
+    ("world_model.py", WORLD), ("dream_control.py", (*WORLD_TRAINING, "--horizon", "4", "--practice", "1", *ACTING)),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
@@ -727,6 +731,94 @@ def test_an_example_fits_a_few_screens_and_has_help(script, tmp_path, monkeypatc
         runpy.run_path(str(script), run_name="__main__")
     assert {"--out", "--seed", "--epochs"} <= set(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_world_model_in_a_short_form(run):
+    folder, found, printed = run("world_model.py", *WORLD)
+    rows = found["methods"]
+    assert list(rows) == ["world model", "linear autoregression", "last image", "mean image", "the truth"]
+    # No prediction is likelier than the image that the camera draws from, and all of them cost pixels.
+    assert all(
+        row["log_p"] < rows["the truth"]["log_p"]
+        for name, row in rows.items()
+        if "log_p" in row and name != "the truth"
+    )
+    for name, steps in found["steps"].items():
+        assert len(steps["pixel"]) == len(steps["angle"]) == 14, name
+        assert all(0 < error < 1 for error in steps["pixel"])
+        assert all(0 <= error <= 180 for error in steps["angle"])
+        assert all(shares == sorted(shares) for shares in steps["coverage"]), "larger intervals hold more"
+    # Images that do not change are worse the longer they stand; the mean image is as good at any time.
+    still, mean = (found["steps"][name]["pixel"] for name in ("last image", "mean image"))
+    assert still[0] < min(still[3:])
+    assert max(mean) - min(mean) < 0.02
+    assert {line["quantity"] for line in found["headlines"]} == {
+        "error of predicted pixels",
+        "miscalibration of angles",
+    }
+    assert "no figure found" in printed
+    assert_pictures(folder, {"dreams", "pixel_error", "angle_error", "calibration"})
+    with xr.open_datatree(folder / "world_model.nc") as tree:
+        assert tree["posterior"]["z_9"].shape == (1, 5, 5, 4)
+        assert tree["observed_data"]["x"].shape == (5, 9, 1024)
+
+
+def test_a_linear_forecast_knows_a_linear_world_and_its_noise():
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.tensor([[0.8, 0.6], [-0.6, 0.8]])
+    state, actions, path = torch.randn(400, 2, generator=generator), torch.randn(400, 11, generator=generator), []
+    for t in range(12):
+        path.append(state)
+        if t < 11:
+            state = state @ turn + 0.3 * actions[:, t, None]
+    images = 0.5 + 0.05 * torch.stack(path, 1) @ torch.randn(2, 30, generator=generator)
+    predict = functions_of("common.py")["linear_forecast"](images[:300], actions[:300], components=2, order=1)
+    predictions = torch.stack([*predict(images[300:, :4], actions[300:, :3], actions[300:, 3:], 50)], 2)
+    assert predictions.shape == (50, 100, 8, 30)
+    assert (predictions.mean(0) - images[300:, 4:].clamp(0, 1)).abs().max() < 0.01
+    noisy = images + 0.02 * torch.randn(400, 12, 1, generator=generator)  # the same error in all pixels
+    predict = functions_of("common.py")["linear_forecast"](noisy[:300], actions[:300], components=3, order=1)
+    (first, *_) = predict(noisy[300:, :4], actions[300:, :3], actions[300:, 3:], 2000)
+    inside = (noisy[300:, 4] - first.mean(0)).abs() < 1.645 * first.std(0)
+    assert inside.double().mean() == pytest.approx(0.9, abs=0.08)  # 100 errors: 0.03 is one standard error
+
+
+def test_dream_control_in_a_short_form(run):
+    options = ("--horizon", "4", "--practice", "1", *ACTING)
+    folder, found, printed = run("dream_control.py", *WORLD_TRAINING, *options)
+    rows = found["controllers"]
+    assert list(rows) == ["trained in dreams", "classical, knows equations", "random torques", "no torque"]
+    assert all(-1 <= row["height"] <= 1 and 0 <= row["stands"] <= 100 for row in rows.values())
+    # Without a torque the rod hangs. The one that knows the equations is up after four seconds.
+    assert rows["no torque"]["height"] < -0.95
+    assert rows["classical, knows equations"]["stands"] > 50
+    assert rows["random torques"]["height"] > rows["no torque"]["height"]
+    assert -1.2 < found["dreamed_height"] < 1.2
+    assert found["headlines"][0]["baseline_name"] == "random torques"
+    assert f"{found['headlines'][0]['value']:.4g} of its length" in printed
+    assert_pictures(folder, {"swing_up", "heights"})
+    assert {path.name for path in folder.glob("*.nc")} == {"dream_control.nc"}
+
+
+def test_the_dreams_of_a_controller_are_the_expected_return_and_train_nothing_else():
+    example = functions_of("dream_control.py")
+    pyro.set_rng_seed(0)
+    world = sys.modules["world_model"].WorldModel(torch.full((64,), 0.1), 3, 8)
+    controller = example["Controller"](world, example["Reward"](3, 8), 3, 8, horizon=5)
+    before = {name: value.clone() for name, value in world.state_dict().items()}
+    start = torch.randn(200, 3)
+
+    def returns(count):
+        with torch.no_grad(), pyro.plate("draws", count, dim=-2), pyro.plate("data", 200):
+            return controller.dream(start)
+
+    first = returns(100).mean().item()
+    fitted = pv.fit(controller.model, controller.guide, start, epochs=60, lr=1e-2)
+    # The objective of the first step is the mean return, over 200 starts, of the controller as it was.
+    assert fitted.history["surrogate"][0] == pytest.approx(first, abs=0.1)
+    assert returns(100).mean() > first + 0.01
+    assert all(torch.equal(value, before[name]) for name, value in world.state_dict().items())
+    assert all(name.startswith("controller") for name in pyro.get_param_store())
 
 
 @pytest.mark.parametrize(("command", "message"), [

@@ -523,6 +523,8 @@ DATA = {
         ValueError, "x", "must be points (*, 2), floats, got a torch.float32 tensor of shape (4, 1)"),
     "no points": positive_int(lambda w: datasets.two_gaussians(0), "num_points", 0),
     "a negative scale": positive(lambda w: datasets.two_gaussians(3, scale=-1.0), "scale", -1.0),
+    "no sequences": positive_int(lambda w: datasets.pendulum(0), "num_sequences", 0),
+    "a pendulum without gravity": positive(lambda w: datasets.Pendulum(0.0), "gravity", 0.0),
     "an unknown split": Row(lambda w: datasets.digits("validation"),
         ValueError, "split", "must be one of 'train'...got 'validation'"),
     "a list of splits": Row(lambda w: datasets.mnist(["train"]),

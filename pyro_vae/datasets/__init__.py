@@ -1,4 +1,4 @@
-"""Data sets: two Gaussians, whose density is known, digits, scenes of them, colour images, a table, and music.
+"""Data sets: two Gaussians, digits, scenes of them, colour images, films of a pendulum, a table, and music.
 
 Images come as they are stored. :func:`grey`, :func:`binarize` and :func:`resample` turn them into the values that a
 likelihood takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
@@ -8,13 +8,14 @@ from pyro_vae.datasets.base import Dataset
 from pyro_vae.datasets.colours import Shapes, photograph_patches, shapes
 from pyro_vae.datasets.images import MIRRORS, digits, mnist
 from pyro_vae.datasets.music import PianoRolls, chord_progressions, piano_rolls
+from pyro_vae.datasets.pendulum import Pendulum, PendulumSequences, pendulum
 from pyro_vae.datasets.pixels import binarize, grey, resample
 from pyro_vae.datasets.scenes import DigitScenes, digit_scenes
 from pyro_vae.datasets.tables import penguins
 from pyro_vae.datasets.two_gaussians import TwoGaussians, two_gaussians
 
 __all__ = [
-    "MIRRORS", "Dataset", "DigitScenes", "PianoRolls", "Shapes", "TwoGaussians", "binarize", "chord_progressions",
-    "digit_scenes", "digits", "grey", "mnist", "penguins", "photograph_patches", "piano_rolls", "resample", "shapes",
-    "two_gaussians",
+    "MIRRORS", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "Shapes", "TwoGaussians",
+    "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "mnist", "pendulum", "penguins",
+    "photograph_patches", "piano_rolls", "resample", "shapes", "two_gaussians",
 ]  # fmt: skip

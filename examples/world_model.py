@@ -1,0 +1,218 @@
+"""
+A world model
+=============
+
+A pendulum is seen as images of 32 × 32 pixels, black with the grey value as probability, and a torque turns it. Gusts
+push it, too. Can a model that has seen 1000 short films with their torques, and neither angle, velocity nor equations,
+foresee the next 50 images, and does it know how sure it is? In the next example, a controller learns in its dreams.
+
+The model is a state-space VAE: z_t | z_(t-1), a_(t-1) ~ N(z_(t-1) + f(z_(t-1), a_(t-1)), σ²), and the image x_t given
+z_t has Bernoulli pixels. The guide, q(z_t | z_(t-1), a_(t-1), x_t, ..., x_T), corrects what the model expects by what a
+recurrent network reads in the images from x_t on. After Krishnan et al. 2017, Karl et al. 2017, "Deep variational Bayes
+filters", and Hafner et al. 2019, "Learning latent dynamics for planning from pixels".
+
+Predictions are compared with the last image, the mean image, and a linear autoregression of 20 principal components
+with the torques as inputs.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import common
+import pyro
+import pyro.distributions as dist
+import torch
+from matplotlib.figure import Figure
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import pyro_vae as pv
+from pyro_vae import datasets, likelihoods, networks, priors, schedules
+
+Films = datasets.PendulumSequences
+MEMORY = 8  # images that are seen before a prediction or an action
+FILMED: dict[str, Any] = {"gusts": 0.5, "camera": datasets.resample}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "world_model", epochs=100)
+    common.add_training(parser, batch_size=25, lr=4e-3)
+    add_model(parser)
+    parser.add_argument("--horizon", type=common.positive_int, default=50, help="images that are predicted")
+    parser.add_argument("--test-sequences", type=common.positive_int, default=200, help="held-out films")
+    parser.add_argument("--draws", type=common.positive_int, default=50, help="draws in an ArviZ file")
+    return parser.parse_args()
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the films and the model."""
+    parser.add_argument("--sequences", type=common.positive_int, default=1000, help="films to learn from")
+    parser.add_argument("--frames", type=common.positive_int, default=12, help="images in a film")
+    parser.add_argument("--latent", type=common.positive_int, default=4, help="dimensions of the state z")
+    parser.add_argument("--hidden", type=common.positive_int, default=64, help="hidden units of the smallest networks")
+
+
+class WorldModel(nn.Module):
+    """p(z_1) Π p(z_t | z_(t-1), a_(t-1)) Π p(x_t | z_t), and a guide that reads the images from x_t on."""
+
+    def __init__(self, mean_image: Tensor, latent: int, hidden: int):
+        super().__init__()
+        network, pixels = networks.mlp([2 * hidden]), len(mean_image)
+        logits = torch.logit(mean_image, eps=1e-3)
+        self.p_start = priors.StandardNormal(latent)
+        self.change = networks.mlp([hidden, hidden], activation=nn.Tanh)(latent + 1, latent)
+        self.log_scale = nn.Parameter(torch.full((latent,), math.log(0.1)))
+        self.p_image = likelihoods.Bernoulli(latent, pixels, networks.starting_at(network, logits))
+        halved = nn.Sequential(nn.Unflatten(-1, [math.isqrt(pixels)] * 2), nn.AvgPool2d(2), nn.Flatten(-2))
+        self.reader = nn.Sequential(halved, network(pixels // 4, hidden))
+        self.memory = nn.GRU(hidden + 1, hidden, batch_first=True)
+        self.correction = networks.mlp([hidden], activation=nn.Tanh)(latent + hidden, 2 * latent)
+
+    def p_next(self, z: Tensor, torque: Tensor) -> dist.TorchDistribution:
+        """p(z_t | z_(t-1), a_(t-1)) of states ``(*, N, D)`` and torques ``(*, N)``."""
+        loc = z + self.change(common.concat_broadcast(z, torque[..., None] / 4))
+        return dist.Normal(loc, self.log_scale.exp()).to_event(1)
+
+    def model(self, images: Tensor, torques: Tensor) -> None:
+        """Images ``(N, T, pixels)`` and the torques between them, ``(N, T - 1)``."""
+        pyro.module("world", self)
+        with pyro.plate("data", len(images)):
+            images, torques = pyro.subsample(images, event_dim=2), pyro.subsample(torques, event_dim=1)
+            path = [pyro.sample("z_1", self.p_start())]
+            for t in pyro.markov(range(1, images.shape[1])):
+                path.append(pyro.sample(f"z_{t + 1}", self.p_next(path[-1], torques[:, t - 1])))
+            pyro.sample("x", self.p_image(torch.stack(path, -2)).to_event(1), obs=images)
+
+    def guide(self, images: Tensor, torques: Tensor) -> None:
+        pyro.module("world", self)
+        with pyro.plate("data", len(images)):
+            images, torques = pyro.subsample(images, event_dim=2), pyro.subsample(torques, event_dim=1)
+            seen = torch.cat([self.reader(images), nn.functional.pad(torques, (0, 1))[..., None] / 4], -1)
+            future = self.memory(seen.flip(1))[0].flip(1)
+            z = pyro.sample("z_1", self.q(self.p_start().mean.expand(len(images), -1), future[:, 0]))
+            for t in pyro.markov(range(1, images.shape[1])):
+                z = pyro.sample(f"z_{t + 1}", self.q(self.p_next(z, torques[:, t - 1]).mean, future[:, t]))
+
+    def q(self, expected: Tensor, future: Tensor) -> dist.TorchDistribution:
+        """Correct what the model expects by what comes."""
+        change, log_scale = self.correction(common.concat_broadcast(expected, future)).chunk(2, -1)
+        return dist.Normal(expected + change, (log_scale - 2).exp()).to_event(1)
+
+    @torch.no_grad()
+    def states(self, images: Tensor, torques: Tensor, draws: int = 1) -> Tensor:
+        """Draw z_1, ..., z_T given images, ``(draws, N, T, D)``."""
+        with pyro.plate("draws", draws, dim=-2):
+            trace = poutine.trace(self.guide).get_trace(images, torques)
+        return torch.stack([torch.as_tensor(trace.nodes[f"z_{t + 1}"]["value"]) for t in range(images.shape[1])], -2)
+
+
+def learn(args: argparse.Namespace) -> tuple[WorldModel, pv.Fitted, Films]:
+    """Make films, and train a world model on them; the rate of each step is in closed form."""
+    train = datasets.pendulum(args.sequences, args.frames, seed=2 * args.seed, **FILMED)
+    world = WorldModel(train.frames.mean((0, 1)), args.latent, args.hidden)
+    options = common.training_options(args) | {"lr": schedules.decayed(args.lr, end=0.1), "elbo": TraceMeanField_ELBO()}
+    return world, pv.fit(world.model, world.guide, train.to_data(), **options), train
+
+
+@torch.no_grad()
+def dream(world: WorldModel, seen: Tensor, before: Tensor, after: Tensor, draws: int) -> Iterator[Tensor]:
+    """Predict images ``(draws, N, pixels)``, from images seen, the torques between them and those after them."""
+    z = world.states(seen, before, draws)[..., -1, :]
+    for torque in after.T:
+        z = world.p_next(z, torque).sample()
+        yield world.p_image(z).mean
+
+
+def measure(predict: common.Function, given: tuple[Any, ...], film: Films) -> dict[str, list[Any]]:
+    """Return, for each step, the errors of pixels and of the angle in degrees, and the coverage of intervals of it."""
+    world, found = film.world, {key: list[Any]() for key in ("pixel", "angle", "coverage")}
+    for images, state in zip(predict(*given), film.states[:, MEMORY:].unbind(1), strict=True):
+        angles = world.angle(images)
+        centre = torch.atan2(angles.sin().mean(0), angles.cos().mean(0))  # a mean of angles
+        truth, spread = ((each - centre + math.pi) % (2 * math.pi) - math.pi for each in (state[:, 0], angles))
+        found["pixel"].append((images.mean(0) - world.render(state).flatten(1)).square().mean().sqrt().item())
+        found["angle"].append(truth.abs().mean().rad2deg().item())
+        found["coverage"].append(common.coverage(spread, truth, LEVELS).tolist())
+    return found
+
+
+def draw(films: dict[str, Tensor], found: dict[str, Any], interval: float) -> dict[str, Figure]:
+    """Draw a film that goes on in dreams, the errors of each method by time, and the calibration."""
+    count = len(films["the truth"])
+    shown = [*range(MEMORY - 3, MEMORY), *range(MEMORY + 1, count, max(1, (count - MEMORY) // 13))]
+    times = [f"{interval * (t + 1 - MEMORY):.1f}" for t in shown]
+    title = "Left of the line: what the camera saw. Right: the true future, and three that the model dreams"
+    axis = {"xlabel": "seconds after the last image that was seen", "title": title}
+    figures = {"dreams": common.draw_films({name: film[shown] for name, film in films.items()}, times, **axis)}
+    figures["dreams"].axes[0].axvline(3 * 33 - 1, color="black", linewidth=2)
+    for kind, unit in (("pixel", "root mean squared error (white 0, black 1)"), ("angle", "mean error, degrees")):
+        lines = {name: (interval * (1 + torch.arange(count - MEMORY)), row[kind]) for name, row in found.items()}
+        axis = {"xlabel": "predicted time, s", "ylabel": unit, "title": f"Errors of predicted {kind}s, held-out films"}
+        figures[f"{kind}_error"] = common.draw_lines(lines, **axis)
+    covered, third = torch.tensor(found[DREAM]["coverage"]), -(-(count - MEMORY) // 3)
+    curves = {"as it should be": LEVELS, f"{LINEAR}, all times": torch.tensor(found[LINEAR]["coverage"]).mean(0)}
+    for part in covered.split(third):
+        curves[f"{DREAM}, {interval * (len(curves) - 2) * third:.1f} s and later"] = part.mean(0)
+    axis = {"xlabel": "probability of an interval of the predicted angle", "ylabel": "share of true angles inside"}
+    axis["title"] = "Calibration: below the line, the model is too sure"
+    figures["calibration"] = common.draw_lines({name: (LEVELS, y) for name, y in curves.items()}, **axis)
+    return figures
+
+
+DREAM, LINEAR, LEVELS = "world model", "linear autoregression", torch.linspace(0.05, 0.95, 19)
+COLUMNS = {"pixel error": "{pixel:.4f}", "angle error": "{angle:.1f}°", "in 90 %": "{inside:.1f} %"}
+COLUMNS |= {"miscalibration": "{miscalibration:.3f}", "log p(x)": "{log_p:.1f}"}
+NOTES = """pixel error: root mean square, from 0 for white to 1 for black; angle error: mean; both over all times
+in 90 %: true angles inside of 90 % intervals; miscalibration: mean distance of such shares from the probability
+log p(x): nats per held-out film of the length of the training films; that of the world model is a lower bound"""
+NONE = "no figure found: Hafner et al. 2019 show such predictions as pictures"
+PIXEL = "their images are larger and in colour, without noise of the camera"
+SURE, ANGLE = "miscalibration of angles", "mean distance of an interval's probability from the share of truths inside"
+
+
+def main(args: argparse.Namespace) -> None:
+    pyro.set_rng_seed(args.seed)
+    # 1. Make films, train the world model on them, and make longer held-out films.
+    world, fitted, train = learn(args)
+    test = datasets.pendulum(args.test_sequences, MEMORY + args.horizon, seed=2 * args.seed + 1, **FILMED)
+    # 2. Predict the images after the first ones, by each method, and measure errors and calibration.
+    mean = train.frames.mean((0, 1))
+    methods: dict[str, Any] = {DREAM: partial(dream, world), LINEAR: common.linear_forecast(*train.to_data())}
+    methods["last image"] = lambda seen, before, after, draws: [seen[None, :, -1]] * after.shape[1]
+    methods["mean image"] = lambda seen, before, after, draws: [mean.expand(1, len(seen), -1)] * after.shape[1]
+    torques = test.torques.split([MEMORY - 1, args.horizon], 1)  # between the images that are seen, and after them
+    found = {name: measure(each, (test.frames[:, :MEMORY], *torques, 30), test) for name, each in methods.items()}
+    rows = {name: {key: sum(row[key]) / args.horizon for key in ("pixel", "angle")} for name, row in found.items()}
+    for name in (DREAM, LINEAR):
+        share = torch.tensor(found[name]["coverage"]).mean(0)
+        rows[name] |= {"inside": 100 * share[-2].item(), "miscalibration": (share - LEVELS).abs().mean().item()}
+    # 3. Compare log p(x) of held-out films with that of the mean image, and of the truth, if it is known.
+    x, a = test.frames[:, : args.frames], test.torques[:, : args.frames - 1]
+    evidence = pv.log_evidence(world.model, world.guide, x, a, num_samples=100, seed=args.seed)
+    rows[DREAM]["log_p"] = evidence.log_evidence.mean().item()
+    grey = test.world.render(test.states).flatten(2)
+    for name, probs in (("mean image", mean), ("the truth", grey[:, : args.frames])):
+        log_p = dist.Bernoulli(probs.clamp(1e-6, 1 - 1e-6)).log_prob(x).sum((1, 2)).mean().item()
+        rows[name] = rows.get(name, {}) | {"log_p": log_p}
+    print(text := common.table("prediction", rows, COLUMNS, NOTES))
+    # 4. Draw a held-out film and its dreams, and save all.
+    films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
+    futures = torch.stack([*dream(world, test.frames[:1, :MEMORY], torques[0][:1], torques[1][:1], 3)], 2)[:, 0]
+    films |= {f"dream {n}": nn.functional.pad(each, (0, 0, MEMORY, 0)) for n, each in enumerate(futures, 1)}
+    tree = common.make_tree(world, x[:5], args, a[:5], dims={"x": ["frame", "pixel"]})
+    headlines = []
+    for key, what, difference in (("pixel", "error of predicted pixels", PIXEL), ("miscalibration", SURE, ANGLE)):
+        number, name = min((row[key], name) for name, row in rows.items() if key in row and name != DREAM)
+        other = {"baseline": number, "baseline_name": name, "published": NONE, "differences": difference}
+        headlines.append(common.headline(what, "of 1", rows[DREAM][key], **other, higher_is_better=False))
+    results = {"methods": rows, "steps": found, "history": fitted.history, "engine": fitted.engine}
+    results["unreliable"] = evidence.unreliable.double().mean().item()
+    common.save(args, results, draw(films, found, test.world.interval), {"world_model": tree}, text, headlines)
+
+
+if __name__ == "__main__":
+    main(parse_args())
