@@ -1517,9 +1517,9 @@ def is_amortized(
 
     All rows are run twice in evaluation mode, at most :func:`rows_at_once` together: in order, and in a random order
     among rows beyond the range of the data. At the same latents every row must have the same density in both runs. The
-    parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows. Autoguides are
-    judged by their plates. With ``numbered``, the data plate has the numbers of the rows in the data. ``full_size`` is
-    that of a plate that takes a subsample of its own.
+    parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows; by less noise if
+    distributions are not valid with it. Autoguides are judged by their plates. With ``numbered``, the data plate has
+    the numbers of the rows in the data. ``full_size`` is that of a plate that takes a subsample of its own.
     """
     data = data if isinstance(data, DataTensors) else DataTensors(data)
     first = data.few(rows_at_once(data))
@@ -1528,8 +1528,12 @@ def is_amortized(
             trace = trace or poutine.trace(run).get_trace(*first)
             if isinstance(unbound(run), AutoGuide):
                 return not any(_dims_of(trace, plate))
-            with _perturbed(trace):
-                return _Rows(run, plate, numbered, full_size).are_independent(data)
+            try:
+                with _perturbed(trace):
+                    return _Rows(run, plate, numbered, full_size).are_independent(data)
+            except ValueError:  # such as a scale that overflowed: noise grows with each layer of a deep network
+                with _perturbed(trace, by_layer=True):
+                    return _Rows(run, plate, numbered, full_size).are_independent(data)
         except (ValueError, RuntimeError, IndexError, KeyError):
             return False
 
@@ -1664,13 +1668,17 @@ def _beyond_range(rows: Tensor, others: Tensor) -> Tensor:
 
 
 @contextmanager
-def _perturbed(trace: Trace) -> Iterator[None]:
-    """Shift the parameters of a trace by noise inside the block, and restore them after it."""
+def _perturbed(trace: Trace, by_layer: bool = False) -> Iterator[None]:
+    """Shift the parameters of a trace by noise inside the block, and restore them after it.
+
+    With ``by_layer``, the noise of weights is divided by the root of the number of inputs that a layer sums over.
+    """
     stored = dict(pyro.get_param_store().named_parameters())  # unconstrained
     parameters = [stored[name] for name, site in trace.nodes.items() if site["type"] == "param"]
     values = [parameter.detach().clone() for parameter in parameters]
     with ExitStack() as stack:
         for parameter, value in zip(parameters, values, strict=True):
             stack.callback(parameter.copy_, value)
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            inputs = parameter[0].numel() if by_layer and parameter.dim() > 1 else 1
+            parameter.add_(0.1 / inputs**0.5 * torch.randn_like(parameter))
         yield

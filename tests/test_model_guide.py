@@ -448,6 +448,21 @@ def test_a_covariate_that_the_rows_of_the_plate_index_is_that_of_the_rows_of_a_b
     assert not is_amortized(treated_model, (x,), "data")
 
 
+@pytest.mark.parametrize("of_its_own", [False, True])
+def test_a_deep_guide_is_judged_though_noise_in_its_weights_would_overflow(of_its_own):
+    pyro.set_rng_seed(0)
+    network = nn.Sequential(*[nn.Linear(3 if i == 0 else 200, 200) for i in range(12)])
+    offsets = torch.zeros(len(X), 200)
+
+    def guide(x):
+        pyro.module("deep", network)
+        log_scale = network(x) + (pyro.param("offsets", offsets)[: len(x)] if of_its_own else 0.0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, log_scale.exp()).to_event(1))
+
+    assert is_amortized(guide, (X,), "data") == (not of_its_own)
+
+
 def test_a_guide_of_two_layers_is_amortized():
     assert pv.fit(two_layer_model, two_layer_guide, ROWS, epochs=1, batch_size=6).steps == 4
 
