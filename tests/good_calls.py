@@ -334,6 +334,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "objectives.VIMCO": (objectives.VIMCO, lambda w: {"num_particles": 2}),
     "objectives.DisARM": (objectives.DisARM, lambda w: {"num_particles": 2}),
     "objectives.DiscreteKL": (objectives.DiscreteKL, lambda w: {"num_particles": 1}),
+    "objectives.TotalCorrelation": (objectives.TotalCorrelation, lambda w: {"weight": 3.0, "num_particles": 1}),
     "objectives.FreeBits": (objectives.FreeBits, lambda w: {"nats": 0.1, "num_particles": 1}),
     "objectives.ImportanceWeighted": (objectives.ImportanceWeighted, lambda w: {
         "num_particles": 2, "gradient": "pathwise"}),

@@ -79,6 +79,7 @@ OBJECTIVES = {
     "DisARM": ({"bits"}, lambda: objectives.DisARM()),
     "DiscreteKL": ({"relaxed bits", "relaxed classes"}, lambda: objectives.DiscreteKL()),
     "FreeBits": (PATHWISE, lambda: objectives.FreeBits(0.1)),
+    "TotalCorrelation": (CONTINUOUS | {"relaxed bits"}, lambda: objectives.TotalCorrelation(3.0)),
 }
 
 
@@ -91,11 +92,14 @@ def fits(prior, guide):
 
 
 def takes(objective, prior, guide):
-    """Whether an objective is for this pair: free bits need independent variables."""
+    """Whether an objective is for this pair: those that look at single variables need independent ones."""
     kinds = {PRIORS[prior][0], GUIDES[guide][0]}
     if objective == "FreeBits" and "real" in kinds:
         products = {"StandardNormal", "Normal", "Laplace", "StudentT", "RelaxedBernoulli"}
         return prior in products and guide in {"DiagonalNormal", "PerDatum", "RelaxedBernoulli"}
+    products = {"DiagonalNormal", "LogNormal", "LogitNormal", "PerDatum", "RelaxedBernoulli"}
+    if objective == "TotalCorrelation" and guide not in products:
+        return False
     return kinds <= OBJECTIVES[objective][0]
 
 

@@ -624,6 +624,8 @@ NUMBERS = {
         ValueError, "num_particles", "must be an even number, 2 or more, got 3"),
     "an unknown gradient": Row(lambda w: objectives.ImportanceWeighted(2, gradient="stl"), ValueError, "gradient",
         "must be one of 'pathwise', 'sticking-the-landing', 'doubly-reparameterized', got 'stl'"),
+    "a negative weight of the total correlation": Row(lambda w: objectives.TotalCorrelation(-1.0),
+        ValueError, "weight", "must be a finite number, 0 or more, got -1.0"),
     "free bits of NaN": positive(lambda w: objectives.FreeBits(math.nan), "nats", math.nan),
     "the class of a baseline": Row(lambda w: objectives.ScoreFunction(baselines.RunningAverage),
         TypeError, "baseline", "must be a module such as baselines.RunningAverage(), got <class '...RunningAverage'>"),

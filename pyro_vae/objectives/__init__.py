@@ -12,7 +12,8 @@ where ``torch.vmap`` can. The scale N/B of a mini-batch multiplies the estimate 
 
 from pyro_vae.objectives import baselines as baselines
 from pyro_vae.objectives.importance_weighted import ImportanceWeighted
-from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits
+from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits, TotalCorrelation
 from pyro_vae.objectives.score_function import VIMCO, DisARM, LeaveOneOut, ScoreFunction
 
 __all__ = ["VIMCO", "DisARM", "DiscreteKL", "FreeBits", "ImportanceWeighted", "LeaveOneOut", "ScoreFunction"]
+__all__ += ["TotalCorrelation"]

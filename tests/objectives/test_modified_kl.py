@@ -1,6 +1,9 @@
-"""Objectives with another rate against their formulas: the KL of discrete twins, and free bits."""
+"""Objectives with another rate against their formulas: the KL of discrete twins, free bits, total correlation."""
+
+from itertools import combinations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from gradient_estimates import TANH, X, enumerated, flat, gradient, vae_of
@@ -14,7 +17,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, priors
 from pyro_vae._utils.traces import latent_sites
 from pyro_vae.handlers import WeightKL
-from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits
+from pyro_vae.objectives.modified_kl import DiscreteKL, FreeBits, TotalCorrelation
 from pyro_vae.training.elbo_evaluator import ElboEvaluator
 
 MASK = torch.tensor([True, True, False, True])
@@ -182,3 +185,57 @@ def test_free_bits_refuse_dependent_variables_and_discrete_latents():
     vae = vae_of("bernoulli")
     with pytest.raises(ValueError, match=r"FreeBits needs reparameterised latents, got 'z' without pathwise gradients"):
         FreeBits(0.1).loss(vae.model, vae.guide, X)
+
+
+def total_correlation(vae, x, z):
+    """log q(z) minus the sum of log q(z_d), with the mixture over all rows, one by one; ``(K, N)``."""
+    q = vae.encode(x).base_dist
+    each = torch.stack([dist.Normal(loc, scale).log_prob(z) for loc, scale in zip(q.mean, q.stddev, strict=True)])
+    joint = each.sum(-1).exp().mean(0).log()
+    return joint - each.exp().mean(0).log().sum(-1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
+def test_the_total_correlation_of_all_data_is_that_of_the_mixture(weight, count):
+    vae = normal_vae()
+    loss, z = run(vae, TotalCorrelation(weight, count))
+    log_weight = vae.decode(z).log_prob(X) + vae.prior().log_prob(z) - vae.encode(X).log_prob(z)
+    expected = (log_weight - (weight - 1) * total_correlation(vae, X, z)).mean(0).sum().item()
+    assert loss == pytest.approx(-expected, rel=1e-9)
+
+
+def test_the_density_of_a_mini_batch_has_the_expectation_of_that_of_all_data():
+    pyro.set_rng_seed(0)
+    means = torch.randn(5, 1, dtype=torch.float64)
+    value = torch.randn(5, 1, dtype=torch.float64)
+    truth = dist.Normal(means, 1.0).log_prob(value[0]).exp().mean()
+    found = []
+    for rows in ([0, *others] for others in combinations(range(1, 5), 2)):
+        site = {"fn": dist.Normal(means[rows], 1.0).to_event(1), "value": value[rows], "mask": None}
+        own, others = TotalCorrelation(2.0).read("z", site, None)["marginals"][0].exp()
+        found.append(own / 5 + 4 / 5 * others / 2)
+    torch.testing.assert_close(torch.stack(found).mean(), truth)
+
+
+def test_training_with_more_weight_lowers_the_total_correlation():
+    generator = torch.Generator().manual_seed(0)
+    x, found = torch.randn(400, 2, generator=generator) @ torch.tensor([[1.0, 0.9], [0.0, 0.45]]), []
+    for weight in (1.0, 30.0):
+        torch.manual_seed(0)
+        vae = gaussian(2, 2, decoder=likelihoods.Normal(2, 2, networks.linear(), scale=0.03))
+        fitted = pv.fit(vae.model, vae.guide, x, epochs=60, batch_size=50, lr=1e-2, elbo=TotalCorrelation(weight))
+        assert set(fitted.history) == {"elbo", "distortion", "rate"}
+        found.append(total_correlation(vae, x, vae.encode(x).sample(torch.Size([20]))).mean().item())
+    assert 0 < found[1] < 0.4 * found[0]
+
+
+def test_total_correlation_refuses_what_it_cannot_estimate():
+    vae = gaussian(2, 2, encoder=guides.FullRankNormal(2, 2, TANH))
+    with pytest.raises(ValueError, match=r"TotalCorrelation needs .* got a MultivariateNormal for site 'z'"):
+        TotalCorrelation(2.0).loss(vae.model, vae.guide, X.float())
+    vae = normal_vae()
+    with pytest.raises(ValueError, match="TotalCorrelation needs data without a mask, got one at site 'z'"):
+        TotalCorrelation(2.0).loss(*masked(vae), X)
+    with pytest.raises(ValueError, match="TotalCorrelation needs batches of two rows or more, got 1"):
+        TotalCorrelation(2.0).loss(vae.model, vae.guide, X[:1])
