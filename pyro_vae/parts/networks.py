@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, positive_int, with_article
 
 __all__ = ["NetworkFactory", "build", "convolutional", "deconvolutional", "linear"]
-__all__ += ["mlp", "one_hot", "standardized", "starting_at", "with_missing"]
+__all__ += ["mlp", "one_hot", "reshaped", "standardized", "starting_at", "with_missing"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -245,6 +245,37 @@ class _OnImages(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.network(inputs.reshape(-1, *self.in_shape))
         return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
+
+
+def reshaped(network: NetworkFactory, shape: Sequence[int] | None = None) -> NetworkFactory:
+    """A network of one's own that takes one dimension on the left and no more, such as layers of convolutions.
+
+    All dimensions on the left are merged into one before the network, and restored after it. Each row is read in a
+    shape, and the outputs of each row are flattened.
+
+    Args:
+        network: factory of a module from ``(N, *shape)`` to ``(N, *)``, with ``out_features`` numbers for each row.
+        shape: of a row, such as (channels, height, width), whose product is ``in_features``; by default
+            ``(in_features,)``, for a decoder whose first layer is linear.
+
+    Raises:
+        ValueError: when the network is built, if ``shape`` does not have ``in_features`` entries.
+
+    >>> def pooled(in_features, out_features):
+    ...     return nn.Sequential(nn.Conv2d(3, out_features, kernel_size=3), nn.AdaptiveAvgPool2d(1))
+    >>> reshaped(pooled, (3, 8, 8))(192, 4)(torch.zeros(5, 7, 192)).shape
+    torch.Size([5, 7, 4])
+    """
+    if shape is not None and not _are_sizes(shape):
+        raise ValueError(f"`shape` must be one or more positive sizes, such as (1, 28, 28), got {shape!r}")
+
+    def build_reshaped(in_features: int, out_features: int) -> nn.Module:
+        sizes = (in_features,) if shape is None else tuple(int(size) for size in shape)
+        if prod(sizes) != in_features:
+            raise ValueError(f"`shape` must have a product of in_features = {in_features}, got {shape!r}")
+        return _OnImages(build(network, in_features, out_features), sizes)
+
+    return build_reshaped
 
 
 def _are_sizes(value: object) -> bool:

@@ -13,12 +13,22 @@ from pyro_vae.parts.networks import (
     linear,
     mlp,
     one_hot,
+    reshaped,
     standardized,
     starting_at,
     with_missing,
 )
 
 IMAGES = [(1, 7, 7), (1, 8, 8), (1, 28, 28), (3, 8, 8), (2, 5, 9), (1, 1, 1)]
+
+
+def strict(in_features, out_features):
+    """Convolutions that accept ``(N, 2, 3, 5)`` alone, and return an image for each row."""
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, out_features, (3, 5)))
+
+
+def strict_decoder(in_features, out_features):
+    return nn.Sequential(nn.Linear(in_features, 12), nn.Unflatten(1, (3, 2, 2)), nn.ConvTranspose2d(3, 2, 3))
 
 
 FACTORIES = {
@@ -30,6 +40,8 @@ FACTORIES = {
     "two raw outputs per pixel": (deconvolutional((3, 7, 8), [3, 2], nn.Tanh), 4, 2 * 3 * 7 * 8),
     "three convolutions": (convolutional((1, 28, 28), [2, 3, 4], nn.Tanh), 784, 4),
     "standardized": (standardized(mlp([5], nn.Tanh), torch.arange(4.0), torch.arange(1.0, 5.0)), 4, 3),
+    "reshaped": (reshaped(strict, (2, 3, 5)), 30, 4),
+    "reshaped after the first layer": (reshaped(strict_decoder), 4, 32),
     "starting at numbers": (starting_at(mlp([5], nn.Tanh), torch.arange(3.0)), 4, 3),
     "one convolution": (deconvolutional((1, 7, 7), [2], nn.Tanh), 4, 49),
 }

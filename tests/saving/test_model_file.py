@@ -108,6 +108,7 @@ NETWORKS = {
     "with_missing": networks.standardized(networks.with_missing(NET), 0.5),
     "one_hot": networks.one_hot(np.int64(3), NET),
     "convolutional": networks.convolutional(tuple(np.array([1, 2, 2])), channels=[np.int64(3)]),
+    "reshaped": networks.reshaped(lambda i, o: nn.Sequential(nn.Conv2d(1, o, 2), nn.Flatten()), [1, np.int64(2), 2]),
     "deconvolutional": networks.deconvolutional(
         (1, np.int64(2), 2), channels=tuple(np.array([3, 2])), activation=nn.ELU
     ),
