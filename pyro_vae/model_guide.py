@@ -86,6 +86,7 @@ DATA_PLATE = "data"
 
 _MAX_VARIABLES = 128  # whose change of volume is computed
 _SEED = 20_160_901  # of checks: a draw with a common seed may equal data that a user drew with it
+_NOISE_AND_TOLERANCE = (0.1, 1e-3), (0.01, 1e-4)  # of parameters and densities, where rows are compared
 _BUDGET = 2**19  # numbers in the data of rows that are run together
 
 
@@ -1517,9 +1518,12 @@ def is_amortized(
 
     All rows are run twice in evaluation mode, at most :func:`rows_at_once` together: in order, and in a random order
     among rows beyond the range of the data. At the same latents every row must have the same density in both runs. The
-    parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows; by less noise if
-    distributions are not valid with it. Autoguides are judged by their plates. With ``numbered``, the data plate has
-    the numbers of the rows in the data. ``full_size`` is that of a plate that takes a subsample of its own.
+    parameters, known from ``trace``, are shifted by noise, since equal ones do not distinguish rows. Where the
+    densities differ, or a distribution is not valid, the runs are repeated with less noise and, in proportion, a
+    smaller tolerance: noise grows with each layer of a deep network, to scales of infinity, and it can make the inverse
+    of a flow of many variables too steep for its precision. Autoguides are judged by their plates. With ``numbered``,
+    the data plate has the numbers of the rows in the data. ``full_size`` is that of a plate that takes a subsample of
+    its own.
     """
     data = data if isinstance(data, DataTensors) else DataTensors(data)
     first = data.few(rows_at_once(data))
@@ -1528,14 +1532,13 @@ def is_amortized(
             trace = trace or poutine.trace(run).get_trace(*first)
             if isinstance(unbound(run), AutoGuide):
                 return not any(_dims_of(trace, plate))
-            try:
-                with _perturbed(trace):
-                    return _Rows(run, plate, numbered, full_size).are_independent(data)
-            except ValueError:  # such as a scale that overflowed: noise grows with each layer of a deep network
-                with _perturbed(trace, by_layer=True):
-                    return _Rows(run, plate, numbered, full_size).are_independent(data)
+            for noise, tolerance in _NOISE_AND_TOLERANCE:
+                with suppress(ValueError), _perturbed(trace, noise):
+                    if _Rows(run, plate, numbered, full_size, tolerance).are_independent(data):
+                        return True
         except (ValueError, RuntimeError, IndexError, KeyError):
-            return False
+            pass
+        return False
 
 
 def rows_at_once(data: tuple[Tensor, ...]) -> int:
@@ -1556,8 +1559,16 @@ def _dims_of(trace: Trace, plate: str) -> dict[str, int]:
 class _Rows:
     """Runs of a model or guide on rows of data at given latents. In values and densities the rows come first."""
 
-    def __init__(self, run: Function, plate: str, numbered: bool = False, full_size: int | None = None):
+    def __init__(
+        self,
+        run: Function,
+        plate: str,
+        numbered: bool = False,
+        full_size: int | None = None,
+        tolerance: float = _NOISE_AND_TOLERANCE[0][1],
+    ):
         self.run, self.plate, self.numbered, self.full_size = run, plate, numbered, full_size
+        self.tolerance = tolerance
         self.outside: dict[str, Tensor] = {}  # the latents outside of the plate, the same in all runs
         self.dims: dict[str, int] = {}  # of the rows in the density of each site in the plate
         self.event_dims: dict[str, int] = {}
@@ -1595,7 +1606,7 @@ class _Rows:
         if len(data[0]) == len(index):  # else the plate lies along another dimension of the data
             data = tuple(tensor[index] for tensor in data)
         theirs = self.densities(data, {name: value[index] for name, value in values.items()}, index)
-        return next((name for name in ours if not _close(ours[name][kept], theirs[name][kept])), None)
+        return next((name for name in ours if not self._close(ours[name][kept], theirs[name][kept])), None)
 
     def are_independent(self, data: DataTensors) -> bool:
         """Whether rows have the same densities in order and in a random order, among values beyond the data's range."""
@@ -1609,7 +1620,7 @@ class _Rows:
         order = torch.empty_like(cycle).index_copy_(0, cycle, cycle.roll(1))  # moves every row
         for rows in order.split(len(chunks[0])):
             theirs = self._among_others(data, values, rows)
-            if not all(_close(ours[name][rows], theirs[name][: len(rows)]) for name in ours):
+            if not all(self._close(ours[name][rows], theirs[name][: len(rows)]) for name in ours):
                 return False
         return True
 
@@ -1630,6 +1641,9 @@ class _Rows:
                 return run(_beyond_range)
             except (ValueError, RuntimeError, IndexError):  # such as an index that is out of range
                 return run(lambda rows, others: others)
+
+    def _close(self, ours: Tensor, theirs: Tensor) -> bool:
+        return torch.allclose(ours, theirs, rtol=self.tolerance, atol=self.tolerance, equal_nan=True)
 
     def _moved(self, name: str, value: Tensor, back: bool = False) -> Tensor:
         """Bring the rows of the value of a site to the first dimension, or back."""
@@ -1653,10 +1667,6 @@ def _dependent(owner: str, name: str) -> ValueError:
     )
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
 def _beyond_range(rows: Tensor, others: Tensor) -> Tensor:
     """Values far above and below those of all rows, as many as others: extremes, means and orders are then others."""
     if not others.is_floating_point():
@@ -1668,17 +1678,13 @@ def _beyond_range(rows: Tensor, others: Tensor) -> Tensor:
 
 
 @contextmanager
-def _perturbed(trace: Trace, by_layer: bool = False) -> Iterator[None]:
-    """Shift the parameters of a trace by noise inside the block, and restore them after it.
-
-    With ``by_layer``, the noise of weights is divided by the root of the number of inputs that a layer sums over.
-    """
+def _perturbed(trace: Trace, noise: float) -> Iterator[None]:
+    """Shift the parameters of a trace by noise of this scale inside the block, and restore them after it."""
     stored = dict(pyro.get_param_store().named_parameters())  # unconstrained
     parameters = [stored[name] for name, site in trace.nodes.items() if site["type"] == "param"]
     values = [parameter.detach().clone() for parameter in parameters]
     with ExitStack() as stack:
         for parameter, value in zip(parameters, values, strict=True):
             stack.callback(parameter.copy_, value)
-            inputs = parameter[0].numel() if by_layer and parameter.dim() > 1 else 1
-            parameter.add_(0.1 / inputs**0.5 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
         yield

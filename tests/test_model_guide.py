@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import guides, networks
 from pyro_vae.model_guide import ModelGuide, is_amortized
 
 X = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
@@ -244,6 +245,28 @@ INDEPENDENT = {
 def test_a_guide_whose_rows_depend_on_themselves_is_amortized(network, rows):
     assert is_amortized(normal_guide(network), (X[:rows],), "data")
     assert is_amortized(AutoDelta(lambda x: pyro.sample("w", dist.Normal(0.0, 1.0))), (X[:rows],), "data")
+
+
+FLOW = {"transforms": 2, "hidden": [320], "context": 32}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_flow_of_many_variables_is_amortized_and_one_with_parameters_for_each_row_is_not(seed):
+    pyro.set_rng_seed(seed)
+    x, network = torch.randn(len(X), 400), networks.mlp([256, 256])
+    flow = guides.InverseAutoregressiveFlow(400, 32, network, **FLOW)
+    flow.rows = nn.Parameter(torch.zeros(2 * len(X), flow.family.num_raw))  # equal for all rows until they are trained
+
+    def guide(x):
+        pyro.module("flow", flow)
+        guide_of(flow)(x)
+
+    def guide_of_rows(x):
+        pyro.module("flow", flow)
+        guide_of(lambda x: flow.family(flow.rows[: len(x)]))(x)
+
+    assert is_amortized(guide, (x,), "data")
+    assert not is_amortized(guide_of_rows, (x,), "data")
 
 
 class Amortized(nn.Module):
