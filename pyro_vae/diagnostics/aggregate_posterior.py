@@ -124,13 +124,14 @@ def log_densities(q: GuideDensity, factors: dict[str, Any] | None, values: Value
     ``factors`` are those of q, computed once. Where some latent depends on another, variables have no density alone.
     """
     shape = (len(next(iter(values.values()))), q.p.num_data)
+    # Not every distribution takes values of a narrower batch than its own: Pyro's conditional flows do not.
+    wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
     if factors is None:
-        wide = {name: value.expand(*shape, *value.shape[2:]) for name, value in values.items()}
         return q.log_prob(wide).double().expand(shape), {}
     total, by_variable = q.p.zeros().expand(shape), {}
     for name, fn in factors.items():
-        each = without_independent(fn).log_prob(values[name])
-        each = each.expand(*shape, *each.shape[2:]).flatten(2) if each.dim() > 2 else each.expand(shape)[..., None]
+        each = without_independent(fn).log_prob(wide[name])
+        each = each.flatten(2) if each.dim() > 2 else each[..., None]
         total = total + each.sum(-1, dtype=total.dtype)
         by_variable[name] = each
     return total, by_variable

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pairs import gaussian, gumbel, one_hot, relaxed
 from pyro import poutine
+from pyro.distributions.transforms import conditional_affine_autoregressive
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
 import pyro_vae as pv
@@ -192,6 +193,36 @@ def test_an_identity_flow_agrees_with_its_normal_guide():
     error = math.hypot(nats.mutual_information.standard_error, same.mutual_information.standard_error)
     assert abs(nats.mutual_information.value - same.mutual_information.value) < SURE * error
     torch.testing.assert_close(nats.units["z"].activity, same.units["z"].activity, rtol=0, atol=0.1)
+
+
+def test_a_flow_of_pyro_with_a_context_has_the_information_of_a_sum_over_data():
+    pyro.set_rng_seed(0)
+    x, flow = 2 * torch.randn(6, 2), conditional_affine_autoregressive(2, 2, hidden_dims=[8], stable=True)
+
+    def q(x):
+        return dist.TransformedDistribution(dist.Normal(x, 0.5).to_event(1), [flow.condition(x)])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", q(x))
+
+    nats = pv.decompose(model, guide, x, num_samples=2000)
+    with torch.no_grad():
+        by_hand = []
+        for row in x:
+            z = q(row).sample((2000,))
+            log_q = torch.stack([q(other).log_prob(z.clone()) for other in x])
+            by_hand.append(q(row).log_prob(z.clone()) - log_q.logsumexp(0) + math.log(len(x)))
+    by_hand = torch.cat(by_hand)
+    error = math.hypot(nats.mutual_information.standard_error, by_hand.std().item() / math.sqrt(len(by_hand)))
+    assert 0.2 < by_hand.mean() < math.log(6)
+    assert abs(nats.mutual_information.value - by_hand.mean().item()) < SURE * error
 
 
 def two_sites_model(x):
