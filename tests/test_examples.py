@@ -1,6 +1,7 @@
 """Each example runs in a short form, and its results, pictures and ArviZ files are right."""
 
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 import xarray as xr
 from pairs import record_traces
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vae as pv
@@ -565,6 +567,48 @@ def test_two_layers_in_a_short_form(run):
         assert (tree["posterior"]["z2"].sizes["top"], tree["posterior"]["label"].dims) == (2, ("obs",))
 
 
+IAF = ("--train-images", "300", "--test-images", "30", "--annealed-images", "6", "--temperatures", "15")
+IAF += ("--latent", "4", "--channels", "4", "--hidden", "16", "--width", "8", "--samples", "100", "--draws", "5")
+
+
+def test_inverse_autoregressive_in_a_short_form(run):
+    folder, found, _ = run("inverse_autoregressive.py", "--data", "digits", "--epochs", "2", *IAF)
+    rows = found["guides"]
+    assert list(rows) == ["diagonal", "low-rank", "full covariance", "autoregressive", "spline"]
+    for name, row in rows.items():
+        assert -64 * math.log(2) < row["elbo"] < row["log_p"] < 0, name
+        assert row["annealed_gap"] == pytest.approx(row["approximation"] + row["amortization"], abs=1e-5)
+        assert row["amortization"] > -0.05, "each image has its own q, which begins at that of the network"
+        assert abs(row["annealing_adds"]) < 0.5, "two estimates of the same log p(x)"
+        assert len(row["history"]["elbo"]) == len(row["history"]["seconds"]) == 2
+    assert rows["diagonal"]["gain"] == 0
+    (headline,) = found["headlines"]
+    assert (headline["value"], headline["baseline"]) == (rows["autoregressive"]["elbo"], rows["diagonal"]["elbo"])
+    train, test = pv.datasets.digits("train").x[:300], pv.datasets.digits("test").x
+    torch.manual_seed(0)
+    x, coin = pv.datasets.resample(test)[:30], pv.datasets.grey(train).mean(0).clamp(1e-3, 1 - 1e-3)
+    by_hand = (x * coin.log() + (1 - x) * (1 - coin).log()).sum(1).mean().item()
+    assert found["independent"] == pytest.approx(by_hand, rel=1e-5)
+    assert_pictures(folder, {"time", "comparison", "parts"})
+    assert_trees(folder, {"inverse_autoregressive"}, draws=5, rows=30)
+
+
+def test_annealing_begins_at_the_moments_of_the_guide():
+    pyro.set_rng_seed(0)
+    vae = pv.VAE(
+        pv.priors.StandardNormal(2),
+        pv.guides.FullRankNormal(3, 2, pv.networks.linear()),
+        pv.likelihoods.Normal(2, 3, pv.networks.linear()),
+    )
+    x = torch.randn(4, 3)
+    guide = functions_of("inverse_autoregressive.py")["normal_of"](vae, x)
+    found, q = poutine.trace(guide).get_trace(x).nodes["z"]["fn"], vae.encode(x)
+    # 500 draws: errors of 5 standard errors, that of a variance being its size times sqrt(2 / 500).
+    assert ((found.mean - q.mean).abs() < 5 * q.stddev / 500**0.5).all()
+    scale = q.stddev[:, :, None] * q.stddev[:, None]
+    assert ((found.covariance_matrix - q.covariance_matrix).abs() < 5 * scale * (2 / 500) ** 0.5).all()
+
+
 def test_two_layers_on_images_of_another_size(run, enlarged):
     options = ("--epochs", "1", "--warm-up", "1", "--test-images", "20", "--hidden", "8", "--samples", "10")
     folder, *_ = run("two_layers.py", "--data", "mnist", "--latent", "4", "3", *options, "--draws", "2")
@@ -661,6 +705,7 @@ CAPTURED = [
     ("imputation.py", ("--epochs", "5", "--draws", "5", "--latent", "3", "--hidden", "16")),
     ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
     ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
+    ("inverse_autoregressive.py", ("--data", "digits", "--epochs", "1", *IAF)),
     ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),
     ("world_model.py", WORLD), ("dream_control.py", (*WORLD_TRAINING, "--horizon", "4", "--practice", "1", *ACTING)),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
