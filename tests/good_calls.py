@@ -308,7 +308,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "model": w.discrete.model, "guide": w.discrete.guide, "elbo": objectives.LeaveOneOut(), "target": None}),
     "gradients.compare": (gradients.compare, lambda w: {
         "estimators": {"loo": gradients.Estimator(w.discrete.model, w.discrete.guide, objectives.LeaveOneOut())},
-        "data": w.x, "evaluations": 2, "repeats": 2, "plate": "data", "seed": 0}),
+        "data": w.x, "evaluations": 2, "repeats": 2, "reference": None, "plate": "data", "seed": 0}),
     "gradients.exact_gradient": (gradients.exact_gradient, lambda w: {
         "model": w.discrete.model, "guide": w.discrete.guide, "data": w.x, "num_draws": 1, "plate": "data"}),
     "gradients.measure": (gradients.measure, lambda w: {"estimates": torch.randn(4, 3), "target": torch.zeros(3)}),

@@ -2,7 +2,8 @@ r"""Gradient estimators compared with the exact gradient: bias, variance and sig
 
 If the discrete latents of a model can be enumerated, so can its ELBO, its K-sample bounds and their gradients. Each
 estimator runs many times on the same parameters and data. The mean and the spread of its estimates are compared with
-the exact gradient of the estimator's *own* target.
+the exact gradient of the estimator's *own* target. Where some latents are continuous, an unbiased estimator, such as
+one that sums over the discrete ones, is the reference instead.
 """
 
 import copy
@@ -82,7 +83,7 @@ class Measured:
     """Bias and variance of one estimator in one group of parameters; gradients are of nats per datum.
 
     Attributes:
-        target_norm: length of the exact gradient.
+        target_norm: length of the exact gradient, or of the mean estimate of the reference.
         bias: length of the estimator's bias, after the share of chance is subtracted; 0 if chance explains all of it.
         bias_error: standard error of the bias. Where the bias is 0, the largest bias that chance could hide.
         variance: variance of one estimate, summed over parameters.
@@ -155,10 +156,14 @@ def compare(
     *data: Data,
     evaluations: int | None = None,
     repeats: int = 1000,
+    reference: str | None = None,
     plate: str = "data",
     seed: int = 0,
 ) -> Comparison:
     """Run each estimator many times at the present parameters and compare it with the gradient of its target.
+
+    The target is enumerated. Where latents are continuous, it is estimated, too: by the ``reference``, an unbiased
+    estimator of the same gradient. Its noise is then a part of the errors of all biases.
 
     A running average learns from one estimate to the next, also from some before the first that counts; its state is
     restored at the end. The network of a baseline is not trained here: train it first.
@@ -169,11 +174,13 @@ def compare(
         evaluations: runs of the decoder per datum that each estimate may cost: estimators with fewer draws are averaged
             over several estimates. If left out, each estimate costs what its estimator takes.
         repeats: number of estimates, 2 or more.
+        reference: the name of one of the estimators, for latents that cannot all be enumerated.
         plate, seed: name of the data plate, and seed of the draws.
 
     Raises:
         TypeError: if ``estimators`` is no mapping from names to estimators.
-        ValueError: if ``evaluations`` are fewer than an estimator takes, or a target has other parameters.
+        ValueError: if ``evaluations`` are fewer than an estimator takes, a target has other parameters, or
+            ``reference`` is no name of an estimator.
         FloatingPointError: if an estimate is not finite.
     """
     if positive_int(repeats, "repeats") < 2:
@@ -183,11 +190,35 @@ def compare(
     wrong = not isinstance(estimators, Mapping) or not all(isinstance(one, Estimator) for one in estimators.values())
     if wrong or not estimators:
         raise TypeError(f"`estimators` must be a dict from names to Estimators, got {estimators!r}")
+    if reference is not None:
+        _check_reference(reference, estimators)
     data = data_tensors(data, "data", next(iter(estimators.values())).model)
-    results = {name: _run(name, one, data, evaluations, repeats, plate, seed) for name, one in estimators.items()}
-    return Comparison(
-        {name: groups for name, (groups, _) in results.items()}, {name: cost for name, (_, cost) in results.items()}
-    )
+    options = data, evaluations, repeats, plate
+    if reference is not None:
+        one = estimators[reference]
+        parameters = _parameters(one.model, one.guide, data)
+        # Of another seed: the draws are independent of those that are compared.
+        target, _ = _run(reference, one, "reference", parameters, *options, seed ^ 1)
+    measured, costs = {}, {}
+    for name, one in estimators.items():
+        if reference is None:
+            pair = one.target or (one.model, one.guide)
+            target = _flat(exact_gradient(*pair, *data, num_draws=one.num_draws, plate=plate).values())
+            parameters = _parameters(*pair, data)
+        argument = "target" if reference is None else "reference"
+        found, costs[name] = _run(name, one, argument, parameters, *options, seed)
+        groups = _groups(parameters)
+        measured[name] = {group: measure(found[:, own], target[..., own]) for group, own in groups.items()}
+    return Comparison(measured, costs)
+
+
+def _check_reference(reference: str, estimators: Mapping[str, Estimator]) -> None:
+    if not isinstance(reference, str) or reference not in estimators:
+        raise ValueError(f"`reference` must be one of {', '.join(map(repr, estimators))}, got {reference!r}")
+    bounds = {name: one.num_draws for name, one in estimators.items() if one.num_draws > 1}
+    if bounds:
+        must = "left out for bounds of several draws, whose gradient is not that of the ELBO"
+        raise ValueError(f"`reference` must be {must}, got {reference!r} with the draws {bounds}")
 
 
 @any_arguments
@@ -278,30 +309,31 @@ def _slopes_of_chunk(log_joint: Tensor, log_q: Tensor, chosen: Tensor) -> tuple[
 
 
 def _run(
-    name: str, estimator: Estimator, data: tuple[Tensor, ...], budget: int | None, repeats: int, plate: str, seed: int
-) -> tuple[dict[str, Measured], int]:
-    """Measure one estimator by group of parameters, and count the evaluations per estimate."""
-    pair = estimator.target or (estimator.model, estimator.guide)
-    target = exact_gradient(*pair, *data, num_draws=estimator.num_draws, plate=plate)
-    parameters = _parameters(*pair, data)
+    name: str, estimator: Estimator, argument: str, parameters: dict[str, Tensor], data: tuple[Tensor, ...],
+    budget: int | None, repeats: int, plate: str, seed: int,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Return estimates of the gradient in parameters, ``(repeats, P)``, and the evaluations of each.
+
+    ``argument`` names what has these parameters.
+    """
     own = {id(parameter) for parameter in _parameters(estimator.model, estimator.guide, data).values()}
     foreign = [path for path, parameter in parameters.items() if id(parameter) not in own]
     if foreign:
-        raise ValueError(
-            f"`target` must have only parameters of its estimator, as `vae.discrete()` has, got {foreign} in that of "
-            f"{name!r}"
-        )
-    p = ModelDensity(ModelGuide(pair[0], None, data, plate))
-    cost = estimator.evaluations(p.num_states)
+        must = "have only parameters of its estimator, as `vae.discrete()` has"
+        raise ValueError(f"`{argument}` must {must}, got {foreign} in that of {name!r}")
+    model = estimator.model if estimator.target is None else estimator.target[0]
+    pair = ModelGuide(model, None, data, plate)
+    discrete = [site["fn"] for site in pair.latents.values() if site["fn"].has_enumerate_support]
+    cost = estimator.evaluations(math.prod(len(fn.enumerate_support(expand=False)) for fn in discrete))
     averaged = 1 if budget is None else budget // cost
     if averaged < 1:
         raise ValueError(f"`evaluations` must be {cost} or more, which {name!r} takes for each estimate, got {budget}")
     with seeded(seed):
-        estimates = _estimates(estimator, parameters, data, repeats, averaged) / -(averaged * p.num_data)
+        total = _estimates(estimator, parameters, data, repeats, averaged)
+    estimates = total / -(averaged * math.prod(frame.size for frame in pair.units))
     if not estimates.isfinite().all():
         raise FloatingPointError(f"the gradient that {name!r} estimates is not finite")
-    groups = {group: measure(estimates[:, own], _flat(target.values())[own]) for group, own in _groups(target).items()}
-    return groups, cost * averaged
+    return estimates, cost * averaged
 
 
 def _parameters(model: Function, guide: Function, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -356,27 +388,34 @@ def _groups(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def measure(estimates: Tensor, target: Tensor) -> Measured:
-    r"""Compare estimates ``(R, P)`` with the vector that they estimate, ``(P,)``.
+    r"""Compare estimates ``(R, P)`` with the vector that they estimate, ``(P,)``, or with R other estimates of it.
 
     With d the deviation of their mean and C their covariance, the squared bias is :math:`|d|^2 - \mathrm{tr}\,C / R`,
     without the share of chance; its variance is :math:`4\,b^\top C b / R + 2\,|C|_F^2 / R^2`. Both terms in C are
-    estimated without bias, from the products of the R estimates. A bias below rounding error is 0.
+    estimated without bias, from the products of the R estimates. A bias below rounding error is 0. Where the target is
+    estimated, ``(R, P)``, C is the covariance of the differences.
 
     >>> import torch
     >>> estimates = 1 + torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)).double()
     >>> measure(estimates, torch.ones(3)).p_value > 1e-3, measure(estimates, torch.zeros(3)).p_value < 1e-3
     (True, True)
     """
-    for name, value, form, dims in (("estimates", estimates, "(R, P) with R >= 2", 2), ("target", target, "(P,)", 1)):
-        if not real_tensor(value, name, f"floats {form}").is_floating_point() or value.dim() != dims:
+    for name, value, form, dims in (
+        ("estimates", estimates, "(R, P) with R >= 2", {2}), ("target", target, "(P,) or (R, P)", {1, 2})
+    ):  # fmt: skip
+        if not real_tensor(value, name, f"floats {form}").is_floating_point() or value.dim() not in dims:
             raise ValueError(f"`{name}` must be floats {form}, got {describe(value)}")
-    if len(estimates) < 2 or estimates.shape[1:] != target.shape or not len(target):
+    estimated = target.dim() == 2
+    same = target.shape == estimates.shape if estimated else target.shape == estimates.shape[1:]
+    if len(estimates) < 2 or not same or not target.shape[-1]:
         got = f"shapes {tuple(estimates.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"`estimates` and `target` must be (R, P) with R >= 2 and (P,), got {got}")
-    repeats, mean = len(estimates), estimates.mean(0)
-    centred, deviation = estimates - mean, mean - target
-    variance = estimates.var(0)
-    rounding = 1e-5 * float(target.norm()) + 1e-12
+        raise ValueError(f"`estimates` and `target` must be (R, P) with R >= 2 and (P,) or (R, P), got {got}")
+    differences, fixed = (estimates - target, 0.0) if estimated else (estimates, target)
+    target_norm = float((target.mean(0) if estimated else target).norm())
+    repeats, mean = len(estimates), differences.mean(0)
+    centred, deviation = differences - mean, mean - fixed
+    variance = differences.var(0)
+    rounding = 1e-5 * target_norm + 1e-12
     squared = float((deviation**2).sum() - variance.sum() / repeats)
     bias = math.sqrt(max(squared, 0.0))
     bias = bias if bias > rounding else 0.0
@@ -390,12 +429,12 @@ def measure(estimates: Tensor, target: Tensor) -> Measured:
     tested = (effective >= _EFFECTIVE) | constant
     scores = (deviation.abs() / error.clamp(min=rounding / 4))[tested]
     return Measured(
-        target_norm=float(target.norm()),
+        target_norm=target_norm,
         bias=bias,
         bias_error=min(spread / (2 * bias), math.sqrt(spread)) if bias > 0 else math.sqrt(spread),
-        variance=float(variance.sum()),
+        variance=float(estimates.var(0).sum()),
         max_z=float(scores.max()) if len(scores) else 0.0,
-        num_parameters=len(target),
+        num_parameters=target.shape[-1],
         num_tested=int(tested.sum()),
         repeats=repeats,
     )

@@ -371,6 +371,96 @@ def test_the_bias_of_a_shifted_estimator_is_the_shift():
     assert rows["decoder"].p_value > 1e-5
 
 
+class Mixed(nn.Module):
+    """A model with a discrete and a continuous latent, and its guide."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc, self.logits = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor([0.2, -0.1, 0.4]))
+
+    def model(self, x):
+        pyro.module("mixed", self)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3) / 3))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + y.to(x), 1.0), obs=x)
+
+    def guide(self, x):
+        pyro.module("mixed", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=self.logits))
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+    def gradients(self, x):
+        """Of the ELBO in closed form: given y, z has the mean loc and x the squared error (x - y - loc)^2 + 1."""
+        probs, y = self.logits.softmax(0), torch.arange(3.0)
+        fits = -((x[:, None] - y - self.loc) ** 2 + 1) / 2
+        elbo = (probs * (fits - probs.log())).sum(1).mean() - self.loc**2 / 2
+        return torch.autograd.grad(elbo, [self.loc, self.logits])
+
+
+MIXED = torch.tensor([0.5, 2.0, -0.3])
+
+
+def mixed_estimators(pair, **elbos):
+    enum = Estimator(pair.model, config_enumerate(pair.guide), TraceEnum_ELBO(max_plate_nesting=1))
+    return {"enumerated": enum} | {name: Estimator(pair.model, pair.guide, elbo) for name, elbo in elbos.items()}
+
+
+def test_estimators_are_compared_with_a_reference_where_a_latent_is_continuous():
+    pair = Mixed()
+
+    class Shifted(LeaveOneOut):
+        def loss_and_grads(self, model, guide, *args, **kwargs):
+            loss = super().loss_and_grads(model, guide, *args, **kwargs)
+            pair.logits.grad -= 0.5 * len(MIXED)
+            return loss
+
+    sampled = {"score": Trace_ELBO(), "two draws": LeaveOneOut(2), "shifted": Shifted(2)}
+    estimators = mixed_estimators(pair, **sampled)
+    found = compare(estimators, MIXED, repeats=800, reference="enumerated")
+    assert found.evaluations == {"enumerated": 3, "score": 1, "two draws": 2, "shifted": 2}
+    for group, exact in zip(("loc", "logits"), pair.gradients(MIXED), strict=True):
+        rows = found.of(group)
+        for name in ("score", "two draws", "enumerated"):
+            assert rows[name].p_value > 1e-5
+            assert rows[name].bias <= 5 * rows[name].bias_error
+            error = (rows["enumerated"].variance / 800) ** 0.5
+            assert abs(rows[name].target_norm - exact.norm()) < 5 * error + 1e-6
+    logits = found.of("logits")
+    assert logits["enumerated"].variance < logits["two draws"].variance < logits["score"].variance
+    assert abs(logits["shifted"].bias - 0.75**0.5) < 5 * logits["shifted"].bias_error  # a half in each of three
+    assert logits["shifted"].p_value < 1e-12
+    assert found.of("loc")["shifted"].p_value > 1e-5
+
+
+def test_a_reference_without_noise_is_the_exact_gradient():
+    vae = vae_of("bernoulli")
+    estimators = {"exact": enumeration(vae), "two draws": estimator(vae, LeaveOneOut(2))}
+    with_reference, exact = (compare(estimators, X, repeats=40, **one) for one in ({"reference": "exact"}, {}))
+    for group, row in with_reference.measured["two draws"].items():
+        expected = exact.measured["two draws"][group]
+        for name in ("bias", "bias_error", "variance", "target_norm", "max_z"):
+            assert getattr(row, name) == pytest.approx(getattr(expected, name), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("reference", "message"), [
+    ("mine", "`reference` must be one of 'exact', 'bound', got 'mine'"),
+    (3, "`reference` must be one of .*got 3"),
+    ("exact", "`reference` must be left out for bounds of several draws.*got 'exact' with the draws {'bound': 2}"),
+])  # fmt: skip
+def test_wrong_references_raise(reference, message):
+    vae = vae_of("bernoulli")
+    with pytest.raises(ValueError, match=message):
+        compare({"exact": enumeration(vae), "bound": estimator(vae, VIMCO(2))}, X, repeats=2, reference=reference)
+
+
+def test_a_reference_with_other_parameters_is_refused():
+    estimators = {name: estimator(vae_of("bernoulli"), LeaveOneOut(2)) for name in ("one", "other")}
+    with pytest.raises(ValueError, match=r"`reference` must have only parameters of its.* in that of 'other'"):
+        compare(estimators, X, repeats=2, reference="one")
+
+
 @pytest.mark.slow
 def test_the_variance_of_an_average_falls_with_the_number_of_evaluations():
     vae = vae_of("bernoulli")
