@@ -84,6 +84,9 @@ CAPTIONS = {
     "completions": "Several ways to complete the same half of an image.",
     "cost": "The time of the exact sum grows with the number of states; that of an estimate does not.",
     "errors": "The error of the estimates, where the exact sum is known.",
+    "scenes": "Held-out scenes with the boxes that are found, what the model draws, and each object alone.",
+    "confusion": "How often scenes with each number of digits are counted as each number.",
+    "learning": "Right counts of held-out scenes while the models train.",
     "forest": "Means and intervals of the posterior, and what ArviZ draws from the files.",
     "bernoulli": "A bit, summed out or drawn: the posterior of each point, samples, and the nats lost in training.",
     "relaxed_bernoulli": "A relaxed bit: at one temperature, and with a temperature that falls.",
@@ -120,6 +123,7 @@ FIRST = (
     "samples_by_label",
     "simplex",
     "completions",
+    "scenes",
     "comparison",
     "latent_map",
 )

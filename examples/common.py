@@ -259,6 +259,11 @@ def cluster_agreement(posterior: Tensor, labels: Tensor) -> dict[str, float]:
     return {"same_label": purity(posterior, labels), "adjusted_rand": float(rand)}
 
 
+def accuracy(found: Tensor, truth: Tensor) -> float:
+    """Return the percentage of right values ``(N,)``."""
+    return 100 * (found == truth).double().mean().item()
+
+
 def cluster_accuracy(found: Tensor, labels: Tensor) -> float:
     """Return the share of right clusters among two, whichever of them is called 1."""
     right = (found == (labels == 1)).double().mean().item()
@@ -458,6 +463,22 @@ def draw_classes(posterior: Tensor, labels: Tensor, title: str, sort: bool = Tru
     ax.set_xticks(range(len(order)), order.tolist(), fontsize=8)
     ax.set(xlabel="class", ylabel="label", yticks=range(10), title=plots.axes.wrap(title, 40))
     figure.colorbar(shown, label="mean probability")
+    return figure
+
+
+def draw_confusion(found: Mapping[str, Tensor], labels: Tensor) -> Figure:
+    """Draw how often each true number ``(N,)``, from 0 on, is found as each number, for several methods by name."""
+    kinds = int(labels.max()) + 1
+    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.5), layout="constrained", squeeze=False)
+    for (name, each), ax in zip(found.items(), axes[0], strict=True):
+        table = torch.stack([each[labels == true].bincount(minlength=kinds) for true in range(kinds)])
+        share = 100 * table / table.sum(1, keepdim=True)
+        ax.imshow(share.numpy(), cmap="Greys", vmin=0, vmax=100)
+        for row, column in torch.cartesian_prod(torch.arange(kinds), torch.arange(kinds)).tolist():
+            shade = "white" if share[row, column] > 50 else "black"
+            ax.text(column, row, f"{share[row, column]:.1f} %", ha="center", va="center", color=shade)
+        ax.set(xticks=range(kinds), yticks=range(kinds), xlabel="found", ylabel="true")
+        ax.set_title(f"{plots.axes.wrap(name, 24)}\n{accuracy(each, labels):.1f} % right", fontsize=10)
     return figure
 
 

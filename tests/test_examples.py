@@ -386,6 +386,54 @@ def test_semi_supervised_in_a_short_form(run):
         assert tree["observed_data"]["truth"].dims == ("obs",)
 
 
+SCENES = ("--data", "digits", "--batch-size", "50", "--test-images", "60", "--draws", "5", "--hidden", "32")
+
+
+def test_attend_infer_repeat_in_a_short_form(run):
+    options = ("--scenes", "500", "--epochs", "5", "--samples", "10", "--what", "6")
+    folder, found, printed = run("attend_infer_repeat.py", *SCENES, *options)
+    ours = found["methods"]["attend, infer, repeat"]
+    assert ours["elbo"] < ours["log_p"] < -400 * 0.5 * math.log(2 * math.pi * 0.3**2), "no scene has a higher density"
+    assert found["methods"]["ink, with labels"]["accuracy"] > found["methods"]["most frequent count"]["accuracy"] > 20
+    assert found["headlines"][0]["value"] == ours["accuracy"]
+    assert "right counts of 0 to 2 digits" in printed
+    assert_pictures(folder, {"scenes", "confusion"})
+    with xr.open_datatree(folder / "attend_infer_repeat.nc") as tree:
+        draws = tree["posterior"]
+        for t in (1, 2):  # a latent of an object that is not there is masked
+            assert bool((draws[f"where_{t}"].isnull() == (draws["n"] < t)).all())
+
+
+def test_attend_infer_repeat_gradients_in_a_short_form(run):
+    options = ("--scenes", "200", "--epochs", "2", "--samples", "20", "--what", "6", "--batch-size", "20")
+    folder, found, _ = run("attend_infer_repeat_gradients.py", *SCENES, *options)
+    exact, two, plain, learned = found["estimators"].values()
+    for row in (two, plain, learned):
+        assert row["p_value"] > 1e-5
+        assert row["bias"] <= 5 * row["bias_error"]
+    assert exact["variance"] < two["variance"] < plain["variance"]
+    assert found["headlines"][0]["value"] == exact["variance"]
+    assert all(len(history) == 2 for history in found["histories"].values())
+    assert_pictures(folder, {"gradients", "learning"})
+
+
+def test_objects_beyond_the_count_are_not_drawn():
+    example = functions_of("attend_infer_repeat.py")
+    air = example["AttendInferRepeat"]("air", size=20, what=3, hidden=8)
+    x = torch.rand(4, 400)
+    latents = {f"{kind}_{t}": torch.randn(4, size) for t in (1, 2) for kind, size in (("where", 3), ("what", 3))}
+    objects = [air.place(latents[f"what_{t}"], latents[f"where_{t}"]).flatten(1) for t in (1, 2)]
+    for count in range(3):
+        values = {"n": torch.full((4,), count)} | latents
+        trace = pyro.poutine.trace(pyro.poutine.condition(air.model, data=values)).get_trace(x)
+        trace.compute_log_prob()
+        drawn = sum(objects[:count], torch.zeros(4, 400))
+        assert torch.allclose(trace.nodes["x"]["fn"].base_dist.loc, drawn, atol=1e-6)
+        for t in (1, 2):
+            prior = torch.distributions.Normal(0.0, 1.0).log_prob(latents[f"what_{t}"]).sum(1)
+            assert torch.allclose(trace.nodes[f"what_{t}"]["log_prob"], prior * (t <= count), atol=1e-6)
+
+
 @pytest.fixture
 def m2():
     """An untrained M2 of six pixels, and eight rows, four of them with a label."""
