@@ -24,6 +24,7 @@ SHORT_FORMS = {
     "table_to_arviz": {"epochs": 30, "draws": 50},
     "your_own_model": {"epochs": 30, "draws": 50},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
+    "attend_infer_repeat": {"scenes": 200, "epochs": 2},
 }
 """Values of the cell that is tagged ``parameters``, by notebook."""
 
