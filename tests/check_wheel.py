@@ -6,11 +6,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-DATA = ("py.typed", "__init__.pyi", "inspection/report.html.jinja", "datasets/penguins.csv")
+DATA = ("py.typed", "__init__.pyi", "inspection/report.html.jinja", "datasets/penguins.csv", "datasets/pbmc.csv.gz")
 PROGRAM = """
 import pyro_vae as pv
 assert pv.__file__.startswith({folder!r}), pv.__file__
 assert len(pv.datasets.penguins()) == 344
+assert len(pv.datasets.pbmc()) == 700
 vae = pv.VAE(
     pv.priors.StandardNormal(1), pv.guides.DiagonalNormal(2, 1, pv.networks.linear()),
     pv.likelihoods.Normal(1, 2, pv.networks.linear()),

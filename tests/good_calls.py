@@ -283,6 +283,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "datasets.shapes": (datasets.shapes, lambda w: {"num_images": 2, "seed": 0}),
     "datasets.photograph_patches": (datasets.photograph_patches, lambda w: {"split": "test", "stride": 32}),
     "datasets.digits": (datasets.digits, lambda w: {"split": "test"}),
+    "datasets.pbmc": (datasets.pbmc, lambda w: {"split": "test"}),
     "networks.convolutional": (networks.convolutional, lambda w: {
         "image": (1, 8, 8), "channels": (2,), "activation": nn.Tanh}),
     "networks.deconvolutional": (networks.deconvolutional, lambda w: {
@@ -372,9 +373,8 @@ NOT_CALLED = {
     "what takes any values": "Arguments",
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
-        "datasets.PianoRolls "
-        "datasets.Shapes datasets.TwoGaussians Disentanglement "
-        "datasets.PendulumSequences "
+        "datasets.CellCounts datasets.PendulumSequences datasets.PianoRolls datasets.Shapes datasets.TwoGaussians "
+        "Disentanglement "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"
     ),

@@ -531,6 +531,8 @@ DATA = {
     "a pendulum without gravity": positive(lambda w: datasets.Pendulum(0.0), "gravity", 0.0),
     "an unknown split": Row(lambda w: datasets.digits("validation"),
         ValueError, "split", "must be one of 'train'...got 'validation'"),
+    "an unknown split of cells": Row(lambda w: datasets.pbmc("validation"),
+        ValueError, "split", "must be one of 'train', 'test', 'all', got 'validation'"),
     "a list of splits": Row(lambda w: datasets.mnist(["train"]),
         ValueError, "split", "must be one of 'train', 'test', got ['train']"),
 }  # fmt: skip
