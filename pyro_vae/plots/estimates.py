@@ -210,7 +210,8 @@ def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axe
         face = "white" if unreliable else colour
         ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **options)
         handles.setdefault(label, Line2D([], [], color=colour, label=label, **options))
-        share = f"\n$\\hat{{k}}$ unreliable: {100 * entry['unreliable']:.2g} %" if unreliable else ""
+        percent = float(f"{100 * entry['unreliable']:.2g}")  # 100, not 1e+02
+        share = f"\n$\\hat{{k}}$ unreliable: {percent:g} %" if unreliable else ""
         names.append(f"{wrap(str(name), _NAME_WIDTH)}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
         label = "hollow: unreliable, may be better"
