@@ -587,6 +587,60 @@ def test_masking_more_keeps_missing_entries_missing():
     assert more.isnan().float().mean() - x.isnan().float().mean() == pytest.approx(0.25 * 0.75, abs=0.03)
 
 
+CELLS = ("--epochs", "5", "--genes", "30", "--hidden", "16", "--latent", "2", "--samples", "50", "--draws", "5")
+
+
+def test_single_cells_in_a_short_form(run):
+    folder, found, printed = run("single_cells.py", *CELLS)
+    rows, cells = found["models"], found["log_p_of_cells"]
+    assert rows.keys() == cells.keys()
+    assert len(rows) == 8
+    for name, row in rows.items():
+        assert row["log_p"] == pytest.approx(sum(cells[name]) / 175, rel=1e-4)
+        if "elbo" in row:  # the others have no latent
+            assert row["elbo"] == pytest.approx(-row["distortion"] - row["rate"], rel=1e-4)
+            assert row["elbo"] < row["log_p"] + 0.1
+    best = max(rows, key=lambda name: rows[name]["log_p"])
+    assert rows[best]["difference"] == 0
+    worst = min(rows, key=lambda name: rows[name]["log_p"])
+    differences = torch.tensor(cells[worst], dtype=torch.double) - torch.tensor(cells[best], dtype=torch.double)
+    assert rows[worst]["difference_error"] == pytest.approx(float(differences.std() / 175**0.5), rel=1e-3)
+    headline, other = found["headlines"]
+    assert (other["value"], other["baseline"]) == (rows["network"]["log_p"], rows["linear"]["log_p"])
+    assert headline["value"] == rows["network, zeros, batches"]["log_p"]
+    assert headline["baseline"] == rows["library size, no state"]["log_p"]
+    assert "log p(x) of held-out cells" in printed
+    assert_pictures(folder, {"comparison", "states", "zeros"})
+    with xr.open_datatree(folder / "single_cells.nc") as tree:
+        assert (tree["posterior"]["z"].sizes["draw"], tree["posterior"]["z"].sizes["state"]) == (5, 2)
+        seen, names = tree["observed_data"]["x"], pv.datasets.pbmc("test")
+        assert seen["gene"].values.tolist() == list(names.genes[:30])
+        assert seen.values.tolist() == names.x[:30, :30].tolist()
+
+
+def test_masses_of_the_baselines_of_single_cells_sum_to_one():
+    example = functions_of("single_cells.py")
+    torch.manual_seed(0)
+    x, counts = torch.poisson(torch.full((300, 1), 2.0)), torch.arange(80.0)[:, None]
+    independent = example["independent_genes"](x, counts, epochs=20)
+    assert independent.exp().sum() == pytest.approx(1, abs=1e-4)
+    assert float((independent.exp() * counts[:, 0]).sum()) == pytest.approx(float(x.mean()), abs=0.02)
+    # The draws of u differ between counts, and the mass of each is an average over them: an error of about one percent.
+    factors = example["factor_analysis"](x, counts, latent=1, draws=400, seed=0)
+    assert factors.exp().sum() == pytest.approx(1, abs=0.05)
+
+
+def test_the_library_size_of_single_cells_is_the_expected_number_of_molecules():
+    load, cells = (functions_of("single_cells.py")[name] for name in ("load", "Cells"))
+    (x, batch), *_ = load(20)
+    pair = cells("cells", x, batch, latent=2, hidden=8, zeros=False, batches=True)
+    size, z = torch.tensor([[2.0], [3.0]]), torch.randn(2, 2)
+    assert torch.allclose(pair.read(z, size, batch[:2]).mean.sum(-1), size[:, 0].exp(), rtol=1e-4)
+    inside = batch[:, 3] == 1
+    sizes = x[inside].sum(1).log()
+    assert pair.size_prior[3].tolist() == pytest.approx([sizes.mean().item(), sizes.std().item()])
+
+
 def test_published_in_a_short_form(run):
     folder, found, printed = run("published.py", *SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")
     assert list(found["runs"]) == ["vae", "iwae", "vampprior", "flow"]
@@ -751,7 +805,7 @@ CAPTURED = [
     ("discrete_mnist.py", (*SMALL, "--latent", "categorical", "--estimator", "all")),
     ("discrete_mnist.py", (*SMALL, "--latent", "bernoulli", "--estimator", "all")),
     ("imputation.py", ("--epochs", "5", "--draws", "5", "--latent", "3", "--hidden", "16")),
-    ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")),
+    ("published.py", (*SMALL, "--latent", "3", "--pseudo-data", "5", "--method", "all")), ("single_cells.py", CELLS),
     ("two_layers.py", ("--epochs", "1", "--warm-up", "1", "--test-images", "30", "--hidden", "16", "--samples", "20")),
     ("inverse_autoregressive.py", ("--data", "digits", "--epochs", "1", *IAF)),
     ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),

@@ -22,6 +22,7 @@ SHORT_FORMS = {
     "posterior_collapse": {"epochs": 4},
     "convolutional_images": {"epochs": 2, "size": 5},
     "table_to_arviz": {"epochs": 30, "draws": 50},
+    "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
     "your_own_model": {"epochs": 30, "draws": 50},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
     "attend_infer_repeat": {"scenes": 200, "epochs": 2},
