@@ -395,6 +395,10 @@ def part_checks(x, vae, discrete):
         ]
         for network, rows in cases:
             assert network.to(x.device)(rows).isfinite().all()
+        scene = distributions.SpatialMixture(x[:2], x[:2, None], 0.1)  # two slots, one channel
+        assert scene.responsibilities(scene.sample()).device == scene.variance.device == x.device
+        slots, attention = networks.SlotAttention(2, 4).to(x.device)(x)
+        assert slots.device == attention.device == x.device
         assert likelihoods.Normal.mse(2, 4, NET, kl_weight=1.0).to(x.device)(x[:, :2]).sample().device == x.device
 
     def all_handlers():
@@ -468,6 +472,7 @@ def answer_checks(x, vae, discrete):
         assert points.posterior(points.x).device
         assert pv.datasets.digits().x.device == torch.get_default_device()
         assert len(pv.datasets.penguins())
+        assert pv.datasets.shape_scenes(2, size=12).masks.device == torch.get_default_device()
         grey = x.sigmoid()
         for change in (pv.datasets.binarize, pv.datasets.grey, pv.datasets.resample):
             assert change(grey).device == x.device

@@ -282,12 +282,15 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "sweeps.integers": (sweeps.integers, lambda w: {"low": 1, "high": 9, "log": True}),
     "datasets.shapes": (datasets.shapes, lambda w: {"num_images": 2, "seed": 0}),
     "datasets.photograph_patches": (datasets.photograph_patches, lambda w: {"split": "test", "stride": 32}),
+    "datasets.shape_scenes": (datasets.shape_scenes, lambda w: {
+        "num_scenes": 2, "size": 12, "counts": (1, 2), "seed": 0}),
     "datasets.digits": (datasets.digits, lambda w: {"split": "test"}),
     "datasets.pbmc": (datasets.pbmc, lambda w: {"split": "test"}),
     "networks.convolutional": (networks.convolutional, lambda w: {
         "image": (1, 8, 8), "channels": (2,), "activation": nn.Tanh}),
     "networks.deconvolutional": (networks.deconvolutional, lambda w: {
         "image": (1, 8, 8), "channels": (2,), "activation": nn.Tanh}),
+    "networks.SlotAttention": (networks.SlotAttention, lambda w: {"num_slots": 2, "features": 3, "iterations": 1}),
     "networks.linear": (networks.linear, lambda w: {"bias": True}),
     "networks.mlp": (networks.mlp, lambda w: {"hidden": [3], "activation": nn.Tanh}),
     "networks.build": (networks.build, lambda w: {"network": NET, "in_features": 2, "out_features": 3}),
@@ -360,6 +363,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "temperature": 0.5, "logits": torch.zeros(2)}),
     "distributions.LogitNormal": (distributions.LogitNormal, lambda w: {
         "loc": torch.zeros(2), "scale": torch.ones(2), "low": 0.0, "high": 1.0}),
+    "distributions.SpatialMixture": (distributions.SpatialMixture, lambda w: {
+        "logits": torch.zeros(2, 4), "loc": torch.zeros(2, 3, 4), "scale": 0.1}),
     "tabular.NegativeBinomial": (tabular.NegativeBinomial, lambda w: {"log_mean": torch.zeros(2), "dispersion": 0.5}),
     "tabular.Ordinal": (tabular.Ordinal, lambda w: {"loc": torch.zeros(2), "cuts": torch.arange(3.0)}),
     "tabular.ZeroInflated": (tabular.ZeroInflated, lambda w: {
@@ -374,7 +379,7 @@ NOT_CALLED = {
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
         "datasets.CellCounts datasets.PendulumSequences datasets.PianoRolls datasets.Shapes datasets.TwoGaussians "
-        "Disentanglement "
+        "Disentanglement datasets.ShapeScenes "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"
     ),

@@ -374,6 +374,11 @@ PARTS = {
     "components that do not match their weights": Row(
         lambda w: MixtureOfNormals(torch.zeros(3), torch.zeros(2, 2), torch.ones(2, 2)),
         ValueError, "loc", "must be (*batch, K) and (*batch, K, D), got shapes (3,) and (2, 2)"),
+    "images of other slots": Row(
+        lambda w: distributions.SpatialMixture(torch.zeros(3, 4), torch.zeros(2, 3, 4), 0.1),
+        ValueError, "loc", "must be (*batch, K, P) and (*batch, K, C, P), got shapes (3, 4) and (2, 3, 4)"),
+    "pixels without a scale": positive(
+        lambda w: distributions.SpatialMixture(torch.zeros(2, 4), torch.zeros(2, 3, 4), 0.0), "scale", 0.0),
 }  # fmt: skip
 
 NETWORKS = {
@@ -408,6 +413,9 @@ NETWORKS = {
         ValueError, "shape", "must have a product of in_features = 63, got (1, 8, 8)"),
     "one class to read": Row(lambda w: networks.one_hot(1, NET),
         ValueError, "num_classes", "must be an integer of 2 or more, got 1"),
+    "no slots": positive_int(lambda w: networks.SlotAttention(0, 3), "num_slots", 0),
+    "slots of no features": positive_int(lambda w: networks.SlotAttention(2, 0), "features", 0),
+    "slots that do not move": positive_int(lambda w: networks.SlotAttention(2, 3, 0), "iterations", 0),
     "a baseline of no features": positive_int(lambda w: baselines.NeuralBaseline(0, NET), "in_features", 0),
     "a baseline that forgets nothing": Row(lambda w: baselines.RunningAverage(decay=1.0),
         ValueError, "decay", "must be a number from 0 to below 1, got 1.0"),
@@ -526,6 +534,12 @@ DATA = {
     "points of one coordinate": Row(lambda w: datasets.two_gaussians(3).log_prob(torch.zeros(4, 1)),
         ValueError, "x", "must be points (*, 2), floats, got a torch.float32 tensor of shape (4, 1)"),
     "no points": positive_int(lambda w: datasets.two_gaussians(0), "num_points", 0),
+    "no scenes": positive_int(lambda w: datasets.shape_scenes(0), "num_scenes", 0),
+    "scenes of a few pixels": Row(lambda w: datasets.shape_scenes(2, size=11),
+        ValueError, "size", "must be 12 or more, for shapes of a few pixels, got 11"),
+    "a range of counts the wrong way round": Row(lambda w: datasets.shape_scenes(2, counts=(3, 2)),
+        ValueError, "counts", "must be two integers from 1 to 6, smallest and largest, got (3, 2)"),
+    "no seed for scenes": seed(lambda w: datasets.shape_scenes(2, seed=None), None),
     "a negative scale": positive(lambda w: datasets.two_gaussians(3, scale=-1.0), "scale", -1.0),
     "no sequences": positive_int(lambda w: datasets.pendulum(0), "num_sequences", 0),
     "a pendulum without gravity": positive(lambda w: datasets.Pendulum(0.0), "gravity", 0.0),

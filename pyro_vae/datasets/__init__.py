@@ -1,4 +1,4 @@
-"""Data sets: two Gaussians, digits, scenes of them, colour images, films of a pendulum, cells, a table, and music.
+"""Data sets: two Gaussians, digits, scenes, colour images, films of a pendulum, cells, a table, and music.
 
 Images come as they are stored. :func:`grey`, :func:`binarize` and :func:`resample` turn them into the values that a
 likelihood takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
@@ -6,6 +6,7 @@ likelihood takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls 
 
 from pyro_vae.datasets.base import Dataset
 from pyro_vae.datasets.cells import CellCounts, pbmc
+from pyro_vae.datasets.coloured_scenes import ShapeScenes, shape_scenes
 from pyro_vae.datasets.colours import Shapes, photograph_patches, shapes
 from pyro_vae.datasets.images import MIRRORS, digits, mnist
 from pyro_vae.datasets.music import PianoRolls, chord_progressions, piano_rolls
@@ -16,7 +17,7 @@ from pyro_vae.datasets.tables import penguins
 from pyro_vae.datasets.two_gaussians import TwoGaussians, two_gaussians
 
 __all__ = [
-    "MIRRORS", "CellCounts", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "Shapes",
-    "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "mnist", "pbmc", "pendulum",
-    "penguins", "photograph_patches", "piano_rolls", "resample", "shapes", "two_gaussians",
+    "MIRRORS", "CellCounts", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "ShapeScenes",
+    "Shapes", "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "mnist", "pbmc",
+    "pendulum", "penguins", "photograph_patches", "piano_rolls", "resample", "shape_scenes", "shapes", "two_gaussians",
 ]  # fmt: skip

@@ -12,10 +12,10 @@ from pyro_vae._utils.validation import positive_int, seed_number
 from pyro_vae.datasets.base import Dataset, on_default_device
 from pyro_vae.datasets.images import check_split
 
-__all__ = ["Shapes", "photograph_patches", "shapes"]
+__all__ = ["FINE", "Shapes", "coverage", "photograph_patches", "shapes"]
 
 _SIZE = 32
-_FINE = 4  # points along each side of a pixel, of which the share inside the shape is the pixel's coverage
+FINE = 4  # points along each side of a pixel, of which the share inside the shape is the pixel's coverage
 _FACTORS = {
     "shape": torch.arange(3.0),
     "hue": torch.arange(8) / 10,  # from red to violet: without the way back, the order is a line and not a circle
@@ -78,18 +78,31 @@ def shapes(num_images: int, *, seed: int = 0) -> Shapes:
 
 def _draw(factors: Mapping[str, Tensor]) -> Tensor:
     """Draw the images of factors ``(N,)``, ``(N, 3072)``."""
-    axis = (torch.arange(_SIZE * _FINE, dtype=torch.float64, device="cpu") + 0.5) / (_SIZE * _FINE) * 2 - 1
+    axis = (torch.arange(_SIZE * FINE, dtype=torch.float64, device="cpu") + 0.5) / (_SIZE * FINE) * 2 - 1
     shape, size, angle = (factors[name][:, None, None] for name in ("shape", "size", "angle"))
     right, down = axis - factors["x"][:, None, None], axis[:, None] - factors["y"][:, None, None]
     cos, sin = (angle * math.pi / 180).cos(), (angle * math.pi / 180).sin()
     u, v = (cos * right + sin * down) / size, (cos * down - sin * right) / size
+    share = coverage(shape, u, v)[:, None]
+    colour, grey = _colour(factors["hue"])[..., None, None], factors["background"][:, None, None, None]
+    return (255 * (share * colour + (1 - share) * grey)).round().to(torch.uint8).flatten(1)
+
+
+def coverage(shape: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Compute the share of each pixel inside of a square (0), an ellipse (1) or a triangle (2).
+
+    Args:
+        shape: ``(*, 1, 1)``.
+        u, v: right and down of the centre, in half widths of the shape, ``(*, 4 H, 4 W)``: 16 points in each pixel.
+
+    Returns:
+        ``(*, H, W)``, in 1/16.
+    """
     square = torch.maximum(u.abs(), v.abs()) <= 1
     ellipse = u.square() + (v / 0.6).square() <= 1
     triangle = torch.maximum(2 * u.abs() - 1.2 - v, v - 0.8) <= 0
     inside = torch.where(shape == 0, square, torch.where(shape == 1, ellipse, triangle))
-    coverage = torch.nn.functional.avg_pool2d(inside.double()[:, None], _FINE)
-    colour, grey = _colour(factors["hue"])[..., None, None], factors["background"][:, None, None, None]
-    return (255 * (coverage * colour + (1 - coverage) * grey)).round().to(torch.uint8).flatten(1)
+    return torch.nn.functional.avg_pool2d(inside.to(u.dtype), FINE)
 
 
 def _colour(hue: Tensor) -> Tensor:

@@ -29,9 +29,10 @@ from pyro_vae.distributions.relaxed import (
     LogRelaxedOneHotCategorical,
     log_simplex,
 )
+from pyro_vae.distributions.spatial_mixture import SpatialMixture
 
 __all__ = ["AdditiveLogRatioTransform", "Bernoulli", "Columns", "ContinuousBernoulli"]
 __all__ += ["DiscretizedLogisticMixture", "Extent"]
 __all__ += ["LogRelaxedOneHotCategorical", "LogitNormal", "LogitRelaxedBernoulli", "Product"]
-__all__ += ["SoftTargetBernoulli", "base_distribution", "base_support", "discrete_twin"]
+__all__ += ["SoftTargetBernoulli", "SpatialMixture", "base_distribution", "base_support", "discrete_twin"]
 __all__ += ["find_extent", "is_normalized", "log_simplex", "without_independent"]

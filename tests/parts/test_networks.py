@@ -8,6 +8,7 @@ from torch import nn
 
 from pyro_vae import guides, likelihoods
 from pyro_vae.parts.networks import (
+    SlotAttention,
     convolutional,
     deconvolutional,
     linear,
@@ -223,3 +224,63 @@ def test_class_numbers_are_read_as_one_hot_vectors_and_missing_ones_as_none():
     expected = torch.tensor([[1.0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]])
     torch.testing.assert_close(network(x), network[1](expected))
     assert torch.equal(network[0](torch.tensor([[0, 2]])), expected[:1])
+
+
+def test_slots_share_the_attention_of_each_input_and_do_not_depend_on_the_order_of_inputs():
+    torch.manual_seed(0)
+    network, inputs = SlotAttention(3, 6, iterations=2).double(), torch.randn(4, 2, 10, 6).double()
+    slots, attention = network(inputs)
+    assert (slots.shape, attention.shape) == ((4, 2, 3, 6), (4, 2, 3, 10))
+    torch.testing.assert_close(attention.sum(-2), torch.ones(4, 2, 10).double())
+    order = torch.randperm(10)
+    moved, moved_attention = network(inputs[..., order, :])
+    torch.testing.assert_close(moved, slots)
+    torch.testing.assert_close(moved_attention, attention[..., order])
+    torch.testing.assert_close(network(inputs[1, 0])[0], slots[1, 0])
+
+
+def test_slots_move_as_in_the_algorithm_of_the_paper():
+    """One iteration, with plain loops and torch's gated recurrent unit."""
+    torch.manual_seed(0)
+    network, inputs = SlotAttention(2, 3, iterations=1).double(), torch.randn(1, 5, 3).double()
+    found, attention = network(inputs)
+    keys, values = network.to_keys_and_values(network.norm_inputs(inputs[0])).chunk(2, -1)
+    queries = network.to_queries(network.norm_slots(network.start))
+    weights = torch.zeros(2, 5).double()
+    for place in range(5):
+        scores = torch.stack([queries[slot] @ keys[place] / 3**0.5 for slot in range(2)]).exp()
+        weights[:, place] = scores / scores.sum()
+    torch.testing.assert_close(attention[0], weights)
+    recurrent = nn.GRUCell(3, 3).double()
+    names = {"weight_ih": "gates_of_update.weight", "weight_hh": "gates_of_slots.weight"}
+    names |= {"bias_ih": "gates_of_update.bias", "bias_hh": "gates_of_slots.bias"}
+    recurrent.load_state_dict({name: network.get_parameter(other) for name, other in names.items()})
+    for slot in range(2):
+        update = sum(weights[slot, place] * values[place] for place in range(5)) / weights[slot].sum()
+        moved = recurrent(update[None], network.start[slot][None])
+        expected = moved + network.residual(network.norm_update(moved))
+        torch.testing.assert_close(found[0, slot], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_slots_start_at_different_places_and_every_weight_matters():
+    torch.manual_seed(0)
+    network = SlotAttention(3, 4)
+    slots, _ = network(torch.randn(2, 7, 4))
+    assert (slots[:, 0] - slots[:, 1]).abs().min() > 0
+    slots.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_inputs_of_another_size_than_the_slots_are_refused():
+    with pytest.raises(ValueError, match=r"`inputs` must be \(\*, T, 3\), got .* of shape \(5, 4\)"):
+        SlotAttention(2, 3)(torch.zeros(5, 4))
+
+
+def test_a_bias_moves_attention_and_given_slots_are_the_first_ones():
+    torch.manual_seed(0)
+    network, inputs = SlotAttention(2, 3, iterations=1).double(), torch.randn(5, 3).double()
+    slots, attention = network(inputs, network.start.flip(0))
+    torch.testing.assert_close(slots, network(inputs)[0].flip(0))
+    bias = torch.tensor([[0.0], [2.0]]).double()
+    _, moved = network(inputs, network.start.flip(0), bias)
+    torch.testing.assert_close(moved[1] / moved[0], attention[1] / attention[0] * torch.tensor(2.0).double().exp())
