@@ -280,7 +280,7 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "sweeps.uniform": (sweeps.uniform, lambda w: {"low": 0.0, "high": 1.0}),
     "sweeps.log_uniform": (sweeps.log_uniform, lambda w: {"low": 0.1, "high": 1.0}),
     "sweeps.integers": (sweeps.integers, lambda w: {"low": 1, "high": 9, "log": True}),
-    "datasets.shapes": (datasets.shapes, lambda w: {"num_images": 2, "seed": 0}),
+    "datasets.shapes": (datasets.shapes, lambda w: {"num_images": 2, "noise": 1.0, "seed": 0}),
     "datasets.photograph_patches": (datasets.photograph_patches, lambda w: {"split": "test", "stride": 32}),
     "datasets.shape_scenes": (datasets.shape_scenes, lambda w: {
         "num_scenes": 2, "size": 12, "counts": (1, 2), "seed": 0}),

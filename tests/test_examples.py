@@ -1012,3 +1012,75 @@ def test_inspect_posterior_in_a_short_form(run):
         with xr.open_datatree(folder / f"{name}.nc") as tree:
             assert (tree["posterior"]["z"].sizes["draw"], tree["training"].sizes["epoch"]) == (10, 150)
             assert tree["constant_data"]["label"].sizes["obs"] == 20
+
+
+def test_colour_images_in_a_short_form(run):
+    size = ("--epochs", "1", "--stride", "32", "--channels", "8", "--latent", "2")
+    folder, found, _ = run("colour_images.py", *size, "--test-images", "20", "--samples", "10", "--draws", "3")
+    assert list(found["models"]) == ["independent colours", "probabilistic PCA", "VAE, one level", "ladder, 3 levels"]
+    for name, row in found["models"].items():
+        assert 0 < row["bits"] < 20, name
+        assert row["bits"] < row.get("elbo", 20) + 0.02, f"the ELBO of {name} is below log p(x)"
+    one, ladder = (found["models"][name]["bits"] for name in ("VAE, one level", "ladder, 3 levels"))
+    assert found["gain"]["bits"] == pytest.approx(one - ladder, abs=1e-5)
+    assert [each["baseline"] for each in found["headlines"]] == [found["models"]["probabilistic PCA"]["bits"], one]
+    assert_pictures(folder, {"images", "bits"})
+    with xr.open_datatree(folder / "colour_images.nc") as tree:
+        sizes = [dict(tree["posterior"][f"z{i}"].sizes) for i in (1, 2, 3)]
+        assert [tuple(each.values()) for each in sizes] == [(1, 3, 10, 2, size, size) for size in (8, 4, 2)]
+        assert tree["posterior"]["z3"].dims[2:] == ("obs", "channel_3", "row_3", "column_3")
+        assert float(tree["posterior_predictive"]["x"].max()) <= 255
+
+
+def test_a_ladder_whose_guide_moves_nothing_has_no_rate():
+    pyro.set_rng_seed(0)
+    pair = functions_of("colour_images.py")["Ladder"](levels=3, channels=4, latent=2)
+    x = torch.randint(256, (5, 3, 32, 32)).float()
+    assert pv.evaluate(pair.model, pair.guide, x, num_samples=1, seed=0)["rate"] != 0
+    for head in pair.guides:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    assert pv.evaluate(pair.model, pair.guide, x, num_samples=1, seed=0)["rate"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_baselines_of_colour_images_are_their_densities():
+    functions, size = functions_of("colour_images.py"), (3, 4, 4)
+    even = torch.arange(256.0).repeat(3, 3).reshape(12, 3, 8, 8)
+    bits = -functions["independent_colours"](even.transpose(0, 1).reshape(1, 3, -1, 16), even)
+    torch.testing.assert_close(bits / (192 * torch.tensor(2.0).log()), torch.full((12,), 8.0))
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(48, 48, generator=generator)
+    images = (128 + 8 * torch.randn(209, 48, generator=generator) @ mix).round().reshape(-1, *size)
+    train, x = images[:200], images[200:]
+    torch.manual_seed(0)
+    found = functions["principal_components"](train, x, seed=0)
+    torch.manual_seed(0)
+    noisy, noisy_x = ((each + torch.rand_like(each) - 0.5).flatten(1).double() for each in (train, x))
+    values, vectors = torch.linalg.eigh(noisy.T.cov())
+    values = torch.where(torch.arange(48) < 32, values[:32].mean(), values)
+    gaussian = torch.distributions.MultivariateNormal(noisy.mean(0), vectors @ values.diag() @ vectors.T)
+    torch.testing.assert_close(found, gaussian.log_prob(noisy_x), rtol=1e-2, atol=0)
+
+
+def test_disentangling_in_a_short_form(run):
+    size = ("--epochs", "1", "--images", "150", "--test-images", "200", "--latent", "4", "--draws", "3")
+    folder, found, _ = run("disentangling.py", *size)
+    rows = found["models"]
+    assert list(rows) == ["PCA", "ELBO", "β-VAE, β = 20", "independent, β = 50", "free bits, 3 nats"]
+    for name, row in rows.items():
+        assert all(0 <= row[key] <= 1 for key in ("mig", "disentanglement", "completeness", "informativeness")), name
+        assert row["informativeness"] == pytest.approx(sum(row["accuracy"].values()) / 7)
+        assert row.get("rate", 0) >= 0
+    assert found["headlines"][0]["baseline"] == rows["PCA"]["mig"]
+    assert found["headlines"][0]["value"] == max(row["mig"] for name, row in rows.items() if name != "PCA")
+    assert_pictures(folder, {"information", "traversals"})
+    assert_trees(folder, {"disentangling"}, draws=3, rows=20)
+
+
+def test_the_true_factors_are_disentangled():
+    data = pv.datasets.shapes(1000)
+    codes = torch.stack(list(data.factors.values()), 1)
+    row, _ = functions_of("disentangling.py")["measured"](codes, data, 0)
+    assert row["mig"] > 0.95
+    assert row["disentanglement"] == pytest.approx(1, abs=1e-6)
+    assert row["informativeness"] == 1

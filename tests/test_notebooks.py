@@ -21,6 +21,7 @@ SHORT_FORMS = {
     "discrete_latents": {"epochs": 20, "repeats": 60},
     "posterior_collapse": {"epochs": 4},
     "convolutional_images": {"epochs": 2, "size": 5},
+    "colour_images": {"epochs": 1, "images": 200, "held_out": 60},
     "table_to_arviz": {"epochs": 30, "draws": 50},
     "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
     "your_own_model": {"epochs": 30, "draws": 50},

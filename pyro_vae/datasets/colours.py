@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae._utils.display import Table
-from pyro_vae._utils.validation import positive_int, seed_number
+from pyro_vae._utils.validation import number, positive_int, seed_number
 from pyro_vae.datasets.base import Dataset, on_default_device
 from pyro_vae.datasets.images import check_split
 
@@ -49,7 +49,7 @@ class Shapes(Dataset):
         return Table(table.head, [*table.rows, ("values of each factor", ", ".join(counts))], table.note)
 
 
-def shapes(num_images: int, *, seed: int = 0) -> Shapes:
+def shapes(num_images: int, *, noise: float = 0.0, seed: int = 0) -> Shapes:
     """Draw coloured shapes whose factors are known: a square, an ellipse or a triangle on a grey background.
 
     Each pixel is a mixture of both colours by its coverage, in 1/16, so that edges are smooth. Another seed gives an
@@ -58,13 +58,16 @@ def shapes(num_images: int, *, seed: int = 0) -> Shapes:
 
     Args:
         num_images: N.
-        seed: seed of the factors.
+        noise: standard deviation, in levels, of normal noise on each colour, rounded to levels and clipped to 0 to 255.
+            Without it, a model can put nearly all mass on one level, and its bits depend on the last digits.
+        seed: seed of the factors and the noise.
 
     >>> data = shapes(100)
     >>> data.x.shape, data.x.dtype, list(data.factors)
     (torch.Size([100, 3072]), torch.uint8, ['shape', 'hue', 'size', 'x', 'y', 'angle', 'background'])
     """
     positive_int(num_images, "num_images")
+    noise = number(noise, "noise", least=0)
     generator = torch.Generator("cpu").manual_seed(seed_number(seed))
     factors = {
         name: values.cpu()[torch.randint(len(values), (num_images,), generator=generator, device="cpu")]
@@ -72,6 +75,8 @@ def shapes(num_images: int, *, seed: int = 0) -> Shapes:
     }
     rows = torch.stack(list(factors.values()), 1).split(_BLOCK)
     x = torch.cat([_draw(dict(zip(factors, block.double().T, strict=True))) for block in rows])
+    if noise:
+        x = (x + noise * torch.randn(x.shape, generator=generator, device="cpu")).round().clamp(0, 255).to(torch.uint8)
     x, labels, *values = on_default_device(x, factors["shape"].long(), *factors.values())
     return Shapes(x, labels, dict(zip(factors, values, strict=True)))
 

@@ -20,6 +20,17 @@ def test_shapes_are_deterministic_and_other_seeds_are_others(random_states):
     assert "values of each factor" in one._repr_html_()
 
 
+def test_noise_has_its_standard_deviation_and_leaves_the_factors_as_they_are():
+    clean, noisy = datasets.shapes(100), datasets.shapes(100, noise=8.0)
+    assert all(torch.equal(clean.factors[name], noisy.factors[name]) for name in clean.factors)
+    inner = (clean.x > 40) & (clean.x < 215)  # far from the ends, where noise is clipped
+    difference = (noisy.x.double() - clean.x.double())[inner]
+    error = (64 + 1 / 12) ** 0.5 / (2 * len(difference)) ** 0.5
+    assert abs(difference.std().item() - (64 + 1 / 12) ** 0.5) < 5 * error
+    assert abs(difference.mean().item()) < 5 * 8 / len(difference) ** 0.5
+    assert noisy.x.min() == 0
+
+
 def test_factors_are_uniform_and_independent():
     factors = datasets.shapes(4000).factors
     codes = {name: values.unique(return_inverse=True)[1] for name, values in factors.items()}
