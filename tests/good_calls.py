@@ -270,6 +270,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "gravity": 10.0, "damping": 0.1, "max_torque": 5.0, "interval": 0.1}),
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
+    "datasets.hide_modalities": (datasets.hide_modalities, lambda w: {"modalities": (w.x, w.x), "share": 0.5}),
+    "datasets.measure_images": (datasets.measure_images, lambda w: {"x": w.x.sigmoid(), "shape": (1, 2)}),
     "datasets.resample": (datasets.resample, lambda w: {"x": w.x.sigmoid()}),
     "datasets.digit_scenes": (datasets.digit_scenes, lambda w: {
         "digits": datasets.digits("test"), "num_scenes": 3, "size": 20, "sides": (8, 10), "max_digits": 2, "seed": 0}),

@@ -27,6 +27,8 @@ SHORT_FORMS = {
     "your_own_model": {"epochs": 30, "draws": 50},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
     "attend_infer_repeat": {"scenes": 200, "epochs": 2},
+    "modalities": {"epochs": 2, "samples": 5},
+    "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
 }
 """Values of the cell that is tagged ``parameters``, by notebook."""
 

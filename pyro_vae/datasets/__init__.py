@@ -9,6 +9,7 @@ from pyro_vae.datasets.cells import CellCounts, pbmc
 from pyro_vae.datasets.coloured_scenes import ShapeScenes, shape_scenes
 from pyro_vae.datasets.colours import Shapes, photograph_patches, shapes
 from pyro_vae.datasets.images import MIRRORS, digits, mnist
+from pyro_vae.datasets.modalities import hide_modalities, measure_images
 from pyro_vae.datasets.music import PianoRolls, chord_progressions, piano_rolls
 from pyro_vae.datasets.pendulum import Pendulum, PendulumSequences, pendulum
 from pyro_vae.datasets.pixels import binarize, grey, resample
@@ -18,6 +19,7 @@ from pyro_vae.datasets.two_gaussians import TwoGaussians, two_gaussians
 
 __all__ = [
     "MIRRORS", "CellCounts", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "ShapeScenes",
-    "Shapes", "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "mnist", "pbmc",
-    "pendulum", "penguins", "photograph_patches", "piano_rolls", "resample", "shape_scenes", "shapes", "two_gaussians",
+    "Shapes", "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "hide_modalities",
+    "measure_images", "mnist", "pbmc", "pendulum", "penguins", "photograph_patches", "piano_rolls", "resample",
+    "shape_scenes", "shapes", "two_gaussians",
 ]  # fmt: skip
