@@ -2,35 +2,32 @@
 An image, its label and a table, any of them missing
 ====================================================
 
-A digit is seen in three ways: its image, its label, and a table of four noisy measurements, ink, slant, width and the
-number of holes. In training and in use, any of the three may be missing. One latent z explains them all,
+A digit is seen in three ways: its image, its label, and a table of noisy measurements: ink, slant, width and the number
+of holes. In training and in use, any of the three may be missing. One latent z explains them all,
 
     z ~ N(0, I),  image ~ Bernoulli(f(z)),  label ~ Categorical(g(z)),  table ~ columns of their own kinds (h(z)),
 
 and the guide must work with whatever is there. Each modality m has an encoder of its own, an expert. The guide is their
 product, q(z|x) ∝ p(z) Π q(z|x_m) over those that are there (MVAE, Wu and Goodman 2018), or their mixture, the mean of
-the q(z|x_m) (MMVAE, Shi et al. 2019). Then any modality can be drawn from any others: a label from an image, an image
-from a label, a table from an image.
+the q(z|x_m) (MMVAE, Shi et al. 2019). Then any modality can be drawn from any others.
 
-Does an image that is drawn from a label show that digit, for an independent classifier of real images? Is the joint log
-p of image, label and table above the sum of the log p of models of each alone? Those models are the baselines; for labels
-and tables that are drawn from images, regressions on principal components. The product is certain where several
-modalities agree, and has the better log p; the mixture draws the better images from labels.
+Does an image that is drawn from a label show that digit, for an independent classifier of real images? Is the joint
+log p(image, label, table) above the sum of log p of models of each alone, the baseline? The product gives the better
+log p, the mixture the better images from labels.
 """
 
 import argparse
 import math
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import common
 import pyro
 import torch
 from matplotlib.figure import Figure
+from sklearn import linear_model, svm
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
-from sklearn.svm import SVC
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -39,21 +36,19 @@ from pyro_vae.handlers import WeightKL
 
 Rows = tuple[Tensor, ...]  # images (N, D) of zeros and ones, labels (N, 1), tables (N, 4); NaN is missing
 COLUMNS = ("ink", "slant", "width", "holes")
-NOISE = 0.3  # of the measurements, in their standard deviations over digits
 IMAGE, LABEL, TABLE = range(3)
 GIVEN = {"image": (IMAGE,), "table": (TABLE,), "image and table": (IMAGE, TABLE)}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "modalities", epochs=20)
+    parser = common.make_parser(__doc__, "modalities", epochs=15)
     common.add_images(parser, default="mnist")
     common.add_training(parser, batch_size=100, lr=2e-3)
     parser.add_argument("--train-images", type=common.positive_int, default=10_000, help="rows to train on")
     parser.add_argument("--latent", type=common.positive_int, default=16, help="dimensions of z")
-    parser.add_argument("--hidden", type=common.positive_int, default=256, help="hidden units of each network")
+    parser.add_argument("--hidden", type=common.positive_int, default=128, help="hidden units of each network")
     parser.add_argument("--missing", type=common.positive_float, default=0.3, help="share of missing modalities")
     parser.add_argument("--samples", type=common.positive_int, default=200, help="draws for log p(x) of each row")
-    parser.set_defaults(test_images=500)
     return parser.parse_args()
 
 
@@ -65,14 +60,14 @@ def load(args: argparse.Namespace) -> tuple[Rows, Rows, common.Shape]:
         x, table = data.x[:count], datasets.measure_images(data.x[:count], shape)
         if not rows:
             loc, scale = table[:, :3].mean(0), table[:, :3].std(0)
-        table[:, :3] = (table[:, :3] - loc) / scale + NOISE * torch.randn(len(table), 3)
+        table[:, :3] = (table[:, :3] - loc) / scale + 0.3 * torch.randn(len(table), 3)
         table[:, 3].clamp_(0, 2)  # holes
         rows.append((datasets.binarize(x), data.labels[:count, None].float(), table))
     return rows[0], rows[1], shape
 
 
 def only(seen: tuple[int, ...], rows: Rows) -> Rows:
-    """Replace all modalities but those that are seen by NaN."""
+    """Replace all other modalities by NaN."""
     return tuple(x if m in seen else torch.full_like(x, math.nan) for m, x in enumerate(rows))
 
 
@@ -131,10 +126,9 @@ def evaluate(pair: Modalities, test: Rows, judge: Any, args: argparse.Namespace)
     """Measure a guide: accuracy and coherence in %, the error of the table, and log p(x) of all and of the image."""
     row, classes = {}, torch.arange(10.0).reshape(10, 1, 1, 1)
     for name, seen in GIVEN.items():  # the mean of p(label | z) over draws of z
-        found = pair.label(pair.draw(seen, test)).log_prob(classes).exp().mean(1).argmax(0)
-        row[name] = percent(found, test[LABEL])
-    drawn = pair.image(pair.draw((LABEL,), test, 1)[0]).mean
-    row["coherence"] = percent(judge.predict(drawn.numpy()), test[LABEL])
+        probs = pair.label(pair.draw(seen, test)).log_prob(classes).exp().mean(1)
+        row[name] = percent(probs.argmax(0), test[LABEL])
+    row["coherence"] = percent(judge.predict(pair.image(pair.draw((LABEL,), test, 1)[0]).mean.numpy()), test[LABEL])
     row["rmse"] = rmse(pair.table(pair.draw((IMAGE,), test)).mean.mean(0), test[TABLE])
     row["log_p"], row["log_p_image"] = mean_log_p(pair, test, args), mean_log_p(pair, only((IMAGE,), test), args)
     return row
@@ -146,7 +140,7 @@ def percent(found: Any, label: Tensor) -> float:
 
 
 def rmse(found: Any, table: Tensor) -> float:
-    """Return the root-mean-square error of ink, slant and width, in standard deviations over digits."""
+    """Return the error of ink, slant and width, in standard deviations over digits."""
     return (torch.as_tensor(found) - table)[:, :3].square().mean().sqrt().item()
 
 
@@ -157,37 +151,35 @@ def fit_alone(train: Rows, test: Rows, judge: Any, args: argparse.Namespace) -> 
         alone = Modalities(f"alone {m}", guides.ProductOfExperts, test[IMAGE].shape[1], args.latent, args.hidden)
         fit(alone, only((m,), tuple(x[known[m]] for x in train)), args)
         log_p.append(mean_log_p(alone, only((m,), test), args))
-    row: dict[str, Any] = {"log_p": sum(log_p), "log_p_image": log_p[-1]}
     drawn = alone.image(alone.prior().sample(torch.Size([len(test[IMAGE])]))).mean.detach()
-    row["coherence"] = percent(judge.predict(drawn.numpy()), test[LABEL])
+    row = {"log_p": sum(log_p), "log_p_image": log_p[-1], "coherence": percent(judge.predict(drawn), test[LABEL])}
     x, y, both = train[IMAGE].numpy(), train[LABEL][:, 0].numpy(), (known[IMAGE] & known[LABEL]).numpy()
-    regression = make_pipeline(PCA(64), LogisticRegression(max_iter=500)).fit(x[both], y[both])
+    regression = make_pipeline(PCA(64), linear_model.LogisticRegression(max_iter=500)).fit(x[both], y[both])
     both = (known[IMAGE] & ~train[TABLE].isnan().any(1)).numpy()
-    ridge = make_pipeline(PCA(64), Ridge()).fit(x[both], train[TABLE].numpy()[both])
+    ridge = make_pipeline(PCA(64), linear_model.Ridge()).fit(x[both], train[TABLE].numpy()[both])
     row["image"] = percent(regression.predict(test[IMAGE].numpy()), test[LABEL])
     return row | {"rmse": rmse(ridge.predict(test[IMAGE].numpy()), test[TABLE])}
 
 
 @torch.no_grad()
 def draw(pairs: dict[str, Modalities], test: Rows, shape: common.Shape) -> dict[str, Figure]:
-    """Draw images from labels and tables, and the probabilities of labels given each modality."""
-    first = [int((test[LABEL][:, 0] == digit).nonzero()[0]) for digit in range(10)]
-    rows = tuple(x[first] for x in test)
+    """Draw an image of each digit from its label, and from its label and table."""
+    rows = tuple(x[[int((test[LABEL] == digit).nonzero()[0, 0]) for digit in range(10)]] for x in test)
     images = {"real": rows[IMAGE]}
     for name, pair in pairs.items():
         for given, seen in {"label": (LABEL,), "label and table": (LABEL, TABLE)}.items():
             images[f"{name},\nfrom the {given}"] = pair.image(pair.draw(seen, rows, 1)[0]).mean
     names: dict[str, Any] = {"row_names": list(images), "column_names": list(map(str, range(10)))}
     ax = plots.image_grid(torch.cat([*images.values()]).reshape(-1, *shape), **names)
-    ax.set(xlabel="label, and that of the real image", title="Images that are drawn from the other modalities")
-    return {"images_from_labels": cast(Figure, ax.figure)}
+    ax.set(xlabel="label, and that of the real image")
+    return {"images_from_labels": common.set_title(ax, "Images drawn from the other modalities")}
 
 
 MIXTURE, PRODUCT, APART = "mixture of experts", "product of experts", "each alone, and regressions"
-TABLES = {"label from image": "{image:.1f}", "from table": "{table:.1f}", "from both": "{image and table:.1f}"}
-TABLES |= {"image from label": "{coherence:.1f}", "table from image": "{rmse:.3f}", "log p(all)": "{log_p:.2f}"}
-TABLES |= {"log p(image)": "{log_p_image:.2f}", "seconds": "{seconds:.0f}"}
-NOTES = """labels: % right; image from label: % to which a classifier of real images gives that label; table from image:
+RESULTS = {"label from image": "{image:.1f}", "from table": "{table:.1f}", "from both": "{image and table:.1f}"}
+RESULTS |= {"image from label": "{coherence:.1f}", "table from image": "{rmse:.3f}"}
+RESULTS |= {"log p(all)": "{log_p:.2f}", "log p(image)": "{log_p_image:.2f}"}
+NOTES = """labels: % right; image from label: % that a classifier of real images takes for that label; table from image:
 error of ink, slant and width, in standard deviations; log p: nats per held-out digit, a lower bound in expectation"""
 
 
@@ -195,41 +187,33 @@ def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
     # 1. Hide modalities of the training rows, and some entries of the tables; fit the judge to whole rows.
     whole, test, shape = load(args)
-    judge = make_pipeline(PCA(40), SVC(C=10)).fit(whole[IMAGE][:10_000].numpy(), whole[LABEL][:10_000, 0].numpy())
+    judge = make_pipeline(PCA(40), svm.SVC(C=10)).fit(whole[IMAGE][:10_000].numpy(), whole[LABEL][:10_000, 0].numpy())
     image, label, table = datasets.hide_modalities(*whole, share=args.missing)
     train = image, label, table.masked_fill(torch.rand(table.shape) < 0.1, math.nan)
-    # 2. Train each guide with its model. More is hidden in each step from the product, so that each of its experts
-    # learns to work alone; those of the mixture do so in any case.
-    pairs, rows, histories = {}, {}, {}
+    # 2. Train each guide. More is hidden in each step from the product, so that its experts learn to work alone.
+    pairs, rows, hide = {}, {}, partial(datasets.hide_modalities, share=args.missing)
     for name, experts in {PRODUCT: guides.ProductOfExperts, MIXTURE: guides.MixtureOfExperts}.items():
         pair = pairs[name] = Modalities(name, experts, image.shape[1], args.latent, args.hidden)
-        hide = partial(datasets.hide_modalities, share=args.missing) if name == PRODUCT else None
-        fitted = fit(pair, train, args, hide)
-        histories[name] = fitted.history
-        rows[name] = evaluate(pair, test, judge, args) | {"seconds": fitted.seconds}
+        fitted = fit(pair, train, args, hide if name == PRODUCT else None)
+        rows[name] = evaluate(pair, test, judge, args) | {"seconds": fitted.seconds, "history": fitted.history}
     # 3. Compare with models of each modality alone, and with regressions.
     rows[APART] = fit_alone(train, test, judge, args)
-    print(text := common.table(f"{len(test[0])} held-out digits", rows, TABLES, NOTES))
-    headlines = [
-        common.headline(
-            "images drawn from a label show it, mixture of experts", "%", rows[MIXTURE]["coherence"],
-            baseline=rows[APART]["coherence"], baseline_name="VAE of images alone", higher_is_better=True,
-            published="SVHN from MNIST 86 %, MNIST from SVHN 69 % (MMVAE, Shi et al. 2019, as MultiVae cites them)",
-            differences="there one photograph of a digit from another; here from a label, and modalities are missing",
-        ),
-        common.headline(
-            "log p of image, label and table, product of experts", "nats per digit", rows[PRODUCT]["log_p"],
-            baseline=rows[APART]["log_p"], baseline_name="sum of models of each alone", higher_is_better=True,
-            published="log p of MNIST images -86.86 (JMVAE, Suzuki et al. 2016, as MultiVae cites it)",
-            differences="there the image alone, larger networks and more epochs; here label and table, too",
-        ),
-    ]  # fmt: skip
-    names: dict[str, Any] = {"dims": {"image": ["pixel"], "label": ["one"], "table": ["measurement"]}}
-    names["coords"] = {"measurement": list(COLUMNS)}
-    some = datasets.hide_modalities(*(x[:50] for x in test))
-    tree = common.make_tree(pairs[PRODUCT], some[0], args, *some[1:], **names)
-    results = {"models": rows, "histories": histories}
-    common.save(args, results, draw(pairs, test, shape), {"modalities": tree}, text, headlines)
+    print(text := common.table(f"{len(test[0])} held-out digits", rows, RESULTS, NOTES))
+    coherence = common.headline(
+        "images drawn from a label show it, mixture of experts", "%", rows[MIXTURE]["coherence"], higher_is_better=True,
+        baseline=rows[APART]["coherence"], baseline_name="VAE of images alone",
+        published="SVHN from MNIST 86 %, MNIST from SVHN 69 % (MMVAE, Shi et al. 2019, as MultiVae cites them)",
+        differences="there one photograph of a digit from another; here from a label, and modalities are missing",
+    )  # fmt: skip
+    joint = common.headline(
+        "log p of image, label and table, product of experts", "nats per digit", rows[PRODUCT]["log_p"],
+        baseline=rows[APART]["log_p"], baseline_name="sum of models of each alone", higher_is_better=True,
+        published="log p of MNIST images -86.86 (JMVAE, Suzuki et al. 2016, as MultiVae cites it)",
+        differences="there the image alone, larger networks and more epochs; here label and table, too",
+    )  # fmt: skip
+    some, names = datasets.hide_modalities(*(x[:50] for x in test)), {"coords": {"measurement": list(COLUMNS)}}
+    tree = common.make_tree(pairs[PRODUCT], some[0], args, *some[1:], dims={"table": ["measurement"]}, **names)
+    common.save(args, {"models": rows}, draw(pairs, test, shape), {"modalities": tree}, text, [coherence, joint])
 
 
 if __name__ == "__main__":

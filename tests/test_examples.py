@@ -33,6 +33,8 @@ SHORT = ("--epochs", "1", "--test-images", "20", "--draws", "5", "--samples", "5
 PICTURES = {"training", "latent_map", "reconstructions", "samples"}
 DISCRETE = ("--data", "digits", "--epochs", "1", "--test-images", "30", "--draws", "5", "--samples", "20")
 SMALL = (*DISCRETE, "--hidden", "16")
+APPLIED = ("--data", "digits", "--samples", "10", "--hidden", "16", "--latent", "4", "--draws", "5")
+SEVERAL, ODD = (*APPLIED, "--test-images", "100"), (*APPLIED, "--test-images", "90", "--refined", "8")
 SAMPLED = ["score-function", "running-average", "neural-baseline", "leave-one-out", "vimco"]
 ESTIMATORS = ["discrete-kl", "relaxed", "straight-through-discrete-kl", "straight-through-relaxed", *SAMPLED]
 WORLD_TRAINING = ("--epochs", "1", "--sequences", "50", "--frames", "9", "--hidden", "16", "--draws", "5")
@@ -811,6 +813,7 @@ CAPTURED = [
     ("conditional.py", (*FEW, "--hidden", "16", "--given", "all")), ("swap.py", (*FEW, "--hidden", "8")),
     ("world_model.py", WORLD), ("dream_control.py", (*WORLD_TRAINING, "--horizon", "4", "--practice", "1", *ACTING)),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
+    ("modalities.py", ("--epochs", "2", *SEVERAL)), ("anomalies.py", ("--epochs", "2", *ODD)),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
@@ -980,6 +983,7 @@ def test_the_dreams_of_a_controller_are_the_expected_return_and_train_nothing_el
     ("discrete_mnist --estimator vimco --particles 1", "--particles must be 2 or more for .*, got 1"),
     ("categorical --floor 2", "--floor must be at most --temperature, 1.0, got 2.0"),
     ("gaussian_mixture_vae --components 1", "--components must be 2 or more, got 1"),
+    ("anomalies --test-images 30", "--test-images must be 60 or more, got 30"),
     ("semi_supervised --labels 15", "--labels must be a multiple of ten, got 15"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_refused_before_any_work(run, tmp_path, monkeypatch, capsys, command, message):
@@ -1084,3 +1088,68 @@ def test_the_true_factors_are_disentangled():
     assert row["mig"] > 0.95
     assert row["disentanglement"] == pytest.approx(1, abs=1e-6)
     assert row["informativeness"] == 1
+
+
+def test_modalities_in_a_short_form(run):
+    folder, found, printed = run("modalities.py", "--epochs", "5", *SEVERAL)
+    product, mixture, alone = found["models"].values()
+    for row in (product, mixture):
+        # All is less probable than the image: a label is a mass, below 1, and the noise of a table is wide.
+        assert row["log_p"] < row["log_p_image"] < 0
+        assert all(0 <= row[name] <= 100 for name in ("image", "table", "image and table", "coherence"))
+    assert alone["log_p"] < alone["log_p_image"] - torch.tensor(9.0).log(), "a label costs about log 10"
+    assert alone["image"] > 70, "labels of digits are nearly linear in their pixels"
+    assert alone["coherence"] < 40, "images that know no label agree with one in ten, ± 3"
+    assert [headline["higher_is_better"] for headline in found["headlines"]] == [True, True]
+    assert "MMVAE" in printed
+    assert_pictures(folder, {"images_from_labels"})
+    with xr.open_datatree(folder / "modalities.nc") as tree:
+        assert tree["posterior"]["z"].sizes["obs"] == 50
+        assert tree["posterior_predictive"]["table"].dims == ("chain", "draw", "obs", "measurement")
+        missing = tree["observed_data"].to_dataset().isnull()
+        hidden = [missing[name].any(missing[name].dims[1:]) for name in ("image", "label", "table")]
+        assert not (hidden[0] & hidden[1] & hidden[2]).any(), "one modality of each row is kept"
+        assert all(one.any() for one in hidden)
+
+
+def test_a_modality_that_is_missing_leaves_log_p_of_the_others():
+    example = functions_of("modalities.py")
+    torch.manual_seed(0)
+    pair = example["Modalities"]("three", pv.guides.ProductOfExperts, 6, 2, 4)
+    rows = (torch.rand(3, 6).round(), torch.tensor([[0.0], [3.0], [9.0]]), torch.randn(3, 4).abs().round().clamp(max=2))
+    z = torch.cartesian_prod(*[torch.linspace(-6, 6, 121)] * 2)
+    terms = {"image": pair.image, "label": pair.label, "table": pair.table}
+    with torch.no_grad():
+        log_volume, prior = 2 * torch.tensor(0.1).log(), pair.prior().log_prob(z)
+        each = [part(z[:, None]).log_prob(x) for part, x in zip(terms.values(), rows, strict=True)]
+    for seen in ((0,), (1,), (0, 2), (0, 1, 2)):
+        exact = pv.exact.log_evidence(pair.model, *example["only"](seen, rows))
+        by_hand = (prior[:, None] + sum(each[m] for m in seen)).logsumexp(0) + log_volume
+        torch.testing.assert_close(exact, by_hand, atol=1e-3, rtol=1e-4)
+
+
+def test_anomalies_in_a_short_form(run):
+    folder, found, printed = run("anomalies.py", "--epochs", "10", *ODD)
+    scores = found["scores"]
+    for row in scores.values():
+        areas = [row[kind] for kind in row["standard_errors"]]
+        assert len(areas) == 6
+        assert all(0 <= area <= 1 for area in areas)
+        assert row["mean"] == pytest.approx(sum(areas) / 6)
+    assert all(row["black"] > 0.9 for row in scores.values()), "a black image is an anomaly for every score"
+    # Shuffling moves ink to where no digit has any.
+    assert min(scores[name]["shuffled pixels"] for name in ("-log p(x)", "reconstruction error", "PCA error")) > 0.9
+    assert "AUROC, with standard errors" in printed
+    assert_pictures(folder, {"kinds", "ink", "auroc"})
+    assert_trees(folder, {"anomalies"}, draws=5, rows=56)
+
+
+def test_anomalies_are_made_of_the_pixels_of_digits():
+    images = (torch.rand(30, 64) < 0.3).float()
+    kinds = functions_of("anomalies.py")["make_anomalies"](images, (8, 8))
+    for kind in ("mirrored", "turned by 90°", "shuffled pixels"):
+        assert torch.equal(kinds[kind].sum(1), images.sum(1)), kind
+    grid = images.reshape(-1, 8, 8)
+    assert torch.equal(kinds["mirrored"].reshape(-1, 8, 8)[:, 2, 1], grid[:, 2, 6])
+    assert torch.equal(kinds["turned by 90°"].reshape(-1, 8, 8)[:, 7, 2], grid[:, 2, 0])
+    assert kinds["white"].max() == 0 < kinds["black"].min() == 1
