@@ -110,7 +110,7 @@ CAPTIONS = {
     "angle_error": "How far predicted angles are from the true ones, by the time that is predicted.",
     "swing_up": "A run of each controller. The one that was trained in dreams has never touched the rod.",
     "heights": "How high each controller lifts the rod, by time: the mean over all runs.",
-    "images_from_labels": "A real image of each digit, and images that each guide draws from a label alone, or with a table.",
+    "images_from_labels": "Real digits, and images that each guide draws from a label alone, or with a table.",
     "kinds": "Digits and six kinds of anomalies, sorted by their density: empty images have the highest.",
     "ink": "log p(x) falls with the number of black pixels, in each kind of image.",
     "auroc": "Which score finds which anomalies; below 0.5, they look more normal than digits.",
