@@ -268,6 +268,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
         "num_sequences": 3, "num_frames": 4, "size": 5, "hold": 2, "gusts": 0.1, "camera": None, "seed": 0}),
     "datasets.Pendulum": (datasets.Pendulum, lambda w: {
         "gravity": 10.0, "damping": 0.1, "max_torque": 5.0, "interval": 0.1}),
+    "datasets.sentences": (datasets.sentences, lambda w: {"num_sentences": 2, "seed": 0}),
+    "datasets.sentence_pairs": (datasets.sentence_pairs, lambda w: {"num_pairs": 2, "seed": 0}),
     "datasets.binarize": (datasets.binarize, lambda w: {"x": w.x.sigmoid(), "threshold": 0.5}),
     "datasets.grey": (datasets.grey, lambda w: {"x": w.x.sigmoid()}),
     "datasets.hide_modalities": (datasets.hide_modalities, lambda w: {"modalities": (w.x, w.x), "share": 0.5}),
@@ -380,7 +382,8 @@ NOT_CALLED = {
     "what takes any values": "Arguments",
     "results, which the package makes": (
         "Calibration Decomposition Evidence Fitted InferenceGap Inspection datasets.Dataset datasets.DigitScenes "
-        "datasets.CellCounts datasets.PendulumSequences datasets.PianoRolls datasets.Shapes datasets.TwoGaussians "
+        "datasets.CellCounts datasets.PendulumSequences datasets.PianoRolls datasets.SentencePairs "
+        "datasets.Sentences datasets.Shapes datasets.TwoGaussians "
         "Disentanglement datasets.ShapeScenes "
         "gradients.Comparison gradients.Measured exact.DiscretePosterior exact.Posterior exact.QuadratureError "
         "distributions.Extent sweeps.Range sweeps.Sweep"

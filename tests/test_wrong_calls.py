@@ -596,6 +596,8 @@ NUMBERS = {
     "no particles": positive_int(lambda w: pv.particle_log_evidence(*w.pair, w.x, num_particles=0), "num_particles", 0),
     "half a filter": positive_int(lambda w: pv.particle_log_evidence(*w.pair, w.x, num_filters=0.5),
         "num_filters", 0.5),
+    "no sentences": positive_int(lambda w: datasets.sentences(0), "num_sentences", 0),
+    "no pairs": positive_int(lambda w: datasets.sentence_pairs(-1), "num_pairs", -1),
     "no pieces": positive_int(lambda w: datasets.chord_progressions(0), "num_pieces", 0),
     "no temperatures": positive_int(lambda w: pv.annealed_log_evidence(*w.pair, w.x, num_temperatures=0),
         "num_temperatures", 0),

@@ -1,4 +1,4 @@
-"""Data sets: two Gaussians, digits, scenes, colour images, films of a pendulum, cells, a table, and music.
+"""Data sets: two Gaussians, digits, scenes, colour images, films of a pendulum, cells, a table, music, and sentences.
 
 Images come as they are stored. :func:`grey`, :func:`binarize` and :func:`resample` turn them into the values that a
 likelihood takes. Each is a ``transform`` for :func:`pyro_vae.fit`, which calls it on the rows of each step.
@@ -15,11 +15,12 @@ from pyro_vae.datasets.pendulum import Pendulum, PendulumSequences, pendulum
 from pyro_vae.datasets.pixels import binarize, grey, resample
 from pyro_vae.datasets.scenes import DigitScenes, digit_scenes
 from pyro_vae.datasets.tables import penguins
+from pyro_vae.datasets.text import SentencePairs, Sentences, sentence_pairs, sentences
 from pyro_vae.datasets.two_gaussians import TwoGaussians, two_gaussians
 
 __all__ = [
-    "MIRRORS", "CellCounts", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "ShapeScenes",
-    "Shapes", "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits", "grey", "hide_modalities",
-    "measure_images", "mnist", "pbmc", "pendulum", "penguins", "photograph_patches", "piano_rolls", "resample",
-    "shape_scenes", "shapes", "two_gaussians",
+    "MIRRORS", "CellCounts", "Dataset", "DigitScenes", "Pendulum", "PendulumSequences", "PianoRolls", "SentencePairs",
+    "Sentences", "ShapeScenes", "Shapes", "TwoGaussians", "binarize", "chord_progressions", "digit_scenes", "digits",
+    "grey", "hide_modalities", "measure_images", "mnist", "pbmc", "pendulum", "penguins", "photograph_patches",
+    "piano_rolls", "resample", "sentence_pairs", "sentences", "shape_scenes", "shapes", "two_gaussians",
 ]  # fmt: skip
