@@ -654,6 +654,103 @@ def test_published_in_a_short_form(run):
     assert "86.76" in printed
 
 
+MUSIC = ("--epochs", "2", "--pieces", "40", "--particles", "3", "--draws", "5", "--latent", "3", "--hidden", "8")
+
+
+def test_music_in_a_short_form(run):
+    folder, found, printed = run("music.py", *MUSIC)
+    rows = {name: row["nats"] for name, row in found["rows"].items()}
+    every = [*rows.values()]
+    assert all(0 < nats < 88 * math.log(2) for nats in every)
+    # More draws give a higher bound, one of a filter with one particle is that of one weighted draw.
+    drawn, guided, prior = found["bounds"].values()
+    assert list(drawn) == ["1", "3"]
+    assert drawn["1"] > drawn["3"]
+    assert prior["1"] > prior["3"]
+    assert guided["1"] == pytest.approx(drawn["1"], rel=0.05)
+    assert drawn["3"] < rows["deep Markov model, ELBO"] + 0.05
+    assert found["headlines"][0]["value"] == min(each["3"] for each in found["bounds"].values())
+    assert "6.39 on the JSB chorales" in printed
+    assert_pictures(folder, {"bounds", "pieces"})
+    with xr.open_datatree(folder / "music.nc") as tree:
+        assert tree["posterior"]["z_0"].sizes == {"chain": 1, "draw": 5, "obs": 10, "latent": 3}
+        missing = tree["posterior"]["z_15"].isnull().all(("chain", "draw", "latent")).values
+    ended = (pv.datasets.chord_progressions(100, seed=1).lengths[:10] <= 15).numpy()
+    assert 0 < ended.sum() < 10
+    assert (missing == ended).all(), "states after the end of a piece are missing"
+
+
+def test_music_from_a_file_and_pieces_without_rows_after_their_end(run, tmp_path):
+    pieces = [[[60, 64, 67], [62, 65, 69], [60, 64]], [[60, 64, 67], [-1]], [[59, 62], [60, 64], [48, 67]]] * 4
+    (tmp_path / "music.json").write_text(json.dumps({"train": pieces, "test": pieces[:3]}))
+    _, found, _ = run("music.py", "--file", str(tmp_path / "music.json"), *MUSIC)
+    # The logarithm of how often each key sounds, by hand.
+    rolls = pv.datasets.piano_rolls(tmp_path / "music.json", "train")
+    often = (rolls.x.sum((0, 1)) + 0.5) / (32 + 1)
+    by_hand = [
+        torch.distributions.Bernoulli(often).log_prob(rolls.x[row, step]).sum()
+        for row in range(3)
+        for step in range(rolls.lengths[row])
+    ]
+    assert found["rows"]["how often each key sounds"]["nats"] == pytest.approx(-float(sum(by_hand)) / 8, rel=1e-4)
+
+
+SENTENCES = ("--epochs", "3", "--sentences", "200", "--test-sentences", "40", "--latent", "2", "--hidden", "16",
+             "--samples", "20", "--draws", "5")  # fmt: skip
+
+
+def test_sentences_in_a_short_form(run):
+    folder, found, printed = run("sentences.py", *SENTENCES)
+    rows = found["models"]
+    assert next(iter(rows)) == "trigram model"
+    best = rows["the grammar itself"]["perplexity"]
+    words = 40 * rows["trigram model"]["nats"] / math.log(rows["trigram model"]["perplexity"])
+    assert words == pytest.approx(round(words), abs=1e-2), "-log p(x) of all sentences is words times log perplexity"
+    assert all(best <= row["perplexity"] < 66 for row in rows.values())
+    assert all(row["rate"] > 0 and 0 <= row["active"] <= 2 for name, row in rows.items() if "VAE" in name)
+    assert f"{best:.2f}" in printed
+    assert len(found["path"]) == 6
+    assert_pictures(folder, {"codes", "path", "perplexity"})
+    with xr.open_datatree(folder / "sentences.nc") as tree:
+        assert tree["posterior"]["z"].sizes["draw"] == 5
+
+
+def test_the_trigram_model_is_right_by_hand_and_sums_to_one():
+    """After two starts (2 2) came 3 twice and 4 once; after one 3 and 4; 3 and 4 came after two words each."""
+    trigram = functions_of("sentences.py")["trigram_log_prob"]
+    train = torch.tensor([[3, 4, 1, 0], [3, 3, 4, 1], [4, 1, 0, 0]])
+    lowest = {word: (max({3: 2, 4: 2, 1: 1}.get(word, 0) - 0.75, 0) + 0.75 * 3 / 6) / 5 for word in range(6)}
+    middle = {word: ({3: 0.25, 4: 0.25}.get(word, 0) + 0.75 * 2 * lowest[word]) / 2 for word in range(6)}
+    top = {word: ({3: 1.25, 4: 0.25}.get(word, 0) + 0.75 * 2 * middle[word]) / 3 for word in range(6)}
+    assert sum(top.values()) == pytest.approx(1)
+    found = trigram(train, torch.tensor([[1, 0, 0], [4, 1, 0]]), words=6).exp()
+    assert found[0] == pytest.approx(top[1], rel=1e-5)
+    # After "2 4" came 1 once; after 4 came 1 in two contexts.
+    after = (0.25 + 0.75 * (2 - 0.75 + 0.75 * lowest[1]) / 2) / 1
+    assert found[1] == pytest.approx(top[4] * after, rel=1e-5)
+
+
+TRANSLATION = ("--epochs", "1", "--steps", "20", "--sentences", "120", "--pairs", "20", "--repeat", "2",
+               "--hidden", "8", "--test-sentences", "30", "--samples", "10", "--draws", "5")  # fmt: skip
+
+
+def test_translation_in_a_short_form(run):
+    folder, found, printed = run("translation.py", *TRANSLATION)
+    ways = found["ways"]
+    assert list(ways) == ["table of words", "pairs alone", "all sentences"]
+    assert all(0 <= row["exact"] <= row["words"] <= 100 for row in ways.values())
+    assert ways["pairs alone"]["steps"] == ways["all sentences"]["steps"] == 20 + 2
+    # A sentence has at least the probability of a guess among all words of y, and less than 1.
+    assert all(-8 * math.log(34) * 1.2 < ways[name]["log_p"] < 0 for name in ("pairs alone", "all sentences"))
+    assert [headline["baseline"] for headline in found["headlines"]] == [
+        ways["table of words"]["exact"], ways["pairs alone"]["exact"]
+    ]  # fmt: skip
+    assert "20 pairs of 120" in printed
+    assert_pictures(folder, {"examples", "shares"})
+    with xr.open_datatree(folder / "translation.nc") as tree:
+        assert (tree["posterior"]["x"].sum("word") == 1).all(), "the symbols of x are one-hot"
+
+
 def test_two_layers_in_a_short_form(run):
     options = ("--epochs", "3", "--warm-up", "1", "--test-images", "50", "--hidden", "16", "--samples", "200")
     folder, found, _ = run("two_layers.py", *options, "--draws", "5")
@@ -814,6 +911,7 @@ CAPTURED = [
     ("world_model.py", WORLD), ("dream_control.py", (*WORLD_TRAINING, "--horizon", "4", "--practice", "1", *ACTING)),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
     ("modalities.py", ("--epochs", "2", *SEVERAL)), ("anomalies.py", ("--epochs", "2", *ODD)),
+    ("music.py", MUSIC), ("sentences.py", SENTENCES), ("translation.py", TRANSLATION),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
