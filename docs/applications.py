@@ -56,9 +56,12 @@ def read(name: str) -> Run:
 
 
 def options(name: str, folder: Path | None) -> list[str]:
-    """Return the options of a full run: those that name the folder of MNIST, where the example reads it."""
-    reads_mnist = "--folder" in (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    return ["--folder", str(folder)] if folder and reads_mnist else []
+    """Return the options of a full run: the folder of MNIST, where the example has this option."""
+    if folder is None:
+        return []
+    command = [sys.executable, f"{name}.py", "--help"]
+    described = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=True).stdout
+    return ["--folder", str(folder)] if "--folder" in described else []
 
 
 def digest(name: str) -> str:

@@ -84,7 +84,7 @@ def test_a_run_is_repeated_only_if_the_example_has_changed(one):
 
 
 def test_a_run_that_fails_is_an_error_with_its_last_lines_and_is_not_kept(one):
-    (one.EXAMPLES / "thing.py").write_text("common.headline(\n")
+    (one.EXAMPLES / "thing.py").write_text("common.headline(\n")  # a syntax error
     with pytest.raises(RuntimeError, match=r"thing\.py .* failed:[\s\S]*SyntaxError"):
         one.run("thing", 0, None)
     assert not (one.RESULTS / "thing" / "seed_0" / "run.json").exists()
