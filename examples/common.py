@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pyro
 import torch
@@ -17,6 +18,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
@@ -205,6 +208,24 @@ def evaluate(
     return terms | {"log_p": log_p.mean().item(), "log_p_standard_error_over_images": standard_error(log_p)}
 
 
+class AtMeans(Messenger):
+    """Draw each latent at the mean of its distribution."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            msg["value"], msg["done"] = msg["fn"].mean, True
+
+
+@torch.no_grad()
+def at_means(pair: Any, *data: Tensor, site: str) -> Any:
+    """Return the distribution of an observed site with the latents at the means of the guide, one after the other."""
+    with AtMeans(), pyro.poutine.trace() as guide:
+        pair.guide(*data)
+    with pyro.poutine.trace() as model, pyro.poutine.replay(trace=guide.trace):
+        pair.model(*data)
+    return model.trace.nodes[site]["fn"]
+
+
 def exact_log_p(model: Function, x: Tensor) -> Tensor:
     """Integrate a latent of two dimensions; in batches, because one difficult image refines the grid of its batch."""
     return torch.cat([pv.exact.log_evidence(model, rows, tolerance=1e-2) for rows in x.split(50)])
@@ -262,6 +283,19 @@ def cluster_agreement(posterior: Tensor, labels: Tensor) -> dict[str, float]:
 def accuracy(found: Tensor, truth: Tensor) -> float:
     """Return the percentage of right values ``(N,)``."""
     return 100 * (found == truth).double().mean().item()
+
+
+def rand_indices(found: Iterable[Any], masks: Tensor) -> dict[str, Any]:
+    """Compare segmentations of scenes with their true masks ``(N, P)``, in which 0 is the background.
+
+    Returns the adjusted Rand index over the pixels of the objects, its mean with the standard error over scenes, and
+    the mean over all pixels.
+    """
+    pairs = [(np.asarray(each), mask.numpy()) for each, mask in zip(found, masks, strict=True)]
+    objects = torch.tensor([adjusted_rand_score(true[true > 0], each[true > 0]) for each, true in pairs])
+    everything = sum(adjusted_rand_score(true, each) for each, true in pairs) / len(pairs)
+    error = standard_error(objects)
+    return {"rand": objects.mean().item(), "rand_error": error, "rand_all": everything, "scenes": objects.tolist()}
 
 
 def cluster_accuracy(found: Tensor, labels: Tensor) -> float:

@@ -892,6 +892,7 @@ def test_a_table_shows_the_numbers_that_a_row_has():
 
 
 FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
+SCENES = ("--scenes", "96", "--epochs", "2", "--test-images", "12", "--draws", "3", "--samples", "5", "--hidden", "16")
 CAPTURED = [
     ("digits.py", FEW), ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
     ("mnist.py", ("--data", "digits", *SHORT, "--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli")),
@@ -912,6 +913,7 @@ CAPTURED = [
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
     ("modalities.py", ("--epochs", "2", *SEVERAL)), ("anomalies.py", ("--epochs", "2", *ODD)),
     ("music.py", MUSIC), ("sentences.py", SENTENCES), ("translation.py", TRANSLATION),
+    ("scenes.py", SCENES),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
@@ -1251,3 +1253,61 @@ def test_anomalies_are_made_of_the_pixels_of_digits():
     assert torch.equal(kinds["mirrored"].reshape(-1, 8, 8)[:, 2, 1], grid[:, 2, 6])
     assert torch.equal(kinds["turned by 90°"].reshape(-1, 8, 8)[:, 7, 2], grid[:, 2, 0])
     assert kinds["white"].max() == 0 < kinds["black"].min() == 1
+
+
+def test_scenes_in_a_short_form(run):
+    folder, found, printed = run("scenes.py", *SCENES)
+    rows = found["methods"]
+    assert list(rows) == ["model", "model, masks alone", "k-means", "k-means off the background", "connected regions"]
+    for name, row in rows.items():
+        assert all(-1 <= value <= 1 for value in row["scenes"]), name
+        assert row["rand"] == pytest.approx(sum(row["scenes"]) / 12, abs=1e-6)
+    assert rows["model"]["elbo"] < rows["model"]["log_p"]
+    # The background is right from the first step on: objects are apart from it.
+    assert rows["model"]["rand_all"] > rows["k-means"]["rand_all"]
+    assert rows["k-means off the background"]["rand"] > rows["k-means"]["rand"]
+    headline = found["headlines"][0]
+    assert (headline["value"], headline["baseline"]) == (rows["model"]["rand"], max(
+        rows[name]["rand"] for name in list(rows)[2:]))  # fmt: skip
+    assert "MONet" in printed
+    assert_pictures(folder, {"scenes"})
+    with xr.open_datatree(folder / "scenes.nc") as tree:
+        assert tree["posterior"]["where_3"].dims == ("chain", "draw", "obs", "where")
+        assert tree["posterior_predictive"]["x"].shape == (1, 3, 12, 3, 576)
+
+
+def test_slots_explain_what_is_left():
+    """An object goes to its box, and nothing else changes; the next slot starts where the scope is not explained."""
+    example = functions_of("scenes.py")
+    torch.manual_seed(0)
+    slots = example["Slots"](24, 2, hidden=3, latent=3)
+    where = torch.tensor([[0.0, -0.5, 0.5]])
+    side, row, column = slots.boxes(where)[0].tolist()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    assert side == pytest.approx(24 * 0.4)
+    assert row == pytest.approx(24 * normal.cdf(torch.tensor(-0.5)).item())
+    assert column == pytest.approx(24 * normal.cdf(torch.tensor(0.5)).item())
+    logits, _ = slots.draw(where, torch.randn(1, 3), 1)
+    pixels = torch.arange(24) + 0.5
+    reach = side / 2 + side / 10 / 2  # bilinear interpolation reaches half a pixel of the picture further
+    outside = ((pixels - row).abs() > reach)[:, None] | ((pixels - column).abs() > reach)
+    torch.testing.assert_close(logits.reshape(24, 24)[outside], torch.full((int(outside.sum()),), -7.0))
+    assert logits.max() > 0
+    contrast = torch.zeros(1, 24, 24)
+    contrast[0, 3:8, 3:8], contrast[0, 15:20, 10:15] = 1.0, 0.5
+    found = slots.find(contrast.flatten(1))[0] * 24
+    torch.testing.assert_close(found, torch.tensor([5.5, 5.5]), atol=0.3, rtol=0)
+    contrast[0, 3:8, 3:8] = 0
+    torch.testing.assert_close(slots.find(contrast.flatten(1))[0] * 24, torch.tensor([17.5, 12.5]), atol=0.3, rtol=0)
+
+
+def test_rand_indices_are_one_for_the_true_objects_under_any_names():
+    sys.path.insert(0, str(EXAMPLES))
+    import common
+
+    data = pv.datasets.shape_scenes(5, seed=0)
+    renamed = torch.tensor([4, 2, 0, 1, 3])[data.masks]
+    assert common.rand_indices(renamed, data.masks)["scenes"] == [1.0] * 5
+    together = common.rand_indices((data.masks > 0).long(), data.masks)
+    assert together["rand"] == 0  # all objects in one cluster
+    assert 0 < together["rand_all"] < 1
