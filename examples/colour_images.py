@@ -169,8 +169,8 @@ def draw_bits(rows: dict[str, dict[str, Any]]) -> Figure:
     bars = ax.barh(list(rows), bits, xerr=errors, color="0.75", edgecolor="black", capsize=4)
     ax.bar_label(bars, [f"{value:.2f}" for value in bits], label_type="center")
     ax.invert_yaxis()
-    ax.set(xlim=(0, 8), xlabel="bits for each colour of a pixel, fewer are better; without a model it has 8")
-    ax.set_title("Held-out patches of photographs; lines: two standard errors over patches")
+    ax.set(xlim=(0, 8), xlabel="bits for each colour of a pixel: fewer are better, 8 need no model")
+    ax.set_title("Held-out patches of photographs, ± two standard errors")
     return figure
 
 

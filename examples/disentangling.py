@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 
 def make_vae(latent: int) -> pv.VAE:
     encoder = networks.standardized(networks.convolutional(IMAGE, (16, 32, 32)), loc=127.5, scale=127.5)
-    decoder = networks.deconvolutional(IMAGE, (32, 32, 16))
+    decoder = networks.spatial_broadcast(IMAGE, (32, 32))
     return pv.VAE(
         priors.StandardNormal(latent),
         guides.DiagonalNormal(IMAGE, latent, encoder),

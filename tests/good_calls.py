@@ -300,6 +300,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "networks.build": (networks.build, lambda w: {"network": NET, "in_features": 2, "out_features": 3}),
     "networks.one_hot": (networks.one_hot, lambda w: {"num_classes": 3, "network": NET}),
     "networks.reshaped": (networks.reshaped, lambda w: {"network": NET, "shape": (2, 1)}),
+    "networks.spatial_broadcast": (networks.spatial_broadcast, lambda w: {
+        "image": (1, 8, 8), "hidden": (2,), "activation": nn.Tanh}),
     "networks.standardized": (networks.standardized, lambda w: {"network": NET, "loc": 0.0, "scale": 1.0}),
     "networks.starting_at": (networks.starting_at, lambda w: {"network": NET, "outputs": 0.0}),
     "networks.with_missing": (networks.with_missing, lambda w: {"network": NET}),

@@ -14,6 +14,7 @@ on the left, which Pyro's enumeration and ``vae.decode`` of several draws add.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, positive_int, with_article
 
 __all__ = ["NetworkFactory", "SlotAttention", "build", "convolutional", "deconvolutional", "linear"]
-__all__ += ["mlp", "one_hot", "reshaped", "standardized", "starting_at", "with_missing"]
+__all__ += ["mlp", "one_hot", "reshaped", "spatial_broadcast", "standardized", "starting_at", "with_missing"]
 
 NetworkFactory = Callable[[int, int], nn.Module]
 
@@ -283,11 +284,11 @@ def _are_sizes(value: object) -> bool:
 
 
 def _image_and_channels(
-    image: Sequence[int], channels: Sequence[int], features: int, name: str
+    image: Sequence[int], channels: Sequence[int], features: int, name: str, of_channels: str = "channels"
 ) -> tuple[tuple[int, int, int], list[int]]:
     """Return both as numbers of Python, if the sizes fit: numbers of NumPy could not be saved with the layers."""
     if not _are_sizes(channels):
-        raise ValueError(f"`channels` must be one or more positive sizes, such as (16, 32), got {channels!r}")
+        raise ValueError(f"`{of_channels}` must be one or more positive sizes, such as (16, 32), got {channels!r}")
     fits = _are_sizes(image) and len(image) == 3
     if not fits or features % prod(image) or (name == "in_features" and features != prod(image)):
         must = f"(channels, height, width) with a product of {name} = {features}"
@@ -348,6 +349,54 @@ def deconvolutional(
             extra = (large[0] - (2 * small[0] - 1), large[1] - (2 * small[1] - 1))
             layers += [activation(), nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=extra)]
         return _OnImages(nn.Sequential(*layers), (in_features,))
+
+    return build
+
+
+class _SpatialBroadcast(nn.Module):
+    """Read features and the coordinates of a pixel, for all pixels of an image; return channels of pixels, flat."""
+
+    places: Tensor
+
+    def __init__(self, in_features: int, out_channels: int, size: tuple[int, int], hidden: list[int], activation: Any):
+        super().__init__()
+        axes = [(2 * torch.arange(extent) + 1) / extent - 1 for extent in size]
+        self.register_buffer("places", torch.cartesian_prod(*axes))
+        # The first layer of an MLP that reads both, without a copy of the features for each pixel.
+        self.of_features, self.of_places = nn.Linear(in_features, hidden[0]), nn.Linear(2, hidden[0], bias=False)
+        layers = [layer for sizes in pairwise(hidden) for layer in (activation(), nn.Linear(*sizes))]
+        self.network = nn.Sequential(*layers, activation(), nn.Linear(hidden[-1], out_channels))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first = self.of_features(inputs)[..., None, :] + self.of_places(self.places)
+        return self.network(first).transpose(-1, -2).flatten(-2)
+
+
+def spatial_broadcast(
+    image: tuple[int, int, int], hidden: Sequence[int] = (32, 32), activation: Callable[[], nn.Module] = nn.ReLU
+) -> NetworkFactory:
+    """One perceptron for all pixels, which reads the features and the coordinates of its pixel; for decoders.
+
+    A shape that moves needs no other weights: the network learns what there is at a distance from its centre. For
+    images of few objects it learns faster than :func:`deconvolutional`, and its codes are more often positions.
+
+    Args:
+        image: ``(channels, height, width)`` of the output, which is flattened. Several raw outputs per pixel are
+            further channels. Coordinates are from -1 to 1 at the edges.
+        hidden: hidden sizes of the perceptron.
+        activation: the module after each hidden layer.
+
+    Source: Watters, Matthey, Burgess and Lerchner 2019, "Spatial broadcast decoder"; here with convolutions of 1 × 1.
+
+    >>> spatial_broadcast((3, 8, 8))(2, 192)(torch.zeros(3, 5, 2)).shape
+    torch.Size([3, 5, 192])
+    """
+    _check_activation(activation)
+
+    def build(in_features: int, out_features: int) -> nn.Module:
+        shape, sizes = _image_and_channels(image, hidden, out_features, "out_features", "hidden")
+        channels = out_features // (shape[1] * shape[2])
+        return _SpatialBroadcast(in_features, channels, (shape[1], shape[2]), sizes, activation)
 
     return build
 

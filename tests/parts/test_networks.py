@@ -15,6 +15,7 @@ from pyro_vae.parts.networks import (
     mlp,
     one_hot,
     reshaped,
+    spatial_broadcast,
     standardized,
     starting_at,
     with_missing,
@@ -38,6 +39,7 @@ FACTORIES = {
     "mlp": (mlp([5, 6], nn.Tanh), 4, 3),
     **{f"convolutional {image}": (convolutional(image, [2, 3], nn.Tanh), prod(image), 4) for image in IMAGES},
     **{f"deconvolutional {image}": (deconvolutional(image, [3, 2], nn.Tanh), 4, prod(image)) for image in IMAGES},
+    "a perceptron of each pixel": (spatial_broadcast((2, 5, 9), [3, 2], nn.Tanh), 4, 2 * 2 * 5 * 9),
     "two raw outputs per pixel": (deconvolutional((3, 7, 8), [3, 2], nn.Tanh), 4, 2 * 3 * 7 * 8),
     "three convolutions": (convolutional((1, 28, 28), [2, 3, 4], nn.Tanh), 784, 4),
     "standardized": (standardized(mlp([5], nn.Tanh), torch.arange(4.0), torch.arange(1.0, 5.0)), 4, 3),
@@ -284,3 +286,25 @@ def test_a_bias_moves_attention_and_given_slots_are_the_first_ones():
     bias = torch.tensor([[0.0], [2.0]]).double()
     _, moved = network(inputs, network.start.flip(0), bias)
     torch.testing.assert_close(moved[1] / moved[0], attention[1] / attention[0] * torch.tensor(2.0).double().exp())
+
+
+def test_a_perceptron_of_each_pixel_reads_the_features_and_the_coordinates_of_the_pixel():
+    torch.manual_seed(0)
+    decoder = spatial_broadcast((2, 3, 5), [6, 4], nn.Tanh)(3, 2 * 2 * 3 * 5)
+    z = torch.randn(7, 3)
+    images = decoder(z).reshape(7, 2, 2, 3, 5)  # raw outputs, channels, rows, columns
+    plain = nn.Linear(5, 6)
+    with torch.no_grad():
+        plain.weight.copy_(torch.cat([decoder.of_features.weight, decoder.of_places.weight], 1))
+        plain.bias.copy_(decoder.of_features.bias)
+    for row, y in enumerate([-2 / 3, 0.0, 2 / 3]):
+        for column, x in enumerate([-0.8, -0.4, 0.0, 0.4, 0.8]):
+            inputs = torch.cat([z, torch.tensor([y, x]).expand(7, 2)], 1)
+            torch.testing.assert_close(images[..., row, column].flatten(1), decoder.network(plain(inputs)))
+
+
+def test_a_perceptron_of_each_pixel_names_wrong_sizes():
+    with pytest.raises(ValueError, match=r"`hidden` must be one or more positive sizes.*got \(0,\)"):
+        spatial_broadcast((1, 4, 4), (0,))(2, 16)
+    with pytest.raises(ValueError, match=r"`image` must be .* with a product of out_features = 17"):
+        spatial_broadcast((1, 4, 4))(2, 17)
