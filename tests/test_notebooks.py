@@ -28,6 +28,7 @@ SHORT_FORMS = {
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
     "attend_infer_repeat": {"scenes": 200, "epochs": 2},
     "modalities": {"epochs": 2, "samples": 5},
+    "music": {"epochs": 1, "particles": 3},
     "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
 }
 """Values of the cell that is tagged ``parameters``, by notebook."""
