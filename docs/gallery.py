@@ -114,6 +114,13 @@ CAPTIONS = {
     "kinds": "Digits and six kinds of anomalies, sorted by their density: empty images have the highest.",
     "ink": "log p(x) falls with the number of black pixels, in each kind of image.",
     "auroc": "Which score finds which anomalies; below 0.5, they look more normal than digits.",
+    "pieces": "The keys that sound in each step, in a held-out piece and in one that the model draws.",
+    "bounds": "Three bounds on log p(x) of held-out music, as the number of draws or particles grows.",
+    "codes": "The codes of held-out sentences: topics and tenses separate, though training never sees them.",
+    "perplexity": "How well each model predicts the next word, and the best that is possible.",
+    "path": "Sentences on a straight line between the codes of two held-out ones.",
+    "shares": "The share of right translations, with and without the sentences that have no pair.",
+    "examples": "Held-out sentences that the pairs alone do not suffice for, and their translations.",
     "training": "The ELBO in training and on held-out data.",
 }
 """A sentence for each picture, by the name of its file."""
@@ -123,6 +130,9 @@ FIRST = (
     "swing_up",
     "images_from_labels",
     "kinds",
+    "pieces",
+    "shares",
+    "codes",
     "relaxed_bernoulli",
     "manifold",
     "latent",
