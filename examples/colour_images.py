@@ -46,13 +46,13 @@ BITS = math.prod(IMAGE) * math.log(2)  # nats of one bit for each dimension
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "colour_images", epochs=15)
+    parser = common.make_parser(__doc__, "colour_images", epochs=7)
     common.add_training(parser, batch_size=64, lr=3e-3)
-    common.add_evaluation(parser, test_images=200, draws=20)
+    common.add_evaluation(parser, test_images=100, draws=20)
     parser.add_argument("--channels", type=common.positive_int, default=48, help="channels of the networks")
     parser.add_argument("--latent", type=common.positive_int, default=8, help="latents at each place of a grid")
     parser.add_argument("--stride", type=common.positive_int, default=8, help="pixels between training patches")
-    parser.add_argument("--samples", type=common.positive_int, default=100, help="draws for log p(x) of each image")
+    parser.add_argument("--samples", type=common.positive_int, default=50, help="draws for log p(x) of each image")
     return parser.parse_args()
 
 

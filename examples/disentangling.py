@@ -37,15 +37,15 @@ IMAGE = (3, 32, 32)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "disentangling", epochs=25)
-    common.add_training(parser, batch_size=64, lr=3e-3)
-    common.add_evaluation(parser, test_images=2000, draws=50)
-    parser.add_argument("--images", type=common.positive_int, default=3000, help="images to train on")
+    parser = common.make_parser(__doc__, "disentangling", epochs=16)
+    common.add_training(parser, batch_size=32, lr=5e-3)
+    common.add_evaluation(parser, test_images=1000, draws=50)
+    parser.add_argument("--images", type=common.positive_int, default=2000, help="images to train on")
     parser.add_argument("--noise", type=common.positive_float, default=10.0, help="noise of the colours, in levels")
-    parser.add_argument("--latent", type=common.positive_int, default=8, help="dimensions of z")
-    parser.add_argument("--beta", type=common.positive_float, default=20.0, help="weight of the KL of the β-VAE")
-    parser.add_argument("--weight", type=common.positive_float, default=50.0, help="weight of the total correlation")
-    parser.add_argument("--nats", type=common.positive_float, default=3.0, help="free bits of each latent, in nats")
+    parser.add_argument("--latent", type=common.positive_int, default=6, help="dimensions of z")
+    parser.add_argument("--beta", type=common.positive_float, default=10.0, help="weight of the KL of the β-VAE")
+    parser.add_argument("--weight", type=common.positive_float, default=20.0, help="weight of the total correlation")
+    parser.add_argument("--nats", type=common.positive_float, default=2.0, help="free bits of each latent, in nats")
     return parser.parse_args()
 
 
@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
         higher_is_better=True,
         published="no figure found for these images; independent codes have a higher MIG than a β-VAE on dSprites "
         "(Chen et al. 2018, qualitatively)",
-        differences="other images, 3,000 of them, and minutes on one thread",
+        differences="other images, 2,000 of them, and a few minutes on one thread",
     )
     results = {"models": rows, "best": best, "histories": histories}
     common.save(args, results, figures, {"disentangling": tree}, text, [headline])

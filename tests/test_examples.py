@@ -1170,7 +1170,7 @@ def test_disentangling_in_a_short_form(run):
     size = ("--epochs", "1", "--images", "150", "--test-images", "200", "--latent", "4", "--draws", "3")
     folder, found, _ = run("disentangling.py", *size)
     rows = found["models"]
-    assert list(rows) == ["PCA", "ELBO", "β-VAE, β = 20", "independent, β = 50", "free bits, 3 nats"]
+    assert list(rows) == ["PCA", "ELBO", "β-VAE, β = 10", "independent, β = 20", "free bits, 2 nats"]
     for name, row in rows.items():
         assert all(0 <= row[key] <= 1 for key in ("mig", "disentanglement", "completeness", "informativeness")), name
         assert row["informativeness"] == pytest.approx(sum(row["accuracy"].values()) / 7)
