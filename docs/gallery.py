@@ -75,6 +75,7 @@ OTHERS = "Around the training"
 
 CAPTIONS = {
     "bayes_rule": "How probable each digit is by Bayes' rule, for held-out images of each label.",
+    "bits": "Bits that each model needs for a colour of a pixel, on held-out patches of photographs.",
     "bytes": "The largest tensor of a step grows with the number of states only where they are summed over.",
     "calibration": "How often intervals contain the true value. On the diagonal they do as often as they claim.",
     "categorical": "Shares of the classes: Gumbel noise gives the softmax of the logits, Gaussian noise does not.",
@@ -122,6 +123,9 @@ CAPTIONS = {
     "shares": "The share of right translations, with and without the sentences that have no pair.",
     "examples": "Held-out sentences that the pairs alone do not suffice for, and their translations.",
     "training": "The ELBO in training and on held-out data.",
+    "images": "Held-out patches of photographs, their reconstructions, and new patches from each model.",
+    "information": "What each code knows about each factor of the shapes, for each objective.",
+    "traversals": "What each latent does to an image, and the factor that it knows most about.",
 }
 """A sentence for each picture, by the name of its file."""
 
