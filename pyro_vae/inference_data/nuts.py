@@ -158,7 +158,24 @@ def _check_form(pair: ModelGuide) -> list[str]:
         raise ValueError(f"`model` must have continuous latents, got {got}")
     pair.check_likelihood()
     pair.check_hidden()
-    return [name for name, kind in kinds.items() if kind == "finite"]
+    discrete = [name for name, kind in kinds.items() if kind == "finite"]
+    if discrete:
+        _check_one_value_for_all_states(pair, discrete)
+    return discrete
+
+
+@torch.no_grad()
+def _check_one_value_for_all_states(pair: ModelGuide, discrete: list[str]) -> None:
+    """Raise if a latent has a value for each state of the discrete latents, where these are summed out."""
+    model = enumerated(_UnmaskedLatents()(pair.model), discrete, -1 - pair.max_plate_nesting)
+    with seeded(0), poutine.block():
+        sites = latent_sites(poutine.trace(model).get_trace(*pair.data))
+    shapes = {name: tuple(torch.as_tensor(sites[name]["value"]).shape) for name in pair.latents if name not in discrete}
+    wrong = {name: at for name, at in shapes.items() if at != tuple(torch.as_tensor(pair.latents[name]["value"]).shape)}
+    if wrong:
+        hint = "a mask that depends on these is to be poutine.mask, not fn.mask"
+        must = f"have continuous latents of one value for all states of {discrete}, which are summed out"
+        raise ValueError(f"`model` must {must}, got values of shape {wrong}; {hint}")
 
 
 def _kind(site: dict[str, Any]) -> str:
@@ -211,13 +228,17 @@ def _read(
 ) -> dict[str, dict[str, np.ndarray]]:
     """The discrete latents, deterministic sites, ``lp`` and likelihoods of draws, by group."""
     layouts = {name: SiteLayout(site) for name, site in (pair.latents | pair.deterministic).items()}
-    summed = enumerated(pair.model, discrete, -1 - pair.max_plate_nesting) if discrete else None
+    first_dim = -1 - pair.max_plate_nesting
+    summed = enumerated(pair.model, discrete, first_dim) if discrete else None
+    # A mask that depends on a discrete latent would leave the density of the masked ones out of some of its states.
+    sampled = enumerated(_UnmaskedLatents()(pair.model), discrete, first_dim)
 
     def run(at: Values) -> tuple[dict[Any, Tensor], None]:
         lp: Any = None
         if summed is not None:
             trace = poutine.trace(poutine.condition(summed, data=at)).get_trace(*pair.data)
             lp = log_marginal(trace, ())
+            trace = poutine.trace(poutine.condition(sampled, data=at)).get_trace(*pair.data)
             at = at | {name: value[0] for name, value in sample_eliminated(trace, 1).items()}
         trace = poutine.trace(poutine.condition(pair.model, data=at)).get_trace(*pair.data)
         nodes: dict[str, Any] = dict(trace.nodes)

@@ -158,6 +158,42 @@ def test_masked_latents_are_nan_and_change_nothing_else():
     assert_moments(tree["posterior"]["z_0"].isel(obs=0).values, float(mean[0]), float(covariance[0, 0]))
 
 
+def test_a_mask_that_depends_on_a_discrete_latent_hides_draws_of_its_states():
+    """As objects of a scene that are not there: n is 0 or 1, and with 1 there is a z."""
+    x = torch.tensor([0.3, 2.5])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            n = pyro.sample("n", dist.Categorical(torch.tensor([0.5, 0.5])))
+            with poutine.mask(mask=n > 0):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(n * z, 1.0), obs=x)
+
+    tree = pv.reference(model, x, draws=250, chains=1, warmup=80, processes=1)
+    n, z = tree["posterior"]["n"].values, tree["posterior"]["z"].values
+    joint = torch.stack([dist.Normal(0.0, scale).log_prob(x) for scale in (1.0, 2.0**0.5)])
+    for row, expected in enumerate(joint.softmax(0)[1].tolist()):
+        assert n[..., row].mean() == pytest.approx(expected, abs=0.12)
+    assert (np.isnan(z) == (n == 0)).all()
+    present = z[..., 1][n[..., 1] == 1]
+    assert present.mean() == pytest.approx(1.25, abs=0.2)
+    assert present.var() == pytest.approx(0.5, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mean"])
+def test_a_latent_with_a_value_for_each_state_is_refused(kind):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            n = pyro.sample("n", dist.Categorical(torch.tensor([0.5, 0.5])))
+            prior = dist.Normal(0.0, 1.0).mask(n > 0) if kind == "mask" else dist.Normal(n.float(), 1.0)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(n * z, 1.0), obs=x)
+
+    message = r"`model` must have continuous latents of one value for all states of \['n'\].*'z': \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        pv.reference(model, torch.zeros(3), draws=2, chains=1, warmup=2)
+
+
 def test_a_discrete_latent_is_summed_out_and_drawn_back():
     x = torch.tensor([-0.5, 2.5, 1.0])
 
