@@ -204,7 +204,8 @@ def _sentence(found: Run) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 FRAGMENTS: dict[str, Callable[[], str]] = {"numbers": numbers, "published": published}
