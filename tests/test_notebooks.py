@@ -30,6 +30,7 @@ SHORT_FORMS = {
     "modalities": {"epochs": 2, "samples": 5},
     "music": {"epochs": 1, "particles": 3},
     "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
+    "scenes": {"epochs": 1, "scenes": 96},
 }
 """Values of the cell that is tagged ``parameters``, by notebook."""
 

@@ -84,7 +84,9 @@ def disentanglement(codes: Tensor, factors: Mapping[str, Tensor], *, bins: int =
     Informativeness is the accuracy on rows that the forests did not see, a quarter of all; the paper has an error.
 
     Args:
-        codes: ``(N, D)`` with D >= 2, such as ``vae.encode(x).mean``.
+        codes: ``(N, D)`` with D >= 2: draws of q(z | x), ``vae.encode(x).sample()``. The mean of a latent that the
+            decoder ignores still moves a little with x, and information does not depend on scale: only the noise of the
+            draws shows that it carries nothing.
         factors: two or more known factors by name, ``(N,)`` each, such as those of
             :func:`pyro_vae.datasets.shapes`.
         bins: the number of bins.
@@ -130,7 +132,7 @@ def disentanglement(codes: Tensor, factors: Mapping[str, Tensor], *, bins: int =
 
 
 def _checked_codes(codes: Any) -> Tensor:
-    expected = "codes (N, D) with D >= 2, such as `vae.encode(x).mean`"
+    expected = "codes (N, D) with D >= 2, such as `vae.encode(x).sample()`"
     if real_tensor(codes, "codes", expected).dim() != 2 or codes.shape[1] < 2:
         raise ValueError(f"`codes` must be {expected}, got shape {tuple(codes.shape)}")
     if len(codes) < _FEWEST:

@@ -82,6 +82,13 @@ def test_information_and_entropy_are_those_of_scikit_learn_and_do_not_depend_on_
     torch.testing.assert_close(stretched.information, found.information)
 
 
+def test_the_draws_of_a_collapsed_latent_know_nothing_though_its_mean_moves():
+    means = torch.stack([1e-3 * TRUE[:, 0], TRUE[:, 1]], 1)
+    assert pv.disentanglement(means, FACTORS).information[0, 0] > 1.7  # log 6
+    draws = means + torch.stack([NOISE[:, 0], 0.05 * NOISE[:, 1]], 1)
+    assert pv.disentanglement(draws, FACTORS).information[0].max() < 0.05
+
+
 def test_numbers_of_many_values_are_factors_in_bins():
     generator = torch.Generator().manual_seed(3)
     x, y = torch.rand(2, 4000, generator=generator)
