@@ -3,7 +3,7 @@ A world model
 =============
 
 A pendulum is seen as images of 32 × 32 pixels, black with the grey value as probability, and a torque turns it. Gusts
-push it, too. Can a model that has seen 1000 short films with their torques, and neither angle, velocity nor equations,
+push it, too. Can a model that has seen 800 short films with their torques, and neither angle, velocity nor equations,
 foresee the next 50 images, and does it know how sure it is? In the next example, a controller learns in its dreams.
 
 The model is a state-space VAE: z_t | z_(t-1), a_(t-1) ~ N(z_(t-1) + f(z_(t-1), a_(t-1)), σ²), and the image x_t given
@@ -39,8 +39,8 @@ FILMED: dict[str, Any] = {"gusts": 0.5, "camera": datasets.resample}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "world_model", epochs=60)
-    common.add_training(parser, batch_size=25, lr=4e-3)
+    parser = common.make_parser(__doc__, "world_model", epochs=50)
+    common.add_training(parser, batch_size=16, lr=5e-3)
     add_model(parser)
     parser.add_argument("--horizon", type=common.positive_int, default=50, help="images that are predicted")
     parser.add_argument("--test-sequences", type=common.positive_int, default=200, help="held-out films")
@@ -50,10 +50,10 @@ def parse_args() -> argparse.Namespace:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of the films and the model."""
-    parser.add_argument("--sequences", type=common.positive_int, default=1000, help="films to learn from")
+    parser.add_argument("--sequences", type=common.positive_int, default=800, help="films to learn from")
     parser.add_argument("--frames", type=common.positive_int, default=12, help="images in a film")
     parser.add_argument("--latent", type=common.positive_int, default=4, help="dimensions of the state z")
-    parser.add_argument("--hidden", type=common.positive_int, default=64, help="hidden units of the smallest networks")
+    parser.add_argument("--hidden", type=common.positive_int, default=48, help="hidden units of the smallest networks")
 
 
 class WorldModel(nn.Module):

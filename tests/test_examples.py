@@ -1044,8 +1044,14 @@ def test_dream_control_in_a_short_form(run):
     assert rows["classical, knows equations"]["stands"] > 50
     assert rows["random torques"]["height"] > rows["no torque"]["height"]
     assert -1.2 < found["dreamed_height"] < 1.2
-    assert found["headlines"][0]["baseline_name"] == "random torques"
-    assert f"{found['headlines'][0]['value']:.4g} of its length" in printed
+    height, share = found["headlines"]
+    assert (height["value"], height["baseline"]) == (
+        rows["trained in dreams"]["height"],
+        rows["random torques"]["height"],
+    )
+    low, high = (rows[name]["height"] for name in ("random torques", "classical, knows equations"))
+    assert height["value"] == pytest.approx(low + share["value"] / 100 * (high - low))
+    assert f"{height['value']:.4g} of its length" in printed
     assert_pictures(folder, {"swing_up", "heights"})
     assert {path.name for path in folder.glob("*.nc")} == {"dream_control.nc"}
 
