@@ -310,6 +310,22 @@ def coverage(draws: Tensor, truth: Tensor, levels: Tensor) -> Tensor:
     return ((below - 0.5).abs()[:, None] <= levels / 2).float().mean(0)
 
 
+def wrap(angle: Tensor) -> Tensor:
+    """Bring angles to [-π, π)."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def angle_crps(draws: Tensor, truth: Tensor) -> Tensor:
+    """Return the continuous ranked probability score of angles ``(N,)``, from draws ``(S, N)``: radians, 0 is perfect.
+
+    It is E|a - truth| - E|a - a'| / 2 with distances on the circle, and the error itself for a single draw. It is least
+    in expectation for the true distribution: draws must be near the truth, and as uncertain as they have to be (Grimit
+    et al. 2006, "The continuous ranked probability score for circular variables").
+    """
+    between = wrap(draws - draws[:, None]).abs().mean((0, 1))
+    return wrap(draws - truth).abs().mean(0) - between / 2
+
+
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """Compute 2 E|x - y| - E|x - x'| - E|y - y'|, zero for equal distributions (Székely and Rizzo 2013)."""
     return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())

@@ -35,7 +35,7 @@ PENDULUM = datasets.Pendulum()
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "dream_control", epochs=50)
+    parser = common.make_parser(__doc__, "dream_control", epochs=100)
     common.add_training(parser, batch_size=16, lr=5e-3)
     world_model.add_model(parser)
     parser.add_argument("--horizon", type=common.positive_int, default=30, help="steps of a dream")

@@ -33,13 +33,12 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from pyro_vae import datasets, likelihoods, networks, priors, schedules
 
-Films = datasets.PendulumSequences
 MEMORY = 8  # images that are seen before a prediction or an action
 FILMED: dict[str, Any] = {"gusts": 0.5, "camera": datasets.resample}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "world_model", epochs=50)
+    parser = common.make_parser(__doc__, "world_model", epochs=100)
     common.add_training(parser, batch_size=16, lr=5e-3)
     add_model(parser)
     parser.add_argument("--horizon", type=common.positive_int, default=50, help="images that are predicted")
@@ -61,8 +60,7 @@ class WorldModel(nn.Module):
 
     def __init__(self, mean_image: Tensor, latent: int, hidden: int):
         super().__init__()
-        network, pixels = networks.mlp([2 * hidden]), len(mean_image)
-        logits = torch.logit(mean_image, eps=1e-3)
+        network, pixels, logits = networks.mlp([2 * hidden]), len(mean_image), torch.logit(mean_image, eps=1e-3)
         self.p_start = priors.StandardNormal(latent)
         self.change = networks.mlp([2 * hidden, 2 * hidden])(latent + 1, latent)
         self.log_scale = nn.Parameter(torch.full((latent,), math.log(0.1)))
@@ -110,7 +108,7 @@ class WorldModel(nn.Module):
         return torch.stack([torch.as_tensor(trace.nodes[f"z_{t + 1}"]["value"]) for t in range(images.shape[1])], -2)
 
 
-def learn(args: argparse.Namespace) -> tuple[WorldModel, pv.Fitted, Films]:
+def learn(args: argparse.Namespace) -> tuple[WorldModel, pv.Fitted, datasets.PendulumSequences]:
     """Make films, and train a world model on them; the rate of each step is in closed form."""
     train = datasets.pendulum(args.sequences, args.frames, seed=2 * args.seed, **FILMED)
     world = WorldModel(train.frames.mean((0, 1)), args.latent, args.hidden)
@@ -127,15 +125,15 @@ def dream(world: WorldModel, seen: Tensor, before: Tensor, after: Tensor, draws:
         yield world.p_image(z).mean
 
 
-def measure(predict: common.Function, given: tuple[Any, ...], film: Films) -> dict[str, list[Any]]:
-    """Return, for each step, the errors of pixels and of the angle in degrees, and the coverage of intervals of it."""
+def measure(predict: common.Function, given: tuple[Any, ...], film: Any) -> dict[str, list[Any]]:
+    """Return, for each step, the error of pixels, the CRPS of the angle in degrees, and the coverage of its intervals."""
     world, found = film.world, {key: list[Any]() for key in ("pixel", "angle", "coverage")}
     for images, state in zip(predict(*given), film.states[:, MEMORY:].unbind(1), strict=True):
         angles = world.angle(images)
         centre = torch.atan2(angles.sin().mean(0), angles.cos().mean(0))  # a mean of angles
-        truth, spread = ((each - centre + math.pi) % (2 * math.pi) - math.pi for each in (state[:, 0], angles))
+        truth, spread = common.wrap(state[:, 0] - centre), common.wrap(angles - centre)
         found["pixel"].append((images.mean(0) - world.render(state).flatten(1)).square().mean().sqrt().item())
-        found["angle"].append(truth.abs().mean().rad2deg().item())
+        found["angle"].append(common.angle_crps(angles, state[:, 0]).mean().rad2deg().item())
         found["coverage"].append(common.coverage(spread, truth, LEVELS).tolist())
     return found
 
@@ -143,13 +141,16 @@ def measure(predict: common.Function, given: tuple[Any, ...], film: Films) -> di
 def draw(films: dict[str, Tensor], found: dict[str, Any], interval: float) -> dict[str, Figure]:
     """Draw a film that goes on in dreams, the errors of each method by time, and the calibration."""
     count = len(films["the truth"])
-    shown = [*range(MEMORY - 3, MEMORY), *range(MEMORY + 1, count, max(1, (count - MEMORY) // 13))]
+    shown = [*range(MEMORY - 3, MEMORY), *range(MEMORY + 1, count, max(1, (count - MEMORY) // 12))]
     times = [f"{interval * (t + 1 - MEMORY):.1f}" for t in shown]
     title = "Left of the line: what the camera saw. Right: the true future, and three that the model dreams"
     axis = {"xlabel": "seconds after the last image that was seen", "title": title}
     figures = {"dreams": common.draw_films({name: film[shown] for name, film in films.items()}, times, **axis)}
     figures["dreams"].axes[0].axvline(3 * 33 - 1, color="black", linewidth=2)
-    for kind, unit in (("pixel", "root mean squared error (white 0, black 1)"), ("angle", "mean error, degrees")):
+    for kind, unit in (
+        ("pixel", "root mean squared error (white 0, black 1)"),
+        ("angle", "CRPS, degrees; of one draw, the error"),
+    ):
         lines = {name: (interval * (1 + torch.arange(count - MEMORY)), row[kind]) for name, row in found.items()}
         axis = {"xlabel": "predicted time, s", "ylabel": unit, "title": f"Errors of predicted {kind}s, held-out films"}
         figures[f"{kind}_error"] = common.draw_lines(lines, **axis)
@@ -164,15 +165,12 @@ def draw(films: dict[str, Tensor], found: dict[str, Any], interval: float) -> di
 
 
 DREAM, LINEAR, LEVELS = "world model", "linear autoregression", torch.linspace(0.05, 0.95, 19)
-COLUMNS = {"pixel error": "{pixel:.4f}", "angle error": "{angle:.1f}°", "in 90 %": "{inside:.1f} %"}
-COLUMNS |= {"miscalibration": "{miscalibration:.3f}", "log p(x)": "{log_p:.1f}"}
-NOTES = """pixel error: root mean square, from 0 for white to 1 for black; angle error: mean; both over all times
-in 90 %: true angles inside of 90 % intervals; miscalibration: mean distance of such shares from the probability
-log p(x): nats per held-out film of the length of the training films; that of the world model is a lower bound"""
-SIMPLE = {"pixel": "the best simple prediction", "miscalibration": LINEAR}
-NONE = "no figure found: Hafner et al. 2019 show such predictions as pictures"
-PIXEL = "their images are larger and in colour, without noise of the camera"
-SURE, ANGLE = "miscalibration of angles", "mean distance of an interval's probability from the share of truths inside"
+COLUMNS = {"pixel error": "{pixel:.4f}", "CRPS": "{angle:.1f}°", "in 90 %": "{inside:.1f} %", "log p(x)": "{log_p:.1f}"}
+NOTES = """pixel error: root mean square, from 0 to 1; CRPS: of angles, error minus half of the distance of two draws
+in 90 %: true angles inside of 90 % intervals; log p(x): nats per held-out film of the length of a training film,
+for the world model a lower bound, not reliable (by the shape of the weights) for {unreliable:.0%} of the films"""
+NONE = "no figure found: Karl et al. 2017 and Hafner et al. 2019 show predictions of this kind as pictures"
+PIXEL, ANGLE = "images without noise of the camera", "for angles, the score is that of Grimit et al. 2006"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -189,29 +187,31 @@ def main(args: argparse.Namespace) -> None:
     found = {name: measure(each, (test.frames[:, :MEMORY], *torques, 30), test) for name, each in methods.items()}
     rows = {name: {key: sum(row[key]) / args.horizon for key in ("pixel", "angle")} for name, row in found.items()}
     for name in (DREAM, LINEAR):
-        share = torch.tensor(found[name]["coverage"]).mean(0)
-        rows[name] |= {"inside": 100 * share[-2].item(), "miscalibration": (share - LEVELS).abs().mean().item()}
-    # 3. Compare log p(x) of held-out films with that of the mean image, and of the truth, if it is known.
+        rows[name]["inside"] = 100 * torch.tensor(found[name]["coverage"]).mean(0)[-2].item()
+    # 3. Compare log p(x) of held-out films with that of the camera's noise alone, if the truth is known.
     x, a = test.frames[:, : args.frames], test.torques[:, : args.frames - 1]
     evidence = pv.log_evidence(world.model, world.guide, x, a, num_samples=100, seed=args.seed)
     rows[DREAM]["log_p"] = evidence.log_evidence.mean().item()
     grey = test.world.render(test.states).flatten(2)
-    for name, probs in (("mean image", mean), ("the truth", grey[:, : args.frames])):
-        log_p = dist.Bernoulli(probs.clamp(1e-6, 1 - 1e-6)).log_prob(x).sum((1, 2)).mean().item()
-        rows[name] = rows.get(name, {}) | {"log_p": log_p}
-    print(text := common.table("prediction", rows, COLUMNS, NOTES))
+    pixels = dist.Bernoulli(grey[:, : args.frames].clamp(1e-6, 1 - 1e-6))
+    rows["the truth"] = {"log_p": pixels.log_prob(x).sum((1, 2)).mean().item()}
+    notes = NOTES.format(unreliable=evidence.unreliable.double().mean().item())
+    print(text := common.table("prediction", rows, COLUMNS, notes))
     # 4. Draw a held-out film and its dreams, and save all.
-    films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
     futures = torch.stack([*dream(world, test.frames[:1, :MEMORY], torques[0][:1], torques[1][:1], 3)], 2)[:, 0]
+    films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
     films |= {f"dream {n}": nn.functional.pad(each, (0, 0, MEMORY, 0)) for n, each in enumerate(futures, 1)}
+    simple = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
+    others = [row for name, row in rows.items() if "pixel" in row and name != DREAM]
+    measures = ("pixel", "error of pixels", "of 1", PIXEL), ("angle", "CRPS of angles", "degrees", ANGLE)
+    headlines = [
+        common.headline(
+            what, unit, rows[DREAM][key], baseline=min(row[key] for row in others), differences=how, **simple
+        )
+        for key, what, unit, how in measures
+    ]
     tree = common.make_tree(world, x[:5], args, a[:5], dims={"x": ["frame", "pixel"]})
-    headlines = []
-    for key, what, difference in (("pixel", "error of predicted pixels", PIXEL), ("miscalibration", SURE, ANGLE)):
-        best = min(row[key] for name, row in rows.items() if key in row and name != DREAM)
-        other = {"baseline": best, "baseline_name": SIMPLE[key], "published": NONE, "differences": difference}
-        headlines.append(common.headline(what, "of 1", rows[DREAM][key], **other, higher_is_better=False))
     results = {"methods": rows, "steps": found, "history": fitted.history, "engine": fitted.engine}
-    results["unreliable"] = evidence.unreliable.double().mean().item()
     common.save(args, results, draw(films, found, test.world.interval), {"world_model": tree}, text, headlines)
 
 

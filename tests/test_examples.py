@@ -1002,15 +1002,27 @@ def test_world_model_in_a_short_form(run):
     still, mean = (found["steps"][name]["pixel"] for name in ("last image", "mean image"))
     assert still[0] < min(still[3:])
     assert max(mean) - min(mean) < 0.02
-    assert {line["quantity"] for line in found["headlines"]} == {
-        "error of predicted pixels",
-        "miscalibration of angles",
-    }
+    for line, key in zip(found["headlines"], ("pixel", "angle"), strict=True):
+        assert line["value"] == rows["world model"][key]
+        assert line["baseline"] == min(row[key] for name, row in rows.items() if key in row and name != "world model")
     assert "no figure found" in printed
     assert_pictures(folder, {"dreams", "pixel_error", "angle_error", "calibration"})
     with xr.open_datatree(folder / "world_model.nc") as tree:
         assert tree["posterior"]["z_9"].shape == (1, 5, 5, 4)
         assert tree["observed_data"]["x"].shape == (5, 9, 1024)
+
+
+def test_the_score_of_angles_is_the_error_of_one_draw_and_least_for_the_true_distribution():
+    crps = functions_of("common.py")["angle_crps"]
+    assert crps(torch.tensor([[3.1]]), torch.tensor([-3.1])) == pytest.approx(2 * math.pi - 6.2, abs=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    truth = 3.0 + 0.3 * torch.randn(4000, generator=generator)
+    scores = [
+        crps(3.0 + scale * torch.randn(100, 4000, generator=generator), truth).mean() for scale in (0.1, 0.3, 0.9)
+    ]
+    # Of a normal far from the other side of the circle, the expected score is scale / sqrt(pi).
+    assert scores[1] == pytest.approx(0.3 / math.sqrt(math.pi), rel=0.05)
+    assert scores[1] < min(scores[0], scores[2])
 
 
 def test_a_linear_forecast_knows_a_linear_world_and_its_noise():

@@ -25,6 +25,7 @@ SHORT_FORMS = {
     "table_to_arviz": {"epochs": 30, "draws": 50},
     "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
     "your_own_model": {"epochs": 30, "draws": 50},
+    "world_model": {"sequences": 50, "epochs": 1, "draws": 5},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
     "attend_infer_repeat": {"scenes": 200, "epochs": 2},
     "modalities": {"epochs": 2, "samples": 5},
