@@ -126,7 +126,7 @@ def dream(world: WorldModel, seen: Tensor, before: Tensor, after: Tensor, draws:
 
 
 def measure(predict: common.Function, given: tuple[Any, ...], film: Any) -> dict[str, list[Any]]:
-    """Return, for each step, the error of pixels, the CRPS of the angle in degrees, and the coverage of its intervals."""
+    """Return, for each step, the error of pixels, the CRPS of angles in degrees, and the coverage of intervals."""
     world, found = film.world, {key: list[Any]() for key in ("pixel", "angle", "coverage")}
     for images, state in zip(predict(*given), film.states[:, MEMORY:].unbind(1), strict=True):
         angles = world.angle(images)
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     futures = torch.stack([*dream(world, test.frames[:1, :MEMORY], torques[0][:1], torques[1][:1], 3)], 2)[:, 0]
     films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
     films |= {f"dream {n}": nn.functional.pad(each, (0, 0, MEMORY, 0)) for n, each in enumerate(futures, 1)}
-    simple = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
+    simple: dict[str, Any] = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
     others = [row for name, row in rows.items() if "pixel" in row and name != DREAM]
     measures = ("pixel", "error of pixels", "of 1", PIXEL), ("angle", "CRPS of angles", "degrees", ANGLE)
     headlines = [
