@@ -201,13 +201,11 @@ def main(args: argparse.Namespace) -> None:
     futures = torch.stack([*dream(world, test.frames[:1, :MEMORY], torques[0][:1], torques[1][:1], 3)], 2)[:, 0]
     films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
     films |= {f"dream {n}": nn.functional.pad(each, (0, 0, MEMORY, 0)) for n, each in enumerate(futures, 1)}
-    simple: dict[str, Any] = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
+    same: dict[str, Any] = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
     others = [row for name, row in rows.items() if "pixel" in row and name != DREAM]
     measures = ("pixel", "error of pixels", "of 1", PIXEL), ("angle", "CRPS of angles", "degrees", ANGLE)
     headlines = [
-        common.headline(
-            what, unit, rows[DREAM][key], baseline=min(row[key] for row in others), differences=how, **simple
-        )
+        common.headline(what, unit, rows[DREAM][key], baseline=min(row[key] for row in others), differences=how, **same)
         for key, what, unit, how in measures
     ]
     tree = common.make_tree(world, x[:5], args, a[:5], dims={"x": ["frame", "pixel"]})
