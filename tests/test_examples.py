@@ -609,9 +609,9 @@ def test_single_cells_in_a_short_form(run):
     differences = torch.tensor(cells[worst], dtype=torch.double) - torch.tensor(cells[best], dtype=torch.double)
     assert rows[worst]["difference_error"] == pytest.approx(float(differences.std() / 175**0.5), rel=1e-3)
     headline, other = found["headlines"]
-    assert (other["value"], other["baseline"]) == (rows["network"]["log_p"], rows["linear"]["log_p"])
-    assert headline["value"] == rows["network, zeros, batches"]["log_p"]
-    assert headline["baseline"] == rows["library size, no state"]["log_p"]
+    assert (other["value"], other["baseline"]) == (rows["network"]["log_p"], rows["linear state"]["log_p"])
+    assert headline["value"] == rows["network, zero-inflated, batches"]["log_p"]
+    assert headline["baseline"] == rows["no state, library size only"]["log_p"]
     assert "log p(x) of held-out cells" in printed
     assert_pictures(folder, {"comparison", "states", "zeros"})
     with xr.open_datatree(folder / "single_cells.nc") as tree:
