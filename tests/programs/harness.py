@@ -298,6 +298,7 @@ AMORTIZED = {
     "cvae",
     "deep_markov",
     "factor_analysis",
+    "iaf",
     "missing_labels",
     "prod_lda",
     "single_cell",
