@@ -139,10 +139,21 @@ class Flow(ScoresDraws, Parametric):
         noise = torch.randn(shape, dtype=self.shift.dtype, device=self.shift.device).reshape(*self._rows(shape), -1)
         if not self.scores_draws:
             return self.shift + self.scale * self.transform(noise).reshape(shape)
-        standardized, log_slope = _with_log_slope(self.transform, noise)
-        value = self.shift + self.scale * standardized.reshape(shape)
-        self._store_score(value, self._log_density(noise, log_slope))
+        value, log_density = self.push(noise)
+        self._store_score(value, log_density)
         return value
+
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Map noise, ``(*, *batch, D)``, to values ``(*, *batch, *event)``, with their log-densities ``(*, *batch)``.
+
+        >>> from torch.distributions import AffineTransform
+        >>> q = Flow(AffineTransform(1.0, 3.0, event_dim=1), shift=torch.zeros(2), scale=torch.ones(2))
+        >>> q.push(torch.tensor([0.0, -1.0]))
+        (tensor([ 1., -2.]), tensor(-4.5351))
+        """
+        standardized, log_slope = _with_log_slope(self.transform, noise)
+        value = self.shift + self.scale * standardized.reshape(noise.shape[:-1] + self.event_shape)
+        return value, self._log_density(noise, log_slope)
 
     def _score(self, value: Tensor) -> Tensor:
         standardized = (value - self.shift) / self.scale

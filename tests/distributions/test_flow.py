@@ -262,6 +262,22 @@ def test_the_three_exact_answers_add_up_with_flows(latent, kind, tolerance):
     assert ((estimate.log_evidence - log_evidence).abs() < 6 * estimate.standard_error + tolerance).all()
 
 
+@pytest.mark.parametrize(("latent", "kind"), [(1, "spline"), (2, "affine")])
+def test_the_exact_elbo_of_a_flow_is_that_of_its_draws_and_inverts_no_flow(monkeypatch, latent, kind):
+    vae, x = small_vae(latent, kind, std=0.3), torch.randn(3, 2, dtype=torch.float64)
+    inverted, score = [], flow.Flow._score
+    monkeypatch.setattr(flow.Flow, "_score", lambda q, z: inverted.append(z[..., 0].numel()) or score(q, z))
+    exact = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-3)
+    assert sum(inverted) < 200, "a check, and none of the thousands of nodes"
+    with torch.no_grad():
+        q = vae.encode(x)
+        z = q.sample((40_000,))
+        terms = vae.prior().log_prob(z) + vae.decode(z).log_prob(x) - q.log_prob(z)
+    assert ((exact - terms.mean(0)).abs() < 5 * terms.std(0) / math.sqrt(len(terms)) + 1e-3).all()
+    some = pv.exact.elbo(vae.model, vae.guide, x[1:], tolerance=1e-3)
+    torch.testing.assert_close(some, exact[1:], atol=2e-3, rtol=0)
+
+
 def exact_gradient(vae, x, size):
     """That of the ELBO, summed over x, by midpoints around the images of noise."""
     q, p = vae.encode(x), vae.prior()
