@@ -85,7 +85,7 @@ CAPTIONS = {
     "completions": "Several ways to complete the same half of an image.",
     "cost": "The time of the exact sum grows with the number of states; that of an estimate does not.",
     "errors": "The error of the estimates, where the exact sum is known.",
-    "scenes": "Held-out scenes with the boxes that are found, what the model draws, and each object alone.",
+    "scenes": "Held-out scenes, what the model finds in them and draws, and each object alone.",
     "confusion": "How often scenes with each number of digits are counted as each number.",
     "learning": "Right counts of held-out scenes while the models train.",
     "forest": "Means and intervals of the posterior, and what ArviZ draws from the files.",
