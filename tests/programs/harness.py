@@ -294,6 +294,7 @@ def finds_gap(trained: Trained) -> str:
 
 
 AMORTIZED = {
+    "attend_infer_repeat",
     "cevae",
     "cvae",
     "deep_markov",
