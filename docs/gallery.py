@@ -127,6 +127,9 @@ CAPTIONS = {
     "training": "The ELBO in training and on held-out data.",
     "images": "Held-out patches of photographs, their reconstructions, and new patches from each model.",
     "information": "What each code knows about each factor of the shapes, for each objective.",
+    "states": "Held-out cells by their states, which are found from counts alone, and their types.",
+    "worth": "What each part of the model is worth on held-out cells, in nats, compared cell by cell.",
+    "zeros": "How many cells lack each gene: held-out cells, and cells that each model generates.",
     "traversals": "What each latent does to an image, and the factor that it knows most about.",
 }
 """A sentence for each picture, by the name of its file."""
@@ -139,6 +142,7 @@ FIRST = (
     "pieces",
     "shares",
     "codes",
+    "states",
     "relaxed_bernoulli",
     "manifold",
     "latent",

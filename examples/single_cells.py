@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
     types = [cells.cell_types[label] for label in cells.labels]
     states = pairs[SCVI_LIKE].q_z(test[0].log1p()).mean.detach()
     figures = {
-        "comparison": common.set_title(plots.evidence_comparison(compared), "log p(x) of held-out cells"),
+        "worth": common.set_title(plots.evidence_comparison(compared), "log p(x) of held-out cells"),
         "states": common.set_title(plots.latent_map(states, types, name="z"), "Held-out cells: state and type"),
         "zeros": draw_zeros({name: pairs[name] for name in (STATELESS, "network", SCVI_LIKE)}, *test),
     }

@@ -613,7 +613,7 @@ def test_single_cells_in_a_short_form(run):
     assert headline["value"] == rows["network, zero-inflated, batches"]["log_p"]
     assert headline["baseline"] == rows["no state, library size only"]["log_p"]
     assert "log p(x) of held-out cells" in printed
-    assert_pictures(folder, {"comparison", "states", "zeros"})
+    assert_pictures(folder, {"states", "worth", "zeros"})
     with xr.open_datatree(folder / "single_cells.nc") as tree:
         assert (tree["posterior"]["z"].sizes["draw"], tree["posterior"]["z"].sizes["state"]) == (5, 2)
         seen, names = tree["observed_data"]["x"], pv.datasets.pbmc("test")
