@@ -20,6 +20,7 @@ import pyro_vae as pv
 from pyro_vae import guides, likelihoods, objectives, priors, schedules
 from pyro_vae.compilation import cost
 from pyro_vae.compilation.graph import Graph
+from pyro_vae.training import replayed_step
 from pyro_vae.training.automatic import AutomaticEngine
 from pyro_vae.training.replayed_step import EAGER_STEPS
 
@@ -231,6 +232,22 @@ def test_changes_by_callbacks_are_heard(change):
         found.append((pv.fit(vae.model, vae.guide, X, **settings), list(vae.state_dict().values())))
     assert found[1][0].engine.startswith("replayed")
     check_same_bits(*found)
+
+
+@pytest.mark.parametrize(("size", "differing", "replays"), [(1e-3, 2, True), (1e-3, 3, False), (0.1, 1, False)])
+def test_a_unit_at_its_kink_differs_in_a_few_steps_and_other_operations_in_all(monkeypatch, size, differing, replays):
+    """Gradients of some comparisons in a row are off by a share of their size; a large one is no rounding at all."""
+    agree, compared = replayed_step._Gradients.agree, []
+
+    def off(self, eager, replayed):
+        compared.append(self)
+        factor = 1 + size if 1 < len(compared) < 2 + differing else 1.0
+        return agree(self, eager, [factor * gradient for gradient in replayed])
+
+    monkeypatch.setattr(replayed_step._Gradients, "agree", off)
+    fitted, _ = trained(gaussian)
+    assert fitted.engine.startswith("replayed") == replays
+    assert len(compared) > 1 + differing if replays else len(compared) == 1 + differing
 
 
 def test_a_change_that_cannot_be_seen_ends_the_replays_with_a_warning(monkeypatch, compiled_soon):
