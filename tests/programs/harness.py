@@ -302,6 +302,8 @@ AMORTIZED = {
     "iaf",
     "missing_labels",
     "prod_lda",
+    "semi_supervised_translation",
+    "sentence_vae",
     "single_cell",
     "ss_vae",
     "vae",
