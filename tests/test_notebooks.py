@@ -26,6 +26,7 @@ SHORT_FORMS = {
     "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
     "your_own_model": {"epochs": 30, "draws": 50},
     "world_model": {"sequences": 50, "epochs": 1, "draws": 5},
+    "inverse_autoregressive": {"epochs": 2, "steps": 10},
     "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
     "attend_infer_repeat": {"scenes": 200, "epochs": 2},
     "modalities": {"epochs": 2, "samples": 5},
