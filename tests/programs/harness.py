@@ -302,12 +302,9 @@ AMORTIZED = {
     "iaf",
     "missing_labels",
     "prod_lda",
-<<<<<<< HEAD
+    "scenes",
     "semi_supervised_translation",
     "sentence_vae",
-=======
-    "scenes",
->>>>>>> 9605217 (A row of scenes in the table of programs)
     "single_cell",
     "ss_vae",
     "vae",
