@@ -9,10 +9,10 @@ box and no count is given. A scene has n objects, and each object has a box (``w
    x \\sim N\\Big(\\sum_{t \\le n} \\mathrm{place}(\\mathrm{decode}(z^{what}_t), z^{where}_t),\\ 0.3^2 I\\Big)
 
 The guide attends to a place, infers the object in it, subtracts the object, and repeats; q(n | x) reads how much is
-left after each object. Eslami et al. 2016, "Attend, Infer, Repeat", estimate the gradient of the discrete n by the
-score function. Here training sums over n, which is exact; attend_infer_repeat_gradients.py compares both.
-
-The baseline is a logistic regression on ink that is given true counts. An implementation of the paper reports 98.3 %.
+left after each object. Eslami et al. 2016, "Attend, Infer, Repeat", estimate the gradient of n by the score function.
+Here training sums over n, which is exact; attend_infer_repeat_gradients.py compares both. The baseline is a logistic
+regression on ink, given true counts. A count of connected regions, by a rule chosen for these scenes, is better after
+minutes of training, but finds no boxes and draws nothing. An implementation of the paper reports 98.3 %.
 """
 
 import argparse

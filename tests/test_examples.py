@@ -388,12 +388,12 @@ def test_semi_supervised_in_a_short_form(run):
         assert tree["observed_data"]["truth"].dims == ("obs",)
 
 
-SCENES = ("--data", "digits", "--batch-size", "50", "--test-images", "60", "--draws", "5", "--hidden", "32")
+DIGIT_SCENES = ("--data", "digits", "--batch-size", "50", "--test-images", "60", "--draws", "5", "--hidden", "32")
 
 
 def test_attend_infer_repeat_in_a_short_form(run):
     options = ("--scenes", "500", "--epochs", "5", "--samples", "10", "--what", "6")
-    folder, found, printed = run("attend_infer_repeat.py", *SCENES, *options)
+    folder, found, printed = run("attend_infer_repeat.py", *DIGIT_SCENES, *options)
     ours = found["methods"]["attend, infer, repeat"]
     assert ours["elbo"] < ours["log_p"] < -400 * 0.5 * math.log(2 * math.pi * 0.3**2), "no scene has a higher density"
     assert found["methods"]["ink, with labels"]["accuracy"] > found["methods"]["most frequent count"]["accuracy"] > 20
@@ -408,7 +408,7 @@ def test_attend_infer_repeat_in_a_short_form(run):
 
 def test_attend_infer_repeat_gradients_in_a_short_form(run):
     options = ("--scenes", "200", "--epochs", "2", "--samples", "20", "--what", "6", "--batch-size", "20")
-    folder, found, _ = run("attend_infer_repeat_gradients.py", *SCENES, *options)
+    folder, found, _ = run("attend_infer_repeat_gradients.py", *DIGIT_SCENES, *options)
     exact, two, plain, learned = found["estimators"].values()
     for row in (two, plain, learned):
         assert row["p_value"] > 1e-5
