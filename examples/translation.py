@@ -39,7 +39,8 @@ SOURCE, TARGET, LENGTH = datasets.sentence_pairs(1).source, datasets.sentence_pa
 
 def parse_args() -> argparse.Namespace:
     parser = common.make_parser(__doc__, "translation", epochs=16)
-    common.add_training(parser, batch_size=100, lr=1e-3)
+    parser.add_argument("--batch-size", type=common.positive_int, default=100, help="rows in a mini-batch")
+    parser.add_argument("--lr", type=common.positive_float, default=1e-3, help="learning rate of Adam")
     parser.add_argument("--sentences", type=common.positive_int, default=1000, help="sentences to train on")
     parser.add_argument("--pairs", type=common.positive_int, default=50, help="how many of them have their source")
     parser.add_argument("--repeat", type=common.positive_int, default=10, help="how often a pair is among the rows")
@@ -169,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     counts = one_hot(pairs[0], SOURCE).sum(0) + 0.2
     # 2. Train on the pairs; go on with them alone, or with all sentences.
     alone, both = (Translator(name, args.hidden, counts / counts.sum(-1, keepdim=True)) for name in ("alone", "both"))
-    options = common.training_options(args)
+    options = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "seed")}
     first = alone.fit(*pairs, epochs=args.steps, lr=0.01, seed=args.seed)
     both.load_state_dict(alone.state_dict())
     rest = slice(args.pairs, None)

@@ -913,7 +913,7 @@ CAPTURED = [
     ("world_model.py", WORLD), ("dream_control.py", (*WORLD_TRAINING, "--horizon", "4", "--practice", "1", *ACTING)),
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
     ("modalities.py", ("--epochs", "2", *SEVERAL)), ("anomalies.py", ("--epochs", "2", *ODD)),
-    ("music.py", MUSIC), ("sentences.py", SENTENCES), ("translation.py", TRANSLATION),
+    ("music.py", MUSIC), ("sentences.py", SENTENCES),
     ("scenes.py", SCENES),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
