@@ -397,6 +397,7 @@ def part_checks(x, vae, discrete):
             assert network.to(x.device)(rows).isfinite().all()
         scene = distributions.SpatialMixture(x[:2], x[:2, None], 0.1)  # two slots, one channel
         assert scene.responsibilities(scene.sample()).device == scene.variance.device == x.device
+        assert scene.log_prob(scene.mean).device == x.device
         slots, attention = networks.SlotAttention(2, 4).to(x.device)(x)
         assert slots.device == attention.device == x.device
         assert likelihoods.Normal.mse(2, 4, NET, kl_weight=1.0).to(x.device)(x[:, :2]).sample().device == x.device
