@@ -392,8 +392,7 @@ DIGIT_SCENES = ("--data", "digits", "--batch-size", "50", "--test-images", "60",
 
 
 def test_attend_infer_repeat_in_a_short_form(run):
-    options = ("--scenes", "500", "--epochs", "5", "--samples", "10", "--what", "6")
-    folder, found, printed = run("attend_infer_repeat.py", *DIGIT_SCENES, *options)
+    folder, found, printed = run("attend_infer_repeat.py", *COUNTED)
     ours = found["methods"]["attend, infer, repeat"]
     assert ours["elbo"] < ours["log_p"] < -400 * 0.5 * math.log(2 * math.pi * 0.3**2), "no scene has a higher density"
     assert found["methods"]["ink, with labels"]["accuracy"] > found["methods"]["most frequent count"]["accuracy"] > 20
@@ -894,6 +893,10 @@ def test_a_table_shows_the_numbers_that_a_row_has():
 
 FEW = ("--epochs", "1", "--test-images", "20", "--draws", "5")
 SCENES = ("--scenes", "96", "--epochs", "2", "--test-images", "12", "--draws", "3", "--samples", "5", "--hidden", "16")
+COUNTED = (*DIGIT_SCENES, "--scenes", "500", "--epochs", "5", "--samples", "10", "--what", "6")
+COLOURS = ("--epochs", "1", "--stride", "32", "--channels", "8", "--latent", "2", "--test-images", "20")
+COLOURS += ("--samples", "10", "--draws", "3")
+FACTORS = ("--epochs", "1", "--images", "150", "--test-images", "200", "--latent", "4", "--draws", "3")
 CAPTURED = [
     ("digits.py", FEW), ("mnist.py", ("--data", "digits", *SHORT, "--hidden", "16")),
     ("mnist.py", ("--data", "digits", *SHORT, "--prior", "relaxed-bernoulli", "--guide", "relaxed-bernoulli")),
@@ -914,7 +917,8 @@ CAPTURED = [
     ("inspect_posterior.py", ("--epochs", "1", "--data", "digits", "--test-images", "40", "--draws", "5")),
     ("modalities.py", ("--epochs", "2", *SEVERAL)), ("anomalies.py", ("--epochs", "2", *ODD)),
     ("music.py", MUSIC), ("sentences.py", SENTENCES),
-    ("scenes.py", SCENES),
+    ("scenes.py", SCENES), ("attend_infer_repeat.py", COUNTED), ("colour_images.py", COLOURS),
+    ("disentangling.py", FACTORS),
 ]  # fmt: skip
 QUICK = ("digits.py", "semi_supervised.py")
 
@@ -1138,8 +1142,7 @@ def test_inspect_posterior_in_a_short_form(run):
 
 
 def test_colour_images_in_a_short_form(run):
-    size = ("--epochs", "1", "--stride", "32", "--channels", "8", "--latent", "2")
-    folder, found, _ = run("colour_images.py", *size, "--test-images", "20", "--samples", "10", "--draws", "3")
+    folder, found, _ = run("colour_images.py", *COLOURS)
     assert list(found["models"]) == ["independent colours", "probabilistic PCA", "VAE, one level", "ladder, 3 levels"]
     for name, row in found["models"].items():
         assert 0 < row["bits"] < 20, name
@@ -1186,8 +1189,7 @@ def test_the_baselines_of_colour_images_are_their_densities():
 
 
 def test_disentangling_in_a_short_form(run):
-    size = ("--epochs", "1", "--images", "150", "--test-images", "200", "--latent", "4", "--draws", "3")
-    folder, found, _ = run("disentangling.py", *size)
+    folder, found, _ = run("disentangling.py", *FACTORS)
     rows = found["models"]
     assert list(rows) == ["PCA", "ELBO", "β-VAE, β = 30", "independent, β = 20", "free bits, 2 nats"]
     for name, row in rows.items():
