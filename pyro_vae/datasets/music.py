@@ -81,6 +81,8 @@ def piano_rolls(path: str | Path, split: str | None = None) -> PianoRolls:
         pieces = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"`path` must be a JSON file, got {str(file)!r}: {error}") from error
+    if pieces == {}:
+        raise ValueError("`path` must have pieces, got an empty dictionary")
     splits = list(pieces) if isinstance(pieces, dict) else [None]
     if not isinstance(split, str | None) or split not in splits:
         must = f"one of {', '.join(map(repr, splits))}" if isinstance(pieces, dict) else "left out for a list of pieces"

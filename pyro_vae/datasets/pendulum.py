@@ -104,7 +104,8 @@ class Pendulum:
     def angle(self, frames: Tensor) -> Tensor:
         r"""Read the angle from images, ``(*, size²)`` to ``(*)``, from :math:`-\pi` to :math:`\pi`.
 
-        It is the direction of the centre of the ink: within 0.01 of the truth for a rendered image. Images that a model
+        It is the direction of the centre of the ink: within 0.01 of the truth for a rendered image of 24 × 24 pixels or
+        more. Images that a model
         predicts, with values in [0, 1], have an angle, too; that of a blank image is arbitrary.
 
         >>> world = Pendulum()
@@ -168,7 +169,7 @@ class Pendulum:
                     wind = gusts * torch.randn(len(start), dtype=start.dtype, device="cpu").to(start)
                     states[:, t] = self.step(states[:, t - 1], torques[:, t - 1], wind)
                 image = self.render(states[:, t], size).flatten(1)
-                frames[:, t] = image if camera is None else camera(image)
+                frames[:, t] = image if camera is None else _checked_images(camera(image), image)
         return PendulumSequences(frames, torques.clamp(-self.max_torque, self.max_torque), states, self)
 
 
@@ -283,4 +284,12 @@ def _check_state(state: object) -> Tensor:
 def _checked_torques(torques: object, like: Tensor) -> Tensor:
     if not isinstance(torques, Tensor) or torques.shape != like.shape:
         raise ValueError(f"`control` must return torques ({len(like)},), got {describe(torques)}")
+    if torques.isnan().any():
+        raise ValueError(f"`control` must return torques, got NaN in row {int(torques.isnan().nonzero()[0])}")
     return torques
+
+
+def _checked_images(images: object, like: Tensor) -> Tensor:
+    if not isinstance(images, Tensor) or images.shape != like.shape:
+        raise ValueError(f"`camera` must return images of the same shape {tuple(like.shape)}, got {describe(images)}")
+    return images

@@ -95,7 +95,8 @@ def digit_scenes(
     else:
         raise ValueError(f"`size` must leave room for {max_digits} digits of {least} to {most} pixels, got {size}")
     labels = digits.labels.cpu()[sources].masked_fill(~present, -1)
-    x, counts, labels, boxes = on_default_device(x.flatten(1), counts, labels, boxes)
+    x, boxes = x.flatten(1).to(torch.get_default_dtype()), boxes.to(torch.get_default_dtype())
+    x, counts, labels, boxes = on_default_device(x, counts, labels, boxes)
     return DigitScenes(x, counts, labels, boxes, size)
 
 

@@ -89,7 +89,7 @@ def disentanglement(codes: Tensor, factors: Mapping[str, Tensor], *, bins: int =
             draws shows that it carries nothing.
         factors: two or more known factors by name, ``(N,)`` each, such as those of
             :func:`pyro_vae.datasets.shapes`.
-        bins: the number of bins.
+        bins: the number of bins, 2 or more.
         seed: seed of the forests, and of the choice of the held-out rows.
 
     Raises:
@@ -147,6 +147,8 @@ def _checked_factors(factors: Any, count: int, bins: int) -> tuple[tuple[str, ..
     named = mapping(factors, "factors", "{'x': x, 'hue': hue}")
     if len(named) < 2:
         raise ValueError(f"`factors` must be two or more, got {len(named)}")
+    if bins < 2:
+        raise ValueError(f"`bins` must be 2 or more, got {bins}")
     values = []
     for name, factor in named.items():
         expected = f"numbers ({count},), one for each row of `codes`"
@@ -163,10 +165,11 @@ def _checked_factors(factors: Any, count: int, bins: int) -> tuple[tuple[str, ..
 
 def _binned(values: Tensor, bins: int) -> np.ndarray:
     """Number the values, if they are few; put others into bins of equal counts, with equal values in the same one."""
-    distinct, states = values.unique(return_inverse=True)
+    distinct, states, counts = values.unique(return_inverse=True, return_counts=True)
     if len(distinct) > bins:
-        edges = values.quantile(torch.linspace(0, 1, bins + 1, dtype=values.dtype)[1:-1]).unique()
-        states = torch.searchsorted(edges, values, right=True).unique(return_inverse=True)[1]
+        # By the middle of its ranks, a value of more than one bin's share remains apart from others on both sides.
+        middle = counts.cumsum(0) - counts / 2
+        states = (bins * middle / len(values)).floor()[states].unique(return_inverse=True)[1]
     return states.numpy()
 
 

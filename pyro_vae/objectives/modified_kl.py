@@ -6,6 +6,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from pyro_vae._utils.traces import plate_scale
 from pyro_vae._utils.validation import number, positive, with_article
 from pyro_vae.distributions.properties import base_distribution, discrete_twin, is_masked, without_independent
 from pyro_vae.objectives.elbo_terms import rate_by_variable
@@ -146,8 +147,8 @@ class TotalCorrelation(ParticleELBO):
 
     With a draw z of the datum n in a batch of B, :math:`q(z)` is estimated without bias by
     :math:`\frac1N q(z \mid x_n)` plus :math:`\frac{N - 1}{N}` times the mean of :math:`q(z \mid x_m)` over the others
-    of the batch, and :math:`q(z_d)` likewise; their logarithms have a bias that goes to zero as B goes to N. The scale
-    of the data plate is N/B. :func:`pyro_vae.fit` reports the ELBO.
+    of the batch, and :math:`q(z_d)` likewise; their logarithms have a bias that goes to zero as B goes to N. N is the
+    size of the data plate. :func:`pyro_vae.fit` reports the ELBO.
 
     Args:
         weight: :math:`\beta`, 0 or more; 1 is the ELBO.
@@ -196,8 +197,8 @@ class TotalCorrelation(ParticleELBO):
             raise ValueError(f"TotalCorrelation needs one latent site, got {[name for name, *_ in pairs]}")
         [(_, site, _)] = pairs
         rows = particles.shape[1]
-        num_data = torch.as_tensor(particles.scale * rows, dtype=site["value"].dtype)
-        shares = torch.stack([1 / num_data, (num_data - 1) / num_data / (rows - 1)]).log().to(site["value"].device)
+        num_data = plate_scale(site) * rows  # not the scale of the site, which has a weight of the whole model, too
+        shares = site["value"].new_tensor([1 / num_data, (num_data - 1) / num_data / (rows - 1)]).log()
         joint, marginals = (
             torch.logsumexp(site["read"][name] + shares[:, None], -2) for name in ("joint", "marginals")
         )

@@ -18,7 +18,9 @@ __all__ = ["crop", "place"]
 
 
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Cut out a box of each image, resized to ``size`` by bilinear interpolation; 0 outside of the image.
+    """Cut out a box of each image, resized to ``size`` by bilinear interpolation.
+
+    Outside of the image there are zeros, to which the border fades over half a pixel of the image on both sides.
 
     Args:
         images: ``(*, H, W)``.
@@ -45,11 +47,14 @@ def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def place(objects: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Put each object into a box of an empty canvas, by bilinear interpolation; 0 outside of the box.
+    """Put each object into a box of an empty canvas, by bilinear interpolation.
+
+    Around the box there are zeros, to which the object fades over half a pixel of its own on both sides of the border:
+    an object that is enlarged shines through a little beyond its box.
 
     Args:
         objects: ``(*, K, L)``.
-        boxes: ``(*, 3)``, side, row and column; dimensions on the left are broadcast.
+        boxes: ``(*, 3)``, side, which is positive, row and column; dimensions on the left are broadcast.
         shape: height H and width W of the canvas.
 
     Returns:

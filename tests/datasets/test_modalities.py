@@ -111,6 +111,7 @@ def test_measurements_are_of_bytes_and_grey_values_alike_and_mirror_the_slant():
         (lambda: datasets.hide_modalities(torch.rand(3, 2), torch.ones(3, 1).long()), "must be two or more floats"),
         (lambda: datasets.hide_modalities(torch.rand(3, 2), torch.rand(3, 2), share=1.5), "`share` must be .*got 1.5"),
         (lambda: datasets.measure_images(torch.rand(3, 60), (8, 8)), r"`x` must be images \(N, 64\)"),
+        (lambda: datasets.measure_images(torch.eye(64)[:3], (8, 8)), "light in two rows or more, got one .* in row 0"),
         (lambda: datasets.measure_images(torch.zeros(3, 64), (8, 8)), "`x` must be .*not all 0, got one in row 0"),
     ],
 )

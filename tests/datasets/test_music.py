@@ -34,6 +34,7 @@ def test_keys_of_a_file_are_those_of_its_numbers(tmp_path):
     ("[[[60]], [60]]", None, r"`path` must have steps.*got 60 in step 0 of piece 1"),
     ("[[[60.5]]]", None, r"got \[60.5\]"), ("[[[true]]]", None, r"got \[True\]"), ('[[["C4"]]]', None, r"got \['C4'\]"),
     ("[]", None, "`path` must have a list of pieces"), ("[[]]", None, "`path` must have a list of pieces"),
+    ("{}", None, "`path` must have pieces, got an empty dictionary"),
     ("3", None, "`path` must have a list of pieces"), ("{", None, "`path` must be a JSON file"),
 ])  # fmt: skip
 def test_files_of_another_form_are_refused(tmp_path, text, split, says):

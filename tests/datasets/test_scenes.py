@@ -62,6 +62,15 @@ def test_bytes_are_grey_values():
     assert torch.allclose(found, expected, atol=0.01)
 
 
+def test_scenes_have_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        scenes = make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scenes.x.dtype == scenes.boxes.dtype == torch.float64
+
+
 def test_digits_that_find_no_place_are_refused():
     full = datasets.Dataset(torch.ones(1, 64), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match="`size` must leave room for 2 digits of 8 to 8 pixels, got 10"):

@@ -121,3 +121,18 @@ def test_the_result_shows_its_numbers():
 def test_what_cannot_be_measured_is_refused(codes, factors, message):
     with pytest.raises((TypeError, ValueError), match=message):
         pv.disentanglement(codes, factors)
+
+
+def test_a_single_bin_is_refused():
+    with pytest.raises(ValueError, match="`bins` must be 2 or more, got 1"):
+        pv.disentanglement(TRUE, FACTORS, bins=1)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_value_that_most_rows_have_is_a_bin_of_its_own(sign):
+    some = torch.arange(3000) % 50 == 0  # 2 % of the rows, fewer than those of a bin
+    code = torch.where(some, sign * (1 + torch.arange(3000) / 3000), 0.0)
+    other = (torch.arange(3000) // 50 % 3).double()
+    found = pv.disentanglement(torch.stack([code.double(), other], 1), {"rare": code, "other": other})
+    assert found.information[0, 0].item() == pytest.approx(-0.02 * math.log(0.02) - 0.98 * math.log(0.98), rel=1e-6)
+    assert found.gaps[0] > 0.98

@@ -43,6 +43,18 @@ def test_mean_and_variance_are_those_of_the_masses(num_levels):
     torch.testing.assert_close(q.variance, ((levels - mean) ** 2 * mass).sum(0))
 
 
+@pytest.mark.parametrize("scale", [0.05, 0.1, 0.3])
+def test_the_variance_in_float32_has_its_digits_where_nearly_all_mass_is_on_one_high_level(scale):
+    loc = torch.arange(256.0)[:, None]
+    q = DiscretizedLogisticMixture(torch.zeros(256, 1), loc, torch.full((256, 1), scale))
+    tail = torch.tensor(-0.5 / scale, dtype=torch.float64).sigmoid().item()  # of one level beyond the next edge
+    variance = sum((2 * j - 1) * torch.tensor((0.5 - j) / scale).sigmoid().item() for j in range(1, 60)) * 2
+    assert variance == pytest.approx(2 * tail, rel=0.2)
+    torch.testing.assert_close(q.variance[100:150], torch.full((50,), variance), rtol=1e-4, atol=0)
+    assert (q.variance > 0).all()
+    assert q.variance.dtype == q.mean.dtype == torch.float32
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0, 1e4, 1e8])
 @pytest.mark.parametrize("loc", [-1e6, 0.0, 127.5, 254.9, 1e6])
 def test_masses_in_float32_sum_to_one_at_any_parameters_and_have_finite_gradients(loc, scale):

@@ -205,6 +205,25 @@ def test_the_total_correlation_of_all_data_is_that_of_the_mixture(weight, count)
     assert loss == pytest.approx(-expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("factor", [1 / 40, 1 / 12, 3.0])
+def test_a_weight_of_the_whole_model_scales_the_total_correlation_as_the_rest(factor):
+    vae, rows = normal_vae(), torch.arange(4)
+
+    def model(x):
+        with pyro.plate("data", 12, subsample=rows):
+            pyro.sample("x", vae.decode(pyro.sample("z", vae.prior().expand([4]))), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 12, subsample=rows):
+            pyro.sample("z", vae.encode(x))
+
+    losses = []
+    for scale in (1.0, factor):
+        pyro.set_rng_seed(0)
+        losses.append(TotalCorrelation(5.0).loss(*(poutine.scale(run, scale=scale) for run in (model, guide)), X))
+    assert losses[1] == pytest.approx(factor * losses[0], rel=1e-9)
+
+
 def test_the_density_of_a_mini_batch_has_the_expectation_of_that_of_all_data():
     pyro.set_rng_seed(0)
     means = torch.randn(5, 1, dtype=torch.float64)

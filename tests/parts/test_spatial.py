@@ -65,6 +65,12 @@ def test_what_is_placed_on_whole_pixels_is_copied_and_cut_out_again():
     assert torch.allclose(pv.spatial.crop(canvas, box, 4), objects, atol=1e-6)
 
 
+def test_around_a_box_an_object_fades_over_half_of_its_own_pixels():
+    placed = pv.spatial.place(torch.ones(2, 2), torch.tensor([8.0, 8.0, 8.0]), (16, 16))[8]
+    beyond = torch.tensor([0.0, 0.0, 0.125, 0.375])  # two pixels beyond the box, which is from 4 to 12
+    assert torch.equal(placed, torch.cat([beyond, 1 - beyond.flip(0), 1 - beyond, beyond.flip(0)]))
+
+
 def test_dimensions_on_the_left_are_broadcast():
     objects, boxes = torch.rand(2, 1, 4, 4), torch.rand(5, 3) * 5 + 2
     canvas = pv.spatial.place(objects, boxes, SHAPE)
