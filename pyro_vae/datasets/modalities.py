@@ -64,20 +64,19 @@ def measure_images(x: Tensor, shape: Any) -> Tensor:
 
     * **ink**: the logarithm of the sum of grey values.
     * **slant**: :math:`-\mathrm{cov}(c, r) / \mathrm{var}(r)`, with rows r and columns c weighted by grey values: how
-      many columns strokes move to the right for each row upwards.
+      many columns strokes move to the right for each row upwards; 0 if only one row is not dark.
     * **width**: the standard deviation of the columns, in widths of the image.
     * **holes**: the number of dark regions, below 0.5, that strokes enclose: 1 in a zero, 2 in an eight.
 
     Args:
-        x: bytes, or grey values in [0, 1], ``(N, D)`` or ``(N, height, width)``, none of them all 0, or
-            with light in one row only, where the slant is not defined.
+        x: bytes, or grey values in [0, 1], ``(N, D)`` or ``(N, height, width)``, none of them all 0.
         shape: height and width.
 
     Returns:
         ``(N, 4)``, in the default dtype.
 
     Raises:
-        TypeError, ValueError: for other images.
+        TypeError, ValueError: for other images, or one that is all 0.
 
     >>> ring = torch.ones(1, 5, 5)
     >>> ring[:, 1:4, 1:4] = 0.0
@@ -100,10 +99,8 @@ def measure_images(x: Tensor, shape: Any) -> Tensor:
     row, column = (torch.arange(size, dtype=torch.float64, device=images.device) for size in (height, width))
     dr, dc = row - (of_rows @ row)[:, None], column - (of_columns @ column)[:, None]
     covariance = torch.einsum("nij,ni,nj->n", images, dr, dc) / mass
-    variance = (of_rows * dr**2).sum(1)
-    if (flat := ((of_rows > 0).sum(1) == 1).nonzero()).numel():
-        raise ValueError(f"`x` must be {must} with light in two rows or more, got one without in row {int(flat[0])}")
-    slant = -covariance / variance
+    flat = (of_rows > 0).sum(1) == 1  # then both are zeros, or what rounding leaves of them
+    slant = (-covariance / (of_rows * dr**2).sum(1)).masked_fill(flat, 0.0)
     spread = (of_columns * dc**2).sum(1).sqrt() / width
     dark = torch.nn.functional.pad(images < 0.5, (1, 1, 1, 1), value=True).cpu().numpy()
     holes = torch.tensor([ndimage.label(one)[1] - 1 for one in dark], dtype=torch.float64, device=images.device)
