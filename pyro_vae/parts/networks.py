@@ -245,7 +245,7 @@ class _OnImages(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.network(inputs.reshape(-1, *self.in_shape))
-        return outputs.reshape(*inputs.shape[:-1], outputs[0].numel())
+        return outputs.reshape(*inputs.shape[:-1], outputs.flatten(1).shape[1])
 
 
 def reshaped(network: NetworkFactory, shape: Sequence[int] | None = None) -> NetworkFactory:

@@ -58,6 +58,7 @@ def test_rows_are_mapped_alone_under_any_leading_dimensions_and_every_weight_mat
     assert alone.shape == (6, out)
     for batch in [(6,), (2, 3), (6, 1), (1, 2, 3)]:
         torch.testing.assert_close(network(rows.reshape(*batch, size)), alone.reshape(*batch, out))
+    assert network(rows[:0]).shape == (0, out)
     inputs = torch.randn(50, size, dtype=torch.float64, requires_grad=True)
     outputs = network(inputs)
     assert (outputs.detach().std(0) > 0).all()
