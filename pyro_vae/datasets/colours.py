@@ -17,13 +17,13 @@ __all__ = ["FINE", "Shapes", "coverage", "photograph_patches", "shapes"]
 _SIZE = 32
 FINE = 4  # points along each side of a pixel, of which the share inside the shape is the pixel's coverage
 _FACTORS = {
-    "shape": torch.arange(3.0),
-    "hue": torch.arange(8) / 10,  # from red to violet: without the way back, the order is a line and not a circle
-    "size": torch.linspace(0.22, 0.42, 5),
-    "x": torch.linspace(-0.4, 0.4, 9),
-    "y": torch.linspace(-0.4, 0.4, 9),
-    "angle": torch.linspace(-36, 36, 5),
-    "background": torch.linspace(0, 0.6, 4),
+    "shape": torch.arange(3.0, device="cpu"),
+    "hue": torch.arange(8, device="cpu") / 10,  # from red to violet: a line, and not a circle, whose ends meet
+    "size": torch.linspace(0.22, 0.42, 5, device="cpu"),
+    "x": torch.linspace(-0.4, 0.4, 9, device="cpu"),
+    "y": torch.linspace(-0.4, 0.4, 9, device="cpu"),
+    "angle": torch.linspace(-36, 36, 5, device="cpu"),
+    "background": torch.linspace(0, 0.6, 4, device="cpu"),
 }
 _BLOCK = 4  # images that are drawn at once, whose points fit into the cache of a processor
 
@@ -70,7 +70,7 @@ def shapes(num_images: int, *, noise: float = 0.0, seed: int = 0) -> Shapes:
     noise = number(noise, "noise", least=0)
     generator = torch.Generator("cpu").manual_seed(seed_number(seed))
     factors = {
-        name: values.cpu()[torch.randint(len(values), (num_images,), generator=generator, device="cpu")]
+        name: values[torch.randint(len(values), (num_images,), generator=generator, device="cpu")]
         for name, values in _FACTORS.items()
     }
     rows = torch.stack(list(factors.values()), 1).split(_BLOCK)

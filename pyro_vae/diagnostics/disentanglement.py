@@ -108,12 +108,12 @@ def disentanglement(codes: Tensor, factors: Mapping[str, Tensor], *, bins: int =
     names, values = _checked_factors(factors, len(codes), positive_int(bins, "bins"))
     seed_number(seed)
     states = [_binned(code.contiguous(), bins) for code in codes.T]
-    information = torch.tensor([[_information(state, factor) for factor in values] for state in states])
-    entropy = torch.tensor([_information(factor, factor) for factor in values])
+    information = torch.tensor([[_information(state, factor) for factor in values] for state in states], device="cpu")
+    entropy = torch.tensor([_information(factor, factor) for factor in values], device="cpu")
     best = information.sort(0, descending=True).values
     gaps = (best[0] - best[1]) / entropy
     importance, accuracy = _forests(codes, values, seed)
-    chance = torch.tensor([np.bincount(factor).max() / len(factor) for factor in values])
+    chance = torch.tensor([np.bincount(factor).max() / len(factor) for factor in values], device="cpu")
     by_code = importance.sum(1)
     focus = 1 - _relative_entropy(importance[by_code > 0], 1)
     return Disentanglement(
@@ -193,9 +193,9 @@ def _forests(codes: Tensor, values: list[np.ndarray], seed: int) -> tuple[Tensor
         # All codes compete for each split: with a random choice of them, useless codes would seem to matter.
         forest = RandomForestClassifier(_TREES, max_features=None, min_samples_leaf=3, random_state=seed)
         forest.fit(x[train], factor[train])
-        importance.append(torch.as_tensor(forest.feature_importances_))
+        importance.append(torch.from_numpy(forest.feature_importances_))
         accuracy.append(float(forest.score(x[test], factor[test])))
-    return torch.stack(importance, 1), torch.tensor(accuracy)
+    return torch.stack(importance, 1), torch.tensor(accuracy, device="cpu")
 
 
 def _relative_entropy(weights: Tensor, dim: int) -> Tensor:

@@ -87,23 +87,26 @@ class DiscretizedLogisticMixture(Parametric):
 
     @property
     def mean(self) -> Tensor:
-        return self._sum_of_tails(torch.ones(self.num_levels - 1)).to(self.loc.dtype)
+        return self._sum_of_tails(self.loc.new_ones(self.num_levels - 1, dtype=torch.float64)).to(self.loc.dtype)
 
     @property
     def variance(self) -> Tensor:
-        odd = 2 * torch.arange(1, self.num_levels) - 1.0  # the sum of the first j odd numbers is j squared
-        squared = self._sum_of_tails(torch.ones(self.num_levels - 1)).square()
+        odd = 2 * self._levels_above_0() - 1  # the sum of the first j odd numbers is j squared
+        squared = self._sum_of_tails(self.loc.new_ones(self.num_levels - 1, dtype=torch.float64)).square()
         return (self._sum_of_tails(odd) - squared).to(self.loc.dtype)
+
+    def _levels_above_0(self) -> Tensor:
+        return torch.arange(1, self.num_levels, dtype=torch.float64, device=self.loc.device)
 
     def _sum_of_tails(self, weights: Tensor) -> Tensor:
         """The sum over the levels j above 0 of a weight times P(x >= j), in float64.
 
         The mean square and the squared mean are up to 65,025: their difference, near 0.01, has no digits in float32.
         """
-        loc, scale, weights = self.loc.double(), self.scale.double(), weights.to(self.loc.device, torch.float64)
-        total, levels = torch.zeros_like(loc), torch.arange(1, self.num_levels)
+        loc, scale = self.loc.double(), self.scale.double()
+        total, levels = torch.zeros_like(loc), self._levels_above_0()
         for several, weight in zip(levels.split(_LEVELS_AT_ONCE), weights.split(_LEVELS_AT_ONCE), strict=True):
-            ends = several.to(loc) - 0.5
+            ends = several - 0.5
             tails = ((loc[..., None] - ends) / scale[..., None]).sigmoid()
             total = total + (tails * weight).sum(-1)
         return (total * self.logits.double().softmax(-1)).sum(-1)
