@@ -182,7 +182,7 @@ def numbers() -> str:
             mean, error = advantage(found)
             better = f"{mean:.3g} ± {error:.2g}"
             baseline = f"{with_error(found['baseline'])}, {found['baseline_name']}"
-            quantity = f"{found['quantity']}, {found['unit']}"
+            quantity = ", ".join(filter(None, (found["quantity"], found["unit"])))
             rows.append([link, quantity, with_error(found["value"]), baseline, better, minutes])
             link = minutes = ""
     return _table(header, rows)

@@ -210,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     headline = common.headline(
         "right counts of 0 to 2 digits", "%", rows[OURS]["accuracy"], higher_is_better=True,
         baseline=rows[INK]["accuracy"], baseline_name="logistic regression on ink, with labels", published=PUBLISHED,
-        differences="there 50 × 50 pixels, digits without overlap, the score function, and failed runs left out",
+        differences="there failed runs are left out; here a rule for connected pixels, chosen on the test, has 97 %",
     )  # fmt: skip
     found = {"methods": rows, "history": fitted.history, "seconds": fitted.seconds}
     common.save(args, found, figures, {"attend_infer_repeat": tree}, text, [headline])
