@@ -13,6 +13,12 @@ D, N = 3, 6  # features of a datum, and data
 NET = networks.mlp([4])
 CLASSES = (1, 3)
 
+
+def experts():
+    """The experts of two modalities: two features, and one."""
+    return [guides.DiagonalNormal(features, 2, NET) for features in (2, 1)]
+
+
 # By name in __all__: the kind of latent, and how to build it from the guide, which a VampPrior needs.
 PRIORS = {
     "StandardNormal": ("real", lambda q: priors.StandardNormal(2)),
@@ -36,6 +42,8 @@ GUIDES = {
     "FullRankNormal": ("real", lambda: guides.FullRankNormal(D, 2, NET)),
     "LowRankNormal": ("real", lambda: guides.LowRankNormal(D, 2, NET)),
     "MixtureOfNormals": ("real", lambda: guides.MixtureOfNormals(D, 2, NET)),
+    "ProductOfExperts": ("real", lambda: guides.ProductOfExperts(experts())),
+    "MixtureOfExperts": ("real", lambda: guides.MixtureOfExperts(experts())),
     "InverseAutoregressiveFlow": ("real", lambda: guides.InverseAutoregressiveFlow(D, 2, NET, 1, [4], context=2)),
     "SplineFlow": ("real", lambda: guides.SplineFlow(D, 2, NET, transforms=1, hidden=[4], context=2)),
     "PerDatum": ("real", lambda: guides.PerDatum(families.Normal(2), N)),
@@ -96,8 +104,8 @@ def takes(objective, prior, guide):
     kinds = {PRIORS[prior][0], GUIDES[guide][0]}
     if objective == "FreeBits" and "real" in kinds:
         products = {"StandardNormal", "Normal", "Laplace", "StudentT", "RelaxedBernoulli"}
-        return prior in products and guide in {"DiagonalNormal", "PerDatum", "RelaxedBernoulli"}
-    products = {"DiagonalNormal", "LogNormal", "LogitNormal", "PerDatum", "RelaxedBernoulli"}
+        return prior in products and guide in {"DiagonalNormal", "PerDatum", "ProductOfExperts", "RelaxedBernoulli"}
+    products = {"DiagonalNormal", "LogNormal", "LogitNormal", "PerDatum", "ProductOfExperts", "RelaxedBernoulli"}
     if objective == "TotalCorrelation" and guide not in products:
         return False
     return kinds <= OBJECTIVES[objective][0]

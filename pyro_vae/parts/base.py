@@ -144,7 +144,7 @@ class Conditional(Part):
             raise ValueError(f"the context of {who} must be ({spelled}), got shape {tuple(context.shape)}")
         try:
             raw = self.network(context.flatten(batch_dims))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:  # of torch, or of a part inside of the network
             if (mismatch := self._mismatch(context)) is None:
                 raise
             raise mismatch from error

@@ -98,6 +98,18 @@ def test_every_part_comes_back_with_the_same_density(build, path):
     assert torch.equal(part.read(value), case.part.read(value))
 
 
+class AttentionOfSlots(nn.Module):
+    """Two slots that read each feature as an input, one of whose values are the raw outputs."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.slots = networks.SlotAttention(2, outputs, iterations=np.int64(2))
+
+    def forward(self, inputs):
+        slots, _ = self.slots(inputs[..., None].expand(*inputs.shape, self.slots.start.shape[1]))
+        return slots[..., 0, :]
+
+
 NETWORKS = {
     "linear": networks.linear(),
     "linear without bias": networks.linear(bias=False),
@@ -112,6 +124,8 @@ NETWORKS = {
     "deconvolutional": networks.deconvolutional(
         (1, np.int64(2), 2), channels=tuple(np.array([3, 2])), activation=nn.ELU
     ),
+    "spatial_broadcast": networks.spatial_broadcast((1, np.int64(2), 2), hidden=[np.int64(3)], activation=nn.Tanh),
+    "SlotAttention": lambda features, outputs: AttentionOfSlots(outputs),
 }
 
 
@@ -119,7 +133,7 @@ NETWORKS = {
 def test_every_network_comes_back(network, path):
     part, x = guides.DiagonalNormal(4, 4, network), torch.rand(5, 4)
     model_file.save(path, part)
-    again = model_file.load(path, base.Part, None, ())
+    again = model_file.load(path, base.Part, None, (AttentionOfSlots,))
     assert_same_state(part, again)
     assert torch.equal(again(x).mean, part(x).mean)
 
