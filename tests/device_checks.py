@@ -43,6 +43,7 @@ from pyro_vae import (
     plots,
     priors,
     schedules,
+    spatial,
     tabular,
 )
 from pyro_vae._utils.rng import torch_random_states
@@ -308,9 +309,11 @@ def part_checks(x, vae, discrete):
         logits = x.new_tensor([[0.3, -0.2, 1.0]])
         counts = tabular.NegativeBinomial(logits, logits.exp())
         classes = tabular.Categorical(logits=logits)
+        levels = distributions.DiscretizedLogisticMixture(logits, logits, logits.exp(), num_levels=20)
+        assert levels.enumerate_support().device == x.device
         some = [
             counts, tabular.ZeroInflated(tabular.Poisson(logits), logits), tabular.StudentT(logits.exp() + 2, logits),
-            missing.with_missing(pyro.distributions.Normal(logits, 1.0)),
+            levels, missing.with_missing(pyro.distributions.Normal(logits, 1.0)),
         ]  # fmt: skip
         for one in some:
             assert one.mean.device == one.variance.device == one.log_prob(one.sample()).device == x.device
@@ -392,6 +395,8 @@ def part_checks(x, vae, discrete):
             (networks.with_missing(networks.linear())(4, 2), holes),
             (networks.convolutional((1, 8, 8))(64, 2), images),
             (networks.deconvolutional((1, 8, 8))(4, 64), x),
+            (networks.spatial_broadcast((1, 8, 8))(4, 64), x),
+            (networks.reshaped(lambda _, out: nn.Sequential(nn.Flatten(), nn.Linear(4, out)), (1, 2, 2))(4, 2), x),
         ]
         for network, rows in cases:
             assert network.to(x.device)(rows).isfinite().all()
@@ -401,6 +406,19 @@ def part_checks(x, vae, discrete):
         slots, attention = networks.SlotAttention(2, 4).to(x.device)(x)
         assert slots.device == attention.device == x.device
         assert likelihoods.Normal.mse(2, 4, NET, kl_weight=1.0).to(x.device)(x[:, :2]).sample().device == x.device
+
+    def experts():
+        holes = x.clone()
+        holes[:4, :2] = torch.nan  # rows without the first modality
+        holes[0] = torch.nan  # a row without any
+        for guide in (guides.MixtureOfExperts, guides.ProductOfExperts):
+            q = guide([guides.DiagonalNormal(2, 3, NET), guides.DiagonalNormal(2, 3, NET)]).to(x.device)(holes)
+            assert q.log_prob(q.rsample()).isfinite().all()
+
+    def boxes():
+        images, box = x.unflatten(1, (2, 2)), x.new_tensor([2.0, 1.0, 1.0])
+        part = spatial.crop(images, box, 3)
+        assert part.device == spatial.place(part, box, (4, 5)).device == x.device
 
     def all_handlers():
         beta = handlers.WeightKL(x.new_tensor(0.5))
@@ -426,6 +444,8 @@ def part_checks(x, vae, discrete):
         "relaxed distributions": relaxed,
         "posteriors of each datum": free_posteriors,
         "networks": all_networks,
+        "experts of modalities": experts,
+        "boxes of images": boxes,
         "handlers": all_handlers,
         "imputation": imputed,
     }
@@ -477,6 +497,67 @@ def answer_checks(x, vae, discrete):
         grey = x.sigmoid()
         for change in (pv.datasets.binarize, pv.datasets.grey, pv.datasets.resample):
             assert change(grey).device == x.device
+        assert pv.datasets.measure_images(grey, (2, 2)).device == x.device
+        assert {one.device for one in pv.datasets.hide_modalities(x[:, :2], x[:, 2:])} == {x.device}
+
+    def more_data_sets():
+        text, pairs = pv.datasets.sentences(3), pv.datasets.sentence_pairs(3)
+        assert len(text.to_text(text.x)) == 3
+        assert text.num_words > 3
+        cells, shapes = pv.datasets.pbmc("test"), pv.datasets.shapes(2, noise=1.0)
+        patches = pv.datasets.photograph_patches("test", stride=32)
+        scenes = pv.datasets.digit_scenes(pv.datasets.digits("test"), 3, size=20, sides=(8, 10))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "music.json"
+            file.write_text("[[[60, 64, 67]], [[60], []]]")
+            music = pv.datasets.piano_rolls(file)
+        chords = pv.datasets.chord_progressions(2)
+        found = [text.x, text.labels, text.log_prob, pairs.x, pairs.y, cells.x, cells.labels, cells.batches]
+        found += [shapes.x, shapes.labels, *shapes.factors.values(), scenes.x, scenes.labels, scenes.digits]
+        found += [scenes.boxes, patches.x, patches.labels, music.x, music.lengths, chords.x, chords.lengths]
+        assert {one.device for one in found} == {torch.get_default_device()}
+        assert all(map(repr, (text, pairs, cells, shapes, patches, scenes, music, chords)))
+
+    def pendulums():
+        data = pv.datasets.pendulum(2, 4, size=5, gusts=0.1)
+        assert {one.device for one in (*data.to_data(), data.states)} == {torch.get_default_device()}
+        world, start, torque = pv.datasets.Pendulum(), x[:, :2], x[:, 2]
+        state = world.step(start, torque, x[:, 3])
+        frames = world.render(state, 6).flatten(1)
+        options = {"size": 6, "gusts": 0.1, "camera": pv.datasets.resample}
+        film = world.run(lambda frames, _: world.angle(frames[:, -1]), start, 3, **options)
+        found = (state, world.height(state), frames, world.angle(frames), *film.to_data(), film.states)
+        assert {one.device for one in found} == {x.device}
+
+    def anomalies():
+        evidence = pv.log_evidence(vae.model, vae.guide, x, **FEW)
+        scores = pv.typicality(evidence, evidence, group_size=2)
+        assert scores.device == x.device
+        assert pv.auroc(scores, scores + 1).value >= 0.5
+
+    def particles():
+        def model(rows):
+            z = rows.new_zeros(len(rows))
+            with pyro.plate("data", len(rows)):
+                for step in range(4):
+                    z = pyro.sample(f"z{step}", pyro.distributions.Normal(z, 1.0))
+                    pyro.sample(f"x{step}", pyro.distributions.Normal(z, 0.1), obs=rows[:, step])
+
+        def guide(rows):
+            with pyro.plate("data", len(rows)):
+                for step in range(4):
+                    pyro.sample(f"z{step}", pyro.distributions.Normal(rows[:, step], 0.2))
+
+        for proposal in (None, guide):
+            options = {"num_particles": 5, "num_filters": 3, "progress": False}
+            assert pv.particle_log_evidence(model, proposal, x, **options).log_evidence.device == x.device
+
+    def codes():
+        rows = torch.arange(48, device=x.device)
+        found = pv.disentanglement(x.repeat(4, 1), {"parity": rows % 2, "half": rows // 24}, bins=5)
+        assert str(found)
+        tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+        assert {one.device.type for one in tensors} == {"cpu"}
 
     def arviz():
         evidence = pv.log_evidence(vae.model, vae.guide, x, **FEW)
@@ -489,6 +570,11 @@ def answer_checks(x, vae, discrete):
         "hidden states": hidden_states,
         "gradient estimators": estimators,
         "data sets": data_sets,
+        "data sets of text, music, cells and colours": more_data_sets,
+        "pendulums": pendulums,
+        "anomalies": anomalies,
+        "particle filters": particles,
+        "disentanglement": codes,
         "ArviZ": arviz,
     }
 
