@@ -65,7 +65,7 @@ quality: $(QUALITY)  ## seconds to a held-out target, compared with Pyro, NumPyr
 scale: $(DEV)  ## throughput of two ranks compared with one, in results/scaling.json; MNIST=folder of its files
 	$(BIN)/python tests/scaling $(if $(MNIST),--folder $(MNIST))
 
-applications: $(DEV)  ## run each application with three seeds, for a few hours, and write its page; MNIST=folder of its files
+applications: $(DEV)  ## run each application with three seeds, for about an hour, and write its page; MNIST=folder of its files
 	$(BIN)/python docs/applications.py --jobs $(JOBS) $(if $(MNIST),--folder $(MNIST))
 
 programs: $(DEV)  ## the table of docs/programs.md: what the package does with many Pyro programs
