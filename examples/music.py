@@ -184,9 +184,9 @@ def main(args: argparse.Namespace) -> None:
     # 2. Train a deep Markov model with KL annealing, and the logistic regressions.
     markov, regression = DeepMarkov(args.latent, args.hidden, frequencies), FromStepBefore(frequencies)
     beta, options = torch.tensor(0.0), common.training_options(args) | {"clip_norm": 10.0}
-    weight, data, held_out = WeightKL(beta), (train.x, train.lengths), (test.x, test.lengths)
+    weight, held_out = WeightKL(beta), (test.x, test.lengths)
     annealed = {beta: schedules.linear(0.1, 1.0, steps=args.epochs * len(train) // args.batch_size // 4 + 1)}
-    fit: Any = partial(pv.fit, data=data, validation=held_out, **options)
+    fit: Any = partial(pv.fit, data=(train.x, train.lengths), **options)
     slower = schedules.decayed(args.lr, hold=0.6, end=0.1)
     print(fitted := fit(weight(markov.model), weight(markov.guide), schedules=annealed, lr=slower))
     simple = fit(regression.model, lambda x, lengths: None, lr=0.03)
