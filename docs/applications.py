@@ -159,7 +159,9 @@ def standard_error(values: list[float]) -> float:
 
 
 def with_error(values: list[float]) -> str:
-    """Format a mean over seeds and its standard error."""
+    """Format a mean over seeds and its standard error, or the number alone if it is the same for all seeds."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.4g}"
     error = standard_error(values)
     digits = max(0, min(4, 1 - int(f"{max(error, 1e-4 * abs(statistics.fmean(values)), 1e-12):e}".split("e")[1])))
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"

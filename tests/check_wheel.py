@@ -6,7 +6,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-DATA = ("py.typed", "__init__.pyi", "inspection/report.html.jinja", "datasets/penguins.csv", "datasets/pbmc.csv.gz")
+DATA = (
+    "py.typed",
+    "__init__.pyi",
+    "inspection/report.html.jinja",
+    "datasets/penguins.csv",
+    "datasets/pbmc.csv.gz",
+    "datasets/SOURCES.md",
+)
 PROGRAM = """
 import pyro_vae as pv
 assert pv.__file__.startswith({folder!r}), pv.__file__

@@ -91,6 +91,7 @@ def make_inputs(folder):
         wide=pv.VAE(priors.StandardNormal(3), guides.DiagonalNormal(2, 3, NET), decoder(3, 2)),
         discrete=pv.VAE(priors.Bernoulli(2), guides.Bernoulli(2, 2, NET), decoder(2, 2)),
         binary=pv.VAE(prior, encoder, decoder(1, 2, likelihoods.Bernoulli)),
+        slots=networks.SlotAttention(2, 3),
         folder=folder,
         dark=torch.full((4, 8, 8), 200, dtype=torch.uint8),
         history={"elbo": [-2.0], "distortion": [1.0], "rate": [1.0]},
@@ -379,6 +380,15 @@ PARTS = {
         ValueError, "loc", "must be (*batch, K, P) and (*batch, K, C, P), got shapes (3, 4) and (2, 3, 4)"),
     "pixels without a scale": positive(
         lambda w: distributions.SpatialMixture(torch.zeros(2, 4), torch.zeros(2, 3, 4), 0.0), "scale", 0.0),
+    "slots of a list of pixels": Row(
+        lambda w: distributions.SpatialMixture(torch.zeros(2, 4), torch.zeros(2, 3, 4), 1.0).responsibilities([0.0]),
+        TypeError, "value", "must be images (3, 4), or such that broadcast with these, got a list"),
+    "slots of other pixels": Row(lambda w: distributions.SpatialMixture(
+        torch.zeros(2, 4), torch.zeros(2, 3, 4), 1.0).responsibilities(torch.zeros(3, 5)), ValueError, "value",
+        "must be images (3, 4), or such that broadcast with these, got a torch.float32 tensor of shape (3, 5)"),
+    "slots of other images": Row(lambda w: distributions.SpatialMixture(
+        torch.zeros(6, 2, 4), torch.zeros(2, 3, 4), 1.0).responsibilities(torch.zeros(5, 3, 4)), ValueError, "value",
+        "must be images (6, 3, 4), or such that broadcast with these, got a torch.float32 tensor of shape (5, 3, 4)"),
 }  # fmt: skip
 
 NETWORKS = {
@@ -415,6 +425,27 @@ NETWORKS = {
         ValueError, "num_classes", "must be an integer of 2 or more, got 1"),
     "no slots": positive_int(lambda w: networks.SlotAttention(0, 3), "num_slots", 0),
     "slots of no features": positive_int(lambda w: networks.SlotAttention(2, 0), "features", 0),
+    "slots that read a list": Row(lambda w: w.slots([[0.0]]),
+        TypeError, "inputs", "must be a tensor (*, T, 3), got a list"),
+    "first slots of other features": Row(
+        lambda w: w.slots(torch.zeros(5, 4, 3), slots=torch.zeros(5, 2, 4)), ValueError, "slots",
+        "must be (*, K, 3), as many as there are inputs, got a torch.float32 tensor of shape (5, 2, 4)"),
+    "first slots of other inputs": Row(
+        lambda w: w.slots(torch.zeros(5, 4, 3), slots=torch.zeros(4, 2, 3)), ValueError, "slots",
+        "must be (*, K, 3), as many as there are inputs, got a torch.float32 tensor of shape (4, 2, 3)"),
+    "a bias of other places": Row(
+        lambda w: w.slots(torch.zeros(5, 4, 3), bias=torch.zeros(2, 3)), ValueError, "bias",
+        "must be a number or a tensor (5, 2, 4), got a torch.float32 tensor of shape (2, 3)"),
+    "a list as bias": Row(lambda w: w.slots(torch.zeros(5, 4, 3), bias=[0.0]),
+        TypeError, "bias", "must be a number or a tensor (5, 2, 4), got a list"),
+    "boxes of another dtype": Row(lambda w: spatial.crop(torch.zeros(2, 4, 4), torch.ones(2, 3).double(), 2),
+        ValueError, "boxes", "must have the dtype of `images`, torch.float32, got torch.float64"),
+    "objects of another dtype": Row(lambda w: spatial.place(torch.zeros(2, 4, 4).double(), torch.ones(3), (4, 4)),
+        ValueError, "boxes", "must have the dtype of `objects`, torch.float64, got torch.float32"),
+    "a box without a side": Row(lambda w: spatial.place(torch.ones(2, 2), torch.tensor([0.0, 1.0, 1.0]), (4, 4)),
+        ValueError, "boxes", "must have positive sides, got 0.0"),
+    "a mirrored box": Row(lambda w: spatial.crop(torch.ones(4, 4), torch.tensor([-2.0, 1.0, 1.0]), 2),
+        ValueError, "boxes", "must have positive sides, got -2.0"),
     "slots that do not move": positive_int(lambda w: networks.SlotAttention(2, 3, 0), "iterations", 0),
     "a baseline of no features": positive_int(lambda w: baselines.NeuralBaseline(0, NET), "in_features", 0),
     "a baseline that forgets nothing": Row(lambda w: baselines.RunningAverage(decay=1.0),

@@ -15,9 +15,9 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 __all__ = [
-    "as_shape", "boolean", "class_labels", "describe", "file_path", "first_index", "function", "image_size",
-    "is_integer", "mapping", "nonempty_string", "number", "numbers", "optional_boolean", "positive", "positive_int",
-    "real_tensor", "seed_number", "taking_data", "whole_numbers", "with_article", "writable",
+    "as_shape", "boolean", "broadcasts", "class_labels", "describe", "file_path", "first_index", "function",
+    "image_size", "is_integer", "mapping", "nonempty_string", "number", "numbers", "optional_boolean", "positive",
+    "positive_int", "real_tensor", "seed_number", "taking_data", "whole_numbers", "with_article", "writable",
 ]  # fmt: skip
 
 _LARGEST = 2**63 - 1  # the largest size of a tensor
@@ -210,6 +210,19 @@ def real_tensor(value: Any, name: str, expected: str) -> Tensor:
             f"{_in_words(name)} must be {expected}, dense: `x.to_dense()`, got {describe(value)}, {value.layout}"
         )
     return value
+
+
+def broadcasts(*shapes: Sequence[int]) -> bool:
+    """Whether tensors of these shapes broadcast.
+
+    >>> broadcasts((3, 1), (2,)), broadcasts((3,), (2,))
+    (True, False)
+    """
+    try:
+        torch.broadcast_shapes(*map(tuple, shapes))
+    except RuntimeError:
+        return False
+    return True
 
 
 def first_index(test: Callable[[Tensor], Tensor], tensor: Tensor) -> list[int] | None:

@@ -41,10 +41,11 @@ def pbmc(split: str = "all") -> CellCounts:
     Args:
         split: ``"train"`` (525 cells), ``"test"`` (the other 175) or ``"all"``. The split is always the same.
 
-    Source: Zheng et al. 2017, "Massively parallel digital transcriptional profiling of single cells", the 68k PBMCs of
-    donor A by 10x Genomics (CC BY 4.0), as ``scanpy.datasets.pbmc68k_reduced`` has them (Wolf et al. 2018, BSD-3):
-    the counts are found from its logarithms, :math:`x = \mathrm{round}((e^y - 1)\,n / 10^4)`, with n the count of all
-    genes in the cell.
+    Source: "Fresh 68k PBMCs (Donor A)", Single Cell Gene Expression Dataset by Cell Ranger 1.1.0, 10x Genomics, licence
+    `CC BY 4.0 <https://creativecommons.org/licenses/by/4.0/>`__; Zheng et al. 2017, "Massively parallel digital
+    transcriptional profiling of single cells". Changed: 700 of the cells, as ``scanpy.datasets.pbmc68k_reduced`` has
+    them (Wolf et al. 2018, BSD-3), and 500 of its genes. The counts are found from its logarithms,
+    :math:`x = \mathrm{round}((e^y - 1)\,n / 10^4)`, with n the count of all genes in the cell.
 
     >>> cells = pbmc("train")
     >>> cells.x.shape, cells.genes[:3], cells.cell_types[1], cells.x[0, :8].int().tolist()

@@ -7,7 +7,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_vae._utils.validation import positive, real_tensor
+from pyro_vae._utils.validation import broadcasts, describe, positive, real_tensor
 from pyro_vae.distributions.base import Parametric
 
 __all__ = ["SpatialMixture"]
@@ -61,6 +61,10 @@ class SpatialMixture(Parametric):
 
     def responsibilities(self, value: Tensor) -> Tensor:
         r"""The posterior probability of each slot at each pixel of images ``(*, C, P)``, given as ``(*, K, P)``."""
+        expected = f"images {(*self.batch_shape, *self.event_shape)}, or such that broadcast with these"
+        real_tensor(value, "value", expected)
+        if value.shape[-2:] != self.event_shape or not broadcasts(value.shape[:-2], self.batch_shape):
+            raise ValueError(f"`value` must be {expected}, got {describe(value)}")
         return self._log_joint(value).softmax(-2)
 
     def _log_joint(self, value: Tensor) -> Tensor:

@@ -14,12 +14,22 @@ on the left, which Pyro's enumeration and ``vae.decode`` of several draws add.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import ceil, prod
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae._utils.validation import boolean, describe, is_integer, numbers, positive_int, with_article
+from pyro_vae._utils.validation import (
+    boolean,
+    broadcasts,
+    describe,
+    is_integer,
+    numbers,
+    positive_int,
+    real_tensor,
+    with_article,
+)
 
 __all__ = ["NetworkFactory", "SlotAttention", "build", "convolutional", "deconvolutional", "linear"]
 __all__ += ["mlp", "one_hot", "reshaped", "spatial_broadcast", "standardized", "starting_at", "with_missing"]
@@ -451,10 +461,20 @@ class SlotAttention(nn.Module):
             slots: the first slots, ``(*, K, D)``, in place of the learned ones.
             bias: added to the scores, ``(*, K, T)``, such as a penalty of the distance between a slot and a place.
         """
-        if inputs.dim() < 2 or inputs.shape[-1] != self.start.shape[1]:
-            raise ValueError(f"`inputs` must be (*, T, {self.start.shape[1]}), got {describe(inputs)}")
-        keys, values = self.to_keys_and_values(self.norm_inputs(inputs)).chunk(2, -1)
+        features = self.start.shape[1]
+        real_tensor(inputs, "inputs", f"a tensor (*, T, {features})")
+        if inputs.dim() < 2 or inputs.shape[-1] != features:
+            raise ValueError(f"`inputs` must be (*, T, {features}), got {describe(inputs)}")
         slots = self.start.expand(*inputs.shape[:-2], -1, -1) if slots is None else slots
+        real_tensor(slots, "slots", f"a tensor (*, K, {features})")
+        if slots.dim() < 2 or slots.shape[-1] != features or not broadcasts(slots.shape[:-2], inputs.shape[:-2]):
+            raise ValueError(f"`slots` must be (*, K, {features}), as many as there are inputs, got {describe(slots)}")
+        scores_shape = (*inputs.shape[:-2], slots.shape[-2], inputs.shape[-2])
+        if not isinstance(bias, Real):
+            bias = real_tensor(bias, "bias", expected := f"a number or a tensor {scores_shape}")
+            if not broadcasts(bias.shape, scores_shape):
+                raise ValueError(f"`bias` must be {expected}, got {describe(bias)}")
+        keys, values = self.to_keys_and_values(self.norm_inputs(inputs)).chunk(2, -1)
         for _ in range(self.iterations):
             scores = self.to_queries(self.norm_slots(slots)) @ keys.mT / keys.shape[-1] ** 0.5
             attention = (scores + bias).softmax(-2)

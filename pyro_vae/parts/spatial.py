@@ -3,6 +3,8 @@ r"""Square boxes of images: cut them out, and put objects into them, differentia
 A box has a side s and a centre in row r and column c, in pixels from the upper left corner of the image: its rows are
 those from r - s/2 to r + s/2. Pixel i of an image is the square from i to i + 1, so that its centre is i + 1/2.
 
+With Pyro's validation, which is on by default, a side that is not positive is refused.
+
 Both functions are spatial transformers (Jaderberg et al. 2015) without rotation, whose bilinear interpolation is a
 product of two matrices, :math:`A_r\, X\, A_c^\top`, one for rows and one for columns.
 """
@@ -10,9 +12,11 @@ product of two matrices, :math:`A_r\, X\, A_c^\top`, one for rows and one for co
 from collections.abc import Sequence
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_vae._utils.validation import describe, is_integer, positive_int, real_tensor
+from pyro_vae._utils.validation import broadcasts, describe, is_integer, positive_int, real_tensor
+from pyro_vae.compilation.torch_private import is_batched
 
 __all__ = ["crop", "place"]
 
@@ -24,7 +28,8 @@ def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
     Args:
         images: ``(*, H, W)``.
-        boxes: ``(*, 3)``, side, row and column; dimensions on the left are broadcast.
+        boxes: ``(*, 3)``, side, which is positive, row and column, of the same dtype; dimensions on the left are
+            broadcast.
         size: height and width K of the results.
 
     Returns:
@@ -54,7 +59,8 @@ def place(objects: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
 
     Args:
         objects: ``(*, K, L)``.
-        boxes: ``(*, 3)``, side, which is positive, row and column; dimensions on the left are broadcast.
+        boxes: ``(*, 3)``, side, which is positive, row and column, of the same dtype; dimensions on the left are
+            broadcast.
         shape: height H and width W of the canvas.
 
     Returns:
@@ -95,8 +101,10 @@ def _check(images: Tensor, name: str, boxes: Tensor) -> None:
         raise ValueError(f"`{name}` must be floats (*, height, width), got {describe(images)}")
     if not boxes.is_floating_point() or boxes.shape[-1:] != (3,):
         raise ValueError(f"`boxes` must be floats (*, 3): side, row and column, got {describe(boxes)}")
-    try:
-        torch.broadcast_shapes(images.shape[:-2], boxes.shape[:-1])
-    except RuntimeError:
+    if boxes.dtype != images.dtype:
+        raise ValueError(f"`boxes` must have the dtype of `{name}`, {images.dtype}, got {boxes.dtype}")
+    if is_validation_enabled() and boxes.numel() and not is_batched(boxes) and (side := boxes[..., 0].min()) <= 0:
+        raise ValueError(f"`boxes` must have positive sides, got {float(side)}")
+    if not broadcasts(images.shape[:-2], boxes.shape[:-1]):
         got = f"{tuple(boxes.shape)} for {name} of shape {tuple(images.shape)}"
-        raise ValueError(f"`boxes` must have dimensions on the left that broadcast with `{name}`, got {got}") from None
+        raise ValueError(f"`boxes` must have dimensions on the left that broadcast with `{name}`, got {got}")

@@ -42,7 +42,7 @@ def image_grid(
     Args:
         images: ``(N, height, width)`` or ``(N, 1, height, width)`` in grey, ``(N, 3, height, width)`` in colour, with
             values in [0, 1].
-        columns: images per row.
+        columns: images per row, at most.
         row_names: a name for each row, on its left.
         column_names: a name for each column, below the last row.
 
@@ -74,6 +74,7 @@ def image_grid(
     pixels = images.detach().cpu().float().clamp(0, 1)
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels
     count, channels, height, width = pixels.shape
+    columns = min(columns, count)
     rows = -(-count // columns)
     row_names = _checked_names(row_names, "row_names", rows, "rows")
     column_names = _checked_names(column_names, "column_names", columns, "columns")

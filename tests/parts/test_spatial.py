@@ -1,5 +1,6 @@
 """Boxes are cut out and filled as torch's spatial transformer does, and the two functions undo each other."""
 
+import pyro
 import pytest
 import torch
 from torch.nn import functional
@@ -83,3 +84,12 @@ def test_under_vmap_and_with_a_side_of_a_batch():
     images, boxes = torch.rand(4, *SHAPE, dtype=torch.float64), BOXES
     one_by_one = torch.vmap(lambda image, box: pv.spatial.crop(image, box, 5))(images, boxes)
     assert torch.allclose(one_by_one, pv.spatial.crop(images, boxes, 5))
+
+
+def test_a_box_without_a_side_is_refused_where_values_are_validated():
+    boxes = torch.tensor([[2.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    with pytest.raises(ValueError, match="`boxes` must have positive sides, got 0"):
+        pv.spatial.place(torch.ones(2, 2, 2), boxes, (3, 3))
+    with pyro.validation_enabled(False):  # as in a captured step, which cannot read a value
+        assert pv.spatial.place(torch.ones(2, 2, 2), boxes, (3, 3)).shape == (2, 3, 3)
+    assert pv.spatial.place(torch.ones(0, 2, 2), torch.ones(0, 3), (3, 3)).shape == (0, 3, 3)

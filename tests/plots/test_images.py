@@ -52,6 +52,13 @@ def test_names_are_one_for_each_row_or_column(names, message):
         plots.image_grid(torch.rand(5, 3, 4), columns=3, **names)
 
 
+def test_fewer_images_than_columns_need_no_more_names():
+    ax = plots.image_grid(torch.rand(3, 3, 4), column_names=["x", "y", "z"])
+    assert ax.images[0].get_array().shape == (3, 3 * 5 - 1)
+    with pytest.raises(ValueError, match="`column_names` must be 3 names, one for each of the columns, got 10"):
+        plots.image_grid(torch.rand(3, 3, 4), column_names=["x"] * 10)
+
+
 @pytest.mark.parametrize("values", [torch.rand(5, 1, 3, 4), torch.rand(5, 3, 4)], ids=["one channel", "no channel"])
 def test_grey_images_may_have_a_channel(values):
     sheet = plots.image_grid(values, columns=5).images[0].get_array()

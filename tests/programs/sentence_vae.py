@@ -48,14 +48,23 @@ def make():
     sentences = torch.where(torch.arange(LENGTH) < lengths, sentences, 0)
     vae = SentenceVAE()
 
+    z = torch.linspace(-7, 7, 281)
+
     @torch.no_grad()
-    def by_hand():
-        z = torch.linspace(-7, 7, 281)
+    def joint():
+        """Log p(x, z) of each point of a grid and each sentence."""
         terms = []
         for value in z:
             scores = vae.logits(sentences, value.expand(len(sentences))).log_softmax(-1)
             log_p = scores.gather(-1, sentences[..., None])[..., 0]
             terms.append(torch.where(sentences > 0, log_p, 0.0).sum(-1) + normal(value, 0.0, 1.0))
-        return torch.stack(terms).logsumexp(0) + (z[1] - z[0]).log()
+        return torch.stack(terms)
 
-    return Program(vae.model, vae.guide, (sentences,), how="quadrature", by_hand=by_hand)
+    return Program(
+        vae.model,
+        vae.guide,
+        (sentences,),
+        how="quadrature",
+        by_hand=lambda: joint().logsumexp(0) + (z[1] - z[0]).log(),
+        means=lambda: {"z": z @ joint().softmax(0)},
+    )
