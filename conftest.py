@@ -12,6 +12,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_vae._utils.rng import seed_all
+
 torch.set_num_threads(1)
 
 collect_ignore = ["tests/benchmarks", "tests/quality"]  # scripts that import modules of their own folders, some JAX
@@ -38,7 +40,7 @@ def _global_switches():
 @pytest.fixture(autouse=True)
 def _clean_process():
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    seed_all(0)
     before = _global_switches()
     yield
     after = _global_switches()

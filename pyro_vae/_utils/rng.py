@@ -17,8 +17,8 @@ from torch import Tensor
 from pyro_vae._utils.validation import seed_number
 
 __all__ = [
-    "RandomStream", "is_random_state", "preserve_rng_state", "random_states", "reseed", "seeded", "set_random_states",
-    "set_torch_random_states", "torch_random_states",
+    "RandomStream", "is_random_state", "preserve_rng_state", "random_states", "reseed", "seed_all", "seeded",
+    "set_random_states", "set_torch_random_states", "torch_random_states",
 ]  # fmt: skip
 
 _CPU = "torch"
@@ -75,13 +75,20 @@ def is_random_state(name: str) -> bool:
 
 def _used_modules() -> list[tuple[str, Any]]:
     """The modules of torch for kinds of devices that this process has used, with the names of these kinds."""
-    found: list[tuple[str, Any]] = []
+    return [(name, module) for name, module in _modules() if getattr(module, "is_initialized", module.is_available)()]
+
+
+def _modules() -> Iterator[tuple[str, Any]]:
+    """The modules of torch for all kinds of devices that have random states, with the names of these kinds."""
     for kind in _KINDS:
         name = kind if kind != _KINDS[-1] else torch.device(kind).type  # such a backend may have another name
         module: Any = getattr(torch, name, None)
-        if hasattr(module, "get_rng_state") and getattr(module, "is_initialized", module.is_available)():
-            found.append((name, module))
-    return found
+        if hasattr(module, "get_rng_state"):
+            yield name, module
+
+
+def _may_start_later(module: Any) -> bool:
+    return hasattr(module, "is_initialized") and module.is_available() and not module.is_initialized()
 
 
 def _seed_all(module: Any) -> None:
@@ -113,11 +120,24 @@ def seeded(seed: int) -> Iterator[None]:
     seed = seed_number(seed)
     try:
         with preserve_rng_state():
-            pyro.set_rng_seed(seed)
+            seed_all(seed)
             yield
     finally:
-        if torch.cuda.is_available() and not torch.cuda.is_initialized():
-            _seed_all(torch.cuda)  # which keeps the last seed until it starts
+        for _, module in _modules():
+            if _may_start_later(module):
+                _seed_all(module)  # which keeps the last seed until it starts
+
+
+def seed_all(seed: int) -> None:
+    """Seed all random streams as ``pyro.set_rng_seed``, in less time where no device can be used later.
+
+    For each kind of device torch keeps the seed together with the text of the whole call stack until it starts, which
+    takes milliseconds even where there is none.
+    """
+    if any(_may_start_later(module) for _, module in _modules()):
+        pyro.set_rng_seed(seed)
+    else:
+        reseed(seed)
 
 
 def reseed(seed: int) -> None:
