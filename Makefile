@@ -87,8 +87,8 @@ format: $(DEV)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-docs: $(DEV)  ## the documentation, in docs/_build/html
-	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j $(JOBS) -b html docs docs/_build/html
+docs: $(DEV)  ## the documentation, in docs/_build/html; SHORT=1 for notebooks with few steps, in less time
+	$(if $(SHORT),PYRO_VAE_DOCS=short )OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -j $(JOBS) -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 	$(BIN)/python docs/check_pages.py docs/_build/html
 

@@ -96,6 +96,8 @@ def setup(app):
     app.connect("builder-inited", gallery.generate)
     app.connect("source-read", expand)
     app.connect("env-before-read-docs", notebook_pages.spread)
+    if os.environ.get("PYRO_VAE_DOCS") == "short":
+        app.connect("source-read", notebook_pages.shorten)
     app.connect("source-read", notebook_pages.add_download)
     app.connect("builder-inited", notebook_pages.write_downloads)
     app.connect("autodoc-skip-member", reference.skip_fields)

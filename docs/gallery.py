@@ -30,7 +30,7 @@ RESULTS = DOCS / "_build" / "examples"
 PAGES = DOCS / "examples"
 
 SHORT_FORMS = {
-    "mixture": "--epochs 500 --test-points 1000 --particles 8 --draws 50",
+    "mixture": "--epochs 300 --test-points 1000 --particles 8 --draws 50",
     "digits": "--epochs 60 --test-images 30 --draws 50",
     "mnist": "--data digits --epochs 60 --test-images 50 --samples 200 --draws 50",
     "categorical": "--epochs 60 --test-images 200 --draws 50",
@@ -40,7 +40,7 @@ SHORT_FORMS = {
     "explosion": "--epochs 10 --largest 10 --test-images 50",
     "explosion_gradients": "--epochs 5 --largest 8",
     "discrete_mnist": "--data digits --latent bernoulli --estimator disarm --epochs 60 --hidden 64 --samples 100",
-    "imputation": "--epochs 400 --draws 50",
+    "imputation": "--epochs 200 --draws 50",
     "published": "--data digits --method vae iwae --epochs 30 --latent 8 --hidden 64 --samples 200 --test-images 200",
     "two_layers": "--epochs 30 --warm-up 15 --test-images 50 --samples 100 --draws 20",
     "conditional": "--given label --epochs 20 --test-images 30 --draws 20",

@@ -8,6 +8,27 @@ import jupytext
 FOLDER = Path(__file__).parent / "notebooks"
 DOWNLOADS = "_build/notebooks"
 
+SHORT_FORMS = {
+    "first_steps": {"epochs": 20, "draws": 50},
+    "maximum_likelihood_to_vae": {"epochs": 20, "largest": 4},
+    "discrete_latents": {"epochs": 20, "repeats": 60},
+    "posterior_collapse": {"epochs": 4},
+    "convolutional_images": {"epochs": 2, "size": 5},
+    "colour_images": {"epochs": 1, "images": 200, "held_out": 60},
+    "table_to_arviz": {"epochs": 30, "draws": 50},
+    "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
+    "your_own_model": {"epochs": 30, "draws": 50},
+    "world_model": {"sequences": 50, "epochs": 1, "draws": 5},
+    "inverse_autoregressive": {"epochs": 2, "steps": 10},
+    "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
+    "attend_infer_repeat": {"scenes": 200, "epochs": 2},
+    "modalities": {"epochs": 2, "samples": 5},
+    "music": {"epochs": 1, "particles": 3},
+    "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
+    "scenes": {"epochs": 1, "scenes": 96},
+}
+"""Values of the cell that is tagged ``parameters``, by notebook, for tests and quick builds."""
+
 
 def names() -> list[str]:
     """Return the names of the notebooks."""
@@ -34,6 +55,16 @@ def write_downloads(app: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names():
         jupytext.write(jupytext.read(FOLDER / f"{name}.md"), folder / f"{name}.ipynb")
+
+
+def shorten(app: Any, page: str, source: list[str]) -> None:
+    """Give the parameters of a notebook the values of its short form."""
+    folder, _, name = page.rpartition("/")
+    if folder == "notebooks" and name in SHORT_FORMS:
+        notebook = jupytext.reads(source[0], "md:myst")
+        [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in SHORT_FORMS[name].items())
+        source[0] = jupytext.writes(notebook, "md:myst")
 
 
 def add_download(app: Any, page: str, source: list[str]) -> None:

@@ -127,10 +127,10 @@ def mean_code(vae: pv.VAE, guide: Function | None, x: Tensor) -> Tensor:
 
 
 class Losses:
-    """A callback: the nats that models lose against the truth on 200 points, at 31 steps of their training."""
+    """A callback: the nats that models lose against the truth on 200 points, at 16 steps of their training."""
 
     def __init__(self, models: dict[str, pv.VAE], test: pv.datasets.TwoGaussians, epochs: int):
-        self.models, self.every, self.x = models, max(1, epochs // 30), test.x[:200]
+        self.models, self.every, self.x = models, max(1, epochs // 15), test.x[:200]
         self.truth = float(test.log_prob(self.x).mean())
         self.steps: list[int] = []
         self.lost: dict[str, list[float]] = {name: [] for name in models}

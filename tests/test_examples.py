@@ -118,10 +118,10 @@ def assert_mixture(folder, results, rows, draws):
 
 
 def test_mixture_in_a_short_form(run):
-    options = ("--epochs", "30", "--test-points", "300", "--particles", "4", "--draws", "20")
+    options = ("--epochs", "15", "--test-points", "300", "--particles", "4", "--draws", "20")
     folder, results, printed = run("mixture.py", *options)
     assert_mixture(folder, results, rows=200, draws=20)
-    assert_settings(results, epochs=30, test_points=300, particles=4, draws=20, seed=0, kl_weight=1.0)
+    assert_settings(results, epochs=15, test_points=300, particles=4, draws=20, seed=0, kl_weight=1.0)
     assert "log p(x)" in printed
     shown = [line for line in printed.splitlines() if line.startswith(("Picture: ", "naive Monte Carlo: "))]
     assert shown[0].startswith("Picture: "), "pictures come during the run"

@@ -1,6 +1,7 @@
 """The code of the notebooks runs in a short form: each cell, and the display of its last expression."""
 
 import ast
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -15,26 +16,11 @@ from pyro_vae._utils.rng import seeded
 
 pytestmark = pytest.mark.integration
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
-SHORT_FORMS = {
-    "first_steps": {"epochs": 20, "draws": 50},
-    "maximum_likelihood_to_vae": {"epochs": 20, "largest": 4},
-    "discrete_latents": {"epochs": 20, "repeats": 60},
-    "posterior_collapse": {"epochs": 4},
-    "convolutional_images": {"epochs": 2, "size": 5},
-    "colour_images": {"epochs": 1, "images": 200, "held_out": 60},
-    "table_to_arviz": {"epochs": 30, "draws": 50},
-    "single_cells": {"epochs": 3, "draws": 10, "genes": 60},
-    "your_own_model": {"epochs": 30, "draws": 50},
-    "world_model": {"sequences": 50, "epochs": 1, "draws": 5},
-    "inverse_autoregressive": {"epochs": 2, "steps": 10},
-    "reading_an_inspection": {"epochs": 5, "rows": 30, "simulations": 200},
-    "attend_infer_repeat": {"scenes": 200, "epochs": 2},
-    "modalities": {"epochs": 2, "samples": 5},
-    "music": {"epochs": 1, "particles": 3},
-    "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
-    "scenes": {"epochs": 1, "scenes": 96},
-}
-"""Values of the cell that is tagged ``parameters``, by notebook."""
+sys.path.append(str(FOLDER.parent))
+try:
+    notebook_pages = importlib.import_module("notebook_pages")
+finally:
+    sys.path.remove(str(FOLDER.parent))
 
 
 def name(path: Path) -> str:
@@ -64,7 +50,7 @@ def test_notebook_runs_in_a_short_form(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files of a notebook go there
     document = ModuleType("__notebook__")
     monkeypatch.setitem(sys.modules, "__notebook__", document)
-    namespace, short = vars(document), SHORT_FORMS[path.stem]
+    namespace, short = vars(document), notebook_pages.SHORT_FORMS[path.stem]
     with pyro.get_param_store().scope(), seeded(0), warnings.catch_warnings(), plt.rc_context():
         warnings.simplefilter("error")
         for number, cell in enumerate(cells(path)):
@@ -86,3 +72,16 @@ def test_notebook_has_one_title_parameters_and_no_stored_output(path):
 
 def test_every_notebook_has_a_short_form():
     assert {path.stem for path in NOTEBOOKS} == set(SHORT_FORMS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_quick_build_changes_the_parameters_to_those_of_the_short_form_alone(path):
+    source = [path.read_text(encoding="utf-8")]
+    notebook_pages.shorten(None, f"notebooks/{path.stem}", source)
+    ours, theirs = ([cell.source for cell in found.cells] for found in (jupytext.reads(source[0]), jupytext.read(path)))
+    [(one, other)] = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+    short, full = {}, {}
+    exec(one, short)
+    exec(other, full)
+    assert short.keys() == full.keys()
+    assert {key: short[key] for key in full if short[key] != full[key]} == notebook_pages.SHORT_FORMS[path.stem]

@@ -132,7 +132,7 @@ def test_the_numbers_of_the_page_are_those_of_the_run_and_the_model():
     assert 1 / 1.5 < model["two_processor"] / model["two"] < 1.5
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_scaling_is_measured_in_a_short_form(tmp_path):
     out = tmp_path / "scaling.json"
     command = [sys.executable, str(SCALING), "--tiny", "--out", str(out)]
