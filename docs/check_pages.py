@@ -1,8 +1,8 @@
 """Look at the built pages in a browser without a network: `python docs/check_pages.py docs/_build/html`.
 
-Chromium loads each page at 1280 and 390 pixels. The script prints one line for each page that is wider than the window,
-each formula that is not set, and each file that a page requests from another host, and exits with status 1 if there
-are any.
+Chromium loads each page at 1280 and 390 pixels, but not those that Sphinx makes of sources. The script prints one line
+for each page that is wider than the window, each formula that is not set, and each file that a page requests from
+another host, and exits with status 1 if there are any.
 """
 
 import json
@@ -74,14 +74,15 @@ def browser() -> str | None:
 
 
 def faults(root: Path, pages: list[str] | None = None) -> list[Fault]:
-    """Return what is wrong with the pages under ``root``, in the order of the pages.
+    """Return what is wrong with the pages under ``root`` but those of sources, or with some, in the order of the pages.
 
     Raises:
         RuntimeError: if there is no Chromium, or it does not answer in time.
     """
     if (program := browser()) is None:
         raise RuntimeError(f"needs one of {', '.join(BROWSERS)}")
-    names = pages or sorted(str(path.relative_to(root)) for path in root.rglob("*.html") if "_static" not in path.parts)
+    found = (path.relative_to(root) for path in root.rglob("*.html"))
+    names = pages or sorted(str(path) for path in found if path.parts[0] not in ("_static", "_modules"))
     answer: list[Fault] = []
     done = threading.Event()
 

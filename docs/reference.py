@@ -66,6 +66,7 @@ def other_modules() -> list[str]:
     return [name for name in modules_below(PACKAGE) if name not in covered]
 
 
+@cache
 def modules_below(name: str) -> list[str]:
     """Return a module, or a package and all modules in it."""
     module = importlib.import_module(name)
@@ -123,6 +124,7 @@ def _adopted(home: str, place: str) -> bool:
     return known == place and place.count(".") > 1 and home.split(".")[1] != place.split(".")[1]
 
 
+@cache
 def typed(place: str) -> str:
     """Return the public path of an object, or its place where a module has the public path too."""
     path = public_paths().get(place, place)

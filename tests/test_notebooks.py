@@ -71,7 +71,7 @@ def test_notebook_has_one_title_parameters_and_no_stored_output(path):
 
 
 def test_every_notebook_has_a_short_form():
-    assert {path.stem for path in NOTEBOOKS} == set(SHORT_FORMS)
+    assert {path.stem for path in NOTEBOOKS} == set(notebook_pages.SHORT_FORMS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)

@@ -38,7 +38,7 @@ estimators = {
     "relaxed KL": soft(Trace_ELBO()),
     "discrete KL": soft(objectives.DiscreteKL()),
 }
-comparison = compare(estimators, x[:20], evaluations=4, repeats=300)
+comparison = compare(estimators, x[:20], evaluations=4, repeats=200)
 figure, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
 pv.plots.bias_variance(comparison, group="encoder", ax=ax)
 ax.set_title("gradient of the encoder, four runs of the decoder each")

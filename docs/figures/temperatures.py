@@ -36,7 +36,7 @@ def measured(vae, elbo):
     """Compare the gradient of the encoder with the exact one of the twin."""
     twin = vae.discrete()
     estimator = Estimator(vae.model, vae.guide, elbo, target=(twin.model, twin.guide))
-    return compare({"one": estimator}, x[:20], repeats=500).measured["one"]["encoder"]
+    return compare({"one": estimator}, x[:20], repeats=250).measured["one"]["encoder"]
 
 
 kinds = {
@@ -53,7 +53,7 @@ for number, (name, make) in enumerate(kinds.items()):
     noise = [row.variance**0.5 / row.target_norm for row in rows]
     right.plot(TEMPERATURES, noise, label=name, **pv.plots.colours.style(number))
 pairs = Estimator(hard.model, hard.guide, objectives.DisARM(2))
-row = compare({"pairs": pairs}, x[:20], repeats=500).measured["pairs"]["encoder"]
+row = compare({"pairs": pairs}, x[:20], repeats=250).measured["pairs"]["encoder"]
 right.axhline(row.variance**0.5 / row.target_norm, color="0.4", linestyle="--", label="DisARM, without bias")
 left.set(xscale="log", xlabel="temperature", ylabel="bias / |exact gradient|", ylim=(0, None))
 right.set(xscale="log", xlabel="temperature", ylabel="noise / |exact gradient|", yscale="log")
