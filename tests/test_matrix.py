@@ -88,7 +88,8 @@ def test_every_combination_trains(prior, guide, likelihood):
 def test_the_elbo_is_below_log_p_and_goes_through_a_file(prior, guide, likelihood):
     vae, x = vae_of(prior, guide, likelihood)
     pv.fit(vae.model, vae.guide, x, epochs=3, lr=1e-2)
-    rows, num_samples = (x, 300) if guide == "PerDatum" else (x.repeat(50, 1), 6)  # many rows are faster than many draws
+    # Many rows are faster than many draws.
+    rows, num_samples = (x, 300) if guide == "PerDatum" else (x.repeat(50, 1), 6)
     elbo = pv.evaluate(vae.model, vae.guide, rows, num_samples=num_samples)["elbo"]
     estimate = pv.log_evidence(vae.model, vae.guide, x, num_samples=5000)
     error = float(estimate.standard_error.square().sum().sqrt()) / N
