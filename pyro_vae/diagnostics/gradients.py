@@ -174,7 +174,9 @@ def compare(
         evaluations: runs of the decoder per datum that each estimate may cost: estimators with fewer draws are averaged
             over several estimates. If left out, each estimate costs what its estimator takes.
         repeats: number of estimates, 2 or more.
-        reference: the name of one of the estimators, for latents that cannot all be enumerated.
+        reference: the name of one of the estimators, for latents that cannot all be enumerated. All are compared with
+            its gradient: of an estimator of another objective, such as ``objectives.FreeBits`` or ``TotalCorrelation``
+            next to an ELBO, what is called bias is the distance between the gradients of the two objectives.
         plate, seed: name of the data plate, and seed of the draws.
 
     Raises:

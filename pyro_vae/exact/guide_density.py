@@ -232,12 +232,18 @@ class GuideDensity:
         if isinstance(flow := self.site()["fn"], Flow) and flow.batch_shape == (p.pair.num_data,):
             size = flow.event_shape.numel()
             axes = torch.eye(size, dtype=torch.float64, device=flow.shift.device).expand(p.num_data, size, size)
-            loc, function = torch.zeros_like(axes[..., 0]), _LogRatioOfNoise(self, flow)
-            for factor in (1, 2, 4):  # a steep flow needs many nodes, but fewer than its density at values would
-                found = sum_on_lattice(function, loc, axes, tolerance, factor * reach)
-                if found[1].all():
+            loc = torch.zeros_like(axes[..., 0])
+            value, precise = sum_on_lattice(_LogRatioOfNoise(self, flow), loc, axes, tolerance, reach)
+            for factor in (2, 4):  # a steep flow needs many nodes, but fewer than its density at values would
+                if precise.all():
                     break
-            return found
+                left = ~precise if p.has_independent_rows() else torch.ones_like(precise)
+                rows = left.nonzero().flatten()
+                function = _LogRatioOfNoise(self.of_rows(p.of_rows(rows)), flow)
+                found, is_precise = sum_on_lattice(function, loc[rows], axes[rows], tolerance, factor * reach)
+                value[rows] = torch.where(precise[rows], value[rows], found)
+                precise[rows] |= is_precise
+            return value, precise
         normal = _as_normal(self.site()["fn"], integrand.coordinates.dims)
         if normal is None:
             return None

@@ -39,7 +39,7 @@ def linear_vae(part, shift=0.0, factor=1.0):
             network.bias[2:] = torch.log(factor / PRECISION.diagonal().sqrt())
         else:
             network.bias[2:4] = torch.log(factor * covariance_root.diagonal())
-            network.bias[4] = factor * covariance_root[1, 0]
+            network.bias[4] = covariance_root[1, 0] / covariance_root[1, 1]
     return vae
 
 

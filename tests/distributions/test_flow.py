@@ -23,6 +23,7 @@ from torch import nn
 import pyro_vae as pv
 from pyro_vae import guides, likelihoods, networks, objectives, priors
 from pyro_vae.distributions import flow
+from pyro_vae.exact import guide_density
 from pyro_vae.parts.base import Unconditional
 from pyro_vae.parts.families import multivariate
 
@@ -276,6 +277,20 @@ def test_the_exact_elbo_of_a_flow_is_that_of_its_draws_and_inverts_no_flow(monke
     assert ((exact - terms.mean(0)).abs() < 5 * terms.std(0) / math.sqrt(len(terms)) + 1e-3).all()
     some = pv.exact.elbo(vae.model, vae.guide, x[1:], tolerance=1e-3)
     torch.testing.assert_close(some, exact[1:], atol=2e-3, rtol=0)
+
+
+def test_rows_that_a_coarse_lattice_answers_are_not_on_the_finer_ones(monkeypatch):
+    vae, x, rows = small_vae(1, "affine"), torch.randn(3, 2, dtype=torch.float64), []
+    expected, real = pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-5), guide_density.sum_on_lattice
+
+    def one_is_precise(function, loc, *options):
+        rows.append(len(loc))
+        return real(function, loc, *options)[0], torch.arange(len(loc)) == 0
+
+    monkeypatch.setattr(guide_density, "sum_on_lattice", one_is_precise)
+    monkeypatch.delattr(guide_density.GuideDensity, "_on_cells")
+    torch.testing.assert_close(pv.exact.elbo(vae.model, vae.guide, x, tolerance=1e-5), expected, atol=2e-5, rtol=0)
+    assert rows == [3, 2, 1]
 
 
 def exact_gradient(vae, x, size):

@@ -28,7 +28,7 @@ NO_PROGRAM = {"__init__", "__main__", "program", "by_hand", "harness", "table"}
 NAMES = sorted(
     file.stem for file in HERE.glob("*.py") if file.stem not in NO_PROGRAM and not file.stem.startswith("test_")
 )
-SECONDS = 150  # for one cell
+SECONDS = 150.0  # for one cell
 
 
 @dataclass(frozen=True)
@@ -371,21 +371,25 @@ CAPABILITIES: dict[str, Callable[[Trained], str]] = {
 }
 
 
-class TooSlowError(Exception):
-    """A cell took longer than ``SECONDS``."""
+class TooSlowError(BaseException):
+    """A cell took longer than ``SECONDS``.
+
+    It is no ``Exception``: what tries a fast way and falls back, such as ``torch.vmap`` on the user's code, would take
+    it for a reason to fall back, and go on without a limit.
+    """
 
 
 @contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
-        raise TooSlowError(f"more than {seconds} s")
+        raise TooSlowError(f"more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and each second after that: in a destructor an error is lost
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -404,7 +408,7 @@ def run(check: Callable[[Trained], str], trained: Trained) -> Cell:
         return cell("runs", "")
     except LeftOutError as reason:
         return cell("refused", str(reason))
-    except Exception as error:
+    except (Exception, TooSlowError) as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/pyro_vae/" in frame.filename]
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({Path(last.filename).name}:{last.lineno})"

@@ -1,5 +1,8 @@
 """The table of the documentation can be read again, and has a row for each program and a column for each capability."""
 
+import time
+from contextlib import suppress
+
 import pytest
 
 from programs import harness, table
@@ -34,6 +37,18 @@ def test_the_page_has_no_faults_and_few_refusals():
     cells = [status for row in table.statuses(table.PAGE.read_text()).values() for status in row.values()]
     assert "bug" not in cells
     assert cells.count("refused") <= 0.1 * len(cells)
+
+
+def test_a_cell_without_end_is_stopped_also_where_errors_are_caught(monkeypatch):
+    def never_ends(_):
+        while True:
+            with suppress(Exception):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(harness, "SECONDS", 0.2)
+    cell = harness.run(never_ends, None)
+    assert cell.status == "bug"
+    assert cell.note.startswith("TooSlowError: more than 0.2 s")
 
 
 FAST = {

@@ -32,28 +32,32 @@ class _Vector(Family):
 
 
 class FullRankNormal(_Vector):
-    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)`, L lower triangular with a diagonal :math:`e^r`.
+    r"""A normal with any covariance, :math:`x \sim N(\mu, L L^\top)` with :math:`L = \mathrm{diag}(\sigma)\,(I + N)`.
 
-    Below the diagonal, L is a raw output times :math:`\min(1, 8 / D)^{1/2}`. Without this factor, the condition number
-    of L would grow exponentially with D, to 1e12 at the start of a network with 100 variables.
+    N is strictly lower triangular: a raw output times :math:`\min(1, 3 / D)`. An optimizer such as Adam moves all raw
+    outputs by steps of one size, whose noise in N costs about :math:`\tfrac{1}{2} \sum_{ij} N_{ij}^2` nats, a sum of
+    :math:`D^2 / 2` terms. Without this factor, and without :math:`\sigma` in front, that is more than the covariance
+    gains with tens of variables; and with 100, the condition number of L would be 1e12 at the start of a network.
 
     >>> FullRankNormal(2)(torch.zeros(5)).covariance_matrix
     tensor([[1., 0.],
             [0., 1.]])
     """
 
-    below_scale = 1.0  # of models in files from before the factor: they keep their covariances
+    # Of models in files from before the factor, and before σ stood in front of N: they keep their covariances.
+    below_scale, is_relative = 1.0, False
 
     def __init__(self, event_shape: Shape):
         super().__init__(event_shape)
         self.num_raw = 2 * self.size + self.size * (self.size - 1) // 2
-        self.below_scale = min(1.0, 8 / self.size) ** 0.5
+        self.below_scale, self.is_relative = min(1.0, 3 / self.size), True
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_diagonal, below = raw.split([self.size, self.size, self.num_raw - 2 * self.size], dim=-1)
         rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=raw.device)
-        scale_tril = log_diagonal.exp().diag_embed()
-        scale_tril[..., rows, columns] = self.below_scale * below
+        diagonal, below = log_diagonal.exp(), self.below_scale * below
+        scale_tril = diagonal.diag_embed()
+        scale_tril[..., rows, columns] = diagonal[..., rows] * below if self.is_relative else below
         return MultivariateNormal(loc, scale_tril=scale_tril)
 
 
@@ -82,6 +86,9 @@ class MultivariateNormal(ScoresDraws, dist.MultivariateNormal):
 class LowRankNormal(_Vector):
     r"""A normal of low-rank plus diagonal covariance, :math:`x \sim N(\mu, W W^\top + \mathrm{diag}\,\sigma^2)`.
 
+    :math:`W = \mathrm{diag}(\sigma)\,V`, and V is a raw output times :math:`\min(1, 3 / D)^{1/2}`: the noise of
+    training in V would otherwise cost more than the covariance gains, see :class:`FullRankNormal`.
+
     Args:
         rank: columns of W, from 1 to the size of x.
 
@@ -90,6 +97,7 @@ class LowRankNormal(_Vector):
     """
 
     _options = ("rank",)
+    factor_scale, is_relative = 1.0, False  # of models in files from before, as in FullRankNormal
 
     def __init__(self, event_shape: Shape, rank: int):
         super().__init__(event_shape)
@@ -97,10 +105,13 @@ class LowRankNormal(_Vector):
         if rank > self.size:
             raise ValueError(f"`rank` must be 1 to {self.size}, the size of the vector, got {rank}")
         self.num_raw = self.size * (2 + self.rank)
+        self.factor_scale, self.is_relative = min(1.0, 3 / self.size) ** 0.5, True
 
     def forward(self, raw: Tensor) -> dist.TorchDistribution:
         loc, log_scale, factor = raw.split([self.size, self.size, self.size * self.rank], dim=-1)
-        factor = factor.reshape(*factor.shape[:-1], self.size, self.rank)
+        factor = self.factor_scale * factor.reshape(*factor.shape[:-1], self.size, self.rank)
+        if self.is_relative:
+            factor = log_scale.exp()[..., None] * factor
         try:
             return LowRankMultivariateNormal(loc, factor, (2 * log_scale).exp())
         except torch.linalg.LinAlgError as error:  # torch raises it before its check of the values
