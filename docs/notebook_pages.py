@@ -26,6 +26,10 @@ SHORT_FORMS = {
     "music": {"epochs": 1, "particles": 3},
     "anomalies": {"epochs": 2, "samples": 5, "refined": 10},
     "scenes": {"epochs": 1, "scenes": 96},
+    "translation": {"steps": 5, "epochs": 1, "samples": 5},
+    "sentences": {"epochs": 2, "samples": 5},
+    "disentangling": {"epochs": 2, "images": 200},
+    "dream_control": {"starts": 50, "epochs": 2, "practice": 1},
 }
 """Values of the cell that is tagged ``parameters``, by notebook, for tests and quick builds."""
 
