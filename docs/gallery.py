@@ -75,7 +75,6 @@ OTHERS = "Around the training"
 
 CAPTIONS = {
     "bayes_rule": "How probable each digit is by Bayes' rule, for held-out images of each label.",
-    "bits": "Bits that each model needs for a colour of a pixel, on held-out patches of photographs.",
     "bytes": "The largest tensor of a step grows with the number of states only where they are summed over.",
     "calibration": "How often intervals contain the true value. On the diagonal they do as often as they claim.",
     "categorical": "Shares of the classes: Gumbel noise gives the softmax of the logits, Gaussian noise does not.",
@@ -125,7 +124,10 @@ CAPTIONS = {
     "examples": "Held-out sentences that the pairs alone do not suffice for, and their translations.",
     "time": "The held-out ELBO of each guide against the seconds of its training, and log p(x) at the end.",
     "training": "The ELBO in training and on held-out data.",
-    "images": "Held-out patches of photographs, their reconstructions, and new patches from each model.",
+    "photographs": "Held-out patches of photographs, their reconstructions, and new patches from each model.",
+    "photographs_moved": "What the latents of the ladder's top level do to a patch of a photograph.",
+    "shapes": "Held-out drawn shapes, their reconstructions, and new shapes from each model.",
+    "shapes_moved": "What the latents of the ladder's top level do to a drawn shape.",
     "information": "What each code knows about each factor of the shapes, for each objective.",
     "states": "Held-out cells by their states, which are found from counts alone, and their types.",
     "worth": "What each part of the model is worth on held-out cells, in nats, compared cell by cell.",
