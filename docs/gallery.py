@@ -141,6 +141,7 @@ FIRST = (
     "swing_up",
     "images_from_labels",
     "kinds",
+    "photographs",
     "pieces",
     "shares",
     "codes",

@@ -121,7 +121,7 @@ class Ladder(nn.Module):
             found.append(state)
         return found
 
-    def descend(self, draw: Callable[[int, Tensor], Tensor], count: int) -> dist.TorchDistribution:
+    def descend(self, draw: Callable[..., Tensor], count: int) -> dist.TorchDistribution:
         """Draw the latents from the top down, and return p(x | z)."""
         state = self.start.expand(count, *self.start.shape)
         for level in reversed(range(self.levels)):
@@ -186,7 +186,7 @@ ELBO in bits per dimension, with its sign changed; rate in nats per image; s: se
 
 def main(args: argparse.Namespace) -> None:
     pyro.set_rng_seed(args.seed)
-    found, figures, trees, texts, headlines = {}, {}, {}, "", []
+    found, figures, trees, texts, headlines = {}, dict[str, Figure](), {}, "", []
     options = common.training_options(args) | {"elbo": TraceMeanField_ELBO(), "lr": schedules.decayed(args.lr)}
     for kind, baselines in DATA.items():
         # 1. Load training and held-out images, and measure the baseline.
@@ -199,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
             terms = pv.evaluate(pair.model, pair.guide, x, num_samples=5, seed=args.seed)
             estimate = pv.log_evidence(pair.model, pair.guide, x, num_samples=50, seed=args.seed)
             log_p[levels], histories[name] = estimate.log_evidence, fitted.history
-            more = {"seconds": fitted.seconds, "weights": sum(each.numel() for each in pair.parameters())}
+            more: dict[str, Any] = {"seconds": fitted.seconds, "weights": sum(w.numel() for w in pair.parameters())}
             more |= {"elbo": -terms["elbo"] / BITS, "rate": terms["rate"], "engine": fitted.engine}
             rows[name] = measured(estimate.log_evidence, **more)
         gain = measured(log_p[1] - log_p[LEVELS])
