@@ -87,7 +87,9 @@ class LogitNormal(_Encoder):
 class FullRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), L(x) L(x)^\top)`, with all correlations.
 
-    For z of size D, the network has D(D + 3)/2 outputs: for tens of dimensions use :class:`LowRankNormal`.
+    Before training it is near :class:`DiagonalNormal`, and its correlations move slowly: the noise of training in so
+    many of them would cost more than they gain. The network has D(D + 3)/2 outputs, 560 for D = 32 dimensions; for
+    hundreds of dimensions use :class:`LowRankNormal`.
 
     >>> FullRankNormal(2, 3, networks.linear())(torch.zeros(5, 2)).covariance_matrix.shape
     torch.Size([5, 3, 3])
@@ -99,6 +101,8 @@ class FullRankNormal(_Encoder):
 
 class LowRankNormal(_Encoder):
     r""":math:`q(z \mid x) = N(\mu(x), W(x) W(x)^\top + \mathrm{diag}\,\sigma(x)^2)`.
+
+    Before training it is near :class:`DiagonalNormal`, as :class:`FullRankNormal` is.
 
     Args:
         rank: columns of W, from 1 to the size of z.
