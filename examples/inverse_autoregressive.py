@@ -171,7 +171,7 @@ def draw_parts(rows: dict[str, dict[str, Any]]) -> Figure:
     return common.set_title(ax, "What the ELBO of each guide lacks, by cause")
 
 
-COLUMNS = {"ELBO": "{elbo:.2f}", "gains": "{gain:+.2f}", "log p(x)": "{log_p:.2f}", "gains ": "{gain_log_p:+.2f}"}
+COLUMNS = {"ELBO": "{elbo:.2f}", "gains": "{gain_elbo:+.2f}", "log p(x)": "{log_p:.2f}", "gains ": "{gain_log_p:+.2f}"}
 COLUMNS |= {"gap": "{annealed_gap:.2f}", "family": "{approximation:.2f}", "network": "{amortization:.2f}"}
 COLUMNS |= {"half": "{half:.2f}", "seconds": "{seconds:.0f}", "ms/step": "{step:.1f}", "passes": "{passes:.0f} s"}
 NOTES = """in nats per held-out image; gains are over the diagonal guide; log p(x): a lower bound, from draws of q
@@ -198,19 +198,19 @@ def main(args: argparse.Namespace) -> None:
         rows[name] |= measure(args, vaes[name], x)
         print(f"{name}: {rows[name]['seconds']:.0f} s, ELBO {rows[name]['elbo']:.2f}", flush=True)
     # 4. Compare with the diagonal guide: in nats, and by the time until its last ELBO is passed.
-    diagonal = rows[DIAGONAL]
     for row in rows.values():
         history = zip(*row["history"].values(), strict=True)
-        passed = [seconds for elbo, seconds in history if elbo > diagonal["history"]["elbo"][-1]]
+        passed = [seconds for elbo, seconds in history if elbo > rows[DIAGONAL]["history"]["elbo"][-1]]
         row |= {"step": 1000 * row["seconds"] / row["steps"]} | ({"passes": passed[0]} if passed else {})
-        row |= {"gain": row["elbo"] - diagonal["elbo"], "gain_log_p": row["log_p"] - diagonal["log_p"]}
+        row |= {f"gain_{key}": row[key] - rows[DIAGONAL][key] for key in ("elbo", "log_p")}
     coins = dist.Bernoulli(datasets.grey(images).mean(0).clamp(1e-3, 1 - 1e-3)).log_prob(x).sum(1).mean().item()
     print(text := common.table("guide", rows, COLUMNS, NOTES, f"independent pixels: log p(x) {coins:.1f}"))
     figures = {"time": draw_time(rows), "comparison": common.draw_elbos(rows), "parts": draw_parts(rows)}
     trees = {"inverse_autoregressive": common.image_tree(vaes[FLOW], x[:50], labels[:50][: len(x)], args)}
     less = f"here {args.epochs} passes over {len(images)} images, smaller networks and {len(x)} test images"
-    options = {"baseline": diagonal["elbo"], "baseline_name": "diagonal guide", "higher_is_better": True}
-    headline = partial(common.headline, unit="nats per image", differences=less, **options)
+    options: dict[str, Any] = {"baseline": rows[DIAGONAL]["elbo"], "baseline_name": "diagonal guide"}
+    options |= {"unit": "nats per image", "higher_is_better": True, "differences": less}
+    headline: Callable[..., dict[str, Any]] = partial(common.headline, **options)
     headlines = [headline("held-out ELBO of an inverse autoregressive flow", value=rows[FLOW]["elbo"], published=PAPER)]
     headlines += [headline("held-out ELBO of a full covariance", value=rows[FULL]["elbo"], published="no figure found")]
     common.save(args, {"guides": rows, "independent": coins}, figures, trees, text, headlines)
