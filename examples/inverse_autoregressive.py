@@ -117,12 +117,11 @@ def normal_of(vae: pv.VAE, x: Tensor) -> Callable[..., None]:
     with torch.no_grad():
         z = vae.encode(x).sample(torch.Size([500]))
     centred = (z - z.mean(0)).transpose(0, 1)
-    loc, covariance = z.mean(0), centred.transpose(1, 2) @ centred / len(z)
+    loc, cov = z.mean(0), centred.transpose(1, 2) @ centred / len(z)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            moments = pyro.subsample(loc, event_dim=1), pyro.subsample(covariance, event_dim=2)
-            pyro.sample("z", dist.MultivariateNormal(*moments))
+            pyro.sample("z", dist.MultivariateNormal(pyro.subsample(loc, event_dim=1), pyro.subsample(cov, event_dim=2)))
 
     return guide
 
@@ -209,10 +208,11 @@ def main(args: argparse.Namespace) -> None:
     trees = {"inverse_autoregressive": common.image_tree(vaes[FLOW], x[:50], labels[:50][: len(x)], args)}
     less = f"here {args.epochs} passes over {len(images)} images, smaller networks and {len(x)} test images"
     options: dict[str, Any] = {"baseline": rows[DIAGONAL]["elbo"], "baseline_name": "diagonal guide"}
-    options |= {"unit": "nats per image", "higher_is_better": True, "differences": less}
-    headline: Callable[..., dict[str, Any]] = partial(common.headline, **options)
-    headlines = [headline("held-out ELBO of an inverse autoregressive flow", value=rows[FLOW]["elbo"], published=PAPER)]
-    headlines += [headline("held-out ELBO of a full covariance", value=rows[FULL]["elbo"], published="no figure found")]
+    options |= {"higher_is_better": True, "differences": less}
+    headlines = [
+        common.headline(f"held-out ELBO, {name} guide", "nats per image", rows[name]["elbo"], published=known, **options)
+        for name, known in ((FLOW, PAPER), (FULL, "no figure found"))
+    ]
     common.save(args, {"guides": rows, "independent": coins}, figures, trees, text, headlines)
 
 
