@@ -117,11 +117,11 @@ def normal_of(vae: pv.VAE, x: Tensor) -> Callable[..., None]:
     with torch.no_grad():
         z = vae.encode(x).sample(torch.Size([500]))
     centred = (z - z.mean(0)).transpose(0, 1)
-    loc, cov = z.mean(0), centred.transpose(1, 2) @ centred / len(z)
+    mu, cov = z.mean(0), centred.transpose(1, 2) @ centred / len(z)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.MultivariateNormal(pyro.subsample(loc, event_dim=1), pyro.subsample(cov, event_dim=2)))
+            pyro.sample("z", dist.MultivariateNormal(pyro.subsample(mu, event_dim=1), pyro.subsample(cov, event_dim=2)))
 
     return guide
 
