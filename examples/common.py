@@ -6,7 +6,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -17,16 +19,20 @@ import torch
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from scipy.ndimage import label
 from sklearn.datasets import load_breast_cancer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from torch.nn import functional
 
 import pyro_vae as pv
-from pyro_vae import datasets, guides, likelihoods, networks, plots, priors
+from pyro_vae import datasets, guides, likelihoods, networks, plots, priors, schedules, spatial
 
 Function = Callable[..., Any]
 Shape = tuple[int, int]
@@ -212,7 +218,7 @@ class AtMeans(Messenger):
     """Draw each latent at the mean of its distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
+        if not site_is_subsample(msg) and not msg["is_observed"]:
             msg["value"], msg["done"] = msg["fn"].mean, True
 
 
@@ -224,6 +230,19 @@ def at_means(pair: Any, *data: Tensor, site: str) -> Any:
     with pyro.poutine.trace() as model, pyro.poutine.replay(trace=guide.trace):
         pair.model(*data)
     return model.trace.nodes[site]["fn"]
+
+
+def refine(pair: Any, x: Tensor, *, steps: int, seed: int) -> Any:
+    """Return the model of a pair, and a guide with a normal for each latent of each datum of x.
+
+    They start at the means of the pair's guide, and are trained on the ELBO. The networks stay as they are.
+    """
+    with torch.no_grad(), AtMeans(), pyro.poutine.trace() as first:
+        pair.guide(x)
+    values = {name: site["value"] for name, site in first.trace.nodes.items() if site["type"] == "sample"}
+    guide = AutoNormal(pair.model, init_loc_fn=init_to_value(values=values), init_scale=0.05)
+    pv.fit(pair.model, guide, x, epochs=steps, batch_size=len(x), lr=schedules.decayed(0.05), seed=seed)
+    return SimpleNamespace(model=pair.model, guide=guide)
 
 
 def exact_log_p(model: Function, x: Tensor) -> Tensor:
@@ -283,6 +302,44 @@ def cluster_agreement(posterior: Tensor, labels: Tensor) -> dict[str, float]:
 def accuracy(found: Tensor, truth: Tensor) -> float:
     """Return the percentage of right values ``(N,)``."""
     return 100 * (found == truth).double().mean().item()
+
+
+def count_by_ink(train: datasets.Dataset, x: Tensor) -> Tensor:
+    """Count the digits of scenes by logistic regression on the amount of ink, fitted with the true counts."""
+    ink = [torch.stack([each.sum(1), each.square().sum(1)], 1) / 50 for each in (train.x, x)]
+    return torch.as_tensor(LogisticRegression(max_iter=1000).fit(ink[0], train.labels).predict(ink[1]))
+
+
+def count_regions(train: datasets.DigitScenes, x: Tensor) -> Tensor:
+    """Count the digits of scenes by connected regions.
+
+    How bright a pixel and how large a region must be, is fitted with the true counts of 2000 training scenes.
+    """
+    most = int(train.labels.max())
+
+    def sizes(rows: Tensor, threshold: float) -> Tensor:
+        images = rows.unflatten(1, (train.size, train.size)).numpy() > threshold
+        return torch.tensor(np.stack([np.bincount(label(each)[0].ravel(), minlength=500)[1:500] for each in images]))
+
+    def count(found: Tensor, smallest: int) -> Tensor:
+        return (found >= smallest).sum(1).clamp(max=most)
+
+    bright = {threshold: sizes(train.x[:2000], threshold) for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}
+    rules = [(threshold, smallest) for threshold in bright for smallest in range(1, 25)]
+    right = [accuracy(count(bright[each], smallest), train.labels[:2000]) for each, smallest in rules]
+    threshold, smallest = rules[int(np.argmax(right))]
+    return count(sizes(x, threshold), smallest)
+
+
+def box_overlap(found: Tensor, truth: Tensor) -> float:
+    """Return the mean intersection over union of boxes ``(M, K, 3)``, for the best order of those of each scene.
+
+    Boxes of objects that are not there are NaN; each scene has as many found boxes as true ones.
+    """
+    orders = [
+        spatial.intersection_over_union(found[:, list(order)], truth) for order in permutations(range(truth.shape[1]))
+    ]
+    return torch.stack([each.nansum(1) for each in orders]).amax(0).sum().item() / int(truth[..., 0].isfinite().sum())
 
 
 def rand_indices(found: Iterable[Any], masks: Tensor) -> dict[str, Any]:
@@ -529,6 +586,26 @@ def draw_confusion(found: Mapping[str, Tensor], labels: Tensor) -> Figure:
             ax.text(column, row, f"{share[row, column]:.1f} %", ha="center", va="center", color=shade)
         ax.set(xticks=range(kinds), yticks=range(kinds), xlabel="found", ylabel="true")
         ax.set_title(f"{plots.axes.wrap(name, 24)}\n{accuracy(each, labels):.1f} % right", fontsize=10)
+    return figure
+
+
+def draw_boxes(x: Tensor, boxes: Tensor, objects: Tensor, title: str) -> Figure:
+    """Draw scenes with the boxes of the objects that are found in them, what the model draws, and each object.
+
+    Boxes ``(N, K, 3)`` are NaN where there is no object; objects are pictures ``(N, K, size, size)``.
+    """
+    n, size = boxes[..., 0].isfinite().sum(1).tolist(), objects.shape[-1]
+    names = ["scene, and\nboxes found", "the model's\ndrawing", *(f"object {t + 1}" for t in range(boxes.shape[1]))]
+    images = torch.cat([x.unflatten(1, (size, size)), objects.sum(1), *objects.unbind(1)]).clamp(min=0.08)
+    figure, ax = plt.subplots(figsize=(10, 5.4), layout="constrained")
+    plots.image_grid(images, columns=len(x), row_names=names, column_names=[f"{k} found" for k in n], ax=ax)
+    for index, t in [(index, t) for index, count in enumerate(n) for t in range(count)]:
+        side, row, column = boxes[index, t].tolist()
+        corner = index * (size + 1) + column - side / 2 - 0.5, row - side / 2 - 0.5
+        line: Any = {"color": plots.colours.PALETTE[t], "linestyle": "--" if t % 2 else "-", "linewidth": 2}
+        ax.add_patch(Rectangle(corner, side, side, fill=False, **line))
+        ax.text(*corner, str(t + 1), color=line["color"], fontsize=11, ha="right", va="top")
+    ax.set_title(title)
     return figure
 
 

@@ -419,6 +419,7 @@ def part_checks(x, vae, discrete):
         images, box = x.unflatten(1, (2, 2)), x.new_tensor([2.0, 1.0, 1.0])
         part = spatial.crop(images, box, 3)
         assert part.device == spatial.place(part, box, (4, 5)).device == x.device
+        assert spatial.intersection_over_union(box, 2 * box).item() == 0.25
 
     def all_handlers():
         beta = handlers.WeightKL(x.new_tensor(0.5))

@@ -280,6 +280,8 @@ GOOD = {  # by name: the function or class, and its arguments by name
     "spatial.crop": (spatial.crop, lambda w: {"images": torch.zeros(2, 4, 4), "boxes": torch.ones(2, 3), "size": 2}),
     "spatial.place": (spatial.place, lambda w: {
         "objects": torch.zeros(2, 2, 2), "boxes": torch.ones(2, 3), "shape": (4, 4)}),
+    "spatial.intersection_over_union": (spatial.intersection_over_union, lambda w: {
+        "boxes": torch.ones(2, 3), "others": torch.ones(3)}),
     "sweep": (pv.sweep, lambda w: sweep(w)),
     "sweeps.uniform": (sweeps.uniform, lambda w: {"low": 0.0, "high": 1.0}),
     "sweeps.log_uniform": (sweeps.log_uniform, lambda w: {"low": 0.1, "high": 1.0}),

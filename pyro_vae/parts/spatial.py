@@ -1,12 +1,12 @@
-r"""Square boxes of images: cut them out, and put objects into them, differentiable in the box.
+r"""Square boxes of images: cut them out, put objects into them, differentiable in the box, and compare boxes.
 
 A box has a side s and a centre in row r and column c, in pixels from the upper left corner of the image: its rows are
 those from r - s/2 to r + s/2. Pixel i of an image is the square from i to i + 1, so that its centre is i + 1/2.
 
 With Pyro's validation, which is on by default, a side that is not positive is refused.
 
-Both functions are spatial transformers (Jaderberg et al. 2015) without rotation, whose bilinear interpolation is a
-product of two matrices, :math:`A_r\, X\, A_c^\top`, one for rows and one for columns.
+:func:`crop` and :func:`place` are spatial transformers (Jaderberg et al. 2015) without rotation, whose bilinear
+interpolation is a product of two matrices, :math:`A_r\, X\, A_c^\top`, one for rows and one for columns.
 """
 
 from collections.abc import Sequence
@@ -88,6 +88,35 @@ def place(objects: Tensor, boxes: Tensor, shape: Sequence[int]) -> Tensor:
     return down @ objects @ right.mT
 
 
+def intersection_over_union(boxes: Tensor, others: Tensor) -> Tensor:
+    r"""Compute how well boxes agree: the area that two boxes A and B share, of the area that they cover together,
+
+    .. math:: \frac{|A \cap B|}{|A \cup B|},
+
+    1 for equal boxes and 0 for boxes that are apart.
+
+    Args:
+        boxes: ``(*, 3)``, side, which is positive, row and column.
+        others: ``(*, 3)``; dimensions on the left are broadcast.
+
+    Returns:
+        ``(*)``, NaN where a box is NaN.
+
+    >>> intersection_over_union(torch.tensor([2.0, 3.0, 3.0]), torch.tensor([[2.0, 3.0, 3.0], [2.0, 3.0, 4.0]]))
+    tensor([1.0000, 0.3333])
+    """
+    _check_boxes(boxes, "boxes")
+    _check_boxes(others, "others")
+    if not broadcasts(boxes.shape, others.shape):
+        got = f"shapes {tuple(boxes.shape)} and {tuple(others.shape)}"
+        raise ValueError(f"`boxes` and `others` must have dimensions on the left that broadcast, got {got}")
+    (side, centre), (other, target) = (each.split([1, 2], -1) for each in (boxes, others))
+    first = torch.maximum(centre - side / 2, target - other / 2)
+    last = torch.minimum(centre + side / 2, target + other / 2)
+    shared = (last - first).clamp(min=0).prod(-1)
+    return shared / (side.square() + other.square() - shared[..., None]).squeeze(-1)
+
+
 def _weights(points: Tensor, count: int) -> Tensor:
     """Return the weight of each of ``count`` pixels at points of their axis, ``(*, points, count)``."""
     pixels = torch.arange(count, dtype=points.dtype, device=points.device)
@@ -96,15 +125,21 @@ def _weights(points: Tensor, count: int) -> Tensor:
 
 def _check(images: Tensor, name: str, boxes: Tensor) -> None:
     real_tensor(images, name, "floats (*, height, width)")
-    real_tensor(boxes, "boxes", "floats (*, 3): side, row and column")
     if not images.is_floating_point() or images.dim() < 2 or 0 in images.shape[-2:]:
         raise ValueError(f"`{name}` must be floats (*, height, width), got {describe(images)}")
-    if not boxes.is_floating_point() or boxes.shape[-1:] != (3,):
-        raise ValueError(f"`boxes` must be floats (*, 3): side, row and column, got {describe(boxes)}")
+    _check_boxes(boxes, "boxes")
     if boxes.dtype != images.dtype:
         raise ValueError(f"`boxes` must have the dtype of `{name}`, {images.dtype}, got {boxes.dtype}")
-    if is_validation_enabled() and boxes.numel() and not is_batched(boxes) and (side := boxes[..., 0].min()) <= 0:
-        raise ValueError(f"`boxes` must have positive sides, got {float(side)}")
     if not broadcasts(images.shape[:-2], boxes.shape[:-1]):
         got = f"{tuple(boxes.shape)} for {name} of shape {tuple(images.shape)}"
         raise ValueError(f"`boxes` must have dimensions on the left that broadcast with `{name}`, got {got}")
+
+
+def _check_boxes(boxes: Tensor, name: str) -> None:
+    real_tensor(boxes, name, "floats (*, 3): side, row and column")
+    if not boxes.is_floating_point() or boxes.shape[-1:] != (3,):
+        raise ValueError(f"`{name}` must be floats (*, 3): side, row and column, got {describe(boxes)}")
+    if is_validation_enabled() and boxes.numel() and not is_batched(boxes):
+        side = boxes[..., 0].nan_to_num(nan=torch.inf).min()  # of the boxes that are there
+        if side <= 0:
+            raise ValueError(f"`{name}` must have positive sides, got {float(side)}")

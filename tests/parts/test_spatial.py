@@ -93,3 +93,26 @@ def test_a_box_without_a_side_is_refused_where_values_are_validated():
     with pyro.validation_enabled(False):  # as in a captured step, which cannot read a value
         assert pv.spatial.place(torch.ones(2, 2, 2), boxes, (3, 3)).shape == (2, 3, 3)
     assert pv.spatial.place(torch.ones(0, 2, 2), torch.ones(0, 3), (3, 3)).shape == (0, 3, 3)
+
+
+def test_intersection_over_union_counts_shared_pixels():
+    """Boxes with borders between pixels share and cover whole pixels, which can be counted."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(1, 9, (200, 2, 1), generator=generator)
+    corners = torch.randint(0, 8, (200, 2, 2), generator=generator)
+    axis = torch.arange(20) + 0.5
+    inside = ((axis > corners[..., None]) & (axis < (corners + sides)[..., None])).unbind(2)
+    masks = inside[0][..., :, None] & inside[1][..., None, :]
+    shared, covered = masks.all(1).sum((1, 2)), masks.any(1).sum((1, 2))
+    boxes = torch.cat([sides, corners + sides / 2], -1)
+    found = pv.spatial.intersection_over_union(boxes[:, 0], boxes[:, 1])
+    assert 20 < (shared == 0).sum() < 180
+    torch.testing.assert_close(found, shared / covered)
+    assert torch.equal(found, pv.spatial.intersection_over_union(boxes[:, 1], boxes[:, 0]))
+
+
+def test_intersection_over_union_broadcasts_and_keeps_nan():
+    boxes = torch.tensor([[2.0, 3.0, 3.0], [4.0, 3.0, 3.0], [torch.nan] * 3])
+    found = pv.spatial.intersection_over_union(boxes[:, None], boxes)
+    expected = torch.tensor([[1.0, 0.25, torch.nan], [0.25, 1.0, torch.nan], [torch.nan] * 3])
+    torch.testing.assert_close(found, expected, equal_nan=True)
