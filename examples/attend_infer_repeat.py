@@ -162,7 +162,7 @@ def take_apart(air: AttendInferRepeat, x: Tensor, args: argparse.Namespace) -> t
     air.eval().requires_grad_(False)
     empty = poutine.trace(partial(air.model, count=0)).get_trace(x)
     empty.compute_log_prob()
-    joint, latents = [empty.nodes["n"]["log_prob"] + empty.nodes["x"]["log_prob"]], [{}]
+    joint, latents = [empty.nodes["n"]["log_prob"] + empty.nodes["x"]["log_prob"]], [dict[str, Tensor]()]
     for n in range(1, OBJECTS + 1):
         pyro.clear_param_store()  # the guides of both n have the same names
         pair = SimpleNamespace(model=partial(air.model, count=n), guide=partial(air.guide, count=n))

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae._utils.validation import broadcasts, describe, is_integer, positive_int, real_tensor
 from pyro_vae.compilation.torch_private import is_batched
 
-__all__ = ["crop", "place"]
+__all__ = ["crop", "intersection_over_union", "place"]
 
 
 def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
