@@ -181,7 +181,7 @@ def take_apart(air: AttendInferRepeat, x: Tensor, args: argparse.Namespace) -> t
 COLUMNS = {"right counts, %": "{accuracy:.2f}", "overlap of boxes": "{overlap:.3f}"}
 COLUMNS |= {"log p(x)": "{log_p:.1f}", "ELBO": "{elbo:.1f}"}
 NOTES = """overlap: mean intersection over union of found and true boxes, in scenes whose count is right
-log p(x), a lower bound, and ELBO: in nats per scene; the other methods are given the true counts of training scenes"""
+log p(x), a lower bound, and ELBO: in nats per scene, of 200; other methods are given true counts"""
 PUBLISHED = "98.3 ± 0.15 % (README of addtt/attend-infer-repeat-pytorch, an implementation of Eslami et al. 2016)"
 OURS, REGIONS = "attend, infer, repeat", "connected regions"
 
@@ -200,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
     rows["most frequent count"] = {"accuracy": common.accuracy(scenes.labels.mode().values, test.labels)}
     right = counts[OURS] == test.labels
     rows[OURS]["overlap"] = common.box_overlap(boxes[right], test.boxes[right])
-    rows[OURS]["log_p"] = log_p.logsumexp(1).mean().item()
+    rows[OURS]["log_p"] = log_p[:200].logsumexp(1).mean().item()
     rows["the same, one pass"] |= common.evaluate(air, test.x[:200], seed=args.seed, samples=args.samples)
     print(text := common.table(f"{len(test)} held-out scenes", rows, COLUMNS, NOTES))
     # 3. Draw what was found in scenes, and save draws of the latents of some.
