@@ -32,7 +32,7 @@ EXACT, TWO, LEARNED, PLAIN = "sum over n", "score, two draws", "score, learned b
 
 
 class Run:
-    """A model that is trained with one estimator, its count accuracy after each epoch, and its state after a fifth."""
+    """A model that is trained with one estimator, its count accuracy after each epoch, and an early state."""
 
     def __init__(self, args: argparse.Namespace, name: str, scenes: datasets.DigitScenes, test: datasets.DigitScenes):
         pyro.set_rng_seed(args.seed)
@@ -43,7 +43,7 @@ class Run:
 
         def after_epoch(epoch: Any) -> None:
             self.accuracy.append(common.accuracy(self.air.count(test.x), test.labels))
-            if len(self.accuracy) == -(-args.epochs // 5):
+            if len(self.accuracy) == -(-2 * args.epochs // 5):  # q(n | x) is no longer that of the first steps
                 self.early = [copy.deepcopy(module.state_dict()) for module in self.modules]
 
         guide = guide_of(self.air, name)
