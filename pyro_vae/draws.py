@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_vae._utils.module_state import ModuleTensors
 from pyro_vae._utils.rng import random_states, set_random_states
 from pyro_vae.compilation import torch_private
+from pyro_vae.compilation.recurrent import RecurrentLayers, lacks_recurrent_rule
 
 __all__ = ["DrawError", "PerDraw", "Results", "Values"]
 
@@ -58,6 +59,7 @@ class PerDraw:
     def __init__(self) -> None:
         self.loops = False
         self._vmaps = False
+        self._recurrent = False  # whether torch.vmap needs the rule for recurrent layers
 
     def __call__(self, run: Run, count: int, values: Values | None = None) -> Results:
         """Run a function for ``count`` draws, of the latents' ``values``, ``(C, *shape)``, if there are any.
@@ -70,19 +72,26 @@ class PerDraw:
             before, buffers = None if self._vmaps else random_states(), ModuleTensors()
             try:
                 with buffers.noticed() if before else nullcontext():
-                    results = _vmapped(run, count, values)
+                    results = self._at_once(run, count, values)
             except (DrawError, torch.OutOfMemoryError):
                 raise
-            except Exception:  # torch.vmap cannot; an error of the code itself is raised again below
+            except Exception as error:  # torch.vmap cannot; an error of the code itself is raised again below
                 if before is not None:
                     set_random_states(*before)
                     buffers.load_model_state()
+                if not self._recurrent and lacks_recurrent_rule(error):
+                    self._recurrent = True
+                    return self(run, count, values)
                 looped = _looped(run, count, values)
                 self.loops = True
                 return looped
             self._vmaps = True
             return results
         return _looped(run, count, values)
+
+    def _at_once(self, run: Run, count: int, values: Values) -> Results:
+        with RecurrentLayers() if self._recurrent else nullcontext():
+            return _vmapped(run, count, values)
 
 
 class DrawError(ValueError):
