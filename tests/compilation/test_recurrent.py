@@ -91,7 +91,8 @@ def test_packed_sequences_and_weights_that_depend_on_the_draw_run_one_after_the_
 
     def weighted(values):
         weights = [values["x"].mean() * weight for weight in layer._flat_weights]
-        return {"state": torch.gru(values["x"], torch.zeros(1, N, 4), weights, True, 1, 0.0, True, False, True)[1]}, None
+        _, state = torch.gru(values["x"], torch.zeros(1, N, 4), weights, True, 1, 0.0, True, False, True)
+        return {"state": state}, None
 
     for run in (packed, weighted):
         per_draw, x = PerDraw(), torch.randn(C, N, T, 2)
