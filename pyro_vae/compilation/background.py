@@ -25,7 +25,6 @@ from pyro_vae.compilation import torch_private
 __all__ = ["BackgroundProcess", "Piece", "from_text", "main", "to_text"]
 
 _MAIN = "from pyro_vae.compilation import background; background.main()"
-_NICE = 10  # by how much the process is less urgent than this one
 _PATIENCE = 5.0  # seconds for it to remove its files when it is stopped
 
 
@@ -228,7 +227,6 @@ def main() -> None:
     """Compile the pieces that the standard input names, in a process that :class:`BackgroundProcess` has started."""
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_end_with_parent, args=[int(sys.argv[1])], daemon=True).start()
-    os.nice(_NICE)
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     torch.set_default_dtype(getattr(torch, job["dtype"]["torch"]))

@@ -237,8 +237,8 @@ def _lowered(
 class Compilation:
     """The compilation of a graph by :meth:`Graph.compile_in_background`.
 
-    The process is another one, of low priority, which ends with this one. Where it can do nothing, as for a graph of
-    CUDA or without a folder for its cache, :meth:`wait` compiles the graph in this process.
+    The process is another one, which ends with this one. Where it can do nothing, as for a graph of CUDA or without a
+    folder for its cache, :meth:`wait` compiles the graph in this process.
     """
 
     def __init__(self, graph: Graph):
