@@ -33,6 +33,7 @@ _MAX_UNRELIABLE = 0.1  # fraction of the data with an unreliable k̂ above which
 _TOLERANCE = 1e-3  # nats of a quadrature: a tenth of the time of 1e-4
 _MAX_QUADRATURE = 2**14  # numbers of data for which quadratures over two dimensions take seconds
 _MAX_DATA_SETS = 100  # that are simulated, whatever the number of data that may be
+_SHOWN_FAULTS = 10  # of a text; each coordinate of an image may have one
 _MAX_REASON = 600  # characters of an error message that are kept: messages of Pyro contain whole tensors
 
 Found = TypeVar("Found")
@@ -179,7 +180,9 @@ class Inspection(Result):
         return Table(("quantity", "value"), rows, f"In nats {per_cell(self.evidence.plates)}. Data used: {data}.")
 
     def __str__(self) -> str:
-        lines = [self.headline, *(f"FAULT: {fault}" for fault in self.faults)]
+        lines = [self.headline, *(f"FAULT: {fault}" for fault in self.faults[:_SHOWN_FAULTS])]
+        if (more := len(self.faults) - _SHOWN_FAULTS) > 0:
+            lines.append(f"FAULT: and {more} more, see `faults`")
         lines += [str(part) for part in (self.evidence, self.nats, self.gap) if part is not None]
         lines += [] if self.calibration is None else [self.calibration.headline]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])

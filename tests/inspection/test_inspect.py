@@ -51,6 +51,23 @@ def test_a_planted_fault_is_found_and_named(guide, fault, seed):
     assert str(found).startswith("faulty: 90 % intervals of q(z | x) cover ")
 
 
+def test_the_text_shows_the_first_faults_and_counts_the_others():
+    def twelve(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 12), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def narrow(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.2).to_event(1))  # the posterior has 0.71
+
+    found = pv.inspect(twelve, narrow, torch.randn(50, 12) * 2**0.5, num_samples=100, max_refined=5, progress=False)
+    assert len(found.faults) >= 12
+    lines = [line for line in str(found).splitlines() if line.startswith("FAULT: ")]
+    assert lines[:10] == [f"FAULT: {fault}" for fault in found.faults[:10]]
+    assert lines[10:] == [f"FAULT: and {len(found.faults) - 10} more, see `faults`"]
+
+
 def test_an_error_that_is_no_fault_is_measured_in_the_first_line():
     found = inspected(model, make_guide(covariance_factor=0.8), num_simulations=4000)
     assert (found.verdict, found.faults) == ("approximate", ())
