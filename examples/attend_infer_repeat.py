@@ -166,7 +166,7 @@ def take_apart(air: AttendInferRepeat, x: Tensor, args: argparse.Namespace) -> t
     for n in range(1, OBJECTS + 1):
         pyro.clear_param_store()  # the guides of both n have the same names
         pair = SimpleNamespace(model=partial(air.model, count=n), guide=partial(air.guide, count=n))
-        refined = common.refine(pair, x, steps=args.refine, seed=args.seed)
+        refined = common.refine(pair, x, args)
         joint.append(pv.log_evidence(refined.model, refined.guide, x, num_samples=20, seed=args.seed).log_evidence)
         latents.append(refined.guide.median(x))
     found = torch.stack(joint, 1).argmax(1)

@@ -232,7 +232,7 @@ def at_means(pair: Any, *data: Tensor, site: str) -> Any:
     return model.trace.nodes[site]["fn"]
 
 
-def refine(pair: Any, x: Tensor, *, steps: int, seed: int) -> Any:
+def refine(pair: Any, x: Tensor, args: argparse.Namespace) -> Any:
     """Return the model of a pair, and a guide with a normal for each latent of each datum of x.
 
     They start at the means of the pair's guide, and are trained on the ELBO. The networks stay as they are.
@@ -241,7 +241,8 @@ def refine(pair: Any, x: Tensor, *, steps: int, seed: int) -> Any:
         pair.guide(x)
     values = {name: site["value"] for name, site in first.trace.nodes.items() if site["type"] == "sample"}
     guide = AutoNormal(pair.model, init_loc_fn=init_to_value(values=values), init_scale=0.05)
-    pv.fit(pair.model, guide, x, epochs=steps, batch_size=len(x), lr=schedules.decayed(0.05), seed=seed)
+    options = training_options(args) | {"epochs": args.refine, "batch_size": len(x), "lr": schedules.decayed(0.05)}
+    pv.fit(pair.model, guide, x, **options)
     return SimpleNamespace(model=pair.model, guide=guide)
 
 

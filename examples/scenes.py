@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     fitted = pv.fit(slots.model, slots.guide, train.x, **options)
     # 3. Segment held-out scenes: the slot of each pixel with the largest posterior, at the means of q(z | x).
     slots.eval().requires_grad_(False)
-    pairs = {"model, one pass": slots, "model": common.refine(slots, test.x, steps=args.refine, seed=args.seed)}
+    pairs = {"model, one pass": slots, "model": common.refine(slots, test.x, args)}
     rows: dict[str, Any] = {}
     for name, pair in pairs.items():
         found = common.at_means(pair, test.x, site="x")

@@ -441,6 +441,10 @@ def test_objects_beyond_the_count_are_not_drawn():
             assert torch.allclose(trace.nodes[f"what_{t}"]["log_prob"], prior * (t <= count), atol=1e-6)
 
 
+def settings(refine):
+    return SimpleNamespace(refine=refine, epochs=1, batch_size=1, lr=1.0, seed=0, compile=None)
+
+
 def test_scenes_are_taken_apart_for_each_number_of_objects():
     """The density of a scene and a number of objects is exact without objects, and found objects have boxes."""
     example = functions_of("attend_infer_repeat.py")
@@ -448,7 +452,7 @@ def test_scenes_are_taken_apart_for_each_number_of_objects():
     air = example["AttendInferRepeat"]("air", size=20, what=3, hidden=8)
     x = torch.rand(6, 400)
     x[:3] = 0  # empty scenes
-    log_p, boxes, objects = example["take_apart"](air, x, SimpleNamespace(refine=30, seed=0))
+    log_p, boxes, objects = example["take_apart"](air, x, settings(refine=30))
     empty = torch.distributions.Normal(0.0, 0.3).log_prob(x).sum(1) - math.log(3)
     assert torch.allclose(log_p[:, 0], empty, rtol=1e-5)
     n = log_p.argmax(1)
@@ -1373,7 +1377,7 @@ def test_refined_latents_start_where_one_pass_ends_and_explain_more():
     for steps, check in ((1, lambda found: (found - first).abs().max() < 0.2 * first.abs().max()),
                          (100, lambda found: (found > first).all())):  # fmt: skip
         pyro.clear_param_store()
-        assert check(log_p_at_means(common.refine(slots, x, steps=steps, seed=0))), steps
+        assert check(log_p_at_means(common.refine(slots, x, settings(steps)))), steps
     for name, value in slots.state_dict().items():
         assert torch.equal(value, before[name]), name
 
