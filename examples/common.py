@@ -235,7 +235,8 @@ def at_means(pair: Any, *data: Tensor, site: str) -> Any:
 def refine(pair: Any, x: Tensor, args: argparse.Namespace) -> Any:
     """Return the model of a pair, and a guide with a normal for each latent of each datum of x.
 
-    They start at the means of the pair's guide, and are trained on the ELBO. The networks stay as they are.
+    They start at the means of the pair's guide, and are trained on the ELBO. Networks whose parameters need a gradient
+    would be trained, too, on these data: freeze them first, by `requires_grad_(False)`.
     """
     with torch.no_grad(), AtMeans(), pyro.poutine.trace() as first:
         pair.guide(x)
