@@ -76,7 +76,7 @@ OTHERS = "Around the training"
 CAPTIONS = {
     "bayes_rule": "How probable each digit is by Bayes' rule, for held-out images of each label.",
     "bytes": "The largest tensor of a step grows with the number of states only where they are summed over.",
-    "calibration": "How often intervals contain the true value. On the diagonal they do as often as they claim.",
+    "calibration": "How often intervals contain the true value: on the line as often as claimed, above it too often.",
     "categorical": "Shares of the classes: Gumbel noise gives the softmax of the logits, Gaussian noise does not.",
     "classes": "What the classes stand for.",
     "clusters": "Which components hold the held-out images of each label.",
@@ -117,7 +117,7 @@ CAPTIONS = {
     "auroc": "Which score finds which anomalies; below 0.5, they look more normal than digits.",
     "pieces": "The keys that sound in each step, in a held-out piece and in one that the model draws.",
     "bounds": "Three bounds on log p(x) of held-out music, as the number of draws or particles grows.",
-    "codes": "The codes of held-out sentences: topics and tenses separate, though training never sees them.",
+    "codes": "The codes of held-out sentences: topics separate, tenses only in part; training sees neither.",
     "perplexity": "How well each model predicts the next word, and the best that is possible.",
     "path": "Sentences on a straight line between the codes of two held-out ones.",
     "shares": "The share of right translations, with and without the sentences that have no pair.",
@@ -130,8 +130,8 @@ CAPTIONS = {
     "shapes_moved": "What the latents of the ladder's top level do to a drawn shape.",
     "information": "What each code knows about each factor of the shapes, for each objective.",
     "states": "Held-out cells by their states, which are found from counts alone, and their types.",
-    "worth": "What each part of the model is worth on held-out cells, in nats, compared cell by cell.",
-    "zeros": "How many cells lack each gene: held-out cells, and cells that each model generates.",
+    "worth": "What each part of the model is worth on held-out cells, compared cell by cell; hollow: a lower bound.",
+    "zeros": "The share of cells with count 0, for each gene: held-out cells, and cells that each model generates.",
     "traversals": "What each latent does to an image, and the factor that it knows most about.",
 }
 """A sentence for each picture, by the name of its file."""

@@ -30,7 +30,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -201,11 +200,11 @@ def main(args: argparse.Namespace) -> None:
     first, last = (int((test.labels == label).nonzero()[0]) for label in (0, 3))
     path = torch.stack([codes[first].lerp(codes[last], share) for share in torch.linspace(0, 1, 6).tolist()])
     print("\n".join(texts := test.to_text(vae.decode(path, x.shape[1]))))
-    plane, kinds = torch.as_tensor(PCA(2).fit_transform(codes.numpy())), [test.kinds[label] for label in test.labels]
+    kinds = [test.kinds[label] for label in test.labels]
     figures = {"perplexity": draw_perplexities(rows), "path": draw_path(texts)}
-    figures["codes"] = common.set_title(plots.latent_map(plane, kinds, name="component of the mean of z"), CODES)
+    figures["codes"] = common.set_title(plots.latent_map(codes, kinds, name="the mean of z"), CODES)
     headline = common.headline(
-        "perplexity of held-out sentences", "per word", rows[remedied]["perplexity"],
+        f"perplexity of held-out sentences, {remedied}", "per word", rows[remedied]["perplexity"],
         baseline=rows["trigram model"]["perplexity"], baseline_name="trigram model (Kneser-Ney)",
         higher_is_better=False,
         published="a sentence VAE does not beat a language model (Bowman et al. 2016), nor here one with word dropout",

@@ -149,7 +149,8 @@ def draw_examples(lines: Sequence[tuple[str, Tensor, Tensor, Sequence[str]]]) ->
         marked = [f"*{words[a]}*" if a != b else words[a] for a, b in zip(sentence, right, strict=True)]
         text = f"{name:14}" + " ".join(marked).replace(" <end>", "")
         ax.text(0.0, -place - place // 4, text, fontsize=9, va="center", family="monospace")
-    ax.set(ylim=(-1.25 * len(lines), 1), title="Held-out sentences (a wrong word stands between stars)")
+    title = "The first held-out sentences that the pairs alone get wrong (*wrong word*)"
+    ax.set(ylim=(-1.25 * len(lines), 1), title=f"{title}\n-M, -F: masculine, feminine, the gender of a noun")
     ax.axis("off")
     return figure
 

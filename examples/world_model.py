@@ -147,30 +147,33 @@ def draw(films: dict[str, Tensor], found: dict[str, Any], interval: float) -> di
     axis = {"xlabel": "seconds after the last image that was seen", "title": title}
     figures = {"dreams": common.draw_films({name: film[shown] for name, film in films.items()}, times, **axis)}
     figures["dreams"].axes[0].axvline(3 * 33 - 1, color="black", linewidth=2)
-    for kind, unit in (
-        ("pixel", "root mean squared error (white 0, black 1)"),
-        ("angle", "CRPS, degrees; of one draw, the error"),
-    ):
-        lines = {name: (interval * (1 + torch.arange(count - MEMORY)), row[kind]) for name, row in found.items()}
+    later = interval * (1 + torch.arange(count - MEMORY))
+    crps = "CRPS, degrees (0: exact;\nof a single prediction: its mean absolute error)"
+    for kind, unit in (("pixel", "root mean squared error (white 0, black 1)"), ("angle", crps)):
+        lines = {name: (later, row[kind]) for name, row in found.items()}
         axis = {"xlabel": "predicted time, s", "ylabel": unit, "title": f"Errors of predicted {kind}s, held-out films"}
         figures[f"{kind}_error"] = common.draw_lines(lines, **axis)
     covered, third = torch.tensor(found[DREAM]["coverage"]), -(-(count - MEMORY) // 3)
-    curves = {"as it should be": LEVELS, f"{LINEAR}, all times": torch.tensor(found[LINEAR]["coverage"]).mean(0)}
-    for part in covered.split(third):
-        curves[f"{DREAM}, {interval * (len(curves) - 2) * third:.1f} s and later"] = part.mean(0)
-    axis = {"xlabel": "probability of an interval of the predicted angle", "ylabel": "share of true angles inside"}
-    axis["title"] = "Calibration: below the line, the model is too sure"
+    curves = {f"{LINEAR}, all times": torch.tensor(found[LINEAR]["coverage"]).mean(0)}
+    for part, when in zip(covered.split(third), later.split(third), strict=True):
+        curves[f"{DREAM}, {when[0]:.1f} to {when[-1]:.1f} s"] = part.mean(0)
+    axis = {"xlabel": f"probability of an interval of the predicted angle, from {FUTURES} draws"}
+    axis |= {"ylabel": "share of true angles inside", "title": CALIBRATION}
     figures["calibration"] = common.draw_lines({name: (LEVELS, y) for name, y in curves.items()}, **axis)
+    figures["calibration"].axes[0].plot(LEVELS, LEVELS, color="black")
     return figures
 
 
-DREAM, LINEAR, LEVELS = "world model", "linear autoregression", torch.linspace(0.05, 0.95, 19)
+CALIBRATION = "Calibration: above the black line\nintervals are too wide, below it too narrow"
+DREAM, LINEAR = "world model", "linear autoregression"
+LEVELS, FUTURES = torch.linspace(0.1, 0.9, 9), 30  # of intervals, and how many draws they are from
 COLUMNS = {"pixel error": "{pixel:.4f}", "CRPS": "{angle:.1f}°", "in 90 %": "{inside:.1f} %", "log p(x)": "{log_p:.1f}"}
 NOTES = """pixel error: root mean square, from 0 to 1; CRPS: of angles, error minus half of the distance of two draws
 in 90 %: true angles inside of 90 % intervals; log p(x): nats per held-out film of the length of a training film,
 for the world model a lower bound, not reliable (by the shape of the weights) for {unreliable:.0%} of the films"""
 NONE = "no figure found: Karl et al. 2017 and Hafner et al. 2019 show predictions of this kind as pictures"
-PIXEL, ANGLE = "images without noise of the camera", "for angles, the score is that of Grimit et al. 2006"
+MEASURES = ("pixel", "root mean square error of pixels", "on a scale of 0 to 1"), ("angle", "CRPS of angles", "degrees")
+HOW = "the truth is an image without the camera's noise, or its angle; CRPS as in Grimit et al. 2006"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -184,10 +187,10 @@ def main(args: argparse.Namespace) -> None:
     methods["last image"] = lambda seen, before, after, draws: [seen[None, :, -1]] * after.shape[1]
     methods["mean image"] = lambda seen, before, after, draws: [mean.expand(1, len(seen), -1)] * after.shape[1]
     torques = test.torques.split([MEMORY - 1, args.horizon], 1)  # between the images that are seen, and after them
-    found = {name: measure(each, (test.frames[:, :MEMORY], *torques, 30), test) for name, each in methods.items()}
+    found = {name: measure(each, (test.frames[:, :MEMORY], *torques, FUTURES), test) for name, each in methods.items()}
     rows = {name: {key: sum(row[key]) / args.horizon for key in ("pixel", "angle")} for name, row in found.items()}
     for name in (DREAM, LINEAR):
-        rows[name]["inside"] = 100 * torch.tensor(found[name]["coverage"]).mean(0)[-2].item()
+        rows[name]["inside"] = 100 * torch.tensor(found[name]["coverage"]).mean(0)[-1].item()
     # 3. Compare log p(x) of held-out films with that of the camera's noise alone, if the truth is known.
     x, a = test.frames[:, : args.frames], test.torques[:, : args.frames - 1]
     evidence = pv.log_evidence(world.model, world.guide, x, a, num_samples=100, seed=args.seed)
@@ -201,12 +204,12 @@ def main(args: argparse.Namespace) -> None:
     futures = torch.stack([*dream(world, test.frames[:1, :MEMORY], torques[0][:1], torques[1][:1], 3)], 2)[:, 0]
     films = {"the truth": torch.cat([test.frames[0, :MEMORY], grey[0, MEMORY:]])}
     films |= {f"dream {n}": nn.functional.pad(each, (0, 0, MEMORY, 0)) for n, each in enumerate(futures, 1)}
-    same: dict[str, Any] = {"baseline_name": "the best simple prediction", "higher_is_better": False, "published": NONE}
-    others = [row for name, row in rows.items() if "pixel" in row and name != DREAM]
-    measures = ("pixel", "error of pixels", "of 1", PIXEL), ("angle", "CRPS of angles", "degrees", ANGLE)
+    same: dict[str, Any] = {"higher_is_better": False, "published": NONE, "differences": HOW}
+    others = {name: row for name, row in rows.items() if "pixel" in row and name != DREAM}
+    best = [min((row[key], name) for name, row in others.items()) for key, _, _ in MEASURES]
     headlines = [
-        common.headline(what, unit, rows[DREAM][key], baseline=min(row[key] for row in others), differences=how, **same)
-        for key, what, unit, how in measures
+        common.headline(what, unit, rows[DREAM][key], baseline=lowest, baseline_name=name, **same)
+        for (key, what, unit), (lowest, name) in zip(MEASURES, best, strict=True)
     ]
     tree = common.make_tree(world, x[:5], args, a[:5], dims={"x": ["frame", "pixel"]})
     results = {"methods": rows, "steps": found, "history": fitted.history, "engine": fitted.engine}

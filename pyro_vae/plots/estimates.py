@@ -199,7 +199,7 @@ def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axe
         unreliable = entry["unreliable"] > 0
         for column, width, label in (
             ("difference_error", 1.5, "± one standard error"),
-            ("difference_monte_carlo_error", 5.0, "part of it due to the draws"),
+            ("difference_monte_carlo_error", 5.0, "part of it due to the draws (a marker may hide it)"),
         ):
             error = float(entry[column])
             if error > 0:
@@ -208,13 +208,15 @@ def evidence_comparison(table: "pd.DataFrame", *, ax: Axes | None = None) -> Axe
         options: dict[str, Any] = {"marker": "D" if row == 0 else "o", "markersize": 8, "linestyle": "none"}
         label = "the best" if row == 0 else "difference to the best"
         face = "white" if unreliable else colour
-        ax.plot(middle, row, color=colour, markerfacecolor=face, label=label, zorder=3, **options)
-        handles.setdefault(label, Line2D([], [], color=colour, label=label, **options))
+        options |= {"color": colour, "markerfacecolor": face, "label": label}
+        ax.plot(middle, row, zorder=3, **options)
+        if label not in handles or not unreliable:
+            handles[label] = Line2D([], [], **options)
         percent = float(f"{100 * entry['unreliable']:.2g}")  # 100, not 1e+02
-        share = f"\n$\\hat{{k}}$ unreliable: {percent:g} %" if unreliable else ""
+        share = f"\nunreliable by $\\hat{{k}}$: {percent:g} %" if unreliable else ""
         names.append(f"{wrap(str(name), _NAME_WIDTH)}\n{entry['log_evidence']:.3f} nats{share}")
     if (table["unreliable"] > 0).any():
-        label = "hollow: unreliable, may be better"
+        label = "hollow: unreliable for that share of data, may be better"
         options = {"marker": "o", "markersize": 8, "linestyle": "none"}
         handles[label] = Line2D([], [], color="0.45", markerfacecolor="white", label=label, **options)
     ax.axvline(0.0, color="0.7", linestyle=":", linewidth=1, zorder=0)

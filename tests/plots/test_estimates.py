@@ -73,8 +73,22 @@ def test_differences_in_the_picture_are_those_of_the_table():
                 low, high = bars[row, width]
                 assert (high - low) / 2 == pytest.approx(entry[column])
                 assert (high + low) / 2 == pytest.approx(entry["difference"])
-    assert f"unreliable: {100 * table['unreliable'].iloc[2]:.2g} %" in ax.get_yticklabels()[2].get_text()
+    assert (
+        f"unreliable by $\\hat{{k}}$: {100 * table['unreliable'].iloc[2]:.2g} %" in ax.get_yticklabels()[2].get_text()
+    )
     assert f"{table.loc['bad', 'log_evidence']:.3f} nats" in ax.get_yticklabels()[2].get_text()
+
+
+@pytest.mark.parametrize(("shares", "hollow"), [((0.0, 0.0, 0.2), (False, False)), ((0.2, 0.1, 0.0), (True, False)),
+                                                ((0.1, 0.1, 0.2), (True, True))])  # fmt: skip
+def test_markers_in_the_legend_of_differences_are_hollow_where_all_in_the_picture_are(shares, hollow):
+    ax = plots.evidence_comparison(evidence_table().assign(unreliable=shares))
+    legend = ax.get_legend()
+    faces = {
+        text.get_text(): line.get_markerfacecolor()
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert tuple(faces[name] == "white" for name in ("the best", "difference to the best")) == hollow
 
 
 NOISELESS = Comparison({"enumerated": COMPARISON.measured["enumerated"]}, {"enumerated": 8})
