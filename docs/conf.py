@@ -42,6 +42,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 os.environ["TQDM_DISABLE"] = "1"  # pages show results, not progress bars
+short_notebooks = os.environ.get("PYRO_VAE_DOCS") == "short"  # `make docs SHORT=1`
 nb_execution_mode = "force"
 nb_execution_in_temp = True  # files of a notebook are no part of the repository
 nb_execution_raise_on_error = True
@@ -96,8 +97,7 @@ def setup(app):
     app.connect("builder-inited", gallery.generate)
     app.connect("source-read", expand)
     app.connect("env-before-read-docs", notebook_pages.spread)
-    if os.environ.get("PYRO_VAE_DOCS") == "short":
-        app.connect("source-read", notebook_pages.shorten)
+    notebook_pages.setup(app)
     app.connect("source-read", notebook_pages.add_download)
     app.connect("builder-inited", notebook_pages.write_downloads)
     app.connect("autodoc-skip-member", reference.skip_fields)

@@ -61,10 +61,16 @@ def write_downloads(app: Any) -> None:
         jupytext.write(jupytext.read(FOLDER / f"{name}.md"), folder / f"{name}.ipynb")
 
 
+def setup(app: Any) -> None:
+    """Shorten the notebooks if the configuration says ``short_notebooks``; pages of the other form are built again."""
+    app.add_config_value("short_notebooks", False, "env", bool)
+    app.connect("source-read", shorten)
+
+
 def shorten(app: Any, page: str, source: list[str]) -> None:
-    """Give the parameters of a notebook the values of its short form."""
+    """Give the parameters of a notebook the values of its short form, if the configuration says so."""
     folder, _, name = page.rpartition("/")
-    if folder == "notebooks" and name in SHORT_FORMS:
+    if app.config.short_notebooks and folder == "notebooks" and name in SHORT_FORMS:
         notebook = jupytext.reads(source[0], "md:myst")
         [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in SHORT_FORMS[name].items())

@@ -2,15 +2,17 @@
 
 import ast
 import importlib
+import re
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jupytext
 import matplotlib.pyplot as plt
 import pyro
 import pytest
+from sphinx.application import Sphinx
 
 from pyro_vae._utils.rng import seeded
 
@@ -74,10 +76,38 @@ def test_every_notebook_has_a_short_form():
     assert {path.stem for path in NOTEBOOKS} == set(notebook_pages.SHORT_FORMS)
 
 
+def configured(**config):
+    return SimpleNamespace(config=SimpleNamespace(**config))
+
+
+def test_a_full_build_changes_no_parameters():
+    source = ["unread"]
+    notebook_pages.shorten(configured(short_notebooks=False), "notebooks/music", source)
+    assert source == ["unread"]
+
+
+def test_pages_of_a_quick_build_are_built_again_by_a_full_one(tmp_path, monkeypatch):
+    """Their sources are the same, so that Sphinx would keep the pages, with the numbers of a few steps."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "index.md").write_text("# Pages\n\n```{toctree}\nnotebooks/music\n```\n")
+    cell = "```{code-cell} ipython3\n:tags: [parameters]\n\nepochs = 40\nparticles = 50\n```\n"
+    (tmp_path / "notebooks" / "music.md").write_text(f"---\njupytext:\n  format_name: myst\n---\n\n# Music\n\n{cell}")
+
+    def build(short):
+        options = {"extensions": ["myst_nb", "notebook_pages"], "short_notebooks": short, "nb_execution_mode": "off"}
+        out = str(tmp_path / "out")
+        app = Sphinx(str(tmp_path), None, out, f"{out}/doctrees", "html", options, status=None, warning=None)
+        app.build()
+        return "epochs = 1" in re.sub("<[^>]*>", "", (tmp_path / "out" / "notebooks" / "music.html").read_text())
+
+    assert [build(short) for short in (False, True, True, False)] == [False, True, True, False]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_quick_build_changes_the_parameters_to_those_of_the_short_form_alone(path):
     source = [path.read_text(encoding="utf-8")]
-    notebook_pages.shorten(None, f"notebooks/{path.stem}", source)
+    notebook_pages.shorten(configured(short_notebooks=True), f"notebooks/{path.stem}", source)
     ours, theirs = ([cell.source for cell in found.cells] for found in (jupytext.reads(source[0]), jupytext.read(path)))
     [(one, other)] = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
     short, full = {}, {}

@@ -436,6 +436,9 @@ NETWORKS = {
     "a bias of other places": Row(
         lambda w: w.slots(torch.zeros(5, 4, 3), bias=torch.zeros(2, 3)), ValueError, "bias",
         "must be a number or a tensor (5, 2, 4), got a torch.float32 tensor of shape (2, 3)"),
+    "a bias of other first slots": Row(
+        lambda w: w.slots(torch.zeros(1, 4, 3), slots=torch.zeros(5, 2, 3), bias=torch.zeros(3, 2, 4)), ValueError,
+        "bias", "must be a number or a tensor (5, 2, 4), got a torch.float32 tensor of shape (3, 2, 4)"),
     "a list as bias": Row(lambda w: w.slots(torch.zeros(5, 4, 3), bias=[0.0]),
         TypeError, "bias", "must be a number or a tensor (5, 2, 4), got a list"),
     "boxes of another dtype": Row(lambda w: spatial.crop(torch.zeros(2, 4, 4), torch.ones(2, 3).double(), 2),

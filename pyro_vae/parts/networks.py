@@ -469,7 +469,8 @@ class SlotAttention(nn.Module):
         real_tensor(slots, "slots", f"a tensor (*, K, {features})")
         if slots.dim() < 2 or slots.shape[-1] != features or not broadcasts(slots.shape[:-2], inputs.shape[:-2]):
             raise ValueError(f"`slots` must be (*, K, {features}), as many as there are inputs, got {describe(slots)}")
-        scores_shape = (*inputs.shape[:-2], slots.shape[-2], inputs.shape[-2])
+        batch_shape = torch.broadcast_shapes(slots.shape[:-2], inputs.shape[:-2])
+        scores_shape = (*batch_shape, slots.shape[-2], inputs.shape[-2])
         if not isinstance(bias, Real):
             bias = real_tensor(bias, "bias", expected := f"a number or a tensor {scores_shape}")
             if not broadcasts(bias.shape, scores_shape):

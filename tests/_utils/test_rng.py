@@ -2,6 +2,7 @@ import random
 from functools import partial
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from pyro_vae._utils.rng import (
     is_random_state,
     preserve_rng_state,
     random_states,
+    seed_all,
     seeded,
     set_random_states,
     set_torch_random_states,
@@ -139,6 +141,32 @@ def test_a_device_that_a_block_starts_begins_after_it_as_if_the_block_had_not_be
             if starts:
                 cuda.draw(1)
         assert [cuda.draw(0), cuda.draw(1)] == expected
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_seeding_all_streams_is_that_of_pyro_also_for_devices_that_start_later(cuda, started):
+    expected = None
+    for seed in (pyro.set_rng_seed, seed_all):
+        torch.manual_seed(1)
+        cuda.started = started
+        seed(7)
+        assert torch.initial_seed() == 7
+        found = draw_all(cuda)
+        assert expected in (None, found)
+        expected = found
+
+
+def test_seeding_all_streams_leaves_nothing_to_devices_that_cannot_start(cuda, monkeypatch):
+    """They would keep the seed with the text of the call stack, which takes milliseconds."""
+    cuda.started, left = False, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", left.append)
+    seed_all(7)
+    ours = torch.rand(3)
+    assert not left
+    pyro.set_rng_seed(7)
+    assert left
+    assert torch.equal(ours, torch.rand(3))
 
 
 def test_a_state_of_an_earlier_file_is_that_of_the_current_device(cuda):
