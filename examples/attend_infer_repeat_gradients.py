@@ -74,7 +74,8 @@ def compare_gradients(run: Run, x: Tensor, args: argparse.Namespace) -> gradient
     final = [copy.deepcopy(module.state_dict()) for module in run.modules]
     for module, state in zip(run.modules, run.early, strict=True):
         module.load_state_dict(state)
-    elbos = {name: make_elbo(name, x.shape[1], args.hidden) for name in (EXACT, TWO, PLAIN)} | {LEARNED: run.elbo}
+    order = (EXACT, LEARNED, PLAIN, TWO)  # that of the runs, so that both pictures have the same colours
+    elbos = {name: run.elbo if name == LEARNED else make_elbo(name, x.shape[1], args.hidden) for name in order}
     model, guides = run.air.model, {name: guide_of(run.air, name) for name in elbos}
     estimators = {name: gradients.Estimator(model, guides[name], elbo) for name, elbo in elbos.items()}
     found = gradients.compare(estimators, x, repeats=args.samples, reference=EXACT, seed=args.seed)
@@ -85,7 +86,10 @@ def compare_gradients(run: Run, x: Tensor, args: argparse.Namespace) -> gradient
 
 COLUMNS = {"right counts, %": "{accuracy:.2f}", "variance": "{variance:.3g}", "bias": "{bias:.3f} ± {bias_error:.3f}"}
 COLUMNS |= {"p of no bias": "{p_value:.2f}", "length of the gradient": "{target_norm:.3f}", "ELBO": "{elbo:.1f}"}
+EARLY = "Gradient in the network of q(n | x), the number n of objects, early in training"
+LEARNING = "Learning to count: exact sum against score function"
 NOTES = """variance, bias and length: of the gradient in the network of q(n | x), in nats per scene, early in training
+p of no bias: of the largest deviation of any weight, corrected for the number of weights
 right counts: of held-out scenes, after training; ELBO: of the last epoch, in nats per scene"""
 
 
@@ -105,8 +109,8 @@ def main(args: argparse.Namespace) -> None:
     ax = plots.bias_variance(comparison, group="counter")
     epochs = range(1, args.epochs + 1)
     lines = {name: (epochs, run.accuracy) for name, run in runs.items()}
-    labels = {"xlabel": "epoch", "ylabel": "right counts on held-out scenes, %", "title": "Learning to count"}
-    figures = {"gradients": common.set_title(ax, "Gradient in the network that counts, early in training")}
+    labels = {"xlabel": "epoch", "ylabel": "right counts on held-out scenes, %", "title": LEARNING}
+    figures = {"gradients": common.set_title(ax, EARLY)}
     figures["learning"] = common.draw_lines(lines, **labels)
     headline = common.headline(
         "variance of the gradient in q(n | x)", "nats² per scene²", rows[EXACT]["variance"], higher_is_better=False,

@@ -462,18 +462,25 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
         return ""
 
 
-def draw_elbos(rows: Mapping[str, Mapping[str, Any]], floor: float = -math.inf) -> Figure:
-    """Draw ELBO and log p(x) of each row, and the gap as a line between them; rows below the floor have a text."""
+def draw_elbos(
+    rows: Mapping[str, Mapping[str, Any]],
+    floor: float = -math.inf,
+    names: tuple[str, str] = ("part of the gap that draws of q find", "log p(x), lower bound from draws of q"),
+) -> Figure:
+    """Draw ELBO and log p(x) of each row, and a line between them; rows below the floor have a text.
+
+    The names are those of the line and of log p(x) in the legend.
+    """
     figure, ax = plt.subplots(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
     places = range(len(rows), 0, -1)
     log_p, elbo = ([row[key] for row in rows.values()] for key in ("log_p", "elbo"))
-    ax.hlines(places, elbo, log_p, color="0.6", label="gap")
+    ax.hlines(places, elbo, log_p, color="0.6", label=names[0])
     ax.plot(elbo, places, "o", color=plots.colours.PALETTE[0], label="ELBO")
-    ax.plot(log_p, places, "|", color="black", markersize=14, markeredgewidth=2, label="log p(x)")
+    ax.plot(log_p, places, "|", color="black", markersize=14, markeredgewidth=2, label=names[1])
     for place, row in zip(places, rows.values(), strict=True):
         if row["elbo"] < floor:
             ax.text(floor, place, f" not shown: ELBO {row['elbo']:.1f}, log p(x) {row['log_p']:.1f}", va="center")
-    ax.set(yticks=places, yticklabels=rows, xlabel="nats per held-out image")
+    ax.set(yticks=places, yticklabels=rows, xlabel="nats per held-out image", ylim=(0.4, len(rows) + 0.6))
     if math.isfinite(floor):
         ax.set_xlim(floor, max(log_p) + 0.5)
     ax.grid(axis="x", alpha=0.3)
@@ -670,10 +677,10 @@ def headline(
 
 def describe_headline(found: Mapping[str, Any]) -> str:
     """Describe a headline in two lines."""
-    better = "higher" if found["higher_is_better"] else "lower"
+    better, unit = "higher" if found["higher_is_better"] else "lower", f" {found['unit']}".rstrip()
     return (
-        f"{found['quantity']}: {found['value']:.4g} {found['unit']}, {found['baseline_name']}: "
-        f"{found['baseline']:.4g} {found['unit']} ({better} is better)\n"
+        f"{found['quantity']}: {found['value']:.4g}{unit}, {found['baseline_name']}: "
+        f"{found['baseline']:.4g}{unit} ({better} is better)\n"
         f"  published: {found['published']}; differences: {found['differences']}"
     )
 

@@ -132,7 +132,7 @@ def draw(films: dict[str, datasets.PendulumSequences]) -> dict[str, Figure]:
     figures = {"swing_up": common.draw_films(rows, times, xlabel="time, s", title=title)}
     seconds = PENDULUM.interval * torch.arange(steps)
     lines = {name: (seconds, PENDULUM.height(film.states).mean(0)) for name, film in films.items()}
-    title = "How high the free end is: mean over runs"
+    title = f"How high the free end is: mean over {len(next(iter(films.values())).states)} runs"
     axis = {"xlabel": "time, s", "ylabel": "height (1: it stands, -1: it hangs)", "title": title}
     return figures | {"heights": common.draw_lines(lines, **axis)}
 
@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
     other: dict[str, Any] = {"baseline_name": RANDOM, "higher_is_better": True, "published": NONE, "differences": GIVEN}
     share = 100 * (reached - least) / (most - least)  # of the way to the controller that knows the equations
     headlines = [
-        common.headline("mean height of the rod", "of its length", reached, baseline=least, **other),
+        common.headline("mean height of the rod (1 standing, -1 hanging)", "", reached, baseline=least, **other),
         common.headline("way from random torques to the classical controller", "%", share, baseline=0.0, **other),
     ]
     histories = {"world": fitted.history, "reward": read.history, "controller": practised.history}

@@ -147,13 +147,14 @@ def draw_time(rows: dict[str, dict[str, Any]]) -> Figure:
     _, ax = plt.subplots(figsize=(8, 5.5), layout="constrained")
     for index, (name, row) in enumerate(rows.items()):
         style, seconds, elbo = plots.colours.style(index), row["history"]["seconds"], row["history"]["elbo"]
-        ax.plot(seconds, elbo, markersize=5, label=f"{name}: ELBO", **style)
-        ax.plot(seconds[-1], row["log_p"], "*", color=style["color"], markersize=13, label=index * "_" + "log p(x)")
+        ax.plot(seconds, elbo, markersize=5, label=name, **style)
+        ax.plot(seconds[-1], row["log_p"], "*", color=style["color"], markersize=13)
     shown = [elbo for row in rows.values() for elbo in row["history"]["elbo"][len(row["history"]["elbo"]) // 4 :]]
     ax.set_ylim(min(shown) - 0.5, max(row["log_p"] for row in rows.values()) + 0.7)
     ax.set(xlabel="seconds of training, on one core", ylabel="nats per held-out image (higher is better)")
+    ax.plot([], [], "*", color="0.5", markersize=13, label="log p(x) at the end, of each guide")
     ax.legend(loc="lower right", fontsize=9)
-    return common.set_title(ax, "Held-out ELBO during training, by the family of q(z|x)")
+    return common.set_title(ax, "Validation ELBO after each epoch, by the family of q(z|x)")
 
 
 def draw_parts(rows: dict[str, dict[str, Any]]) -> Figure:
@@ -164,8 +165,9 @@ def draw_parts(rows: dict[str, dict[str, Any]]) -> Figure:
         bars = ax.barh([*rows], widths, left=left, color=grey, edgecolor="black", label=f"{part}: {why}", height=0.65)
         ax.bar_label(bars, fmt="%.1f", label_type="center")
         left = [one + other for one, other in zip(left, widths, strict=True)]
-    ax.invert_yaxis()
-    ax.set(xlabel="log p(x) - ELBO, nats per held-out image (less is better)")
+    ax.set(
+        xlabel="log p(x) by annealing - ELBO, nats per image, of the first held-out images", ylim=ax.get_ylim()[::-1]
+    )
     figure.legend(loc="outside lower center", ncols=2)
     return common.set_title(ax, "What the ELBO of each guide lacks, by cause")
 
@@ -204,7 +206,8 @@ def main(args: argparse.Namespace) -> None:
         row |= {f"gain_{key}": row[key] - rows[DIAGONAL][key] for key in ("elbo", "log_p")}
     coins = dist.Bernoulli(datasets.grey(images).mean(0).clamp(1e-3, 1 - 1e-3)).log_prob(x).sum(1).mean().item()
     print(text := common.table("guide", rows, COLUMNS, NOTES, f"independent pixels: log p(x) {coins:.1f}"))
-    figures = {"time": draw_time(rows), "comparison": common.draw_elbos(rows), "parts": draw_parts(rows)}
+    figures = {"time": draw_time(rows), "parts": draw_parts(rows)}
+    figures["comparison"] = common.set_title(common.draw_elbos(rows).axes[0], "ELBO and log p(x) by family of q(z|x)")
     trees = {"inverse_autoregressive": common.image_tree(vaes[FLOW], x[:50], labels[:50][: len(x)], args)}
     less = f"here {args.epochs} passes over {len(images)} images, smaller networks and {len(x)} test images"
     options: dict[str, Any] = {"baseline": rows[DIAGONAL]["elbo"], "baseline_name": "diagonal guide"}

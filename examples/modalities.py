@@ -170,7 +170,7 @@ def draw(pairs: dict[str, Modalities], test: Rows, shape: common.Shape) -> dict[
             images[f"{name},\nfrom the {given}"] = pair.image(pair.draw(seen, rows, 1)[0]).mean
     grid = torch.cat([*images.values()]).reshape(-1, *shape)
     ax = plots.image_grid(grid, row_names=[*images], column_names=[*"0123456789"])
-    ax.set(xlabel="label, and that of the real image")
+    ax.set(xlabel="label, and that of the real image; the table has ink, slant, width and number of holes")
     return {"images_from_labels": common.set_title(ax, "Images drawn from the other modalities")}
 
 
@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
         "log p of image, label and table, product of experts", "nats per digit", rows[PRODUCT]["log_p"],
         baseline=rows[APART]["log_p"], baseline_name="sum of models of each alone", higher_is_better=True,
         published="log p of MNIST images -86.86 (JMVAE, Suzuki et al. 2016, as MultiVae cites it)",
-        differences="there the image alone, larger networks and more epochs; here label and table, too")  # fmt: skip
+        differences="there log p(image), the last printed column, and larger networks; here of all three")  # fmt: skip
     some, names = datasets.hide_modalities(*(x[:50] for x in test)), {"coords": {"measurement": list(COLUMNS)}}
     tree = common.make_tree(pairs[PRODUCT], some[0], args, *some[1:], dims={"table": ["measurement"]}, **names)
     common.save(args, {"models": rows}, draw(pairs, test, shape), {"modalities": tree}, text, [joint, table_error])

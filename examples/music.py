@@ -162,8 +162,8 @@ def draw_bounds(found: dict[str, dict[int, float]], elbo: float, baseline: float
     axis = {"xlabel": "draws (particles) for each piece", "ylabel": "nats per step of time", "xscale": "log"}
     ax = (figure := common.draw_lines(lines, title="Upper bounds on -log p(x) (the lowest is best)", **axis)).axes[0]
     ax.set_ylim(top=1.25 * max(elbo, baseline))
-    for level, name in ((elbo, "ELBO"), (baseline, "from the step before (no latents)")):
-        ax.axhline(level, color="0.4", linestyle=":")
+    for level, name, line in ((elbo, "-ELBO", ":"), (baseline, "another model: regression on the step before", "-")):
+        ax.axhline(level, color="0.4", linestyle=line)
         ax.annotate(name, (3, level), xytext=(0, 4), textcoords="offset points", color="0.3", fontsize=9)
     return figure
 

@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{len(refused)} pairs do not fit and raise an error, such as Bernoulli(5) with RelaxedBernoulli(5):\n{example}"
     )
-    figure = common.draw_elbos(named, floor=max(row["log_p"] for row in rows) - 5.5)
+    figure = common.draw_elbos(named, floor=max(row["log_p"] for row in rows) - 5.5, names=("gap", "log p(x)"))
     figure.suptitle("What the guide loses of log p(x), in nats")
     common.save(args, {"pairs": rows, "refused": refused}, {"swap": figure}, trees, text)
 

@@ -26,8 +26,8 @@ _NAME_WIDTH = 24  # characters in a line of a name at the y-axis
 def bias_variance(comparison: Comparison, *, group: str = "all", ax: Axes | None = None) -> Axes:
     """How large are the bias and the noise of each gradient estimator, relative to the exact gradient?
 
-    A hollow marker at the bottom means that no significant bias was found; the dots end at the standard error of the
-    bias. Estimators without noise, such as enumeration, are not drawn.
+    A hollow marker means that no significant bias was found: it is drawn at the floor, and its height is no number; the
+    dots end at the standard error of the bias. Estimators without noise, such as enumeration, are not drawn.
 
     Args:
         comparison: the result of :func:`pyro_vae.diagnostics.gradients.compare`.
@@ -82,7 +82,7 @@ def bias_variance(comparison: Comparison, *, group: str = "all", ax: Axes | None
     ax.set(xscale="log", yscale="log", xlabel="standard deviation / length of the exact gradient")
     ax.set_ylabel("bias / length of the exact gradient")
     if len(biased) < len(shown):
-        label = "hollow: no bias found, dots up to its standard error"
+        label = "hollow, at the floor: no significant bias; dots end at its standard error"
         ax.plot([], [], "o:", color="0.4", markerfacecolor="none", label=label)
     legend_below(ax, grow=new)
     return ax
