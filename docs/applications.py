@@ -173,11 +173,12 @@ def title(name: str) -> str:
 
 
 def numbers() -> str:
-    """The table of all headlines."""
+    """The table of all headlines, and the time of all runs together."""
     header = ["application", "measured on held-out data", "here", "simple baseline", "better by", "minutes"]
-    rows = []
+    rows, seconds = [], 0.0
     for name in kept_names():
-        run = read(name)
+        run, before = read(name), ""
+        seconds += sum(run["processor_seconds"])
         minutes = f"{statistics.fmean(run['processor_seconds']) / 60:.1f}"
         link = f"[{title(name)}](examples/{name}.md)"
         for found in run["headlines"]:
@@ -185,24 +186,24 @@ def numbers() -> str:
             better = f"{mean:.3g} ± {error:.2g}"
             baseline = f"{with_error(found['baseline'])}, {found['baseline_name']}"
             quantity = ", ".join(filter(None, (found["quantity"], found["unit"])))
-            rows.append([link, quantity, with_error(found["value"]), baseline, better, minutes])
-            link = minutes = ""
-    return _table(header, rows)
+            measured = [f"{quantity} {'↑' if found['higher_is_better'] else '↓'}", with_error(found["value"])]
+            rows.append([link, *(["", ""] if quantity == before else measured), baseline, better, minutes])
+            link, minutes, before = "", "", quantity
+    return f"{_table(header, rows)}\n\nAll runs of all seeds together take {seconds / 60:.0f} minutes of one processor."
 
 
 def published() -> str:
-    """A list of the published figures, and how their protocols differ."""
+    """A list of the published figures, and how their protocols differ; an application says the same only once."""
     lines = []
     for name in kept_names():
+        said: dict[str, list[str]] = {}
         for found in read(name)["headlines"]:
-            quantity = found["quantity"][0].upper() + found["quantity"][1:]
-            lines.append(f"- **{quantity}** ({title(name)}). Published: {found['published']}. {_sentence(found)}")
+            text = f"Published: {found['published']}. Differences: {found['differences'].rstrip('.')}."
+            said.setdefault(text, []).append(found["quantity"])
+        for text, quantities in said.items():
+            joined = "; ".join(dict.fromkeys(quantities))
+            lines.append(f"- **{joined[0].upper()}{joined[1:]}** ({title(name)}). {text}")
     return "\n".join(lines)
-
-
-def _sentence(found: Run) -> str:
-    text = found["differences"].rstrip(".")
-    return f"Differences: {text}."
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

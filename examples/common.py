@@ -466,6 +466,7 @@ def draw_elbos(
     rows: Mapping[str, Mapping[str, Any]],
     floor: float = -math.inf,
     names: tuple[str, str] = ("part of the gap that draws of q find", "log p(x), lower bound from draws of q"),
+    title: str = "ELBO and log p(x) of held-out images",
 ) -> Figure:
     """Draw ELBO and log p(x) of each row, and a line between them; rows below the floor have a text.
 
@@ -481,6 +482,7 @@ def draw_elbos(
         if row["elbo"] < floor:
             ax.text(floor, place, f" not shown: ELBO {row['elbo']:.1f}, log p(x) {row['log_p']:.1f}", va="center")
     ax.set(yticks=places, yticklabels=rows, xlabel="nats per held-out image", ylim=(0.4, len(rows) + 0.6))
+    ax.set_title(title)
     if math.isfinite(floor):
         ax.set_xlim(floor, max(log_p) + 0.5)
     ax.grid(axis="x", alpha=0.3)

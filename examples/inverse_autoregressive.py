@@ -165,9 +165,7 @@ def draw_parts(rows: dict[str, dict[str, Any]]) -> Figure:
         bars = ax.barh([*rows], widths, left=left, color=grey, edgecolor="black", label=f"{part}: {why}", height=0.65)
         ax.bar_label(bars, fmt="%.1f", label_type="center")
         left = [one + other for one, other in zip(left, widths, strict=True)]
-    ax.set(
-        xlabel="log p(x) by annealing - ELBO, nats per image, of the first held-out images", ylim=ax.get_ylim()[::-1]
-    )
+    ax.set(ylim=ax.get_ylim()[::-1], xlabel="log p(x) by annealing - ELBO, nats per image, first held-out images")
     figure.legend(loc="outside lower center", ncols=2)
     return common.set_title(ax, "What the ELBO of each guide lacks, by cause")
 
@@ -206,8 +204,7 @@ def main(args: argparse.Namespace) -> None:
         row |= {f"gain_{key}": row[key] - rows[DIAGONAL][key] for key in ("elbo", "log_p")}
     coins = dist.Bernoulli(datasets.grey(images).mean(0).clamp(1e-3, 1 - 1e-3)).log_prob(x).sum(1).mean().item()
     print(text := common.table("guide", rows, COLUMNS, NOTES, f"independent pixels: log p(x) {coins:.1f}"))
-    figures = {"time": draw_time(rows), "parts": draw_parts(rows)}
-    figures["comparison"] = common.set_title(common.draw_elbos(rows).axes[0], "ELBO and log p(x) by family of q(z|x)")
+    figures = {"time": draw_time(rows), "comparison": common.draw_elbos(rows), "parts": draw_parts(rows)}
     trees = {"inverse_autoregressive": common.image_tree(vaes[FLOW], x[:50], labels[:50][: len(x)], args)}
     less = f"here {args.epochs} passes over {len(images)} images, smaller networks and {len(x)} test images"
     options: dict[str, Any] = {"baseline": rows[DIAGONAL]["elbo"], "baseline_name": "diagonal guide"}

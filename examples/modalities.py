@@ -170,7 +170,7 @@ def draw(pairs: dict[str, Modalities], test: Rows, shape: common.Shape) -> dict[
             images[f"{name},\nfrom the {given}"] = pair.image(pair.draw(seen, rows, 1)[0]).mean
     grid = torch.cat([*images.values()]).reshape(-1, *shape)
     ax = plots.image_grid(grid, row_names=[*images], column_names=[*"0123456789"])
-    ax.set(xlabel="label, and that of the real image; the table has ink, slant, width and number of holes")
+    ax.set(xlabel="label, and that of the real image\ntable: ink, slant, width, number of holes")
     return {"images_from_labels": common.set_title(ax, "Images drawn from the other modalities")}
 
 

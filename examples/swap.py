@@ -116,8 +116,8 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{len(refused)} pairs do not fit and raise an error, such as Bernoulli(5) with RelaxedBernoulli(5):\n{example}"
     )
-    figure = common.draw_elbos(named, floor=max(row["log_p"] for row in rows) - 5.5, names=("gap", "log p(x)"))
-    figure.suptitle("What the guide loses of log p(x), in nats")
+    title, words = "What the guide loses of log p(x), in nats", ("gap", "log p(x)")
+    figure = common.draw_elbos(named, max(row["log_p"] for row in rows) - 5.5, words, title)
     common.save(args, {"pairs": rows, "refused": refused}, {"swap": figure}, trees, text)
 
 

@@ -67,9 +67,44 @@ def test_an_application_is_run_with_each_seed_and_what_the_page_shows_is_kept(on
     # The differences 2 and 3 have the mean 2.5 and the standard error 0.5.
     assert one.advantage(found["headlines"][0]) == pytest.approx((2.5, 0.5))
     page = one.fill("<!-- applications: numbers -->\n<!-- end --><!-- applications: published -->\n<!-- end -->")
-    assert "[An application](examples/thing.md) | error, nats | 1.50 ± 0.50 | 4.0 ± 1.0, last frame | 2.5 ± 0.5" in page
+    assert (
+        "[An application](examples/thing.md) | error, nats ↓ | 1.50 ± 0.50 | 4.0 ± 1.0, last frame | 2.5 ± 0.5" in page
+    )
     assert "- **Error** (An application). Published: 0.5 (a paper). Differences: more data." in page
     assert one.fill(page) == page
+
+
+def keep_headlines(one, headlines, seconds=60):
+    """Keep headlines of the application as those of its runs."""
+    (one.KEPT / "thing").mkdir(parents=True)
+    found = {"headlines": headlines, "processor_seconds": [seconds, seconds]}
+    (one.KEPT / "thing" / "run.json").write_text(json.dumps(found))
+
+
+def headline(quantity, **changed):
+    numbers = {"value": [1.0, 2.0], "baseline": [0.0, 0.0], "baseline_name": "zero"}
+    texts = {"quantity": quantity, "unit": "%", "published": "none", "differences": "all"}
+    return numbers | texts | {"higher_is_better": True} | changed
+
+
+def test_the_table_shows_the_better_direction_the_same_quantity_once_and_the_time_of_all_seeds(one):
+    lower = headline("error", higher_is_better=False, baseline=[3.0, 3.0])
+    keep_headlines(one, [headline("accuracy"), headline("accuracy", baseline_name="half"), lower], seconds=90)
+    _, _, *rows, _, last = one.numbers().splitlines()
+    assert [row.split(" | ")[1].strip() for row in rows] == ["accuracy, % ↑", "", "error, % ↓"]
+    assert [row.split(" | ")[2].strip() for row in rows] == ["1.50 ± 0.50", "", "1.50 ± 0.50"]
+    assert ["half" in row for row in rows] == [False, True, False]
+    assert [row.split(" | ")[-1].strip(" |") for row in rows] == ["1.5", "", ""]
+    assert last == "All runs of all seeds together take 3 minutes of one processor."
+
+
+def test_a_published_figure_that_several_quantities_share_is_listed_once(one):
+    other = headline("length", published="7 (a paper)")
+    keep_headlines(one, [headline("accuracy"), headline("accuracy", baseline_name="half"), headline("error"), other])
+    assert one.published().splitlines() == [
+        "- **Accuracy; error** (An application). Published: none. Differences: all.",
+        "- **Length** (An application). Published: 7 (a paper). Differences: all.",
+    ]
 
 
 def test_a_run_is_repeated_only_if_the_example_has_changed(one):
