@@ -86,7 +86,7 @@ def compare_gradients(run: Run, x: Tensor, args: argparse.Namespace) -> gradient
 
 COLUMNS = {"right counts, %": "{accuracy:.2f}", "variance": "{variance:.3g}", "bias": "{bias:.3f} ± {bias_error:.3f}"}
 COLUMNS |= {"p of no bias": "{p_value:.2f}", "length of the gradient": "{target_norm:.3f}", "ELBO": "{elbo:.1f}"}
-EARLY = "Gradient in the network of q(n | x), the number n of objects, early in training"
+EARLY = "Gradient of the network of q(n | x), n objects, early in training"
 LEARNING = "Learning to count: exact sum against score function"
 NOTES = """variance, bias and length: of the gradient in the network of q(n | x), in nats per scene, early in training
 p of no bias: of the largest deviation of any weight, corrected for the number of weights
