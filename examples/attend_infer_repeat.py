@@ -181,7 +181,7 @@ def take_apart(air: AttendInferRepeat, x: Tensor, args: argparse.Namespace) -> t
 COLUMNS = {"right counts, %": "{accuracy:.2f}", "overlap of boxes": "{overlap:.3f}"}
 COLUMNS |= {"log p(x)": "{log_p:.1f}", "ELBO": "{elbo:.1f}"}
 NOTES = """overlap: mean intersection over union of found and true boxes, in scenes whose count is right
-log p(x), a lower bound, and ELBO: in nats per scene, of 200; other methods are given true counts"""
+log p(x), a lower bound (refined: 20 draws for each n), and ELBO: in nats per scene, of 200; others are given counts"""
 PUBLISHED = "98.3 ± 0.15 % (README of addtt/attend-infer-repeat-pytorch, an implementation of Eslami et al. 2016)"
 OURS, REGIONS = "attend, infer, repeat", "connected regions"
 

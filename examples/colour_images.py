@@ -33,8 +33,7 @@ from torch.distributions import kl_divergence
 from torch.nn import functional
 
 import pyro_vae as pv
-from pyro_vae import datasets, families, plots
-from pyro_vae.training import schedules
+from pyro_vae import datasets, families, plots, schedules
 
 IMAGE = (3, 32, 32)
 HEADLINE: dict[str, Any] = {
@@ -174,7 +173,8 @@ def draw(kind: str, ladders: dict[int, Ladder], x: Tensor) -> dict[str, Figure]:
         return ladder.descend(lambda level, s: z if level == top else ladder.prior(level, s).mean, len(z)).mean / 255
 
     rows = plots.traversals(decode, ((q.mean - prior.mean) / prior.stddev)[0].flatten(), IMAGE, coordinates=largest)
-    moved = common.set_title(rows, "The top level of the ladder: in each row one latent moves")
+    rows.set(yticklabels=[f"channel {i // 4}, row {i // 2 % 2}, column {i % 2}" for i in largest], ylabel="latent")
+    moved = common.set_title(rows, "One latent of the top level moves, in standard deviations of the prior")
     return {kind: common.set_title(grid, f"Images of {kind}, and what the models make of them"), f"{kind}_moved": moved}
 
 

@@ -166,7 +166,7 @@ def draw_scenes(data: datasets.ShapeScenes, found: SpatialMixture, labels: Tenso
     masks = found.masks[:rows, :, None]
     seen = [data.x.unflatten(1, (3, -1)), found.mean, tints[data.masks].mT, tints[labels].mT]
     pictures = torch.cat([torch.stack([each[:rows] for each in seen], 1), masks * found.loc[:rows] + 1 - masks], 1)
-    names = ["scene", "recon-\nstruction", "true\nobjects", "found\nobjects", "back-\nground"]
+    names = ["scene", "recon-\nstruction", "true\nobjects", "found,\nany order", "back-\nground"]
     names += [f"slot\n{index}" for index in range(1, slots)]
     ax = plots.image_grid(
         pictures.flatten(0, 1).unflatten(-1, (data.size, data.size)), columns=len(names), column_names=names,
